@@ -1,0 +1,37 @@
+# `make demo` and `make test` set up what they need; a fresh machine wants only Python 3.11 or later, make and a C compiler.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# On Linux PyPI's torch brings CUDA, some GB. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the CPU build.
+
+# A text file of your own to train on; empty: the demo's own text.
+TEXT ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## Say what each target does
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+# The stamp is written last, so that an interrupted installation starts again.
+$(STAMP): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU processes -> export -> generation; TEXT=file for your own text
+	$(PY) -m launch.demo $(if $(TEXT),--text "$(TEXT)")
+
+test: lint ## Everything that CI checks: lint, types, all tests
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Style and types only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean: ## Remove what the demo and the tests wrote; the environment stays
+	rm -rf demo_out .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

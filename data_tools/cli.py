@@ -1,0 +1,153 @@
+"""`hunyuan-data`: from text to packed datasets. No logic here; each command calls one function."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated
+
+import typer
+
+from hunyuan_pretrain.data.errors import DataFormatError
+
+app = typer.Typer(
+    help="Prepare training data: train a tokenizer, tokenize text, pack it into sequences, look at the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files (also .gz, .zst), and folders of them.")]
+TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
+Extensions = Annotated[
+    list[str] | None, typer.Option("--extension", help="Extensions read in folders, repeatable; default .txt .md .py .jsonl")
+]
+MaxRejects = Annotated[int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+
+
+@app.command("train-tokenizer")
+def train_tokenizer(
+    inputs: Inputs,
+    vocab_size: Annotated[int, typer.Option(help="Ids in all, the 209 special tokens included.")],
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    text_field: TextField = "text",
+    extension: Extensions = None,
+    sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
+    max_rejects: MaxRejects = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a byte-level BPE tokenizer under Hunyuan's split pattern."""
+    from data_tools.tokenizer_training import train_tokenizer as train
+
+    tokenizer, measured = train(
+        inputs,
+        vocab_size,
+        output,
+        text_field=text_field,
+        extensions=_extensions(extension),
+        sample_fraction=sample_fraction,
+        max_rejects=max_rejects,
+        overwrite=overwrite,
+    )
+    print(f"{output}: {tokenizer.vocab_size:,} ids, digest {tokenizer.digest[:12]}")
+    print(
+        f"{measured.characters / measured.tokens:.2f} characters/token, {measured.utf8_bytes / measured.tokens:.2f} bytes/token "
+        f"on {measured.utf8_bytes / 1e6:,.1f} MB of the text it was trained on"
+    )
+
+
+@app.command()
+def tokenize(
+    inputs: Inputs,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer.")],
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    text_field: TextField = "text",
+    extension: Extensions = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default all cores. Does not change the output.")] = None,
+    max_rejects: MaxRejects = 0,
+    holdout_every: Annotated[int | None, typer.Option(min=2, help="Write each Nth document to --holdout-output instead.")] = None,
+    holdout_output: Annotated[str | None, typer.Option(help="Folder for the documents held out.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tokenize text into Megatron's .bin and .idx, with a manifest."""
+    from data_tools import tokenization
+
+    manifests = tokenization.tokenize(
+        inputs,
+        tokenizer,
+        output,
+        text_field=text_field,
+        extensions=_extensions(extension),
+        workers=workers or tokenization.default_workers(),
+        max_rejects=max_rejects,
+        holdout_every=holdout_every,
+        holdout_output=holdout_output,
+        overwrite=overwrite,
+    )
+    for folder, manifest in zip((output, holdout_output), manifests, strict=False):
+        bytes_per_token = manifest["bytes"] / manifest["tokens"]
+        print(f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {bytes_per_token:.2f} bytes/token")
+    if manifests[0]["rejects"]:
+        print(f"{len(manifests[0]['rejects'])} documents rejected, listed in the manifest")
+
+
+@app.command()
+def pack(
+    tokenized: Annotated[list[str], typer.Argument(metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False)],
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the sequences.")] = 1234,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pack documents into sequences; only documents longer than a sequence are cut."""
+    from data_tools.packed_output import pack as pack_folders
+
+    manifest = pack_folders(tokenized, sequence_length, output, seed=seed, overwrite=overwrite)
+    room = manifest["sequences"] * sequence_length
+    print(
+        f"{output}: {manifest['sequences']:,} sequences of {sequence_length:,} tokens, padding {manifest['padding_tokens'] / room:.4%}, "
+        f"{manifest['cut_documents']:,} of {manifest['documents']:,} documents cut"
+    )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="Folder written by `tokenize` or `pack`.", show_default=False)],
+    samples: Annotated[int, typer.Option(min=0, help="Documents or sequences to show.")] = 2,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer; without it, samples are shown as ids.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its SHA-256.")] = False,
+) -> None:
+    """Show counts, lengths and samples of a tokenized or packed folder."""
+    from rich.console import Console
+
+    from data_tools.inspection import inspect as inspect_folder
+
+    inspect_folder(folder, Console(highlight=False), num_samples=samples, tokenizer_path=tokenizer, verify=verify)
+
+
+def main() -> None:
+    """Run the command line. An error the user can put right is one message on stderr and exit code 2."""
+    try:
+        app()
+    except DataFormatError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail("no space left on the disk of the output; what had been written was removed")
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"hunyuan-data: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _extensions(given: list[str] | None) -> list[str]:
+    from data_tools.corpus import DEFAULT_EXTENSIONS
+
+    return [extension if extension.startswith(".") else f".{extension}" for extension in given or DEFAULT_EXTENSIONS]
+
+
+if __name__ == "__main__":
+    main()

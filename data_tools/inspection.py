@@ -1,0 +1,150 @@
+"""What a tokenized or packed folder holds, for a person to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import MANIFEST, manifest_format
+from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.packed_format import PACKED_FORMAT
+from hunyuan_pretrain.data.tokenizer import Tokenizer
+
+_SHOWN_CHARACTERS = 240
+_SHOWN_PIECES = 6
+
+
+def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: str | None, verify: bool) -> None:
+    """Print counts, the distribution of lengths and `num_samples` decoded samples of a tokenized or packed folder.
+
+    `verify` also reads every file and compares it with its SHA-256. Raises DataFormatError if the folder is neither kind or damaged, or if
+    the tokenizer is not the one it was written with.
+    """
+    kind = manifest_format(folder)
+    if kind not in (TOKENIZED_FORMAT, PACKED_FORMAT):
+        raise DataFormatError(f"{Path(folder) / MANIFEST}: not written by `hunyuan-data tokenize` or `pack`; give a folder that is")
+    tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path else None
+    packed = PackedDataset(folder) if kind == PACKED_FORMAT else None
+    tokenized = TokenizedDataset(folder) if packed is None else None
+    found = packed.index.tokenizer_digest if packed else tokenized.tokenizer_digest if tokenized else ""
+    if tokenizer and tokenizer.digest != found:
+        raise DataFormatError(
+            f"{folder}: written with tokenizer {found[:12]}..., but {tokenizer_path} is {tokenizer.digest[:12]}...; "
+            "give the tokenizer of the data"
+        )
+    if packed:
+        _print_packed(packed, console)
+    elif tokenized:
+        _print_tokenized(tokenized, console)
+    if verify:
+        (packed.index if packed else tokenized).verify()  # type: ignore[union-attr]
+        console.print("every file has the SHA-256 of its manifest")
+    if packed:
+        for number in _spread(len(packed), num_samples):
+            _print_sequence(packed, number, tokenizer, console)
+    elif tokenized:
+        for number in _spread(tokenized.num_documents, num_samples):
+            console.rule(f"document {number}, {tokenized.lengths[number]:,} tokens", align="left")
+            console.print(_text(tokenized.document(number), tokenizer))
+
+
+def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
+    manifest = dataset.manifest
+    rows = [
+        ("documents", f"{dataset.num_documents:,}"),
+        ("tokens", f"{dataset.num_tokens:,} ({dataset.dtype})"),
+        ("bytes of text", f"{manifest.get('bytes', 0):,} ({manifest.get('bytes', 0) / dataset.num_tokens:.2f} a token)"),
+        ("left out", f"{manifest.get('empty_documents', 0):,} empty, {len(manifest.get('rejects', [])):,} rejected"),
+        ("vocabulary", f"{dataset.vocab_size:,} ids, tokenizer {dataset.tokenizer_digest[:12]}"),
+        *_source_rows(manifest.get("sources", [])),
+    ]
+    _print_rows(f"{dataset.folder}: tokenized", rows, console)
+    _print_histogram("documents by length", dataset.lengths, console)
+
+
+def _print_packed(dataset: PackedDataset, console: Console) -> None:
+    index = dataset.index
+    manifest = index.manifest
+    room = index.num_sequences * index.sequence_length
+    most_pieces = int(np.diff(index.sequence_offsets).max())
+    rows = [
+        ("sequences", f"{index.num_sequences:,} of {index.sequence_length:,} tokens"),
+        ("tokens", f"{manifest['tokens']:,}"),
+        ("padding", f"{manifest['padding_tokens']:,} tokens ({manifest['padding_tokens'] / room:.4%})"),
+        ("documents", f"{manifest['documents']:,}"),
+        ("documents cut", f"{manifest['cut_documents']:,} ({manifest['cut_documents'] / manifest['documents']:.2%})"),
+        ("pieces a sequence", f"{manifest['pieces'] / index.num_sequences:.1f} on average, {most_pieces:,} at most"),
+        ("vocabulary", f"{index.vocab_size:,} ids, tokenizer {index.tokenizer_digest[:12]}"),
+        ("seed", str(manifest["seed"])),
+        *_source_rows(manifest["sources"]),
+    ]
+    _print_rows(f"{index.folder}: packed", rows, console)
+    _print_histogram("pieces by length", index.piece_length, console)
+
+
+def _source_rows(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [("from", f"{source['path']}: {source['documents']:,} documents, {source['tokens']:,} tokens") for source in sources]
+
+
+def _print_rows(title: str, rows: list[tuple[str, str]], console: Console) -> None:
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def _print_histogram(title: str, lengths: np.ndarray, console: Console) -> None:
+    table = Table("tokens", "number", "share", "share of tokens", title=title, title_justify="left")
+    doubling = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    numbers = np.bincount(doubling)
+    tokens = np.bincount(doubling, weights=lengths.astype(np.float64))
+    for power in np.flatnonzero(numbers).tolist():
+        span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+        table.add_row(span, f"{numbers[power]:,}", f"{numbers[power] / len(lengths):.1%}", f"{tokens[power] / tokens.sum():.1%}")
+    console.print(table)
+
+
+def _print_sequence(dataset: PackedDataset, number: int, tokenizer: Tokenizer | None, console: Console) -> None:
+    sequence = dataset[number]
+    pieces = dataset.documents(number)
+    console.rule(f"sequence {number}: {len(pieces)} pieces, {int(sequence.loss_mask.sum()):,} labels", align="left")
+    begin = 0
+    for document, start, length in pieces[:_SHOWN_PIECES]:
+        console.print(f"[bold]document {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
+        console.print(_text(sequence.tokens[begin : begin + length], tokenizer))
+        begin += length
+    if len(pieces) > _SHOWN_PIECES:
+        console.print(f"[bold]{len(pieces) - _SHOWN_PIECES} more pieces[/bold]")
+    padding = dataset.sequence_length - sum(length for _, _, length in pieces)
+    if padding:
+        console.print(f"[bold]padding, {padding:,} tokens[/bold]")
+
+
+def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
+    """Beginning and end of a piece: its text, or its ids if there is no tokenizer."""
+    if tokenizer is None:
+        shown = [str(token) for token in ids[:16].tolist()]
+        return " ".join([*shown, "..."] if len(ids) > 16 else shown)
+    if len(ids) <= 2 * _SHOWN_CHARACTERS:
+        text = tokenizer.decode(ids)
+    else:
+        # Enough ids for the characters shown on both sides; a long piece is not decoded whole.
+        text = tokenizer.decode(ids[:_SHOWN_CHARACTERS]) + tokenizer.decode(ids[-_SHOWN_CHARACTERS:])
+    if len(text) > _SHOWN_CHARACTERS or len(ids) > 2 * _SHOWN_CHARACTERS:
+        text = f"{text[: _SHOWN_CHARACTERS // 2]} [...] {text[-_SHOWN_CHARACTERS // 2 :]}"
+    return escape(text)
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    """Up to `wanted` numbers below `total`, evenly apart."""
+    wanted = min(total, wanted)
+    return [i * total // wanted for i in range(wanted)]

@@ -1,0 +1,44 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere. Both go to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressReport:
+    """Shows how much of `total` units is done; used as a context manager."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._last_line = time.monotonic()
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            title_column, note_column = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+            self._bar = Progress(title_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), note_column, console=console)
+            self._task = self._bar.add_task(title, total=total, note="")
+
+    def __enter__(self) -> ProgressReport:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, units: int, note: str) -> None:
+        """Another `units` are done; `note` is what to say beside the share."""
+        self._done += units
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, note=note)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{self._title}: {self._done / max(self._total, 1):.0%}, {note}", file=sys.stderr, flush=True)

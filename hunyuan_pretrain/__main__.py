@@ -1,0 +1,6 @@
+"""`python -m hunyuan_pretrain` is the command hunyuan-pretrain."""
+
+from hunyuan_pretrain.cli import main
+
+if __name__ == "__main__":
+    main()

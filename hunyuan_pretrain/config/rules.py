@@ -1,0 +1,319 @@
+"""Rules that span several fields, a small function each.
+
+Every rule yields the problems it finds; `check` gathers them all into one ConfigError. A rule that would divide by a value
+which another rule refuses stays silent: the other one speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, Problem, StageConfig
+
+NOT_YET = "not supported by this version yet: only data and expert parallelism are proven equal to one rank"
+
+
+def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
+    """Refuse an experiment that cannot run.
+
+    `world_size`: ranks of the job, where they are known; otherwise parallel.world_size, and without that one only the rules
+    that hold for every number of ranks are applied. `source` heads the message; default: the experiment's name.
+    Raises ConfigError with every violation in one message.
+    """
+    found = find_problems(experiment, world_size)
+    if found:
+        raise ConfigError(source or experiment.name, found)
+
+
+def check_model(model: ModelConfig, source: str = "model") -> None:
+    """Refuse an architecture that cannot be built; raises ConfigError with every violation."""
+    found = [problem for rule in MODEL_RULES for problem in rule(model)]
+    if found:
+        raise ConfigError(source, found)
+
+
+def find_problems(experiment: Experiment, world_size: int | None = None) -> list[Problem]:
+    """Every violation of `check`, as a list."""
+    found = [problem for rule in MODEL_RULES for problem in rule(experiment.model)]
+    found += [problem for rule in EXPERIMENT_RULES for problem in rule(experiment)]
+    found += world_size_rules(experiment, world_size)
+    return found
+
+
+def find_warnings(experiment: Experiment) -> list[Problem]:
+    """Settings that are legal but take effect only partly; the run prints them once and keeps them in its folder."""
+    return [problem for rule in WARNING_RULES for problem in rule(experiment)]
+
+
+def data_parallel_size(experiment: Experiment, world_size: int) -> int:
+    """Ranks that hold different sequences: world_size / (TP * PP * CP)."""
+    parallel = experiment.parallel
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size)
+
+
+def smallest_world_size(experiment: Experiment) -> int:
+    """Fewest ranks that the layout divides: the least common multiple of TP*PP*CP and ETP*EP*PP."""
+    parallel = experiment.parallel
+    dense = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    expert = parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return math.lcm(dense, expert)
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """The multiples of `step` on both sides of `value`, as a hint."""
+    below = value // step * step
+    return f"use {below} or {below + step}" if below else f"use {step}"
+
+
+def nearest_divisors(value: int, number: int) -> str:
+    """The divisors of `number` on both sides of `value`, as a hint."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = [d for d in divisors if d < value][-1:]
+    above = [d for d in divisors if d > value][:1]
+    return "use " + " or ".join(str(d) for d in below + above)
+
+
+# --- the architecture ---------------------------------------------------------------------------------------------------------
+
+
+def hidden_size_splits_into_heads(model: ModelConfig) -> Iterator[Problem]:
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    if model.kv_channels is None and hidden % heads:
+        hint = f"{nearest_multiples(hidden, heads)}, or set model.kv_channels"
+        yield Problem("model.hidden_size", hidden, f"{heads} heads, {hidden} % {heads} != 0 and model.kv_channels is null", hint)
+
+
+def heads_split_into_query_groups(model: ModelConfig) -> Iterator[Problem]:
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if heads % groups:
+        yield Problem("model.num_query_groups", groups, f"{heads} heads, {heads} % {groups} != 0", nearest_divisors(groups, heads))
+
+
+def head_dim_is_even(model: ModelConfig) -> Iterator[Problem]:
+    width = model.head_dim
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        return
+    if width < 4 or width % 2:
+        path = "model.kv_channels" if model.kv_channels else "model.num_attention_heads"
+        value = model.kv_channels or model.num_attention_heads
+        yield Problem(path, value, f"head width {width} must be even and at least 4, since RoPE rotates pairs", nearest_even(width))
+
+
+def nearest_even(width: int) -> str:
+    return "use a head width of 4" if width < 4 else f"use a head width of {width - 1} or {width + 1}"
+
+
+def layers_split_into_cla_groups(model: ModelConfig) -> Iterator[Problem]:
+    layers, share = model.num_layers, model.cla_share_factor
+    if layers % share:
+        hint = f"{nearest_multiples(layers, share)}, or cla_share_factor 1"
+        yield Problem("model.num_layers", layers, f"CLA groups of {share} layers, {layers} % {share} != 0", hint)
+
+
+def topk_is_within_experts(model: ModelConfig) -> Iterator[Problem]:
+    topk, experts = model.moe_router_topk, model.num_moe_experts
+    if topk > experts:
+        yield Problem("model.moe_router_topk", topk, f"more than the {experts} experts of model.num_moe_experts", f"use 1 to {experts}")
+
+
+def recycling_needs_a_capacity(model: ModelConfig) -> Iterator[Problem]:
+    if model.recycle_routing and model.moe_expert_capacity_factor is None:
+        rule = "without a capacity no expert is ever full, so nothing can be recycled"
+        yield Problem("model.recycle_routing", True, rule, "set model.moe_expert_capacity_factor, such as 1.0, or recycle_routing false")
+
+
+# --- the layout ---------------------------------------------------------------------------------------------------------------
+
+
+def only_data_and_expert_parallelism(experiment: Experiment) -> Iterator[Problem]:
+    """To lift: delete this rule when the axis has a test that N ranks equal one."""
+    parallel = experiment.parallel
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_tensor_parallel_size"):
+        size = getattr(parallel, name)
+        if size > 1:
+            yield Problem(f"parallel.{name}", size, NOT_YET, "use 1")
+    if parallel.sequence_parallel:
+        yield Problem("parallel.sequence_parallel", True, NOT_YET, "use false")
+
+
+def experts_split_over_ranks(experiment: Experiment) -> Iterator[Problem]:
+    experts, size = experiment.model.num_moe_experts, experiment.parallel.expert_model_parallel_size
+    if experts % size:
+        rule = f"{experts} experts, {experts} % {size} != 0"
+        yield Problem("parallel.expert_model_parallel_size", size, rule, nearest_divisors(size, experts))
+
+
+def tensor_parallel_divides(experiment: Experiment) -> Iterator[Problem]:
+    size = experiment.parallel.tensor_model_parallel_size
+    names = ("padded_vocab_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    values = {name: getattr(experiment.model, name) for name in names}
+    broken = [f"{name} {value} % {size} != 0" for name, value in values.items() if value % size]
+    if broken:
+        hint = nearest_divisors(size, math.gcd(*values.values()))
+        yield Problem("parallel.tensor_model_parallel_size", size, f"must divide the model: {', '.join(broken)}", hint)
+
+
+def expert_tensor_parallel_divides(experiment: Experiment) -> Iterator[Problem]:
+    width, size = experiment.model.expert_ffn_size, experiment.parallel.expert_tensor_parallel_size
+    if width % size:
+        rule = f"routed experts are {width} wide, {width} % {size} != 0"
+        yield Problem("parallel.expert_tensor_parallel_size", size, rule, nearest_divisors(size, width))
+
+
+def sequence_parallel_needs_tensor_parallel(experiment: Experiment) -> Iterator[Problem]:
+    parallel = experiment.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        rule = "splits over the tensor-parallel ranks, and there is only one"
+        yield Problem("parallel.sequence_parallel", True, rule, "set parallel.tensor_model_parallel_size above 1, or false")
+
+
+def param_gather_overlap_needs_its_base(experiment: Experiment) -> Iterator[Problem]:
+    parallel = experiment.parallel
+    if not parallel.overlap_param_gather:
+        return
+    missing = [name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(parallel, name)]
+    if missing:
+        needs = " and ".join(f"parallel.{name}" for name in missing)
+        yield Problem("parallel.overlap_param_gather", True, f"needs {needs}", f"set {needs} to true, or this to false")
+
+
+def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator[Problem]:
+    """Rules that need the number of ranks; `world_size` is that of the job, None where only the config speaks."""
+    parallel = experiment.parallel
+    if world_size is not None and parallel.world_size is not None and world_size != parallel.world_size:
+        rule = f"the job has {world_size} ranks"
+        hint = f"start {parallel.world_size} ranks, or set parallel.world_size to {world_size} or null"
+        yield Problem("parallel.world_size", parallel.world_size, rule, hint)
+    ranks = world_size or parallel.world_size
+    unit = smallest_world_size(experiment)
+    if ranks is None:
+        for index, stage in enumerate(experiment.stages):
+            yield from batch_splits(index, stage, 1)
+    elif ranks % unit:
+        dense = "tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size"
+        expert = "expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size"
+        rule = f"not a multiple of {unit}, which {dense} and {expert} must divide"
+        yield Problem("parallel.world_size", ranks, rule, nearest_multiples(ranks, unit))
+    else:
+        for index, stage in enumerate(experiment.stages):
+            yield from batch_splits(index, stage, data_parallel_size(experiment, ranks))
+
+
+def batch_splits(index: int, stage: StageConfig, data_parallel: int) -> Iterator[Problem]:
+    batch, micro = stage.global_batch_sequences, stage.micro_batch_sequences
+    if batch % (micro * data_parallel):
+        over = f" * {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
+        rule = f"not a multiple of micro_batch_sequences {micro}{over} = {micro * data_parallel}"
+        yield Problem(f"stages.{index}.global_batch_sequences", batch, rule, nearest_multiples(batch, micro * data_parallel))
+
+
+# --- the recipe ---------------------------------------------------------------------------------------------------------------
+
+
+def routing_group_divides_sequences(experiment: Experiment) -> Iterator[Problem]:
+    group = experiment.model.moe_routing_group_tokens
+    for index, stage in enumerate(experiment.stages):
+        length = stage.sequence_length
+        if length % group:
+            rule = f"not a multiple of model.moe_routing_group_tokens {group}"
+            hint = f"{nearest_multiples(length, group)}, or a routing group of {math.gcd(length, group)}"
+            yield Problem(f"stages.{index}.sequence_length", length, rule, hint)
+
+
+def one_source_of_the_expert_lr(experiment: Experiment) -> Iterator[Problem]:
+    ratio, noise = experiment.optimizer.expert_lr_ratio, experiment.optimizer.expert_lr_noise_scale_tokens
+    if ratio is None and noise is None:
+        rule = "expert_lr_ratio and expert_lr_noise_scale_tokens are both null"
+        yield Problem("optimizer.expert_lr_ratio", None, rule, "set exactly one, such as expert_lr_ratio 0.31")
+    elif ratio is not None and noise is not None:
+        rule = f"expert_lr_noise_scale_tokens={noise:g} is set too, and the ratio would be computed from it"
+        yield Problem("optimizer.expert_lr_ratio", ratio, rule, "set exactly one, the other null")
+
+
+def betas_are_decays(experiment: Experiment) -> Iterator[Problem]:
+    for name in ("adam_beta1", "adam_beta2"):
+        beta = getattr(experiment.optimizer, name)
+        if not 0 <= beta < 1:
+            yield Problem(f"optimizer.{name}", beta, "must be at least 0 and below 1", "use 0.9 or 0.95" if beta >= 1 else "use 0")
+
+
+def stage_names_are_unique(experiment: Experiment) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, stage in enumerate(experiment.stages):
+        if stage.name in first:
+            rule = f"stages.{first[stage.name]} has this name already"
+            yield Problem(f"stages.{index}.name", stage.name, rule, f"use {stage.name}_{index}")
+        first.setdefault(stage.name, index)
+
+
+def stages_have_a_learning_rate(experiment: Experiment) -> Iterator[Problem]:
+    start = 0.0
+    for index, stage in enumerate(experiment.stages):
+        if stage.lr_end > 1:
+            rule = "a fraction of optimizer.lr, which is the peak"
+            yield Problem(f"stages.{index}.lr_end", stage.lr_end, rule, "use 1.0, or raise optimizer.lr")
+        elif stage.lr_end == 0 and (start == 0 or stage.lr_shape == "constant"):
+            rule = "the learning rate is 0 throughout the stage, which would train nothing"
+            yield Problem(f"stages.{index}.lr_end", stage.lr_end, rule, "use a value above 0")
+        start = stage.lr_end
+
+
+# --- warnings -----------------------------------------------------------------------------------------------------------------
+
+
+def capacity_below_one_drops(experiment: Experiment) -> Iterator[Problem]:
+    factor = experiment.model.moe_expert_capacity_factor
+    if factor is not None and factor < 1:
+        rule = f"the experts have room for {factor:.0%} of the tokens; the others are dropped even with recycle_routing"
+        yield Problem("model.moe_expert_capacity_factor", factor, rule, "use 1.0")
+
+
+def peak_is_reached(experiment: Experiment) -> Iterator[Problem]:
+    highest = max(stage.lr_end for stage in experiment.stages)
+    if highest < 1:
+        rule = f"no stage reaches it: the highest lr_end is {highest:g}"
+        yield Problem("optimizer.lr", experiment.optimizer.lr, rule, "set lr_end 1.0 in the stage that reaches the peak")
+
+
+def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Problem]:
+    checkpoint = experiment.checkpoint
+    if checkpoint.keep_last is not None and checkpoint.save_every_steps is None:
+        rule = "checkpoint.save_every_steps is null: there is one checkpoint a job, so only resumed jobs leave any to remove"
+        yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, "set checkpoint.save_every_steps")
+    elif checkpoint.save_every_steps is not None and checkpoint.save_every_steps > total_steps(experiment):
+        rule = f"the run has {total_steps(experiment)} steps, so only its end is saved"
+        yield Problem("checkpoint.save_every_steps", checkpoint.save_every_steps, rule, "use fewer steps")
+
+
+def total_steps(experiment: Experiment) -> int:
+    """Steps of all stages together."""
+    return sum(stage.num_steps for stage in experiment.stages)
+
+
+MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
+    hidden_size_splits_into_heads,
+    heads_split_into_query_groups,
+    head_dim_is_even,
+    layers_split_into_cla_groups,
+    topk_is_within_experts,
+    recycling_needs_a_capacity,
+)
+EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
+    only_data_and_expert_parallelism,
+    experts_split_over_ranks,
+    tensor_parallel_divides,
+    expert_tensor_parallel_divides,
+    sequence_parallel_needs_tensor_parallel,
+    param_gather_overlap_needs_its_base,
+    routing_group_divides_sequences,
+    one_source_of_the_expert_lr,
+    betas_are_decays,
+    stage_names_are_unique,
+    stages_have_a_learning_rate,
+)
+WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
+    capacity_below_one_drops,
+    peak_is_reached,
+    keep_last_has_something_to_remove,
+)

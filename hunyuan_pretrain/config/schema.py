@@ -1,0 +1,328 @@
+"""The typed experiment: every key of an experiment YAML, with its unit, its meaning and its default.
+
+`Experiment` is what `config.load.load_experiment` returns: frozen, every default filled in. Names follow megatron-core;
+what core lacks takes the name of the Hunyuan-Large report (arXiv 2411.02265). Rules that span several fields are in
+`config/rules.py`. This module must stay cheap to import: no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration: where, what, against which rule, and what would be right."""
+
+    path: str
+    """Dotted path of the field, such as parallel.expert_model_parallel_size."""
+    value: Any
+    """The offending value; `Problem.NO_VALUE` where there is none."""
+    rule: str
+    hint: str = ""
+    """What to write instead: the nearest legal values, or the nearest known name."""
+    where: str = ""
+    """File and line, or the override, that the value came from."""
+
+    NO_VALUE = object()
+
+    def __str__(self) -> str:
+        value = "" if self.value is Problem.NO_VALUE else f"={show_value(self.value)}"
+        hint = f" ({self.hint})" if self.hint else ""
+        where = f" [{self.where}]" if self.where else ""
+        return f"{self.path}{value}: {self.rule}{hint}{where}"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text lists every problem at once and needs no traceback."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        """`source`: the file, or what was being configured; it heads the message."""
+        self.source = source
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+
+
+def show_value(value: Any, longest: int = 60) -> str:
+    """A value as YAML would spell it, on one line, cut after `longest` characters."""
+    if isinstance(value, float):
+        text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    elif isinstance(value, str):
+        # Quotes where YAML would need them, so that "3" does not look like the number 3 in a message about its type.
+        text = f'"{value}"' if value in ("", "true", "false", "null") or value.replace(".", "", 1).isdecimal() else value
+    else:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
+    """RoPE base after NTK-alpha scaling: rotary_base * alpha^(d / (d - 2)), d = head_dim in channels.
+
+    Hunyuan-Large at 256K: base 1e4, alpha 1e5, d = 80 give about 1.34e9 (the report rounds to 1e9).
+    Raises ValueError where head_dim is below 4: with d = 2 there is one frequency, which no base changes.
+    """
+    if head_dim < 4:
+        raise ValueError(f"head_dim={head_dim}: NTK-alpha scaling needs at least 4 channels")
+    return rotary_base * alpha ** (head_dim / (head_dim - 2))
+
+
+def setting(description: str, default: Any = ..., *, unit: str = "", typical: str = "", min_length: int | None = None) -> Any:
+    """A schema field with the three things `hunyuan-pretrain explain` prints beside its default."""
+    return Field(default, description=description, min_length=min_length, json_schema_extra={"unit": unit, "typical": typical})
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values cannot be changed after loading."""
+
+    # defer_build, and default_factory in Experiment: validators are built at first use, which keeps the import under 200 ms.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+
+
+class ModelConfig(Section):
+    """Architecture. Everything here changes what the weights mean; nothing here depends on the machine."""
+
+    num_layers: PositiveInt = setting(
+        "Transformer layers; each is attention followed by a mixture-of-experts FFN.", unit="layers", typical="64"
+    )
+    hidden_size: PositiveInt = setting("Width of the residual stream.", unit="channels", typical="6400")
+    num_attention_heads: PositiveInt = setting("Query heads of each layer.", unit="heads", typical="80")
+    num_query_groups: PositiveInt = setting("Key/value heads of each layer (grouped-query attention).", unit="heads", typical="8")
+    kv_channels: PositiveInt | None = setting(
+        "Width of one head; null means hidden_size / num_attention_heads.", None, unit="channels", typical="80"
+    )
+    ffn_hidden_size: PositiveInt = setting("SwiGLU width of the shared expert.", unit="channels", typical="18304")
+    moe_ffn_hidden_size: PositiveInt | None = setting(
+        "SwiGLU width of each routed expert; null means ffn_hidden_size.", None, unit="channels", typical="18304"
+    )
+    num_moe_experts: PositiveInt = setting("Routed experts of each layer.", unit="experts", typical="16")
+    moe_router_topk: PositiveInt = setting(
+        "Routed experts that each token visits. With 1 the combine weight is the raw softmax probability; with more, the weights are "
+        "renormalised to sum to 1.",
+        1,
+        unit="experts",
+        typical="1",
+    )
+    moe_expert_capacity_factor: PositiveFloat | None = setting(
+        "Slots of an expert in training: ceil(factor * tokens * topk / experts) for each routing group. null: no limit (dropless, and no "
+        "recycling). Evaluation and export never limit. The pretraining value of Hunyuan-Large is unpublished.",
+        1.0,
+        unit="ratio",
+        typical="1.0",
+    )
+    recycle_routing: bool = setting(
+        "Give a token whose expert is full to a random free slot of another expert instead of dropping it.", True, typical="true"
+    )
+    moe_routing_group_tokens: PositiveInt = setting(
+        "Routing group: this many consecutive tokens of one sequence share the experts' capacity and one term of the balance loss. "
+        "Must divide every stage's sequence_length. Small groups let every parallel layout hold whole groups.",
+        512,
+        unit="tokens",
+        typical="512 to 4096",
+    )
+    moe_aux_loss_coeff: NonNegativeFloat = setting(
+        "Coefficient of the balance loss E * sum_e mean(p_e) * mean(chosen_e), on the choice before recycling. Unpublished.",
+        0.001,
+        unit="ratio",
+        typical="0.001 to 0.01",
+    )
+    moe_z_loss_coeff: NonNegativeFloat = setting(
+        "Coefficient of the router z-loss mean(logsumexp(logits)^2).", 0.0, unit="ratio", typical="0 or 0.001"
+    )
+    cla_share_factor: PositiveInt = setting(
+        "Cross-layer attention: consecutive layers that share one key and value projection; the first of each group owns it. "
+        "1 turns it off.",
+        2,
+        unit="layers",
+        typical="2",
+    )
+    qk_layernorm: bool = setting("RMSNorm of each query and key head, after RoPE.", True, typical="true")
+    layernorm_epsilon: PositiveFloat = setting("Epsilon of every RMSNorm.", 1e-5, typical="1e-5")
+    rotary_base: PositiveFloat = setting("RoPE base before the NTK-alpha scaling of the stage.", 10000.0, typical="10000")
+    padded_vocab_size: PositiveInt = setting(
+        "Rows of the embedding: the tokenizer's vocabulary plus padding.", unit="tokens", typical="128512"
+    )
+    share_embeddings_and_output_weights: bool = setting("Tie the output layer to the embedding.", True, typical="true")
+    init_method_std: PositiveFloat = setting("Standard deviation of the weights at initialisation.", 0.02, typical="0.02")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, channels."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """SwiGLU width of one routed expert, channels."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+
+class ParallelConfig(Section):
+    """How the ranks divide the work. The data-parallel size is what is left of the world size."""
+
+    world_size: PositiveInt | None = setting(
+        "Ranks that the job must have; null accepts every number that the layout divides.", None, unit="ranks"
+    )
+    tensor_model_parallel_size: PositiveInt = setting("Ranks that share each weight matrix.", 1, unit="ranks", typical="1 to 8")
+    sequence_parallel: bool = setting("Split norms and residuals over the tensor-parallel ranks too.", False)
+    pipeline_model_parallel_size: PositiveInt = setting("Pipeline stages.", 1, unit="ranks", typical="1 to 16")
+    context_parallel_size: PositiveInt = setting("Ranks that share each sequence.", 1, unit="ranks", typical="1 to 8")
+    expert_model_parallel_size: PositiveInt = setting(
+        "Ranks that share the routed experts of each layer.", 1, unit="ranks", typical="8 to 16"
+    )
+    expert_tensor_parallel_size: PositiveInt = setting("Ranks that share each routed expert.", 1, unit="ranks", typical="1")
+    use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
+    overlap_grad_reduce: bool = setting("Reduce gradients while the backward pass still runs.", False)
+    overlap_param_gather: bool = setting("Gather updated parameters while the next forward pass runs.", False)
+    recompute: Literal["none", "cla_group"] = setting(
+        "Activations kept for the backward pass: all of them, or only the input of each CLA group, the rest being computed again.", "none"
+    )
+
+
+class PrecisionConfig(Section):
+    """Number formats of training."""
+
+    dtype: Literal["bf16", "fp32"] = setting(
+        "Format of weights and activations; with bf16 the optimizer keeps fp32 main weights.", "bf16", typical="bf16"
+    )
+    grad_reduce_in_fp32: bool = setting("Accumulate and reduce gradients in fp32.", True, typical="true")
+
+
+class OptimizerConfig(Section):
+    """AdamW, and the learning rate of the routed experts relative to everything else."""
+
+    lr: PositiveFloat = setting(
+        "Peak learning rate; each stage moves it by a fraction of this. Unpublished for Hunyuan-Large.",
+        unit="1/step",
+        typical="1e-4 to 1e-3",
+    )
+    adam_beta1: float = setting("Decay of the first moment.", 0.9, typical="0.9")
+    adam_beta2: float = setting("Decay of the second moment.", 0.95, typical="0.95")
+    adam_eps: PositiveFloat = setting("Added to the root of the second moment.", 1e-8, typical="1e-8")
+    weight_decay: NonNegativeFloat = setting("Decoupled weight decay of matrices; norm weights have none.", 0.1, typical="0.1")
+    clip_grad: NonNegativeFloat = setting("Global gradient norm is clipped to this; 0 turns clipping off.", 1.0, typical="1.0")
+    expert_lr_ratio: PositiveFloat | None = setting(
+        "Learning rate of routed experts over that of all other weights. null: computed from expert_lr_noise_scale_tokens.",
+        0.31,
+        unit="ratio",
+        typical="0.31",
+    )
+    expert_lr_noise_scale_tokens: PositiveFloat | None = setting(
+        "Gradient noise scale B_noise. Given (with expert_lr_ratio null), the ratio is eps(B*topk/E) / eps(B) with "
+        "eps(B) = 2 eps_max / (sqrt(B_noise/B) + sqrt(B/B_noise)), B the tokens of a global batch.",
+        None,
+        unit="tokens",
+        typical="1e6 to 1e8",
+    )
+
+
+class DataSource(Section):
+    """One packed dataset and its share of a stage."""
+
+    path: str = setting("Folder written by `hunyuan-data pack`, relative to the working directory.")
+    weight: PositiveFloat = setting("Share of the stage's tokens, relative to the other sources of the stage.", 1.0, unit="ratio")
+
+
+class StageConfig(Section):
+    """One phase of training: its length, its data, its positions and where it takes the learning rate."""
+
+    name: str = setting("Name in logs and reports.", typical="warmup, decay, anneal, long_32k")
+    tokens: PositiveInt = setting("Length of the stage, rounded up to whole steps.", unit="tokens")
+    sequence_length: PositiveInt = setting(
+        "Length of a packed sequence; the stage's data must be packed to it.", unit="tokens", typical="4096, 32768, 262144"
+    )
+    global_batch_sequences: PositiveInt = setting("Sequences of one step, over all ranks.", unit="sequences")
+    micro_batch_sequences: PositiveInt = setting(
+        "Sequences that one rank passes through the model at a time.", 1, unit="sequences", typical="1"
+    )
+    rope_alpha: PositiveFloat = setting(
+        "NTK-alpha of this stage: the RoPE base becomes rotary_base * alpha^(d/(d-2)), d the head width.",
+        1.0,
+        typical="1 at 4K, 1e5 at 256K",
+    )
+    lr_end: NonNegativeFloat = setting(
+        "Learning rate at the end of the stage, as a fraction of optimizer.lr. It starts where the stage before ended; "
+        "the first starts at 0.",
+        unit="fraction of optimizer.lr",
+        typical="1.0 after warmup, 0.1 after anneal",
+    )
+    lr_shape: Literal["linear", "cosine", "constant"] = setting(
+        "Path of the learning rate; constant stays at lr_end from the first step.", "cosine"
+    )
+    data: tuple[DataSource, ...] = setting("Packed datasets of the stage, mixed by weight.", min_length=1)
+
+    @property
+    def global_batch_tokens(self) -> int:
+        """Tokens of one step over all ranks."""
+        return self.global_batch_sequences * self.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the stage: tokens / global_batch_tokens, rounded up."""
+        return -(-self.tokens // self.global_batch_tokens)
+
+
+class EvaluationConfig(Section):
+    """Validation during training, dropless, as the exported model will run."""
+
+    data: str | None = setting("Packed dataset that no stage trains on; null turns validation off.", None)
+    every_steps: PositiveInt = setting("Steps between validations; the last step is always validated.", 100, unit="steps")
+    max_sequences: PositiveInt | None = setting("Sequences of one validation; null takes all.", None, unit="sequences")
+    micro_batch_sequences: PositiveInt = setting("Sequences that one rank passes through the model at a time.", 1, unit="sequences")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming. Checkpoints are in <run_dir>/checkpoints/step_NNNNNNN."""
+
+    save_every_steps: PositiveInt | None = setting(
+        "Steps between checkpoints; null saves only at the end or when the job is told to stop.", None, unit="steps"
+    )
+    keep_last: PositiveInt | None = setting(
+        "Complete checkpoints kept; older ones are removed after a newer one is complete. null keeps all.", None
+    )
+    resume: bool = setting("Go on from the newest complete checkpoint of run_dir, if there is one.", True)
+    init_from: str | None = setting("Checkpoint folder whose weights (not optimizer, step or data position) a fresh run starts from.", None)
+
+
+class LoggingConfig(Section):
+    """Where metrics go. <run_dir>/metrics.jsonl is always written."""
+
+    log_every_steps: PositiveInt = setting("Steps between lines of the log and of metrics.jsonl.", 1, unit="steps")
+    tensorboard: bool = setting("Write TensorBoard events to <run_dir>/tensorboard, if tensorboard is installed.", True)
+    wandb: Literal["disabled", "offline", "online"] = setting(
+        "Weights & Biases; offline writes to <run_dir>/wandb and sends nothing.", "offline"
+    )
+    wandb_project: str = setting("Project name in Weights & Biases.", "hunyuan-pretrain")
+
+
+class RuntimeConfig(Section):
+    """The machine."""
+
+    device: Literal["auto", "cuda", "cpu"] = setting("auto takes CUDA if there is one; cuda is an error where there is none.", "auto")
+    cpu_threads_per_rank: PositiveInt | None = setting(
+        "Threads of one rank on CPU; null divides the cores by the ranks of the node.", None, unit="threads"
+    )
+    deterministic: bool = setting("Refuse operations whose result changes from run to run.", True)
+    distributed_timeout_s: PositiveInt = setting("A collective that waits longer than this ends the job.", 600, unit="seconds")
+
+
+class Experiment(Section):
+    """One training run, from the first step to the last."""
+
+    name: str = setting("Name of the experiment in logs.")
+    run_dir: str = setting("Folder of everything the run writes.")
+    seed: NonNegativeInt = setting("Seed of initialisation, data order and recycle routing.", 1234)
+    tokenizer: str = setting("Folder of the tokenizer that the data was tokenized with (`hunyuan-data train-tokenizer`).")
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig
+    stages: tuple[StageConfig, ...] = setting("The phases of training, in order.", min_length=1)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)

@@ -1,0 +1,125 @@
+"""Writing whole folders and files or nothing, and the manifest.json that every data folder carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hunyuan_pretrain.data.errors import DataFormatError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `path` that takes its name when the block ends, and is removed if the block raises.
+
+    `marker` is a file that every folder of this kind holds: with `overwrite` an existing folder is replaced only if it has one,
+    so that a mistyped output never removes somebody's files. Raises DataFormatError if `path` is there and may not be replaced.
+    """
+    path = Path(path)
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty_folder:
+        if not overwrite:
+            raise DataFormatError(f"{path}: already there; choose another output, or pass --overwrite to replace it")
+        if not (path / marker).is_file():
+            raise DataFormatError(f"{path}: not replaced, because it holds no {marker} and so was not written by this command")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    # A leftover of a killed process that had the same number.
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            _flush_to_disk(file)
+        _take_name(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    previous = path.parent / f".{path.name}.{os.getpid()}.previous"
+    path.rename(previous)
+    temporary.rename(path)
+    shutil.rmtree(previous)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file so that `path` holds either what it held before or all of `content`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(content)
+        _flush_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `folder`/manifest.json."""
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def manifest_format(folder: str | Path) -> str:
+    """The `format` of a data folder, "" if its manifest has none. Raises DataFormatError if there is no folder or no readable manifest."""
+    return str(_load_manifest(Path(folder)).get("format", ""))
+
+
+def read_manifest(folder: str | Path, expected_format: str, version: int, written_by: str) -> dict[str, Any]:
+    """The manifest of a folder of the given format and version.
+
+    Raises DataFormatError if the folder or its manifest is missing or unreadable, or if it is of another kind or version;
+    `written_by` is the command the message points to.
+    """
+    folder = Path(folder)
+    manifest = _load_manifest(folder, written_by)
+    if manifest.get("format") != expected_format:
+        found = manifest.get("format", "no format")
+        raise DataFormatError(f"{folder / MANIFEST}: {found}, expected {expected_format}; give a folder written by `{written_by}`")
+    if manifest.get("version") != version:
+        found = manifest.get("version")
+        raise DataFormatError(f"{folder / MANIFEST}: version {found}, this program reads version {version}; run `{written_by}` again")
+    return manifest
+
+
+def manifest_field(folder: str | Path, manifest: dict[str, Any], name: str, kind: type) -> Any:
+    """`manifest[name]`, or DataFormatError if it is missing or not of `kind`."""
+    value = manifest.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = "missing" if name not in manifest else repr(value)
+        raise DataFormatError(f"{Path(folder) / MANIFEST}: {name} is {found}, expected a value of type {kind.__name__}")
+    return value
+
+
+def _load_manifest(folder: Path, written_by: str = "hunyuan-data") -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataFormatError(f"{folder}: no such folder; write it with `{written_by}`")
+    if not path.is_file():
+        raise DataFormatError(f"{path}: missing; give a folder written by `{written_by}`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataFormatError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(manifest, dict):
+        raise DataFormatError(f"{path}: a JSON object is expected, found {type(manifest).__name__}")
+    return manifest

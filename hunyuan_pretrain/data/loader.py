@@ -1,0 +1,177 @@
+"""The batches of one data-parallel rank.
+
+The global batch of a step is fixed by the seed alone. Micro-batch m of rank r takes micro_batch_sequences of its sequences, from
+(m * dp_size + r) * micro_batch_sequences on; so ranks and micro-batches only deal the same sequences out, and a run goes on exactly with
+another number of ranks. There is no state to save: the step is the state.
+
+Shapes: T = micro_batch_sequences * S tokens, the sequences one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.mixture import Mixture, source_path
+from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank passes through the model at a time; tensors on the CPU."""
+
+    tokens_T: torch.Tensor
+    """int64."""
+    labels_T: torch.Tensor
+    """int64, the token to predict at each position."""
+    loss_mask_T: torch.Tensor
+    """float32, 1 where the label counts and 0 elsewhere."""
+    positions_T: torch.Tensor
+    """int64, from 0 in each piece of a document."""
+    cu_seqlens: torch.Tensor
+    """(pieces + 1,) int32, borders of pieces over all of T; every end of a sequence is one."""
+    max_seqlen: int
+    """Tokens of the longest piece."""
+    sequence_ids: torch.Tensor
+    """(micro_batch_sequences,) int64, the place of each sequence in the global batch of the step."""
+
+
+class StepLoader:
+    """Micro-batches of one rank by global step, counted from 0 over all stages; the next step is read while the model works on this one.
+
+    Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another sequence length than the stage's, was
+    tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), or has ids beyond the embedding.
+    """
+
+    def __init__(self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None) -> None:
+        assert 0 <= dp_rank < dp_size
+        self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
+        self._datasets: dict[str, PackedDataset] = {}
+        for number, stage in enumerate(experiment.stages):
+            where = f"stages[{number}] ({stage.name})"
+            if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
+                raise DataFormatError(
+                    f"{where}: global_batch_sequences={stage.global_batch_sequences} is not a multiple of data-parallel size {dp_size} x "
+                    f"micro_batch_sequences {stage.micro_batch_sequences} = {dp_size * stage.micro_batch_sequences}"
+                )
+            for source in stage.data:
+                path = source_path(source.path)
+                if path not in self._datasets:
+                    self._datasets[path] = open_packed(path, experiment.model.padded_vocab_size, tokenizer_digest)
+                found = self._datasets[path].sequence_length
+                if found != stage.sequence_length:
+                    raise DataFormatError(
+                        f"{path}: packed to sequences of {found} tokens, but {where} has sequence_length={stage.sequence_length}; "
+                        f"set it to {found}, or run `hunyuan-data pack --sequence-length {stage.sequence_length}`"
+                    )
+        sizes = {path: len(dataset) for path, dataset in self._datasets.items()}
+        self.mixture = Mixture(experiment.stages, sizes, experiment.seed)
+        self.first_steps = np.cumsum([0] + [stage.num_steps for stage in experiment.stages])
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages together."""
+        return int(self.first_steps[-1])
+
+    def stage_of_step(self, step: int) -> tuple[int, int]:
+        """(stage, step within it) of a global step, both from 0."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        stage = int(np.searchsorted(self.first_steps, step, side="right")) - 1
+        return stage, step - int(self.first_steps[stage])
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a global step, in the order in which they run."""
+        self.stage_of_step(step)
+        prefetched, self._next = self._next, None
+        batches = prefetched[1].result() if prefetched and prefetched[0] == step else self._read(step)
+        if step + 1 < self.num_steps:
+            self._next = (step + 1, self._thread.submit(self._read, step + 1))
+        return batches
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, step: int) -> list[MicroBatch]:
+        stage_number, step_in_stage = self.stage_of_step(step)
+        stage = self.experiment.stages[stage_number]
+        places = _places_of_rank(stage.global_batch_sequences, stage.micro_batch_sequences, self.dp_rank, self.dp_size)
+        sources, rows = self.mixture.lookup(stage_number, step_in_stage * stage.global_batch_sequences + places)
+        datasets = [self._datasets[path] for path in self.mixture.sources]
+        return [
+            _collate([datasets[source][row] for source, row in zip(sources[m].tolist(), rows[m].tolist(), strict=True)], places[m])
+            for m in range(len(places))
+        ]
+
+
+class EvaluationLoader:
+    """The first sequences of the validation data in fixed order, dealt out over the ranks; every rank has as many micro-batches.
+
+    Where the sequences do not go round, wholly masked ones fill up; their `sequence_ids` are `num_sequences` and above. The experiment must
+    have `evaluation.data`. Raises DataFormatError as StepLoader does.
+    """
+
+    def __init__(self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None) -> None:
+        assert 0 <= dp_rank < dp_size
+        evaluation = experiment.evaluation
+        assert evaluation.data is not None, "evaluation.data is null"
+        self._dataset = open_packed(evaluation.data, experiment.model.padded_vocab_size, tokenizer_digest)
+        self.sequence_length = self._dataset.sequence_length
+        self.num_sequences = min(len(self._dataset), evaluation.max_sequences or len(self._dataset))
+        at_a_time = dp_size * evaluation.micro_batch_sequences
+        self._places = _places_of_rank(-(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for places in self._places:
+            yield _collate([self._sequence(place) for place in places.tolist()], places)
+
+    def _sequence(self, place: int) -> PackedSequence:
+        if place < self.num_sequences:
+            return self._dataset[place]
+        size = self.sequence_length
+        padding = np.full(size, self._dataset.index.pad_id, dtype=np.int64)
+        border = np.array([0, size], dtype=np.int32)
+        return PackedSequence(padding, padding, np.zeros(size, dtype=np.float32), np.arange(size), border)
+
+
+def open_packed(path: str, padded_vocab_size: int, tokenizer_digest: str | None) -> PackedDataset:
+    """A packed dataset whose ids all have a row in the embedding. Raises DataFormatError."""
+    dataset = PackedDataset(path, tokenizer_digest)
+    if dataset.index.vocab_size > padded_vocab_size:
+        raise DataFormatError(
+            f"{path}: tokenized with a vocabulary of {dataset.index.vocab_size} ids, but model.padded_vocab_size={padded_vocab_size}; "
+            f"set it to at least {dataset.index.vocab_size}"
+        )
+    return dataset
+
+
+def _places_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Places of a rank's sequences in the global batch: (micro-batches, micro_batch) int64."""
+    return np.arange(global_batch).reshape(-1, dp_size, micro_batch)[:, dp_rank]
+
+
+def _collate(sequences: list[PackedSequence], places: np.ndarray) -> MicroBatch:
+    size = len(sequences[0].tokens)
+    # The end of each sequence is the start of the next, so it is written once.
+    borders = [np.zeros(1, dtype=np.int32)] + [sequence.cu_seqlens[1:] + np.int32(i * size) for i, sequence in enumerate(sequences)]
+    return MicroBatch(
+        tokens_T=torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences])),
+        labels_T=torch.from_numpy(np.concatenate([sequence.labels for sequence in sequences])),
+        loss_mask_T=torch.from_numpy(np.concatenate([sequence.loss_mask for sequence in sequences])),
+        positions_T=torch.from_numpy(np.concatenate([sequence.positions for sequence in sequences])),
+        cu_seqlens=torch.from_numpy(np.concatenate(borders)),
+        max_seqlen=max(int(np.diff(sequence.cu_seqlens).max()) for sequence in sequences),
+        sequence_ids=torch.from_numpy(places.copy()),
+    )

@@ -1,0 +1,99 @@
+"""Packed sequences as a model trains on them.
+
+Shapes: S is the sequence length. A piece of n tokens takes n positions. The label of its last position is the next token of the same
+document if the document goes on beyond the piece; otherwise nothing is predicted there. So no document is ever predicted from another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.packed_format import PackedIndex
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One packed sequence."""
+
+    tokens: np.ndarray
+    """(S,) int64; the tail padding holds the pad id."""
+    labels: np.ndarray
+    """(S,) int64, the token to predict at each position; the pad id where nothing is predicted."""
+    loss_mask: np.ndarray
+    """(S,) float32, 1 where the label counts and 0 elsewhere."""
+    positions: np.ndarray
+    """(S,) int64, from 0 in each piece and in the tail padding."""
+    cu_seqlens: np.ndarray
+    """(pieces + 1,) int32, or (pieces + 2,) with tail padding: the borders between which attention stays; from 0 to S."""
+
+
+class PackedDataset:
+    """The sequences of a packed folder by number; nothing is read before a sequence is asked for.
+
+    Raises DataFormatError if the folder cannot be opened (see `PackedIndex`), or if `expected_tokenizer_digest` is given and is not that
+    of the data.
+    """
+
+    def __init__(self, path: str | Path, expected_tokenizer_digest: str | None = None) -> None:
+        self.index = PackedIndex(path)
+        self.sequence_length = self.index.sequence_length
+        if expected_tokenizer_digest not in (None, self.index.tokenizer_digest):
+            found, expected = self.index.tokenizer_digest[:12], str(expected_tokenizer_digest)[:12]
+            raise DataFormatError(
+                f"{path}: tokenized with tokenizer {found}..., but this run has {expected}...; tokenize the data with the tokenizer of "
+                "the run, or point the run at the tokenizer of the data"
+            )
+        self._ramp = np.arange(self.sequence_length, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.index.num_sequences
+
+    def __getitem__(self, number: int) -> PackedSequence:
+        index, size = self.index, self.sequence_length
+        if not 0 <= number < len(self):
+            raise IndexError(f"sequence {number} of {len(self)}")
+        pieces = slice(int(index.sequence_offsets[number]), int(index.sequence_offsets[number + 1]))
+        lengths = index.piece_length[pieces]
+        num_pieces, filled = len(lengths), int(lengths.sum())
+        if filled > size:
+            raise DataFormatError(f"{index.folder}: sequence {number} holds {filled} tokens, more than {size}; pack again")
+        cu_seqlens = np.zeros(num_pieces + 1 + (filled < size), dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1 : num_pieces + 1])
+        cu_seqlens[-1] = size
+
+        tokens = np.full(size, index.pad_id, dtype=np.int64)
+        labels = np.full(size, index.pad_id, dtype=np.int64)
+        loss_mask = np.zeros(size, dtype=np.float32)
+        loss_mask[:filled] = 1.0
+        positions = np.empty(size, dtype=np.int64)
+        positions[filled:] = self._ramp[: size - filled]
+        end = 0
+        for source, document, start, length in self._locate(pieces, lengths):
+            begin, end = end, end + length
+            first = source.start(document) + start
+            stream = source.tokens[first : first + length + 1]
+            tokens[begin:end] = stream[:length]
+            positions[begin:end] = self._ramp[:length]
+            if start + length < source.lengths[document]:
+                labels[begin:end] = stream[1:]
+            else:
+                labels[begin : end - 1] = stream[1:length]
+                loss_mask[end - 1] = 0.0
+        return PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
+
+    def documents(self, number: int) -> list[tuple[int, int, int]]:
+        """(document, first token within it, tokens) of each piece of a sequence; documents are numbered over all sources."""
+        pieces = slice(int(self.index.sequence_offsets[number]), int(self.index.sequence_offsets[number + 1]))
+        columns = (self.index.piece_document[pieces], self.index.piece_start[pieces], self.index.piece_length[pieces])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def _locate(self, pieces: slice, lengths: np.ndarray) -> list[tuple]:
+        documents = self.index.piece_document[pieces].astype(np.int64)
+        source_numbers = np.searchsorted(self.index.first_documents, documents, side="right") - 1
+        documents -= self.index.first_documents[source_numbers]
+        sources = [self.index.sources[number] for number in source_numbers.tolist()]
+        return list(zip(sources, documents.tolist(), self.index.piece_start[pieces].tolist(), lengths.tolist(), strict=True))

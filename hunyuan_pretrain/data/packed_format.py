@@ -1,0 +1,131 @@
+"""The packed dataset on disk: an index over tokenized folders. No token is copied, so packing again to another length costs little.
+
+A packed folder holds, beside manifest.json, four numpy arrays: `sequence_offsets` (sequences + 1,), and per piece `piece_document`,
+`piece_start` and `piece_length` (see `packing.Packing`). Documents are numbered over the tokenized folders in the order of the manifest's
+`sources`, whose paths are relative to the packed folder and which are recognised by their digests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
+from hunyuan_pretrain.data.indexed import TokenizedDataset, check_digest, file_digest
+from hunyuan_pretrain.data.packing import Packing
+
+PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 1
+ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
+
+
+def check_sources(sources: Sequence[TokenizedDataset]) -> None:
+    """Raise DataFormatError unless all sources were tokenized with one tokenizer and none is given twice."""
+    first = sources[0]
+    seen: dict[Path, Path] = {}
+    for source in sources:
+        if source.tokenizer_digest != first.tokenizer_digest:
+            raise DataFormatError(
+                f"{source.folder}: tokenizer {source.tokenizer_digest[:12]}..., but {first.folder} has {first.tokenizer_digest[:12]}...; "
+                "all sources of a packed dataset must be tokenized with one tokenizer"
+            )
+        resolved = source.folder.resolve()
+        if resolved in seen:
+            raise DataFormatError(f"{source.folder}: given twice; its documents would be trained on twice as often (use a weight for that)")
+        seen[resolved] = source.folder
+
+
+def write_packed(folder: Path, packing: Packing, sources: Sequence[TokenizedDataset], seed: int) -> dict[str, Any]:
+    """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the manifest."""
+    digests = {}
+    for name in ARRAYS:
+        path = folder / f"{name}.npy"
+        np.save(path, getattr(packing, name))
+        digests[path.name] = file_digest(path)
+    num_tokens = int(packing.piece_length.sum(dtype=np.int64))
+    manifest = {
+        "format": PACKED_FORMAT,
+        "version": PACKED_VERSION,
+        "sequence_length": packing.sequence_length,
+        "sequences": packing.num_sequences,
+        "pieces": len(packing.piece_document),
+        "documents": sum(source.num_documents for source in sources),
+        "cut_documents": len(np.unique(packing.piece_document[packing.piece_start > 0])),
+        "tokens": num_tokens,
+        "padding_tokens": packing.num_sequences * packing.sequence_length - num_tokens,
+        "seed": seed,
+        "vocab_size": sources[0].vocab_size,
+        "pad_id": sources[0].pad_id,
+        "tokenizer_digest": sources[0].tokenizer_digest,
+        "sources": [
+            {
+                "path": Path(os.path.relpath(source.folder.resolve(), folder.resolve())).as_posix(),
+                "documents": source.num_documents,
+                "tokens": source.num_tokens,
+                "sha256": source.file_digests,
+            }
+            for source in sources
+        ],
+        "sha256": digests,
+    }
+    write_manifest(folder, manifest)
+    return manifest
+
+
+class PackedIndex:
+    """A packed folder opened with its sources, all memory-mapped; opening costs the same for every size.
+
+    Raises DataFormatError if a file is missing, cut short or of another kind, or if a source is not the one that was packed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder, PACKED_FORMAT, PACKED_VERSION, "hunyuan-data pack")
+        self.sequence_length: int = self._field("sequence_length", int)
+        self.num_sequences: int = self._field("sequences", int)
+        self.vocab_size: int = self._field("vocab_size", int)
+        self.pad_id: int = self._field("pad_id", int)
+        self.tokenizer_digest: str = self._field("tokenizer_digest", str)
+        num_pieces: int = self._field("pieces", int)
+        self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1)
+        self.piece_document = self._array("piece_document", num_pieces)
+        self.piece_start = self._array("piece_start", num_pieces)
+        self.piece_length = self._array("piece_length", num_pieces)
+        if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
+            raise DataFormatError(f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again")
+        self.sources = [self._open_source(entry) for entry in self._field("sources", list)]
+        self.first_documents = np.cumsum([0] + [source.num_documents for source in self.sources])
+
+    def verify(self) -> None:
+        """Read every file of the folder and of its sources and compare it with its SHA-256. Raises DataFormatError if one differs."""
+        for name, digest in self._field("sha256", dict).items():
+            check_digest(self.folder / name, digest)
+        for source in self.sources:
+            source.verify()
+
+    def _field(self, name: str, kind: type) -> Any:
+        return manifest_field(self.folder, self.manifest, name, kind)
+
+    def _array(self, name: str, size: int) -> np.ndarray:
+        path = self.folder / f"{name}.npy"
+        if not path.is_file():
+            raise DataFormatError(f"{path}: missing; pack again")
+        try:
+            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise DataFormatError(f"{path}: not readable as a numpy array ({error}); pack again") from None
+        if array.shape != (size,) or array.dtype.kind not in "iu":
+            raise DataFormatError(f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {size:,} integers; pack again")
+        return array
+
+    def _open_source(self, entry: Any) -> TokenizedDataset:
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise DataFormatError(f"{self.folder / MANIFEST}: a source without a path; pack again")
+        source = TokenizedDataset(self.folder.resolve() / entry["path"])
+        if source.file_digests != entry.get("sha256"):
+            raise DataFormatError(f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again")
+        return source

@@ -1,0 +1,246 @@
+"""The tokenizer: tiktoken over a ranks file, Hunyuan-Large's split pattern and 209 special tokens.
+
+A tokenizer folder needs one file, `hy.tiktoken`: one line a token, base64 of its bytes, a space, its rank. Ids of ordinary tokens are
+their ranks; the special tokens follow, in the order of the Hunyuan-Large release, so their ids move with the number of ranks.
+`write_hf_tokenizer` adds the same tokenizer in the format of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import write_file
+
+RANKS_FILE = "hy.tiktoken"
+SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+START, END, BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"
+END_OF_USER, END_OF_SYSTEM = "<|extra_0|>", "<|extra_4|>"
+SPECIAL_TOKENS = (END, START, BOS, EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
+
+CHAT_TEMPLATE = (
+    "{% set offset = 0 %}{{ '<|startoftext|>' }}"
+    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}{{ messages[0]['content'] + '<|extra_4|>' }}{% endif %}"
+    "{% for message in messages[offset:] %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('roles must be an optional system, then user and assistant in turn') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{% if not loop.first %}{{ '<|startoftext|>' }}{% endif %}{{ message['content'] + '<|extra_0|>' }}"
+    "{% else %}{{ message['content'] + '<|eos|>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Text is brought to NFC first; special tokens in text are ordinary characters, never interpreted.
+
+    `ranks` maps the bytes of each ordinary token to its id; it must hold every single byte and the ids 0..n-1.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int]) -> None:
+        self.ranks = dict(ranks)
+        self.special_ids = {name: len(self.ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding("hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_ids)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a folder with hy.tiktoken, or of a ranks file. Raises DataFormatError if it is missing or malformed."""
+        path = Path(path)
+        file = path / RANKS_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise DataFormatError(f"{file}: no such file; a tokenizer is a folder with {RANKS_FILE} (`hunyuan-data train-tokenizer`)")
+        return cls(read_ranks(file))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self.ranks) + len(SPECIAL_TOKENS)
+
+    @property
+    def start_id(self) -> int:
+        """Id of <|startoftext|>, the first token of a document."""
+        return self.special_ids[START]
+
+    @property
+    def end_id(self) -> int:
+        """Id of <|endoftext|>, the last token of a document."""
+        return self.special_ids[END]
+
+    @property
+    def eos_id(self) -> int:
+        """Id of <|eos|>, the last token of an answer in a chat."""
+        return self.special_ids[EOS]
+
+    @property
+    def pad_id(self) -> int:
+        """Id of <|pad|>."""
+        return self.special_ids[PAD]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of everything that decides ids: ranks, split pattern, special tokens, normalisation."""
+        digest = hashlib.sha256(format_ranks(self.ranks))
+        digest.update("\n".join(["NFC", SPLIT_PATTERN, *SPECIAL_TOKENS]).encode())
+        return digest.hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added."""
+        ids: list[int] = self._encode(text).tolist()
+        return ids
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """<|startoftext|>, the ids of `text`, <|endoftext|>: int32, shape (tokens,)."""
+        body = self._encode(text)
+        ids = np.empty(len(body) + 2, dtype=np.int32)
+        ids[0], ids[1:-1], ids[-1] = self.start_id, body, self.end_id
+        return ids
+
+    def _encode(self, text: str) -> np.ndarray:
+        text = unicodedata.normalize("NFC", text)
+        try:
+            ids: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # The split pattern backtracks over white space, on a stack that holds a little under a million characters.
+            raise DataFormatError("a run of white space is too long to split (limit: about 900,000 characters); shorten it") from None
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of `ids`, special tokens by name; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self._encoding.decode([int(i) for i in ids])
+
+    def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation in Hunyuan's layout; ends after <|extra_0|> if the last message is the user's, ready for an answer.
+
+        `messages` are {"role", "content"}: an optional system, then user and assistant in turn. Raises DataFormatError otherwise.
+        """
+        has_system = bool(messages) and messages[0].get("role") == "system"
+        ids = [self.start_id]
+        if has_system:
+            ids += [*self.encode(messages[0]["content"]), self.special_ids[END_OF_SYSTEM]]
+        turns = messages[1:] if has_system else messages
+        if not turns:
+            raise DataFormatError("chat: no user message; expected an optional system message, then user and assistant in turn")
+        for number, message in enumerate(turns):
+            role = ("user", "assistant")[number % 2]
+            if message.get("role") != role:
+                where = number + 1 + has_system
+                raise DataFormatError(f"chat: message {where} has role {message.get('role')!r}, expected {role!r}")
+            if role == "user" and number > 0:
+                ids.append(self.start_id)
+            ids += [*self.encode(message["content"]), self.special_ids[END_OF_USER] if role == "user" else self.eos_id]
+        return ids
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """The ranks of a tiktoken file, in the order of their ids.
+
+    Raises DataFormatError, with the line, for a malformed line or a token or rank that occurs twice; and for a byte without a token or
+    a gap in the ranks.
+    """
+    ranks: dict[bytes, int] = {}
+    line_of_rank: dict[int, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
+        except (ValueError, binascii.Error):
+            token, rank = b"", -1
+        if not token or rank < 0:
+            raise DataFormatError(f"{file}: line {number}: {line[:60]!r} is not base64 of a token, a space and its rank")
+        if token in ranks:
+            raise DataFormatError(f"{file}: line {number}: token {token!r} occurs twice (first on line {line_of_rank[ranks[token]]})")
+        if rank in line_of_rank:
+            raise DataFormatError(f"{file}: line {number}: rank {rank} occurs twice (first on line {line_of_rank[rank]})")
+        ranks[token], line_of_rank[rank] = rank, number
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise DataFormatError(
+            f"{file}: no token for {len(missing)} of 256 single bytes, the first 0x{missing[0]:02x}; text could not be encoded"
+        )
+    gap = next((rank for rank in range(len(ranks)) if rank not in line_of_rank), None)
+    if gap is not None:
+        raise DataFormatError(f"{file}: no token has rank {gap}; {len(ranks)} tokens must have the ranks 0 to {len(ranks) - 1}")
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
+    """The content of a tiktoken file, one line a token, by rank."""
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in by_rank)
+
+
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which AutoTokenizer loads without remote code.
+
+    Ids are equal to `Tokenizer.encode`, except that Hugging Face interprets the names of special tokens inside text. Needs the package
+    `tokenizers`. The end of a text is <|endoftext|>, which is what a pretrained model emits; a chat-tuned model ends on <|eos|>.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    folder = Path(folder)
+    letters = byte_letters()
+    names = {token: "".join(letters[byte] for byte in token) for token in tokenizer.ranks}
+    vocab = {names[token]: rank for token, rank in tokenizer.ranks.items()}
+    merges = [(names[left], names[right]) for left, right in recover_merges(tokenizer.ranks)]
+    fast = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    roles = {"bos_token": START, "eos_token": END, "pad_token": PAD}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **roles,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_file(folder / "tokenizer.json", fast.to_str(pretty=False).encode())
+    write_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_file(folder / "special_tokens_map.json", (json.dumps(roles, indent=2) + "\n").encode())
+
+
+def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair of tokens that tiktoken joins to make each token, by the rank of the result.
+
+    tiktoken joins whichever neighbours form the token of lowest rank. As long as no join crosses the ends of a stretch of bytes, the
+    joins inside it are those of the stretch alone, so a token is only ever made from the two parts its own bytes come to. Tokens whose
+    bytes never come to two parts are found by whole-word lookup alone: they have no pair, and need `ignore_merges`.
+    """
+    merges = []
+    for token in sorted(ranks, key=lambda token: ranks[token]):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            candidates = [(ranks.get(left + right), i) for i, (left, right) in enumerate(pairwise(parts))]
+            known = [(rank, i) for rank, i in candidates if rank is not None]
+            if not known:
+                break
+            _, i = min(known)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def byte_letters() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]

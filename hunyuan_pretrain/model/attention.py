@@ -1,0 +1,85 @@
+"""Grouped-query attention with cross-layer attention (CLA) over packed documents.
+
+Source: hunyuan_large architecture (arXiv 2411.02265 section 2.1.3; order of RoPE and QK norm from the released model code).
+A CLA group is `cla_share_factor` consecutive layers; the first owns the key and value projection. A borrower applies RoPE
+and its own key norm to the owner's raw keys. RoPE keeps the norm of a head, so RoPE and normalisation of the keys are the
+same for the whole group, and only the elementwise key norm weight differs; that weight moves to the query side:
+(w_q q_hat) . (w_k k_hat) = (w_q w_k q_hat) . k_hat. So the owner computes one k_hat and one v for all its layers.
+
+Shapes: T tokens of this rank, D hidden, N query heads, G key/value heads (both of this tensor-parallel rank), H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.norm import RMSNorm, rope_norm
+from hunyuan_pretrain.model.spec import Spec
+
+
+class SharedKV(NamedTuple):
+    """What one CLA group attends to: normalised, rotated keys without norm weight, and values; (T, G, H) each."""
+
+    k_hat_TGH: Tensor
+    v_TGH: Tensor
+
+
+class PackedSequences(NamedTuple):
+    """Positions and documents of one micro-batch, the same for every layer."""
+
+    rope_table: tuple[Tensor, Tensor]  # from norm.rope_table
+    borders: Sequence[int]  # cu_seqlens: first token of each document, then T
+
+
+def packed_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, borders: Sequence[int]) -> Tensor:
+    """Causal attention inside each document, softmax(q k^T / sqrt(H)) v; one flash call a document, no mask is built. Returns (T, N, H)."""
+    outputs = []
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_TNH, k_TGH, v_TGH))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class SelfAttention(torch.nn.Module):
+    """Attention of one layer; `linear_qkv` if it owns its group's keys and values, else `linear_q`."""
+
+    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.config = config
+        self.is_owner = layer % config.cla_share_factor == 0
+        tp_size = groups.tp.size()
+        self.head_dim = config.kv_channels
+        self.num_heads = config.num_attention_heads // tp_size
+        self.num_groups = config.num_query_groups // tp_size
+        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_query_groups * self.head_dim
+        if self.is_owner:
+            self.linear_qkv = spec.column_parallel_linear(config, config.hidden_size, q_size + 2 * kv_size, groups)
+        else:
+            self.linear_q = spec.column_parallel_linear(config, config.hidden_size, q_size, groups)
+        if config.qk_layernorm:
+            self.q_layernorm = RMSNorm(config, self.head_dim)
+            self.k_layernorm = RMSNorm(config, self.head_dim)
+        self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
+
+    def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences) -> tuple[Tensor, SharedKV]:
+        """Attend; `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv)."""
+        eps = self.config.layernorm_epsilon if self.config.qk_layernorm else None
+        if self.is_owner:
+            # megatron's interleaving: for each key/value head its query heads, its key, its value
+            qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, self.num_heads // self.num_groups + 2, self.head_dim)
+            q_TNH = qkv_TGXH[:, :, :-2].reshape(-1, self.num_heads, self.head_dim)
+            kv = SharedKV(rope_norm(qkv_TGXH[:, :, -2], packed.rope_table, None, eps), qkv_TGXH[:, :, -1])
+        else:
+            assert kv is not None, "a borrower needs its group's keys and values"
+            q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
+        weight_H = self.q_layernorm.weight.float() * self.k_layernorm.weight.float() if self.config.qk_layernorm else None
+        q_TNH = rope_norm(q_TNH, packed.rope_table, weight_H, eps)
+        context_TNH = packed_attention(q_TNH, kv.k_hat_TGH, kv.v_TGH, packed.borders)
+        return self.linear_proj(context_TNH.flatten(1))[0], kv

@@ -1,0 +1,214 @@
+"""The mixture-of-experts FFN: dispatch of tokens to experts over the expert-parallel ranks, the experts, the combination.
+
+Dispatch and combination are gathers in both directions, forward and backward, by the two index maps of the RoutingPlan; no scatter
+adds into a row, so the result does not depend on the order of threads.
+
+Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (places in experts), F expert ffn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
+from hunyuan_pretrain.model.router import RoutingPlan
+
+Splits = int | list[int]
+"""Rows of each local expert: one number for all, or one each."""
+
+
+def _take(rows_RD: Tensor, index: Tensor, has_gaps: bool) -> Tensor:
+    """rows_RD[index]; with gaps, an index of R means a row of zeros."""
+    if not has_gaps:
+        return rows_RD.index_select(0, index)
+    taken = rows_RD.index_select(0, index.clamp(max=rows_RD.shape[0] - 1))
+    return taken.masked_fill_((index == rows_RD.shape[0])[:, None], 0)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        ctx.plan = plan
+        return _take(hidden_TD, plan.token_R, not plan.is_permutation)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        row_TK = ctx.plan.row_TK
+        grad_TKD = _take(grad_RD, row_TK.reshape(-1), not ctx.plan.is_permutation).view(*row_TK.shape, -1)
+        return (grad_TKD.squeeze(1) if row_TK.shape[1] == 1 else grad_TKD.sum(1)), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        taken_TKD = _take(rows_RD, plan.row_TK.reshape(-1), not plan.is_permutation).view(*weight_TK.shape, -1)
+        ctx.plan = plan
+        ctx.save_for_backward(taken_TKD, weight_TK)
+        output_TKD = taken_TKD * weight_TK[..., None].to(rows_RD.dtype)
+        return output_TKD.squeeze(1) if weight_TK.shape[1] == 1 else output_TKD.sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        taken_TKD, weight_TK = ctx.saved_tensors
+        T, K = weight_TK.shape
+        grad_weight_TK = torch.matmul(taken_TKD.float(), grad_TD.float()[..., None]).squeeze(-1)
+        grad_TKD = grad_TD[:, None] * weight_TK[..., None].to(grad_TD.dtype)
+        choice_R = _choice_of_row(ctx.plan, T, K)
+        return _take(grad_TKD.view(T * K, -1), choice_R, not ctx.plan.is_permutation), grad_weight_TK, None
+
+
+def _choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
+    """(R,) index into the T * K choices of the one that each row serves; T * K where the row stayed empty."""
+    if K == 1:
+        return plan.token_R
+    choice_R = torch.full((plan.token_R.shape[0] + 1,), T * K, dtype=torch.int64, device=plan.token_R.device)
+    choice_R[plan.row_TK.reshape(-1)] = torch.arange(T * K, device=plan.token_R.device)
+    return choice_R[:-1]
+
+
+class _GroupedLinearFunction(torch.autograd.Function):
+    """y = x W_i^T for the rows of each expert; with a main_grad the weight gradient is added into it by the product itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_eOI: Tensor, splits: Splits, accumulate: bool) -> Tensor:
+        ctx.splits, ctx.accumulate, ctx.weight = splits, accumulate, weight_eOI
+        ctx.save_for_backward(x_RI, weight_eOI)
+        e, O, _ = weight_eOI.shape
+        if isinstance(splits, int):
+            return torch.bmm(x_RI.view(e, splits, -1), weight_eOI.transpose(1, 2)).view(-1, O)
+        y_RO = x_RI.new_empty(x_RI.shape[0], O)
+        for x, y, weight_OI in zip(x_RI.split(splits), y_RO.split(splits), weight_eOI, strict=True):
+            torch.mm(x, weight_OI.t(), out=y)
+        return y_RO
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_RI, weight_eOI = ctx.saved_tensors
+        splits, (e, _, I) = ctx.splits, weight_eOI.shape
+        main_grad = ctx.weight.main_grad if ctx.accumulate else None
+        adds_in_place = main_grad is not None and main_grad.dtype == grad_RO.dtype
+        target = main_grad if adds_in_place else torch.zeros_like(weight_eOI)
+        if isinstance(splits, int):
+            grad_eRO, x_eRI = grad_RO.view(e, splits, -1), x_RI.view(e, splits, -1)
+            grad_x_RI = torch.bmm(grad_eRO, weight_eOI).view(-1, I)
+            target.baddbmm_(grad_eRO.transpose(1, 2), x_eRI)
+        else:
+            grad_x_RI = torch.empty_like(x_RI)
+            pieces = (grad_RO.split(splits), x_RI.split(splits), grad_x_RI.split(splits), weight_eOI, target)
+            for grad, x, grad_x, weight_OI, target_OI in zip(*pieces, strict=True):
+                torch.mm(grad, weight_OI, out=grad_x)
+                target_OI.addmm_(grad.t(), x)
+        if main_grad is None:
+            return grad_x_RI, target, None, None
+        if not adds_in_place:
+            main_grad.add_(target)
+        # core's hook then skips its own addition; the returned tensor is never read
+        ctx.weight.grad_added_to_main_grad = True
+        return grad_x_RI, torch.empty_like(weight_eOI), None, None
+
+
+class GroupedLinear(torch.nn.Module):
+    """One weight matrix for each expert of this rank, (e, O, I)."""
+
+    def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.accumulate = config.gradient_accumulation_fusion
+        shape = (config.num_moe_experts // groups.ep.size(), output_size, input_size)
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
+        # core reduces the gradients of such weights over the expert-data-parallel group
+        self.weight.allreduce = groups.ep.size() == 1
+        self.weight.is_routed_expert = True
+
+    def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
+        """(R, I) -> (R, O), rows sorted by expert."""
+        return _GroupedLinearFunction.apply(x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad"))
+
+
+class _SwigluFunction(torch.autograd.Function):
+    """silu(gate) * up of [gate, up] along the last dim; keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TF)
+        gate, up = x_TF.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> Tensor:
+        (x_TF,) = ctx.saved_tensors
+        gate, up = x_TF.chunk(2, dim=-1)
+        grad = torch.empty_like(x_TF)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(torch.nn.functional.silu(gate), grad_TF, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_TF * up, gate, grad_input=grad_gate)
+        return grad
+
+
+swiglu = _SwigluFunction.apply
+
+
+class SharedExpert(torch.nn.Module):
+    """The expert that every token visits: SwiGLU FFN, gate and up projection in one matrix."""
+
+    def __init__(self, config: HunyuanConfig, spec: Any, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.linear_fc1 = spec.column_parallel_linear(config, config.hidden_size, 2 * config.ffn_hidden_size, groups)
+        self.linear_fc2 = spec.row_parallel_linear(config, config.ffn_hidden_size, config.hidden_size, groups)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.linear_fc2(swiglu(self.linear_fc1(hidden_TD)[0]))[0]
+
+
+class RoutedExperts(torch.nn.Module):
+    """The routed experts of this rank."""
+
+    def __init__(self, config: HunyuanConfig, spec: Any, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.ep_group = groups.ep
+        self.num_experts = config.num_moe_experts
+        self.linear_fc1 = spec.grouped_linear(config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups)
+        self.linear_fc2 = spec.grouped_linear(config, config.moe_ffn_hidden_size, config.hidden_size, groups)
+
+    def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        """Combined output (T, D) of the experts that `plan` names. Communicates: expert-parallel group, two all-to-alls each way."""
+        rows_RD = _Dispatch.apply(hidden_TD, plan)
+        exchange = self._exchange_fixed if isinstance(plan.rows_E, int) else self._exchange_counted
+        return _Combine.apply(exchange(rows_RD, plan), plan.weight_TK, plan)
+
+    def _experts(self, rows_RD: Tensor, splits: Splits) -> Tensor:
+        return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
+
+    def _exchange_fixed(self, rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
+        """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""
+        ep, rows = self.ep_group.size(), plan.rows_E
+        if ep == 1:
+            return self._experts(rows_RD, rows)
+        e, D = self.num_experts // ep, rows_RD.shape[1]
+        received = all_to_all(self.ep_group, rows_RD).view(ep, e, rows, D).transpose(0, 1).reshape(-1, D)
+        output = self._experts(received, ep * rows).view(e, ep, rows, D).transpose(0, 1).reshape(-1, D)
+        return all_to_all(self.ep_group, output)
+
+    def _exchange_counted(self, rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
+        """Without a capacity the ranks first tell each other how many rows they send to each expert."""
+        ep = self.ep_group.size()
+        if ep == 1:
+            return self._experts(rows_RD, plan.rows_E.tolist())
+        e = self.num_experts // ep
+        sent_pe = plan.rows_E.view(ep, e).contiguous()
+        received_pe = torch.empty_like(sent_pe)
+        dist.all_to_all_single(received_pe, sent_pe, group=self.ep_group)
+        sent, received = sent_pe.sum(1).tolist(), received_pe.sum(1).tolist()
+        by_rank = all_to_all(self.ep_group, rows_RD, received, sent)
+        # rows arrive rank after rank, each sorted by expert; the experts want expert after expert
+        expert_R = torch.arange(e, device=rows_RD.device).repeat(ep).repeat_interleave(received_pe.reshape(-1))
+        order_R = expert_R.argsort(stable=True)
+        output = self._experts(by_rank.index_select(0, order_R), received_pe.sum(0).tolist())
+        back_R = torch.empty_like(order_R)
+        back_R[order_R] = torch.arange(order_R.shape[0], device=rows_RD.device)
+        return all_to_all(self.ep_group, output.index_select(0, back_R), sent, received)

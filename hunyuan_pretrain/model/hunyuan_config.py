@@ -1,0 +1,92 @@
+"""The schema's model, layout and precision as one megatron-core TransformerConfig, derived values computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class HunyuanConfig(TransformerConfig):
+    """TransformerConfig with what core has no field for; names and meanings are those of config.schema."""
+
+    cla_share_factor: int = 1
+    recycle_routing: bool = False
+    moe_routing_group_tokens: int = 512
+    rotary_base: float = 10000.0
+    padded_vocab_size: int = 0
+    share_embeddings_and_output_weights: bool = True
+    recompute_cla_groups: bool = False
+    architecture: ModelConfig | None = None  # what all of this was made from
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, fuse_wgrad_accumulation: bool = False
+) -> HunyuanConfig:
+    """Build the config that every module of the model reads.
+
+    fuse_wgrad_accumulation: add weight gradients into main_grad inside the GEMM; needs the model in core's DistributedDataParallel.
+
+    Losses are sums already divided by the global number of target tokens (train/step.py), so core must add gradients
+    over ranks and micro-batches, not average them: `calculate_per_token_loss`.
+    """
+    dtype = DTYPES[precision.dtype]
+    return HunyuanConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=model.ffn_hidden_size,
+        moe_ffn_hidden_size=model.expert_ffn_size,
+        num_moe_experts=model.num_moe_experts,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_pre_softmax=True,
+        moe_expert_capacity_factor=model.moe_expert_capacity_factor,
+        moe_token_dispatcher_type="alltoall",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff or None,
+        moe_routing_group_tokens=model.moe_routing_group_tokens,
+        recycle_routing=model.recycle_routing,
+        cla_share_factor=model.cla_share_factor,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        rotary_base=model.rotary_base,
+        padded_vocab_size=model.padded_vocab_size,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        init_method_std=model.init_method_std,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # weights are written by initialize_weights, which does not depend on the layout
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.dtype == "bf16",
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=fuse_wgrad_accumulation,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        recompute_cla_groups=parallel.recompute == "cla_group",
+        architecture=model,
+        deterministic_mode=False,
+    )
+
+def weight_device(config: HunyuanConfig) -> torch.device | str:
+    """Device on which modules make their weights: torch's default (meta inside `with torch.device("meta")`), or the GPU."""
+    return torch.get_default_device() if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())

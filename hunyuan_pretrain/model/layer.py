@@ -1,0 +1,77 @@
+"""One transformer layer, and the CLA group: the unit of recompute.
+
+Shapes: T tokens of this rank, D hidden, L layers of the group, X router statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hunyuan_pretrain.model.attention import PackedSequences, SelfAttention, SharedKV
+from hunyuan_pretrain.model.experts import RoutedExperts, SharedExpert
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.norm import RMSNorm
+from hunyuan_pretrain.model.router import Router, RoutingKey
+from hunyuan_pretrain.model.spec import Spec
+
+
+class MixtureOfExperts(torch.nn.Module):
+    """shared_expert(x) + combine(routed experts of x)."""
+
+    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.router = Router(config, layer)
+        self.experts = RoutedExperts(config, spec, groups)
+        self.shared_experts = SharedExpert(config, spec, groups)
+
+    def forward(self, hidden_TD: Tensor, key: RoutingKey | None) -> tuple[Tensor, Tensor]:
+        """Returns ((T, D), router statistics (X,))."""
+        plan, statistics_X = self.router(hidden_TD, key)
+        return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics_X
+
+
+class TransformerLayer(torch.nn.Module):
+    """x += attention(norm(x)); x += moe(norm(x)). `layer` counts from 0 over the whole model."""
+
+    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.self_attention = SelfAttention(config, layer, spec, groups)
+        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size)
+        self.mlp = MixtureOfExperts(config, layer, spec, groups)
+
+    def forward(
+        self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: RoutingKey | None
+    ) -> tuple[Tensor, SharedKV, Tensor]:
+        """Returns ((T, D), keys and values of the group, router statistics (X,))."""
+        attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, packed)
+        hidden_TD = hidden_TD + attention_TD
+        moe_TD, statistics_X = self.mlp(self.pre_mlp_layernorm(hidden_TD), key)
+        return hidden_TD + moe_TD, kv, statistics_X
+
+
+def run_cla_group(
+    layers: Sequence[TransformerLayer], hidden_TD: Tensor, packed: PackedSequences, key: RoutingKey | None, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """Pass hidden_TD through the layers of one CLA group; returns ((T, D), router statistics (L, X)).
+
+    With `recompute`, only hidden_TD is kept for the backward pass. Nothing in a layer draws from a generator (recycle
+    routing is keyed), so no random state has to be kept either.
+    """
+
+    def run(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        kv, statistics = None, []
+        for layer in layers:
+            hidden_TD, kv, statistics_X = layer(hidden_TD, kv, packed, key)
+            statistics.append(statistics_X)
+        return hidden_TD, torch.stack(statistics)
+
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(run, hidden_TD, use_reentrant=False, preserve_rng_state=False)
+    return run(hidden_TD)

@@ -1,0 +1,50 @@
+"""Process groups: one collection, built once, passed on. The only reader of megatron's parallel_state."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hunyuan_pretrain.config.schema import ParallelConfig
+
+
+def initialize_distributed(backend: str, timeout_s: int) -> None:
+    """Join the ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them), or be a world of one.
+
+    Communicates: all ranks (rendezvous). A collective that waits longer than `timeout_s` seconds raises.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
+
+
+def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollection:
+    """Every process group of the layout; rank order is megatron's default (tp, cp, ep, dp, pp).
+
+    Communicates: all ranks. `config.rules` has checked that the layout fits the world before this is called.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, timeout_s // 60),
+        create_gloo_process_groups=torch.cuda.is_available(),
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_groups() -> None:
+    """Leave all process groups; communicates nothing."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,193 @@
+"""What a model costs, in closed form: parameters, FLOPs, bytes, and the learning rate of its routed experts.
+
+Pure arithmetic on the configuration, without torch. The runtime builds the same model and asserts these numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the whole model by part; every part is a sum over all layers."""
+
+    embedding: int
+    """Input embedding; also the output head where the two are tied."""
+    output_head: int
+    """0 where it is tied to the embedding."""
+    attention: int
+    """Query, key, value and output projections; key and value only in the layers that own them (CLA)."""
+    router: int
+    shared_expert: int
+    routed_experts: int
+    norms: int
+    """Weights of every RMSNorm: two a layer, the final one, and a query and a key norm a layer where qk_layernorm is set."""
+    active: int
+    """Parameters that one token touches. Convention of the published 52B (51,318,800,640 exactly): everything except the routed
+    experts that it does not visit, so the whole embedding is counted, once where it is tied."""
+
+    @property
+    def total(self) -> int:
+        """All parameters; tied embedding and output head count once."""
+        return self.embedding + self.output_head + self.attention + self.router + self.shared_expert + self.routed_experts + self.norms
+
+    @property
+    def dense(self) -> int:
+        """All parameters but the routed experts: what expert parallelism does not split."""
+        return self.total - self.routed_experts
+
+
+def parameters(model: ModelConfig) -> ParameterCounts:
+    """Parameters of a model. The published Hunyuan-Large has 388,698,128,640, of which 51,318,800,640 are active."""
+    layers, hidden = model.num_layers, model.hidden_size
+    query_width = model.num_attention_heads * model.head_dim
+    key_width = model.num_query_groups * model.head_dim
+    kv_owners = layers // model.cla_share_factor
+    routed = layers * model.num_moe_experts * 3 * hidden * model.expert_ffn_size
+    parts = {
+        "embedding": model.padded_vocab_size * hidden,
+        "output_head": 0 if model.share_embeddings_and_output_weights else model.padded_vocab_size * hidden,
+        "attention": layers * 2 * hidden * query_width + kv_owners * 2 * hidden * key_width,
+        "router": layers * model.num_moe_experts * hidden,
+        "shared_expert": layers * 3 * hidden * model.ffn_hidden_size,
+        "norms": hidden * (2 * layers + 1) + (layers * 2 * model.head_dim if model.qk_layernorm else 0),
+    }
+    visited = routed // model.num_moe_experts * model.moe_router_topk
+    return ParameterCounts(**parts, routed_experts=routed, active=sum(parts.values()) + visited)
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Model FLOPs of training on one token, forward and backward; a multiply-add is 2."""
+
+    attention_projections: float
+    router: float
+    experts: float
+    """Shared expert and the visited routed experts."""
+    output_head: float
+    attention_scores: float
+    """Query times key, only the pairs that causality and document borders leave."""
+    attention_values: float
+    """Attention weights times value, the same pairs."""
+
+    @property
+    def matmuls(self) -> float:
+        """6 * the weights that a token is multiplied with."""
+        return self.attention_projections + self.router + self.experts + self.output_head
+
+    @property
+    def total(self) -> float:
+        """All terms."""
+        return self.matmuls + self.attention_scores + self.attention_values
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int, document_lengths: Sequence[int] | None = None) -> FlopsPerToken:
+    """Model FLOPs per token, averaged over a packed sequence.
+
+    The matmul terms are 6 * weights (2 forward, 4 backward) of a token's path: the output head counts, the embedding lookup
+    and the norms do not. The attention terms count n * (n + 1) / 2 query-key pairs for a causal document of n tokens.
+    Recomputed activations are no model FLOPs, and a recycled token visits as many experts as any other.
+
+    `sequence_length` in tokens; `document_lengths`: lengths of the documents packed into it, in tokens; None: one document
+    that fills it. Raises ValueError where the documents are longer than the sequence.
+    """
+    documents = [sequence_length] if document_lengths is None else list(document_lengths)
+    if sum(documents) > sequence_length:
+        raise ValueError(f"document_lengths add up to {sum(documents)} tokens, more than sequence_length={sequence_length}")
+    pairs_per_token = sum(n * (n + 1) / 2 for n in documents) / sequence_length
+    count = parameters(model)
+    visited = count.routed_experts // model.num_moe_experts * model.moe_router_topk
+    # Forward: 2 FLOPs for each channel of each head and pair; backward: the gradients of both factors, twice that.
+    attention = 3 * 2 * model.num_layers * model.num_attention_heads * model.head_dim * pairs_per_token
+    return FlopsPerToken(
+        attention_projections=6 * count.attention,
+        router=6 * count.router,
+        experts=6 * (count.shared_expert + visited),
+        output_head=6 * model.padded_vocab_size * model.hidden_size,
+        attention_scores=attention,
+        attention_values=attention,
+    )
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes of the key/value cache that serving keeps for one token, over all layers; only owner layers store (CLA).
+
+    Hunyuan-Large in bf16: 81,920; without CLA 163,840; with a key/value head for every query head 1,638,400 (report, table 1).
+    """
+    return 2 * model.num_layers // model.cla_share_factor * model.num_query_groups * model.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that training keeps on one rank from step to step. Activations, buffers and the allocator come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Both Adam moments in fp32 and, with bf16 weights, the fp32 main weights."""
+
+    @property
+    def total(self) -> int:
+        """Weights, gradients and optimizer state together, bytes."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def memory_per_rank(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int) -> RankMemory:
+    """Bytes of weights, gradients and optimizer state on each rank, under data and expert parallelism.
+
+    Everything but the routed experts is on every rank; the routed experts are split over expert_model_parallel_size ranks. The
+    distributed optimizer splits the state of the former over all ranks, and of the latter over the
+    world_size / expert_model_parallel_size ranks that hold the same experts. Router weights are fp32 in every precision.
+    Padding of the buckets is left out; shares that do not come out even are rounded up. Raises ValueError for a layout with
+    tensor, pipeline or context parallelism, and where expert_model_parallel_size does not divide world_size.
+    """
+    others = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
+    if max(*others, parallel.expert_tensor_parallel_size) > 1:
+        raise ValueError("memory_per_rank covers data and expert parallelism only")
+    expert_parallel = parallel.expert_model_parallel_size
+    if world_size % expert_parallel:
+        raise ValueError(f"world_size={world_size} is not a multiple of expert_model_parallel_size={expert_parallel}")
+    count = parameters(model)
+    dense, expert = count.dense - count.router, count.routed_experts // expert_parallel
+    is_bf16 = precision.dtype == "bf16"
+    weight_bytes = 2 if is_bf16 else 4
+    gradient_bytes = 4 if precision.grad_reduce_in_fp32 else weight_bytes
+    shards = world_size if parallel.use_distributed_optimizer else 1
+    expert_shards = shards // expert_parallel if parallel.use_distributed_optimizer else 1
+    kept = math.ceil(dense / shards) + math.ceil(expert / expert_shards)
+    return RankMemory(
+        weights=weight_bytes * (dense + expert) + 4 * count.router,
+        gradients=gradient_bytes * (dense + expert) + 4 * count.router,
+        optimizer=(12 if is_bf16 else 8) * kept + 8 * math.ceil(count.router / shards),
+    )
+
+
+def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
+    """eps_opt(B) / eps_max = 2 / (sqrt(B_noise / B) + sqrt(B / B_noise)), for optimizers of Adam's kind.
+
+    At most 1, reached at B = B_noise; both arguments in tokens. Source: Hunyuan-Large report (arXiv 2411.02265), section on
+    expert-specific learning rate scaling, after arXiv 2405.14578.
+    """
+    ratio = math.sqrt(noise_scale_tokens / batch_tokens)
+    return 2 / (ratio + 1 / ratio)
+
+
+def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int) -> float:
+    """Learning rate of the routed experts over that of all other weights.
+
+    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B): a routed expert sees that share of the
+    batch B, in tokens. The report prints the inverse and calls it about 0.31 for 16 experts, with routed experts scaled down. As
+    printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up; this reading gives 0.31 at B = 0.26 B_noise,
+    and scales down.
+    """
+    noise = optimizer.expert_lr_noise_scale_tokens
+    if noise is None:
+        assert optimizer.expert_lr_ratio is not None, "config.rules refuses an experiment with neither"
+        return optimizer.expert_lr_ratio
+    expert_tokens = global_batch_tokens * model.moe_router_topk / model.num_moe_experts
+    return optimal_lr_factor(expert_tokens, noise) / optimal_lr_factor(global_batch_tokens, noise)

@@ -1,0 +1,149 @@
+"""Lets megatron-core run where there is no CUDA device.
+
+Core's training paths compute nothing that needs a GPU; what stops them on a CPU are names: factory calls with
+device="cuda", torch.cuda functions, and checks of tensor type names. `install()` presents the CPU under those names. It
+must run before anything of megatron is imported, changes nothing where CUDA exists, and is the only place in this
+project that patches a library. Each patch carries its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one
+out in turn and shows that training then fails.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One name that megatron-core uses and a machine without CUDA lacks."""
+
+    name: str
+    reason: str
+    apply: Callable[[], None]
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
+
+
+def _factories_on_cpu() -> None:
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in ("empty", "zeros", "ones", "tensor", "empty_like"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _tensor_type_names() -> None:
+    plain_type = torch.Tensor.type
+
+    @wraps(plain_type)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]
+
+
+def _tensor_cuda() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _current_device() -> None:
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def _rng_state() -> None:
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+
+
+class _Stream:
+    """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _streams() -> None:
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+
+
+def _wgrad_accumulation() -> None:
+    module = types.ModuleType("fused_weight_gradient_mlp_cuda")
+
+    def accumulate(input_TI: torch.Tensor, grad_output_TO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+        if input_TI.dtype == main_grad_OI.dtype:
+            main_grad_OI.addmm_(grad_output_TO.t(), input_TI)
+        else:
+            main_grad_OI += grad_output_TO.t() @ input_TI
+
+    module.wgrad_gemm_accum_fp32 = accumulate  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
+    sys.modules["fused_weight_gradient_mlp_cuda"] = module
+
+
+PATCHES = (
+    Patch("factories", 'core makes tensors with device="cuda" (schedules, gradient norm, optimizer)', _factories_on_cpu),
+    Patch("tensor_type", "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor", _tensor_type_names),
+    Patch("tensor_cuda", "dist_checkpointing and tensor_parallel move tensors with .cuda()", _tensor_cuda),
+    Patch("current_device", "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()", _current_device),
+    Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
+    Patch("rng_state", "core's RNG tracker saves and restores the CUDA generator", _rng_state),
+    Patch("streams", "overlapped gradient reduction orders its work on CUDA streams", _streams),
+    Patch(
+        "wgrad_accumulation",
+        "core adds weight gradients into main_grad inside the GEMM only with Apex's extension; without it each gradient is written, read and added",
+        _wgrad_accumulation,
+    ),
+)
+
+_installed = False
+
+
+def install(leave_out: Collection[str] = ()) -> bool:
+    """Present the CPU under CUDA's names; returns whether this machine needed it.
+
+    `leave_out` names patches to skip and exists for the test that each one is still needed.
+    Raises RuntimeError if megatron was imported before, because it would have kept the unpatched names.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed:
+        return True
+    if "megatron.core.parallel_state" in sys.modules:
+        raise RuntimeError("cpu_megatron.install() must run before megatron.core is imported")
+    for patch in PATCHES:
+        if patch.name not in leave_out:
+            patch.apply()
+    _installed = True
+    return True

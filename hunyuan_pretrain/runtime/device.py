@@ -1,0 +1,219 @@
+"""What this machine has: the only file that probes hardware and optional packages.
+
+Nothing here imports megatron, and optional packages are looked up, not imported; only `probe(thorough=True)` imports
+Transformer Engine, in a process of its own, because a broken one raises on import and leaves half of itself behind.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+
+ApexState = Literal["nvidia", "wrong", "absent"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    capability: tuple[int, int]
+    """Compute capability, (9, 0) on Hopper."""
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found."""
+
+    python: str
+    torch: str
+    cuda: str | None
+    """CUDA version that torch was built with; None for a CPU build."""
+    gpus: tuple[Gpu, ...]
+    cores: int
+    """Cores that this process may use."""
+    memory_gib: float
+    """Memory that this process may use: the machine's, or its container's limit."""
+    megatron_core: str | None
+    transformer_engine: str | None
+    transformer_engine_error: str | None
+    """Why an installed Transformer Engine cannot be used; None where it can be, or is absent."""
+    apex: ApexState
+    """"wrong": a package named apex that is not NVIDIA's, as PyPI's is not."""
+    flash_attn: str | None
+    wandb: str | None
+    tensorboard: str | None
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """The device that runtime.device=auto takes."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def has_transformer_engine(self) -> bool:
+        """Transformer Engine is installed, can be loaded, and has a GPU to run on."""
+        return self.transformer_engine is not None and self.transformer_engine_error is None and bool(self.gpus)
+
+
+def probe(thorough: bool = False) -> Machine:
+    """Look at this machine; about a millisecond once torch is imported.
+
+    `thorough` also loads Transformer Engine where it is installed, in another process: some seconds, but certain.
+    """
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append(Gpu(properties.name, (properties.major, properties.minor), properties.total_memory / 2**30))
+    engine = version_of("transformer-engine")
+    return Machine(
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        gpus=tuple(gpus),
+        cores=usable_cores(),
+        memory_gib=usable_memory_bytes() / 2**30,
+        megatron_core=version_of("megatron-core"),
+        transformer_engine=engine,
+        transformer_engine_error=transformer_engine_error(thorough) if engine else None,
+        apex=apex_state(),
+        flash_attn=version_of("flash-attn"),
+        wandb=version_of("wandb"),
+        tensorboard=version_of("tensorboard"),
+    )
+
+
+def choose_device(setting: Literal["auto", "cuda", "cpu"]) -> Literal["cuda", "cpu"]:
+    """The device that runtime.device means on this machine; raises ConfigError for cuda where there is none."""
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this machine", [no_cuda()])
+    return setting
+
+
+def backend_of(device: Literal["cuda", "cpu"]) -> Literal["nccl", "gloo"]:
+    """The torch.distributed backend for a device."""
+    return "nccl" if device == "cuda" else "gloo"
+
+
+def cpu_threads(ranks_per_node: int, setting: int | None = None) -> int:
+    """Threads of one rank on CPU: runtime.cpu_threads_per_rank, or an equal share of the usable cores, at least 1."""
+    return setting or max(1, usable_cores() // ranks_per_node)
+
+
+def obstacles(machine: Machine, experiment: Experiment | None = None) -> list[Problem]:
+    """Why this machine cannot train, or cannot run this experiment; empty where it can."""
+    found = []
+    if machine.megatron_core is None:
+        found.append(Problem("megatron-core", Problem.NO_VALUE, "is not installed", 'pip install "megatron-core>=0.16.1,<0.20"'))
+    if machine.apex == "wrong":
+        rule = "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would take it for that"
+        found.append(Problem("apex", Problem.NO_VALUE, rule, "pip uninstall apex; NVIDIA's is built from its own repository"))
+    if machine.transformer_engine_error:
+        hint = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]", or pip uninstall transformer-engine'
+        found.append(Problem("transformer-engine", machine.transformer_engine, machine.transformer_engine_error, hint))
+    if experiment is None:
+        return found
+    if experiment.runtime.device == "cuda" and not machine.gpus:
+        found.append(no_cuda(machine.cuda))
+    uses_gpu = experiment.runtime.device != "cpu" and bool(machine.gpus)
+    if uses_gpu and experiment.precision.dtype == "bf16":
+        for gpu in machine.gpus:
+            if gpu.capability < (8, 0):
+                rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and bf16 needs 8.0"
+                found.append(Problem("precision.dtype", "bf16", rule, "use fp32"))
+    return found
+
+
+def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list[tuple[str, str]]:
+    """What training on this machine takes, as name and value; `experiment` may choose otherwise than the machine would."""
+    setting = "auto" if experiment is None else experiment.runtime.device
+    device = machine.device if setting == "auto" else setting
+    rows: list[tuple[str, str]] = [("device", device), ("collectives", backend_of(device))]
+    if device == "cpu":
+        ranks = 1 if experiment is None or experiment.parallel.world_size is None else experiment.parallel.world_size
+        threads = cpu_threads(ranks, None if experiment is None else experiment.runtime.cpu_threads_per_rank)
+        rows.append(("threads per rank", f"{threads} (for {ranks} ranks on this node)"))
+    return rows
+
+
+def no_cuda(build: str | None = torch.version.cuda) -> Problem:
+    reason = "torch is a CPU build" if build is None else f"torch was built with CUDA {build}, but sees no device"
+    return Problem("runtime.device", "cuda", f"this machine has no usable CUDA: {reason}", "use auto or cpu")
+
+
+def version_of(distribution: str) -> str | None:
+    """Installed version of a distribution, None where it is absent."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def apex_state() -> ApexState:
+    """Whether `import apex` would find NVIDIA's: only that one has the compiled module amp_C."""
+    if find_spec("amp_C") is not None:
+        return "nvidia"
+    return "wrong" if find_spec("apex") is not None else "absent"
+
+
+def transformer_engine_error(thorough: bool) -> str | None:
+    """Why the installed Transformer Engine cannot be loaded; None where it can be, as far as was looked."""
+    package = find_spec("transformer_engine")
+    if package is None or not package.submodule_search_locations:
+        return "its distribution is installed without the package transformer_engine"
+    # The compiled part lies inside the package or, built from source, beside it, and is not importable by its own name before
+    # the package has loaded it: hence files, not find_spec.
+    folders = [Path(place) for place in package.submodule_search_locations]
+    name = "transformer_engine_torch*.so"
+    if not any([*folder.rglob(name), *folder.parent.glob(name)] for folder in folders):
+        return "its compiled extension for torch is missing, and megatron-core fails on import with it in this state"
+    if not thorough:
+        return None
+    run = subprocess.run([sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True, timeout=300)
+    return None if run.returncode == 0 else f"it cannot be loaded: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = read_cgroup("cpu.max").partition(" ")
+    return max(1, min(cores, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else cores
+
+
+def usable_memory_bytes() -> int:
+    """Memory of the machine, or the limit of its container where that is lower, bytes."""
+    total = int(psutil.virtual_memory().total)
+    limit = read_cgroup("memory.max")
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def read_cgroup(name: str) -> str:
+    """A limit of the container that this process is in (cgroup version 2); "" where there is none."""
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text().strip()
+    except OSError:
+        return ""
+
+
+def fuses_wgrad_accumulation() -> bool:
+    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA with Apex's extension."""
+    return not torch.cuda.is_available() or find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on, for its record."""
+    names = ("torch", "megatron-core", "transformer-engine", "numpy")
+    return {name: version for name in names if (version := version_of(name)) is not None}

@@ -1,0 +1,117 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.parallel.groups import destroy_groups
+from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.evaluate import evaluate
+from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
+from hunyuan_pretrain.train.metrics import step_line, step_record
+from hunyuan_pretrain.train.optimizer import describe_groups, expert_lr_ratio, set_learning_rate
+from hunyuan_pretrain.train.step import sum_over, train_step
+
+EXIT_DONE = 0
+EXIT_STOPPED = 75
+"""The run saved a checkpoint because it was told to stop (SIGTERM) and can be resumed; EX_TEMPFAIL."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says at which step and why."""
+
+
+def train(experiment: Experiment) -> int:
+    """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM."""
+    stop = _StopRequest()
+    run = setup.prepare(experiment)
+    try:
+        return _train(run, stop)
+    finally:
+        run.log.close()
+        run.loader.close()
+        destroy_groups()
+
+
+def _train(run: setup.Run, stop: _StopRequest) -> int:
+    experiment, num_steps = run.experiment, run.loader.num_steps
+    _announce(run, num_steps)
+    for step in range(run.first_step, num_steps):
+        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+        ratio = expert_lr_ratio(experiment, stage.global_batch_tokens)
+        lr = experiment.optimizer.lr * lr_fraction(experiment.stages, step)
+        started = time.perf_counter()
+        set_learning_rate(run.optimizer, lr, ratio)
+        batches = run.loader.micro_batches(step)
+        result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
+        done = step + 1
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; the last checkpoint is from before this step")
+        if done % experiment.logging.log_every_steps == 0 or done == num_steps:
+            record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started)
+            run.log.metrics(record)
+            if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
+                run.log.line(step_line(record, num_steps))
+        if run.evaluation is not None and (done % experiment.evaluation.every_steps == 0 or done == num_steps):
+            _evaluate(run, stage, done)
+        is_stopping = stop.on_any_rank(run)
+        every = experiment.checkpoint.save_every_steps
+        if done == num_steps or is_stopping or (every is not None and done % every == 0):
+            _save(run, done, must_succeed=done == num_steps or is_stopping)
+        if is_stopping and done < num_steps:
+            run.log.line(f"told to stop: saved after step {done}; the same command goes on from there")
+            return EXIT_STOPPED
+    run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
+    return EXIT_DONE
+
+
+def _announce(run: setup.Run, num_steps: int) -> None:
+    experiment = run.experiment
+    peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment, experiment.stages[0].global_batch_tokens)
+    device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}; steps {run.first_step + 1} to {num_steps}")
+    for line in describe_groups(run.optimizer, peak, ratio):
+        run.log.line("  " + line)
+    run.log.start_progress(num_steps, run.first_step)
+
+
+def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
+    assert run.evaluation is not None
+    validation = evaluate(run.experiment, stage, run.wrapped, run.evaluation, run.groups, run.device)
+    run.log.metrics({"step": done, **{f"validation_{key}": value for key, value in validation.items()}})
+    run.log.line(f"step {done}: validation loss {validation['loss']:.4f} over {validation['target_tokens']:,} tokens")
+
+
+def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
+    """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more than the copy."""
+    try:
+        folder = save_load.save(run.run_dir, done, run.model, run.optimizer, run.experiment.checkpoint.keep_last)
+        run.log.line(f"saved {folder}")
+    except CheckpointError as error:
+        if must_succeed:
+            raise
+        run.log.line(f"WARNING: {error}")
+
+
+class _StopRequest:
+    """Remembers a SIGTERM (Slurm and torchrun send one before they kill) until the step is done."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def on_any_rank(self, run: setup.Run) -> bool:
+        """Whether any rank was asked; all ranks agree, so that all save the same step. Communicates: data-parallel group."""
+        flag = torch.tensor(float(self._asked), device=run.device)
+        return bool(sum_over(run.groups.dp_cp, flag).item())

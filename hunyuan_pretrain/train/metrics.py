@@ -1,0 +1,68 @@
+"""What a step's numbers become: one record for metrics.jsonl and one line for a person.
+
+Shapes: L layers, E experts, X router statistics (model.router.STATISTICS after the E expert counts).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
+from hunyuan_pretrain.model.router import STATISTICS
+from hunyuan_pretrain.plan.counts import flops_per_token
+from hunyuan_pretrain.train.step import StepResult
+
+
+def routing_record(model: ModelConfig, statistics_LX: Tensor, num_groups: int | None) -> dict[str, Any]:
+    """Per-layer expert load (share of choices before recycling) and shares of choices that overflowed, were recycled or dropped.
+
+    num_groups: routing groups of the global batch, over which the router losses are means; None where there were none (evaluation).
+    """
+    E = model.num_moe_experts
+    sums = dict(zip(STATISTICS, statistics_LX[:, E:].unbind(1), strict=True))
+    choices_L = sums["tokens"] * model.moe_router_topk
+    record: dict[str, Any] = {"expert_load": (statistics_LX[:, :E] / choices_L[:, None]).tolist()}
+    for name in ("overflow", "recycled", "dropped"):
+        record[f"{name}_share"] = (sums[name] / choices_L).tolist()
+    if num_groups is not None:
+        record["balance_loss"] = (sums["balance_loss"] / num_groups).mean().item()
+        if model.moe_z_loss_coeff:
+            record["z_loss"] = (sums["z_loss"] / num_groups).mean().item()
+    return record
+
+
+def step_record(
+    model: ModelConfig, stage: StageConfig, step: int, result: StepResult, lr: float, expert_lr: float, seconds: float
+) -> dict[str, Any]:
+    """The metrics.jsonl record of global step `step` (counted from 1 there: the number of steps done)."""
+    tokens_per_s = stage.global_batch_tokens / seconds
+    num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
+    routing = routing_record(model, result.statistics_LX, num_groups)
+    E = model.num_moe_experts
+    return {
+        "step": step + 1,
+        "stage": stage.name,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": lr,
+        "expert_learning_rate": expert_lr,
+        "target_tokens": result.num_target_tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens_per_s,
+        "model_flops_per_s": tokens_per_s * flops_per_token(model, stage.sequence_length).total,
+        "max_expert_load": max(max(loads) for loads in routing["expert_load"]) * E,
+        "mean_recycled_share": sum(routing["recycled_share"]) / len(routing["recycled_share"]),
+        "mean_dropped_share": sum(routing["dropped_share"]) / len(routing["dropped_share"]),
+        **routing,
+    }
+
+
+def step_line(record: dict[str, Any], num_steps: int) -> str:
+    """The record in one line. `load` is the busiest expert's choices over the even share."""
+    return (
+        f"step {record['step']}/{num_steps} [{record['stage']}] loss {record['loss']:.4f} balance {record['balance_loss']:.3f} "
+        f"grad norm {record['grad_norm']:.3f} lr {record['learning_rate']:.2e} load {record['max_expert_load']:.2f} "
+        f"recycled {record['mean_recycled_share']:.1%} {record['tokens_per_s']:,.0f} tokens/s {record['model_flops_per_s'] / 1e12:.3g} TFLOP/s"
+    )

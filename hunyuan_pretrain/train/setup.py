@@ -1,0 +1,121 @@
+"""From an experiment to everything the loop needs: groups, model, optimizer, data, checkpoint."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.load import dump_resolved
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.runtime import cpu_megatron
+
+with warnings.catch_warnings():
+    # core warns on import that Transformer Engine and Apex are missing; `doctor` says so once, in one place
+    warnings.simplefilter("ignore")
+    cpu_megatron.install()
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
+    from hunyuan_pretrain.data.tokenizer import Tokenizer
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+    from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, versions
+    from hunyuan_pretrain.runtime.logging import RunLog, record_environment
+    from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
+    from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
+
+
+@dataclass
+class Run:
+    """One rank's view of a run that is ready to train."""
+
+    experiment: Experiment
+    device: torch.device
+    groups: ProcessGroupCollection
+    model: HunyuanModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    loader: StepLoader
+    evaluation: EvaluationLoader | None
+    first_step: int
+    log: RunLog
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything that the run writes."""
+        return Path(self.experiment.run_dir)
+
+
+def prepare(experiment: Experiment) -> Run:
+    """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if there is one.
+
+    Raises ConfigError if the layout does not fit the world, DataFormatError or CheckpointError if the data or a checkpoint is unfit;
+    nothing is written before all of them are checked.
+    """
+    device = _start_machine(experiment)
+    groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
+    model, wrapped = _build_model(experiment, groups)
+    optimizer = build_optimizer(wrapped, experiment, groups)
+    loader, evaluation = _open_data(experiment, groups)
+    first_step = _load_or_init(experiment, model, optimizer)
+    log = _open_log(experiment, first_step)
+    return Run(experiment, device, groups, model, wrapped, optimizer, loader, evaluation, first_step, log)
+
+
+def _start_machine(experiment: Experiment) -> torch.device:
+    device = torch.device(choose_device(experiment.runtime.device))
+    rules.check(experiment, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), experiment.runtime.cpu_threads_per_rank))
+    use_deterministic_algorithms(experiment.runtime.deterministic)
+    initialize_distributed(backend_of(device.type), experiment.runtime.distributed_timeout_s)
+    seed_generators(experiment.seed, dist.get_rank())
+    return device
+
+
+def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[HunyuanModel, DistributedDataParallel]:
+    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation())
+    model = build_model(config, groups, experiment.seed)
+    return model, wrap_data_parallel(model, experiment, groups)
+
+
+def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[StepLoader, EvaluationLoader | None]:
+    digest = Tokenizer.load(experiment.tokenizer).digest
+    rank, size = groups.dp.rank(), groups.dp.size()
+    loader = StepLoader(experiment, rank, size, digest)
+    return loader, EvaluationLoader(experiment, rank, size, digest) if experiment.evaluation.data else None
+
+
+def _load_or_init(experiment: Experiment, model: HunyuanModel, optimizer: MegatronOptimizer) -> int:
+    """Resume from the run's newest complete checkpoint, else start from `checkpoint.init_from`, else from fresh weights; returns steps done."""
+    settings = experiment.checkpoint
+    found = save_load.find_checkpoints(Path(experiment.run_dir)) if settings.resume else []
+    if found:
+        return save_load.load(found[-1], model, optimizer)
+    if settings.init_from is not None:
+        save_load.load(Path(settings.init_from), model, None)
+        optimizer.reload_model_params()
+    return 0
+
+
+def _open_log(experiment: Experiment, first_step: int) -> RunLog:
+    is_writer = dist.get_rank() == 0
+    run_dir = Path(experiment.run_dir)
+    log = RunLog(run_dir, experiment.logging, experiment.name, is_writer)
+    if is_writer:
+        record_environment(run_dir, dump_resolved(experiment), versions())
+        log.truncate_after(first_step)
+    log.open_sinks(experiment.model_dump(mode="json"))
+    return log

@@ -1,0 +1,293 @@
+"""Tokens/s of one training step on CPU: this trainer, megatron-core's GPTModel, transformers' HunYuanMoEV1, and the machine's limit.
+
+    python tests/benchmarks/train_step.py [--rounds 5] [--steps 3] [--json FILE]
+
+Every contender is a process of its own with two threads, fp32, the same shapes (about 32M parameters), the same tokens and AdamW; they take
+turns in one run, and the median over the rounds counts. The limit: 6 x active parameters x tokens at the fp32 matmul rate of this machine
+on the model's own shapes, plus the bytes that AdamW must move at this machine's copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+NUM_LAYERS, HIDDEN, HEADS, GROUPS, FFN, EXPERTS, VOCAB = 8, 256, 8, 2, 512, 8, 8192
+SEQUENCES, SEQUENCE_LENGTH = 2, 512
+TOKENS = SEQUENCES * SEQUENCE_LENGTH
+THREADS = 2
+Step = Callable[[], float]
+
+
+def ours(cla_share_factor: int) -> tuple[Step, int, int]:
+    """This project's step with every feature on; returns (step, parameters, active parameters)."""
+    from hunyuan_pretrain.config.schema import DataSource, Experiment, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, StageConfig
+    from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
+    from hunyuan_pretrain.plan.counts import parameters
+
+    import torch
+
+    from hunyuan_pretrain.data.loader import MicroBatch
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.hunyuan_model import build_model
+    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+    from hunyuan_pretrain.runtime.device import fuses_wgrad_accumulation
+    from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+    from hunyuan_pretrain.train.step import train_step
+
+    stage = StageConfig(
+        name="bench", tokens=10**9, sequence_length=SEQUENCE_LENGTH, global_batch_sequences=SEQUENCES,
+        micro_batch_sequences=SEQUENCES, lr_end=1.0, data=(DataSource(path="none"),),
+    )  # fmt: skip
+    experiment = Experiment(
+        name="bench", run_dir="none", tokenizer="none", stages=(stage,),
+        model=ModelConfig(
+            num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN,
+            num_moe_experts=EXPERTS, padded_vocab_size=VOCAB, cla_share_factor=cla_share_factor, moe_routing_group_tokens=SEQUENCE_LENGTH,
+        ),
+        parallel=ParallelConfig(use_distributed_optimizer=False),
+        precision=PrecisionConfig(dtype="fp32"),
+        optimizer=OptimizerConfig(lr=1e-3),
+    )  # fmt: skip
+    initialize_distributed("gloo", 60)
+    groups = build_groups(experiment.parallel, 60)
+    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation())
+    model = wrap_data_parallel(build_model(config, groups, 0), experiment, groups)
+    optimizer = build_optimizer(model, experiment, groups)
+    set_learning_rate(optimizer, 1e-3, 0.31)
+    tokens_T, labels_T = sample_tokens()
+    batch = MicroBatch(
+        tokens_T=tokens_T, labels_T=labels_T, loss_mask_T=torch.ones(TOKENS), positions_T=torch.arange(SEQUENCE_LENGTH).repeat(SEQUENCES),
+        cu_seqlens=torch.arange(0, TOKENS + 1, SEQUENCE_LENGTH, dtype=torch.int32), max_seqlen=SEQUENCE_LENGTH,
+        sequence_ids=torch.arange(SEQUENCES),
+    )  # fmt: skip
+    state = {"step": 0}
+
+    def step() -> float:
+        state["step"] += 1
+        return train_step(experiment, stage, state["step"], model, optimizer, [batch], groups, torch.device("cpu")).loss
+
+    counts = parameters(experiment.model)
+    return step, counts.total, counts.active
+
+
+def megatron_gpt() -> tuple[Step, int, int]:
+    """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as Megatron uses them."""
+    from hunyuan_pretrain.runtime import cpu_megatron
+
+    cpu_megatron.install(leave_out={"wgrad_accumulation"})
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from hunyuan_pretrain.config.schema import ParallelConfig
+    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+
+    # core names this function only with Transformer Engine, and calls it without (0.16.1)
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+    initialize_distributed("gloo", 60)
+    groups = build_groups(ParallelConfig(), 60)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN,
+        moe_ffn_hidden_size=FFN, moe_shared_expert_intermediate_size=FFN, num_moe_experts=EXPERTS, moe_router_topk=1,
+        moe_router_pre_softmax=True, moe_router_dtype="fp32", moe_aux_loss_coeff=1e-3, moe_router_load_balancing_type="aux_loss",
+        moe_token_dispatcher_type="alltoall", qk_layernorm=True, normalization="RMSNorm", gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
+        bias_activation_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False, use_cpu_initialization=True,
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
+    gpt = GPTModel(
+        config, spec, vocab_size=VOCAB, max_sequence_length=SEQUENCE_LENGTH, share_embeddings_and_output_weights=True, position_embedding_type="rope"
+    )
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0), [model], use_gloo_process_groups=False, pg_collection=groups
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    tokens_T, labels_T = sample_tokens()
+    inputs = [x.view(SEQUENCES, SEQUENCE_LENGTH) for x in (tokens_T, labels_T)]
+    position = torch.arange(SEQUENCE_LENGTH).expand(SEQUENCES, -1)
+    mask = torch.triu(torch.ones(1, 1, SEQUENCE_LENGTH, SEQUENCE_LENGTH), 1).bool()
+
+    def forward(iterator: object, model: torch.nn.Module) -> tuple:
+        return model(inputs[0], position, mask, labels=inputs[1]), lambda losses: (losses.mean(), losses.mean().detach())
+
+    def step() -> float:
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=None, model=[model], num_microbatches=1, seq_length=SEQUENCE_LENGTH,
+            micro_batch_size=SEQUENCES, forward_only=False,
+        )  # fmt: skip
+        optimizer.step()
+        return losses[0].item()
+
+    total = sum(p.numel() for p in gpt.parameters())
+    expert = 3 * HIDDEN * FFN
+    return step, total, total - NUM_LAYERS * (EXPERTS - 1) * expert
+
+
+def transformers_hunyuan() -> tuple[Step, int, int]:
+    """transformers' native HunYuanMoEV1ForCausalLM with torch's AdamW in its default form."""
+    import torch
+    from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
+
+    torch.manual_seed(1)
+    config = HunYuanMoEV1Config(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=NUM_LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, head_dim=HIDDEN // HEADS, num_experts=EXPERTS, moe_topk=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = HunYuanMoEV1ForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    tokens_T, _ = sample_tokens()
+    tokens = tokens_T.view(SEQUENCES, SEQUENCE_LENGTH)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    total = sum(p.numel() for p in model.parameters())
+    return step, total, total - NUM_LAYERS * (EXPERTS - 1) * 3 * HIDDEN * FFN
+
+
+def limit(active: int, total: int) -> dict[str, float]:
+    """Seconds that the step cannot go below here, from rates measured in this call."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+
+    def best(action: Callable[[], object], repeats: int = 20) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    shapes = {
+        "attention": (1, TOKENS, HIDDEN, HIDDEN),
+        "shared expert": (1, TOKENS, HIDDEN, 2 * FFN),
+        "routed experts": (EXPERTS, TOKENS // EXPERTS, HIDDEN, 2 * FFN),
+        "output": (1, TOKENS, HIDDEN, VOCAB),
+    }
+    rates = []
+    for batch, rows, inner, outer in shapes.values():
+        a, b = torch.randn(batch, rows, inner), torch.randn(batch, inner, outer)
+        out = torch.empty(batch, rows, outer)
+        rates.append(2 * batch * rows * inner * outer / best(lambda a=a, b=b, out=out: torch.bmm(a, b, out=out)))
+    source, target = torch.randn(64 << 20), torch.empty(64 << 20)
+    bandwidth = 2 * source.numel() * 4 / best(lambda: target.copy_(source), 5)
+    # the routed experts and the output are most of the FLOPs; the mean over shapes is what this mix can reach
+    rate = statistics.mean(rates)
+    optimizer_bytes = total * 4 * 7  # read weight, gradient, two moments; write weight, two moments
+    return {
+        "gflops_per_s": rate / 1e9,
+        "gb_per_s": bandwidth / 1e9,
+        "matmul_s": 6 * active * TOKENS / rate,
+        "optimizer_s": optimizer_bytes / bandwidth,
+    }
+
+
+def sample_tokens() -> tuple:
+    """The same pseudo-text for every contender: token ids with a Zipf-like distribution, and the next tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = (VOCAB ** torch.rand(TOKENS + 1, generator=generator)).long().clamp(max=VOCAB - 1)
+    return ids[:-1].clone(), ids[1:].clone()
+
+
+CONTENDERS: dict[str, Callable[[], tuple[Step, int, int]]] = {
+    "hunyuan-pretrain": lambda: ours(2),
+    "hunyuan-pretrain, no CLA": lambda: ours(1),
+    "megatron-core GPTModel": megatron_gpt,
+    "transformers HunYuanMoEV1": transformers_hunyuan,
+}
+
+
+def worker(name: str, started: float) -> None:
+    """Answer every line on stdin (a number of steps) with the seconds of each, as JSON."""
+    warnings.filterwarnings("ignore")
+    import torch
+
+    torch.set_num_threads(THREADS)
+    step, total, active = CONTENDERS[name]()
+    loss = step()
+    print(json.dumps({"first_step_s": time.time() - started, "total": total, "active": active, "loss": loss}), flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak_mib": peak}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker, arguments.started)
+        return
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    processes, reports = {}, {}
+    for name in arguments.only:  # one after the other, so that start-up times do not disturb each other
+        command = [sys.executable, __file__, "--worker", name, "--started", str(time.time())]
+        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        reports[name] = json.loads(processes[name].stdout.readline()) | {"seconds": []}
+    for round_number in range(arguments.rounds + 1):  # the first round warms up
+        for name, process in processes.items():
+            process.stdin.write(f"{arguments.steps}\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            reports[name] |= {"loss": answer["loss"], "peak_mib": answer["peak_mib"]}
+            reports[name]["seconds"] += answer["seconds"] if round_number else []
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    first = next(iter(reports.values()))
+    bound = limit(first["active"], first["total"])
+    floor_s = bound["matmul_s"] + bound["optimizer_s"]
+    print(f"limit: {bound['gflops_per_s']:.0f} GFLOP/s, {bound['gb_per_s']:.1f} GB/s -> {TOKENS / floor_s:,.0f} tokens/s")
+    print(f"{'':28} {'tokens/s':>9} {'of limit':>9} {'first step':>11} {'peak MiB':>9} {'parameters':>12} {'loss':>7}")
+    for name, report in reports.items():
+        seconds = statistics.median(report["seconds"])
+        report["tokens_per_s"] = TOKENS / seconds
+        print(
+            f"{name:28} {TOKENS / seconds:9,.0f} {floor_s / seconds:9.0%} {report['first_step_s']:9.1f} s {report['peak_mib']:9,.0f} "
+            f"{report['total']:12,} {report['loss']:7.3f}"
+        )
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump({"limit": bound, "contenders": reports}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

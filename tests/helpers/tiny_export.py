@@ -1,0 +1,71 @@
+"""A tiny model with random weights, a tiny tokenizer, and their export, for tests of what happens to weights after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_pretrain.checkpoint.hf_export import export
+from hunyuan_pretrain.checkpoint.weight_map import to_hf, weight_map
+from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.data.tokenizer import RANKS_FILE, format_ranks
+from tests.reference.plain_hunyuan import plain_logits
+
+ALPHA = 1000.0
+
+
+def tiny_model(**changes: object) -> ModelConfig:
+    """Two layers, one CLA group, 4 experts, top-1, and room for the tiny tokenizer."""
+    base = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 24,
+        "num_moe_experts": 4,
+        "padded_vocab_size": 480,
+    }
+    return ModelConfig(**(base | changes))
+
+
+def random_tensors(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Full Megatron parameters, large enough that every part matters; norm weights are not 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for row in weight_map(model):
+        tensor = torch.randn(row.megatron_shape, generator=generator)
+        is_norm = "layernorm" in row.megatron_name
+        tensors[row.megatron_name] = 1 + 0.2 * tensor if is_norm else tensor * row.megatron_shape[-1] ** -0.5
+    return tensors
+
+
+def reference_logits(model: ModelConfig, megatron: dict[str, torch.Tensor], alpha: float = ALPHA) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A stand-in for the training model: token ids (B, S) -> logits (B, S, V)."""
+    hf = dict(to_hf(model, megatron))
+
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        return torch.stack([plain_logits(model, hf, row, torch.tensor([0, len(row)]), alpha) for row in tokens_BS])
+
+    return logits
+
+
+def write_tiny_tokenizer(folder: Path) -> Path:
+    """256 bytes, one merge and the 209 specials: 466 ids."""
+    (folder / RANKS_FILE).write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)} | {b"he": 256}))
+    return folder
+
+
+def export_tiny(model: ModelConfig, tokenizer_folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """`export` of random weights, fp32 unless told otherwise."""
+    megatron = random_tensors(model)
+    options: dict[str, Any] = {
+        "rope_alpha": ALPHA,
+        "max_position_embeddings": 4096,
+        "dtype": torch.float32,
+        "reference_logits": reference_logits(model, megatron),
+        "certificate_info": {"run": "tiny", "step": 3},
+    }
+    return export(model, megatron, tokenizer_folder, output, **(options | changes))

@@ -1,0 +1,154 @@
+"""Who may import whom. Walks the syntax tree of every file, so imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = ("hunyuan_pretrain", "data_tools", "launch", "tests")
+
+MAY_IMPORT = {
+    "config": set(),
+    "plan": {"config"},
+    "runtime": {"config"},
+    "parallel": {"config", "runtime"},
+    "model": {"config", "runtime", "parallel"},
+    "data": {"config", "runtime", "parallel"},
+    "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
+    "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
+    "cli": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
+    "__main__": {"cli"},
+}
+"""Room of hunyuan_pretrain -> rooms that it may import beside itself."""
+
+ONLY_IN = {
+    "megatron.core.parallel_state": ["hunyuan_pretrain/parallel/groups.py"],
+    "megatron.core": [
+        "hunyuan_pretrain/runtime/cpu_megatron.py",
+        "hunyuan_pretrain/parallel/",
+        "hunyuan_pretrain/model/",
+        "hunyuan_pretrain/checkpoint/",
+        "hunyuan_pretrain/train/",
+    ],
+    "megatron.training": [],
+    "transformer_engine": [
+        "hunyuan_pretrain/runtime/device.py",
+        "hunyuan_pretrain/model/spec.py",
+        "hunyuan_pretrain/model/fp8.py",
+    ],
+    "wandb": ["hunyuan_pretrain/runtime/logging.py"],
+    "transformers": [
+        "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
+        "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",
+        "hunyuan_pretrain/checkpoint/generate.py",
+    ],
+    "torch": [f"hunyuan_pretrain/{room}/" for room in ("runtime", "parallel", "model", "data", "checkpoint", "train")] + ["data_tools/"],
+}
+"""Module -> files and folders that may import it; a longer name is not covered by its parent's line."""
+
+
+def source_files() -> list[Path]:
+    return sorted(path for name in ("hunyuan_pretrain", "data_tools", "launch") for path in (ROOT / name).rglob("*.py"))
+
+
+def imports_of(text: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything that a file imports; `from a import b` counts as a.b."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            package = parts[: len(parts) - node.level + is_package] if node.level else []
+            origin = ".".join([*package, *(node.module.split(".") if node.module else [])])
+            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield node.lineno, node.args[0].value
+
+
+def is_under(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def violation(path: str, name: str) -> str | None:
+    """Why a file may not import a module; None where it may."""
+    for module, places in ONLY_IN.items():
+        covered_elsewhere = any(is_under(other, module) and other != module and is_under(name, other) for other in ONLY_IN)
+        if is_under(name, module) and not covered_elsewhere and not any(path.startswith(place) for place in places):
+            return f"{module} only in {', '.join(places) or 'no file'}"
+    top, *rest = name.split(".")
+    if top not in OURS:
+        return None
+    mine = path.split("/")[0]
+    room = rest[0] if rest else ""
+    if mine == "launch":
+        return None if top == "launch" or (top == "hunyuan_pretrain" and room == "config") else "launch imports config only"
+    if mine == "data_tools":
+        allowed = top == "data_tools" or (top == "hunyuan_pretrain" and room in ("config", "data"))
+        return None if allowed else "data_tools imports config and data only"
+    if top != "hunyuan_pretrain":
+        return f"nothing imports {top}"
+    my_room = path.split("/")[1].removesuffix(".py")
+    if my_room == "__init__" or room in ("__version__", ""):
+        return None
+    if room != my_room and room not in MAY_IMPORT[my_room]:
+        return f"{my_room} may import {', '.join(sorted(MAY_IMPORT[my_room])) or 'no other room'}, not {room}"
+    return None
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    is_package = relative.name == "__init__.py"
+    module = ".".join((relative.parent if is_package else relative.with_suffix("")).parts)
+    found = []
+    for line, name in imports_of(path.read_text(encoding="utf-8"), module, is_package):
+        reason = violation(relative.as_posix(), name)
+        if reason:
+            found.append(f"{relative}:{line} imports {name}: {reason}")
+    assert not found, "\n".join(found)
+
+
+def test_every_room_has_its_line() -> None:
+    package = ROOT / "hunyuan_pretrain"
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert rooms <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("hunyuan_pretrain/config/x.py", "def f():\n    import torch", "torch only in"),
+        ("hunyuan_pretrain/config/x.py", "from hunyuan_pretrain.plan import counts", "config may import no other room, not plan"),
+        ("hunyuan_pretrain/plan/x.py", "from ..runtime.device import probe", "plan may import config, not runtime"),
+        ("hunyuan_pretrain/model/x.py", "from .. import data", "model may import config, parallel, runtime, not data"),
+        (
+            "hunyuan_pretrain/model/x.py",
+            "from megatron.core import parallel_state",
+            "parallel_state only in hunyuan_pretrain/parallel/groups.py",
+        ),
+        ("hunyuan_pretrain/data/x.py", "import megatron.core.tensor_parallel", "megatron.core only in"),
+        ("hunyuan_pretrain/train/x.py", "from megatron.training import get_args", "megatron.training only in no file"),
+        ("hunyuan_pretrain/train/x.py", "import importlib\nimportlib.import_module('wandb')", "wandb only in"),
+        ("hunyuan_pretrain/train/x.py", "import data_tools.pack", "nothing imports data_tools"),
+        ("hunyuan_pretrain/train/x.py", "from tests.helpers import x", "nothing imports tests"),
+        ("data_tools/x.py", "from hunyuan_pretrain.train import loop", "data_tools imports config and data only"),
+        ("launch/x.py", "from hunyuan_pretrain.data import tokenizer", "launch imports config only"),
+        ("hunyuan_pretrain/parallel/groups.py", "from megatron.core import parallel_state", None),
+        (
+            "hunyuan_pretrain/train/x.py",
+            "from megatron.core import dist_checkpointing\nfrom . import loop\nfrom ..config.schema import Experiment",
+            None,
+        ),
+    ],
+)
+def test_the_walk_finds_what_it_should(path: str, text: str, expected: str | None) -> None:
+    module = path.removesuffix(".py").replace("/", ".")
+    reasons = [violation(path, name) for _, name in imports_of(text, module, is_package=False)]
+    assert [reason for reason in reasons if reason] == ([] if expected is None else [r for r in reasons if r and expected in r])
+    assert any(reasons) == (expected is not None)

@@ -1,0 +1,271 @@
+"""YAML to experiment: merging, overrides, and the text of each refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hunyuan_pretrain.config.load import dump_resolved, load_experiment, load_model
+from hunyuan_pretrain.config.schema import ConfigError, rope_base
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "configs/dev/demo_cpu.yaml"
+LARGE = ROOT / "configs/model/hunyuan_large.yaml"
+
+EXPERIMENT = """\
+base: model.yaml
+name: small
+run_dir: out
+tokenizer: tok
+optimizer:
+  lr: 1e-4
+stages:
+  - name: only
+    tokens: 7e6
+    sequence_length: 512
+    global_batch_sequences: 4
+    lr_end: 1.0
+    data: [{path: d}]
+"""
+MODEL = """\
+model:
+  num_layers: 2
+  hidden_size: 64
+  num_attention_heads: 4
+  num_query_groups: 2
+  ffn_hidden_size: 128
+  num_moe_experts: 4
+  moe_routing_group_tokens: 256
+  padded_vocab_size: 512
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model.yaml").write_text(MODEL)
+    (tmp_path / "run.yaml").write_text(EXPERIMENT)
+    return tmp_path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path, overrides)
+    return str(caught.value)
+
+
+def test_numbers_without_a_dot_are_numbers(folder: Path) -> None:
+    experiment = load_experiment(folder / "run.yaml", ["optimizer.adam_eps=1e-9", "stages.0.tokens=7e12"])
+    assert experiment.optimizer.lr == 1e-4
+    assert experiment.optimizer.adam_eps == 1e-9
+    assert experiment.stages[0].tokens == 7 * 10**12
+    assert load_experiment(folder / "run.yaml").stages[0].num_steps == 3418  # 7e6 / 2048, rounded up
+
+
+def test_overrides_beat_the_file_and_the_file_beats_its_base(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT + "model: {num_layers: 4}\n")
+    assert load_experiment(path).model.num_layers == 4
+    assert load_experiment(path).model.hidden_size == 64
+    assert load_experiment(path, ["model.num_layers=6"]).model.num_layers == 6
+    assert load_experiment(path, ["parallel.world_size=4", "parallel.expert_model_parallel_size=4"]).parallel.world_size == 4
+
+
+def test_later_bases_win_and_lists_are_replaced(folder: Path) -> None:
+    (folder / "more.yaml").write_text("model: {num_layers: 8}\nstages: [{name: a}, {name: b}]\noptimizer: {clip_grad: 0.5}\n")
+    (folder / "run.yaml").write_text(EXPERIMENT.replace("base: model.yaml", "base: [model.yaml, more.yaml]"))
+    experiment = load_experiment(folder / "run.yaml")
+    assert experiment.model.num_layers == 8
+    assert [stage.name for stage in experiment.stages] == ["only"]
+    assert (experiment.optimizer.lr, experiment.optimizer.clip_grad) == (1e-4, 0.5)
+
+
+def test_a_base_with_a_base_is_refused(folder: Path) -> None:
+    (folder / "child.yaml").write_text("base: run.yaml\n")
+    assert "run.yaml: 1 problem\n  base=model.yaml: a base file cannot have a base of its own" in refusal(folder / "child.yaml")
+
+
+def test_a_missing_base_names_the_nearest_file(folder: Path) -> None:
+    (folder / "run.yaml").write_text(EXPERIMENT.replace("base: model.yaml", "base: modl.yaml"))
+    text = refusal(folder / "run.yaml")
+    assert "base=modl.yaml" in text
+    assert f"did you mean {folder / 'model.yaml'}?) [{folder / 'run.yaml'}:1]" in text
+
+
+@pytest.mark.parametrize("base", ["3", "[]", "[1]", "{a: b}"])
+def test_a_base_that_is_no_path_is_refused(folder: Path, base: str) -> None:
+    (folder / "run.yaml").write_text(EXPERIMENT.replace("base: model.yaml", f"base: {base}"))
+    assert "must be a path or a list of paths, relative to this file" in refusal(folder / "run.yaml")
+
+
+def test_an_unknown_key_names_line_and_nearest_key(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT.replace("  lr: 1e-4", "  lr: 1e-4\n  weigth_decay: 0.1"))
+    expected = f"{path}: 1 problem\n  optimizer.weigth_decay=0.1: unknown key (did you mean optimizer.weight_decay?) [{path}:7]"
+    assert refusal(path) == expected
+
+
+def test_a_key_in_the_wrong_section_names_the_right_one(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT + "num_layers: 4\n")
+    assert f"num_layers=4: unknown key (did you mean model.num_layers?) [{path}:14]" in refusal(path)
+
+
+def test_an_unknown_key_like_nothing_lists_what_is_known(folder: Path) -> None:
+    assert "unknown key (known here: dtype, grad_reduce_in_fp32)" in refusal(folder / "run.yaml", "precision.qqq=1")
+
+
+def test_an_unknown_override_names_the_nearest_key(folder: Path) -> None:
+    text = refusal(folder / "run.yaml", "optimzer.lr=1", "parallel.expert_parallel_size=2")
+    assert "optimzer={\"lr\": 1}: unknown key (did you mean optimizer?) [override 'optimzer.lr=1']" in text
+    assert "unknown key (did you mean parallel.expert_model_parallel_size?) [override 'parallel.expert_parallel_size=2']" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lr", "lr: is not an override (write dotted.path=value, such as optimizer.lr=3e-4)"),
+        ("=3", "is not an override"),
+        ("model..a=3", "is not an override"),
+        ("stages.1.tokens=5", "stages is a list of 1, '1' is not in it (use 0)"),
+        ("stages.first.tokens=5", "stages is a list of 1, 'first' is not in it (use 0)"),
+        ("name.x=5", "name is small, not a section"),
+        ("model=[1", "model=[1: is not valid YAML"),
+        ("model={a: 1, a: 2}", "a: written twice"),
+    ],
+)
+def test_a_malformed_override_is_refused(folder: Path, override: str, expected: str) -> None:
+    assert expected in refusal(folder / "run.yaml", override)
+
+
+def test_wrong_types_are_all_reported_with_their_lines(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT.replace("name: small", "name: 12") + "precision: {dtype: bf61}\nparallel:\nseed: true\n")
+    text = refusal(path, "model.num_layers=2.5", 'model.hidden_size="64"', "stages.0.tokens=-1", "runtime.deterministic=1")
+    assert text.startswith(f"{path}: 8 problems\n")
+    for line in (
+        f'name=12: must be a valid string (quote it: "12") [{path}:2]',
+        f"precision.dtype=bf61: must be bf16 or fp32 (did you mean bf16?) [{path}:14]",
+        f"parallel=null: must be a section of `key: value` lines [{path}:15]",
+        f"seed=true: must be a valid integer [{path}:16]",
+        "model.num_layers=2.5: must be a valid integer (typical: 64) [override 'model.num_layers=2.5']",
+        'model.hidden_size="64": must be a valid integer (typical: 6400)',
+        "stages.0.tokens=-1: must be greater than 0",
+        "runtime.deterministic=1: must be a valid boolean",
+    ):
+        assert f"  {line}" in text
+
+
+def test_infinity_is_refused(folder: Path) -> None:
+    assert "optimizer.lr=inf: must be a finite number" in refusal(folder / "run.yaml", "optimizer.lr=.inf")
+
+
+def test_missing_keys_say_what_they_are(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT.replace("    lr_end: 1.0\n", "").replace("name: small\n", ""))
+    text = refusal(path)
+    assert "  name: missing (Name of the experiment in logs)" in text
+    assert "stages.0.lr_end: missing (Learning rate at the end of the stage, as a fraction of optimizer.lr; typical: 1.0 after" in text
+    assert f"[{path}:7]" in text
+
+
+def test_an_empty_list_of_stages_is_refused(folder: Path) -> None:
+    assert "stages=[]: must not be empty" in refusal(folder / "run.yaml", "stages=[]")
+
+
+def test_duplicate_keys_are_refused(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT + "seed: 1\nseed: 2\n")
+    assert refusal(path) == f"{path}: 1 problem\n  seed: written twice; the first is in line 14 (keep one) [{path}:15]"
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    assert refusal(path) == f"{path}: 1 problem\n  file: cannot be read: No such file or directory"
+    for text, expected in (
+        ("", "file: is empty"),
+        ("# nothing\n", "file: is empty"),
+        ("- a\n", "file: must hold `key: value` lines"),
+        ("a: [1\nb: 2\n", f"file: is not valid YAML: expected ',' or ']', but got ':' [{path}:2]"),
+        ("a: !python/object:os.system {}\n", "unknown key"),
+        ("a: 1\n---\nb: 2\n", "file: is not valid YAML"),
+        ("a: \x00\n", "file: is not valid YAML"),
+        ("a: &x [*x]\n", "file: is not valid YAML: a value contains itself"),
+        ("a: !strange 1\n", "file: is not valid YAML: could not determine a constructor for the tag '!strange'"),
+        ("5: x\n", "5=x: unknown key (known here: name"),
+        ("[a, b]: x\n", "?=x: unknown key"),
+        ("name: 2024-99-99\n", "run_dir: missing"),
+    ):
+        path.write_text(text)
+        assert expected in refusal(path), text
+    path.write_bytes(b"a: \xff\n")
+    assert "file: is not UTF-8 text" in refusal(path)
+    (tmp_path / "experiment.yaml").write_text("a: 1\n")
+    assert f"did you mean {tmp_path / 'experiment.yaml'}?" in refusal(tmp_path / "experimnt.yaml")
+
+
+def test_an_architecture_file_is_no_experiment(folder: Path) -> None:
+    assert "file: holds only an architecture (model:) (make it the `base:` of an experiment" in refusal(folder / "model.yaml")
+
+
+def test_load_model_takes_both_kinds_of_file(folder: Path) -> None:
+    assert load_model(folder / "model.yaml") == load_experiment(folder / "run.yaml").model == load_model(folder / "run.yaml")
+    assert load_model(folder / "model.yaml", ["model.num_layers=4"]).num_layers == 4
+    with pytest.raises(ConfigError, match=r"model.num_layers=3: CLA groups of 2 layers, 3 % 2 != 0 .use 2 or 4, or cla_share_factor 1."):
+        load_model(folder / "model.yaml", ["model.num_layers=3"])
+
+
+def test_rules_name_the_line_of_the_value(folder: Path) -> None:
+    path = folder / "run.yaml"
+    path.write_text(EXPERIMENT.replace("lr_end: 1.0", "lr_end: 1.5"))
+    assert refusal(path).endswith(
+        f"stages.0.lr_end=1.5: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr) [{path}:12]"
+    )
+
+
+def test_what_is_dumped_loads_back_equal(folder: Path) -> None:
+    for source in (folder / "run.yaml", DEMO):
+        experiment = load_experiment(source)
+        (folder / "resolved.yaml").write_text(dump_resolved(experiment))
+        assert load_experiment(folder / "resolved.yaml") == experiment
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lr=st.floats(min_value=1e-300, max_value=1e300, allow_nan=False),
+    name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20),
+    seed=st.integers(min_value=0, max_value=2**63),
+)
+def test_any_value_survives_a_dump(folder: Path, lr: float, name: str, seed: int) -> None:
+    overrides = [f"optimizer.lr={lr!r}", f"seed={seed}", f"name={json.dumps(name)}"]
+    experiment = load_experiment(folder / "run.yaml", overrides)
+    assert (experiment.optimizer.lr, experiment.seed) == (lr, seed)
+    (folder / "resolved.yaml").write_text(dump_resolved(experiment), encoding="utf-8")
+    assert load_experiment(folder / "resolved.yaml") == experiment
+
+
+def test_rope_base_of_256k() -> None:
+    assert rope_base(1e4, 1e5, 80) == pytest.approx(1.34e9, rel=3e-3)
+    assert rope_base(1e4, 1.0, 80) == 1e4
+    with pytest.raises(ValueError, match="needs at least 4 channels"):
+        rope_base(1e4, 1e5, 2)
+
+
+def test_loading_a_config_imports_no_torch_and_is_quick() -> None:
+    def seconds(code: str) -> float:
+        # Processor time: on a machine that also does other work, wall time would measure that.
+        process = subprocess.Popen([sys.executable, "-c", code])
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert status == 0
+        return usage.ru_utime + usage.ru_stime
+
+    code = "import sys, hunyuan_pretrain.config.load; assert not {'torch', 'megatron', 'numpy'} & set(sys.modules)"
+    extra = min(seconds(code) for _ in range(6)) - min(seconds("pass") for _ in range(3))
+    assert extra < 0.2, f"{extra:.3f} s over a bare interpreter"

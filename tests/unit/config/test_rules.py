@@ -1,0 +1,157 @@
+"""Each rule refuses what it should, in its own words, and lets the demo through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.load import load_experiment, parse, read, validate
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+
+DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
+
+
+def experiment_with(*overrides: str) -> Experiment:
+    """The demo with overrides, types checked but not rules."""
+    return validate(Experiment, read(DEMO, overrides))
+
+
+def refusal(*overrides: str, world_size: int | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        rules.check(experiment_with(*overrides), world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["model.kv_channels=null", "model.hidden_size=260"],
+            "model.hidden_size=260: 8 heads, 260 % 8 != 0 and model.kv_channels is null (use 256 or 264, or set model.kv_channels)",
+        ),
+        (["model.num_query_groups=3"], "model.num_query_groups=3: 8 heads, 8 % 3 != 0 (use 2 or 4)"),
+        (["model.num_query_groups=16"], "model.num_query_groups=16: 8 heads, 8 % 16 != 0 (use 8)"),
+        (["model.kv_channels=33"], "model.kv_channels=33: head width 33 must be even and at least 4, since RoPE rotates pairs"),
+        (["model.kv_channels=2"], "(use a head width of 4)"),
+        (
+            ["model.kv_channels=null", "model.hidden_size=8"],
+            "model.num_attention_heads=8: head width 1 must be even and at least 4",
+        ),
+        (["model.num_layers=5"], "model.num_layers=5: CLA groups of 2 layers, 5 % 2 != 0 (use 4 or 6, or cla_share_factor 1)"),
+        (["model.num_layers=1"], "(use 2, or cla_share_factor 1)"),
+        (["model.moe_router_topk=9"], "model.moe_router_topk=9: more than the 8 experts of model.num_moe_experts (use 1 to 8)"),
+        (
+            ["model.moe_expert_capacity_factor=null"],
+            "model.recycle_routing=true: without a capacity no expert is ever full, so nothing can be recycled",
+        ),
+        (
+            ["parallel.expert_model_parallel_size=3", "parallel.world_size=null"],
+            "parallel.expert_model_parallel_size=3: 8 experts, 8 % 3 != 0 (use 2 or 4)",
+        ),
+        (["parallel.tensor_model_parallel_size=2"], f"parallel.tensor_model_parallel_size=2: {rules.NOT_YET} (use 1)"),
+        (["parallel.pipeline_model_parallel_size=2"], f"parallel.pipeline_model_parallel_size=2: {rules.NOT_YET} (use 1)"),
+        (["parallel.context_parallel_size=2"], f"parallel.context_parallel_size=2: {rules.NOT_YET} (use 1)"),
+        (["parallel.expert_tensor_parallel_size=2"], f"parallel.expert_tensor_parallel_size=2: {rules.NOT_YET} (use 1)"),
+        (["parallel.sequence_parallel=true"], f"parallel.sequence_parallel=true: {rules.NOT_YET} (use false)"),
+        (["parallel.sequence_parallel=true"], "splits over the tensor-parallel ranks, and there is only one"),
+        (
+            ["parallel.tensor_model_parallel_size=4"],
+            "parallel.tensor_model_parallel_size=4: must divide the model: num_query_groups 2 % 4 != 0 (use 2)",
+        ),
+        (
+            ["parallel.expert_tensor_parallel_size=3"],
+            "parallel.expert_tensor_parallel_size=3: routed experts are 512 wide, 512 % 3 != 0 (use 2 or 4)",
+        ),
+        (
+            ["parallel.overlap_param_gather=true"],
+            "parallel.overlap_param_gather=true: needs parallel.overlap_grad_reduce (set parallel.overlap_grad_reduce to true",
+        ),
+        (
+            ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
+            "needs parallel.use_distributed_optimizer and parallel.overlap_grad_reduce",
+        ),
+        (
+            ["stages.1.sequence_length=640"],
+            "stages.1.sequence_length=640: not a multiple of model.moe_routing_group_tokens 256 "
+            "(use 512 or 768, or a routing group of 128)",
+        ),
+        (
+            ["optimizer.expert_lr_ratio=null"],
+            "optimizer.expert_lr_ratio=null: expert_lr_ratio and expert_lr_noise_scale_tokens are both null",
+        ),
+        (["optimizer.expert_lr_noise_scale_tokens=1e6"], "optimizer.expert_lr_ratio=0.31: expert_lr_noise_scale_tokens=1e+06 is set too"),
+        (["optimizer.adam_beta1=1.0"], "optimizer.adam_beta1=1: must be at least 0 and below 1 (use 0.9 or 0.95)"),
+        (["optimizer.adam_beta2=-0.1"], "optimizer.adam_beta2=-0.1: must be at least 0 and below 1 (use 0)"),
+        (["stages.2.name=warmup"], "stages.2.name=warmup: stages.0 has this name already (use warmup_2)"),
+        (["stages.0.lr_end=2"], "stages.0.lr_end=2: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr)"),
+        (["stages.0.lr_end=0"], "stages.0.lr_end=0: the learning rate is 0 throughout the stage"),
+        (["stages.1.lr_end=0", "stages.1.lr_shape=constant"], "stages.1.lr_end=0: the learning rate is 0 throughout the stage"),
+        (
+            ["stages.0.global_batch_sequences=12"],
+            "stages.0.global_batch_sequences=12: not a multiple of micro_batch_sequences 4 * 2 data-parallel ranks = 8 (use 8 or 16)",
+        ),
+        (
+            ["stages.0.global_batch_sequences=2", "parallel.world_size=null"],
+            "stages.0.global_batch_sequences=2: not a multiple of micro_batch_sequences 4 = 4 (use 4)",
+        ),
+        (["parallel.world_size=3"], "parallel.world_size=3: not a multiple of 2, which"),
+    ],
+)
+def test_a_broken_rule_is_refused_in_its_own_words(overrides: list[str], expected: str) -> None:
+    assert f"{expected}" in refusal(*overrides)
+
+
+def test_the_demo_breaks_no_rule_and_warns_of_nothing() -> None:
+    rules.check(load_experiment(DEMO), world_size=2)
+    assert rules.find_warnings(load_experiment(DEMO)) == []
+
+
+def test_the_size_of_the_job_must_be_that_of_the_config() -> None:
+    expected = "parallel.world_size=2: the job has 4 ranks (start 2 ranks, or set parallel.world_size to 4 or null)"
+    assert expected in refusal(world_size=4)
+    assert "parallel.world_size=3: not a multiple of 2" in refusal("parallel.world_size=null", world_size=3)
+    rules.check(experiment_with("parallel.world_size=null"), world_size=4)
+
+
+def test_every_violation_is_in_one_message() -> None:
+    text = refusal("model.num_layers=5", "parallel.expert_model_parallel_size=3", "optimizer.adam_beta1=1", "stages.2.name=decay")
+    assert text.startswith("demo_cpu: 5 problems\n")
+    for path in ("model.num_layers", "parallel.expert_model_parallel_size", "optimizer.adam_beta1", "stages.2.name", "parallel.world_size"):
+        assert f"\n  {path}=" in text
+
+
+def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
+    rules.check(experiment_with("stages.1.lr_end=0", "stages.2.lr_shape=constant"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.moe_expert_capacity_factor=0.5", "the experts have room for 50% of the tokens; the others are dropped"),
+        ("stages.0.lr_end=0.5", "optimizer.lr=0.002: no stage reaches it: the highest lr_end is 0.5"),
+        ("checkpoint.save_every_steps=null", "checkpoint.keep_last=2: checkpoint.save_every_steps is null"),
+        ("checkpoint.save_every_steps=301", "checkpoint.save_every_steps=301: the run has 300 steps, so only its end is saved"),
+    ],
+)
+def test_settings_that_take_little_effect_are_warned_of(override: str, expected: str) -> None:
+    (warning,) = rules.find_warnings(experiment_with(override))
+    assert expected in str(warning)
+
+
+def test_the_refused_value_is_never_its_own_suggestion() -> None:
+    for value in range(1, 40):
+        for number in (1, 8, 12, 37):
+            if number % value:
+                assert str(value) not in rules.nearest_divisors(value, number).split()
+        for step in range(1, 12):
+            if value % step:
+                assert str(value) not in rules.nearest_multiples(value, step).split()
+
+
+def test_positions_follow_a_replaced_list() -> None:
+    tree = parse("a: [{b: 1}]\n", "one")
+    tree.merge(parse("c: 1\na:\n - b: 2\n", "two"))
+    assert tree.data == {"a": [{"b": 2}], "c": 1}
+    assert tree.position(("a", 0, "b")) == "two:3"

@@ -1,0 +1,114 @@
+"""Tokenized folders: Megatron's format, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.indexed import TokenizedDataset, token_dtype
+
+DOCUMENTS = [[1, 2, 3], [4], list(range(500)), [7, 8]]
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 128166])
+def test_files_are_byte_identical_to_megatrons_builder(tmp_path: Path, tokenized: Callable[..., Path], vocab_size: int) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    ours = tokenized("ours", DOCUMENTS, vocab_size=vocab_size)
+    assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for ids in DOCUMENTS:
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    assert (ours / "tokens.bin").read_bytes() == (tmp_path / "megatron.bin").read_bytes()
+    assert (ours / "tokens.idx").read_bytes() == (tmp_path / "megatron.idx").read_bytes()
+
+
+def test_megatron_reads_what_we_write_and_so_do_we(tokenized: Callable[..., Path]) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    folder = tokenized("ours", DOCUMENTS)
+    megatron, ours = IndexedDataset(str(folder / "tokens")), TokenizedDataset(folder)
+    assert len(megatron) == ours.num_documents == len(DOCUMENTS)
+    for number, ids in enumerate(DOCUMENTS):
+        assert megatron[number].tolist() == ours.document(number).tolist() == ids
+    assert ours.starts(np.array([3, 0])).tolist() == [504, 0]
+    ours.verify()
+
+
+def change_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_bin_that_is_cut_short_is_refused(tokenized: Callable[..., Path]) -> None:
+    folder = tokenized("t", DOCUMENTS)
+    content = (folder / "tokens.bin").read_bytes()
+    (folder / "tokens.bin").write_bytes(content[:-2])
+    with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short, 1,010 bytes where 1,012 are expected"):
+        TokenizedDataset(folder)
+
+
+def test_an_idx_of_another_corpus_is_refused(tokenized: Callable[..., Path]) -> None:
+    folder, other = tokenized("t", DOCUMENTS), tokenized("other", [[1, 2, 3, 4], [5], list(range(500)), [7, 8]])
+    (folder / "tokens.idx").write_bytes((other / "tokens.idx").read_bytes())
+    with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short"):
+        TokenizedDataset(folder)
+    (folder / "tokens.bin").write_bytes((other / "tokens.bin").read_bytes())
+    with pytest.raises(DataFormatError, match=r"tokens\.idx: describes 507 tokens, the manifest 506; the two do not belong together"):
+        TokenizedDataset(folder)
+
+
+def test_an_idx_of_the_same_shape_is_found_by_its_digest(tokenized: Callable[..., Path]) -> None:
+    folder, other = tokenized("t", [[1, 2], [3]]), tokenized("other", [[1], [2, 3]])
+    (folder / "tokens.idx").write_bytes((other / "tokens.idx").read_bytes())
+    with pytest.raises(DataFormatError, match=r"tokens\.idx: SHA-256 .* the manifest says"):
+        TokenizedDataset(folder).verify()
+
+
+def test_an_idx_that_is_none_is_refused(tokenized: Callable[..., Path]) -> None:
+    folder = tokenized("t", DOCUMENTS)
+    size = (folder / "tokens.idx").stat().st_size
+    (folder / "tokens.idx").write_bytes(b"x" * size)
+    with pytest.raises(DataFormatError, match="not an index of version 1 with uint16 or int32 ids"):
+        TokenizedDataset(folder)
+    (folder / "tokens.idx").write_bytes(b"")
+    with pytest.raises(DataFormatError, match=r"tokens\.idx: cut short, 0 bytes"):
+        TokenizedDataset(folder)
+
+
+def test_ids_of_another_type_than_the_vocabulary_needs_are_refused(tokenized: Callable[..., Path]) -> None:
+    folder = tokenized("t", DOCUMENTS)
+    change_manifest(folder, vocab_size=128166)
+    with pytest.raises(DataFormatError, match="uint16 ids, expected int32 for a vocabulary of 128166"):
+        TokenizedDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "tokens.bin").unlink(), r"tokens\.bin: missing; tokenize again"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: missing; give a folder written by `hunyuan-data tokenize`"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: not valid JSON"),
+        (lambda folder: change_manifest(folder, format="hunyuan-packed"), "hunyuan-packed, expected hunyuan-tokenized"),
+        (lambda folder: change_manifest(folder, version=2), "version 2, this program reads version 1"),
+        (lambda folder: change_manifest(folder, tokens="many"), r"tokens is 'many', expected a value of type int"),
+        (lambda folder: change_manifest(folder, documents=0), "holds no document"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tokenized: Callable[..., Path], damage: Callable[[Path], object], message: str) -> None:
+    folder = tokenized("t", DOCUMENTS)
+    damage(folder)
+    with pytest.raises(DataFormatError, match=message):
+        TokenizedDataset(folder)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataFormatError, match=r"nowhere: no such folder; write it with `hunyuan-data tokenize`"):
+        TokenizedDataset(tmp_path / "nowhere")

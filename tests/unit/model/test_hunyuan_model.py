@@ -1,0 +1,196 @@
+"""The model against the plain formulation, packing, recompute, and the published sizes."""
+
+from tests.helpers import tiny  # noqa: I001
+
+import pytest
+import torch
+
+from hunyuan_pretrain.checkpoint.weight_map import to_hf
+from hunyuan_pretrain.config.load import load_model
+from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.model.cross_entropy import linear_cross_entropy
+from hunyuan_pretrain.model.hunyuan_config import transformer_config
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from tests.reference.plain_hunyuan import plain_logits
+
+FEATURES = {
+    "all": {},
+    "no CLA": {"cla_share_factor": 1},
+    "CLA over 4": {"cla_share_factor": 4},
+    "top 2": {"moe_router_topk": 2},
+    "no QK norm": {"qk_layernorm": False},
+    "untied": {"share_embeddings_and_output_weights": False},
+    "one group a head": {"num_query_groups": 4},
+}
+
+
+def randomise_norms(model: HunyuanModel) -> None:
+    """Norm weights start at one, where a misplaced one would not show."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+
+
+@pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
+def test_logits_equal_the_plain_formulation(changes):
+    """Each layer with its own K/V from the owner's raw projections, RoPE then its own key norm, loops over documents and experts."""
+    architecture = tiny.tiny_model(**changes)
+    model = tiny.build(architecture)
+    randomise_norms(model)
+    inputs = tiny.packed_inputs(architecture)
+    with torch.no_grad():
+        logits, _ = model(inputs["tokens_T"], inputs["positions_T"], inputs["borders"], inputs["rope_alpha"])
+    tensors = dict(to_hf(architecture, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    expected = plain_logits(architecture, tensors, inputs["tokens_T"], torch.tensor(inputs["borders"]), inputs["rope_alpha"])
+    torch.testing.assert_close(logits, expected.float(), atol=2e-5, rtol=1e-5)
+
+
+def gradients(model: HunyuanModel, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    model.zero_grad()
+    loss, statistics = model(**inputs)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, statistics
+
+
+@pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
+def test_gradients_equal_autograd_through_the_plain_formulation(changes):
+    """Every hand-written backward pass (norms, RoPE, SwiGLU, dispatch, grouped products, cross-entropy) at once, dropless."""
+    architecture = tiny.tiny_model(**changes)
+    model = tiny.build(architecture)
+    randomise_norms(model)
+    inputs = tiny.packed_inputs(architecture) | {"key": None}
+    loss, actual, _ = gradients(model, inputs)
+    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+    logits = plain_logits(
+        architecture, dict(to_hf(architecture, weights)), inputs["tokens_T"], torch.tensor(inputs["borders"]), inputs["rope_alpha"]
+    )
+    expected_loss = torch.nn.functional.cross_entropy(logits.float(), inputs["label_T"])
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-6, rtol=1e-6)
+    for name, weight in weights.items():
+        assert weight.grad.abs().max() > 0, name
+        torch.testing.assert_close(actual[name], weight.grad, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_router_topk": 2}, {"recycle_routing": False}, {"moe_expert_capacity_factor": 1.5}])
+def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
+    """Output and gradients of the routed experts for recycled, dropped and empty places."""
+    architecture = tiny.tiny_model(**changes)
+    mlp = tiny.build(architecture).decoder.layers[1].mlp
+    key = tiny.packed_inputs(architecture)["key"]
+    hidden = torch.randn(96, architecture.hidden_size, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    plan, _ = mlp.router(hidden, key)
+    capacity_rows = plan.rows_E
+    expected = torch.zeros_like(hidden)
+    for k in range(architecture.moe_router_topk):
+        for token in range(96):
+            row = int(plan.row_TK[token, k])
+            if row < capacity_rows * architecture.num_moe_experts:
+                expert = row // capacity_rows
+                gate, up = (mlp.experts.linear_fc1.weight[expert] @ hidden[token]).chunk(2)
+                output = mlp.experts.linear_fc2.weight[expert] @ (torch.nn.functional.silu(gate) * up)
+                expected = expected + torch.nn.functional.one_hot(torch.tensor(token), 96)[:, None] * output * plan.weight_TK[token, k]
+    actual = mlp.experts(hidden, plan)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    inputs = [hidden, mlp.experts.linear_fc1.weight, mlp.experts.linear_fc2.weight, mlp.router.weight]
+    probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(6))
+    for got, wanted in zip(*(torch.autograd.grad((x * probe).sum(), inputs, retain_graph=True) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_documents_in_a_pack_do_not_attend_to_each_other():
+    """Other tokens in document 1 leave the logits of all others bitwise the same, under dropless routing."""
+    architecture = tiny.tiny_model()
+    model = tiny.build(architecture)
+    inputs = tiny.packed_inputs(architecture)
+    changed = inputs["tokens_T"].clone()
+    changed[20:64] = (changed[20:64] + 1) % architecture.padded_vocab_size
+    with torch.no_grad():
+        before, after = (model(tokens, inputs["positions_T"], inputs["borders"], 1.0)[0] for tokens in (inputs["tokens_T"], changed))
+    assert torch.equal(before[:20], after[:20])
+    assert torch.equal(before[64:], after[64:])
+    assert not torch.isclose(before[20:64], after[20:64]).all()
+
+
+def test_a_document_gives_the_same_alone_and_in_a_pack():
+    architecture = tiny.tiny_model()
+    model = tiny.build(architecture)
+    inputs = tiny.packed_inputs(architecture)
+    with torch.no_grad():
+        packed = model(inputs["tokens_T"], inputs["positions_T"], inputs["borders"], 1.0)[0]
+        alone = model(inputs["tokens_T"][20:64], torch.arange(44), [0, 44], 1.0)[0]
+    torch.testing.assert_close(packed[20:64], alone)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_recompute_of_a_cla_group_changes_nothing(dtype):
+    """Loss, every gradient and the statistics bitwise the same, recycled tokens included."""
+    architecture = tiny.tiny_model()
+    inputs = tiny.packed_inputs(architecture)
+    loss, grads, statistics = gradients(tiny.build(architecture, dtype=dtype), inputs)
+    loss_2, grads_2, statistics_2 = gradients(tiny.build(architecture, dtype=dtype, recompute="cla_group"), inputs)
+    assert torch.equal(loss, loss_2)
+    assert torch.equal(statistics, statistics_2)
+    assert statistics[:, architecture.num_moe_experts + 1].sum() > 0, "the test needs recycled tokens"
+    for name in grads:
+        assert torch.equal(grads[name], grads_2[name]), name
+
+
+def test_recompute_keeps_less():
+    architecture = tiny.tiny_model(num_layers=8)
+    inputs = tiny.packed_inputs(architecture)
+
+    def kept_bytes(recompute: str) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model = tiny.build(architecture, recompute=recompute)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = model(**inputs)
+        del loss
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+
+    assert kept_bytes("cla_group") < kept_bytes("none") / 5
+
+
+def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch):
+    monkeypatch.setattr("hunyuan_pretrain.model.cross_entropy.CHUNK_ELEMENTS", 96 * 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(30, 16, generator=generator), torch.randn(96, 16, generator=generator)
+    label, loss_weight = torch.randint(0, 96, (30,), generator=generator), torch.rand(30, generator=generator)
+    results = []
+    for function in (
+        lambda h, w: linear_cross_entropy(h, w, label, loss_weight),
+        lambda h, w: (torch.nn.functional.cross_entropy(h @ w.t(), label, reduction="none") * loss_weight).sum(),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = function(h, w)
+        (3.0 * loss).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hunyuan_large_has_the_published_number_of_parameters():
+    """Built for real, on the meta device; active: everything but the 15 routed experts that a token does not visit, per layer."""
+    architecture = load_model("configs/model/hunyuan_large.yaml")
+    groups = tiny.world_of_one()
+    with torch.device("meta"):
+        model = HunyuanModel(transformer_config(architecture, ParallelConfig(), PrecisionConfig(dtype="bf16")), groups)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routed = sum(parameter.numel() for parameter in model.parameters() if getattr(parameter, "is_routed_expert", False))
+    assert total == 388_698_128_640
+    assert total - routed * 15 // 16 == 51_318_800_640
+
+
+def test_initial_weights_do_not_depend_on_what_else_the_model_has():
+    """Keyed by name: the same layer of a deeper model starts from the same draw (but for the depth in the residual scale)."""
+    shallow, deep = tiny.build(tiny.tiny_model(num_layers=2)), tiny.build(tiny.tiny_model(num_layers=4))
+    name = "decoder.layers.1.mlp.experts.linear_fc1.weight"
+    assert torch.equal(shallow.get_parameter(name), deep.get_parameter(name))
+    assert not torch.equal(shallow.get_parameter(name), tiny.build(tiny.tiny_model(num_layers=2), seed=2).get_parameter(name))

@@ -1,0 +1,162 @@
+"""The closed forms: against the published figures, against counting by hand, and against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hunyuan_pretrain.config.load import load_experiment, load_model
+from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.plan.counts import (
+    expert_lr_ratio,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    memory_per_rank,
+    optimal_lr_factor,
+    parameters,
+)
+
+ROOT = Path(__file__).parents[3]
+LARGE = load_model(ROOT / "configs/model/hunyuan_large.yaml")
+TINY = load_model(ROOT / "configs/model/hunyuan_tiny.yaml")
+
+
+def shapes(model: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
+    """Every weight of the model, written out layer by layer; an independent count."""
+    hidden, width, heads = model.hidden_size, model.head_dim, model.num_attention_heads
+    found: dict[str, list[tuple[int, ...]]] = {"dense": [(model.padded_vocab_size, hidden), (hidden,)], "routed": []}
+    if not model.share_embeddings_and_output_weights:
+        found["dense"].append((model.padded_vocab_size, hidden))
+    for layer in range(model.num_layers):
+        found["dense"] += [(heads * width, hidden), (hidden, heads * width), (hidden,), (hidden,), (model.num_moe_experts, hidden)]
+        if layer % model.cla_share_factor == 0:
+            found["dense"] += [(model.num_query_groups * width, hidden)] * 2
+        if model.qk_layernorm:
+            found["dense"] += [(width,)] * 2
+        found["dense"] += [(model.ffn_hidden_size, hidden)] * 2 + [(hidden, model.ffn_hidden_size)]
+        found["routed"] += ([(model.expert_ffn_size, hidden)] * 2 + [(hidden, model.expert_ffn_size)]) * model.num_moe_experts
+    return found
+
+
+def size(weights: list[tuple[int, ...]]) -> int:
+    return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in weights)
+
+
+def test_hunyuan_large_has_the_published_parameters() -> None:
+    count = parameters(LARGE)
+    assert count.total == 388_698_128_640
+    assert count.active == 51_318_800_640
+    assert count.dense + count.routed_experts == count.total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"share_embeddings_and_output_weights": False},
+        {"qk_layernorm": False, "cla_share_factor": 1},
+        {"cla_share_factor": 4, "moe_router_topk": 2},
+        {"moe_ffn_hidden_size": None, "kv_channels": 64},
+    ],
+)
+def test_parameters_equal_the_sum_over_all_weights(changes: dict[str, object]) -> None:
+    model = TINY.model_copy(update=changes)
+    count, listed = parameters(model), shapes(model)
+    assert count.total == size(listed["dense"]) + size(listed["routed"])
+    assert count.routed_experts == size(listed["routed"])
+    unvisited = size(listed["routed"]) // model.num_moe_experts * (model.num_moe_experts - model.moe_router_topk)
+    assert count.active == count.total - unvisited
+
+
+def test_kv_cache_has_the_published_sizes() -> None:
+    assert kv_cache_bytes_per_token(LARGE) == 81_920
+    assert kv_cache_bytes_per_token(LARGE.model_copy(update={"cla_share_factor": 1})) == 163_840
+    assert kv_cache_bytes_per_token(LARGE.model_copy(update={"cla_share_factor": 1, "num_query_groups": 80})) == 1_638_400
+    assert kv_cache_bytes_per_token(LARGE, bytes_per_value=1) == 40_960
+
+
+def test_matmul_flops_are_six_times_the_active_matrices() -> None:
+    for model in (LARGE, TINY, TINY.model_copy(update={"share_embeddings_and_output_weights": False, "moe_router_topk": 2})):
+        count, flops = parameters(model), flops_per_token(model, 4096)
+        # A tied embedding is used twice, as a lookup and as the head, and only the head multiplies.
+        assert flops.matmuls == 6 * (count.active - count.norms - count.output_head)
+        assert flops.total == flops.matmuls + flops.attention_scores + flops.attention_values
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 20))
+def test_attention_flops_count_the_pairs_that_the_mask_leaves(documents: list[int], padding: int) -> None:
+    length = sum(documents) + padding
+    pairs = sum(1 for n in documents for query in range(n) for key in range(n) if key <= query)
+    flops = flops_per_token(TINY, length, documents)
+    # Forward 2 and backward 4 FLOPs for each pair, head channel and layer.
+    assert flops.attention_scores * length == pytest.approx(6 * pairs * TINY.num_attention_heads * TINY.head_dim * TINY.num_layers)
+    assert flops.attention_values == flops.attention_scores
+
+
+def test_documents_longer_than_the_sequence_are_refused() -> None:
+    with pytest.raises(ValueError, match="document_lengths add up to 300 tokens, more than sequence_length=256"):
+        flops_per_token(TINY, 256, [200, 100])
+    assert flops_per_token(TINY, 256) == flops_per_token(TINY, 256, [256])
+
+
+def test_memory_of_one_rank_holds_everything() -> None:
+    count = parameters(TINY)
+    memory = memory_per_rank(TINY, ParallelConfig(), PrecisionConfig(dtype="fp32"), 1)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * count.total, 4 * count.total, 8 * count.total)
+    memory = memory_per_rank(TINY, ParallelConfig(), PrecisionConfig(dtype="bf16"), 1)
+    plain, router = count.total - count.router, count.router
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * plain + 4 * router, 4 * count.total, 12 * plain + 8 * router)
+    memory = memory_per_rank(TINY, ParallelConfig(), PrecisionConfig(dtype="bf16", grad_reduce_in_fp32=False), 1)
+    assert memory.gradients == 2 * plain + 4 * router
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("world_size", "expert_parallel"), [(1, 1), (2, 2), (4, 2), (8, 8), (8, 1)])
+def test_the_ranks_together_hold_each_share_as_often_as_they_should(
+    world_size: int, expert_parallel: int, dtype: str, is_distributed: bool
+) -> None:
+    count = parameters(TINY)
+    parallel = ParallelConfig(expert_model_parallel_size=expert_parallel, use_distributed_optimizer=is_distributed)
+    memory = memory_per_rank(TINY, parallel, PrecisionConfig(dtype=dtype), world_size)
+    copies_of_experts = world_size // expert_parallel
+    weights = 2 if dtype == "bf16" else 4
+    dense, router, routed = count.dense - count.router, count.router, count.routed_experts
+    assert memory.weights * world_size == world_size * (weights * dense + 4 * router) + copies_of_experts * weights * routed
+    state = 12 if dtype == "bf16" else 8
+    once = state * (dense + routed) + 8 * router
+    often = world_size * (state * dense + 8 * router) + copies_of_experts * state * routed
+    assert memory.optimizer * world_size == pytest.approx(once if is_distributed else often, rel=1e-5)
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer
+
+
+def test_memory_refuses_what_it_does_not_cover() -> None:
+    with pytest.raises(ValueError, match="data and expert parallelism only"):
+        memory_per_rank(TINY, ParallelConfig(tensor_model_parallel_size=2), PrecisionConfig(), 2)
+    with pytest.raises(ValueError, match="world_size=3 is not a multiple of expert_model_parallel_size=2"):
+        memory_per_rank(TINY, ParallelConfig(expert_model_parallel_size=2), PrecisionConfig(), 3)
+
+
+def test_expert_lr_is_scaled_down_by_the_reports_ratio() -> None:
+    noise = 1e6
+    computed = OptimizerConfig(lr=1e-3, expert_lr_ratio=None, expert_lr_noise_scale_tokens=noise)
+    assert expert_lr_ratio(LARGE, computed, int(0.26 * noise)) == pytest.approx(0.31, abs=0.005)
+    assert expert_lr_ratio(LARGE, OptimizerConfig(lr=1e-3), 4096) == 0.31
+    # As printed in the report the ratio is the inverse, and 0.31 lies where routed experts would be scaled up.
+    assert 1 / expert_lr_ratio(LARGE, computed, int(61.5 * noise)) == pytest.approx(0.31, abs=0.005)
+
+
+def test_optimal_lr_peaks_at_the_noise_scale() -> None:
+    assert optimal_lr_factor(1e6, 1e6) == 1.0
+    assert optimal_lr_factor(1e5, 1e6) == pytest.approx(optimal_lr_factor(1e7, 1e6))
+    assert optimal_lr_factor(1e5, 1e6) < 1
+
+
+def test_dense_expert_split_of_the_demo_matches_its_layout() -> None:
+    demo = load_experiment(ROOT / "configs/dev/demo_cpu.yaml")
+    memory = memory_per_rank(demo.model, demo.parallel, demo.precision, 2)
+    count = parameters(demo.model)
+    assert memory.weights == 4 * (count.dense + count.routed_experts // 2)

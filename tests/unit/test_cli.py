@@ -1,0 +1,129 @@
+"""The command: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hunyuan_pretrain import cli
+from hunyuan_pretrain.config.schema import ConfigError, Problem
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "configs/dev/demo_cpu.yaml")
+
+
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of the command."""
+    monkeypatch.setattr(sys, "argv", ["hunyuan-pretrain", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_explain(command) -> None:
+    code, out, _ = command("explain", "optimizer.lr")
+    assert (code, out.splitlines()[0]) == (0, "optimizer.lr")
+    assert "stages" in command("explain")[1]
+    assert command("explain", "optimizer.lrr") == (
+        2,
+        "",
+        "explain: 1 problem\n  optimizer.lrr: unknown setting (did you mean optimizer.lr?)\n",
+    )
+
+
+def test_config_show_prints_what_loads_back(command) -> None:
+    code, out, _ = command("config", "show", DEMO, "optimizer.lr=3e-4")
+    assert code == 0
+    assert yaml.safe_load(out)["optimizer"]["lr"] == 3e-4
+    assert yaml.safe_load(out)["runtime"]["device"] == "auto"
+
+
+def test_config_diff(command, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(command("config", "show", DEMO, "seed=5")[1])
+    assert command("config", "diff", DEMO, str(other)) == (0, "seed: 1234 -> 5\n", "")
+    assert command("config", "diff", DEMO, DEMO) == (0, "no difference\n", "")
+
+
+def test_plan(command) -> None:
+    code, out, err = command("plan", DEMO, "--world-size", "2", "checkpoint.keep_last=null")
+    assert (code, err) == (0, "")
+    for expected in ("15,804,928", "stage anneal", "2,457,600", "RoPE base"):
+        assert expected in out
+    assert "warning: optimizer.lr=0.002: no stage reaches it" in command("plan", DEMO, "stages.0.lr_end=0.5")[2]
+
+
+def test_every_problem_of_a_plan_is_in_one_message(command) -> None:
+    code, out, err = command("plan", DEMO, "model.num_layers=5", "--world-size", "3")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"{DEMO}: 3 problems\n  model.num_layers=5: ")
+    assert "the job has 3 ranks" in err
+    assert "Traceback" not in err
+
+
+def test_doctor(command) -> None:
+    code, out, _ = command("doctor", DEMO, "runtime.device=cpu")
+    assert code == 0
+    assert "megatron-core" in out
+    assert "gloo" in out
+
+
+def test_doctor_refuses_what_cannot_run_here(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = command("doctor", DEMO, "runtime.device=cuda")
+    assert code == 1
+    assert err.startswith("cannot run: runtime.device=cuda: this machine has no usable CUDA")
+    monkeypatch.setattr("hunyuan_pretrain.runtime.device.apex_state", lambda: "wrong")
+    code, out, err = command("doctor")
+    assert code == 1
+    assert "a package of this name that is not NVIDIA's" in out
+    assert "pip uninstall apex" in err
+
+
+def test_wrong_usage_is_exit_code_2(command) -> None:
+    assert command("plan")[0] == 2
+    assert command("no-such-command")[0] == 2
+
+
+def test_errors_of_the_user_are_told_from_errors_of_the_program(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    class CheckpointError(ValueError):
+        pass
+
+    class TornCheckpointError(CheckpointError):
+        pass
+
+    def raising(error: BaseException) -> None:
+        def app() -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "app", app)
+
+    for error in (TornCheckpointError("torn"), CheckpointError("torn"), ConfigError("x", [Problem("a", 1, "b")])):
+        raising(error)
+        assert command() == (2, "", f"{error}\n")
+    raising(KeyboardInterrupt())
+    assert command()[0] == 130
+    raising(ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        command()
+
+
+def test_the_module_is_the_command_and_explains_without_torch() -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "hunyuan_pretrain", "explain", "seed"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("seed\n")
+    assert "| torch\n" not in run.stderr
