@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -169,8 +169,9 @@ def tokenize(
                 outputs.append(_Output(folder, IndexedWriter(folder, tokenizer.vocab_size), len(inputs)))
                 stack.callback(outputs[-1].writer.close)
         progress = stack.enter_context(ProgressReport("tokenizing", total_bytes))
-        encoder_arguments = (tokenizer_path, text_field)
-        for batch in _encoded(_batches(files), encoder_arguments, workers if total_bytes > _SMALL_CORPUS_BYTES else 1):
+        workers = workers if total_bytes > _SMALL_CORPUS_BYTES else 1
+        # Closed here, so that the processes have ended before an output is removed or named.
+        for batch in stack.enter_context(closing(_encoded(_batches(files), (tokenizer_path, text_field), workers))):
             rejects += batch.rejects
             check_rejects(rejects, max_rejects)
             held_out = np.zeros(len(batch.lengths), dtype=bool)
@@ -212,7 +213,7 @@ def _batches(files: Iterable[CorpusFile]) -> Iterator[list[Chunk]]:
         yield batch
 
 
-def _encoded(batches: Iterator[list[Chunk]], encoder_arguments: tuple[str, str], workers: int) -> Iterator[EncodedBatch]:
+def _encoded(batches: Iterator[list[Chunk]], encoder_arguments: tuple[str, str], workers: int) -> Generator[EncodedBatch, None, None]:
     """Encode the batches on `workers` processes, in order, with at most two batches a worker in memory."""
     if workers == 1:
         yield from map(BatchEncoder(*encoder_arguments), batches)

@@ -5,8 +5,10 @@ Imports are inside the commands, so that those which need no torch start at once
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from hunyuan_pretrain.config.schema import Problem
     from hunyuan_pretrain.runtime.device import Machine
 
-USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError"}
+USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
 """Errors that a user can put right: the message says how, so a traceback would only hide it."""
 
 app = typer.Typer(
@@ -33,6 +35,20 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment Y
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optimizer.lr=3e-4 stages.0.tokens=1e9.")
 ]
+
+
+class ExportDtype(StrEnum):
+    """Formats of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ExportFormat(StrEnum):
+    """Layouts of an export."""
+
+    hunyuan = "hunyuan"
+    hunyuan_v1_moe = "hunyuan_v1_moe"
 
 
 # --- commands without torch ---------------------------------------------------------------------------------------------------
@@ -106,6 +122,69 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train an experiment, going on from its newest checkpoint; under torchrun, one call is one rank.
+
+    Exit code 75: told to stop by SIGTERM, saved, and ready to be started again.
+    """
+    from hunyuan_pretrain.config.load import load_experiment
+
+    experiment = load_experiment(config, overrides or [], int(os.environ.get("WORLD_SIZE", "1")))
+
+    from hunyuan_pretrain.train.loop import train as run
+
+    raise typer.Exit(run(experiment))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a training run.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint after this many steps; default: the newest.")] = None,
+    dtype: Annotated[ExportDtype | None, typer.Option(help="Format of the weights; default: that of training.")] = None,
+    format: Annotated[
+        ExportFormat, typer.Option(help="hunyuan: with our own model code. hunyuan_v1_moe: what transformers and vLLM load natively.")
+    ] = ExportFormat.hunyuan,
+) -> None:
+    """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
+    from hunyuan_pretrain.train.export_run import export_run
+
+    certificate = export_run(run, output, step=step, dtype=dtype.value if dtype else None, format=format.value)
+    print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")
+    print(f"logits against the training model: largest difference {certificate['max_abs_difference']:.3g}, see certificate.json")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by export.")],
+    prompt: Annotated[str, typer.Option(help="Beginning of the text, or with --chat the user's turn.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.6,
+    top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 20,
+    repetition_penalty: Annotated[float, typer.Option(min=0.1)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 1234,
+    chat: Annotated[bool, typer.Option(help="Use the chat template.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that lies in DIR; our own exports do not need it.")] = False,
+) -> None:
+    """Continue a text with an exported model, streaming to standard output."""
+    from hunyuan_pretrain.checkpoint.generate import generate as stream
+
+    stream(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 # --- printing -----------------------------------------------------------------------------------------------------------------
 
 
@@ -157,8 +236,9 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             raise
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank of a job finds the same
+            print(error, file=sys.stderr)
         sys.exit(2)

@@ -106,7 +106,9 @@ def read_marker(folder: Path) -> dict[str, Any]:
 def refuse_other_model(folder: Path, marker: dict[str, Any], model: ModelConfig) -> None:
     """Raise CheckpointError naming every architecture field in which the checkpoint differs from `model`."""
     mine, theirs = model.model_dump(), marker["model"]
-    differences = [f"  model.{key}: {theirs.get(key)} in the checkpoint, {mine[key]} in the config" for key in mine if mine[key] != theirs.get(key)]
+    differences = [
+        f"  model.{key}: {theirs.get(key)} in the checkpoint, {mine[key]} in the config" for key in mine if mine[key] != theirs.get(key)
+    ]
     if differences:
         raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(differences))
 

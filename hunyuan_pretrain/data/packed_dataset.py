@@ -65,12 +65,11 @@ class PackedDataset:
         np.cumsum(lengths, out=cu_seqlens[1 : num_pieces + 1])
         cu_seqlens[-1] = size
 
-        tokens = np.full(size, index.pad_id, dtype=np.int64)
-        labels = np.full(size, index.pad_id, dtype=np.int64)
-        loss_mask = np.zeros(size, dtype=np.float32)
-        loss_mask[:filled] = 1.0
-        positions = np.empty(size, dtype=np.int64)
+        tokens, labels, positions = (np.empty(size, dtype=np.int64) for _ in range(3))
+        loss_mask = np.empty(size, dtype=np.float32)
+        tokens[filled:] = labels[filled:] = index.pad_id
         positions[filled:] = self._ramp[: size - filled]
+        loss_mask[:filled], loss_mask[filled:] = 1.0, 0.0
         end = 0
         for source, document, start, length in self._locate(pieces, lengths):
             begin, end = end, end + length
@@ -82,7 +81,7 @@ class PackedDataset:
                 labels[begin:end] = stream[1:]
             else:
                 labels[begin : end - 1] = stream[1:length]
-                loss_mask[end - 1] = 0.0
+                labels[end - 1], loss_mask[end - 1] = index.pad_id, 0.0
         return PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
 
     def documents(self, number: int) -> list[tuple[int, int, int]]:

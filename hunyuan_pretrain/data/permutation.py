@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 _ROUNDS = 8
-_MASK_64 = (1 << 64) - 1
+_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mixed_key(*numbers: int) -> int:
     """One well-mixed 64-bit number from several integers; the order counts."""
     key = 0
     for number in numbers:
-        key = _mix(np.array([(key + number + 0x9E3779B97F4A7C15) & _MASK_64], dtype=np.uint64))[0].item()
+        key = int(_mix(np.array([(key + number) % 2**64], dtype=np.uint64) + _STEP)[0])
     return key
 
 
@@ -25,7 +25,7 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
     if size < 2:
         return np.zeros_like(index, dtype=np.int64)
     bits = max(2, (size - 1).bit_length())
-    round_keys = [np.uint64(mixed_key(key, number)) for number in range(_ROUNDS)]
+    round_keys = _mix(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _STEP)
     out = _feistel(index.astype(np.uint64), bits, round_keys)
     outside = np.flatnonzero(out >= size)
     while outside.size:
@@ -34,7 +34,7 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def _feistel(value: np.ndarray, bits: int, round_keys: list[np.uint64]) -> np.ndarray:
+def _feistel(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
     low_bits, high_bits = bits // 2, bits - bits // 2
     low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << high_bits) - 1)
     low, high = value & low_mask, value >> np.uint64(low_bits)

@@ -87,6 +87,7 @@ def transformer_config(
         deterministic_mode=False,
     )
 
+
 def weight_device(config: HunyuanConfig) -> torch.device | str:
     """Device on which modules make their weights: torch's default (meta inside `with torch.device("meta")`), or the GPU."""
     return torch.get_default_device() if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())

@@ -110,7 +110,9 @@ class HunyuanModel(MegatronModule):
         if label_T is None:
             output = F.linear(hidden_TD, weight_VD).float()
         else:
-            accumulate = config.gradient_accumulation_fusion and config.share_embeddings_and_output_weights and hasattr(weight_VD, "main_grad")
+            accumulate = (
+                config.gradient_accumulation_fusion and config.share_embeddings_and_output_weights and hasattr(weight_VD, "main_grad")
+            )
             output = linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, accumulate)
         return output, torch.cat(statistics)
 
@@ -162,5 +164,3 @@ def initialize_weights(model: HunyuanModel, seed: int) -> None:
                 expert.copy_(draw(f"{name}/{local}", expert.shape, std))
         else:
             parameter.copy_(draw(name, parameter.shape, std))
-
-

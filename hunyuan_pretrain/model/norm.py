@@ -56,10 +56,13 @@ class RMSNorm(torch.nn.Module):
 
 
 def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """fp32 (cos, sin), each (T, 1, H/2), of positions under the given RoPE base (NTK-alpha already applied)."""
-    exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    angle_TH = positions_T.float()[:, None] * torch.pow(torch.tensor(base, dtype=torch.float64), -exponent.double()).float()
-    return angle_TH.cos()[:, None], angle_TH.sin()[:, None]
+    """fp32 (cos, sin), each (T, 1, H/2), of positions under the given RoPE base (NTK-alpha already applied).
+
+    Frequencies are computed on the CPU by the expression of the exported model code: at position 262,143 their last bit shows.
+    """
+    frequency_h = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
+    angle_Th = positions_T.float()[:, None] * frequency_h.to(positions_T.device)
+    return angle_Th.cos()[:, None], angle_Th.sin()[:, None]
 
 
 def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:

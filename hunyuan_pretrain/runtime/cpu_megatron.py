@@ -3,7 +3,7 @@
 Core's training paths compute nothing that needs a GPU; what stops them on a CPU are names: factory calls with
 device="cuda", torch.cuda functions, and checks of tensor type names. `install()` presents the CPU under those names. It
 must run before anything of megatron is imported, changes nothing where CUDA exists, and is the only place in this
-project that patches a library. Each patch carries its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one
+project that patches a library. The packages that import megatron call it in their __init__. Each patch carries its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one
 out in turn and shows that training then fails.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,8 +141,10 @@ def install(leave_out: Collection[str] = ()) -> bool:
         return False
     if _installed:
         return True
-    if "megatron.core.parallel_state" in sys.modules:
+    if "megatron.core" in sys.modules:
         raise RuntimeError("cpu_megatron.install() must run before megatron.core is imported")
+    # core says so on every import; `hunyuan-pretrain doctor` says it once, with what is used instead
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     for patch in PATCHES:
         if patch.name not in leave_out:
             patch.apply()

@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.parallel.groups import destroy_groups
+from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_line, step_record
-from hunyuan_pretrain.train.optimizer import describe_groups, expert_lr_ratio, set_learning_rate
+from hunyuan_pretrain.train.optimizer import describe_groups, set_learning_rate
 from hunyuan_pretrain.train.step import sum_over, train_step
 
 EXIT_DONE = 0
@@ -46,7 +48,7 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
     _announce(run, num_steps)
     for step in range(run.first_step, num_steps):
         stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
-        ratio = expert_lr_ratio(experiment, stage.global_batch_tokens)
+        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
         lr = experiment.optimizer.lr * lr_fraction(experiment.stages, step)
         started = time.perf_counter()
         set_learning_rate(run.optimizer, lr, ratio)
@@ -54,7 +56,9 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
         result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
         done = step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; the last checkpoint is from before this step")
+            raise TrainingError(
+                f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; the last checkpoint is from before this step"
+            )
         if done % experiment.logging.log_every_steps == 0 or done == num_steps:
             record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started)
             run.log.metrics(record)
@@ -75,11 +79,14 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
 
 def _announce(run: setup.Run, num_steps: int) -> None:
     experiment = run.experiment
-    peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment, experiment.stages[0].global_batch_tokens)
+    first = experiment.stages[0]
+    peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment.model, experiment.optimizer, first.global_batch_tokens)
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
     run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}; steps {run.first_step + 1} to {num_steps}")
     for line in describe_groups(run.optimizer, peak, ratio):
         run.log.line("  " + line)
+    for warning in find_warnings(experiment):
+        run.log.line(f"warning: {warning}")
     run.log.start_progress(num_steps, run.first_step)
 
 

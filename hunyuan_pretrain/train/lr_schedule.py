@@ -17,11 +17,6 @@ def stage_of_step(stages: Sequence[StageConfig], step: int) -> tuple[int, int]:
     raise IndexError(f"the stages end {step} steps before the step asked for")
 
 
-def num_steps(stages: Sequence[StageConfig]) -> int:
-    """Steps of all stages."""
-    return sum(stage.num_steps for stage in stages)
-
-
 def lr_fraction(stages: Sequence[StageConfig], step: int) -> float:
     """Learning rate of step `step` as a fraction of optimizer.lr; the last step of a stage has exactly its lr_end."""
     index, local = stage_of_step(stages, step)

@@ -1,15 +1,9 @@
 """AdamW through megatron-core, with the routed experts in parameter groups of their own learning rate.
 
-Expert-specific learning rate (arXiv 2411.02265 section 2.2.1): for Adam-style optimisers the best rate at batch size B is
-eps(B) = 2 eps_max / (sqrt(B_noise / B) + sqrt(B / B_noise)). A routed expert sees about B * topk / E tokens of a batch, everything else sees
-B, so the rate of a routed expert is eps(B * topk / E) / eps(B) of the others'. The report gives "approximately 0.31" for E = 16 and says that
-routed experts are scaled down; as printed there, eps(B) / eps(B / 16), the ratio 0.31 would scale them up. The inverse used here is the
-reading under which its words and its number agree (B = 0.26 B_noise).
+The ratio of the two rates is plan.counts.expert_lr_ratio, which gives its source.
 """
 
 from __future__ import annotations
-
-import math
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -20,23 +14,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-
-
-def optimal_lr(batch_tokens: float, noise_scale_tokens: float, lr_max: float = 1.0) -> float:
-    """eps(B) = 2 eps_max / (sqrt(B_noise / B) + sqrt(B / B_noise)); tokens, tokens -> the unit of lr_max."""
-    ratio = batch_tokens / noise_scale_tokens
-    return 2 * lr_max / (math.sqrt(1 / ratio) + math.sqrt(ratio))
-
-
-def expert_lr_ratio(experiment: Experiment, global_batch_tokens: int) -> float:
-    """Learning rate of routed experts over that of all other weights: the configured ratio, or eps(B * topk / E) / eps(B)."""
-    optimizer, model = experiment.optimizer, experiment.model
-    if optimizer.expert_lr_ratio is not None:
-        return optimizer.expert_lr_ratio
-    noise = optimizer.expert_lr_noise_scale_tokens
-    assert noise is not None, "config.rules makes sure that one of the two is set"
-    seen_tokens = global_batch_tokens * model.moe_router_topk / model.num_moe_experts
-    return optimal_lr(seen_tokens, noise) / optimal_lr(global_batch_tokens, noise)
 
 
 def wrap_data_parallel(model: HunyuanModel, experiment: Experiment, groups: ProcessGroupCollection) -> DistributedDataParallel:

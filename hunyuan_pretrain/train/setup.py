@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import os
-import warnings
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hunyuan_pretrain.checkpoint import save_load
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.runtime import cpu_megatron
-
-with warnings.catch_warnings():
-    # core warns on import that Transformer Engine and Apex are missing; `doctor` says so once, in one place
-    warnings.simplefilter("ignore")
-    cpu_megatron.install()
-    import torch
-    import torch.distributed as dist
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from hunyuan_pretrain.checkpoint import save_load
-    from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
-    from hunyuan_pretrain.data.tokenizer import Tokenizer
-    from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
-    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
-    from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, versions
-    from hunyuan_pretrain.runtime.logging import RunLog, record_environment
-    from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
-    from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
+from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
+from hunyuan_pretrain.data.tokenizer import Tokenizer
+from hunyuan_pretrain.model.hunyuan_config import transformer_config
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, versions
+from hunyuan_pretrain.runtime.logging import RunLog, record_environment
+from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
+from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 
 
 @dataclass
@@ -116,6 +110,7 @@ def _open_log(experiment: Experiment, first_step: int) -> RunLog:
     log = RunLog(run_dir, experiment.logging, experiment.name, is_writer)
     if is_writer:
         record_environment(run_dir, dump_resolved(experiment), versions())
+        shutil.copytree(experiment.tokenizer, run_dir / "tokenizer", dirs_exist_ok=True)  # an export needs the run directory only
         log.truncate_after(first_step)
     log.open_sinks(experiment.model_dump(mode="json"))
     return log

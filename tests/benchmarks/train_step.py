@@ -29,7 +29,15 @@ Step = Callable[[], float]
 
 def ours(cla_share_factor: int) -> tuple[Step, int, int]:
     """This project's step with every feature on; returns (step, parameters, active parameters)."""
-    from hunyuan_pretrain.config.schema import DataSource, Experiment, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig, StageConfig
+    from hunyuan_pretrain.config.schema import (
+        DataSource,
+        Experiment,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        PrecisionConfig,
+        StageConfig,
+    )
     from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
     from hunyuan_pretrain.plan.counts import parameters
 
@@ -113,11 +121,19 @@ def megatron_gpt() -> tuple[Step, int, int]:
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
     gpt = GPTModel(
-        config, spec, vocab_size=VOCAB, max_sequence_length=SEQUENCE_LENGTH, share_embeddings_and_output_weights=True, position_embedding_type="rope"
+        config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=SEQUENCE_LENGTH,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
     )
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0), [model], use_gloo_process_groups=False, pg_collection=groups
+        OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0),
+        [model],
+        use_gloo_process_groups=False,
+        pg_collection=groups,
     )
     config.finalize_model_grads_func = finalize_model_grads
     tokens_T, labels_T = sample_tokens()

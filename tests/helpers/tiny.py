@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hunyuan_pretrain.train import setup  # installs the CPU shim before megatron is imported  # noqa: F401, I001
+import hunyuan_pretrain.model  # makes megatron importable  # noqa: F401, I001
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -73,7 +73,14 @@ def experiment() -> Callable[..., Experiment]:
     """experiment(stages, evaluation): a small model; each stage is a dict of what differs from the defaults here."""
 
     def make(stages: Sequence[dict], evaluation: dict | None = None, padded_vocab_size: int = 1024, seed: int = 5) -> Experiment:
-        model = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "ffn_hidden_size": 8, "num_moe_experts": 2}
+        model = {
+            "num_layers": 2,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "num_query_groups": 1,
+            "ffn_hidden_size": 8,
+            "num_moe_experts": 2,
+        }
         defaults = {"name": "s", "tokens": 16 * 8 * 5, "sequence_length": 16, "global_batch_sequences": 8, "lr_end": 1.0}
         return Experiment.model_validate(
             {

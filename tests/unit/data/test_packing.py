@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from hunyuan_pretrain.data.packing import Packing, best_fit_decreasing, cut_into_pieces, pack_documents
 from hunyuan_pretrain.data.permutation import mixed_key, permuted
 
-LENGTHS = st.lists(st.integers(0, 100) | st.sampled_from([1, 15, 16, 17, 32, 33, 64]), max_size=80).map(lambda values: np.array(values, dtype=np.int32))
+LENGTHS = st.lists(st.integers(0, 100) | st.sampled_from([1, 15, 16, 17, 32, 33, 64]), max_size=80).map(
+    lambda values: np.array(values, dtype=np.int32)
+)
 
 
 @given(lengths=LENGTHS, sequence_length=st.sampled_from([2, 16, 33, 128]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_token_is_in_exactly_one_piece(lengths: np.ndarray, sequence_length: int) -> None:
     packing = pack_documents(lengths, sequence_length, seed=3)
     seen = [np.zeros(length, dtype=int) for length in lengths]
@@ -28,7 +30,7 @@ def test_every_token_is_in_exactly_one_piece(lengths: np.ndarray, sequence_lengt
 
 
 @given(lengths=LENGTHS, sequence_length=st.sampled_from([2, 16, 33, 128]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_sequence_is_too_long_or_empty_and_only_long_documents_are_cut(lengths: np.ndarray, sequence_length: int) -> None:
     packing = pack_documents(lengths, sequence_length, seed=3)
     assert packing.sequence_offsets[0] == 0
@@ -54,7 +56,7 @@ def best_fit_by_the_book(lengths: np.ndarray, capacity: int) -> list[int]:
 
 
 @given(lengths=st.lists(st.integers(1, 40), max_size=120).map(lambda values: np.array(values, dtype=np.int32)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_counting_by_length_is_best_fit_decreasing(lengths: np.ndarray) -> None:
     bins = best_fit_decreasing(lengths, 40)
     filled = np.bincount(bins, weights=lengths) if len(bins) else np.array([])
@@ -106,7 +108,4 @@ def test_permutations_look_random() -> None:
         assert abs(np.corrcoef(left, right)[0, 1]) < 0.04
     assert 2 * size < 5 * np.count_nonzero(np.diff(first) > 0) < 3 * size
     # The same on every machine and with every numpy: these are part of the promise that a run can be repeated.
-    assert permuted(np.arange(5), 100, mixed_key(1234, 0)).tolist() == EXPECTED
-
-
-EXPECTED = [0, 0, 0, 0, 0]
+    assert permuted(np.arange(5), 100, mixed_key(1234, 0)).tolist() == [97, 46, 48, 70, 20]

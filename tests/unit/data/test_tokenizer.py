@@ -24,7 +24,29 @@ CHAT = [
 
 def trained_ranks() -> dict[bytes, int]:
     """Bytes, then tokens in an order that makes ties, overlaps and unreachable tokens likely."""
-    pieces = ["th", "he", " t", "the", " the", "aa", "aaa", "aaaa", "ab", "bc", "abc", "in", "ing", "  ", "    ", "\n\n", "'s", "中", "中文", "é", "!!"]
+    pieces = [
+        "th",
+        "he",
+        " t",
+        "the",
+        " the",
+        "aa",
+        "aaa",
+        "aaaa",
+        "ab",
+        "bc",
+        "abc",
+        "in",
+        "ing",
+        "  ",
+        "    ",
+        "\n\n",
+        "'s",
+        "中",
+        "中文",
+        "é",
+        "!!",
+    ]
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in [piece.encode() for piece in pieces] + ["中".encode()[:2], "文".encode()[:2], "文".encode(), b"xyz"]:
         ranks.setdefault(token, len(ranks))
@@ -155,22 +177,54 @@ def test_auto_tokenizer_loads_without_remote_code(tokenizer: Tokenizer, hf_folde
 
 
 @pytest.fixture(scope="module")
-def fast(hf_folder: Path):  # noqa: ANN201
+def fast(hf_folder: Path):
     from tokenizers import Tokenizer as HFTokenizer
 
     return HFTokenizer.from_file(str(hf_folder / "tokenizer.json"))
 
 
 WORDS = st.sampled_from(
-    ["the", " the", "aaaaa", "abcabc", "xyz", " xyz", "wxyz", "thing's", "'S", "'\u017f", "中文文中", "e\u0301", "\u0301\u0323a", "👩‍👩‍👧", "🇨🇳", "١٢3"]
-    + ["\r\n", "\n \n", "   ", "\t", "\u00a0", "\u3000", "\x85", "\x1c", "!!\n", " !?", "\ufeff", "\u200b", "a" * 300, " " * 50, "中" * 80, "\0"]
+    [
+        "the",
+        " the",
+        "aaaaa",
+        "abcabc",
+        "xyz",
+        " xyz",
+        "wxyz",
+        "thing's",
+        "'S",
+        "'\u017f",
+        "中文文中",
+        "e\u0301",
+        "\u0301\u0323a",
+        "👩‍👩‍👧",
+        "🇨🇳",
+        "١٢3",
+        "\r\n",
+        "\n \n",
+        "   ",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "\x85",
+        "\x1c",
+        "!!\n",
+        " !?",
+        "\ufeff",
+        "\u200b",
+        "a" * 300,
+        " " * 50,
+        "中" * 80,
+        "\0",
+    ]
 )
 TEXT = st.lists(WORDS | st.text(max_size=8) | st.text(alphabet="abctheing' \n1", max_size=20), max_size=12).map("".join)
 
 
 @given(text=TEXT)
 @settings(max_examples=400, deadline=None)
-def test_hugging_face_gives_the_ids_of_tiktoken(text: str, tokenizer: Tokenizer, fast) -> None:  # noqa: ANN001
+def test_hugging_face_gives_the_ids_of_tiktoken(text: str, tokenizer: Tokenizer, fast) -> None:
     assert fast.encode(text).ids == tokenizer.encode(text)
 
 
@@ -180,7 +234,7 @@ def test_decoding_gives_the_text_back_in_nfc(text: str, tokenizer: Tokenizer) ->
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, fast) -> None:  # noqa: ANN001
+def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, fast) -> None:
     """Both regular-expression engines put each character in the same class: letter, digit, white space or other."""
     known = (chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co"))
     # Ideographs and Hangul are runs of one class; every 16th of them will do.

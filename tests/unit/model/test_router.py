@@ -21,7 +21,15 @@ def random_choices(n: int, K: int, g: int, E: int, skew: float, seed: int) -> to
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=GROUPS, K=st.integers(1, 2), g=st.integers(1, 40), E=st.integers(2, 6), C=st.integers(1, 30), skew=st.floats(0, 3), seed=st.integers(0, 99))
+@given(
+    n=GROUPS,
+    K=st.integers(1, 2),
+    g=st.integers(1, 40),
+    E=st.integers(2, 6),
+    C=st.integers(1, 30),
+    skew=st.floats(0, 3),
+    seed=st.integers(0, 99),
+)
 def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K, g, E, C, skew, seed):
     chosen = random_choices(n, K, g, E, skew, seed)
     slots = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
@@ -33,7 +41,15 @@ def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K,
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=GROUPS, K=st.integers(1, 2), g=st.integers(1, 40), E=st.integers(2, 6), C=st.integers(1, 30), skew=st.floats(0, 3), seed=st.integers(0, 99))
+@given(
+    n=GROUPS,
+    K=st.integers(1, 2),
+    g=st.integers(1, 40),
+    E=st.integers(2, 6),
+    C=st.integers(1, 30),
+    skew=st.floats(0, 3),
+    seed=st.integers(0, 99),
+)
 def test_first_choices_of_an_expert_keep_it(n, K, g, E, C, skew, seed):
     """Against a loop: all first choices before all second ones, tokens in order; the first C of an expert stay, with or without recycling."""
     chosen = random_choices(n, K, g, E, skew, seed)

@@ -1,0 +1,83 @@
+"""A training run's checkpoint as a Hugging Face folder, certified against the training model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.hf_export import Format, export
+from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.config.schema import Experiment, ParallelConfig
+from hunyuan_pretrain.model.hunyuan_config import DTYPES, transformer_config
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
+from hunyuan_pretrain.train.lr_schedule import stage_of_step
+
+
+def export_run(
+    run_dir: Path, output: Path, *, step: int | None = None, dtype: str | None = None, format: Format = "hunyuan"
+) -> dict[str, Any]:
+    """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the certificate.
+
+    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. Positions and RoPE alpha are
+    those of the stage that the checkpoint was taken in. Raises CheckpointError if there is no such checkpoint, and as `hf_export.export` does.
+    """
+    resolved = run_dir / "resolved.yaml"
+    if not resolved.exists():
+        raise CheckpointError(f"{run_dir}: not a run directory (no resolved.yaml); give the run_dir of an experiment")
+    experiment = load_experiment(resolved)
+    folder = _choose_checkpoint(run_dir, step)
+    step = int(save_load.read_marker(folder)["step"])
+    stage = experiment.stages[stage_of_step(experiment.stages, max(step - 1, 0))[0]]
+    model = _load_on_one_rank(experiment, folder, DTYPES[dtype or experiment.precision.dtype])
+    try:
+        return export(
+            experiment.model,
+            {name: parameter.detach() for name, parameter in model.named_parameters()},
+            run_dir / "tokenizer",
+            output,
+            rope_alpha=stage.rope_alpha,
+            max_position_embeddings=stage.sequence_length,
+            dtype=DTYPES[dtype or experiment.precision.dtype],
+            reference_logits=lambda tokens_BS: dropless_logits(model, tokens_BS, stage.rope_alpha),
+            format=format,
+            certificate_info={"run": experiment.name, "step": step},
+        )
+    finally:
+        destroy_groups()
+
+
+@torch.no_grad()
+def dropless_logits(model: HunyuanModel, tokens_BS: Tensor, rope_alpha: float) -> Tensor:
+    """Logits (B, S, V) of B sequences that do not see each other, routed without capacity; on one rank."""
+    B, S = tokens_BS.shape
+    positions_T = torch.arange(S).repeat(B)
+    logits_TV, _ = model(tokens_BS.reshape(-1), positions_T, list(range(0, B * S + 1, S)), rope_alpha)
+    return logits_TV.view(B, S, -1)
+
+
+def _choose_checkpoint(run_dir: Path, step: int | None) -> Path:
+    if step is not None:
+        folder = save_load.checkpoint_folder(run_dir, step)
+        save_load.read_marker(folder)
+        return folder
+    found = save_load.find_checkpoints(run_dir)
+    if not found:
+        raise CheckpointError(f"{run_dir}: no complete checkpoint")
+    return found[-1]
+
+
+def _load_on_one_rank(experiment: Experiment, folder: Path, dtype: torch.dtype) -> HunyuanModel:
+    """The model on the CPU in one process, whatever layout trained it."""
+    initialize_distributed("gloo", experiment.runtime.distributed_timeout_s)
+    groups = build_groups(ParallelConfig(), experiment.runtime.distributed_timeout_s)
+    model = build_model(transformer_config(experiment.model, ParallelConfig(), experiment.precision), groups, seed=None)
+    save_load.load(folder, model, None)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("router.weight"):  # fp32 in every export
+            parameter.data = parameter.data.to(dtype)
+    return model

@@ -1,0 +1,168 @@
+"""Runs as a user starts them: a tiny corpus, an experiment file over it, and the command as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SEQUENCE_LENGTH = 64
+VOCAB_SIZE = 512
+
+
+def make_corpus(folder: Path) -> Path:
+    """Tokenizer, and packed training and held-out data, from files of the standard library; made with data_tools."""
+    from data_tools.packed_output import pack
+    from data_tools.tokenization import tokenize
+    from data_tools.tokenizer_training import train_tokenizer
+
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    for module in ("textwrap", "calendar", "string", "shlex", "heapq", "bisect", "queue", "sched"):
+        source = Path(json.__file__).parents[1] / f"{module}.py"
+        shutil.copy(source, texts / f"{module}.txt")
+    extensions = [".txt"]
+    common = {"text_field": "text", "extensions": extensions, "max_rejects": 0}
+    train_tokenizer([str(texts)], VOCAB_SIZE, str(folder / "tokenizer"), sample_fraction=1.0, overwrite=False, **common)
+    tokenize(
+        [str(texts)],
+        str(folder / "tokenizer"),
+        str(folder / "tokenized"),
+        workers=1,
+        holdout_every=4,
+        holdout_output=str(folder / "tokenized_heldout"),
+        overwrite=False,
+        **common,
+    )
+    pack([str(folder / "tokenized")], SEQUENCE_LENGTH, str(folder / "train"), seed=1)
+    pack([str(folder / "tokenized_heldout")], SEQUENCE_LENGTH, str(folder / "heldout"), seed=1)
+    return folder
+
+
+def experiment_fields(corpus: Path, run_dir: Path, steps: int = 4, **changes: Any) -> dict[str, Any]:
+    """A small experiment with every feature on, as the content of its YAML file; `changes` are dotted paths with __ for the dot."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "run_dir": str(run_dir),
+        "seed": 7,
+        "tokenizer": str(corpus / "tokenizer"),
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 48,
+            "moe_ffn_hidden_size": 40,
+            "num_moe_experts": 4,
+            "padded_vocab_size": VOCAB_SIZE,
+            "moe_routing_group_tokens": 32,
+            "moe_aux_loss_coeff": 0.01,
+            "init_method_std": 0.1,
+        },
+        "parallel": {},
+        "precision": {"dtype": "fp32"},
+        "optimizer": {"lr": 1e-2},
+        "stages": [
+            {
+                "name": "warmup",
+                "tokens": 8 * SEQUENCE_LENGTH,
+                "sequence_length": SEQUENCE_LENGTH,
+                "global_batch_sequences": 8,
+                "micro_batch_sequences": 2,
+                "lr_end": 1.0,
+                "data": [{"path": str(corpus / "train")}],
+            },
+            {
+                "name": "decay",
+                "tokens": (steps - 1) * 8 * SEQUENCE_LENGTH,
+                "sequence_length": SEQUENCE_LENGTH,
+                "global_batch_sequences": 8,
+                "micro_batch_sequences": 2,
+                "rope_alpha": 10.0,
+                "lr_end": 0.1,
+                "data": [{"path": str(corpus / "train")}],
+            },
+        ],
+        "evaluation": {},
+        "checkpoint": {},
+        "logging": {"wandb": "disabled", "tensorboard": False},
+        "runtime": {"device": "cpu", "cpu_threads_per_rank": 1, "distributed_timeout_s": 120},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        for container in fields["stages"] if parents == ["stages"] else [fields]:
+            for name in parents if container is fields else []:
+                container = container[name]
+            container[last] = value
+    return fields
+
+
+def write_experiment(path: Path, fields: dict[str, Any]) -> Path:
+    """The experiment as a YAML file."""
+    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(*arguments: str, ranks: int | None = None) -> subprocess.Popen[str]:
+    """`python -m hunyuan_pretrain ...`, or with `ranks` the same under torchrun, as the leader of a process group of its own."""
+    command = [sys.executable, "-m"]
+    if ranks is not None:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "hunyuan_pretrain", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: str, ranks: int | None = None, timeout_s: float = 180) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `start`."""
+    process = start(*arguments, ranks=ranks)
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        kill_all(process)
+    return process.returncode, out, err
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the process and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_s: float = 180) -> None:
+    """kill -9 of the whole group as soon as `condition` holds; fails if the process ends before."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not condition():
+            assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()}"
+            assert time.monotonic() < deadline, "the condition never held"
+            time.sleep(0.002)
+    finally:
+        kill_all(process)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Complete lines of metrics.jsonl, [] before there are any."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,156 @@
+"""Batches: the same global batch for every layout, and refusals before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader
+
+DIGEST = "d" * 64
+
+
+@pytest.fixture
+def stages(packed: Callable[..., Path], numbered_documents: Callable[..., list]) -> list[dict]:
+    a = str(packed("a", numbered_documents(60, 1), 16))
+    b = str(packed("b", numbered_documents(40, 2), 16))
+    c = str(packed("c", numbered_documents(50, 3), 32))
+    return [
+        {"name": "short", "data": [{"path": a, "weight": 2}, {"path": b}]},
+        {"name": "long", "sequence_length": 32, "tokens": 32 * 4 * 3, "global_batch_sequences": 4, "data": [{"path": c}]},
+    ]
+
+
+def by_place(batches: list[MicroBatch], sequence_length: int) -> dict[int, tuple]:
+    """Each sequence of some micro-batches: its tensors, and its borders counted from its own start."""
+    found = {}
+    for batch in batches:
+        for i, place in enumerate(batch.sequence_ids.tolist()):
+            part = slice(i * sequence_length, (i + 1) * sequence_length)
+            borders = [b - part.start for b in batch.cu_seqlens.tolist() if part.start <= b <= part.stop]
+            columns = (batch.tokens_T, batch.labels_T, batch.loss_mask_T, batch.positions_T)
+            found[place] = (*(tuple(column[part].tolist()) for column in columns), tuple(borders))
+    return found
+
+
+def test_batch_order_is_independent_of_dp_size_and_micro_batch(experiment: Callable, stages: list[dict]) -> None:
+    reference: list[dict] = []
+    for dp_size, micro_batch in ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)):
+        run = experiment([{**stage, "micro_batch_sequences": micro_batch} for stage in stages])
+        loaders = [StepLoader(run, rank, dp_size, DIGEST) for rank in range(dp_size)]
+        steps = []
+        for step in range(loaders[0].num_steps):
+            length = run.stages[loaders[0].stage_of_step(step)[0]].sequence_length
+            ranks = [loader.micro_batches(step) for loader in loaders]
+            assert len({len(batches) for batches in ranks}) == 1
+            steps.append(by_place([batch for batches in ranks for batch in batches], length))
+        reference = reference or steps
+        assert steps == reference
+        for loader in loaders:
+            loader.close()
+    assert [len(step) for step in reference] == [8] * 5 + [4] * 3
+
+
+def test_a_micro_batch_is_whole_sequences_one_after_the_other(experiment: Callable, stages: list[dict]) -> None:
+    loader = StepLoader(experiment([{**stages[0], "micro_batch_sequences": 4}]), 1, 2, DIGEST)
+    (batch,) = loader.micro_batches(0)
+    assert batch.sequence_ids.tolist() == [4, 5, 6, 7]
+    assert {len(column) for column in (batch.tokens_T, batch.labels_T, batch.loss_mask_T, batch.positions_T)} == {64}
+    assert (batch.tokens_T.dtype, batch.loss_mask_T.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.float32, torch.int32)
+    assert {0, 16, 32, 48, 64} <= set(batch.cu_seqlens.tolist())
+    sizes = batch.cu_seqlens.diff()
+    assert (sizes > 0).all()
+    assert batch.max_seqlen == sizes.max().item()
+    assert batch.positions_T.tolist() == [position for size in sizes.tolist() for position in range(size)]
+
+
+def test_steps_can_be_asked_for_in_any_order(experiment: Callable, stages: list[dict]) -> None:
+    """A run that resumes at step 4, or goes back, gets the batches that a run from the start gets."""
+    straight, jumping = (StepLoader(experiment(stages), 0, 1, DIGEST) for _ in range(2))
+    expected = [by_place(straight.micro_batches(step), 16) for step in range(5)]
+    for step in (4, 0, 1, 3):
+        assert by_place(jumping.micro_batches(step), 16) == expected[step]
+
+
+def test_steps_run_through_the_stages(experiment: Callable, stages: list[dict]) -> None:
+    loader = StepLoader(experiment(stages), 0, 1, DIGEST)
+    assert [loader.stage_of_step(step) for step in (0, 4, 5, 7)] == [(0, 0), (0, 4), (1, 0), (1, 2)]
+    with pytest.raises(IndexError, match="step 8 of 8"):
+        loader.micro_batches(8)
+
+
+def test_an_error_of_the_reading_thread_reaches_the_caller(
+    experiment: Callable, stages: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = StepLoader(experiment(stages), 0, 1, DIGEST)
+    read = loader._read
+
+    def fail_at_one(step: int) -> list[MicroBatch]:
+        if step == 1:
+            raise DataFormatError("the disk went away")
+        return read(step)
+
+    monkeypatch.setattr(loader, "_read", fail_at_one)
+    loader.micro_batches(0)
+    with pytest.raises(DataFormatError, match="the disk went away"):
+        loader.micro_batches(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "dp_size", "digest", "message"),
+    [
+        ({"data": [{"path": "nowhere"}]}, 1, DIGEST, "nowhere: no such folder; write it with `hunyuan-data pack`"),
+        (
+            {"sequence_length": 32},
+            1,
+            DIGEST,
+            r"a: packed to sequences of 16 tokens, but stages\[0\] \(short\) has sequence_length=32; set it to 16, or run "
+            r"`hunyuan-data pack --sequence-length 32`",
+        ),
+        ({}, 1, "e" * 64, r"a: tokenized with tokenizer dddddddddddd\.\.\., but this run has eeeeeeeeeeee"),
+        (
+            {},
+            3,
+            DIGEST,
+            r"stages\[0\] \(short\): global_batch_sequences=8 is not a multiple of data-parallel size 3 x micro_batch_sequences 1 = 3",
+        ),
+    ],
+)
+def test_opening_refuses(experiment: Callable, stages: list[dict], change: dict, dp_size: int, digest: str, message: str) -> None:
+    with pytest.raises(DataFormatError, match=message):
+        StepLoader(experiment([{**stages[0], **change}]), 0, dp_size, digest)
+
+
+def test_ids_beyond_the_embedding_are_refused(experiment: Callable, stages: list[dict]) -> None:
+    with pytest.raises(DataFormatError, match=r"vocabulary of 1000 ids, but model\.padded_vocab_size=512; set it to at least 1000"):
+        StepLoader(experiment(stages, padded_vocab_size=512), 0, 1, DIGEST)
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch", "limit"), [(1, 1, None), (2, 1, 5), (4, 2, 5), (3, 4, None)])
+def test_evaluation_takes_each_sequence_once_and_ranks_stay_in_step(
+    experiment: Callable,
+    packed: Callable,
+    numbered_documents: Callable,
+    stages: list[dict],
+    dp_size: int,
+    micro_batch: int,
+    limit: int | None,
+) -> None:
+    folder = packed("held_out", numbered_documents(30, 9), 16)
+    run = experiment(stages, {"data": str(folder), "max_sequences": limit, "micro_batch_sequences": micro_batch})
+    loaders = [EvaluationLoader(run, rank, dp_size, DIGEST) for rank in range(dp_size)]
+    assert len({len(loader) for loader in loaders}) == 1
+    assert loaders[0].num_sequences == (limit or len(loaders[0]._dataset))
+    found = by_place([batch for loader in loaders for batch in loader], 16)
+    real = {place: value for place, value in found.items() if place < loaders[0].num_sequences}
+    assert sorted(found) == list(range(len(loaders[0]) * dp_size * micro_batch))
+    for place, (tokens, *_rest) in real.items():
+        assert list(tokens) == loaders[0]._dataset[place].tokens.tolist()
+    for place in found.keys() - real.keys():
+        assert np.sum(found[place][2]) == 0
+        assert found[place][4] == (0, 16)

@@ -1,0 +1,150 @@
+"""Packed sequences: what is predicted from what, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.indexed import TokenizedDataset
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.packed_format import check_sources, write_packed
+from hunyuan_pretrain.data.packing import pack_documents
+
+PAD = 999
+
+
+def test_one_sequence_by_hand(packed: Callable[..., Path]) -> None:
+    dataset = PackedDataset(packed("p", [[1, 2, 3], [11, 12]], 8))
+    sequence = dataset[0]
+    assert len(dataset) == 1
+    assert sequence.tokens.tolist() == [1, 2, 3, 11, 12, PAD, PAD, PAD]
+    assert sequence.labels.tolist() == [2, 3, PAD, 12, PAD, PAD, PAD, PAD]
+    assert sequence.loss_mask.tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
+    assert sequence.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert sequence.cu_seqlens.tolist() == [0, 3, 5, 8]
+    assert [str(a.dtype) for a in (sequence.tokens, sequence.loss_mask, sequence.cu_seqlens)] == ["int64", "float32", "int32"]
+
+
+def test_a_cut_document_predicts_its_own_next_token_beyond_the_cut(packed: Callable[..., Path]) -> None:
+    dataset = PackedDataset(packed("p", [list(range(1, 11))], 4))
+    sequences = {int(s.tokens[0]): s for s in (dataset[i] for i in range(len(dataset)))}
+    assert sequences[1].labels.tolist() == [2, 3, 4, 5]
+    assert sequences[5].labels.tolist() == [6, 7, 8, 9]
+    assert sequences[5].positions.tolist() == [0, 1, 2, 3]
+    assert sequences[9].tokens.tolist() == [9, 10, PAD, PAD]
+    assert sequences[9].loss_mask.tolist() == [1, 0, 0, 0]
+    assert sequences[5].cu_seqlens.tolist() == [0, 4]
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), sequence_length=st.sampled_from([8, 16, 64]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_loss_never_crosses_documents_and_misses_no_token(
+    lengths: list[int], sequence_length: int, tmp_path: Path, packed: Callable[..., Path]
+) -> None:
+    """Every pair of neighbours within a document is predicted exactly once, and nothing else is."""
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+    starts = np.cumsum([0, *lengths])
+    # Ids are unique over the corpus, so a pair tells where it comes from.
+    documents = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
+    dataset = PackedDataset(packed("p", documents, sequence_length, vocab_size=70_000))
+    pairs = []
+    for number in range(len(dataset)):
+        sequence = dataset[number]
+        counted = sequence.loss_mask == 1
+        pairs += list(zip(sequence.tokens[counted].tolist(), sequence.labels[counted].tolist(), strict=True))
+        assert (sequence.labels[~counted] == PAD).all()
+        assert sequence.cu_seqlens[0] == 0
+        assert sequence.cu_seqlens[-1] == sequence_length
+        sizes = np.diff(sequence.cu_seqlens)
+        assert (sizes > 0).all()
+        assert sequence.positions.tolist() == [position for size in sizes for position in range(size)]
+    assert sorted(pairs) == [(ids[i], ids[i + 1]) for ids in documents for i in range(len(ids) - 1)]
+
+
+def test_several_sources_are_one_run_of_documents(tmp_path: Path, tokenized: Callable[..., Path]) -> None:
+    sources = [TokenizedDataset(tokenized("a", [[1, 2], [3]])), TokenizedDataset(tokenized("b", [[4, 5, 6, 7, 8], [9]]))]
+    (tmp_path / "p").mkdir()
+    lengths = np.concatenate([source.lengths for source in sources])
+    write_packed(tmp_path / "p", pack_documents(lengths, 4, 0), sources, 0)
+    dataset = PackedDataset(tmp_path / "p")
+    seen = sorted(token for i in range(len(dataset)) for token in dataset[i].tokens.tolist() if token != PAD)
+    assert seen == list(range(1, 10))
+    dataset.index.verify()
+
+
+def test_a_dataset_can_be_moved_with_its_sources(tmp_path: Path, packed: Callable[..., Path]) -> None:
+    before = PackedDataset(packed("here/p".replace("/", "_"), [[1, 2, 3]], 4))[0].tokens.tolist()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("here_p", "here_p_tokens"):
+        shutil.move(tmp_path / name, moved / name)
+    assert PackedDataset(moved / "here_p")[0].tokens.tolist() == before
+
+
+def test_sources_of_two_tokenizers_are_refused(tokenized: Callable[..., Path]) -> None:
+    a, b = TokenizedDataset(tokenized("a", [[1]])), TokenizedDataset(tokenized("b", [[1]], digest="e" * 64))
+    with pytest.raises(DataFormatError, match=r"b: tokenizer eeeeeeeeeeee\.\.\., but .*a has dddddddddddd\.\.\."):
+        check_sources([a, b])
+    with pytest.raises(DataFormatError, match="a: given twice"):
+        check_sources([a, a])
+
+
+def test_another_tokenizer_is_refused(packed: Callable[..., Path]) -> None:
+    folder = packed("p", [[1, 2]], 4)
+    assert len(PackedDataset(folder, "d" * 64)) == 1
+    with pytest.raises(DataFormatError, match=r"p: tokenized with tokenizer dddddddddddd\.\.\., but this run has 123456789012"):
+        PackedDataset(folder, "1234567890123")
+
+
+def drop_pieces(folder: Path) -> None:
+    np.save(folder / "piece_start.npy", np.load(folder / "piece_start.npy")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "piece_start.npy").unlink(), r"piece_start\.npy: missing; pack again"),
+        (lambda folder: (folder / "piece_start.npy").write_bytes(b"\x93NUMPY"), r"piece_start\.npy: not readable as a numpy array"),
+        (lambda folder: (folder / "piece_start.npy").write_bytes(b""), r"piece_start\.npy: not readable as a numpy array"),
+        (drop_pieces, r"piece_start\.npy: int32 of shape \(1,\), the manifest describes 2 integers"),
+        (lambda folder: np.save(folder / "sequence_offsets.npy", np.array([0, 1])), r"sequence_offsets\.npy: does not belong"),
+        (lambda folder: shutil.rmtree(f"{folder}_tokens"), r"p_tokens: no such folder"),
+    ],
+)
+def test_a_damaged_folder_is_refused(packed: Callable[..., Path], damage: Callable[[Path], object], message: str) -> None:
+    folder = packed("p", [[1, 2], [3]], 4)
+    damage(folder)
+    with pytest.raises(DataFormatError, match=message):
+        PackedDataset(folder)
+
+
+def test_sources_tokenized_again_are_refused(packed: Callable[..., Path], tokenized: Callable[..., Path]) -> None:
+    folder = packed("p", [[1, 2], [3]], 4)
+    shutil.rmtree(f"{folder}_tokens")
+    tokenized("p_tokens", [[1, 2], [4]])
+    with pytest.raises(DataFormatError, match=r"p_tokens: was tokenized again after .*p was packed from it; pack again"):
+        PackedDataset(folder)
+
+
+def test_verify_finds_a_changed_byte(packed: Callable[..., Path]) -> None:
+    folder = packed("p", [[1, 2], [3]], 4)
+    np.save(folder / "piece_document.npy", np.load(folder / "piece_document.npy")[::-1].copy())
+    with pytest.raises(DataFormatError, match=r"piece_document\.npy: SHA-256"):
+        PackedDataset(folder).index.verify()
+
+
+def test_pieces_that_overflow_a_sequence_are_refused(packed: Callable[..., Path]) -> None:
+    folder = packed("p", [[1, 2], [3]], 4)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sequence_length": 2}))
+    with pytest.raises(DataFormatError, match="sequence 0 holds 3 tokens, more than 2"):
+        PackedDataset(folder)[0]

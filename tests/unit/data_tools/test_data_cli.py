@@ -1,0 +1,272 @@
+"""`hunyuan-data` end to end on files of the standard library, and what it leaves behind when it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import cli, progress, tokenization
+from hunyuan_pretrain.data.indexed import IndexedWriter, TokenizedDataset
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.tokenizer import Tokenizer
+
+LIBRARY = Path(os.__file__).parent
+CORPUS = [str(LIBRARY / name) for name in ("json", "logging", "csv.py")]
+VOCAB = 1200
+
+
+def run(*arguments: object) -> int:
+    """Run the command line in this process; its exit code."""
+    before = sys.argv
+    sys.argv = ["hunyuan-data", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer, the corpus tokenized with every fifth document held out, and packed."""
+    work = tmp_path_factory.mktemp("work")
+    assert run("train-tokenizer", *CORPUS, "--vocab-size", VOCAB, "--output", work / "tok") == 0
+    holdout = ("--holdout-every", 5, "--holdout-output", work / "held")
+    assert run("tokenize", *CORPUS, "--tokenizer", work / "tok", "--output", work / "train", *holdout) == 0
+    assert run("pack", work / "train", "--sequence-length", 512, "--output", work / "packed") == 0
+    return work
+
+
+def documents_of_the_corpus() -> list[str]:
+    files = [file for path in map(Path, CORPUS) for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    return [text for file in files if (text := file.read_bytes().decode())]
+
+
+def test_every_document_is_written_once_in_order(work: Path) -> None:
+    tokenizer, train, held = Tokenizer.load(work / "tok"), TokenizedDataset(work / "train"), TokenizedDataset(work / "held")
+    assert tokenizer.vocab_size == VOCAB
+    expected = documents_of_the_corpus()
+    written = {"train": iter(range(train.num_documents)), "held": iter(range(held.num_documents))}
+    for number, text in enumerate(expected, start=1):
+        ids = held.document(next(written["held"])) if number % 5 == 0 else train.document(next(written["train"]))
+        assert ids.tolist() == tokenizer.encode_document(text).tolist()
+        assert tokenizer.decode(ids[1:-1]) == text
+    assert train.num_documents + held.num_documents == len(expected)
+
+
+def test_the_manifest_accounts_for_the_sources(work: Path) -> None:
+    train, held = (json.loads((work / name / "manifest.json").read_text()) for name in ("train", "held"))
+    assert [source["path"] for source in train["sources"]] == CORPUS
+    for field in ("documents", "bytes", "tokens"):
+        assert sum(source[field] for source in train["sources"]) == train[field]
+    assert train["bytes"] + held["bytes"] == sum(len(text.encode()) for text in documents_of_the_corpus())
+    assert train["tokenizer_digest"] == Tokenizer.load(work / "tok").digest
+    assert (train["vocab_size"], train["dtype"], train["rejects"]) == (VOCAB, "uint16", [])
+
+
+def test_packing_keeps_every_token(work: Path) -> None:
+    packed, train = PackedDataset(work / "packed"), TokenizedDataset(work / "train")
+    found = [packed[i] for i in range(len(packed))]
+    inside = np.concatenate([sequence.tokens[sequence.tokens != train.pad_id] for sequence in found])
+    assert np.array_equal(np.sort(inside), np.sort(train.tokens))
+    assert sum(int(sequence.loss_mask.sum()) for sequence in found) == train.num_tokens - train.num_documents
+
+
+def test_outputs_do_not_depend_on_the_number_of_workers(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_SMALL_CORPUS_BYTES", 0)
+    monkeypatch.setattr(tokenization, "_BATCH_BYTES", 20_000)
+    holdout = ("--holdout-every", 5, "--holdout-output", tmp_path / "held")
+    assert run("tokenize", *CORPUS, "--tokenizer", work / "tok", "--output", tmp_path / "train", *holdout, "--workers", 2) == 0
+    for name in ("train", "held"):
+        for file in ("tokens.bin", "tokens.idx", "manifest.json"):
+            assert (tmp_path / name / file).read_bytes() == (work / name / file).read_bytes()
+
+
+def test_training_and_packing_again_give_the_same_bytes(work: Path, tmp_path: Path) -> None:
+    assert run("train-tokenizer", *CORPUS, "--vocab-size", VOCAB, "--output", tmp_path / "tok") == 0
+    assert run("pack", work / "train", "--sequence-length", 512, "--output", work / "packed_again") == 0
+    for one, other in ((work / "tok", tmp_path / "tok"), (work / "packed", work / "packed_again")):
+        for file in one.iterdir():
+            assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+
+
+def test_the_trained_tokenizer_is_the_same_in_hugging_face(work: Path) -> None:
+    from tokenizers import Tokenizer as HFTokenizer
+
+    fast, tokenizer = HFTokenizer.from_file(str(work / "tok" / "tokenizer.json")), Tokenizer.load(work / "tok")
+    for name in ("argparse.py", "tokenize.py", "this.py"):
+        text = (LIBRARY / name).read_text()
+        assert fast.encode(text).ids == tokenizer.encode(text)
+
+
+def test_train_tokenizer_prints_compression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("train-tokenizer", *CORPUS, "--vocab-size", 700, "--output", tmp_path / "tok", "--sample-fraction", 0.5)
+    shown = capsys.readouterr().out
+    match = re.search(r"([\d.]+) characters/token, ([\d.]+) bytes/token on ([\d.]+) MB", shown)
+    assert match, shown
+    assert 1.5 < float(match[1]) <= float(match[2]) < 6
+    assert "700 ids" in shown
+
+
+def test_inspect_shows_counts_borders_and_text(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", work / "packed", "--tokenizer", work / "tok", "--verify", "--samples", 3) == 0
+    shown = capsys.readouterr().out
+    manifest = json.loads((work / "packed" / "manifest.json").read_text())
+    assert f"{manifest['sequences']:,} of 512 tokens" in shown
+    assert f"{manifest['cut_documents']:,} (" in shown
+    assert "every file has the SHA-256 of its manifest" in shown
+    assert shown.count("sequence ") >= 3
+    assert re.search(r"document \d+, tokens [\d,]+ to [\d,]+\n", shown)
+    assert run("inspect", work / "train", "--tokenizer", work / "tok", "--samples", 1) == 0
+    assert "<|startoftext|>" in capsys.readouterr().out
+    assert run("inspect", work / "train", "--samples", 1) == 0
+    assert str(Tokenizer.load(work / "tok").start_id) in capsys.readouterr().out
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
+    assert run("tokenize", CORPUS[2], "--tokenizer", work / "tok", "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().err == "tokenizing: 100%, 1 documents\n"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a command that must fail with code 2, in one line and without a traceback."""
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("hunyuan-data: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, corpus = tmp_path / "out", tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("fine " * 300)
+    (corpus / "b.txt").write_bytes(b"\x00\x01")
+    (tmp_path / "empty.jsonl").write_text('\n{"text": ""}\n')
+    tokenize = ("tokenize", "--tokenizer", work / "tok", "--output", out)
+    train = ("train-tokenizer", "--output", out, "--vocab-size")
+    refusals = [
+        ((*tokenize, corpus), "b.txt: a binary file (NUL at byte 0)"),
+        ((*tokenize, tmp_path / "nowhere"), "nowhere: no such file or folder"),
+        ((*tokenize, tmp_path / "empty.jsonl"), "no document with text in 1 files"),
+        ((*tokenize, corpus / "a.txt", "--holdout-every", 2), "--holdout-every and --holdout-output: give both or neither"),
+        ((*tokenize, corpus / "a.txt", "--holdout-every", 2, "--holdout-output", out), "the same folder as --output"),
+        (
+            (*tokenize, corpus / "a.txt", "--holdout-every", 2, "--holdout-output", tmp_path / "h"),
+            "must leave some of the 1 documents on each side",
+        ),
+        (("tokenize", corpus, "--tokenizer", corpus, "--output", out), "hy.tiktoken: no such file"),
+        ((*train, 400, corpus), "--vocab-size 400: 256 bytes and 209 special tokens need at least 465"),
+        ((*train, 5000, corpus / "a.txt"), "--vocab-size 5000: the text gives only 4"),
+        ((*train, 465, tmp_path / "empty.jsonl"), "no document with text in 1 files"),
+        ((*train, 465, corpus / "a.txt", "--sample-fraction", 2), "--sample-fraction 2: must be above 0 and at most 1"),
+        (
+            ("pack", corpus, "--sequence-length", 64, "--output", out),
+            "manifest.json: missing; give a folder written by `hunyuan-data tokenize`",
+        ),
+        (("pack", work / "train", "--sequence-length", 1, "--output", out), "--sequence-length 1: must be at least 2"),
+        (("pack", work / "train", work / "train", "--sequence-length", 64, "--output", out), "given twice"),
+        (("inspect", corpus), "manifest.json: missing"),
+    ]
+    for arguments, message in refusals:
+        assert message in fails(capsys, *arguments)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "empty.jsonl"], arguments
+
+
+def test_a_refusal_met_by_a_worker_process_ends_them_all(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "_SMALL_CORPUS_BYTES", 0)
+    monkeypatch.setattr(tokenization, "_BATCH_BYTES", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 20 + "{\n")
+    arguments = ("tokenize", *CORPUS, tmp_path / "a.jsonl", "--tokenizer", work / "tok", "--output", tmp_path / "out", "--workers", 2)
+    assert "a.jsonl: line 21: invalid JSON" in fails(capsys, *arguments)
+    assert multiprocessing.active_children() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_inspect_refuses_another_tokenizer(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train-tokenizer", *CORPUS, "--vocab-size", 600, "--output", tmp_path / "other") == 0
+    capsys.readouterr()
+    assert "give the tokenizer of the data" in fails(capsys, "inspect", work / "packed", "--tokenizer", tmp_path / "other")
+    assert run("tokenize", *CORPUS, "--tokenizer", tmp_path / "other", "--output", tmp_path / "t") == 0
+    capsys.readouterr()
+    message = fails(capsys, "pack", work / "train", tmp_path / "t", "--sequence-length", 64, "--output", tmp_path / "p")
+    assert "all sources of a packed dataset must be tokenized with one tokenizer" in message
+
+
+def test_rejects_that_are_allowed_are_listed(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{\n{"text": ""}\n{"text": "y"}\n')
+    arguments = ("tokenize", tmp_path / "a.jsonl", "--tokenizer", work / "tok", "--output", tmp_path / "out")
+    assert run(*arguments, "--max-rejects", 1) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["documents"], manifest["empty_documents"]) == (2, 1)
+    assert manifest["rejects"][0].startswith(f"{tmp_path / 'a.jsonl'}: line 2: invalid JSON")
+
+
+def test_an_output_is_replaced_only_when_told_to_and_only_if_it_is_ours(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ("tokenize", CORPUS[2], "--tokenizer", work / "tok", "--output", out)
+    out.mkdir()
+    (out / "diary.txt").write_text("precious")
+    assert "pass --overwrite" in fails(capsys, *command)
+    assert "not replaced, because it holds no manifest.json" in fails(capsys, *command, "--overwrite")
+    assert (out / "diary.txt").read_text() == "precious"
+    (out / "diary.txt").unlink()
+    assert run(*command) == 0
+    capsys.readouterr()
+    assert "already there" in fails(capsys, *command)
+    assert run(*command, "--overwrite") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(IndexedWriter, "add", full)
+    message = fails(capsys, "tokenize", CORPUS[2], "--tokenizer", work / "tok", "--output", tmp_path / "out")
+    assert message == "hunyuan-data: no space left on the disk of the output; what had been written was removed\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Path) -> None:
+    """A real refusal by the operating system in the middle of tokens.bin, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools.cli",
+        "tokenize",
+        *CORPUS,
+        "--tokenizer",
+        str(work / "tok"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    limit = 20_000
+    result = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
