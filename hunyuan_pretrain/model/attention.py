@@ -12,6 +12,7 @@ Shapes: T tokens of this rank, D hidden, N query heads, G key/value heads (both 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,11 +41,14 @@ class PackedSequences(NamedTuple):
 
 def packed_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, borders: Sequence[int]) -> Tensor:
     """Causal attention inside each document, softmax(q k^T / sqrt(H)) v; one flash call a document, no mask is built. Returns (T, N, H)."""
-    outputs = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
-        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_TNH, k_TGH, v_TGH))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    lengths = [end - start for start, end in zip(borders[:-1], borders[1:], strict=True)]
+    # split, not slices: the backward pass of n slices would write the whole gradient n times
+    documents = zip(*(x.split(lengths) for x in (q_TNH, k_TGH, v_TGH)), strict=True)
+    outputs = [_causal_attention(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1) for document in documents]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+_causal_attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
 
 
 class SelfAttention(torch.nn.Module):
@@ -73,9 +77,11 @@ class SelfAttention(torch.nn.Module):
         eps = self.config.layernorm_epsilon if self.config.qk_layernorm else None
         if self.is_owner:
             # megatron's interleaving: for each key/value head its query heads, its key, its value
-            qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, self.num_heads // self.num_groups + 2, self.head_dim)
-            q_TNH = qkv_TGXH[:, :, :-2].reshape(-1, self.num_heads, self.head_dim)
-            kv = SharedKV(rope_norm(qkv_TGXH[:, :, -2], packed.rope_table, None, eps), qkv_TGXH[:, :, -1])
+            queries_of_group = self.num_heads // self.num_groups
+            qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, queries_of_group + 2, self.head_dim)
+            q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((queries_of_group, 1, 1), dim=2)
+            q_TNH = q_TGRH.reshape(-1, self.num_heads, self.head_dim)
+            kv = SharedKV(rope_norm(k_TG1H.squeeze(2), packed.rope_table, None, eps), v_TG1H.squeeze(2))
         else:
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)

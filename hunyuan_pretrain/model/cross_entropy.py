@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits of one chunk, elements (64 MiB in fp32)."""
+CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
+"""Tokens of one chunk: on a CPU its logits stay in the cache, on a GPU the products stay efficient."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -22,24 +22,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, label_T: Tensor, loss_weight_T: Tensor, accumulate: bool) -> Tensor:
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else None
-        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs_grad else None
+        grad_weight_VD = torch.empty(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        chunk = CHUNK_TOKENS[hidden_TD.device.type]
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
             hidden_cD, label_c1, weight_c1 = hidden_TD[piece], label_T[piece, None], loss_weight_T[piece, None]
             logits_cV = torch.mm(hidden_cD, weight_VD.t()).float()
+            logits_cV.sub_(logits_cV.amax(1, keepdim=True))
             label_logit_c1 = logits_cV.gather(1, label_c1)
-            log_normaliser_c1 = logits_cV.logsumexp(1, keepdim=True)
-            loss += ((log_normaliser_c1 - label_logit_c1) * weight_c1).sum()
+            sum_exp_c1 = logits_cV.exp_().sum(1, keepdim=True)
+            loss += ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
             if needs_grad:
-                grad_cV = logits_cV.sub_(log_normaliser_c1).exp_().mul_(weight_c1).scatter_add_(1, label_c1, -weight_c1)
-                grad_cV = grad_cV.to(hidden_TD.dtype)
+                grad_cV = logits_cV.mul_(weight_c1 / sum_exp_c1).scatter_add_(1, label_c1, -weight_c1).to(hidden_TD.dtype)
                 torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 if grad_cV.dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_cV.t(), hidden_cD)
+                    grad_weight_VD.addmm_(grad_cV.t(), hidden_cD, beta=1 if start else 0)
                 else:
-                    grad_weight_VD += grad_cV.t() @ hidden_cD
+                    part_VD = grad_cV.t() @ hidden_cD
+                    grad_weight_VD = grad_weight_VD.add_(part_VD) if start else part_VD.float()
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight, ctx.accumulate = weight_VD, accumulate
         return loss

@@ -73,5 +73,7 @@ def run_cla_group(
         return hidden_TD, torch.stack(statistics)
 
     if recompute and torch.is_grad_enabled():
-        return checkpoint(run, hidden_TD, use_reentrant=False, preserve_rng_state=False)
+        # not reentrant, core's linears would meet copies of their weights in the backward pass, without core's mark that a gradient is
+        # in main_grad already, and overlap_grad_reduce then refuses the missing one
+        return checkpoint(run, hidden_TD, use_reentrant=True, preserve_rng_state=False)
     return run(hidden_TD)

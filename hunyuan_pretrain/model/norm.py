@@ -66,14 +66,13 @@ def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor,
 
 
 def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
-    """Rotate-half (neox) rotation in fp32; a negative sine rotates back."""
+    """Rotate-half (neox) rotation in fp32; a negative sine rotates back. Laid out head by head, as attention reads it."""
     first, second = x_TNH.float().chunk(2, dim=-1)
-    out = torch.empty(x_TNH.shape, dtype=torch.float32, device=x_TNH.device)
+    T, N, H = x_TNH.shape
+    out = torch.empty(N, T, H, dtype=torch.float32, device=x_TNH.device).transpose(0, 1)
     low, high = out.chunk(2, dim=-1)
-    torch.mul(first, cos_T1h, out=low)
-    low.addcmul_(second, sin_T1h, value=-1)
-    torch.mul(second, cos_T1h, out=high)
-    high.addcmul_(first, sin_T1h)
+    torch.mul(first, cos_T1h, out=low).addcmul_(second, sin_T1h, value=-1)
+    torch.mul(second, cos_T1h, out=high).addcmul_(first, sin_T1h)
     return out
 
 

@@ -6,6 +6,7 @@ Transformer Engine, in a process of its own, because a broken one raises on impo
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -206,6 +207,19 @@ def read_cgroup(name: str) -> str:
         return (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:
         return ""
+
+
+def keep_freed_memory() -> None:
+    """Make malloc keep freed blocks instead of giving them back to the system at once (glibc; elsewhere nothing happens).
+
+    A training step on CPU frees and takes the same large blocks again and again, and fresh pages cost a fault each: measured about
+    6% of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+        for name, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)):
+            mallopt(name, value)
 
 
 def fuses_wgrad_accumulation() -> bool:

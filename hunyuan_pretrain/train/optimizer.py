@@ -5,6 +5,9 @@ The ratio of the two rates is plan.counts.expert_lr_ratio, which gives its sourc
 
 from __future__ import annotations
 
+import math
+
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
@@ -46,13 +49,36 @@ def build_optimizer(model: DistributedDataParallel, experiment: Experiment, grou
         overlap_param_gather=experiment.parallel.overlap_param_gather,
     )
     is_routed_expert = ParamPredicate(name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False))
-    overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True}}
+    # is_decoupled_lr: core tells groups apart by its own keys only when it restores them, and would mix these up with all others
+    overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True, "is_decoupled_lr": True}}
     optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False, pg_collection=groups)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
             group["fused"], group["foreach"] = True, False
     return optimizer
+
+
+def optimizer_step(optimizer: MegatronOptimizer) -> float:
+    """Clip by the global norm, update, and return the norm before clipping (nan where a gradient is not finite, and then nothing is updated).
+
+    Where the update is torch's fused AdamW, that kernel divides the gradients itself, in the pass that reads them anyway; core would
+    copy and rewrite all of them first. Communicates: all groups of the optimizer.
+    """
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    if not all(type(part) is torch.optim.AdamW for part in inner):
+        return float(optimizer.step()[1])
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    clip_grad = optimizer.config.clip_grad
+    divisor = (norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
+    for part in inner:
+        # the attribute through which torch's own gradient scaler hands its scale to fused kernels
+        part.grad_scale = torch.tensor(divisor, device=part.param_groups[0]["params"][0].device) if divisor > 1.0 else None
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, expert_ratio: float) -> None:

@@ -22,7 +22,7 @@ from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
-from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, versions
+from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, keep_freed_memory, versions
 from hunyuan_pretrain.runtime.logging import RunLog, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
@@ -72,6 +72,7 @@ def _start_machine(experiment: Experiment) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
+        keep_freed_memory()
         torch.set_num_threads(cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), experiment.runtime.cpu_threads_per_rank))
     use_deterministic_algorithms(experiment.runtime.deterministic)
     initialize_distributed(backend_of(device.type), experiment.runtime.distributed_timeout_s)

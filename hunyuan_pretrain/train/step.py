@@ -25,6 +25,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.train.optimizer import optimizer_step
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,12 @@ def train_step(
     model.zero_grad_buffer()
     optimizer.zero_grad()
     losses = run_schedule(forward, model, batches, stage, groups, forward_only=False)
-    _, grad_norm, _ = optimizer.step()
+    grad_norm = optimizer_step(optimizer)
     totals = torch.cat([torch.stack(losses).sum().reshape(1).double(), torch.stack(statistics).sum(0).double().flatten()])
     totals = sum_over(groups.dp_cp, totals)
     return StepResult(
         loss=totals[0].item(),
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         num_target_tokens=int(num_target_tokens.item()),
         statistics_LX=totals[1:].view(statistics[0].shape).cpu(),
     )

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 NUM_LAYERS, HIDDEN, HEADS, GROUPS, FFN, EXPERTS, VOCAB = 8, 256, 8, 2, 512, 8, 8192
 SEQUENCES, SEQUENCE_LENGTH = 2, 512
@@ -47,7 +48,7 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
-    from hunyuan_pretrain.runtime.device import fuses_wgrad_accumulation
+    from hunyuan_pretrain.runtime.device import fuses_wgrad_accumulation, keep_freed_memory
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
     from hunyuan_pretrain.train.step import train_step
 
@@ -65,6 +66,7 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
         precision=PrecisionConfig(dtype="fp32"),
         optimizer=OptimizerConfig(lr=1e-3),
     )  # fmt: skip
+    keep_freed_memory()
     initialize_distributed("gloo", 60)
     groups = build_groups(experiment.parallel, 60)
     config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation())
@@ -89,9 +91,10 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
 
 def megatron_gpt() -> tuple[Step, int, int]:
     """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as Megatron uses them."""
-    from hunyuan_pretrain.runtime import cpu_megatron
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.helpers import gpt_on_cpu
 
-    cpu_megatron.install(leave_out={"wgrad_accumulation"})
+    gpt_on_cpu.install()
     import torch
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
@@ -104,10 +107,6 @@ def megatron_gpt() -> tuple[Step, int, int]:
     from hunyuan_pretrain.config.schema import ParallelConfig
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
 
-    # core names this function only with Transformer Engine, and calls it without (0.16.1)
-    from megatron.core.transformer.moe import moe_utils
-
-    moe_utils.te_general_gemm = None
     initialize_distributed("gloo", 60)
     groups = build_groups(ParallelConfig(), 60)
     model_parallel_cuda_manual_seed(1)

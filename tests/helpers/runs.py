@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def make_corpus(folder: Path) -> Path:
 
 
 def experiment_fields(corpus: Path, run_dir: Path, steps: int = 4, **changes: Any) -> dict[str, Any]:
-    """A small experiment with every feature on, as the content of its YAML file; `changes` are dotted paths with __ for the dot."""
+    """A small experiment with every feature on, as the content of its YAML file; model__num_layers=2 changes model.num_layers, stages__x every stage."""
     fields: dict[str, Any] = {
         "name": "tiny",
         "run_dir": str(run_dir),
@@ -99,11 +100,10 @@ def experiment_fields(corpus: Path, run_dir: Path, steps: int = 4, **changes: An
         "runtime": {"device": "cpu", "cpu_threads_per_rank": 1, "distributed_timeout_s": 120},
     }
     for path, value in changes.items():
-        *parents, last = path.split("__")
-        for container in fields["stages"] if parents == ["stages"] else [fields]:
-            for name in parents if container is fields else []:
-                container = container[name]
-            container[last] = value
+        section, _, key = path.partition("__")
+        targets = fields["stages"] if section == "stages" else [fields[section]] if key else [fields]
+        for target in targets:
+            target[key or section] = value
     return fields
 
 
@@ -114,7 +114,7 @@ def write_experiment(path: Path, fields: dict[str, Any]) -> Path:
 
 
 def start(*arguments: str, ranks: int | None = None) -> subprocess.Popen[str]:
-    """`python -m hunyuan_pretrain ...`, or with `ranks` the same under torchrun, as the leader of a process group of its own."""
+    """`python -m hunyuan_pretrain ...`, or with `ranks` the same under torchrun."""
     command = [sys.executable, "-m"]
     if ranks is not None:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -126,7 +126,6 @@ def start(*arguments: str, ranks: int | None = None) -> subprocess.Popen[str]:
         text=True,
         env=environment,
         cwd=ROOT,
-        start_new_session=True,
     )
 
 
@@ -141,16 +140,18 @@ def run(*arguments: str, ranks: int | None = None, timeout_s: float = 180) -> tu
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the process and all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    """kill -9 of the process and all that it started; torchrun gives each rank a process group of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(process.pid)]
+        family += family[0].children(recursive=True)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
     process.wait()
 
 
 def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_s: float = 180) -> None:
-    """kill -9 of the whole group as soon as `condition` holds; fails if the process ends before."""
+    """`kill_all` as soon as `condition` holds; fails if the process ends before."""
     deadline = time.monotonic() + timeout_s
     try:
         while not condition():

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import hunyuan_pretrain.model  # makes megatron importable  # noqa: F401, I001
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.model.router import RoutingKey
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+
+if TYPE_CHECKING:  # importing this module must work before megatron is importable
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 GROUP_TOKENS = 32
 
@@ -54,7 +54,7 @@ def build(model: ModelConfig, seed: int = 1, dtype: str = "fp32", **parallel: An
 
 
 def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25), seed: int = 0) -> dict[str, Any]:
-    """Arguments of HunyuanModel.forward for documents of these lengths: tokens, positions, borders, labels, equal loss weights, a routing key."""
+    """Arguments of HunyuanModel.forward for documents of these lengths; equal loss weights, and a routing key."""
     T = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     borders = [0]

@@ -1,16 +1,15 @@
 """The model against the plain formulation, packing, recompute, and the published sizes."""
 
-from tests.helpers import tiny  # noqa: I001
-
 import pytest
 import torch
 
 from hunyuan_pretrain.checkpoint.weight_map import to_hf
 from hunyuan_pretrain.config.load import load_model
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model.cross_entropy import linear_cross_entropy
+from hunyuan_pretrain.model.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from tests.helpers import tiny
 from tests.reference.plain_hunyuan import plain_logits
 
 FEATURES = {
@@ -159,7 +158,7 @@ def test_recompute_keeps_less():
 
 
 def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch):
-    monkeypatch.setattr("hunyuan_pretrain.model.cross_entropy.CHUNK_ELEMENTS", 96 * 7)
+    monkeypatch.setitem(CHUNK_TOKENS, "cpu", 7)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(30, 16, generator=generator), torch.randn(96, 16, generator=generator)
     label, loss_weight = torch.randint(0, 96, (30,), generator=generator), torch.rand(30, generator=generator)

@@ -1,7 +1,5 @@
 """Recycle routing, capacity, combine weights and router losses."""
 
-from tests.helpers import tiny  # noqa: I001
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.router import DROPPED, STATISTICS, Router, RoutingKey, assign_slots, expert_capacity, slot_priorities
+from tests.helpers import tiny
 
 GROUPS = st.integers(1, 3)
 
@@ -51,7 +50,7 @@ def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K,
     seed=st.integers(0, 99),
 )
 def test_first_choices_of_an_expert_keep_it(n, K, g, E, C, skew, seed):
-    """Against a loop: all first choices before all second ones, tokens in order; the first C of an expert stay, with or without recycling."""
+    """Against a loop: first choices before second ones, tokens in order; the first C of an expert stay, with or without recycling."""
     chosen = random_choices(n, K, g, E, skew, seed)
     recycled = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
     dropping = assign_slots(chosen, E, C, None)
@@ -144,7 +143,7 @@ def test_with_factor_one_and_recycling_every_expert_gets_exactly_its_capacity():
 
 
 def test_balance_loss_is_that_of_the_choice_before_recycling():
-    module, config, hidden, key = router()
+    module, _, hidden, key = router()
     _, statistics = module(hidden, key)
     probs = (hidden @ module.weight.t()).softmax(-1).view(3, 32, 4)
     chosen = torch.nn.functional.one_hot(probs.argmax(-1), 4).float()
@@ -169,7 +168,7 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
 
 
 def test_z_loss():
-    module, config, hidden, key = router(moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.0)
+    module, _, hidden, key = router(moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.0)
     plan, statistics = module(hidden, key)
     logits = hidden.detach() @ module.weight.t()
     expected = logits.logsumexp(-1).square().mean()

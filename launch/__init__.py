@@ -1,0 +1,1 @@
+"""Starting runs: ranks on one node or many, Slurm, and the demo."""

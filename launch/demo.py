@@ -1,0 +1,274 @@
+"""The demo: from text to a trained, stopped, resumed, exported and speaking model, with the commands that a user would type.
+
+    python -m launch.demo [--text FILE_OR_FOLDER] [--output FOLDER] [KEY=VALUE]...
+
+Each command line is printed before it runs. Settings as KEY=VALUE override those of configs/dev/demo_cpu.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from launch.demo_report import Metrics, measure_heldout, plot_losses, print_tables
+from launch.demo_text import DemoError, read_text, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs/dev/demo_cpu.yaml"
+MARKER = ".hunyuan_demo"
+VOCAB_SIZE = 4096
+HOLDOUT_EVERY = 40
+STOP_AT = 0.4
+"""Part of the steps after which the run is told to stop."""
+EXIT_STOPPED = 75
+PROMPT = "def read_lines(path):\n    "
+
+# What megatron and torch say about themselves, which a user of the demo can do nothing about.
+QUIET = ",".join(
+    (
+        "ignore:full scope is deprecated",
+        "ignore:The .grad attribute of a Tensor",
+        "ignore:Apex is not installed",
+        "ignore:`torch.distributed.",
+    )
+)
+
+LOAD_BACK = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
+ids = tokenizer('<|startoftext|>import sys\\n', return_tensors='pt', add_special_tokens=False).input_ids
+print(type(model).__name__, f'{{model.num_parameters():,}} parameters, loss of a line', round(model(ids, labels=ids).loss.item(), 3))"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demo", description="Text to trained, exported model, on two CPU processes.")
+    parser.add_argument("--text", help="your own text: a file, or a folder of .txt, .md, .rst and .py; default: Python's standard library")
+    parser.add_argument("--output", default="demo_out", help="folder to write; an earlier demo's is replaced (default: demo_out)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as optimizer.lr=1e-3")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        Demo(options.text, Path(options.output), options.overrides).run()
+    except (DemoError, ConfigError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class Demo:
+    """One demo. Raises DemoError or ConfigError, before anything is written, if it cannot be done."""
+
+    def __init__(self, text: str | None, output: Path, overrides: Sequence[str]) -> None:
+        self.output = output
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        self.config = _short(CONFIG)
+        self.overrides = [*self._moved_paths(), *overrides]
+        self.experiment = load_experiment(CONFIG, self.overrides)
+        self.seconds: list[tuple[str, float]] = []
+        if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
+            raise DemoError(f"{output}: already there, and not written by the demo; choose another --output")
+        self.text = read_text(text)
+
+    def run(self) -> None:
+        """Every part in order."""
+        with self._part("text and tokenizer"):
+            self._prepare_output()
+            self._run(
+                "hunyuan-data", "train-tokenizer", self._at("text.jsonl"), "--vocab-size", VOCAB_SIZE, "--output", self._at("tokenizer")
+            )
+        with self._part("tokenize and pack"):
+            self._tokenize_and_pack()
+        with self._part(f"train to {STOP_AT:.0%}, then SIGTERM"):
+            stopped_at = self._train_and_stop()
+        with self._part("resume and finish"):
+            self._train_to_the_end(stopped_at)
+        with self._part("export and load back"):
+            self._run("hunyuan-pretrain", "export", self.experiment.run_dir, self._at("model"))
+            self._run("python", "-c", LOAD_BACK.format(folder=self._at("model")))
+        with self._part("generate"):
+            sample = self._generate()
+        self._report(stopped_at, sample)
+
+    def _prepare_output(self) -> None:
+        self.console.print(f"{self.text.origin}: {len(self.text.documents):,} documents, {self.text.utf8_bytes / 1e6:.1f} MB of text")
+        if self.output.exists():
+            shutil.rmtree(self.output)
+        self.output.mkdir(parents=True)
+        (self.output / MARKER).write_text("Written by launch/demo.py, which may replace this folder.\n")
+        write_text(self.text, self.output / "text.jsonl")
+
+    def _tokenize_and_pack(self) -> None:
+        train, heldout = self._at("tokens/train"), self._at("tokens/heldout")
+        holdout = ("--holdout-every", HOLDOUT_EVERY, "--holdout-output", heldout)
+        self._run("hunyuan-data", "tokenize", self._at("text.jsonl"), "--tokenizer", self._at("tokenizer"), "--output", train, *holdout)
+        length = self.experiment.stages[0].sequence_length
+        self._run("hunyuan-data", "pack", train, "--sequence-length", length, "--output", self._at("packed/train"))
+        self._run("hunyuan-data", "pack", heldout, "--sequence-length", length, "--output", self._at("packed/heldout"))
+        self._run("hunyuan-data", "inspect", self._at("packed/heldout"), "--samples", 1, "--tokenizer", self._at("tokenizer"))
+
+    def _train_command(self) -> list[str]:
+        return [_short(ROOT / "launch/train.sh"), self.config, *self.overrides]
+
+    def _train_and_stop(self) -> int:
+        """Train until STOP_AT of the steps, send SIGTERM as a cluster would, and return the step that was saved."""
+        command = self._train_command()
+        self._announce(command)
+        num_steps = _num_steps(self.experiment)
+        process = subprocess.Popen(command, env=_environment())
+        try:
+            while process.poll() is None and self._last_step() < STOP_AT * num_steps:
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            status = process.wait()
+        finally:
+            _end(process)
+        if status != EXIT_STOPPED:
+            raise DemoError(f"the run that was told to stop ended with status {status}, not {EXIT_STOPPED}")
+        stopped_at = _last_checkpoint(Path(self.experiment.run_dir))
+        self.console.print(f"[bold]status {status}: stopped by SIGTERM, saved after step {stopped_at}.[/bold] Now the same command again:")
+        return stopped_at
+
+    def _train_to_the_end(self, stopped_at: int) -> None:
+        self._run(*self._train_command())
+        log = (Path(self.experiment.run_dir) / "log.txt").read_text(encoding="utf-8")
+        if f"steps {stopped_at + 1} to" not in log:
+            raise DemoError(f"the second run did not go on from step {stopped_at}; see {self.experiment.run_dir}/log.txt")
+        if _last_checkpoint(Path(self.experiment.run_dir)) != _num_steps(self.experiment):
+            raise DemoError("the second run did not save its last step")
+
+    def _generate(self) -> str:
+        command = ["hunyuan-pretrain", "generate", self._at("model"), "--prompt", PROMPT, "--max-new-tokens", "96"]
+        return self._run(*command, capture=True)
+
+    def _report(self, stopped_at: int, sample: str) -> None:
+        metrics = Metrics.read(Path(self.experiment.run_dir))
+        heldout = measure_heldout(self.experiment, self.output / "tokens/train")
+        found = metrics.validations[-1]["validation_target_tokens"]
+        if found != heldout.target_tokens:
+            raise DemoError(
+                f"validation predicted {found:,} tokens, but {heldout.target_tokens:,} are in {self.experiment.evaluation.data}"
+            )
+        plot_losses(self.output / "loss.png", metrics, self.experiment, heldout, stopped_at)
+        self.console.rule("report", align="left")
+        print_tables(self.console, metrics, heldout, stopped_at, self.seconds)
+        self.console.print("[bold]sample[/bold] (a small model after minutes of training: the shape of Python, not its sense)")
+        self.console.print(escape(PROMPT + sample.rstrip()), style="cyan")
+        self.console.print(f"\nloss curve: {self.output}/loss.png    everything of the run: {self.experiment.run_dir}\n\n[bold]next[/bold]")
+        for line in (
+            f"hunyuan-pretrain generate {self._at('model')} --prompt 'class Reader:' --temperature 0",
+            f"hunyuan-pretrain plan {self.config} model.num_moe_experts=16",
+            "hunyuan-pretrain explain model.recycle_routing",
+            f"{_short(ROOT / 'launch/train.sh')} {self.config} run_dir={self._at('run2')} model.recycle_routing=false",
+            "make demo TEXT=a_folder_of_your_own",
+        ):
+            self.console.print(f"  {line}", soft_wrap=True, markup=False)
+
+    # --- running commands -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self.console.rule(name, align="left")
+        yield
+        self.seconds.append((name, time.perf_counter() - started))
+
+    def _run(self, *command: object, capture: bool = False) -> str:
+        """Print a command line and run it; with `capture`, return what it printed. Raises DemoError if it fails."""
+        words = [str(word) for word in command]
+        self._announce(words)
+        if words[0] == "python":
+            words[0] = sys.executable
+        process = subprocess.Popen(words, env=_environment(), stdout=subprocess.PIPE if capture else None, text=True)
+        printed = []
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                printed.append(line)
+            status = process.wait()
+        finally:
+            _end(process)
+        if status != 0:
+            raise DemoError(f"{words[0]} {words[1]} ended with status {status}; what it said is above")
+        return "".join(printed)
+
+    def _announce(self, command: Sequence[str]) -> None:
+        self.console.print(f"$ {shlex.join(command)}", style="bold green", soft_wrap=True, markup=False)
+        sys.stdout.flush()
+
+    def _at(self, name: str) -> str:
+        return str(self.output / name)
+
+    def _moved_paths(self) -> list[str]:
+        """Overrides that move what configs/dev/demo_cpu.yaml reads and writes into another folder than demo_out."""
+        if str(self.output) == "demo_out":
+            return []
+        stages = range(len(load_experiment(CONFIG).stages))
+        return [
+            f"run_dir={self._at('run')}",
+            f"tokenizer={self._at('tokenizer')}",
+            f"evaluation.data={self._at('packed/heldout')}",
+            *(f"stages.{i}.data.0.path={self._at('packed/train')}" for i in stages),
+        ]
+
+    def _last_step(self) -> int:
+        """Steps done according to metrics.jsonl."""
+        path = Path(self.experiment.run_dir) / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except ValueError:  # a line that is being written
+                continue
+        return 0
+
+
+def _num_steps(experiment: Experiment) -> int:
+    return sum(stage.num_steps for stage in experiment.stages)
+
+
+def _last_checkpoint(run_dir: Path) -> int:
+    """Step of the newest complete checkpoint."""
+    markers = sorted((run_dir / "checkpoints").glob("step_*/complete.json"))
+    if not markers:
+        raise DemoError(f"{run_dir}: no complete checkpoint")
+    return int(json.loads(markers[-1].read_text(encoding="utf-8"))["step"])
+
+
+def _environment() -> dict[str, str]:
+    """The commands of this interpreter's environment first; nothing fetched; megatron's remarks about itself left out."""
+    commands = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    return {**os.environ, "PATH": commands, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", QUIET)}
+
+
+def _end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+    """End a command that an exception left running."""
+    if process.poll() is None:
+        process.terminate()
+        process.wait()
+
+
+def _short(path: Path) -> str:
+    """A path as a user would type it from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
