@@ -45,6 +45,7 @@ QUIET = ",".join(
         "ignore:The .grad attribute of a Tensor",
         "ignore:Apex is not installed",
         "ignore:`torch.distributed.",
+        "ignore:`load_state_dict` is deprecated",
     )
 )
 

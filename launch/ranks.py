@@ -7,6 +7,7 @@ status 75, so does this program. Every other end is torchrun's own.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterable
@@ -52,6 +53,8 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
     ranks = psutil.Process().children()
     if not ranks:
         sys.exit(128 + number)
+    # torch would report the stop as a failure; a real one is still reported, by main.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     for rank in ranks:
         rank.send_signal(number)
 

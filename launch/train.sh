@@ -18,7 +18,8 @@ Environment:
   NODE_RANK        number of this node from 0, default 0; not needed with RDZV_ID
   MASTER_ADDR      first node, needed for NNODES > 1
   MASTER_PORT      its port, default 29500
-  RDZV_ID          name of the job: the nodes then meet at MASTER_ADDR:MASTER_PORT (c10d) and agree on their numbers
+  RDZV_ID          name of the job: the nodes then meet at MASTER_ADDR:MASTER_PORT (c10d) and agree on their numbers; the node with
+                   NODE_RANK (else SLURM_NODEID) 0 is the meeting place
   PYTHON           interpreter, default: that of the hunyuan-pretrain on PATH, else .venv of this checkout
 TEXT
 }
@@ -79,6 +80,9 @@ fi
 
 if [[ -n ${RDZV_ID:-} ]]; then
     rendezvous=(--rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29500}" --rdzv-id "$RDZV_ID")
+    place=${NODE_RANK:-${SLURM_NODEID:-}}
+    # Left to itself torchrun compares names and addresses, and on some clusters no node takes itself for the first.
+    [[ -z $place ]] || rendezvous+=(--rdzv-conf "is_host=$([[ $place == 0 ]] && echo true || echo false)")
 elif ((nnodes > 1)); then
     rendezvous=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 else

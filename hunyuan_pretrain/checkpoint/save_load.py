@@ -16,26 +16,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.optimizer_state import restore_optimizer_state, sharded_optimizer_state, wanted_optimizer_state
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
 
 FORMAT_VERSION = 1
 MARKER = "complete.json"
-# the optimizer state in the shapes and under the names of the parameters, so that another layout can read it
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -79,19 +79,15 @@ def load(folder: Path, model: HunyuanModel, optimizer: MegatronOptimizer | None)
     error = _first_error(lambda: _verify(folder, marker))
     if error is not None:
         raise CheckpointError(f"{folder}: {error}")
-    model_part = model.sharded_state_dict()
-    wanted: dict[str, Any] = {"model": model_part}
-    optimizer_state: Any = None
+    wanted: dict[str, Any] = {"model": model.sharded_state_dict()}
     if optimizer is not None:
-        _allocate_moments(optimizer)
-        optimizer_state = optimizer.sharded_state_dict(model_part, is_loading=True, metadata=OPTIMIZER_METADATA)
-        wanted["optimizer"] = _sharded_part(optimizer_state)
+        wanted["optimizer"] = wanted_optimizer_state(model)
         if marker["world_size"] == dist.get_world_size():
             wanted["generators"] = _generator_object()
     loaded = dist_checkpointing.load(wanted, str(folder))
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"])
+        restore_optimizer_state(model, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
         if "generators" in wanted:
             restore_generator_state(loaded["generators"])
     return int(marker["step"])
@@ -100,7 +96,11 @@ def load(folder: Path, model: HunyuanModel, optimizer: MegatronOptimizer | None)
 def read_marker(folder: Path) -> dict[str, Any]:
     """complete.json of a checkpoint; raises CheckpointError where there is none or it cannot be read."""
     try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        missing = {"step", "world_size", "model", "files"} - marker.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        return marker
     except FileNotFoundError:
         near = ", ".join(path.name for path in find_checkpoints(folder.parent.parent)) or "none"
         raise CheckpointError(f"{folder}: not a complete checkpoint (no {MARKER}); complete ones there: {near}") from None
@@ -119,94 +119,12 @@ def refuse_other_model(folder: Path, marker: dict[str, Any], model: ModelConfig)
 
 
 def _write(partial: Path, model: HunyuanModel, optimizer: MegatronOptimizer) -> None:
-    model_part = model.sharded_state_dict()
     state = {
-        "model": model_part,
-        "optimizer": _sharded_part(optimizer.sharded_state_dict(model_part, metadata=OPTIMIZER_METADATA)),
+        "model": model.sharded_state_dict(),
+        "optimizer": sharded_optimizer_state(model, optimizer),
         "generators": _generator_object(),
     }
     dist_checkpointing.save(state, str(partial))
-
-
-def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers whose update is torch's own Adam, for which core's loading of `fully_reshardable` state is unfinished."""
-    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
-    return [part for part in parts if isinstance(part.optimizer, torch.optim.Adam)]
-
-
-def _allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Zeros for the state that is about to be read: core asks torch's Adam for its step even where it has not made one."""
-    for part in _torch_adam_parts(optimizer):
-        for parameter in (parameter for group in part.optimizer.param_groups for parameter in group["params"]):
-            if not part.optimizer.state[parameter]:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load the state; for torch's Adam, core would look for a `step` among the tensors of each parameter, where it is not stored."""
-    parts = _torch_adam_parts(optimizer)
-    for part in parts:
-        part._set_main_param_and_optimizer_states = partial(_set_parameter_state, part)
-    optimizer.load_state_dict(state)
-    for part in parts:
-        del part._set_main_param_and_optimizer_states
-        for values in part.optimizer.state.values():
-            values["step"] = values["step"].clone()  # core lets all parameters share one tensor, which each of them would count up
-
-
-def _set_parameter_state(part: DistributedOptimizer, model_parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-    group, place = part.model_param_group_index_map[model_parameter]
-    parameter = part.optimizer.param_groups[group]["params"][place]
-    parameter.copy_(tensors["param"])
-    for name in ("exp_avg", "exp_avg_sq"):
-        part.optimizer.state[parameter][name].copy_(tensors[name])
-
-
-def _sharded_part(tree: Any) -> dict[Any, Any]:
-    """The tensors of core's optimizer state, each in its place; lists become dicts.
-
-    The rest, settings of parameter groups, is not saved: it is that of the running experiment, and core stores it in a form that another
-    layout cannot read.
-    """
-    items = enumerate(tree) if isinstance(tree, list) else tree.items()
-    parts = {key: value if isinstance(value, ShardedBase) else _sharded_part(value) for key, value in items if _may_hold_tensors(value)}
-    return {key: part for key, part in parts.items() if isinstance(part, ShardedBase) or part}
-
-
-def _may_hold_tensors(value: Any) -> bool:
-    return isinstance(value, (ShardedBase, dict, list))
-
-
-def _filled(tree: Any, loaded: Any) -> Any:
-    """`tree` with its tensors replaced by what was loaded for `_sharded_part(tree)`."""
-    if isinstance(tree, ShardedBase):
-        return loaded
-    if isinstance(tree, LocalNonpersistentObject):
-        return tree.unwrap()
-    if isinstance(tree, dict):
-        return {key: _filled(value, (loaded or {}).get(key)) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_filled(value, (loaded or {}).get(index)) for index, value in enumerate(tree)]
-    return tree
-
-
-def _restore_optimizer(optimizer: MegatronOptimizer, state: Any, num_updates: int) -> None:
-    """Give each of core's chained optimizers its state, and Adam the number of updates made: every step of a run makes one."""
-    parts = optimizer.chained_optimizers
-    for index, part in enumerate(parts):
-        part_state = state[index] if len(parts) > 1 else state
-        inner = part_state.get("optimizer", part_state)
-        if isinstance(part, DistributedOptimizer):
-            for group in inner["param_groups"]:
-                group["step"] = float(num_updates)
-        else:
-            inner["state"]["common_step"] = torch.tensor(float(num_updates))
-    optimizer.load_state_dict(state)
-    for part in parts:
-        for moments in part.optimizer.state.values():
-            if "step" in moments:  # core gives all parameters the same tensor, to which the fused kernels would add once for each
-                moments["step"] = moments["step"].clone()
 
 
 def _generator_object() -> ShardedObject:

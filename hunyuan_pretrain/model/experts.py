@@ -145,12 +145,8 @@ class _SwigluFunction(torch.autograd.Function):
         gate, up = x_TF.chunk(2, dim=-1)
         grad = torch.empty_like(x_TF)
         grad_gate, grad_up = grad.chunk(2, dim=-1)
-        # one exponential for both halves: silu' = s + silu * (1 - s) with s = sigmoid(gate)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        torch.mul(grad_TF, silu, out=grad_up)
-        slope = torch.add(sigmoid, silu).addcmul_(silu, sigmoid, value=-1)
-        torch.mul(slope.mul_(up), grad_TF, out=grad_gate)
+        torch.mul(torch.nn.functional.silu(gate), grad_TF, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_TF * up, gate, grad_input=grad_gate)
         return grad
 
 

@@ -28,14 +28,14 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_TD, weight_D, rstd_T1 = ctx.saved_tensors
-        grad_TD, normed_TD = grad_TD.float(), x_TD.float() * rstd_T1
-        product_TD = grad_TD * normed_TD
-        grad_weight_D = product_TD.sum(0).to(weight_D.dtype)
-        weight_D = weight_D.float()
-        mean_T1 = (product_TD @ weight_D).div_(x_TD.shape[-1])[:, None]
-        grad_x_TD = (grad_TD * weight_D).sub_(normed_TD.mul_(mean_T1)).mul_(rstd_T1)
-        return grad_x_TD.to(x_TD.dtype), grad_weight_D, None
+        saved_TD, weight_D, rstd_T1 = ctx.saved_tensors
+        grad_TD, x_TD = grad_TD.float(), saved_TD.float()
+        product_TD = grad_TD * x_TD
+        grad_weight_D = (rstd_T1.t() @ product_TD).squeeze(0).to(weight_D.dtype)
+        # d rstd / d x = -rstd^3 x / D
+        pull_T1 = (product_TD @ weight_D.float())[:, None].mul_(rstd_T1**3).div_(-x_TD.shape[-1])
+        grad_x_TD = torch.mul(grad_TD, weight_D.float(), out=product_TD).mul_(rstd_T1).addcmul_(x_TD, pull_T1)
+        return grad_x_TD.to(saved_TD.dtype), grad_weight_D, None
 
 
 class RMSNorm(torch.nn.Module):
@@ -79,31 +79,35 @@ def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
 class _RopeNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor, weight_H: Tensor | None, eps: float | None) -> Tensor:
-        rstd = None if eps is None else _reciprocal_rms(x_TNH, eps)
-        ctx.save_for_backward(x_TNH, cos_T1h, sin_T1h, weight_H, rstd)
         y_TNH = _rotate(x_TNH, cos_T1h, sin_T1h)
-        if rstd is not None:
-            y_TNH.mul_(rstd)
-        if weight_H is not None:
-            y_TNH.mul_(weight_H.float())
-        return y_TNH.to(x_TNH.dtype)
+        rstd_TN1 = None
+        if eps is not None:
+            rstd_TN1 = _reciprocal_rms(x_TNH, eps)
+            y_TNH.mul_(rstd_TN1)
+        y_hat_TNH = y_TNH.to(x_TNH.dtype)
+        # kept instead of the input, which nothing else needs
+        ctx.save_for_backward(y_hat_TNH if eps is not None else None, cos_T1h, sin_T1h, weight_H, rstd_TN1)
+        return y_hat_TNH if weight_H is None else (y_TNH * weight_H).to(x_TNH.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        x_TNH, cos_T1h, sin_T1h, weight_H, rstd = ctx.saved_tensors
-        grad_TNH, grad_weight_H = grad_TNH.float(), None
-        if rstd is not None:
-            normed_TNH = _rotate(x_TNH, cos_T1h, sin_T1h).mul_(rstd)
-            if weight_H is not None:
-                grad_weight_H = (grad_TNH * normed_TNH).flatten(0, 1).sum(0).to(weight_H.dtype)
-                grad_TNH = grad_TNH * weight_H.float()
-            mean_TN1 = torch.linalg.vecdot(grad_TNH, normed_TNH)[..., None].div_(x_TNH.shape[-1])
-            grad_TNH = (grad_TNH - normed_TNH.mul_(mean_TN1)).mul_(rstd)
-        return _rotate(grad_TNH, cos_T1h, -sin_T1h).to(x_TNH.dtype), None, None, grad_weight_H, None
+    def backward(ctx: Any, output_grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        y_hat_TNH, cos_T1h, sin_T1h, weight_H, rstd_TN1 = ctx.saved_tensors
+        grad_TNH, grad_weight_H = output_grad_TNH.float(), None
+        if rstd_TN1 is not None:
+            y_hat_TNH = y_hat_TNH.float()
+            product_TNH = grad_TNH * y_hat_TNH
+            if weight_H is None:
+                dot_TN1 = product_TNH.sum(-1, keepdim=True)
+            else:
+                grad_weight_H = product_TNH.sum((0, 1))
+                dot_TN1 = (product_TNH @ weight_H)[..., None]
+                grad_TNH = torch.mul(grad_TNH, weight_H, out=product_TNH)
+            grad_TNH = torch.addcmul(grad_TNH, y_hat_TNH, dot_TN1.div_(-y_hat_TNH.shape[-1])).mul_(rstd_TN1)
+        return _rotate(grad_TNH, cos_T1h, -sin_T1h).to(output_grad_TNH.dtype), None, None, grad_weight_H, None
 
 
 def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None) -> Tensor:
-    """RoPE, then RMSNorm of each head with `eps` (None: no norm), then `weight_H` (None: no weight).
+    """RoPE, then RMSNorm of each head with `eps` (None: no norm), then the fp32 `weight_H` (None: no weight; only with a norm).
 
     The statistic is taken before the rotation, which keeps the norm of a head. Returns (T, N, H) in x's dtype.
     """

@@ -127,6 +127,19 @@ PATCHES = (
     ),
 )
 
+QUIET_WARNINGS = (
+    # `hunyuan-pretrain doctor` says once what is missing and what is used instead
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    # core's own business, which a user cannot change
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    ".*reduce_scatter_tensor. is deprecated",
+    ".*all_gather_into_tensor. is deprecated",
+    "Warning: tp_group is None",
+)
+"""Warnings of megatron-core about itself, on every machine."""
+
 _installed = False
 
 
@@ -137,14 +150,14 @@ def install(leave_out: Collection[str] = ()) -> bool:
     Raises RuntimeError if megatron was imported before, because it would have kept the unpatched names.
     """
     global _installed
+    for message in QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     if torch.cuda.is_available():
         return False
     if _installed:
         return True
     if "megatron.core" in sys.modules:
         raise RuntimeError("cpu_megatron.install() must run before megatron.core is imported")
-    # core says so on every import; `hunyuan-pretrain doctor` says it once, with what is used instead
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     for patch in PATCHES:
         if patch.name not in leave_out:
             patch.apply()

@@ -49,8 +49,7 @@ def build_optimizer(model: DistributedDataParallel, experiment: Experiment, grou
         overlap_param_gather=experiment.parallel.overlap_param_gather,
     )
     is_routed_expert = ParamPredicate(name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False))
-    # is_decoupled_lr: core tells groups apart by its own keys only when it restores them, and would mix these up with all others
-    overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True, "is_decoupled_lr": True}}
+    overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True}}
     optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False, pg_collection=groups)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]

@@ -1,4 +1,4 @@
-"""Everything of megatron-core that a run on the CPU touches, with some of the shim's patches left out: python cpu_exercise.py FOLDER [PATCH...]."""
+"""All of megatron-core that a run on the CPU touches, without some of the shim's patches: python cpu_exercise.py FOLDER [PATCH...]."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,11 +13,13 @@ import torch.distributed as dist
 
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.router import Router
+from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_record
 from hunyuan_pretrain.train.optimizer import set_learning_rate
 from hunyuan_pretrain.train.step import train_step
+from tests.helpers.tiny import world_of_one
 
 Tensors = dict[str, np.ndarray]
 
@@ -141,3 +144,23 @@ def _recording(forward: Any, trace: Trace) -> Any:
         return plan, statistics
 
     return recorded
+
+
+def on_this_rank(fields: dict[str, Any]) -> setup.Run:
+    """A run of one rank inside the test process, with fresh weights and a log that writes nothing."""
+    experiment, groups = Experiment.model_validate(fields), world_of_one()
+    setup.use_deterministic_algorithms(True)
+    model, wrapped = setup._build_model(experiment, groups)
+    optimizer = setup.build_optimizer(wrapped, experiment, groups)
+    loader, evaluation = setup._open_data(experiment, groups)
+    log = RunLog(Path(experiment.run_dir), experiment.logging, experiment.name, is_writer=False)
+    return setup.Run(experiment, torch.device("cpu"), groups, model, wrapped, optimizer, loader, evaluation, 0, log)
+
+
+def moments(run: setup.Run) -> Tensors:
+    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order."""
+    found: Tensors = {}
+    for part, optimizer in enumerate(run.optimizer.chained_optimizers):
+        for number, state in enumerate(optimizer.optimizer.state.values()):
+            found |= {f"{part}/{number}/{key}": value.detach().float().numpy().copy() for key, value in state.items()}
+    return found

@@ -61,7 +61,7 @@ def test_config_diff(command, tmp_path: Path) -> None:
 def test_plan(command) -> None:
     code, out, err = command("plan", DEMO, "--world-size", "2", "checkpoint.keep_last=null")
     assert (code, err) == (0, "")
-    for expected in ("15,804,928", "stage anneal", "2,457,600", "RoPE base"):
+    for expected in ("15,804,928", "stage anneal", "491,520", "RoPE base"):
         assert expected in out
     assert "warning: optimizer.lr=0.002: no stage reaches it" in command("plan", DEMO, "stages.0.lr_end=0.5")[2]
 

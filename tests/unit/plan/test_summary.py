@@ -21,7 +21,7 @@ def test_the_plan_says_what_the_run_does_and_costs() -> None:
     assert rows["stage anneal", "steps"] == "15"
     assert rows["stage anneal", "learning rate"] == "0.0006 -> 0.0002"
     assert rows["stage decay", "routed experts' lr"] == "0.00062 -> 0.000186"
-    assert (rows["run", "steps"], rows["run", "tokens"]) == ("300", "2,457,600")
+    assert (rows["run", "steps"], rows["run", "tokens"]) == ("120", "491,520")
 
 
 def test_the_last_stage_of_the_demo_is_five_percent() -> None:

@@ -1,0 +1,205 @@
+"""Checkpoints on one rank: what comes back, what is refused and in which words, what a failed save leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.train import setup
+from tests.helpers.layouts import moments, on_this_rank, train_steps
+from tests.helpers.runs import experiment_fields
+
+
+def fields(corpus: Path, run_dir: Path, dtype: str = "fp32", **changes: Any) -> dict[str, Any]:
+    return experiment_fields(corpus, run_dir, model__num_layers=2, precision={"dtype": dtype}, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> setup.Run:
+    """A run after one step."""
+    run = on_this_rank(fields(corpus, tmp_path_factory.mktemp("run")))
+    train_steps(run, range(1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(run: setup.Run) -> Path:
+    return save_load.save(run.run_dir, 1, run.model, run.optimizer, None)
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    """A copy of a complete checkpoint, to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
+
+
+def load_into(run: setup.Run, folder: Path) -> int:
+    return save_load.load(folder, run.model, run.optimizer)
+
+
+LAYOUTS = {
+    "distributed optimizer": {},
+    "plain optimizer": {"use_distributed_optimizer": False},
+    "overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, parallel):
+    """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last bit."""
+    first = on_this_rank(fields(corpus, tmp_path, dtype, parallel=parallel))
+    train_steps(first, range(2))
+    folder = save_load.save(tmp_path, 2, first.model, first.optimizer, None)
+    at_save = moments(first)
+    second = on_this_rank(fields(corpus, tmp_path, dtype, parallel=parallel))
+    assert load_into(second, folder) == 2
+    loaded = moments(second)
+    assert at_save.keys() == loaded.keys()
+    assert all(np.array_equal(at_save[name], loaded[name]) for name in at_save)
+    expected, actual = train_steps(first, range(2, 4)), train_steps(second, range(2, 4))
+    assert actual.records == expected.records
+    for name, parameter in expected.parameters.items():
+        assert np.array_equal(actual.parameters[name], parameter), name
+    assert [group["lr"] for group in second.optimizer.param_groups] == [group["lr"] for group in first.optimizer.param_groups]
+
+
+def test_generators_are_restored(run, saved):
+    before = torch.get_rng_state()
+    torch.manual_seed(99)
+    load_into(run, saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_hyperparameters_are_those_of_the_experiment_not_of_the_checkpoint(corpus, tmp_path, saved):
+    changed = fields(corpus, tmp_path, optimizer={"lr": 1e-2, "weight_decay": 0.5, "adam_beta2": 0.9})
+    run = on_this_rank(changed)
+    load_into(run, saved)
+    assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.0, 0.5}
+    assert {tuple(group["betas"]) for group in run.optimizer.param_groups} == {(0.9, 0.9)}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype):
+    """And the optimizer's own copy of them, which the first step would otherwise write over them."""
+    settings = {"init_from": str(saved)}
+    fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4}))
+    assert setup._load_or_init(fresh.experiment, fresh.model, fresh.optimizer) == 0
+    assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
+    loaded = dict(fresh.model.named_parameters())
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(loaded[name].detach().float(), parameter.detach().to(loaded[name].dtype).float()), name
+    train_steps(fresh, range(1))
+    rounding = 2**-7 if dtype == "bf16" else 0.0
+    for name, parameter in run.model.named_parameters():
+        difference = (loaded[name].detach().float() - parameter.detach()).abs()
+        assert difference.max() <= 3e-4 + rounding * parameter.abs().max(), f"{name} is not the loaded weight after one small step"
+
+
+def truncate(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def lose_a_file(folder: Path) -> None:
+    next(folder.glob("*.distcp")).unlink()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
+    # what happened: how, the words, is it found before its digests are compared
+    "truncated": (truncate, r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json", False),
+    "bit flipped": (flip_a_bit, r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json", True),
+    "file lost": (lose_a_file, r"\.distcp is missing or damaged", False),
+    "no marker": (lambda folder: (folder / "complete.json").unlink(), r"not a complete checkpoint \(no complete.json\)", False),
+    "marker cut": (lambda folder: os.truncate(folder / "complete.json", 100), r"complete.json: damaged: ", False),
+    "marker empty": (lambda folder: (folder / "complete.json").write_text("{}"), "damaged: files, model, step, world_size missing", False),
+}
+
+
+@pytest.mark.parametrize(("damage", "words", "is_found"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_text_and_leaves_the_model_alone(run, checkpoint, damage, words, is_found):
+    damage(checkpoint)
+    assert save_load.find_checkpoints(checkpoint.parents[1]) == ([checkpoint] if is_found else [])
+    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    with pytest.raises(CheckpointError, match=words):
+        load_into(run, checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_an_unfinished_folder_is_never_found(checkpoint):
+    checkpoint.rename(checkpoint.with_name(checkpoint.name + ".partial"))
+    assert save_load.find_checkpoints(checkpoint.parents[1]) == []
+
+
+def test_a_missing_checkpoint_is_told_with_those_that_are_there(run, checkpoint):
+    with pytest.raises(CheckpointError, match=r"step_0000009: not a complete checkpoint .*; complete ones there: step_0000001"):
+        load_into(run, checkpoint.with_name("step_0000009"))
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(corpus, tmp_path, saved):
+    other = on_this_rank(fields(corpus, tmp_path, model__ffn_hidden_size=64, model__cla_share_factor=1))
+    with pytest.raises(CheckpointError) as error:
+        load_into(other, saved)
+    assert str(error.value).splitlines() == [
+        f"{saved}: a checkpoint of another model",
+        "  model.ffn_hidden_size: 48 in the checkpoint, 64 in the config",
+        "  model.cla_share_factor: 2 in the checkpoint, 1 in the config",
+    ]
+
+
+def test_keep_last_removes_older_ones_after_the_newer_is_complete(run, tmp_path):
+    for step in (1, 2, 3):
+        save_load.save(tmp_path, step, run.model, run.optimizer, keep_last=2)
+    assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
+
+
+def test_the_marker_says_what_the_checkpoint_is(saved, run):
+    marker = json.loads((saved / "complete.json").read_text())
+    assert (marker["step"], marker["world_size"]) == (1, 1)
+    assert marker["model"] == run.experiment.model.model_dump()
+    assert marker["files"].keys() == {path.name for path in saved.iterdir()} - {"complete.json"}
+
+
+FAILURES = {
+    "disk full": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    "wrapped by torch": (
+        RuntimeError("writing failed\nOSError: [Errno 28] No space left on device\nin worker 3"),
+        "No space left on device",
+    ),
+    "something else": (RuntimeError("first\nthe reason"), "the reason"),
+}
+
+
+@pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES)
+def test_a_failed_save_leaves_nothing_and_older_checkpoints_alone(run, tmp_path, monkeypatch, error, reason):
+    older = save_load.save(tmp_path, 1, run.model, run.optimizer, None)
+
+    def fail(state: object, folder: str) -> None:
+        (Path(folder) / "half").write_text("x")
+        raise error
+
+    monkeypatch.setattr(save_load.dist_checkpointing, "save", fail)
+    words = f"step_0000002: the checkpoint could not be written: {reason}; older checkpoints are untouched"
+    with pytest.raises(CheckpointError, match=words):
+        save_load.save(tmp_path, 2, run.model, run.optimizer, keep_last=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [older]
+    monkeypatch.undo()
+    assert load_into(run, older) == 1
