@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 # On Linux PyPI's torch brings CUDA, some GB. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the CPU build.
 
-# A text file of your own to train on; empty: the demo's own text.
+# A file or folder of your own text to train on; empty: the standard library of Python.
 TEXT ?=
 
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $@
 
-demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU processes -> export -> generation; TEXT=file for your own text
+demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU processes -> export -> generation; TEXT=file or folder for your own text
 	$(PY) -m launch.demo $(if $(TEXT),--text "$(TEXT)")
 
 test: lint ## Everything that CI checks: lint, types, all tests

@@ -36,7 +36,8 @@ HOLDOUT_EVERY = 40
 STOP_AT = 0.4
 """Part of the steps after which the run is told to stop."""
 EXIT_STOPPED = 75
-PROMPT = "def read_lines(path):\n    "
+PROMPT = "class Reader:\n    def __init__(self"
+SAMPLING = ("--max-new-tokens", "80", "--temperature", "0.8", "--top-p", "0.9", "--repetition-penalty", "1.15")
 
 # What megatron and torch say about themselves, which a user of the demo can do nothing about.
 QUIET = ",".join(
@@ -51,10 +52,10 @@ QUIET = ",".join(
 
 LOAD_BACK = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
-ids = tokenizer('<|startoftext|>import sys\\n', return_tensors='pt', add_special_tokens=False).input_ids
-print(type(model).__name__, f'{{model.num_parameters():,}} parameters, loss of a line', round(model(ids, labels=ids).loss.item(), 3))"""
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
+ids = tokenizer("<|startoftext|>import sys\\n", return_tensors="pt", add_special_tokens=False).input_ids
+print(type(model).__name__, f"{{model.num_parameters():,}} parameters, loss of a line", round(model(ids, labels=ids).loss.item(), 3))"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,8 +157,7 @@ class Demo:
             raise DemoError("the second run did not save its last step")
 
     def _generate(self) -> str:
-        command = ["hunyuan-pretrain", "generate", self._at("model"), "--prompt", PROMPT, "--max-new-tokens", "96"]
-        return self._run(*command, capture=True)
+        return self._run("hunyuan-pretrain", "generate", self._at("model"), "--prompt", PROMPT, *SAMPLING, capture=True)
 
     def _report(self, stopped_at: int, sample: str) -> None:
         metrics = Metrics.read(Path(self.experiment.run_dir))
@@ -254,9 +254,10 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The commands of this interpreter's environment first; nothing fetched; megatron's remarks about itself left out."""
-    commands = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    return {**os.environ, "PATH": commands, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", QUIET)}
+    """The commands of this interpreter's environment first; nothing fetched; remarks and bars of libraries left out."""
+    environment = {"PYTHONWARNINGS": QUIET, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **os.environ}
+    environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    return environment
 
 
 def _end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:

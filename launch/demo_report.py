@@ -98,7 +98,7 @@ class Metrics:
 def print_tables(console: Console, metrics: Metrics, heldout: HeldOut, stopped_at: int, seconds: Sequence[tuple[str, float]]) -> None:
     """Losses and bits per byte; routing by layer; time of each part."""
     first, last, validation = metrics.steps[0], metrics.steps[-1], metrics.validations[-1]
-    table = Table("training", "", title="result", title_justify="left")
+    table = Table("figure", "value", title="result", title_justify="left")
     table.add_row(f"loss, step {first['step']}", f"{first['loss']:.3f} nats/token")
     table.add_row(f"loss, step {last['step']}", f"{last['loss']:.3f} nats/token")
     table.add_row("held-out loss", f"{validation['validation_loss']:.3f} nats/token over {heldout.target_tokens:,} tokens")

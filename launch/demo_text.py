@@ -17,8 +17,11 @@ MAX_BYTES = 12_000_000
 """About what the demo can learn from in a few minutes; more only makes tokenizing longer."""
 MIN_BYTES = 200_000
 """A vocabulary of 4,096 needs about this much text, and held-out documents need some besides."""
+MANY_FILES = 100
+"""With fewer files than this, long ones become several documents, so that one large file has held-out documents too. Otherwise a
+document is a whole file, so that a held-out one has no other part in the training text."""
 LONGEST_DOCUMENT = 32_000
-"""Characters; longer files become several documents, so that one large file has held-out documents too."""
+"""Characters of such a part."""
 
 NOT_OURS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "ensurepip"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -48,7 +51,8 @@ def read_text(given: str | None) -> Text:
         raise DemoError(f"{root}: no such file or folder")
     if not files:
         raise DemoError(f"{root}: no file in it ends in {' '.join(EXTENSIONS)}")
-    documents = [document for path in _sample(files) for document in _split(_read(path))]
+    texts = [_read(path) for path in _sample(files)]
+    documents = [document for text in texts for document in (_split(text) if len(files) < MANY_FILES else [text]) if document.strip()]
     documents = _cap(documents)
     size = sum(len(document.encode()) for document in documents)
     if size < MIN_BYTES:
@@ -94,8 +98,7 @@ def _split(text: str) -> Iterator[str]:
         end = begin + LONGEST_DOCUMENT
         if end < len(text):
             end = text.rfind("\n", begin, end) + 1 or end
-        if text[begin:end].strip():
-            yield text[begin:end]
+        yield text[begin:end]
         begin = end
 
 

@@ -19,6 +19,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -46,6 +47,9 @@ def _factories_on_cpu() -> None:
 
         return make
 
+    # `with torch.device("meta")` recognises factories by identity, in a set that torch fills on first use: it must hold the
+    # functions that the wrappers call
+    _device_constructors()
     for name in ("empty", "zeros", "ones", "tensor", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

@@ -132,7 +132,7 @@ class _Wandb:
         self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str, str]) -> None:
@@ -155,5 +155,7 @@ def _step_of(line: str) -> int:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
+    """JSON has no NaN or infinity: they become null, in lists too."""
+    if isinstance(value, list):
+        return [_json_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

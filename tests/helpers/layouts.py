@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -158,9 +159,10 @@ def on_this_rank(fields: dict[str, Any]) -> setup.Run:
 
 
 def moments(run: setup.Run) -> Tensors:
-    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order."""
+    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order; empty before the first step."""
     found: Tensors = {}
     for part, optimizer in enumerate(run.optimizer.chained_optimizers):
-        for number, state in enumerate(optimizer.optimizer.state.values()):
+        for number, parameter in enumerate(chain(*(group["params"] for group in optimizer.optimizer.param_groups))):
+            state = optimizer.optimizer.state.get(parameter, {})
             found |= {f"{part}/{number}/{key}": value.detach().float().numpy().copy() for key, value in state.items()}
     return found

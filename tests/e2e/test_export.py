@@ -1,0 +1,116 @@
+"""From a training run to folders that others load: every parameter maps once, logits are those of the training model."""
+
+from tests.helpers import tiny  # noqa: I001
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from hunyuan_pretrain.checkpoint.weight_map import weight_map
+from tests.helpers.runs import experiment_fields, make_corpus, run, write_experiment
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def trained(corpus, folder, ranks=None, **changes):
+    """A run of a few steps; returns its run directory."""
+    config = write_experiment(folder / "experiment.yaml", experiment_fields(corpus, folder / "run", steps=3, **changes))
+    status, _, err = run("train", str(config), ranks=ranks)
+    assert status == 0, err
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cla_share_factor": 1}, {"share_embeddings_and_output_weights": False}, {"qk_layernorm": False}, {"moe_ffn_hidden_size": None}],
+)
+def test_every_parameter_maps_to_hf_once(changes):
+    """The map's left side is exactly the training model's parameters, names and shapes; its right side has no name twice."""
+    architecture = tiny.tiny_model(**changes)
+    mine = {name: tuple(parameter.shape) for name, parameter in tiny.build(architecture).named_parameters()}
+    table = weight_map(architecture)
+    assert {entry.megatron_name: tuple(entry.megatron_shape) for entry in table} == mine
+    assert len(table) == len(mine)
+    hf_names = [name for entry in table for name in entry.hf_names]
+    assert len(hf_names) == len(set(hf_names))
+
+
+def test_export_of_a_run_equals_the_training_model_and_loads_without_this_project(corpus, tmp_path):
+    """Trained by two ranks with experts divided, every feature on; loaded in a process that has transformers only."""
+    run_dir = trained(corpus, tmp_path, ranks=2, parallel={"expert_model_parallel_size": 2})
+    status, _, err = run("export", str(run_dir), str(tmp_path / "out"))
+    assert status == 0, err
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert certificate["max_abs_difference"] < 1e-4
+    assert certificate["source"] == {"run": "tiny", "step": 3}
+    assert certificate["rope_alpha"] == 10.0, "the last stage's"
+    code = f"""
+import sys
+sys.modules["hunyuan_pretrain"] = sys.modules["megatron"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = {str(tmp_path / "out")!r}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokens = torch.tensor([AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def f(x):")["input_ids"]])
+print(type(model).__name__, model(tokens).logits.shape[-1], model.generate(tokens, max_new_tokens=4, do_sample=False).shape[-1] - tokens.shape[-1])
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert loaded.stdout.split() == ["HunYuanForCausalLM", "512", "4"], loaded.stderr
+
+    status, text, err = run("generate", str(tmp_path / "out"), "--prompt", "def ", "--max-new-tokens", "8")
+    assert status == 0, err
+    assert text.strip()
+
+
+def test_native_format_of_a_run(corpus, tmp_path):
+    """What transformers and vLLM load: refused with CLA or top-1, right without."""
+    run_dir = trained(corpus, tmp_path)
+    status, _, err = run("export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe")
+    assert status == 2
+    assert "cla_share_factor" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "native").mkdir()
+    changes = {"model__cla_share_factor": 1, "model__moe_router_topk": 2, "model__moe_ffn_hidden_size": 48, "precision": {"dtype": "bf16"}}
+    run_dir = trained(corpus, tmp_path / "native", **changes)
+    status, _, err = run("export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe", "--dtype", "fp32")
+    assert status == 0, err
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert certificate["loaded_with"] == "HunYuanMoEV1ForCausalLM"
+    assert certificate["max_abs_difference"] < 1e-3
+
+
+def test_router_stays_fp32_in_a_bf16_export(corpus, tmp_path):
+    run_dir = trained(corpus, tmp_path, precision={"dtype": "bf16"})
+    status, _, err = run("export", str(run_dir), str(tmp_path / "out"))
+    assert status == 0, err
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert dtypes["model.layers.0.mlp.gate.wg.weight"] == torch.float32
+    assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.bfloat16
+
+
+def test_damaged_export_code_fails_the_certificate(corpus, tmp_path, monkeypatch):
+    """A wrong map must not pass: swap the gate and up rows of one layer's experts and the command refuses, leaving nothing."""
+    from hunyuan_pretrain.checkpoint import CheckpointError, hf_export
+    from hunyuan_pretrain.train.export_run import export_run
+
+    run_dir = trained(corpus, tmp_path)
+    right = hf_export.to_hf
+
+    def wrong(model, tensors):
+        for name, tensor in right(model, tensors):
+            yield name, tensor.roll(1, 0) if name == "model.layers.1.self_attn.q_proj.weight" else tensor
+
+    monkeypatch.setattr(hf_export, "to_hf", wrong)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        export_run(run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,165 @@
+"""Training as a user starts it: resume after kill -9 and SIGTERM, a full disk, metrics on disk."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+
+from tests.helpers.runs import experiment_fields, kill_all, kill_when, metrics, run, start, write_experiment
+
+pytestmark = pytest.mark.slow
+EXPERT_PARALLEL = {"world_size": 2, "expert_model_parallel_size": 2}
+CLOCK = {"seconds", "tokens_per_s", "model_flops_per_s"}
+
+
+def write(tmp_path: Path, corpus: Path, name: str, steps: int, **changes: Any) -> tuple[Path, Path]:
+    """(experiment file, run directory)."""
+    run_dir = tmp_path / name
+    return write_experiment(tmp_path / f"{name}.yaml", experiment_fields(corpus, run_dir, steps, **changes)), run_dir
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights and both moments."""
+    reader = FileSystemReader(checkpoint)
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock measured."""
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in metrics(run_dir)]
+
+
+def complete(run_dir: Path) -> list[str]:
+    return sorted(folder.parent.name for folder in (run_dir / "checkpoints").glob("step_*/complete.json") if folder.parent.suffix == "")
+
+
+def last_step(run_dir: Path) -> int:
+    return max((record["step"] for record in metrics(run_dir)), default=0)
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of 20 steps on two ranks without a break, saved at the end only."""
+    config, run_dir = write(tmp_path_factory.mktemp("straight"), corpus, "run", 20, parallel=EXPERT_PARALLEL)
+    code, out, err = run("train", config, ranks=2)
+    assert code == 0, out + err
+    return run_dir
+
+
+def assert_bitwise_identical(run_dir: Path, other: Path) -> None:
+    assert numbers(run_dir) == numbers(other)
+    mine, theirs = (tensors(folder / "checkpoints" / "step_0000020") for folder in (run_dir, other))
+    assert mine.keys() == theirs.keys()
+    assert sum(key.startswith("optimizer.exp_avg_sq.") for key in mine) == sum(not key.startswith("optimizer.") for key in mine) > 30
+    for key, tensor in theirs.items():
+        assert torch.equal(mine[key], tensor), key
+
+
+def test_resume_is_bitwise_identical(straight, corpus, tmp_path):
+    """20 steps = 10 steps + kill -9 some steps later + resume: losses of every step, weights, both moments."""
+    config, run_dir = write(tmp_path, corpus, "run", 20, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 10})
+    kill_when(start("train", config, ranks=2), lambda: last_step(run_dir) >= 13)
+    assert complete(run_dir) == ["step_0000010"]
+    code, out, err = run("train", config, ranks=2)
+    assert code == 0, out + err
+    assert "steps 11 to 20" in out
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 21)), "each step once"
+    assert_bitwise_identical(run_dir, straight)
+
+
+def test_kill_in_the_middle_of_writing_a_checkpoint_goes_on_from_the_older_one(straight, corpus, tmp_path):
+    config, run_dir = write(tmp_path, corpus, "run", 20, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 5})
+    half_written = run_dir / "checkpoints" / "step_0000015.partial"
+    kill_when(start("train", config, ranks=2), half_written.exists)
+    assert half_written.exists()
+    assert complete(run_dir) == ["step_0000005", "step_0000010"]
+    code, out, err = run("train", config, ranks=2)
+    assert code == 0, out + err
+    assert "steps 11 to 20" in out
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [f"step_{step:07d}" for step in (5, 10, 15, 20)]
+    assert_bitwise_identical(run_dir, straight)
+
+
+def test_metrics_and_log_of_a_run(straight):
+    records = metrics(straight)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    promised = "loss balance_loss grad_norm learning_rate expert_learning_rate tokens_per_s model_flops_per_s expert_load"
+    shares = "overflow_share recycled_share dropped_share"
+    assert all(record.keys() >= {*promised.split(), *shares.split()} for record in records)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5, "it learns"
+    assert all(record["expert_learning_rate"] == pytest.approx(0.31 * record["learning_rate"]) for record in records)
+    log = (straight / "log.txt").read_text()
+    assert log.count("step 20/20 [decay]") == 1
+    assert log.count("routed experts: ") == 1
+    assert (straight / "resolved.yaml").exists()
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_path):
+    config, run_dir = write(tmp_path, corpus, "run", 400)
+    process = start("train", config)
+    try:
+        while last_step(run_dir) < 3:
+            assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        kill_all(process)
+    assert process.returncode == 75, err
+    stopped = last_step(run_dir)
+    assert 3 <= stopped < 400
+    assert complete(run_dir) == [f"step_{stopped:07d}"]
+    assert f"told to stop: saved after step {stopped}; the same command goes on from there" in out
+    process = start("train", config)
+    kill_when(process, lambda: last_step(run_dir) > stopped)
+    assert [record["step"] for record in metrics(run_dir)][: stopped + 1] == list(range(1, stopped + 2))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_survived_in_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
+    """The disk has room for the first checkpoint only; with more room the same command goes on from it."""
+    fields = experiment_fields(corpus, small_disk / "run", 6, model__num_layers=2, checkpoint={"save_every_steps": 2})
+    config, run_dir = write_experiment(tmp_path / "run.yaml", fields), small_disk / "run"
+    code, out, err = run("train", config, ranks=2)
+    assert code != 0
+    words = "the checkpoint could not be written: No space left on device; older checkpoints are untouched"
+    assert out.count(f"WARNING: {run_dir}/checkpoints/step_0000004: {words}") == 1, out + err
+    assert err.count(f"{run_dir}/checkpoints/step_0000006: {words}") == 1, err
+    assert "hunyuan_pretrain/checkpoint" not in err, "no traceback of ours"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_0000002"]
+    assert last_step(run_dir) == 6, "the run went on"
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    code, out, err = run("train", config, ranks=2)
+    assert code == 0, err
+    assert "steps 3 to 6" in out
+    assert complete(run_dir) == ["step_0000002", "step_0000004", "step_0000006"]
+    shutil.rmtree(run_dir)

@@ -1,0 +1,52 @@
+"""Validation: the mean over all held-out tokens, dropless, whatever the micro-batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hunyuan_pretrain.data.loader import EvaluationLoader
+from hunyuan_pretrain.train.evaluate import evaluate
+from hunyuan_pretrain.train.export_run import dropless_logits
+from tests.helpers.layouts import on_this_rank, train_steps
+from tests.helpers.runs import experiment_fields
+
+
+def validation(corpus, tmp_path, **evaluation):
+    fields = experiment_fields(corpus, tmp_path, evaluation={"data": str(corpus / "heldout"), **evaluation}, model__num_layers=2)
+    run = on_this_rank(fields)
+    assert run.evaluation is not None
+    return run, evaluate(run.experiment, run.experiment.stages[1], run.wrapped, run.evaluation, run.groups, run.device)
+
+
+def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_path):
+    run, found = validation(corpus, tmp_path, max_sequences=3)
+    losses = []
+    for batch in EvaluationLoader(run.experiment, 0, 1, None):
+        borders = batch.cu_seqlens.tolist()
+        for start, end in itertools.pairwise(borders):
+            document = slice(start, end)
+            logits = dropless_logits(run.model, batch.tokens_T[None, document], run.experiment.stages[1].rope_alpha)[0]
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels_T[document], reduction="none")
+            losses.append(loss[batch.loss_mask_T[document] == 1])
+    assert found["target_tokens"] == sum(len(loss) for loss in losses) > 64
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_micro_batches_and_padding_do_not_change_it(corpus, tmp_path):
+    """Five sequences in micro-batches of 1 or 4: three of the eight places are padding."""
+    one, four = (validation(corpus, tmp_path, max_sequences=5, micro_batch_sequences=size)[1] for size in (1, 4))
+    assert four["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert four["target_tokens"] == one["target_tokens"]
+    assert [sum(layer) for layer in one["expert_load"]] == pytest.approx([1.0, 1.0])
+
+
+def test_it_changes_nothing_in_the_run(corpus, tmp_path):
+    """The step after a validation is bitwise the step without one."""
+    plain = on_this_rank(experiment_fields(corpus, tmp_path, model__num_layers=2))
+    run, _ = validation(corpus, tmp_path, max_sequences=2)
+    expected, actual = train_steps(plain, range(1)), train_steps(run, range(1))
+    assert actual.records == expected.records
+    assert all((actual.parameters[name] == expected.parameters[name]).all() for name in expected.parameters)

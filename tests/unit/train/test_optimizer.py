@@ -1,0 +1,139 @@
+"""The routed experts' own learning rate, weight decay by group, and what the run says about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.plan.counts import expert_lr_ratio
+from hunyuan_pretrain.train.optimizer import build_optimizer, describe_groups, optimizer_step, set_learning_rate, wrap_data_parallel
+from tests.helpers import tiny
+from tests.helpers.layouts import leave, on_this_rank
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import experiment_fields
+
+RATIO = 0.31
+LAYOUTS = {"distributed optimizer": {}, "plain optimizer": {"use_distributed_optimizer": False}}
+
+
+def fields(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    # the shared expert as wide as a routed one, so that both can be given the same weight and gradient
+    return experiment_fields(corpus, run_dir, model__num_layers=2, model__ffn_hidden_size=40, **changes)
+
+
+def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.ndarray, np.ndarray]:
+    """Give the shared and every routed expert the same weights and gradients, make one real step, return both updates of fc1."""
+    mlp = run.model.decoder.layers[1].mlp
+    shared, routed = mlp.shared_experts.linear_fc1.weight, mlp.experts.linear_fc1.weight
+    generator = torch.Generator().manual_seed(3)
+    weight, gradient = (torch.randn(shared.shape, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        shared.copy_(weight)
+        routed.copy_(weight)
+    run.optimizer.reload_model_params()
+    run.wrapped.zero_grad_buffer()
+    shared.main_grad.copy_(gradient)
+    routed.main_grad.copy_(gradient)
+    set_learning_rate(run.optimizer, 1e-2, expert_lr)
+    optimizer_step(run.optimizer)
+    return (shared.detach() - weight).numpy(), (routed.detach() - weight).numpy()
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+def test_update_of_a_routed_expert_is_the_ratio_times_that_of_a_shared_one(corpus, tmp_path, parallel, clip_grad):
+    optimizer = {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": clip_grad}
+    shared, routed = updates_of_equal_experts(on_this_rank(fields(corpus, tmp_path, parallel=parallel, optimizer=optimizer)))
+    assert np.abs(shared).min() > 1e-3
+    for expert in routed:
+        np.testing.assert_allclose(expert, RATIO * shared, rtol=1e-3, atol=1e-6)
+
+
+def updates_under_expert_parallelism(layouts: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
+    from hunyuan_pretrain.train import setup
+
+    found = []
+    for layout in layouts:
+        run = setup.prepare(Experiment.model_validate(layout))
+        found.append((*updates_of_equal_experts(run), describe_groups(run.optimizer, 1e-2, RATIO)))
+        leave(run)
+    return found
+
+
+def test_the_ratio_holds_under_expert_parallelism(corpus, tmp_path):
+    optimizer = {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": 1.0}
+    layouts = [
+        fields(corpus, tmp_path, parallel={"expert_model_parallel_size": 2} | parallel, optimizer=optimizer)
+        for parallel in LAYOUTS.values()
+    ]
+    for rank in run_ranks(2, updates_under_expert_parallelism, layouts):
+        for shared, routed, lines in rank:
+            assert len(routed) == 2, "two of the four experts on each rank"
+            for expert in routed:
+                np.testing.assert_allclose(expert, RATIO * shared, rtol=1e-3, atol=1e-6)
+            assert sum("routed experts" in line and "0.0031" in line for line in lines) == 1
+
+
+def wrapped(corpus: Path, tmp_path: Path, **optimizer: Any):
+    experiment = Experiment.model_validate(fields(corpus, tmp_path, optimizer={"lr": 1e-2} | optimizer))
+    model = tiny.build(experiment.model)
+    return model, build_optimizer(wrap_data_parallel(model, experiment, tiny.world_of_one()), experiment, tiny.world_of_one())
+
+
+def test_each_group_is_described_with_its_rate_and_weight_decay(corpus, tmp_path):
+    model, optimizer = wrapped(corpus, tmp_path, weight_decay=0.1)
+    lines = sorted(describe_groups(optimizer, 1e-2, RATIO))
+    sizes = {"routed": 0, "norms": 0, "other": 0}
+    for parameter in model.parameters():
+        kind = "routed" if getattr(parameter, "is_routed_expert", False) else "norms" if parameter.dim() == 1 else "other"
+        sizes[kind] += parameter.numel()
+    assert lines == [
+        f"all other weights: {sizes['other']:,} elements on this rank, peak learning rate 0.01, weight decay 0.1",
+        f"norms: {sizes['norms']:,} elements on this rank, peak learning rate 0.01, weight decay 0",
+        f"routed experts: {sizes['routed']:,} elements on this rank, peak learning rate 0.0031, weight decay 0.1",
+    ]
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_norms(corpus, tmp_path):
+    model, optimizer = wrapped(corpus, tmp_path, weight_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.main_grad.zero_()
+    set_learning_rate(optimizer, 1e-2, RATIO)
+    optimizer_step(optimizer)
+    for name, parameter in model.named_parameters():
+        is_routed = getattr(parameter, "is_routed_expert", False)
+        factor = 1.0 if parameter.dim() == 1 else 1 - 1e-2 * 0.5 * (RATIO if is_routed else 1.0)
+        torch.testing.assert_close(
+            parameter.detach(), before[name] * factor, rtol=1e-6, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_clipping_divides_the_gradient_by_its_norm(corpus, tmp_path):
+    """With a large epsilon Adam's first step is proportional to the gradient that reaches it: lr * g / (|g| + eps)."""
+    model, optimizer = wrapped(corpus, tmp_path, weight_decay=0.0, clip_grad=2.0, adam_eps=1e6)
+    generator = torch.Generator().manual_seed(1)
+    before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        gradients[name] = parameter.main_grad.double()
+    expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    set_learning_rate(optimizer, 1e8, 1.0)
+    assert optimizer_step(optimizer) == pytest.approx(expected, rel=1e-5)
+    name = "decoder.final_layernorm.weight"
+    update = model.get_parameter(name).detach().double() - before[name]
+    torch.testing.assert_close(update, -1e2 * gradients[name] * 2.0 / expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ratio_follows_the_formula_where_it_is_not_fixed(corpus, tmp_path):
+    """eps(B K / E) / eps(B), eps(B) = 2 / (sqrt(N / B) + sqrt(B / N)): sqrt(K / E) far below N, and 0.31 at B = 0.26 N for 16 experts."""
+    settings = {"lr": 1e-2, "expert_lr_ratio": None, "expert_lr_noise_scale_tokens": 1e9}
+    experiment = Experiment.model_validate(fields(corpus, tmp_path, optimizer=settings, model__num_moe_experts=16))
+    assert expert_lr_ratio(experiment.model, experiment.optimizer, 1000) == pytest.approx(0.25, rel=1e-4)
+    assert expert_lr_ratio(experiment.model, experiment.optimizer, 260_000_000) == pytest.approx(0.31, abs=0.003)
