@@ -24,7 +24,8 @@ LONGEST_DOCUMENT = 32_000
 """Characters of such a part."""
 
 NOT_OURS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "ensurepip"}
-TEST_FOLDERS = {"test", "tests", "idle_test"}
+LEFT_OUT_OF_LIBRARY = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
+"""Tests, of which some are not UTF-8 on purpose, and tables of characters and of help texts, which are no code."""
 
 
 class DemoError(Exception):
@@ -68,7 +69,7 @@ def write_text(text: Text, path: Path) -> None:
 def _text_files(root: Path, is_library: bool) -> Iterator[Path]:
     for parent, folders, names in os.walk(root):
         skipped = {name for name in folders if name.startswith((".", "config-"))} | NOT_OURS
-        folders[:] = [name for name in folders if name not in (skipped | TEST_FOLDERS if is_library else skipped)]
+        folders[:] = [name for name in folders if name not in (skipped | LEFT_OUT_OF_LIBRARY if is_library else skipped)]
         yield from (Path(parent) / name for name in names if name.endswith(".py" if is_library else EXTENSIONS))
 
 

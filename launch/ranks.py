@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from types import FrameType
 
@@ -20,6 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 EXIT_STOPPED = 75
 """Status of a rank that was told to stop and saved (hunyuan_pretrain.train.loop.EXIT_STOPPED)."""
+
+
+LINGER_S = 10
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +40,9 @@ def main(arguments: list[str]) -> int:
         if not was_stopped(failure.exitcode for failure in error.failures.values()):
             raise
         print("the ranks were told to stop and have saved: the same command goes on from there", flush=True)
+        if settings.nnodes != "1":
+            # This node may hold the store that the other nodes' launchers ask for news until their own ranks have left; `error` keeps it.
+            time.sleep(LINGER_S)
         return EXIT_STOPPED
     return 0
 

@@ -144,8 +144,7 @@ def generate(
             streamer=_streamer(tokenizer, out),
             **sampling,
         )
-    text: str = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, out: TextIO) -> Any:

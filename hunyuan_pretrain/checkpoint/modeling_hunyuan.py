@@ -13,7 +13,7 @@ H head width, F SwiGLU width, E experts, K experts of a token, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -205,10 +205,10 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     config_class = HunYuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["HunYuanDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["HunYuanDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["gate.wg"]
+    _keep_in_fp32_modules_strict = ["gate.wg"]
 
 
 class HunYuanModel(HunYuanPreTrainedModel):
@@ -279,7 +279,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     """HunYuanModel with the output layer, tied to the embedding or not."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: HunYuanConfig) -> None:
         super().__init__(config)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class PackedSequences(NamedTuple):
 
 def packed_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, borders: Sequence[int]) -> Tensor:
     """Causal attention inside each document, softmax(q k^T / sqrt(H)) v; one flash call a document, no mask is built. Returns (T, N, H)."""
-    lengths = [end - start for start, end in zip(borders[:-1], borders[1:], strict=True)]
+    lengths = [end - start for start, end in pairwise(borders)]
     # split, not slices: the backward pass of n slices would write the whole gradient n times
     documents = zip(*(x.split(lengths) for x in (q_TNH, k_TGH, v_TGH)), strict=True)
     outputs = [_causal_attention(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1) for document in documents]

@@ -21,8 +21,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, label_T: Tensor, loss_weight_T: Tensor, accumulate: bool) -> Tensor:
         needs_grad = any(ctx.needs_input_grad[:2])
-        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_grad else None
-        grad_weight_VD = torch.empty(weight_VD.shape, dtype=torch.float32, device=weight_VD.device) if needs_grad else None
+        grad_hidden_TD = torch.empty_like(hidden_TD if needs_grad else hidden_TD[:0])
+        grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         chunk = CHUNK_TOKENS[hidden_TD.device.type]
         for start in range(0, hidden_TD.shape[0], chunk):
@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         grad_hidden_TD = grad_hidden_TD.mul_(grad)
         if not ctx.accumulate:

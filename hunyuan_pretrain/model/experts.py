@@ -79,10 +79,10 @@ class _GroupedLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x_RI: Tensor, weight_eOI: Tensor, splits: Splits, accumulate: bool) -> Tensor:
         ctx.splits, ctx.accumulate, ctx.weight = splits, accumulate, weight_eOI
         ctx.save_for_backward(x_RI, weight_eOI)
-        e, O, _ = weight_eOI.shape
+        e, output_size, _ = weight_eOI.shape
         if isinstance(splits, int):
-            return torch.bmm(x_RI.view(e, splits, -1), weight_eOI.transpose(1, 2)).view(-1, O)
-        y_RO = x_RI.new_empty(x_RI.shape[0], O)
+            return torch.bmm(x_RI.view(e, splits, -1), weight_eOI.transpose(1, 2)).view(-1, output_size)
+        y_RO = x_RI.new_empty(x_RI.shape[0], output_size)
         for x, y, weight_OI in zip(x_RI.split(splits), y_RO.split(splits), weight_eOI, strict=True):
             torch.mm(x, weight_OI.t(), out=y)
         return y_RO
@@ -90,13 +90,12 @@ class _GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_RI, weight_eOI = ctx.saved_tensors
-        splits, (e, _, I) = ctx.splits, weight_eOI.shape
-        main_grad = ctx.weight.main_grad if ctx.accumulate else None
-        adds_in_place = main_grad is not None and main_grad.dtype == grad_RO.dtype
-        target = main_grad if adds_in_place else torch.zeros_like(weight_eOI)
+        splits, (e, _, input_size) = ctx.splits, weight_eOI.shape
+        main_grad: Tensor | None = ctx.weight.main_grad if ctx.accumulate else None
+        target = main_grad if main_grad is not None and main_grad.dtype == grad_RO.dtype else torch.zeros_like(weight_eOI)
         if isinstance(splits, int):
             grad_eRO, x_eRI = grad_RO.view(e, splits, -1), x_RI.view(e, splits, -1)
-            grad_x_RI = torch.bmm(grad_eRO, weight_eOI).view(-1, I)
+            grad_x_RI = torch.bmm(grad_eRO, weight_eOI).view(-1, input_size)
             target.baddbmm_(grad_eRO.transpose(1, 2), x_eRI)
         else:
             grad_x_RI = torch.empty_like(x_RI)
@@ -106,7 +105,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
                 target_OI.addmm_(grad.t(), x)
         if main_grad is None:
             return grad_x_RI, target, None, None
-        if not adds_in_place:
+        if target is not main_grad:
             main_grad.add_(target)
         # core's hook then skips its own addition; the returned tensor is never read
         ctx.weight.grad_added_to_main_grad = True
@@ -120,10 +119,11 @@ class GroupedLinear(torch.nn.Module):
         super().__init__()
         self.accumulate = config.gradient_accumulation_fusion
         shape = (config.num_moe_experts // groups.ep.size(), output_size, input_size)
-        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
+        weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
         # core reduces the gradients of such weights over the expert-data-parallel group
-        self.weight.allreduce = groups.ep.size() == 1
-        self.weight.is_routed_expert = True
+        weight.allreduce = groups.ep.size() == 1
+        weight.is_routed_expert = True
+        self.weight = weight
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
@@ -178,15 +178,16 @@ class RoutedExperts(torch.nn.Module):
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Combined output (T, D) of the experts that `plan` names. Communicates: expert-parallel group, two all-to-alls each way."""
         rows_RD = _Dispatch.apply(hidden_TD, plan)
-        exchange = self._exchange_fixed if isinstance(plan.rows_E, int) else self._exchange_counted
-        return _Combine.apply(exchange(rows_RD, plan), plan.weight_TK, plan)
+        rows_E = plan.rows_E
+        output_RD = self._exchange_fixed(rows_RD, rows_E) if isinstance(rows_E, int) else self._exchange_counted(rows_RD, rows_E)
+        return _Combine.apply(output_RD, plan.weight_TK, plan)
 
     def _experts(self, rows_RD: Tensor, splits: Splits) -> Tensor:
         return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
 
-    def _exchange_fixed(self, rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
+    def _exchange_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
         """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""
-        ep, rows = self.ep_group.size(), plan.rows_E
+        ep = self.ep_group.size()
         if ep == 1:
             return self._experts(rows_RD, rows)
         e, D = self.num_experts // ep, rows_RD.shape[1]
@@ -194,13 +195,13 @@ class RoutedExperts(torch.nn.Module):
         output = self._experts(received, ep * rows).view(e, ep, rows, D).transpose(0, 1).reshape(-1, D)
         return all_to_all(self.ep_group, output)
 
-    def _exchange_counted(self, rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
+    def _exchange_counted(self, rows_RD: Tensor, rows_E: Tensor) -> Tensor:
         """Without a capacity the ranks first tell each other how many rows they send to each expert."""
         ep = self.ep_group.size()
         if ep == 1:
-            return self._experts(rows_RD, plan.rows_E.tolist())
+            return self._experts(rows_RD, rows_E.tolist())
         e = self.num_experts // ep
-        sent_pe = plan.rows_E.view(ep, e).contiguous()
+        sent_pe = rows_E.view(ep, e).contiguous()
         received_pe = torch.empty_like(sent_pe)
         dist.all_to_all_single(received_pe, sent_pe, group=self.ep_group)
         sent, received = sent_pe.sum(1).tolist(), received_pe.sum(1).tolist()

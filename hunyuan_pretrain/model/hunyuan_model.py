@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +104,7 @@ class HunyuanModel(MegatronModule):
         hidden_TD = self.embedding(tokens_T)
         statistics = []
         for start in range(0, len(self.decoder.layers), config.cla_share_factor):
-            layers = self.decoder.layers[start : start + config.cla_share_factor]
+            layers = cast("Sequence[TransformerLayer]", self.decoder.layers[start : start + config.cla_share_factor])
             hidden_TD, statistics_LX = run_cla_group(layers, hidden_TD, packed, key, config.recompute_cla_groups)
             statistics.append(statistics_LX)
         hidden_TD = self.decoder.final_layernorm(hidden_TD)
@@ -110,6 +112,7 @@ class HunyuanModel(MegatronModule):
         if label_T is None:
             output = F.linear(hidden_TD, weight_VD).float()
         else:
+            assert loss_weight_T is not None
             accumulate = (
                 config.gradient_accumulation_fusion and config.share_embeddings_and_output_weights and hasattr(weight_VD, "main_grad")
             )
@@ -120,6 +123,7 @@ class HunyuanModel(MegatronModule):
         """Every parameter as a ShardedTensor: its global name, this rank's part, and which replica of it this is."""
         dp_rank = self.groups.dp_cp.rank()
         result = {}
+        offsets: tuple[tuple[int, int, int], ...]
         for name, parameter in self.named_parameters():
             if getattr(parameter, "is_routed_expert", False):
                 offsets = ((0, self.groups.ep.rank(), self.groups.ep.size()),)
@@ -140,7 +144,7 @@ def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int
 
 @torch.no_grad()
 def initialize_weights(model: HunyuanModel, seed: int) -> None:
-    """Write every weight: ones for norms, else a normal of init_method_std, divided by sqrt(2 * num_layers) where a layer writes into the residual stream.
+    """Write every weight: ones for norms, else a normal of init_method_std, over sqrt(2 * num_layers) where a layer writes its residual.
 
     Each matrix (each expert's its own) is drawn on the CPU from a generator keyed by (seed, its global name), so every layout starts
     from the same weights.

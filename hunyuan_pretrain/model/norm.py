@@ -48,8 +48,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, size: int) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=weight_device(config)))
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=weight_device(config)))
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return _RMSNormFunction.apply(x_TD, self.weight, self.eps)

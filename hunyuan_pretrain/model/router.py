@@ -10,8 +10,7 @@ Shapes: T tokens of this rank, n routing groups, g tokens of a group, D hidden, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,10 +142,10 @@ class Router(torch.nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.weight = torch.nn.Parameter(
-            torch.empty(config.num_moe_experts, config.hidden_size, dtype=torch.float32, device=weight_device(config))
-        )
-        self.weight.sequence_parallel = config.sequence_parallel
+        shape = (config.num_moe_experts, config.hidden_size)
+        weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32, device=weight_device(config)))
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, hidden_TD: torch.Tensor, key: RoutingKey | None) -> tuple[RoutingPlan, torch.Tensor]:
         """Route this rank's tokens, whole routing groups in order.
@@ -165,7 +164,8 @@ class Router(torch.nn.Module):
         statistics[-1] = T
 
         if key is None or config.moe_expert_capacity_factor is None:
-            row_TK, token_R, rows_E = _plan_dropless(chosen_TK, E)
+            row_TK, token_R, counted_E = _plan_dropless(chosen_TK, E)
+            rows_E: torch.Tensor | int = counted_E
             expert_TK, is_permutation, is_dropped = chosen_TK, K == 1, None
         else:
             expert_TK, row_TK, token_R, is_dropped = _plan_with_capacity(chosen_TK, config, self.layer, key)
@@ -191,7 +191,7 @@ class Router(torch.nn.Module):
 
     def _losses(self, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Balance loss E * sum_e mean(p_e) * mean(chosen_e) and z-loss, each a mean within a routing group, summed over the groups."""
-        E, K = probs_TE.shape[1], chosen_TK.shape[1]
+        E = probs_TE.shape[1]
         n = chosen_TK.shape[0] // self.config.moe_routing_group_tokens
         with torch.no_grad():
             chosen_nE = F.one_hot(chosen_TK.view(n, -1), E).float().mean(1)

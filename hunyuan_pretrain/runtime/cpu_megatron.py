@@ -3,8 +3,8 @@
 Core's training paths compute nothing that needs a GPU; what stops them on a CPU are names: factory calls with
 device="cuda", torch.cuda functions, and checks of tensor type names. `install()` presents the CPU under those names. It
 must run before anything of megatron is imported, changes nothing where CUDA exists, and is the only place in this
-project that patches a library. The packages that import megatron call it in their __init__. Each patch carries its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one
-out in turn and shows that training then fails.
+project that patches a library. The packages that import megatron call it in their __init__. Each patch carries its reason;
+tests/unit/runtime/test_cpu_megatron.py leaves each one out in turn and shows that training then fails.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _tensor_type_names() -> None:
         result = plain_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 
 
 def _tensor_cuda() -> None:
@@ -79,7 +79,7 @@ def _synchronize() -> None:
 
 def _rng_state() -> None:
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
 
 
 class _Stream:
@@ -99,7 +99,7 @@ def _streams() -> None:
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
     torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
 
 
 def _wgrad_accumulation() -> None:
@@ -126,7 +126,7 @@ PATCHES = (
     Patch("streams", "overlapped gradient reduction orders its work on CUDA streams", _streams),
     Patch(
         "wgrad_accumulation",
-        "core adds weight gradients into main_grad inside the GEMM only with Apex's extension; without it each gradient is written, read and added",
+        "core adds weight gradients into main_grad inside the GEMM only with Apex's extension, and refuses to without",
         _wgrad_accumulation,
     ),
 )

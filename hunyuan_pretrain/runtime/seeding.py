@@ -24,12 +24,13 @@ def use_deterministic_algorithms(enabled: bool) -> None:
     """Make torch refuse operations whose result changes from run to run."""
     torch.use_deterministic_algorithms(enabled)
     # new memory is written before it is read here; filling it with NaN first, torch's default in this mode, costs a pass
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by torch at run time
 
 
 def generator_state() -> dict[str, Any]:
     """State of this rank's generators as tensors, strings and numbers, for a checkpoint."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple; a dict otherwise
+    assert isinstance(keys, np.ndarray)
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),

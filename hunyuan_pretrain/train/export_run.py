@@ -23,8 +23,9 @@ def export_run(
 ) -> dict[str, Any]:
     """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the certificate.
 
-    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. Positions and RoPE alpha are
-    those of the stage that the checkpoint was taken in. Raises CheckpointError if there is no such checkpoint, and as `hf_export.export` does.
+    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. Positions and RoPE alpha
+    are those of the stage that the checkpoint was taken in. Raises CheckpointError if there is none, and as
+    `hf_export.export` does.
     """
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():

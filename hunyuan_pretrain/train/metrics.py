@@ -64,5 +64,6 @@ def step_line(record: dict[str, Any], num_steps: int) -> str:
     return (
         f"step {record['step']}/{num_steps} [{record['stage']}] loss {record['loss']:.4f} balance {record['balance_loss']:.3f} "
         f"grad norm {record['grad_norm']:.3f} lr {record['learning_rate']:.2e} load {record['max_expert_load']:.2f} "
-        f"recycled {record['mean_recycled_share']:.1%} {record['tokens_per_s']:,.0f} tokens/s {record['model_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        f"recycled {record['mean_recycled_share']:.1%} {record['tokens_per_s']:,.0f} tokens/s "
+        f"{record['model_flops_per_s'] / 1e12:.3g} TFLOP/s"
     )

@@ -59,7 +59,7 @@ def build_optimizer(model: DistributedDataParallel, experiment: Experiment, grou
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> float:
-    """Clip by the global norm, update, and return the norm before clipping (nan where a gradient is not finite, and then nothing is updated).
+    """Clip by the global norm, update, and return the norm before clipping; if a gradient is not finite, that is nan and nothing changes.
 
     Where the update is torch's fused AdamW, that kernel divides the gradients itself, in the pass that reads them anyway; core would
     copy and rewrite all of them first. Communicates: all groups of the optimizer.

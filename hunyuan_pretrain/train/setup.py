@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hunyuan_pretrain.checkpoint import save_load
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.load import dump_resolved
-from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
@@ -66,16 +66,17 @@ def prepare(experiment: Experiment) -> Run:
 
 
 def _start_machine(experiment: Experiment) -> torch.device:
-    device = torch.device(choose_device(experiment.runtime.device))
+    kind = choose_device(experiment.runtime.device)
+    device = torch.device(kind)
     rules.check(experiment, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    if device.type == "cuda":
+    if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
         torch.set_num_threads(cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), experiment.runtime.cpu_threads_per_rank))
     use_deterministic_algorithms(experiment.runtime.deterministic)
-    initialize_distributed(backend_of(device.type), experiment.runtime.distributed_timeout_s)
+    initialize_distributed(backend_of(kind), experiment.runtime.distributed_timeout_s)
     seed_generators(experiment.seed, dist.get_rank())
     return device
 
@@ -94,7 +95,7 @@ def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[
 
 
 def _load_or_init(experiment: Experiment, model: HunyuanModel, optimizer: MegatronOptimizer) -> int:
-    """Resume from the run's newest complete checkpoint, else start from `checkpoint.init_from`, else from fresh weights; returns steps done."""
+    """Resume from the run's newest complete checkpoint, else start from `checkpoint.init_from` or fresh weights; returns steps done."""
     settings = experiment.checkpoint
     found = save_load.find_checkpoints(Path(experiment.run_dir)) if settings.resume else []
     if found:
@@ -108,9 +109,17 @@ def _load_or_init(experiment: Experiment, model: HunyuanModel, optimizer: Megatr
 def _open_log(experiment: Experiment, first_step: int) -> RunLog:
     is_writer = dist.get_rank() == 0
     run_dir = Path(experiment.run_dir)
+    reasons: list[str | None] = [None]
+    if is_writer:
+        try:
+            record_environment(run_dir, dump_resolved(experiment), versions())
+        except OSError as error:  # the other ranks have to hear of it, or they would wait
+            reasons = [error.strerror]
+    dist.broadcast_object_list(reasons, src=0)
+    if reasons[0] is not None:
+        raise ConfigError(str(run_dir), [Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {reasons[0]}", "choose another")])
     log = RunLog(run_dir, experiment.logging, experiment.name, is_writer)
     if is_writer:
-        record_environment(run_dir, dump_resolved(experiment), versions())
         shutil.copytree(experiment.tokenizer, run_dir / "tokenizer", dirs_exist_ok=True)  # an export needs the run directory only
         log.truncate_after(first_step)
     log.open_sinks(experiment.model_dump(mode="json"))

@@ -30,6 +30,8 @@ Step = Callable[[], float]
 
 def ours(cla_share_factor: int) -> tuple[Step, int, int]:
     """This project's step with every feature on; returns (step, parameters, active parameters)."""
+    import torch
+
     from hunyuan_pretrain.config.schema import (
         DataSource,
         Experiment,
@@ -39,16 +41,13 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
         PrecisionConfig,
         StageConfig,
     )
-    from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
-    from hunyuan_pretrain.plan.counts import parameters
-
-    import torch
-
     from hunyuan_pretrain.data.loader import MicroBatch
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+    from hunyuan_pretrain.plan.counts import parameters
     from hunyuan_pretrain.runtime.device import fuses_wgrad_accumulation, keep_freed_memory
+    from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
     from hunyuan_pretrain.train.step import train_step
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from hunyuan_pretrain.checkpoint.weight_map import weight_map
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import experiment_fields, make_corpus, run, write_experiment
 
 
@@ -59,7 +60,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = {str(tmp_path / "out")!r}
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokens = torch.tensor([AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("def f(x):")["input_ids"]])
-print(type(model).__name__, model(tokens).logits.shape[-1], model.generate(tokens, max_new_tokens=4, do_sample=False).shape[-1] - tokens.shape[-1])
+longer = model.generate(tokens, max_new_tokens=4, do_sample=False)
+print(type(model).__name__, model(tokens).logits.shape[-1], longer.shape[-1] - tokens.shape[-1])
 """
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert loaded.stdout.split() == ["HunYuanForCausalLM", "512", "4"], loaded.stderr
@@ -98,19 +100,27 @@ def test_router_stays_fp32_in_a_bf16_export(corpus, tmp_path):
     assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.bfloat16
 
 
-def test_damaged_export_code_fails_the_certificate(corpus, tmp_path, monkeypatch):
-    """A wrong map must not pass: swap the gate and up rows of one layer's experts and the command refuses, leaving nothing."""
+def export_with_a_wrong_map(run_dir, output) -> str:
+    """In a process of its own: the query rows of one layer are written rotated by one; the error that export raises."""
     from hunyuan_pretrain.checkpoint import CheckpointError, hf_export
     from hunyuan_pretrain.train.export_run import export_run
 
-    run_dir = trained(corpus, tmp_path)
     right = hf_export.to_hf
 
     def wrong(model, tensors):
         for name, tensor in right(model, tensors):
             yield name, tensor.roll(1, 0) if name == "model.layers.1.self_attn.q_proj.weight" else tensor
 
-    monkeypatch.setattr(hf_export, "to_hf", wrong)
-    with pytest.raises(CheckpointError, match="computes something else"):
-        export_run(run_dir, tmp_path / "out")
+    hf_export.to_hf = wrong
+    try:
+        export_run(run_dir, output)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_export_that_computes_something_else_is_refused(corpus, tmp_path):
+    run_dir = trained(corpus, tmp_path)
+    (message,) = run_ranks(1, export_with_a_wrong_map, run_dir, tmp_path / "out")
+    assert "computes something else" in message
     assert not (tmp_path / "out").exists()

@@ -70,6 +70,8 @@ def test_two_nodes_are_one_world_and_a_stop_is_status_75(tmp_path: Path, corpus:
     assert state(job) == ("FAILED", "75:0")
     assert "stopped after saving (status 75)" in (tmp_path / f"{job}.out").read_text()
     assert list(run_dir.glob("checkpoints/step_*/complete.json"))
+    for node in range(2):
+        assert "the ranks were told to stop and have saved" in (run_dir / f"slurm/{job}.{node}.log").read_text()
 
 
 def test_a_world_that_does_not_fit_ends_before_srun(tmp_path: Path, corpus: Path) -> None:

@@ -32,11 +32,8 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights and both moments."""
     reader = FileSystemReader(checkpoint)
     stored = reader.read_metadata().state_dict_metadata
-    found = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    entries = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    found = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     load_tensors(found, storage_reader=reader, no_dist=True)
     return found
 
@@ -132,11 +129,13 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB of its own."""
+def small_disk(tmp_path: Path, straight: Path) -> Iterator[Path]:
+    """A file system of its own with room for one and a half checkpoints of the run `straight`."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    checkpoint, rest = (sum(file.stat().st_size for file in (straight / name).rglob("*")) for name in ("checkpoints", "tokenizer"))
+    size = f"size={(3 * checkpoint // 2 + rest) // 1024 + 128}k"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     try:
@@ -147,7 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_survived_in_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
     """The disk has room for the first checkpoint only; with more room the same command goes on from it."""
-    fields = experiment_fields(corpus, small_disk / "run", 6, model__num_layers=2, checkpoint={"save_every_steps": 2})
+    fields = experiment_fields(corpus, small_disk / "run", 6, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 2})
     config, run_dir = write_experiment(tmp_path / "run.yaml", fields), small_disk / "run"
     code, out, err = run("train", config, ranks=2)
     assert code != 0

@@ -23,7 +23,7 @@ def install() -> None:
 
     exchange = torch.distributed.all_to_all_single
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):  # noqa: ANN001, ANN202
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
         splits = [x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)]
         return exchange(output, input, *splits, **kwargs)
 

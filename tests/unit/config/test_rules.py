@@ -112,7 +112,7 @@ def test_the_size_of_the_job_must_be_that_of_the_config() -> None:
     expected = "parallel.world_size=2: the job has 4 ranks (start 2 ranks, or set parallel.world_size to 4 or null)"
     assert expected in refusal(world_size=4)
     assert "parallel.world_size=3: not a multiple of 2" in refusal("parallel.world_size=null", world_size=3)
-    rules.check(experiment_with("parallel.world_size=null"), world_size=4)
+    rules.check(experiment_with("parallel.world_size=null", *(f"stages.{i}.micro_batch_sequences=2" for i in range(3))), world_size=4)
 
 
 def test_every_violation_is_in_one_message() -> None:
@@ -132,7 +132,7 @@ def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
         ("model.moe_expert_capacity_factor=0.5", "the experts have room for 50% of the tokens; the others are dropped"),
         ("stages.0.lr_end=0.5", "optimizer.lr=0.002: no stage reaches it: the highest lr_end is 0.5"),
         ("checkpoint.save_every_steps=null", "checkpoint.keep_last=2: checkpoint.save_every_steps is null"),
-        ("checkpoint.save_every_steps=301", "checkpoint.save_every_steps=301: the run has 300 steps, so only its end is saved"),
+        ("checkpoint.save_every_steps=301", "checkpoint.save_every_steps=301: the run has 120 steps, so only its end is saved"),
     ],
 )
 def test_settings_that_take_little_effect_are_warned_of(override: str, expected: str) -> None:

@@ -18,7 +18,7 @@ def test_the_plan_says_what_the_run_does_and_costs() -> None:
     assert rows["model", "parameters"] == "15,804,928"
     assert rows["model", "active per token"] == "4,794,880"
     assert rows["layout", "ranks"] == "2"
-    assert rows["stage anneal", "steps"] == "15"
+    assert rows["stage anneal", "steps"] == "6"
     assert rows["stage anneal", "learning rate"] == "0.0006 -> 0.0002"
     assert rows["stage decay", "routed experts' lr"] == "0.00062 -> 0.000186"
     assert (rows["run", "steps"], rows["run", "tokens"]) == ("120", "491,520")
@@ -36,7 +36,8 @@ def test_a_constant_stage_starts_where_it_stays() -> None:
 
 
 def test_without_a_world_size_the_plan_takes_the_smallest() -> None:
-    experiment = load_experiment(DEMO, ["parallel.world_size=null"])
+    smaller = [f"stages.{i}.micro_batch_sequences=2" for i in range(3)]  # 8 sequences a step are dealt out to 4 ranks too
+    experiment = load_experiment(DEMO, ["parallel.world_size=null", *smaller])
     assert {row.name: row.value for row in summarise(experiment)}["ranks"] == "2"
     assert {row.name: row.value for row in summarise(experiment, 4)}["ranks"] == "4"
     with pytest.raises(ConfigError, match="not a multiple of 2"):

@@ -1,0 +1,190 @@
+"""Mistakes of a user, through the real commands: one message that says what is wrong, exit status 2, nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import ROOT, VOCAB_SIZE, experiment_fields, run, write_experiment
+
+
+def data(*arguments: object) -> tuple[int, str, str]:
+    """`hunyuan-data ...`: exit status, stdout, stderr."""
+    command = [sys.executable, "-m", "data_tools.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_refused(result: tuple[int, str, str], *words: object) -> None:
+    """Exit status 2; every one of `words` in stderr, the first of them once; no traceback; nothing on stdout."""
+    code, out, err = result
+    assert code == 2, f"exit status {code}\n{out}{err}"
+    assert "Traceback" not in err
+    assert err.count(str(words[0])) == 1, err
+    for word in words:
+        assert str(word) in err, err
+    assert out == ""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def missing_corpus(folder: Path) -> tuple[Path, list[str]]:
+    return folder / "nothing.txt", ["nothing.txt"]
+
+
+def empty_corpus(folder: Path) -> tuple[Path, list[str]]:
+    (folder / "empty").mkdir()
+    return folder / "empty", [str(folder / "empty")]
+
+
+def binary_file(folder: Path) -> tuple[Path, list[str]]:
+    (folder / "picture.txt").write_bytes(bytes(range(256)) * 4)
+    return folder / "picture.txt", ["picture.txt", "UTF-8"]
+
+
+def invalid_json_line(folder: Path) -> tuple[Path, list[str]]:
+    (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"text": "cut\n')
+    return folder / "bad.jsonl", ["bad.jsonl: line 2: invalid JSON"]
+
+
+def json_without_the_field(folder: Path) -> tuple[Path, list[str]]:
+    (folder / "other.jsonl").write_text('{"content": "not under text"}\n')
+    return folder / "other.jsonl", ["other.jsonl: line 1: no field 'text' (fields: content)"]
+
+
+@pytest.mark.parametrize("mistake", [missing_corpus, empty_corpus, binary_file, invalid_json_line, json_without_the_field])
+@pytest.mark.parametrize("command", ["train-tokenizer", "tokenize"])
+def test_unfit_corpus(corpus, tmp_path, command, mistake):
+    inputs, words = mistake(tmp_path)
+    before = names(tmp_path)
+    options = ["--vocab-size", 500] if command == "train-tokenizer" else ["--tokenizer", corpus / "tokenizer"]
+    assert_refused(data(command, inputs, "--output", tmp_path / "out", *options), *words)
+    assert names(tmp_path) == before, "nothing is left behind"
+
+
+def test_unfit_packing(corpus, tmp_path):
+    refused = data("pack", corpus / "texts", "--sequence-length", 64, "--output", tmp_path / "out")
+    assert_refused(refused, corpus / "texts", "manifest.json")
+    assert_refused(
+        data("pack", corpus / "tokenized", "--sequence-length", 64, "--output", corpus / "train"), "already there", "--overwrite"
+    )
+    assert names(tmp_path) == set()
+
+
+CONFIG_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "wrong key": (["optimizer.lrr=1"], ["optimizer.lrr=1: unknown key (did you mean optimizer.lr?)"]),
+    "wrong type": (["model.num_layers=four"], ["model.num_layers=four: must be a valid integer"]),
+    "experts over ranks": (
+        ["parallel.expert_model_parallel_size=3", "stages.0.global_batch_sequences=6"],
+        ["parallel.expert_model_parallel_size=3: 4 experts, 4 % 3 != 0 (use 2 or 4)"],
+    ),
+    "tensor parallel": (
+        ["parallel.tensor_model_parallel_size=2"],
+        ["parallel.tensor_model_parallel_size=2: not supported by this version yet"],
+    ),
+    "several at once": (
+        ["model.num_layers=5", "model.num_query_groups=3"],
+        [": 2 problems", "model.num_layers=5: CLA groups of 2", "model.num_query_groups=3: 4 heads"],
+    ),
+    "not an override": (["seed"], ["seed: is not an override (write dotted.path=value"]),
+}
+
+
+def config(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
+    return write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(("overrides", "words"), CONFIG_MISTAKES.values(), ids=CONFIG_MISTAKES)
+def test_unfit_experiment(corpus, tmp_path, overrides, words):
+    assert_refused(run("train", config(tmp_path, corpus), *overrides), *words)
+    assert names(tmp_path) == {"x.yaml"}
+
+
+def test_missing_and_unreadable_experiment_file(tmp_path):
+    assert_refused(run("train", tmp_path / "x.yaml"), f"{tmp_path}/x.yaml: 1 problem", "No such file or directory")
+    (tmp_path / "x.yaml").write_text("name: [1\n")
+    assert_refused(run("train", tmp_path / "x.yaml"), "is not valid YAML", "x.yaml:2")
+
+
+def test_wrong_number_of_ranks_is_one_message_under_torchrun(corpus, tmp_path):
+    code, _, err = run("train", config(tmp_path, corpus, parallel={"world_size": 4}), ranks=2)
+    assert code != 0
+    assert err.count("parallel.world_size=4: the job has 2 ranks (start 4 ranks, or set parallel.world_size to 2 or null)") == 1, err
+    assert "hunyuan_pretrain/" not in err, "no traceback of ours"
+    assert names(tmp_path) == {"x.yaml"}
+
+
+@pytest.mark.slow
+class TestAfterTorchIsLoaded:
+    """Each of these costs the start of a training process."""
+
+    def test_data_packed_to_another_length(self, corpus, tmp_path):
+        refused = run("train", config(tmp_path, corpus, stages__sequence_length=128))
+        assert_refused(refused, f"{corpus}/train: packed to sequences of 64 tokens", "sequence_length=128", "set it to 64")
+        assert names(tmp_path) == {"x.yaml"}
+
+    def test_data_of_another_tokenizer_under_torchrun(self, corpus, tmp_path):
+        other = tmp_path / "other"
+        made = data("train-tokenizer", corpus / "texts", "--vocab-size", VOCAB_SIZE - 20, "--output", other)
+        assert made[0] == 0, made
+        code, _, err = run("train", config(tmp_path, corpus, tokenizer=str(other)), ranks=2)
+        assert code != 0
+        assert err.count("tokenize the data with the tokenizer of the run") == 1, err
+        assert "hunyuan_pretrain/" not in err, "no traceback of ours"
+        assert names(tmp_path) == {"x.yaml", "other"}
+
+    def test_no_data_and_no_tokenizer(self, corpus, tmp_path):
+        assert_refused(
+            run("train", config(tmp_path, corpus, stages__data=[{"path": "absent"}])),
+            "absent: no such folder; write it with `hunyuan-data pack`",
+        )
+        assert_refused(run("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent")
+        assert names(tmp_path) == {"x.yaml"}
+
+    def test_checkpoint_of_another_model(self, corpus, tmp_path):
+        assert run("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0
+        before = (tmp_path / "run" / "resolved.yaml").read_text()
+        refused = run("train", config(tmp_path, corpus, steps=3, model__num_layers=2, model__ffn_hidden_size=64))
+        assert_refused(refused, "a checkpoint of another model", "model.ffn_hidden_size: 48 in the checkpoint, 64 in the config")
+        assert (tmp_path / "run" / "resolved.yaml").read_text() == before, "the refused experiment is not recorded as the run's"
+
+    def test_export_and_generate_of_the_wrong_folder(self, corpus, tmp_path):
+        assert_refused(run("export", corpus, tmp_path / "out"), f"{corpus}: not a run directory (no resolved.yaml)")
+        assert_refused(run("export", tmp_path / "nothing", tmp_path / "out"), "not a run directory")
+        assert_refused(run("generate", corpus, "--prompt", "x"), str(corpus))
+        assert names(tmp_path) == set()
+
+    def test_run_directory_that_cannot_be_written(self, corpus, tmp_path):
+        """A file where the folder should be, which no permission of root's overrides."""
+        fields = config(tmp_path, corpus)
+        (tmp_path / "run").write_text("in the way")
+        assert_refused(run("train", fields), f"{tmp_path}/run: 1 problem", "run_dir: cannot be written: File exists")
+        assert (tmp_path / "run").read_text() == "in the way"
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that even root cannot write to."""
+    folder = tmp_path / "read_only"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a read-only folder: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_read_only_run_directory_under_torchrun(corpus, tmp_path, read_only):
+    fields = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, read_only / "run"))
+    code, _, err = run("train", fields, ranks=2, timeout_s=100)
+    assert code != 0
+    assert err.count(f"{read_only}/run: 1 problem\n  run_dir: cannot be written: Read-only file system") == 1, err
+    assert "hunyuan_pretrain/" not in err, "no traceback of ours"
