@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# On Linux PyPI's torch brings CUDA, some GB. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the CPU build.
+# On Linux PyPI's torch brings CUDA, some GB; PIP_EXTRA_INDEX_URL can point at PyTorch's index of CPU builds.
 
 # A file or folder of your own text to train on; empty: the standard library of Python.
 TEXT ?=

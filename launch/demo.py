@@ -39,17 +39,6 @@ EXIT_STOPPED = 75
 PROMPT = "class Reader:\n    def __init__(self"
 SAMPLING = ("--max-new-tokens", "80", "--temperature", "0.8", "--top-p", "0.9", "--repetition-penalty", "1.15")
 
-# What megatron and torch say about themselves, which a user of the demo can do nothing about.
-QUIET = ",".join(
-    (
-        "ignore:full scope is deprecated",
-        "ignore:The .grad attribute of a Tensor",
-        "ignore:Apex is not installed",
-        "ignore:`torch.distributed.",
-        "ignore:`load_state_dict` is deprecated",
-    )
-)
-
 LOAD_BACK = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
@@ -254,8 +243,8 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The commands of this interpreter's environment first; nothing fetched; remarks and bars of libraries left out."""
-    environment = {"PYTHONWARNINGS": QUIET, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **os.environ}
+    """The commands of this interpreter's environment first; nothing fetched; bars of libraries left out."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **os.environ}
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     return environment
 

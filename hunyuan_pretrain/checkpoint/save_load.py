@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.optimizer_state import restore_optimizer_state, sharded_optimizer_state, wanted_optimizer_state
@@ -36,6 +37,8 @@ from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_
 
 FORMAT_VERSION = 1
 MARKER = "complete.json"
+SYSTEM_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
+"""Why a disk does not take a file, in the operating system's words; the best explanation where several ranks fail."""
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -60,7 +63,7 @@ def save(run_dir: Path, step: int, model: HunyuanModel, optimizer: MegatronOptim
     if error is None:
         error = _first_error(lambda: _write(partial, model, optimizer))
     if error is None:
-        error = _on_rank_0(lambda: _commit(partial, folder, step, model.config.architecture))
+        error = _on_rank_0(lambda: _commit(partial, folder, step, model))
     if error is not None:
         _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise CheckpointError(f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched")
@@ -76,6 +79,10 @@ def load(folder: Path, model: HunyuanModel, optimizer: MegatronOptimizer | None)
     """
     marker = read_marker(folder)
     refuse_other_model(folder, marker, model.config.architecture)
+    mine, theirs = str(model.config.params_dtype), marker.get("dtype")
+    if optimizer is not None and theirs != mine:
+        hint = "go on in that precision.dtype, or start a new run from its weights with checkpoint.init_from"
+        raise CheckpointError(f"{folder}: its weights are {theirs}, those of this run {mine}; {hint}")
     error = _first_error(lambda: _verify(folder, marker))
     if error is not None:
         raise CheckpointError(f"{folder}: {error}")
@@ -132,13 +139,14 @@ def _generator_object() -> ShardedObject:
     return ShardedObject("generators", generator_state(), (world,), (rank,), replica_id=0)
 
 
-def _commit(partial: Path, folder: Path, step: int, model: ModelConfig) -> None:
+def _commit(partial: Path, folder: Path, step: int, model: HunyuanModel) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in _data_files(partial)}
     content = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "world_size": dist.get_world_size(),
-        "model": model.model_dump(),
+        "model": model.config.architecture.model_dump(),
+        "dtype": str(model.config.params_dtype),
         "torch": torch.__version__,
         "files": files,
     }
@@ -201,15 +209,16 @@ def _remove_all_but(run_dir: Path, keep_last: int) -> None:
 
 
 def _first_error(action: Any) -> str | None:
-    """Run `action` on every rank; the first rank's error message on all of them, or None."""
+    """Run `action` on every rank; on all of them one error message, the operating system's or else the first rank's, or None."""
     try:
         action()
         mine = None
-    except Exception as error:  # every failure has to reach the other ranks, which would wait for ever
+    except (Exception, CheckpointException) as error:  # every failure has to reach the other ranks, which would wait for ever
         mine = _reason(error)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, mine)
-    return next((error for error in errors if error), None)
+    told = [error for error in errors if error]
+    return next((error for error in told if error in SYSTEM_REASONS), told[0] if told else None)
 
 
 def _on_rank_0(action: Any) -> str | None:
@@ -220,7 +229,9 @@ def _on_rank_0(action: Any) -> str | None:
 def _reason(error: BaseException) -> str:
     """What a person needs of an error; torch wraps the operating system's in several layers."""
     text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-        if (isinstance(error, OSError) and error.errno == code) or os.strerror(code) in text:
-            return os.strerror(code)
+    for reason in SYSTEM_REASONS:
+        if (isinstance(error, OSError) and error.strerror == reason) or reason in text:
+            return reason
+    if "unexpected pos" in text:  # what torch's writer says of a write that was cut short
+        return os.strerror(errno.ENOSPC)
     return text.strip().splitlines()[-1] if text.strip() else type(error).__name__

@@ -13,7 +13,6 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -65,41 +64,12 @@ def _tensor_type_names() -> None:
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 
 
-def _tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-
-
 def _current_device() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
 
 
 def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
-
-
-def _rng_state() -> None:
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
-
-
-class _Stream:
-    """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_stream(self, other: object) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-def _streams() -> None:
-    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
 
 
 def _wgrad_accumulation() -> None:
@@ -116,18 +86,40 @@ def _wgrad_accumulation() -> None:
     sys.modules["fused_weight_gradient_mlp_cuda"] = module
 
 
+def _compile_on_first_call() -> None:
+    compile_now = torch.compile
+
+    @wraps(compile_now)
+    def compile_(model: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(model, types.FunctionType):
+            return compile_now(model, **kwargs)
+        compiled: list[Any] = []
+
+        @wraps(model)
+        def call(*args: Any, **call_kwargs: Any) -> Any:
+            if not compiled:
+                compiled.append(compile_now(model, **kwargs))
+            return compiled[0](*args, **call_kwargs)
+
+        return call
+
+    torch.compile = compile_
+
+
 PATCHES = (
     Patch("factories", 'core makes tensors with device="cuda" (schedules, gradient norm, optimizer)', _factories_on_cpu),
     Patch("tensor_type", "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor", _tensor_type_names),
-    Patch("tensor_cuda", "dist_checkpointing and tensor_parallel move tensors with .cuda()", _tensor_cuda),
     Patch("current_device", "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()", _current_device),
     Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
-    Patch("rng_state", "core's RNG tracker saves and restores the CUDA generator", _rng_state),
-    Patch("streams", "overlapped gradient reduction orders its work on CUDA streams", _streams),
     Patch(
         "wgrad_accumulation",
         "core adds weight gradients into main_grad inside the GEMM only with Apex's extension, and refuses to without",
         _wgrad_accumulation,
+    ),
+    Patch(
+        "compile",
+        "core compiles its fusions on import: that loads torch's compiler, seconds of every process, for functions not called here",
+        _compile_on_first_call,
     ),
 )
 
@@ -140,6 +132,7 @@ QUIET_WARNINGS = (
     "The .grad attribute of a Tensor that is not a leaf",
     ".*reduce_scatter_tensor. is deprecated",
     ".*all_gather_into_tensor. is deprecated",
+    ".*load_state_dict. is deprecated",
     "Warning: tp_group is None",
 )
 """Warnings of megatron-core about itself, on every machine."""

@@ -14,6 +14,8 @@ def main(folder: Path) -> None:
     from hunyuan_pretrain.train.loop import train
     from tests.helpers.runs import experiment_fields, metrics
 
+    assert "torch._inductor.lowering" not in sys.modules, "torch's compiler was loaded, which every process of a run would wait for"
+
     corpus, losses = folder / "data", []
     layouts = (
         ("fp32", {"use_distributed_optimizer": False}),

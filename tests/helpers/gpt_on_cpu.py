@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from hunyuan_pretrain.runtime import cpu_megatron
 
 
 class _Event:
+    def synchronize(self) -> None:
+        pass
+
+
+class _Stream:
+    """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: object = None) -> _Event:
+        return _Event()
+
     def synchronize(self) -> None:
         pass
 
@@ -16,10 +37,13 @@ def install() -> None:
     cpu_megatron.install(leave_out={"wgrad_accumulation"})
     import torch
 
-    torch.cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.Stream.record_event = lambda self, event=None: _Event()
-    torch.cuda.Stream.wait_event = lambda self, event: None
+    torch.cuda.Stream = _Stream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
+    torch.cuda.stream = lambda stream: nullcontext()
 
     exchange = torch.distributed.all_to_all_single
 

@@ -12,6 +12,7 @@ from tests.helpers.layouts import Trace, merge, trace_layouts
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import experiment_fields
 
+pytestmark = pytest.mark.slow
 STEPS = 2
 RELATIVE = 2e-5
 """Largest difference allowed in fp32, over the largest entry of a tensor: layouts differ in the order of their sums only."""

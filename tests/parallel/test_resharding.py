@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import experiment_fields
 from tests.parallel.test_layouts import assert_close
 
+pytestmark = pytest.mark.slow
 SAVED, STEPS = 2, 4
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {}),
@@ -61,8 +63,6 @@ def resume_all(jobs: list[dict[str, Any]]) -> list[Trace]:
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str | tuple[str, str], Trace]:
     """layout -> trace without a break; (saved, resumed) -> trace after the change. One job for each number of ranks and phase."""
-    import shutil
-
     folder, found = tmp_path_factory.mktemp("runs"), {}
 
     def fields(layout: str, name: str) -> dict[str, Any]:

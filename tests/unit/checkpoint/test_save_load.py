@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.train import setup
@@ -178,12 +179,21 @@ def test_the_marker_says_what_the_checkpoint_is(saved, run):
     assert marker["files"].keys() == {path.name for path in saved.iterdir()} - {"complete.json"}
 
 
+def test_a_checkpoint_of_another_precision_is_refused(corpus, tmp_path, saved):
+    words = "its weights are torch.float32, those of this run torch.bfloat16; go on in that precision.dtype, or start a new run"
+    with pytest.raises(CheckpointError, match=words):
+        load_into(on_this_rank(fields(corpus, tmp_path, "bf16")), saved)
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FAILURES = {
-    "disk full": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    "disk full": (NO_SPACE, "No space left on device"),
     "wrapped by torch": (
         RuntimeError("writing failed\nOSError: [Errno 28] No space left on device\nin worker 3"),
         "No space left on device",
     ),
+    "a BaseException of torch": (CheckpointException("write", {0: _wrap_exception(NO_SPACE)}), "No space left on device"),
+    "a short write": (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), "No space left on device"),
     "something else": (RuntimeError("first\nthe reason"), "the reason"),
 }
 
