@@ -13,8 +13,10 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ class Patch:
     name: str
     reason: str
     apply: Callable[[], None]
+    since: tuple[int, int] = (0, 16)
+    """First version of megatron-core that needs it."""
 
 
 def _is_cuda(device: Any) -> bool:
@@ -72,6 +76,26 @@ def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
+class _Stream:
+    """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _streams() -> None:
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
+
+
 def _wgrad_accumulation() -> None:
     module = types.ModuleType("fused_weight_gradient_mlp_cuda")
 
@@ -111,6 +135,7 @@ PATCHES = (
     Patch("tensor_type", "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor", _tensor_type_names),
     Patch("current_device", "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()", _current_device),
     Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
+    Patch("streams", "gradient reduction orders its work on CUDA streams", _streams, since=(0, 17)),
     Patch(
         "wgrad_accumulation",
         "core adds weight gradients into main_grad inside the GEMM only with Apex's extension, and refuses to without",
@@ -140,6 +165,12 @@ QUIET_WARNINGS = (
 _installed = False
 
 
+def needed_patches() -> tuple[Patch, ...]:
+    """The patches that the installed megatron-core needs."""
+    major, minor = metadata.version("megatron-core").split(".")[:2]
+    return tuple(patch for patch in PATCHES if patch.since <= (int(major), int(minor)))
+
+
 def install(leave_out: Collection[str] = ()) -> bool:
     """Present the CPU under CUDA's names; returns whether this machine needed it.
 
@@ -155,7 +186,7 @@ def install(leave_out: Collection[str] = ()) -> bool:
         return True
     if "megatron.core" in sys.modules:
         raise RuntimeError("cpu_megatron.install() must run before megatron.core is imported")
-    for patch in PATCHES:
+    for patch in needed_patches():
         if patch.name not in leave_out:
             patch.apply()
     _installed = True
