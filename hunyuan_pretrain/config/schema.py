@@ -284,7 +284,9 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt | None = setting(
         "Complete checkpoints kept; older ones are removed after a newer one is complete. null keeps all.", None
     )
-    resume: bool = setting("Go on from the newest complete checkpoint of run_dir, if there is one.", True)
+    resume: bool = setting(
+        "Go on from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has one.", True
+    )
     init_from: str | None = setting("Checkpoint folder whose weights (not optimizer, step or data position) a fresh run starts from.", None)
 
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hunyuan_pretrain.checkpoint import save_load
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
@@ -97,7 +97,12 @@ def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[
 def _load_or_init(experiment: Experiment, model: HunyuanModel, optimizer: MegatronOptimizer) -> int:
     """Resume from the run's newest complete checkpoint, else start from `checkpoint.init_from` or fresh weights; returns steps done."""
     settings = experiment.checkpoint
-    found = save_load.find_checkpoints(Path(experiment.run_dir)) if settings.resume else []
+    found = save_load.find_checkpoints(Path(experiment.run_dir))
+    if found and not settings.resume:
+        raise CheckpointError(
+            f"checkpoint.resume=false, but {found[-1]} is there, and a later resume would mix the two runs: "
+            "choose another run_dir, or remove the checkpoints"
+        )
     if found:
         return save_load.load(found[-1], model, optimizer)
     if settings.init_from is not None:

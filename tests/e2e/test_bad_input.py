@@ -148,8 +148,10 @@ class TestAfterTorchIsLoaded:
         assert_refused(run("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent")
         assert names(tmp_path) == {"x.yaml"}
 
-    def test_checkpoint_of_another_model(self, corpus, tmp_path):
+    def test_checkpoint_of_another_model_and_a_fresh_start_over_an_old_run(self, corpus, tmp_path):
         assert run("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0
+        fresh = run("train", config(tmp_path, corpus, steps=2, model__num_layers=2), "checkpoint.resume=false")
+        assert_refused(fresh, "checkpoint.resume=false, but", "choose another run_dir, or remove the checkpoints")
         before = (tmp_path / "run" / "resolved.yaml").read_text()
         refused = run("train", config(tmp_path, corpus, steps=3, model__num_layers=2, model__ffn_hidden_size=64))
         assert_refused(refused, "a checkpoint of another model", "model.ffn_hidden_size: 48 in the checkpoint, 64 in the config")
