@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -257,15 +256,10 @@ def test_rope_base_of_256k() -> None:
         rope_base(1e4, 1e5, 2)
 
 
-def test_loading_a_config_imports_no_torch_and_is_quick() -> None:
-    def seconds(code: str) -> float:
-        # Processor time: on a machine that also does other work, wall time would measure that.
-        process = subprocess.Popen([sys.executable, "-c", code])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = status
-        assert status == 0
-        return usage.ru_utime + usage.ru_stime
-
-    code = "import sys, hunyuan_pretrain.config.load; assert not {'torch', 'megatron', 'numpy'} & set(sys.modules)"
-    extra = min(seconds(code) for _ in range(6)) - min(seconds("pass") for _ in range(3))
-    assert extra < 0.2, f"{extra:.3f} s over a bare interpreter"
+def test_loading_a_config_imports_nothing_slow() -> None:
+    """How long it takes is measured by tests/benchmarks/config_import.py."""
+    slow = {"torch", "megatron", "numpy", "transformers", "rich", "typer"}
+    code = "import sys, hunyuan_pretrain.config.load; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hunyuan_pretrain.config.load" in loaded
+    assert not slow & set(loaded)
