@@ -40,6 +40,9 @@ MARKER = "complete.json"
 SYSTEM_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
 """Why a disk does not take a file, in the operating system's words; the best explanation where several ranks fail."""
 
+FULL_DISK_BYTES = 1 << 20
+"""A disk with less free space than this after a failed write is full; a writer may leave the rest of a block."""
+
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` steps."""
@@ -131,7 +134,13 @@ def _write(partial: Path, model: HunyuanModel, optimizer: MegatronOptimizer) -> 
         "optimizer": sharded_optimizer_state(model, optimizer),
         "generators": _generator_object(),
     }
-    dist_checkpointing.save(state, str(partial))
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except (Exception, CheckpointException) as error:
+        # megatron-core 0.19's writer processes do not hand on why they failed; the full disk is still there to be seen
+        if _reason(error) not in SYSTEM_REASONS and shutil.disk_usage(partial).free < FULL_DISK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _generator_object() -> ShardedObject:
