@@ -138,6 +138,38 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def parity(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, recompute=..., method=...; what is left out is 1."
+        ),
+    ] = "dp=2",
+    against: Annotated[str, typer.Option(help="Layout to compare with.")] = "dp=1",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 2,
+) -> None:
+    """Train a few steps under two layouts and compare every tensor; exit code 1 and the first difference if they are not the same.
+
+    The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of the tensors. In fp32.
+    """
+    from hunyuan_pretrain.config.load import load_experiment
+
+    experiment = load_experiment(config, overrides or [])
+
+    from hunyuan_pretrain.train.parity_run import conclusion, report, run_parity
+
+    differences = run_parity(experiment, layout, against, steps)
+    if not differences:
+        return  # a rank other than the first
+    print_table(f"{layout} against {against}", [("", "compared", "bitwise", "largest relative difference", ""), *report(differences)])
+    print("\n".join(conclusion(differences)))
+    if not all(difference.is_within for difference in differences):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a training run.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],

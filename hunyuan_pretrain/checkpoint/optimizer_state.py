@@ -8,7 +8,6 @@ at all: they are those of the running experiment.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,27 +16,27 @@ import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 # isort: split
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.parallel.sharding import Placement, sharded_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def sharded_optimizer_state(model: HunyuanModel, optimizer: MegatronOptimizer) -> dict[str, dict[str, ShardedTensor]]:
-    """Per parameter of this rank both moments, and the fp32 weight where the model's is bf16, in the parameter's full local shape.
+def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str, Tensor], Placement]]:
+    """(name, state, placement) of every parameter of this rank: both moments, and the fp32 weight where the model's is bf16, each in the
+    parameter's full local shape.
 
     Communicates: data-parallel groups of the parameters, if the distributed optimizer has divided the state among their ranks.
     """
     pieces = {parameter: (part, main, first) for part, parameter, main, first in _pieces(optimizer)}
     is_divided = any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
-    result = {}
-    for name, sharded in model.sharded_state_dict().items():
-        parameter = model.get_parameter(name)
+    for model, name, parameter, place in _parameters(chunks):
         group = model.groups.expt_dp if getattr(parameter, "is_routed_expert", False) else model.groups.dp_cp
         tensors = {kind: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for kind in _kinds(parameter)}
         if parameter in pieces:
@@ -50,24 +49,34 @@ def sharded_optimizer_state(model: HunyuanModel, optimizer: MegatronOptimizer) -
         if is_divided and group.size() > 1:
             for tensor in tensors.values():
                 dist.all_reduce(tensor, group=group)  # every element is on one rank, the others add zero
-        result[name] = {kind: _like(sharded, kind, tensor) for kind, tensor in tensors.items()}
-    return result
+        yield name, tensors, place
 
 
-def wanted_optimizer_state(model: HunyuanModel) -> dict[str, dict[str, ShardedTensor]]:
+def sharded_optimizer_state(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> dict[str, dict[str, ShardedBase]]:
+    """What `full_moments` returns, for megatron's distributed checkpoints."""
+    return {
+        name: {kind: sharded_tensor(f"optimizer.{kind}.{name}", tensor, place) for kind, tensor in tensors.items()}
+        for name, tensors, place in full_moments(chunks, optimizer)
+    }
+
+
+def wanted_optimizer_state(chunks: list[HunyuanModel]) -> dict[str, dict[str, ShardedBase]]:
     """What to read for `restore_optimizer_state`: the same tensors, uninitialised."""
     return {
-        name: {kind: _like(sharded, kind, torch.empty_like(sharded.data, dtype=torch.float32)) for kind in _kinds(sharded.data)}
-        for name, sharded in model.sharded_state_dict().items()
+        name: {
+            kind: sharded_tensor(f"optimizer.{kind}.{name}", torch.empty_like(parameter, dtype=torch.float32), place)
+            for kind in _kinds(parameter)
+        }
+        for _, name, parameter, place in _parameters(chunks)
     }
 
 
 @torch.no_grad()
 def restore_optimizer_state(
-    model: HunyuanModel, optimizer: MegatronOptimizer, loaded: dict[str, dict[str, Tensor]], num_updates: int
+    chunks: list[HunyuanModel], optimizer: MegatronOptimizer, loaded: dict[str, dict[str, Tensor]], num_updates: int
 ) -> None:
     """Copy this rank's share of what was read into the optimizer, and set the number of updates made. The model is loaded before."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for _, name, parameter, _ in _parameters(chunks)}
     for part, parameter, main, first in _pieces(optimizer):
         tensors = {kind: tensor.view(-1)[first : first + main.numel()].view_as(main) for kind, tensor in loaded[names[parameter]].items()}
         if "main" in tensors:
@@ -86,8 +95,11 @@ def _kinds(parameter: Tensor) -> tuple[str, ...]:
     return MOMENTS if parameter.dtype == torch.float32 else ("main", *MOMENTS)
 
 
-def _like(sharded: ShardedTensor, kind: str, data: Tensor) -> ShardedTensor:
-    return replace(sharded, key=f"optimizer.{kind}.{sharded.key}", data=data, dtype=data.dtype)
+def _parameters(chunks: list[HunyuanModel]) -> Iterator[tuple[HunyuanModel, str, torch.nn.Parameter, Placement]]:
+    for model in chunks:
+        places = model.placements()
+        for name, parameter in model.named_parameters():
+            yield model, name, parameter, places[name]
 
 
 def _pieces(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, torch.nn.Parameter, Tensor, int]]:

@@ -54,7 +54,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folder for folder in (run_dir / "checkpoints").glob("step_*") if _is_complete(folder))
 
 
-def save(run_dir: Path, step: int, model: HunyuanModel, optimizer: MegatronOptimizer, keep_last: int | None) -> Path:
+def save(run_dir: Path, step: int, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, keep_last: int | None) -> Path:
     """Write the checkpoint after `step` steps and remove complete ones beyond the newest `keep_last`.
 
     Communicates: all ranks. Raises CheckpointError on every rank, with the first rank's reason, if any rank cannot write; nothing
@@ -64,9 +64,9 @@ def save(run_dir: Path, step: int, model: HunyuanModel, optimizer: MegatronOptim
     partial = folder.with_name(folder.name + ".partial")
     error = _on_rank_0(lambda: _make_empty(partial))
     if error is None:
-        error = _first_error(lambda: _write(partial, model, optimizer))
+        error = _first_error(lambda: _write(partial, chunks, optimizer))
     if error is None:
-        error = _on_rank_0(lambda: _commit(partial, folder, step, model))
+        error = _on_rank_0(lambda: _commit(partial, folder, step, chunks[0]))
     if error is not None:
         _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise CheckpointError(f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched")
@@ -75,29 +75,32 @@ def save(run_dir: Path, step: int, model: HunyuanModel, optimizer: MegatronOptim
     return folder
 
 
-def load(folder: Path, model: HunyuanModel, optimizer: MegatronOptimizer | None) -> int:
-    """Read a checkpoint into the model, and with `optimizer` its state and this rank's generators too; returns the step it was taken after.
+def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> int:
+    """Read a checkpoint into the model chunks of this rank, and with `optimizer` its state and this rank's generators too.
+
+    Returns the step that it was taken after.
 
     Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, or of another model.
     """
     marker = read_marker(folder)
-    refuse_other_model(folder, marker, model.config.architecture)
-    mine, theirs = str(model.config.params_dtype), marker.get("dtype")
+    refuse_other_model(folder, marker, chunks[0].config.architecture)
+    mine, theirs = str(chunks[0].config.params_dtype), marker.get("dtype")
     if optimizer is not None and theirs != mine:
         hint = "go on in that precision.dtype, or start a new run from its weights with checkpoint.init_from"
         raise CheckpointError(f"{folder}: its weights are {theirs}, those of this run {mine}; {hint}")
     error = _first_error(lambda: _verify(folder, marker))
     if error is not None:
         raise CheckpointError(f"{folder}: {error}")
-    wanted: dict[str, Any] = {"model": model.sharded_state_dict()}
+    wanted: dict[str, Any] = {"model": _sharded_weights(chunks)}
     if optimizer is not None:
-        wanted["optimizer"] = wanted_optimizer_state(model)
+        wanted["optimizer"] = wanted_optimizer_state(chunks)
         if marker["world_size"] == dist.get_world_size():
             wanted["generators"] = _generator_object()
     loaded = dist_checkpointing.load(wanted, str(folder))
-    model.load_state_dict(loaded["model"])
+    for model in chunks:
+        model.load_state_dict({name: loaded["model"][name] for name, _ in model.named_parameters()})
     if optimizer is not None:
-        restore_optimizer_state(model, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
+        restore_optimizer_state(chunks, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
         if "generators" in wanted:
             restore_generator_state(loaded["generators"])
     return int(marker["step"])
@@ -128,10 +131,10 @@ def refuse_other_model(folder: Path, marker: dict[str, Any], model: ModelConfig)
         raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(differences))
 
 
-def _write(partial: Path, model: HunyuanModel, optimizer: MegatronOptimizer) -> None:
+def _write(partial: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> None:
     state = {
-        "model": model.sharded_state_dict(),
-        "optimizer": sharded_optimizer_state(model, optimizer),
+        "model": _sharded_weights(chunks),
+        "optimizer": sharded_optimizer_state(chunks, optimizer),
         "generators": _generator_object(),
     }
     try:
@@ -141,6 +144,10 @@ def _write(partial: Path, model: HunyuanModel, optimizer: MegatronOptimizer) -> 
         if _reason(error) not in SYSTEM_REASONS and shutil.disk_usage(partial).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
+
+
+def _sharded_weights(chunks: list[HunyuanModel]) -> dict[str, Any]:
+    return {name: tensor for model in chunks for name, tensor in model.sharded_state_dict().items()}
 
 
 def _generator_object() -> ShardedObject:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, Problem, StageConfig
-
-NOT_YET = "not supported by this version yet: only data and expert parallelism are proven equal to one rank"
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, ParallelConfig, Problem, StageConfig
 
 
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
@@ -126,17 +124,6 @@ def recycling_needs_a_capacity(model: ModelConfig) -> Iterator[Problem]:
 # --- the layout ---------------------------------------------------------------------------------------------------------------
 
 
-def only_data_and_expert_parallelism(experiment: Experiment) -> Iterator[Problem]:
-    """To lift: delete this rule when the axis has a test that N ranks equal one."""
-    parallel = experiment.parallel
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_tensor_parallel_size"):
-        size = getattr(parallel, name)
-        if size > 1:
-            yield Problem(f"parallel.{name}", size, NOT_YET, "use 1")
-    if parallel.sequence_parallel:
-        yield Problem("parallel.sequence_parallel", True, NOT_YET, "use false")
-
-
 def experts_split_over_ranks(experiment: Experiment) -> Iterator[Problem]:
     experts, size = experiment.model.num_moe_experts, experiment.parallel.expert_model_parallel_size
     if experts % size:
@@ -161,11 +148,62 @@ def expert_tensor_parallel_divides(experiment: Experiment) -> Iterator[Problem]:
         yield Problem("parallel.expert_tensor_parallel_size", size, rule, nearest_divisors(size, width))
 
 
-def sequence_parallel_needs_tensor_parallel(experiment: Experiment) -> Iterator[Problem]:
+def sequence_parallel_goes_with_tensor_parallel(experiment: Experiment) -> Iterator[Problem]:
     parallel = experiment.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         rule = "splits over the tensor-parallel ranks, and there is only one"
         yield Problem("parallel.sequence_parallel", True, rule, "set parallel.tensor_model_parallel_size above 1, or false")
+    if not parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1:
+        rule = f"{parallel.tensor_model_parallel_size} tensor-parallel ranks would route the same tokens to the experts"
+        yield Problem("parallel.sequence_parallel", False, rule, "set true")
+
+
+def pipeline_never_cuts_a_cla_group(experiment: Experiment) -> Iterator[Problem]:
+    model, parallel = experiment.model, experiment.parallel
+    ranks, chunks, layout = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.pipeline_layout,
+    )
+    share, num_stages = model.cla_share_factor, ranks * chunks
+    if chunks > 1 and ranks == 1:
+        rule = "interleaves the chunks of several pipeline ranks, and there is only one"
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size", chunks, rule, "set parallel.pipeline_model_parallel_size above 1, or 1"
+        )
+        return
+    if model.num_layers % share:
+        return
+    if layout is None:
+        num_groups = model.num_layers // share
+        if num_groups % num_stages:
+            stages = f"{ranks} ranks" + (f" * {chunks} chunks" if chunks > 1 else "")
+            rule = f"{model.num_layers} layers in CLA groups of {share} = {num_groups} groups, not divisible by {stages}"
+            hint = f"{nearest_divisors(num_stages, num_groups)} stages, or set parallel.pipeline_layout"
+            yield Problem("parallel.pipeline_model_parallel_size", ranks, rule, hint)
+        return
+    if len(layout) != num_stages:
+        rule = f"{len(layout)} stages, but {ranks} pipeline ranks with {chunks} chunks each have {num_stages}"
+        yield Problem("parallel.pipeline_layout", list(layout), rule, f"give {num_stages} numbers")
+    if sum(layout) != model.num_layers:
+        rule = f"adds up to {sum(layout)} layers, and the model has {model.num_layers}"
+        yield Problem("parallel.pipeline_layout", list(layout), rule, f"make it {model.num_layers}")
+    cut = [size for size in layout if size % share]
+    if cut:
+        rule = f"a stage of {cut[0]} layers would cut a CLA group of {share}"
+        yield Problem("parallel.pipeline_layout", list(layout), rule, f"{nearest_multiples(cut[0], share)} layers")
+
+
+def heads_trade_for_tokens(experiment: Experiment) -> Iterator[Problem]:
+    parallel, groups = experiment.parallel, experiment.model.num_query_groups
+    size, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if parallel.context_parallel_method != "all_to_all" or size == 1 or groups % tensor:
+        return
+    heads = groups // tensor
+    if heads % size:
+        rule = f"each tensor-parallel rank has {heads} key/value heads, {heads} % {size} != 0, and all_to_all gives every rank whole heads"
+        hint = f"{nearest_divisors(size, heads)}, or parallel.context_parallel_method all_gather"
+        yield Problem("parallel.context_parallel_size", size, rule, hint)
 
 
 def param_gather_overlap_needs_its_base(experiment: Experiment) -> Iterator[Problem]:
@@ -189,7 +227,7 @@ def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator
     unit = smallest_world_size(experiment)
     if ranks is None:
         for index, stage in enumerate(experiment.stages):
-            yield from batch_splits(index, stage, 1)
+            yield from batch_splits(experiment.parallel, index, stage, 1)
     elif ranks % unit:
         dense = "tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size"
         expert = "expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size"
@@ -197,18 +235,48 @@ def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator
         yield Problem("parallel.world_size", ranks, rule, nearest_multiples(ranks, unit))
     else:
         for index, stage in enumerate(experiment.stages):
-            yield from batch_splits(index, stage, data_parallel_size(experiment, ranks))
+            yield from batch_splits(experiment.parallel, index, stage, data_parallel_size(experiment, ranks))
 
 
-def batch_splits(index: int, stage: StageConfig, data_parallel: int) -> Iterator[Problem]:
+def batch_splits(parallel: ParallelConfig, index: int, stage: StageConfig, data_parallel: int) -> Iterator[Problem]:
     batch, micro = stage.global_batch_sequences, stage.micro_batch_sequences
     if batch % (micro * data_parallel):
         over = f" * {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
         rule = f"not a multiple of micro_batch_sequences {micro}{over} = {micro * data_parallel}"
         yield Problem(f"stages.{index}.global_batch_sequences", batch, rule, nearest_multiples(batch, micro * data_parallel))
+    elif parallel.virtual_pipeline_model_parallel_size > 1 and batch // (micro * data_parallel) % parallel.pipeline_model_parallel_size:
+        ranks = parallel.pipeline_model_parallel_size
+        rule = f"{batch // (micro * data_parallel)} micro-batches a rank; the interleaved schedule runs rounds of {ranks}"
+        yield Problem(f"stages.{index}.global_batch_sequences", batch, rule, nearest_multiples(batch, micro * data_parallel * ranks))
 
 
 # --- the recipe ---------------------------------------------------------------------------------------------------------------
+
+
+def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]:
+    """A rank routes T / (CP * SP) tokens of a micro-batch, and capacity and recycling are those of whole groups."""
+    parallel, group = experiment.parallel, experiment.model.moe_routing_group_tokens
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    for path, length, sequences in token_counts(experiment):
+        if length % group:
+            continue  # routing_group_divides_sequences speaks
+        if length % (context * group):
+            rule = f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} tokens evenly"
+            hint = f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or a smaller routing group"
+            yield Problem(f"{path}.sequence_length" if path != "evaluation" else path, length, rule, hint)
+        elif length * sequences // context % (tensor * group):
+            share = length * sequences // context
+            rule = f"{tensor} tensor-parallel ranks cannot share a micro-batch of {share // group} routing groups of {group} tokens evenly"
+            hint = f"use {sequences * tensor}, or a smaller model.moe_routing_group_tokens"
+            yield Problem(f"{path}.micro_batch_sequences", sequences, rule, hint)
+
+
+def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:
+    """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's length."""
+    for index, stage in enumerate(experiment.stages):
+        yield f"stages.{index}", stage.sequence_length, stage.micro_batch_sequences
+    if experiment.evaluation.data is not None:
+        yield "evaluation", experiment.stages[0].sequence_length, experiment.evaluation.micro_batch_sequences
 
 
 def routing_group_divides_sequences(experiment: Experiment) -> Iterator[Problem]:
@@ -300,13 +368,15 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     recycling_needs_a_capacity,
 )
 EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
-    only_data_and_expert_parallelism,
     experts_split_over_ranks,
     tensor_parallel_divides,
     expert_tensor_parallel_divides,
-    sequence_parallel_needs_tensor_parallel,
+    sequence_parallel_goes_with_tensor_parallel,
+    pipeline_never_cuts_a_cla_group,
+    heads_trade_for_tokens,
     param_gather_overlap_needs_its_base,
     routing_group_divides_sequences,
+    ranks_hold_whole_routing_groups,
     one_source_of_the_expert_lr,
     betas_are_decays,
     stage_names_are_unique,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -75,6 +76,14 @@ def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
 def setting(description: str, default: Any = ..., *, unit: str = "", typical: str = "", min_length: int | None = None) -> Any:
     """A schema field with the three things `hunyuan-pretrain explain` prints beside its default."""
     return Field(default, description=description, min_length=min_length, json_schema_extra={"unit": unit, "typical": typical})
+
+
+def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
+    """Layers of every stage in the order in which a token passes them; stage i is chunk i // PP of pipeline rank i % PP."""
+    num_stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    sizes = parallel.pipeline_layout or (model.num_layers // num_stages,) * num_stages
+    ends = list(accumulate(sizes))
+    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
 class Section(BaseModel):
@@ -168,9 +177,26 @@ class ParallelConfig(Section):
         "Ranks that the job must have; null accepts every number that the layout divides.", None, unit="ranks"
     )
     tensor_model_parallel_size: PositiveInt = setting("Ranks that share each weight matrix.", 1, unit="ranks", typical="1 to 8")
-    sequence_parallel: bool = setting("Split norms and residuals over the tensor-parallel ranks too.", False)
-    pipeline_model_parallel_size: PositiveInt = setting("Pipeline stages.", 1, unit="ranks", typical="1 to 16")
+    sequence_parallel: bool = setting(
+        "Split norms, residuals and the tokens of the experts over the tensor-parallel ranks too; required with them.", False
+    )
+    pipeline_model_parallel_size: PositiveInt = setting("Ranks of the pipeline.", 1, unit="ranks", typical="1 to 16")
+    virtual_pipeline_model_parallel_size: PositiveInt = setting(
+        "Model chunks of each pipeline rank: above 1, the interleaved schedule.", 1, unit="chunks", typical="1 to 4"
+    )
+    pipeline_layout: tuple[PositiveInt, ...] | None = setting(
+        "Layers of each stage, in the order in which a token passes them; stage i is on pipeline rank i % pipeline_model_parallel_size. "
+        "No stage may cut a CLA group. null divides the layers evenly.",
+        None,
+        unit="layers",
+        typical="[14, 16, 16, 18]",
+    )
     context_parallel_size: PositiveInt = setting("Ranks that share each sequence.", 1, unit="ranks", typical="1 to 8")
+    context_parallel_method: Literal["all_gather", "all_to_all"] = setting(
+        "How attention sees the whole sequence: all_gather collects keys and values, once for each CLA group, and works for any number of "
+        "ranks; all_to_all (Ulysses) trades tokens for heads and needs at least as many key/value heads as ranks.",
+        "all_gather",
+    )
     expert_model_parallel_size: PositiveInt = setting(
         "Ranks that share the routed experts of each layer.", 1, unit="ranks", typical="8 to 16"
     )
@@ -178,8 +204,10 @@ class ParallelConfig(Section):
     use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
     overlap_grad_reduce: bool = setting("Reduce gradients while the backward pass still runs.", False)
     overlap_param_gather: bool = setting("Gather updated parameters while the next forward pass runs.", False)
-    recompute: Literal["none", "cla_group"] = setting(
-        "Activations kept for the backward pass: all of them, or only the input of each CLA group, the rest being computed again.", "none"
+    recompute: Literal["none", "selective", "cla_group"] = setting(
+        "Activations kept for the backward pass: all of them; all but those inside the experts, shared and routed (selective); or only the "
+        "input of each CLA group (full recompute). The rest is computed again.",
+        "none",
     )
 
 
@@ -309,6 +337,11 @@ class RuntimeConfig(Section):
         "Threads of one rank on CPU; null divides the cores by the ranks of the node.", None, unit="threads"
     )
     deterministic: bool = setting("Refuse operations whose result changes from run to run.", True)
+    probes: bool = setting(
+        "Before training, check on a short synthetic micro-batch that documents of a pack do not see each other and that every declared "
+        "loss reaches the routers with its declared strength.",
+        True,
+    )
     distributed_timeout_s: PositiveInt = setting("A collective that waits longer than this ends the job.", 600, unit="seconds")
 
 

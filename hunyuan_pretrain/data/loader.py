@@ -120,14 +120,17 @@ class EvaluationLoader:
     have `evaluation.data`. Raises DataFormatError as StepLoader does.
     """
 
-    def __init__(self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None) -> None:
+    def __init__(
+        self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None, micro_batch_multiple: int = 1
+    ) -> None:
+        """micro_batch_multiple: each rank has a multiple of so many micro-batches."""
         assert 0 <= dp_rank < dp_size
         evaluation = experiment.evaluation
         assert evaluation.data is not None, "evaluation.data is null"
         self._dataset = open_packed(evaluation.data, experiment.model.padded_vocab_size, tokenizer_digest)
         self.sequence_length = self._dataset.sequence_length
         self.num_sequences = min(len(self._dataset), evaluation.max_sequences or len(self._dataset))
-        at_a_time = dp_size * evaluation.micro_batch_sequences
+        at_a_time = dp_size * evaluation.micro_batch_sequences * micro_batch_multiple
         self._places = _places_of_rank(-(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size)
 
     def __len__(self) -> int:

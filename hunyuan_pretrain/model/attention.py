@@ -6,50 +6,56 @@ and its own key norm to the owner's raw keys. RoPE keeps the norm of a head, so 
 same for the whole group, and only the elementwise key norm weight differs; that weight moves to the query side:
 (w_q q_hat) . (w_k k_hat) = (w_q w_k q_hat) . k_hat. So the owner computes one k_hat and one v for all its layers.
 
-Shapes: T tokens of this rank, D hidden, N query heads, G key/value heads (both of this tensor-parallel rank), H head dim.
+Shapes: T tokens of this rank, S those of all context-parallel ranks, D hidden, N query heads, G key/value heads (both of this
+tensor-parallel rank), H head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm, rope_norm
+from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks, packed_attention
 from hunyuan_pretrain.model.spec import Spec
+from hunyuan_pretrain.parallel.context_parallel import (
+    ContextSlice,
+    gather_keys_values,
+    heads_to_sequence,
+    keys_values_to_heads,
+    sequence_to_heads,
+)
 
 
 class SharedKV(NamedTuple):
-    """What one CLA group attends to: normalised, rotated keys without norm weight, and values; (T, G, H) each."""
+    """What one CLA group attends to: normalised, rotated keys without norm weight, and values; (S, G, H) each.
 
-    k_hat_TGH: Tensor
-    v_TGH: Tensor
+    Under context parallelism they have been communicated once for the group: all_gather leaves every rank all tokens of all heads,
+    all_to_all all tokens of some heads.
+    """
+
+    k_hat_SGH: Tensor
+    v_SGH: Tensor
 
 
 class PackedSequences(NamedTuple):
     """Positions and documents of one micro-batch, the same for every layer."""
 
-    rope_table: tuple[Tensor, Tensor]  # from norm.rope_table
-    borders: Sequence[int]  # cu_seqlens: first token of each document, then T
+    rope_table: tuple[Tensor, Tensor]  # from norm.rope_table, of this rank's tokens
+    blocks: Sequence[Block]
+    context: ContextSlice | None
 
 
-def packed_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, borders: Sequence[int]) -> Tensor:
-    """Causal attention inside each document, softmax(q k^T / sqrt(H)) v; one flash call a document, no mask is built. Returns (T, N, H)."""
-    lengths = [end - start for start, end in pairwise(borders)]
-    # split, not slices: the backward pass of n slices would write the whole gradient n times
-    documents = zip(*(x.split(lengths) for x in (q_TNH, k_TGH, v_TGH)), strict=True)
-    outputs = [_causal_attention(*(x.transpose(0, 1)[None] for x in document))[0].transpose(0, 1) for document in documents]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-_causal_attention = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+def packed_sequences(rope_table: tuple[Tensor, Tensor], borders: Sequence[int], context: ContextSlice | None) -> PackedSequences:
+    """`borders`: cu_seqlens over the tokens of all context-parallel ranks."""
+    if context is None or context.method == "all_to_all":  # every rank has all tokens, of some heads
+        return PackedSequences(rope_table, document_blocks(borders), context)
+    return PackedSequences(rope_table, context_blocks(borders, context.ranges), context)
 
 
 class SelfAttention(torch.nn.Module):
@@ -74,7 +80,11 @@ class SelfAttention(torch.nn.Module):
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences) -> tuple[Tensor, SharedKV]:
-        """Attend; `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv)."""
+        """Attend; `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv).
+
+        Communicates: tensor-parallel group; context-parallel group, keys and values in the owner only.
+        """
+        context = packed.context
         eps = self.config.layernorm_epsilon if self.config.qk_layernorm else None
         if self.is_owner:
             # megatron's interleaving: for each key/value head its query heads, its key, its value
@@ -82,11 +92,19 @@ class SelfAttention(torch.nn.Module):
             qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, queries_of_group + 2, self.head_dim)
             q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((queries_of_group, 1, 1), dim=2)
             q_TNH = q_TGRH.reshape(-1, self.num_heads, self.head_dim)
-            kv = SharedKV(rope_norm(k_TG1H.squeeze(2), packed.rope_table, None, eps), v_TG1H.squeeze(2))
+            k_hat_TGH, v_TGH = rope_norm(k_TG1H.squeeze(2), packed.rope_table, None, eps), v_TG1H.squeeze(2)
+            if context is not None:
+                share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
+                k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
+            kv = SharedKV(k_hat_TGH, v_TGH)
         else:
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
         weight_H = self.q_layernorm.weight.float() * self.k_layernorm.weight.float() if self.config.qk_layernorm else None
         q_TNH = rope_norm(q_TNH, packed.rope_table, weight_H, eps)
-        context_TNH = packed_attention(q_TNH, kv.k_hat_TGH, kv.v_TGH, packed.borders)
-        return self.linear_proj(context_TNH.flatten(1))[0], kv
+        if context is not None and context.method == "all_to_all":
+            all_q_SNH = sequence_to_heads(q_TNH, context)
+            output_TNH = heads_to_sequence(packed_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks), context)
+        else:
+            output_TNH = packed_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks)
+        return self.linear_proj(output_TNH.flatten(1))[0], kv

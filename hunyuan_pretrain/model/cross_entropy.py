@@ -3,39 +3,69 @@
 The gradient of a chunk's logits is known as soon as its softmax is, so forward computes the gradients too and backward
 only scales them. Memory beyond the inputs: one chunk of logits, the gradient of the hidden states, the gradient of the weight.
 
-Shapes: T tokens of this rank, D hidden, V padded vocabulary, c tokens of a chunk.
+With tensor parallelism the vocabulary is divided over the ranks: each has its columns of the logits, and the softmax needs two small
+reductions a chunk.
+
+Shapes: T tokens of this rank, U those of all P tensor-parallel ranks, D hidden, V rows of the weight on this rank, c tokens of a chunk
+(of all ranks).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens of one chunk: on a CPU its logits stay in the cache, on a GPU the products stay efficient."""
 
 
+Accumulation = Literal["only use", "one of two uses"]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, label_T: Tensor, loss_weight_T: Tensor, accumulate: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        label_U: Tensor,
+        loss_weight_U: Tensor,
+        tp_group: dist.ProcessGroup,
+        accumulate: Accumulation | None,
+    ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.empty_like(hidden_TD if needs_grad else hidden_TD[:0])
         grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        chunk = CHUNK_TOKENS[hidden_TD.device.type]
+        tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
+        label_PT, loss_weight_PT = label_U.view(tp, -1), loss_weight_U.view(tp, -1)
+        chunk = max(CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
-            hidden_cD, label_c1, weight_c1 = hidden_TD[piece], label_T[piece, None], loss_weight_T[piece, None]
+            hidden_cD = _gather(hidden_TD[piece], tp_group)
+            label_c1, weight_c1 = (x[:, piece].reshape(-1, 1) for x in (label_PT, loss_weight_PT))
             logits_cV = torch.mm(hidden_cD, weight_VD.t()).float()
-            logits_cV.sub_(logits_cV.amax(1, keepdim=True))
-            label_logit_c1 = logits_cV.gather(1, label_c1)
-            sum_exp_c1 = logits_cV.exp_().sum(1, keepdim=True)
+            logits_cV.sub_(_reduce(logits_cV.amax(1, keepdim=True), tp_group, dist.ReduceOp.MAX))
+            if tp == 1:
+                label_logit_c1 = logits_cV.gather(1, label_c1)
+                sum_exp_c1, target_c1 = logits_cV.exp_().sum(1, keepdim=True), weight_c1
+            else:
+                is_mine_c1 = (label_c1 >= first_id) & (label_c1 < first_id + weight_VD.shape[0])
+                label_c1 = torch.where(is_mine_c1, label_c1 - first_id, 0)
+                label_logit_c1 = logits_cV.gather(1, label_c1) * is_mine_c1
+                sums_c2 = torch.cat((label_logit_c1, logits_cV.exp_().sum(1, keepdim=True)), dim=1)
+                label_logit_c1, sum_exp_c1 = _reduce(sums_c2, tp_group, dist.ReduceOp.SUM).split(1, dim=1)
+                target_c1 = weight_c1 * is_mine_c1
             loss += ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
             if needs_grad:
-                grad_cV = logits_cV.mul_(weight_c1 / sum_exp_c1).scatter_add_(1, label_c1, -weight_c1).to(hidden_TD.dtype)
-                torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
+                grad_cV = logits_cV.mul_(weight_c1 / sum_exp_c1).scatter_add_(1, label_c1, -target_c1).to(hidden_TD.dtype)
+                if tp == 1:
+                    torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
+                else:
+                    dist.reduce_scatter_tensor(grad_hidden_TD[piece], grad_cV @ weight_VD, group=tp_group)
                 if grad_cV.dtype == torch.float32:
                     grad_weight_VD.addmm_(grad_cV.t(), hidden_cD, beta=1 if start else 0)
                 else:
@@ -46,19 +76,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         grad_hidden_TD = grad_hidden_TD.mul_(grad)
-        if not ctx.accumulate:
-            return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), None, None, None
+        if ctx.accumulate is None:
+            return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), None, None, None, None
         ctx.weight.main_grad.addcmul_(grad_weight_VD, grad)
-        return grad_hidden_TD, None, None, None, None
+        if ctx.accumulate == "one of two uses":
+            return grad_hidden_TD, None, None, None, None, None
+        # core's hook then skips its own addition; the returned tensor is never read
+        ctx.weight.grad_added_to_main_grad = True
+        return grad_hidden_TD, torch.empty_like(ctx.weight), None, None, None, None
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, label_T: Tensor, loss_weight_T: Tensor, accumulate: bool = False) -> Tensor:
-    """sum_t loss_weight_T[t] * -log softmax(weight_VD hidden_TD[t])[label_T[t]], a fp32 scalar.
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    label_U: Tensor,
+    loss_weight_U: Tensor,
+    tp_group: dist.ProcessGroup,
+    accumulate: Accumulation | None = None,
+) -> Tensor:
+    """sum_u loss_weight_U[u] * -log softmax(W hidden[u])[label_U[u]], a fp32 scalar, the same on every rank of `tp_group`.
 
-    With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`, where some other use of the weight (the tied
-    embedding) brings the gradient that autograd waits for. Communicates nothing.
+    W is divided over the ranks of `tp_group` by rows, hidden by tokens (sequence parallelism); labels and loss weights are those of all
+    tokens. With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`; whether autograd has another use of the
+    weight to wait for (the tied embedding) decides who tells core that the gradient is there.
+    Communicates: tp_group, for each chunk its hidden states, two rows of numbers, and the gradient of the hidden states.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, label_T, loss_weight_T, accumulate)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate)
+
+
+def _gather(x_cD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ranks, rank after rank."""
+    if group.size() == 1:
+        return x_cD
+    whole = x_cD.new_empty(group.size() * x_cD.shape[0], x_cD.shape[1])
+    dist.all_gather_into_tensor(whole, x_cD, group=group)
+    return whole
+
+
+def _reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """x reduced over the ranks of `group`, in place."""
+    if group.size() > 1:
+        dist.all_reduce(x, op=op, group=group)
+    return x

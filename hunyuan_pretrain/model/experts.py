@@ -8,13 +8,20 @@ Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.router import RoutingPlan
@@ -113,16 +120,22 @@ class _GroupedLinearFunction(torch.autograd.Function):
 
 
 class GroupedLinear(torch.nn.Module):
-    """One weight matrix for each expert of this rank, (e, O, I)."""
+    """One weight matrix for each expert of this rank, (e, O, I), of which expert-tensor ranks share O (partition_dim 1) or I (2)."""
 
-    def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, *, partition_dim: int
+    ) -> None:
         super().__init__()
         self.accumulate = config.gradient_accumulation_fusion
-        shape = (config.num_moe_experts // groups.ep.size(), output_size, input_size)
+        shape = [config.num_moe_experts // groups.ep.size(), output_size, input_size]
+        shape[partition_dim] //= groups.expt_tp.size()
         weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
         # core reduces the gradients of such weights over the expert-data-parallel group
-        weight.allreduce = groups.ep.size() == 1
+        weight.allreduce = groups.expt_dp.size() == groups.dp_cp.size()
         weight.is_routed_expert = True
+        # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other experts or
+        # other shards, and not only on the first
+        set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
         self.weight = weight
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
@@ -158,11 +171,23 @@ class SharedExpert(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, spec: Any, groups: ProcessGroupCollection) -> None:
         super().__init__()
+        self.recompute = config.recompute_experts
         self.linear_fc1 = spec.column_parallel_linear(config, config.hidden_size, 2 * config.ffn_hidden_size, groups)
+        self.linear_fc1.weight.is_gated = True
         self.linear_fc2 = spec.row_parallel_linear(config, config.ffn_hidden_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
+        return _kept_input_only(self._ffn, hidden_TD) if self.recompute else self._ffn(hidden_TD)
+
+    def _ffn(self, hidden_TD: Tensor) -> Tensor:
         return self.linear_fc2(swiglu(self.linear_fc1(hidden_TD)[0]))[0]
+
+
+def _kept_input_only(ffn: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """ffn(*inputs), of which the backward pass keeps the inputs and computes the rest again; not under torch.no_grad."""
+    if not torch.is_grad_enabled():
+        return ffn(*inputs)
+    return checkpoint(ffn, *inputs, use_reentrant=True, preserve_rng_state=False)
 
 
 class RoutedExperts(torch.nn.Module):
@@ -170,20 +195,60 @@ class RoutedExperts(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, spec: Any, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.ep_group = groups.ep
+        self.ep_group, self.etp_group = groups.ep, groups.expt_tp
         self.num_experts = config.num_moe_experts
-        self.linear_fc1 = spec.grouped_linear(config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups)
-        self.linear_fc2 = spec.grouped_linear(config, config.moe_ffn_hidden_size, config.hidden_size, groups)
+        self.recompute = config.recompute_experts
+        self.linear_fc1 = spec.column_parallel_grouped_linear(config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups)
+        self.linear_fc1.weight.is_gated = True
+        self.linear_fc2 = spec.row_parallel_grouped_linear(config, config.moe_ffn_hidden_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """Combined output (T, D) of the experts that `plan` names. Communicates: expert-parallel group, two all-to-alls each way."""
+        """Combined output (T, D) of the experts that `plan` names, for tokens that no other rank of this stage holds.
+
+        Communicates: expert-parallel group, two all-to-alls each way; expert-tensor-parallel group, an all-gather and a
+        reduce-scatter of what those brought.
+        """
         rows_RD = _Dispatch.apply(hidden_TD, plan)
         rows_E = plan.rows_E
         output_RD = self._exchange_fixed(rows_RD, rows_E) if isinstance(rows_E, int) else self._exchange_counted(rows_RD, rows_E)
         return _Combine.apply(output_RD, plan.weight_TK, plan)
 
     def _experts(self, rows_RD: Tensor, splits: Splits) -> Tensor:
+        if self.etp_group.size() == 1:
+            return self._ffn(rows_RD, splits)
+        if isinstance(splits, int):
+            return self._shared_fixed(rows_RD, splits)
+        return self._shared_counted(rows_RD, splits)
+
+    def _ffn(self, rows_RD: Tensor, splits: Splits) -> Tensor:
+        return _kept_input_only(self._ffn_now, rows_RD, splits) if self.recompute else self._ffn_now(rows_RD, splits)
+
+    def _ffn_now(self, rows_RD: Tensor, splits: Splits) -> Tensor:
         return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
+
+    def _shared_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
+        """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the sums of its own."""
+        etp, D = self.etp_group.size(), rows_RD.shape[1]
+        e = rows_RD.shape[0] // rows
+        whole = gather_from_sequence_parallel_region(rows_RD, group=self.etp_group).view(etp, e, rows, D).transpose(0, 1)
+        output = self._ffn(whole.reshape(-1, D), etp * rows).view(e, etp, rows, D).transpose(0, 1)
+        return reduce_scatter_to_sequence_parallel_region(output.reshape(-1, D), group=self.etp_group)
+
+    def _shared_counted(self, rows_RD: Tensor, rows_e: list[int]) -> Tensor:
+        """The same without a capacity: the ranks' rows differ in number, so each sends as many as the longest, the rest zeros."""
+        etp, e, R = self.etp_group.size(), len(rows_e), rows_RD.shape[0]
+        counts_pe = torch.empty(etp, e, dtype=torch.int64, device=rows_RD.device)
+        dist.all_gather_into_tensor(counts_pe, torch.tensor([rows_e], device=rows_RD.device), group=self.etp_group)
+        longest = int(counts_pe.sum(1).max())
+        padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - R))
+        whole = gather_from_sequence_parallel_region(padded, group=self.etp_group)
+        # where each rank's rows of each expert lie in `whole`; the experts want expert after expert
+        index = torch.arange(etp * longest, device=rows_RD.device).view(etp, longest)
+        by_rank = [row[: int(count_e.sum())].split(count_e.tolist()) for row, count_e in zip(index, counts_pe, strict=True)]
+        order_R = torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)])
+        output = self._ffn(whole.index_select(0, order_R), counts_pe.sum(0).tolist())
+        back = output.new_zeros(etp * longest, output.shape[1]).index_copy(0, order_R, output)
+        return reduce_scatter_to_sequence_parallel_region(back, group=self.etp_group)[:R]
 
     def _exchange_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
         """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, pipeline_stages
+from hunyuan_pretrain.parallel.groups import virtual_pipeline_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,6 +24,9 @@ class HunyuanConfig(TransformerConfig):
     padded_vocab_size: int = 0
     share_embeddings_and_output_weights: bool = True
     recompute_cla_groups: bool = False
+    recompute_experts: bool = False
+    context_parallel_method: str = "all_gather"
+    stages: tuple[range, ...] = ()  # layers of each pipeline stage, in the order of the forward pass
     architecture: ModelConfig | None = None  # what all of this was made from
 
 
@@ -37,6 +41,7 @@ def transformer_config(
     over ranks and micro-batches, not average them: `calculate_per_token_loss`.
     """
     dtype = DTYPES[precision.dtype]
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     return HunyuanConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -79,10 +84,17 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel),
+        stages=pipeline_stages(model, parallel),
+        # batched messages of the interleaved schedule would be taken for one another where next and previous rank are the same
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        context_parallel_method=parallel.context_parallel_method,
         recompute_cla_groups=parallel.recompute == "cla_group",
+        recompute_experts=parallel.recompute == "selective",
         architecture=model,
         deterministic_mode=False,
     )

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import rope_base
-from hunyuan_pretrain.model.attention import PackedSequences
-from hunyuan_pretrain.model.cross_entropy import linear_cross_entropy
+from hunyuan_pretrain.model.attention import packed_sequences
+from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import RMSNorm, rope_table
-from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.model.router import STATISTICS, RoutingKey
 from hunyuan_pretrain.model.spec import Spec, local_spec
+from hunyuan_pretrain.parallel.context_parallel import ContextSlice
+from hunyuan_pretrain.parallel.sharding import Placement, placement, sharded_tensor
 
 
 class Embedding(torch.nn.Module):
@@ -36,51 +39,93 @@ class Embedding(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(
-            config.padded_vocab_size, config.hidden_size, init_method=config.init_method, config=config, tp_group=groups.tp
+            config.padded_vocab_size,
+            config.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=groups.tp,
         )
 
+        # a first dim of one sequence, because core takes (B, T) and returns (T, B, D) where it scatters the tokens
+        set_tensor_model_parallel_attributes(self.word_embeddings.weight, True, 0, 1)
+
     def forward(self, tokens_T: Tensor) -> Tensor:
+        if self.word_embeddings.reduce_scatter_embeddings:
+            return self.word_embeddings(tokens_T[None])[:, 0]
         return self.word_embeddings(tokens_T)
 
 
-class Decoder(torch.nn.Module):
-    """The layers of this rank and the final norm."""
+class Layers(torch.nn.Module):
+    """The layers of a stage, each registered under its number in the whole model."""
 
-    def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection) -> None:
+    def __init__(self, layers: Iterable[TransformerLayer]) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(TransformerLayer(config, layer, spec, groups) for layer in range(config.num_layers))
-        self.final_layernorm = RMSNorm(config, config.hidden_size)
+        for layer in layers:
+            self.add_module(str(layer.layer), layer)
+
+    def __iter__(self) -> Iterator[TransformerLayer]:
+        return cast("Iterator[TransformerLayer]", self.children())
+
+    def __getitem__(self, number: int) -> TransformerLayer:
+        return cast("TransformerLayer", self.get_submodule(str(number)))
+
+
+class Decoder(torch.nn.Module):
+    """The layers of this stage, and the final norm where the model ends."""
+
+    def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection, layers: range, has_final_norm: bool) -> None:
+        super().__init__()
+        self.layers = Layers(TransformerLayer(config, layer, spec, groups) for layer in layers)
+        if has_final_norm:
+            self.final_layernorm = RMSNorm(config, config.hidden_size)
 
 
 class OutputLayer(torch.nn.Module):
-    """Output weight (V, D) of a model that does not tie it to the embedding."""
+    """Output weight (V, D), divided over the tensor-parallel ranks along V, of a model that does not tie it to the embedding."""
 
-    def __init__(self, config: HunyuanConfig) -> None:
+    def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        shape = (config.padded_vocab_size, config.hidden_size)
+        shape = (config.padded_vocab_size // groups.tp.size(), config.hidden_size)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
 
 class HunyuanModel(MegatronModule):
-    """Hunyuan for pretraining. Weights are uninitialised until `initialize_weights` or a checkpoint writes them."""
+    """One pipeline stage of Hunyuan for pretraining; all of it where there is one stage.
 
-    def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection, spec: Spec | None = None) -> None:
+    Weights are uninitialised until `initialize_weights` or a checkpoint writes them. The last stage of a model with tied embeddings has a
+    copy of the embedding, under the same name.
+    """
+
+    def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection, chunk: int = 0, spec: Spec | None = None) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.groups = groups
+        stage = chunk * groups.pp.size() + groups.pp.rank()
         # read by core's schedules and gradient finalisation
-        self.pre_process = self.post_process = True
+        self.pre_process, self.post_process = stage == 0, stage == len(config.stages) - 1
+        self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
         self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
-        self.embedding = Embedding(config, groups)
-        self.decoder = Decoder(config, spec or local_spec(), groups)
-        if not config.share_embeddings_and_output_weights:
-            self.output_layer = OutputLayer(config)
+        self.input_TBD: Tensor | None = None
+        if self.pre_process or (self.post_process and config.share_embeddings_and_output_weights):
+            self.embedding = Embedding(config, groups)
+            weight = self.embedding.word_embeddings.weight
+            # the gradient norm counts the weight on the first stage only
+            weight.shared = not self.pre_process
+            # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a rank of the first
+            # and one of the last stage add up the same, completely reduced elements
+            weight.shared_embedding = config.share_embeddings_and_output_weights and len(config.stages) > 1
+        self.decoder = Decoder(config, spec or local_spec(), groups, config.stages[stage], self.post_process)
+        if self.post_process and not config.share_embeddings_and_output_weights:
+            self.output_layer = OutputLayer(config, groups)
 
-    def set_input_tensor(self, input_tensor: object) -> None:
-        """Called by core's schedules with the activations of the stage before; a model of one stage has none."""
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Called by core's schedules with the activations (T, 1, D) of the stage before; the first stage has none."""
+        self.input_TBD = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """Weight of the output layer, (V, D)."""
+        """Weight of the output layer on the last stage, of the embedding on the first where they are tied; (V / ranks, D)."""
         return self.embedding.word_embeddings.weight if self.share_embeddings_and_output_weights else self.output_layer.weight
 
     def forward(
@@ -92,79 +137,99 @@ class HunyuanModel(MegatronModule):
         label_T: Tensor | None = None,
         loss_weight_T: Tensor | None = None,
         key: RoutingKey | None = None,
+        context: ContextSlice | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V) where no labels are given; and router statistics (L, X).
+        """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are given, of the last
+        stage, activations (T, 1, D) of any other; and router statistics (all layers, X), zero for layers of other stages.
 
-        borders: cu_seqlens of the documents as Python ints; positions restart at each. With `key` (training) experts
+        T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their router
+        statistics, and logits' rows are those of this tensor-parallel rank's share of them.
+        borders: cu_seqlens of the documents as Python ints, over the tokens of all context-parallel ranks, of which `context` says which
+        are this rank's; positions restart at each. With `key` (training) experts
         have their capacity and the router its losses, without (evaluation) routing is dropless.
         """
-        config = self.config
+        config, tp = self.config, self.groups.tp
+        if config.sequence_parallel and key is not None:
+            key = key._replace(group_n=key.group_n.view(tp.size(), -1)[tp.rank()])
         table = rope_table(positions_T, rope_base(config.rotary_base, rope_alpha, config.kv_channels), config.kv_channels)
-        packed = PackedSequences(table, borders)
-        hidden_TD = self.embedding(tokens_T)
-        statistics = []
-        for start in range(0, len(self.decoder.layers), config.cla_share_factor):
-            layers = cast("Sequence[TransformerLayer]", self.decoder.layers[start : start + config.cla_share_factor])
-            hidden_TD, statistics_LX = run_cla_group(layers, hidden_TD, packed, key, config.recompute_cla_groups)
-            statistics.append(statistics_LX)
+        packed = packed_sequences(table, borders, context)
+        if self.pre_process:
+            hidden_TD = self.embedding(tokens_T)
+        else:
+            assert self.input_TBD is not None, "a later stage needs the activations of the one before"
+            hidden_TD = self.input_TBD.squeeze(1)
+        layers = list(self.decoder.layers)
+        statistics = hidden_TD.new_zeros(config.num_layers, config.num_moe_experts + len(STATISTICS), dtype=torch.float32)
+        for start in range(0, len(layers), config.cla_share_factor):
+            group = layers[start : start + config.cla_share_factor]
+            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, packed, key, config.recompute_cla_groups)
+            statistics[group[0].layer : group[-1].layer + 1] = statistics_LX.detach()
+        if not self.post_process:
+            return hidden_TD[:, None], statistics
         hidden_TD = self.decoder.final_layernorm(hidden_TD)
         weight_VD = self.shared_embedding_or_output_weight()
         if label_T is None:
-            output = F.linear(hidden_TD, weight_VD).float()
-        else:
-            assert loss_weight_T is not None
-            accumulate = (
-                config.gradient_accumulation_fusion and config.share_embeddings_and_output_weights and hasattr(weight_VD, "main_grad")
-            )
-            output = linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, accumulate)
-        return output, torch.cat(statistics)
+            whole_TD = gather_from_sequence_parallel_region(hidden_TD, group=tp) if config.sequence_parallel else hidden_TD
+            return F.linear(whole_TD, weight_VD).float(), statistics
+        assert loss_weight_T is not None
+        accumulates = config.gradient_accumulation_fusion and hasattr(weight_VD, "main_grad")
+        accumulate: Accumulation | None = None
+        if accumulates:
+            accumulate = "one of two uses" if self.pre_process and self.share_embeddings_and_output_weights else "only use"
+        return linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, tp, accumulate), statistics
+
+    def placements(self) -> dict[str, Placement]:
+        """Where this rank's part of each of its parameters lies in the whole one, by the parameter's name."""
+        return {
+            name: placement(parameter, self.groups, is_copy=getattr(parameter, "shared", False))
+            for name, parameter in self.named_parameters()
+        }
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-        """Every parameter as a ShardedTensor: its global name, this rank's part, and which replica of it this is."""
-        dp_rank = self.groups.dp_cp.rank()
-        result = {}
-        offsets: tuple[tuple[int, int, int], ...]
-        for name, parameter in self.named_parameters():
-            if getattr(parameter, "is_routed_expert", False):
-                offsets = ((0, self.groups.ep.rank(), self.groups.ep.size()),)
-                replica = (0, 0, self.groups.expt_dp.rank())
-            else:
-                offsets, replica = (), (0, 0, dp_rank)
-            result[prefix + name] = ShardedTensor.from_rank_offsets(prefix + name, parameter, *offsets, replica_id=replica)
-        return result
+        """Every parameter for megatron's distributed checkpoints: its global name, this rank's part, and which replica of it this is."""
+        places = self.placements()
+        return {prefix + name: sharded_tensor(prefix + name, parameter, places[name]) for name, parameter in self.named_parameters()}
 
 
-def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int | None) -> HunyuanModel:
-    """The model of this rank; with `seed` None its weights are left uninitialised (for loading, or on the meta device)."""
-    model = HunyuanModel(config, groups)
-    if seed is not None:
-        initialize_weights(model, seed)
-    return model
+def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int | None) -> list[HunyuanModel]:
+    """The model chunks of this rank, one unless the pipeline is interleaved.
+
+    With `seed` None their weights are left uninitialised (for loading, or on the meta device).
+    """
+    chunks = [HunyuanModel(config, groups, chunk) for chunk in range(config.virtual_pipeline_model_parallel_size or 1)]
+    for model in chunks if seed is not None else []:
+        initialize_weights(model, cast("int", seed))
+    return chunks
 
 
 @torch.no_grad()
 def initialize_weights(model: HunyuanModel, seed: int) -> None:
     """Write every weight: ones for norms, else a normal of init_method_std, over sqrt(2 * num_layers) where a layer writes its residual.
 
-    Each matrix (each expert's its own) is drawn on the CPU from a generator keyed by (seed, its global name), so every layout starts
-    from the same weights.
+    Each whole matrix (each expert's its own) is drawn on the CPU from a generator keyed by (seed, its global name), and a rank takes its
+    part of it, so every layout starts from the same weights.
     """
     config = model.config
-    first_expert = model.groups.ep.rank() * (config.num_moe_experts // model.groups.ep.size())
 
-    def draw(name: str, shape: torch.Size, std: float) -> Tensor:
+    def draw(name: str, shape: tuple[int, ...], std: float) -> Tensor:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.empty(shape).normal_(0.0, std, generator=generator)
 
+    places = model.placements()
     for name, parameter in model.named_parameters():
-        std = config.init_method_std
+        place, std = places[name], config.init_method_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         elif getattr(parameter, "is_routed_expert", False):
-            for local, expert in enumerate(parameter, start=first_expert):
-                expert.copy_(draw(f"{name}/{local}", expert.shape, std))
+            first = place.parts[0].whole[0].start
+            for local, expert in enumerate(parameter):
+                whole = draw(f"{name}/{first + local}", place.whole_shape[1:], std)
+                for part in place.parts:
+                    expert[part.local[1:]] = whole[part.whole[1:]]
         else:
-            parameter.copy_(draw(name, parameter.shape, std))
+            whole = draw(name, place.whole_shape, std)
+            for part in place.parts:
+                parameter[part.local] = whole[part.whole]

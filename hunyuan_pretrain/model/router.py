@@ -182,14 +182,14 @@ class Router(torch.nn.Module):
         if is_dropped is not None and not is_permutation:
             weight_TK = weight_TK.masked_fill(row_TK == rows_E * E, 0.0)
         if key is not None:
-            balance_loss, z_loss = self._losses(logits_TE, probs_TE, chosen_TK)
+            balance_loss, z_loss = self.losses(logits_TE, probs_TE, chosen_TK)
             loss = config.moe_aux_loss_coeff * balance_loss + (config.moe_z_loss_coeff or 0.0) * z_loss
             if torch.is_grad_enabled():
                 weight_TK = MoEAuxLossAutoScaler.apply(weight_TK, loss / key.num_global_groups)
             statistics[E + 3 : E + 5] = torch.stack((balance_loss.detach(), z_loss.detach()))
         return RoutingPlan(weight_TK, row_TK, token_R, rows_E, is_permutation), statistics
 
-    def _losses(self, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Balance loss E * sum_e mean(p_e) * mean(chosen_e) and z-loss, each a mean within a routing group, summed over the groups."""
         E = probs_TE.shape[1]
         n = chosen_TK.shape[0] // self.config.moe_routing_group_tokens

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 
 from hunyuan_pretrain.model.experts import GroupedLinear
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
@@ -21,21 +22,25 @@ LinearFactory = Callable[[HunyuanConfig, int, int, ProcessGroupCollection], torc
 
 @dataclass(frozen=True)
 class Spec:
-    """Constructors (config, input size, output size, groups) of the model's matrix products."""
+    """Constructors (config, input size, output size, groups) of the model's matrix products; sizes are those of the whole weight."""
 
     column_parallel_linear: LinearFactory
     row_parallel_linear: LinearFactory
-    grouped_linear: LinearFactory
+    column_parallel_grouped_linear: LinearFactory
+    row_parallel_grouped_linear: LinearFactory
 
 
 def _column(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection) -> torch.nn.Module:
-    return ColumnParallelLinear(
+    linear = ColumnParallelLinear(
         input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False, tp_group=groups.tp
     )
+    # core marks weights only when it initialises them itself; without the mark the gradient norm would leave out all shards but the first
+    set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+    return linear
 
 
 def _row(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection) -> torch.nn.Module:
-    return RowParallelLinear(
+    linear = RowParallelLinear(
         input_size,
         output_size,
         config=config,
@@ -45,8 +50,15 @@ def _row(config: HunyuanConfig, input_size: int, output_size: int, groups: Proce
         skip_bias_add=False,
         tp_group=groups.tp,
     )
+    set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+    return linear
 
 
 def local_spec() -> Spec:
     """The spec that needs neither Transformer Engine nor a GPU."""
-    return Spec(column_parallel_linear=_column, row_parallel_linear=_row, grouped_linear=GroupedLinear)
+    return Spec(
+        column_parallel_linear=_column,
+        row_parallel_linear=_row,
+        column_parallel_grouped_linear=partial(GroupedLinear, partition_dim=1),
+        row_parallel_grouped_linear=partial(GroupedLinear, partition_dim=2),
+    )

@@ -34,6 +34,7 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel),
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -43,8 +44,18 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
+    """Model chunks of each pipeline rank as megatron-core wants it said: None where there is one."""
+    return parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
+
+
+def leave_layout() -> None:
+    """Leave the groups of a layout but not the job, whose ranks can build another layout's; communicates nothing."""
+    parallel_state.destroy_model_parallel()
+
+
 def destroy_groups() -> None:
     """Leave all process groups; communicates nothing."""
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -3,3 +3,7 @@
 from hunyuan_pretrain.runtime import cpu_megatron
 
 cpu_megatron.install()
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on: the message says at which step, or in which probe, and why."""

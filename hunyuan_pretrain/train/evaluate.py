@@ -13,36 +13,40 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
 from hunyuan_pretrain.train.metrics import routing_record
-from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over
+from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over_batch
 
 
 @torch.no_grad()
 def evaluate(
     experiment: Experiment,
     stage: StageConfig,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     loader: EvaluationLoader,
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> dict[str, Any]:
     """Mean cross-entropy (nats a target token), number of target tokens, and routing shares; positions use `stage`'s RoPE alpha.
 
-    Communicates: data-parallel group (sums), expert-parallel group (tokens).
+    Communicates: all ranks (sums), and what the forward pass does.
     """
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
         mask_T = batch.loss_mask_T.to(device)
-        loss_sum, statistics_LX = model(**micro_batch_inputs(batch, device), loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=None)
+        inputs = micro_batch_inputs(batch, groups, experiment, device)
+        mask_T = inputs.pop("loss_mask_T")
+        del inputs["group_n"]  # without capacity there are no routing groups
+        output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=None)
         statistics.append(statistics_LX)
-        sums = torch.stack((loss_sum, mask_T.sum()))
-        return loss_sum, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=device), sums)
+        return output, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=device), torch.stack((loss, mask_T.sum())))
 
-    model.eval()
-    sums = run_schedule(forward, model, list(loader), stage, groups, forward_only=True)
-    model.train()
-    totals = torch.cat([torch.stack(sums).double().sum(0), torch.stack(statistics).double().sum(0).flatten()])
-    totals = sum_over(groups.dp_cp, totals)
+    for model in chunks:
+        model.eval()
+    tokens = loader.sequence_length * experiment.evaluation.micro_batch_sequences
+    sums = run_schedule(forward, chunks, list(loader), tokens, groups, forward_only=True)
+    for model in chunks:
+        model.train()
+    totals = sum_over_batch(groups, sums, 2, statistics)
     routing = routing_record(experiment.model, totals[2:].view(statistics[0].shape).cpu(), None)
     return {"loss": (totals[0] / totals[1]).item(), "target_tokens": int(totals[1].item()), "expert_load": routing["expert_load"]}

@@ -15,20 +15,17 @@ from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
-from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups, set_learning_rate
+from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.step import sum_over, train_step
 
 EXIT_DONE = 0
 EXIT_STOPPED = 75
 """The run saved a checkpoint because it was told to stop (SIGTERM) and can be resumed; EX_TEMPFAIL."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says at which step and why."""
 
 
 def train(experiment: Experiment) -> int:
@@ -87,6 +84,8 @@ def _announce(run: setup.Run, num_steps: int) -> None:
         run.log.line("  " + line)
     for warning in find_warnings(experiment):
         run.log.line(f"warning: {warning}")
+    for line in probe(run) if experiment.runtime.probes else ["probes: off"]:
+        run.log.line("  " + line)
     run.log.start_progress(num_steps, run.first_step)
 
 
@@ -100,7 +99,7 @@ def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
 def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
     """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more than the copy."""
     try:
-        folder = save_load.save(run.run_dir, done, run.model, run.optimizer, run.experiment.checkpoint.keep_last)
+        folder = save_load.save(run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last)
         run.log.line(f"saved {folder}")
     except CheckpointError as error:
         if must_succeed:
@@ -119,6 +118,6 @@ class _StopRequest:
         self._asked = True
 
     def on_any_rank(self, run: setup.Run) -> bool:
-        """Whether any rank was asked; all ranks agree, so that all save the same step. Communicates: data-parallel group."""
+        """Whether any rank was asked; all ranks agree, so that all save the same step. Communicates: all ranks."""
         flag = torch.tensor(float(self._asked), device=run.device)
-        return bool(sum_over(run.groups.dp_cp, flag).item())
+        return bool(sum_over(dist.group.WORLD, flag).item())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
@@ -19,8 +20,8 @@ from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 
 
-def wrap_data_parallel(model: HunyuanModel, experiment: Experiment, groups: ProcessGroupCollection) -> DistributedDataParallel:
-    """Core's gradient buffers and their reduction over the data-parallel ranks."""
+def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
+    """Core's gradient buffers and their reduction over the data-parallel ranks, for each model chunk."""
     parallel = experiment.parallel
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=experiment.precision.grad_reduce_in_fp32,
@@ -28,11 +29,17 @@ def wrap_data_parallel(model: HunyuanModel, experiment: Experiment, groups: Proc
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return DistributedDataParallel(model.config, config, model, pg_collection=groups)
+    wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in chunks]
+    if parallel.overlap_grad_reduce:
+        # core counts the gradients of a step to know when to reduce; without this it would learn the count in the first stage's steps
+        # and reduce too early in a stage that has more micro-batches
+        no_sync = [model.no_sync for model in wrapped]
+        chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
-def build_optimizer(model: DistributedDataParallel, experiment: Experiment, groups: ProcessGroupCollection) -> MegatronOptimizer:
-    """AdamW over the wrapped model; routed experts are in groups marked `is_expert_lr`, norms have no weight decay."""
+def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experiment, groups: ProcessGroupCollection) -> MegatronOptimizer:
+    """AdamW over the wrapped chunks; routed experts are in groups marked `is_expert_lr`, norms have no weight decay."""
     settings = experiment.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -50,12 +57,27 @@ def build_optimizer(model: DistributedDataParallel, experiment: Experiment, grou
     )
     is_routed_expert = ParamPredicate(name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False))
     overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True}}
-    optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False, pg_collection=groups)
+    optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
             group["fused"], group["foreach"] = True, False
     return optimizer
+
+
+def complete_gradients(chunks: list[DistributedDataParallel]) -> None:
+    """Give every rank all of its reduced gradients, of which the distributed optimizer leaves it only a shard.
+
+    Communicates: data-parallel groups, where there is a distributed optimizer.
+    """
+    for model in chunks:
+        if not model.ddp_config.use_distributed_optimizer:
+            continue
+        for buffer in model.buffers + model.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> float:

@@ -21,7 +21,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
-from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
 from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, keep_freed_memory, versions
 from hunyuan_pretrain.runtime.logging import RunLog, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
@@ -35,8 +35,9 @@ class Run:
     experiment: Experiment
     device: torch.device
     groups: ProcessGroupCollection
-    model: HunyuanModel
-    wrapped: DistributedDataParallel
+    chunks: list[HunyuanModel]
+    """The model of this rank: one chunk, or several where the pipeline is interleaved."""
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     loader: StepLoader
     evaluation: EvaluationLoader | None
@@ -57,18 +58,27 @@ def prepare(experiment: Experiment) -> Run:
     """
     device = _start_machine(experiment)
     groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
-    model, wrapped = _build_model(experiment, groups)
+    chunks, wrapped = _build_model(experiment, groups)
     optimizer = build_optimizer(wrapped, experiment, groups)
     loader, evaluation = _open_data(experiment, groups)
-    first_step = _load_or_init(experiment, model, optimizer)
+    first_step = _load_or_init(experiment, chunks, optimizer)
     log = _open_log(experiment, first_step)
-    return Run(experiment, device, groups, model, wrapped, optimizer, loader, evaluation, first_step, log)
+    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, first_step, log)
+
+
+def leave(run: Run) -> None:
+    """End a run but stay in the job, so that its ranks can begin another; the loop ends the job with it (`destroy_groups`)."""
+    run.log.close()
+    run.loader.close()
+    leave_layout()
 
 
 def _start_machine(experiment: Experiment) -> torch.device:
     kind = choose_device(experiment.runtime.device)
     device = torch.device(kind)
     rules.check(experiment, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    # tensor parallelism overlaps its collectives with products, which needs them queued in the order of the calls
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -81,20 +91,22 @@ def _start_machine(experiment: Experiment) -> torch.device:
     return device
 
 
-def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[HunyuanModel, DistributedDataParallel]:
+def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
     config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation())
-    model = build_model(config, groups, experiment.seed)
-    return model, wrap_data_parallel(model, experiment, groups)
+    chunks = build_model(config, groups, experiment.seed)
+    return chunks, wrap_data_parallel(chunks, experiment, groups)
 
 
 def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[StepLoader, EvaluationLoader | None]:
     digest = Tokenizer.load(experiment.tokenizer).digest
     rank, size = groups.dp.rank(), groups.dp.size()
     loader = StepLoader(experiment, rank, size, digest)
-    return loader, EvaluationLoader(experiment, rank, size, digest) if experiment.evaluation.data else None
+    # the interleaved schedule wants whole rounds of micro-batches
+    rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
+    return loader, EvaluationLoader(experiment, rank, size, digest, rounds) if experiment.evaluation.data else None
 
 
-def _load_or_init(experiment: Experiment, model: HunyuanModel, optimizer: MegatronOptimizer) -> int:
+def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> int:
     """Resume from the run's newest complete checkpoint, else start from `checkpoint.init_from` or fresh weights; returns steps done."""
     settings = experiment.checkpoint
     found = save_load.find_checkpoints(Path(experiment.run_dir))
@@ -104,9 +116,9 @@ def _load_or_init(experiment: Experiment, model: HunyuanModel, optimizer: Megatr
             "choose another run_dir, or remove the checkpoints"
         )
     if found:
-        return save_load.load(found[-1], model, optimizer)
+        return save_load.load(found[-1], chunks, optimizer)
     if settings.init_from is not None:
-        save_load.load(Path(settings.init_from), model, None)
+        save_load.load(Path(settings.init_from), chunks, None)
         optimizer.reload_model_params()
     return 0
 

@@ -9,7 +9,7 @@ Shapes: T tokens of a micro-batch on this rank, L layers, X router statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train.optimizer import optimizer_step
 
 
@@ -38,57 +39,82 @@ class StepResult:
     statistics_LX: Tensor  # router statistics summed over the global batch, see model.router.STATISTICS
 
 
-def micro_batch_inputs(batch: MicroBatch, device: torch.device) -> dict[str, Any]:
-    """Arguments of HunyuanModel.forward that come from the data."""
-    return {
-        "tokens_T": batch.tokens_T.to(device, non_blocking=True),
-        "positions_T": batch.positions_T.to(device, non_blocking=True),
-        "borders": batch.cu_seqlens.tolist(),
-        "label_T": batch.labels_T.to(device, non_blocking=True),
+def micro_batch_inputs(batch: MicroBatch, groups: ProcessGroupCollection, experiment: Experiment, device: torch.device) -> dict[str, Any]:
+    """What HunyuanModel.forward takes of the data, and loss_mask_T, for this context-parallel rank's tokens.
+
+    And group_n: which routing groups of the micro-batch these tokens are, counted from its first.
+    """
+    borders, group_tokens = batch.cu_seqlens.tolist(), experiment.model.moe_routing_group_tokens
+    context = None
+    rows_T = torch.arange(len(batch.tokens_T))
+    if groups.cp.size() > 1:
+        method = experiment.parallel.context_parallel_method
+        context = context_slice(groups.cp, method, borders, len(batch.sequence_ids), group_tokens, device)
+        rows_T = context.rows_T.cpu()
+    tensors = {
+        "tokens_T": batch.tokens_T,
+        "positions_T": batch.positions_T,
+        "label_T": batch.labels_T,
+        "loss_mask_T": batch.loss_mask_T,
     }
+    mine = tensors if context is None else {name: tensor[rows_T] for name, tensor in tensors.items()}
+    inputs: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in mine.items()}
+    return inputs | {"borders": borders, "context": context, "group_n": (rows_T[::group_tokens] // group_tokens).to(device)}
 
 
-def routing_key(experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, device: torch.device) -> RoutingKey:
-    """Key of the micro-batch's routing groups: numbered through the global batch, whatever rank holds them."""
+def routing_key(experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, group_n: Tensor) -> RoutingKey:
+    """Key of these routing groups of the micro-batch: numbered through the global batch, whatever rank holds them."""
     per_sequence = stage.sequence_length // experiment.model.moe_routing_group_tokens
-    group_n = (batch.sequence_ids[:, None] * per_sequence + torch.arange(per_sequence)).reshape(-1)
-    return RoutingKey(experiment.seed, step, group_n.to(device), stage.global_batch_sequences * per_sequence)
+    sequence_n = batch.sequence_ids.to(group_n.device)[group_n // per_sequence]
+    return RoutingKey(
+        experiment.seed, step, sequence_n * per_sequence + group_n % per_sequence, stage.global_batch_sequences * per_sequence
+    )
 
 
 def train_step(
     experiment: Experiment,
     stage: StageConfig,
     step: int,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: list[MicroBatch],
     groups: ProcessGroupCollection,
     device: torch.device,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Run one optimizer step over this rank's micro-batches of the global batch.
 
-    Communicates: data-parallel group (token count, gradients, statistics), expert-parallel group (tokens), all groups of the optimizer.
+    before_update: called when all gradients are reduced, before they are clipped.
+
+    Communicates: data-parallel group (token count, gradients), all ranks (statistics), what the model and the schedule do, all groups of
+    the optimizer.
     """
-    num_target_tokens = sum_over(groups.dp_cp, torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double().to(device))
+    num_target_tokens = sum_over(groups.dp, torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double().to(device))
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
-        loss, statistics_LX = model(
-            **micro_batch_inputs(batch, device),
-            loss_weight_T=batch.loss_mask_T.to(device) / num_target_tokens.float(),
+        inputs = micro_batch_inputs(batch, groups, experiment, device)
+        loss_weight_T = inputs.pop("loss_mask_T") / num_target_tokens.float()
+        key = routing_key(experiment, stage, step, batch, inputs.pop("group_n"))
+        output, statistics_LX = model(
+            **inputs,
+            loss_weight_T=loss_weight_T,
             rope_alpha=stage.rope_alpha,
-            key=routing_key(experiment, stage, step, batch, device),
+            key=key,
         )
         statistics.append(statistics_LX)
-        return loss, _as_summed_loss
+        return output, as_summed_loss
 
-    model.zero_grad_buffer()
+    for model in chunks:
+        model.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = run_schedule(forward, model, batches, stage, groups, forward_only=False)
+    tokens = stage.sequence_length * stage.micro_batch_sequences
+    losses = run_schedule(forward, chunks, batches, tokens, groups, forward_only=False)
+    if before_update is not None:
+        before_update()
     grad_norm = optimizer_step(optimizer)
-    totals = torch.cat([torch.stack(losses).sum().reshape(1).double(), torch.stack(statistics).sum(0).double().flatten()])
-    totals = sum_over(groups.dp_cp, totals)
+    totals = sum_over_batch(groups, [loss.reshape(1) for loss in losses], 1, statistics)
     return StepResult(
         loss=totals[0].item(),
         grad_norm=grad_norm,
@@ -99,26 +125,29 @@ def train_step(
 
 def run_schedule(
     forward: Any,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     batches: list[MicroBatch],
-    stage: StageConfig,
+    num_tokens: int,
     groups: ProcessGroupCollection,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Pass micro-batches through megatron's pipeline schedule; returns the detached loss of each."""
-    model.config.finalize_model_grads_func = partial(_finalize, groups=groups)
+    """Pass micro-batches of `num_tokens` tokens (of all context-parallel ranks) through megatron's pipeline schedule.
+
+    Returns what the loss function keeps of each, on the last stage; an empty list on the others.
+    """
+    chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=groups)
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
         num_microbatches=len(batches),
-        seq_length=stage.sequence_length * stage.micro_batch_sequences,
+        seq_length=num_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
-def _as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Core's three-part form of a loss that it must not divide: the loss, a token count it adds up (unused), what to keep."""
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
 
@@ -129,8 +158,19 @@ def _finalize(model: list[Any], num_tokens: Tensor | None = None, *, groups: Pro
     finalize_model_grads(model, None, **kwargs)
 
 
-def sum_over(group: dist.ProcessGroup, value: Tensor) -> Tensor:
+def sum_over_batch(groups: ProcessGroupCollection, losses: list[Tensor], width: int, statistics: list[Tensor]) -> Tensor:
+    """float64 sums over the global batch: those of `losses` (a vector of `width` numbers a micro-batch, on the last stage), the statistics.
+
+    Every rank of a stage has routed tokens that no other has; the loss is the same on all tensor-parallel ranks and counts on the first.
+    Communicates: all ranks.
+    """
+    statistics_sum = torch.stack(statistics).double().sum(0).flatten()
+    loss_sum = torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else statistics_sum.new_zeros(width)
+    return sum_over(dist.group.WORLD, torch.cat([loss_sum, statistics_sum]))
+
+
+def sum_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
     """Sum of `value` over the ranks of `group`; changes `value` in place."""
-    if group.size() > 1:
+    if group is None or group.size() > 1:
         dist.all_reduce(value, group=group)
     return value

@@ -69,8 +69,8 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
     initialize_distributed("gloo", 60)
     groups = build_groups(experiment.parallel, 60)
     config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation())
-    model = wrap_data_parallel(build_model(config, groups, 0), experiment, groups)
-    optimizer = build_optimizer(model, experiment, groups)
+    chunks = wrap_data_parallel(build_model(config, groups, 0), experiment, groups)
+    optimizer = build_optimizer(chunks, experiment, groups)
     set_learning_rate(optimizer, 1e-3, 0.31)
     tokens_T, labels_T = sample_tokens()
     batch = MicroBatch(
@@ -82,7 +82,7 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
 
     def step() -> float:
         state["step"] += 1
-        return train_step(experiment, stage, state["step"], model, optimizer, [batch], groups, torch.device("cpu")).loss
+        return train_step(experiment, stage, state["step"], chunks, optimizer, [batch], groups, torch.device("cpu")).loss
 
     counts = parameters(experiment.model)
     return step, counts.total, counts.active

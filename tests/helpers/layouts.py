@@ -1,172 +1,328 @@
-"""What a run computes, gathered so that two layouts can be compared: losses, routing, gradients, parameters."""
+"""Parallel layouts of a tiny experiment: which there are, and how each compares with one rank."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import chain
+import random
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from math import sqrt
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
-from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.model.router import Router
-from hunyuan_pretrain.runtime.logging import RunLog
-from hunyuan_pretrain.train import setup
-from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
-from hunyuan_pretrain.train.metrics import step_record
-from hunyuan_pretrain.train.optimizer import set_learning_rate
-from hunyuan_pretrain.train.step import train_step
-from tests.helpers.tiny import world_of_one
+from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.schema import Experiment, Problem
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import experiment_fields
 
-Tensors = dict[str, np.ndarray]
+STEPS = 2
+"""One in each training stage of the experiment."""
+
+CONTEXT_PARALLEL_SIZES = (1,)
+"""The one switch: (1, 2, 4, 8) when context parallelism is there."""
+
+SIZES = {
+    "tp": (1, 2, 4),
+    "pp": (1, 2, 4),
+    "vpp": (1, 2),
+    "cp": CONTEXT_PARALLEL_SIZES,
+    "ep": (1, 2, 4),
+    "etp": (1, 2),
+    "dp": (1, 2, 4, 8),
+}
+LARGEST_WORLD = 8
+
+MODELS: dict[str, dict[str, Any]] = {
+    "recycling": {},
+    "dropless": {"moe_expert_capacity_factor": None, "recycle_routing": False},
+    "top 2": {
+        "moe_router_topk": 2,
+        "recycle_routing": False,
+        "share_embeddings_and_output_weights": False,
+        "moe_z_loss_coeff": 0.01,
+    },
+    "4 key/value heads": {"num_query_groups": 4},
+    "bf16": {},
+}
+"""Changes of the model with every feature on: 8 layers, CLA of 2, 2 key/value heads, 4 experts, recycling, tied embeddings, QK norm."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks divide the work, and what else must not change the result."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    model: str = "recycling"
+    """A key of MODELS, or "random N"."""
+    optimizer: str = "distributed"
+    """Or "plain"."""
+    overlap: str = "nothing"
+    """Or "gradients", or "everything": the gathering of parameters too."""
+    recompute: str = "none"
+    attention: str = "all_gather"
+    micro_batch: int = 2
+    """Sequences."""
+    later_micro_batch: int = 0
+    """Those of the second step, if they are others."""
+    pipeline: tuple[int, ...] = ()
+    """Layers of each pipeline stage; empty: divided evenly."""
+
+    def __str__(self) -> str:
+        changed = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+        return ", ".join(f"{name} {value}" for name, value in changed.items()) or "one rank"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def reference(self) -> Layout:
+        """The same model on one rank, the whole batch at a time."""
+        return Layout(model=self.model, optimizer="plain", micro_batch=8)
+
+    def experiment(self, corpus: Path, run_dir: Path, steps: int = STEPS) -> Experiment:
+        """The experiment, types checked but not rules."""
+        changes = {"num_layers": 8, "moe_routing_group_tokens": 8} | _model_changes(self.model)
+        parallel = {
+            "tensor_model_parallel_size": self.tp,
+            "sequence_parallel": self.tp > 1,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "pipeline_layout": self.pipeline or None,
+            "context_parallel_size": self.cp,
+            "context_parallel_method": self.attention,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+            "use_distributed_optimizer": self.optimizer == "distributed",
+            "overlap_grad_reduce": self.overlap != "nothing",
+            "overlap_param_gather": self.overlap == "everything",
+            "recompute": self.recompute,
+        }
+        found = experiment_fields(corpus, run_dir, steps, parallel=parallel, **{f"model__{key}": value for key, value in changes.items()})
+        # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an update
+        found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
+        found["precision"]["dtype"] = "bf16" if self.model == "bf16" else "fp32"
+        warmup, decay = found["stages"]
+        warmup["micro_batch_sequences"], decay["micro_batch_sequences"] = self.micro_batch, self.later_micro_batch or self.micro_batch
+        return Experiment.model_validate(found)
+
+    def problems(self) -> list[Problem]:
+        """Why the rules refuse it; empty if they do not."""
+        return rules.find_problems(self.experiment(Path("corpus"), Path("run")), self.world_size)
+
+
+# --- which layouts there are ----------------------------------------------------------------------------------------------------------
+
+
+def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]:
+    """All products of sizes of up to LARGEST_WORLD ranks, legal or not, each with a micro-batch that suits it if any does."""
+    for values in product(*sizes.values()):
+        layout = Layout(**dict(zip(sizes, values, strict=True)))
+        if layout.world_size <= LARGEST_WORLD:
+            # 2 sequences leave room for 4 micro-batches; more data-parallel ranks or pipeline rounds than that need smaller ones
+            if layout.tp == 4:
+                layout = replace(layout, model="4 key/value heads")
+            yield next((small for small in (layout, replace(layout, micro_batch=1)) if not small.problems()), layout)
+
+
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "model": ("recycling", "dropless", "top 2"),
+    "optimizer": ("distributed", "plain"),
+    "overlap": ("nothing", "gradients", "everything"),
+    "recompute": ("none", "selective", "cla_group"),
+    "micro_batch": (1, 2, 4),
+    "attention": ("all_gather", "all_to_all"),
+}
+
+
+def sparsely_crossed(products: Iterable[Layout]) -> list[Layout]:
+    """Each product once, with variants chosen such that every pair of a size and a variant that is legal somewhere is met."""
+    draw = random.Random(1)
+    met: set[tuple[Any, ...]] = set()
+    chosen = []
+    for layout in products:
+        candidates = []
+        while len(candidates) < 12:
+            variant = {name: draw.choice(values) for name, values in VARIANTS.items()}
+            if layout.cp == 1:
+                variant["attention"] = "all_gather"
+            if layout.model not in VARIANTS["model"]:
+                variant["model"] = layout.model
+            candidate = replace(layout, **variant)
+            if not candidate.problems():
+                candidates.append(candidate)
+        best = max(candidates, key=lambda candidate: len(pairs(candidate) - met))
+        met |= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def pairs(layout: Layout) -> set[tuple[Any, ...]]:
+    """(size, its value, variant, its value) for every size above 1."""
+    return {
+        (size, getattr(layout, size), variant, getattr(layout, variant)) for size in SIZES for variant in VARIANTS if getattr(layout, size) > 1
+    }
+
+
+def random_layout(seed: int, largest_world: int) -> Layout:
+    """A random small model under a random legal layout of 2 to `largest_world` ranks; a pure function of its arguments."""
+    draw = random.Random(f"{seed}/{largest_world}")
+    while True:
+        sizes = {name: draw.choice(values) for name, values in SIZES.items()}
+        variants = {name: draw.choice(values) for name, values in VARIANTS.items()}
+        if sizes["cp"] == 1:
+            variants["attention"] = "all_gather"
+        layout = Layout(**sizes, **variants | {"model": f"random {draw.randrange(1 << 20)}"})
+        if 1 < layout.world_size <= largest_world and not layout.problems():
+            return layout
+
+
+def _model_changes(model: str) -> dict[str, Any]:
+    if not model.startswith("random "):
+        return MODELS[model]
+    draw = random.Random(model)
+    share, groups, topk = draw.choice((1, 2, 3)), draw.choice((2, 4)), draw.choice((1, 1, 2))
+    capacity = draw.choice((None, 0.75, 1.0, 1.25))
+    return {
+        "cla_share_factor": share,
+        "num_layers": share * draw.choice((2, 4)),
+        "hidden_size": 8 * draw.choice((3, 4, 5)),
+        "kv_channels": draw.choice((4, 6, 8)),
+        "num_query_groups": groups,
+        "num_attention_heads": groups * draw.choice((1, 2, 3)),
+        "ffn_hidden_size": 8 * draw.choice((3, 5, 7)),
+        "moe_ffn_hidden_size": 4 * draw.choice((5, 6)),
+        "num_moe_experts": draw.choice((4, 8)),
+        "moe_router_topk": topk,
+        "moe_expert_capacity_factor": capacity,
+        "recycle_routing": capacity is not None and draw.random() < 0.7,
+        "moe_routing_group_tokens": draw.choice((8, 16, 32)),
+        "moe_aux_loss_coeff": draw.choice((0.0, 0.01)),
+        "moe_z_loss_coeff": draw.choice((0.0, 0.01)),
+        "qk_layernorm": draw.random() < 0.5,
+        "share_embeddings_and_output_weights": draw.random() < 0.5,
+    }
+
+
+# --- how they compare -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Trace:
-    """One rank's view after some steps."""
+class Comparison:
+    """A layout against one rank; the tensors themselves are gone."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    """metrics.jsonl record of each step."""
-    gradients: list[Tensors] = field(default_factory=list)
-    """For each step every gradient after its reduction, before clipping."""
-    parameters: Tensors = field(default_factory=dict)
-    routing: dict[tuple[int, int, int], np.ndarray] = field(default_factory=dict)
-    """(step, layer, routing group of the global batch) -> expert of each choice, -1 where it was dropped."""
+    differences: list[Any]
+    """train.parity.Difference of every quantity of every step."""
+    scalars: list[dict[str, float]]
+    shares: list[dict[str, Any]]
+    """Both by step."""
+    norms: list[float]
+    """Of all gradients of a step, recomputed from them."""
 
-
-def train_steps(run: setup.Run, steps: range) -> Trace:
-    """Train some steps, as train.loop does, and record everything."""
-    trace, experiment = Trace(), run.experiment
-    prepare_grads = run.optimizer.prepare_grads
-
-    def record_gradients() -> bool:
-        _gather_gradient_shards(run)
-        trace.gradients.append(_named(run, {name: parameter.main_grad for name, parameter in run.model.named_parameters()}))
-        return prepare_grads()
-
-    routing = patch.object(Router, "forward", _recording(Router.forward, trace))
-    with routing, patch.object(run.optimizer, "prepare_grads", record_gradients):
-        for step in steps:
-            stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
-            lr, ratio = experiment.optimizer.lr * lr_fraction(experiment.stages, step), experiment.optimizer.expert_lr_ratio
-            assert ratio is not None
-            set_learning_rate(run.optimizer, lr, ratio)
-            batches = run.loader.micro_batches(step)
-            result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
-            trace.records.append(step_record(experiment.model, stage, step, result, lr, lr * ratio, 1.0))
-    if experiment.parallel.overlap_param_gather:
-        run.wrapped.start_param_sync(force_sync=True)
-    trace.parameters = _named(run, dict(run.model.named_parameters()))
-    return trace
+    def complaint(self) -> str:
+        """Empty if everything is within the tolerance, else the first differences in order of execution."""
+        found = [difference for difference in self.differences if not difference.is_within]
+        lines = [f"{d.kind} {d.name} in step {d.step}: {d.relative:.2e} of its largest entry" for d in found[:8]]
+        return "\n".join([f"{len(found)} of {len(self.differences)} differ, first:", *lines]) if found else ""
 
 
-def trace_layouts(layouts: list[dict[str, Any]], steps: int) -> list[Trace]:
-    """Traces of several experiments, one after the other, in the ranks of this job."""
-    traces = []
-    for fields in layouts:
-        run = setup.prepare(Experiment.model_validate(fields))
-        traces.append(train_steps(run, range(steps)))
-        leave(run)
-    return traces
+Outcome = list[Any] | str
+"""Traces of a layout's steps, or the traceback of what went wrong."""
 
 
-def leave(run: setup.Run) -> None:
-    """End a run but stay in the job, so that another run can begin."""
-    from megatron.core import parallel_state
+class Comparisons:
+    """Comparisons of layouts, made when the first one is asked for: up to JOB_SIZE of a world size in one job, whose start takes seconds."""
 
-    run.log.close()
-    run.loader.close()
-    parallel_state.destroy_model_parallel()
+    JOB_SIZE = 16
 
+    def __init__(self, corpus: Path, folder: Path, layouts: Iterable[Layout]) -> None:
+        """`layouts`: those that will be asked for."""
+        self._corpus, self._folder = corpus, folder
+        self._wanted = list(dict.fromkeys([layout for wanted in layouts for layout in (wanted.reference, wanted)]))
+        self._traces: dict[Layout, list[Any]] = {}
+        self._done: dict[Layout, Comparison | str] = {}
 
-def merge(ranks: list[Trace]) -> Trace:
-    """One trace of the whole model and batch: experts put together; what every rank has must be bitwise the same on all of them."""
-    merged = Trace(records=ranks[0].records)
-    for other in ranks[1:]:
-        assert other.records == merged.records, "ranks report different numbers"
-    merged.gradients = [_merge_tensors([rank.gradients[step] for rank in ranks]) for step in range(len(ranks[0].gradients))]
-    merged.parameters = _merge_tensors([rank.parameters for rank in ranks])
-    for rank in ranks:
-        assert not merged.routing.keys() & rank.routing.keys(), "two ranks routed the same tokens"
-        merged.routing |= rank.routing
-    return merged
+    def reference(self, layout: Layout) -> list[Any]:
+        """Traces of one rank with the model of `layout`; list of train.parity.StepTrace."""
+        if layout.reference not in self._done:
+            self._run(layout.reference)
+        found = self._done[layout.reference]
+        assert not isinstance(found, str), found
+        return self._traces[layout.reference]
 
+    def __getitem__(self, layout: Layout) -> Comparison:
+        self.reference(layout)
+        if layout not in self._done:
+            self._run(layout)
+        found = self._done[layout]
+        assert not isinstance(found, str), f"{layout}:\n{found}"
+        return found
 
-def _merge_tensors(ranks: list[Tensors]) -> Tensors:
-    """Names end in /0 or /1 where a rank holds a part of the experts."""
-    found: Tensors = {}
-    for tensors in ranks:
-        for name, value in tensors.items():
-            assert name not in found or np.array_equal(found[name], value), f"ranks disagree on {name}"
-            found[name] = value
-    whole = {name: value for name, value in found.items() if "/" not in name}
-    for name in {name.split("/")[0] for name in found if "/" in name}:
-        parts = sorted(part for part in found if part.startswith(name + "/"))
-        whole[name] = np.concatenate([found[part] for part in parts])
-    return whole
+    def _run(self, layout: Layout) -> None:
+        same_size = [other for other in self._wanted if other.world_size == layout.world_size and other not in self._done]
+        layouts = list(dict.fromkeys([layout, *sorted(same_size, key=lambda other: other != other.reference)]))[: self.JOB_SIZE]
+        first = len(self._done)
+        experiments = [other.experiment(self._corpus, self._folder / f"{first}_{number}") for number, other in enumerate(layouts)]
+        for other, outcome in zip(layouts, trace_in_jobs(layout.world_size, trace_all, experiments), strict=True):
+            self._done[other] = outcome if isinstance(outcome, str) else self._compared(other, outcome)
 
+    def _compared(self, layout: Layout, traces: list[Any]) -> Comparison | str:
+        from hunyuan_pretrain.train.parity import compare
 
-def _named(run: setup.Run, tensors: dict[str, torch.Tensor]) -> Tensors:
-    """Copies that can leave the process, with this rank's place where the experts are divided."""
-    ep, copies = run.groups.ep, {}
-    for name, tensor in tensors.items():
-        is_divided = ep.size() > 1 and ".mlp.experts." in name
-        copies[f"{name}/{ep.rank()}" if is_divided else name] = tensor.detach().float().numpy().copy()
-    return copies
-
-
-def _gather_gradient_shards(run: setup.Run) -> None:
-    """The distributed optimizer leaves each rank only its shard of the reduced gradients: complete them."""
-    if not run.experiment.parallel.use_distributed_optimizer:
-        return
-    for buffer in run.wrapped.buffers + run.wrapped.expert_parallel_buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+        if layout == layout.reference:
+            self._traces[layout] = traces
+        elif layout.reference not in self._traces:
+            return f"its reference failed: {self._done.get(layout.reference)}"
+        return Comparison(
+            compare(traces, self._traces[layout.reference]),
+            [trace.scalars for trace in traces],
+            [trace.shares for trace in traces],
+            [sqrt(sum(np.square(value, dtype=np.float64).sum() for value in trace.gradients.values())) for trace in traces],
+        )
 
 
-def _recording(forward: Any, trace: Trace) -> Any:
-    def recorded(self: Router, hidden_TD: torch.Tensor, key: Any) -> Any:
-        plan, statistics = forward(self, hidden_TD, key)
-        E, n = self.config.num_moe_experts, len(key.group_n)
-        rows_E = torch.full((E,), plan.rows_E) if isinstance(plan.rows_E, int) else plan.rows_E
-        # rows beyond the last expert's are those of dropped choices
-        expert_TK = torch.bucketize(plan.row_TK, rows_E.cumsum(0), right=True)
-        expert_TK = expert_TK.masked_fill(expert_TK == E, -1)
-        for group, expert_gK in zip(key.group_n.tolist(), expert_TK.reshape(n, -1, plan.row_TK.shape[1]), strict=True):
-            place = (key.step, self.layer, group)
-            found = trace.routing.setdefault(place, expert_gK.numpy().copy())
-            assert np.array_equal(found, expert_gK.numpy()), f"routed otherwise when computed again: {place}"
-        return plan, statistics
+def trace_all(experiments: list[Experiment]) -> list[Outcome]:
+    """In every rank: each experiment's outcome, up to the first that fails, after which the ranks are no longer of one mind."""
+    from hunyuan_pretrain.train.parity import trace_layout
 
-    return recorded
+    return until_failure(experiments, lambda experiment: trace_layout(experiment, STEPS))
 
 
-def on_this_rank(fields: dict[str, Any]) -> setup.Run:
-    """A run of one rank inside the test process, with fresh weights and a log that writes nothing."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    # core keeps this in the class; a backward pass outside its schedules, as tests of the model make, leaves it in another shape
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    experiment, groups = Experiment.model_validate(fields), world_of_one()
-    setup.use_deterministic_algorithms(True)
-    model, wrapped = setup._build_model(experiment, groups)
-    optimizer = setup.build_optimizer(wrapped, experiment, groups)
-    loader, evaluation = setup._open_data(experiment, groups)
-    log = RunLog(Path(experiment.run_dir), experiment.logging, experiment.name, is_writer=False)
-    return setup.Run(experiment, torch.device("cpu"), groups, model, wrapped, optimizer, loader, evaluation, 0, log)
-
-
-def moments(run: setup.Run) -> Tensors:
-    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order; empty before the first step."""
-    found: Tensors = {}
-    for part, optimizer in enumerate(run.optimizer.chained_optimizers):
-        for number, parameter in enumerate(chain(*(group["params"] for group in optimizer.optimizer.param_groups))):
-            state = optimizer.optimizer.state.get(parameter, {})
-            found |= {f"{part}/{number}/{key}": value.detach().float().numpy().copy() for key, value in state.items()}
+def until_failure(jobs: list[Any], trace: Callable[[Any], list[Any]]) -> list[Outcome]:
+    """Outcomes of `trace` for each job, ending with the first traceback."""
+    found: list[Outcome] = []
+    for job in jobs:
+        try:
+            found.append(trace(job))
+        except Exception:
+            return [*found, traceback.format_exc()]
     return found
+
+
+def trace_in_jobs(world_size: int, function: Callable[[list[Any]], list[Outcome]], work: list[Any]) -> list[Outcome]:
+    """`function` over `work` in as many ranks, in one job, and another one after each failure; outcomes of rank 0.
+
+    What all ranks report (losses, norms, shares) must be the same on all of them, bitwise.
+    """
+    found: list[Outcome] = []
+    while len(found) < len(work):
+        ranks = run_ranks(world_size, function, work[len(found) :], timeout_s=600)
+        for outcomes in zip(*ranks, strict=False):  # a rank that failed has fewer
+            failure = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
+            found.append(failure or _agreed(outcomes))
+    return found
+
+
+def _agreed(outcomes: tuple[Any, ...]) -> Outcome:
+    reports = [[(trace.scalars, trace.shares) for trace in traces] for traces in outcomes]
+    return outcomes[0] if all(report == reports[0] for report in reports) else f"ranks report different numbers: {reports}"

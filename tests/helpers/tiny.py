@@ -50,7 +50,9 @@ _groups: ProcessGroupCollection | None = None
 
 def build(model: ModelConfig, seed: int = 1, dtype: str = "fp32", **parallel: Any) -> HunyuanModel:
     """The model on one rank, not wrapped in DDP."""
-    return build_model(transformer_config(model, ParallelConfig(**parallel), PrecisionConfig(dtype=dtype)), world_of_one(), seed)
+    config = transformer_config(model, ParallelConfig(**parallel), PrecisionConfig(dtype=dtype))
+    (whole,) = build_model(config, world_of_one(), seed)
+    return whole
 
 
 def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25), seed: int = 0) -> dict[str, Any]:

@@ -1,133 +1,223 @@
-"""N ranks equal one rank: losses, routing, every gradient, the gradient norm and every parameter, on gloo."""
+"""N ranks equal one rank: losses, routing, activations, every gradient, the gradient norm, every parameter and moment, on gloo.
+
+A few layouts run always. `make test-layouts` runs them all: every legal product of sizes, crossed sparsely with everything else that must
+not change the result, and random models under random layouts.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from tests.helpers.layouts import Trace, merge, trace_layouts
-from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import experiment_fields
+from tests.helpers.layouts import (
+    CONTEXT_PARALLEL_SIZES,
+    LARGEST_WORLD,
+    MODELS,
+    SIZES,
+    VARIANTS,
+    Comparisons,
+    Layout,
+    every_product,
+    pairs,
+    random_layout,
+    sparsely_crossed,
+)
 
 pytestmark = pytest.mark.slow
-STEPS = 2
-RELATIVE = 2e-5
-"""Largest difference allowed in fp32, over the largest entry of a tensor: layouts differ in the order of their sums only."""
 
-DENSE = {"use_distributed_optimizer": False}
-LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    # name: ranks, micro_batch_sequences, fields of parallel
-    "one rank": (1, 8, DENSE),
-    "one rank, 8 micro-batches": (1, 1, {}),
-    "one rank, recompute": (1, 4, {"recompute": "cla_group"}),
-    "data parallel": (2, 4, DENSE),
-    "data parallel, distributed optimizer": (2, 4, {}),
-    "data parallel, all overlapped": (2, 1, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
-    "expert parallel": (2, 4, {"expert_model_parallel_size": 2} | DENSE),
-    "expert parallel, distributed optimizer": (2, 2, {"expert_model_parallel_size": 2}),
-    "expert parallel, overlapped, recompute": (
-        2,
-        2,
-        {"expert_model_parallel_size": 2, "overlap_grad_reduce": True, "recompute": "cla_group"},
-    ),
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "recycling": {},
-    "dropless": {"moe_expert_capacity_factor": None, "recycle_routing": False},
-    "top 2, dropping, untied": {
-        "moe_router_topk": 2,
-        "recycle_routing": False,
-        "share_embeddings_and_output_weights": False,
-        "moe_z_loss_coeff": 0.01,
-    },
-}
-ALL = [("recycling", layout) for layout in LAYOUTS]
-ALL += [(model, layout) for model in MODELS if model != "recycling" for layout in ("one rank", "expert parallel, distributed optimizer")]
-BF16 = ("recycling, bf16", "expert parallel, distributed optimizer")
+ALWAYS = [
+    Layout(micro_batch=1, recompute="cla_group"),
+    Layout(overlap="everything", recompute="selective"),
+    Layout(dp=2, micro_batch=4, later_micro_batch=1, overlap="everything"),
+    Layout(dp=2, ep=2, model="dropless", recompute="selective"),
+    Layout(dp=2, etp=2, model="top 2", optimizer="plain"),
+    Layout(tp=2, optimizer="plain"),
+    Layout(tp=2, ep=2, recompute="cla_group"),
+    Layout(tp=2, etp=2, model="dropless", overlap="gradients"),
+    Layout(cp=2, recompute="cla_group"),
+    Layout(cp=2, ep=2, attention="all_to_all", model="top 2"),
+    Layout(pp=2, optimizer="plain", pipeline=(2, 6), model="top 2"),
+    Layout(pp=2, micro_batch=4, later_micro_batch=1, overlap="gradients"),
+    Layout(pp=2, vpp=2, micro_batch=1, overlap="everything", recompute="selective"),
+    Layout(tp=2, pp=2, ep=2),
+    Layout(tp=2, dp=2, ep=2, etp=2, model="top 2", overlap="everything"),
+    Layout(pp=2, vpp=2, dp=2, ep=2, micro_batch=1, optimizer="plain", recompute="cla_group"),
+    Layout(tp=2, cp=2, ep=4),
+]
+ALWAYS = [layout for layout in ALWAYS if layout.cp in CONTEXT_PARALLEL_SIZES]
+BF16 = [Layout(tp=2, ep=2, model="bf16"), Layout(pp=2, model="bf16", optimizer="plain")]
+PRODUCTS = list(every_product())
+ALL = sparsely_crossed(layout for layout in PRODUCTS if not layout.problems())
+RANDOM_ALWAYS = [random_layout(seed, 2) for seed in range(6)]
+RANDOM_ALL = [random_layout(seed, 4) for seed in range(24)]
 
 
-def fields(corpus: Path, run_dir: Path, model: str, layout: str) -> dict[str, Any]:
-    _, micro_batch, parallel = LAYOUTS[layout]
-    changes = {f"model__{key}": value for key, value in MODELS[model.removesuffix(", bf16")].items()}
-    experiment = experiment_fields(corpus, run_dir, STEPS, parallel=parallel, stages__micro_batch_sequences=micro_batch, **changes)
-    # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an update
-    experiment["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
-    experiment["precision"]["dtype"] = "bf16" if model.endswith("bf16") else "fp32"
-    return experiment
+def check(comparisons: Comparisons, layout: Layout) -> None:
+    compared, reference = comparisons[layout], comparisons.reference(layout)
+    assert not compared.complaint(), f"{layout} is not one rank: {compared.complaint()}"
+    for step, trace in enumerate(reference):
+        assert compared.scalars[step]["target_tokens"] == trace.scalars["target_tokens"]
+        assert compared.shares[step] == trace.shares, "expert load, recycled and dropped shares are counts"
 
 
-@pytest.fixture(scope="module")
-def traces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Trace]:
-    """All layouts of as many ranks in one job."""
-    run_dir, found = tmp_path_factory.mktemp("runs"), {}
-    for world_size in (1, 2):
-        cases = [case for case in [*ALL, BF16] if LAYOUTS[case[1]][0] == world_size]
-        experiments = [fields(corpus, run_dir / f"{world_size}_{number}", *case) for number, case in enumerate(cases)]
-        ranks = run_ranks(world_size, trace_layouts, experiments, STEPS)
-        found |= {case: merge([rank[number] for rank in ranks]) for number, case in enumerate(cases)}
-    return found
+@pytest.mark.parametrize("layout", ALWAYS, ids=str)
+def test_layout_equals_one_rank(comparisons, layout):
+    check(comparisons, layout)
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, name: str) -> None:
-    assert actual.shape == expected.shape, name
-    scale = np.abs(expected).max()
-    assert scale > 0, f"{name} is zero, which compares nothing"
-    difference = np.abs(actual - expected).max() / scale
-    assert difference <= RELATIVE, f"{name}: differs by {difference:.2e} of its largest entry"
+@pytest.mark.layouts_all
+@pytest.mark.parametrize("layout", ALL, ids=str)
+def test_every_legal_layout_equals_one_rank(comparisons, layout):
+    check(comparisons, layout)
 
 
-@pytest.mark.parametrize(("model", "layout"), [case for case in ALL if case[1] != "one rank"], ids=lambda value: value)
-def test_layout_equals_one_rank(traces, model, layout):
-    expected, actual = traces[model, "one rank"], traces[model, layout]
-    for step in range(STEPS):
-        for key in ("loss", "balance_loss", "grad_norm"):
-            found, wanted = actual.records[step][key], expected.records[step][key]
-            assert found == pytest.approx(wanted, rel=RELATIVE), f"step {step}: {key}"
-        assert actual.records[step]["target_tokens"] == expected.records[step]["target_tokens"]
-        assert actual.gradients[step].keys() == expected.gradients[step].keys()
-        for name, gradient in expected.gradients[step].items():
-            assert_close(actual.gradients[step][name], gradient, f"step {step}: gradient of {name}")
-    for name, parameter in expected.parameters.items():
-        assert_close(actual.parameters[name], parameter, name)
+@pytest.mark.parametrize("layout", RANDOM_ALWAYS, ids=str)
+def test_random_model_under_a_random_layout_equals_one_rank(comparisons, layout):
+    check(comparisons, layout)
 
 
-@pytest.mark.parametrize(("model", "layout"), [case for case in ALL if case[1] != "one rank"], ids=lambda value: value)
-def test_every_token_goes_to_the_same_expert_under_every_layout(traces, model, layout):
-    """Recycled tokens included, whose draw must not know the layout."""
-    expected, actual = traces[model, "one rank"], traces[model, layout]
-    assert len(expected.routing) == STEPS * 4 * 16, "steps x layers x routing groups"
-    assert actual.routing.keys() == expected.routing.keys()
-    for place, experts in expected.routing.items():
-        assert np.array_equal(actual.routing[place], experts), place
-    for name in ("overflow_share", "recycled_share", "dropped_share", "expert_load"):
-        assert [record[name] for record in actual.records] == [record[name] for record in expected.records]
+@pytest.mark.layouts_all
+@pytest.mark.parametrize("layout", RANDOM_ALL, ids=str)
+def test_more_random_models_under_random_layouts_equal_one_rank(comparisons, layout):
+    check(comparisons, layout)
 
 
-def test_the_comparison_meets_what_it_is_about(traces):
-    """Tokens are recycled and dropped, gradients are clipped, parameters move."""
-    recycling, dropping = traces["recycling", "one rank"].records[0], traces["top 2, dropping, untied", "one rank"].records[0]
-    assert min(recycling["recycled_share"]) > 0.01
-    assert min(dropping["dropped_share"]) > 0.01
-    assert traces["dropless", "one rank"].records[0]["mean_dropped_share"] == 0
-    assert recycling["grad_norm"] > 0.5
-    after, gradients = traces["recycling", "one rank"].parameters, traces["recycling", "one rank"].gradients
-    assert all(not np.array_equal(gradients[0][name], gradients[1][name]) for name in after)
+@pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.later_micro_batch], ids=str)
+def test_a_later_stage_may_have_more_micro_batches(comparisons, layout):
+    """With gradients reduced during the backward pass: core must not take the first stage's number of micro-batches for that of all."""
+    assert layout.overlap != "nothing"
+    assert layout.later_micro_batch < layout.micro_batch
+    check(comparisons, layout)
 
 
-def test_gradient_norm_is_that_of_the_gradients(traces):
-    """Each expert counted once: under expert parallelism every rank knows a part of them only."""
-    for trace in traces.values():
-        for step, gradients in enumerate(trace.gradients):
-            norm = np.sqrt(sum(np.square(gradient, dtype=np.float64).sum() for gradient in gradients.values()))
-            assert trace.records[step]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+@pytest.mark.parametrize("layout", BF16, ids=str)
+def test_bf16_is_near_fp32(comparisons, layout):
+    """Smoke: weights in bf16, gradients and main weights in fp32. Ranks that hold copies agree bitwise even so."""
+    compared, fp32 = comparisons[layout], comparisons.reference(Layout())
+    for step, allowed in enumerate((0.01, 0.03)):
+        assert compared.scalars[step]["loss"] == pytest.approx(fp32[step].scalars["loss"], rel=allowed)
+        assert compared.scalars[step]["loss"] != fp32[step].scalars["loss"]
+    assert not [difference.name for difference in compared.differences if difference.kind == "copies"]
 
 
-def test_bf16_is_near_fp32(traces):
-    """Smoke: weights in bf16, gradients and main weights in fp32."""
-    bf16, fp32 = traces[BF16], traces["recycling", BF16[1]]
-    assert bf16.records[0]["loss"] == pytest.approx(fp32.records[0]["loss"], rel=0.01)
-    assert bf16.records[1]["loss"] == pytest.approx(fp32.records[1]["loss"], rel=0.03)
-    assert bf16.records[0]["loss"] != fp32.records[0]["loss"]
+def test_the_comparison_meets_what_it_is_about(comparisons):
+    """Tokens are recycled and dropped, gradients are clipped, parameters move, and nothing that is compared is all zero."""
+    recycling, dropping, dropless = (comparisons.reference(Layout(model=model)) for model in ("recycling", "top 2", "dropless"))
+    assert min(recycling[0].shares["recycled_share"]) > 0.01
+    assert min(dropping[0].shares["dropped_share"]) > 0.01
+    assert sum(dropless[0].shares["overflow_share"]) == 0
+    for traces in (recycling, dropping, dropless):
+        for trace in traces:
+            assert trace.scalars["grad_norm"] > 0.5, "clipped"
+            assert len(trace.routing) == 8, "a table for each layer"
+            assert not trace.conflicts
+            compared = trace.gradients, trace.parameters, trace.moments, trace.activations
+            assert all(tensors for tensors in compared)
+            assert not [name for tensors in compared for name, value in tensors.items() if not value.any()]
+            assert all(trace.scalars.values())
+        first, second = traces
+        assert first.parameters.keys() == first.gradients.keys()
+        assert all((second.parameters[name] != first.parameters[name]).any() for name in first.parameters)
+        assert len(first.moments) == 2 * len(first.parameters)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.world_size > 1], ids=str)
+def test_gradient_norm_is_that_of_the_gradients(comparisons, layout):
+    """Each shard and each expert counted once, each copy never: a rank knows a part of them only."""
+    compared = comparisons[layout]
+    for scalars, norm in zip(compared.scalars, compared.norms, strict=True):
+        assert scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def legal(layout: Layout) -> bool:
+    """What the rules should let through, said again from the sizes of the model: 8 layers in 4 groups, 64 tokens in 8 routing groups."""
+    kv_heads = MODELS[layout.model].get("num_query_groups", 2)
+    micro_batches, rest = divmod(8, layout.micro_batch * layout.dp)
+    return (
+        kv_heads % layout.tp == 0
+        and (layout.vpp == 1 or layout.pp > 1)
+        and 4 % (layout.pp * layout.vpp) == 0
+        and 4 % layout.ep == 0
+        and 40 % layout.etp == 0
+        and 8 % layout.cp == 0
+        and 8 // layout.cp * layout.micro_batch % layout.tp == 0
+        and layout.world_size % (layout.ep * layout.etp * layout.pp) == 0
+        and rest == 0
+        and (layout.vpp == 1 or micro_batches % layout.pp == 0)
+    )
+
+
+def test_every_layout_runs_or_is_refused_with_a_reason():
+    """Also under sizes that divide nothing."""
+    odd = every_product({name: (*values, 3) for name, values in SIZES.items()} | {"cp": (1, 2, 3, 4, 8)})
+    for layout in [*PRODUCTS, *odd]:
+        problems = layout.problems()
+        assert bool(problems) != legal(layout), f"{layout}: {problems}"
+        for problem in problems:
+            section, _, name = problem.path.partition(".")
+            assert section in ("parallel", "stages", "model"), problem
+            assert name, problem
+            assert problem.rule, problem
+            assert problem.hint, problem
+
+
+def test_the_sets_are_what_they_promise():
+    """Every size and variant is in the few that always run; every legal pair of a size and a variant is in all of them."""
+    for name, values in (SIZES | VARIANTS).items():
+        small = [value for value in values if name not in SIZES or value <= 2]
+        wanted = {value for value in small if name != "attention" or CONTEXT_PARALLEL_SIZES != (1,) or value == "all_gather"}
+        assert {getattr(layout, name) for layout in ALWAYS} >= wanted, name
+    assert Counter(layout.world_size for layout in ALWAYS)[4] <= 4
+    assert max(layout.world_size for layout in ALL) == LARGEST_WORLD
+    assert len(ALL) == len(set(ALL)) > 80
+    met = set().union(*(pairs(layout) for layout in ALL))
+    for size, values in SIZES.items():
+        for value in values:
+            for variant, choices in VARIANTS.items():
+                # tp 4 has a model of its own; attention has a choice under context parallelism only; 8 sequences are 2 of 4
+                possible = value > 1 and (size, value, variant) != ("tp", 4, "model") and variant != "attention"
+                for choice in choices if possible else ():
+                    is_too_large = variant == "micro_batch" and size == "dp" and value * choice > 8
+                    assert is_too_large or (size, value, variant, choice) in met, (size, value, variant, choice)
+
+
+def test_random_layouts_are_random():
+    assert len({layout.model for layout in RANDOM_ALL}) == len(RANDOM_ALL)
+    assert {layout.world_size for layout in RANDOM_ALL} == {2, 4}
+    assert [random_layout(seed, 4) for seed in range(3)] == RANDOM_ALL[:3]
+
+
+def test_a_single_wrong_number_is_a_complaint(comparisons):
+    """The comparison itself: one element off by more than the tolerance, one token at another expert, one copy that differs."""
+    from copy import deepcopy
+
+    from hunyuan_pretrain.train.parity import TOLERANCE, compare
+
+    reference = comparisons.reference(Layout())
+
+    def first_complaint(change) -> tuple[str, str]:
+        actual = deepcopy(reference)
+        change(actual[1])
+        found = [difference for difference in compare(actual, reference) if not difference.is_within]
+        assert len(found) == 1
+        assert found[0].step == 1
+        return found[0].kind, found[0].name
+
+    name = "decoder.layers.3.mlp.experts.linear_fc1.weight"
+
+    def off(tensor: np.ndarray, factor: float) -> None:
+        tensor.reshape(-1)[17] += factor * TOLERANCE * np.abs(tensor).max()
+
+    for kind, tensors in (("gradient", "gradients"), ("parameter", "parameters")):
+        assert first_complaint(lambda trace, tensors=tensors: off(getattr(trace, tensors)[name], 2)) == (kind, name)
+    moment = f"exp_avg of {name}"
+    assert first_complaint(lambda trace: off(trace.moments[moment], -2)) == ("moment", moment)
+    router = "decoder.layers.3.router"
+    assert first_complaint(lambda trace: np.put(trace.routing[router], 5, 1 - trace.routing[router][5])) == ("routing", router)
+    assert first_complaint(lambda trace: trace.conflicts.append("x")) == ("copies", "x")
+    assert first_complaint(lambda trace: trace.scalars.update(grad_norm=trace.scalars["grad_norm"] * 1.0001)) == ("scalar", "grad_norm")
+    within = deepcopy(reference)
+    off(within[1].gradients[name], 0.5)
+    assert all(difference.is_within for difference in compare(within, reference))

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.train import setup
-from tests.helpers.layouts import moments, on_this_rank, train_steps
+from hunyuan_pretrain.train.parity import trace_steps
+from tests.helpers.one_rank import moments, on_this_rank
 from tests.helpers.runs import experiment_fields
 
 
@@ -29,13 +30,13 @@ def fields(corpus: Path, run_dir: Path, dtype: str = "fp32", **changes: Any) -> 
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> setup.Run:
     """A run after one step."""
     run = on_this_rank(fields(corpus, tmp_path_factory.mktemp("run")))
-    train_steps(run, range(1))
+    trace_steps(run, range(1))
     return run
 
 
 @pytest.fixture(scope="module")
 def saved(run: setup.Run) -> Path:
-    return save_load.save(run.run_dir, 1, run.model, run.optimizer, None)
+    return save_load.save(run.run_dir, 1, run.chunks, run.optimizer, None)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 
 
 def load_into(run: setup.Run, folder: Path) -> int:
-    return save_load.load(folder, run.model, run.optimizer)
+    return save_load.load(folder, run.chunks, run.optimizer)
 
 
 LAYOUTS = {
@@ -60,18 +61,18 @@ LAYOUTS = {
 def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, parallel):
     """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last bit."""
     first = on_this_rank(fields(corpus, tmp_path, dtype, parallel=parallel))
-    train_steps(first, range(2))
-    folder = save_load.save(tmp_path, 2, first.model, first.optimizer, None)
+    trace_steps(first, range(2))
+    folder = save_load.save(tmp_path, 2, first.chunks, first.optimizer, None)
     at_save = moments(first)
     second = on_this_rank(fields(corpus, tmp_path, dtype, parallel=parallel))
     assert load_into(second, folder) == 2
     loaded = moments(second)
     assert at_save.keys() == loaded.keys()
     assert all(np.array_equal(at_save[name], loaded[name]) for name in at_save)
-    expected, actual = train_steps(first, range(2, 4)), train_steps(second, range(2, 4))
-    assert actual.records == expected.records
-    for name, parameter in expected.parameters.items():
-        assert np.array_equal(actual.parameters[name], parameter), name
+    for actual, expected in zip(trace_steps(second, range(2, 4)), trace_steps(first, range(2, 4)), strict=True):
+        assert (actual.scalars, actual.shares) == (expected.scalars, expected.shares)
+        for name, parameter in expected.parameters.items():
+            assert np.array_equal(actual.parameters[name], parameter), name
     assert [group["lr"] for group in second.optimizer.param_groups] == [group["lr"] for group in first.optimizer.param_groups]
 
 
@@ -95,14 +96,14 @@ def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype):
     """And the optimizer's own copy of them, which the first step would otherwise write over them."""
     settings = {"init_from": str(saved)}
     fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4}))
-    assert setup._load_or_init(fresh.experiment, fresh.model, fresh.optimizer) == 0
+    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer) == 0
     assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
-    loaded = dict(fresh.model.named_parameters())
-    for name, parameter in run.model.named_parameters():
+    loaded = dict(fresh.chunks[0].named_parameters())
+    for name, parameter in run.chunks[0].named_parameters():
         assert torch.equal(loaded[name].detach().float(), parameter.detach().to(loaded[name].dtype).float()), name
-    train_steps(fresh, range(1))
+    trace_steps(fresh, range(1))
     rounding = 2**-7 if dtype == "bf16" else 0.0
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in run.chunks[0].named_parameters():
         difference = (loaded[name].detach().float() - parameter.detach()).abs()
         assert difference.max() <= 3e-4 + rounding * parameter.abs().max(), f"{name} is not the loaded weight after one small step"
 
@@ -138,10 +139,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
 def test_a_damaged_checkpoint_is_refused_by_text_and_leaves_the_model_alone(run, checkpoint, damage, words, is_found):
     damage(checkpoint)
     assert save_load.find_checkpoints(checkpoint.parents[1]) == ([checkpoint] if is_found else [])
-    before = [parameter.detach().clone() for parameter in run.model.parameters()]
+    before = [parameter.detach().clone() for parameter in run.chunks[0].parameters()]
     with pytest.raises(CheckpointError, match=words):
         load_into(run, checkpoint)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, run.chunks[0].parameters(), strict=True))
 
 
 def test_an_unfinished_folder_is_never_found(checkpoint):
@@ -167,7 +168,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(corpus, 
 
 def test_keep_last_removes_older_ones_after_the_newer_is_complete(run, tmp_path):
     for step in (1, 2, 3):
-        save_load.save(tmp_path, step, run.model, run.optimizer, keep_last=2)
+        save_load.save(tmp_path, step, run.chunks, run.optimizer, keep_last=2)
     assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
 
@@ -200,7 +201,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES)
 def test_a_failed_save_leaves_nothing_and_older_checkpoints_alone(run, tmp_path, monkeypatch, error, reason):
-    older = save_load.save(tmp_path, 1, run.model, run.optimizer, None)
+    older = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
 
     def fail(state: object, folder: str) -> None:
         (Path(folder) / "half").write_text("x")
@@ -209,7 +210,7 @@ def test_a_failed_save_leaves_nothing_and_older_checkpoints_alone(run, tmp_path,
     monkeypatch.setattr(save_load.dist_checkpointing, "save", fail)
     words = f"step_0000002: the checkpoint could not be written: {reason}; older checkpoints are untouched"
     with pytest.raises(CheckpointError, match=words):
-        save_load.save(tmp_path, 2, run.model, run.optimizer, keep_last=1)
+        save_load.save(tmp_path, 2, run.chunks, run.optimizer, keep_last=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [older]
     monkeypatch.undo()
     assert load_into(run, older) == 1

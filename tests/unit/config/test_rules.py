@@ -50,12 +50,83 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             ["parallel.expert_model_parallel_size=3", "parallel.world_size=null"],
             "parallel.expert_model_parallel_size=3: 8 experts, 8 % 3 != 0 (use 2 or 4)",
         ),
-        (["parallel.tensor_model_parallel_size=2"], f"parallel.tensor_model_parallel_size=2: {rules.NOT_YET} (use 1)"),
-        (["parallel.pipeline_model_parallel_size=2"], f"parallel.pipeline_model_parallel_size=2: {rules.NOT_YET} (use 1)"),
-        (["parallel.context_parallel_size=2"], f"parallel.context_parallel_size=2: {rules.NOT_YET} (use 1)"),
-        (["parallel.expert_tensor_parallel_size=2"], f"parallel.expert_tensor_parallel_size=2: {rules.NOT_YET} (use 1)"),
-        (["parallel.sequence_parallel=true"], f"parallel.sequence_parallel=true: {rules.NOT_YET} (use false)"),
-        (["parallel.sequence_parallel=true"], "splits over the tensor-parallel ranks, and there is only one"),
+        (
+            ["parallel.sequence_parallel=true"],
+            "parallel.sequence_parallel=true: splits over the tensor-parallel ranks, and there is only one "
+            "(set parallel.tensor_model_parallel_size above 1, or false)",
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=2"],
+            "parallel.sequence_parallel=false: 2 tensor-parallel ranks would route the same tokens to the experts (set true)",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=3"],
+            "parallel.pipeline_model_parallel_size=3: 4 layers in CLA groups of 2 = 2 groups, not divisible by 3 ranks "
+            "(use 2 stages, or set parallel.pipeline_layout)",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+            "4 layers in CLA groups of 2 = 2 groups, not divisible by 2 ranks * 2 chunks (use 2 stages",
+        ),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "parallel.virtual_pipeline_model_parallel_size=2: interleaves the chunks of several pipeline ranks, and there is only one "
+            "(set parallel.pipeline_model_parallel_size above 1, or 1)",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[1, 3]"],
+            "parallel.pipeline_layout=[1, 3]: a stage of 1 layers would cut a CLA group of 2 (use 2 layers)",
+        ),
+        (
+            ["model.num_layers=8", "parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[3, 5]"],
+            "parallel.pipeline_layout=[3, 5]: a stage of 3 layers would cut a CLA group of 2 (use 2 or 4 layers)",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[2, 4]"],
+            "parallel.pipeline_layout=[2, 4]: adds up to 6 layers, and the model has 4 (make it 4)",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[4]"],
+            "parallel.pipeline_layout=[4]: 1 stages, but 2 pipeline ranks with 1 chunks each have 2 (give 2 numbers)",
+        ),
+        (
+            ["parallel.context_parallel_size=4", "parallel.context_parallel_method=all_to_all"],
+            "parallel.context_parallel_size=4: each tensor-parallel rank has 2 key/value heads, 2 % 4 != 0, and all_to_all gives every rank "
+            "whole heads (use 2, or parallel.context_parallel_method all_gather)",
+        ),
+        (
+            [
+                "parallel.tensor_model_parallel_size=2",
+                "parallel.sequence_parallel=true",
+                "parallel.context_parallel_size=2",
+                "parallel.context_parallel_method=all_to_all",
+            ],
+            "parallel.context_parallel_size=2: each tensor-parallel rank has 1 key/value heads, 1 % 2 != 0",
+        ),
+        (
+            ["parallel.context_parallel_size=4"],
+            "stages.0.sequence_length=512: 4 context-parallel ranks cannot share 2 routing groups of 256 tokens evenly "
+            "(use sequences of 1024 tokens, or a smaller routing group)",
+        ),
+        (
+            [
+                "parallel.tensor_model_parallel_size=2",
+                "parallel.sequence_parallel=true",
+                "model.moe_routing_group_tokens=512",
+                "stages.1.micro_batch_sequences=1",
+            ],
+            "stages.1.micro_batch_sequences=1: 2 tensor-parallel ranks cannot share a micro-batch of 1 routing groups of 512 tokens evenly "
+            "(use 2, or a smaller model.moe_routing_group_tokens)",
+        ),
+        (
+            [
+                "parallel.tensor_model_parallel_size=2",
+                "parallel.sequence_parallel=true",
+                "model.moe_routing_group_tokens=512",
+                "evaluation.micro_batch_sequences=3",
+            ],
+            "evaluation.micro_batch_sequences=3: 2 tensor-parallel ranks cannot share a micro-batch of 3 routing groups of 512 tokens evenly",
+        ),
         (
             ["parallel.tensor_model_parallel_size=4"],
             "parallel.tensor_model_parallel_size=4: must divide the model: num_query_groups 2 % 4 != 0 (use 2)",
@@ -96,7 +167,22 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             ["stages.0.global_batch_sequences=2", "parallel.world_size=null"],
             "stages.0.global_batch_sequences=2: not a multiple of micro_batch_sequences 4 = 4 (use 4)",
         ),
+        (
+            [
+                "model.num_layers=8",
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "parallel.world_size=4",
+            ],
+            "stages.0.global_batch_sequences=8: 1 micro-batches a rank; the interleaved schedule runs rounds of 2 (use 16)",
+        ),
         (["parallel.world_size=3"], "parallel.world_size=3: not a multiple of 2, which"),
+        (
+            ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=4", "parallel.world_size=6"],
+            "parallel.world_size=6: not a multiple of 4, which tensor_model_parallel_size * pipeline_model_parallel_size * "
+            "context_parallel_size and expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size must divide "
+            "(use 4 or 8)",
+        ),
     ],
 )
 def test_a_broken_rule_is_refused_in_its_own_words(overrides: list[str], expected: str) -> None:
@@ -120,6 +206,35 @@ def test_every_violation_is_in_one_message() -> None:
     assert text.startswith("demo_cpu: 5 problems\n")
     for path in ("model.num_layers", "parallel.expert_model_parallel_size", "optimizer.adam_beta1", "stages.2.name", "parallel.world_size"):
         assert f"\n  {path}=" in text
+
+
+def test_every_violation_of_a_layout_is_in_one_message() -> None:
+    text = refusal(
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_layout=[3, 3]",
+        "parallel.context_parallel_size=4",
+        "parallel.context_parallel_method=all_to_all",
+        "parallel.expert_tensor_parallel_size=3",
+        "parallel.world_size=null",
+        "evaluation.data=null",
+    )
+    paths = [line.strip().split("=")[0] for line in text.splitlines()[1:]]
+    assert paths == [
+        "parallel.expert_tensor_parallel_size",
+        "parallel.sequence_parallel",
+        *["parallel.pipeline_layout"] * 3,  # its length, its sum, the cut group
+        "parallel.context_parallel_size",
+        *[f"stages.{stage}.sequence_length" for stage in range(3)],
+    ]
+
+
+def test_layouts_that_fit_are_let_through() -> None:
+    fit = ["parallel.world_size=null", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    rules.check(experiment_with(*fit), world_size=4)
+    rules.check(experiment_with(*fit, "parallel.expert_tensor_parallel_size=2", "parallel.context_parallel_size=2"), world_size=4)
+    pipeline = ["model.num_layers=8", "parallel.pipeline_model_parallel_size=2"]
+    rules.check(experiment_with(*fit, *pipeline, "parallel.pipeline_layout=[2, 6]"), world_size=4)
+    rules.check(experiment_with(*fit, *pipeline, "parallel.virtual_pipeline_model_parallel_size=2"), world_size=4)
 
 
 def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:

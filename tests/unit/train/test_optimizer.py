@@ -13,7 +13,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train.optimizer import build_optimizer, describe_groups, optimizer_step, set_learning_rate, wrap_data_parallel
 from tests.helpers import tiny
-from tests.helpers.layouts import leave, on_this_rank
+from tests.helpers.one_rank import on_this_rank
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import experiment_fields
 
@@ -28,7 +28,7 @@ def fields(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.ndarray, np.ndarray]:
     """Give the shared and every routed expert the same weights and gradients, make one real step, return both updates of fc1."""
-    mlp = run.model.decoder.layers[1].mlp
+    mlp = run.chunks[0].decoder.layers[1].mlp
     shared, routed = mlp.shared_experts.linear_fc1.weight, mlp.experts.linear_fc1.weight
     generator = torch.Generator().manual_seed(3)
     weight, gradient = (torch.randn(shared.shape, generator=generator) for _ in range(2))
@@ -36,7 +36,7 @@ def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.nda
         shared.copy_(weight)
         routed.copy_(weight)
     run.optimizer.reload_model_params()
-    run.wrapped.zero_grad_buffer()
+    run.wrapped[0].zero_grad_buffer()
     shared.main_grad.copy_(gradient)
     routed.main_grad.copy_(gradient)
     set_learning_rate(run.optimizer, 1e-2, expert_lr)
@@ -61,7 +61,7 @@ def updates_under_expert_parallelism(layouts: list[dict[str, Any]]) -> list[tupl
     for layout in layouts:
         run = setup.prepare(Experiment.model_validate(layout))
         found.append((*updates_of_equal_experts(run), describe_groups(run.optimizer, 1e-2, RATIO)))
-        leave(run)
+        setup.leave(run)
     return found
 
 
@@ -82,7 +82,7 @@ def test_the_ratio_holds_under_expert_parallelism(corpus, tmp_path):
 def wrapped(corpus: Path, tmp_path: Path, **optimizer: Any):
     experiment = Experiment.model_validate(fields(corpus, tmp_path, optimizer={"lr": 1e-2} | optimizer))
     model = tiny.build(experiment.model)
-    return model, build_optimizer(wrap_data_parallel(model, experiment, tiny.world_of_one()), experiment, tiny.world_of_one())
+    return model, build_optimizer(wrap_data_parallel([model], experiment, tiny.world_of_one()), experiment, tiny.world_of_one())
 
 
 def test_each_group_is_described_with_its_rate_and_weight_decay(corpus, tmp_path):

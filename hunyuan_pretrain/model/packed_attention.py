@@ -1,0 +1,206 @@
+"""Causal attention inside packed documents, for all rows of a micro-batch or for the rows of one context-parallel rank.
+
+The work is a list of blocks: some consecutive queries of one document, which see its keys up to themselves. A causal flash kernel takes
+as many queries as keys, so a block whose document begins before its first query is two calls: without a mask on the earlier keys, causal
+on the block's own. The two are merged by their logsumexp; the backward pass hands the merged output and logsumexp to the backward kernel
+of each part, which then yields that part of the exact gradient (Ring Attention, arXiv 2310.01889).
+
+Shapes: T query rows of this rank, S key rows (T without context parallelism), N query heads, G key/value heads, H head dim,
+n queries of a block, P keys of a kernel call. The leading 1 is the batch dim of the kernels.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """The queries [q_start, q_end) belong to the last q_end - q_start of the keys [k_start, k_end); each sees the keys up to its own."""
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+
+
+def document_blocks(borders: Sequence[int]) -> list[Block]:
+    """One block a document, where queries and keys both have all rows. `borders` are cu_seqlens."""
+    return [Block(start, end, start, end) for start, end in pairwise(borders)]
+
+
+def context_blocks(borders: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[Block]:
+    """The blocks of a rank whose queries are the rows of these (start, end) ranges, one after the other, and whose keys are all rows."""
+    blocks: list[Block] = []
+    row = 0
+    for start, end in ranges:
+        document = bisect_right(borders, start) - 1
+        while start < end:
+            stop = min(end, borders[document + 1])
+            blocks.append(Block(row, row + stop - start, borders[document], stop))
+            row, start, document = row + stop - start, stop, document + 1
+    return blocks
+
+
+def packed_attention(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v of each block; no mask is built. Returns (T, N, H), contiguous. Communicates nothing.
+
+    Blocks come in the order of their queries and leave none out. Query head n reads key/value head n // (N / G). Keys that no query sees
+    get a gradient of zero. Any strides will do as long as a head's numbers lie together.
+    """
+    assert [*(block.q_start for block in blocks), q_TNH.shape[0]] == [0, *(block.q_end for block in blocks)], "blocks leave queries out"
+    return _PackedAttention.apply(q_TNH, k_SGH, v_SGH, blocks)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+        kernel = _kernel(q_TNH)
+        q_1NTH, k_1GSH, v_1GSH = _by_head(q_TNH, k_SGH, v_SGH)
+        outs_nNH, logsumexps = [], []
+        for block in blocks:
+            q_1NnH = q_1NTH.narrow(2, *_queries(block))
+            parts = [kernel.forward(q_1NnH, k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys), causal) for keys, causal in _parts(block)]
+            out_1NnH, logsumexp_1Nn = parts[0] if len(parts) == 1 else _merge(*parts)
+            outs_nNH.append(out_1NnH[0].transpose(0, 1))
+            logsumexps.append(logsumexp_1Nn)
+        out_TNH = torch.cat(outs_nNH)
+        ctx.blocks = blocks
+        ctx.save_for_backward(q_TNH, k_SGH, v_SGH, out_TNH, *logsumexps)
+        return out_TNH
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_TNH, k_SGH, v_SGH, out_TNH, *logsumexps = ctx.saved_tensors
+        kernel = _kernel(q_TNH)
+        grad_1NTH, q_1NTH, k_1GSH, v_1GSH, out_1NTH = _by_head(grad_TNH.contiguous(), q_TNH, k_SGH, v_SGH, out_TNH)
+        # blocks that cover the keys one after the other need no sum; others share keys or skip some
+        ends = [0, *(block.k_end for block in ctx.blocks)]
+        is_sum = ends != [*(block.k_start for block in ctx.blocks), k_SGH.shape[0]]
+        sum_dtype = torch.promote_types(k_SGH.dtype, torch.float32)
+        sums_kv = [torch.zeros(x.shape, dtype=sum_dtype, device=x.device) for x in (k_SGH, v_SGH)] if is_sum else []
+        pulls_q: list[Tensor] = []
+        pulls_kv: list[list[Tensor]] = [[], []]
+        for block, logsumexp_1Nn in zip(ctx.blocks, logsumexps, strict=True):
+            grad_1NnH, q_1NnH, out_1NnH = (x.narrow(2, *_queries(block)) for x in (grad_1NTH, q_1NTH, out_1NTH))
+            pull_q_nNH: Tensor | None = None
+            for keys, causal in _parts(block):
+                kv_1GPH = k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys)
+                pulls = kernel.backward(grad_1NnH, q_1NnH, *kv_1GPH, out_1NnH, logsumexp_1Nn, causal)
+                pull_nNH, *pull_kv_PGH = (x[0].transpose(0, 1) for x in pulls)
+                pull_q_nNH = pull_nNH if pull_q_nNH is None else pull_q_nNH + pull_nNH
+                for number, pull_PGH in enumerate(pull_kv_PGH):
+                    if is_sum:
+                        sums_kv[number].narrow(0, *keys).add_(pull_PGH)
+                    else:
+                        pulls_kv[number].append(pull_PGH)
+            assert pull_q_nNH is not None
+            pulls_q.append(pull_q_nNH)
+        grad_k_SGH, grad_v_SGH = (x.to(k_SGH.dtype) for x in sums_kv) if is_sum else (torch.cat(x) for x in pulls_kv)
+        return torch.cat(pulls_q), grad_k_SGH, grad_v_SGH, None
+
+
+def _by_head(*tensors_TNH: Tensor) -> list[Tensor]:
+    return [x_TNH.transpose(0, 1)[None] for x_TNH in tensors_TNH]
+
+
+def _queries(block: Block) -> tuple[int, int]:
+    """First row and number of rows, as Tensor.narrow takes them."""
+    return block.q_start, block.q_end - block.q_start
+
+
+def _parts(block: Block) -> Iterator[tuple[tuple[int, int], bool]]:
+    """((first key, number of keys), is_causal) of the kernel calls of a block."""
+    own = block.q_end - block.q_start
+    earlier = block.k_end - block.k_start - own
+    if earlier:
+        yield (block.k_start, earlier), False
+    yield (block.k_end - own, own), True
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(output, logsumexp) of attention to the keys of both, combined in the dtype of the logsumexp, which is fp32 or wider."""
+    (first_1NnH, first_1Nn), (second_1NnH, second_1Nn) = first, second
+    logsumexp_1Nn = torch.logaddexp(first_1Nn, second_1Nn)
+    out_1NnH = first_1NnH * (first_1Nn - logsumexp_1Nn).exp()[..., None]
+    out_1NnH.addcmul_(second_1NnH.to(out_1NnH.dtype), (second_1Nn - logsumexp_1Nn).exp()[..., None])
+    return out_1NnH.to(first_1NnH.dtype), logsumexp_1Nn
+
+
+class _Kernel(NamedTuple):
+    """Attention of (1, N, n, H) queries to (1, G, P, H) keys and values; is_causal only with n = P."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    """(q, k, v, is_causal) -> output, logsumexp (1, N, n)."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(output gradient, q, k, v, output, logsumexp, is_causal) -> gradients of q, k and v."""
+
+
+def _kernel(q_TNH: Tensor) -> _Kernel:
+    if q_TNH.device.type == "cpu":
+        return _Kernel(_flash_cpu, _flash_cpu_backward)
+    has_flash = q_TNH.device.type == "cuda" and q_TNH.dtype in (torch.bfloat16, torch.float16) and q_TNH.shape[-1] % 8 == 0
+    return _Kernel(_flash_cuda, _flash_cuda_backward) if has_flash else _Kernel(_plain, _plain_backward)
+
+
+# Flash kernels take grouped queries as they are; the CPU's since pytorch pull request 157893 of July 2025.
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
+
+
+def _flash_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, logsumexp, 0.0, is_causal)
+
+
+def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Not run: written on a machine without a GPU."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[:2]
+
+
+def _flash_cuda_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Not run: written on a machine without a GPU."""
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
+    saved = (grad, q, k, v, out, logsumexp.contiguous(), None, None, q.shape[2], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(*saved, 0.0, is_causal, seed, seed)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """For what flash kernels do not take, as fp32 on a GPU: holds all scores of a call, and a mask of its own rows."""
+    scores = _plain_scores(q, k, is_causal)
+    logsumexp = scores.logsumexp(-1)
+    weights = (scores - logsumexp[..., None]).exp()
+    return (weights @ _for_every_query_head(v, q)).to(q.dtype), logsumexp
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (_plain_scores(q, k, is_causal) - logsumexp[..., None]).exp()
+    grad, out, wide_q = (x.to(weights.dtype) for x in (grad, out, q))
+    pull = grad @ _for_every_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)
+    pull = pull * weights * q.shape[-1] ** -0.5
+    pull_k, pull_v = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (pull.mT @ wide_q, weights.mT @ grad))
+    return (pull @ _for_every_query_head(k, q)).to(q.dtype), pull_k, pull_v
+
+
+def _plain_scores(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
+    keys = _for_every_query_head(k, q)
+    scores = q.to(keys.dtype) @ keys.mT * q.shape[-1] ** -0.5
+    if is_causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+    return scores
+
+
+def _for_every_query_head(x: Tensor, q: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).repeat_interleave(q.shape[1] // x.shape[1], dim=1)

@@ -1,0 +1,90 @@
+"""Where a rank's part of each parameter lies in the whole one: the one answer for initialisation, checkpoints and comparisons.
+
+A parameter says itself how it is divided, by attributes that its module sets:
+    tensor_model_parallel, partition_dim   divided over the tensor-parallel ranks along that dim (megatron-core's own names)
+    is_gated                               its partition_dim holds two halves, gate and up, each divided for itself
+    is_routed_expert                       its first dim is divided over the expert-parallel ranks, and partition_dim over the
+                                           expert-tensor-parallel ones
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+Offset = tuple[int, int, int]
+"""(dim, index, count): piece `index` of `count` equal ones along `dim`."""
+
+
+class Part(NamedTuple):
+    """A rectangle of a parameter: where it lies in this rank's tensor and in the whole one, its lengths, and of how many such it is."""
+
+    local: tuple[slice, ...]
+    whole: tuple[slice, ...]
+    offsets: tuple[Offset, ...]
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This rank's part of one parameter."""
+
+    whole_shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    """One, or two for a divided gate and up projection."""
+    replica: tuple[int, int, int]
+    """All zero on exactly one of the ranks that hold the same part."""
+
+
+def placement(parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
+    """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as its home."""
+    is_expert = getattr(parameter, "is_routed_expert", False)
+    is_divided = getattr(parameter, "tensor_model_parallel", False)
+    group, data_group = (groups.expt_tp, groups.expt_dp) if is_expert else (groups.tp, groups.dp_cp)
+    rank, size = group.rank(), group.size()
+    expert: tuple[Offset, ...] = ((0, groups.ep.rank(), groups.ep.size()),) if is_expert else ()
+    divisions: list[tuple[Offset, ...]] = [()]
+    if is_divided and size > 1:
+        dim = int(parameter.partition_dim)  # type: ignore[attr-defined]
+        is_gated = getattr(parameter, "is_gated", False)
+        divisions = [((dim, rank, 2 * size),), ((dim, size + rank, 2 * size),)] if is_gated else [((dim, rank, size),)]
+    parts = [_part(parameter.shape, (*expert, *division), number, len(divisions)) for number, division in enumerate(divisions)]
+    whole_shape = [length * count for length, count in zip(parts[0].lengths, parts[0].counts, strict=True)]
+    replica = (int(is_copy), 0 if is_divided or is_expert else rank, data_group.rank())
+    return Placement(tuple(whole_shape), tuple(parts), replica)
+
+
+def _part(shape: torch.Size, offsets: tuple[Offset, ...], number: int, num_parts: int) -> Part:
+    """Part `number` of the `num_parts` equal ones that a local tensor of `shape` consists of, along the dim of its last offset."""
+    indices, counts, lengths, starts = [0] * len(shape), [1] * len(shape), list(shape), [0] * len(shape)
+    for dim, index, count in offsets:
+        indices[dim], counts[dim] = index, count
+    if num_parts > 1:
+        dim = offsets[-1][0]
+        lengths[dim] //= num_parts
+        starts[dim] = number * lengths[dim]
+    local = tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+    whole = tuple(slice(index * length, (index + 1) * length) for index, length in zip(indices, lengths, strict=True))
+    return Part(local, whole, offsets, tuple(lengths), tuple(counts))
+
+
+def sharded_tensor(key: str, data: Tensor, place: Placement) -> ShardedTensor | ShardedTensorFactory:
+    """`data`, which has the shape of the parameter placed at `place`, for megatron's distributed checkpoints."""
+
+    def build(key: str, data: Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
+        assert flattened_range is None
+        return [
+            ShardedTensor.from_rank_offsets(key, data[part.local].contiguous(), *part.offsets, replica_id=replica_id)
+            for part in place.parts
+        ]
+
+    if len(place.parts) == 1:
+        return build(key, data, place.replica, None)[0]
+    dim = place.parts[0].offsets[-1][0]
+    return ShardedTensorFactory(key, data, build, lambda parts: torch.cat(parts, dim=dim), place.replica)

@@ -1,0 +1,160 @@
+"""Counts what a rank communicates: every collective and message, by the axis of its process group and its kind.
+
+Counted where torch's dispatcher sees them: whatever function megatron-core or torch calls, and whatever name it bound it to on
+import, ends in one operator of torch's namespace `c10d`. An operator of it that this file does not know is an error, not a gap.
+
+The bytes of a call are those that this rank has to send under the algorithm that needs the fewest (ring, pairwise exchange; Thakur et
+al. 2005, "Optimization of Collective Communication Operations in MPICH"), in a group of n ranks, rounded up to whole bytes:
+
+    all_gather, reduce_scatter    (n - 1) / n of the whole tensor
+    all_reduce                    2 (n - 1) / n of the tensor
+    all_to_all                    of its tensor, what goes to other ranks; (n - 1) / n of it where the parts are equal
+    send                          the tensor
+    recv                          the tensor, which is received and not sent: left out of all sums
+    broadcast, reduce             (n - 1) / n of the tensor, the average over the ranks
+    gather, scatter               what a rank that is not the root sends; what the root sends
+    barrier                       0
+
+A group of one rank communicates nothing and is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Messages(NamedTuple):
+    """Calls of one kind over one axis."""
+
+    calls: int
+    bytes: int
+
+
+Traffic = dict[tuple[str, str], Messages]
+"""(axis, kind) -> messages of this rank."""
+
+AXES = {
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pp": ("pp",),
+    "ep": ("ep", "tp_ep"),
+    "expert_tp": ("expt_tp",),
+    "dp": ("dp", "dp_cp", "intra_dp_cp"),
+    "expert_dp": ("expt_dp", "intra_expt_dp"),
+    "embedding": ("embd", "pos_embd"),
+}
+"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which is dp here. Any other group, such as that
+of all ranks, is "other"; point-to-point messages over that one are the pipeline's (core sends half of them over it where it has two ranks)."""
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Counts what this rank communicates inside `with TrafficCounter(groups) as traffic:`, also in backward passes; slows them down."""
+
+    def __init__(self, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.traffic: Traffic = {}
+        self._axes: dict[str, str] = {}
+        for axis, names in AXES.items():
+            for group in (getattr(groups, name, None) for name in names):
+                if isinstance(group, dist.ProcessGroup):
+                    self._axes.setdefault(group.group_name, axis)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count(func._schema, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = schema.name.removeprefix("c10d::")
+        if name not in _OPERATORS:
+            raise NotImplementedError(f"{schema.name} communicates and is not counted; add it to {__name__}")
+        values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        kind, whole = _OPERATORS[name]
+        group: dist.ProcessGroup = dist.ProcessGroup.unbox(values["process_group"])
+        if group.size() == 1:
+            return
+        axis = self._axes.get(group.group_name, "other")
+        if kind in ("send", "recv") and axis == "other":
+            axis = "pp"
+        for size in whole(values, group):
+            before = self.traffic.get((axis, kind), Messages(0, 0))
+            self.traffic[axis, kind] = Messages(before.calls + 1, before.bytes + _sent(kind, size, group.size()))
+
+
+def sent_bytes(traffic: Traffic, axis: str | None = None) -> int:
+    """Bytes that the rank sent, over all axes or one."""
+    return sum(messages.bytes for (over, kind), messages in traffic.items() if kind != "recv" and axis in (None, over))
+
+
+def _sent(kind: str, size: int, n: int) -> int:
+    """Bytes to send of a call on `size` bytes in a group of n ranks; see the top of this file."""
+    if kind in ("send", "recv", "gather", "scatter", "all_to_all", "barrier"):
+        return size
+    return -(-size * (n - 1) * (2 if kind == "all_reduce" else 1) // n)
+
+
+def _bytes(tensors: Tensor | Sequence[Any]) -> int:
+    return tensors.nbytes if isinstance(tensors, Tensor) else sum(_bytes(tensor) for tensor in tensors)
+
+
+Sizes = Callable[[dict[str, Any], dist.ProcessGroup], list[int]]
+
+
+def _one(argument: str) -> Sizes:
+    """One call on all of an argument."""
+    return lambda values, group: [_bytes(values[argument])]
+
+
+def _each(argument: str) -> Sizes:
+    """A call for each tensor of an argument: torch has put several calls together."""
+    return lambda values, group: [_bytes(tensor) for tensor in values[argument]]
+
+
+def _exchanged(values: dict[str, Any], group: dist.ProcessGroup) -> list[int]:
+    """Bytes to other ranks of a tensor whose rows are exchanged, in equal parts where no sizes are given."""
+    size, splits = _bytes(values["input"]), values["input_split_sizes"]
+    own = size * splits[group.rank()] // max(sum(splits), 1) if splits else size // group.size()
+    return [size - own]
+
+
+def _exchanged_list(values: dict[str, Any], group: dist.ProcessGroup) -> list[int]:
+    return [_bytes(values["input_tensors"]) - _bytes(values["input_tensors"][group.rank()])]
+
+
+def _gathered(values: dict[str, Any], group: dist.ProcessGroup) -> list[int]:
+    return [0 if group.rank() == values["root_rank"] else _bytes(values["input_tensors"])]
+
+
+def _scattered(values: dict[str, Any], group: dist.ProcessGroup) -> list[int]:
+    return [_bytes(values["input_tensors"]) * (group.size() - 1) // group.size()]
+
+
+_OPERATORS: dict[str, tuple[str, Sizes]] = {
+    "allreduce_": ("all_reduce", _one("tensors")),
+    "allreduce_coalesced_": ("all_reduce", _each("tensors")),
+    "_allgather_base_": ("all_gather", _one("output_tensor")),
+    "allgather_into_tensor_coalesced_": ("all_gather", _each("outputs")),
+    "allgather_": ("all_gather", _one("output_tensors")),
+    "allgather_coalesced_": ("all_gather", _one("output_lists")),
+    "_reduce_scatter_base_": ("reduce_scatter", _one("input_tensor")),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", _each("inputs")),
+    "reduce_scatter_": ("reduce_scatter", _one("input_tensors")),
+    "alltoall_base_": ("all_to_all", _exchanged),
+    "alltoall_": ("all_to_all", _exchanged_list),
+    "send": ("send", _one("tensors")),
+    "recv_": ("recv", _one("tensors")),
+    "recv_any_source_": ("recv", _one("tensors")),
+    "broadcast_": ("broadcast", _one("tensors")),
+    "reduce_": ("reduce", _one("tensors")),
+    "gather_": ("gather", _gathered),
+    "scatter_": ("scatter", _scattered),
+    "barrier": ("barrier", lambda values, group: [0]),
+    "monitored_barrier_": ("barrier", lambda values, group: [0]),
+}
+"""Operator of torch's namespace c10d -> kind, and the sizes in bytes of the calls that it makes."""

@@ -1,0 +1,206 @@
+"""The weights that one rank holds, and how megatron-core lays them and their gradients out in buffers and buckets.
+
+The order of the weights and core's rules for padding decide how many bytes a rank keeps and how many it reduces and gathers each step;
+both are computed from this. Sizes are in elements. Source of the rules: _ParamAndGradBuffer in megatron-core 0.16 to 0.19.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, pipeline_stages
+
+SMALLEST_BUCKET = 40_000_000
+"""Elements from which on core closes a bucket where it overlaps the reduction: this, or 1,000,000 for each data-parallel rank if more."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many ranks share what, from the layout and the number of ranks; and which places a rank has (tp, cp, ep, dp, pp from inside)."""
+
+    tp: int
+    cp: int
+    pp: int
+    ep: int
+    expert_tp: int
+    dp: int
+    """Ranks that hold different sequences."""
+    expert_dp: int
+    """Ranks that hold the same routed experts."""
+    world_size: int
+
+    @property
+    def dp_cp(self) -> int:
+        """Ranks that hold the same weights other than routed experts: gradients are reduced over them."""
+        return self.dp * self.cp
+
+    @property
+    def has_expert_buffers(self) -> bool:
+        """Whether routed experts are reduced over fewer or more ranks than the other weights; else core treats them like those."""
+        return self.expert_dp != self.dp_cp
+
+    def pipeline_rank(self, rank: int) -> int:
+        return rank // (self.world_size // self.pp)
+
+    def shard(self, rank: int, is_expert: bool) -> int:
+        """Place of a rank in the group over which its weights' optimizer state is divided."""
+        return rank % (self.world_size // self.pp) // (self.expert_tp * self.ep if is_expert else self.tp)
+
+
+def grid(parallel: ParallelConfig, world_size: int) -> Grid:
+    """Raises ValueError where the layout does not divide the ranks."""
+    tp, cp, pp = parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.pipeline_model_parallel_size
+    ep, expert_tp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    dense, expert = tp * cp * pp, expert_tp * ep * pp
+    if world_size % dense or world_size % expert:
+        raise ValueError(
+            f"world_size={world_size} is not a multiple of TP*CP*PP={tp}*{cp}*{pp}={dense} and of ETP*EP*PP={expert_tp}*{ep}*{pp}={expert}"
+        )
+    return Grid(tp, cp, pp, ep, expert_tp, world_size // dense, world_size // expert, world_size)
+
+
+def stages_of(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) -> dict[int, range]:
+    """Stage number -> its layers, for the stages of one pipeline rank, in the order of its chunks."""
+    stages, ranks = pipeline_stages(model, parallel), parallel.pipeline_model_parallel_size
+    if not 0 <= pipeline_rank < ranks:
+        raise ValueError(f"pipeline_rank={pipeline_rank}, but there are pipeline ranks 0 to {ranks - 1}")
+    return {number: stages[number] for number in range(pipeline_rank, len(stages), ranks)}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """This rank's part of one parameter."""
+
+    size: int
+    is_routed_expert: bool = False
+    is_router: bool = False
+    """Kept in fp32 in every precision."""
+    is_replicated: bool = False
+    """The same on all tensor-parallel ranks, which see different tokens and add up its gradient: norms and routers."""
+    is_shared_embedding: bool = False
+    """Also on another pipeline stage."""
+
+
+def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Weight]:
+    """Parameters of one stage in the order in which HunyuanModel registers them."""
+    tp, etp, ep = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size
+    stages, hidden, is_tied = pipeline_stages(model, parallel), model.hidden_size, model.share_embeddings_and_output_weights
+    is_first, is_last = stage == 0, stage == len(stages) - 1
+    vocabulary = model.padded_vocab_size * hidden // tp
+    query = hidden * model.num_attention_heads * model.head_dim // tp
+    key_value = 2 * hidden * model.num_query_groups * model.head_dim // tp
+    expert = model.num_moe_experts // ep * hidden * model.expert_ffn_size // etp
+    shared = hidden * model.ffn_hidden_size // tp
+    norm, routed = partial(Weight, is_replicated=True), partial(Weight, is_routed_expert=True)
+
+    def layer(number: int) -> Iterator[Weight]:
+        yield norm(hidden)
+        yield Weight(query + (key_value if number % model.cla_share_factor == 0 else 0))
+        if model.qk_layernorm:
+            yield from (norm(model.head_dim), norm(model.head_dim))
+        yield from (Weight(query), norm(hidden))
+        yield Weight(model.num_moe_experts * hidden, is_router=True, is_replicated=True)
+        yield from (routed(2 * expert), routed(expert), Weight(2 * shared), Weight(shared))
+
+    weights = [Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1)] if is_first or (is_last and is_tied) else []
+    weights += [weight for number in stages[stage] for weight in layer(number)]
+    if is_last:
+        weights.append(norm(hidden))
+        weights += [] if is_tied else [Weight(vocabulary)]
+    return weights
+
+
+@dataclass
+class Buffer:
+    """Weights of one number format that are reduced over the same ranks, one after the other from the last to the first."""
+
+    axis: str
+    """dp or expert_dp: over which ranks."""
+    num_ranks: int
+    weight_bytes: int
+    """Of one element."""
+    gradient_bytes: int
+    """Of one element."""
+    is_sharded: bool
+    """Whether the optimizer state is divided over the ranks (distributed optimizer); elements are then padded."""
+    places: list[tuple[int, int]] = field(default_factory=list)
+    """(start, end) of each weight."""
+    buckets: list[tuple[int, int]] = field(default_factory=list)
+    """(start, end) of each bucket: what is reduced and gathered in one call."""
+
+    @property
+    def size(self) -> int:
+        """Elements, padding included."""
+        return self.buckets[-1][1]
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state of one element: both Adam moments in fp32 and, where the weight is in bf16, its fp32 main copy."""
+        return 8 if self.weight_bytes == 4 else 12
+
+    def kept(self) -> list[int]:
+        """Elements whose optimizer state each of the ranks keeps."""
+        if not self.is_sharded:
+            return [sum(end - start for start, end in self.places)] * self.num_ranks
+        kept = [0] * self.num_ranks
+        for first, last in self.buckets:
+            share = (last - first) // self.num_ranks
+            for start, end in ((start - first, end - first) for start, end in self.places if first <= start < last):
+                for rank in range(start // share, -(-end // share)):
+                    kept[rank] += min(end, (rank + 1) * share) - max(start, rank * share)
+        return kept
+
+
+def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int) -> list[Buffer]:
+    """Buffers of one model chunk, each laid out as core does it. Raises ValueError where the layout does not divide the ranks."""
+    ranks = grid(parallel, world_size)
+    limit = None
+    if parallel.overlap_grad_reduce and stage % ranks.pp == 0:  # later pipeline ranks do not wait for their reduction
+        limit = max(SMALLEST_BUCKET, 1_000_000 * ranks.dp)
+    found: dict[tuple[bool, int], list[Weight]] = {}
+    for weight in weights_of_stage(model, parallel, stage):
+        weight_bytes = 4 if weight.is_router or precision.dtype == "fp32" else 2
+        found.setdefault((weight.is_routed_expert and ranks.has_expert_buffers, weight_bytes), []).append(weight)
+    return [
+        _lay_out(
+            weights,
+            Buffer(
+                axis="expert_dp" if is_expert else "dp",
+                num_ranks=ranks.expert_dp if is_expert else ranks.dp_cp,
+                weight_bytes=weight_bytes,
+                gradient_bytes=4 if precision.grad_reduce_in_fp32 else weight_bytes,
+                is_sharded=parallel.use_distributed_optimizer,
+            ),
+            limit,
+        )
+        for (is_expert, weight_bytes), weights in found.items()
+    ]
+
+
+def _lay_out(weights: list[Weight], buffer: Buffer, limit: int | None) -> Buffer:
+    """Place the weights from the last to the first. Sharded: a weight begins at a multiple of 64 elements, a bucket ends at one of 128 and
+    of the number of ranks, and an embedding that two stages hold is a bucket of its own, which both stages divide alike."""
+
+    def padded(position: int, divisor: int) -> int:
+        return -(-position // divisor) * divisor if buffer.is_sharded else position
+
+    def close(end: int) -> int:
+        buffer.buckets.append((first, padded(end, math.lcm(buffer.num_ranks, 128))))
+        return buffer.buckets[-1][1]
+
+    first = position = 0
+    for weight in reversed(weights):
+        position = padded(position, 64)
+        is_alone = weight.is_shared_embedding and buffer.is_sharded
+        if is_alone and position > first:
+            first = position = close(position)
+        buffer.places.append((position, position + weight.size))
+        position += weight.size
+        if is_alone or (limit is not None and position - first >= limit):
+            first = position = close(position)
+    if position > first:
+        close(position)
+    return buffer

@@ -1,0 +1,237 @@
+"""What a rank communicates in one training step, in closed form: messages by axis and kind.
+
+Counted as parallel.traffic counts a real step, and a test holds the two equal: the bytes of a call are those that this rank has to send
+under the algorithm that needs the fewest (ring, pairwise exchange), in a group of n ranks, rounded up to whole bytes. all_gather and
+reduce_scatter: (n - 1) / n of the whole tensor; all_reduce: 2 (n - 1) / n of it; all_to_all: what goes to other ranks; send: the tensor;
+recv: the tensor, which is left out of all sums.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, pipeline_stages
+from hunyuan_pretrain.plan.buffers import Grid, buffers_of_stage, grid, stages_of, weights_of_stage
+
+AXES = ("tp", "cp", "ep", "expert_tp", "pp", "dp", "expert_dp", "embedding", "other")
+"""Over which ranks: those that share a matrix, a sequence, the experts, an expert; neighbours in the pipeline; those that hold the same
+weights, the same experts, the tied embedding; any others, such as all of them. Ranks of cp count to dp where gradients are reduced."""
+
+LOSS_CHUNK_TOKENS = 2048
+"""Tokens of a chunk of the output layer, of all tensor-parallel ranks, on a GPU: model.cross_entropy.CHUNK_TOKENS."""
+
+STATISTICS_BESIDE_LOAD = 6
+"""Numbers of a layer's router statistics beside the load of each expert: model.router.STATISTICS."""
+
+
+class Messages(NamedTuple):
+    """Calls of one kind over one axis."""
+
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Communication:
+    """One rank's messages of one training step."""
+
+    messages: dict[tuple[str, str], Messages]
+    """(axis, kind) -> messages."""
+    is_exact: bool
+    """False without a capacity and with expert parallelism: what a rank then sends depends on the routing, and the bytes are those of an
+    even one. The most that it can send is all of its tokens: n / (n - 1) of the bytes of ep."""
+
+    def sent_bytes(self, axis: str | None = None) -> int:
+        """Bytes that the rank sends, over all axes or one."""
+        return sum(messages.bytes for (over, kind), messages in self.messages.items() if kind != "recv" and axis in (None, over))
+
+
+class _Ledger:
+    """Adds up messages; those of a group of one rank are none."""
+
+    def __init__(self) -> None:
+        self.messages: dict[tuple[str, str], Messages] = {}
+
+    def add(self, axis: str, kind: str, size_bytes: int, num_ranks: int, calls: int = 1) -> None:
+        """`calls` calls, each on a tensor of `size_bytes` (the whole one where ranks have parts) in a group of `num_ranks`."""
+        if num_ranks == 1 or calls == 0:
+            return
+        if kind not in ("send", "recv"):
+            size_bytes = -(-size_bytes * (num_ranks - 1) * (2 if kind == "all_reduce" else 1) // num_ranks)
+        before = self.messages.get((axis, kind), Messages(0, 0))
+        self.messages[axis, kind] = Messages(before.calls + calls, before.bytes + calls * size_bytes)
+
+    def transposed(self, axis: str, kind: str, size_bytes: int, num_ranks: int, forwards: int, backwards: int) -> None:
+        """Calls in the forward pass, and in the backward pass the transpose of each."""
+        backward = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_to_all": "all_to_all"}[kind]
+        self.add(axis, kind, size_bytes, num_ranks, forwards)
+        self.add(axis, backward, size_bytes, num_ranks, backwards)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a rank computes in one step."""
+
+    micro_batches: int
+    tokens: int
+    """Of a micro-batch, on a context-parallel rank."""
+    local_tokens: int
+    """Of a micro-batch, on a tensor-parallel rank, between layers."""
+    value_bytes: int
+    """Of one activation."""
+
+
+def communication_per_rank(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    stage: StageConfig,
+    world_size: int,
+    pipeline_rank: int = 0,
+    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
+) -> Communication:
+    """Messages of one training step of any rank at a place of the pipeline: train.step.train_step, with its optimizer.
+
+    Forward, backward and recomputed passes, reduction of gradients, update, statistics. Ranks at the same place send the same, except for
+    dropless routing (Communication.is_exact). `stage` says the batch; `loss_chunk_tokens`: see LOSS_CHUNK_TOKENS, 128 on a CPU.
+    Raises ValueError where layout or batch do not divide the ranks.
+    """
+    ranks, ledger = grid(parallel, world_size), _Ledger()
+    sequences = stage.micro_batch_sequences * ranks.dp
+    tokens = stage.sequence_length * stage.micro_batch_sequences
+    if stage.global_batch_sequences % sequences:
+        raise ValueError(f"global_batch_sequences={stage.global_batch_sequences} is not a multiple of {sequences} = micro-batch * DP")
+    if tokens % (ranks.cp * ranks.tp):
+        raise ValueError(f"a micro-batch of {tokens} tokens is not a multiple of CP*TP={ranks.cp}*{ranks.tp}")
+    batch = _Batch(
+        micro_batches=stage.global_batch_sequences // sequences,
+        tokens=tokens // ranks.cp,
+        local_tokens=tokens // ranks.cp // ranks.tp,
+        value_bytes=2 if precision.dtype == "bf16" else 4,
+    )
+    chunks = stages_of(model, parallel, pipeline_rank)
+    for number, layers in chunks.items():
+        _ends(ledger, model, parallel, ranks, batch, number, loss_chunk_tokens)
+        for layer in layers:
+            _attention(ledger, model, parallel, ranks, batch, is_owner=layer % model.cla_share_factor == 0)
+            _mixture_of_experts(ledger, model, parallel, ranks, batch)
+    _gradients(ledger, model, parallel, precision, ranks, list(chunks))
+    _optimizer(ledger, model, parallel, precision, ranks, list(chunks))
+    ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
+    statistics = 1 + model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
+    ledger.add("other", "all_reduce", 8 * statistics, world_size)
+    is_exact = model.moe_expert_capacity_factor is not None or ranks.ep == ranks.expert_tp == 1
+    return Communication(ledger.messages, is_exact)
+
+
+def _forwards(parallel: ParallelConfig, batch: _Batch, is_in_experts: bool = False) -> int:
+    """Forward passes of a layer in a step; what is inside the experts is computed again under selective recompute too."""
+    is_again = parallel.recompute == "cla_group" or (is_in_experts and parallel.recompute == "selective")
+    return batch.micro_batches * (2 if is_again else 1)
+
+
+def _ends(
+    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch, number: int, loss_chunk_tokens: int
+) -> None:
+    """Embedding and output layer, divided along the vocabulary; and the messages to the stages before and after."""
+    last, times, width = len(pipeline_stages(model, parallel)) - 1, batch.micro_batches, model.hidden_size * batch.value_bytes
+    for is_there in (number > 0, number < last):
+        ledger.add("pp", "send", batch.local_tokens * width, ranks.pp, times * is_there)
+        ledger.add("pp", "recv", batch.local_tokens * width, ranks.pp, times * is_there)
+    if number == 0:
+        ledger.transposed("tp", "reduce_scatter", batch.tokens * width, ranks.tp, times, times)
+    if number == last:
+        chunk = max(loss_chunk_tokens // ranks.tp, 1)
+        for start in range(0, batch.local_tokens, chunk):
+            tokens = min(chunk, batch.local_tokens - start) * ranks.tp
+            ledger.transposed("tp", "all_gather", tokens * width, ranks.tp, times, times)
+            ledger.add("tp", "all_reduce", tokens * 4, ranks.tp, times)  # largest logit
+            ledger.add("tp", "all_reduce", tokens * 8, ranks.tp, times)  # the label's logit, sum of exponentials
+
+
+def _divided_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, backwards: int) -> None:
+    """A column-parallel matrix and the row-parallel one after it, which all tokens pass and only a share of them comes out of.
+
+    Backward, the first gathers its input once more, for the gradient of its weight.
+    """
+    ledger.transposed("tp", "all_gather", size_bytes, ranks.tp, forwards, backwards)
+    ledger.add("tp", "all_gather", size_bytes, ranks.tp, backwards)
+    ledger.transposed("tp", "reduce_scatter", size_bytes, ranks.tp, forwards, backwards)
+
+
+def _attention(ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch, is_owner: bool) -> None:
+    """Keys and values travel once for a CLA group, from the layer that owns them."""
+    forwards, backwards = _forwards(parallel, batch), batch.micro_batches
+    _divided_pair(ledger, batch.tokens * model.hidden_size * batch.value_bytes, ranks, forwards, backwards)
+    head_bytes = batch.tokens * model.head_dim * batch.value_bytes
+    key_value = 2 * model.num_query_groups // ranks.tp * head_bytes
+    if parallel.context_parallel_method == "all_gather":
+        if is_owner:
+            ledger.transposed("cp", "all_gather", ranks.cp * key_value, ranks.cp, forwards, backwards)
+        return
+    query = model.num_attention_heads // ranks.tp * head_bytes
+    for size in (query, query, *([key_value] if is_owner else [])):  # queries there, outputs back
+        ledger.transposed("cp", "all_to_all", size, ranks.cp, forwards, backwards)
+
+
+def _mixture_of_experts(ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch) -> None:
+    """Under a capacity every rank sends every expert all of its slots, filled or not; without, what the routing says, after its counts."""
+    times, row_bytes = batch.micro_batches, model.hidden_size * batch.value_bytes
+    _divided_pair(ledger, batch.tokens * row_bytes, ranks, _forwards(parallel, batch, is_in_experts=True), times)
+    forwards = _forwards(parallel, batch)
+    if model.moe_expert_capacity_factor is None:
+        rows = batch.local_tokens * model.moe_router_topk
+        experts = model.num_moe_experts // ranks.ep
+        ledger.add("ep", "all_to_all", 8 * model.num_moe_experts, ranks.ep, forwards)
+        ledger.add("expert_tp", "all_gather", ranks.expert_tp * 8 * experts, ranks.expert_tp, forwards)
+    else:
+        rows = model.num_moe_experts * batch.local_tokens // model.moe_routing_group_tokens * expert_capacity(model)
+    for _ in ("to the experts", "and back"):
+        ledger.transposed("ep", "all_to_all", rows * row_bytes, ranks.ep, forwards, times)
+    whole = ranks.expert_tp * rows * row_bytes
+    ledger.transposed("expert_tp", "all_gather", whole, ranks.expert_tp, forwards, times)
+    ledger.transposed("expert_tp", "reduce_scatter", whole, ranks.expert_tp, forwards, times)
+
+
+def expert_capacity(model: ModelConfig) -> int:
+    """Slots of one expert for one routing group, as model.router has them."""
+    assert model.moe_expert_capacity_factor is not None
+    return math.ceil(model.moe_expert_capacity_factor * model.moe_routing_group_tokens * model.moe_router_topk / model.num_moe_experts)
+
+
+def _gradients(
+    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, ranks: Grid, chunks: list[int]
+) -> None:
+    """Reduction over the ranks that hold the same weights, of every bucket with its padding; then what two of a kind add up."""
+    gradient_bytes = 4 if precision.grad_reduce_in_fp32 or precision.dtype == "fp32" else 2
+    for chunk in chunks:
+        for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
+            for start, end in buffer.buckets:
+                kind = "reduce_scatter" if buffer.is_sharded else "all_reduce"
+                ledger.add(buffer.axis, kind, (end - start) * buffer.gradient_bytes, buffer.num_ranks)
+    weights = [weight for chunk in chunks for weight in weights_of_stage(model, parallel, chunk)]
+    # one tensor of fp32 in every precision, because the gradients of the routers are
+    ledger.add("tp", "all_reduce", 4 * sum(weight.size for weight in weights if weight.is_replicated), ranks.tp)
+    for weight in weights:
+        if weight.is_shared_embedding:
+            ledger.add("embedding", "all_reduce", gradient_bytes * weight.size, 2)
+
+
+def _optimizer(
+    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, ranks: Grid, chunks: list[int]
+) -> None:
+    """Gradient norm; updated weights to the ranks that hold them too."""
+    if not parallel.use_distributed_optimizer:
+        ledger.add("other", "all_reduce", 4, ranks.tp * ranks.pp)
+        if ranks.has_expert_buffers:
+            ledger.add("other", "all_reduce", 4, ranks.expert_tp * ranks.ep * ranks.pp)
+        return
+    ledger.add("other", "all_reduce", 4, ranks.world_size)
+    # core has an optimizer each for experts and all else where they are reduced over different ranks, and each gathers all weights
+    times = 2 if ranks.has_expert_buffers and not parallel.overlap_param_gather else 1
+    for chunk in chunks:
+        for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
+            for start, end in buffer.buckets:
+                ledger.add(buffer.axis, "all_gather", (end - start) * buffer.weight_bytes, buffer.num_ranks, times)

@@ -1,0 +1,298 @@
+"""Two layouts of one experiment, compared tensor by tensor: what `hunyuan-pretrain parity` and the equality tests run.
+
+Both layouts start from the same weights (a function of the seed) and read the same batches. Everything that a layout computes is put
+together to whole tensors and compared: losses, the gradient norm, every gradient before clipping, every parameter and moment after the
+update, and of every module's output a fingerprint of each token, by which the first module that differs is found.
+
+What must be bitwise equal: the expert of every token, which is a decision and not a sum; and tensors that several ranks hold copies of.
+Everything else is a sum whose order depends on the layout, and is compared within TOLERANCE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.parallel.sharding import Placement
+from hunyuan_pretrain.plan.counts import expert_lr_ratio
+from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
+from hunyuan_pretrain.train.metrics import step_record
+from hunyuan_pretrain.train.optimizer import complete_gradients, set_learning_rate
+from hunyuan_pretrain.train.step import train_step
+
+TOLERANCE = 2e-5
+"""Largest difference in fp32, over the largest entry of a tensor: layouts differ in the order of their sums only. The one tolerance of all
+comparisons of layouts; 2e-5 is about 170 roundings of 2^-23, which a sum over a few thousand terms in another order makes."""
+
+SCALARS = ("loss", "balance_loss", "z_loss", "grad_norm", "target_tokens")
+MODULES = ("embedding", "input_layernorm", "self_attention", "pre_mlp_layernorm", "router", "experts", "shared_experts", "layer", "final")
+"""Order of execution inside a layer; `layer` is its output."""
+
+
+@dataclass
+class StepTrace:
+    """What one step computed, of the whole model and batch."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, Any] = field(default_factory=dict)
+    """Expert load, overflow, recycled and dropped share by layer."""
+    routing: dict[str, np.ndarray] = field(default_factory=dict)
+    """layer -> (tokens of the global batch, K) expert of each choice, -1 where it was dropped."""
+    activations: dict[str, np.ndarray] = field(default_factory=dict)
+    """module -> (tokens of the global batch, 2): norm and a random projection of its output."""
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    parameters: dict[str, np.ndarray] = field(default_factory=dict)
+    """After the update."""
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
+    conflicts: list[str] = field(default_factory=list)
+    """Tensors of which two ranks hold copies that are not bitwise equal."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One compared quantity."""
+
+    step: int
+    kind: str
+    name: str
+    relative: float
+    """Largest difference over the largest entry of the reference."""
+
+    @property
+    def is_within(self) -> bool:
+        """Whether it may be the order of sums."""
+        return self.relative <= (0.0 if self.kind in ("routing", "copies") else TOLERANCE)
+
+
+def trace_steps(run: setup.Run, steps: range) -> list[StepTrace]:
+    """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others. Communicates: all groups."""
+    traces = []
+    for step in steps:
+        experiment = run.experiment
+        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
+        lr = experiment.optimizer.lr * lr_fraction(experiment.stages, step)
+        set_learning_rate(run.optimizer, lr, ratio)
+        gradients: list[_Piece] = []
+        watch = _Watch(run)
+        result = train_step(
+            experiment,
+            stage,
+            step,
+            run.wrapped,
+            run.optimizer,
+            run.loader.micro_batches(step),
+            run.groups,
+            run.device,
+            before_update=partial(_keep_gradients, run, gradients),
+        )
+        watch.close()
+        if experiment.parallel.overlap_param_gather:
+            for model in run.wrapped:
+                model.start_param_sync(force_sync=True)
+        record = step_record(experiment.model, stage, step, result, lr, lr * ratio, 1.0)
+        trace = StepTrace(
+            scalars={name: float(record[name]) for name in SCALARS if name in record},
+            shares={name: record[name] for name in ("expert_load", "overflow_share", "recycled_share", "dropped_share")},
+        )
+        weights = [piece for model, name, value, place in _parameters(run) for piece in _pieces(name, value.detach(), place, model)]
+        _assemble(trace, "gradients", gradients)
+        _assemble(trace, "parameters", weights)
+        _assemble(trace, "moments", list(_moments(run)))
+        tokens = stage.global_batch_tokens
+        _assemble_tokens(trace.activations, watch.activations, tokens)
+        _assemble_tokens(trace.routing, watch.routing, tokens)
+        traces.append(trace)
+    return traces
+
+
+def compare(actual: list[StepTrace], reference: list[StepTrace]) -> list[Difference]:
+    """Every compared quantity in order of execution: routing and activations forward, gradients backward, then the update."""
+    found = []
+    for step, (mine, theirs) in enumerate(zip(actual, reference, strict=True)):
+        found += [Difference(step, "copies", name, float("inf")) for name in mine.conflicts]
+        forward = [("activation", name, mine.activations, theirs.activations) for name in theirs.activations]
+        forward += [("routing", name, mine.routing, theirs.routing) for name in theirs.routing]
+        for kind, name, a, b in sorted(forward, key=lambda row: execution_order(row[1])):
+            found.append(Difference(step, kind, name, _difference(a.get(name), b[name])))
+        found += [Difference(step, "scalar", name, _difference(mine.scalars[name], theirs.scalars[name])) for name in theirs.scalars]
+        for name in sorted(theirs.gradients, key=execution_order, reverse=True):
+            found.append(Difference(step, "gradient", name, _difference(mine.gradients.get(name), theirs.gradients[name])))
+        for kind, a, b in (("moment", mine.moments, theirs.moments), ("parameter", mine.parameters, theirs.parameters)):
+            found += [Difference(step, kind, name, _difference(a.get(name), b[name])) for name in b]
+    return found
+
+
+def execution_order(name: str) -> tuple[int, int]:
+    """(layer, place in the layer) of a module's output, a routing table, or a parameter."""
+    layer = re.search(r"layers\.(\d+)", name)
+    if layer is None:
+        is_first = name.startswith("embedding")
+        return (-1, 0) if is_first else (1 << 30, 0)
+    inside = [number for number, module in enumerate(MODULES) if f".{module}" in name]
+    return int(layer[1]), inside[0] if inside else MODULES.index("layer")
+
+
+def _difference(actual: Any, reference: Any) -> float:
+    if actual is None or np.shape(actual) != np.shape(reference):
+        return float("inf")
+    largest = float(np.max(np.abs(reference), initial=0.0))
+    difference = float(np.max(np.abs(np.asarray(actual, np.float64) - np.asarray(reference, np.float64)), initial=0.0))
+    if np.isnan(difference):
+        return float("inf")
+    return difference / largest if largest else (float("inf") if difference else 0.0)
+
+
+# --- collecting -----------------------------------------------------------------------------------------------------------------
+
+_Piece = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
+"""(name, shape of the whole tensor, where this piece lies in it, its values)."""
+
+
+def _pieces(name: str, tensor: Tensor, place: Placement, model: HunyuanModel) -> Iterator[_Piece]:
+    for part in place.parts:
+        yield name, place.whole_shape, part.whole, tensor[part.local].float().cpu().numpy().copy()
+
+
+def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, str, torch.nn.Parameter, Placement]]:
+    for model in run.chunks:
+        places = model.placements()
+        for name, parameter in model.named_parameters():
+            yield model, name, parameter, places[name]
+
+
+def _keep_gradients(run: setup.Run, found: list[_Piece]) -> None:
+    """Every gradient of this rank after its reduction."""
+    complete_gradients(run.wrapped)
+    found += [piece for model, name, value, place in _parameters(run) for piece in _pieces(name, value.main_grad, place, model)]  # type: ignore[attr-defined]
+
+
+def _moments(run: setup.Run) -> Iterator[_Piece]:
+    for name, tensors, place in full_moments(run.chunks, run.optimizer):
+        for kind, tensor in tensors.items():
+            yield from _pieces(f"{kind} of {name}", tensor, place, run.chunks[0])
+
+
+class _Watch:
+    """Hooks that keep fingerprints of what the modules of this rank return, with the places of their tokens in the global batch."""
+
+    def __init__(self, run: setup.Run) -> None:
+        self.activations: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self.routing: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._tokens_T: Tensor | None = None
+        self._group_tokens = run.experiment.model.moe_routing_group_tokens
+        self._num_experts = run.experiment.model.num_moe_experts
+        self._hooks = [hook for model in run.chunks for hook in self._register(model)]
+        generator = torch.Generator().manual_seed(0)
+        self._direction_D = torch.randn(run.experiment.model.hidden_size, generator=generator).to(run.device)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _register(self, model: HunyuanModel) -> Iterator[Any]:
+        tp = model.groups.tp
+
+        def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            key: RoutingKey = kwargs["key"]
+            group_n = key.group_n.view(tp.size(), -1)[tp.rank()]
+            offsets = torch.arange(self._group_tokens, device=group_n.device)
+            self._tokens_T = (group_n[:, None] * self._group_tokens + offsets).reshape(-1)
+
+        def end(module: Any, args: Any, output: Any) -> None:
+            # layers that are computed again in the backward pass have been seen already, and their tokens are no longer known
+            self._tokens_T = None
+
+        yield model.register_forward_pre_hook(begin, with_kwargs=True)
+        if model.pre_process:
+            yield model.embedding.register_forward_hook(self._keep("embedding"))
+        for layer in model.decoder.layers:
+            prefix = f"decoder.layers.{layer.layer}"
+            yield layer.register_forward_hook(self._keep(f"{prefix}.layer"))
+            for name in ("input_layernorm", "self_attention", "pre_mlp_layernorm"):
+                yield getattr(layer, name).register_forward_hook(self._keep(f"{prefix}.{name}"))
+            for name in ("experts", "shared_experts"):
+                yield getattr(layer.mlp, name).register_forward_hook(self._keep(f"{prefix}.{name}"))
+            yield layer.mlp.router.register_forward_hook(self._keep_routing(f"{prefix}.router"))
+        if model.post_process:
+            yield model.decoder.final_layernorm.register_forward_hook(self._keep("final"))
+        yield model.register_forward_hook(end)
+
+    def _keep(self, name: str) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            if self._tokens_T is None:
+                return
+            hidden_TD = (output[0] if isinstance(output, tuple) else output).detach().float()
+            fingerprint_T2 = torch.stack((hidden_TD.norm(dim=1), hidden_TD @ self._direction_D), dim=1)
+            self.activations.append((name, self._tokens_T.cpu().numpy(), fingerprint_T2.cpu().numpy()))
+
+        return keep
+
+    def _keep_routing(self, name: str) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            if self._tokens_T is None:
+                return
+            plan, E = output[0], self._num_experts
+            rows_E = torch.full((E,), plan.rows_E) if isinstance(plan.rows_E, int) else plan.rows_E.cpu()
+            # rows beyond the last expert's are those of dropped choices
+            expert_TK = torch.bucketize(plan.row_TK.cpu(), rows_E.cumsum(0), right=True)
+            self.routing.append((name, self._tokens_T.cpu().numpy(), expert_TK.masked_fill(expert_TK == E, -1).numpy()))
+
+        return keep
+
+
+# --- putting together on rank 0 -----------------------------------------------------------------------------------------------------
+
+
+def _gathered(mine: Any) -> Iterator[Any]:
+    """What each rank has, in rank order, on rank 0; nothing elsewhere."""
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, found, dst=0)
+    yield from found or []
+
+
+def _assemble(trace: StepTrace, kind: str, mine: list[_Piece]) -> None:
+    whole, seen = getattr(trace, kind), {}
+    for pieces in _gathered(mine):
+        for name, shape, where, values in pieces:
+            if name not in whole:
+                whole[name], seen[name] = np.zeros(shape, np.float32), np.zeros(shape, bool)
+            if seen[name][where].any() and not np.array_equal(whole[name][where], values):
+                trace.conflicts.append(f"{kind} of {name}")
+            whole[name][where], seen[name][where] = values, True
+    for name, places in seen.items():
+        assert places.all(), f"no rank holds all of {name}"
+
+
+def _assemble_tokens(whole: dict[str, np.ndarray], mine: list[tuple[str, np.ndarray, np.ndarray]], num_tokens: int) -> None:
+    seen: dict[str, int] = {}
+    for rows in _gathered(mine):
+        for name, tokens, values in rows:
+            if name not in whole:
+                whole[name] = np.zeros((num_tokens, values.shape[1]), values.dtype)
+            whole[name][tokens] = values
+            seen[name] = seen.get(name, 0) + len(tokens)
+    for name, count in seen.items():
+        assert count == num_tokens, f"{name}: {count} of {num_tokens} tokens were seen"
+
+
+def trace_layout(experiment: Experiment, steps: int) -> list[StepTrace]:
+    """`trace_steps` of a fresh run of `experiment` in the ranks of this job, which can run another layout afterwards."""
+    run = setup.prepare(experiment)
+    try:
+        return trace_steps(run, range(run.first_step, run.first_step + steps))
+    finally:
+        setup.leave(run)

@@ -1,0 +1,224 @@
+"""What is tried once before training: that documents do not see each other, and that every declared loss reaches the routers.
+
+Both run the model itself, under the layout in use, on one short synthetic micro-batch. They cost a few seconds and catch what no loss
+curve shows: an attention backend that ignores document borders, a router loss that does nothing or whose strength depends on the layout.
+`runtime.probes: false` turns them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from hunyuan_pretrain.data.loader import MicroBatch
+from hunyuan_pretrain.model.attention import packed_sequences
+from hunyuan_pretrain.model.norm import rope_table
+from hunyuan_pretrain.model.router import Router, RoutingKey
+from hunyuan_pretrain.parallel.context_parallel import context_slice
+from hunyuan_pretrain.train import TrainingError
+from hunyuan_pretrain.train.optimizer import complete_gradients
+from hunyuan_pretrain.train.setup import Run
+from hunyuan_pretrain.train.step import as_summed_loss, micro_batch_inputs, run_schedule
+
+COEFFICIENT_TOLERANCE = 1e-3
+"""Relative; the same sums in another order differ by less than 1e-5, a factor of a layout by 2 or more."""
+
+
+def probe(run: Run) -> list[str]:
+    """Run both probes and return a line about each; raises TrainingError, on every rank, if one fails. Communicates: all groups."""
+    lines = [check_leakage(run)]
+    if run.experiment.model.num_moe_experts > 1:
+        lines.append(check_liveness(run))
+    return lines
+
+
+# --- documents do not see each other ---------------------------------------------------------------------------------------------
+
+
+def check_leakage(run: Run) -> str:
+    """Change one document of a pack: attention's output and input gradient of all others must be bitwise what they were."""
+    num_tokens = _num_tokens(run)
+    borders = [0, num_tokens // 8, num_tokens // 2 - 1, num_tokens - 3, num_tokens]
+    changed = range(borders[1], borders[2])
+    generator = torch.Generator().manual_seed(run.experiment.seed)
+    hidden_TD = torch.randn(num_tokens, run.experiment.model.hidden_size, generator=generator)
+    other_TD = hidden_TD.clone()
+    other_TD[changed.start : changed.stop] = torch.randn(len(changed), hidden_TD.shape[1], generator=generator)
+    positions_T = torch.cat([torch.arange(end - start) for start, end in pairwise(borders)])
+    rows_T, *before = _attend(run, hidden_TD, positions_T, borders)
+    _, *after = _attend(run, other_TD, positions_T, borders)
+    is_changed_T = (rows_T >= changed.start) & (rows_T < changed.stop)
+    differs_2T = torch.stack([(a != b).any(dim=1) for a, b in zip(before, after, strict=True)])
+    totals = torch.stack([*differs_2T[:, ~is_changed_T].sum(1), differs_2T[0, is_changed_T].sum()])
+    dist.all_reduce(totals)
+    if totals[0] or totals[1]:
+        raise TrainingError(
+            f"documents of a pack see each other: changing one changed {int(totals[0])} rows of attention output and {int(totals[1])} of "
+            "its gradient in others; do not train with this attention backend"
+        )
+    if not totals[2]:
+        raise TrainingError("the leakage probe had no effect on the changed document itself: attention does not depend on its input")
+    parallel = run.experiment.parallel
+    mode = f", {parallel.context_parallel_method} over {parallel.context_parallel_size} ranks" if parallel.context_parallel_size > 1 else ""
+    return f"probe: documents of a pack do not see each other (attention forward and backward, bitwise{mode})"
+
+
+def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group, without their experts."""
+    model, groups, experiment = run.chunks[0], run.groups, run.experiment
+    rows_T, context = torch.arange(len(positions_S), device=run.device), None
+    if groups.cp.size() > 1:
+        method, granule = experiment.parallel.context_parallel_method, experiment.model.moe_routing_group_tokens
+        context = context_slice(groups.cp, method, borders, 1, granule, run.device)
+        rows_T = context.rows_T
+    table = rope_table(positions_S.to(run.device)[rows_T], experiment.model.rotary_base, experiment.model.head_dim)
+    packed = packed_sequences(table, borders, context)
+    mine_T = rows_T.view(groups.tp.size(), -1)[groups.tp.rank()] if model.config.sequence_parallel else rows_T
+    input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
+    output_TD, kv = input_TD, None
+    for layer in list(model.decoder.layers)[: model.config.cla_share_factor]:
+        attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, packed)
+        output_TD = output_TD + attention_TD
+    # the same pull on both runs, another on every row
+    pull_SD = torch.sin(torch.arange(hidden_SD.numel(), dtype=torch.float32)).view_as(hidden_SD)
+    (grad_TD,) = torch.autograd.grad(output_TD, input_TD, pull_SD.to(output_TD)[mine_T])
+    for wrapped in run.wrapped:
+        wrapped.zero_grad_buffer()  # linears that accumulate into main_grad have done so
+    return mine_T, output_TD.detach(), grad_TD
+
+
+# --- every declared loss reaches the routers -----------------------------------------------------------------------------------------
+
+
+def check_liveness(run: Run) -> str:
+    """Train on each declared loss alone: its gradient on every router is not zero, and has the declared strength.
+
+    The strength is measured at the last layer, whose router only its own loss reaches: gradient after all reductions, projected on the
+    gradient of the bare loss, computed from the router's input apart from the training path.
+    """
+    model = run.experiment.model
+    terms = {"cross-entropy": (True, 0.0, 0.0)}
+    if model.moe_aux_loss_coeff:
+        terms["balance loss"] = (False, model.moe_aux_loss_coeff, 0.0)
+    if model.moe_z_loss_coeff:
+        terms["z-loss"] = (False, 0.0, model.moe_z_loss_coeff)
+    heard = []
+    for name, (has_cross_entropy, balance, z) in terms.items():
+        norms_L, strength = _router_gradients(run, has_cross_entropy, balance, z)
+        silent = [layer for layer, norm in enumerate(norms_L.tolist()) if not norm > 0]
+        if silent:
+            raise TrainingError(f"the {name} has no gradient on the router of layer {silent[0]} ({len(silent)} of {len(norms_L)} layers)")
+        if has_cross_entropy:
+            heard.append(name)
+            continue
+        declared = balance or z
+        if not abs(strength / declared - 1) < COEFFICIENT_TOLERANCE:
+            raise TrainingError(f"the {name} acts with coefficient {strength:.6g}, but {declared:g} is declared: this layout scales it")
+        heard.append(f"{name} (coefficient {strength:.4g}, declared {declared:g})")
+    return f"probe: every router hears {', '.join(heard)}"
+
+
+def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: float) -> tuple[Tensor, float]:
+    """(norm of the gradient of each router (L,), strength of the router loss at the last layer) after one step on these losses alone."""
+    config, groups, device = run.chunks[0].config, run.groups, run.device
+    num_tokens, group_tokens = _num_tokens(run), run.experiment.model.moe_routing_group_tokens
+    num_micro_batches = run.experiment.parallel.pipeline_model_parallel_size
+    per_batch = num_tokens // group_tokens
+    num_global_groups = per_batch * num_micro_batches * groups.dp.size()
+    bare = _BareLoss(run, num_global_groups, is_z_loss=bool(z))
+
+    def forward(batches: Iterator[MicroBatch], wrapped: DistributedDataParallel) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        first = int(batch.sequence_ids[0]) * per_batch
+        inputs = micro_batch_inputs(batch, groups, run.experiment, device)
+        weight_T = inputs.pop("loss_mask_T") * float(has_cross_entropy) / (num_tokens * num_micro_batches * groups.dp.size())
+        key = RoutingKey(run.experiment.seed, 0, inputs.pop("group_n") + first, num_global_groups)
+        return wrapped(**inputs, loss_weight_T=weight_T, rope_alpha=1.0, key=key)[0], as_summed_loss
+
+    declared = config.moe_aux_loss_coeff, config.moe_z_loss_coeff
+    try:
+        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = balance, z or None
+        for wrapped in run.wrapped:
+            wrapped.zero_grad_buffer()
+        batches = [_synthetic_batch(run, number) for number in range(num_micro_batches)]
+        run_schedule(forward, run.wrapped, batches, num_tokens, groups, forward_only=False)
+        complete_gradients(run.wrapped)
+    finally:
+        config.moe_aux_loss_coeff, config.moe_z_loss_coeff = declared
+        bare.close()
+    norms_L = torch.zeros(config.num_layers, dtype=torch.float64, device=device)
+    for model in run.chunks:
+        for layer in model.decoder.layers:
+            norms_L[layer.layer] = layer.mlp.router.weight.main_grad.double().norm()
+    dist.all_reduce(norms_L, op=dist.ReduceOp.MAX)
+    strength = bare.strength()
+    for wrapped in run.wrapped:
+        wrapped.zero_grad_buffer()
+    return norms_L, strength
+
+
+class _BareLoss:
+    """Gradient of the last layer's router loss without its coefficient, from the router's input, summed over all tokens."""
+
+    def __init__(self, run: Run, num_global_groups: int, is_z_loss: bool) -> None:
+        self.num_global_groups, self.is_z_loss, self.groups = num_global_groups, is_z_loss, run.groups
+        layers = list(run.chunks[-1].decoder.layers) if run.chunks[-1].post_process else []
+        self.router: Router | None = layers[-1].mlp.router if layers else None
+        shape = (run.experiment.model.num_moe_experts, run.experiment.model.hidden_size)
+        self.grad_ED = torch.zeros(shape, device=run.device)
+        self._hook = self.router.register_forward_hook(self._add) if self.router is not None else None
+
+    def _add(self, router: Router, inputs: tuple[Tensor, Any], output: Any) -> None:
+        if torch.is_grad_enabled() and router.config.recompute_cla_groups:
+            return  # the second pass over a recomputed layer
+        with torch.enable_grad():
+            weight_ED = router.weight.detach().clone().requires_grad_()
+            logits_TE = F.linear(inputs[0].detach().float(), weight_ED)
+            probs_TE = logits_TE.softmax(-1)
+            chosen_TK = probs_TE.topk(router.config.moe_router_topk, dim=-1).indices
+            balance_loss, z_loss = router.losses(logits_TE, probs_TE, chosen_TK)
+            self.grad_ED += torch.autograd.grad(z_loss if self.is_z_loss else balance_loss, weight_ED)[0] / self.num_global_groups
+
+    def strength(self) -> float:
+        """<gradient of training, bare gradient> / <bare gradient, bare gradient>. Communicates: all ranks."""
+        main_ED = self.grad_ED.new_zeros(self.grad_ED.shape)
+        if self.router is not None and self.groups.tp.rank() == 0 and self.groups.dp_cp.rank() == 0:
+            main_ED = self.router.weight.main_grad.clone()
+        dist.all_reduce(self.grad_ED)
+        dist.all_reduce(main_ED)
+        return float((main_ED.double() * self.grad_ED.double()).sum() / self.grad_ED.double().square().sum())
+
+    def close(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def _num_tokens(run: Run) -> int:
+    """Tokens of a probe's micro-batch: the fewest of which every rank gets whole routing groups, and at least 64."""
+    parallel, group = run.experiment.parallel, run.experiment.model.moe_routing_group_tokens
+    unit = group * parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return -(-64 // unit) * unit
+
+
+def _synthetic_batch(run: Run, number: int) -> MicroBatch:
+    num_tokens, model = _num_tokens(run), run.experiment.model
+    generator = torch.Generator().manual_seed(run.experiment.seed + number)
+    tokens_T, labels_T = (torch.randint(0, model.padded_vocab_size, (num_tokens,), generator=generator) for _ in range(2))
+    middle = num_tokens // 3
+    place = number * run.groups.dp.size() + run.groups.dp.rank()
+    return MicroBatch(
+        tokens_T=tokens_T,
+        labels_T=labels_T,
+        loss_mask_T=torch.ones(num_tokens),
+        positions_T=torch.cat([torch.arange(middle), torch.arange(num_tokens - middle)]),
+        cu_seqlens=torch.tensor([0, middle, num_tokens], dtype=torch.int32),
+        max_seqlen=num_tokens - middle,
+        sequence_ids=torch.tensor([place]),
+    )
