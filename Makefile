@@ -11,10 +11,10 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-layouts lint clean
 
 help: ## Say what each target does
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # The stamp is written last, so that an interrupted installation starts again.
 $(STAMP): pyproject.toml
@@ -27,6 +27,9 @@ demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU pro
 
 test: lint ## Everything that CI checks: lint, types, all tests
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest $(PYTEST_ARGS)
+
+test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; some minutes to an hour
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Style and types only
 	$(PY) -m ruff check .

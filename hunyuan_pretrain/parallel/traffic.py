@@ -49,16 +49,21 @@ AXES = {
     "expert_dp": ("expt_dp", "intra_expt_dp"),
     "embedding": ("embd", "pos_embd"),
 }
-"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which is dp here. Any other group, such as that
-of all ranks, is "other"; point-to-point messages over that one are the pipeline's (core sends half of them over it where it has two ranks)."""
+"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which is dp here. Any other group, such as that of
+all ranks, is "other"; point-to-point messages over that one are the pipeline's (core sends half of them so where it has two ranks)."""
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts what this rank communicates inside `with TrafficCounter(groups) as traffic:`, also in backward passes; slows them down."""
+    """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, in backward passes too, which it slows down.
+
+    `counter.traffic` is what was counted so far. Raises NotImplementedError at an operator that this file does not know.
+    """
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.traffic: Traffic = {}
+        self.num_calls = 0
+        """With those of groups of one rank."""
         self._axes: dict[str, str] = {}
         for axis, names in AXES.items():
             for group in (getattr(groups, name, None) for name in names):
@@ -66,7 +71,8 @@ class TrafficCounter(TorchDispatchMode):
                     self._axes.setdefault(group.group_name, axis)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
+        names = {argument.name for argument in func._schema.arguments} if func.namespace in ("c10d", "_c10d_functional") else set()
+        if names & {"process_group", "group_name"}:
             self._count(func._schema, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -77,12 +83,14 @@ class TrafficCounter(TorchDispatchMode):
         values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
         kind, whole = _OPERATORS[name]
         group: dist.ProcessGroup = dist.ProcessGroup.unbox(values["process_group"])
+        sizes = whole(values, group)
+        self.num_calls += len(sizes)
         if group.size() == 1:
             return
         axis = self._axes.get(group.group_name, "other")
         if kind in ("send", "recv") and axis == "other":
             axis = "pp"
-        for size in whole(values, group):
+        for size in sizes:
             before = self.traffic.get((axis, kind), Messages(0, 0))
             self.traffic[axis, kind] = Messages(before.calls + 1, before.bytes + _sent(kind, size, group.size()))
 

@@ -122,8 +122,7 @@ def communication_per_rank(
     ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
     statistics = 1 + model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
     ledger.add("other", "all_reduce", 8 * statistics, world_size)
-    is_exact = model.moe_expert_capacity_factor is not None or ranks.ep == ranks.expert_tp == 1
-    return Communication(ledger.messages, is_exact)
+    return Communication(ledger.messages, is_exact=model.moe_expert_capacity_factor is not None or ranks.ep == 1)
 
 
 def _forwards(parallel: ParallelConfig, batch: _Batch, is_in_experts: bool = False) -> int:

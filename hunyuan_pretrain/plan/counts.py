@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.plan.buffers import buffers_of_stage, grid, stages_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> in
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that training keeps on one rank from step to step. Activations, buffers and the allocator come on top."""
+    """Bytes that training keeps on one rank from step to step. Activations, communication buffers and the allocator come on top."""
 
     weights: int
     gradients: int
@@ -137,34 +138,41 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
 
-def memory_per_rank(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int) -> RankMemory:
-    """Bytes of weights, gradients and optimizer state on each rank, under data and expert parallelism.
+def memory_per_rank(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, pipeline_rank: int | None = None
+) -> RankMemory:
+    """Bytes of the rank that keeps the most, of all ranks or of those at one place of the pipeline.
 
-    Everything but the routed experts is on every rank; the routed experts are split over expert_model_parallel_size ranks. The
-    distributed optimizer splits the state of the former over all ranks, and of the latter over the
-    world_size / expert_model_parallel_size ranks that hold the same experts. Router weights are fp32 in every precision.
-    Padding of the buckets is left out; shares that do not come out even are rounded up. Raises ValueError for a layout with
-    tensor, pipeline or context parallelism, and where expert_model_parallel_size does not divide world_size.
+    Router weights are fp32 in every precision; the last stage of a model with tied embeddings keeps a copy of them. The distributed
+    optimizer divides the optimizer state of the routed experts over the ranks that hold the same ones, of all else over data and context
+    parallel ranks; its buffers are padded, and the padding is counted. Left out: a counter of 4 bytes for each parameter.
+    Raises ValueError where the layout does not divide the ranks, or there is no such pipeline rank.
     """
-    others = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
-    if max(*others, parallel.expert_tensor_parallel_size) > 1:
-        raise ValueError("memory_per_rank covers data and expert parallelism only")
-    expert_parallel = parallel.expert_model_parallel_size
-    if world_size % expert_parallel:
-        raise ValueError(f"world_size={world_size} is not a multiple of expert_model_parallel_size={expert_parallel}")
-    count = parameters(model)
-    dense, expert = count.dense - count.router, count.routed_experts // expert_parallel
-    is_bf16 = precision.dtype == "bf16"
-    weight_bytes = 2 if is_bf16 else 4
-    gradient_bytes = 4 if precision.grad_reduce_in_fp32 else weight_bytes
-    shards = world_size if parallel.use_distributed_optimizer else 1
-    expert_shards = shards // expert_parallel if parallel.use_distributed_optimizer else 1
-    kept = math.ceil(dense / shards) + math.ceil(expert / expert_shards)
-    return RankMemory(
-        weights=weight_bytes * (dense + expert) + 4 * count.router,
-        gradients=gradient_bytes * (dense + expert) + 4 * count.router,
-        optimizer=(12 if is_bf16 else 8) * kept + 8 * math.ceil(count.router / shards),
-    )
+    places = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
+    return max((memory for place in places for memory in memory_of_ranks(model, parallel, precision, world_size, place)), key=_total)
+
+
+def _total(memory: RankMemory) -> int:
+    return memory.total
+
+
+def memory_of_ranks(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, pipeline_rank: int
+) -> list[RankMemory]:
+    """The same for each of the world_size / PP ranks at one place of the pipeline, which are consecutive."""
+    ranks = grid(parallel, world_size)
+    chunks = stages_of(model, parallel, pipeline_rank)
+    buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(model, parallel, precision, world_size, chunk)]
+    weights = sum(buffer.size * buffer.weight_bytes for buffer in buffers)
+    gradients = sum(buffer.size * buffer.gradient_bytes for buffer in buffers)
+    states = {"dp": [0] * ranks.dp_cp, "expert_dp": [0] * ranks.expert_dp}
+    for buffer in buffers:
+        for shard, kept in enumerate(buffer.kept()):
+            states[buffer.axis][shard] += buffer.state_bytes * kept
+    return [
+        RankMemory(weights, gradients, states["dp"][ranks.shard(rank, False)] + states["expert_dp"][ranks.shard(rank, True)])
+        for rank in range(world_size // ranks.pp)
+    ]
 
 
 def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:

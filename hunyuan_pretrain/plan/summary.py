@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import Experiment, rope_base
+from hunyuan_pretrain.config.schema import Experiment, StageConfig, pipeline_stages, rope_base
+from hunyuan_pretrain.plan.buffers import grid
+from hunyuan_pretrain.plan.communication import AXES, communication_per_rank
 from hunyuan_pretrain.plan.counts import expert_lr_ratio, flops_per_token, kv_cache_bytes_per_token, memory_per_rank, parameters
 
 
@@ -27,7 +29,12 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
     """
     rules.check(experiment, world_size)
     ranks = world_size or experiment.parallel.world_size or rules.smallest_world_size(experiment)
-    return [*model_rows(experiment), *layout_rows(experiment, ranks), *stage_rows(experiment, ranks)]
+    return [
+        *model_rows(experiment),
+        *layout_rows(experiment, ranks),
+        *communication_rows(experiment, ranks),
+        *stage_rows(experiment, ranks),
+    ]
 
 
 def model_rows(experiment: Experiment) -> list[Row]:
@@ -44,18 +51,67 @@ def model_rows(experiment: Experiment) -> list[Row]:
 
 def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     parallel, model = experiment.parallel, experiment.model
-    expert_parallel = parallel.expert_model_parallel_size
-    held = f"{model.num_moe_experts // expert_parallel} experts of each layer on a rank"
-    memory = memory_per_rank(model, parallel, experiment.precision, ranks)
+    shares, places = grid(parallel, ranks), range(parallel.pipeline_model_parallel_size)
+    sizes = {
+        "data": shares.dp,
+        "tensor": shares.tp,
+        "context": shares.cp,
+        "pipeline": shares.pp,
+        "expert": shares.ep,
+        "expert-tensor": shares.expert_tp,
+    }
+    held = f"{model.num_moe_experts // shares.ep} experts of each layer on a rank"
+    memories = [memory_per_rank(model, parallel, experiment.precision, ranks, place) for place in places]
+    memory = max(memories, key=lambda memory: memory.total)
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     note = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    return [
-        Row(
-            "layout", "ranks", f"{ranks}", f"data parallel {rules.data_parallel_size(experiment, ranks)}, expert parallel {expert_parallel}"
-        ),
-        Row("layout", "experts", f"{expert_parallel} shares", held),
+    shared_by = ", ".join(f"{name} parallel {size}" for name, size in sizes.items() if size > 1 or name == "data")
+    rows = [
+        Row("layout", "ranks", f"{ranks}", shared_by),
+        Row("layout", "experts", f"{shares.ep} shares", held),
         Row("layout", "memory per rank", gib(memory.total), f"{note}; activations come on top"),
     ]
+    if shares.pp > 1:
+        layers = ", ".join(str(len(stage)) for stage in pipeline_stages(model, parallel))
+        rows.insert(1, Row("layout", "pipeline", f"{len(pipeline_stages(model, parallel))} stages", f"{layers} layers"))
+        by_place = ", ".join(gib(memory.total) for memory in memories)
+        rows.append(Row("layout", "memory by pipeline rank", by_place, "of the rank that keeps the most at each place"))
+    return rows
+
+
+AXIS_NAMES = {
+    "tp": "tensor parallel",
+    "cp": "context parallel",
+    "ep": "expert parallel",
+    "expert_tp": "expert-tensor parallel",
+    "pp": "pipeline",
+    "dp": "data parallel",
+    "expert_dp": "expert-data parallel",
+    "embedding": "tied embedding",
+    "other": "all ranks",
+}
+
+
+def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
+    """Bytes that the rank which sends the most sends in one step, by axis; once for every shape of a batch."""
+    shapes: dict[tuple[int, int, int], list[StageConfig]] = {}
+    for stage in experiment.stages:
+        shapes.setdefault((stage.sequence_length, stage.global_batch_sequences, stage.micro_batch_sequences), []).append(stage)
+    rows = []
+    for stages in shapes.values():
+        group = "communication" if len(shapes) == 1 else f"communication, {', '.join(stage.name for stage in stages)}"
+        parts = experiment.model, experiment.parallel, experiment.precision, stages[0], ranks
+        places = [communication_per_rank(*parts, place) for place in range(experiment.parallel.pipeline_model_parallel_size)]
+        busiest = max(places, key=lambda place: place.sent_bytes())
+        where = f"pipeline rank {places.index(busiest)}, " if len(places) > 1 else ""
+        condition = "" if busiest.is_exact else "; with even routing"
+        rows.append(Row(group, "sent per step", size_text(busiest.sent_bytes()), f"by one rank, {where}with ring algorithms{condition}"))
+        for axis in AXES:
+            kinds = {kind: found for (over, kind), found in busiest.messages.items() if over == axis and kind != "recv"}
+            note = ", ".join(f"{kind.replace('_', '-')} {size_text(found.bytes)} in {found.calls:,} calls" for kind, found in kinds.items())
+            if kinds:
+                rows.append(Row(group, AXIS_NAMES[axis], size_text(busiest.sent_bytes(axis)), note))
+    return rows
 
 
 def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
@@ -94,3 +150,11 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
 def gib(size_bytes: int) -> str:
     """Bytes as GiB with three significant digits."""
     return f"{size_bytes / 2**30:.3g} GiB"
+
+
+def size_text(size_bytes: int) -> str:
+    """Bytes in the largest binary unit that leaves at least one, with three significant digits."""
+    power = min(max(size_bytes.bit_length() - 1, 0) // 10, 4)
+    value = size_bytes / 2 ** (10 * power)
+    digits = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return f"{digits} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

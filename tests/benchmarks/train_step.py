@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 NUM_LAYERS, HIDDEN, HEADS, GROUPS, FFN, EXPERTS, VOCAB = 8, 256, 8, 2, 512, 8, 8192
 SEQUENCES, SEQUENCE_LENGTH = 2, 512
@@ -28,8 +29,8 @@ THREADS = 2
 Step = Callable[[], float]
 
 
-def ours(cla_share_factor: int) -> tuple[Step, int, int]:
-    """This project's step with every feature on; returns (step, parameters, active parameters)."""
+def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) -> tuple[Step, int, int]:
+    """This project's step with every feature on, in the ranks of this job; returns (step, parameters, active parameters)."""
     import torch
 
     from hunyuan_pretrain.config.schema import (
@@ -53,15 +54,16 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
 
     stage = StageConfig(
         name="bench", tokens=10**9, sequence_length=SEQUENCE_LENGTH, global_batch_sequences=SEQUENCES,
-        micro_batch_sequences=SEQUENCES, lr_end=1.0, data=(DataSource(path="none"),),
+        micro_batch_sequences=1, lr_end=1.0, data=(DataSource(path="none"),),
     )  # fmt: skip
     experiment = Experiment(
         name="bench", run_dir="none", tokenizer="none", stages=(stage,),
         model=ModelConfig(
             num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN,
-            num_moe_experts=EXPERTS, padded_vocab_size=VOCAB, cla_share_factor=cla_share_factor, moe_routing_group_tokens=SEQUENCE_LENGTH,
+            num_moe_experts=EXPERTS, padded_vocab_size=VOCAB, cla_share_factor=cla_share_factor,
+            moe_routing_group_tokens=SEQUENCE_LENGTH // 2,
         ),
-        parallel=ParallelConfig(use_distributed_optimizer=False),
+        parallel=ParallelConfig(use_distributed_optimizer=False, **parallel),
         precision=PrecisionConfig(dtype="fp32"),
         optimizer=OptimizerConfig(lr=1e-3),
     )  # fmt: skip
@@ -72,23 +74,28 @@ def ours(cla_share_factor: int) -> tuple[Step, int, int]:
     chunks = wrap_data_parallel(build_model(config, groups, 0), experiment, groups)
     optimizer = build_optimizer(chunks, experiment, groups)
     set_learning_rate(optimizer, 1e-3, 0.31)
-    tokens_T, labels_T = sample_tokens()
-    batch = MicroBatch(
-        tokens_T=tokens_T, labels_T=labels_T, loss_mask_T=torch.ones(TOKENS), positions_T=torch.arange(SEQUENCE_LENGTH).repeat(SEQUENCES),
-        cu_seqlens=torch.arange(0, TOKENS + 1, SEQUENCE_LENGTH, dtype=torch.int32), max_seqlen=SEQUENCE_LENGTH,
-        sequence_ids=torch.arange(SEQUENCES),
-    )  # fmt: skip
+    sequences = torch.arange(SEQUENCES).view(groups.dp.size(), num_micro_batches, -1)[groups.dp.rank()]
+    tokens, labels = (x.view(SEQUENCES, SEQUENCE_LENGTH) for x in sample_tokens())
+    batches = [
+        MicroBatch(
+            tokens_T=tokens[ids].flatten(), labels_T=labels[ids].flatten(), loss_mask_T=torch.ones(len(ids) * SEQUENCE_LENGTH),
+            positions_T=torch.arange(SEQUENCE_LENGTH).repeat(len(ids)), max_seqlen=SEQUENCE_LENGTH, sequence_ids=ids,
+            cu_seqlens=torch.arange(0, len(ids) * SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH, dtype=torch.int32),
+        )
+        for ids in sequences
+    ]  # fmt: skip
+    stage = stage.model_copy(update={"micro_batch_sequences": sequences.shape[1]})
     state = {"step": 0}
 
     def step() -> float:
         state["step"] += 1
-        return train_step(experiment, stage, state["step"], chunks, optimizer, [batch], groups, torch.device("cpu")).loss
+        return train_step(experiment, stage, state["step"], chunks, optimizer, batches, groups, torch.device("cpu")).loss
 
     counts = parameters(experiment.model)
     return step, counts.total, counts.active
 
 
-def megatron_gpt() -> tuple[Step, int, int]:
+def megatron_gpt(num_micro_batches: int = 1, **parallel: int) -> tuple[Step, int, int]:
     """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as Megatron uses them."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.helpers import gpt_on_cpu
@@ -102,12 +109,13 @@ def megatron_gpt() -> tuple[Step, int, int]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     from hunyuan_pretrain.config.schema import ParallelConfig
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
 
     initialize_distributed("gloo", 60)
-    groups = build_groups(ParallelConfig(), 60)
+    groups = build_groups(ParallelConfig(**parallel), 60)
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
         num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN,
@@ -116,8 +124,14 @@ def megatron_gpt() -> tuple[Step, int, int]:
         moe_token_dispatcher_type="alltoall", qk_layernorm=True, normalization="RMSNorm", gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
         bias_activation_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False, use_cpu_initialization=True,
+        pipeline_dtype=torch.float32, **parallel,
     )  # fmt: skip
-    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
+    spec: Any = layer
+    if parallel.get("sequence_parallel"):  # which core's local norm refuses, and core wants for experts under tensor parallelism
+        norm, attention = gpt_on_cpu.sequence_parallel_norm(), layer.submodules.self_attention.submodules
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = attention.q_layernorm = attention.k_layernorm = norm
+        spec = TransformerBlockSubmodules(layer_specs=[layer] * (NUM_LAYERS // groups.pp.size()), layer_norm=norm)
     gpt = GPTModel(
         config,
         spec,
@@ -125,6 +139,8 @@ def megatron_gpt() -> tuple[Step, int, int]:
         max_sequence_length=SEQUENCE_LENGTH,
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope",
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
     )
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt)
     optimizer = get_megatron_optimizer(
@@ -134,23 +150,24 @@ def megatron_gpt() -> tuple[Step, int, int]:
         pg_collection=groups,
     )
     config.finalize_model_grads_func = finalize_model_grads
-    tokens_T, labels_T = sample_tokens()
-    inputs = [x.view(SEQUENCES, SEQUENCE_LENGTH) for x in (tokens_T, labels_T)]
-    position = torch.arange(SEQUENCE_LENGTH).expand(SEQUENCES, -1)
+    sequences = torch.arange(SEQUENCES).view(groups.dp.size(), num_micro_batches, -1)[groups.dp.rank()]
+    inputs = [x.view(SEQUENCES, SEQUENCE_LENGTH) for x in sample_tokens()]
+    position = torch.arange(SEQUENCE_LENGTH).expand(sequences.shape[1], -1)
     mask = torch.triu(torch.ones(1, 1, SEQUENCE_LENGTH, SEQUENCE_LENGTH), 1).bool()
 
-    def forward(iterator: object, model: torch.nn.Module) -> tuple:
-        return model(inputs[0], position, mask, labels=inputs[1]), lambda losses: (losses.mean(), losses.mean().detach())
+    def forward(micro_batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple:
+        ids = next(micro_batches)
+        return model(inputs[0][ids], position, mask, labels=inputs[1][ids]), lambda losses: (losses.mean(), losses.mean().detach())
 
     def step() -> float:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         losses = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=None, model=[model], num_microbatches=1, seq_length=SEQUENCE_LENGTH,
-            micro_batch_size=SEQUENCES, forward_only=False,
+            forward_step_func=forward, data_iterator=iter(sequences), model=[model], num_microbatches=num_micro_batches,
+            seq_length=SEQUENCE_LENGTH, micro_batch_size=sequences.shape[1], forward_only=False,
         )  # fmt: skip
         optimizer.step()
-        return losses[0].item()
+        return losses[0].item() if losses else 0.0
 
     total = sum(p.numel() for p in gpt.parameters())
     expert = 3 * HIDDEN * FFN

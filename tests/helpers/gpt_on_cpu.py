@@ -57,3 +57,15 @@ def install() -> None:
     # core calls it with Transformer Engine only, but names it without too
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def sequence_parallel_norm() -> type:
+    """A local RMSNorm class that, unlike core's, takes sequence parallelism: its gradient is summed over the tensor-parallel ranks."""
+    import torch
+
+    class Norm(torch.nn.RMSNorm):
+        def __init__(self, config, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
+            super().__init__(hidden_size, eps=eps)
+            self.weight.sequence_parallel = config.sequence_parallel
+
+    return Norm

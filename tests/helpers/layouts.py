@@ -21,8 +21,8 @@ from tests.helpers.runs import experiment_fields
 STEPS = 2
 """One in each training stage of the experiment."""
 
-CONTEXT_PARALLEL_SIZES = (1,)
-"""The one switch: (1, 2, 4, 8) when context parallelism is there."""
+CONTEXT_PARALLEL_SIZES = (1, 2, 4, 8)
+"""(1,) leaves context parallelism out of all sets."""
 
 SIZES = {
     "tp": (1, 2, 4),
@@ -136,7 +136,7 @@ def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]
 
 
 VARIANTS: dict[str, tuple[Any, ...]] = {
-    "model": ("recycling", "dropless", "top 2"),
+    "model": ("recycling", "dropless", "top 2", "4 key/value heads"),
     "optimizer": ("distributed", "plain"),
     "overlap": ("nothing", "gradients", "everything"),
     "recompute": ("none", "selective", "cla_group"),
@@ -146,31 +146,35 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 
 
 def sparsely_crossed(products: Iterable[Layout]) -> list[Layout]:
-    """Each product once, with variants chosen such that every pair of a size and a variant that is legal somewhere is met."""
+    """Each of these legal layouts once, with variants chosen such that nearly every legal pair of a size and a variant is met."""
     draw = random.Random(1)
     met: set[tuple[Any, ...]] = set()
     chosen = []
     for layout in products:
-        candidates = []
-        while len(candidates) < 12:
-            variant = {name: draw.choice(values) for name, values in VARIANTS.items()}
-            if layout.cp == 1:
-                variant["attention"] = "all_gather"
-            if layout.model not in VARIANTS["model"]:
-                variant["model"] = layout.model
-            candidate = replace(layout, **variant)
-            if not candidate.problems():
-                candidates.append(candidate)
-        best = max(candidates, key=lambda candidate: len(pairs(candidate) - met))
+        candidates = [replace(layout, **_draw_variant(draw, layout)) for _ in range(24)]
+        candidates.sort(key=lambda candidate: len(pairs(candidate) - met), reverse=True)
+        best = next(candidate for candidate in [*candidates, layout] if not candidate.problems())
         met |= pairs(best)
         chosen.append(best)
     return chosen
 
 
+def _draw_variant(draw: random.Random, layout: Layout) -> dict[str, Any]:
+    variant = {name: draw.choice(values) for name, values in VARIANTS.items()}
+    if layout.cp == 1:
+        variant["attention"] = "all_gather"
+    if layout.model != Layout.model:
+        variant["model"] = layout.model
+    return variant
+
+
 def pairs(layout: Layout) -> set[tuple[Any, ...]]:
     """(size, its value, variant, its value) for every size above 1."""
     return {
-        (size, getattr(layout, size), variant, getattr(layout, variant)) for size in SIZES for variant in VARIANTS if getattr(layout, size) > 1
+        (size, getattr(layout, size), variant, getattr(layout, variant))
+        for size in SIZES
+        for variant in VARIANTS
+        if getattr(layout, size) > 1
     }
 
 
@@ -178,11 +182,8 @@ def random_layout(seed: int, largest_world: int) -> Layout:
     """A random small model under a random legal layout of 2 to `largest_world` ranks; a pure function of its arguments."""
     draw = random.Random(f"{seed}/{largest_world}")
     while True:
-        sizes = {name: draw.choice(values) for name, values in SIZES.items()}
-        variants = {name: draw.choice(values) for name, values in VARIANTS.items()}
-        if sizes["cp"] == 1:
-            variants["attention"] = "all_gather"
-        layout = Layout(**sizes, **variants | {"model": f"random {draw.randrange(1 << 20)}"})
+        layout = Layout(**{name: draw.choice(values) for name, values in SIZES.items()}, model=f"random {draw.randrange(1 << 20)}")
+        layout = replace(layout, **_draw_variant(draw, layout))
         if 1 < layout.world_size <= largest_world and not layout.problems():
             return layout
 
@@ -241,7 +242,7 @@ Outcome = list[Any] | str
 
 
 class Comparisons:
-    """Comparisons of layouts, made when the first one is asked for: up to JOB_SIZE of a world size in one job, whose start takes seconds."""
+    """Comparisons of layouts, made when one is asked for: up to JOB_SIZE of a world size in one job, whose start takes seconds."""
 
     JOB_SIZE = 16
 

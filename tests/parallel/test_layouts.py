@@ -7,6 +7,7 @@ not change the result, and random models under random layouts.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ ALWAYS = [
     Layout(tp=2, optimizer="plain"),
     Layout(tp=2, ep=2, recompute="cla_group"),
     Layout(tp=2, etp=2, model="dropless", overlap="gradients"),
-    Layout(cp=2, recompute="cla_group"),
+    Layout(cp=2, recompute="cla_group", model="4 key/value heads"),
     Layout(cp=2, ep=2, attention="all_to_all", model="top 2"),
     Layout(pp=2, optimizer="plain", pipeline=(2, 6), model="top 2"),
     Layout(pp=2, micro_batch=4, later_micro_batch=1, overlap="gradients"),
@@ -167,20 +168,26 @@ def test_the_sets_are_what_they_promise():
     """Every size and variant is in the few that always run; every legal pair of a size and a variant is in all of them."""
     for name, values in (SIZES | VARIANTS).items():
         small = [value for value in values if name not in SIZES or value <= 2]
-        wanted = {value for value in small if name != "attention" or CONTEXT_PARALLEL_SIZES != (1,) or value == "all_gather"}
+        wanted = {value for value in small if CONTEXT_PARALLEL_SIZES != (1,) or value != "all_to_all"}
         assert {getattr(layout, name) for layout in ALWAYS} >= wanted, name
     assert Counter(layout.world_size for layout in ALWAYS)[4] <= 4
     assert max(layout.world_size for layout in ALL) == LARGEST_WORLD
     assert len(ALL) == len(set(ALL)) > 80
     met = set().union(*(pairs(layout) for layout in ALL))
-    for size, values in SIZES.items():
-        for value in values:
-            for variant, choices in VARIANTS.items():
-                # tp 4 has a model of its own; attention has a choice under context parallelism only; 8 sequences are 2 of 4
-                possible = value > 1 and (size, value, variant) != ("tp", 4, "model") and variant != "attention"
-                for choice in choices if possible else ():
-                    is_too_large = variant == "micro_batch" and size == "dp" and value * choice > 8
-                    assert is_too_large or (size, value, variant, choice) in met, (size, value, variant, choice)
+    wanted = {
+        (s, size, v, choice) for s, sizes in SIZES.items() for v, choices in VARIANTS.items() for size in sizes[1:] for choice in choices
+    }
+    missing = {pair for pair in wanted - met if not is_impossible(*pair)}
+    assert not missing
+
+
+def is_impossible(size: str, value: int, variant: str, choice: Any) -> bool:
+    """tp 4 needs 4 key/value heads; all_to_all needs context parallelism and a head for each of its ranks; a batch is 8 sequences."""
+    if variant == "model":
+        return (size, value) == ("tp", 4) and choice != "4 key/value heads"
+    if choice == "all_to_all":
+        return CONTEXT_PARALLEL_SIZES == (1,) or (size, value) in (("tp", 4), ("cp", 8), ("dp", 8))
+    return variant == "micro_batch" and size == "dp" and value * choice > 8
 
 
 def test_random_layouts_are_random():

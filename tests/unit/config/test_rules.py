@@ -91,8 +91,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.context_parallel_size=4", "parallel.context_parallel_method=all_to_all"],
-            "parallel.context_parallel_size=4: each tensor-parallel rank has 2 key/value heads, 2 % 4 != 0, and all_to_all gives every rank "
-            "whole heads (use 2, or parallel.context_parallel_method all_gather)",
+            "parallel.context_parallel_size=4: each tensor-parallel rank has 2 key/value heads, 2 % 4 != 0, and all_to_all gives every "
+            "rank whole heads (use 2, or parallel.context_parallel_method all_gather)",
         ),
         (
             [
@@ -125,7 +125,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
                 "model.moe_routing_group_tokens=512",
                 "evaluation.micro_batch_sequences=3",
             ],
-            "evaluation.micro_batch_sequences=3: 2 tensor-parallel ranks cannot share a micro-batch of 3 routing groups of 512 tokens evenly",
+            "evaluation.micro_batch_sequences=3: 2 tensor-parallel ranks cannot share a micro-batch of 3 routing groups of 512 tokens",
         ),
         (
             ["parallel.tensor_model_parallel_size=4"],

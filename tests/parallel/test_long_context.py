@@ -1,0 +1,93 @@
+"""256K tokens in one packed sequence of real text: the step is finite, equal under context parallelism, and its memory is linear."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hunyuan_pretrain.train.parity import TOLERANCE
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import VOCAB_SIZE, experiment_fields
+
+pytestmark = pytest.mark.slow
+LENGTHS = (32_768, 65_536, 131_072, 262_144)
+CONTEXT_PARALLEL = {"context_parallel_size": 2, "recompute": "cla_group"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Modules of the standard library, tokenized once and packed to each length; documents of up to ten thousand tokens or so."""
+    from data_tools.packed_output import pack
+    from data_tools.tokenization import tokenize
+    from data_tools.tokenizer_training import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "texts").mkdir()
+    library = [path for path in sorted(Path(json.__file__).parents[1].glob("*.py")) if 10_000 < path.stat().st_size < 30_000]
+    for source in library:
+        shutil.copy(source, folder / "texts" / f"{source.stem}.txt")
+    common: dict[str, Any] = {"text_field": "text", "extensions": [".txt"], "max_rejects": 0, "overwrite": False}
+    train_tokenizer([str(folder / "texts")], VOCAB_SIZE, str(folder / "tokenizer"), sample_fraction=1.0, **common)
+    tokenize(
+        [str(folder / "texts")],
+        str(folder / "tokenizer"),
+        str(folder / "tokenized"),
+        workers=1,
+        holdout_every=None,
+        holdout_output=None,
+        **common,
+    )
+    for length in LENGTHS:
+        pack([str(folder / "tokenized")], length, str(folder / f"packed_{length}"), seed=1)
+    return folder
+
+
+def one_step(fields: dict[str, Any]) -> tuple[float, float, int, float, float]:
+    """(loss, gradient norm, documents in the pack, resident MiB of this rank before one training step, and at its peak)."""
+    import psutil
+
+    from hunyuan_pretrain.config.schema import Experiment
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.step import train_step
+
+    run = setup.prepare(Experiment.model_validate(fields))
+    (batch,) = batches = run.loader.micro_batches(0)
+    before = psutil.Process().memory_info().rss / 2**20
+    result = train_step(run.experiment, run.experiment.stages[0], 0, run.wrapped, run.optimizer, batches, run.groups, run.device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    run.loader.close()
+    return result.loss, result.grad_norm, len(batch.cu_seqlens) - 1, before, peak
+
+
+def step_of(text: Path, run_dir: Path, length: int, ranks: int, parallel: dict[str, Any]) -> list[tuple[float, float, int, float, float]]:
+    changes: dict[str, Any] = {"model__num_layers": 2, "model__num_attention_heads": 2, "model__num_query_groups": 1}
+    fields = experiment_fields(text, run_dir, 1, parallel=parallel, model__moe_routing_group_tokens=512, **changes)
+    stage = {"name": "long", "sequence_length": length, "global_batch_sequences": 1, "micro_batch_sequences": 1, "tokens": length}
+    fields["stages"] = [stage | {"rope_alpha": 1e5, "lr_end": 1.0, "data": [{"path": str(text / f"packed_{length}")}]}]
+    return run_ranks(ranks, one_step, fields, timeout_s=900)
+
+
+def test_a_step_of_256k_tokens_is_the_same_on_two_ranks_and_memory_is_linear(text, tmp_path, capsys):
+    """Memory: the peak of a rank above what the process had before the step; printed with its exponent over the lengths."""
+    measured = {length: step_of(text, tmp_path / f"cp2_{length}", length, 2, CONTEXT_PARALLEL) for length in LENGTHS}
+    alone = step_of(text, tmp_path / "cp1", LENGTHS[-1], 1, {"recompute": "cla_group"})[0]
+    loss, grad_norm, documents, *_ = measured[LENGTHS[-1]][0]
+    assert math.isfinite(loss)
+    assert documents > 5, "packed: several documents"
+    assert loss == pytest.approx(alone[0], rel=TOLERANCE)
+    assert grad_norm == pytest.approx(alone[1], rel=TOLERANCE)
+
+    peaks = {length: max(peak - before for *_, before, peak in ranks) for length, ranks in measured.items()}
+    exponent = float(np.polyfit(np.log(list(peaks)), np.log(list(peaks.values())), 1)[0])
+    with capsys.disabled():
+        print(f"\none step of a packed sequence, {documents} documents in {LENGTHS[-1]:,} tokens, loss {loss:.6f} (CP 1: {alone[0]:.6f})")
+        print("peak MiB of a rank, CP 2:", {length: round(peak) for length, peak in peaks.items()}, end="")
+        print(f", exponent {exponent:.2f}; CP 1 at {LENGTHS[-1]:,}: {alone[4] - alone[3]:.0f}")
+    assert exponent < 1.1, f"memory grows faster than the sequence: {peaks}"

@@ -1,0 +1,262 @@
+"""What a real step communicates and what a rank really keeps, counted, against the closed forms of the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.plan.buffers import grid
+from hunyuan_pretrain.plan.communication import communication_per_rank
+from hunyuan_pretrain.plan.counts import RankMemory, memory_of_ranks, memory_per_rank
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import experiment_fields
+
+pytestmark = pytest.mark.slow
+
+TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
+EP = {"expert_model_parallel_size": 2}
+ETP = {"expert_tensor_parallel_size": 2}
+ULYSSES = CP | {"context_parallel_method": "all_to_all"}
+PLAIN = {"use_distributed_optimizer": False}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+DROPPING = {"moe_router_topk": 2, "moe_expert_capacity_factor": 1.3, "recycle_routing": False, "share_embeddings_and_output_weights": False}
+DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # name: ranks, fields of parallel, of model, of precision
+    "data": (2, OVERLAP, {}, {}),
+    "tensor, expert": (2, TP | EP | {"recompute": "selective"}, DROPPING, {"dtype": "bf16"}),
+    "pipeline, uneven": (
+        2,
+        PP | {"pipeline_layout": [2, 6], "recompute": "cla_group"},
+        {},
+        {"dtype": "bf16", "grad_reduce_in_fp32": False},
+    ),
+    "context": (2, CP, {"qk_layernorm": False}, {}),
+    "context, Ulysses": (2, ULYSSES | PLAIN, {}, {"dtype": "bf16"}),
+    "data, expert, dropless": (2, EP, DROPLESS, {}),
+    "data, tensor, expert, expert-tensor": (4, TP | EP | ETP, {}, {"dtype": "bf16"}),
+    "tensor, pipeline, expert, interleaved": (4, TP | PP | EP | {"virtual_pipeline_model_parallel_size": 2}, {}, {}),
+    "tensor, context, Ulysses": (4, TP | ULYSSES | {"recompute": "cla_group"}, {"num_query_groups": 4}, {}),
+    "data, pipeline, expert, interleaved": (4, PP | EP | PLAIN | {"virtual_pipeline_model_parallel_size": 2}, {}, {}),
+    "pipeline, context, expert-tensor": (4, PP | CP | ETP, {"cla_share_factor": 4, "num_layers": 8}, {}),
+}
+LOSS_CHUNK_TOKENS = 48
+"""Less than a micro-batch, and no divisor of one."""
+
+
+def layout_fields(corpus: Path, run_dir: Path, name: str) -> dict[str, Any]:
+    _, parallel, model, precision = LAYOUTS[name]
+    num_layers = 8 if "virtual_pipeline_model_parallel_size" in parallel or "pipeline_layout" in parallel else 4
+    changes = {f"model__{key}": value for key, value in ({"num_layers": num_layers, "moe_routing_group_tokens": 16} | model).items()}
+    changes |= {"stages__global_batch_sequences": 4, "stages__micro_batch_sequences": 1 if "data" in name else 2}
+    fields = experiment_fields(corpus, run_dir, parallel=parallel, **changes)
+    fields["precision"] |= precision
+    return fields
+
+
+def count_layouts(layouts: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, str], tuple[int, int]], RankMemory]]:
+    """For each layout the traffic of a step of this rank, and the bytes it then keeps."""
+    from hunyuan_pretrain.model import cross_entropy
+    from hunyuan_pretrain.parallel.traffic import TrafficCounter
+    from hunyuan_pretrain.train import setup
+
+    cross_entropy.CHUNK_TOKENS["cpu"] = LOSS_CHUNK_TOKENS
+    found = []
+    for fields in layouts:
+        run = setup.prepare(Experiment.model_validate(fields))
+        with TrafficCounter(run.groups) as counter:
+            one_step(run)
+        found.append((counter.traffic, kept_bytes(run)))
+        setup.leave(run)
+    return found
+
+
+def one_step(run: Any) -> None:
+    from hunyuan_pretrain.train.step import train_step
+
+    experiment, batches = run.experiment, run.loader.micro_batches(0)
+    train_step(experiment, experiment.stages[0], 0, run.wrapped, run.optimizer, batches, run.groups, run.device)
+
+
+def kept_bytes(run: Any) -> RankMemory:
+    """Storage of the live tensors: of the parameters, of the gradient buffers, and of what the optimizer has beside those."""
+    buffers = [buffer for wrapped in run.wrapped for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
+    weights = storages(parameter for model in run.chunks for parameter in model.parameters())
+    gradients = storages(buffer.grad_data for buffer in buffers)
+    inner = [part.optimizer for part in run.optimizer.chained_optimizers]
+    used = [parameter for part in inner for group in part.param_groups for parameter in group["params"]]
+    used += [tensor for part in inner for state in part.state.values() for key, tensor in state.items() if key != "step"]
+    state = {place: size for place, size in storages(used).items() if place not in weights and place not in gradients}
+    return RankMemory(sum(weights.values()), sum(gradients.values()), sum(state.values()))
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Address -> bytes of what holds the tensors."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def count_all(layouts: list[dict[str, Any]], is_first_job: bool) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
+    """Everything that this file asks of ranks, in one job, because starting it takes longer than all of its steps."""
+    counted = count_layouts(layouts)
+    return (counted, count_each_function(), count_with_the_profiler(layouts[1])) if is_first_job else (counted, {}, (0, 0))
+
+
+@pytest.fixture(scope="module")
+def jobs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    """Number of ranks -> what count_all found on each rank."""
+    folder = tmp_path_factory.mktemp("traffic")
+    return {
+        world_size: run_ranks(
+            world_size, count_all, [layout_fields(corpus, folder / name, name) for name in names_of(world_size)], world_size == 2
+        )
+        for world_size in (2, 4)
+    }
+
+
+def names_of(world_size: int) -> list[str]:
+    return [name for name in LAYOUTS if LAYOUTS[name][0] == world_size]
+
+
+def counted(jobs: dict[int, list[Any]], name: str) -> list[Any]:
+    """(traffic, memory) of each rank."""
+    world_size = LAYOUTS[name][0]
+    return [rank[0][names_of(world_size).index(name)] for rank in jobs[world_size]]
+
+
+def planned(corpus: Path, name: str) -> tuple[Experiment, int]:
+    return Experiment.model_validate(layout_fields(corpus, corpus, name)), LAYOUTS[name][0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_plan_has_every_byte_that_a_rank_sends(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
+    experiment, world_size = planned(corpus, name)
+    place = grid(experiment.parallel, world_size).pipeline_rank
+    for rank, (traffic, _) in enumerate(counted(jobs, name)):
+        parts = experiment.model, experiment.parallel, experiment.precision, experiment.stages[0]
+        plan = communication_per_rank(*parts, world_size, place(rank), LOSS_CHUNK_TOKENS)
+        if plan.is_exact:
+            assert plan.messages == traffic
+            continue
+        routed = "ep", "all_to_all"
+        assert {key: value for key, value in plan.messages.items() if key != routed} == {
+            key: value for key, value in traffic.items() if key != routed
+        }
+        assert plan.messages[routed].calls == traffic[routed].calls
+        assert plan.messages[routed].bytes == pytest.approx(traffic[routed].bytes, rel=0.2)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_plan_has_every_byte_that_a_rank_keeps(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
+    experiment, world_size = planned(corpus, name)
+    parts = experiment.model, experiment.parallel, experiment.precision, world_size
+    found = [memory for _, memory in counted(jobs, name)]
+    places = range(experiment.parallel.pipeline_model_parallel_size)
+    assert [memory for place in places for memory in memory_of_ranks(*parts, place)] == found
+    assert memory_per_rank(*parts).total == max(memory.total for memory in found)
+
+
+def count_each_function() -> dict[str, Any]:
+    """Traffic of one call of every function of torch.distributed on 2 ranks, with 24 bytes on each."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import _functional_collectives
+
+    from hunyuan_pretrain.config.schema import ParallelConfig
+    from hunyuan_pretrain.parallel.groups import build_groups, leave_layout
+    from hunyuan_pretrain.parallel.traffic import TrafficCounter
+
+    groups = build_groups(ParallelConfig(tensor_model_parallel_size=2), 60)
+    tp, rank = groups.tp, dist.get_rank()
+    x, whole, parts = torch.ones(6), torch.ones(12), [torch.ones(6), torch.ones(6)]
+    halves = list(torch.ones(6).split(3))
+
+    def exchange(function: Any) -> None:
+        other = dist.get_global_rank(tp, 1 - rank)
+        for work in function(other):
+            work.wait()
+
+    def batched(other: int) -> Any:
+        return dist.batch_isend_irecv([dist.P2POp(dist.isend, x, other, tp), dist.P2POp(dist.irecv, torch.ones(6), other, tp)])
+
+    calls = {
+        "all_reduce": lambda: dist.all_reduce(x, group=tp),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(whole, x, group=tp, async_op=True).wait(),
+        "all_gather": lambda: dist.all_gather(parts, x, group=tp),
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.ones(3), x, group=tp),
+        "all_to_all_single": lambda: dist.all_to_all_single(torch.ones(6), x, group=tp),
+        "all_to_all_single, uneven": lambda: dist.all_to_all_single(
+            torch.ones(8 if rank else 4), x, [4 - 2 * (1 - rank)] * 2, [2, 4], group=tp
+        ),
+        "broadcast": lambda: dist.broadcast(x, dist.get_global_rank(tp, 0), group=tp),
+        "reduce": lambda: dist.reduce(x, dist.get_global_rank(tp, 0), group=tp),
+        "gather": lambda: dist.gather(x, parts if rank == 0 else None, dist.get_global_rank(tp, 0), group=tp),
+        "scatter": lambda: dist.scatter(torch.ones(3), halves if rank == 0 else None, dist.get_global_rank(tp, 0), group=tp),
+        "isend, irecv": lambda: exchange(lambda other: [dist.isend(x, other, tp), dist.irecv(torch.ones(6), other, tp)]),
+        "batch_isend_irecv": lambda: exchange(batched),
+        "isend, irecv over all ranks": lambda: exchange(lambda other: [dist.isend(x, other), dist.irecv(torch.ones(6), other)]),
+        "barrier": lambda: dist.barrier(group=tp),
+        "all_reduce over all ranks": lambda: dist.all_reduce(x),
+        "all_reduce of one rank": lambda: dist.all_reduce(x, group=groups.dp),
+        "functional all_reduce": lambda: _functional_collectives.all_reduce(x, "sum", tp).sum(),
+    }
+    found: dict[str, Any] = {}
+    for name, call in calls.items():
+        with TrafficCounter(groups) as counter:
+            try:
+                call()
+                found[name] = counter.traffic
+            except NotImplementedError as error:
+                found[name] = str(error)
+    leave_layout()
+    return found
+
+
+def test_every_function_of_torch_is_counted_by_axis_kind_and_bytes(jobs: dict[int, list[Any]]) -> None:
+    for rank, (_, found, _) in enumerate(jobs[2]):
+        message = {"send": (1, 24), "recv": (1, 24)}
+        expected = {
+            "all_reduce": {"all_reduce": (1, 24)},
+            "all_gather_into_tensor": {"all_gather": (1, 24)},
+            "all_gather": {"all_gather": (1, 24)},
+            "reduce_scatter_tensor": {"reduce_scatter": (1, 12)},
+            "all_to_all_single": {"all_to_all": (1, 12)},
+            "all_to_all_single, uneven": {"all_to_all": (1, 8 if rank else 16)},
+            "broadcast": {"broadcast": (1, 12)},
+            "reduce": {"reduce": (1, 12)},
+            "gather": {"gather": (1, 24 if rank else 0)},
+            "scatter": {"scatter": (1, 0 if rank else 12)},
+            "isend, irecv": message,
+            "batch_isend_irecv": message,
+            "barrier": {"barrier": (1, 0)},
+        }
+        for name, kinds in expected.items():
+            assert found[name] == {("tp", kind): messages for kind, messages in kinds.items()}, name
+        assert found["isend, irecv over all ranks"] == {("pp", kind): messages for kind, messages in message.items()}
+        assert found["all_reduce over all ranks"] == {("other", "all_reduce"): (1, 24)}
+        assert found["all_reduce of one rank"] == {}
+        assert "_c10d_functional::all_reduce communicates and is not counted" in found["functional all_reduce"]
+
+
+def count_with_the_profiler(fields: dict[str, Any]) -> tuple[int, int]:
+    """Calls of one step that we count, and those that the backend names to torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from hunyuan_pretrain.parallel.traffic import TrafficCounter
+    from hunyuan_pretrain.train import setup
+
+    run = setup.prepare(Experiment.model_validate(fields))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, TrafficCounter(run.groups) as counter:
+        one_step(run)
+    setup.leave(run)
+    return counter.num_calls, sum(event.name.startswith("gloo:") for event in profiler.events())
+
+
+def test_the_backend_made_as_many_calls_as_were_counted(jobs: dict[int, list[Any]]) -> None:
+    for _, _, (counted_calls, profiled_calls) in jobs[2]:
+        assert counted_calls == profiled_calls > 50
