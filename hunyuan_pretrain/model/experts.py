@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     all_to_all,
     gather_from_sequence_parallel_region,
@@ -25,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.router import RoutingPlan
+from hunyuan_pretrain.parallel.sharding import mark_divided
 
 Splits = int | list[int]
 """Rows of each local expert: one number for all, or one each."""
@@ -135,7 +135,7 @@ class GroupedLinear(torch.nn.Module):
         weight.is_routed_expert = True
         # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other experts or
         # other shards, and not only on the first
-        set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
+        mark_divided(weight, partition_dim)
         self.weight = weight
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:

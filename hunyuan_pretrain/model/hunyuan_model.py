@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import VocabParallelEmbedding, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -30,7 +30,7 @@ from hunyuan_pretrain.model.norm import RMSNorm, rope_table
 from hunyuan_pretrain.model.router import STATISTICS, RoutingKey
 from hunyuan_pretrain.model.spec import Spec, local_spec
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
-from hunyuan_pretrain.parallel.sharding import Placement, placement, sharded_tensor
+from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
 
 
 class Embedding(torch.nn.Module):
@@ -46,11 +46,10 @@ class Embedding(torch.nn.Module):
             config=config,
             tp_group=groups.tp,
         )
-
-        # a first dim of one sequence, because core takes (B, T) and returns (T, B, D) where it scatters the tokens
-        set_tensor_model_parallel_attributes(self.word_embeddings.weight, True, 0, 1)
+        mark_divided(self.word_embeddings.weight, 0)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
+        # where it scatters the tokens over the ranks, core takes (B, T) and returns (T, B, D): one sequence
         if self.word_embeddings.reduce_scatter_embeddings:
             return self.word_embeddings(tokens_T[None])[:, 0]
         return self.word_embeddings(tokens_T)
@@ -88,7 +87,7 @@ class OutputLayer(torch.nn.Module):
         super().__init__()
         shape = (config.padded_vocab_size // groups.tp.size(), config.hidden_size)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
-        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        mark_divided(self.weight, 0)
 
 
 class HunyuanModel(MegatronModule):

@@ -12,10 +12,11 @@ from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from hunyuan_pretrain.model.experts import GroupedLinear
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.parallel.sharding import mark_divided
 
 LinearFactory = Callable[[HunyuanConfig, int, int, ProcessGroupCollection], torch.nn.Module]
 
@@ -34,8 +35,7 @@ def _column(config: HunyuanConfig, input_size: int, output_size: int, groups: Pr
     linear = ColumnParallelLinear(
         input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False, tp_group=groups.tp
     )
-    # core marks weights only when it initialises them itself; without the mark the gradient norm would leave out all shards but the first
-    set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+    mark_divided(linear.weight, 0)
     return linear
 
 
@@ -50,7 +50,7 @@ def _row(config: HunyuanConfig, input_size: int, output_size: int, groups: Proce
         skip_bias_add=False,
         tp_group=groups.tp,
     )
-    set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+    mark_divided(linear.weight, 1)
     return linear
 
 

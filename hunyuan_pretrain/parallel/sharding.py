@@ -42,6 +42,15 @@ class Placement:
     """All zero on exactly one of the ranks that hold the same part."""
 
 
+def mark_divided(weight: Tensor, dim: int) -> None:
+    """Say that the ranks of a group (tensor-parallel, or expert-tensor-parallel for experts) hold different parts of `weight` along `dim`.
+
+    megatron-core's gradient norm counts a weight without the mark on the first rank only. Core 0.16 marks a weight when it initialises it
+    itself, 0.19 always.
+    """
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
+
+
 def placement(parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
     """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as its home."""
     is_expert = getattr(parameter, "is_routed_expert", False)

@@ -95,11 +95,6 @@ class TrafficCounter(TorchDispatchMode):
             self.traffic[axis, kind] = Messages(before.calls + 1, before.bytes + _sent(kind, size, group.size()))
 
 
-def sent_bytes(traffic: Traffic, axis: str | None = None) -> int:
-    """Bytes that the rank sent, over all axes or one."""
-    return sum(messages.bytes for (over, kind), messages in traffic.items() if kind != "recv" and axis in (None, over))
-
-
 def _sent(kind: str, size: int, n: int) -> int:
     """Bytes to send of a call on `size` bytes in a group of n ranks; see the top of this file."""
     if kind in ("send", "recv", "gather", "scatter", "all_to_all", "barrier"):

@@ -228,9 +228,7 @@ def _optimizer(
             ledger.add("other", "all_reduce", 4, ranks.expert_tp * ranks.ep * ranks.pp)
         return
     ledger.add("other", "all_reduce", 4, ranks.world_size)
-    # core has an optimizer each for experts and all else where they are reduced over different ranks, and each gathers all weights
-    times = 2 if ranks.has_expert_buffers and not parallel.overlap_param_gather else 1
     for chunk in chunks:
         for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
             for start, end in buffer.buckets:
-                ledger.add(buffer.axis, "all_gather", (end - start) * buffer.weight_bytes, buffer.num_ranks, times)
+                ledger.add(buffer.axis, "all_gather", (end - start) * buffer.weight_bytes, buffer.num_ranks)

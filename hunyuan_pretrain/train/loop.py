@@ -19,7 +19,7 @@ from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_line, step_record
-from hunyuan_pretrain.train.optimizer import describe_groups, set_learning_rate
+from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.step import sum_over, train_step
 
@@ -98,6 +98,7 @@ def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
 
 def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
     """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more than the copy."""
+    gather_parameters(run.wrapped)
     try:
         folder = save_load.save(run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last)
         run.log.line(f"saved {folder}")

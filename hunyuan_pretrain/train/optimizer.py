@@ -5,6 +5,7 @@ The ratio of the two rates is plan.counts.expert_lr_ratio, which gives its sourc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -62,6 +63,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experimen
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
             group["fused"], group["foreach"] = True, False
+    for part in optimizer.chained_optimizers[:-1] if experiment.parallel.use_distributed_optimizer else []:
+        # after its own update each part of core's optimizer gathers the weights of all parts; only the last one has to
+        part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
     return optimizer
 
 
@@ -100,6 +104,17 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
         part.grad_scale = torch.tensor(divisor, device=part.param_groups[0]["params"][0].device) if divisor > 1.0 else None
     optimizer.step_with_ready_grads()
     return norm
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Complete this rank's weights after an update that left it to the next forward pass to gather them (overlap_param_gather).
+
+    Whoever reads the weights between two steps calls this: of the other data-parallel ranks' shards the rank has the values before the
+    update. Communicates: data-parallel groups of the parameters.
+    """
+    for model in chunks:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, expert_ratio: float) -> None:

@@ -30,7 +30,7 @@ from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_record
-from hunyuan_pretrain.train.optimizer import complete_gradients, set_learning_rate
+from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.step import train_step
 
 TOLERANCE = 2e-5
@@ -100,9 +100,7 @@ def trace_steps(run: setup.Run, steps: range) -> list[StepTrace]:
             before_update=partial(_keep_gradients, run, gradients),
         )
         watch.close()
-        if experiment.parallel.overlap_param_gather:
-            for model in run.wrapped:
-                model.start_param_sync(force_sync=True)
+        gather_parameters(run.wrapped)
         record = step_record(experiment.model, stage, step, result, lr, lr * ratio, 1.0)
         trace = StepTrace(
             scalars={name: float(record[name]) for name in SCALARS if name in record},
@@ -128,9 +126,11 @@ def compare(actual: list[StepTrace], reference: list[StepTrace]) -> list[Differe
         forward += [("routing", name, mine.routing, theirs.routing) for name in theirs.routing]
         for kind, name, a, b in sorted(forward, key=lambda row: execution_order(row[1])):
             found.append(Difference(step, kind, name, _difference(a.get(name), b[name])))
-        found += [Difference(step, "scalar", name, _difference(mine.scalars[name], theirs.scalars[name])) for name in theirs.scalars]
+        scalars = [Difference(step, "scalar", name, _difference(mine.scalars[name], theirs.scalars[name])) for name in theirs.scalars]
+        found += [scalar for scalar in scalars if scalar.name != "grad_norm"]
         for name in sorted(theirs.gradients, key=execution_order, reverse=True):
             found.append(Difference(step, "gradient", name, _difference(mine.gradients.get(name), theirs.gradients[name])))
+        found += [scalar for scalar in scalars if scalar.name == "grad_norm"]  # it is taken of the gradients
         for kind, a, b in (("moment", mine.moments, theirs.moments), ("parameter", mine.parameters, theirs.parameters)):
             found += [Difference(step, kind, name, _difference(a.get(name), b[name])) for name in b]
     return found

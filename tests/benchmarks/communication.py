@@ -23,11 +23,11 @@ from typing import Any
 from train_step import Step, megatron_gpt, ours
 
 ROOT = Path(__file__).parents[2]
-TENSOR = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+TENSOR = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None]] = {
     # name: micro-batches, fields of parallel of ours, of GPTModel
     "dp2": (1, {}, {}),
-    "tp2": (1, TENSOR | {"sequence_parallel": True}, TENSOR),
+    "tp2": (1, TENSOR, TENSOR),
     "ep2": (1, {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}),
     "cp2": (1, {"context_parallel_size": 2}, None),

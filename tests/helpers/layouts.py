@@ -111,6 +111,7 @@ class Layout:
         found = experiment_fields(corpus, run_dir, steps, parallel=parallel, **{f"model__{key}": value for key, value in changes.items()})
         # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an update
         found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
+        found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may have two busy cores
         found["precision"]["dtype"] = "bf16" if self.model == "bf16" else "fp32"
         warmup, decay = found["stages"]
         warmup["micro_batch_sequences"], decay["micro_batch_sequences"] = self.micro_batch, self.later_micro_batch or self.micro_batch
@@ -244,7 +245,7 @@ Outcome = list[Any] | str
 class Comparisons:
     """Comparisons of layouts, made when one is asked for: up to JOB_SIZE of a world size in one job, whose start takes seconds."""
 
-    JOB_SIZE = 16
+    JOB_SIZE = 24
 
     def __init__(self, corpus: Path, folder: Path, layouts: Iterable[Layout]) -> None:
         """`layouts`: those that will be asked for."""
@@ -317,7 +318,7 @@ def trace_in_jobs(world_size: int, function: Callable[[list[Any]], list[Outcome]
     """
     found: list[Outcome] = []
     while len(found) < len(work):
-        ranks = run_ranks(world_size, function, work[len(found) :], timeout_s=600)
+        ranks = run_ranks(world_size, function, work[len(found) :], timeout_s=300 + 60 * len(work))
         for outcomes in zip(*ranks, strict=False):  # a rank that failed has fewer
             failure = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
             found.append(failure or _agreed(outcomes))

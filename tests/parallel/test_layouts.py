@@ -18,6 +18,7 @@ from tests.helpers.layouts import (
     MODELS,
     SIZES,
     VARIANTS,
+    Comparison,
     Comparisons,
     Layout,
     every_product,
@@ -207,9 +208,12 @@ def test_a_single_wrong_number_is_a_complaint(comparisons):
     def first_complaint(change) -> tuple[str, str]:
         actual = deepcopy(reference)
         change(actual[1])
-        found = [difference for difference in compare(actual, reference) if not difference.is_within]
+        differences = compare(actual, reference)
+        found = [difference for difference in differences if not difference.is_within]
         assert len(found) == 1
         assert found[0].step == 1
+        complaint = Comparison(differences, [], [], []).complaint()
+        assert f"1 of {len(differences)} differ, first:\n{found[0].kind} {found[0].name} in step 1: " in complaint
         return found[0].kind, found[0].name
 
     name = "decoder.layers.3.mlp.experts.linear_fc1.weight"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def experts_left_out_of_the_norm() -> AbstractContextManager[Any]:
     """Under TP and EP the gradient norm has the experts of the first tensor-parallel rank only."""
-    return patch("hunyuan_pretrain.model.experts.set_tensor_model_parallel_attributes", lambda *arguments: None)
+    return patch("hunyuan_pretrain.model.experts.mark_divided", lambda *arguments: None)
 
 
 def expert_gradients_times_ep() -> AbstractContextManager[Any]:
@@ -99,7 +99,7 @@ FORWARD = ("activation", "routing")
 BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
     # bug: layout in which it shows, its first difference there (step, kind, name), kinds in which it does not show in that step
     experts_left_out_of_the_norm: (TP_EP, (0, "scalar", "grad_norm"), (*FORWARD, "gradient", "copies")),
-    expert_gradients_times_ep: (TP_EP, (0, "scalar", "grad_norm"), (*FORWARD, "copies")),
+    expert_gradients_times_ep: (TP_EP, (0, "gradient", "decoder.layers.7.mlp.experts.linear_fc2.weight"), (*FORWARD, "copies")),
     softmax_over_the_own_part_of_the_vocabulary: (TP_EP, (0, "scalar", "loss"), FORWARD),
     loss_over_the_own_tokens: (DATA, (0, "scalar", "loss"), (*FORWARD, "copies")),
     recycling_numbers_the_groups_of_its_rank: (DATA, (0, "routing", "decoder.layers.0.router"), ("copies",)),

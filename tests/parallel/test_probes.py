@@ -1,0 +1,125 @@
+"""The probes before training: silent where all is well, under every kind of layout, and each planted bug stops the run with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from hunyuan_pretrain.config.schema import Experiment
+from tests.helpers.layouts import Layout
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+Bug = Callable[[], AbstractContextManager[Any]]
+
+
+def attention_across_documents() -> AbstractContextManager[Any]:
+    """Borders are ignored: the pack is one document."""
+    from hunyuan_pretrain.model import attention
+
+    right = attention.document_blocks
+    return patch.object(attention, "document_blocks", lambda borders: right([borders[0], borders[-1]]))
+
+
+def gathered_attention_across_documents() -> AbstractContextManager[Any]:
+    from hunyuan_pretrain.model import attention
+
+    right = attention.context_blocks
+    return patch.object(attention, "context_blocks", lambda borders, ranges: right([borders[0], borders[-1]], ranges))
+
+
+def router_losses_times_two() -> AbstractContextManager[Any]:
+    """As a layout would do that counts routing groups of its own rank only."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    right = MoEAuxLossAutoScaler.set_loss_scale
+    return patch.object(MoEAuxLossAutoScaler, "set_loss_scale", staticmethod(lambda scale: right(scale * 2)))
+
+
+def balance_loss_without_gradient() -> AbstractContextManager[Any]:
+    from hunyuan_pretrain.model.router import MoEAuxLossAutoScaler
+
+    return patch.object(MoEAuxLossAutoScaler, "apply", lambda weight, loss: weight)
+
+
+def combination_without_router() -> AbstractContextManager[Any]:
+    """The experts' output is weighted by a constant: the cross-entropy never reaches the router."""
+    from hunyuan_pretrain.model import experts
+
+    right = experts._Combine.apply
+    return patch.object(experts._Combine, "apply", lambda rows, weight, plan: right(rows, weight.detach(), plan))
+
+
+HEALTHY = [
+    Layout(),
+    Layout(tp=2, ep=2, recompute="cla_group"),
+    Layout(cp=2, model="top 2", recompute="selective"),
+    Layout(cp=2, model="4 key/value heads", attention="all_to_all", optimizer="plain"),
+    Layout(pp=2, vpp=2, micro_batch=1),
+    Layout(dp=2, ep=2, overlap="everything", model="dropless"),
+]
+BROKEN: dict[Bug, tuple[Layout, str]] = {
+    attention_across_documents: (Layout(dp=2), "documents of a pack see each other: changing one changed"),
+    gathered_attention_across_documents: (Layout(cp=2), "documents of a pack see each other: changing one changed"),
+    router_losses_times_two: (Layout(tp=2), "the balance loss acts with coefficient 0.02, but 0.01 is declared: this layout scales it"),
+    balance_loss_without_gradient: (Layout(dp=2), "the balance loss has no gradient on the router of layer 0 (8 of 8 layers)"),
+    combination_without_router: (Layout(pp=2), "the cross-entropy has no gradient on the router of layer 0 (8 of 8 layers)"),
+}
+
+
+def probe_all(work: list[tuple[Bug, Experiment]]) -> list[Any]:
+    """What the probes say before each run, and whether any gradient stays behind; or their refusal."""
+    from hunyuan_pretrain.train import TrainingError, setup
+    from hunyuan_pretrain.train.probes import probe
+
+    def lines(job: tuple[Bug, Experiment]) -> Any:
+        bug, experiment = job
+        with bug():
+            run = setup.prepare(experiment)
+            try:
+                found = probe(run)
+                left = [name for model in run.chunks for name, parameter in model.named_parameters() if parameter.main_grad.any()]
+                return found, left
+            except TrainingError as error:
+                return str(error)
+            finally:
+                setup.leave(run)
+
+    return [lines(job) for job in work]
+
+
+@pytest.fixture(scope="module")
+def answers(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """What rank 0 was told, by healthy layout or by bug."""
+    folder, found = tmp_path_factory.mktemp("probes"), {}
+    cases: list[tuple[Any, Bug, Layout]] = [(layout, nullcontext, layout) for layout in HEALTHY]
+    cases += [(bug, bug, layout) for bug, (layout, _) in BROKEN.items()]
+    for world_size in (1, 2):
+        mine = [case for case in cases if case[2].world_size == world_size]
+        work = [(bug, layout.experiment(corpus, folder / f"{world_size}_{number}")) for number, (_, bug, layout) in enumerate(mine)]
+        found |= {key: answer for (key, _, _), answer in zip(mine, run_ranks(world_size, probe_all, work)[0], strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("layout", HEALTHY, ids=str)
+def test_probes_say_what_they_found_and_leave_no_gradient(answers, layout):
+    assert not isinstance(answers[layout], str), answers[layout]
+    lines, left = answers[layout]
+    mode = f", {layout.attention} over 2 ranks" if layout.cp == 2 else ""
+    z_loss = ", z-loss (coefficient 0.01, declared 0.01)" if layout.model == "top 2" else ""
+    assert lines == [
+        f"probe: documents of a pack do not see each other (attention forward and backward, bitwise{mode})",
+        f"probe: every router hears cross-entropy, balance loss (coefficient 0.01, declared 0.01){z_loss}",
+    ]
+    assert not left
+
+
+@pytest.mark.parametrize("bug", BROKEN, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_stops_the_run(answers, bug):
+    assert isinstance(answers[bug], str), f"not caught: {answers[bug]}"
+    assert answers[bug].startswith(BROKEN[bug][1])
