@@ -51,6 +51,9 @@ def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
 
 def leave_layout() -> None:
     """Leave the groups of a layout but not the job, whose ranks can build another layout's; communicates nothing."""
+    # core only forgets them, and each gloo group has threads of its own: a job of many layouts would end up with hundreds
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for all ranks
+        dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 

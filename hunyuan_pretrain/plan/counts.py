@@ -123,6 +123,11 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> in
     return 2 * model.num_layers // model.cla_share_factor * model.num_query_groups * model.head_dim * bytes_per_value
 
 
+def logits_bytes(tokens: int, padded_vocab_size: int) -> int:
+    """Bytes of fp32 logits; training holds those of a chunk of tokens only (model.cross_entropy)."""
+    return 4 * tokens * padded_vocab_size
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes that training keeps on one rank from step to step. Activations, communication buffers and the allocator come on top."""

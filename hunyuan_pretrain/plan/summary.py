@@ -8,7 +8,14 @@ from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.schema import Experiment, StageConfig, pipeline_stages, rope_base
 from hunyuan_pretrain.plan.buffers import grid
 from hunyuan_pretrain.plan.communication import AXES, communication_per_rank
-from hunyuan_pretrain.plan.counts import expert_lr_ratio, flops_per_token, kv_cache_bytes_per_token, memory_per_rank, parameters
+from hunyuan_pretrain.plan.counts import (
+    expert_lr_ratio,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    logits_bytes,
+    memory_per_rank,
+    parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
         group = f"stage {stage.name}"
         micro_batches = stage.global_batch_sequences // (stage.micro_batch_sequences * data_parallel)
         batch = f"{stage.global_batch_sequences} sequences of {stage.sequence_length:,} tokens, {micro_batches} micro-batches a rank"
+        micro_tokens = stage.sequence_length * stage.micro_batch_sequences
         base = rope_base(model.rotary_base, stage.rope_alpha, model.head_dim)
         split = f"matmuls {flops.matmuls:.4g}, attention {flops.attention_scores + flops.attention_values:.4g}; one document a sequence"
         rows += [
@@ -136,6 +144,12 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
             Row(group, "FLOPs/token", f"{flops.total:.4g}", split),
             Row(group, "learning rate", f"{begin:.3g} -> {end:.3g}", f"{stage.lr_shape}"),
             Row(group, "routed experts' lr", f"{begin * ratio:.3g} -> {end * ratio:.3g}", f"ratio {ratio:.4g}"),
+            Row(
+                group,
+                "logits",
+                gib(logits_bytes(micro_tokens, model.padded_vocab_size)),
+                "of a micro-batch in fp32, never held: the loss is taken in chunks",
+            ),
             Row(group, "RoPE base", f"{base:.4g}", f"alpha {stage.rope_alpha:g}"),
         ]
     tokens = sum(stage.num_steps * stage.global_batch_tokens for stage in experiment.stages)

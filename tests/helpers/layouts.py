@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -304,6 +305,7 @@ def until_failure(jobs: list[Any], trace: Callable[[Any], list[Any]]) -> list[Ou
     """Outcomes of `trace` for each job, ending with the first traceback."""
     found: list[Outcome] = []
     for job in jobs:
+        gc.collect()  # the run before, whose modules and hooks know each other, holds process groups with threads of their own
         try:
             found.append(trace(job))
         except Exception:
