@@ -2,10 +2,10 @@
 
     python tests/benchmarks/layouts.py [--rounds 3] [--steps 2] [--only dp2 tp2]
 
-Two processes of one thread each over gloo, against one process of one thread; model, tokens and steps are those of train_step.py. The jobs
-take turns, and the median over the rounds counts. On one machine the two ranks share memory bandwidth and gloo copies through the
-loopback device: the ratio between the two trainers says something about them, the speed-up over one rank says little about a cluster.
-megatron-core has no context parallelism without Transformer Engine; for sequence parallelism it is given a norm that allows it.
+Two processes of one thread each over gloo, against one process of one thread; model, tokens and steps are those of train_step.py. The two
+trainers take turns, layout after layout, and the median over the rounds counts. On one machine the ranks share memory bandwidth, and gloo
+copies through the loopback device: the ratio between the two trainers says something about them, the speed-up over one rank little about a
+cluster. megatron-core has no context parallelism without Transformer Engine; for sequence parallelism it is given a norm that allows it.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ def start(name: str, is_ours: bool) -> list[subprocess.Popen[str]]:
         environment = os.environ | {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--worker", name, *(["--ours"] if is_ours else [])]
         processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment))
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
     return processes
 
 
@@ -103,32 +106,24 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker, arguments.ours)
         return
-    jobs = {}
-    for name in arguments.only:
-        for is_ours in (True, False):
-            if is_ours or LAYOUTS[name][2] is not None:
-                jobs[name, is_ours] = start(name, is_ours)
-                for process in jobs[name, is_ours]:
-                    assert process.stdout is not None
-                    process.stdout.readline()
-    seconds: dict[tuple[str, bool], list[float]] = {job: [] for job in jobs}
-    for round_number in range(arguments.rounds + 1):  # the first round warms up
-        for job, processes in jobs.items():
-            found = ask(processes, arguments.steps)
-            seconds[job] += found if round_number else []
-    for processes in jobs.values():
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in processes:
-            process.wait()
-    rate = {job: TOKENS / statistics.median(found) for job, found in seconds.items()}
     print(f"{'layout':16} {'ours tokens/s':>14} {'GPTModel tokens/s':>18} {'ratio':>6}")
-    for name in arguments.only:
-        peer = rate.get((name, False))
-        print(
-            f"{name:16} {rate[name, True]:14,.0f} " + (f"{peer:18,.0f} {rate[name, True] / peer:6.2f}" if peer else f"{'-':>18} {'-':>6}")
-        )
+    for name in arguments.only:  # one layout after the other: all ranks of all jobs together would not fit in memory
+        jobs = {is_ours: start(name, is_ours) for is_ours in (True, False) if is_ours or LAYOUTS[name][2] is not None}
+        seconds: dict[bool, list[float]] = {is_ours: [] for is_ours in jobs}
+        for round_number in range(arguments.rounds + 1):  # the first round warms up
+            for is_ours, processes in jobs.items():
+                found = ask(processes, arguments.steps)
+                seconds[is_ours] += found if round_number else []
+        for processes in jobs.values():
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.close()
+            for process in processes:
+                process.wait()
+        mine, peer = (TOKENS / statistics.median(seconds[is_ours]) if is_ours in seconds else None for is_ours in (True, False))
+        assert mine is not None
+        against = f"{peer:18,.0f} {mine / peer:6.2f}" if peer else f"{'-':>18} {'-':>6}"
+        print(f"{name:16} {mine:14,.0f} {against}", flush=True)
 
 
 if __name__ == "__main__":
