@@ -85,9 +85,22 @@ CONFIG_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.expert_model_parallel_size=3", "stages.0.global_batch_sequences=6"],
         ["parallel.expert_model_parallel_size=3: 4 experts, 4 % 3 != 0 (use 2 or 4)"],
     ),
-    "tensor parallel": (
-        ["parallel.tensor_model_parallel_size=2"],
-        ["parallel.tensor_model_parallel_size=2: not supported by this version yet"],
+    "a layout that fits in nothing": (
+        [
+            "parallel.tensor_model_parallel_size=8",
+            "parallel.pipeline_model_parallel_size=4",
+            "parallel.context_parallel_size=3",
+            "parallel.expert_model_parallel_size=3",
+        ],
+        [
+            "parallel.expert_model_parallel_size=3: 4 experts, 4 % 3 != 0 (use 2 or 4)",
+            "parallel.tensor_model_parallel_size=8: must divide the model: num_attention_heads 4 % 8 != 0, "
+            "num_query_groups 2 % 8 != 0 (use 2)",
+            "parallel.sequence_parallel=false: 8 tensor-parallel ranks would route the same tokens to the experts (set true)",
+            "parallel.pipeline_model_parallel_size=4: 4 layers in CLA groups of 2 = 2 groups, not divisible by 4 ranks "
+            "(use 2 stages, or set parallel.pipeline_layout)",
+            "stages.0.sequence_length=64: 3 context-parallel ranks cannot share 2 routing groups of 32 tokens evenly",
+        ],
     ),
     "several at once": (
         ["model.num_layers=5", "model.num_query_groups=3"],
