@@ -40,6 +40,8 @@ comparisons of layouts; 2e-5 is about 170 roundings of 2^-23, which a sum over a
 SCALARS = ("loss", "balance_loss", "z_loss", "grad_norm", "target_tokens")
 MODULES = ("embedding", "input_layernorm", "self_attention", "pre_mlp_layernorm", "router", "experts", "shared_experts", "layer", "final")
 """Order of execution inside a layer; `layer` is its output."""
+WEIGHTS = ("linear_q", "q_layernorm", "k_layernorm", "linear_proj", "linear_fc1", "linear_fc2")
+"""Order of execution inside a module."""
 
 
 @dataclass
@@ -136,14 +138,15 @@ def compare(actual: list[StepTrace], reference: list[StepTrace]) -> list[Differe
     return found
 
 
-def execution_order(name: str) -> tuple[int, int]:
-    """(layer, place in the layer) of a module's output, a routing table, or a parameter."""
+def execution_order(name: str) -> tuple[int, int, int]:
+    """(layer, place in the layer, place in the module) of a module's output, a routing table, or a parameter."""
     layer = re.search(r"layers\.(\d+)", name)
     if layer is None:
         is_first = name.startswith("embedding")
-        return (-1, 0) if is_first else (1 << 30, 0)
+        return (-1, 0, 0) if is_first else (1 << 30, 0, 0)
     inside = [number for number, module in enumerate(MODULES) if f".{module}" in name]
-    return int(layer[1]), inside[0] if inside else MODULES.index("layer")
+    weights = [number for number, weight in enumerate(WEIGHTS) if f".{weight}" in name]
+    return int(layer[1]), inside[0] if inside else MODULES.index("layer"), weights[0] if weights else 0
 
 
 def _difference(actual: Any, reference: Any) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,19 +50,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def one_step(fields: dict[str, Any]) -> tuple[float, float, int, float, float]:
     """(loss, gradient norm, documents in the pack, resident MiB of this rank before one training step, and at its peak)."""
-    import psutil
-
     from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.step import train_step
 
     run = setup.prepare(Experiment.model_validate(fields))
     (batch,) = batches = run.loader.micro_batches(0)
-    before = psutil.Process().memory_info().rss / 2**20
+    # not ru_maxrss, which begins with the size of the process that started this one
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status_mib("VmRSS")
     result = train_step(run.experiment, run.experiment.stages[0], 0, run.wrapped, run.optimizer, batches, run.groups, run.device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = status_mib("VmHWM")
     run.loader.close()
     return result.loss, result.grad_norm, len(batch.cu_seqlens) - 1, before, peak
+
+
+def status_mib(name: str) -> float:
+    """A size in this process's status, such as VmRSS or its peak VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def step_of(text: Path, run_dir: Path, length: int, ranks: int, parallel: dict[str, Any]) -> list[tuple[float, float, int, float, float]]:
@@ -90,4 +95,4 @@ def test_a_step_of_256k_tokens_is_the_same_on_two_ranks_and_memory_is_linear(tex
         print(f"\none step of a packed sequence, {documents} documents in {LENGTHS[-1]:,} tokens, loss {loss:.6f} (CP 1: {alone[0]:.6f})")
         print("peak MiB of a rank, CP 2:", {length: round(peak) for length, peak in peaks.items()}, end="")
         print(f", exponent {exponent:.2f}; CP 1 at {LENGTHS[-1]:,}: {alone[4] - alone[3]:.0f}")
-    assert exponent < 1.1, f"memory grows faster than the sequence: {peaks}"
+    assert 0.8 < exponent < 1.1, f"memory is not linear in the sequence: {peaks}"

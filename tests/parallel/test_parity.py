@@ -104,7 +104,7 @@ BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
     loss_over_the_own_tokens: (DATA, (0, "scalar", "loss"), (*FORWARD, "copies")),
     recycling_numbers_the_groups_of_its_rank: (DATA, (0, "routing", "decoder.layers.0.router"), ("copies",)),
     copies_drift_apart: (TP_EP, (0, "copies", "gradients of decoder.layers.0.input_layernorm.weight"), FORWARD),
-    gradients_reduced_too_early: (MORE_MICRO_BATCHES, (1, "scalar", "grad_norm"), FORWARD),
+    gradients_reduced_too_early: (MORE_MICRO_BATCHES, (1, "gradient", "decoder.final_layernorm.weight"), FORWARD),
 }
 
 

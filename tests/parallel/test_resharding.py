@@ -20,6 +20,7 @@ UNEVEN = Layout(pp=2, pipeline=(2, 6), optimizer="plain")
 DIVIDED_EXPERTS = Layout(dp=2, etp=2)
 TENSOR_PIPELINE = Layout(tp=2, pp=2, ep=2)
 FOUR_AXES = Layout(tp=2, dp=2, ep=2, etp=2, optimizer="plain")
+CONTEXT = Layout(cp=2, ep=2)
 BF16 = Layout(dp=2, ep=2, model="bf16")
 CHANGES = [
     # saved, resumed
@@ -30,6 +31,8 @@ CHANGES = [
     (FOUR_AXES, TENSOR_PIPELINE),
     (DIVIDED_EXPERTS, UNEVEN),
     (UNEVEN, Layout(dp=2, ep=2)),
+    (TENSOR, CONTEXT),
+    (CONTEXT, ONE),
     (ONE, Layout(tp=2, etp=2, optimizer="plain", overlap="gradients")),
     (BF16, Layout(dp=2, ep=2, model="bf16", optimizer="plain")),
 ]
