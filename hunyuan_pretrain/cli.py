@@ -6,7 +6,9 @@ Imports are inside the commands, so that those which need no torch start at once
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
 """Errors that a user can put right: the message says how, so a traceback would only hide it."""
+
+SECONDS_FOR_RANK_0 = 20
+"""How long another rank waits with its error for rank 0 to print the same."""
 
 app = typer.Typer(
     name="hunyuan-pretrain",
@@ -262,6 +267,21 @@ def print_warnings(warnings: list[Problem]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
+def report_error(error: Exception) -> None:
+    """Print a user's error, once in a job: nearly every such error is found by every rank.
+
+    A launcher stops the whole job as soon as one rank has failed, so the other ranks leave rank 0 the time to print.
+    One that is still there after that met an error of its own (a file that only its node lacks, say), and prints it.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, as soon as rank 0 has ended
+        time.sleep(SECONDS_FOR_RANK_0)
+        print(f"rank {rank}: {error}", file=sys.stderr)
+    else:
+        print(error, file=sys.stderr)
+
+
 def main() -> None:
     """Entry point; a user's error is one message on stderr and exit code 2, an interrupt is 130."""
     try:
@@ -271,6 +291,5 @@ def main() -> None:
     except (ValueError, RuntimeError) as error:
         if USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank of a job finds the same
-            print(error, file=sys.stderr)
+        report_error(error)
         sys.exit(2)

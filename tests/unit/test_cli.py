@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,39 @@ def test_errors_of_the_user_are_told_from_errors_of_the_program(command, monkeyp
     raising(ValueError("a bug"))
     with pytest.raises(ValueError, match="a bug"):
         command()
+
+
+def start_as_rank(rank: int) -> subprocess.Popen[str]:
+    """`train` of an experiment that is not there, as one rank of a job; its error is read from stderr."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hunyuan_pretrain", "train", "absent.yaml"],
+        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_rank_leaves_rank_0_the_time_to_print_and_says_nothing_when_the_launcher_stops_it() -> None:
+    first, second = start_as_rank(0), start_as_rank(1)
+    assert "absent.yaml" in first.communicate(timeout=60)[1]
+    assert first.returncode == 2
+    with pytest.raises(subprocess.TimeoutExpired):  # a launcher that saw it fail would stop the job before rank 0 has printed
+        second.wait(2)
+    second.terminate()
+    assert second.communicate(timeout=60)[1] == ""
+    assert second.returncode == -signal.SIGTERM
+
+
+def test_an_error_of_another_rank_alone_is_printed_after_a_while(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0.01)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, out, err = command("train", "absent.yaml")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (code, out) == (2, "")
+    assert err.startswith("rank 3: absent.yaml")
 
 
 def test_the_module_is_the_command_and_explains_without_torch() -> None:
