@@ -17,12 +17,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help="Text or .jsonl files (also .gz, .zst), and folders of them.")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Text, .jsonl (both also .gz, .zst) or .parquet files, folders of them, patterns, or URLs that fsspec opens.",
+    ),
+]
 TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
 Extensions = Annotated[
-    list[str] | None, typer.Option("--extension", help="Extensions read in folders, repeatable; default .txt .md .py .jsonl")
+    list[str] | None, typer.Option("--extension", help="Extensions read in folders, repeatable; default .txt .md .py .jsonl .parquet")
 ]
-MaxRejects = Annotated[int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")]
+MaxRejects = Annotated[
+    str, typer.Option(help="Unreadable documents to leave out before the command fails: a number, or a share such as 0.1%.")
+]
+Template = Annotated[str | None, typer.Option(help="Text made of several fields, such as '{title}\n\n{text}', instead of --text-field.")]
+Where = Annotated[list[str] | None, typer.Option("--where", help="FIELD=VALUE: only records with this value, repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
 
 
@@ -34,7 +44,7 @@ def train_tokenizer(
     text_field: TextField = "text",
     extension: Extensions = None,
     sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
-    max_rejects: MaxRejects = 0,
+    max_rejects: Annotated[int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a byte-level BPE tokenizer under Hunyuan's split pattern."""
@@ -63,33 +73,41 @@ def tokenize(
     tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
     text_field: TextField = "text",
+    template: Template = None,
+    where: Where = None,
     extension: Extensions = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default all cores. Does not change the output.")] = None,
-    max_rejects: MaxRejects = 0,
-    holdout_every: Annotated[int | None, typer.Option(min=2, help="Write each Nth document to --holdout-output instead.")] = None,
+    max_rejects: MaxRejects = "0",
+    holdout_every: Annotated[int | None, typer.Option(min=2, help="Write one document in N to --holdout-output instead.")] = None,
     holdout_output: Annotated[str | None, typer.Option(help="Folder for the documents held out.")] = None,
+    shard_megabytes: Annotated[int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tokenize text into Megatron's .bin and .idx, with a manifest."""
+    """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is not finished."""
     from data_tools import tokenization
+    from data_tools.documents import RecordForm
 
     manifests = tokenization.tokenize(
         inputs,
         tokenizer,
         output,
-        text_field=text_field,
+        form=RecordForm(text_field, template, _conditions(where)),
         extensions=_extensions(extension),
         workers=workers or tokenization.default_workers(),
-        max_rejects=max_rejects,
+        max_rejects=tokenization.Allowance.parse(max_rejects),
         holdout_every=holdout_every,
         holdout_output=holdout_output,
+        shard_bytes=shard_megabytes * 1_000_000 if shard_megabytes else None,
         overwrite=overwrite,
     )
     for folder, manifest in zip((output, holdout_output), manifests, strict=False):
         bytes_per_token = manifest["bytes"] / manifest["tokens"]
-        print(f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {bytes_per_token:.2f} bytes/token")
+        print(
+            f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards, "
+            f"{bytes_per_token:.2f} bytes/token"
+        )
     if manifests[0]["rejects"]:
-        print(f"{len(manifests[0]['rejects'])} documents rejected, listed in the manifest")
+        print(f"{manifests[0]['rejects']:,} records rejected; see {output}/{tokenization.REJECTS}")
 
 
 @app.command()
@@ -134,13 +152,20 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _fail("no space left on the disk of the output; what had been written was removed")
+            _fail("no space left on the disk of the output; nothing half-written stays, and what `tokenize` had finished is gone on from")
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def _fail(message: str) -> None:
     print(f"hunyuan-data: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _conditions(given: list[str] | None) -> dict[str, str]:
+    for condition in given or []:
+        if "=" not in condition:
+            raise DataFormatError(f"--where {condition}: write it as FIELD=VALUE, such as lang=zh")
+    return dict(condition.split("=", 1) for condition in given or [])
 
 
 def _extensions(given: list[str] | None) -> list[str]:

@@ -61,7 +61,8 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
         ("documents", f"{dataset.num_documents:,}"),
         ("tokens", f"{dataset.num_tokens:,} ({dataset.dtype})"),
         ("bytes of text", f"{manifest.get('bytes', 0):,} ({manifest.get('bytes', 0) / dataset.num_tokens:.2f} a token)"),
-        ("left out", f"{manifest.get('empty_documents', 0):,} empty, {len(manifest.get('rejects', [])):,} rejected"),
+        ("left out", f"{manifest.get('empty_documents', 0):,} empty, {manifest.get('rejects', 0):,} rejected"),
+        ("shards", f"{len(dataset.shards):,}"),
         ("vocabulary", f"{dataset.vocab_size:,} ids, tokenizer {dataset.tokenizer_digest[:12]}"),
         *_source_rows(manifest.get("sources", [])),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, new_folder
-from hunyuan_pretrain.data.indexed import TOKENS_IDX, TokenizedDataset, check_digest
+from hunyuan_pretrain.data.indexed import TokenizedDataset
 from hunyuan_pretrain.data.packed_format import check_sources, write_packed
 from hunyuan_pretrain.data.packing import pack_documents
 
@@ -24,7 +24,8 @@ def pack(tokenized: Sequence[str], sequence_length: int, output: str, *, seed: i
     sources = [TokenizedDataset(folder) for folder in tokenized]
     check_sources(sources)
     for source in sources:
-        check_digest(source.folder / TOKENS_IDX, source.file_digests.get(TOKENS_IDX))
+        for shard in source.shards:
+            shard.check_index()
     with new_folder(output, marker=MANIFEST, overwrite=overwrite) as folder:
         packing = pack_documents(np.concatenate([source.lengths for source in sources]), sequence_length, seed)
         return write_packed(folder, packing, sources, seed)

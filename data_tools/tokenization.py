@@ -1,137 +1,311 @@
-"""Corpus to tokenized folder: documents encoded by a pool of processes, written in the order of the corpus."""
+"""Corpus to tokenized folder, shard by shard: each shard is a function of the inputs alone, is written by one process, and survives a kill.
+
+A shard is finished when its report, shard_00000.json, is there: it is written last. Running again goes on with the shards that have none.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.corpus import Chunk, CorpusFile, Document, Reject, check_rejects, documents_of, find_files, read_chunks
+from data_tools.corpus import DEFAULT_EXTENSIONS, CorpusFile, Split, deal_out, find_files
+from data_tools.documents import Document, RecordForm, Reject, RejectedError, cut_between_words, read_split
+from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import MANIFEST, new_folder, write_manifest
-from hunyuan_pretrain.data.indexed import MAX_DOCUMENT_TOKENS, TOKENIZED_FORMAT, TOKENIZED_VERSION, IndexedWriter, token_dtype
+from hunyuan_pretrain.data.folders import MANIFEST, finish_folder, read_manifest, unfinished_folder, write_file, write_manifest
+from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, ShardWriter, digest_of, shard_files, token_dtype
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
-_BATCH_BYTES = 1 << 20
-# Below this a pool of processes takes longer to start than it saves.
-_SMALL_CORPUS_BYTES = 4 << 20
+REJECTS = "rejects.jsonl"
+_BATCH_CHARACTERS = 1 << 20
+_PART_CHARACTERS = 1 << 22
+_REJECT_SAMPLES = 20
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
-class EncodedBatch:
-    """Documents of some chunks, in order, and what was not one."""
+class TokenizeJob:
+    """All that decides the output of `tokenize`."""
 
-    tokens: np.ndarray
-    """(sum of lengths,) in the id type of the vocabulary."""
-    lengths: np.ndarray
-    """(documents,) int64, tokens."""
-    utf8_bytes: np.ndarray
-    """(documents,) int64, bytes of text."""
-    inputs: np.ndarray
-    """(documents,) int64, the number of the input each document comes from."""
-    rejects: list[Reject]
-    num_empty: int
-    """Documents without text, which are left out."""
-    bytes_on_disk: int
+    inputs: list[str]
+    files: list[CorpusFile]
+    shards: list[list[Split]]
+    encoder: EncoderSource
+    tokenizer_digest: str
+    vocab_size: int
+    pad_id: int
+    form: RecordForm
+    holdout_every: int | None
+    max_rejects: int | None
+    """None: a share of the documents, of which a shard alone cannot know."""
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the bytes of the output would."""
+        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
+        cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
+        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, asdict(self.form), self.holdout_every])
 
 
-class BatchEncoder:
-    """Encodes chunks into documents of <|startoftext|> ... <|endoftext|>."""
+@dataclass(frozen=True)
+class Allowance:
+    """How many records may be rejected: a number, or a share of all."""
 
-    def __init__(self, tokenizer_path: str, text_field: str) -> None:
-        self._tokenizer = Tokenizer.load(tokenizer_path)
-        self._dtype = token_dtype(self._tokenizer.vocab_size)
-        self._text_field = text_field
+    number: int = 0
+    share: float = 0.0
 
-    def __call__(self, chunks: Sequence[Chunk]) -> EncodedBatch:
-        """Encode the documents of the chunks, in order."""
-        ids: list[np.ndarray] = []
-        utf8_bytes, inputs, rejects, num_empty = [], [], [], 0
-        for chunk in chunks:
-            for document in documents_of(chunk, self._text_field):
-                encoded = self._encode(chunk, document)
-                if isinstance(encoded, Reject):
-                    rejects.append(encoded)
-                elif encoded is None:
-                    num_empty += 1
-                else:
-                    assert isinstance(document, Document)
-                    ids.append(encoded)
-                    utf8_bytes.append(document.utf8_bytes)
-                    inputs.append(chunk.file.input_number)
-        tokens = np.concatenate(ids).astype(self._dtype) if ids else np.empty(0, dtype=self._dtype)
-        lengths = np.array([len(document_ids) for document_ids in ids], dtype=np.int64)
-        on_disk = sum(chunk.bytes_on_disk for chunk in chunks)
-        return EncodedBatch(
-            tokens, lengths, np.array(utf8_bytes, dtype=np.int64), np.array(inputs, dtype=np.int64), rejects, num_empty, on_disk
-        )
-
-    def _encode(self, chunk: Chunk, document: Document | Reject) -> np.ndarray | Reject | None:
-        if isinstance(document, Reject):
-            return document
-        if not document.text:
-            return None
+    @classmethod
+    def parse(cls, text: str) -> Allowance:
+        """From "100" or "0.1%"."""
         try:
-            ids = self._tokenizer.encode_document(document.text)
-        except DataFormatError as error:
-            return Reject(str(chunk.file.path), f"{error} (a document that begins {document.text[:40]!r})")
-        if len(ids) > MAX_DOCUMENT_TOKENS:
-            return Reject(str(chunk.file.path), f"a document of {len(ids):,} tokens; the format ends at {MAX_DOCUMENT_TOKENS:,}")
-        return ids
+            found = cls(share=float(text[:-1]) / 100) if text.endswith("%") else cls(number=int(text))
+        except ValueError:
+            found = cls(number=-1)
+        if found.number < 0 or not 0 <= found.share <= 1:
+            raise DataFormatError(f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%")
+        return found
+
+    def of(self, records: int) -> int:
+        """Rejects allowed among so many records."""
+        return self.number + int(self.share * records)
 
 
-@dataclass
-class _Output:
-    """One tokenized folder in the making."""
+def shard_name(number: int) -> str:
+    """Name of a shard's files, without their endings."""
+    return f"shard_{number:05d}"
 
-    folder: Path
-    writer: IndexedWriter
-    num_inputs: int
-    totals: np.ndarray = field(init=False)
-    """(inputs, 3) int64: documents, bytes, tokens."""
 
-    def __post_init__(self) -> None:
-        self.totals = np.zeros((self.num_inputs, 3), dtype=np.int64)
+def is_finished(folders: Sequence[Path], number: int) -> bool:
+    """Whether a shard's report is there, and all that it reports of."""
+    names = shard_files(shard_name(number))
+    return (folders[0] / f"{shard_name(number)}.json").is_file() and all((folder / name).is_file() for folder in folders for name in names)
 
-    def add(self, batch: EncodedBatch, chosen: np.ndarray) -> None:
-        """Append the documents of a batch where `chosen` (documents,) is true."""
-        if not chosen.any():
-            return
-        is_all = bool(chosen.all())
-        lengths = batch.lengths[chosen]
-        self.writer.add(batch.tokens if is_all else batch.tokens[np.repeat(chosen, batch.lengths)], lengths)
-        np.add.at(self.totals, batch.inputs[chosen], np.stack([np.ones_like(lengths), batch.utf8_bytes[chosen], lengths], axis=1))
 
-    def finish(self, common: dict[str, Any], inputs: Sequence[str], num_files: Sequence[int]) -> dict[str, Any]:
-        """Write the index and the manifest; returns the manifest."""
-        digests = self.writer.finish()
-        documents, utf8_bytes, tokens = (int(total) for total in self.totals.sum(axis=0))
-        manifest = {
-            "format": TOKENIZED_FORMAT,
-            "version": TOKENIZED_VERSION,
-            "documents": documents,
-            "bytes": utf8_bytes,
-            "tokens": tokens,
-            "dtype": str(self.writer.dtype),
-            **common,
-            "sources": [
-                {"path": path, "files": count, "documents": int(row[0]), "bytes": int(row[1]), "tokens": int(row[2])}
-                for path, count, row in zip(inputs, num_files, self.totals, strict=True)
-            ],
-            "sha256": digests,
+def write_shard(
+    job: TokenizeJob, number: int, folders: Sequence[Path], encoder: DocumentEncoder, advance: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
+    """Tokenize one shard into the unfinished folders (the second is for what is held out), and return its report.
+
+    Raises DataFormatError if a file is damaged, or if the shard alone has more rejects than the job allows.
+    """
+    with ExitStack() as stack:
+        writers = [ShardWriter(folder, shard_name(number), job.vocab_size) for folder in folders]
+        for writer in writers:
+            stack.callback(writer.close)
+        shard = _Shard(job, number, writers, encoder)
+        for split in job.shards[number]:
+            for document in read_split(split, job.form, advance):
+                shard.add(split, document)
+            shard.flush()
+        report = {
+            "outputs": [{"entry": writer.finish(), "totals": rows.tolist()} for writer, rows in zip(writers, shard.totals, strict=True)],
+            "empty_documents": shard.num_empty,
+            "rejects": shard.num_rejects,
+            "samples": [asdict(reject) for reject in shard.rejects],
         }
-        write_manifest(self.folder, manifest)
-        return manifest
+    write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(report).encode())
+    return report
+
+
+class _Shard:
+    """The documents of one shard on their way to the writers, encoded many at a time."""
+
+    def __init__(self, job: TokenizeJob, number: int, writers: Sequence[ShardWriter], encoder: DocumentEncoder) -> None:
+        self._job, self._number, self._writers, self._encoder = job, number, writers, encoder
+        self._split = job.shards[number][0]
+        self._waiting: list[Document] = []
+        self._waiting_characters = 0
+        self.totals = np.zeros((len(writers), len(job.inputs), 3), dtype=np.int64)
+        """For each writer and input: documents, bytes, tokens."""
+        self.num_empty = self.num_rejects = 0
+        self.rejects: list[Reject] = []
+        """The first of them."""
+
+    def add(self, split: Split, document: Document | Reject) -> None:
+        """Take the next record of `split`."""
+        self._split = split
+        if isinstance(document, Reject):
+            self._reject(document)
+        elif document.parts is not None:
+            self.flush()
+            self._write_in_parts(document, document.parts)
+        elif not document.text:
+            self.num_empty += 1
+        else:
+            self._waiting.append(document)
+            self._waiting_characters += len(document.text)
+            if self._waiting_characters > _BATCH_CHARACTERS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Encode and write what waits; all of it is of one split."""
+        documents, self._waiting, self._waiting_characters = self._waiting, [], 0
+        if not documents:
+            return
+        texts = [document.text for document in documents]
+        ids, lengths = self._encoder.encode(texts)
+        utf8_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
+        origins = np.array([[self._split.file_number, document.place] for document in documents], dtype=np.int64)
+        held_out = self._held_out(len(documents))
+        for number, (writer, chosen) in enumerate(zip(self._writers, (~held_out, held_out), strict=False)):
+            if chosen.any():
+                tokens = ids if chosen.all() else ids[np.repeat(chosen, lengths)]
+                writer.add(tokens, lengths[chosen], origins[chosen])
+                self._count(number, int(chosen.sum()), int(utf8_bytes[chosen].sum()), len(tokens))
+
+    def _write_in_parts(self, document: Document, parts: Iterator[str]) -> None:
+        number = int(self._held_out(1)[0])
+        utf8_bytes = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal utf8_bytes
+            for part in cut_between_words(parts, _PART_CHARACTERS):
+                utf8_bytes += len(part.encode())
+                yield part
+
+        try:
+            ids = self._encoder.encode_parts(counted())
+            tokens = self._writers[number].add_in_parts(ids, (self._split.file_number, document.place))
+            self._count(number, 1, utf8_bytes, tokens)
+        except (RejectedError, DataFormatError, UnicodeEncodeError) as error:
+            with suppress(RejectedError):
+                for _ in parts:  # the reader stands at the next document only when this one has been read
+                    pass
+            self._reject(Reject(f"{self._split.file.path}: byte {document.place:,}", str(error)))
+
+    def _held_out(self, count: int) -> np.ndarray:
+        """(count,) bool, which of the next documents are held out: every N-th, from another one on in each shard.
+
+        So of many short shards as many documents are held out as of a few long ones, and no shard has to know another.
+        """
+        if self._job.holdout_every is None:
+            return np.zeros(count, dtype=bool)
+        first = self._number + 1 + sum(writer.num_documents for writer in self._writers)
+        return np.arange(first, first + count) % self._job.holdout_every == 0
+
+    def _count(self, writer: int, documents: int, utf8_bytes: int, tokens: int) -> None:
+        self.totals[writer, self._split.file.input_number] += (documents, utf8_bytes, tokens)
+
+    def _reject(self, reject: Reject) -> None:
+        self.num_rejects += 1
+        if len(self.rejects) < _REJECT_SAMPLES:
+            self.rejects.append(reject)
+        allowed = self._job.max_rejects
+        if allowed is not None and self.num_rejects > allowed:
+            raise too_many_rejects(self.num_rejects, allowed, self.rejects)
+
+
+def too_many_rejects(found: int, allowed: int, rejects: Sequence[Reject]) -> DataFormatError:
+    """The error of a corpus with more rejects than allowed, which names the first of them."""
+    others = f" (and {found - 1:,} more)" if found > 1 else ""
+    return DataFormatError(f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed")
+
+
+def plan_job(
+    inputs: Sequence[str],
+    tokenizer_path: str,
+    *,
+    form: RecordForm,
+    extensions: Sequence[str],
+    max_rejects: Allowance,
+    holdout_every: int | None = None,
+    shard_bytes: int | None = None,
+) -> TokenizeJob:
+    """Look at the inputs and deal them out. Raises DataFormatError for an input or tokenizer that is not as it should be."""
+    tokenizer = Tokenizer.load(tokenizer_path)
+    files = find_files(inputs, extensions)
+    return TokenizeJob(
+        inputs=[str(path) for path in inputs],
+        files=files,
+        shards=deal_out(files, shard_bytes),
+        encoder=EncoderSource.of(tokenizer_path, tokenizer),
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        form=form,
+        holdout_every=holdout_every,
+        max_rejects=None if max_rejects.share else max_rejects.number,
+    )
+
+
+def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) -> list[dict[str, Any]]:
+    """Join the finished shards to whole folders, and return their manifests.
+
+    Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards then stay.
+    """
+    reports = [json.loads((folders[0] / f"{shard_name(number)}.json").read_bytes()) for number in range(len(job.shards))]
+    rejects = [Reject(**sample) for report in reports for sample in report["samples"]]
+    num_rejects = sum(report["rejects"] for report in reports)
+    totals = np.array([[output["totals"] for output in report["outputs"]] for report in reports]).sum(axis=0)
+    num_documents = int(totals[:, :, 0].sum())
+    allowed = max_rejects.of(num_documents + num_rejects)
+    if num_rejects > allowed:
+        raise too_many_rejects(num_rejects, allowed, rejects)
+    problem = None
+    if num_documents == 0:
+        problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files"
+    elif job.holdout_every is not None and not 0 < (held_out := totals[1, :, 0].sum()) < num_documents:
+        problem = (
+            f"--holdout-every {job.holdout_every}: must leave some of the {num_documents} documents on each side, but holds {held_out} "
+            f"out; use 2 to {num_documents}"
+        )
+    if problem:
+        _remove_shards(folders, range(len(job.shards)))  # the same call would end the same
+        raise DataFormatError(problem)
+    num_files = np.bincount([file.input_number for file in job.files], minlength=len(job.inputs)).tolist()
+    manifests = []
+    for number, of_inputs in enumerate(totals.tolist()):
+        documents, utf8_bytes, tokens = (sum(row[column] for row in of_inputs) for column in range(3))
+        manifests.append(
+            {
+                "format": TOKENIZED_FORMAT,
+                "version": TOKENIZED_VERSION,
+                "documents": documents,
+                "bytes": utf8_bytes,
+                "tokens": tokens,
+                "dtype": str(token_dtype(job.vocab_size)),
+                "vocab_size": job.vocab_size,
+                "pad_id": job.pad_id,
+                "tokenizer_digest": job.tokenizer_digest,
+                "text": {"field": job.form.text_field, "template": job.form.template, "where": dict(job.form.where)},
+                "holdout_every": job.holdout_every,
+                "empty_documents": sum(report["empty_documents"] for report in reports),
+                "rejects": num_rejects,
+                "sources": [
+                    {"path": path, "files": count, "documents": row[0], "bytes": row[1], "tokens": row[2]}
+                    for path, count, row in zip(job.inputs, num_files, of_inputs, strict=True)
+                ],
+                "files": [file.path for file in job.files],
+                "shards": [report["outputs"][number]["entry"] for report in reports],
+            }
+        )
+    # the first folder's manifest last: where it is, only the names are left to be given
+    for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
+        if rejects:
+            write_file(folder / REJECTS, "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects).encode())
+        write_manifest(folder, manifest)
+    return manifests
+
+
+def name_outputs(outputs: Sequence[str], folder: Path, num_shards: int) -> None:
+    """Give the joined folders their names, the first one, which is `folder` until then, last and without the reports of its shards."""
+    for output in outputs[1:]:
+        finish_folder(output)
+    for number in range(num_shards):
+        (folder / f"{shard_name(number)}.json").unlink(missing_ok=True)
+    finish_folder(outputs[0])
 
 
 def tokenize(
@@ -139,111 +313,119 @@ def tokenize(
     tokenizer_path: str,
     output: str,
     *,
-    text_field: str,
-    extensions: Sequence[str],
-    workers: int,
-    max_rejects: int = 0,
+    form: RecordForm | None = None,
+    extensions: Sequence[str] = DEFAULT_EXTENSIONS,
+    workers: int = 1,
+    max_rejects: Allowance | None = None,
     holdout_every: int | None = None,
     holdout_output: str | None = None,
+    shard_bytes: int | None = None,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
-    """Tokenize `inputs` into the folder `output`, and every `holdout_every`-th document (counted from 1 over all inputs) into
-    `holdout_output` instead; returns the manifests. The result does not depend on `workers`.
+    """Tokenize `inputs` into the folder `output`, and one document in `holdout_every` of each shard into `holdout_output`; returns the
+    manifests. The result does not depend on `workers`, nor on how often the command was interrupted before.
 
-    Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be; then nothing is written.
+    Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be. Finished shards stay then,
+    and are not tokenized again by the same call; if there is none, nothing stays.
     """
     if (holdout_every is None) != (holdout_output is None):
         raise DataFormatError("--holdout-every and --holdout-output: give both or neither")
     if holdout_output is not None and Path(holdout_output).resolve() == Path(output).resolve():
         raise DataFormatError(f"--holdout-output {holdout_output}: the same folder as --output; give another one")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    files = find_files(inputs, extensions)
-    total_bytes = sum(file.path.stat().st_size for file in files)
-    rejects: list[Reject] = []
-    num_empty = num_documents = 0
+    max_rejects = max_rejects or Allowance()
+    job = plan_job(
+        inputs,
+        tokenizer_path,
+        form=form or RecordForm(),
+        extensions=extensions,
+        max_rejects=max_rejects,
+        holdout_every=holdout_every,
+        shard_bytes=shard_bytes,
+    )
+    outputs = [output] if holdout_output is None else [output, holdout_output]
     with ExitStack() as stack:
-        outputs = []
-        for path in (output, holdout_output):
-            if path is not None:
-                folder = stack.enter_context(new_folder(path, marker=MANIFEST, overwrite=overwrite))
-                outputs.append(_Output(folder, IndexedWriter(folder, tokenizer.vocab_size), len(inputs)))
-                stack.callback(outputs[-1].writer.close)
-        progress = stack.enter_context(ProgressReport("tokenizing", total_bytes))
-        workers = workers if total_bytes > _SMALL_CORPUS_BYTES else 1
-        # Closed here, so that the processes have ended before an output is removed or named.
-        for batch in stack.enter_context(closing(_encoded(_batches(files), (tokenizer_path, text_field), workers))):
-            rejects += batch.rejects
-            check_rejects(rejects, max_rejects)
-            held_out = np.zeros(len(batch.lengths), dtype=bool)
-            if holdout_every is not None:
-                held_out = np.arange(num_documents + 1, num_documents + 1 + len(held_out)) % holdout_every == 0
-                outputs[1].add(batch, held_out)
-            outputs[0].add(batch, ~held_out)
-            num_documents += len(batch.lengths)
-            num_empty += batch.num_empty
-            progress.advance(batch.bytes_on_disk, f"{num_documents:,} documents")
-        if num_documents == 0:
-            raise DataFormatError(f"{', '.join(map(str, inputs))}: no document with text in {len(files)} files")
-        if holdout_every is not None and not 0 < outputs[1].writer.num_documents < num_documents:
-            raise DataFormatError(
-                f"--holdout-every {holdout_every}: must leave some of the {num_documents} documents on each side; use 2 to {num_documents}"
-            )
-        common = {
-            "vocab_size": tokenizer.vocab_size,
-            "pad_id": tokenizer.pad_id,
-            "tokenizer_digest": tokenizer.digest,
-            "empty_documents": num_empty,
-            "rejects": [str(reject) for reject in rejects],
-        }
-        num_files = np.bincount([file.input_number for file in files], minlength=len(inputs)).tolist()
-        return [result.finish(common, [str(path) for path in inputs], num_files) for result in outputs]
+        folders = [stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))]
+        if not (folders[0] / MANIFEST).is_file():
+            for other in outputs[1:]:
+                folders.append(stack.enter_context(unfinished_folder(other, marker=MANIFEST, identity=job.identity, overwrite=overwrite)))
+            write_shards(job, folders, workers)
+            manifests = finish(job, folders, max_rejects)
+        name_outputs(outputs, folders[0], len(job.shards))
+        return (
+            manifests
+            if len(folders) == len(outputs)
+            else [read_manifest(each, TOKENIZED_FORMAT, TOKENIZED_VERSION, "") for each in outputs]
+        )
 
 
-def _batches(files: Iterable[CorpusFile]) -> Iterator[list[Chunk]]:
-    """Chunks together to about a megabyte, so that small files do not each make a task of their own."""
-    batch: list[Chunk] = []
-    size = 0
-    for chunk in read_chunks(files):
-        batch.append(chunk)
-        size += len(chunk.content)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> None:
+    """Write the shards that are not finished, each on one of `workers` processes; if that fails, only finished ones stay."""
+    waiting = [number for number in range(len(job.shards)) if not is_finished(folders, number)]
+    sizes = [sum(split.weight for split in shard) for shard in job.shards]
+    try:
+        with ProgressReport("tokenizing", sum(sizes[number] for number in waiting)) as progress:
+            if min(workers, len(waiting)) > 1:
+                _write_in_processes(job, folders, waiting, min(workers, len(waiting)), progress)
+            elif waiting:
+                encoder = DocumentEncoder(job.encoder)
+                for count, number in enumerate(waiting):
+                    write_shard(job, number, folders, encoder, partial(progress.advance, note=_done(count, waiting)))
+    except BaseException:
+        _remove_shards(folders, [number for number in range(len(job.shards)) if not is_finished(folders, number)])
+        raise
 
 
-def _encoded(batches: Iterator[list[Chunk]], encoder_arguments: tuple[str, str], workers: int) -> Generator[EncodedBatch, None, None]:
-    """Encode the batches on `workers` processes, in order, with at most two batches a worker in memory."""
-    if workers == 1:
-        yield from map(BatchEncoder(*encoder_arguments), batches)
-        return
-    waiting: deque[Future[EncodedBatch]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, encoder_arguments) as pool:
+def _remove_shards(folders: Sequence[Path], numbers: Iterable[int]) -> None:
+    for number in numbers:
+        for folder in folders:
+            for name in (*shard_files(shard_name(number)), f"{shard_name(number)}.json"):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _write_in_processes(job: TokenizeJob, folders: Sequence[Path], waiting: list[int], workers: int, progress: ProgressReport) -> None:
+    context = get_context("spawn")
+    read = context.Value("q", 0)
+    reported = num_rejects = 0
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, folders, read)) as pool:
+        running = {pool.submit(_write_in_worker, number) for number in waiting}
         try:
-            for batch in batches:
-                waiting.append(pool.submit(_encode_in_worker, batch))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            while running:
+                finished, running = wait(running, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    report = future.result()
+                    num_rejects += report["rejects"]
+                    if job.max_rejects is not None and num_rejects > job.max_rejects:
+                        raise too_many_rejects(num_rejects, job.max_rejects, [Reject(**sample) for sample in report["samples"]])
+                now = read.value
+                progress.advance(now - reported, _done(len(waiting) - len(running), waiting))
+                reported = now
         except BrokenProcessPool:
             raise OSError("a worker process died, probably for lack of memory; try fewer --workers") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_encoder: BatchEncoder | None = None
+def _done(count: int, waiting: list[int]) -> str:
+    return f"{count:,} of {len(waiting):,} shards"
 
 
-def _start_worker(tokenizer_path: str, text_field: str) -> None:
-    global _worker_encoder
-    _worker_encoder = BatchEncoder(tokenizer_path, text_field)
+_worker: tuple[TokenizeJob, Sequence[Path], Any, DocumentEncoder] | None = None
 
 
-def _encode_in_worker(batch: list[Chunk]) -> EncodedBatch:
-    assert _worker_encoder is not None
-    return _worker_encoder(batch)
+def _start_worker(job: TokenizeJob, folders: Sequence[Path], read: Any) -> None:
+    global _worker
+    _worker = (job, folders, read, DocumentEncoder(job.encoder))
+
+
+def _write_in_worker(number: int) -> dict[str, Any]:
+    assert _worker is not None
+    job, folders, read, encoder = _worker
+
+    def advance(size: int) -> None:
+        with read.get_lock():
+            read.value += size
+
+    return write_shard(job, number, folders, encoder, advance)
 
 
 def default_workers() -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_tools.corpus import CorpusFile, find_files, read_documents
+from data_tools.corpus import CorpusFile, find_files
+from data_tools.documents import RecordForm, read_documents
 from data_tools.progress import ProgressReport
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder
@@ -84,7 +85,7 @@ def _train(files: Sequence[CorpusFile], num_ranks: int, text_field: str, fractio
         vocab_size=num_ranks, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     sampled_bytes = 0
-    with ProgressReport("reading", sum(file.path.stat().st_size for file in files)) as progress:
+    with ProgressReport("reading", sum(file.size for file in files)) as progress:
 
         def texts() -> Iterator[str]:
             nonlocal sampled_bytes
@@ -115,9 +116,9 @@ def _measure(tokenizer: Tokenizer, files: Sequence[CorpusFile], text_field: str,
 def _sample(files: Sequence[CorpusFile], text_field: str, fraction: float, max_rejects: int) -> Iterator[tuple[str, int]]:
     """(text, bytes) of an even sample of the documents; the first document is always in it."""
     due = 1.0
-    for document in read_documents(files, text_field, max_rejects):
-        if due >= 1.0:
-            due -= 1.0
-            if document.text:
-                yield document.text, document.utf8_bytes
-        due += fraction
+    for document in read_documents(files, RecordForm(text_field), max_rejects):
+        is_chosen = due >= 1.0
+        due += fraction - is_chosen
+        for text in document.parts or (document.text,):
+            if is_chosen and text:
+                yield text, len(text.encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,11 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return sizes
 
 
-def unigram_log_probabilities(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def unigram_log_probabilities(shards: Iterable[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
     """(V,) natural logarithms of (count + 1) / (total + V). <|startoftext|> is not counted: it is never predicted."""
-    counts = np.bincount(tokens, minlength=tokenizer.vocab_size).astype(np.float64)
+    counts = np.zeros(tokenizer.vocab_size)
+    for tokens in shards:
+        counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
     counts[tokenizer.start_id] = 0
     logarithms: np.ndarray = np.log((counts + 1) / (counts.sum() + len(counts)))
     return logarithms
@@ -63,7 +65,7 @@ def measure_heldout(experiment: Experiment, training_tokens: Path) -> HeldOut:
     heldout = PackedDataset(experiment.evaluation.data, tokenizer.digest)
     sequences = [heldout[i] for i in range(min(len(heldout), experiment.evaluation.max_sequences or len(heldout)))]
     targets = np.concatenate([sequence.labels[sequence.loss_mask > 0] for sequence in sequences])
-    log_probabilities = unigram_log_probabilities(TokenizedDataset(training_tokens).tokens, tokenizer)
+    log_probabilities = unigram_log_probabilities((shard.tokens for shard in TokenizedDataset(training_tokens).shards), tokenizer)
     return HeldOut(len(targets), int(token_bytes(tokenizer)[targets].sum()), -float(log_probabilities[targets].sum()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from typing import Any
 from hunyuan_pretrain.data.errors import DataFormatError
 
 MANIFEST = "manifest.json"
+_IDENTITY = ".job"
+"""What an unfinished folder is the beginning of."""
 
 
 @contextmanager
@@ -23,12 +26,7 @@ def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Ite
     so that a mistyped output never removes somebody's files. Raises DataFormatError if `path` is there and may not be replaced.
     """
     path = Path(path)
-    is_empty_folder = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not is_empty_folder:
-        if not overwrite:
-            raise DataFormatError(f"{path}: already there; choose another output, or pass --overwrite to replace it")
-        if not (path / marker).is_file():
-            raise DataFormatError(f"{path}: not replaced, because it holds no {marker} and so was not written by this command")
+    _check_replaceable(path, marker, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
     # A leftover of a killed process that had the same number.
@@ -42,6 +40,74 @@ def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Ite
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite: bool = False) -> Iterator[Path]:
+    """The place where the folder `path` grows, over several runs of a command if one is interrupted; `finish_folder` gives it its name.
+
+    It is a sibling of `path`, and what an earlier run with the same `identity` left there is there again. The block has it alone. If the
+    block raises, the folder stays if it holds anything but hidden files, and else is removed. Raises DataFormatError if `path` is there
+    and may not be replaced (see `new_folder`), if another process is at work, or if an unfinished folder of another identity is there;
+    with `overwrite` that one is removed.
+    """
+    path = Path(path)
+    _check_replaceable(path, marker, overwrite)
+    partial = _partial(path)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataFormatError(f"{path}: another process is writing it; wait for it to end") from None
+        _take_over(partial, identity, overwrite)
+        try:
+            yield partial
+        except BaseException:
+            if not any(partial.glob("[!.]*")):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def finish_folder(path: str | Path) -> None:
+    """Give an unfinished folder its name; its files must have been flushed. Nothing happens if that is done already."""
+    path = Path(path)
+    partial = _partial(path)
+    if partial.is_dir():
+        for leftover in partial.glob(".*.partial"):  # of a killed process
+            leftover.unlink()
+        _take_name(partial, path)
+    (path / _IDENTITY).unlink(missing_ok=True)
+
+
+def _take_over(partial: Path, identity: str, overwrite: bool) -> None:
+    """Make sure that what is in an unfinished folder, if anything, is of this identity."""
+    file = partial / _IDENTITY
+    if (file.read_text() if file.is_file() else "") == identity:
+        return
+    if any(partial.glob("[!.]*")) and not overwrite:
+        raise DataFormatError(
+            f"{partial}: left unfinished by a run with other inputs or options; run that again to go on, or pass --overwrite to start over"
+        )
+    for other in partial.iterdir():
+        other.unlink()
+    write_file(file, identity.encode())
+
+
+def _partial(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial"
+
+
+def _check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty_folder:
+        if not overwrite:
+            raise DataFormatError(f"{path}: already there; choose another output, or pass --overwrite to replace it")
+        if not (path / marker).is_file():
+            raise DataFormatError(f"{path}: not replaced, because it holds no {marker} and so was not written by this command")
 
 
 def _take_name(temporary: Path, path: Path) -> None:

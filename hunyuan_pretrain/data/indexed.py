@@ -1,27 +1,34 @@
-"""A tokenized corpus on disk: Megatron's indexed format, one document a sequence, and a manifest.
+"""A tokenized corpus on disk: shards in Megatron's indexed format, one document a sequence, and a manifest.
 
-A tokenized folder holds `tokens.bin` (all ids, one after the other), `tokens.idx` (where each document is) and `manifest.json`. The
-first two are byte for byte what megatron-core's IndexedDatasetBuilder writes, so its tools read them as they are. Layout of the .idx,
-little endian: "MMIDIDX\\0\\0", version 1 (u64), code of the id type (u8), number of sequences n (u64), number of document borders (u64),
-lengths in tokens (i32 x n), byte offsets in the .bin (i64 x n), document borders 0..n (i64 x n+1).
+A tokenized folder holds `manifest.json` and for each shard `shard_00000.bin` (all ids, one after the other), `shard_00000.idx` (where each
+document is) and `shard_00000.origin.npy` (where each document comes from). The first two are byte for byte what megatron-core's
+IndexedDatasetBuilder writes, so its tools read them as they are. Layout of the .idx, little endian: "MMIDIDX\\0\\0", version 1 (u64), code
+of the id type (u8), number of sequences n (u64), number of document borders (u64), lengths in tokens (i32 x n), byte offsets in the .bin
+(i64 x n), document borders 0..n (i64 x n+1).
+
+Documents are numbered over the shards in their order, which is that of the corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
+import os
 import struct
 from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import manifest_field, read_manifest
 
-TOKENIZED_FORMAT, TOKENIZED_VERSION = "hunyuan-tokenized", 1
-TOKENS_BIN, TOKENS_IDX = "tokens.bin", "tokens.idx"
+TOKENIZED_FORMAT, TOKENIZED_VERSION = "hunyuan-tokenized", 2
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -34,15 +41,22 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
-class IndexedWriter:
-    """Writes tokens.bin as documents come, and tokens.idx at the end. Memory: 4 bytes a document."""
+def shard_files(name: str) -> tuple[str, str, str]:
+    """Names of the three files of a shard: ids, index, origins."""
+    return f"{name}.bin", f"{name}.idx", f"{name}.origin.npy"
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+
+class ShardWriter:
+    """Writes the ids of a shard as documents come, and the rest at the end. Memory: 20 bytes a document."""
+
+    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self.dtype = token_dtype(vocab_size)
+        self.name = name
         self.num_tokens = 0
         self._folder = folder
         self._lengths = array("i")
-        self._bin = (folder / TOKENS_BIN).open("wb")
+        self._origins = array("q")
+        self._bin = (folder / shard_files(name)[0]).open("wb")
         self._bin_digest = hashlib.sha256()
 
     @property
@@ -50,91 +64,124 @@ class IndexedWriter:
         """Documents written so far."""
         return len(self._lengths)
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: `tokens` are their ids one after the other (sum(lengths),), `lengths` (documents,) their lengths."""
-        assert tokens.dtype == self.dtype, f"{tokens.dtype} ids given to a writer of {self.dtype}"
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
+        """Append documents.
+
+        `tokens` are their ids one after the other (sum(lengths),), `lengths` (documents,) their lengths, `origins` (documents, 2) the file
+        of each, by its number in the manifest's `files`, and its place there: byte offset of a line, or row.
+        """
         assert int(lengths.sum()) == len(tokens), "lengths do not add up to the tokens"
-        content = tokens.tobytes()
-        self._bin.write(content)
-        self._bin_digest.update(content)
+        self._write(tokens)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._origins.frombytes(origins.astype(np.int64).tobytes())
         self.num_tokens += len(tokens)
 
-    def finish(self) -> dict[str, str]:
-        """Write tokens.idx and close; returns the SHA-256 of both files by name."""
-        self._bin.close()
+    def add_in_parts(self, parts: Iterable[np.ndarray], origin: tuple[int, int]) -> int:
+        """Append one document whose ids come in parts, and return its length in tokens; if `parts` raises, the document is taken back.
+
+        Raises DataFormatError if the document is longer than the format can say.
+        """
+        begin, digest, length = self._bin.tell(), self._bin_digest.copy(), 0
+        try:
+            for tokens in parts:
+                length += len(tokens)
+                if length > MAX_DOCUMENT_TOKENS:
+                    raise DataFormatError(f"a document of more than {MAX_DOCUMENT_TOKENS:,} tokens, where the format ends")
+                self._write(tokens)
+        except BaseException:
+            self._bin.truncate(begin)
+            self._bin.seek(begin)
+            self._bin_digest = digest
+            raise
+        self._lengths.append(length)
+        self._origins.extend(origin)
+        self.num_tokens += length
+        return length
+
+    def finish(self) -> dict[str, Any]:
+        """Write the index and the origins, flush all to disk, and return the shard's entry in the manifest."""
+        bin_name, idx_name, origin_name = shard_files(self.name)
+        _flush_and_close(self._bin)
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:], dtype=np.int64)
         offsets *= self.dtype.itemsize
         borders = np.arange(len(lengths) + 1, dtype=np.int64)
         header = _MAGIC + struct.pack("<QBQQ", 1, _DTYPE_CODES[self.dtype], len(lengths), len(borders))
-        idx_digest = hashlib.sha256()
-        with (self._folder / TOKENS_IDX).open("wb") as idx:
-            for part in (header, lengths.data, offsets.data, borders.data):
-                idx.write(part)
-                idx_digest.update(part)
-        return {TOKENS_BIN: self._bin_digest.hexdigest(), TOKENS_IDX: idx_digest.hexdigest()}
+        idx = (self._folder / idx_name).open("wb")
+        for part in (header, lengths.data, offsets.data, borders.data):
+            idx.write(part)
+        _flush_and_close(idx)
+        origins = (self._folder / origin_name).open("wb")
+        np.save(origins, np.frombuffer(self._origins, dtype=np.int64).reshape(-1, 2))
+        _flush_and_close(origins)
+        digests = {name: file_digest(self._folder / name) for name in (idx_name, origin_name)}
+        return {
+            "name": self.name,
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "sha256": {bin_name: self._bin_digest.hexdigest(), **digests},
+        }
 
     def close(self) -> None:
         """Close the file without finishing; harmless after `finish`."""
         self._bin.close()
 
+    def _write(self, tokens: np.ndarray) -> None:
+        content = tokens.astype(self.dtype, copy=False).tobytes()
+        self._bin.write(content)
+        self._bin_digest.update(content)
 
-class TokenizedDataset:
-    """Documents of a tokenized folder, memory-mapped: opening costs the same for every size.
 
-    `tokens` (all ids of the folder, in its id type), `lengths` (documents,) int32 in tokens, `starts` (documents,) int64, the position of
-    each document in `tokens`. Raises DataFormatError if a file is missing, cut short or does not belong to the others.
+class TokenizedShard:
+    """Documents of one shard, memory-mapped.
+
+    `tokens` (all ids, in the id type of the vocabulary), `lengths` (documents,) int32 in tokens.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize")
-        self.num_documents: int = self._field("documents", int)
-        self.num_tokens: int = self._field("tokens", int)
-        self.vocab_size: int = self._field("vocab_size", int)
-        self.pad_id: int = self._field("pad_id", int)
-        self.tokenizer_digest: str = self._field("tokenizer_digest", str)
-        self.file_digests: dict[str, str] = self._field("sha256", dict)
-        if self.num_documents == 0:
-            raise DataFormatError(f"{self.folder}: holds no document; tokenize a corpus that is not empty")
-        self.dtype, self.lengths, offsets = self._open_idx()
-        last_byte = int(offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
-        bin_path = self.folder / TOKENS_BIN
-        _check_size(bin_path, last_byte, f"the end of the last document in {TOKENS_IDX}")
+    def __init__(self, folder: Path, entry: dict[str, Any], vocab_size: int) -> None:
+        self.folder, self.name = folder, str(manifest_field(folder, entry, "name", str))
+        self.num_documents: int = manifest_field(folder, entry, "documents", int)
+        self.num_tokens: int = manifest_field(folder, entry, "tokens", int)
+        self.file_digests: dict[str, str] = manifest_field(folder, entry, "sha256", dict)
+        bin_name, self._idx_name, self._origin_name = shard_files(self.name)
+        self.dtype, self.lengths, self._offsets = self._open_idx(vocab_size)
+        last_byte = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.num_documents else 0
+        _check_size(folder / bin_name, last_byte, f"the end of the last document in {self._idx_name}")
         if last_byte != self.num_tokens * self.dtype.itemsize:
             raise DataFormatError(
-                f"{self.folder / TOKENS_IDX}: describes {last_byte // self.dtype.itemsize} tokens, the manifest {self.num_tokens}; "
+                f"{folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest {self.num_tokens}; "
                 "the two do not belong together"
             )
-        self.tokens = np.frombuffer(_map(bin_path), dtype=self.dtype)
-        self._offsets = offsets
+        self.tokens = np.frombuffer(_map(folder / bin_name) if last_byte else b"", dtype=self.dtype)
 
     def start(self, document: int) -> int:
         """Position of a document's first token in `tokens`."""
         return int(self._offsets[document]) // self.dtype.itemsize
-
-    def starts(self, documents: np.ndarray) -> np.ndarray:
-        """Positions in `tokens` of the first tokens of several documents: int64, same shape."""
-        starts: np.ndarray = self._offsets[documents] // self.dtype.itemsize
-        return starts
 
     def document(self, number: int) -> np.ndarray:
         """Ids of one document: (tokens,), a read-only view of the file."""
         start = self.start(number)
         return self.tokens[start : start + int(self.lengths[number])]
 
+    def origin(self, document: int) -> tuple[int, int]:
+        """(file by its number in the manifest's `files`, byte offset of a line or row in it) that a document comes from."""
+        path = self.folder / self._origin_name
+        origins = load_array(path, (self.num_documents, 2))
+        file, place = origins[document].tolist()
+        return file, place
+
+    def check_index(self) -> None:
+        """Compare the index with its SHA-256. Raises DataFormatError if it differs."""
+        check_digest(self.folder / self._idx_name, self.file_digests.get(self._idx_name))
+
     def verify(self) -> None:
-        """Read both files whole and compare them with the manifest's SHA-256. Raises DataFormatError if one differs."""
-        for name in (TOKENS_BIN, TOKENS_IDX):
+        """Read the files whole and compare them with the manifest's SHA-256. Raises DataFormatError if one differs."""
+        for name in shard_files(self.name):
             check_digest(self.folder / name, self.file_digests.get(name))
 
-    def _field(self, name: str, kind: type) -> Any:
-        return manifest_field(self.folder, self.manifest, name, kind)
-
-    def _open_idx(self) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-        path = self.folder / TOKENS_IDX
+    def _open_idx(self, vocab_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+        path = self.folder / self._idx_name
         _check_size(path, _HEADER_BYTES + 12 * self.num_documents + 8 * (self.num_documents + 1), f"{self.num_documents} documents")
         content = _map(path)
         version, code, num_sequences, num_borders = struct.unpack_from("<QBQQ", content, len(_MAGIC))
@@ -146,11 +193,110 @@ class TokenizedDataset:
                 f"{path}: describes {num_sequences} sequences in {num_borders - 1} documents, the manifest {self.num_documents} documents "
                 "of one sequence each; the two do not belong together"
             )
-        if dtype != token_dtype(self.vocab_size):
-            raise DataFormatError(f"{path}: {dtype} ids, expected {token_dtype(self.vocab_size)} for a vocabulary of {self.vocab_size}")
+        if dtype != token_dtype(vocab_size):
+            raise DataFormatError(f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}")
         lengths = np.frombuffer(content, dtype=np.int32, count=num_sequences, offset=_HEADER_BYTES)
         offsets = np.frombuffer(content, dtype=np.int64, count=num_sequences, offset=_HEADER_BYTES + lengths.nbytes)
         return dtype, lengths, offsets
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a document comes from."""
+
+    path: str
+    """File of the corpus."""
+    place: int
+    """Byte offset of its line in a JSON lines file (before compression), row in a parquet file, else 0."""
+
+
+class TokenizedDataset:
+    """The shards of a tokenized folder. Raises DataFormatError if a file is missing, cut short or does not belong to the others."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize")
+        self.num_documents: int = self._field("documents", int)
+        self.num_tokens: int = self._field("tokens", int)
+        self.vocab_size: int = self._field("vocab_size", int)
+        self.pad_id: int = self._field("pad_id", int)
+        self.tokenizer_digest: str = self._field("tokenizer_digest", str)
+        if self.num_documents == 0:
+            raise DataFormatError(f"{self.folder}: holds no document; tokenize a corpus that is not empty")
+        self.shards = [TokenizedShard(self.folder, entry, self.vocab_size) for entry in self._field("shards", list)]
+        self.first_documents = np.cumsum([0] + [shard.num_documents for shard in self.shards])
+        """(shards + 1,) int64, number of each shard's first document."""
+        found = int(self.first_documents[-1]), sum(shard.num_tokens for shard in self.shards)
+        if found != (self.num_documents, self.num_tokens):
+            raise DataFormatError(
+                f"{self.folder}: its shards hold {found[0]} documents and {found[1]} tokens, its manifest says {self.num_documents} and "
+                f"{self.num_tokens}; tokenize again"
+            )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the ids on disk."""
+        return token_dtype(self.vocab_size)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(documents,) int32, tokens of every document."""
+        return np.concatenate([shard.lengths for shard in self.shards])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, over the digests of all shards: what tells one tokenized corpus from another."""
+        return digest_of([shard.file_digests for shard in self.shards])
+
+    def locate(self, document: int) -> tuple[TokenizedShard, int]:
+        """(shard, number within it) of a document."""
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        shard = int(np.searchsorted(self.first_documents, document, side="right")) - 1
+        return self.shards[shard], document - int(self.first_documents[shard])
+
+    def document(self, number: int) -> np.ndarray:
+        """Ids of one document: (tokens,), a read-only view of the file."""
+        shard, within = self.locate(number)
+        return shard.document(within)
+
+    def origin(self, document: int) -> Origin:
+        """Where a document comes from."""
+        shard, within = self.locate(document)
+        file, place = shard.origin(within)
+        files = self._field("files", list)
+        if not 0 <= file < len(files):
+            raise DataFormatError(f"{self.folder}: document {document} comes from file {file}, but the manifest lists {len(files)}")
+        return Origin(str(files[file]), place)
+
+    def verify(self) -> None:
+        """Read every file and compare it with its SHA-256. Raises DataFormatError if one differs."""
+        for shard in self.shards:
+            shard.verify()
+
+    def _field(self, name: str, kind: type) -> Any:
+        return manifest_field(self.folder, self.manifest, name, kind)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256, hexadecimal, of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A memory-mapped .npy of integers. Raises DataFormatError if it is missing, unreadable, or of another shape."""
+    if not path.is_file():
+        raise DataFormatError(f"{path}: missing; write the folder again")
+    try:
+        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise DataFormatError(f"{path}: not readable as a numpy array ({error}); write the folder again") from None
+    if array.shape != shape or array.dtype.kind not in "iu":
+        expected = " x ".join(f"{size:,}" for size in shape)
+        raise DataFormatError(
+            f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {expected} integers; write the folder again"
+        )
+    return array
 
 
 def file_digest(path: Path) -> str:
@@ -177,6 +323,12 @@ def _check_size(path: Path, expected: int, described_by: str) -> None:
     if size != expected:
         state = "cut short" if size < expected else "too long"
         raise DataFormatError(f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}")
+
+
+def _flush_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def _map(path: Path) -> mmap.mmap:

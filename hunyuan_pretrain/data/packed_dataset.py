@@ -71,13 +71,13 @@ class PackedDataset:
         positions[filled:] = self._ramp[: size - filled]
         loss_mask[:filled], loss_mask[filled:] = 1.0, 0.0
         end = 0
-        for source, document, start, length in self._locate(pieces, lengths):
+        for shard, document, start, length in self._locate(pieces, lengths):
             begin, end = end, end + length
-            first = source.start(document) + start
-            stream = source.tokens[first : first + length + 1]
+            first = shard.start(document) + start
+            stream = shard.tokens[first : first + length + 1]
             tokens[begin:end] = stream[:length]
             positions[begin:end] = self._ramp[:length]
-            if start + length < source.lengths[document]:
+            if start + length < shard.lengths[document]:
                 labels[begin:end] = stream[1:]
             else:
                 labels[begin : end - 1] = stream[1:length]
@@ -92,7 +92,7 @@ class PackedDataset:
 
     def _locate(self, pieces: slice, lengths: np.ndarray) -> list[tuple]:
         documents = self.index.piece_document[pieces].astype(np.int64)
-        source_numbers = np.searchsorted(self.index.first_documents, documents, side="right") - 1
-        documents -= self.index.first_documents[source_numbers]
-        sources = [self.index.sources[number] for number in source_numbers.tolist()]
-        return list(zip(sources, documents.tolist(), self.index.piece_start[pieces].tolist(), lengths.tolist(), strict=True))
+        shard_numbers = np.searchsorted(self.index.first_documents, documents, side="right") - 1
+        documents -= self.index.first_documents[shard_numbers]
+        shards = [self.index.shards[number] for number in shard_numbers.tolist()]
+        return list(zip(shards, documents.tolist(), self.index.piece_start[pieces].tolist(), lengths.tolist(), strict=True))

@@ -16,10 +16,10 @@ import numpy as np
 
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
-from hunyuan_pretrain.data.indexed import TokenizedDataset, check_digest, file_digest
+from hunyuan_pretrain.data.indexed import TokenizedDataset, check_digest, file_digest, load_array
 from hunyuan_pretrain.data.packing import Packing
 
-PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 1
+PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 2
 ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
 
 
@@ -66,7 +66,7 @@ def write_packed(folder: Path, packing: Packing, sources: Sequence[TokenizedData
                 "path": Path(os.path.relpath(source.folder.resolve(), folder.resolve())).as_posix(),
                 "documents": source.num_documents,
                 "tokens": source.num_tokens,
-                "sha256": source.file_digests,
+                "digest": source.digest,
             }
             for source in sources
         ],
@@ -98,7 +98,9 @@ class PackedIndex:
         if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
             raise DataFormatError(f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again")
         self.sources = [self._open_source(entry) for entry in self._field("sources", list)]
-        self.first_documents = np.cumsum([0] + [source.num_documents for source in self.sources])
+        self.shards = [shard for source in self.sources for shard in source.shards]
+        self.first_documents = np.cumsum([0] + [shard.num_documents for shard in self.shards])
+        """(shards + 1,) int64, number of each shard's first document, over all sources."""
 
     def verify(self) -> None:
         """Read every file of the folder and of its sources and compare it with its SHA-256. Raises DataFormatError if one differs."""
@@ -111,21 +113,12 @@ class PackedIndex:
         return manifest_field(self.folder, self.manifest, name, kind)
 
     def _array(self, name: str, size: int) -> np.ndarray:
-        path = self.folder / f"{name}.npy"
-        if not path.is_file():
-            raise DataFormatError(f"{path}: missing; pack again")
-        try:
-            array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise DataFormatError(f"{path}: not readable as a numpy array ({error}); pack again") from None
-        if array.shape != (size,) or array.dtype.kind not in "iu":
-            raise DataFormatError(f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {size:,} integers; pack again")
-        return array
+        return load_array(self.folder / f"{name}.npy", (size,))
 
     def _open_source(self, entry: Any) -> TokenizedDataset:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise DataFormatError(f"{self.folder / MANIFEST}: a source without a path; pack again")
         source = TokenizedDataset(self.folder.resolve() / entry["path"])
-        if source.file_digests != entry.get("sha256"):
+        if source.digest != entry.get("digest"):
             raise DataFormatError(f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again")
         return source

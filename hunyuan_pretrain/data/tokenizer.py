@@ -13,6 +13,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ class Tokenizer:
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
         self.ranks = dict(ranks)
         self.special_ids = {name: len(self.ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._encoding = tiktoken.Encoding("hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_ids)
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        # made when first used: it takes longer than all else, and not every user of a tokenizer encodes
+        return tiktoken.Encoding("hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_ids)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

@@ -33,17 +33,14 @@ def make_corpus(folder: Path) -> Path:
         source = Path(json.__file__).parents[1] / f"{module}.py"
         shutil.copy(source, texts / f"{module}.txt")
     extensions = [".txt"]
-    common = {"text_field": "text", "extensions": extensions, "max_rejects": 0}
-    train_tokenizer([str(texts)], VOCAB_SIZE, str(folder / "tokenizer"), sample_fraction=1.0, overwrite=False, **common)
+    train_tokenizer([str(texts)], VOCAB_SIZE, str(folder / "tokenizer"), text_field="text", extensions=extensions)
     tokenize(
         [str(texts)],
         str(folder / "tokenizer"),
         str(folder / "tokenized"),
-        workers=1,
+        extensions=extensions,
         holdout_every=4,
         holdout_output=str(folder / "tokenized_heldout"),
-        overwrite=False,
-        **common,
     )
     pack([str(folder / "tokenized")], SEQUENCE_LENGTH, str(folder / "train"), seed=1)
     pack([str(folder / "tokenized_heldout")], SEQUENCE_LENGTH, str(folder / "heldout"), seed=1)

@@ -32,17 +32,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = [path for path in sorted(Path(json.__file__).parents[1].glob("*.py")) if 10_000 < path.stat().st_size < 30_000]
     for source in library:
         shutil.copy(source, folder / "texts" / f"{source.stem}.txt")
-    common: dict[str, Any] = {"text_field": "text", "extensions": [".txt"], "max_rejects": 0, "overwrite": False}
-    train_tokenizer([str(folder / "texts")], VOCAB_SIZE, str(folder / "tokenizer"), sample_fraction=1.0, **common)
-    tokenize(
-        [str(folder / "texts")],
-        str(folder / "tokenizer"),
-        str(folder / "tokenized"),
-        workers=1,
-        holdout_every=None,
-        holdout_output=None,
-        **common,
-    )
+    train_tokenizer([str(folder / "texts")], VOCAB_SIZE, str(folder / "tokenizer"), text_field="text", extensions=[".txt"])
+    tokenize([str(folder / "texts")], str(folder / "tokenizer"), str(folder / "tokenized"))
     for length in LENGTHS:
         pack([str(folder / "tokenized")], length, str(folder / f"packed_{length}"), seed=1)
     return folder

@@ -10,7 +10,7 @@ import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.folders import write_manifest
-from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, IndexedWriter, TokenizedDataset, token_dtype
+from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, ShardWriter, TokenizedDataset, token_dtype
 from hunyuan_pretrain.data.packed_format import write_packed
 from hunyuan_pretrain.data.packing import pack_documents
 
@@ -20,24 +20,36 @@ VOCAB = 1000
 
 @pytest.fixture
 def tokenized(tmp_path: Path) -> Callable[..., Path]:
-    """tokenized(name, documents): a tokenized folder of the given lists of ids."""
+    """tokenized(name, documents): a tokenized folder of the given lists of ids, in shards of so many documents (default: one shard)."""
 
-    def write(name: str, documents: Sequence[Sequence[int]], digest: str = "d" * 64, vocab_size: int = VOCAB) -> Path:
+    def write(
+        name: str,
+        documents: Sequence[Sequence[int]],
+        digest: str = "d" * 64,
+        vocab_size: int = VOCAB,
+        documents_per_shard: int | None = None,
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        writer = IndexedWriter(folder, vocab_size)
-        for ids in documents:
-            writer.add(np.array(ids, dtype=token_dtype(vocab_size)), np.array([len(ids)]))
+        entries = []
+        step = documents_per_shard or len(documents)
+        for first in range(0, len(documents), step):
+            writer = ShardWriter(folder, f"shard_{len(entries):05d}", vocab_size)
+            for number, ids in enumerate(documents[first : first + step], start=first):
+                writer.add(np.array(ids, dtype=token_dtype(vocab_size)), np.array([len(ids)]), np.array([[0, number]]))
+            entries.append(writer.finish())
         manifest = {
             "format": TOKENIZED_FORMAT,
             "version": TOKENIZED_VERSION,
-            "documents": writer.num_documents,
-            "tokens": writer.num_tokens,
+            "documents": sum(entry["documents"] for entry in entries),
+            "tokens": sum(entry["tokens"] for entry in entries),
             "vocab_size": vocab_size,
             "pad_id": PAD,
             "tokenizer_digest": digest,
+            "files": ["corpus.jsonl"],
+            "shards": entries,
         }
-        write_manifest(folder, {**manifest, "sha256": writer.finish()})
+        write_manifest(folder, manifest)
         return folder
 
     return write

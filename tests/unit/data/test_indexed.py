@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.indexed import TokenizedDataset, token_dtype
+from hunyuan_pretrain.data.indexed import Origin, ShardWriter, TokenizedDataset, shard_files, token_dtype
 
 DOCUMENTS = [[1, 2, 3], [4], list(range(500)), [7, 8]]
 
@@ -26,20 +27,61 @@ def test_files_are_byte_identical_to_megatrons_builder(tmp_path: Path, tokenized
     for ids in DOCUMENTS:
         builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(str(tmp_path / "megatron.idx"))
-    assert (ours / "tokens.bin").read_bytes() == (tmp_path / "megatron.bin").read_bytes()
-    assert (ours / "tokens.idx").read_bytes() == (tmp_path / "megatron.idx").read_bytes()
+    assert (ours / "shard_00000.bin").read_bytes() == (tmp_path / "megatron.bin").read_bytes()
+    assert (ours / "shard_00000.idx").read_bytes() == (tmp_path / "megatron.idx").read_bytes()
 
 
 def test_megatron_reads_what_we_write_and_so_do_we(tokenized: Callable[..., Path]) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     folder = tokenized("ours", DOCUMENTS)
-    megatron, ours = IndexedDataset(str(folder / "tokens")), TokenizedDataset(folder)
+    megatron, ours = IndexedDataset(str(folder / "shard_00000")), TokenizedDataset(folder)
     assert len(megatron) == ours.num_documents == len(DOCUMENTS)
     for number, ids in enumerate(DOCUMENTS):
         assert megatron[number].tolist() == ours.document(number).tolist() == ids
-    assert ours.starts(np.array([3, 0])).tolist() == [504, 0]
+    assert [ours.shards[0].start(number) for number in (3, 0)] == [504, 0]
     ours.verify()
+
+
+def test_documents_are_numbered_over_the_shards_and_know_where_they_come_from(tokenized: Callable[..., Path]) -> None:
+    dataset = TokenizedDataset(tokenized("ours", DOCUMENTS, documents_per_shard=3))
+    assert [shard.num_documents for shard in dataset.shards] == [3, 1]
+    assert [dataset.document(number).tolist() for number in range(4)] == DOCUMENTS
+    assert dataset.lengths.tolist() == [3, 1, 500, 2]
+    assert dataset.origin(3) == Origin("corpus.jsonl", 3)
+    with pytest.raises(IndexError):
+        dataset.document(4)
+    with pytest.raises(IndexError):
+        dataset.document(-1)
+
+
+def test_a_document_in_parts_is_taken_back_when_it_fails(tmp_path: Path) -> None:
+    def parts(fail: bool) -> Iterator[np.ndarray]:
+        yield np.array([7, 8])
+        if fail:
+            raise ValueError("bad text")
+        yield np.array([9])
+
+    for folder, failures in ((tmp_path / "a", (False, True, False)), (tmp_path / "b", (False, False))):
+        folder.mkdir()
+        writer = ShardWriter(folder, "shard_00000", 1000)
+        for fail in failures:
+            with pytest.raises(ValueError, match="bad text") if fail else nullcontext():
+                assert writer.add_in_parts(parts(fail), (0, 5)) == 3
+        entry = writer.finish()
+        assert (entry["documents"], entry["tokens"]) == (2, 6)
+    for name in shard_files("shard_00000"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_shard_without_documents_is_read(tokenized: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tokenized("t", [[1, 2]])
+    entry = ShardWriter(folder, "shard_00001", 1000).finish()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change_manifest(folder, shards=[*manifest["shards"], entry])
+    dataset = TokenizedDataset(folder)
+    assert (dataset.num_documents, len(dataset.shards)) == (1, 2)
+    dataset.verify()
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
@@ -49,37 +91,37 @@ def change_manifest(folder: Path, **changes: object) -> None:
 
 def test_a_bin_that_is_cut_short_is_refused(tokenized: Callable[..., Path]) -> None:
     folder = tokenized("t", DOCUMENTS)
-    content = (folder / "tokens.bin").read_bytes()
-    (folder / "tokens.bin").write_bytes(content[:-2])
-    with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short, 1,010 bytes where 1,012 are expected"):
+    content = (folder / "shard_00000.bin").read_bytes()
+    (folder / "shard_00000.bin").write_bytes(content[:-2])
+    with pytest.raises(DataFormatError, match=r"shard_00000\.bin: cut short, 1,010 bytes where 1,012 are expected"):
         TokenizedDataset(folder)
 
 
 def test_an_idx_of_another_corpus_is_refused(tokenized: Callable[..., Path]) -> None:
     folder, other = tokenized("t", DOCUMENTS), tokenized("other", [[1, 2, 3, 4], [5], list(range(500)), [7, 8]])
-    (folder / "tokens.idx").write_bytes((other / "tokens.idx").read_bytes())
-    with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short"):
+    (folder / "shard_00000.idx").write_bytes((other / "shard_00000.idx").read_bytes())
+    with pytest.raises(DataFormatError, match=r"shard_00000\.bin: cut short"):
         TokenizedDataset(folder)
-    (folder / "tokens.bin").write_bytes((other / "tokens.bin").read_bytes())
-    with pytest.raises(DataFormatError, match=r"tokens\.idx: describes 507 tokens, the manifest 506; the two do not belong together"):
+    (folder / "shard_00000.bin").write_bytes((other / "shard_00000.bin").read_bytes())
+    with pytest.raises(DataFormatError, match=r"shard_00000\.idx: describes 507 tokens, the manifest 506; the two do not belong together"):
         TokenizedDataset(folder)
 
 
 def test_an_idx_of_the_same_shape_is_found_by_its_digest(tokenized: Callable[..., Path]) -> None:
     folder, other = tokenized("t", [[1, 2], [3]]), tokenized("other", [[1], [2, 3]])
-    (folder / "tokens.idx").write_bytes((other / "tokens.idx").read_bytes())
-    with pytest.raises(DataFormatError, match=r"tokens\.idx: SHA-256 .* the manifest says"):
+    (folder / "shard_00000.idx").write_bytes((other / "shard_00000.idx").read_bytes())
+    with pytest.raises(DataFormatError, match=r"shard_00000\.idx: SHA-256 .* the manifest says"):
         TokenizedDataset(folder).verify()
 
 
 def test_an_idx_that_is_none_is_refused(tokenized: Callable[..., Path]) -> None:
     folder = tokenized("t", DOCUMENTS)
-    size = (folder / "tokens.idx").stat().st_size
-    (folder / "tokens.idx").write_bytes(b"x" * size)
+    size = (folder / "shard_00000.idx").stat().st_size
+    (folder / "shard_00000.idx").write_bytes(b"x" * size)
     with pytest.raises(DataFormatError, match="not an index of version 1 with uint16 or int32 ids"):
         TokenizedDataset(folder)
-    (folder / "tokens.idx").write_bytes(b"")
-    with pytest.raises(DataFormatError, match=r"tokens\.idx: cut short, 0 bytes"):
+    (folder / "shard_00000.idx").write_bytes(b"")
+    with pytest.raises(DataFormatError, match=r"shard_00000\.idx: cut short, 0 bytes"):
         TokenizedDataset(folder)
 
 
@@ -93,13 +135,15 @@ def test_ids_of_another_type_than_the_vocabulary_needs_are_refused(tokenized: Ca
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "tokens.bin").unlink(), r"tokens\.bin: missing; tokenize again"),
+        (lambda folder: (folder / "shard_00000.bin").unlink(), r"shard_00000\.bin: missing; tokenize again"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: missing; give a folder written by `hunyuan-data tokenize`"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: not valid JSON"),
         (lambda folder: change_manifest(folder, format="hunyuan-packed"), "hunyuan-packed, expected hunyuan-tokenized"),
-        (lambda folder: change_manifest(folder, version=2), "version 2, this program reads version 1"),
+        (lambda folder: change_manifest(folder, version=1), "version 1, this program reads version 2"),
         (lambda folder: change_manifest(folder, tokens="many"), r"tokens is 'many', expected a value of type int"),
         (lambda folder: change_manifest(folder, documents=0), "holds no document"),
+        (lambda folder: change_manifest(folder, documents=5), "its shards hold 4 documents and 506 tokens, its manifest says 5 and 506"),
+        (lambda folder: change_manifest(folder, shards=[{"name": "shard_00000"}]), "documents is missing"),
     ],
 )
 def test_a_damaged_folder_is_refused(tokenized: Callable[..., Path], damage: Callable[[Path], object], message: str) -> None:

@@ -71,7 +71,10 @@ def test_loss_never_crosses_documents_and_misses_no_token(
 
 
 def test_several_sources_are_one_run_of_documents(tmp_path: Path, tokenized: Callable[..., Path]) -> None:
-    sources = [TokenizedDataset(tokenized("a", [[1, 2], [3]])), TokenizedDataset(tokenized("b", [[4, 5, 6, 7, 8], [9]]))]
+    sources = [
+        TokenizedDataset(tokenized("a", [[1, 2], [3]])),
+        TokenizedDataset(tokenized("b", [[4, 5, 6, 7, 8], [9]], documents_per_shard=1)),
+    ]
     (tmp_path / "p").mkdir()
     lengths = np.concatenate([source.lengths for source in sources])
     write_packed(tmp_path / "p", pack_documents(lengths, 4, 0), sources, 0)
@@ -112,7 +115,7 @@ def drop_pieces(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "piece_start.npy").unlink(), r"piece_start\.npy: missing; pack again"),
+        (lambda folder: (folder / "piece_start.npy").unlink(), r"piece_start\.npy: missing; write the folder again"),
         (lambda folder: (folder / "piece_start.npy").write_bytes(b"\x93NUMPY"), r"piece_start\.npy: not readable as a numpy array"),
         (lambda folder: (folder / "piece_start.npy").write_bytes(b""), r"piece_start\.npy: not readable as a numpy array"),
         (drop_pieces, r"piece_start\.npy: int32 of shape \(1,\), the manifest describes 2 integers"),

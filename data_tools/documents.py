@@ -1,0 +1,420 @@
+"""Reading the documents of a split: text, JSON lines, parquet, plain or compressed; a very long document comes in parts."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any, BinaryIO
+
+import zstandard
+
+from data_tools.corpus import CorpusFile, Split, open_file
+from data_tools.long_json import InvalidJson, stream_fields
+from hunyuan_pretrain.data.errors import DataFormatError
+
+LONG_BYTES = 32 << 20
+"""Above this a line or a text file is read in parts, so that memory stays bounded whatever the length of a document."""
+
+_BLOCK_BYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SHOWN_CHARACTERS = 200
+
+
+class RejectedError(ValueError):
+    """Something that is not a document, found while its parts are read."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus: `text`, or where it is very long `parts`, which must be read before the next document is asked for."""
+
+    place: int
+    """Byte offset of its line (before compression), row, or 0."""
+    text: str = ""
+    parts: Iterator[str] | None = None
+    """May raise RejectedError."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Something that is not a document: where, why, and how it begins."""
+
+    where: str
+    reason: str
+    sample: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RecordForm:
+    """How a record, a JSON object or a parquet row, becomes text: one field, or a template such as "{title}\\n\\n{body}".
+
+    Records in which a field of `where` has another value are passed over. Raises DataFormatError for a template without a field.
+    """
+
+    text_field: str = "text"
+    template: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.template is not None and not self.text_fields:
+            raise DataFormatError(f"--template {self.template!r}: names no field; write it like {{title}}\\n\\n{{text}}")
+
+    @property
+    def text_fields(self) -> list[str]:
+        """Fields that make up the text."""
+        if self.template is None:
+            return [self.text_field]
+        try:
+            return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(self.template) if name))
+        except ValueError as error:
+            raise DataFormatError(f"--template {self.template!r}: {error}; write a brace of the text itself twice") from None
+
+    @property
+    def fields(self) -> list[str]:
+        """All fields that are read."""
+        return list(dict.fromkeys([*self.text_fields, *self.where]))
+
+    def text_of(self, where: str, record: Mapping[str, Any]) -> str | Reject | None:
+        """The text of a record, or None if `self.where` passes it over."""
+        for name in self.fields:
+            if name not in record:
+                fields = ", ".join(list(record)[:8]) or "none"
+                return Reject(where, f"no field {name!r} (fields: {fields}); choose with --text-field or --template")
+        if any(str(record[name]) != value for name, value in self.where.items()):
+            return None
+        texts = {name: "" if record[name] is None else record[name] for name in self.text_fields}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                return Reject(where, f"field {name!r} holds {type(text).__name__}, text is expected")
+        return texts[self.text_field] if self.template is None else Formatter().vformat(self.template, (), texts)
+
+
+def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = lambda size: None) -> Iterator[Document | Reject]:
+    """The documents of a split in order; what is not one comes as a Reject in its place. Blank lines are passed over.
+
+    `advance` is told how many bytes on disk have been read. Raises DataFormatError if a file is damaged.
+    """
+    if split.file.kind == "parquet":
+        yield from _rows(split, form, advance)
+        return
+    with _open_blocks(split, advance) as blocks:
+        yield from _documents_of_lines(split, blocks, form) if split.file.kind == "jsonl" else _text_document(split.file, blocks)
+
+
+def read_documents(files: Sequence[CorpusFile], form: RecordForm, max_rejects: int = 0) -> Iterator[Document]:
+    """All documents of the files, in order. Raises DataFormatError at the first reject beyond `max_rejects`."""
+    rejects: list[Reject] = []
+    for number, file in enumerate(files):
+        whole = Split(file, number, 0, file.size, 0)
+        if file.kind == "parquet":
+            with open_parquet(file) as parquet:
+                whole = Split(file, number, 0, parquet.num_row_groups, 0)
+        for document in read_split(whole, form):
+            if isinstance(document, Document):
+                yield document
+            else:
+                rejects.append(document)
+                check_rejects(rejects, max_rejects)
+
+
+def check_rejects(rejects: Sequence[Reject], max_rejects: int) -> None:
+    """Raise DataFormatError if there are more rejects than allowed, naming the first one too many."""
+    if len(rejects) > max_rejects:
+        allowed = f" (after {max_rejects} that --max-rejects allowed)" if max_rejects else ""
+        raise DataFormatError(f"{rejects[max_rejects]}{allowed}; put it right, or let it pass with --max-rejects {max_rejects + 1} or more")
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_blocks(split: Split, advance: Callable[[int], None]) -> Iterator[Iterator[bytes]]:
+    """The bytes of a split in blocks, decompressed; of a part of a file, all that follows its beginning."""
+    name = split.file.path.lower()
+    with open_file(split.file) as raw:
+        raw.seek(max(split.start - 1, 0))
+        try:
+            if name.endswith(".zst"):
+                yield _zstd_blocks(raw, advance)
+            else:
+                yield _blocks(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, raw, advance)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise DataFormatError(f"{split.file.path}: damaged or cut short ({error}); compress it again") from None
+
+
+def _blocks(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
+    position = raw.tell()
+    while block := stream.read(_BLOCK_BYTES):
+        advance(raw.tell() - position)
+        position = raw.tell()
+        yield block
+
+
+def _zstd_blocks(raw: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
+    # zstandard's own stream reader takes a file that is cut short for one that ends.
+    frame = None
+    while block := raw.read(_BLOCK_BYTES // 8):
+        advance(len(block))
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last frame has no end")
+
+
+# --- JSON lines ----------------------------------------------------------------------------------------------------------------
+
+
+def _documents_of_lines(split: Split, blocks: Iterator[bytes], form: RecordForm) -> Iterator[Document | Reject]:
+    for number, (place, line) in enumerate(_lines(split, blocks), start=1):
+        # in the middle of a file nobody knows how many lines stand before
+        where = f"{split.file.path}: line {number}" if split.start == 0 else f"{split.file.path}: byte {place:,}"
+        if not isinstance(line, bytes):
+            yield Document(place, parts=_long_text(line, form))
+        elif line.strip():
+            text = _text_of_line(where, line, form)
+            if isinstance(text, Reject):
+                yield text
+            elif text is not None:
+                yield Document(place, text)
+
+
+def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
+    """(offset, line) of each line that begins in the split; of a line longer than LONG_BYTES the blocks, which must be read at once."""
+    limit = split.end if not split.file.is_compressed else None
+    place, pending = max(split.start - 1, 0), b""
+    if split.start == 0:
+        pending = next(blocks, b"")
+        if pending.startswith(_BYTE_ORDER_MARK):
+            place, pending = len(_BYTE_ORDER_MARK), pending[len(_BYTE_ORDER_MARK) :]
+    else:
+        # The line that the split begins in belongs to the split before; one that begins with the split follows the newline before it.
+        while True:
+            block = next(blocks, None)
+            if block is None:
+                return
+            found = block.find(b"\n")
+            if found >= 0:
+                place, pending = place + found + 1, block[found + 1 :]
+                break
+            place += len(block)
+    chunks = [pending]
+    size = len(pending)
+    while True:
+        head, newline, rest = chunks[-1].rpartition(b"\n")
+        if newline:
+            for line in b"".join([*chunks[:-1], head]).split(b"\n"):
+                if limit is not None and place >= limit:
+                    return
+                yield place, line
+                place += len(line) + 1
+            chunks, size = [rest], len(rest)
+        if limit is not None and place >= limit:
+            return
+        if size > LONG_BYTES:
+            long = _LongLine(chunks, blocks)
+            yield place, iter(long)
+            assert long.is_read, "a long line was left unread"
+            place += long.size
+            chunks, size = [long.rest], len(long.rest)
+            continue
+        block = next(blocks, None)
+        if block is None:
+            last = b"".join(chunks)
+            if last:
+                yield place, last
+            return
+        chunks.append(block)
+        size += len(block)
+
+
+class _LongLine:
+    """The blocks of one line; `size` counts them and the newline, `rest` is what was read of the lines after it."""
+
+    def __init__(self, begun: list[bytes], blocks: Iterator[bytes]) -> None:
+        self._begun, self._blocks = begun, blocks
+        self.size, self.rest, self.is_read = 0, b"", False
+
+    def __iter__(self) -> Iterator[bytes]:
+        for source in (self._begun, self._blocks):
+            for block in source:
+                line, newline, self.rest = block.partition(b"\n")
+                self.size += len(line) + len(newline)
+                yield line
+                if newline:
+                    self.is_read = True
+                    return
+        self.is_read = True
+
+
+def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
+    """The text of a record in parts; one that takes several fields, which may come in any order, is needed whole."""
+    if form.template is not None or form.where:
+        line = b"".join(blocks)
+        text = _text_of_line("", line, form)
+        if isinstance(text, Reject):
+            raise RejectedError(text.reason)
+        yield text or ""
+        return
+    try:
+        yield from stream_fields(blocks, form.text_field)
+    except InvalidJson as error:
+        for _ in blocks:
+            pass
+        raise RejectedError(str(error)) from None
+
+
+def _text_of_line(where: str, line: bytes, form: RecordForm) -> str | Reject | None:
+    found = _from_json(where, line, form)
+    return Reject(found.where, found.reason, line[:_SHOWN_CHARACTERS].decode("utf-8", "replace")) if isinstance(found, Reject) else found
+
+
+def _from_json(where: str, line: bytes, form: RecordForm) -> str | Reject | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Reject(where, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})")
+    except json.JSONDecodeError as error:
+        return Reject(where, f"invalid JSON ({error.msg} at column {error.colno}); one JSON object a line is expected")
+    except (ValueError, RecursionError) as error:
+        return Reject(where, f"JSON that cannot be read ({error})")
+    if not isinstance(record, dict):
+        return Reject(where, f"a JSON object is expected, found {type(record).__name__}")
+    text = form.text_of(where, record)
+    return _checked(where, text) if isinstance(text, str) else text
+
+
+def _checked(where: str, text: str) -> str | Reject:
+    try:
+        if not text.isascii():
+            text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Reject(where, f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text")
+    return text
+
+
+# --- text ----------------------------------------------------------------------------------------------------------------------
+
+
+def _text_document(file: CorpusFile, blocks: Iterator[bytes]) -> Iterator[Document | Reject]:
+    content, size = [], 0
+    for block in blocks:
+        content.append(block)
+        size += len(block)
+        if size > LONG_BYTES:
+            yield Document(0, parts=_decoded_parts([*content], blocks))
+            return
+    whole = b"".join(content).removeprefix(_BYTE_ORDER_MARK)
+    try:
+        yield Document(0, "".join(_decoded_parts([whole], iter(()))))
+    except RejectedError as error:
+        yield Reject(file.path, str(error), whole[:_SHOWN_CHARACTERS].decode("utf-8", "replace"))
+
+
+def _decoded_parts(begun: list[bytes], blocks: Iterator[bytes]) -> Iterator[str]:
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    begun[0] = begun[0].removeprefix(_BYTE_ORDER_MARK)
+    for source in (begun, blocks):
+        for block in source:
+            nul = block.find(b"\x00")
+            if nul >= 0:
+                raise RejectedError(f"a binary file (NUL at byte {position + nul}); only UTF-8 text is read")
+            yield _decode(decoder, block, position, final=False)
+            position += len(block)
+    yield _decode(decoder, b"", position, final=True)
+
+
+def _decode(decoder: codecs.IncrementalDecoder, block: bytes, position: int, *, final: bool) -> str:
+    waiting = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        at = position - waiting + error.start
+        raise RejectedError(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {at})") from None
+
+
+def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[str]:
+    """The same text in parts of about `part_characters`, cut only where the split pattern always ends a token and NFC joins nothing.
+
+    Such a place is between a letter or digit and an ASCII character that is neither: a token ends there whatever follows, what follows is
+    split the same whatever stood before, and no ASCII character composes with the one before it. Where the text offers no such place for
+    a long time, a part is longer.
+    """
+    waiting: list[str] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += len(part)
+        if size < part_characters:
+            continue
+        text = "".join(waiting)
+        cut = _last_border(text)
+        if cut:
+            yield text[:cut]
+        waiting, size = [text[cut:]], len(text) - cut
+    if size:
+        yield "".join(waiting)
+
+
+_BORDER = re.compile(r"[^\W_](?=[\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f])")
+
+
+def _last_border(text: str) -> int:
+    """The last place where `text` may be cut, 0 if there is none in its last megabyte."""
+    for width in (1 << 10, 1 << 20):
+        begin = max(len(text) - width, 0)
+        ends = [match.end() for match in _BORDER.finditer(text, begin)]
+        if ends:
+            return ends[-1]
+    return 0
+
+
+# --- parquet -------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_parquet(file: CorpusFile) -> Iterator[Any]:
+    """A pyarrow ParquetFile. Raises DataFormatError if the file is damaged, or pyarrow is missing."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataFormatError(f"{file.path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
+    with open_file(file) as raw:
+        try:
+            yield pq.ParquetFile(raw)
+        except (pa.ArrowException, OSError) as error:
+            raise DataFormatError(f"{file.path}: damaged, or not a parquet file ({error}); write it again") from None
+
+
+def _rows(split: Split, form: RecordForm, advance: Callable[[int], None]) -> Iterator[Document | Reject]:
+    with open_parquet(split.file) as parquet:
+        missing = [name for name in form.fields if name not in parquet.schema_arrow.names]
+        if missing:
+            columns = ", ".join(parquet.schema_arrow.names[:8])
+            raise DataFormatError(
+                f"{split.file.path}: no column {missing[0]!r} (columns: {columns}); choose with --text-field or --template"
+            )
+        for group in range(split.start, split.end):
+            row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
+            for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):
+                for record in batch.to_pylist():
+                    text = form.text_of(f"{split.file.path}: row {row}", record)
+                    if isinstance(text, str):
+                        yield Document(row, text)
+                    elif text is not None:
+                        yield text
+                    row += 1
+            advance(split.file.size // max(parquet.num_row_groups, 1))

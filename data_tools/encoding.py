@@ -1,0 +1,102 @@
+"""Documents to ids, by the fast engine gigatoken where it is installed, else by tiktoken; the ids are the same.
+
+gigatoken reads Hugging Face's description of a tokenizer. Its merges list every pair of tokens that makes a token, by the rank of the
+result: that is tiktoken's rule, which joins whichever neighbours form the token of lowest rank, and needs no search for the one pair.
+Tokens that no merges reach are found as whole words (`ignore_merges`), as by tiktoken. NFC is ours, as it is elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hunyuan_pretrain.data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_letters
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """What each process needs to make its encoder; quick to send, unlike a tokenizer."""
+
+    tokenizer_path: str
+    engine_json: str | None
+    """None where gigatoken is not installed."""
+    start_id: int
+    end_id: int
+
+    @classmethod
+    def of(cls, tokenizer_path: str, tokenizer: Tokenizer) -> EncoderSource:
+        """The source of a loaded tokenizer's encoders; says on stderr if they will be slow."""
+        try:
+            import gigatoken  # noqa: F401
+        except ImportError:
+            print("warning: gigatoken is not installed, so tiktoken encodes, some three times as slowly", file=sys.stderr)
+            return cls(tokenizer_path, None, tokenizer.start_id, tokenizer.end_id)
+        return cls(tokenizer_path, engine_json(tokenizer.ranks), tokenizer.start_id, tokenizer.end_id)
+
+
+class DocumentEncoder:
+    """Encodes documents as <|startoftext|> ... <|endoftext|>, as `Tokenizer.encode_document` does.
+
+    One difference: gigatoken has no limit to a run of white space, where tiktoken ends at about 900,000 characters (DataFormatError).
+    """
+
+    def __init__(self, source: EncoderSource) -> None:
+        self._start = np.array([source.start_id], dtype=np.uint32)
+        self._end = np.array([source.end_id], dtype=np.uint32)
+        self._encode: Callable[[str], np.ndarray]
+        if source.engine_json is None:
+            tokenizer = Tokenizer.load(source.tokenizer_path)
+            self._encode = lambda text: tokenizer.encode_document(text)[1:-1]
+        else:
+            from gigatoken.gigatoken_rs import load_hf_json
+
+            self._encode = load_hf_json(source.engine_json).encode
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids one document after the other (tokens,), lengths (documents,) int64)."""
+        parts: list[np.ndarray] = []
+        lengths = np.empty(len(texts), dtype=np.int64)
+        for number, text in enumerate(texts):
+            ids = self._encode(_normalized(text))
+            parts += (self._start, ids, self._end)
+            lengths[number] = len(ids) + 2
+        return np.concatenate(parts), lengths
+
+    def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of one document whose text comes in parts that are cut between tokens (see `cut_between_words`)."""
+        yield self._start
+        for part in parts:
+            yield self._encode(_normalized(part))
+        yield self._end
+
+
+def engine_json(ranks: Mapping[bytes, int]) -> str:
+    """The tokenizer of `ranks` under Hunyuan's split pattern, without special tokens, in Hugging Face's format."""
+    letters = str.maketrans({chr(byte): letter for byte, letter in enumerate(byte_letters())})
+    vocab = {token.decode("latin-1").translate(letters): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+    merges = [
+        (name[:i], name[i:]) for name in vocab if len(name) > 1 for i in range(1, len(name)) if name[:i] in vocab and name[i:] in vocab
+    ]
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {"type": "BPE", "ignore_merges": True, "byte_fallback": False, "fuse_unk": False, "vocab": vocab, "merges": merges}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "model": model,
+        }
+    )
+
+
+def _normalized(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -1,0 +1,241 @@
+"""Tokenizing in shards: the same bytes whatever the number of processes and however often it is killed; rejects; very long documents."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools import documents, tokenization
+from data_tools.documents import RecordForm
+from data_tools.tokenization import Allowance, tokenize
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import unfinished_folder
+from hunyuan_pretrain.data.indexed import Origin, TokenizedDataset
+from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token in (" t", "th", "the", "\n\n", "  ", "中"):
+        ranks.setdefault(token.encode(), len(ranks))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / RANKS_FILE).write_bytes(format_ranks(ranks))
+    return str(folder)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    """Two inputs, five files, of which one is cut into several shards."""
+    folder = tmp_path / "corpus"
+    (folder / "texts").mkdir(parents=True)
+    for number in range(4):
+        (folder / "texts" / f"{number}.txt").write_text(f"the text {number} 中\n\n" * (number + 1))
+    lines = [json.dumps({"text": f"the line {number} " + "the end\n" * (number % 5)}) for number in range(40)]
+    (folder / "lines.jsonl").write_text("\n".join(lines))
+    return [str(folder / "lines.jsonl"), str(folder / "texts")]
+
+
+def texts_of(inputs: list[str]) -> list[str]:
+    lines = [json.loads(line)["text"] for line in Path(inputs[0]).read_text().split("\n")]
+    return [*lines, *(path.read_text() for path in sorted(Path(inputs[1]).iterdir()))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+
+
+SHARDS: dict[str, Any] = {"shard_bytes": 400}
+
+
+def test_every_document_is_in_its_place_and_knows_its_origin(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    (manifest,) = tokenize(corpus, tokenizer_folder, str(tmp_path / "out"), **SHARDS)
+    dataset, tokenizer = TokenizedDataset(tmp_path / "out"), Tokenizer.load(tokenizer_folder)
+    expected = texts_of(corpus)
+    assert len(dataset.shards) > 3
+    assert [dataset.document(number).tolist() for number in range(dataset.num_documents)] == [
+        tokenizer.encode_document(text).tolist() for text in expected
+    ]
+    assert manifest["bytes"] == sum(len(text.encode()) for text in expected)
+    assert [source["documents"] for source in manifest["sources"]] == [40, 4]
+    origin = dataset.origin(17)
+    assert json.loads(Path(origin.path).read_bytes()[origin.place :].split(b"\n")[0])["text"] == expected[17]
+    assert dataset.origin(42) == Origin(f"{corpus[1]}/2.txt", 0)
+    dataset.verify()
+
+
+def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        holdout = {"holdout_every": 5, "holdout_output": str(tmp_path / f"{name}_held")}
+        tokenize(corpus, tokenizer_folder, str(tmp_path / name), workers=workers, **SHARDS, **holdout)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "one_held") == contents(tmp_path / "two_held")
+    train, held = TokenizedDataset(tmp_path / "one"), TokenizedDataset(tmp_path / "one_held")
+    assert (train.num_documents, held.num_documents) == (35, 9)
+    assert multiprocessing.active_children() == []
+
+
+def killed_at(count: int, job: Callable[[], object]) -> bool:
+    """Run `job` in a process that dies, as by kill -9, at its `count`-th flush, renaming or removal; False if it ended before."""
+    child = os.fork()
+    if child == 0:
+        left = count
+
+        def counted(function: Callable[..., object]) -> Callable[..., object]:
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+                return function(*arguments, **options)
+
+            return call
+
+        for name in ("fsync", "rename", "replace", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            job()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_killed_at_every_write_and_run_again_it_gives_the_same_bytes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    def job(name: str) -> None:
+        folder = tmp_path / name
+        tokenize(corpus, tokenizer_folder, str(folder / "train"), holdout_every=5, holdout_output=str(folder / "held"), shard_bytes=2500)
+
+    job("whole")
+    kills = 0
+    while killed_at(kills + 1, partial(job, f"killed_{kills}")):
+        if not (tmp_path / f"killed_{kills}" / "train").exists():
+            job(f"killed_{kills}")
+        for part in ("train", "held"):
+            assert contents(tmp_path / f"killed_{kills}" / part) == contents(tmp_path / "whole" / part), kills
+        assert sorted(path.name for path in (tmp_path / f"killed_{kills}").iterdir()) == ["held", "train"]
+        kills += 1
+    assert kills > 20
+
+
+def test_finished_shards_are_not_written_again(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    tokenize(corpus, tokenizer_folder, str(tmp_path / "whole"), **SHARDS)
+    (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")  # the last file
+    with pytest.raises(DataFormatError, match=r"bad\.txt: a binary file"):
+        tokenize(corpus, tokenizer_folder, str(out), **SHARDS)
+    assert not out.exists()
+    written = []
+    write_shard = tokenization.write_shard
+    monkeypatch.setattr(tokenization, "write_shard", lambda job, number, *rest: written.append(number) or write_shard(job, number, *rest))
+    (manifest,) = tokenize(corpus, tokenizer_folder, str(out), max_rejects=Allowance(1), **SHARDS)
+    assert len(written) == 1
+    assert written[0] == len(manifest["shards"]) - 1
+    assert manifest["rejects"] == 1
+    (reject,) = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["where"], reject["sample"]) == (f"{corpus[1]}/bad.txt", "\x00")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_unfinished_output_of_other_inputs_is_not_mixed_in(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    out = str(tmp_path / "out")
+    (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")
+    with pytest.raises(DataFormatError, match="binary file"):
+        tokenize(corpus, tokenizer_folder, out, **SHARDS)
+    Path(corpus[0]).write_text('{"text": "changed"}\n')
+    allowed = {"max_rejects": Allowance(1), **SHARDS}
+    with pytest.raises(DataFormatError, match=r"\.out\.partial: left unfinished by a run with other inputs or options; .* --overwrite"):
+        tokenize(corpus, tokenizer_folder, out, **allowed)
+    (manifest,) = tokenize(corpus, tokenizer_folder, out, overwrite=True, **allowed)
+    assert manifest["documents"] == 5
+    assert len(manifest["shards"]) == len(list(Path(out).glob("*.bin")))
+
+
+def test_two_processes_do_not_write_one_output(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    out = tmp_path / "out"
+    with unfinished_folder(out, marker="manifest.json", identity="x"), pytest.raises(DataFormatError, match="out: another process is"):
+        tokenize(corpus, tokenizer_folder, str(out))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_many_rejects_are_one_error_with_the_first_of_them(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str, workers: int
+) -> None:
+    with Path(corpus[0]).open("a") as file:
+        file.write("\n{\n[]\n" + '{"text": "' + "x" * 900 + '"}\n')
+    out = str(tmp_path / "out")
+    with pytest.raises(DataFormatError, match=r"lines\.jsonl: .* invalid JSON .* let it pass with --max-rejects 1 or more; 0 are allowed"):
+        tokenize(corpus, tokenizer_folder, out, workers=workers, **SHARDS)
+    with pytest.raises(DataFormatError, match=r"\(and 1 more\); .* --max-rejects 2 or more; 1 are allowed"):
+        tokenize(corpus, tokenizer_folder, out, workers=workers, max_rejects=Allowance(1), **SHARDS)
+    with pytest.raises(DataFormatError, match=r"\(and 1 more\).* 0 are allowed"):
+        tokenize(corpus, tokenizer_folder, out, workers=workers, max_rejects=Allowance.parse("2%"), **SHARDS)
+    (manifest,) = tokenize(corpus, tokenizer_folder, out, workers=workers, max_rejects=Allowance.parse("5%"), **SHARDS)
+    assert (manifest["documents"], manifest["rejects"]) == (45, 2)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("text", ["-1", "many", "x%", "101%"])
+def test_an_allowance_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(DataFormatError, match=f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%"):
+        Allowance.parse(text)
+
+
+def test_very_long_documents_are_encoded_in_parts_and_alike(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = RecordForm()
+    tokenize(corpus, tokenizer_folder, str(tmp_path / "whole"), form=form, **SHARDS)
+    monkeypatch.setattr(documents, "LONG_BYTES", 30)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(tokenization, "_PART_CHARACTERS", 8)
+    tokenize(corpus, tokenizer_folder, str(tmp_path / "parts"), form=form, **SHARDS)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+    with Path(corpus[0]).open("a") as file:
+        file.write('\n{"text": "the bad one' + "x" * 40 + '\\q"}\n{"text": "the good one"}')
+    (manifest,) = tokenize(corpus, tokenizer_folder, str(tmp_path / "bad"), max_rejects=Allowance(1), form=form)
+    assert (manifest["documents"], manifest["rejects"]) == (45, 1)
+    dataset = TokenizedDataset(tmp_path / "bad")
+    good = Tokenizer.load(tokenizer_folder).encode_document("the good one")
+    assert dataset.document(40).tolist() == good.tolist()
+
+
+@pytest.mark.slow
+def test_one_document_of_hundreds_of_megabytes_does_not_need_them_in_memory(tmp_path: Path, tokenizer_folder: str) -> None:
+    """Both as a text file and as one line of JSON, in processes of their own; the peak is that of a small file and a bounded rest."""
+    script = """
+import json, resource, sys
+from data_tools.tokenization import tokenize
+if __name__ == "__main__":
+    tokenize([sys.argv[1]], sys.argv[2], sys.argv[3])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = {}
+    line = "the quick brown fox, 中文的句子。\n"
+    for name, repeats in (("small.txt", 1000), ("large.txt", 5_000_000), ("large.jsonl", 5_000_000)):
+        with (tmp_path / name).open("w") as file:
+            file.write('{"id": 1, "text": "' if name.endswith("l") else "")
+            for _ in range(repeats // 1000):
+                file.write((line if not name.endswith("l") else json.dumps(line)[1:-1]) * 1000)
+            file.write('"}' if name.endswith("l") else "")
+        command = [sys.executable, "-c", script, tmp_path / name, tokenizer_folder, tmp_path / f"out_{name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[name] = int(done.stdout) / 1024
+    print(peaks, time.strftime("%H:%M"))
+    assert (tmp_path / "large.txt").stat().st_size > 150e6
+    large = {name: TokenizedDataset(tmp_path / f"out_{name}") for name in ("large.txt", "large.jsonl")}
+    assert np.array_equal(large["large.txt"].document(0), large["large.jsonl"].document(0))
+    assert peaks["large.txt"] < peaks["small.txt"] + 300
+    assert peaks["large.jsonl"] < peaks["small.txt"] + 300
