@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hunyuan_pretrain.config.schema import ConfigError
 from hunyuan_pretrain.data.errors import DataFormatError
 
 app = typer.Typer(
@@ -144,11 +145,54 @@ def inspect(
     inspect_folder(folder, Console(highlight=False), num_samples=samples, tokenizer_path=tokenizer, verify=verify)
 
 
+@app.command()
+def mix(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="Experiment YAML.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for training.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for mix.json and a picture; default: only print.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say what the stages of an experiment will read: tokens and epochs by source, padding, and the context that tokens see."""
+    from rich.console import Console
+
+    from data_tools.mixing import mix as print_mix
+
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    print_mix(config, overrides or [], output, console, overwrite=overwrite)
+
+
+@app.command()
+def where(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or experiment YAML.", show_default=False)],
+    step: Annotated[int, typer.Option(help="Step, as metrics.jsonl counts it.")],
+    place: Annotated[int | None, typer.Option(help="One place of the global batch; default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sequence and line.")] = False,
+) -> None:
+    """Say which documents were in the batch of a step, back to the files of the corpus."""
+    from rich.console import Console
+
+    from data_tools.where import where as print_where
+
+    print_where(run, step, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160), as_json=as_json, place=place)
+
+
+@app.command()
+def verify(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Data folders, experiment YAMLs or run directories.", show_default=False)
+    ],
+) -> None:
+    """Read every file of data folders, or of all the data of an experiment, and compare it with its SHA-256."""
+    from data_tools.where import verify as verify_files
+
+    print(f"{verify_files(paths)} files have the SHA-256 of their manifests")
+
+
 def main() -> None:
     """Run the command line. An error the user can put right is one message on stderr and exit code 2."""
     try:
         app()
-    except DataFormatError as error:
+    except (DataFormatError, ConfigError) as error:
         _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -107,7 +107,15 @@ def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = 
     if split.file.kind == "parquet":
         yield from _rows(split, form, advance)
         return
-    with _open_blocks(split, advance) as blocks:
+    left = split.end - split.start
+
+    def advance_within(size: int) -> None:
+        nonlocal left
+        # the last line may end beyond the split
+        advance(min(size, left))
+        left -= min(size, left)
+
+    with _open_blocks(split, advance_within) as blocks:
         yield from _documents_of_lines(split, blocks, form) if split.file.kind == "jsonl" else _text_document(split.file, blocks)
 
 

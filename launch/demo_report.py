@@ -64,7 +64,7 @@ def measure_heldout(experiment: Experiment, training_tokens: Path) -> HeldOut:
     tokenizer = Tokenizer.load(experiment.tokenizer)
     heldout = PackedDataset(experiment.evaluation.data, tokenizer.digest)
     sequences = [heldout[i] for i in range(min(len(heldout), experiment.evaluation.max_sequences or len(heldout)))]
-    targets = np.concatenate([sequence.labels[sequence.loss_mask > 0] for sequence in sequences])
+    targets = np.concatenate([sequence.labels[sequence.loss_mask] for sequence in sequences])
     log_probabilities = unigram_log_probabilities((shard.tokens for shard in TokenizedDataset(training_tokens).shards), tokenizer)
     return HeldOut(len(targets), int(token_bytes(tokenizer)[targets].sum()), -float(log_probabilities[targets].sum()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from hunyuan_pretrain.config.data_rules import DATA_RULES
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, ParallelConfig, Problem, StageConfig
 
 
@@ -381,6 +382,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     betas_are_decays,
     stage_names_are_unique,
     stages_have_a_learning_rate,
+    *DATA_RULES,
 )
 WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     capacity_below_one_drops,

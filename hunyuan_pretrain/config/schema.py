@@ -252,7 +252,16 @@ class DataSource(Section):
     """One packed dataset and its share of a stage."""
 
     path: str = setting("Folder written by `hunyuan-data pack`, relative to the working directory.")
-    weight: PositiveFloat = setting("Share of the stage's tokens, relative to the other sources of the stage.", 1.0, unit="ratio")
+    weight: PositiveFloat = setting(
+        "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of its tier.", 1.0, unit="ratio"
+    )
+    max_epochs: PositiveFloat | None = setting(
+        "How often the source may have been read when the stage ends, earlier stages included; a mixture that needs more is refused.",
+        None,
+        unit="epochs",
+        typical="1 for web text, 4 for books",
+    )
+    tier: str | None = setting("Quality tier, whose share the stage's tier_weights gives.", None, typical="high, medium")
 
 
 class StageConfig(Section):
@@ -282,6 +291,18 @@ class StageConfig(Section):
         "Path of the learning rate; constant stays at lr_end from the first step.", "cosine"
     )
     data: tuple[DataSource, ...] = setting("Packed datasets of the stage, mixed by weight.", min_length=1)
+    tier_weights: dict[str, PositiveFloat] | None = setting(
+        "Share of the stage's tokens by tier; within a tier the sources' weights decide. null: the weights alone decide.",
+        None,
+        unit="ratio",
+        typical="{high: 0.7, medium: 0.3} while annealing",
+    )
+    skip_data_steps: tuple[tuple[PositiveInt, PositiveInt], ...] = setting(
+        "Ranges [first, last] of the stage's data, in steps from 1 as `hunyuan-data where` prints them, that are not trained on. The stage "
+        "is as long as without; it takes as much data beyond its own. Later stages go on after that.",
+        (),
+        unit="steps",
+    )
 
     @property
     def global_batch_tokens(self) -> int:

@@ -175,10 +175,9 @@ class TokenizedShard:
         """Compare the index with its SHA-256. Raises DataFormatError if it differs."""
         check_digest(self.folder / self._idx_name, self.file_digests.get(self._idx_name))
 
-    def verify(self) -> None:
-        """Read the files whole and compare them with the manifest's SHA-256. Raises DataFormatError if one differs."""
-        for name in shard_files(self.name):
-            check_digest(self.folder / name, self.file_digests.get(name))
+    def digests(self) -> dict[Path, str | None]:
+        """SHA-256 of the shard's files as the manifest has them."""
+        return {self.folder / name: self.file_digests.get(name) for name in shard_files(self.name)}
 
     def _open_idx(self, vocab_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         path = self.folder / self._idx_name
@@ -269,10 +268,14 @@ class TokenizedDataset:
             raise DataFormatError(f"{self.folder}: document {document} comes from file {file}, but the manifest lists {len(files)}")
         return Origin(str(files[file]), place)
 
+    def digests(self) -> dict[Path, str | None]:
+        """SHA-256 of every file as the manifest has them."""
+        return {file: digest for shard in self.shards for file, digest in shard.digests().items()}
+
     def verify(self) -> None:
         """Read every file and compare it with its SHA-256. Raises DataFormatError if one differs."""
-        for shard in self.shards:
-            shard.verify()
+        for file, digest in self.digests().items():
+            check_digest(file, digest)
 
     def _field(self, name: str, kind: type) -> Any:
         return manifest_field(self.folder, self.manifest, name, kind)

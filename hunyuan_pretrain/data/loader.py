@@ -18,8 +18,8 @@ import torch
 
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.mixture import Mixture, source_path
-from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
+from hunyuan_pretrain.data.packed_dataset import PackedSequence
+from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed
 
 
 @dataclass(frozen=True)
@@ -51,42 +51,26 @@ class StepLoader:
 
     def __init__(self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None) -> None:
         assert 0 <= dp_rank < dp_size
-        self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
-        self._datasets: dict[str, PackedDataset] = {}
         for number, stage in enumerate(experiment.stages):
-            where = f"stages[{number}] ({stage.name})"
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
                 raise DataFormatError(
-                    f"{where}: global_batch_sequences={stage.global_batch_sequences} is not a multiple of data-parallel size {dp_size} x "
-                    f"micro_batch_sequences {stage.micro_batch_sequences} = {dp_size * stage.micro_batch_sequences}"
+                    f"stages[{number}] ({stage.name}): global_batch_sequences={stage.global_batch_sequences} is not a multiple of "
+                    f"data-parallel size {dp_size} x micro_batch_sequences {stage.micro_batch_sequences} = "
+                    f"{dp_size * stage.micro_batch_sequences}"
                 )
-            for source in stage.data:
-                path = source_path(source.path)
-                if path not in self._datasets:
-                    self._datasets[path] = open_packed(path, experiment.model.padded_vocab_size, tokenizer_digest)
-                found = self._datasets[path].sequence_length
-                if found != stage.sequence_length:
-                    raise DataFormatError(
-                        f"{path}: packed to sequences of {found} tokens, but {where} has sequence_length={stage.sequence_length}; "
-                        f"set it to {found}, or run `hunyuan-data pack --sequence-length {stage.sequence_length}`"
-                    )
-        sizes = {path: len(dataset) for path, dataset in self._datasets.items()}
-        self.mixture = Mixture(experiment.stages, sizes, experiment.seed)
-        self.first_steps = np.cumsum([0] + [stage.num_steps for stage in experiment.stages])
+        self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
+        self.order = SampleOrder(experiment, tokenizer_digest)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
     @property
     def num_steps(self) -> int:
         """Steps of all stages together."""
-        return int(self.first_steps[-1])
+        return self.order.num_steps
 
     def stage_of_step(self, step: int) -> tuple[int, int]:
         """(stage, step within it) of a global step, both from 0."""
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} of {self.num_steps}")
-        stage = int(np.searchsorted(self.first_steps, step, side="right")) - 1
-        return stage, step - int(self.first_steps[stage])
+        return self.order.stage_of_step(step)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a global step, in the order in which they run."""
@@ -102,15 +86,11 @@ class StepLoader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, step: int) -> list[MicroBatch]:
-        stage_number, step_in_stage = self.stage_of_step(step)
-        stage = self.experiment.stages[stage_number]
+        stage = self.experiment.stages[self.stage_of_step(step)[0]]
         places = _places_of_rank(stage.global_batch_sequences, stage.micro_batch_sequences, self.dp_rank, self.dp_size)
-        sources, rows = self.mixture.lookup(stage_number, step_in_stage * stage.global_batch_sequences + places)
-        datasets = [self._datasets[path] for path in self.mixture.sources]
-        return [
-            _collate([datasets[source][row] for source, row in zip(sources[m].tolist(), rows[m].tolist(), strict=True)], places[m])
-            for m in range(len(places))
-        ]
+        sequences = self.order.sequences(step, places.ravel())
+        width = stage.micro_batch_sequences
+        return [_collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], places[m]) for m in range(len(places))]
 
 
 class EvaluationLoader:
@@ -144,20 +124,9 @@ class EvaluationLoader:
         if place < self.num_sequences:
             return self._dataset[place]
         size = self.sequence_length
-        padding = np.full(size, self._dataset.index.pad_id, dtype=np.int64)
+        padding = np.full(size, self._dataset.index.pad_id, dtype=np.int32)
         border = np.array([0, size], dtype=np.int32)
-        return PackedSequence(padding, padding, np.zeros(size, dtype=np.float32), np.arange(size), border)
-
-
-def open_packed(path: str, padded_vocab_size: int, tokenizer_digest: str | None) -> PackedDataset:
-    """A packed dataset whose ids all have a row in the embedding. Raises DataFormatError."""
-    dataset = PackedDataset(path, tokenizer_digest)
-    if dataset.index.vocab_size > padded_vocab_size:
-        raise DataFormatError(
-            f"{path}: tokenized with a vocabulary of {dataset.index.vocab_size} ids, but model.padded_vocab_size={padded_vocab_size}; "
-            f"set it to at least {dataset.index.vocab_size}"
-        )
-    return dataset
+        return PackedSequence(padding, padding, np.zeros(size, dtype=np.bool_), np.arange(size, dtype=np.int32), border)
 
 
 def _places_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> np.ndarray:
@@ -170,11 +139,18 @@ def _collate(sequences: list[PackedSequence], places: np.ndarray) -> MicroBatch:
     # The end of each sequence is the start of the next, so it is written once.
     borders = [np.zeros(1, dtype=np.int32)] + [sequence.cu_seqlens[1:] + np.int32(i * size) for i, sequence in enumerate(sequences)]
     return MicroBatch(
-        tokens_T=torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences])),
-        labels_T=torch.from_numpy(np.concatenate([sequence.labels for sequence in sequences])),
-        loss_mask_T=torch.from_numpy(np.concatenate([sequence.loss_mask for sequence in sequences])),
-        positions_T=torch.from_numpy(np.concatenate([sequence.positions for sequence in sequences])),
+        tokens_T=_joined([sequence.tokens for sequence in sequences], torch.int64),
+        labels_T=_joined([sequence.labels for sequence in sequences], torch.int64),
+        loss_mask_T=_joined([sequence.loss_mask for sequence in sequences], torch.float32),
+        positions_T=_joined([sequence.positions for sequence in sequences], torch.int64),
         cu_seqlens=torch.from_numpy(np.concatenate(borders)),
         max_seqlen=max(int(np.diff(sequence.cu_seqlens).max()) for sequence in sequences),
         sequence_ids=torch.from_numpy(places.copy()),
     )
+
+
+def _joined(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
+    """The parts one after the other, copied once."""
+    joined = torch.empty(sum(len(part) for part in parts), dtype=dtype)
+    np.concatenate(parts, out=joined.numpy(), casting="unsafe")
+    return joined

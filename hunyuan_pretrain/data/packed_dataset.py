@@ -20,13 +20,13 @@ class PackedSequence:
     """One packed sequence."""
 
     tokens: np.ndarray
-    """(S,) int64; the tail padding holds the pad id."""
+    """(S,) int32; the tail padding holds the pad id."""
     labels: np.ndarray
-    """(S,) int64, the token to predict at each position; the pad id where nothing is predicted."""
+    """(S,) int32, the token to predict at each position; the pad id where nothing is predicted."""
     loss_mask: np.ndarray
-    """(S,) float32, 1 where the label counts and 0 elsewhere."""
+    """(S,) bool, whether the label counts."""
     positions: np.ndarray
-    """(S,) int64, from 0 in each piece and in the tail padding."""
+    """(S,) int32, from 0 in each piece and in the tail padding."""
     cu_seqlens: np.ndarray
     """(pieces + 1,) int32, or (pieces + 2,) with tail padding: the borders between which attention stays; from 0 to S."""
 
@@ -47,7 +47,7 @@ class PackedDataset:
                 f"{path}: tokenized with tokenizer {found}..., but this run has {expected}...; tokenize the data with the tokenizer of "
                 "the run, or point the run at the tokenizer of the data"
             )
-        self._ramp = np.arange(self.sequence_length, dtype=np.int64)
+        self._ramp = np.arange(self.sequence_length, dtype=np.int32)
 
     def __len__(self) -> int:
         return self.index.num_sequences
@@ -56,22 +56,28 @@ class PackedDataset:
         index, size = self.index, self.sequence_length
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
-        pieces = slice(int(index.sequence_offsets[number]), int(index.sequence_offsets[number + 1]))
+        pieces = self._pieces(number)
         lengths = index.piece_length[pieces]
-        num_pieces, filled = len(lengths), int(lengths.sum())
+        filled = int(lengths.sum())
         if filled > size:
             raise DataFormatError(f"{index.folder}: sequence {number} holds {filled} tokens, more than {size}; pack again")
-        cu_seqlens = np.zeros(num_pieces + 1 + (filled < size), dtype=np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1 : num_pieces + 1])
+        cu_seqlens = np.zeros(len(lengths) + 1 + (filled < size), dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1 : len(lengths) + 1])
         cu_seqlens[-1] = size
 
-        tokens, labels, positions = (np.empty(size, dtype=np.int64) for _ in range(3))
-        loss_mask = np.empty(size, dtype=np.float32)
+        # 32 bits are enough for any id, and half the bytes to write: at 256K this function is as fast as memory
+        tokens, labels, positions = (np.empty(size, dtype=np.int32) for _ in range(3))
+        loss_mask = np.ones(size, dtype=np.bool_)
         tokens[filled:] = labels[filled:] = index.pad_id
         positions[filled:] = self._ramp[: size - filled]
-        loss_mask[:filled], loss_mask[filled:] = 1.0, 0.0
+        loss_mask[filled:] = False
+        documents = index.piece_document[pieces].astype(np.int64)
+        shard_numbers = np.searchsorted(index.first_documents, documents, side="right") - 1
+        documents -= index.first_documents[shard_numbers]
+        columns = (shard_numbers, documents, index.piece_start[pieces], lengths)
         end = 0
-        for shard, document, start, length in self._locate(pieces, lengths):
+        for shard_number, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
+            shard = index.shards[shard_number]
             begin, end = end, end + length
             first = shard.start(document) + start
             stream = shard.tokens[first : first + length + 1]
@@ -81,18 +87,14 @@ class PackedDataset:
                 labels[begin:end] = stream[1:]
             else:
                 labels[begin : end - 1] = stream[1:length]
-                labels[end - 1], loss_mask[end - 1] = index.pad_id, 0.0
+                labels[end - 1], loss_mask[end - 1] = index.pad_id, False
         return PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
 
     def documents(self, number: int) -> list[tuple[int, int, int]]:
         """(document, first token within it, tokens) of each piece of a sequence; documents are numbered over all sources."""
-        pieces = slice(int(self.index.sequence_offsets[number]), int(self.index.sequence_offsets[number + 1]))
+        pieces = self._pieces(number)
         columns = (self.index.piece_document[pieces], self.index.piece_start[pieces], self.index.piece_length[pieces])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def _locate(self, pieces: slice, lengths: np.ndarray) -> list[tuple]:
-        documents = self.index.piece_document[pieces].astype(np.int64)
-        shard_numbers = np.searchsorted(self.index.first_documents, documents, side="right") - 1
-        documents -= self.index.first_documents[shard_numbers]
-        shards = [self.index.shards[number] for number in shard_numbers.tolist()]
-        return list(zip(shards, documents.tolist(), self.index.piece_start[pieces].tolist(), lengths.tolist(), strict=True))
+    def _pieces(self, number: int) -> slice:
+        return slice(int(self.index.sequence_offsets[number]), int(self.index.sequence_offsets[number + 1]))

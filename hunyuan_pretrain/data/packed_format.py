@@ -87,6 +87,7 @@ class PackedIndex:
         self.manifest = read_manifest(self.folder, PACKED_FORMAT, PACKED_VERSION, "hunyuan-data pack")
         self.sequence_length: int = self._field("sequence_length", int)
         self.num_sequences: int = self._field("sequences", int)
+        self.num_tokens: int = self._field("tokens", int)
         self.vocab_size: int = self._field("vocab_size", int)
         self.pad_id: int = self._field("pad_id", int)
         self.tokenizer_digest: str = self._field("tokenizer_digest", str)
@@ -102,12 +103,25 @@ class PackedIndex:
         self.first_documents = np.cumsum([0] + [shard.num_documents for shard in self.shards])
         """(shards + 1,) int64, number of each shard's first document, over all sources."""
 
+    def locate(self, document: int) -> tuple[TokenizedDataset, int]:
+        """(tokenized folder, number within it) of a document, which pieces number over all sources."""
+        for source in self.sources:
+            if document < source.num_documents:
+                return source, document
+            document -= source.num_documents
+        raise IndexError("a piece of a document beyond the last one")
+
+    def digests(self) -> dict[Path, str | None]:
+        """SHA-256 of every file of the folder and of its sources, as the manifests have them."""
+        digests: dict[Path, str | None] = {self.folder / name: digest for name, digest in self._field("sha256", dict).items()}
+        for source in self.sources:
+            digests |= source.digests()
+        return digests
+
     def verify(self) -> None:
         """Read every file of the folder and of its sources and compare it with its SHA-256. Raises DataFormatError if one differs."""
-        for name, digest in self._field("sha256", dict).items():
-            check_digest(self.folder / name, digest)
-        for source in self.sources:
-            source.verify()
+        for file, digest in self.digests().items():
+            check_digest(file, digest)
 
     def _field(self, name: str, kind: type) -> Any:
         return manifest_field(self.folder, self.manifest, name, kind)

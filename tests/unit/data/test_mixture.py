@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.mixture import Mixture
+from hunyuan_pretrain.data.mixture import Mixture, SourceSize
 
 
 def stage(weights: dict[str, float], sequences: int, name: str = "s") -> StageConfig:
@@ -19,6 +19,11 @@ def stage(weights: dict[str, float], sequences: int, name: str = "s") -> StageCo
     return StageConfig.model_validate(
         {"name": name, "tokens": sequences * 8, "sequence_length": 8, "global_batch_sequences": 1, "lr_end": 1.0, "data": data}
     )
+
+
+def sizes(sequences: dict[str, int]) -> dict[str, SourceSize]:
+    """Sources without padding."""
+    return {path: SourceSize(count, count * 8) for path, count in sequences.items()}
 
 
 def order(mixture: Mixture, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +35,7 @@ def order(mixture: Mixture, number: int) -> tuple[np.ndarray, np.ndarray]:
 def test_mixture_is_exact_at_the_end_and_even_on_the_way(weights: Sequence[int], sequences: int) -> None:
     # Not below a share of 1/sequences, which is refused.
     kept = {f"d{i}": float(max(weight, 15)) for i, weight in enumerate(weights)}
-    mixture = Mixture([stage(kept, sequences)], dict.fromkeys(kept, 170), seed=1)
+    mixture = Mixture([stage(kept, sequences)], sizes(dict.fromkeys(kept, 170)), seed=1)
     source, _ = order(mixture, 0)
     for number, weight in enumerate(kept.values()):
         share = sequences * weight / sum(kept.values())
@@ -43,20 +48,20 @@ def test_mixture_is_exact_at_the_end_and_even_on_the_way(weights: Sequence[int],
 
 def test_largest_remainder_decides_what_is_left_over() -> None:
     mixture = Mixture(
-        [stage({"a": 0.47, "b": 0.16, "c": 0.158, "d": 0.12, "e": 0.061, "f": 0.031}, 100)], dict.fromkeys("abcdef", 9), seed=0
+        [stage({"a": 0.47, "b": 0.16, "c": 0.158, "d": 0.12, "e": 0.061, "f": 0.031}, 100)], sizes(dict.fromkeys("abcdef", 9)), seed=0
     )
     assert list(mixture.counts[0].values()) == [47, 16, 16, 12, 6, 3]
 
 
 def test_one_dominant_source_among_many_small_ones_has_no_bursts() -> None:
     weights = {"big": 900.0, **{f"d{i}": 10.0 for i in range(10)}}
-    source, _ = order(Mixture([stage(weights, 5000)], dict.fromkeys(weights, 50), seed=0), 0)
+    source, _ = order(Mixture([stage(weights, 5000)], sizes(dict.fromkeys(weights, 50)), seed=0), 0)
     gaps = np.diff(np.flatnonzero(source == 0))
     assert gaps.max() <= 2
 
 
 def test_each_epoch_takes_every_sequence_once_in_a_new_order() -> None:
-    _, rows = order(Mixture([stage({"a": 1.0}, 40)], {"a": 10}, seed=3), 0)
+    _, rows = order(Mixture([stage({"a": 1.0}, 40)], sizes({"a": 10}), seed=3), 0)
     epochs = rows.reshape(4, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
@@ -64,25 +69,26 @@ def test_each_epoch_takes_every_sequence_once_in_a_new_order() -> None:
 
 def test_a_source_goes_on_in_a_later_stage_where_it_stopped() -> None:
     stages = [stage({"a": 1.0, "b": 1.0}, 12, "one"), stage({"b": 1.0, "c": 1.0}, 8, "two"), stage({"./b": 1.0}, 10, "three")]
-    mixture = Mixture(stages, {"a": 7, "b": 20, "c": 3}, seed=2)
+    mixture = Mixture(stages, sizes({"a": 7, "b": 20, "c": 3}), seed=2)
     rows = np.concatenate([order(mixture, i)[1][order(mixture, i)[0] == mixture.sources.index("b")] for i in range(3)])
     assert sorted(rows.tolist()) == list(range(20))
     assert mixture.epochs(2) == {"b": 1.0}
 
 
 def test_order_is_a_function_of_the_seed_alone_and_of_any_slice() -> None:
-    stages, sizes = [stage({"a": 3.0, "b": 1.0}, 200)], {"a": 31, "b": 11}
-    one, same, other = (order(Mixture(stages, sizes, seed), 0) for seed in (1, 1, 2))
+    stages, of_sources = [stage({"a": 3.0, "b": 1.0}, 200)], sizes({"a": 31, "b": 11})
+    one, same, other = (order(Mixture(stages, of_sources, seed), 0) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.array_equal(one[1], other[1])
     picked = np.array([[7, 3], [150, 199]])
-    assert np.array_equal(np.array(Mixture(stages, sizes, 1).lookup(0, picked)), np.array(one)[:, picked])
+    assert np.array_equal(np.array(Mixture(stages, of_sources, 1).lookup(0, picked)), np.array(one)[:, picked])
 
 
 def test_a_full_size_run_needs_no_memory() -> None:
     """7T tokens at 4K: a batch is looked up at the end of 1.7e9 sequences without a table of them."""
     sequences = 1_709_000_000
-    mixture = Mixture([stage({"web": 0.7, "code": 0.2, "zh": 0.1}, sequences)], {"web": 10**9, "code": 10**8, "zh": 10**7}, seed=0)
+    of_sources = sizes({"web": 10**9, "code": 10**8, "zh": 10**7})
+    mixture = Mixture([stage({"web": 0.7, "code": 0.2, "zh": 0.1}, sequences)], of_sources, seed=0)
     source, row = mixture.lookup(0, np.arange(sequences - 4000, sequences))
     assert np.abs(np.bincount(source) / 4000 - [0.7, 0.2, 0.1]).max() < 0.001
     assert row.max() < 10**9
@@ -92,4 +98,69 @@ def test_a_full_size_run_needs_no_memory() -> None:
 def test_a_source_without_a_single_sequence_is_refused() -> None:
     message = r"stage s: b has weight 0\.001 of 1\.001, which is none of the stage's 100 sequences; remove it or give it a share"
     with pytest.raises(DataFormatError, match=message):
-        Mixture([stage({"a": 1.0, "b": 0.001}, 100)], {"a": 5, "b": 5}, seed=0)
+        Mixture([stage({"a": 1.0, "b": 0.001}, 100)], sizes({"a": 5, "b": 5}), seed=0)
+
+
+def test_weights_are_shares_of_tokens_not_of_sequences() -> None:
+    """A source of which half is padding takes twice as many sequences for the same tokens."""
+    of_sources = {"full": SourceSize(100, 800), "half": SourceSize(100, 400)}
+    mixture = Mixture([stage({"full": 1.0, "half": 1.0}, 300)], of_sources, seed=0)
+    assert list(mixture.counts[0].values()) == [100, 200]
+    assert mixture.tokens(0) == {"full": 800.0, "half": 800.0}
+
+
+def test_tiers_share_the_stage_and_their_sources_share_the_tier() -> None:
+    fields = stage({"a": 1.0, "b": 3.0, "c": 5.0}, 100).model_dump()
+    for entry, tier in zip(fields["data"], ("high", "high", "low"), strict=True):
+        entry["tier"] = tier
+    fields["tier_weights"] = {"high": 0.8, "low": 0.2}
+    mixture = Mixture([StageConfig.model_validate(fields)], sizes({"a": 9, "b": 9, "c": 9}), seed=0)
+    assert list(mixture.counts[0].values()) == [20, 60, 20]
+
+
+def test_a_source_is_not_read_more_often_than_it_may_be() -> None:
+    def capped(cap: float, name: str) -> StageConfig:
+        fields = stage({"a": 1.0, "b": 1.0}, 20, name).model_dump()
+        fields["data"][0]["max_epochs"] = cap
+        return StageConfig.model_validate(fields)
+
+    of_sources = sizes({"a": 10, "b": 1000})
+    mixture = Mixture([capped(1, "one"), capped(2, "two")], of_sources, seed=0)
+    assert mixture.epochs(1)["a"] == 2.0
+    message = (
+        r"stage two: a would have been read 2 times, max_epochs is 1.5; 40 tokens are left for the stage, which asks for 80\n"
+        r"lower the weight or the stage's tokens, raise max_epochs, or give more data"
+    )
+    with pytest.raises(DataFormatError, match=message):
+        Mixture([capped(1, "one"), capped(1.5, "two")], of_sources, seed=0)
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 8)), max_size=4),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(ranges: list[tuple[int, int]], seed: int) -> None:
+    skipped: list[list[int]] = []
+    for first, more in sorted(ranges):
+        if not skipped or first > skipped[-1][1]:
+            skipped.append([first, first + more])
+    fields = {**stage({"a": 2.0, "b": 1.0}, 40 * 3).model_dump(), "global_batch_sequences": 3}
+    plain = StageConfig.model_validate(fields)
+    with_skips = StageConfig.model_validate({**fields, "skip_data_steps": skipped})
+    of_sources = sizes({"a": 31, "b": 17})
+    one, other = Mixture([plain], of_sources, seed), Mixture([with_skips], of_sources, seed)
+    assert plain.num_steps == with_skips.num_steps == 40
+    steps = [other.data_step(0, step) for step in range(40)]
+    left_out = {step for first, last in skipped for step in range(first - 1, last)}
+    assert steps == [step for step in range(200) if step not in left_out][:40]
+    before = np.arange(min([step for step in left_out if step < 40], default=40) * 3)
+    assert np.array_equal(one.lookup(0, before), other.lookup(0, before))
+    assert np.array_equal(one.lookup(0, np.arange(120)), other.lookup(0, np.arange(120))), "data steps keep their data"
+
+
+def test_a_later_stage_goes_on_after_what_made_up_for_skipped_steps() -> None:
+    first = StageConfig.model_validate({**stage({"a": 1.0}, 5).model_dump(), "skip_data_steps": [[2, 3]]})
+    mixture = Mixture([first, stage({"a": 1.0}, 3, "later")], sizes({"a": 10}), seed=0)
+    rows = np.concatenate([order(mixture, number)[1] for number in range(2)])
+    assert sorted(rows.tolist()) == list(range(10))

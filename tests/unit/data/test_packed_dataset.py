@@ -30,7 +30,7 @@ def test_one_sequence_by_hand(packed: Callable[..., Path]) -> None:
     assert sequence.loss_mask.tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
     assert sequence.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert sequence.cu_seqlens.tolist() == [0, 3, 5, 8]
-    assert [str(a.dtype) for a in (sequence.tokens, sequence.loss_mask, sequence.cu_seqlens)] == ["int64", "float32", "int32"]
+    assert [str(a.dtype) for a in (sequence.tokens, sequence.loss_mask, sequence.cu_seqlens)] == ["int32", "bool", "int32"]
 
 
 def test_a_cut_document_predicts_its_own_next_token_beyond_the_cut(packed: Callable[..., Path]) -> None:

@@ -50,6 +50,12 @@ def test_what_is_read_is_reported_as_bytes_on_disk(tmp_path: Path) -> None:
         (file,) = find_files([tmp_path / name])
         list(read_split(Split(file, 0, 0, file.size, 0), RecordForm(), seen.append))
         assert sum(seen) == file.size
+    whole = tmp_path / "a.jsonl"
+    seen = []
+    for shard in deal_out(find_files([whole]), shard_bytes=1000):
+        for split in shard:
+            list(read_split(split, RecordForm(), seen.append))
+    assert sum(seen) == whole.stat().st_size
 
 
 @settings(deadline=None)

@@ -1,0 +1,145 @@
+"""`hunyuan-data mix`: what the stages of an experiment will read, before anything trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import new_folder, write_file
+from hunyuan_pretrain.data.sample_order import SampleOrder
+
+REPORT = "mix.json"
+
+
+def mix(config: str, overrides: list[str], output: str | None, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
+    """Print the mixture of every stage, and store it in the folder `output` with a picture; returns what is stored.
+
+    Raises DataFormatError if the data is not there or cannot give what the stages ask for, ConfigError for a wrong experiment.
+    """
+    experiment = load_experiment(Path(config), overrides)
+    order = SampleOrder(experiment, None)
+    stages = [describe_stage(experiment, order, number) for number in range(len(experiment.stages))]
+    report = {"experiment": experiment.name, "seed": experiment.seed, "stages": stages}
+    for stage in stages:
+        _print_stage(stage, console)
+    if output is not None:
+        with new_folder(output, marker=REPORT, overwrite=overwrite) as folder:
+            draw(stages, folder / "mix.png")
+            write_file(folder / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        console.print(f"{output}: {REPORT} and mix.png")
+    return report
+
+
+def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> dict[str, Any]:
+    """Tokens and epochs by source, padding, documents cut, and the context that tokens see, of one stage.
+
+    Of an epoch that is not whole, a source counts in proportion: which of its sequences are drawn is random.
+    """
+    stage, mixture = experiment.stages[number], order.mixture
+    epochs, tokens = mixture.epochs(number), mixture.tokens(number)
+    sources, bins, context_sum = [], np.zeros(1), 0.0
+    padding = 0.0
+    for source, count in mixture.counts[number].items():
+        path = mixture.sources[source]
+        dataset = order.datasets[path]
+        share = count / len(dataset)
+        padding += share * (len(dataset) * dataset.sequence_length - dataset.index.num_tokens)
+        of_source, sum_of_source = context_of(dataset.index.piece_length)
+        size = max(len(bins), len(of_source))
+        bins = np.pad(bins, (0, size - len(bins))) + share * np.pad(of_source, (0, size - len(of_source)))
+        context_sum += share * sum_of_source
+        manifest = dataset.index.manifest
+        sources.append(
+            {
+                "path": path,
+                "sequences": count,
+                "tokens": round(tokens[path]),
+                "share": tokens[path] / sum(tokens.values()),
+                "epochs_of_stage": share,
+                "epochs_at_end": epochs[path],
+                "max_epochs": next((entry.max_epochs for entry in stage.data if entry.path == path), None),
+                "documents": manifest["documents"],
+                "cut_documents": manifest["cut_documents"],
+            }
+        )
+    total = sum(tokens.values())
+    return {
+        "name": stage.name,
+        "steps": stage.num_steps,
+        "sequence_length": stage.sequence_length,
+        "tokens": round(total),
+        "padding": padding / (total + padding),
+        "skipped_steps": stage.skip_data_steps,
+        "sources": sources,
+        "context": {
+            "at_least": [0, *(2**power for power in range(len(bins) - 1))],
+            "tokens": bins.tolist(),
+            "mean": context_sum / total,
+        },
+    }
+
+
+def context_of(piece_lengths: np.ndarray) -> tuple[np.ndarray, float]:
+    """(tokens by bin of context 0, 1, 2-3, 4-7, ..., sum of the context of all tokens) of pieces; the n-th token of a piece sees n - 1."""
+    lengths, counts = np.unique(piece_lengths, return_counts=True)
+    longest = int(lengths.max(initial=1))
+    lower = np.array([0, *(1 << power for power in range(longest.bit_length() + 1))])
+    # tokens with a context of at least `lower`, less those of the next bin
+    at_least = np.array([(np.maximum(lengths.astype(np.int64) - low, 0) * counts).sum() for low in lower], dtype=np.float64)
+    total = float((lengths.astype(np.float64) * (lengths - 1.0) / 2 * counts).sum())
+    return (at_least - np.append(at_least[1:], 0))[: longest.bit_length() + 1], total
+
+
+def _print_stage(stage: dict[str, Any], console: Console) -> None:
+    title = f"{stage['name']}: {stage['steps']:,} steps of {stage['sequence_length']:,} tokens a sequence, {stage['tokens']:,} tokens"
+    table = Table("source", "tokens", "share", "epochs", "at its end", "documents cut", title=title, title_justify="left")
+    for source in stage["sources"]:
+        allowed = f" of {source['max_epochs']:g}" if source["max_epochs"] else ""
+        cut = source["cut_documents"] / source["documents"]
+        table.add_row(
+            source["path"],
+            f"{source['tokens']:,}",
+            f"{source['share']:.2%}",
+            f"{source['epochs_of_stage']:.3g}",
+            f"{source['epochs_at_end']:.3g}{allowed}",
+            f"{source['cut_documents']:,} ({cut:.2%})",
+        )
+    console.print(table)
+    context = stage["context"]
+    shares = []
+    for threshold in (1024, 4096, 32768, 131072):
+        seeing = sum(tokens for low, tokens in zip(context["at_least"], context["tokens"], strict=True) if low >= threshold)
+        if threshold < stage["sequence_length"]:
+            shares.append(f"{seeing / stage['tokens']:.1%} at least {threshold:,}")
+    console.print(
+        f"padding {stage['padding']:.4%}; a token sees {context['mean']:,.0f} tokens of its document on average; {', '.join(shares)}"
+    )
+    console.print()
+
+
+def draw(stages: list[dict[str, Any]], file: Path) -> None:
+    """A picture: tokens by source and the context that tokens see, a row a stage. Raises DataFormatError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DataFormatError("the picture needs the package matplotlib: pip install matplotlib, or leave --output out") from None
+    figure = Figure(figsize=(12, 1 + 2.6 * len(stages)), layout="constrained")
+    axes = figure.subplots(len(stages), 2, squeeze=False)
+    for (left, right), stage in zip(axes, stages, strict=True):
+        names = [Path(source["path"]).name for source in stage["sources"]]
+        left.barh(names, [source["tokens"] for source in stage["sources"]])
+        for position, source in enumerate(stage["sources"]):
+            left.annotate(f" {source['share']:.1%}, {source['epochs_at_end']:.2g} epochs", (0, position), va="center")
+        left.set_title(f"{stage['name']}: tokens by source")
+        right.bar([f"{low:,}" for low in stage["context"]["at_least"]], [tokens / stage["tokens"] for tokens in stage["context"]["tokens"]])
+        right.tick_params(axis="x", rotation=60, labelsize=7)
+        right.set_title(f"share of tokens by context, mean {stage['context']['mean']:,.0f} of {stage['sequence_length']:,}")
+    figure.savefig(file)

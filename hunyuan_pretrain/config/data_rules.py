@@ -1,0 +1,46 @@
+"""Rules of what a stage reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hunyuan_pretrain.config.schema import Experiment, Problem
+
+
+def tiers_are_whole(experiment: Experiment) -> Iterator[Problem]:
+    """tier_weights names every tier of its stage's sources, and no other."""
+    for number, stage in enumerate(experiment.stages):
+        tiers = {source.tier for source in stage.data}
+        if stage.tier_weights is None:
+            if tiers != {None}:
+                named = ", ".join(sorted(tier for tier in tiers if tier))
+                yield Problem(
+                    f"stages.{number}.data",
+                    Problem.NO_VALUE,
+                    f"tier {named}: " + "tiers have no effect without tier_weights",
+                    "give it, or remove tier",
+                )
+            continue
+        for index, source in enumerate(stage.data):
+            if source.tier not in stage.tier_weights:
+                known = ", ".join(stage.tier_weights) or "none"
+                yield Problem(f"stages.{number}.data.{index}.tier", source.tier, "not in tier_weights", f"which has {known}")
+        for tier in stage.tier_weights:
+            if tier not in tiers:
+                yield Problem(f"stages.{number}.tier_weights.{tier}", stage.tier_weights[tier], "no source of the stage has this tier")
+
+
+def skipped_steps_are_in_order(experiment: Experiment) -> Iterator[Problem]:
+    """Ranges of skip_data_steps follow one another and do not overlap."""
+    for number, stage in enumerate(experiment.stages):
+        end = 0
+        for first, last in stage.skip_data_steps:
+            where = f"stages.{number}.skip_data_steps"
+            if first > last:
+                yield Problem(where, [first, last], "a range is [first, last]", f"use [{last}, {first}]")
+            elif first <= end:
+                yield Problem(where, [first, last], "begins before the range before it ends", f"use {end + 1} or more, or join them")
+            end = max(end, last)
+
+
+DATA_RULES = (tiers_are_whole, skipped_steps_are_in_order)
