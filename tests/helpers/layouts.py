@@ -154,7 +154,7 @@ def sparsely_crossed(products: Iterable[Layout]) -> list[Layout]:
     met: set[tuple[Any, ...]] = set()
     chosen = []
     for layout in products:
-        candidates = [replace(layout, **_draw_variant(draw, layout)) for _ in range(24)]
+        candidates = [replace(layout, **_draw_variant(draw, layout)) for _ in range(32)]
         candidates.sort(key=lambda candidate: len(pairs(candidate) - met), reverse=True)
         best = next(candidate for candidate in [*candidates, layout] if not candidate.problems())
         met |= pairs(best)
