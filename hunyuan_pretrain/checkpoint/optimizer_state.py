@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import NamedTuple
 
 import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
@@ -34,18 +35,18 @@ def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> It
 
     Communicates: data-parallel groups of the parameters, if the distributed optimizer has divided the state among their ranks.
     """
-    pieces = {parameter: (part, main, first) for part, parameter, main, first in _pieces(optimizer)}
+    pieces = {piece.parameter: piece for piece in _pieces(optimizer)}
     is_divided = any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
     for model, name, parameter, place in _parameters(chunks):
         group = model.groups.expt_dp if getattr(parameter, "is_routed_expert", False) else model.groups.dp_cp
         tensors = {kind: torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device) for kind in _kinds(parameter)}
         if parameter in pieces:
-            part, main, first = pieces[parameter]
+            piece = pieces[parameter]
             for kind, tensor in tensors.items():
                 # before the first update there are no moments: zero
-                mine = main if kind == "main" else part.optimizer.state[main].get(kind)
+                mine = piece.main if kind == "main" else piece.owner.state[piece.main].get(kind)
                 if mine is not None:
-                    tensor.view(-1)[first : first + mine.numel()] = mine.detach().reshape(-1)
+                    piece.part_of(tensor).copy_(mine.detach())
         if is_divided and group.size() > 1:
             for tensor in tensors.values():
                 dist.all_reduce(tensor, group=group)  # every element is on one rank, the others add zero
@@ -77,18 +78,29 @@ def restore_optimizer_state(
 ) -> None:
     """Copy this rank's share of what was read into the optimizer, and set the number of updates made. The model is loaded before."""
     names = {parameter: name for _, name, parameter, _ in _parameters(chunks)}
-    for part, parameter, main, first in _pieces(optimizer):
-        tensors = {kind: tensor.view(-1)[first : first + main.numel()].view_as(main) for kind, tensor in loaded[names[parameter]].items()}
-        if "main" in tensors:
-            main.copy_(tensors["main"])
-        state = {kind: tensors[kind].clone() for kind in MOMENTS}
-        if isinstance(part.optimizer, torch.optim.Adam):
-            state["step"] = torch.tensor(float(num_updates), device=main.device)
-        part.optimizer.state[main] = state
-    for part in optimizer.chained_optimizers:
-        if not isinstance(part.optimizer, torch.optim.Adam):  # the fused ones of Apex and Transformer Engine count for a group
-            for group in part.optimizer.param_groups:
+    for piece in _pieces(optimizer):
+        tensors = {kind: piece.part_of(tensor) for kind, tensor in loaded[names[piece.parameter]].items()}
+        piece.main.copy_(tensors["main"] if "main" in tensors else piece.part_of(piece.parameter))
+        state = {kind: torch.empty_like(piece.main).copy_(tensors[kind]) for kind in MOMENTS}
+        if isinstance(piece.owner, torch.optim.Adam):
+            state["step"] = torch.tensor(float(num_updates), device=piece.main.device)
+        else:  # the fused ones of Apex and Transformer Engine count for a group
+            for group in piece.owner.param_groups:
                 group["step"] = num_updates
+        piece.owner.state[piece.main] = state
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer._sync_sub_optimizers_state_to_hdo()  # as after every step
+
+
+@torch.no_grad()
+def reload_weights(optimizer: MegatronOptimizer) -> None:
+    """Copy this rank's weights, which something else has written, into what the optimizer updates in their place.
+
+    Core's reload_model_params forgets the offloaded copies of fp32 weights.
+    """
+    for piece in _pieces(optimizer):
+        piece.main.copy_(piece.part_of(piece.parameter))
 
 
 def _kinds(parameter: Tensor) -> tuple[str, ...]:
@@ -102,19 +114,46 @@ def _parameters(chunks: list[HunyuanModel]) -> Iterator[tuple[HunyuanModel, str,
             yield model, name, parameter, places[name]
 
 
-def _pieces(optimizer: MegatronOptimizer) -> Iterator[tuple[Any, torch.nn.Parameter, Tensor, int]]:
-    """(optimizer, model parameter, the tensor that it updates for it, first element of the parameter in that tensor) on this rank."""
+class _Piece(NamedTuple):
+    """What the optimizer of this rank updates of one parameter."""
+
+    parameter: torch.nn.Parameter
+    main: Tensor
+    """fp32; the parameter itself, a part of it, or a copy, which may be on the host (offloaded)."""
+    owner: torch.optim.Optimizer
+    """Whose state has the moments, under `main`."""
+    first: int = 0
+    """Element of the parameter with which it begins."""
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """These elements of a tensor in the parameter's shape, as a view in the shape of `main`."""
+        return tensor.detach().view(-1)[self.first : self.first + self.main.numel()].view_as(self.main)
+
+
+def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
     for part in optimizer.chained_optimizers:
+        inner = part.optimizer
         if isinstance(part, DistributedOptimizer):
+            is_offloaded = isinstance(inner, HybridDeviceOptimizer)
             parameters = chain(*part.model_float16_groups, *part.model_fp32_groups)
-            mains = chain(*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups)
-            for parameter, main in zip(parameters, mains, strict=True):
-                yield part, parameter, main, part._get_model_param_range_map(parameter)["param"].start
+            # with core's offloaded optimizer the distributed one has no main weights
+            shards = chain(*(part.shard_float16_groups if is_offloaded else part.shard_fp32_from_float16_groups), *part.shard_fp32_groups)
+            owners = _owners(inner) if is_offloaded else {}
+            for parameter, shard in zip(parameters, shards, strict=True):
+                main = inner.param_to_inner_param[shard] if is_offloaded else shard
+                yield _Piece(
+                    parameter, main, owners[main] if is_offloaded else inner, part._get_model_param_range_map(parameter)["param"].start
+                )
         elif isinstance(part, Float16OptimizerWithFloat16Params):
             for parameter, main in zip(chain(*part.float16_groups), chain(*part.fp32_from_float16_groups), strict=True):
-                yield part, parameter, main, 0
+                yield _Piece(parameter, main, inner)
             for parameter in chain(*part.fp32_from_fp32_groups):
-                yield part, parameter, parameter, 0
+                yield _Piece(parameter, parameter, inner)
         else:
             for parameter in part.get_parameters():
-                yield part, parameter, parameter, 0
+                yield _Piece(parameter, parameter, inner)
+
+
+def _owners(optimizer: HybridDeviceOptimizer) -> dict[Tensor, torch.optim.Optimizer]:
+    """Weight on the host or the device -> the one of the offloaded optimizer's own optimizers that updates it."""
+    return {weight: owner for owner in optimizer.sub_optimizers for group in owner.param_groups for weight in group["params"]}

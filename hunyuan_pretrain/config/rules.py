@@ -217,6 +217,15 @@ def param_gather_overlap_needs_its_base(experiment: Experiment) -> Iterator[Prob
         yield Problem("parallel.overlap_param_gather", True, f"needs {needs}", f"set {needs} to true, or this to false")
 
 
+def offload_needs_the_distributed_optimizer(experiment: Experiment) -> Iterator[Problem]:
+    fraction = experiment.optimizer.cpu_offload_fraction
+    if fraction > 1:
+        yield Problem("optimizer.cpu_offload_fraction", fraction, "a fraction of the optimizer state", "use 1 to offload all of it")
+    elif fraction and not experiment.parallel.use_distributed_optimizer:
+        rule = "core's offloaded optimizer takes its weights and gradients from the distributed optimizer"
+        yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "set parallel.use_distributed_optimizer to true, or this to 0")
+
+
 def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator[Problem]:
     """Rules that need the number of ranks; `world_size` is that of the job, None where only the config speaks."""
     parallel = experiment.parallel
@@ -355,6 +364,13 @@ def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Proble
         yield Problem("checkpoint.save_every_steps", checkpoint.save_every_steps, rule, "use fewer steps")
 
 
+def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]:
+    fraction = experiment.optimizer.cpu_offload_fraction
+    if fraction and experiment.runtime.device == "cpu":
+        rule = "runtime.device is cpu: the state is in the host's memory anyway, and copies of the weights are added to it"
+        yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "use 0")
+
+
 def total_steps(experiment: Experiment) -> int:
     """Steps of all stages together."""
     return sum(stage.num_steps for stage in experiment.stages)
@@ -376,6 +392,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     pipeline_never_cuts_a_cla_group,
     heads_trade_for_tokens,
     param_gather_overlap_needs_its_base,
+    offload_needs_the_distributed_optimizer,
     routing_group_divides_sequences,
     ranks_hold_whole_routing_groups,
     one_source_of_the_expert_lr,
@@ -388,4 +405,5 @@ WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     capacity_below_one_drops,
     peak_is_reached,
     keep_last_has_something_to_remove,
+    offload_has_a_device_to_relieve,
 )

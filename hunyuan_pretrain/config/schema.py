@@ -233,6 +233,13 @@ class OptimizerConfig(Section):
     adam_eps: PositiveFloat = setting("Added to the root of the second moment.", 1e-8, typical="1e-8")
     weight_decay: NonNegativeFloat = setting("Decoupled weight decay of matrices; norm weights have none.", 0.1, typical="0.1")
     clip_grad: NonNegativeFloat = setting("Global gradient norm is clipped to this; 0 turns clipping off.", 1.0, typical="1.0")
+    cpu_offload_fraction: NonNegativeFloat = setting(
+        "Share of a rank's optimizer state (both moments and the fp32 main weights) that is kept in the host's memory and updated by the "
+        "CPU, from 0 to 1; whole tensors, so a little more. Gradients and new weights travel between the two in every step.",
+        0.0,
+        unit="fraction of the elements",
+        typical="0, or 1 where the memory of the GPU does not suffice",
+    )
     expert_lr_ratio: PositiveFloat | None = setting(
         "Learning rate of routed experts over that of all other weights. null: computed from expert_lr_noise_scale_tokens.",
         0.31,

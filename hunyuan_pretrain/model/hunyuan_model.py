@@ -27,7 +27,7 @@ from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entr
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import RMSNorm, rope_table
-from hunyuan_pretrain.model.router import STATISTICS, RoutingKey
+from hunyuan_pretrain.model.router import STATISTICS, Routing
 from hunyuan_pretrain.model.spec import Spec, local_spec
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
 from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
@@ -135,7 +135,7 @@ class HunyuanModel(MegatronModule):
         rope_alpha: float,
         label_T: Tensor | None = None,
         loss_weight_T: Tensor | None = None,
-        key: RoutingKey | None = None,
+        key: Routing = None,
         context: ContextSlice | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are given, of the last
@@ -144,12 +144,12 @@ class HunyuanModel(MegatronModule):
         T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their router
         statistics, and logits' rows are those of this tensor-parallel rank's share of them.
         borders: cu_seqlens of the documents as Python ints, over the tokens of all context-parallel ranks, of which `context` says which
-        are this rank's; positions restart at each. With `key` (training) experts
-        have their capacity and the router its losses, without (evaluation) routing is dropless.
+        are this rank's; positions restart at each. With a RoutingKey (training)
+        experts have their capacity and the router its losses, otherwise (evaluation) routing is dropless.
         """
         config, tp = self.config, self.groups.tp
         if config.sequence_parallel and key is not None:
-            key = key._replace(group_n=key.group_n.view(tp.size(), -1)[tp.rank()])
+            key = key.share(tp.rank(), tp.size())
         table = rope_table(positions_T, rope_base(config.rotary_base, rope_alpha, config.kv_channels), config.kv_channels)
         packed = packed_sequences(table, borders, context)
         if self.pre_process:

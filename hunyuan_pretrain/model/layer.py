@@ -16,7 +16,7 @@ from hunyuan_pretrain.model.attention import PackedSequences, SelfAttention, Sha
 from hunyuan_pretrain.model.experts import RoutedExperts, SharedExpert
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm
-from hunyuan_pretrain.model.router import Router, RoutingKey
+from hunyuan_pretrain.model.router import Router, Routing
 from hunyuan_pretrain.model.spec import Spec
 
 
@@ -29,7 +29,7 @@ class MixtureOfExperts(torch.nn.Module):
         self.experts = RoutedExperts(config, spec, groups)
         self.shared_experts = SharedExpert(config, spec, groups)
 
-    def forward(self, hidden_TD: Tensor, key: RoutingKey | None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_TD: Tensor, key: Routing) -> tuple[Tensor, Tensor]:
         """Returns ((T, D), router statistics (X,))."""
         plan, statistics_X = self.router(hidden_TD, key)
         return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics_X
@@ -46,9 +46,7 @@ class TransformerLayer(torch.nn.Module):
         self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size)
         self.mlp = MixtureOfExperts(config, layer, spec, groups)
 
-    def forward(
-        self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: RoutingKey | None
-    ) -> tuple[Tensor, SharedKV, Tensor]:
+    def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: Routing) -> tuple[Tensor, SharedKV, Tensor]:
         """Returns ((T, D), keys and values of the group, router statistics (X,))."""
         attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, packed)
         hidden_TD = hidden_TD + attention_TD
@@ -57,7 +55,7 @@ class TransformerLayer(torch.nn.Module):
 
 
 def run_cla_group(
-    layers: Sequence[TransformerLayer], hidden_TD: Tensor, packed: PackedSequences, key: RoutingKey | None, recompute: bool
+    layers: Sequence[TransformerLayer], hidden_TD: Tensor, packed: PackedSequences, key: Routing, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """Pass hidden_TD through the layers of one CLA group; returns ((T, D), router statistics (L, X)).
 

@@ -83,6 +83,24 @@ class RoutingKey(NamedTuple):
     group_n: torch.Tensor  # (n,) number of each routing group within the step's global batch
     num_global_groups: int  # routing groups of the step's global batch
 
+    def share(self, rank: int, size: int) -> RoutingKey:
+        """The key of one of `size` ranks that divide the tokens evenly, in order."""
+        return self._replace(group_n=self.group_n.view(size, -1)[rank])
+
+
+class CountedTokens(NamedTuple):
+    """Routing of a validation: every token goes where it chose, and the statistics count some of the tokens only."""
+
+    is_counted_T: torch.Tensor  # bool
+
+    def share(self, rank: int, size: int) -> CountedTokens:
+        """Those of one of `size` ranks that divide the tokens evenly, in order."""
+        return CountedTokens(self.is_counted_T.view(size, -1)[rank])
+
+
+Routing = RoutingKey | CountedTokens | None
+"""RoutingKey: training, with capacity, recycling and losses. Otherwise every token goes where it chose; None: and all are counted."""
+
 
 class RoutingPlan(NamedTuple):
     """Where each token goes. Rows are the experts' input, expert after expert, on this rank before any exchange."""
@@ -147,12 +165,12 @@ class Router(torch.nn.Module):
         weight.sequence_parallel = config.sequence_parallel
         self.weight = weight
 
-    def forward(self, hidden_TD: torch.Tensor, key: RoutingKey | None) -> tuple[RoutingPlan, torch.Tensor]:
+    def forward(self, hidden_TD: torch.Tensor, key: Routing) -> tuple[RoutingPlan, torch.Tensor]:
         """Route this rank's tokens, whole routing groups in order.
 
-        With `key` (training) the capacity, recycling and losses of the config apply; without (evaluation, export) every token
+        With a RoutingKey (training) the capacity, recycling and losses of the config apply; otherwise (evaluation, export) every token
         goes where it chose. Returns the plan and detached statistics (E + len(STATISTICS),): chosen tokens of each expert before recycling,
-        then sums over this rank's tokens or groups. Communicates nothing.
+        then sums over this rank's counted tokens or groups. Communicates nothing.
         """
         config, T = self.config, hidden_TD.shape[0]
         E, K = config.num_moe_experts, config.moe_router_topk
@@ -160,10 +178,11 @@ class Router(torch.nn.Module):
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = probs_TE.topk(K, dim=-1).indices
         statistics = torch.zeros(E + len(STATISTICS), device=hidden_TD.device)
-        statistics[:E] = torch.bincount(chosen_TK.reshape(-1), minlength=E)
-        statistics[-1] = T
+        counted_TK = chosen_TK[key.is_counted_T] if isinstance(key, CountedTokens) else chosen_TK
+        statistics[:E] = torch.bincount(counted_TK.reshape(-1), minlength=E)
+        statistics[-1] = counted_TK.shape[0]
 
-        if key is None or config.moe_expert_capacity_factor is None:
+        if not isinstance(key, RoutingKey) or config.moe_expert_capacity_factor is None:
             row_TK, token_R, counted_E = _plan_dropless(chosen_TK, E)
             rows_E: torch.Tensor | int = counted_E
             expert_TK, is_permutation, is_dropped = chosen_TK, K == 1, None
@@ -181,7 +200,7 @@ class Router(torch.nn.Module):
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         if is_dropped is not None and not is_permutation:
             weight_TK = weight_TK.masked_fill(row_TK == rows_E * E, 0.0)
-        if key is not None:
+        if isinstance(key, RoutingKey):
             balance_loss, z_loss = self.losses(logits_TE, probs_TE, chosen_TK)
             loss = config.moe_aux_loss_coeff * balance_loss + (config.moe_z_loss_coeff or 0.0) * z_loss
             if torch.is_grad_enabled():

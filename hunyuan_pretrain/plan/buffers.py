@@ -83,6 +83,11 @@ class Weight:
     is_shared_embedding: bool = False
     """Also on another pipeline stage."""
 
+    @property
+    def parameter_group(self) -> int:
+        """Place of the optimizer's parameter group with this weight: all other weights, routed experts, norms."""
+        return 1 if self.is_routed_expert else 2 if self.is_replicated and not self.is_router else 0
+
 
 def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Weight]:
     """Parameters of one stage in the order in which HunyuanModel registers them."""
@@ -128,6 +133,8 @@ class Buffer:
     """Whether the optimizer state is divided over the ranks (distributed optimizer); elements are then padded."""
     places: list[tuple[int, int]] = field(default_factory=list)
     """(start, end) of each weight."""
+    weights: list[Weight] = field(default_factory=list)
+    """The weight at each place."""
     buckets: list[tuple[int, int]] = field(default_factory=list)
     """(start, end) of each bucket: what is reduced and gathered in one call."""
 
@@ -143,15 +150,21 @@ class Buffer:
 
     def kept(self) -> list[int]:
         """Elements whose optimizer state each of the ranks keeps."""
+        return [sum(size for _, size in pieces) for pieces in self.pieces()]
+
+    def pieces(self) -> list[list[tuple[Weight, int]]]:
+        """For each of the ranks the weights whose optimizer state it keeps, or keeps a part of, in order, and how many elements of each."""
         if not self.is_sharded:
-            return [sum(end - start for start, end in self.places)] * self.num_ranks
-        kept = [0] * self.num_ranks
+            return [[(weight, end - start) for weight, (start, end) in zip(self.weights, self.places, strict=True)]] * self.num_ranks
+        pieces: list[list[tuple[Weight, int]]] = [[] for _ in range(self.num_ranks)]
         for first, last in self.buckets:
             share = (last - first) // self.num_ranks
-            for start, end in ((start - first, end - first) for start, end in self.places if first <= start < last):
-                for rank in range(start // share, -(-end // share)):
-                    kept[rank] += min(end, (rank + 1) * share) - max(start, rank * share)
-        return kept
+            for weight, (start, end) in zip(self.weights, self.places, strict=True):
+                if first <= start < last:
+                    for rank in range((start - first) // share, -(-(end - first) // share)):
+                        size = min(end - first, (rank + 1) * share) - max(start - first, rank * share)
+                        pieces[rank].append((weight, size))
+        return pieces
 
 
 def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int) -> list[Buffer]:
@@ -198,6 +211,7 @@ def _lay_out(weights: list[Weight], buffer: Buffer, limit: int | None) -> Buffer
         if is_alone and position > first:
             first = position = close(position)
         buffer.places.append((position, position + weight.size))
+        buffer.weights.append(weight)
         position += weight.size
         if is_alone or (limit is not None and position - first >= limit):
             first = position = close(position)

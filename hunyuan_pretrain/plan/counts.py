@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.plan.buffers import buffers_of_stage, grid, stages_of
+from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage, grid, stages_of
 
 
 @dataclass(frozen=True)
@@ -136,25 +136,35 @@ class RankMemory:
     gradients: int
     optimizer: int
     """Both Adam moments in fp32 and, with bf16 weights, the fp32 main weights."""
+    host: int = 0
+    """What the offloaded optimizer keeps in the host's memory, beside the device's: of each element both moments, weight and gradient,
+    in fp32."""
 
     @property
     def total(self) -> int:
-        """Weights, gradients and optimizer state together, bytes."""
+        """Weights, gradients and optimizer state on the device together, bytes."""
         return self.weights + self.gradients + self.optimizer
 
 
 def memory_per_rank(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, pipeline_rank: int | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    world_size: int,
+    pipeline_rank: int | None = None,
+    cpu_offload_fraction: float = 0.0,
 ) -> RankMemory:
     """Bytes of the rank that keeps the most, of all ranks or of those at one place of the pipeline.
 
     Router weights are fp32 in every precision; the last stage of a model with tied embeddings keeps a copy of them. The distributed
     optimizer divides the optimizer state of the routed experts over the ranks that hold the same ones, of all else over data and context
     parallel ranks; its buffers are padded, and the padding is counted. Left out: a counter of 4 bytes for each parameter.
+    cpu_offload_fraction: optimizer.cpu_offload_fraction, of the state of the rank.
     Raises ValueError where the layout does not divide the ranks, or there is no such pipeline rank.
     """
     places = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
-    return max((memory for place in places for memory in memory_of_ranks(model, parallel, precision, world_size, place)), key=_total)
+    parts = model, parallel, precision, world_size
+    return max((memory for place in places for memory in memory_of_ranks(*parts, place, cpu_offload_fraction)), key=_total)
 
 
 def _total(memory: RankMemory) -> int:
@@ -162,7 +172,12 @@ def _total(memory: RankMemory) -> int:
 
 
 def memory_of_ranks(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, pipeline_rank: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    world_size: int,
+    pipeline_rank: int,
+    cpu_offload_fraction: float = 0.0,
 ) -> list[RankMemory]:
     """The same for each of the world_size / PP ranks at one place of the pipeline, which are consecutive."""
     ranks = grid(parallel, world_size)
@@ -170,14 +185,34 @@ def memory_of_ranks(
     buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(model, parallel, precision, world_size, chunk)]
     weights = sum(buffer.size * buffer.weight_bytes for buffer in buffers)
     gradients = sum(buffer.size * buffer.gradient_bytes for buffer in buffers)
-    states = {"dp": [0] * ranks.dp_cp, "expert_dp": [0] * ranks.expert_dp}
-    for buffer in buffers:
-        for shard, kept in enumerate(buffer.kept()):
-            states[buffer.axis][shard] += buffer.state_bytes * kept
-    return [
-        RankMemory(weights, gradients, states["dp"][ranks.shard(rank, False)] + states["expert_dp"][ranks.shard(rank, True)])
-        for rank in range(world_size // ranks.pp)
+    states = {
+        axis: [_state_of_shard([buffer for buffer in buffers if buffer.axis == axis], shard, cpu_offload_fraction) for shard in range(size)]
+        for axis, size in (("dp", ranks.dp_cp), ("expert_dp", ranks.expert_dp))
+    }
+    shards = [
+        (states["dp"][ranks.shard(rank, False)], states["expert_dp"][ranks.shard(rank, True)]) for rank in range(world_size // ranks.pp)
     ]
+    return [RankMemory(weights, gradients, dense[0] + expert[0], dense[1] + expert[1]) for dense, expert in shards]
+
+
+def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: float) -> tuple[int, int]:
+    """Bytes of optimizer state on (the device, the host) of one rank of those that share these buffers, which one optimizer updates.
+
+    Core's offloaded optimizer (HybridDeviceOptimizer) takes weights in the order of parameter groups, in each group fp32 ones first, until
+    it has the wanted share of the elements.
+    """
+    pieces = [(buffer, weight, size) for buffer in buffers for weight, size in buffer.pieces()[shard]]
+    pieces.sort(key=lambda piece: (piece[1].parameter_group, piece[0].weight_bytes != 4))
+    wanted = sum(size for _, _, size in pieces) * cpu_offload_fraction
+    on_device = offloaded = 0
+    for buffer, _, size in pieces:
+        if offloaded < wanted:
+            offloaded += size
+        else:
+            # between the steps it keeps an fp32 copy of gradients in bf16
+            copied = 4 if cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
+            on_device += size * (buffer.state_bytes + copied)
+    return on_device, 16 * offloaded
 
 
 def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:

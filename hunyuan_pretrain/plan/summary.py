@@ -68,7 +68,8 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         "expert-tensor": shares.expert_tp,
     }
     held = f"{model.num_moe_experts // shares.ep} experts of each layer on a rank"
-    memories = [memory_per_rank(model, parallel, experiment.precision, ranks, place) for place in places]
+    fraction = experiment.optimizer.cpu_offload_fraction
+    memories = [memory_per_rank(model, parallel, experiment.precision, ranks, place, fraction) for place in places]
     memory = max(memories, key=lambda memory: memory.total)
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     note = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
@@ -78,6 +79,9 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         Row("layout", "experts", f"{shares.ep} shares", held),
         Row("layout", "memory per rank", gib(memory.total), f"{note}; activations come on top"),
     ]
+    if fraction:
+        note = "moments, weights and gradients of the offloaded optimizer state, in fp32"
+        rows.append(Row("layout", "host memory per rank", gib(memory.host), note))
     if shares.pp > 1:
         layers = ", ".join(str(len(stage)) for stage in pipeline_stages(model, parallel))
         rows.insert(1, Row("layout", "pipeline", f"{len(pipeline_stages(model, parallel))} stages", f"{layers} layers"))

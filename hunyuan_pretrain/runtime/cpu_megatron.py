@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 import types
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from importlib import metadata
@@ -76,6 +76,16 @@ def _synchronize() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
+class _Event:
+    """A mark on such a stream."""
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Stream:
     """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
 
@@ -84,6 +94,9 @@ class _Stream:
 
     def wait_stream(self, other: object) -> None:
         pass
+
+    def record_event(self) -> _Event:
+        return _Event()
 
     def synchronize(self) -> None:
         pass
@@ -94,6 +107,40 @@ def _streams() -> None:
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
     torch.cuda.default_stream = lambda device=None: _Stream()  # type: ignore[assignment,return-value]
     torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
+
+
+class _HostCopy(torch.Tensor):
+    """What pin_memory() returned, and what is computed from it."""
+
+    is_cuda = False  # type: ignore[assignment]
+
+
+def _pinned_memory() -> None:
+    empty = torch.empty
+
+    @wraps(empty)
+    def pageable_empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return empty(*args, **kwargs)
+
+    torch.empty = pageable_empty  # type: ignore[assignment]
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone().as_subclass(_HostCopy)  # type: ignore[method-assign,assignment]
+
+
+@contextmanager
+def weights_count_as_on_a_device() -> Iterator[None]:
+    """While this is open and there is no CUDA, tensors say is_cuda, except copies on the host: what pin_memory() returned.
+
+    For the construction of core's offloaded optimizer, which divides weights by this property and fails in its first step where no weight
+    has it. Not for longer: torch asks for it too.
+    """
+    if not _installed:
+        yield
+        return
+    torch.Tensor.is_cuda = True  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda  # what torch.Tensor inherits is back
 
 
 def _wgrad_accumulation() -> None:
@@ -135,7 +182,8 @@ PATCHES = (
     Patch("tensor_type", "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor", _tensor_type_names),
     Patch("current_device", "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()", _current_device),
     Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
-    Patch("streams", "gradient reduction orders its work on CUDA streams", _streams, since=(0, 17)),
+    Patch("streams", "the offloaded optimizer, and from 0.17 on gradient reduction, order their work on CUDA streams", _streams),
+    Patch("pinned_memory", "the offloaded optimizer pins its copies of weights and gradients on the host", _pinned_memory),
     Patch(
         "wgrad_accumulation",
         "core adds weight gradients into main_grad inside the GEMM only with Apex's extension, and refuses to without",

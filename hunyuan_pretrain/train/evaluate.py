@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
+from hunyuan_pretrain.model.router import CountedTokens
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over_batch
 
@@ -25,19 +26,21 @@ def evaluate(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Mean cross-entropy (nats a target token), number of target tokens, and routing shares; positions use `stage`'s RoPE alpha.
+    """Mean cross-entropy (nats a target token), number of target tokens, and the load of each layer's experts; positions use `stage`'s
+    RoPE alpha. The load counts every token of the validation's sequences, and none of those that only fill up the ranks' micro-batches.
 
     Communicates: all ranks (sums), and what the forward pass does.
     """
     statistics: list[Tensor] = []
+    group_tokens = experiment.model.moe_routing_group_tokens
 
     def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
-        mask_T = batch.loss_mask_T.to(device)
         inputs = micro_batch_inputs(batch, groups, experiment, device)
         mask_T = inputs.pop("loss_mask_T")
-        del inputs["group_n"]  # without capacity there are no routing groups
-        output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=None)
+        sequence_n = batch.sequence_ids.to(device)[inputs.pop("group_n") // (loader.sequence_length // group_tokens)]
+        key = CountedTokens((sequence_n < loader.num_sequences).repeat_interleave(group_tokens))
+        output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=key)
         statistics.append(statistics_LX)
         return output, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=device), torch.stack((loss, mask_T.sum())))
 

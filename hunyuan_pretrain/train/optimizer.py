@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.runtime.cpu_megatron import weights_count_as_on_a_device
 
 
 def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
@@ -40,8 +44,12 @@ def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, group
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experiment, groups: ProcessGroupCollection) -> MegatronOptimizer:
-    """AdamW over the wrapped chunks; routed experts are in groups marked `is_expert_lr`, norms have no weight decay."""
+    """AdamW over the wrapped chunks; routed experts are in groups marked `is_expert_lr`, norms have no weight decay.
+
+    With optimizer.cpu_offload_fraction the inner optimizer of each part is core's HybridDeviceOptimizer.
+    """
     settings = experiment.optimizer
+    is_offloaded = settings.cpu_offload_fraction > 0
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -55,10 +63,19 @@ def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experimen
         params_dtype=DTYPES[experiment.precision.dtype],
         use_distributed_optimizer=experiment.parallel.use_distributed_optimizer,
         overlap_param_gather=experiment.parallel.overlap_param_gather,
+        optimizer_cpu_offload=is_offloaded,
+        optimizer_offload_fraction=settings.cpu_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=is_offloaded,
     )
+    if is_offloaded:
+        # the offloaded optimizer then keeps the fp32 main weights too, of which the distributed optimizer would have another copy on the
+        # device; set here, because OptimizerConfig grants it to a certain version of Transformer Engine only, which has no part in this
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     is_routed_expert = ParamPredicate(name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False))
     overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True}}
-    optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups)
+    # outside autograd: core's shards of fp32 weights (routers are) would be results of a view, over which torch builds no optimizer
+    with torch.no_grad(), weights_count_as_on_a_device() if is_offloaded else nullcontext():
+        optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
@@ -90,20 +107,31 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
     Where the update is torch's fused AdamW, that kernel divides the gradients itself, in the pass that reads them anyway; core would
     copy and rewrite all of them first. Communicates: all groups of the optimizer.
     """
-    inner = [part.optimizer for part in optimizer.chained_optimizers]
-    if not all(type(part) is torch.optim.AdamW for part in inner):
-        return float(optimizer.step()[1])
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         return norm
     clip_grad = optimizer.config.clip_grad
     divisor = (norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
-    for part in inner:
-        # the attribute through which torch's own gradient scaler hands its scale to fused kernels
-        part.grad_scale = torch.tensor(divisor, device=part.param_groups[0]["params"][0].device) if divisor > 1.0 else None
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if type(inner) is torch.optim.AdamW:
+            # the attribute through which torch's own gradient scaler hands its scale to fused kernels
+            inner.grad_scale = torch.tensor(divisor, device=inner.param_groups[0]["params"][0].device) if divisor > 1.0 else None
+        elif clip_grad > 0 and part.get_parameters():
+            clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+        if isinstance(inner, HybridDeviceOptimizer):
+            _hand_over_fp32_gradients(inner)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _hand_over_fp32_gradients(optimizer: HybridDeviceOptimizer) -> None:
+    """Give fp32 weights that stay on the device the gradient that their update reads: core hands on those of offloaded and of bf16 weights
+    only, and would leave them as they are, silently."""
+    for weight, updated in optimizer.param_to_inner_param.items():
+        if updated is weight:
+            weight.grad = weight.decoupled_grad
 
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:

@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
@@ -119,7 +120,7 @@ def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer:
         return save_load.load(found[-1], chunks, optimizer)
     if settings.init_from is not None:
         save_load.load(Path(settings.init_from), chunks, None)
-        optimizer.reload_model_params()
+        reload_weights(optimizer)
     return 0
 
 

@@ -65,7 +65,7 @@ class Layout:
     model: str = "recycling"
     """A key of MODELS, or "random N"."""
     optimizer: str = "distributed"
-    """Or "plain"."""
+    """Or "plain", or "half offloaded": distributed, and half of its state on the host."""
     overlap: str = "nothing"
     """Or "gradients", or "everything": the gathering of parameters too."""
     recompute: str = "none"
@@ -104,7 +104,7 @@ class Layout:
             "context_parallel_method": self.attention,
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.etp,
-            "use_distributed_optimizer": self.optimizer == "distributed",
+            "use_distributed_optimizer": self.optimizer != "plain",
             "overlap_grad_reduce": self.overlap != "nothing",
             "overlap_param_gather": self.overlap == "everything",
             "recompute": self.recompute,
@@ -112,6 +112,7 @@ class Layout:
         found = experiment_fields(corpus, run_dir, steps, parallel=parallel, **{f"model__{key}": value for key, value in changes.items()})
         # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an update
         found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
+        found["optimizer"]["cpu_offload_fraction"] = 0.5 if self.optimizer == "half offloaded" else 0.0
         found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may have two busy cores
         found["precision"]["dtype"] = "bf16" if self.model == "bf16" else "fp32"
         warmup, decay = found["stages"]
@@ -139,7 +140,7 @@ def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]
 
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "model": ("recycling", "dropless", "top 2", "4 key/value heads"),
-    "optimizer": ("distributed", "plain"),
+    "optimizer": ("distributed", "plain", "half offloaded"),
     "overlap": ("nothing", "gradients", "everything"),
     "recompute": ("none", "selective", "cla_group"),
     "micro_batch": (1, 2, 4),
@@ -153,7 +154,7 @@ def sparsely_crossed(products: Iterable[Layout]) -> list[Layout]:
     met: set[tuple[Any, ...]] = set()
     chosen = []
     for layout in products:
-        candidates = [replace(layout, **_draw_variant(draw, layout)) for _ in range(24)]
+        candidates = [replace(layout, **_draw_variant(draw, layout)) for _ in range(32)]
         candidates.sort(key=lambda candidate: len(pairs(candidate) - met), reverse=True)
         best = next(candidate for candidate in [*candidates, layout] if not candidate.problems())
         met |= pairs(best)

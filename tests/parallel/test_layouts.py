@@ -34,6 +34,7 @@ ALWAYS = [
     Layout(overlap="everything", recompute="selective"),
     Layout(dp=2, micro_batch=4, later_micro_batch=1, overlap="everything"),
     Layout(dp=2, ep=2, model="dropless", recompute="selective"),
+    Layout(dp=2, etp=2, optimizer="half offloaded", overlap="everything"),
     Layout(dp=2, etp=2, model="top 2", optimizer="plain"),
     Layout(tp=2, optimizer="plain"),
     Layout(tp=2, ep=2, recompute="cla_group"),

@@ -21,7 +21,9 @@ DIVIDED_EXPERTS = Layout(dp=2, etp=2)
 TENSOR_PIPELINE = Layout(tp=2, pp=2, ep=2)
 FOUR_AXES = Layout(tp=2, dp=2, ep=2, etp=2, optimizer="plain")
 CONTEXT = Layout(cp=2, ep=2)
+OFFLOADED = Layout(dp=2, ep=2, optimizer="half offloaded")
 BF16 = Layout(dp=2, ep=2, model="bf16")
+BF16_OFFLOADED = Layout(dp=2, ep=2, model="bf16", optimizer="half offloaded")
 CHANGES = [
     # saved, resumed
     (TENSOR, INTERLEAVED),
@@ -34,7 +36,12 @@ CHANGES = [
     (TENSOR, CONTEXT),
     (CONTEXT, ONE),
     (ONE, Layout(tp=2, etp=2, optimizer="plain", overlap="gradients")),
+    (OFFLOADED, OFFLOADED),
+    (OFFLOADED, UNEVEN),
+    (INTERLEAVED, OFFLOADED),
     (BF16, Layout(dp=2, ep=2, model="bf16", optimizer="plain")),
+    (BF16, BF16_OFFLOADED),
+    (BF16_OFFLOADED, BF16),
 ]
 """Of bf16 only the optimizer changes: under another layout the sums of bf16 numbers differ by more than fp32's tolerance."""
 
@@ -124,5 +131,10 @@ def test_the_changes_meet_every_axis():
         steps = {getattr(resumed, axis) - getattr(saved, axis) for saved, resumed in CHANGES}
         assert min(steps) < 0 < max(steps), axis
     optimizers = {(saved.optimizer, resumed.optimizer) for saved, resumed in CHANGES}
-    assert optimizers >= {("plain", "distributed"), ("distributed", "plain")}
+    assert optimizers >= {
+        ("plain", "distributed"),
+        ("distributed", "plain"),
+        ("half offloaded", "plain"),
+        ("distributed", "half offloaded"),
+    }
     assert not [problem for change in CHANGES for layout in change for problem in layout.problems()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "context": (2, CP, {"qk_layernorm": False}, {}),
     "context, Ulysses": (2, ULYSSES | PLAIN, {}, {"dtype": "bf16"}),
     "data, expert, dropless": (2, EP, DROPLESS, {}),
+    "data, expert, half offloaded": (2, EP, {}, {"dtype": "bf16", "grad_reduce_in_fp32": False}),
+    "context, expert-tensor, half offloaded": (2, CP | ETP, {}, {}),
+    "tensor, wholly offloaded": (2, TP, {}, {"dtype": "bf16"}),
     "data, tensor, expert, expert-tensor": (4, TP | EP | ETP, {}, {"dtype": "bf16"}),
     "tensor, pipeline, expert, interleaved": (4, TP | PP | EP | {"virtual_pipeline_model_parallel_size": 2}, {}, {}),
     "tensor, context, Ulysses": (4, TP | ULYSSES | {"recompute": "cla_group"}, {"num_query_groups": 4}, {}),
@@ -57,6 +61,7 @@ def layout_fields(corpus: Path, run_dir: Path, name: str) -> dict[str, Any]:
     changes |= {"stages__global_batch_sequences": 4, "stages__micro_batch_sequences": 1 if "data" in name else 2}
     fields = experiment_fields(corpus, run_dir, parallel=parallel, **changes)
     fields["precision"] |= precision
+    fields["optimizer"]["cpu_offload_fraction"] = 1.0 if "wholly offloaded" in name else 0.5 if "half offloaded" in name else 0.0
     return fields
 
 
@@ -85,15 +90,30 @@ def one_step(run: Any) -> None:
 
 
 def kept_bytes(run: Any) -> RankMemory:
-    """Storage of the live tensors: of the parameters, of the gradient buffers, and of what the optimizer has beside those."""
+    """Storage of the live tensors: of the parameters, of the gradient buffers, and of what the optimizer has beside those, on the device
+    and, of an offloaded one, on the host."""
     buffers = [buffer for wrapped in run.wrapped for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
     weights = storages(parameter for model in run.chunks for parameter in model.parameters())
     gradients = storages(buffer.grad_data for buffer in buffers)
-    inner = [part.optimizer for part in run.optimizer.chained_optimizers]
-    used = [parameter for part in inner for group in part.param_groups for parameter in group["params"]]
-    used += [tensor for part in inner for state in part.state.values() for key, tensor in state.items() if key != "step"]
-    state = {place: size for place, size in storages(used).items() if place not in weights and place not in gradients}
-    return RankMemory(sum(weights.values()), sum(gradients.values()), sum(state.values()))
+    on_device, on_host = [], []
+    for part in run.optimizer.chained_optimizers:
+        part.optimizer.zero_grad()
+        on_host += getattr(part.optimizer, "cpu_optimizers", [])
+        on_device += [part.optimizer] if not hasattr(part.optimizer, "cpu_optimizers") else [part.optimizer.gpu_optimizer]
+    state, host = (
+        sum(size for place, size in storages(tensors_of(optimizers)).items() if place not in weights and place not in gradients)
+        for optimizers in (on_device, on_host)
+    )
+    return RankMemory(sum(weights.values()), sum(gradients.values()), state, host)
+
+
+def tensors_of(optimizers: list[Any]) -> Iterator[Any]:
+    """Parameters, their gradients and their state, but for the counters."""
+    for optimizer in filter(None, optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        yield from parameters
+        yield from (parameter.grad for parameter in parameters if parameter.grad is not None)
+        yield from (tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step")
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -154,11 +174,11 @@ def test_the_plan_has_every_byte_that_a_rank_sends(jobs: dict[int, list[Any]], c
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_plan_has_every_byte_that_a_rank_keeps(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
     experiment, world_size = planned(corpus, name)
-    parts = experiment.model, experiment.parallel, experiment.precision, world_size
+    parts, fraction = (experiment.model, experiment.parallel, experiment.precision, world_size), experiment.optimizer.cpu_offload_fraction
     found = [memory for _, memory in counted(jobs, name)]
     places = range(experiment.parallel.pipeline_model_parallel_size)
-    assert [memory for place in places for memory in memory_of_ranks(*parts, place)] == found
-    assert memory_per_rank(*parts).total == max(memory.total for memory in found)
+    assert [memory for place in places for memory in memory_of_ranks(*parts, place, fraction)] == found
+    assert memory_per_rank(*parts, cpu_offload_fraction=fraction).total == max(memory.total for memory in found)
 
 
 def count_each_function() -> dict[str, Any]:

@@ -49,22 +49,23 @@ def load_into(run: setup.Run, folder: Path) -> int:
     return save_load.load(folder, run.chunks, run.optimizer)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "distributed optimizer": {},
-    "plain optimizer": {"use_distributed_optimizer": False},
-    "overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "plain optimizer": {"parallel": {"use_distributed_optimizer": False}},
+    "overlapped": {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    "half offloaded": {"optimizer__cpu_offload_fraction": 0.5},
 }
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, parallel):
+@pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, changes):
     """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last bit."""
-    first = on_this_rank(fields(corpus, tmp_path, dtype, parallel=parallel))
+    first = on_this_rank(fields(corpus, tmp_path, dtype, **changes))
     trace_steps(first, range(2))
     folder = save_load.save(tmp_path, 2, first.chunks, first.optimizer, None)
     at_save = moments(first)
-    second = on_this_rank(fields(corpus, tmp_path, dtype, parallel=parallel))
+    second = on_this_rank(fields(corpus, tmp_path, dtype, **changes))
     assert load_into(second, folder) == 2
     loaded = moments(second)
     assert at_save.keys() == loaded.keys()
@@ -91,11 +92,12 @@ def test_hyperparameters_are_those_of_the_experiment_not_of_the_checkpoint(corpu
     assert {tuple(group["betas"]) for group in run.optimizer.param_groups} == {(0.9, 0.9)}
 
 
+@pytest.mark.parametrize("offloaded", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype):
+def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype, offloaded):
     """And the optimizer's own copy of them, which the first step would otherwise write over them."""
     settings = {"init_from": str(saved)}
-    fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4}))
+    fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded}))
     assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer) == 0
     assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
     loaded = dict(fresh.chunks[0].named_parameters())

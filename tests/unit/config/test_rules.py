@@ -144,6 +144,15 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             "needs parallel.use_distributed_optimizer and parallel.overlap_grad_reduce",
         ),
         (
+            ["optimizer.cpu_offload_fraction=1.5"],
+            "optimizer.cpu_offload_fraction=1.5: a fraction of the optimizer state (use 1 to offload all of it)",
+        ),
+        (
+            ["optimizer.cpu_offload_fraction=0.5", "parallel.use_distributed_optimizer=false"],
+            "optimizer.cpu_offload_fraction=0.5: core's offloaded optimizer takes its weights and gradients from the distributed optimizer "
+            "(set parallel.use_distributed_optimizer to true, or this to 0)",
+        ),
+        (
             ["stages.1.sequence_length=640"],
             "stages.1.sequence_length=640: not a multiple of model.moe_routing_group_tokens 256 "
             "(use 512 or 768, or a routing group of 128)",
@@ -253,6 +262,11 @@ def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
 def test_settings_that_take_little_effect_are_warned_of(override: str, expected: str) -> None:
     (warning,) = rules.find_warnings(experiment_with(override))
     assert expected in str(warning)
+
+
+def test_offloading_from_the_cpu_to_the_cpu_is_warned_of() -> None:
+    (warning,) = rules.find_warnings(experiment_with("optimizer.cpu_offload_fraction=0.5", "runtime.device=cpu"))
+    assert str(warning).startswith("optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in the host's memory anyway")
 
 
 def test_the_refused_value_is_never_its_own_suggestion() -> None:

@@ -26,6 +26,16 @@ def test_the_plan_says_what_the_run_does_and_costs() -> None:
     assert ("layout", "pipeline") not in rows
 
 
+def test_offloaded_state_is_planned_on_the_host() -> None:
+    """Demo, one rank: fp32 weights and gradients stay; moments go, with a copy of each weight and gradient."""
+    alone = ["parallel.world_size=null", "parallel.expert_model_parallel_size=1", "precision.dtype=fp32"]
+    rows = {row.name: row for row in summarise(load_experiment(DEMO, [*alone, "optimizer.cpu_offload_fraction=1"]), 1)}
+    assert rows["memory per rank"].value == f"{2 * 4 * 15_804_928 / 2**30:.3g} GiB"
+    assert "optimizer 0 GiB" in rows["memory per rank"].note
+    assert rows["host memory per rank"].value == f"{16 * 15_804_928 / 2**30:.3g} GiB"
+    assert "host memory per rank" not in {row.name for row in summarise(load_experiment(DEMO, alone), 1)}
+
+
 def test_the_last_stage_of_the_demo_is_five_percent() -> None:
     stages = load_experiment(DEMO).stages
     assert stages[-1].num_steps * 20 == sum(stage.num_steps for stage in stages)

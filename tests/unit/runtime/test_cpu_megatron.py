@@ -90,6 +90,19 @@ except RuntimeError as error:
     assert python(code) == "cpu_megatron.install() must run before megatron.core is imported"
 
 
+def test_tensors_say_is_cuda_only_while_asked_to():
+    """Copies on the host, and what is computed from them, never do."""
+
+    def answers() -> list[bool]:
+        weight = torch.ones(2)
+        return [tensor.is_cuda for tensor in (weight, weight.view(1, 2), weight.pin_memory(), weight.bfloat16().pin_memory().float())]
+
+    assert answers() == [False] * 4
+    with cpu_megatron.weights_count_as_on_a_device():
+        assert answers() == [True, True, False, False]
+    assert answers() == [False] * 4
+
+
 def test_every_patch_has_a_reason_of_its_own():
     assert (
         len({patch.reason for patch in cpu_megatron.PATCHES})

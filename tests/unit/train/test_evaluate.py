@@ -42,6 +42,7 @@ def test_micro_batches_and_padding_do_not_change_it(corpus, tmp_path):
     assert four["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert four["target_tokens"] == one["target_tokens"]
     assert [sum(layer) for layer in one["expert_load"]] == pytest.approx([1.0, 1.0])
+    assert four["expert_load"] == one["expert_load"], "of the five sequences only, bitwise: it is a share of choices"
 
 
 def test_it_changes_nothing_in_the_run(corpus, tmp_path):

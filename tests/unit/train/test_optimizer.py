@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train.optimizer import build_optimizer, describe_groups, optimizer_step, set_learning_rate, wrap_data_parallel
+from hunyuan_pretrain.train.parity import compare, trace_steps
 from tests.helpers import tiny
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.ranks import run_ranks
@@ -19,6 +22,7 @@ from tests.helpers.runs import experiment_fields
 
 RATIO = 0.31
 LAYOUTS = {"distributed optimizer": {}, "plain optimizer": {"use_distributed_optimizer": False}}
+OFFLOADED = {"nothing offloaded": 0.0, "half offloaded": 0.5, "all offloaded": 1.0}
 
 
 def fields(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.nda
     with torch.no_grad():
         shared.copy_(weight)
         routed.copy_(weight)
-    run.optimizer.reload_model_params()
+    reload_weights(run.optimizer)
     run.wrapped[0].zero_grad_buffer()
     shared.main_grad.copy_(gradient)
     routed.main_grad.copy_(gradient)
@@ -45,9 +49,11 @@ def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.nda
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
-@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
-def test_update_of_a_routed_expert_is_the_ratio_times_that_of_a_shared_one(corpus, tmp_path, parallel, clip_grad):
-    optimizer = {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": clip_grad}
+@pytest.mark.parametrize(
+    ("parallel", "offloaded"), [*((layout, 0.0) for layout in LAYOUTS.values()), ({}, 0.5), ({}, 1.0)], ids=[*LAYOUTS, *list(OFFLOADED)[1:]]
+)
+def test_update_of_a_routed_expert_is_the_ratio_times_that_of_a_shared_one(corpus, tmp_path, parallel, offloaded, clip_grad):
+    optimizer = {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": clip_grad, "cpu_offload_fraction": offloaded}
     shared, routed = updates_of_equal_experts(on_this_rank(fields(corpus, tmp_path, parallel=parallel, optimizer=optimizer)))
     assert np.abs(shared).min() > 1e-3
     for expert in routed:
@@ -137,3 +143,53 @@ def test_ratio_follows_the_formula_where_it_is_not_fixed(corpus, tmp_path):
     experiment = Experiment.model_validate(fields(corpus, tmp_path, optimizer=settings, model__num_moe_experts=16))
     assert expert_lr_ratio(experiment.model, experiment.optimizer, 1000) == pytest.approx(0.25, rel=1e-4)
     assert expert_lr_ratio(experiment.model, experiment.optimizer, 260_000_000) == pytest.approx(0.31, abs=0.003)
+
+
+def three_steps(corpus: Path, tmp_path: Path, dtype: str, fraction: float) -> tuple[Any, list[Any]]:
+    """A run with so much of its optimizer state offloaded, and what its first three steps computed."""
+    settings = {"lr": 1e-2, "adam_eps": 1e-3, "clip_grad": 0.5, "cpu_offload_fraction": fraction}
+    run = on_this_rank(fields(corpus, tmp_path, optimizer=settings, precision={"dtype": dtype}))
+    return run, trace_steps(run, range(3))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
+def test_training_with_offload_equals_training_without(corpus, tmp_path, dtype, fraction):
+    """Losses, clip norm, every gradient, moment and parameter; clipped in core's way, not in the kernel's, so up to rounding. Of 0.01 the
+    routers are on the host, of fp32 weights nearly all on the device."""
+    _, expected = three_steps(corpus, tmp_path, dtype, 0.0)
+    run, actual = three_steps(corpus, tmp_path, dtype, fraction)
+    assert min(trace.scalars["grad_norm"] for trace in expected) > 0.5, "it is clipped"
+    assert not [difference for difference in compare(actual, expected) if not difference.is_within]
+    (inner,) = (part.optimizer for part in run.optimizer.chained_optimizers)
+    sizes = {weight: weight.numel() for group in inner.param_groups for weight in group["params"]}
+    offloaded = sum(sizes[weight] for weight in inner.gpu_params_map_cpu_copy)
+    assert fraction * sum(sizes.values()) <= offloaded <= fraction * sum(sizes.values()) + max(sizes.values())
+    assert (inner.gpu_optimizer is None) == (fraction == 1.0)
+
+
+def test_core_would_not_update_fp32_weights_that_stay_on_the_device(corpus, tmp_path, monkeypatch):
+    """What _hand_over_fp32_gradients is for."""
+    monkeypatch.setattr("hunyuan_pretrain.train.optimizer._hand_over_fp32_gradients", lambda optimizer: None)
+    _, (trace, _, last) = three_steps(corpus, tmp_path, "fp32", 0.5)
+    stay = [name for name, value in trace.parameters.items() if (value == last.parameters[name]).all()]
+    assert 0 < len(stay) < len(trace.parameters)
+
+
+def test_core_offloads_nothing_that_does_not_count_as_on_a_device(corpus, tmp_path, monkeypatch):
+    """What weights_count_as_on_a_device is for."""
+    monkeypatch.setattr("hunyuan_pretrain.train.optimizer.weights_count_as_on_a_device", nullcontext)
+    with pytest.raises(KeyError):
+        three_steps(corpus, tmp_path, "fp32", 0.5)
+
+
+@pytest.mark.parametrize("fraction", OFFLOADED.values(), ids=OFFLOADED)
+def test_a_gradient_that_is_not_finite_changes_nothing(corpus, tmp_path, fraction):
+    model, optimizer = wrapped(corpus, tmp_path, cpu_offload_fraction=fraction)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(1.0)
+    next(model.parameters()).main_grad.view(-1)[0] = float("nan")
+    set_learning_rate(optimizer, 1e-2, RATIO)
+    assert np.isnan(optimizer_step(optimizer))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
