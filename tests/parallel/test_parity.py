@@ -48,14 +48,14 @@ def softmax_over_the_own_part_of_the_vocabulary() -> AbstractContextManager[Any]
     return patch.object(cross_entropy, "_reduce", lambda x, group, op: x if op == dist.ReduceOp.SUM else right(x, group, op))
 
 
-def loss_over_the_own_tokens() -> AbstractContextManager[Any]:
-    """The number of target tokens is this data-parallel rank's: the loss is as many times too large as there are such ranks."""
+def loss_over_one_ranks_tokens() -> AbstractContextManager[Any]:
+    """The target tokens of one data-parallel rank, the mean of all, divide the loss: it is as many times too large as there are ranks."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.train import step
 
     right = step.sum_over
-    return patch.object(step, "sum_over", lambda group, value: right(group, value) if group is dist.group.WORLD else value)
+    return patch.object(step, "sum_over", lambda group, value: right(group, value) / (1 if group is dist.group.WORLD else group.size()))
 
 
 def recycling_numbers_the_groups_of_its_rank() -> AbstractContextManager[Any]:
@@ -101,7 +101,7 @@ BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
     experts_left_out_of_the_norm: (TP_EP, (0, "scalar", "grad_norm"), (*FORWARD, "gradient", "copies")),
     expert_gradients_times_ep: (TP_EP, (0, "gradient", "decoder.layers.7.mlp.experts.linear_fc2.weight"), (*FORWARD, "copies")),
     softmax_over_the_own_part_of_the_vocabulary: (TP_EP, (0, "scalar", "loss"), FORWARD),
-    loss_over_the_own_tokens: (DATA, (0, "scalar", "loss"), (*FORWARD, "copies")),
+    loss_over_one_ranks_tokens: (DATA, (0, "scalar", "loss"), (*FORWARD, "copies")),
     recycling_numbers_the_groups_of_its_rank: (DATA, (0, "routing", "decoder.layers.0.router"), ("copies",)),
     copies_drift_apart: (TP_EP, (0, "copies", "gradients of decoder.layers.0.input_layernorm.weight"), FORWARD),
     gradients_reduced_too_early: (MORE_MICRO_BATCHES, (1, "gradient", "decoder.final_layernorm.weight"), FORWARD),
