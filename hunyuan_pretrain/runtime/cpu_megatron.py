@@ -112,7 +112,7 @@ def _streams() -> None:
 class _HostCopy(torch.Tensor):
     """What pin_memory() returned, and what is computed from it."""
 
-    is_cuda = False  # type: ignore[assignment]
+    is_cuda = False
 
 
 def _pinned_memory() -> None:
@@ -123,7 +123,7 @@ def _pinned_memory() -> None:
         return empty(*args, **kwargs)
 
     torch.empty = pageable_empty  # type: ignore[assignment]
-    torch.Tensor.pin_memory = lambda self, device=None: self.clone().as_subclass(_HostCopy)  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda self, device=None: self.clone().as_subclass(_HostCopy)  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def weights_count_as_on_a_device() -> Iterator[None]:
     if not _installed:
         yield
         return
-    torch.Tensor.is_cuda = True  # type: ignore[misc,assignment]
+    torch.Tensor.is_cuda = True
     try:
         yield
     finally:

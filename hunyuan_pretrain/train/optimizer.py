@@ -117,7 +117,8 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
         inner = part.optimizer
         if type(inner) is torch.optim.AdamW:
             # the attribute through which torch's own gradient scaler hands its scale to fused kernels
-            inner.grad_scale = torch.tensor(divisor, device=inner.param_groups[0]["params"][0].device) if divisor > 1.0 else None
+            device = inner.param_groups[0]["params"][0].device
+            inner.grad_scale = torch.tensor(divisor, device=device) if divisor > 1.0 else None  # type: ignore[attr-defined]
         elif clip_grad > 0 and part.get_parameters():
             clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
         if isinstance(inner, HybridDeviceOptimizer):

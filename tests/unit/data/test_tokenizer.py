@@ -219,7 +219,11 @@ WORDS = st.sampled_from(
         "\0",
     ]
 )
-TEXT = st.lists(WORDS | st.text(max_size=8) | st.text(alphabet="abctheing' \n1", max_size=20), max_size=12).map("".join)
+TEXT = (
+    st.lists(WORDS | st.text(max_size=8) | st.text(alphabet="abctheing' \n1", max_size=20), max_size=12)
+    .map("".join)
+    .filter(lambda text: "<|" not in text)  # hypothesis tries strings of the program, and Hugging Face interprets special tokens in text
+)
 
 
 @given(text=TEXT)
