@@ -6,11 +6,11 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -53,6 +53,8 @@ class Document:
 
     text: str
     utf8_bytes: int
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """All fields of its JSON line, the text too; empty for a text file."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,6 @@ def _from_json(where: str, line: str, text_field: str) -> Document | Reject:
     if not isinstance(text, str):
         return Reject(where, f"field {text_field!r} holds {type(text).__name__}, text is expected")
     try:
-        return Document(text, len(text.encode("utf-8")))
+        return Document(text, len(text.encode("utf-8")), record)
     except UnicodeEncodeError as error:
         return Reject(where, f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text")

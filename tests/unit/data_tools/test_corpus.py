@@ -104,3 +104,10 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataFormatError, match=r"a\.txt: given twice"):
         find_files([tmp_path, tmp_path / "a.txt"])
+
+
+def test_a_document_carries_its_json_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "x", "lang": "zh", "n": 3}))
+    (tmp_path / "b.txt").write_text("y")
+    records = [document.record for document in read_documents(find_files([tmp_path]), "text")]
+    assert records == [{"text": "x", "lang": "zh", "n": 3}, {}]
