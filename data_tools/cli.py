@@ -31,16 +31,34 @@ def train_tokenizer(
     inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(help="Ids in all, the 209 special tokens included.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="Ranks file (tiktoken format) or tokenizer folder whose tokens come first, with their ids.")
+    ] = None,
+    base_size: Annotated[int | None, typer.Option(help="Keep only the first so many ranks of the base.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE", help="Train only on JSON documents with this value; repeatable, any of a field's values will do."
+        ),
+    ] = None,
     text_field: TextField = "text",
     extension: Extensions = None,
     sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
+    holdout_every: Annotated[
+        int | None,
+        typer.Option(help="Measure on one document in so many, by its content, and do not train on it; default 100 with --base, else 0."),
+    ] = None,
+    report_by: Annotated[str, typer.Option(metavar="FIELD", help="JSON field by which the report is divided.")] = "lang",
     max_rejects: MaxRejects = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer under Hunyuan's split pattern."""
+    """Train a byte-level BPE tokenizer under Hunyuan's split pattern, from scratch or after the tokens of a base."""
+    from rich.console import Console
+
+    from data_tools.compression import ALL, print_report
     from data_tools.tokenizer_training import train_tokenizer as train
 
-    tokenizer, measured = train(
+    tokenizer, report = train(
         inputs,
         vocab_size,
         output,
@@ -49,12 +67,19 @@ def train_tokenizer(
         sample_fraction=sample_fraction,
         max_rejects=max_rejects,
         overwrite=overwrite,
+        base=base,
+        base_size=base_size,
+        where=where or (),
+        holdout_every=holdout_every,
+        report_by=report_by,
     )
+    measured = report["groups"][ALL]
     print(f"{output}: {tokenizer.vocab_size:,} ids, digest {tokenizer.digest[:12]}")
     print(
-        f"{measured.characters / measured.tokens:.2f} characters/token, {measured.utf8_bytes / measured.tokens:.2f} bytes/token "
-        f"on {measured.utf8_bytes / 1e6:,.1f} MB of the text it was trained on"
+        f"{measured['characters_per_token']:.2f} characters/token, {measured['bytes_per_token']:.2f} bytes/token "
+        f"on {measured['bytes'] / 1e6:,.1f} MB of {report['measured_on']}"
     )
+    print_report(report, Console(highlight=False))
 
 
 @app.command()

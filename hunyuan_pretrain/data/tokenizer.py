@@ -224,19 +224,24 @@ def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
     merges = []
     for token in sorted(ranks, key=lambda token: ranks[token]):
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            candidates = [(ranks.get(left + right), i) for i, (left, right) in enumerate(pairwise(parts))]
-            known = [(rank, i) for rank, i in candidates if rank is not None]
-            if not known:
-                break
-            _, i = min(known)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
+        pair = last_pair(token, ranks)
+        if pair is not None:
+            merges.append(pair)
     return merges
+
+
+def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that tiktoken's joins bring `token` to before they make it; None for a single byte and if they never come to two."""
+    if len(token) < 2:
+        return None
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        known = [(rank, i) for i, (left, right) in enumerate(pairwise(parts)) if (rank := ranks.get(left + right)) is not None]
+        if not known:
+            return None
+        _, i = min(known)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
 
 
 def byte_letters() -> list[str]:
