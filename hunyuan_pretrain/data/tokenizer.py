@@ -109,6 +109,8 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text)
         try:
             ids: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError as error:
+            raise DataFormatError(f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text") from None
         except ValueError:
             # The split pattern backtracks over white space, on a stack that holds a little under a million characters.
             raise DataFormatError("a run of white space is too long to split (limit: about 900,000 characters); shorten it") from None
