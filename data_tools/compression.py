@@ -76,14 +76,14 @@ def measure(
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """One row a group; one row in all if there is but one."""
     base = report["base"]
-    table = Table(title=f"on {report['measured_on']}, by {report['by']}", title_justify="left")
+    beside = f", beside {base['name']}" if base else ""
+    table = Table(title=f"on {report['measured_on']}{beside}", title_justify="left")
     table.add_column(report["by"])
-    for column in ("documents", "MB", "characters/token", "bytes/token"):
+    for column in ("docs", "MB", "chars\n/token", "bytes\n/token"):
         table.add_column(column, justify="right")
     if base:
-        table.add_column(f"{base['name']}: characters/token", justify="right")
-        table.add_column("bytes/token", justify="right")
-        table.add_column("gain", justify="right")
+        for column in ("base: chars\n/token", "bytes\n/token", "gain"):
+            table.add_column(column, justify="right")
     for group, row in report["groups"].items():
         if group == ALL and len(report["groups"]) == 2:
             continue
