@@ -33,7 +33,10 @@ MaxRejects = Annotated[
     str, typer.Option(help="Unreadable documents to leave out before the command fails: a number, or a share such as 0.1%.")
 ]
 Template = Annotated[str | None, typer.Option(help="Text made of several fields, such as '{title}\n\n{text}', instead of --text-field.")]
-Where = Annotated[list[str] | None, typer.Option("--where", help="FIELD=VALUE: only records with this value, repeatable.")]
+Where = Annotated[
+    list[str] | None,
+    typer.Option("--where", metavar="FIELD=VALUE", help="Only JSON records with this value; repeatable, any of a field's values will do."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
 
 
@@ -42,16 +45,29 @@ def train_tokenizer(
     inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(help="Ids in all, the 209 special tokens included.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="Ranks file (tiktoken format) or tokenizer folder whose tokens come first, with their ids.")
+    ] = None,
+    base_size: Annotated[int | None, typer.Option(help="Keep only the first so many ranks of the base.")] = None,
+    where: Where = None,
     text_field: TextField = "text",
     extension: Extensions = None,
     sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
+    holdout_every: Annotated[
+        int | None,
+        typer.Option(help="Measure on one document in so many, by its content, and do not train on it; default 100 with --base, else 0."),
+    ] = None,
+    report_by: Annotated[str, typer.Option(metavar="FIELD", help="JSON field by which the report is divided.")] = "lang",
     max_rejects: Annotated[int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer under Hunyuan's split pattern."""
+    """Train a byte-level BPE tokenizer under Hunyuan's split pattern, from scratch or after the tokens of a base."""
+    from rich.console import Console
+
+    from data_tools.compression import ALL, print_report
     from data_tools.tokenizer_training import train_tokenizer as train
 
-    tokenizer, measured = train(
+    tokenizer, report = train(
         inputs,
         vocab_size,
         output,
@@ -60,12 +76,19 @@ def train_tokenizer(
         sample_fraction=sample_fraction,
         max_rejects=max_rejects,
         overwrite=overwrite,
+        base=base,
+        base_size=base_size,
+        where=where or (),
+        holdout_every=holdout_every,
+        report_by=report_by,
     )
+    measured = report["groups"][ALL]
     print(f"{output}: {tokenizer.vocab_size:,} ids, digest {tokenizer.digest[:12]}")
     print(
-        f"{measured.characters / measured.tokens:.2f} characters/token, {measured.utf8_bytes / measured.tokens:.2f} bytes/token "
-        f"on {measured.utf8_bytes / 1e6:,.1f} MB of the text it was trained on"
+        f"{measured['characters_per_token']:.2f} characters/token, {measured['bytes_per_token']:.2f} bytes/token "
+        f"on {measured['bytes'] / 1e6:,.1f} MB of {report['measured_on']}"
     )
+    print_report(report, Console(highlight=False))
 
 
 @app.command()
@@ -86,13 +109,13 @@ def tokenize(
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is not finished."""
     from data_tools import tokenization
-    from data_tools.documents import RecordForm
+    from data_tools.records import RecordForm, parse_conditions
 
     manifests = tokenization.tokenize(
         inputs,
         tokenizer,
         output,
-        form=RecordForm(text_field, template, _conditions(where)),
+        form=RecordForm(text_field, template, parse_conditions(where or [])),
         extensions=_extensions(extension),
         workers=workers or tokenization.default_workers(),
         max_rejects=tokenization.Allowance.parse(max_rejects),
@@ -203,13 +226,6 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"hunyuan-data: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _conditions(given: list[str] | None) -> dict[str, str]:
-    for condition in given or []:
-        if "=" not in condition:
-            raise DataFormatError(f"--where {condition}: write it as FIELD=VALUE, such as lang=zh")
-    return dict(condition.split("=", 1) for condition in given or [])
 
 
 def _extensions(given: list[str] | None) -> list[str]:

@@ -10,13 +10,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from string import Formatter
 from typing import Any, BinaryIO
 
 import zstandard
 
 from data_tools.corpus import CorpusFile, Split, open_file
 from data_tools.long_json import InvalidJson, stream_fields
+from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.errors import DataFormatError
 
 LONG_BYTES = 32 << 20
@@ -40,63 +40,13 @@ class Document:
     text: str = ""
     parts: Iterator[str] | None = None
     """May raise RejectedError."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    """Something that is not a document: where, why, and how it begins."""
-
-    where: str
-    reason: str
-    sample: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class RecordForm:
-    """How a record, a JSON object or a parquet row, becomes text: one field, or a template such as "{title}\\n\\n{body}".
-
-    Records in which a field of `where` has another value are passed over. Raises DataFormatError for a template without a field.
-    """
-
-    text_field: str = "text"
-    template: str | None = None
-    where: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.template is not None and not self.text_fields:
-            raise DataFormatError(f"--template {self.template!r}: names no field; write it like {{title}}\\n\\n{{text}}")
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """All fields of a JSON line, or those read of a parquet row; empty for a text file and a very long line."""
 
     @property
-    def text_fields(self) -> list[str]:
-        """Fields that make up the text."""
-        if self.template is None:
-            return [self.text_field]
-        try:
-            return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(self.template) if name))
-        except ValueError as error:
-            raise DataFormatError(f"--template {self.template!r}: {error}; write a brace of the text itself twice") from None
-
-    @property
-    def fields(self) -> list[str]:
-        """All fields that are read."""
-        return list(dict.fromkeys([*self.text_fields, *self.where]))
-
-    def text_of(self, where: str, record: Mapping[str, Any]) -> str | Reject | None:
-        """The text of a record, or None if `self.where` passes it over."""
-        for name in self.fields:
-            if name not in record:
-                fields = ", ".join(list(record)[:8]) or "none"
-                return Reject(where, f"no field {name!r} (fields: {fields}); choose with --text-field or --template")
-        if any(str(record[name]) != value for name, value in self.where.items()):
-            return None
-        texts = {name: "" if record[name] is None else record[name] for name in self.text_fields}
-        for name, text in texts.items():
-            if not isinstance(text, str):
-                return Reject(where, f"field {name!r} holds {type(text).__name__}, text is expected")
-        return texts[self.text_field] if self.template is None else Formatter().vformat(self.template, (), texts)
+    def utf8_bytes(self) -> int:
+        """Bytes of `text`."""
+        return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
 def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = lambda size: None) -> Iterator[Document | Reject]:
@@ -120,7 +70,10 @@ def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = 
 
 
 def read_documents(files: Sequence[CorpusFile], form: RecordForm, max_rejects: int = 0) -> Iterator[Document]:
-    """All documents of the files, in order. Raises DataFormatError at the first reject beyond `max_rejects`."""
+    """All documents of the files, in order; a very long one comes as several, cut anywhere.
+
+    Raises DataFormatError at the first reject beyond `max_rejects`.
+    """
     rejects: list[Reject] = []
     for number, file in enumerate(files):
         whole = Split(file, number, 0, file.size, 0)
@@ -128,10 +81,17 @@ def read_documents(files: Sequence[CorpusFile], form: RecordForm, max_rejects: i
             with open_parquet(file) as parquet:
                 whole = Split(file, number, 0, parquet.num_row_groups, 0)
         for document in read_split(whole, form):
-            if isinstance(document, Document):
+            rejected = document if isinstance(document, Reject) else None
+            if isinstance(document, Document) and document.parts is None:
                 yield document
-            else:
-                rejects.append(document)
+            elif isinstance(document, Document) and document.parts is not None:
+                try:
+                    for part in document.parts:
+                        yield Document(document.place, part)
+                except RejectedError as error:
+                    rejected = Reject(file.path, str(error))
+            if rejected is not None:
+                rejects.append(rejected)
                 check_rejects(rejects, max_rejects)
 
 
@@ -192,11 +152,7 @@ def _documents_of_lines(split: Split, blocks: Iterator[bytes], form: RecordForm)
         if not isinstance(line, bytes):
             yield Document(place, parts=_long_text(line, form))
         elif line.strip():
-            text = _text_of_line(where, line, form)
-            if isinstance(text, Reject):
-                yield text
-            elif text is not None:
-                yield Document(place, text)
+            yield from _of_record(place, _text_of_line(where, line, form))
 
 
 def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
@@ -271,10 +227,10 @@ def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
     """The text of a record in parts; one that takes several fields, which may come in any order, is needed whole."""
     if form.template is not None or form.where:
         line = b"".join(blocks)
-        text = _text_of_line("", line, form)
-        if isinstance(text, Reject):
-            raise RejectedError(text.reason)
-        yield text or ""
+        found = _text_of_line("", line, form)
+        if isinstance(found, Reject):
+            raise RejectedError(found.reason)
+        yield found[0] if found else ""
         return
     try:
         yield from stream_fields(blocks, form.text_field)
@@ -284,12 +240,19 @@ def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
         raise RejectedError(str(error)) from None
 
 
-def _text_of_line(where: str, line: bytes, form: RecordForm) -> str | Reject | None:
+def _of_record(place: int, found: tuple[str, Mapping[str, Any]] | Reject | None) -> Iterator[Document | Reject]:
+    if isinstance(found, Reject):
+        yield found
+    elif found is not None:
+        yield Document(place, found[0], record=found[1])
+
+
+def _text_of_line(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
     found = _from_json(where, line, form)
     return Reject(found.where, found.reason, line[:_SHOWN_CHARACTERS].decode("utf-8", "replace")) if isinstance(found, Reject) else found
 
 
-def _from_json(where: str, line: bytes, form: RecordForm) -> str | Reject | None:
+def _from_json(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -301,7 +264,8 @@ def _from_json(where: str, line: bytes, form: RecordForm) -> str | Reject | None
     if not isinstance(record, dict):
         return Reject(where, f"a JSON object is expected, found {type(record).__name__}")
     text = form.text_of(where, record)
-    return _checked(where, text) if isinstance(text, str) else text
+    checked = _checked(where, text) if isinstance(text, str) else text
+    return (checked, record) if isinstance(checked, str) else checked
 
 
 def _checked(where: str, text: str) -> str | Reject:
@@ -420,9 +384,6 @@ def _rows(split: Split, form: RecordForm, advance: Callable[[int], None]) -> Ite
             for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):
                 for record in batch.to_pylist():
                     text = form.text_of(f"{split.file.path}: row {row}", record)
-                    if isinstance(text, str):
-                        yield Document(row, text)
-                    elif text is not None:
-                        yield text
+                    yield from _of_record(row, (text, record) if isinstance(text, str) else text)
                     row += 1
             advance(split.file.size // max(parquet.num_row_groups, 1))

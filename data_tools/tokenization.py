@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from data_tools.corpus import DEFAULT_EXTENSIONS, CorpusFile, Split, deal_out, find_files
-from data_tools.documents import Document, RecordForm, Reject, RejectedError, cut_between_words, read_split
+from data_tools.documents import Document, RejectedError, cut_between_words, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport
+from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, finish_folder, read_manifest, unfinished_folder, write_file, write_manifest
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, ShardWriter, digest_of, shard_files, token_dtype
@@ -56,7 +57,7 @@ class TokenizeJob:
         """Changes whenever the bytes of the output would."""
         files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
         cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
-        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, asdict(self.form), self.holdout_every])
+        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
                 "vocab_size": job.vocab_size,
                 "pad_id": job.pad_id,
                 "tokenizer_digest": job.tokenizer_digest,
-                "text": {"field": job.form.text_field, "template": job.form.template, "where": dict(job.form.where)},
+                "text": job.form.as_json(),
                 "holdout_every": job.holdout_every,
                 "empty_documents": sum(report["empty_documents"] for report in reports),
                 "rejects": num_rejects,

@@ -1,38 +1,24 @@
-"""Training a byte-level BPE vocabulary under Hunyuan's split pattern."""
+"""Training a byte-level BPE vocabulary under Hunyuan's split pattern, from scratch or after the ranks of a base."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as HFTokenizer
-
-from data_tools.corpus import CorpusFile, find_files
-from data_tools.documents import RecordForm, read_documents
+from data_tools.compression import measure
+from data_tools.corpus import find_files
 from data_tools.progress import ProgressReport
+from data_tools.records import parse_conditions
+from data_tools.training_text import MEASURED_BYTES, TrainingText
+from data_tools.vocabulary import BaseVocabulary, byte_vocabulary, extend, load_base
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder
-from hunyuan_pretrain.data.tokenizer import (
-    RANKS_FILE,
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    Tokenizer,
-    byte_letters,
-    format_ranks,
-    write_hf_tokenizer,
-)
+from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, format_ranks, write_hf_tokenizer
 
-_MEASURED_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How much text a token holds, on a sample of what the tokenizer was trained on."""
-
-    characters: int
-    utf8_bytes: int
-    tokens: int
+REPORT_FILE = "report.json"
+DEFAULT_HOLDOUT_EVERY = 100
+"""With a base. From scratch all documents are trained on unless asked otherwise."""
 
 
 def train_tokenizer(
@@ -45,80 +31,87 @@ def train_tokenizer(
     sample_fraction: float = 1.0,
     max_rejects: int = 0,
     overwrite: bool = False,
-) -> tuple[Tokenizer, Compression]:
-    """Train a tokenizer of `vocab_size` ids, special tokens included, and write its folder, Hugging Face files included.
+    base: str | None = None,
+    base_size: int | None = None,
+    where: Sequence[str] = (),
+    holdout_every: int | None = None,
+    report_by: str = "lang",
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """Train a tokenizer of `vocab_size` ids, special tokens included, and write its folder: ranks, Hugging Face files, report.json.
 
-    Trains on a `sample_fraction` of the documents, spread evenly. The same input gives the same tokenizer. Raises DataFormatError if the
-    vocabulary is too small for the bytes and special tokens, or larger than the text can fill.
+    Trains on a `sample_fraction`, spread evenly, of the documents that are not held out and whose JSON fields agree with `where`; measures
+    on the held-out ones, or if there are none on those trained on. With `base`, a ranks file, its first `base_size` ranks are kept as they
+    are and the new tokens follow. The same input gives the same files. Returns the tokenizer and the report.
+
+    Raises DataFormatError if the vocabulary is too small for base and special tokens or larger than the text can fill, and for whatever is
+    wrong with the base, the choice of documents or the corpus; then nothing is written.
     """
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise DataFormatError(f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need at least {smallest}")
+    if base is None and base_size is not None:
+        raise DataFormatError(f"--base-size {base_size}: there is no --base to take the first ranks of")
     if not 0 < sample_fraction <= 1:
         raise DataFormatError(f"--sample-fraction {sample_fraction:g}: must be above 0 and at most 1")
+    if holdout_every is None:
+        holdout_every = 0 if base is None else DEFAULT_HOLDOUT_EVERY
+    if holdout_every < 0 or holdout_every == 1:
+        raise DataFormatError(f"--holdout-every {holdout_every}: must be 2 or more, or 0 to hold out nothing")
+    continued = None if base is None else load_base(base, base_size)
+    ranks = continued.kept if continued else byte_vocabulary()
+    if vocab_size < len(ranks) + len(SPECIAL_TOKENS):
+        held = f"{len(ranks)} ranks of the base" if continued else "256 bytes"
+        raise DataFormatError(
+            f"--vocab-size {vocab_size}: {held} and {len(SPECIAL_TOKENS)} special tokens need at least {len(ranks) + len(SPECIAL_TOKENS)}"
+        )
     files = find_files(inputs, extensions)
+    text = TrainingText(inputs, files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by)
     with new_folder(output, marker=RANKS_FILE, overwrite=overwrite) as folder:
-        sampled_bytes, ranks = _train(files, vocab_size - len(SPECIAL_TOKENS), text_field, sample_fraction, max_rejects)
-        if sampled_bytes == 0:
-            raise DataFormatError(f"{', '.join(map(str, inputs))}: no document with text in {len(files)} files")
-        tokenizer = Tokenizer(ranks)
+        tokenizer = Tokenizer(extend(ranks, _with_progress(text), vocab_size - len(SPECIAL_TOKENS)))
         if tokenizer.vocab_size < vocab_size:
             raise DataFormatError(
                 f"--vocab-size {vocab_size}: the text gives only {tokenizer.vocab_size} ids before no pair occurs twice; use at most "
                 f"{tokenizer.vocab_size}, or give more text"
             )
-        (folder / RANKS_FILE).write_bytes(format_ranks(ranks))
+        (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
         write_hf_tokenizer(tokenizer, folder)
-        measured_fraction = sample_fraction * min(1.0, _MEASURED_BYTES / sampled_bytes)
-        compression = _measure(tokenizer, files, text_field, measured_fraction, max_rejects)
-    return tokenizer, compression
+        report = _report(tokenizer, continued, text)
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return tokenizer, report
 
 
-def _train(files: Sequence[CorpusFile], num_ranks: int, text_field: str, fraction: float, max_rejects: int) -> tuple[int, dict[bytes, int]]:
-    """(bytes of text trained on, ranks): the 256 bytes in their order, then the merges in theirs."""
-    model = HFTokenizer(models.BPE())
-    model.normalizer = normalizers.NFC()
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=num_ranks, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    sampled_bytes = 0
-    with ProgressReport("reading", sum(file.size for file in files)) as progress:
-
-        def texts() -> Iterator[str]:
-            nonlocal sampled_bytes
-            for text, size in _sample(files, text_field, fraction, max_rejects):
-                sampled_bytes += size
-                # Of compressed files this is more than their size; the bar then ends early.
-                progress.advance(size, f"{sampled_bytes / 1e6:,.0f} MB of text; merging follows")
-                yield text
-
-        model.train_from_iterator(texts(), trainer)
-    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    vocab = model.get_vocab()
-    for name in sorted(vocab, key=lambda name: vocab[name]):
-        ranks.setdefault(bytes(letters[letter] for letter in name), len(ranks))
-    return sampled_bytes, ranks
+def _with_progress(text: TrainingText) -> Iterator[str]:
+    total = sum(file.size for file in text.files)
+    with ProgressReport("reading", total) as progress:
+        for content, size in text.read():
+            # Of compressed files this is more than their size, of chosen documents less: the bar then ends early or never.
+            progress.advance(size, f"{text.utf8_bytes / 1e6:,.0f} MB of text; merging follows")
+            yield content
 
 
-def _measure(tokenizer: Tokenizer, files: Sequence[CorpusFile], text_field: str, fraction: float, max_rejects: int) -> Compression:
-    characters = utf8_bytes = tokens = 0
-    for text, size in _sample(files, text_field, fraction, max_rejects):
-        characters += len(text)
-        utf8_bytes += size
-        tokens += len(tokenizer.encode(text))
-    return Compression(characters, utf8_bytes, tokens)
-
-
-def _sample(files: Sequence[CorpusFile], text_field: str, fraction: float, max_rejects: int) -> Iterator[tuple[str, int]]:
-    """(text, bytes) of an even sample of the documents; the first document is always in it."""
-    due = 1.0
-    for document in read_documents(files, RecordForm(text_field), max_rejects):
-        is_chosen = due >= 1.0
-        due += fraction - is_chosen
-        for text in document.parts or (document.text,):
-            if is_chosen and text:
-                yield text, len(text.encode())
+def _report(tokenizer: Tokenizer, base: BaseVocabulary | None, text: TrainingText) -> dict[str, Any]:
+    groups, measured_on = text.held_out.groups(), "documents held out"
+    if not groups:
+        groups, measured_on = text.trained_on.groups(), "documents trained on"
+    encoding = base.encoding() if base else None
+    measured = measure(groups, tokenizer.encode, encoding.encode_ordinary if encoding else None)
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_digest": tokenizer.digest,
+        "base": base
+        and {
+            "name": base.name,
+            "sha256": base.sha256,
+            "ranks": len(base.ranks),
+            "kept": len(base.kept),
+            "split_pattern": base.split_pattern,
+        },
+        "trained_on": {
+            "documents": text.documents,
+            "bytes": text.utf8_bytes,
+            "where": {name: sorted(values) for name, values in text.where.items()},
+            "sample_fraction": text.sample_fraction,
+        },
+        "measured_on": measured_on,
+        "holdout_every": text.holdout_every,
+        "at_most_bytes_a_group": MEASURED_BYTES,
+        "by": text.group_by,
+        "groups": {group: compression.as_json() for group, compression in measured.items()},
+    }

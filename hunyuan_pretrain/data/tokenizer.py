@@ -114,6 +114,8 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text)
         try:
             ids: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError as error:
+            raise DataFormatError(f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text") from None
         except ValueError:
             # The split pattern backtracks over white space, on a stack that holds a little under a million characters.
             raise DataFormatError("a run of white space is too long to split (limit: about 900,000 characters); shorten it") from None
@@ -229,19 +231,24 @@ def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
     merges = []
     for token in sorted(ranks, key=lambda token: ranks[token]):
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            candidates = [(ranks.get(left + right), i) for i, (left, right) in enumerate(pairwise(parts))]
-            known = [(rank, i) for rank, i in candidates if rank is not None]
-            if not known:
-                break
-            _, i = min(known)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
+        pair = last_pair(token, ranks)
+        if pair is not None:
+            merges.append(pair)
     return merges
+
+
+def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that tiktoken's joins bring `token` to before they make it; None for a single byte and if they never come to two."""
+    if len(token) < 2:
+        return None
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        known = [(rank, i) for i, (left, right) in enumerate(pairwise(parts)) if (rank := ranks.get(left + right)) is not None]
+        if not known:
+            return None
+        _, i = min(known)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
 
 
 def byte_letters() -> list[str]:

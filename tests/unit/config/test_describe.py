@@ -69,10 +69,10 @@ def test_diff_names_what_differs() -> None:
         "optimizer.lr: 0.002 -> 0.001",
         "stages.0.data.0.path: demo_out/packed/train -> x",
         "checkpoint.keep_last: 2 -> null",
-        "stages.0.data.1.max_epochs: (absent) -> null",
         "stages.0.data.1.path: (absent) -> y",
-        "stages.0.data.1.tier: (absent) -> null",
         "stages.0.data.1.weight: (absent) -> 2",
+        "stages.0.data.1.max_epochs: (absent) -> null",
+        "stages.0.data.1.tier: (absent) -> null",
     ]
     c = load_experiment(DEMO, ["optimizer.lr=0.00200000001"])
     assert diff(a, c) == ["optimizer.lr: 0.002 -> 0.00200000001"]

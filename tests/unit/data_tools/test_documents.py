@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from data_tools import documents
 from data_tools.corpus import CorpusFile, Split, deal_out, find_files
-from data_tools.documents import Document, RecordForm, Reject, cut_between_words, read_documents, read_split
+from data_tools.documents import Document, cut_between_words, read_documents, read_split
 from data_tools.long_json import InvalidJson, stream_fields
+from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
@@ -158,7 +159,7 @@ def test_text_is_cut_where_it_can_be_and_not_where_it_cannot() -> None:
 def test_records_of_several_fields_and_those_chosen(tmp_path: Path) -> None:
     records = [{"title": "T{x}", "body": "b", "lang": "zh"}, {"title": None, "body": "c", "lang": "en"}, {"title": "U", "lang": "zh"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    read = list(documents_of(tmp_path, RecordForm(template="{title}\n\n{body} {{}}", where={"lang": "zh"})))
+    read = list(documents_of(tmp_path, RecordForm(template="{title}\n\n{body} {{}}", where={"lang": frozenset({"zh"})})))
     assert whole(read[0]) == "T{x}\n\nb {}"
     assert "no field 'body' (fields: title, lang)" in str(read[1])
     assert len(read) == 2

