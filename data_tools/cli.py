@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +40,14 @@ Where = Annotated[
     typer.Option("--where", metavar="FIELD=VALUE", help="Only JSON records with this value; repeatable, any of a field's values will do."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+
+
+class Executor(StrEnum):
+    """Executors of datatrove."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
 
 
 @app.command("train-tokenizer")
@@ -100,30 +110,52 @@ def tokenize(
     template: Template = None,
     where: Where = None,
     extension: Extensions = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default all cores. Does not change the output.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output.")
+    ] = None,
     max_rejects: MaxRejects = "0",
     holdout_every: Annotated[int | None, typer.Option(min=2, help="Write one document in N to --holdout-output instead.")] = None,
     holdout_output: Annotated[str | None, typer.Option(help="Folder for the documents held out.")] = None,
     shard_megabytes: Annotated[int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")] = None,
     overwrite: Overwrite = False,
+    executor: Annotated[
+        Executor | None, typer.Option(help="Tokenize in tasks of datatrove: on this machine, a Slurm or a Ray cluster.", show_default=False)
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of --executor, at most one a shard; default 64.")] = None,
+    executor_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
+    ] = None,
+    logs: Annotated[str | None, typer.Option(help="Folder for the logs of --executor; default OUTPUT.logs.")] = None,
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is not finished."""
     from data_tools import tokenization
     from data_tools.records import RecordForm, parse_conditions
 
-    manifests = tokenization.tokenize(
-        inputs,
-        tokenizer,
-        output,
-        form=RecordForm(text_field, template, parse_conditions(where or [])),
-        extensions=_extensions(extension),
-        workers=workers or tokenization.default_workers(),
-        max_rejects=tokenization.Allowance.parse(max_rejects),
-        holdout_every=holdout_every,
-        holdout_output=holdout_output,
-        shard_bytes=shard_megabytes * 1_000_000 if shard_megabytes else None,
-        overwrite=overwrite,
-    )
+    settings: dict[str, Any] = {
+        "form": RecordForm(text_field, template, parse_conditions(where or [])),
+        "extensions": _extensions(extension),
+        "max_rejects": tokenization.Allowance.parse(max_rejects),
+        "holdout_every": holdout_every,
+        "holdout_output": holdout_output,
+        "shard_bytes": shard_megabytes * 1_000_000 if shard_megabytes else None,
+        "overwrite": overwrite,
+    }
+    if executor is None:
+        for option, value in (("--tasks", tasks), ("--executor-option", executor_option), ("--logs", logs)):
+            if value is not None:
+                raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
+        manifests = tokenization.tokenize(inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings)
+    else:
+        try:
+            from data_tools.datatrove_pipeline import tokenize_on
+        except ImportError as error:
+            raise DataFormatError(f"--executor {executor}: needs {error.name}: pip install 'hunyuan-pretrain[cluster]'") from None
+        options = _executor_options(executor_option)
+        of_executor: dict[str, Any] = {"tasks": tasks or 64, "workers": workers, "logs": logs, "options": options}
+        found = tokenize_on(executor, inputs, tokenizer, output, **of_executor, **settings)
+        if found is None:  # submitted
+            return
+        manifests = found
     for folder, manifest in zip((output, holdout_output), manifests, strict=False):
         bytes_per_token = manifest["bytes"] / manifest["tokens"]
         print(
@@ -226,6 +258,19 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"hunyuan-data: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _executor_options(given: list[str] | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for option in given or []:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise DataFormatError(f"--executor-option {option}: write it as NAME=VALUE, such as partition=cpu")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _extensions(given: list[str] | None) -> list[str]:

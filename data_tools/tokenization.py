@@ -263,7 +263,7 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
             f"out; use 2 to {num_documents}"
         )
     if problem:
-        _remove_shards(folders, range(len(job.shards)))  # the same call would end the same
+        remove_shards(folders, range(len(job.shards)))  # the same call would end the same
         raise DataFormatError(problem)
     num_files = np.bincount([file.input_number for file in job.files], minlength=len(job.inputs)).tolist()
     manifests = []
@@ -329,10 +329,7 @@ def tokenize(
     Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be. Finished shards stay then,
     and are not tokenized again by the same call; if there is none, nothing stays.
     """
-    if (holdout_every is None) != (holdout_output is None):
-        raise DataFormatError("--holdout-every and --holdout-output: give both or neither")
-    if holdout_output is not None and Path(holdout_output).resolve() == Path(output).resolve():
-        raise DataFormatError(f"--holdout-output {holdout_output}: the same folder as --output; give another one")
+    outputs = checked_outputs(output, holdout_every, holdout_output)
     max_rejects = max_rejects or Allowance()
     job = plan_job(
         inputs,
@@ -343,7 +340,6 @@ def tokenize(
         holdout_every=holdout_every,
         shard_bytes=shard_bytes,
     )
-    outputs = [output] if holdout_output is None else [output, holdout_output]
     with ExitStack() as stack:
         folders = [stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))]
         if not (folders[0] / MANIFEST).is_file():
@@ -359,6 +355,17 @@ def tokenize(
         )
 
 
+def checked_outputs(output: str, holdout_every: int | None, holdout_output: str | None) -> list[str]:
+    """The folders to write, the one for what is held out last. Raises DataFormatError where they do not fit together."""
+    if (holdout_every is None) != (holdout_output is None):
+        raise DataFormatError("--holdout-every and --holdout-output: give both or neither")
+    if holdout_output is None:
+        return [output]
+    if Path(holdout_output).resolve() == Path(output).resolve():
+        raise DataFormatError(f"--holdout-output {holdout_output}: the same folder as --output; give another one")
+    return [output, holdout_output]
+
+
 def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> None:
     """Write the shards that are not finished, each on one of `workers` processes; if that fails, only finished ones stay."""
     waiting = [number for number in range(len(job.shards)) if not is_finished(folders, number)]
@@ -372,11 +379,12 @@ def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> Non
                 for count, number in enumerate(waiting):
                     write_shard(job, number, folders, encoder, partial(progress.advance, note=_done(count, waiting)))
     except BaseException:
-        _remove_shards(folders, [number for number in range(len(job.shards)) if not is_finished(folders, number)])
+        remove_shards(folders, [number for number in range(len(job.shards)) if not is_finished(folders, number)])
         raise
 
 
-def _remove_shards(folders: Sequence[Path], numbers: Iterable[int]) -> None:
+def remove_shards(folders: Sequence[Path], numbers: Iterable[int]) -> None:
+    """Remove what there is of these shards."""
     for number in numbers:
         for folder in folders:
             for name in (*shard_files(shard_name(number)), f"{shard_name(number)}.json"):

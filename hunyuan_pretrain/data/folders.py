@@ -16,6 +16,7 @@ from hunyuan_pretrain.data.errors import DataFormatError
 MANIFEST = "manifest.json"
 _IDENTITY = ".job"
 """What an unfinished folder is the beginning of."""
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -46,21 +47,17 @@ def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Ite
 def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite: bool = False) -> Iterator[Path]:
     """The place where the folder `path` grows, over several runs of a command if one is interrupted; `finish_folder` gives it its name.
 
-    It is a sibling of `path`, and what an earlier run with the same `identity` left there is there again. The block has it alone. If the
-    block raises, the folder stays if it holds anything but hidden files, and else is removed. Raises DataFormatError if `path` is there
-    and may not be replaced (see `new_folder`), if another process is at work, or if an unfinished folder of another identity is there;
-    with `overwrite` that one is removed.
+    It is a sibling of `path`, and what an earlier run with the same `identity` left there is there again. The block has it alone, on every
+    machine that sees it. Files whose names begin with a dot do not belong to what grows, and `finish_folder` removes them. If the block
+    raises, the folder stays if it holds anything else, and is removed if not. Raises DataFormatError if `path` is there and may not be
+    replaced (see `new_folder`), if another process is at work, or if an unfinished folder of another identity is there; with `overwrite`
+    that one is removed.
     """
     path = Path(path)
     _check_replaceable(path, marker, overwrite)
     partial = _partial(path)
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataFormatError(f"{path}: another process is writing it; wait for it to end") from None
+    with _locked(path, fcntl.LOCK_EX):
         _take_over(partial, identity, overwrite)
         try:
             yield partial
@@ -68,6 +65,44 @@ def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite
             if not any(partial.glob("[!.]*")):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def begun_folder(path: str | Path, *, alone: bool = False) -> Iterator[tuple[Path, str]]:
+    """(unfinished folder of `path`, its identity) as `unfinished_folder` has left it, for one of many processes that fill it together.
+
+    Such processes may be at work at the same time, on any machine, but not beside one that asks for the folder `alone`, or by
+    `unfinished_folder`. Raises DataFormatError if another process excludes this one, or if there is no such folder.
+    """
+    path = Path(path)
+    file = _partial(path) / _IDENTITY
+    if not file.is_file():
+        raise DataFormatError(f"{path}: not begun, or finished already")
+    with _locked(path, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        yield file.parent, file.read_text()
+
+
+@contextmanager
+def waiting_for(lock: Path) -> Iterator[None]:
+    """Holds the lock file `lock`, made if it is not there, as soon as no other process on any machine does."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    # a file of its own, not the folder: NFS gives an exclusive lock only on what is open for writing
+    lock = os.open(_partial(path) / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataFormatError(f"{path}: another process is writing it; wait for it to end") from None
+        yield
     finally:
         os.close(lock)
 
@@ -77,10 +112,12 @@ def finish_folder(path: str | Path) -> None:
     path = Path(path)
     partial = _partial(path)
     if partial.is_dir():
-        for leftover in partial.glob(".*.partial"):  # of a killed process
-            leftover.unlink()
+        for leftover in partial.glob(".*"):  # of killed processes, or of use only until now
+            if leftover.name not in (_IDENTITY, _LOCK):
+                leftover.unlink()
         _take_name(partial, path)
-    (path / _IDENTITY).unlink(missing_ok=True)
+    for name in (_IDENTITY, _LOCK):
+        (path / name).unlink(missing_ok=True)
 
 
 def _take_over(partial: Path, identity: str, overwrite: bool) -> None:
@@ -93,7 +130,8 @@ def _take_over(partial: Path, identity: str, overwrite: bool) -> None:
             f"{partial}: left unfinished by a run with other inputs or options; run that again to go on, or pass --overwrite to start over"
         )
     for other in partial.iterdir():
-        other.unlink()
+        if other.name != _LOCK:
+            other.unlink()
     write_file(file, identity.encode())
 
 

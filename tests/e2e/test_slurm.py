@@ -1,11 +1,13 @@
-"""launch/train.sbatch on a running Slurm cluster of two nodes or more that have this checkout; CPU ranks, one a node.
+"""Training and tokenizing on a running Slurm cluster of two nodes or more that have this checkout; CPU ranks, one a node.
 
 Every job must be able to read and write the folder that pytest makes: on a real cluster give --basetemp on a shared file system.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,3 +82,46 @@ def test_a_world_that_does_not_fit_ends_before_srun(tmp_path: Path, corpus: Path
     wait_for(lambda: state(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
     assert state(job) == ("FAILED", "2:0")
     assert "the job has 6 ranks" in (tmp_path / f"{job}.out").read_text()
+
+
+def submit_tokenizing(corpus: Path, out: Path, **sbatch_args: str) -> list[str]:
+    """Ids of the jobs that tokenize and join."""
+    command = [sys.executable, "-m", "data_tools.cli", "tokenize", str(corpus / "texts"), "--tokenizer", str(corpus / "tokenizer")]
+    command += ["--extension", ".txt", "--output", str(out), "--executor", "slurm", "--tasks", "4"]
+    options = {"partition": default_partition(), "time": "00:10:00", "sbatch_args": json.dumps(sbatch_args)}
+    command += [f"--executor-option={name}={value}" for name, value in options.items()]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return re.findall(r"job (\d+)", done.stderr.rpartition("submitted")[2])
+
+
+def default_partition() -> str:
+    shown = subprocess.run(["sinfo", "--noheader", "--format=%P"], check=True, capture_output=True, text=True).stdout.split()
+    return next((name.removesuffix("*") for name in shown if name.endswith("*")), shown[0])
+
+
+def test_tokenizing_goes_on_after_a_task_was_killed_and_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+    pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'hunyuan-pretrain[cluster]'")
+    from data_tools import corpus as corpus_files
+    from data_tools.tokenization import tokenize
+
+    small = tmp_path / "corpus"
+    shutil.copytree(corpus / "texts", small / "texts")
+    shutil.copytree(corpus / "tokenizer", small / "tokenizer")
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    for text in (small / "texts").iterdir():  # several shards
+        text.write_text(text.read_text() * (5_000_000 // text.stat().st_size))
+    assert len(corpus_files.deal_out(corpus_files.find_files([small / "texts"], [".txt"]))) >= 4
+    tasks, join = submit_tokenizing(small, out, hold="")
+    subprocess.run(["scancel", f"{tasks}_1"], check=True)
+    subprocess.run(["scontrol", "release", tasks], check=True)
+    wait_for(lambda: not subprocess.run(["squeue", "-h", "-j", join], capture_output=True, text=True).stdout)
+    assert not out.exists()
+    finished = {path.name for path in tmp_path.glob(".out.partial/shard_*.json")}
+    assert finished
+    assert "shard_00001.json" not in finished
+    _, join = submit_tokenizing(small, out)
+    wait_for(out.exists)
+    nodes = subprocess.run(["scontrol", "show", "job", "--oneliner"], check=True, capture_output=True, text=True).stdout
+    assert len(set(re.findall(rf"ArrayJobId={tasks} .* NodeList=(\S+)", nodes))) > 1
+    tokenize([str(small / "texts")], str(small / "tokenizer"), str(plain), extensions=[".txt"])
+    assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == {path.name: path.read_bytes() for path in plain.iterdir()}

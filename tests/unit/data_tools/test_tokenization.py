@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,29 +20,8 @@ from data_tools.tokenization import Allowance, tokenize
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import unfinished_folder
 from hunyuan_pretrain.data.indexed import Origin, TokenizedDataset
-from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for token in (" t", "th", "the", "\n\n", "  ", "中"):
-        ranks.setdefault(token.encode(), len(ranks))
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / RANKS_FILE).write_bytes(format_ranks(ranks))
-    return str(folder)
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> list[str]:
-    """Two inputs, five files, of which one is cut into several shards."""
-    folder = tmp_path / "corpus"
-    (folder / "texts").mkdir(parents=True)
-    for number in range(4):
-        (folder / "texts" / f"{number}.txt").write_text(f"the text {number} 中\n\n" * (number + 1))
-    lines = [json.dumps({"text": f"the line {number} " + "the end\n" * (number % 5)}) for number in range(40)]
-    (folder / "lines.jsonl").write_text("\n".join(lines))
-    return [str(folder / "lines.jsonl"), str(folder / "texts")]
+from hunyuan_pretrain.data.tokenizer import Tokenizer
+from tests.helpers.kills import killed_at
 
 
 def texts_of(inputs: list[str]) -> list[str]:
@@ -84,31 +61,6 @@ def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, c
     train, held = TokenizedDataset(tmp_path / "one"), TokenizedDataset(tmp_path / "one_held")
     assert (train.num_documents, held.num_documents) == (35, 9)
     assert multiprocessing.active_children() == []
-
-
-def killed_at(count: int, job: Callable[[], object]) -> bool:
-    """Run `job` in a process that dies, as by kill -9, at its `count`-th flush, renaming or removal; False if it ended before."""
-    child = os.fork()
-    if child == 0:
-        left = count
-
-        def counted(function: Callable[..., object]) -> Callable[..., object]:
-            def call(*arguments: object, **options: object) -> object:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os._exit(9)
-                return function(*arguments, **options)
-
-            return call
-
-        for name in ("fsync", "rename", "replace", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            job()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def test_killed_at_every_write_and_run_again_it_gives_the_same_bytes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
