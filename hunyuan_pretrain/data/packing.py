@@ -1,17 +1,32 @@
-"""Best-fit decreasing packing of documents into sequences of one length: pure functions on arrays.
+"""Packing of documents into sequences of one length: pure functions on arrays.
 
-Documents longer than a sequence are cut into whole sequences and a remainder; only those are cut. A piece is a run of tokens of one
-document. Equal lengths are handled together, so the work grows with the number of different lengths, not with documents x sequences.
+`best_fit` cuts only documents that are longer than a sequence, into whole sequences and a remainder, and leaves little padding (best-fit
+decreasing, see `best_fit`). `chop` writes documents in random order one after the other and cuts at every sequence_length tokens, for
+comparison. A piece is a run of tokens of one document.
+
+Memory beside the lengths, which may be memory-mapped: 8 bytes a piece while it works and 8 to 12 for the result, 8 a sequence. Time is that
+of sorting n numbers twice, so n log n, and nearly proportional to n in practice.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
-from hunyuan_pretrain.data.permutation import permuted
+from hunyuan_pretrain.data.best_fit import best_fit_decreasing
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.permutation import shuffled
+
+PackingMethod = Literal["best_fit", "chop"]
+
+# Documents or pieces that are handled at a time, so that temporary arrays stay in the processor's cache.
+_AT_A_TIME = 2**18
+# A key is a 64-bit number: 32 bits to sort by, then the document, so no two keys are equal and any sort gives the same order.
+_DOCUMENT_BITS = np.uint64(32)
+_DOCUMENT = np.uint64(2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -22,11 +37,17 @@ class Packing:
     sequence_offsets: np.ndarray
     """(sequences + 1,) int64."""
     piece_document: np.ndarray
-    """(pieces,) the document of each piece."""
+    """(pieces,) uint32, the document of each piece."""
     piece_start: np.ndarray
-    """(pieces,) int32, first token of the piece within its document."""
+    """(pieces,) first token of the piece within its document; uint16 if no document is longer than 65,535 tokens, else int32."""
     piece_length: np.ndarray
-    """(pieces,) int32, tokens."""
+    """(pieces,) tokens; uint16 up to sequences of 65,535 tokens, else int32."""
+    cut_documents: int = 0
+    """Documents that are not in one piece."""
+    dropped_fragments: int = 0
+    """Pieces of cut documents that were left out, and"""
+    dropped_tokens: int = 0
+    """the tokens in them."""
 
     @property
     def num_sequences(self) -> int:
@@ -34,79 +55,170 @@ class Packing:
         return len(self.sequence_offsets) - 1
 
 
-def pack_documents(lengths: np.ndarray, sequence_length: int, seed: int) -> Packing:
-    """Pack documents of the given `lengths` (documents,), in tokens, into sequences of `sequence_length` tokens, in an order set by `seed`.
+def pack_documents(
+    lengths: np.ndarray, sequence_length: int, seed: int, method: PackingMethod = "best_fit", min_fragment_tokens: int = 1
+) -> Packing:
+    """Pack documents of the given `lengths` (documents,), in tokens, into sequences of `sequence_length` tokens.
 
-    Every token is in exactly one piece; within a sequence, pieces are in the order of their documents. Documents without tokens are left
-    out.
+    `seed` sets the order of the sequences, and with "chop" that of the documents before they are cut; the rest follows from the lengths.
+    A piece of a cut document with fewer than `min_fragment_tokens` tokens is left out and counted; a whole document never is, however
+    short. With 1 every token is in exactly one piece. "best_fit" orders the pieces of a sequence by document. Documents without tokens
+    are left out. Raises DataFormatError for an unknown method, a `min_fragment_tokens` that is not from 1 to sequence_length, or more
+    documents than 32 bits can number.
     """
-    document, start, length = cut_into_pieces(lengths, sequence_length)
-    sequence = best_fit_decreasing(length, sequence_length)
-    num_sequences = int(sequence.max(initial=-1)) + 1
-    place = permuted(np.arange(num_sequences), num_sequences, seed)
-    sequence = place[sequence]
-    order = np.argsort(sequence, kind="stable")
+    problems = []
+    if method not in get_args(PackingMethod):
+        problems.append(f"method={method!r}: must be one of {', '.join(get_args(PackingMethod))}")
+    if not 1 <= min_fragment_tokens <= sequence_length:
+        problems.append(
+            f"min_fragment_tokens={min_fragment_tokens}: must be from 1 (drop nothing) to the sequence length, {sequence_length}"
+        )
+    if len(lengths) >= 2**32:
+        problems.append(f"{len(lengths):,} documents: at most {2**32 - 1:,} can be packed together; pack parts, each a source of its own")
+    if problems:
+        raise DataFormatError("; ".join(problems))
+    pack = _best_fit if method == "best_fit" else _chop
+    return pack(np.asarray(lengths), sequence_length, seed, min_fragment_tokens)
+
+
+def _best_fit(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tokens: int) -> Packing:
+    cut = _cut(lengths, sequence_length, min_fragment_tokens)
+    num_items, num_whole = int(cut.counts.sum()), int(cut.whole_pieces.sum())
+    # Packed pieces in front, whole sequences behind. First the longest piece first, as the packing wants them.
+    keys = np.empty(num_items + num_whole, dtype=np.uint64)
+    filled = 0
+    for begin, part in _parts(lengths):
+        remainder = _remainders(part, sequence_length, min_fragment_tokens)
+        document = np.flatnonzero(remainder)
+        keys[filled : filled + len(document)] = _keys(sequence_length - remainder[document], begin + document)
+        filled += len(document)
+    keys[:num_items].sort()
+    sizes = np.flatnonzero(cut.counts)[::-1]
+    fit = best_fit_decreasing(sizes, cut.counts[sizes], sequence_length)
+    # Then by sequence, and in a sequence by document.
+    place = shuffled(fit.num_bins + num_whole, seed)
+    for begin, bins in fit.parts(_AT_A_TIME):
+        end = begin + len(bins)
+        keys[begin:end] = _keys(place[bins], keys[begin:end] & _DOCUMENT)
+    keys[num_items:] = _keys(place[fit.num_bins :], np.repeat(cut.long_documents, cut.whole_pieces))
+    keys.sort()
+    offsets = _count_by_sequence(keys, len(place))
+    pieces = _remainders_as_pieces(keys, lengths, sequence_length, cut.longest)
+    # Whole sequences were written as if they were remainders.
+    at = offsets[place[fit.num_bins :]]
+    first_of_document = np.repeat(np.cumsum(cut.whole_pieces) - cut.whole_pieces, cut.whole_pieces)
+    pieces[1][at] = (np.arange(num_whole) - first_of_document) * sequence_length
+    pieces[2][at] = sequence_length
+    return Packing(sequence_length, offsets, *pieces, cut.cut_documents, cut.dropped_fragments, cut.dropped_tokens)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What cutting documents into whole sequences and remainders gives."""
+
+    counts: np.ndarray
+    """(sequence_length,) int64, remainders, and documents shorter than a sequence, by length; [0] is 0."""
+    long_documents: np.ndarray
+    """(n,) the documents that fill a sequence or more, and"""
+    whole_pieces: np.ndarray
+    """(n,) how many."""
+    longest: int
+    cut_documents: int
+    dropped_fragments: int
+    dropped_tokens: int
+
+
+def _cut(lengths: np.ndarray, sequence_length: int, min_fragment_tokens: int) -> _Cut:
+    counts = np.zeros(sequence_length, dtype=np.int64)
+    long_documents = []
+    longest = 0
+    for begin, part in _parts(lengths):
+        assert part.min() >= 0, "a document of negative length"
+        longest = max(longest, int(part.max()))
+        counts += np.bincount(_remainders(part, sequence_length, min_fragment_tokens), minlength=sequence_length)
+        long_documents.append(begin + np.flatnonzero(part >= sequence_length))
+    counts[0] = 0
+    documents = np.concatenate([np.zeros(0, dtype=np.int64), *long_documents])
+    whole_pieces, remainder = np.divmod(lengths[documents], sequence_length)
+    dropped = remainder[(remainder > 0) & (remainder < min_fragment_tokens)]
+    cut_documents = int(np.count_nonzero(lengths[documents] > sequence_length))
+    return _Cut(counts, documents, whole_pieces, longest, cut_documents, len(dropped), int(dropped.sum(dtype=np.int64)))
+
+
+def _remainders(lengths: np.ndarray, sequence_length: int, min_fragment_tokens: int) -> np.ndarray:
+    """What is to be packed of each document: itself, or what is left of a longer one; 0 where that is nothing or too little."""
+    remainder: np.ndarray = lengths % sequence_length
+    if min_fragment_tokens > 1:
+        remainder[(lengths > sequence_length) & (remainder < min_fragment_tokens)] = 0
+    return remainder
+
+
+def _keys(number: np.ndarray, document: np.ndarray) -> np.ndarray:
+    return (number.astype(np.uint64) << _DOCUMENT_BITS) | document.astype(np.uint64)
+
+
+def _count_by_sequence(keys: np.ndarray, num_sequences: int) -> np.ndarray:
+    """The sequence_offsets of keys that are sorted by sequence: (num_sequences + 1,) int64."""
     offsets = np.zeros(num_sequences + 1, dtype=np.int64)
-    np.cumsum(np.bincount(sequence, minlength=num_sequences), out=offsets[1:])
-    return Packing(sequence_length, offsets, document[order], start[order], length[order])
+    for _, part in _parts(keys):
+        sequence = (part >> _DOCUMENT_BITS).astype(np.int64)
+        first, last = int(sequence[0]), int(sequence[-1])
+        offsets[first + 1 : last + 2] += np.bincount(sequence - first)
+    return np.cumsum(offsets, out=offsets)
 
 
-def cut_into_pieces(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(document, start, length) of each piece, in the order of the text: whole sequences, then what is left of a document."""
-    lengths = np.asarray(lengths)
-    num_pieces = -(-lengths.astype(np.int64) // sequence_length)
-    document_dtype = np.uint32 if len(lengths) < 2**32 else np.int64
-    document = np.repeat(np.arange(len(lengths), dtype=document_dtype), num_pieces)
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    start = (np.arange(len(document)) - np.repeat(first_piece, num_pieces)) * sequence_length
-    length = np.minimum(np.repeat(lengths, num_pieces) - start, sequence_length)
-    return document, start.astype(np.int32), length.astype(np.int32)
+def _remainders_as_pieces(
+    keys: np.ndarray, lengths: np.ndarray, sequence_length: int, longest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(document, start, length) of the last piece of the document of each key."""
+    documents = np.empty(len(keys), dtype=np.uint32)
+    starts = np.empty(len(keys), dtype=_smallest_dtype(longest))
+    piece_lengths = np.empty(len(keys), dtype=_smallest_dtype(sequence_length))
+    for begin, part in _parts(keys):
+        document = (part & _DOCUMENT).astype(np.int64)
+        length = lengths[document]
+        remainder = length % sequence_length
+        end = begin + len(part)
+        documents[begin:end], starts[begin:end], piece_lengths[begin:end] = document, length - remainder, remainder
+    return documents, starts, piece_lengths
 
 
-def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each item, (items,) int64: longest first, each into the fullest bin that still has room for it.
+def _chop(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tokens: int) -> Packing:
+    longest = int(lengths.max(initial=0))
+    dtypes = (np.dtype(np.uint32), np.dtype(np.uint32), _smallest_dtype(longest), _smallest_dtype(sequence_length))
+    parts: list[list[np.ndarray]] = [[np.zeros(0, dtype=dtype)] for dtype in dtypes]
+    position, cut_documents, dropped_fragments, dropped_tokens = 0, 0, 0, 0
+    for _, order in _parts(shuffled(len(lengths), seed)):
+        order = order[lengths[order] > 0]
+        length = lengths[order].astype(np.int64)
+        ends = position + np.cumsum(length)
+        begins = ends - length
+        position = int(ends[-1]) if len(ends) else position
+        # A piece for each sequence that a document reaches into.
+        first, last = begins // sequence_length, (ends - 1) // sequence_length
+        num_pieces = last - first + 1
+        owner = np.repeat(np.arange(len(order)), num_pieces)
+        sequence = np.arange(len(owner)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces) + first[owner]
+        start = np.maximum(begins[owner], sequence * sequence_length) - begins[owner]
+        piece_length = np.minimum(ends[owner], (sequence + 1) * sequence_length) - begins[owner] - start
+        kept = (num_pieces[owner] == 1) | (piece_length >= min_fragment_tokens)
+        cut_documents += int(np.count_nonzero(num_pieces > 1))
+        dropped_fragments += int(np.count_nonzero(~kept))
+        dropped_tokens += int(piece_length[~kept].sum())
+        for column, dtype, values in zip(parts, dtypes, (sequence, order[owner], start, piece_length), strict=True):
+            column.append(values[kept].astype(dtype))
+    sequence, document, start, piece_length = (np.concatenate(column) for column in parts)
+    # A sequence of nothing but dropped fragments does not come to be.
+    is_first = np.diff(sequence, prepend=-1) > 0
+    offsets = np.append(np.flatnonzero(is_first), len(sequence))
+    return Packing(sequence_length, offsets, document, start, piece_length, cut_documents, dropped_fragments, dropped_tokens)
 
-    Bins with equal room are interchangeable, and the fullest bin that takes an item of some length keeps taking items of that length
-    until it has no room for another; so all items of a length go into all bins of an equal room in one step.
-    """
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    values, counts = np.unique(lengths, return_counts=True)
-    bin_of_item = np.empty(len(lengths), dtype=np.int64)
-    # Bins by the room they have left, as arrays of bin numbers, and those rooms in order.
-    bins_with_room: dict[int, list[np.ndarray]] = {}
-    rooms: list[int] = []
-    num_bins = 0
-    placed = 0
 
-    def put_back(room: int, bins: np.ndarray) -> None:
-        if room == 0 or not bins.size:
-            return
-        if room not in bins_with_room:
-            bins_with_room[room] = []
-            insort(rooms, room)
-        bins_with_room[room].append(bins)
+def _smallest_dtype(maximum: int) -> np.dtype:
+    return np.dtype(np.uint16 if maximum < 2**16 else np.int32)
 
-    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:
-            position = bisect_left(rooms, length)
-            if position == len(rooms):
-                room = capacity
-                bins = np.arange(num_bins, num_bins + -(-count // (capacity // length)))
-                num_bins += len(bins)
-            else:
-                room = rooms[position]
-                bins = bins_with_room[room].pop()
-                if not bins_with_room[room]:
-                    del bins_with_room[room], rooms[position]
-            each = room // length
-            full = min(count // each, len(bins))
-            bin_of_item[order[placed : placed + full * each]] = np.repeat(bins[:full], each)
-            put_back(room - each * length, bins[:full])
-            placed, count = placed + full * each, count - full * each
-            if full < len(bins):
-                # The last items fill one bin in part; the bins after it stay as they were.
-                bin_of_item[order[placed : placed + count]] = bins[full]
-                put_back(room - count * length, bins[full : full + 1])
-                put_back(room, bins[full + 1 :])
-                placed, count = placed + count, 0
-    return bin_of_item
+
+def _parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first index, slice) of an array, part after part."""
+    for begin in range(0, len(array), _AT_A_TIME):
+        yield begin, array[begin : begin + _AT_A_TIME]

@@ -26,12 +26,28 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
         return np.zeros_like(index, dtype=np.int64)
     bits = max(2, (size - 1).bit_length())
     round_keys = _mix(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _STEP)
-    out = _feistel(index.astype(np.uint64), bits, round_keys)
+    out = _feistel(index.ravel().astype(np.uint64), bits, round_keys)
     outside = np.flatnonzero(out >= size)
     while outside.size:
         out[outside] = _feistel(out[outside], bits, round_keys)
         outside = outside[out[outside] >= size]
-    return out.astype(np.int64)
+    return out.astype(np.int64).reshape(index.shape)
+
+
+def shuffled(size: int, key: int) -> np.ndarray:
+    """A permutation of range(size) that belongs to `key`, all of it: (size,) uint32. Another one than that of `permuted`, and faster.
+
+    The numbers are sorted by a random number each; the number itself breaks ties, so that every numpy sorts them alike. 8 bytes a number.
+    """
+    assert size <= 2**32, "numbers of 32 bits"
+    # Through _mix twice, lest the keys 1, 2, 3... give shifted versions of one sequence of random numbers.
+    first = _mix(np.array([key], dtype=np.uint64) + _STEP)
+    order = np.arange(size, dtype=np.uint64)
+    for begin in range(0, size, 2**18):
+        number = order[begin : begin + 2**18]
+        number |= _mix(first + number * _STEP) >> np.uint64(32) << np.uint64(32)
+    order.sort()
+    return order.astype(np.uint32)
 
 
 def _feistel(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
