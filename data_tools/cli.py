@@ -50,6 +50,13 @@ class Executor(StrEnum):
     ray = "ray"
 
 
+class Method(StrEnum):
+    """Ways to pack."""
+
+    best_fit = "best_fit"
+    chop = "chop"
+
+
 @app.command("train-tokenizer")
 def train_tokenizer(
     inputs: Inputs,
@@ -172,17 +179,36 @@ def pack(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the sequences.")] = 1234,
+    method: Annotated[
+        Method, typer.Option(help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as others do.")
+    ] = Method.best_fit,
+    min_fragment_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter pieces of documents that are cut.")] = 1,
+    min_document_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
+    max_document_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Pack documents into sequences; only documents longer than a sequence are cut."""
     from data_tools.packed_output import pack as pack_folders
 
-    manifest = pack_folders(tokenized, sequence_length, output, seed=seed, overwrite=overwrite)
+    manifest = pack_folders(
+        tokenized,
+        sequence_length,
+        output,
+        seed=seed,
+        method=method.value,
+        min_fragment_tokens=min_fragment_tokens,
+        min_document_tokens=min_document_tokens,
+        max_document_tokens=max_document_tokens,
+        overwrite=overwrite,
+    )
     room = manifest["sequences"] * sequence_length
+    packed = manifest["documents"] - manifest["options"]["left_out_documents"]
     print(
         f"{output}: {manifest['sequences']:,} sequences of {sequence_length:,} tokens, padding {manifest['padding_tokens'] / room:.4%}, "
-        f"{manifest['cut_documents']:,} of {manifest['documents']:,} documents cut"
+        f"{manifest['cut_documents']:,} of {packed:,} documents cut"
     )
+    if manifest["dropped_tokens"]:
+        print(f"left out {manifest['dropped_tokens']:,} tokens in {manifest['dropped_fragments']:,} short fragments")
 
 
 @app.command()

@@ -17,6 +17,9 @@ import numpy as np
 
 from hunyuan_pretrain.data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_letters
 
+_ENGINE_CHARACTERS = 1 << 27
+"""The engine remembers every word that it has met, without end; after so much text it is made again."""
+
 
 @dataclass(frozen=True)
 class EncoderSource:
@@ -53,9 +56,19 @@ class DocumentEncoder:
             tokenizer = Tokenizer.load(source.tokenizer_path)
             self._encode = lambda text: tokenizer.encode_document(text)[1:-1]
         else:
-            from gigatoken.gigatoken_rs import load_hf_json
+            self._engine_json = source.engine_json
+            self._left = 0
+            self._encode = self._encode_by_engine
 
-            self._encode = load_hf_json(source.engine_json).encode
+    def _encode_by_engine(self, text: str) -> np.ndarray:
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        if self._left <= 0:
+            self._engine = load_hf_json(self._engine_json)
+            self._left = _ENGINE_CHARACTERS
+        self._left -= len(text)
+        ids: np.ndarray = self._engine.encode(text)
+        return ids
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids one document after the other (tokens,), lengths (documents,) int64)."""

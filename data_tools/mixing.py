@@ -11,12 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.config.rules import data_parallel_size
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.balance import deal, imbalance, sequence_costs
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder, write_file
 from hunyuan_pretrain.data.sample_order import SampleOrder
+from hunyuan_pretrain.plan.counts import flops_per_token
 
 REPORT = "mix.json"
+_MEASURED_STEPS = 50
 
 
 def mix(config: str, overrides: list[str], output: str | None, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
             }
         )
     total = sum(tokens.values())
+    ranks = experiment.parallel.world_size and data_parallel_size(experiment, experiment.parallel.world_size)
     return {
         "name": stage.name,
         "steps": stage.num_steps,
@@ -84,6 +89,33 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
             "tokens": bins.tolist(),
             "mean": context_sum / total,
         },
+        "balance": describe_balance(experiment, order, number, ranks) if ranks and ranks > 1 else None,
+    }
+
+
+def describe_balance(experiment: Experiment, order: SampleOrder, number: int, num_ranks: int) -> dict[str, Any]:
+    """How many times as long a step takes for unequal attention work as with equal work, on average over some steps of the stage.
+
+    By FLOPs, where data-parallel ranks meet in every micro-batch, as they do with expert parallelism; as the batch stands, and as it is
+    dealt by balance_attention=deal. With balance_attention=group the batches are those of groups.
+    """
+    stage = experiment.stages[number]
+    flops = flops_per_token(experiment.model, stage.sequence_length)
+    of_attention = (flops.attention_scores + flops.attention_values) / stage.sequence_length
+    attention_cost_tokens = (flops.total - of_attention * stage.sequence_length) / of_attention
+    first = int(order.first_steps[number])
+    steps = np.unique(np.linspace(0, stage.num_steps - 1, _MEASURED_STEPS).astype(int))
+    slowdowns: dict[str, list[float]] = {"as it stands": [], "dealt": []}
+    for step in steps.tolist():
+        costs = sequence_costs(order.costs(first + step), stage.sequence_length, attention_cost_tokens)
+        plain = np.arange(len(costs)).reshape(-1, num_ranks, stage.micro_batch_sequences)
+        for name, places in (("as it stands", plain), ("dealt", deal(costs, num_ranks, stage.micro_batch_sequences))):
+            slowdowns[name].append(imbalance(costs[places].sum(axis=2)).slowdown)
+    return {
+        "data_parallel_size": num_ranks,
+        "balance_attention": stage.balance_attention,
+        "attention_cost_tokens": attention_cost_tokens,
+        "slowdown": {name: float(np.mean(found)) for name, found in slowdowns.items()},
     }
 
 
@@ -122,7 +154,17 @@ def _print_stage(stage: dict[str, Any], console: Console) -> None:
     console.print(
         f"padding {stage['padding']:.4%}; a token sees {context['mean']:,.0f} tokens of its document on average; {', '.join(shares)}"
     )
+    if stage["balance"]:
+        _print_balance(stage["balance"], console)
     console.print()
+
+
+def _print_balance(balance: dict[str, Any], console: Console) -> None:
+    slowdown = balance["slowdown"]
+    console.print(
+        f"{balance['data_parallel_size']} data-parallel ranks: unequal attention makes a step {slowdown['as it stands'] - 1:.2%} longer as "
+        f"the batches stand, {slowdown['dealt'] - 1:.2%} when dealt by cost (balance_attention is {balance['balance_attention']})"
+    )
 
 
 def draw(stages: list[dict[str, Any]], file: Path) -> None:

@@ -11,21 +11,53 @@ from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, new_folder
 from hunyuan_pretrain.data.indexed import TokenizedDataset
 from hunyuan_pretrain.data.packed_format import check_sources, write_packed
-from hunyuan_pretrain.data.packing import pack_documents
+from hunyuan_pretrain.data.packing import PackingMethod, pack_documents
 
 
-def pack(tokenized: Sequence[str], sequence_length: int, output: str, *, seed: int, overwrite: bool = False) -> dict[str, Any]:
+def pack(
+    tokenized: Sequence[str],
+    sequence_length: int,
+    output: str,
+    *,
+    seed: int,
+    method: PackingMethod = "best_fit",
+    min_fragment_tokens: int = 1,
+    min_document_tokens: int = 1,
+    max_document_tokens: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Pack the documents of tokenized folders into sequences of `sequence_length` tokens; returns the manifest.
 
-    The same folders and seed give the same bytes. Raises DataFormatError if a folder is damaged, or if two were tokenized differently.
+    Documents shorter than `min_document_tokens` or longer than `max_document_tokens` are left out, so that the long ones and the others
+    can be packed apart and mixed by weight. The same folders and options give the same bytes. Raises DataFormatError if a folder is
+    damaged, if two were tokenized differently, or if nothing is left to pack.
     """
     if sequence_length < 2:
         raise DataFormatError(f"--sequence-length {sequence_length}: must be at least 2, a token and the one it predicts")
+    if max_document_tokens is not None and max_document_tokens < min_document_tokens:
+        raise DataFormatError(f"--max-document-tokens {max_document_tokens}: less than --min-document-tokens {min_document_tokens}")
     sources = [TokenizedDataset(folder) for folder in tokenized]
     check_sources(sources)
     for source in sources:
         for shard in source.shards:
             shard.check_index()
+    lengths = np.concatenate([source.lengths for source in sources])
+    is_wanted = lengths >= min_document_tokens
+    if max_document_tokens is not None:
+        is_wanted &= lengths <= max_document_tokens
+    if not is_wanted.any():
+        raise DataFormatError(
+            f"{', '.join(map(str, tokenized))}: no document has {min_document_tokens} to {max_document_tokens or 'more'} tokens; they have "
+            f"{lengths.min()} to {lengths.max()}"
+        )
+    lengths[~is_wanted] = 0  # what has no token is not packed
     with new_folder(output, marker=MANIFEST, overwrite=overwrite) as folder:
-        packing = pack_documents(np.concatenate([source.lengths for source in sources]), sequence_length, seed)
-        return write_packed(folder, packing, sources, seed)
+        packing = pack_documents(lengths, sequence_length, seed, method, min_fragment_tokens)
+        options = {
+            "method": method,
+            "min_fragment_tokens": min_fragment_tokens,
+            "min_document_tokens": min_document_tokens,
+            "max_document_tokens": max_document_tokens,
+            "left_out_documents": int(len(lengths) - is_wanted.sum()),
+        }
+        return write_packed(folder, packing, sources, seed, options)

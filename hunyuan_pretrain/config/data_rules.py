@@ -43,4 +43,19 @@ def skipped_steps_are_in_order(experiment: Experiment) -> Iterator[Problem]:
             end = max(end, last)
 
 
-DATA_RULES = (tiers_are_whole, skipped_steps_are_in_order)
+def groups_fill_the_batch(experiment: Experiment) -> Iterator[Problem]:
+    """balance_group_sequences belongs to balance_attention=group and divides the batch."""
+    for number, stage in enumerate(experiment.stages):
+        group = stage.balance_group_sequences
+        where = f"stages.{number}.balance_group_sequences"
+        if group is None:
+            continue
+        if stage.balance_attention != "group":
+            yield Problem(where, group, "has no effect without balance_attention=group", "set that, or remove this")
+        elif stage.global_batch_sequences % group:
+            divisors = [size for size in range(1, stage.global_batch_sequences + 1) if stage.global_batch_sequences % size == 0]
+            nearest = min(divisors, key=lambda size: abs(size - group))
+            yield Problem(where, group, f"must divide global_batch_sequences={stage.global_batch_sequences}", f"use {nearest}")
+
+
+DATA_RULES = (groups_fill_the_batch, tiers_are_whole, skipped_steps_are_in_order)

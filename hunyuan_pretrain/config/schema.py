@@ -304,6 +304,19 @@ class StageConfig(Section):
         unit="ratio",
         typical="{high: 0.7, medium: 0.3} while annealing",
     )
+    balance_attention: Literal["off", "deal", "group"] = setting(
+        "Equal attention work for the ranks, which wait for the slowest. deal: decide by cost which rank takes which sequence of a batch. "
+        "group: besides, fill batches with groups of balance_group_sequences sequences of nearly equal cost; the batches are other ones "
+        "than without, and less varied.",
+        "off",
+        typical="deal at 32K, group at 256K",
+    )
+    balance_group_sequences: PositiveInt | None = setting(
+        "Sequences in a group of balance_attention=group; keep it for the whole run. null: global_batch_sequences.",
+        None,
+        unit="sequences",
+        typical="data-parallel size x micro_batch_sequences",
+    )
     skip_data_steps: tuple[tuple[PositiveInt, PositiveInt], ...] = setting(
         "Ranges [first, last] of the stage's data, in steps from 1 as `hunyuan-data where` prints them, that are not trained on. The stage "
         "is as long as without; it takes as much data beyond its own. Later stages go on after that.",

@@ -1,8 +1,8 @@
 """The batches of one data-parallel rank.
 
 The global batch of a step is fixed by the seed alone. Micro-batch m of rank r takes micro_batch_sequences of its sequences, from
-(m * dp_size + r) * micro_batch_sequences on; so ranks and micro-batches only deal the same sequences out, and a run goes on exactly with
-another number of ranks. There is no state to save: the step is the state.
+(m * dp_size + r) * micro_batch_sequences on, or as balance_attention deals them; so ranks and micro-batches only deal the same sequences
+out, and a run goes on exactly with another number of ranks. There is no state to save: the step is the state.
 
 Shapes: T = micro_batch_sequences * S tokens, the sequences one after the other.
 """
@@ -19,7 +19,7 @@ import torch
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.packed_dataset import PackedSequence
-from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed
+from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, places_of_rank
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class StepLoader:
 
     def _read(self, step: int) -> list[MicroBatch]:
         stage = self.experiment.stages[self.stage_of_step(step)[0]]
-        places = _places_of_rank(stage.global_batch_sequences, stage.micro_batch_sequences, self.dp_rank, self.dp_size)
+        places = places_of_rank(self.order, step, self.dp_rank, self.dp_size)
         sequences = self.order.sequences(step, places.ravel())
         width = stage.micro_batch_sequences
         return [_collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], places[m]) for m in range(len(places))]

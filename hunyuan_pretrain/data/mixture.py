@@ -17,6 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from hunyuan_pretrain.config.schema import StageConfig
+from hunyuan_pretrain.data.balance import balanced_rows
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.permutation import mixed_key, permuted
 
@@ -28,6 +29,8 @@ class SourceSize:
     sequences: int
     tokens: int
     """Without padding."""
+    cost_order: np.ndarray | None = None
+    """(sequences,) its sequences from the cheapest to the dearest; needed where a stage balances attention by groups."""
 
 
 @dataclass(frozen=True)
@@ -105,31 +108,39 @@ class Mixture:
             where = np.flatnonzero((numbers.ravel() >= first) & (numbers.ravel() < first + part.num_sequences))
             self._descend(part.tree, part.taken, where, numbers.ravel()[where] - first, source.reshape(-1), row.reshape(-1))
             first += part.num_sequences
+        self._number_rows(self.stages[stage], source.reshape(-1), row.reshape(-1))
         return source, row
 
     def _descend(
         self, part: _Split | int, taken: Sequence[int], where: np.ndarray, rank: np.ndarray, source: np.ndarray, row: np.ndarray
     ) -> None:
-        """Fill in `source` and `row` at `where`, whose places are the `rank`-th ones of this part; `taken` is what went before."""
+        """Fill in `source`, and in `row` how many of its sequences went before, `taken` at the start, at `where`, the places of a part."""
         if not where.size:
             return
         if isinstance(part, int):
             source[where] = part
-            row[where] = self._rows(part, taken[part] + rank)
+            row[where] = taken[part] + rank
             return
         before = _num_first_before(part, rank)
         is_first = _num_first_before(part, rank + 1) > before
         self._descend(part.first, taken, where[is_first], before[is_first], source, row)
         self._descend(part.second, taken, where[~is_first], (rank - before)[~is_first], source, row)
 
-    def _rows(self, source: int, occurrence: np.ndarray) -> np.ndarray:
-        size = self.sizes[source].sequences
-        epochs = occurrence // size
-        rows = np.empty_like(occurrence)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            rows[chosen] = permuted(occurrence[chosen] % size, size, mixed_key(self.seed, source, epoch))
-        return rows
+    def _number_rows(self, stage: StageConfig, source: np.ndarray, row: np.ndarray) -> None:
+        """Turn how many sequences of a source went before into its row, in place: each epoch is a walk in another order."""
+        for number in np.unique(source).tolist():
+            size = self.sizes[number]
+            of_source = np.flatnonzero(source == number)
+            epochs, position = np.divmod(row[of_source], size.sequences)
+            for epoch in np.unique(epochs).tolist():
+                chosen = epochs == epoch
+                key = mixed_key(self.seed, number, epoch)
+                if stage.balance_attention == "group":
+                    assert size.cost_order is not None, "a mixture that balances by groups is given the order of costs"
+                    group = min(stage.balance_group_sequences or stage.global_batch_sequences, size.sequences)
+                    row[of_source[chosen]] = balanced_rows(position[chosen], size.cost_order, group, key)
+                else:
+                    row[of_source[chosen]] = permuted(position[chosen], size.sequences, key)
 
     def _share_out(self, stage: StageConfig, total: int) -> dict[int, int]:
         """`total` sequences over the sources of a stage, so that their tokens are in the proportion of the weights."""

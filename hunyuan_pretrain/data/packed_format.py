@@ -1,25 +1,27 @@
 """The packed dataset on disk: an index over tokenized folders. No token is copied, so packing again to another length costs little.
 
-A packed folder holds, beside manifest.json, four numpy arrays: `sequence_offsets` (sequences + 1,), and per piece `piece_document`,
-`piece_start` and `piece_length` (see `packing.Packing`). Documents are numbered over the tokenized folders in the order of the manifest's
-`sources`, whose paths are relative to the packed folder and which are recognised by their digests.
+A packed folder holds, beside manifest.json, numpy arrays: `sequence_offsets` (sequences + 1,), and per piece `piece_document`,
+`piece_start` and `piece_length` (see `packing.Packing`); and per sequence `squared_lengths` and `cost_order` (see `balance`). Documents
+are numbered over the tokenized folders in the order of the manifest's `sources`, whose paths are relative to the packed folder and which
+are recognised by their digests.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hunyuan_pretrain.data.balance import cost_order, squared_lengths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
 from hunyuan_pretrain.data.indexed import TokenizedDataset, check_digest, file_digest, load_array
 from hunyuan_pretrain.data.packing import Packing
 
-PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 2
+PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 3
 ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
 
 
@@ -39,12 +41,19 @@ def check_sources(sources: Sequence[TokenizedDataset]) -> None:
         seen[resolved] = source.folder
 
 
-def write_packed(folder: Path, packing: Packing, sources: Sequence[TokenizedDataset], seed: int) -> dict[str, Any]:
-    """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the manifest."""
+def write_packed(
+    folder: Path, packing: Packing, sources: Sequence[TokenizedDataset], seed: int, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the manifest.
+
+    `options`: how it was packed, for the manifest.
+    """
     digests = {}
-    for name in ARRAYS:
+    squares = squared_lengths(packing)
+    arrays = {name: getattr(packing, name) for name in ARRAYS} | {"squared_lengths": squares, "cost_order": cost_order(squares)}
+    for name, array in arrays.items():
         path = folder / f"{name}.npy"
-        np.save(path, getattr(packing, name))
+        np.save(path, array)
         digests[path.name] = file_digest(path)
     num_tokens = int(packing.piece_length.sum(dtype=np.int64))
     manifest = {
@@ -54,10 +63,13 @@ def write_packed(folder: Path, packing: Packing, sources: Sequence[TokenizedData
         "sequences": packing.num_sequences,
         "pieces": len(packing.piece_document),
         "documents": sum(source.num_documents for source in sources),
-        "cut_documents": len(np.unique(packing.piece_document[packing.piece_start > 0])),
+        "cut_documents": packing.cut_documents,
+        "dropped_fragments": packing.dropped_fragments,
+        "dropped_tokens": packing.dropped_tokens,
         "tokens": num_tokens,
         "padding_tokens": packing.num_sequences * packing.sequence_length - num_tokens,
         "seed": seed,
+        "options": dict(options or {}),
         "vocab_size": sources[0].vocab_size,
         "pad_id": sources[0].pad_id,
         "tokenizer_digest": sources[0].tokenizer_digest,
@@ -96,6 +108,8 @@ class PackedIndex:
         self.piece_document = self._array("piece_document", num_pieces)
         self.piece_start = self._array("piece_start", num_pieces)
         self.piece_length = self._array("piece_length", num_pieces)
+        self.squared_lengths = self._array("squared_lengths", self.num_sequences)
+        self.cost_order = self._array("cost_order", self.num_sequences)
         if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
             raise DataFormatError(f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again")
         self.sources = [self._open_source(entry) for entry in self._field("sources", list)]

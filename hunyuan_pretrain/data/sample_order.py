@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.balance import deal
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.mixture import Mixture, SourceSize, source_path
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
@@ -33,7 +34,9 @@ class SampleOrder:
                         f"sequence_length={stage.sequence_length}; set it to {found}, or run `hunyuan-data pack --sequence-length "
                         f"{stage.sequence_length}`"
                     )
-        sizes = {path: SourceSize(len(dataset), dataset.index.num_tokens) for path, dataset in self.datasets.items()}
+        sizes = {
+            path: SourceSize(len(dataset), dataset.index.num_tokens, dataset.index.cost_order) for path, dataset in self.datasets.items()
+        }
         self.mixture = Mixture(experiment.stages, sizes, experiment.seed)
         self.first_steps = np.cumsum([0] + [stage.num_steps for stage in experiment.stages])
         self._by_number = [self.datasets[path] for path in self.mixture.sources]
@@ -56,6 +59,23 @@ class SampleOrder:
         data_step = self.mixture.data_step(stage, step_in_stage)
         sources, rows = self.mixture.lookup(stage, data_step * self.experiment.stages[stage].global_batch_sequences + places)
         return [(self._by_number[source], row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
+
+    def costs(self, step: int) -> np.ndarray:
+        """(global batch,) sum of squared piece lengths of each sequence of a step, which is what they differ by in work."""
+        stage = self.experiment.stages[self.stage_of_step(step)[0]]
+        sequences = self.sequences(step, np.arange(stage.global_batch_sequences))
+        return np.array([dataset.index.squared_lengths[row] for dataset, row in sequences], dtype=np.float64)
+
+
+def places_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """Places in the global batch of a step that a data-parallel rank takes: (micro-batches, micro_batch_sequences) int64.
+
+    All ranks find the same deal, without asking each other.
+    """
+    stage = order.experiment.stages[order.stage_of_step(step)[0]]
+    if stage.balance_attention == "off":
+        return np.arange(stage.global_batch_sequences).reshape(-1, dp_size, stage.micro_batch_sequences)[:, dp_rank]
+    return deal(order.costs(step), dp_size, stage.micro_batch_sequences)[:, dp_rank]
 
 
 def open_packed(path: str, padded_vocab_size: int, tokenizer_digest: str | None) -> PackedDataset:

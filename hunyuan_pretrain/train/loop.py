@@ -50,6 +50,7 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
         started = time.perf_counter()
         set_learning_rate(run.optimizer, lr, ratio)
         batches = run.loader.micro_batches(step)
+        waited = time.perf_counter() - started
         result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
         done = step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -57,7 +58,7 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
                 f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; the last checkpoint is from before this step"
             )
         if done % experiment.logging.log_every_steps == 0 or done == num_steps:
-            record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started)
+            record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started, waited)
             run.log.metrics(record)
             if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
                 run.log.line(step_line(record, num_steps))

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from hunyuan_pretrain.data.balance import imbalance
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.sample_order import SampleOrder, places_of_rank
 
 DIGEST = "d" * 64
 
@@ -154,3 +157,58 @@ def test_evaluation_takes_each_sequence_once_and_ranks_stay_in_step(
     for place in found.keys() - real.keys():
         assert np.sum(found[place][2]) == 0
         assert found[place][4] == (0, 16)
+
+
+@pytest.mark.parametrize("balance", ["off", "deal", "group"])
+def test_no_sample_is_lost_or_repeated_when_a_run_restarts_with_other_ranks(
+    packed: Callable[..., Path], numbered_documents: Callable[..., list], experiment: Callable, balance: str
+) -> None:
+    """Random restarts, each with another data-parallel size and micro-batch: together the steps take each sequence of the epoch once."""
+    source = str(packed("a", numbered_documents(200, 1), 16))
+    size = len(PackedDataset(source))
+    batch = 8
+    steps = size // batch
+    stage = {"name": "s", "tokens": steps * batch * 16, "data": [{"path": source}], "balance_attention": balance}
+    whole = SampleOrder(experiment([stage]), DIGEST)
+    rng = np.random.default_rng(3)
+    step, seen = 0, []
+    while step < steps:
+        dp_size, micro_batch = [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1)][rng.integers(5)]
+        run = experiment([{**stage, "micro_batch_sequences": micro_batch}])
+        loaders = [StepLoader(run, rank, dp_size, DIGEST) for rank in range(dp_size)]
+        for _ in range(min(int(rng.integers(1, 4)), steps - step)):
+            micro_batches = [loader.micro_batches(step) for loader in loaders]
+            places = sorted(int(place) for batches in micro_batches for one in batches for place in one.sequence_ids)
+            assert places == list(range(batch))
+            rows = [row for _, row in whole.sequences(step, np.arange(batch))]
+            for batches in micro_batches:
+                for one in batches:
+                    expected = [whole.datasets[source][rows[place]].tokens for place in one.sequence_ids.tolist()]
+                    assert one.tokens_T.tolist() == np.concatenate(expected).tolist()
+            seen += rows
+            step += 1
+        for loader in loaders:
+            loader.close()
+    assert len(seen) == len(set(seen)) == steps * batch
+
+
+def test_dealing_by_cost_evens_out_what_runs_side_by_side(
+    packed: Callable[..., Path], experiment: Callable, numbered_documents: Callable[..., list]
+) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 900, 2 ** rng.integers(1, 8)).tolist() for _ in range(400)]
+    source = str(packed("a", documents, 128))
+    worst = {}
+    for balance in ("off", "deal", "group"):
+        stage = {"name": "s", "sequence_length": 128, "tokens": 128 * 16 * 4, "global_batch_sequences": 16, "data": [{"path": source}]}
+        if balance == "group":
+            stage["balance_group_sequences"] = 4
+        order = SampleOrder(experiment([{**stage, "balance_attention": balance}]), DIGEST)
+        slowdowns = []
+        for step in range(order.num_steps):
+            costs = order.costs(step)
+            of_ranks = np.stack([costs[places_of_rank(order, step, rank, 4)].sum(axis=1) for rank in range(4)], axis=1)
+            slowdowns.append(imbalance(of_ranks).slowdown)
+        worst[balance] = max(slowdowns)
+    assert worst["deal"] < worst["off"]
+    assert worst["group"] < worst["deal"] < 1.5

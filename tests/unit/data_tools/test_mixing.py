@@ -1,0 +1,169 @@
+"""`hunyuan-data mix`, `where` and `verify`: what a run will read, what it has read, and whether it is still there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from data_tools import cli
+from data_tools.mixing import context_of
+from data_tools.packed_output import pack
+from data_tools.tokenization import tokenize
+from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.loader import StepLoader
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+
+LENGTH = 64
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["hunyuan-data", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, tokenizer_folder: str) -> Path:
+    """An experiment of two stages over long and short documents of one corpus, packed apart."""
+    lines = [{"text": f"the text {number} " * (1 + (number % 7) ** 2)} for number in range(200)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenize([str(tmp_path / "corpus.jsonl")], tokenizer_folder, str(tmp_path / "tokens"), shard_bytes=5000)
+    pack([str(tmp_path / "tokens")], LENGTH, str(tmp_path / "short"), seed=1, max_document_tokens=LENGTH)
+    pack([str(tmp_path / "tokens")], LENGTH, str(tmp_path / "long"), seed=1, min_document_tokens=LENGTH + 1)
+    data = [{"path": str(tmp_path / "short"), "weight": 3}, {"path": str(tmp_path / "long"), "weight": 1, "max_epochs": 2}]
+    stage = {"sequence_length": LENGTH, "global_batch_sequences": 8, "lr_end": 1.0, "data": data}
+    fields = {
+        "name": "mixed",
+        "run_dir": str(tmp_path / "run"),
+        "tokenizer": tokenizer_folder,
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "num_query_groups": 1,
+            "ffn_hidden_size": 8,
+            "num_moe_experts": 2,
+            "padded_vocab_size": 512,
+            "moe_routing_group_tokens": LENGTH,
+        },
+        "optimizer": {"lr": 1e-3},
+        "parallel": {"world_size": 2},
+        "stages": [{**stage, "name": "one", "tokens": LENGTH * 8 * 10}, {**stage, "name": "two", "tokens": LENGTH * 8 * 5}],
+    }
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(fields))
+    return tmp_path / "x.yaml"
+
+
+def test_packing_by_length_of_documents_shares_them_out(experiment: Path) -> None:
+    short, long = (PackedDataset(experiment.parent / name).index.manifest for name in ("short", "long"))
+    assert short["options"]["left_out_documents"] + long["options"]["left_out_documents"] == 200
+    assert short["cut_documents"] == 0
+    assert long["cut_documents"] == 200 - long["options"]["left_out_documents"]
+    with pytest.raises(DataFormatError, match=r"no document has 99999 to more tokens; they have \d+ to \d+"):
+        pack([str(experiment.parent / "tokens")], LENGTH, str(experiment.parent / "none"), seed=1, min_document_tokens=99999)
+    with pytest.raises(DataFormatError, match="--max-document-tokens 5: less than --min-document-tokens 9"):
+        pack([str(experiment.parent / "tokens")], LENGTH, "none", seed=1, min_document_tokens=9, max_document_tokens=5)
+
+
+def test_context_is_counted_token_by_token() -> None:
+    lengths = np.array([1, 5, 8, 8, 3], dtype=np.uint16)
+    seen = np.concatenate([np.arange(length) for length in lengths])
+    bins, total = context_of(lengths)
+    expected = [(seen == 0).sum(), (seen == 1).sum(), ((seen >= 2) & (seen < 4)).sum(), ((seen >= 4) & (seen < 8)).sum()]
+    assert bins.tolist()[:4] == expected
+    assert bins.sum() == len(seen)
+    assert total == seen.sum()
+
+
+def test_mix_says_what_the_steps_then_read(command: Any, experiment: Path) -> None:
+    out = experiment.parent / "mix"
+    code, printed, errors = command("mix", experiment, "--output", out)
+    assert (code, errors) == (0, "")
+    report = json.loads((out / "mix.json").read_text())
+    assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
+    loader = StepLoader(load_experiment(experiment), 0, 1, None)
+    try:
+        for number, stage in enumerate(report["stages"]):
+            counted = {source["path"]: 0 for source in stage["sources"]}
+            for step in range(15):
+                if loader.stage_of_step(step)[0] == number:
+                    for dataset, _ in loader.order.sequences(step, np.arange(8)):
+                        counted[str(dataset.index.folder)] += 1
+            assert counted == {source["path"]: source["sequences"] for source in stage["sources"]}
+            shares = [source["share"] for source in stage["sources"]]
+            assert shares == pytest.approx([0.75, 0.25], abs=1 / 80)
+            assert sum(stage["context"]["tokens"]) == pytest.approx(stage["tokens"], rel=1e-3)
+            assert stage["balance"]["data_parallel_size"] == 2
+            assert stage["balance"]["slowdown"]["dealt"] <= stage["balance"]["slowdown"]["as it stands"]
+    finally:
+        loader.close()
+    assert "one: 10 steps of 64 tokens a sequence" in printed
+    code, _, errors = command("mix", experiment, "stages.0.tokens=1000000")
+    assert code == 2
+    assert "would have been read" in errors
+    assert "max_epochs is 2" in errors
+
+
+def test_where_names_the_documents_whose_tokens_were_in_the_batch(command: Any, experiment: Path, tokenizer_folder: str) -> None:
+    from hunyuan_pretrain.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    loader = StepLoader(load_experiment(experiment), 0, 1, None)
+    for step in (1, 12):
+        code, printed, _ = command("where", experiment, "--step", step, "--json")
+        assert code == 0
+        sequences = [json.loads(line) for line in printed.splitlines()]
+        assert [sequence["place"] for sequence in sequences] == list(range(8))
+        tokens = [batch.tokens_T.tolist() for batch in loader.micro_batches(step - 1)]
+        for sequence in sequences:
+            for piece in sequence["pieces"]:
+                text = json.loads(Path(piece["file"]).read_bytes()[piece["place"] :].split(b"\n")[0])["text"]
+                document = tokenizer.encode_document(text).tolist()
+                begin = piece["first_token"]
+                found = tokens[sequence["place"]][piece["position"] : piece["position"] + piece["tokens"]]
+                assert found == document[begin : begin + piece["tokens"]]
+    loader.close()
+    assert "stage two, step 2 of its data" in command("where", experiment, "--step", 12, "--place", 3)[1]
+    for arguments, message in (
+        (("--step", 99), "--step 99: the run has the steps 1 to 15"),
+        (("--step", 1, "--place", 8), "--place 8: the global batch has the places 0 to 7"),
+    ):
+        code, _, errors = command("where", experiment, *arguments)
+        assert code == 2
+        assert message in errors
+
+
+def test_verify_names_every_file_that_differs_or_is_missing(command: Any, experiment: Path) -> None:
+    folder = experiment.parent
+    code, printed, _ = command("verify", experiment)
+    assert code == 0
+    assert "files have the SHA-256 of their manifests" in printed
+    changed = folder / "tokens" / "shard_00001.bin"
+    content = bytearray(changed.read_bytes())
+    content[5] ^= 1
+    changed.write_bytes(content)
+    (folder / "long" / "cost_order.npy").write_bytes((folder / "long" / "cost_order.npy").read_bytes() + b"x")
+    code, _, errors = command("verify", folder / "short", folder / "long")
+    assert code == 2
+    assert "shard_00001.bin: SHA-256" in errors
+    assert "cost_order.npy: SHA-256" in errors
+    code, _, errors = command("verify", folder)
+    assert code == 2
+    assert "manifest.json: missing" in errors
