@@ -113,6 +113,13 @@ def test_a_token_of_the_base_that_no_joins_make_is_not_added_again() -> None:
     assert encoding.encode_ordinary("qabcd") == [ord("q"), 256]
 
 
+def test_a_token_that_a_completed_one_of_the_base_would_hide_is_left_out() -> None:
+    """The trainer comes to a + bcde; tiktoken makes the base's abc as soon as bc is learned, and is left with abc, d, e."""
+    base = byte_vocabulary() | {b"abc": 256}
+    text = "bc\n" * 100 + "bcd\n" * 50 + "bcde\n" * 30 + "abcde\n" * 20
+    assert list(extend(base, [text], 300))[256:] == [b"abc", b"bc", b"bcd", b"bcde"]
+
+
 def test_training_text_is_cut_as_tiktoken_cuts_it(learned: dict[bytes, int]) -> None:
     """On the text itself the number of tokens is that of the learned merges: nothing learned is lost on the way to tiktoken."""
     tokenizer = Tokenizer(learned)
