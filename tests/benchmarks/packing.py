@@ -101,7 +101,7 @@ def trl(lengths: np.ndarray, sequence_length: int, strategy: str) -> Callable[[]
     def run() -> Report:
         packed = pack_dataset(dataset, sequence_length, strategy, map_kwargs={"batch_size": None, "writer_batch_size": 1000})
         cut = int(np.count_nonzero(lengths > sequence_length))
-        tokens = sum(int(np.sum(chunk.flatten())) for chunk in packed.data["seq_lengths"].chunks)
+        tokens = sum(int(chunk.flatten().to_numpy().sum()) for chunk in packed.data["seq_lengths"].chunks)
         return {"bins": len(packed), "cut": cut, "tokens": tokens, "loop_s": ended[-1] - started[-1]}
 
     return run
@@ -170,7 +170,7 @@ def measure(source: str, sequence_length: int, rounds: int, only: list[str]) -> 
         if len(lengths) > MOST_DOCUMENTS.get(name, len(lengths)):
             print(f"{name:30} not run on more than {MOST_DOCUMENTS[name]:,} documents")
             continue
-        command = [sys.executable, __file__, "--worker", name, "--rounds", str(rounds), "--sequence-lengths", str(sequence_length), source]
+        command = [sys.executable, __file__, source, "--worker", name, "--rounds", str(rounds), "--sequence-lengths", str(sequence_length)]
         process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
         if process.returncode:
             print(f"{name:30} failed: {process.stderr.strip().splitlines()[-1] if process.stderr.strip() else process.returncode}")

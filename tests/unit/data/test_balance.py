@@ -100,3 +100,9 @@ def test_imbalance_by_hand() -> None:
     assert found.by_micro_batch.tolist() == [1.5, 1.0]
     assert found.step == 7 / 6
     assert found.slowdown == 7 / 6
+
+
+def test_micro_batches_of_near_cost_run_side_by_side() -> None:
+    costs = np.array([10, 9, 9, 8, 5, 4, 1, 1])
+    by_place = costs[deal(costs, 2, 2)].sum(axis=2)
+    assert by_place.tolist() == [[13, 13], [11, 10]]
