@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 TEXT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-layouts lint clean
+.PHONY: help demo test test-layouts data-bench lint clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,10 +31,18 @@ test: lint ## Everything that CI checks: lint, types, all tests
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; some minutes to an hour
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)
 
+# A JSONL file; WORK is where everything is written, some three times its size.
+CORPUS ?=
+WORK ?= data_bench_out
+
+data-bench: $(STAMP) ## Tokenizer, shards, packs and mixtures of CORPUS=corpus.jsonl, with times, memory and sizes
+	@test -n "$(CORPUS)" || { echo "make data-bench: CORPUS=corpus.jsonl is missing" >&2; exit 2; }
+	$(PY) tests/benchmarks/data_chain.py "$(CORPUS)" "$(WORK)"
+
 lint: $(STAMP) ## Style and types only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 clean: ## Remove what the demo and the tests wrote; the environment stays
-	rm -rf demo_out .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf demo_out data_bench_out .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -185,6 +185,9 @@ def pack(
     min_fragment_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter pieces of documents that are cut.")] = 1,
     min_document_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_document_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    materialize: Annotated[
+        bool, typer.Option("--materialize", help="Copy the tokens, instead of pointing at them: each sequence is read in one stretch.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Pack documents into sequences; only documents longer than a sequence are cut."""
@@ -199,6 +202,7 @@ def pack(
         min_fragment_tokens=min_fragment_tokens,
         min_document_tokens=min_document_tokens,
         max_document_tokens=max_document_tokens,
+        materialize=materialize,
         overwrite=overwrite,
     )
     room = manifest["sequences"] * sequence_length

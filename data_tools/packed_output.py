@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from data_tools.progress import ProgressReport
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, new_folder
 from hunyuan_pretrain.data.indexed import TokenizedDataset
@@ -24,13 +26,15 @@ def pack(
     min_fragment_tokens: int = 1,
     min_document_tokens: int = 1,
     max_document_tokens: int | None = None,
+    materialize: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Pack the documents of tokenized folders into sequences of `sequence_length` tokens; returns the manifest.
 
     Documents shorter than `min_document_tokens` or longer than `max_document_tokens` are left out, so that the long ones and the others
-    can be packed apart and mixed by weight. The same folders and options give the same bytes. Raises DataFormatError if a folder is
-    damaged, if two were tokenized differently, or if nothing is left to pack.
+    can be packed apart and mixed by weight. `materialize` copies the tokens, so that a sequence is read in one stretch. The same folders
+    and options give the same bytes. Raises DataFormatError if a folder is damaged, if two were tokenized differently, or if nothing is
+    left to pack.
     """
     if sequence_length < 2:
         raise DataFormatError(f"--sequence-length {sequence_length}: must be at least 2, a token and the one it predicts")
@@ -60,4 +64,7 @@ def pack(
             "max_document_tokens": max_document_tokens,
             "left_out_documents": int(len(lengths) - is_wanted.sum()),
         }
-        return write_packed(folder, packing, sources, seed, options)
+        num_tokens = int(packing.piece_length.sum(dtype=np.int64))
+        with ProgressReport("copying tokens", num_tokens) as progress:
+            advance = partial(progress.advance, note=f"{num_tokens:,} tokens")
+            return write_packed(folder, packing, sources, seed, options, materialize=materialize, advance=advance)

@@ -147,7 +147,7 @@ class TokenizedShard:
         bin_name, self._idx_name, self._origin_name = shard_files(self.name)
         self.dtype, self.lengths, self._offsets = self._open_idx(vocab_size)
         last_byte = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.num_documents else 0
-        _check_size(folder / bin_name, last_byte, f"the end of the last document in {self._idx_name}")
+        check_size(folder / bin_name, last_byte, f"the end of the last document in {self._idx_name}")
         if last_byte != self.num_tokens * self.dtype.itemsize:
             raise DataFormatError(
                 f"{folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest {self.num_tokens}; "
@@ -181,7 +181,7 @@ class TokenizedShard:
 
     def _open_idx(self, vocab_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         path = self.folder / self._idx_name
-        _check_size(path, _HEADER_BYTES + 12 * self.num_documents + 8 * (self.num_documents + 1), f"{self.num_documents} documents")
+        check_size(path, _HEADER_BYTES + 12 * self.num_documents + 8 * (self.num_documents + 1), f"{self.num_documents} documents")
         content = _map(path)
         version, code, num_sequences, num_borders = struct.unpack_from("<QBQQ", content, len(_MAGIC))
         dtype: np.dtype | None = next((dtype for dtype, known in _DTYPE_CODES.items() if known == code), None)
@@ -319,9 +319,10 @@ def check_digest(path: Path, expected: str | None) -> None:
         )
 
 
-def _check_size(path: Path, expected: int, described_by: str) -> None:
+def check_size(path: Path, expected: int, described_by: str) -> None:
+    """Raise DataFormatError unless a file is there and has as many bytes as expected."""
     if not path.is_file():
-        raise DataFormatError(f"{path}: missing; tokenize again")
+        raise DataFormatError(f"{path}: missing; write the folder again")
     size = path.stat().st_size
     if size != expected:
         state = "cut short" if size < expected else "too long"

@@ -71,10 +71,19 @@ class PackedDataset:
         tokens[filled:] = labels[filled:] = index.pad_id
         positions[filled:] = self._ramp[: size - filled]
         loss_mask[filled:] = False
+        if index.is_materialized:
+            self._read_stretch(number, pieces, cu_seqlens[: len(lengths) + 1], tokens, labels, loss_mask, positions)
+        else:
+            self._read_pieces(pieces, tokens, labels, loss_mask, positions)
+        return PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
+
+    def _read_pieces(self, pieces: slice, tokens: np.ndarray, labels: np.ndarray, loss_mask: np.ndarray, positions: np.ndarray) -> None:
+        """Fill in what the pieces of a sequence take, from their documents."""
+        index = self.index
         documents = index.piece_document[pieces].astype(np.int64)
         shard_numbers = np.searchsorted(index.first_documents, documents, side="right") - 1
         documents -= index.first_documents[shard_numbers]
-        columns = (shard_numbers, documents, index.piece_start[pieces], lengths)
+        columns = (shard_numbers, documents, index.piece_start[pieces], index.piece_length[pieces])
         end = 0
         for shard_number, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
             shard = index.shards[shard_number]
@@ -88,7 +97,27 @@ class PackedDataset:
             else:
                 labels[begin : end - 1] = stream[1:length]
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
-        return PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
+
+    def _read_stretch(
+        self,
+        number: int,
+        pieces: slice,
+        borders: np.ndarray,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        loss_mask: np.ndarray,
+        positions: np.ndarray,
+    ) -> None:
+        """Fill in what the pieces of a sequence take, from its copy; `borders` (pieces + 1,) are where they begin and end."""
+        index, filled = self.index, int(borders[-1])
+        start = int(index.sequence_starts[number])
+        tokens[:filled] = index.tokens[start : start + filled]
+        labels[: filled - 1] = tokens[1:filled]
+        positions[:filled] = self._ramp[:filled] - np.repeat(borders[:-1], np.diff(borders))
+        following = index.next_tokens[pieces]
+        ends = borders[1:] - 1
+        loss_mask[ends] = following >= 0
+        labels[ends] = np.where(following >= 0, following, index.pad_id)
 
     def documents(self, number: int) -> list[tuple[int, int, int]]:
         """(document, first token within it, tokens) of each piece of a sequence; documents are numbered over all sources."""

@@ -4,12 +4,17 @@ A packed folder holds, beside manifest.json, numpy arrays: `sequence_offsets` (s
 `piece_start` and `piece_length` (see `packing.Packing`); and per sequence `squared_lengths` and `cost_order` (see `balance`). Documents
 are numbered over the tokenized folders in the order of the manifest's `sources`, whose paths are relative to the packed folder and which
 are recognised by their digests.
+
+A materialized folder also holds the tokens, `tokens.bin`: the pieces one after the other in the order of the sequences, without padding;
+`sequence_starts` (sequences + 1,), where each sequence begins there; and per piece `next_tokens`, the token of the document after it, -1
+where there is none. It is read in one stretch a sequence, and needs its sources only to say where a document comes from.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +23,11 @@ import numpy as np
 from hunyuan_pretrain.data.balance import cost_order, squared_lengths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
-from hunyuan_pretrain.data.indexed import TokenizedDataset, check_digest, file_digest, load_array
+from hunyuan_pretrain.data.indexed import TokenizedDataset, TokenizedShard, check_digest, check_size, file_digest, load_array, token_dtype
 from hunyuan_pretrain.data.packing import Packing
 
+TOKENS = "tokens.bin"
+_PIECES_AT_A_TIME = 1 << 16
 PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 3
 ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
 
@@ -42,15 +49,25 @@ def check_sources(sources: Sequence[TokenizedDataset]) -> None:
 
 
 def write_packed(
-    folder: Path, packing: Packing, sources: Sequence[TokenizedDataset], seed: int, options: Mapping[str, Any] | None = None
+    folder: Path,
+    packing: Packing,
+    sources: Sequence[TokenizedDataset],
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    *,
+    materialize: bool = False,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
     """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the manifest.
 
-    `options`: how it was packed, for the manifest.
+    `options`: how it was packed, for the manifest. `advance` is told how many tokens `materialize` has copied.
     """
     digests = {}
     squares = squared_lengths(packing)
     arrays = {name: getattr(packing, name) for name in ARRAYS} | {"squared_lengths": squares, "cost_order": cost_order(squares)}
+    if materialize:
+        arrays |= _copy_tokens(folder / TOKENS, packing, sources, advance)
+        digests[TOKENS] = file_digest(folder / TOKENS)
     for name, array in arrays.items():
         path = folder / f"{name}.npy"
         np.save(path, array)
@@ -70,6 +87,7 @@ def write_packed(
         "padding_tokens": packing.num_sequences * packing.sequence_length - num_tokens,
         "seed": seed,
         "options": dict(options or {}),
+        "materialized": materialize,
         "vocab_size": sources[0].vocab_size,
         "pad_id": sources[0].pad_id,
         "tokenizer_digest": sources[0].tokenizer_digest,
@@ -86,6 +104,32 @@ def write_packed(
     }
     write_manifest(folder, manifest)
     return manifest
+
+
+def _copy_tokens(
+    file: Path, packing: Packing, sources: Sequence[TokenizedDataset], advance: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Write the tokens of all pieces in the order of the sequences; returns `sequence_starts` and `next_tokens`."""
+    shards = [shard for source in sources for shard in source.shards]
+    first_documents = np.cumsum([0] + [shard.num_documents for shard in shards])
+    next_tokens = np.full(len(packing.piece_document), -1, dtype=np.int32)
+    piece = 0
+    with file.open("wb") as output:
+        for begin in range(0, len(next_tokens), _PIECES_AT_A_TIME):
+            part = slice(begin, begin + _PIECES_AT_A_TIME)
+            documents = packing.piece_document[part].astype(np.int64)
+            numbers = np.searchsorted(first_documents, documents, side="right") - 1
+            columns = (numbers, documents - first_documents[numbers], packing.piece_start[part], packing.piece_length[part])
+            for number, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
+                shard = shards[number]
+                first = shard.start(document) + start
+                output.write(shard.tokens[first : first + length].data)
+                if start + length < shard.lengths[document]:
+                    next_tokens[piece] = shard.tokens[first + length]
+                piece += 1
+            advance(int(packing.piece_length[part].sum(dtype=np.int64)))
+    ends = np.concatenate([[0], np.cumsum(packing.piece_length, dtype=np.int64)])
+    return {"sequence_starts": ends[packing.sequence_offsets], "next_tokens": next_tokens}
 
 
 class PackedIndex:
@@ -110,12 +154,32 @@ class PackedIndex:
         self.piece_length = self._array("piece_length", num_pieces)
         self.squared_lengths = self._array("squared_lengths", self.num_sequences)
         self.cost_order = self._array("cost_order", self.num_sequences)
+        self.is_materialized: bool = bool(self.manifest.get("materialized"))
+        if self.is_materialized:
+            self.sequence_starts = self._array("sequence_starts", self.num_sequences + 1)
+            self.next_tokens = self._array("next_tokens", num_pieces)
+            dtype = token_dtype(self.vocab_size)
+            check_size(self.folder / TOKENS, self.num_tokens * dtype.itemsize, f"{self.num_tokens:,} tokens")
+            self.tokens = np.memmap(self.folder / TOKENS, dtype=dtype, mode="r").view(np.ndarray)
         if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
             raise DataFormatError(f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again")
-        self.sources = [self._open_source(entry) for entry in self._field("sources", list)]
-        self.shards = [shard for source in self.sources for shard in source.shards]
-        self.first_documents = np.cumsum([0] + [shard.num_documents for shard in self.shards])
+        if not self.is_materialized:
+            assert self.sources
+
+    @cached_property
+    def sources(self) -> list[TokenizedDataset]:
+        """The tokenized folders; of a materialized one they are opened only when asked for, and need not be there."""
+        return [self._open_source(entry) for entry in self._field("sources", list)]
+
+    @cached_property
+    def shards(self) -> list[TokenizedShard]:
+        """The shards of all sources."""
+        return [shard for source in self.sources for shard in source.shards]
+
+    @cached_property
+    def first_documents(self) -> np.ndarray:
         """(shards + 1,) int64, number of each shard's first document, over all sources."""
+        return np.cumsum([0] + [shard.num_documents for shard in self.shards])
 
     def locate(self, document: int) -> tuple[TokenizedDataset, int]:
         """(tokenized folder, number within it) of a document, which pieces number over all sources."""
@@ -126,14 +190,14 @@ class PackedIndex:
         raise IndexError("a piece of a document beyond the last one")
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every file of the folder and of its sources, as the manifests have them."""
+        """SHA-256 of every file of the folder and, unless it is materialized, of its sources, as the manifests have them."""
         digests: dict[Path, str | None] = {self.folder / name: digest for name, digest in self._field("sha256", dict).items()}
-        for source in self.sources:
+        for source in [] if self.is_materialized else self.sources:
             digests |= source.digests()
         return digests
 
     def verify(self) -> None:
-        """Read every file of the folder and of its sources and compare it with its SHA-256. Raises DataFormatError if one differs."""
+        """Read the files of `digests` and compare it with its SHA-256. Raises DataFormatError if one differs."""
         for file, digest in self.digests().items():
             check_digest(file, digest)
 

@@ -59,11 +59,18 @@ def tokenized(tmp_path: Path) -> Callable[..., Path]:
 def packed(tmp_path: Path, tokenized: Callable[..., Path]) -> Callable[..., Path]:
     """packed(name, documents, sequence_length): a packed folder over its own tokenized folder."""
 
-    def write(name: str, documents: Sequence[Sequence[int]], sequence_length: int, seed: int = 1, **of_tokenized: object) -> Path:
+    def write(
+        name: str,
+        documents: Sequence[Sequence[int]],
+        sequence_length: int,
+        seed: int = 1,
+        materialize: bool = False,
+        **of_tokenized: object,
+    ) -> Path:
         source = TokenizedDataset(tokenized(f"{name}_tokens", documents, **of_tokenized))
         folder = tmp_path / name
         folder.mkdir()
-        write_packed(folder, pack_documents(source.lengths, sequence_length, seed), [source], seed)
+        write_packed(folder, pack_documents(source.lengths, sequence_length, seed), [source], seed, materialize=materialize)
         return folder
 
     return write

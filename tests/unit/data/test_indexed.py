@@ -135,7 +135,7 @@ def test_ids_of_another_type_than_the_vocabulary_needs_are_refused(tokenized: Ca
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "shard_00000.bin").unlink(), r"shard_00000\.bin: missing; tokenize again"),
+        (lambda folder: (folder / "shard_00000.bin").unlink(), r"shard_00000\.bin: missing; write the folder again"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: missing; give a folder written by `hunyuan-data tokenize`"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: not valid JSON"),
         (lambda folder: change_manifest(folder, format="hunyuan-packed"), "hunyuan-packed, expected hunyuan-tokenized"),

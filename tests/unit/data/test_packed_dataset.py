@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import TokenizedDataset
-from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
 from hunyuan_pretrain.data.packed_format import check_sources, write_packed
 from hunyuan_pretrain.data.packing import pack_documents
 
@@ -68,6 +69,30 @@ def test_loss_never_crosses_documents_and_misses_no_token(
         assert (sizes > 0).all()
         assert sequence.positions.tolist() == [position for size in sizes for position in range(size)]
     assert sorted(pairs) == [(ids[i], ids[i + 1]) for ids in documents for i in range(len(ids) - 1)]
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 70_000])
+def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(packed: Callable[..., Path], vocab_size: int) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 900, length).tolist() for length in (1, 2, 3, 5, 8, 13, 21, 40, 16, 15, 17, 33)]
+    index = PackedDataset(packed("index", documents, 16, vocab_size=vocab_size, documents_per_shard=5))
+    folder = packed("copy", documents, 16, vocab_size=vocab_size, documents_per_shard=5, materialize=True)
+    origin = PackedDataset(folder).index.locate(3)[0].origin(3)
+    shutil.rmtree(f"{folder}_tokens")
+    copy = PackedDataset(folder)
+    assert len(copy) == len(index)
+    for number in range(len(index)):
+        for field in dataclasses.fields(PackedSequence):
+            one, other = getattr(index[number], field.name), getattr(copy[number], field.name)
+            assert one.dtype == other.dtype
+            assert one.tolist() == other.tolist(), field.name
+    copy.index.verify()
+    assert origin.path == "corpus.jsonl"
+    with pytest.raises(DataFormatError, match="copy_tokens: no such folder"):
+        copy.index.locate(3)
+    (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
+    with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short"):
+        PackedDataset(folder)
 
 
 def test_several_sources_are_one_run_of_documents(tmp_path: Path, tokenized: Callable[..., Path]) -> None:
