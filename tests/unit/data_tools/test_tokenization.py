@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,7 @@ def test_very_long_documents_are_encoded_in_parts_and_alike(
 
 
 @pytest.mark.slow
-def test_one_document_of_hundreds_of_megabytes_does_not_need_them_in_memory(tmp_path: Path, tokenizer_folder: str) -> None:
+def test_a_very_long_document_does_not_need_its_size_in_memory(tmp_path: Path, tokenizer_folder: str) -> None:
     """Both as a text file and as one line of JSON, in processes of their own; the peak is that of a small file and a bounded rest."""
     script = """
 import json, resource, sys
@@ -176,7 +175,7 @@ if __name__ == "__main__":
 """
     peaks = {}
     line = "the quick brown fox, 中文的句子。\n"
-    for name, repeats in (("small.txt", 1000), ("large.txt", 5_000_000), ("large.jsonl", 5_000_000)):
+    for name, repeats in (("small.txt", 1000), ("large.txt", 2_000_000), ("large.jsonl", 2_000_000)):
         with (tmp_path / name).open("w") as file:
             file.write('{"id": 1, "text": "' if name.endswith("l") else "")
             for _ in range(repeats // 1000):
@@ -185,9 +184,8 @@ if __name__ == "__main__":
         command = [sys.executable, "-c", script, tmp_path / name, tokenizer_folder, tmp_path / f"out_{name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[name] = int(done.stdout) / 1024
-    print(peaks, time.strftime("%H:%M"))
-    assert (tmp_path / "large.txt").stat().st_size > 150e6
+    assert (tmp_path / "large.txt").stat().st_size > 60e6
     large = {name: TokenizedDataset(tmp_path / f"out_{name}") for name in ("large.txt", "large.jsonl")}
     assert np.array_equal(large["large.txt"].document(0), large["large.jsonl"].document(0))
-    assert peaks["large.txt"] < peaks["small.txt"] + 300
-    assert peaks["large.jsonl"] < peaks["small.txt"] + 300
+    assert peaks["large.txt"] < peaks["small.txt"] + 250
+    assert peaks["large.jsonl"] < peaks["small.txt"] + 250
