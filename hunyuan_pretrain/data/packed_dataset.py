@@ -6,7 +6,10 @@ document if the document goes on beyond the piece; otherwise nothing is predicte
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -57,67 +60,60 @@ class PackedDataset:
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
         pieces = self._pieces(number)
-        lengths = index.piece_length[pieces]
-        filled = int(lengths.sum())
+        # lists, because most sequences have a few pieces and numpy takes longer to begin than to do so little
+        borders = list(accumulate(index.piece_length[pieces].tolist(), initial=0))
+        filled = borders[-1]
         if filled > size:
             raise DataFormatError(f"{index.folder}: sequence {number} holds {filled} tokens, more than {size}; pack again")
-        cu_seqlens = np.zeros(len(lengths) + 1 + (filled < size), dtype=np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1 : len(lengths) + 1])
-        cu_seqlens[-1] = size
-
         # 32 bits are enough for any id, and half the bytes to write: at 256K this function is as fast as memory
         tokens, labels, positions = (np.empty(size, dtype=np.int32) for _ in range(3))
         loss_mask = np.ones(size, dtype=np.bool_)
-        tokens[filled:] = labels[filled:] = index.pad_id
-        positions[filled:] = self._ramp[: size - filled]
-        loss_mask[filled:] = False
+        if filled < size:
+            tokens[filled:] = labels[filled:] = index.pad_id
+            positions[filled:] = self._ramp[: size - filled]
+            loss_mask[filled:] = False
+        cu_seqlens = np.array(borders if filled == size else [*borders, size], dtype=np.int32)
+        sequence = PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
         if index.is_materialized:
-            self._read_stretch(number, pieces, cu_seqlens[: len(lengths) + 1], tokens, labels, loss_mask, positions)
+            self._read_stretch(sequence, number, pieces, cu_seqlens[: len(borders)])
         else:
-            self._read_pieces(pieces, tokens, labels, loss_mask, positions)
-        return PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
+            self._read_pieces(sequence, pieces, borders)
+        return sequence
 
-    def _read_pieces(self, pieces: slice, tokens: np.ndarray, labels: np.ndarray, loss_mask: np.ndarray, positions: np.ndarray) -> None:
+    def _read_pieces(self, sequence: PackedSequence, pieces: slice, borders: list[int]) -> None:
         """Fill in what the pieces of a sequence take, from their documents."""
-        index = self.index
-        documents = index.piece_document[pieces].astype(np.int64)
-        shard_numbers = np.searchsorted(index.first_documents, documents, side="right") - 1
-        documents -= index.first_documents[shard_numbers]
-        columns = (shard_numbers, documents, index.piece_start[pieces], index.piece_length[pieces])
-        end = 0
-        for shard_number, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
-            shard = index.shards[shard_number]
-            begin, end = end, end + length
-            first = shard.start(document) + start
+        index, first_documents = self.index, self._first_documents
+        tokens, labels, loss_mask, positions = sequence.tokens, sequence.labels, sequence.loss_mask, sequence.positions
+        columns = (index.piece_document[pieces].tolist(), index.piece_start[pieces].tolist(), borders, borders[1:])
+        for document, start, begin, end in zip(*columns, strict=False):
+            number = bisect_right(first_documents, document) - 1
+            shard, within, length = index.shards[number], document - first_documents[number], end - begin
+            first = shard.start(within) + start
             stream = shard.tokens[first : first + length + 1]
             tokens[begin:end] = stream[:length]
             positions[begin:end] = self._ramp[:length]
-            if start + length < shard.lengths[document]:
+            if start + length < shard.lengths[within]:
                 labels[begin:end] = stream[1:]
             else:
                 labels[begin : end - 1] = stream[1:length]
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
 
-    def _read_stretch(
-        self,
-        number: int,
-        pieces: slice,
-        borders: np.ndarray,
-        tokens: np.ndarray,
-        labels: np.ndarray,
-        loss_mask: np.ndarray,
-        positions: np.ndarray,
-    ) -> None:
+    def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, borders: np.ndarray) -> None:
         """Fill in what the pieces of a sequence take, from its copy; `borders` (pieces + 1,) are where they begin and end."""
         index, filled = self.index, int(borders[-1])
         start = int(index.sequence_starts[number])
-        tokens[:filled] = index.tokens[start : start + filled]
-        labels[: filled - 1] = tokens[1:filled]
-        positions[:filled] = self._ramp[:filled] - np.repeat(borders[:-1], np.diff(borders))
+        sequence.tokens[:filled] = index.tokens[start : start + filled]
+        sequence.labels[: filled - 1] = sequence.tokens[1:filled]
+        sequence.positions[:filled] = self._ramp[:filled] - np.repeat(borders[:-1], np.diff(borders))
         following = index.next_tokens[pieces]
         ends = borders[1:] - 1
-        loss_mask[ends] = following >= 0
-        labels[ends] = np.where(following >= 0, following, index.pad_id)
+        sequence.loss_mask[ends] = following >= 0
+        sequence.labels[ends] = np.where(following >= 0, following, index.pad_id)
+
+    @cached_property
+    def _first_documents(self) -> list[int]:
+        """Number of each shard's first document, over all sources."""
+        return list(map(int, self.index.first_documents))
 
     def documents(self, number: int) -> list[tuple[int, int, int]]:
         """(document, first token within it, tokens) of each piece of a sequence; documents are numbered over all sources."""
