@@ -28,8 +28,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 
 from data_tools.corpus import DEFAULT_EXTENSIONS
-from data_tools.documents import RecordForm
 from data_tools.encoding import DocumentEncoder
+from data_tools.records import RecordForm
 from data_tools.tokenization import (
     Allowance,
     TokenizeJob,

@@ -92,8 +92,9 @@ def engine_json(ranks: Mapping[bytes, int]) -> str:
     """The tokenizer of `ranks` under Hunyuan's split pattern, without special tokens, in Hugging Face's format."""
     letters = str.maketrans({chr(byte): letter for byte, letter in enumerate(byte_letters())})
     vocab = {token.decode("latin-1").translate(letters): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+    # "left right": no letter that stands for a byte is a space; strings are written and read faster than pairs
     merges = [
-        (name[:i], name[i:]) for name in vocab if len(name) > 1 for i in range(1, len(name)) if name[:i] in vocab and name[i:] in vocab
+        f"{left} {right}" for name in vocab for i in range(1, len(name)) if (left := name[:i]) in vocab and (right := name[i:]) in vocab
     ]
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -107,7 +108,8 @@ def engine_json(ranks: Mapping[bytes, int]) -> str:
             "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
             "model": model,
-        }
+        },
+        ensure_ascii=False,
     )
 
 

@@ -128,7 +128,9 @@ class ShardWriter:
         self._bin.close()
 
     def _write(self, tokens: np.ndarray) -> None:
-        content = tokens.astype(self.dtype, copy=False).tobytes()
+        # the encoder's ids are 32 bits wide without a sign, which no id needs: the same bytes
+        same_bytes = tokens.dtype == np.uint32 and self.dtype == np.int32
+        content = np.ascontiguousarray(tokens.view(np.int32) if same_bytes else tokens.astype(self.dtype, copy=False)).data
         self._bin.write(content)
         self._bin_digest.update(content)
 

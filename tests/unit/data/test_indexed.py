@@ -55,6 +55,18 @@ def test_documents_are_numbered_over_the_shards_and_know_where_they_come_from(to
         dataset.document(-1)
 
 
+@pytest.mark.parametrize("vocab_size", [1000, 128166])
+def test_the_bytes_do_not_depend_on_the_type_of_the_ids(tmp_path: Path, vocab_size: int) -> None:
+    """Engines give 32 bits with or without a sign, and a choice of them need not lie in one piece."""
+    ids, digests = np.arange(600, dtype=np.int64)[::2], []
+    for number, tokens in enumerate((ids, ids.astype(np.int32), ids.astype(np.uint32), np.repeat(ids.astype(np.uint32), 2)[::2])):
+        writer = ShardWriter(tmp_path, f"shard_{number}", vocab_size)
+        writer.add(tokens, np.array([len(ids)]), np.array([[0, 0]]))
+        digests.append(writer.finish()["sha256"][f"shard_{number}.bin"])
+        assert (tmp_path / f"shard_{number}.bin").read_bytes() == ids.astype(token_dtype(vocab_size)).tobytes()
+    assert len(set(digests)) == 1
+
+
 def test_a_document_in_parts_is_taken_back_when_it_fails(tmp_path: Path) -> None:
     def parts(fail: bool) -> Iterator[np.ndarray]:
         yield np.array([7, 8])
