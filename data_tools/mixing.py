@@ -70,7 +70,7 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
                 "epochs_of_stage": share,
                 "epochs_at_end": epochs[path],
                 "max_epochs": next((entry.max_epochs for entry in stage.data if entry.path == path), None),
-                "documents": manifest["documents"],
+                "documents": manifest["documents"] - manifest["options"].get("left_out_documents", 0),
                 "cut_documents": manifest["cut_documents"],
             }
         )
