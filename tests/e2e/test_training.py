@@ -19,7 +19,7 @@ from tests.helpers.runs import experiment_fields, kill_all, kill_when, metrics, 
 
 pytestmark = pytest.mark.slow
 EXPERT_PARALLEL = {"world_size": 2, "expert_model_parallel_size": 2}
-CLOCK = {"seconds", "tokens_per_s", "model_flops_per_s"}
+CLOCK = {"seconds", "data_wait_seconds", "tokens_per_s", "model_flops_per_s"}
 
 
 def write(tmp_path: Path, corpus: Path, name: str, steps: int, **changes: Any) -> tuple[Path, Path]:
