@@ -52,6 +52,7 @@ def test_every_document_is_in_its_place_and_knows_its_origin(tmp_path: Path, cor
 
 
 def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    before = set(multiprocessing.active_children())  # other tests' processes
     for name, workers in (("one", 1), ("two", 2)):
         holdout = {"holdout_every": 5, "holdout_output": str(tmp_path / f"{name}_held")}
         tokenize(corpus, tokenizer_folder, str(tmp_path / name), workers=workers, **SHARDS, **holdout)
@@ -59,7 +60,7 @@ def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, c
     assert contents(tmp_path / "one_held") == contents(tmp_path / "two_held")
     train, held = TokenizedDataset(tmp_path / "one"), TokenizedDataset(tmp_path / "one_held")
     assert (train.num_documents, held.num_documents) == (35, 9)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_killed_at_every_write_and_run_again_it_gives_the_same_bytes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
@@ -124,6 +125,7 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path, corpus: list[str]
 def test_too_many_rejects_are_one_error_with_the_first_of_them(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str, workers: int
 ) -> None:
+    before = set(multiprocessing.active_children())  # other tests' processes
     with Path(corpus[0]).open("a") as file:
         file.write("\n{\n[]\n" + '{"text": "' + "x" * 900 + '"}\n')
     out = str(tmp_path / "out")
@@ -135,7 +137,7 @@ def test_too_many_rejects_are_one_error_with_the_first_of_them(
         tokenize(corpus, tokenizer_folder, out, workers=workers, max_rejects=Allowance.parse("2%"), **SHARDS)
     (manifest,) = tokenize(corpus, tokenizer_folder, out, workers=workers, max_rejects=Allowance.parse("5%"), **SHARDS)
     assert (manifest["documents"], manifest["rejects"]) == (45, 2)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize("text", ["-1", "many", "x%", "101%"])
