@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from datatrove.data import DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from pydantic import TypeAdapter, ValidationError
 
 from data_tools.corpus import DEFAULT_EXTENSIONS
 from data_tools.encoding import DocumentEncoder
@@ -91,7 +91,7 @@ def begin(
             return stack.enter_context(unfinished_folder(path, marker=MANIFEST, identity=job.identity, overwrite=overwrite))
 
         folder = open_folder(output)
-        write_file(folder / _PLAN, pickle.dumps(Plan(job, outputs, max_rejects)))
+        write_file(folder / _PLAN, TypeAdapter(Plan).dump_json(Plan(job, outputs, max_rejects)))
         if (folder / MANIFEST).is_file():
             return []
         folders = [folder, *(open_folder(other) for other in outputs[1:])]
@@ -261,9 +261,11 @@ def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, 
     """The unfinished folder, locked, and its plan."""
     folder, identity = stack.enter_context(begun_folder(output, alone=alone))
     try:
-        plan: Plan = pickle.loads((folder / _PLAN).read_bytes())
+        plan = TypeAdapter(Plan).validate_json((folder / _PLAN).read_bytes())
     except FileNotFoundError:
         raise DataFormatError(f"{output}: begun without tasks; run the command that began it, or plan again") from None
+    except ValidationError:
+        raise DataFormatError(f"{folder / _PLAN}: not a plan of this version; run the command that began it again") from None
     assert plan.job.identity == identity, f"{folder}: plan and identity are of different jobs"
     return folder, plan
 
