@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from hunyuan_pretrain.config.data_rules import DATA_RULES
+from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, ParallelConfig, Problem, StageConfig
 
 
@@ -400,6 +401,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     stage_names_are_unique,
     stages_have_a_learning_rate,
     *DATA_RULES,
+    *PRECISION_RULES,
 )
 WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     capacity_below_one_drops,

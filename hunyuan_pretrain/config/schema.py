@@ -218,6 +218,41 @@ class PrecisionConfig(Section):
         "Format of weights and activations; with bf16 the optimizer keeps fp32 main weights.", "bf16", typical="bf16"
     )
     grad_reduce_in_fp32: bool = setting("Accumulate and reduce gradients in fp32.", True, typical="true")
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = setting(
+        "Quantise the operands of the linear layers and experts to FP8. delayed: one scale a tensor, from the largest values of earlier "
+        "steps; tensorwise: from the tensor itself; blockwise: one for 1 x 128 values, 128 x 128 of a weight; mxfp8: a power of two for "
+        "32 values. Router, norms, embedding, output layer and attention itself stay in dtype. Runs on Transformer Engine's kernels, or "
+        "emulated, see runtime.transformer_engine. null: no FP8.",
+        None,
+        typical="blockwise on Hopper, mxfp8 on Blackwell",
+    )
+    fp8_format: Literal["e4m3", "hybrid"] | None = setting(
+        "Format of the quantised values; hybrid is E4M3 for inputs and weights, and E5M2, of more range and less precision, for gradients. "
+        "null: Transformer Engine's choice for the recipe, hybrid with delayed and tensorwise, e4m3 with the others.",
+        None,
+    )
+    fp8_margin: int | None = setting(
+        "Scales of fp8_recipe=delayed are divided by 2^margin, room for values to grow. null: 0.", None, unit="powers of two", typical="0"
+    )
+    fp8_amax_history_len: PositiveInt | None = setting(
+        "Steps whose largest values fp8_recipe=delayed remembers. null: 1024.", None, unit="steps", typical="16 to 1024"
+    )
+    fp8_amax_compute_algo: Literal["max", "most_recent"] | None = setting(
+        "What fp8_recipe=delayed takes of its history: the largest value, or that of the last step. null: max.", None
+    )
+    num_layers_at_start_in_bf16: NonNegativeInt = setting(
+        "Layers at the input whose linear layers and experts stay out of FP8.", 0, unit="layers", typical="0 to 2"
+    )
+    num_layers_at_end_in_bf16: NonNegativeInt = setting("The same at the output.", 0, unit="layers", typical="0 to 2")
+
+    def is_fp8_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether layer `layer`, counted from 0 over the whole model, computes in FP8."""
+        return self.fp8_recipe is not None and self.num_layers_at_start_in_bf16 <= layer < num_layers - self.num_layers_at_end_in_bf16
+
+    @property
+    def fp8_alignment(self) -> int:
+        """What the sizes of a quantised matrix product must be multiples of: 32 with mxfp8, else 16."""
+        return 32 if self.fp8_recipe == "mxfp8" else 16
 
 
 class OptimizerConfig(Section):
@@ -374,6 +409,11 @@ class RuntimeConfig(Section):
     """The machine."""
 
     device: Literal["auto", "cuda", "cpu"] = setting("auto takes CUDA if there is one; cuda is an error where there is none.", "auto")
+    transformer_engine: Literal["auto", "required", "never"] = setting(
+        "Layers of Transformer Engine, with its FP8 kernels. auto: where it is installed and there is a CUDA device, and elsewhere this "
+        "project's own layers, which emulate FP8 recipes; required: an error where it cannot be used; never: own layers everywhere.",
+        "auto",
+    )
     cpu_threads_per_rank: PositiveInt | None = setting(
         "Threads of one rank on CPU; null divides the cores by the ranks of the node.", None, unit="threads"
     )

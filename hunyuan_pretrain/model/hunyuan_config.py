@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -28,10 +28,16 @@ class HunyuanConfig(TransformerConfig):
     context_parallel_method: str = "all_gather"
     stages: tuple[range, ...] = ()  # layers of each pipeline stage, in the order of the forward pass
     architecture: ModelConfig | None = None  # what all of this was made from
+    number_formats: PrecisionConfig = field(default_factory=PrecisionConfig)
+    uses_transformer_engine: bool = False
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, fuse_wgrad_accumulation: bool = False
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    fuse_wgrad_accumulation: bool = False,
+    use_transformer_engine: bool = False,
 ) -> HunyuanConfig:
     """Build the config that every module of the model reads.
 
@@ -96,6 +102,8 @@ def transformer_config(
         recompute_cla_groups=parallel.recompute == "cla_group",
         recompute_experts=parallel.recompute == "selective",
         architecture=model,
+        number_formats=precision,
+        uses_transformer_engine=use_transformer_engine,
         deterministic_mode=False,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -28,9 +28,12 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import RMSNorm, rope_table
 from hunyuan_pretrain.model.router import STATISTICS, Routing
-from hunyuan_pretrain.model.spec import Spec, local_spec
+from hunyuan_pretrain.model.spec import Spec, choose_spec
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
 from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
+
+SpecChoice = Callable[[HunyuanConfig, int], Spec]
+"""The spec of a layer, counted from 0 over the whole model."""
 
 
 class Embedding(torch.nn.Module):
@@ -73,9 +76,11 @@ class Layers(torch.nn.Module):
 class Decoder(torch.nn.Module):
     """The layers of this stage, and the final norm where the model ends."""
 
-    def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection, layers: range, has_final_norm: bool) -> None:
+    def __init__(
+        self, config: HunyuanConfig, spec: SpecChoice, groups: ProcessGroupCollection, layers: range, has_final_norm: bool
+    ) -> None:
         super().__init__()
-        self.layers = Layers(TransformerLayer(config, layer, spec, groups) for layer in layers)
+        self.layers = Layers(TransformerLayer(config, layer, spec(config, layer), groups) for layer in layers)
         if has_final_norm:
             self.final_layernorm = RMSNorm(config, config.hidden_size)
 
@@ -97,7 +102,7 @@ class HunyuanModel(MegatronModule):
     copy of the embedding, under the same name.
     """
 
-    def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection, chunk: int = 0, spec: Spec | None = None) -> None:
+    def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection, chunk: int = 0, spec: SpecChoice = choose_spec) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.groups = groups
@@ -115,7 +120,7 @@ class HunyuanModel(MegatronModule):
             # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a rank of the first
             # and one of the last stage add up the same, completely reduced elements
             weight.shared_embedding = config.share_embeddings_and_output_weights and len(config.stages) > 1
-        self.decoder = Decoder(config, spec or local_spec(), groups, config.stages[stage], self.post_process)
+        self.decoder = Decoder(config, spec, groups, config.stages[stage], self.post_process)
         if self.post_process and not config.share_embeddings_and_output_weights:
             self.output_layer = OutputLayer(config, groups)
 

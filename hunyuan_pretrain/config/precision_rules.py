@@ -1,0 +1,89 @@
+"""Rules of the number formats: FP8 recipes, and what their kernels ask of the sizes of a matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hunyuan_pretrain.config.schema import Experiment, Problem
+
+DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+"""Settings that every recipe but delayed would silently ignore."""
+
+
+def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
+    """Settings of FP8 without a recipe, or of the delayed recipe with another one, are refused: nothing would read them."""
+    precision = experiment.precision
+    names = ("fp8_format", *DELAYED_ONLY) if precision.fp8_recipe is None else DELAYED_ONLY if precision.fp8_recipe != "delayed" else ()
+    reason = "fp8_recipe is null: nothing is quantised" if precision.fp8_recipe is None else "only the delayed recipe reads it"
+    for name in names:
+        if getattr(precision, name) is not None:
+            yield Problem(f"precision.{name}", getattr(precision, name), reason, "use null, or set precision.fp8_recipe to delayed")
+    if precision.fp8_recipe is None:
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if getattr(precision, name):
+                yield Problem(f"precision.{name}", getattr(precision, name), "fp8_recipe is null: every layer is", "use 0")
+
+
+def fp8_margin_leaves_a_scale(experiment: Experiment) -> Iterator[Problem]:
+    margin = experiment.precision.fp8_margin
+    if margin is not None and not 0 <= margin <= 8:
+        rule = "room for values to grow 2^margin times; below 0 they would saturate, above 8 E4M3 has few values left"
+        yield Problem("precision.fp8_margin", margin, rule, "use 0")
+
+
+def most_recent_reads_one_step(experiment: Experiment) -> Iterator[Problem]:
+    precision = experiment.precision
+    if precision.fp8_amax_compute_algo == "most_recent" and precision.fp8_amax_history_len not in (None, 1):
+        rule = "most_recent reads the last step only; the rest of the history would have no effect"
+        yield Problem("precision.fp8_amax_history_len", precision.fp8_amax_history_len, rule, "use null or 1, or fp8_amax_compute_algo max")
+
+
+def some_layer_is_in_fp8(experiment: Experiment) -> Iterator[Problem]:
+    precision, layers = experiment.precision, experiment.model.num_layers
+    kept = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    if precision.fp8_recipe is not None and kept >= layers:
+        rule = f"with num_layers_at_end_in_bf16={precision.num_layers_at_end_in_bf16} none of the {layers} layers is left for FP8"
+        yield Problem("precision.num_layers_at_start_in_bf16", precision.num_layers_at_start_in_bf16, rule, "lower one, or fp8_recipe null")
+
+
+def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
+    """FP8 matrix products need both sizes of each operand to be multiples of 16, of 32 with mxfp8, on every rank.
+
+    Rows of routed experts are no matter of this rule: they are padded where they have to be.
+    """
+    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    unit, tensor, expert_tensor = precision.fp8_alignment, parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    if precision.fp8_recipe is None:
+        return
+    sizes = {
+        "hidden_size": (model.hidden_size, 1),
+        "num_attention_heads * head width": (model.num_attention_heads * model.head_dim, tensor),
+        "num_query_groups * head width": (model.num_query_groups * model.head_dim, tensor),
+        "ffn_hidden_size": (model.ffn_hidden_size, tensor),
+        "moe_ffn_hidden_size": (model.expert_ffn_size, expert_tensor),
+    }
+    broken = [
+        f"{name} {size}{f' over {ranks} ranks' if ranks > 1 else ''} is {size // ranks}"
+        for name, (size, ranks) in sizes.items()
+        if size % ranks == 0 and size // ranks % unit
+    ]
+    if broken:
+        rule = f"{precision.fp8_recipe} multiplies matrices whose sizes are multiples of {unit}, and {'; '.join(broken)}"
+        hint = "use tensorwise or blockwise, which need multiples of 16" if unit == 32 else "choose other sizes or fewer ranks, or null"
+        yield Problem("precision.fp8_recipe", precision.fp8_recipe, rule, hint)
+    for index, stage in enumerate(experiment.stages):
+        tokens, ranks = stage.sequence_length * stage.micro_batch_sequences, parallel.context_parallel_size * tensor
+        if tokens % ranks == 0 and tokens // ranks % unit:
+            rule = (
+                f"a rank has {tokens // ranks} tokens of a micro-batch, and {precision.fp8_recipe} multiplies rows in multiples of {unit}"
+            )
+            yield Problem(f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {unit * ranks}")
+
+
+PRECISION_RULES = (
+    fp8_settings_take_effect,
+    fp8_margin_leaves_a_scale,
+    most_recent_reads_one_step,
+    some_layer_is_in_fp8,
+    fp8_products_are_aligned,
+)
