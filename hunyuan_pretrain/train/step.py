@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
+from hunyuan_pretrain.model.fp8 import training_step
 from hunyuan_pretrain.model.router import RoutingKey
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train.optimizer import optimizer_step
@@ -110,7 +111,8 @@ def train_step(
         model.zero_grad_buffer()
     optimizer.zero_grad()
     tokens = stage.sequence_length * stage.micro_batch_sequences
-    losses = run_schedule(forward, chunks, batches, tokens, groups, forward_only=False)
+    with training_step([model.module for model in chunks], groups):
+        losses = run_schedule(forward, chunks, batches, tokens, groups, forward_only=False)
     if before_update is not None:
         before_update()
     grad_norm = optimizer_step(optimizer)
