@@ -25,13 +25,14 @@ import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.optimizer_state import restore_optimizer_state, sharded_optimizer_state, wanted_optimizer_state
 from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.model.fp8 import Recipe, scaling_state
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
 
@@ -80,6 +81,9 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
 
     Returns the step that it was taken after.
 
+    The scales of the delayed FP8 recipe are read where the checkpoint has them of the same recipe; otherwise they begin anew, as in a run
+    that changes its recipe.
+
     Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, or of another model.
     """
     marker = read_marker(folder)
@@ -96,6 +100,8 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
         wanted["optimizer"] = wanted_optimizer_state(chunks)
         if marker["world_size"] == dist.get_world_size():
             wanted["generators"] = _generator_object()
+        if marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
+            wanted["fp8"] = _sharded_scales(chunks)
     loaded = dist_checkpointing.load(wanted, str(folder))
     for model in chunks:
         model.load_state_dict({name: loaded["model"][name] for name, _ in model.named_parameters()})
@@ -103,6 +109,8 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
         restore_optimizer_state(chunks, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
         if "generators" in wanted:
             restore_generator_state(loaded["generators"])
+        for name, tensor in scaling_state(chunks).items() if "fp8" in wanted else ():
+            tensor.copy_(loaded["fp8"][name])
     return int(marker["step"])
 
 
@@ -136,6 +144,7 @@ def _write(partial: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimiz
         "model": _sharded_weights(chunks),
         "optimizer": sharded_optimizer_state(chunks, optimizer),
         "generators": _generator_object(),
+        "fp8": _sharded_scales(chunks),
     }
     try:
         dist_checkpointing.save(state, str(partial))
@@ -144,6 +153,26 @@ def _write(partial: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimiz
         if _reason(error) not in SYSTEM_REASONS and shutil.disk_usage(partial).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
+
+
+def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
+    """What must be equal for the scales of a checkpoint to be those of a run; None where a run has none that outlive a step."""
+    formats = model.config.number_formats
+    if formats.fp8_recipe != "delayed":
+        return None
+    recipe = Recipe.of(formats)
+    return [recipe.margin, recipe.history_steps, recipe.takes_max, str(recipe.backward_dtype), *formats.layers_in_bf16]
+
+
+def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:
+    """The state of the delayed recipe: the same on all ranks that share a tensor, and that of each expert where the expert is."""
+    groups, found = chunks[0].groups, {}
+    for name, tensor in scaling_state(chunks).items():
+        is_expert = ".experts." in name
+        offsets = [(tensor.dim() - 1, groups.ep.rank(), groups.ep.size())] if is_expert else []
+        replica = (0, groups.expt_tp.rank(), groups.expt_dp.rank()) if is_expert else (0, groups.tp.rank(), groups.dp_cp.rank())
+        found[name] = ShardedTensor.from_rank_offsets(f"fp8.{name}", tensor, *offsets, replica_id=replica)
+    return found
 
 
 def _sharded_weights(chunks: list[HunyuanModel]) -> dict[str, Any]:
@@ -163,6 +192,7 @@ def _commit(partial: Path, folder: Path, step: int, model: HunyuanModel) -> None
         "world_size": dist.get_world_size(),
         "model": model.config.architecture.model_dump(),
         "dtype": str(model.config.params_dtype),
+        "fp8_scaling": scaling_recipe(model),
         "torch": torch.__version__,
         "files": files,
     }

@@ -250,6 +250,11 @@ class PrecisionConfig(Section):
         return self.fp8_recipe is not None and self.num_layers_at_start_in_bf16 <= layer < num_layers - self.num_layers_at_end_in_bf16
 
     @property
+    def layers_in_bf16(self) -> tuple[int, int]:
+        """Layers at the input and at the output that stay out of FP8."""
+        return self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
+
+    @property
     def fp8_alignment(self) -> int:
         """What the sizes of a quantised matrix product must be multiples of: 32 with mxfp8, else 16."""
         return 32 if self.fp8_recipe == "mxfp8" else 16

@@ -96,7 +96,7 @@ def e8m0_scales(amax: Tensor, fp8_max: float) -> Scales:
     bits = (amax * torch.tensor(1.0 / fp8_max, dtype=torch.float32, device=amax.device)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & ((1 << 23) - 1)
     # a subnormal quotient up to 2^-127 is rounded up to that, not to 2^-126
-    rounds_up = (mantissa > 0) & (exponent < 254) & ~((exponent == 0) & (mantissa <= 1 << 22))
+    rounds_up = (mantissa > 0) & ~((exponent == 0) & (mantissa <= 1 << 22))
     exponent = (exponent + rounds_up).clamp(max=254).double()  # of infinity: 254
     scale = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent)).float()
     inverse = torch.where(amax.isnan(), torch.nan, torch.exp2(exponent - 127)).float()
@@ -269,6 +269,17 @@ def products(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Produc
         for name, module in model.named_modules():
             if isinstance(module, Fp8Product):
                 yield name.rpartition(".")[0], module
+
+
+def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
+    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,), the buffers themselves."""
+    return {
+        f"{layer}.{operand}.{kind}": tensor
+        for layer, product in products(models)
+        if product.recipe.name == "delayed"
+        for operand, scale in product.delayed.items()
+        for kind, tensor in (("history", scale.history_He), ("scale", scale.scale_e))
+    }
 
 
 @contextmanager

@@ -111,28 +111,27 @@ def test_every_code_of_a_format_is_a_fixed_point() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_product_and_its_gradients_multiply_the_quantised_operands(name: str, dtype: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    x_RI, weight_OI = numbers(generator, 48, 160, 2, DTYPES[dtype]), numbers(generator, 96, 160, 2, DTYPES[dtype])
-    grad_RO = numbers(generator, 48, 96, 2, DTYPES[dtype])
+    # over more powers of two than a format has: within them a scale that is a power of two changes no value, and which block it comes from
+    # would not matter
+    x_RI, weight_OI = numbers(generator, 48, 160, 20, DTYPES[dtype]), numbers(generator, 96, 160, 20, DTYPES[dtype])
+    grad_RO = numbers(generator, 48, 96, 20, DTYPES[dtype])
     chosen = recipe(name, "hybrid")
     x_RI.requires_grad_()
     weight_OI.requires_grad_()
     y_RO = product_of(chosen)(x_RI, weight_OI)
     y_RO.backward(grad_RO)
 
-    def parts(x: torch.Tensor, operand: Operand, along_rows: bool) -> np.ndarray:
-        return reference_of(x.detach(), chosen, operand, along_rows).astype(np.float64)
+    def parts(x: torch.Tensor, operand: Operand, along_rows: bool) -> torch.Tensor:
+        return torch.from_numpy(reference_of(x.detach(), chosen, operand, along_rows))
 
     expected = {
         "y": (y_RO, parts(x_RI, "x", False) @ parts(weight_OI, "w", False).T),
         "dx": (x_RI.grad, parts(grad_RO, "dy", False) @ parts(weight_OI, "w", True)),
         "dw": (weight_OI.grad, parts(grad_RO, "dy", True).T @ parts(x_RI, "x", True)),
     }
-    # sums of at most 160 terms in fp32, in bf16 rounded once more
-    tolerance = 2.0**-8 if dtype == "bf16" else 160 * 2.0**-24
-    for found, exact in expected.values():
+    for what, (found, product) in expected.items():
         assert found is not None
-        assert found.dtype == DTYPES[dtype]
-        assert np.abs(found.detach().double().numpy() - exact).max() <= tolerance * np.abs(exact).max()
+        torch.testing.assert_close(found.detach(), product.to(DTYPES[dtype]), rtol=0, atol=0, msg=what)
 
 
 @pytest.mark.parametrize("rows", [32, [32, 0, 40, 8]])
@@ -201,7 +200,7 @@ def reference_history(amaxes: list[float], fp8: fp8_reference.Fp8, steps: int, t
     return scales
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     amaxes=st.lists(st.sampled_from([0.0, 1.0, 3.7, 0.01, 1e-42, 3e38, 1e5, float("inf"), float("nan")]), min_size=1, max_size=20),
     steps=st.integers(1, 5),
