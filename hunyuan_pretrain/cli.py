@@ -56,6 +56,22 @@ class ExportFormat(StrEnum):
     hunyuan_v1_moe = "hunyuan_v1_moe"
 
 
+class Fp8Recipe(StrEnum):
+    """FP8 recipes."""
+
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class Fp8Format(StrEnum):
+    """Formats of FP8."""
+
+    e4m3 = "e4m3"
+    hybrid = "hybrid"
+
+
 # --- commands without torch ---------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +188,33 @@ def parity(
     print("\n".join(conclusion(differences)))
     if not all(difference.is_within for difference in differences):
         raise typer.Exit(1)
+
+
+@app.command()
+def shadow(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    recipe: Annotated[Fp8Recipe, typer.Option(help="FP8 recipe to try, emulated.")] = Fp8Recipe.blockwise,
+    fp8_format: Annotated[Fp8Format | None, typer.Option("--format", help="Default: Transformer Engine's for the recipe.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps from the newest checkpoint of the run, or from its beginning.")] = 20,
+    output: Annotated[Path | None, typer.Option(help="Write the whole report here, as JSON.")] = None,
+) -> None:
+    """Train some steps without and with an FP8 recipe, from the same state and data: what it does to losses, gradients and values.
+
+    The ranks are processes of this machine; under torchrun, those of the job. Changes nothing of the run. Needs no FP8 hardware.
+    """
+    from hunyuan_pretrain.config.load import load_experiment
+
+    experiment = load_experiment(config, overrides or [])
+
+    from hunyuan_pretrain.train.shadow import conclusion, run_shadow, table
+
+    report = run_shadow(experiment, recipe.value, fp8_format.value if fp8_format else None, steps, output)
+    if report is None:
+        return  # a rank other than the first
+    for title, rows in table(report):
+        print_table(title, rows)
+    print(conclusion(report))
 
 
 @app.command()

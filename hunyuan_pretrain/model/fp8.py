@@ -177,7 +177,7 @@ class Fp8Product(torch.nn.Module):
         self.is_active = False
         self.watch: Callable[[Operand, Tensor, Tensor], None] | None = None
         if recipe.name == "delayed":
-            self.delayed = torch.nn.ModuleDict({operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS})
+            self.delayed: Any = torch.nn.ModuleDict({operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS})
 
     def forward(self, x_RI: Tensor, weight: Tensor, splits: int | list[int] | None = None) -> Tensor:
         """(R, I) -> (R, O), in the dtype of x. Communicates nothing."""
@@ -188,7 +188,7 @@ class Fp8Product(torch.nn.Module):
         """x_bRC with the values that its FP8 numbers stand for, fp32, to be summed over columns, or (along_rows) over rows."""
         scale_b = None
         if self.recipe.name == "delayed":
-            delayed: Any = self.delayed[operand]
+            delayed = self.delayed[operand]
             if is_first_use:
                 delayed.observe(x_bRC, experts)
             scale_b = delayed.scale_e[experts]

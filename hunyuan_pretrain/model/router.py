@@ -111,6 +111,13 @@ class RoutingPlan(NamedTuple):
     rows_E: torch.Tensor | int  # rows of each expert: one number for all under a capacity, else int64 (E,)
     is_permutation: bool  # no choice dropped and no slot empty, by construction
 
+    def experts_TK(self, num_experts: int) -> torch.Tensor:
+        """The expert that computes each choice, DROPPED where none does; int64, on the CPU."""
+        rows_E = torch.full((num_experts,), self.rows_E) if isinstance(self.rows_E, int) else self.rows_E.cpu()
+        # rows beyond the last expert's are those of dropped choices
+        expert_TK = torch.bucketize(self.row_TK.cpu(), rows_E.cumsum(0), right=True)
+        return expert_TK.masked_fill(expert_TK == num_experts, DROPPED)
+
 
 @torch.no_grad()
 def _plan_with_capacity(chosen_TK: torch.Tensor, config: HunyuanConfig, layer: int, key: RoutingKey) -> tuple[torch.Tensor, ...]:

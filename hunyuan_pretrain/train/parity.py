@@ -248,11 +248,7 @@ class _Watch:
         def keep(module: Any, args: Any, output: Any) -> None:
             if self._tokens_T is None:
                 return
-            plan, E = output[0], self._num_experts
-            rows_E = torch.full((E,), plan.rows_E) if isinstance(plan.rows_E, int) else plan.rows_E.cpu()
-            # rows beyond the last expert's are those of dropped choices
-            expert_TK = torch.bucketize(plan.row_TK.cpu(), rows_E.cumsum(0), right=True)
-            self.routing.append((name, self._tokens_T.cpu().numpy(), expert_TK.masked_fill(expert_TK == E, -1).numpy()))
+            self.routing.append((name, self._tokens_T.cpu().numpy(), output[0].experts_TK(self._num_experts).numpy()))
 
         return keep
 

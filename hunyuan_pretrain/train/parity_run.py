@@ -11,14 +11,14 @@ import multiprocessing
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, ParallelConfig, Problem
-from hunyuan_pretrain.train.parity import TOLERANCE, Difference, StepTrace, compare, trace_layout
+from hunyuan_pretrain.train.parity import TOLERANCE, Difference, compare, trace_layout
 
 SIZES = {
     "tp": "tensor_model_parallel_size",
@@ -28,11 +28,13 @@ SIZES = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
+Result = TypeVar("Result")
+
 KEYS = (*SIZES, "dp", "micro", "zero1", "recompute", "method")
 
 
 def layout_experiment(experiment: Experiment, layout: str, num_ranks: int | None, folder: Path) -> tuple[Experiment, int]:
-    """The experiment under a layout such as "tp=2,pp=2", in fp32 and writing to `folder`; and its number of ranks.
+    """The experiment under a layout such as "tp=2,pp=2", in fp32 without FP8, writing to `folder`; and its number of ranks.
 
     Sizes that the layout does not name are 1, but dp fills up `num_ranks` where those are given; micro (sequences of a micro-batch),
     zero1 (distributed optimizer, 0 or 1), recompute and method (of context parallelism) are the experiment's. Raises ConfigError.
@@ -51,7 +53,8 @@ def layout_experiment(experiment: Experiment, layout: str, num_ranks: int | None
             changes[field] = values[key]
     fields = experiment.model_dump()
     fields["parallel"] = ParallelConfig.model_validate(experiment.parallel.model_dump() | changes).model_dump()
-    fields["precision"]["dtype"] = "fp32"
+    # no FP8: the last bit of a sum in another order would become a step of FP8
+    fields["precision"] = {"dtype": "fp32", "grad_reduce_in_fp32": experiment.precision.grad_reduce_in_fp32}
     # Adam divides a gradient by its own size: without a large epsilon the sign of rounding noise would be an update
     fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
     fields["run_dir"] = str(folder)
@@ -95,17 +98,17 @@ def run_parity(experiment: Experiment, layout: str, against: str, steps: int) ->
     with tempfile.TemporaryDirectory(prefix="hunyuan_parity_") as folder:
         in_job = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
         runs = [layout_experiment(experiment, text, in_job, Path(folder) / name) for name, text in (("a", layout), ("b", against))]
-        traces = [trace_layout(run, steps) if in_job else _in_processes(run, ranks, steps) for run, ranks in runs]
+        traces = [trace_layout(run, steps) if in_job else in_processes(ranks, trace_layout, run, steps) for run, ranks in runs]
     return compare(traces[0], traces[1]) if int(os.environ.get("RANK", "0")) == 0 else []
 
 
-def _in_processes(experiment: Experiment, num_ranks: int, steps: int) -> list[StepTrace]:
-    """`trace_layout` in processes of this machine, its result on rank 0; a failure in one ends all."""
+def in_processes(num_ranks: int, function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments) in that many ranks, processes of this machine; what it returns on rank 0. A failure in one ends all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pool = ProcessPoolExecutor(num_ranks, mp_context=multiprocessing.get_context("spawn"))
-    ranks = [pool.submit(_rank, rank, num_ranks, port, experiment, steps) for rank in range(num_ranks)]
+    ranks = [pool.submit(_rank, rank, num_ranks, port, function, arguments) for rank in range(num_ranks)]
     done, running = wait(ranks, return_when=FIRST_EXCEPTION)
     if running:  # one failed; the others would wait for it in a collective
         for process in pool._processes.values():
@@ -116,7 +119,7 @@ def _in_processes(experiment: Experiment, num_ranks: int, steps: int) -> list[St
     return ranks[0].result()
 
 
-def _rank(rank: int, num_ranks: int, port: int, experiment: Experiment, steps: int) -> list[StepTrace]:
+def _rank(rank: int, num_ranks: int, port: int, function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -125,7 +128,7 @@ def _rank(rank: int, num_ranks: int, port: int, experiment: Experiment, steps: i
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return trace_layout(experiment, steps)
+    return function(*arguments)
 
 
 def report(differences: list[Difference]) -> list[tuple[str, str, str, str, str]]:

@@ -10,6 +10,7 @@ Shapes: T tokens of a micro-batch on this rank, L layers, X router statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,23 +73,29 @@ def routing_key(experiment: Experiment, stage: StageConfig, step: int, batch: Mi
     )
 
 
-def train_step(
+@dataclass(frozen=True)
+class Gradients:
+    """What one pass over the global batch left on this rank; the gradients themselves are in the model's buffers, reduced."""
+
+    losses: list[Tensor]  # of each micro-batch, on the last stage
+    statistics: list[Tensor]  # router statistics (L, X) of each micro-batch
+    num_target_tokens: int
+
+
+def compute_gradients(
     experiment: Experiment,
     stage: StageConfig,
     step: int,
     chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
     batches: list[MicroBatch],
     groups: ProcessGroupCollection,
     device: torch.device,
-    before_update: Callable[[], None] | None = None,
-) -> StepResult:
-    """Run one optimizer step over this rank's micro-batches of the global batch.
+    in_fp8: bool = True,
+) -> Gradients:
+    """Forward and backward over this rank's micro-batches of the global batch, and the reduction of the gradients, from zero.
 
-    before_update: called when all gradients are reduced, before they are clipped.
-
-    Communicates: data-parallel group (token count, gradients), all ranks (statistics), what the model and the schedule do, all groups of
-    the optimizer.
+    in_fp8: False leaves out the FP8 recipe, if the experiment has one. Communicates: data-parallel group (token count, gradients), what
+    the model and the schedule do, and the recipe's scales.
     """
     num_target_tokens = sum_over(groups.dp, torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double().to(device))
     statistics: list[Tensor] = []
@@ -109,19 +116,41 @@ def train_step(
 
     for model in chunks:
         model.zero_grad_buffer()
-    optimizer.zero_grad()
     tokens = stage.sequence_length * stage.micro_batch_sequences
-    with training_step([model.module for model in chunks], groups):
+    with training_step([model.module for model in chunks], groups) if in_fp8 else nullcontext():
         losses = run_schedule(forward, chunks, batches, tokens, groups, forward_only=False)
+    return Gradients(losses, statistics, int(num_target_tokens.item()))
+
+
+def train_step(
+    experiment: Experiment,
+    stage: StageConfig,
+    step: int,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: list[MicroBatch],
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    before_update: Callable[[], None] | None = None,
+    in_fp8: bool = True,
+) -> StepResult:
+    """Run one optimizer step over this rank's micro-batches of the global batch.
+
+    before_update: called when all gradients are reduced, before they are clipped. in_fp8: as of `compute_gradients`.
+
+    Communicates: what `compute_gradients` does, all ranks (statistics), all groups of the optimizer.
+    """
+    optimizer.zero_grad()
+    found = compute_gradients(experiment, stage, step, chunks, batches, groups, device, in_fp8)
     if before_update is not None:
         before_update()
     grad_norm = optimizer_step(optimizer)
-    totals = sum_over_batch(groups, [loss.reshape(1) for loss in losses], 1, statistics)
+    totals = sum_over_batch(groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
     return StepResult(
         loss=totals[0].item(),
         grad_norm=grad_norm,
-        num_target_tokens=int(num_target_tokens.item()),
-        statistics_LX=totals[1:].view(statistics[0].shape).cpu(),
+        num_target_tokens=found.num_target_tokens,
+        statistics_LX=totals[1:].view(found.statistics[0].shape).cpu(),
     )
 
 

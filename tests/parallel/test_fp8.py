@@ -1,9 +1,8 @@
 """FP8 recipes under parallel layouts: N ranks quantise as one rank does, and a run that stops goes on bit by bit.
 
-Rounding to FP8 is a step function: where layouts add up in another order, an operand may differ in its last bit of fp32 and one value in
-some ten thousand is rounded to the other side. So a layout is not compared within the tolerance of test_layouts, but with the error that
-the recipe itself makes: it has to be closer to one rank than CLOSENESS of the distance between one rank with the recipe and without. A
-scale that is not agreed on moves every value, and is as far away as the recipe itself.
+Rounding to FP8 is a step function. Where a layout adds up in another order, an operand differs in its last bit of fp32, one value in some
+ten thousand is rounded to the other side, and each layer makes that a hundred times worse until it is as large as the rounding itself.
+So whole models are compared only where the forward pass is the same bit by bit, and tensor parallelism layer by layer, with equal inputs.
 """
 
 from __future__ import annotations
@@ -20,28 +19,27 @@ from tests.helpers.runs import experiment_fields
 
 pytestmark = pytest.mark.slow
 
-STEPS = 3
-"""A delayed scale is 1 in the first step, and known of every tensor after the second."""
-CLOSENESS = 0.1
+SAVED = 2
+"""Steps before the one that is compared: a delayed scale is 1 in the first, and known of every tensor after the second."""
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-LAYOUTS: dict[str, dict[str, Any]] = {
+EXPERTS = {"expert_model_parallel_size": 2}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+SAME_FORWARD: dict[str, dict[str, Any]] = {
     "dp": {},
-    "ep": {"expert_model_parallel_size": 2},
-    "etp": {"expert_tensor_parallel_size": 2},
-    "tp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "tp ep": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
-    "pp": {"pipeline_model_parallel_size": 2},
-    "cp": {"context_parallel_size": 2},
-    "recompute": {"recompute": "cla_group", "expert_model_parallel_size": 2},
+    "ep": EXPERTS,
+    "pp": PIPELINE,
+    "recompute": {"recompute": "cla_group"},
+    "plain optimizer": {"use_distributed_optimizer": False},
 }
-OWN_SCALES = ("ep", "etp", "tp", "tp ep", "cp", "recompute")
-"""Layouts in which a rank has another part of a tensor, of which tensorwise takes a scale of its own, as Transformer Engine does."""
-CASES = [(recipe, layout) for recipe in RECIPES for layout in LAYOUTS if recipe != "tensorwise" or layout not in OWN_SCALES]
+CASES = [(recipe, layout) for recipe in RECIPES for layout in SAME_FORWARD if (recipe, layout) != ("tensorwise", "ep")]
+"""Under EP an expert multiplies the rows of both ranks at once, of which tensorwise takes one scale, as Transformer Engine does."""
+OTHERS = {"tp": TENSOR, "tp ep": TENSOR | EXPERTS, "etp": {"expert_tensor_parallel_size": 2}, "cp": {"context_parallel_size": 2}}
 
 
 def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> dict[str, Any]:
     """A model whose shards on two ranks are whole blocks of every recipe."""
-    found = experiment_fields(corpus, run_dir, steps=STEPS + 1)
+    found = experiment_fields(corpus, run_dir, steps=SAVED + 2)
     found["model"] |= {
         "hidden_size": 128,
         "num_attention_heads": 4,
@@ -61,45 +59,148 @@ def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> d
     return found
 
 
-def gradients_of_all(work: list[dict[str, Any]]) -> list[list[dict[str, np.ndarray]]]:
-    """Gradients of each step of each experiment, by name, on rank 0."""
-    from hunyuan_pretrain.train.parity import trace_layout
+def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dict[str, np.ndarray]]]:
+    """Of each experiment the gradients of the step after SAVED, from its checkpoint or (saves) from the start, and its delayed scales."""
+    from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.parity import trace_steps
 
-    return [[trace.gradients for trace in trace_layout(Experiment.model_validate(one), STEPS)] for one in work]
+    found = []
+    for one, saves in work:
+        run = setup.prepare(Experiment.model_validate(one))
+        if saves:
+            trace_steps(run, range(SAVED))
+            save_load.save(run.run_dir, SAVED, run.chunks, run.optimizer, None)
+        else:
+            assert run.first_step == SAVED, "it goes on from the checkpoint"
+        (trace,) = trace_steps(run, range(SAVED, SAVED + 1))
+        found.append((trace, {name: tensor.numpy().copy() for name, tensor in scaling_state(run.chunks).items()}))
+        setup.leave(run)
+    return found
 
 
 @pytest.fixture(scope="module")
-def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, list[dict[str, np.ndarray]]]:
-    folder = tmp_path_factory.mktemp("one")
-    names = [None, *RECIPES]
-    work = [fields(corpus, folder / str(name), name) for name in names]
-    return dict(zip(names, run_ranks(1, gradients_of_all, work)[0], strict=True))
-
-
-@pytest.fixture(scope="module")
-def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, np.ndarray]]]:
-    folder = tmp_path_factory.mktemp("two")
-    work = [fields(corpus, folder / f"{recipe} {layout}", recipe, **LAYOUTS[layout]) for recipe, layout in CASES]
-    return dict(zip(CASES, run_ranks(2, gradients_of_all, work)[0], strict=True))
-
-
-def distances(a: list[dict[str, np.ndarray]], b: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Relative distance in the last step, of each weight that an FP8 product has."""
-    names = [name for name in b[-1] if ".linear_" in name]
-    return {name: float(np.linalg.norm(a[-1][name] - b[-1][name]) / np.linalg.norm(b[-1][name])) for name in names}
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """recipe -> (trace, scales) of one rank without a break; (recipe, layout) -> [(trace, scales) of each rank], from its checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    found: dict[Any, Any] = {}
+    one = run_ranks(1, steps_of_all, [(fields(corpus, folder / recipe, recipe), True) for recipe in RECIPES])[0]
+    found |= dict(zip(RECIPES, one, strict=True))
+    keys = [*CASES, *(("delayed", layout) for layout in OTHERS)]
+    work = []
+    for recipe, layout in keys:
+        run_dir = folder / f"{recipe} {layout}"
+        run_dir.mkdir()
+        (run_dir / "checkpoints").symlink_to(folder / recipe / "checkpoints")
+        work.append((fields(corpus, run_dir, recipe, **(SAME_FORWARD | OTHERS)[layout]), False))
+    ranks = run_ranks(2, steps_of_all, work)
+    return found | {key: [rank[number] for rank in ranks] for number, key in enumerate(keys)}
 
 
 @pytest.mark.parametrize(("recipe", "layout"), CASES)
-def test_two_ranks_quantise_as_one(one_rank, two_ranks, recipe: str, layout: str) -> None:
-    of_the_recipe = distances(one_rank[recipe], one_rank[None])
-    of_the_layout = distances(two_ranks[recipe, layout], one_rank[recipe])
-    assert min(of_the_recipe.values()) > 1e-3, "every product is quantised"
-    far = {name: (found, of_the_recipe[name]) for name, found in of_the_layout.items() if found > CLOSENESS * of_the_recipe[name]}
-    assert not far
+def test_two_ranks_take_the_step_of_one(runs, recipe: str, layout: str) -> None:
+    from hunyuan_pretrain.train.parity import compare
+
+    differences = compare([runs[recipe, layout][0][0]], [runs[recipe][0]])
+    assert len(differences) > 100
+    assert not [difference for difference in differences if not difference.is_within][:5]
+
+
+@pytest.mark.parametrize("layout", [*SAME_FORWARD, *OTHERS])
+def test_delayed_scales_know_the_largest_values_of_all_ranks(runs, layout: str) -> None:
+    """Of the weights, and of what enters the first layer, bit by bit; deeper inputs differ as rounding makes them differ."""
+    after: dict[str, np.ndarray] = {}
+    for _, scales in runs["delayed", layout]:
+        for name, scale in scales.items():
+            is_divided = ".experts." in name and "ep" in layout.split()
+            after[name] = np.concatenate([after[name], scale], axis=-1) if is_divided and name in after else scale
+    _, one = runs["delayed"]
+    assert set(after) == set(one)
+    for name, scale in one.items():
+        is_exact = ".w." in name or name.startswith("decoder.layers.0.self_attention.linear_qkv.x")
+        tolerance = 2e-6 if is_exact else 1e-4 if layout in SAME_FORWARD else 0.2
+        np.testing.assert_allclose(after[name], scale, rtol=tolerance, err_msg=name)
+
+
+def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(what, found, expected) of a column- and a row-parallel layer, output and gradients, where each rank works out what to expect."""
+    import torch
+
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.fp8 import Fp8Product, Recipe, training_step
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.spec import emulated_fp8_spec
+    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+    from tests.helpers.tiny import tiny_model
+
+    initialize_distributed("gloo", 60)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    groups = build_groups(parallel, 60)
+    rank = groups.tp.rank()
+    precision = PrecisionConfig(dtype="fp32", fp8_recipe=recipe)
+    config = transformer_config(tiny_model(), parallel, precision)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        # over more powers of two than a format has, so that every scale matters; the second half of the rows and columns is larger
+        x = torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-14, 14, shape, generator=generator))
+        x[shape[0] // 2 :] *= 3
+        x[:, shape[1] // 2 :] *= 5
+        return x
+
+    T, D, F = 256, 128, 256
+    found = []
+    for kind in ("column", "row"):
+        make = emulated_fp8_spec().column_parallel_linear if kind == "column" else emulated_fp8_spec().row_parallel_linear
+        linear = make(config, D, F, groups) if kind == "column" else make(config, F, D, groups)
+        whole_x, whole_weight, whole_grad = (
+            (draw(T, D), draw(F, D), draw(T, F)) if kind == "column" else (draw(T, F), draw(D, F), draw(T, D))
+        )
+        weights = whole_weight.chunk(2, dim=0 if kind == "column" else 1)
+        linear.weight.data.copy_(weights[rank])
+        x = whole_x.chunk(2, dim=0 if kind == "column" else 1)[rank].clone().requires_grad_()
+        grad = whole_grad.chunk(2, dim=1 if kind == "column" else 0)[rank]
+        products = [Fp8Product(Recipe.of(precision), 1, False, False, "cpu") for _ in range(2)]
+        if recipe == "delayed":
+            for product in (linear.fp8, *products):
+                for operand, scale in (("x", 0.37), ("w", 0.11), ("dy", 0.013)):
+                    product.delayed[operand].scale_e.fill_(scale)
+        with training_step([linear], groups):
+            y, _ = linear(x)
+            y.backward(grad)
+        outputs, input_grads, weight_grads = [], [], []
+        for number, product in enumerate(products):
+            expected_x = (whole_x if kind == "column" else whole_x.chunk(2, dim=1)[number]).clone().requires_grad_()
+            expected_weight = weights[number].clone().requires_grad_()
+            output = product(expected_x, expected_weight)
+            output.backward(whole_grad.chunk(2, dim=1)[number] if kind == "column" else whole_grad)
+            outputs.append(output.detach())
+            input_grads.append(expected_x.grad)
+            weight_grads.append(expected_weight.grad)
+        if kind == "column":
+            expected = outputs[rank], (input_grads[0] + input_grads[1]).chunk(2)[rank], weight_grads[rank]
+        else:
+            expected = (outputs[0] + outputs[1]).chunk(2)[rank], input_grads[rank], weight_grads[rank]
+        actual = y.detach(), x.grad, linear.weight.grad
+        names = ("output", "input gradient", "weight gradient")
+        found += [(f"{kind} {name}", a.numpy(), b.numpy()) for name, a, b in zip(names, actual, expected, strict=True)]
+        if recipe == "delayed":
+            current = [linear.fp8.delayed[operand].history_He[-1].item() for operand in ("x", "w", "dy")]
+            largest = [float(value.abs().max()) for value in (whole_x, whole_weight, whole_grad)]
+            found.append((f"{kind} amax", np.array(current), np.array(largest)))
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tensor_parallel_layers_quantise_what_they_gather(recipe: str) -> None:
+    for rank in run_ranks(2, layers_of_tensor_parallel_ranks, recipe):
+        for what, actual, expected in rank:
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max(), err_msg=what)
 
 
 def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: dict[str, Any]) -> list[Any]:
-    """Gradients of steps 3 and 4 of a run of `saved`, and of `resumed` from its checkpoint after step 2; and the scales at their ends."""
+    """Gradients of the two steps after SAVED of a run of `saved`, and of `resumed` from its checkpoint; and the scales at their ends."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.train import setup
@@ -109,18 +210,18 @@ def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: 
     for parallel in (saved, resumed):
         run = setup.prepare(Experiment.model_validate(fields(corpus, folder, "delayed", **parallel)))
         if not found:
-            trace_steps(run, range(2))
-            save_load.save(run.run_dir, 2, run.chunks, run.optimizer, None)
+            trace_steps(run, range(SAVED))
+            save_load.save(run.run_dir, SAVED, run.chunks, run.optimizer, None)
         else:
-            assert run.first_step == 2, "it resumes"
-        gradients = [trace.gradients for trace in trace_steps(run, range(2, 4))]
+            assert run.first_step == SAVED, "it resumes"
+        gradients = [trace.gradients for trace in trace_steps(run, range(SAVED, SAVED + 2))]
         found.append((gradients, {name: tensor.numpy().copy() for name, tensor in scaling_state(run.chunks).items()}))
         setup.leave(run)
     return found
 
 
 def test_a_run_with_delayed_scales_goes_on_bit_by_bit(corpus, tmp_path) -> None:
-    layout = LAYOUTS["tp ep"]
+    layout = TENSOR | EXPERTS
     for (gradients, scales), (resumed_gradients, resumed_scales) in run_ranks(2, train_and_go_on, corpus, tmp_path, layout, layout):
         assert [*scales] == [*resumed_scales]
         assert any((scale != 1).all() for name, scale in scales.items() if name.endswith("scale"))
@@ -133,7 +234,7 @@ def test_a_run_with_delayed_scales_goes_on_bit_by_bit(corpus, tmp_path) -> None:
 
 def test_delayed_scales_follow_their_tensors_to_another_layout(corpus, tmp_path) -> None:
     """From experts divided over the ranks to a pipeline: every layer and expert finds its own history again."""
-    results = run_ranks(2, train_and_go_on, corpus, tmp_path, LAYOUTS["ep"], LAYOUTS["pp"])
+    results = run_ranks(2, train_and_go_on, corpus, tmp_path, EXPERTS, PIPELINE)
     before = [scales for (_, scales), _ in results]
     after: dict[str, np.ndarray] = {}
     for _, (_, scales) in results:

@@ -1,0 +1,315 @@
+"""`hunyuan-pretrain shadow`: the steps of an experiment in its own number format and under an FP8 recipe, side by side.
+
+Two questions, two passes over the same data from the same state. How does training go: the recipe trains for itself, and its losses stand
+beside those without it. What does the recipe do to a gradient: at the weights that training without it reaches, each batch's gradient is
+taken with the recipe and without, and the values that it saturates or flushes to zero are counted.
+
+An expert's gradient differs most, because rounding sends some tokens to other experts; their share is reported by layer.
+
+A gradient is an estimate anyway, and differs from batch to batch. `batch_noise` is that difference, of consecutive batches: an error of
+the recipe that is small beside it is lost in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, PrecisionConfig, Problem, RuntimeConfig
+from hunyuan_pretrain.model.fp8 import Operand, products
+from hunyuan_pretrain.plan.counts import expert_lr_ratio
+from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
+from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
+from hunyuan_pretrain.train.parity_run import in_processes
+from hunyuan_pretrain.train.step import compute_gradients, sum_over_batch, train_step
+
+
+@dataclass
+class WeightError:
+    """What the recipe does to the gradient of one weight, means over the steps."""
+
+    name: str
+    cosine: float = 0.0
+    """Of the gradient with the recipe and the one without."""
+    relative_error: float = 0.0
+    """Length of their difference over the length of the one without."""
+    batch_noise: float = math.nan
+    """Length of the difference of two batches' gradients, over sqrt(2) of a gradient's; nan where there is one step."""
+
+
+@dataclass
+class OperandLoss:
+    """What rounding to FP8 does to the values of one operand, over all steps and ranks, as shares of the values that are not zero."""
+
+    name: str
+    operand: Operand
+    saturated: float
+    """Beyond the largest FP8 value by more than half a step."""
+    flushed: float
+    """Became zero."""
+
+
+@dataclass
+class Shadow:
+    """The report."""
+
+    recipe: str
+    dtype: str
+    first_step: int
+    losses: list[float] = field(default_factory=list)
+    """Of each step without the recipe, nats."""
+    recipe_losses: list[float] = field(default_factory=list)
+    """With it, trained with it."""
+    same_weight_losses: list[float] = field(default_factory=list)
+    """With it, at the weights of the run without."""
+    weights: list[WeightError] = field(default_factory=list)
+    """Worst first."""
+    operands: list[OperandLoss] = field(default_factory=list)
+    """Worst first."""
+    rerouted: dict[int, float] = field(default_factory=dict)
+    """Layer -> share of the choices of experts that differ with the recipe, at the same weights; of all steps."""
+
+
+def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | None, folder: Path) -> Experiment:
+    """`experiment` under `recipe`, emulated, with its results in `folder`; it starts from the checkpoints that its own run_dir has.
+
+    Settings of the recipe are the experiment's where it has the same one. Raises ConfigError.
+    """
+    precision = experiment.precision.model_dump()
+    if experiment.precision.fp8_recipe != recipe:
+        precision |= dict.fromkeys(("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_format"))
+    precision |= {"fp8_recipe": recipe} | ({"fp8_format": fp8_format} if fp8_format else {})
+    changed = experiment.model_copy(
+        update={
+            "run_dir": str(folder),
+            "precision": PrecisionConfig.model_validate(precision),
+            "runtime": RuntimeConfig.model_validate(experiment.runtime.model_dump() | {"transformer_engine": "never"}),
+            "evaluation": experiment.evaluation.model_copy(update={"data": None}),
+            "logging": experiment.logging.model_copy(update={"wandb": "disabled", "tensorboard": False}),
+        }
+    )
+    rules.check(changed, source=f"{experiment.name} under {recipe}")
+    return changed
+
+
+def run_shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: int, output: Path | None) -> Shadow | None:
+    """`shadow` in the ranks of the job, under torchrun, or else in as many processes of this machine as the experiment needs.
+
+    The report on rank 0 (and in `output`, as JSON), None elsewhere. Raises ConfigError, before anything runs, where `output` has no folder.
+    """
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError("shadow", [Problem("--output", str(output), f"{output.parent} is not a folder", "choose another")])
+    if "RANK" in os.environ:
+        report = shadow(experiment, recipe, fp8_format, steps)
+    else:
+        ranks = experiment.parallel.world_size or rules.smallest_world_size(experiment)
+        report = in_processes(ranks, shadow, experiment, recipe, fp8_format, steps)
+    if report is not None and output is not None:
+        output.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: int) -> Shadow | None:
+    """Run both passes in the ranks of this job; the report on rank 0, None elsewhere. Nothing is written to the experiment's run_dir.
+
+    Communicates: all groups, in every step. Raises ConfigError, DataFormatError or CheckpointError as training does.
+    """
+    with tempfile.TemporaryDirectory(prefix="hunyuan_shadow_") as folder:
+        (Path(folder) / "checkpoints").symlink_to(Path(experiment.run_dir).absolute() / "checkpoints")
+        changed = shadow_experiment(experiment, recipe, fp8_format, Path(folder))
+        report = Shadow(recipe, experiment.precision.dtype, 0)
+        run = setup.prepare(changed)
+        report.first_step = run.first_step
+        numbers = range(run.first_step, min(run.first_step + steps, run.loader.num_steps))
+        for step in numbers:
+            report.recipe_losses.append(_train(run, step, in_fp8=True))
+        setup.leave(run)
+        run = setup.prepare(changed)
+        comparison = _Comparison(run)
+        for step in numbers:
+            report.same_weight_losses.append(comparison.take_with_recipe(step))
+            report.losses.append(_train(run, step, in_fp8=False, before_update=comparison.take_without))
+        report.weights, report.operands = comparison.weights(), comparison.operands()
+        report.rerouted = comparison.rerouted()
+        is_first = dist.get_rank() == 0
+        setup.leave(run)
+    return report if is_first else None
+
+
+def _train(run: setup.Run, step: int, in_fp8: bool, before_update: Any = None) -> float:
+    experiment = run.experiment
+    stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+    ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
+    set_learning_rate(run.optimizer, experiment.optimizer.lr * lr_fraction(experiment.stages, step), ratio)
+    batches = run.loader.micro_batches(step)
+    result = train_step(
+        experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device, before_update=before_update, in_fp8=in_fp8
+    )
+    gather_parameters(run.wrapped)
+    return result.loss
+
+
+class _Comparison:
+    """Gradients with the recipe beside those without, at the same weights and of the same batches."""
+
+    def __init__(self, run: setup.Run) -> None:
+        self._run = run
+        self._with_recipe: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._steps: list[dict[str, tuple[float, ...]]] = []
+        self._counts: dict[tuple[str, Operand], Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+        self._experts: dict[int, list[Tensor]] = defaultdict(list)
+        self._experts_with_recipe: dict[int, list[Tensor]] = {}
+        self._rerouted: dict[int, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        for name, product in products(run.chunks):
+            product.watch = self._count_of(name)
+        for model in run.chunks:
+            for layer in model.decoder.layers:
+                layer.mlp.router.register_forward_hook(self._keep_experts_of(layer.layer))
+
+    def _keep_experts_of(self, layer: int) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._experts[layer].append(output[0].experts_TK(self._run.experiment.model.num_moe_experts))
+
+        return keep
+
+    def _take_experts(self) -> dict[int, list[Tensor]]:
+        """Of every micro-batch of a pass, and begin anew."""
+        found, self._experts = self._experts, defaultdict(list)
+        return found
+
+    def _count_of(self, name: str) -> Any:
+        def count(operand: Operand, scaled: Tensor, values: Tensor) -> None:
+            info = torch.finfo(values.dtype)
+            # the largest value of E4M3 is 1.75 * 2^8, of E5M2 1.75 * 2^15: half a step beyond is a 28th or a 14th of it
+            half_step = info.max / (28 if values.dtype == torch.float8_e4m3fn else 14)
+            is_there, size = scaled != 0, scaled.abs()
+            found = (is_there.sum(), (size > info.max + half_step).sum(), (is_there & (values.float() == 0)).sum())
+            self._counts[name, operand] += torch.tensor([int(number) for number in found], dtype=torch.float64)
+
+        return count
+
+    def take_with_recipe(self, step: int) -> float:
+        """Keep the gradients of a batch under the recipe; returns its loss. Nothing is updated."""
+        run, experiment = self._run, self._run.experiment
+        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+        found = compute_gradients(experiment, stage, step, run.wrapped, run.loader.micro_batches(step), run.groups, run.device)
+        self._with_recipe, self._experts_with_recipe = self._gradients(), self._take_experts()
+        return sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)[0].item()
+
+    def take_without(self) -> None:
+        """Compare them with the gradients that are in the buffers now."""
+        gradients = self._gradients()
+        for layer, experts in self._take_experts().items():
+            for plain_TK, with_recipe_TK in zip(experts, self._experts_with_recipe[layer], strict=True):
+                self._rerouted[layer] += torch.tensor([int((plain_TK != with_recipe_TK).sum()), plain_TK.numel()], dtype=torch.float64)
+        step = {}
+        for name, exact in gradients.items():
+            with_recipe, before = self._with_recipe[name].double().flatten(), self._before.get(name)
+            exact = exact.double().flatten()
+            noise = (exact - before.double().flatten()).square().sum() if before is not None else exact.new_tensor(math.nan)
+            sums = (exact @ with_recipe, exact @ exact, with_recipe @ with_recipe, (exact - with_recipe).square().sum(), noise)
+            step[name] = tuple(float(value) for value in sums)
+        self._steps.append(step)
+        self._before = gradients
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of the weights that this rank answers for: of copies on several ranks, one counts."""
+        complete_gradients(self._run.wrapped)
+        found = {}
+        for model in self._run.chunks:
+            places = model.placements()
+            for name, parameter in model.named_parameters():
+                if places[name].replica == (0, 0, 0):
+                    found[name] = parameter.main_grad.clone()
+        return found
+
+    def weights(self) -> list[WeightError]:
+        """Of every weight of the whole model, the worst cosine first. Communicates: all ranks."""
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, self._steps)
+        found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for step in zip(*ranks, strict=True):
+            totals: dict[str, list[float]] = defaultdict(lambda: [0.0] * 5)
+            for rank in step:
+                for name, sums in rank.items():
+                    totals[name] = [total + value for total, value in zip(totals[name], sums, strict=True)]
+            for name, (dot, exact, with_recipe, error, noise) in totals.items():
+                if exact > 0:
+                    cosine = dot / math.sqrt(exact * with_recipe) if with_recipe > 0 else 0.0
+                    found[name].append((cosine, math.sqrt(error / exact), math.sqrt(noise / (2 * exact))))
+        rows = []
+        for name, values in found.items():
+            cosines, errors, noises = zip(*values, strict=True)
+            later = [noise for noise in noises if not math.isnan(noise)]
+            mean_noise = sum(later) / len(later) if later else math.nan
+            rows.append(WeightError(name, sum(cosines) / len(cosines), sum(errors) / len(errors), mean_noise))
+        return sorted(rows, key=lambda row: row.cosine)
+
+    def rerouted(self) -> dict[int, float]:
+        """Layer -> share of choices that differ. Communicates: all ranks."""
+        return {layer: (counts[0] / counts[1]).item() for layer, counts in sorted(_sum_over_ranks(self._rerouted).items())}
+
+    def operands(self) -> list[OperandLoss]:
+        """Of every quantised operand, the largest lost share first. Communicates: all ranks."""
+        rows = []
+        for (name, operand), counts in _sum_over_ranks(self._counts).items():
+            total, saturated, flushed = counts.tolist()
+            rows.append(OperandLoss(name, operand, saturated / max(total, 1), flushed / max(total, 1)))
+        return sorted(rows, key=lambda row: row.saturated + row.flushed, reverse=True)
+
+
+def _sum_over_ranks(mine: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """Sums of equal keys over all ranks."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, dict(mine))
+    totals: dict[Any, Tensor] = {}
+    for rank in ranks:
+        for key, value in rank.items():
+            totals[key] = totals[key] + value if key in totals else value
+    return totals
+
+
+def table(report: Shadow, longest: int = 12) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """The report as titled tables of text."""
+    losses = [
+        (f"{report.first_step + number + 1}", f"{plain:.4f}", f"{trained:.4f}", f"{trained - plain:+.4f}", f"{same - plain:+.5f}")
+        for number, (plain, trained, same) in enumerate(zip(report.losses, report.recipe_losses, report.same_weight_losses, strict=True))
+    ]
+    weights = [
+        (row.name, f"{row.cosine:.5f}", f"{row.relative_error:.4f}", f"{row.batch_noise:.3f}" if report.losses[1:] else "")
+        for row in report.weights[:longest]
+    ]
+    operands = [(row.name, row.operand, f"{row.saturated:.3%}", f"{row.flushed:.3%}") for row in report.operands[:longest]]
+    header = ("step", report.dtype, report.recipe, "gap", "gap at the same weights")
+    return [
+        ("loss", [header, *losses]),
+        ("gradients, worst first", [("weight", "cosine", "relative error", "batch noise"), *weights]),
+        (
+            "tokens sent to another expert",
+            [("layer", "share"), *((str(layer), f"{share:.3%}") for layer, share in report.rerouted.items())],
+        ),
+        ("quantised operands, worst first", [("layer", "operand", "saturated", "flushed to zero"), *operands]),
+    ]
+
+
+def conclusion(report: Shadow) -> str:
+    """One sentence of figures; the judgement is the reader's."""
+    gaps = [trained - plain for plain, trained in zip(report.losses, report.recipe_losses, strict=True)]
+    worst, steps = report.weights[0], len(gaps)
+    noisiest = max((row.relative_error / row.batch_noise for row in report.weights if row.batch_noise > 0), default=math.nan)
+    text = f"{report.recipe} against {report.dtype}, {steps} steps: loss {gaps[-1]:+.4f} in the last step, "
+    text += f"{sum(gaps) / steps:+.4f} on average; smallest gradient cosine {worst.cosine:.4f} ({worst.name})"
+    return text + ("" if math.isnan(noisiest) else f"; errors of gradients are at most {noisiest:.2f} of the noise of a batch")
