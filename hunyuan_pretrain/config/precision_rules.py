@@ -58,7 +58,10 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
     sizes = {
         "hidden_size": (model.hidden_size, 1),
         "num_attention_heads * head width": (model.num_attention_heads * model.head_dim, tensor),
-        "num_query_groups * head width": (model.num_query_groups * model.head_dim, tensor),
+        "(num_attention_heads + 2 * num_query_groups) * head width": (
+            (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
+            tensor,
+        ),
         "ffn_hidden_size": (model.ffn_hidden_size, tensor),
         "moe_ffn_hidden_size": (model.expert_ffn_size, expert_tensor),
     }

@@ -16,6 +16,7 @@ from hunyuan_pretrain.plan.counts import (
     memory_per_rank,
     parameters,
 )
+from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
     return [
         *model_rows(experiment),
         *layout_rows(experiment, ranks),
+        *fp8_rows(experiment, ranks),
         *communication_rows(experiment, ranks),
         *stage_rows(experiment, ranks),
     ]
@@ -87,6 +89,28 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         rows.insert(1, Row("layout", "pipeline", f"{len(pipeline_stages(model, parallel))} stages", f"{layers} layers"))
         by_place = ", ".join(gib(memory.total) for memory in memories)
         rows.append(Row("layout", "memory by pipeline rank", by_place, "of the rank that keeps the most at each place"))
+    return rows
+
+
+def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
+    """What the FP8 recipe moves and keeps; none without a recipe."""
+    model, precision = experiment.model, experiment.precision
+    if precision.fp8_recipe is None:
+        return []
+    layers = len(fp8_layers(model, precision))
+    rows = [Row("FP8", "recipe", precision.fp8_recipe, f"in {layers} of {model.num_layers} layers")]
+    shapes: dict[tuple[int, int], StageConfig] = {}
+    for stage in experiment.stages:
+        shapes.setdefault((stage.sequence_length, stage.micro_batch_sequences), stage)
+    for stage in shapes.values():
+        flops = fp8_flops_per_token(model, precision, stage.sequence_length)
+        memory = fp8_memory_per_rank(experiment, stage, ranks)
+        share = f"{flops.quantised / flops.matmuls:.1%} of the products with weights, {flops.quantised / flops.total:.1%} with attention"
+        kept = f"{gib(memory.inputs)} instead of {gib(memory.inputs_without)}"
+        rows.append(Row("FP8", f"FLOPs at {stage.sequence_length:,} tokens", f"{flops.quantised:.4g}/token", share))
+        note = "inputs that a micro-batch leaves for the backward pass, on one rank"
+        rows.append(Row("FP8", f"kept inputs at {stage.sequence_length:,}", kept, note))
+    rows.append(Row("FP8", "copies of weights", gib(memory.weight_copies), "beside the weights, for the micro-batches of a step"))
     return rows
 
 

@@ -38,14 +38,12 @@ OTHERS = {"tp": TENSOR, "tp ep": TENSOR | EXPERTS, "etp": {"expert_tensor_parall
 
 
 def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> dict[str, Any]:
-    """A model whose shards on two ranks are whole blocks of every recipe."""
+    """A small model whose shards every recipe can multiply."""
     found = experiment_fields(corpus, run_dir, steps=SAVED + 2)
     found["model"] |= {
-        "hidden_size": 128,
-        "num_attention_heads": 4,
-        "kv_channels": 64,
-        "ffn_hidden_size": 256,
-        "moe_ffn_hidden_size": 256,
+        "hidden_size": 64,
+        "ffn_hidden_size": 64,
+        "moe_ffn_hidden_size": 64,
         "moe_routing_group_tokens": 32,
         "init_method_std": 0.05,
     }

@@ -1,0 +1,102 @@
+"""FP8 settings that cannot take effect or cannot run are refused, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+
+
+def experiment(precision: dict[str, Any], model: dict[str, Any] | None = None, **parallel: Any) -> Experiment:
+    fields: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 128,
+        "moe_ffn_hidden_size": 96,
+        "num_moe_experts": 4,
+        "padded_vocab_size": 512,
+        "moe_routing_group_tokens": 32,
+    }
+    stage = {"name": "a", "tokens": 4096, "sequence_length": 256, "global_batch_sequences": 4, "lr_end": 1.0, "data": [{"path": "x"}]}
+    return Experiment.model_validate(
+        {
+            "name": "test",
+            "run_dir": "run",
+            "tokenizer": "tokenizer",
+            "model": fields | (model or {}),
+            "parallel": parallel,
+            "precision": precision,
+            "optimizer": {"lr": 1e-3},
+            "stages": [stage],
+        }
+    )
+
+
+def refusal(*arguments: Any, **keywords: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        rules.check(experiment(*arguments, **keywords))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", [None, "delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_every_recipe_is_legal_with_nothing_else_set(recipe: str | None) -> None:
+    rules.check(experiment({"fp8_recipe": recipe}))
+
+
+def test_settings_of_the_delayed_recipe_are_refused_with_another() -> None:
+    precision = {"fp8_recipe": "blockwise", "fp8_margin": 1, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
+    text = refusal(precision)
+    for name in ("fp8_margin=1", "fp8_amax_history_len=16", "fp8_amax_compute_algo=max"):
+        assert f"precision.{name}: only the delayed recipe reads it (use null, or set precision.fp8_recipe to delayed)" in text
+
+
+def test_settings_of_fp8_are_refused_without_a_recipe() -> None:
+    text = refusal({"fp8_format": "hybrid", "num_layers_at_start_in_bf16": 1})
+    assert "precision.fp8_format=hybrid: fp8_recipe is null: nothing is quantised" in text
+    assert "precision.num_layers_at_start_in_bf16=1: fp8_recipe is null: every layer is (use 0)" in text
+
+
+@pytest.mark.parametrize("margin", [-1, 9])
+def test_a_margin_leaves_a_scale(margin: int) -> None:
+    assert f"precision.fp8_margin={margin}: room for values to grow" in refusal({"fp8_recipe": "delayed", "fp8_margin": margin})
+
+
+def test_most_recent_has_no_use_for_a_history() -> None:
+    text = refusal({"fp8_recipe": "delayed", "fp8_amax_compute_algo": "most_recent", "fp8_amax_history_len": 16})
+    assert "precision.fp8_amax_history_len=16: most_recent reads the last step only" in text
+    rules.check(experiment({"fp8_recipe": "delayed", "fp8_amax_compute_algo": "most_recent"}))
+
+
+def test_some_layer_is_left_for_fp8() -> None:
+    text = refusal({"fp8_recipe": "blockwise", "num_layers_at_start_in_bf16": 3, "num_layers_at_end_in_bf16": 1})
+    assert "precision.num_layers_at_start_in_bf16=3: with num_layers_at_end_in_bf16=1 none of the 4 layers is left for FP8" in text
+    rules.check(experiment({"fp8_recipe": "blockwise", "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}))
+
+
+def test_sizes_are_multiples_of_what_the_kernels_need() -> None:
+    text = refusal({"fp8_recipe": "blockwise"}, {"moe_ffn_hidden_size": 40})
+    assert (
+        "precision.fp8_recipe=blockwise: blockwise multiplies matrices whose sizes are multiples of 16, and moe_ffn_hidden_size 40 is 40"
+        in text
+    )
+    sharded = refusal({"fp8_recipe": "mxfp8"}, {"ffn_hidden_size": 96}, tensor_model_parallel_size=2, sequence_parallel=True)
+    assert "ffn_hidden_size 96 over 2 ranks is 48 (use tensorwise or blockwise, which need multiples of 16)" in sharded
+    rules.check(experiment({"fp8_recipe": "tensorwise"}, {"ffn_hidden_size": 96}, tensor_model_parallel_size=2, sequence_parallel=True))
+
+
+def test_tokens_of_a_rank_are_multiples_too() -> None:
+    changes = {"moe_routing_group_tokens": 8}
+    text = refusal({"fp8_recipe": "mxfp8"}, changes, context_parallel_size=16)
+    assert "stages.0.sequence_length=256: a rank has 16 tokens of a micro-batch" in text
+    assert "mxfp8 multiplies rows in multiples of 32 (use a multiple of 512)" in text
+    rules.check(experiment({"fp8_recipe": "blockwise"}, changes, context_parallel_size=16))
+
+
+def test_unknown_recipes_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'delayed', 'tensorwise', 'blockwise' or 'mxfp8'"):
+        experiment({"fp8_recipe": "block"})
