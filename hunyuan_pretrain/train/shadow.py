@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, PrecisionConfig, Problem, RuntimeConfig
-from hunyuan_pretrain.model.fp8 import Operand, products
+from hunyuan_pretrain.model.fp8 import Operand, products, to_fp32
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
@@ -132,6 +132,11 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
         report = Shadow(recipe, experiment.precision.dtype, 0)
         run = setup.prepare(changed)
         report.first_step = run.first_step
+        if run.first_step >= run.loader.num_steps:
+            rule = f"has no step left: {run.first_step} of {run.loader.num_steps} are done"
+            raise ConfigError(
+                "shadow", [Problem("run_dir", experiment.run_dir, rule, "choose another run_dir to start from its beginning")]
+            )
         numbers = range(run.first_step, min(run.first_step + steps, run.loader.num_steps))
         for step in numbers:
             report.recipe_losses.append(_train(run, step, in_fp8=True))
@@ -159,6 +164,16 @@ def _train(run: setup.Run, step: int, in_fp8: bool, before_update: Any = None) -
     )
     gather_parameters(run.wrapped)
     return result.loss
+
+
+def count_lost(scaled: Tensor, values: Tensor) -> Tensor:
+    """float64 numbers of values that are not zero, that saturate, and that become zero; `values` are the FP8 form of `scaled`."""
+    largest = torch.finfo(values.dtype).max
+    # the largest value of E4M3 is 1.75 * 2^8, of E5M2 1.75 * 2^15, and half a step there 2^4 or 2^12
+    half_step = largest / (28 if values.dtype == torch.float8_e4m3fn else 14)
+    is_there = scaled != 0
+    found = is_there.sum(), (scaled.abs() > largest + half_step).sum(), (is_there & (to_fp32(values) == 0)).sum()
+    return torch.stack(found).double().cpu()
 
 
 class _Comparison:
@@ -192,12 +207,7 @@ class _Comparison:
 
     def _count_of(self, name: str) -> Any:
         def count(operand: Operand, scaled: Tensor, values: Tensor) -> None:
-            info = torch.finfo(values.dtype)
-            # the largest value of E4M3 is 1.75 * 2^8, of E5M2 1.75 * 2^15: half a step beyond is a 28th or a 14th of it
-            half_step = info.max / (28 if values.dtype == torch.float8_e4m3fn else 14)
-            is_there, size = scaled != 0, scaled.abs()
-            found = (is_there.sum(), (size > info.max + half_step).sum(), (is_there & (values.float() == 0)).sum())
-            self._counts[name, operand] += torch.tensor([int(number) for number in found], dtype=torch.float64)
+            self._counts[name, operand] += count_lost(scaled, values)
 
         return count
 
