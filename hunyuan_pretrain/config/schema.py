@@ -10,10 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import accumulate
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class _Nothing(Enum):
+    """A sentinel that stays itself when an error passes from one process to another."""
+
+    NO_VALUE = "no value"
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Problem:
     where: str = ""
     """File and line, or the override, that the value came from."""
 
-    NO_VALUE = object()
+    NO_VALUE = _Nothing.NO_VALUE
 
     def __str__(self) -> str:
         value = "" if self.value is Problem.NO_VALUE else f"={show_value(self.value)}"
@@ -48,6 +55,10 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, tuple[Problem, ...]]]:
+        """Ranks that are processes of this machine hand their errors on to the command."""
+        return ConfigError, (self.source, self.problems)
 
 
 def show_value(value: Any, longest: int = 60) -> str:

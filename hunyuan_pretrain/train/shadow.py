@@ -111,6 +111,7 @@ def run_shadow(experiment: Experiment, recipe: str, fp8_format: str | None, step
     """
     if output is not None and not output.parent.is_dir():
         raise ConfigError("shadow", [Problem("--output", str(output), f"{output.parent} is not a folder", "choose another")])
+    shadow_experiment(experiment, recipe, fp8_format, Path(experiment.run_dir))  # refused here, before any process starts
     if "RANK" in os.environ:
         report = shadow(experiment, recipe, fp8_format, steps)
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 
 
 def experiment(precision: dict[str, Any], model: dict[str, Any] | None = None, **parallel: Any) -> Experiment:
@@ -100,3 +101,9 @@ def test_tokens_of_a_rank_are_multiples_too() -> None:
 def test_unknown_recipes_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'delayed', 'tensorwise', 'blockwise' or 'mxfp8'"):
         experiment({"fp8_recipe": "block"})
+
+
+def test_an_error_survives_the_way_from_another_process() -> None:
+    error = ConfigError("run.yaml", [Problem("a.b", 3, "too many", "use 2"), Problem("c", Problem.NO_VALUE, "missing")])
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error) == "run.yaml: 2 problems\n  a.b=3: too many (use 2)\n  c: missing"
