@@ -16,7 +16,7 @@ from hunyuan_pretrain.plan.counts import (
     memory_per_rank,
     parameters,
 )
-from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
+from hunyuan_pretrain.plan.fp8 import expert_rows, fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
         share = f"{flops.quantised / flops.matmuls:.1%} of the products with weights, {flops.quantised / flops.total:.1%} with attention"
         kept = f"{gib(memory.inputs)} instead of {gib(memory.inputs_without)}"
         rows.append(Row("FP8", f"FLOPs at {stage.sequence_length:,} tokens", f"{flops.quantised:.4g}/token", share))
+        held, unit = expert_rows(experiment, stage, ranks), precision.fp8_alignment
+        padding = f"a multiple of {unit}: never padded" if held and held % unit == 0 else f"padded with zeros to a multiple of {unit}"
+        rows.append(Row("FP8", f"rows of an expert at {stage.sequence_length:,}", f"{held:,}" if held else "as chosen", padding))
         note = "inputs that a micro-batch leaves for the backward pass, on one rank"
         rows.append(Row("FP8", f"kept inputs at {stage.sequence_length:,}", kept, note))
     rows.append(Row("FP8", "copies of weights", gib(memory.weight_copies), "beside the weights, for the micro-batches of a step"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_pretrain.config.schema import PrecisionConfig
-from hunyuan_pretrain.model.fp8 import DelayedScale, Fp8Product, Operand, Recipe, quantize
+from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.model.fp8 import DelayedScale, Fp8Product, Operand, Recipe, quantize, training_step
+from hunyuan_pretrain.model.hunyuan_config import transformer_config
+from hunyuan_pretrain.model.hunyuan_model import build_model
+from tests.helpers import tiny
 from tests.reference import fp8_reference
 from tests.reference.fp8_reference import E4M3, E5M2
 
@@ -181,6 +185,32 @@ def test_a_gradient_is_added_into_main_grad_in_its_dtype() -> None:
     assert plain.grad is not None
     added = weight.main_grad - 1  # type: ignore[attr-defined]
     torch.testing.assert_close(added.bfloat16(), plain.grad, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cla_group"])
+def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
+    """Outside, as in validation, it computes what it would without a recipe; inside, layers left out of FP8 are like others."""
+    model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
+    inputs = tiny.packed_inputs(model)
+    groups = tiny.world_of_one()
+
+    def loss_and_gradients(quantises: bool, **precision: Any) -> tuple[float, dict[str, torch.Tensor]]:
+        config = transformer_config(model, ParallelConfig(recompute=recompute), PrecisionConfig(dtype="fp32", **precision))
+        (built,) = build_model(config, groups, 1)
+        with training_step([built], groups) if quantises else nullcontext():
+            loss, _ = built(**inputs)
+            loss.backward()
+        return loss.item(), {name: parameter.grad for name, parameter in built.named_parameters() if parameter.grad is not None}
+
+    plain = loss_and_gradients(True)
+    outside = loss_and_gradients(False, fp8_recipe="blockwise")
+    inside = loss_and_gradients(True, fp8_recipe="blockwise")
+    left_out = loss_and_gradients(True, fp8_recipe="blockwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=3)
+    assert outside[0] == plain[0]
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(outside[1][name], gradient, rtol=0, atol=0, msg=name)
+    assert inside[0] != plain[0]
+    assert left_out[0] == plain[0], "none of the four layers is left"
 
 
 # --- delayed scales -----------------------------------------------------------------------------------------------------------------

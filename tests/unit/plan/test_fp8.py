@@ -9,7 +9,7 @@ import pytest
 
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_memory_per_rank, layer_sizes
+from hunyuan_pretrain.plan.fp8 import expert_rows, fp8_flops_per_token, fp8_memory_per_rank, layer_sizes
 from hunyuan_pretrain.plan.summary import summarise
 
 ROOT = Path(__file__).parents[3]
@@ -83,9 +83,32 @@ def test_memory_of_kept_inputs_halves(tmp_path: Path) -> None:
     assert memory.weight_copies == round(2 * (attention + 8 * 3 * 6400 * 18304 / 8 + 8 * 2 * 3 * 6400 * 18304) * (1 + 4 / 128))
 
 
+@pytest.mark.parametrize(("factor", "topk", "micro"), [(1.0, 1, 1), (1.25, 1, 2), (0.7, 2, 1)])
+def test_rows_of_an_expert_are_those_of_the_router(factor: float, topk: int, micro: int) -> None:
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.router import expert_capacity
+    from tests.helpers import tiny
+    from tests.helpers.runs import experiment_fields
+
+    found = experiment_fields(Path("corpus"), Path("run"))
+    model = tiny.tiny_model(moe_expert_capacity_factor=factor, moe_router_topk=topk, recycle_routing=False)
+    found["model"] = model.model_dump()
+    experiment = Experiment.model_validate(found)
+    stage = experiment.stages[0].model_copy(update={"micro_batch_sequences": micro})
+    groups = stage.sequence_length * micro // model.moe_routing_group_tokens
+    expected = expert_capacity(transformer_config(model, ParallelConfig(), PrecisionConfig())) * groups
+    assert expert_rows(experiment, stage, 1) == expected
+
+
 def test_the_plan_says_what_fp8_does(tmp_path: Path) -> None:
     rows = {(row.group, row.name): row for row in summarise(large(tmp_path)) if row.group == "FP8"}
     assert rows["FP8", "recipe"].note == "in 64 of 64 layers"
     assert rows["FP8", "FLOPs at 4,096 tokens"].note == "98.4% of the products with weights, 95.3% with attention"
     assert rows["FP8", "FLOPs at 262,144 tokens"].note == "98.4% of the products with weights, 31.8% with attention"
+    assert rows["FP8", "rows of an expert at 4,096"].note == "a multiple of 16: never padded"
+    dropless = {"model.moe_expert_capacity_factor": "null", "model.recycle_routing": "false"}
+    notes = {row.name: row for row in summarise(large(tmp_path, **dropless))}
+    assert notes["rows of an expert at 4,096"].value == "as chosen"
+    assert notes["rows of an expert at 4,096"].note == "padded with zeros to a multiple of 16"
     assert not [row for row in summarise(large(tmp_path, **{"precision.fp8_recipe": "null"})) if row.group == "FP8"]
