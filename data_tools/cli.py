@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from hunyuan_pretrain.config.schema import ConfigError
 from hunyuan_pretrain.data.errors import DataFormatError
 
 app = typer.Typer(
@@ -277,7 +276,12 @@ def main() -> None:
     """Run the command line. An error the user can put right is one message on stderr and exit code 2."""
     try:
         app()
-    except (DataFormatError, ConfigError) as error:
+    except ValueError as error:
+        # imported only when something failed, because it takes a tenth of a second here and in every worker
+        from hunyuan_pretrain.config.schema import ConfigError
+
+        if not isinstance(error, DataFormatError | ConfigError):
+            raise
         _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:

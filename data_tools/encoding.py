@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
+from codecs import charmap_decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,11 +91,12 @@ class DocumentEncoder:
 
 def engine_json(ranks: Mapping[bytes, int]) -> str:
     """The tokenizer of `ranks` under Hunyuan's split pattern, without special tokens, in Hugging Face's format."""
-    letters = str.maketrans({chr(byte): letter for byte, letter in enumerate(byte_letters())})
-    vocab = {token.decode("latin-1").translate(letters): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    # "left right": no letter that stands for a byte is a space; strings are written and read faster than pairs
+    letters = "".join(byte_letters())
+    names = {token: charmap_decode(token, "strict", letters)[0] for token in sorted(ranks, key=ranks.__getitem__)}
+    vocab = {name: rank for rank, name in enumerate(names.values())}
+    # "left right": no letter that stands for a byte is a space; strings are written and read faster than pairs, and bytes found faster
     merges = [
-        f"{left} {right}" for name in vocab for i in range(1, len(name)) if (left := name[:i]) in vocab and (right := name[i:]) in vocab
+        f"{name[:i]} {name[i:]}" for token, name in names.items() for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks
     ]
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

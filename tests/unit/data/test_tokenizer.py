@@ -142,6 +142,15 @@ def test_a_damaged_ranks_file_is_refused(tmp_path: Path, content: bytes, message
     assert "hy.tiktoken" in str(caught.value)
 
 
+def test_a_ranks_file_in_any_order_with_empty_lines_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "hy.tiktoken"
+    file.write_bytes(line(b"ab", 257) + b"\n  \n" + BYTES + b"\n" + line(b"xyz", 256))
+    assert list(read_ranks(file).items())[256:] == [(b"xyz", 256), (b"ab", 257)]
+    file.write_bytes(line(b"ab", 257) + b"  \n" + line(b"ab", 256) + BYTES)
+    with pytest.raises(DataFormatError, match=r"line 3: token b'ab' occurs twice \(first on line 1\)"):
+        read_ranks(file)
+
+
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match=r"hy\.tiktoken: no such file"):
         Tokenizer.load(tmp_path)

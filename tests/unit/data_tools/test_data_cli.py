@@ -48,6 +48,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+def test_tokenizing_starts_without_what_it_does_not_need(work: Path) -> None:
+    """Each of these takes a tenth of a second to some seconds, at the start and in every worker."""
+    command = ["tokenize", CORPUS[2], "--tokenizer", str(work / "tok"), "--output", str(work / "light")]
+    code = f"import sys; sys.argv[1:] = {command}; from data_tools.cli import app; app(standalone_mode=False); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "hunyuan_pretrain.config.schema", "tokenizers", "pyarrow"} & set(done.stdout.split())
+
+
 def documents_of_the_corpus() -> list[str]:
     files = [file for path in map(Path, CORPUS) for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     return [text for file in files if (text := file.read_bytes().decode())]
