@@ -74,7 +74,6 @@ def test_emulated_values_are_those_of_the_kernels(name: str, fp8_format: str, op
 def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     """One linear layer with equal inputs, output and gradients: what remains is the order of sums and the rounding to bf16."""
     import transformer_engine.pytorch as te
-
     from hunyuan_pretrain.model.transformer_engine import te_recipe
 
     skip_unless_supported(name)
@@ -85,13 +84,14 @@ def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     linear = te.Linear(D, F, bias=False, params_dtype=torch.bfloat16, device="cuda")
     linear.weight.data.copy_(weight_FD)
     product = Fp8Product(Recipe.of(precision), 1, False, False, "cuda")
-    results = []
-    for multiply in (linear, lambda x: product(x, emulated_weight)):
-        x, emulated_weight = x_TD.clone().requires_grad_(), weight_FD.clone().requires_grad_()
+
+    def results(multiply: Any, weight: torch.Tensor) -> list[torch.Tensor]:
+        x = x_TD.clone().requires_grad_()
         with te.autocast(enabled=True, recipe=te_recipe(precision)):
             output = multiply(x)
-        output.backward(grad_TF)
-        weight = linear.weight if multiply is linear else emulated_weight
-        results.append([output, x.grad, weight.grad])
-    for kernels, emulated in zip(*results, strict=True):
+        return [output, *torch.autograd.grad(output, (x, weight), grad_TF)]
+
+    emulated_weight = weight_FD.clone().requires_grad_()
+    pairs = results(linear, linear.weight), results(lambda x: product(x, emulated_weight), emulated_weight)
+    for kernels, emulated in zip(*pairs, strict=True):
         assert (kernels.float() - emulated.float()).norm() < 0.004 * emulated.float().norm(), "2^-8 is the step of bf16"
