@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TE_FOLDER = Path(sys.prefix) / "transformer_engine_stub"
-"""Where the Makefile installs the package without its dependencies."""
+TE_FOLDER = Path(os.environ.get("TRANSFORMER_ENGINE_FOLDER", Path(sys.prefix) / "transformer_engine"))
+"""Where the Makefile installs the package, without what it depends on."""
 
 calls: list[tuple[Any, ...]] = []
 """What the stand-ins of quantisation were asked to do, in order."""
@@ -46,15 +46,16 @@ ENUMS = {
 }
 
 
-def install(folder: Path | None = None) -> None:
-    """Make `import transformer_engine` work in this process, from `folder` or TE_FOLDER; and megatron-core on the CPU."""
+def install(capability: tuple[int, int] = (9, 0)) -> None:
+    """Make `import transformer_engine` work in this process, on a GPU of this compute capability, and megatron-core on the CPU."""
     from hunyuan_pretrain.runtime import cpu_megatron
 
     cpu_megatron.install()
-    sys.path.insert(0, str(folder or os.environ.get("TE_FOLDER") or TE_FOLDER))
+    sys.path.insert(0, str(TE_FOLDER))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     torch.version.cuda = "13.0"
-    torch.cuda.get_device_properties = lambda *device: types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    gpu = types.SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
+    torch.cuda.get_device_properties = lambda *device: gpu
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     sys.modules["transformer_engine_torch"] = _compiled_module()
@@ -168,6 +169,8 @@ class Unquantised(Tensor):
 
 def quantize(tensor: Tensor, quantizer: Any, output: Tensor | None = None, noop: Tensor | None = None) -> Tensor:
     """The tensor itself; a quantizer of the delayed recipe learns its largest value."""
+    if isinstance(tensor, Unquantised):  # FP8 tensors have a class of their own, by which they are recognised
+        return tensor
     calls.append(("quantize", type(quantizer).__name__, tuple(tensor.shape)))
     largest = getattr(quantizer, "amax", None)
     if largest is not None and tensor.numel():
@@ -303,8 +306,10 @@ def _absent_packages() -> Iterator[None]:
 
 def _count_cpu_tensors_as_cuda() -> None:
     """Its modules check for CUDA where they are constructed and where a forward pass begins."""
+    from transformer_engine.pytorch.attention import DotProductAttention
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
+    attend = DotProductAttention.forward
     construct, prepare = TransformerEngineBaseModule.__init__, TransformerEngineBaseModule.prepare_forward
 
     def init(self: Any) -> None:
@@ -318,11 +323,8 @@ def _count_cpu_tensors_as_cuda() -> None:
     @contextmanager
     def prepare_forward(self: Any, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
         context = prepare(self, *args, **kwargs)
-        torch.Tensor.is_cuda = True  # type: ignore[misc,assignment]
-        try:
+        with _tensors_are_cuda():
             inputs = context.__enter__()
-        finally:
-            del torch.Tensor.is_cuda
         try:
             yield inputs
         except BaseException:
@@ -330,5 +332,22 @@ def _count_cpu_tensors_as_cuda() -> None:
             raise
         context.__exit__(None, None, None)
 
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with _tensors_are_cuda():
+            return attend(self, *args, **kwargs)
+
+    DotProductAttention.forward = forward
     TransformerEngineBaseModule.__init__ = init
     TransformerEngineBaseModule.prepare_forward = prepare_forward
+
+
+@contextmanager
+def _tensors_are_cuda() -> Iterator[None]:
+    if "is_cuda" in vars(torch.Tensor):  # inside another one
+        yield
+        return
+    torch.Tensor.is_cuda = True  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda
