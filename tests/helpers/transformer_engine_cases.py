@@ -168,7 +168,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     import torch
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from hunyuan_pretrain.config.schema import stage_of_step
+    from hunyuan_pretrain.train.lr_schedule import stage_of_step
     from hunyuan_pretrain.model import experts
     from hunyuan_pretrain.model.transformer_engine import _Product, load_scaling_state, scaling_state, training_step
     from hunyuan_pretrain.train import setup
@@ -213,3 +213,102 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     assert FP8GlobalStateManager.AUTOCAST_DEPTH == 0
     setup.leave(run)
     return result
+
+
+# --- recipes, attention, checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fields of the recipe for each of these number formats, and its class."""
+    transformer_engine_stub.install((10, 0))
+    from dataclasses import asdict
+
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+    from hunyuan_pretrain.config.schema import PrecisionConfig
+    from hunyuan_pretrain.model.transformer_engine import te_recipe
+
+    found = []
+    for fields in settings:
+        recipe = te_recipe(PrecisionConfig(**fields))
+        found.append(asdict(recipe) | {"fp8_format": recipe.fp8_format.name, "class": type(recipe).__name__})
+    return found
+
+
+def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]]) -> list[tuple[str, float]]:
+    """The mask that each (blocks, queries, keys) needs, and by how much output and gradients differ from `packed_attention`'s, of the
+    largest entry."""
+    transformer_engine_stub.install()
+    import torch
+
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.packed_attention import packed_attention
+    from hunyuan_pretrain.model.transformer_engine import PackedAttention
+    from tests.helpers.tiny import tiny_model
+
+    config = transformer_config(tiny_model(), ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
+    generator, attention = torch.Generator().manual_seed(1), PackedAttention(config)
+    found = []
+    for blocks, T, S in works:
+        shapes = ((T, config.num_attention_heads), (S, config.num_query_groups), (S, config.num_query_groups))
+        qkv = [torch.randn(*shape, config.kv_channels, generator=generator).bfloat16() for shape in shapes]
+        grad = torch.randn(qkv[0].shape, generator=generator).bfloat16()
+        results = []
+        for attend in (attention, packed_attention):
+            leaves = [x.clone().requires_grad_() for x in qkv]
+            output = attend(*leaves, blocks)
+            results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
+        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
+        found.append((str(transformer_engine_stub.calls[-1][1]), worst))
+    return found
+
+
+def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, list[str]]:
+    """What differs after a checkpoint of a run under one spec (the key: Transformer Engine's) was loaded under the other and saved again:
+    names of weights and moments, and of files of the exports of both checkpoints; those that are equal are not named."""
+    transformer_engine_stub.install()
+    import shutil
+    from pathlib import Path
+
+    from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.export_run import export_run
+    from hunyuan_pretrain.train.loop import train
+
+    found: dict[bool, list[str]] = {}
+    for first in (False, True):
+        mine = experiment.model_copy(update={"run_dir": str(folder / f"run_{first}")})
+        with chosen(Case(mine, first)):
+            train(mine)
+        states = []
+        for second in (first, not first):
+            with chosen(Case(mine, second)):
+                run = setup.prepare(mine)
+                states.append(_state(run))
+                if second != first:
+                    other = folder / f"again_{first}"
+                    save_load.save(other, run.first_step, run.chunks, run.optimizer, None)
+                setup.leave(run)
+        shutil.copy(Path(mine.run_dir, "resolved.yaml"), other)
+        shutil.copytree(Path(mine.run_dir, "tokenizer"), other / "tokenizer")
+        exports = [folder / f"export_{first}_{name}" for name in ("first", "again")]
+        for source, target in zip((Path(mine.run_dir), other), exports, strict=True):
+            export_run(source, target)
+        names = {path.name for export in exports for path in export.glob("*.safetensors")}
+        assert names and states[0]
+        found[first] = [name for name in states[0].keys() | states[1].keys() if not _equal(*(state.get(name) for state in states))]
+        found[first] += [name for name in names if len({(export / name).read_bytes() for export in exports}) > 1]
+    return found
+
+
+def _state(run: Any) -> dict[str, Any]:
+    from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
+
+    weights = {name: p.detach().clone() for chunk in run.chunks for name, p in chunk.named_parameters()}
+    moments = {f"{kind}.{name}": t for name, tensors, _ in full_moments(run.chunks, run.optimizer) for kind, t in tensors.items()}
+    return weights | moments
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and bool((a == b).all())

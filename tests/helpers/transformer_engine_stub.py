@@ -161,7 +161,9 @@ def rmsnorm_backward(
 
 
 class Unquantised(Tensor):
-    """What stands for a tensor in FP8."""
+    """What stands for a tensor in FP8; what is computed from it does not."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     def update_usage(self, **usage: Any) -> None:
         """Has every layout already."""
