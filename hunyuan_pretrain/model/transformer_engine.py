@@ -85,8 +85,9 @@ def te_recipe(formats: PrecisionConfig) -> recipes.Recipe:
 
 
 @contextmanager
-def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[None]:
-    """One optimizer step in FP8: forward and backward passes of all its micro-batches through the model chunks of this rank.
+def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iterator[None]:
+    """One optimizer step in FP8: forward and backward passes of all its micro-batches through the model chunks of this rank, in core's
+    DistributedDataParallel or not.
 
     Without a recipe nothing happens. With the delayed one the scales of the next step are computed at the end: Transformer Engine's
     kernels take the maximum of a tensor's values over all its uses since the last update.
@@ -114,7 +115,7 @@ def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollect
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
 
 
-def scaling_state(model: torch.nn.Module) -> dict[str, Tensor]:
+def scaling_state(model: Any) -> dict[str, Tensor]:
     """Scales of the delayed recipe: "{module}.{operand}.history" (L, e) and ".scale" (e,), fp32, of the operands x, w and dy.
 
     `module` is the name of a product within `model`, e its experts on this rank, or 1. Row 0 of a history collects the running step and is
@@ -123,13 +124,13 @@ def scaling_state(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in _scaling_tensors(model)}
 
 
-def load_scaling_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+def load_scaling_state(model: Any, state: dict[str, Tensor]) -> None:
     """Write what `scaling_state` of a model with the same parts on this rank returned. Raises KeyError where something is missing."""
     for name, tensor in _scaling_tensors(model):
         tensor.copy_(state[name])
 
 
-def _scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     formats = model.config.number_formats
     if formats.fp8_recipe != "delayed":
         return
@@ -219,7 +220,7 @@ class ColumnParallelLinear(_DenseProduct, te.Linear):
 
 
 class RowParallelLinear(_DenseProduct, te.Linear):
-    """y = x W^T with W divided over the tensor-parallel ranks along its input; sums the results, or scatters their sum over the sequence."""
+    """y = x W^T with W divided over the tensor-parallel ranks along its input; sums the results over them."""
 
     def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
         super().__init__(input_size, output_size, parallel_mode="row", **_options(config, groups))

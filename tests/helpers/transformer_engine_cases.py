@@ -168,10 +168,10 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     import torch
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from hunyuan_pretrain.train.lr_schedule import stage_of_step
     from hunyuan_pretrain.model import experts
     from hunyuan_pretrain.model.transformer_engine import _Product, load_scaling_state, scaling_state, training_step
     from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.lr_schedule import stage_of_step
     from hunyuan_pretrain.train.step import train_step
 
     run = setup.prepare(experiment)
@@ -187,7 +187,9 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         result.padded += 1
         return pad(*args)
 
-    products = {f"{number}.{name}": m for number, chunk in enumerate(run.chunks) for name, m in chunk.named_modules() if isinstance(m, _Product)}
+    products = {
+        f"{number}.{name}": m for number, chunk in enumerate(run.chunks) for name, m in chunk.named_modules() if isinstance(m, _Product)
+    }
     with (
         patch.object(FP8GlobalStateManager, "reduce_tensor_across_group_op_max", staticmethod(reduce_and_tell)),
         patch.object(experts, "row_padding", pad_and_count),
@@ -296,7 +298,8 @@ def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, lis
         for source, target in zip((Path(mine.run_dir), other), exports, strict=True):
             export_run(source, target)
         names = {path.name for export in exports for path in export.glob("*.safetensors")}
-        assert names and states[0]
+        assert names
+        assert states[0]
         found[first] = [name for name in states[0].keys() | states[1].keys() if not _equal(*(state.get(name) for state in states))]
         found[first] += [name for name in names if len({(export / name).read_bytes() for export in exports}) > 1]
     return found

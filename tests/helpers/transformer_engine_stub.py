@@ -18,8 +18,9 @@ import types
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -150,9 +151,7 @@ def rmsnorm_forward(
     return (y if quantizer is None else quantize(y, quantizer)), None, rstd
 
 
-def rmsnorm_backward(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool
-) -> tuple[Tensor, Tensor]:
+def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight."""
     wide, hat = grad.float(), x.float() * rstd[:, None]
     pull = wide * weight.float()
@@ -222,7 +221,8 @@ def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any)
 def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float) -> tuple[Tensor, None]:
     calls.append(("attention", mask.name))
     outs = []
-    for q_start, q_end, k_start, k_end in zip(*(b[:-1].tolist() if i == 0 else b[1:].tolist() for b in (q_borders, k_borders) for i in (0, 1)), strict=True):
+    q_rows, k_rows = (list(pairwise(borders.tolist())) for borders in (q_borders, k_borders))
+    for (q_start, q_end), (k_start, k_end) in zip(q_rows, k_rows, strict=True):
         n, P = q_end - q_start, k_end - k_start
         is_hidden = torch.ones(n, P, dtype=torch.bool).triu(1 + (P - n if "BOTTOM_RIGHT" in mask.name else 0))
         keys, values = (x[k_start:k_end].float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -232,10 +232,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Te
     return torch.cat(outs).to(q.dtype), None
 
 
-def adam(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], lr: float, beta1: float, beta2: float, eps: float, *args: Any) -> None:
+def adam(
+    chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], lr: float, beta1: float, beta2: float, eps: float, *args: Any
+) -> None:
     """AdamW on gradients, weights, first and second moments."""
     step, mode, bias_correction, weight_decay = args
-    assert mode == 1 and bias_correction
+    assert (mode, bias_correction) == (1, 1)
     calls.append(("adam", len(lists[0])))
     for grad, weight, first, second in zip(*lists, strict=True):
         first.lerp_(grad.float(), 1 - beta1)
@@ -262,7 +264,7 @@ def norm_of_all(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]],
 class _Anything(types.ModuleType):
     """A module of which everything can be imported, called and decorated with."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "3.5.0"
 
     def __getattr__(self, name: str) -> Any:
