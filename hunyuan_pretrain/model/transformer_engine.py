@@ -89,14 +89,14 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
     """One optimizer step in FP8: forward and backward passes of all its micro-batches through the model chunks of this rank, in core's
     DistributedDataParallel or not.
 
-    Without a recipe nothing happens. With the delayed one the scales of the next step are computed at the end: Transformer Engine's
-    kernels take the maximum of a tensor's values over all its uses since the last update.
+    Without a recipe, and inside another one, nothing happens. With the delayed recipe the scales of the next step are computed at the
+    end: Transformer Engine's kernels take the maximum of a tensor's values over all its uses since the last update.
 
     Communicates at the end, with the delayed recipe: each operand's largest value over the tensor-, context- and data-parallel ranks of
     the stage; those of routed experts over the ranks that hold the same experts only.
     """
     formats = models[0].config.number_formats
-    if formats.fp8_recipe is None:
+    if formats.fp8_recipe is None or FP8GlobalStateManager.is_fp8_enabled():
         yield
         return
     products = [module for model in models for module in model.modules() if isinstance(module, _Product) and module.is_fp8]

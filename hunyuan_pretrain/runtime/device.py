@@ -172,9 +172,8 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
     if not first <= version <= last:
         rule = f"this version of megatron-core works with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
         found.append(Problem("transformer-engine", machine.transformer_engine, rule, INSTALL_TRANSFORMER_ENGINE))
-    cuda = tuple(int(part) for part in (machine.cuda or "0").split(".")[:2])
     for gpu in dict.fromkeys(machine.gpus) if recipe else ():
-        need = _missing_for_fp8(str(recipe), gpu.capability, cuda)
+        need = missing_for_fp8(str(recipe), gpu.capability, machine.cuda)
         if need:
             rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, torch CUDA {machine.cuda}; it needs {need}"
             hint = "use another recipe, or runtime.transformer_engine=never, which emulates it slowly"
@@ -182,8 +181,9 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
     return found
 
 
-def _missing_for_fp8(recipe: str, capability: tuple[int, int], cuda: tuple[int, ...]) -> str | None:
-    """What Transformer Engine asks of a GPU for a recipe, where this one does not have it."""
+def missing_for_fp8(recipe: str, capability: tuple[int, int], cuda_version: str | None) -> str | None:
+    """What Transformer Engine asks of a GPU, and of torch's CUDA, for a recipe, where these do not have it."""
+    cuda = tuple(int(part) for part in (cuda_version or "0").split(".")[:2])
     if recipe == "mxfp8":
         return None if (10, 0) <= capability < (12, 0) else "10.0 or more, and less than 12.0"
     if recipe == "blockwise":

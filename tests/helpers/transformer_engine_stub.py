@@ -125,7 +125,9 @@ def generic_gemm(
 ) -> tuple[Tensor, None, None, None]:
     """Column-major: op(B) op(A) in rows."""
     accumulate = args[7]
-    product = (B.t() if transb else B) @ (A.t() if transa else A)
+    rows_A, rows_B = A.flatten(0, -2), B.flatten(0, -2)
+    product = (rows_B.t() if transb else rows_B) @ (rows_A.t() if transa else rows_A)
+    product = product if transb else product.view(*B.shape[:-1], -1)
     if out is None:
         return product, None, None, None
     out.copy_(out + product if accumulate else product)
@@ -203,9 +205,9 @@ def update_scales(largest: Tensor, histories: Sequence[Tensor], scales: Sequence
 
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
-    """Of packed documents (THD)."""
+    """Of packed documents (THD), or of sequences of one length (SBHD)."""
     mask, q_borders, k_borders, q, k, v = args[4], *args[7:12]
-    out, _ = _attention(q, k, v, q_borders, k_borders, mask, scale)
+    out = _attention(q, k, v, q_borders, k_borders, mask, scale)
     return [out.detach(), torch.zeros(1), torch.zeros(2)]
 
 
@@ -214,11 +216,16 @@ def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any)
     mask, q_borders, k_borders, grad = args[4], args[8], args[9], args[14]
     leaves = [x.detach().requires_grad_() for x in args[10:13]]
     with torch.enable_grad():
-        out, _ = _attention(*leaves, q_borders, k_borders, mask, scale)
+        out = _attention(*leaves, q_borders, k_borders, mask, scale)
         return list(torch.autograd.grad(out, leaves, grad))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float) -> tuple[Tensor, None]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float) -> Tensor:
+    if q.ndim == 4:  # SBHD, all sequences of one length
+        length, sequences = q.shape[:2]
+        borders = torch.arange(0, sequences * length + 1, length)
+        rows = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
+        return _attention(*rows, borders, borders, mask, scale).unflatten(0, (sequences, length)).transpose(0, 1).contiguous()
     calls.append(("attention", mask.name))
     outs = []
     q_rows, k_rows = (list(pairwise(borders.tolist())) for borders in (q_borders, k_borders))
@@ -229,7 +236,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Te
         scores = torch.einsum("tnh,snh->nts", q[q_start:q_end].float(), keys) * scale
         weights = scores.masked_fill(is_hidden, -torch.inf).softmax(-1)
         outs.append(torch.einsum("nts,snh->tnh", weights, values))
-    return torch.cat(outs).to(q.dtype), None
+    return torch.cat(outs).to(q.dtype)
 
 
 def adam(
