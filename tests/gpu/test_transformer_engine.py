@@ -79,7 +79,9 @@ def test_an_fp8_step_is_finite_and_close_to_bf16(recipe: str) -> None:
     assert median_error(gradients, others) < 0.3
 
 
-@pytest.mark.skipif(not attends_to_packed_documents(), reason="Transformer Engine has no attention for packed documents here")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and not attends_to_packed_documents(), reason="Transformer Engine has no attention for packed documents here"
+)
 @pytest.mark.parametrize("ranges", [None, [(0, 64), (192, 256)], [(64, 192)]])
 def test_attention_equals_the_local_one(ranges: list[tuple[int, int]] | None) -> None:
     from hunyuan_pretrain.model.transformer_engine import PackedAttention
