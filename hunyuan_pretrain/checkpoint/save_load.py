@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.optimizer_state import restore_optimizer_state, sharded_optimizer_state, wanted_optimizer_state
 from hunyuan_pretrain.config.schema import ModelConfig
-from hunyuan_pretrain.model.fp8 import Recipe, scaling_state
+from hunyuan_pretrain.model.fp8 import Recipe, load_scaling_state, scaling_state
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
 
@@ -109,8 +109,8 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
         restore_optimizer_state(chunks, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
         if "generators" in wanted:
             restore_generator_state(loaded["generators"])
-        for name, tensor in scaling_state(chunks).items() if "fp8" in wanted else ():
-            tensor.copy_(loaded["fp8"][name])
+        if "fp8" in wanted:
+            load_scaling_state(chunks, loaded["fp8"])
     return int(marker["step"])
 
 

@@ -83,7 +83,21 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
             yield Problem(f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {unit * ranks}")
 
 
+def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Problem]:
+    """What contradicts runtime.transformer_engine=required on every machine."""
+    runtime = experiment.runtime
+    if runtime.transformer_engine != "required":
+        return
+    if runtime.device == "cpu":
+        rule = "it runs on CUDA devices only, and runtime.device is cpu"
+        yield Problem("runtime.transformer_engine", "required", rule, "use auto or never")
+    if experiment.precision.dtype == "fp32":
+        rule = "it multiplies fp32 matrices in TF32, of 10 bits of precision, and precision.dtype is fp32"
+        yield Problem("runtime.transformer_engine", "required", rule, "use precision.dtype=bf16, or auto, which takes own layers for fp32")
+
+
 PRECISION_RULES = (
+    required_transformer_engine_can_run,
     fp8_settings_take_effect,
     fp8_margin_leaves_a_scale,
     most_recent_reads_one_step,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm, rope_norm
-from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks, packed_attention
+from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.context_parallel import (
     ContextSlice,
@@ -59,9 +59,9 @@ def packed_sequences(rope_table: tuple[Tensor, Tensor], borders: Sequence[int], 
 
 
 class SelfAttention(torch.nn.Module):
-    """Attention of one layer; `linear_qkv` if it owns its group's keys and values, else `linear_q`."""
+    """Attention of one layer; `linear_qkv` if it owns its group's keys and values, else `linear_q`. `norm` is that of its input."""
 
-    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection, norm: torch.nn.Module) -> None:
         super().__init__()
         self.config = config
         self.is_owner = layer % config.cla_share_factor == 0
@@ -71,12 +71,13 @@ class SelfAttention(torch.nn.Module):
         self.num_groups = config.num_query_groups // tp_size
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_query_groups * self.head_dim
         if self.is_owner:
-            self.linear_qkv = spec.column_parallel_linear(config, config.hidden_size, q_size + 2 * kv_size, groups)
+            self.linear_qkv = spec.linear_after(norm, config, config.hidden_size, q_size + 2 * kv_size, groups)
         else:
-            self.linear_q = spec.column_parallel_linear(config, config.hidden_size, q_size, groups)
+            self.linear_q = spec.linear_after(norm, config, config.hidden_size, q_size, groups)
         if config.qk_layernorm:
             self.q_layernorm = RMSNorm(config, self.head_dim)
             self.k_layernorm = RMSNorm(config, self.head_dim)
+        self.core_attention = spec.core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences) -> tuple[Tensor, SharedKV]:
@@ -104,7 +105,7 @@ class SelfAttention(torch.nn.Module):
         q_TNH = rope_norm(q_TNH, packed.rope_table, weight_H, eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
-            output_TNH = heads_to_sequence(packed_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks), context)
+            output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks), context)
         else:
-            output_TNH = packed_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks)
+            output_TNH = self.core_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks)
         return self.linear_proj(output_TNH.flatten(1))[0], kv

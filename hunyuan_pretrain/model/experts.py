@@ -9,7 +9,7 @@ Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -119,6 +119,20 @@ class _GroupedLinearFunction(torch.autograd.Function):
         return grad_x_RI, torch.empty_like(weight_eOI), None, None
 
 
+def grouped_weight(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int) -> Any:
+    """This rank's part (e, O, I) of the weights of all experts, uninitialised; partition_dim is divided over the expert-tensor ranks."""
+    shape = [config.num_moe_experts // groups.ep.size(), output_size, input_size]
+    shape[partition_dim] //= groups.expt_tp.size()
+    weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
+    # core reduces the gradients of such weights over the expert-data-parallel group
+    weight.allreduce = groups.expt_dp.size() == groups.dp_cp.size()
+    weight.is_routed_expert = True
+    # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other experts or
+    # other shards, and not only on the first
+    mark_divided(weight, partition_dim)
+    return weight
+
+
 class GroupedLinear(torch.nn.Module):
     """One weight matrix for each expert of this rank, (e, O, I), of which expert-tensor ranks share O (partition_dim 1) or I (2)."""
 
@@ -127,20 +141,44 @@ class GroupedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.accumulate = config.gradient_accumulation_fusion
-        shape = [config.num_moe_experts // groups.ep.size(), output_size, input_size]
-        shape[partition_dim] //= groups.expt_tp.size()
-        weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
-        # core reduces the gradients of such weights over the expert-data-parallel group
-        weight.allreduce = groups.expt_dp.size() == groups.dp_cp.size()
-        weight.is_routed_expert = True
-        # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other experts or
-        # other shards, and not only on the first
-        mark_divided(weight, partition_dim)
-        self.weight = weight
+        self.weight = grouped_weight(config, input_size, output_size, groups, partition_dim)
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
         return _GroupedLinearFunction.apply(x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad"))
+
+
+class RowPadding(NamedTuple):
+    """Rows of zeros after those of each expert; P: rows with them."""
+
+    splits: Splits
+    row_P: Tensor  # row at each place, R where it is a row of zeros
+    place_R: Tensor  # place of each row
+
+
+def row_padding(splits: Splits, multiple: int, num_rows: int, device: torch.device) -> RowPadding:
+    """Each expert's rows filled up to a multiple of `multiple`."""
+    rows_e = [splits] * (num_rows // splits if splits else 0) if isinstance(splits, int) else splits
+    padded_e = [-(-rows // multiple) * multiple for rows in rows_e]
+    shifts_e = [sum(padded_e[:expert]) - sum(rows_e[:expert]) for expert in range(len(rows_e))]
+    shift_R = torch.tensor(shifts_e, dtype=torch.int64).repeat_interleave(torch.tensor(rows_e)).to(device)
+    place_R = torch.arange(num_rows, device=device) + shift_R
+    row_P = torch.full((sum(padded_e),), num_rows, dtype=torch.int64, device=device)
+    row_P[place_R] = torch.arange(num_rows, device=device)
+    return RowPadding(padded_e[0] if isinstance(splits, int) and padded_e else padded_e, row_P, place_R)
+
+
+class _Regather(torch.autograd.Function):
+    """x[index], where an index of one past the end is a row of zeros; `back` is the inverse map."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, index_P: Tensor, back_R: Tensor) -> Tensor:
+        ctx.back_R = back_R
+        return _take(x_RD, index_P, has_gaps=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        return _take(grad_PD, ctx.back_R, has_gaps=True), None, None
 
 
 class _SwigluFunction(torch.autograd.Function):
@@ -198,6 +236,7 @@ class RoutedExperts(torch.nn.Module):
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
         self.num_experts = config.num_moe_experts
         self.recompute = config.recompute_experts
+        self.row_multiple = spec.row_multiple
         self.linear_fc1 = spec.column_parallel_grouped_linear(config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups)
         self.linear_fc1.weight.is_gated = True
         self.linear_fc2 = spec.row_parallel_grouped_linear(config, config.moe_ffn_hidden_size, config.hidden_size, groups)
@@ -224,7 +263,13 @@ class RoutedExperts(torch.nn.Module):
         return _kept_input_only(self._ffn_now, rows_RD, splits) if self.recompute else self._ffn_now(rows_RD, splits)
 
     def _ffn_now(self, rows_RD: Tensor, splits: Splits) -> Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
+        multiple = self.row_multiple()
+        if all(rows % multiple == 0 for rows in ([splits] if isinstance(splits, int) else splits)):
+            return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
+        padding = row_padding(splits, multiple, rows_RD.shape[0], rows_RD.device)
+        padded_PD = _Regather.apply(rows_RD, padding.row_P, padding.place_R)
+        output_PD = self.linear_fc2(swiglu(self.linear_fc1(padded_PD, padding.splits)), padding.splits)
+        return _Regather.apply(output_PD, padding.place_R, padding.row_P)
 
     def _shared_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
         """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the sums of its own."""

@@ -301,7 +301,11 @@ def products(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Produc
 
 
 def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
-    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,), the buffers themselves."""
+    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not to be changed."""
+    if _is_on_transformer_engine(models):
+        from hunyuan_pretrain.model.transformer_engine import scaling_state as state_of
+
+        return {name: tensor for model in models for name, tensor in state_of(model).items()}
     return {
         f"{layer}.{operand}.{kind}": tensor
         for layer, product in products(models)
@@ -311,6 +315,23 @@ def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
     }
 
 
+def load_scaling_state(models: Sequence[torch.nn.Module], state: dict[str, Tensor]) -> None:
+    """Write what `scaling_state` of the same layers returned. Raises KeyError where something is missing."""
+    if _is_on_transformer_engine(models):
+        from hunyuan_pretrain.model.transformer_engine import load_scaling_state as load
+
+        for model in models:
+            load(model, state)
+        return
+    for name, tensor in scaling_state(models).items():
+        tensor.copy_(state[name])
+
+
+def _is_on_transformer_engine(models: Sequence[torch.nn.Module]) -> bool:
+    config: Any = models[0].config
+    return config.uses_transformer_engine
+
+
 @contextmanager
 def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[None]:
     """Inside it layers with a recipe compute in FP8; outside, as in validation, in the dtype of the run. At its end delayed scales move on.
@@ -318,6 +339,12 @@ def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollect
     Holds all micro-batches of one optimizer step, forward and backward. Communicates at the end, with the delayed recipe: the largest
     values, over tensor, context and data parallel ranks; those of experts over the ranks that hold the same ones.
     """
+    if _is_on_transformer_engine(models):
+        from hunyuan_pretrain.model.transformer_engine import training_step as on_its_kernels
+
+        with on_its_kernels(models, groups):
+            yield
+        return
     found = [product for _, product in products(models)]
     for product in found:
         product.begin_step()
@@ -330,15 +357,14 @@ def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollect
 
 
 def _update_scales(found: list[Fp8Product], groups: ProcessGroupCollection) -> None:
-    for is_expert, shared_by in ((False, [groups.tp_dp_cp]), (True, [groups.expt_tp, groups.expt_dp])):
+    for is_expert, shared_by in ((False, groups.tp_dp_cp), (True, groups.expt_tp_dp)):
         mine = [product for product in found if product.is_expert == is_expert and product.recipe.name == "delayed"]
         delayed: list[Any] = [scale for product in mine for scale in product.delayed.values()]
         if not delayed:
             continue
         current = torch.cat([scale.history_He[0] for scale in delayed])
-        for group in shared_by:
-            if group.size() > 1:
-                dist.all_reduce(current, op=dist.ReduceOp.MAX, group=group)
+        if shared_by.size() > 1:
+            dist.all_reduce(current, op=dist.ReduceOp.MAX, group=shared_by)
         for scale, amax_e in zip(delayed, current.split([scale.scale_e.numel() for scale in delayed]), strict=True):
             scale.history_He[0] = amax_e
             scale.update()

@@ -26,7 +26,7 @@ from hunyuan_pretrain.model.attention import packed_sequences
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
-from hunyuan_pretrain.model.norm import RMSNorm, rope_table
+from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.router import STATISTICS, Routing
 from hunyuan_pretrain.model.spec import Spec, choose_spec
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
@@ -82,7 +82,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.layers = Layers(TransformerLayer(config, layer, spec(config, layer), groups) for layer in layers)
         if has_final_norm:
-            self.final_layernorm = RMSNorm(config, config.hidden_size)
+            self.final_layernorm = spec(config, layers[-1]).norm(config, config.hidden_size)
 
 
 class OutputLayer(torch.nn.Module):

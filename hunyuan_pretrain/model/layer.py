@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from hunyuan_pretrain.model.attention import PackedSequences, SelfAttention, SharedKV
 from hunyuan_pretrain.model.experts import RoutedExperts, SharedExpert
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.norm import RMSNorm
 from hunyuan_pretrain.model.router import Router, Routing
 from hunyuan_pretrain.model.spec import Spec
 
@@ -41,9 +40,9 @@ class TransformerLayer(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.layer = layer
-        self.input_layernorm = RMSNorm(config, config.hidden_size)
-        self.self_attention = SelfAttention(config, layer, spec, groups)
-        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size)
+        self.input_layernorm = spec.input_norm(config, config.hidden_size)
+        self.self_attention = SelfAttention(config, layer, spec, groups, self.input_layernorm)
+        self.pre_mlp_layernorm = spec.norm(config, config.hidden_size)
         self.mlp = MixtureOfExperts(config, layer, spec, groups)
 
     def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: Routing) -> tuple[Tensor, SharedKV, Tensor]:

@@ -29,6 +29,8 @@ def initialize_distributed(backend: str, timeout_s: int) -> None:
 def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollection:
     """Every process group of the layout; rank order is megatron's default (tp, cp, ep, dp, pp).
 
+    Beside core's own it has `expt_tp_dp`: the ranks of a stage that hold the same experts, or parts of them.
+
     Communicates: all ranks. `config.rules` has checked that the layout fits the world before this is called.
     """
     parallel_state.initialize_model_parallel(
@@ -41,7 +43,23 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
         distributed_timeout_minutes=max(1, timeout_s // 60),
         create_gloo_process_groups=torch.cuda.is_available(),
     )
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.expt_tp_dp = _same_experts(groups, timeout_s)
+    return groups
+
+
+def _same_experts(groups: ProcessGroupCollection, timeout_s: int) -> dist.ProcessGroup:
+    """The ranks with this one's expert-parallel and pipeline rank."""
+    if groups.expt_tp.size() == 1:
+        return groups.expt_dp
+    if groups.expt_dp.size() == 1:
+        return groups.expt_tp
+    sizes = {"tp": groups.expt_tp.size(), "ep": groups.ep.size(), "dp": groups.expt_dp.size(), "pp": groups.pp.size()}
+    ranks = parallel_state.RankGenerator(**sizes, cp=1, order="tp-cp-ep-dp-pp").get_ranks("tp-dp")
+    # every rank has to take part in making each of them, and core's list has to know ours, see leave_layout
+    timeout = timedelta(seconds=timeout_s)
+    made = [parallel_state.create_group(group, timeout, group_desc="EXPERT_TENSOR_AND_DATA_PARALLEL_GROUP") for group in ranks]
+    return next(group for group, members in zip(made, ranks, strict=True) if dist.get_rank() in members)
 
 
 def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:

@@ -23,6 +23,11 @@ from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 
 ApexState = Literal["nvidia", "wrong", "absent"]
 
+TRANSFORMER_ENGINE_VERSIONS = ((2, 9), (2, 11))
+"""First and last version of Transformer Engine that megatron-core 0.16.1 was made for, and whose sources this project was written with."""
+
+INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]"'
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -123,7 +128,7 @@ def obstacles(machine: Machine, experiment: Experiment | None = None) -> list[Pr
         rule = "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would take it for that"
         found.append(Problem("apex", Problem.NO_VALUE, rule, "pip uninstall apex; NVIDIA's is built from its own repository"))
     if machine.transformer_engine_error:
-        hint = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]", or pip uninstall transformer-engine'
+        hint = f"{INSTALL_TRANSFORMER_ENGINE}, or pip uninstall transformer-engine"
         found.append(Problem("transformer-engine", machine.transformer_engine, machine.transformer_engine_error, hint))
     if experiment is None:
         return found
@@ -135,7 +140,69 @@ def obstacles(machine: Machine, experiment: Experiment | None = None) -> list[Pr
             if gpu.capability < (8, 0):
                 rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and bf16 needs 8.0"
                 found.append(Problem("precision.dtype", "bf16", rule, "use fp32"))
+    return found + _transformer_engine_obstacles(machine, experiment)
+
+
+def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
+    """Whether the layers are Transformer Engine's; `obstacles` has said why not, where they have to be.
+
+    With fp32 they are this project's unless `required`, which the rules refuse: Transformer Engine multiplies fp32 matrices in TF32.
+    """
+    runtime = experiment.runtime
+    if runtime.transformer_engine == "never" or runtime.device == "cpu":
+        return False
+    return machine.has_transformer_engine and experiment.precision.dtype == "bf16"
+
+
+def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> list[Problem]:
+    found = []
+    runtime, recipe = experiment.runtime, experiment.precision.fp8_recipe
+    if runtime.transformer_engine == "required" and not machine.has_transformer_engine:
+        if machine.transformer_engine is None:
+            rule, hint = "it is not installed", INSTALL_TRANSFORMER_ENGINE
+        elif machine.transformer_engine_error:
+            rule, hint = machine.transformer_engine_error, INSTALL_TRANSFORMER_ENGINE
+        else:
+            rule, hint = "it runs on a CUDA device, and this machine has none", "use auto or never"
+        found.append(Problem("runtime.transformer_engine", "required", rule, hint))
+    if not uses_transformer_engine(machine, experiment):
+        return found
+    version = tuple(int(part) for part in str(machine.transformer_engine).split(".")[:2])
+    first, last = TRANSFORMER_ENGINE_VERSIONS
+    if not first <= version <= last:
+        rule = f"this version of megatron-core works with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+        found.append(Problem("transformer-engine", machine.transformer_engine, rule, INSTALL_TRANSFORMER_ENGINE))
+    for gpu in dict.fromkeys(machine.gpus) if recipe else ():
+        need = missing_for_fp8(str(recipe), gpu.capability, machine.cuda)
+        if need:
+            rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, torch CUDA {machine.cuda}; it needs {need}"
+            hint = "use another recipe, or runtime.transformer_engine=never, which emulates it slowly"
+            found.append(Problem("precision.fp8_recipe", recipe, rule, hint))
     return found
+
+
+def missing_for_fp8(recipe: str, capability: tuple[int, int], cuda_version: str | None) -> str | None:
+    """What Transformer Engine asks of a GPU, and of torch's CUDA, for a recipe, where these do not have it."""
+    cuda = tuple(int(part) for part in (cuda_version or "0").split(".")[:2])
+    if recipe == "mxfp8":
+        return None if (10, 0) <= capability < (12, 0) else "10.0 or more, and less than 12.0"
+    if recipe == "blockwise":
+        return None if capability >= (9, 0) and cuda >= (12, 9) else "9.0 or more, and CUDA 12.9 or more"
+    if capability >= (9, 0) or (capability == (8, 9) and cuda >= (12, 1)):
+        return None
+    return "9.0 or more, or 8.9 and CUDA 12.1 or more"
+
+
+def attends_to_packed_documents() -> bool:
+    """Whether Transformer Engine has an attention kernel for packed documents on this GPU: flash-attn's, or cuDNN's from Hopper on.
+
+    On Blackwell cuDNN's backward pass is not deterministic, and Transformer Engine does not take it where determinism is asked for.
+    """
+    if not torch.cuda.is_available():
+        return False
+    major = torch.cuda.get_device_capability()[0]
+    has_cudnn_kernel = major == 9 or (major > 9 and not torch.are_deterministic_algorithms_enabled())
+    return has_cudnn_kernel or version_of("flash-attn") is not None
 
 
 def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list[tuple[str, str]]:
@@ -147,6 +214,11 @@ def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list
         ranks = 1 if experiment is None or experiment.parallel.world_size is None else experiment.parallel.world_size
         threads = cpu_threads(ranks, None if experiment is None else experiment.runtime.cpu_threads_per_rank)
         rows.append(("threads per rank", f"{threads} (for {ranks} ranks on this node)"))
+    is_engine = machine.has_transformer_engine if experiment is None else uses_transformer_engine(machine, experiment)
+    rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "own layers"))
+    recipe = None if experiment is None else experiment.precision.fp8_recipe
+    if recipe:
+        rows.append(("FP8", f"{recipe} on Transformer Engine" if is_engine else f"{recipe}, emulated (slow; numbers, not speed)"))
     return rows
 
 
@@ -222,9 +294,10 @@ def keep_freed_memory() -> None:
             mallopt(name, value)
 
 
-def fuses_wgrad_accumulation() -> bool:
-    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA with Apex's extension."""
-    return not torch.cuda.is_available() or find_spec("fused_weight_gradient_mlp_cuda") is not None
+def fuses_wgrad_accumulation(with_transformer_engine: bool = False) -> bool:
+    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA by Transformer Engine's
+    layers, and by core's with Apex's extension."""
+    return with_transformer_engine or not torch.cuda.is_available() or find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,8 @@ from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
+from hunyuan_pretrain.runtime.device import probe as probe_machine
+from hunyuan_pretrain.runtime.device import what_is_used
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
@@ -81,6 +83,10 @@ def _announce(run: setup.Run, num_steps: int) -> None:
     peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment.model, experiment.optimizer, first.global_batch_tokens)
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
     run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}; steps {run.first_step + 1} to {num_steps}")
+    used = dict(what_is_used(probe_machine(), experiment))
+    for name in ("linear layers", "FP8"):
+        if name in used:
+            run.log.line(f"  {name}: {used[name]}")
     for line in describe_groups(run.optimizer, peak, ratio):
         run.log.line("  " + line)
     for warning in find_warnings(experiment):

@@ -23,7 +23,17 @@ from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
-from hunyuan_pretrain.runtime.device import backend_of, choose_device, cpu_threads, fuses_wgrad_accumulation, keep_freed_memory, versions
+from hunyuan_pretrain.runtime.device import (
+    backend_of,
+    choose_device,
+    cpu_threads,
+    fuses_wgrad_accumulation,
+    keep_freed_memory,
+    obstacles,
+    probe,
+    uses_transformer_engine,
+    versions,
+)
 from hunyuan_pretrain.runtime.logging import RunLog, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
@@ -78,6 +88,8 @@ def _start_machine(experiment: Experiment) -> torch.device:
     kind = choose_device(experiment.runtime.device)
     device = torch.device(kind)
     rules.check(experiment, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if found := obstacles(probe(), experiment):
+        raise ConfigError("this machine", found)
     # tensor parallelism overlaps its collectives with products, which needs them queued in the order of the calls
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if kind == "cuda":
@@ -93,7 +105,8 @@ def _start_machine(experiment: Experiment) -> torch.device:
 
 
 def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
-    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation())
+    engine = uses_transformer_engine(probe(), experiment)
+    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation(engine), engine)
     chunks = build_model(config, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)
 

@@ -74,6 +74,7 @@ def test_emulated_values_are_those_of_the_kernels(name: str, fp8_format: str, op
 def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     """One linear layer with equal inputs, output and gradients: what remains is the order of sums and the rounding to bf16."""
     import transformer_engine.pytorch as te
+
     from hunyuan_pretrain.model.transformer_engine import te_recipe
 
     skip_unless_supported(name)

@@ -37,8 +37,7 @@ ONLY_IN = {
     "megatron.training": [],
     "transformer_engine": [
         "hunyuan_pretrain/runtime/device.py",
-        "hunyuan_pretrain/model/spec.py",
-        "hunyuan_pretrain/model/fp8.py",
+        "hunyuan_pretrain/model/transformer_engine.py",
     ],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [

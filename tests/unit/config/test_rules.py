@@ -31,6 +31,15 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             ["model.kv_channels=null", "model.hidden_size=260"],
             "model.hidden_size=260: 8 heads, 260 % 8 != 0 and model.kv_channels is null (use 256 or 264, or set model.kv_channels)",
         ),
+        (
+            ["runtime.transformer_engine=required", "runtime.device=cpu", "precision.dtype=bf16"],
+            "runtime.transformer_engine=required: it runs on CUDA devices only, and runtime.device is cpu (use auto or never)",
+        ),
+        (
+            ["runtime.transformer_engine=required", "precision.dtype=fp32"],
+            "runtime.transformer_engine=required: it multiplies fp32 matrices in TF32, of 10 bits of precision, and precision.dtype is "
+            "fp32 (use precision.dtype=bf16, or auto, which takes own layers for fp32)",
+        ),
         (["model.num_query_groups=3"], "model.num_query_groups=3: 8 heads, 8 % 3 != 0 (use 2 or 4)"),
         (["model.num_query_groups=16"], "model.num_query_groups=16: 8 heads, 8 % 16 != 0 (use 8)"),
         (["model.kv_channels=33"], "model.kv_channels=33: head width 33 must be even and at least 4, since RoPE rotates pairs"),

@@ -13,7 +13,17 @@ import torch
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import ConfigError
 from hunyuan_pretrain.runtime import device
-from hunyuan_pretrain.runtime.device import Gpu, Machine, backend_of, choose_device, cpu_threads, obstacles, probe, what_is_used
+from hunyuan_pretrain.runtime.device import (
+    Gpu,
+    Machine,
+    backend_of,
+    choose_device,
+    cpu_threads,
+    obstacles,
+    probe,
+    uses_transformer_engine,
+    what_is_used,
+)
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 
@@ -149,6 +159,102 @@ def test_each_obstacle_says_what_to_do() -> None:
 
 
 def test_what_is_used_follows_the_experiment() -> None:
-    assert what_is_used(MACHINE) == [("device", "cuda"), ("collectives", "nccl")]
+    assert what_is_used(MACHINE) == [("device", "cuda"), ("collectives", "nccl"), ("linear layers", "Transformer Engine 2.11.0")]
     used = dict(what_is_used(MACHINE, load_experiment(DEMO, ["runtime.device=cpu", "runtime.cpu_threads_per_rank=3"])))
-    assert used == {"device": "cpu", "collectives": "gloo", "threads per rank": "3 (for 2 ranks on this node)"}
+    assert used == {
+        "device": "cpu",
+        "collectives": "gloo",
+        "threads per rank": "3 (for 2 ranks on this node)",
+        "linear layers": "own layers",
+    }
+
+
+BF16 = "precision.dtype=bf16"
+
+
+@pytest.mark.parametrize(
+    ("machine", "overrides", "expected"),
+    [
+        (MACHINE, [BF16], ("Transformer Engine 2.11.0", None)),
+        (MACHINE, [BF16, "precision.fp8_recipe=blockwise"], ("Transformer Engine 2.11.0", "blockwise on Transformer Engine")),
+        (MACHINE, [], ("own layers", None)),  # fp32, which Transformer Engine multiplies in TF32
+        (MACHINE, [BF16, "runtime.transformer_engine=never"], ("own layers", None)),
+        (MACHINE, [BF16, "runtime.device=cpu"], ("own layers", None)),
+        (
+            CPU_MACHINE,
+            [BF16, "precision.fp8_recipe=mxfp8"],
+            ("own layers", "mxfp8, emulated (slow; numbers, not speed)"),
+        ),
+    ],
+)
+def test_whose_layers_are_used(machine: Machine, overrides: list[str], expected: tuple[str, str | None]) -> None:
+    experiment = load_experiment(DEMO, overrides)
+    used = dict(what_is_used(machine, experiment))
+    assert (used["linear layers"], used.get("FP8")) == expected
+    assert uses_transformer_engine(machine, experiment) == expected[0].startswith("Transformer Engine")
+
+
+def test_required_transformer_engine_that_cannot_be_used_says_why() -> None:
+    required = (BF16, "runtime.transformer_engine=required")
+    assert texts(MACHINE, *required) == ""
+    absent = dataclasses.replace(MACHINE, transformer_engine=None)
+    assert texts(absent, *required) == (
+        'runtime.transformer_engine=required: it is not installed (pip install --no-build-isolation "hunyuan-pretrain[gpu]")'
+    )
+    assert texts(absent, BF16) == ""
+    broken = dataclasses.replace(MACHINE, transformer_engine_error="it cannot be loaded: OSError")
+    assert "runtime.transformer_engine=required: it cannot be loaded: OSError (pip install" in texts(broken, *required)
+    assert texts(dataclasses.replace(MACHINE, gpus=()), *required) == (
+        "runtime.transformer_engine=required: it runs on a CUDA device, and this machine has none (use auto or never)"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.12.1", "3.0"])
+def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_used(version: str) -> None:
+    other = dataclasses.replace(MACHINE, transformer_engine=version)
+    expected = f"transformer-engine={version}: this version of megatron-core works with 2.9 to 2.11 (pip install --no-build-isolation"
+    assert expected in texts(other, BF16).replace('"', "")
+    assert texts(other, BF16, "runtime.transformer_engine=never") == ""
+
+
+HINT = "(use another recipe, or runtime.transformer_engine=never, which emulates it slowly)"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "need"),
+    [
+        ("delayed", (8, 9), "12.1", None),
+        ("tensorwise", (9, 0), "12.0", None),
+        ("delayed", (8, 9), "12.0", "9.0 or more, or 8.9 and CUDA 12.1 or more"),
+        ("tensorwise", (8, 0), "13.0", "9.0 or more, or 8.9 and CUDA 12.1 or more"),
+        ("blockwise", (9, 0), "12.9", None),
+        ("blockwise", (9, 0), "12.8", "9.0 or more, and CUDA 12.9 or more"),
+        ("blockwise", (8, 9), "13.0", "9.0 or more, and CUDA 12.9 or more"),
+        ("mxfp8", (10, 0), "12.8", None),
+        ("mxfp8", (9, 0), "13.0", "10.0 or more, and less than 12.0"),
+        ("mxfp8", (12, 0), "13.0", "10.0 or more, and less than 12.0"),
+    ],
+)
+def test_fp8_recipes_need_their_hardware_only_on_transformer_engine(
+    recipe: str, capability: tuple[int, int], cuda: str, need: str | None
+) -> None:
+    machine = dataclasses.replace(MACHINE, gpus=(Gpu("NVIDIA Xyz", capability, 80.0),) * 2, cuda=cuda)
+    setting = f"precision.fp8_recipe={recipe}"
+    has = f"NVIDIA Xyz has compute capability {capability[0]}.{capability[1]}, torch CUDA {cuda}"
+    assert texts(machine, BF16, setting) == ("" if need is None else f"{setting}: {has}; it needs {need} {HINT}")
+    assert texts(machine, BF16, setting, "runtime.transformer_engine=never") == ""
+    assert texts(CPU_MACHINE, BF16, setting) == ""
+
+
+@pytest.mark.parametrize(
+    ("major", "is_deterministic", "flash_attn", "expected"),
+    [(8, False, None, False), (8, True, "2.8.3", True), (9, True, None, True), (10, True, None, False), (10, False, None, True)],
+)
+def test_attention_of_packed_documents_needs_a_kernel(
+    major: int, is_deterministic: bool, flash_attn: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
+    monkeypatch.setattr(device, "version_of", lambda name: flash_attn)
+    assert device.attends_to_packed_documents() == expected

@@ -1,0 +1,317 @@
+"""What tests of Transformer Engine's spec run in processes of their own, which have its stand-in; each function starts such a process."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.helpers import transformer_engine_stub
+
+MARKS = {
+    "tensor_model_parallel": False,
+    "partition_dim": -1,
+    "partition_stride": 1,
+    "is_gated": False,
+    "is_routed_expert": False,
+    "allreduce": True,
+    "sequence_parallel": False,
+    "shared": False,
+    "shared_embedding": False,
+}
+"""Attributes of a parameter that the optimizer, core's gradient buffers, checkpoints and weight map read, and what they are without."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run under one spec."""
+
+    experiment: Any
+    engine: bool
+    is_fused: bool = True
+    """Weight gradients go into main_grad inside the product."""
+    has_attention: bool = False
+    """Attention is Transformer Engine's."""
+
+
+@dataclass
+class Build:
+    """A model in one rank of a world that is only imagined."""
+
+    model: dict[str, Any]
+    parallel: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    precision: dict[str, Any] = field(default_factory=dict)
+
+
+def traces(cases: Sequence[Case], steps: int) -> list[Any]:
+    """In every rank: the traces of each case, one after the other."""
+    transformer_engine_stub.install()
+    from hunyuan_pretrain.train.parity import trace_layout
+
+    found = []
+    for case in cases:
+        gc.collect()
+        with chosen(case):
+            found.append(trace_layout(case.experiment, steps))
+    return found
+
+
+@contextmanager
+def chosen(case: Case) -> Iterator[None]:
+    """Inside, `setup.prepare` takes the spec of the case."""
+    from unittest.mock import patch
+
+    from hunyuan_pretrain.train import setup
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(setup, "uses_transformer_engine", lambda machine, experiment: case.engine))
+        stack.enter_context(patch.object(setup, "obstacles", lambda machine, experiment: []))
+        stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda engine: case.is_fused))
+        if case.engine:
+            from hunyuan_pretrain.model import transformer_engine
+
+            stack.enter_context(patch.object(transformer_engine, "attends_to_packed_documents", lambda: case.has_attention))
+        yield
+
+
+# --- what is built ----------------------------------------------------------------------------------------------------------------------
+
+
+def differences_of_builds(builds: Sequence[Build]) -> list[str]:
+    """What differs between the parameters of both specs, in the ranks of each build."""
+    transformer_engine_stub.install()
+    found = []
+    for build in builds:
+        for rank in build.ranks:
+            local, engine = (_describe(build, rank, use_engine) for use_engine in (False, True))
+            if local != engine:
+                differing = [name for name in local.keys() | engine.keys() if local.get(name) != engine.get(name)]
+                found.append(f"{build}, rank {rank}: {differing}, e.g. {local.get(differing[0])} and {engine.get(differing[0])}")
+    return found
+
+
+def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.hunyuan_model import build_model
+    from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups
+    from tests.helpers.tiny import tiny_model
+
+    parallel = ParallelConfig(**build.parallel)
+    dist.init_process_group("fake", rank=rank, world_size=build.world_size, store=FakeStore())
+    try:
+        groups = build_groups(parallel, 60)
+        precision = PrecisionConfig(**({"dtype": "bf16"} | build.precision))
+        config = transformer_config(tiny_model(**build.model), parallel, precision, True, use_engine)
+        with torch.device("meta"):
+            chunks = build_model(config, groups, None)
+        found: dict[str, Any] = {}
+        for number, chunk in enumerate(chunks):
+            places, sharded = chunk.placements(), chunk.sharded_state_dict()
+            if use_engine:  # core's own linears have an empty state each
+                assert set(chunk.state_dict()) == set(places), set(chunk.state_dict()) ^ set(places)
+            for name, parameter in chunk.named_parameters():
+                marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
+                facts = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad, marks, places[name], sharded[name].key)
+                found[f"{number}.{name}"] = facts
+            found[f"{number} order"] = list(places)
+        return found
+    finally:
+        destroy_groups()
+
+
+# --- FP8 --------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fp8Run:
+    """What one rank saw of a run in FP8."""
+
+    losses: list[float]
+    calls: list[Counter[Any]]
+    """By step: calls of the stand-ins, with how often."""
+    reductions: list[list[int]]
+    """By step: sizes of the groups over which largest values were reduced."""
+    in_fp8: dict[str, bool]
+    """By product: whether its last forward pass in training was in FP8."""
+    outside: dict[str, bool]
+    """The same of a forward pass outside of the step."""
+    state: dict[str, Any]
+    """Scales of the delayed recipe at the end."""
+    padded: int
+    """How often rows of experts were padded."""
+
+
+def fp8_runs(experiments: Sequence[Any], steps: int, capability: tuple[int, int] = (9, 0)) -> list[Fp8Run]:
+    """In every rank: each experiment's steps in `training_step`."""
+    transformer_engine_stub.install(capability)
+    found = []
+    for experiment in experiments:
+        gc.collect()
+        with chosen(Case(experiment, engine=True)):
+            found.append(_fp8_run(experiment, steps))
+    return found
+
+
+def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
+    from unittest.mock import patch
+
+    import torch
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    from hunyuan_pretrain.model import experts
+    from hunyuan_pretrain.model.transformer_engine import _Product, load_scaling_state, scaling_state, training_step
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.lr_schedule import stage_of_step
+    from hunyuan_pretrain.train.step import train_step
+
+    run = setup.prepare(experiment)
+    reduce, pad = FP8GlobalStateManager.reduce_tensor_across_group_op_max, experts.row_padding
+    sizes: list[int] = []
+    result = Fp8Run([], [], [], {}, {}, {}, 0)
+
+    def reduce_and_tell(tensor: torch.Tensor, group: Any) -> None:
+        sizes.append(group.size())
+        reduce(tensor, group)
+
+    def pad_and_count(*args: Any) -> Any:
+        result.padded += 1
+        return pad(*args)
+
+    products = {
+        f"{number}.{name}": m for number, chunk in enumerate(run.chunks) for name, m in chunk.named_modules() if isinstance(m, _Product)
+    }
+    with (
+        patch.object(FP8GlobalStateManager, "reduce_tensor_across_group_op_max", staticmethod(reduce_and_tell)),
+        patch.object(experts, "row_padding", pad_and_count),
+    ):
+        for step in range(steps):
+            stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+            transformer_engine_stub.calls.clear()
+            sizes.clear()
+            with training_step(run.wrapped, run.groups):
+                batches = run.loader.micro_batches(step)
+                step_result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
+            result.losses.append(step_result.loss)
+            result.calls.append(Counter(transformer_engine_stub.calls))
+            result.reductions.append(list(sizes))
+        result.in_fp8 = {name: product.fp8 for name, product in products.items()}
+    for chunk in run.chunks:
+        state = scaling_state(chunk)
+        result.state |= {name: tensor.numpy().copy() for name, tensor in state.items()}
+        load_scaling_state(chunk, {name: tensor + 1 for name, tensor in state.items()})
+        again = scaling_state(chunk)
+        assert all(torch.equal(again[name], tensor + 1) for name, tensor in state.items())
+    assert not FP8GlobalStateManager.is_fp8_enabled()
+    assert FP8GlobalStateManager.AUTOCAST_DEPTH == 0
+    setup.leave(run)
+    return result
+
+
+# --- recipes, attention, checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fields of the recipe for each of these number formats, and its class."""
+    transformer_engine_stub.install((10, 0))
+    from dataclasses import asdict
+
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+    from hunyuan_pretrain.config.schema import PrecisionConfig
+    from hunyuan_pretrain.model.transformer_engine import te_recipe
+
+    found = []
+    for fields in settings:
+        recipe = te_recipe(PrecisionConfig(**fields))
+        found.append(asdict(recipe) | {"fp8_format": recipe.fp8_format.name, "class": type(recipe).__name__})
+    return found
+
+
+def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]]) -> list[tuple[str, float]]:
+    """The mask that each (blocks, queries, keys) needs, and by how much output and gradients differ from `packed_attention`'s, of the
+    largest entry."""
+    transformer_engine_stub.install()
+    import torch
+
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.packed_attention import packed_attention
+    from hunyuan_pretrain.model.transformer_engine import PackedAttention
+    from tests.helpers.tiny import tiny_model
+
+    config = transformer_config(tiny_model(), ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
+    generator, attention = torch.Generator().manual_seed(1), PackedAttention(config)
+    found = []
+    for blocks, T, S in works:
+        shapes = ((T, config.num_attention_heads), (S, config.num_query_groups), (S, config.num_query_groups))
+        qkv = [torch.randn(*shape, config.kv_channels, generator=generator).bfloat16() for shape in shapes]
+        grad = torch.randn(qkv[0].shape, generator=generator).bfloat16()
+        results = []
+        for attend in (attention, packed_attention):
+            leaves = [x.clone().requires_grad_() for x in qkv]
+            output = attend(*leaves, blocks)
+            results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
+        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
+        found.append((str(transformer_engine_stub.calls[-1][1]), worst))
+    return found
+
+
+def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, list[str]]:
+    """What differs after a checkpoint of a run under one spec (the key: Transformer Engine's) was loaded under the other and saved again:
+    names of weights and moments, and of files of the exports of both checkpoints; those that are equal are not named."""
+    transformer_engine_stub.install()
+    import shutil
+    from pathlib import Path
+
+    from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.export_run import export_run
+    from hunyuan_pretrain.train.loop import train
+
+    found: dict[bool, list[str]] = {}
+    for first in (False, True):
+        mine = experiment.model_copy(update={"run_dir": str(folder / f"run_{first}")})
+        with chosen(Case(mine, first)):
+            train(mine)
+        states = []
+        for second in (first, not first):
+            with chosen(Case(mine, second)):
+                run = setup.prepare(mine)
+                states.append(_state(run))
+                if second != first:
+                    other = folder / f"again_{first}"
+                    save_load.save(other, run.first_step, run.chunks, run.optimizer, None)
+                setup.leave(run)
+        shutil.copy(Path(mine.run_dir, "resolved.yaml"), other)
+        shutil.copytree(Path(mine.run_dir, "tokenizer"), other / "tokenizer")
+        exports = [folder / f"export_{first}_{name}" for name in ("first", "again")]
+        for source, target in zip((Path(mine.run_dir), other), exports, strict=True):
+            export_run(source, target)
+        names = {path.name for export in exports for path in export.glob("*.safetensors")}
+        assert names
+        assert states[0]
+        found[first] = [name for name in states[0].keys() | states[1].keys() if not _equal(*(state.get(name) for state in states))]
+        found[first] += [name for name in names if len({(export / name).read_bytes() for export in exports}) > 1]
+    return found
+
+
+def _state(run: Any) -> dict[str, Any]:
+    from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
+
+    weights = {name: p.detach().clone() for chunk in run.chunks for name, p in chunk.named_parameters()}
+    moments = {f"{kind}.{name}": t for name, tensors, _ in full_moments(run.chunks, run.optimizer) for kind, t in tensors.items()}
+    return weights | moments
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and bool((a == b).all())

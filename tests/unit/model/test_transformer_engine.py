@@ -1,0 +1,318 @@
+"""Transformer Engine's spec against the local one, with CPU stand-ins for its kernels: the wiring is proven, no kernel is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hunyuan_pretrain.config.schema import Experiment
+from tests.helpers.layouts import STEPS, Comparisons, Layout
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import build, packed_inputs, tiny_model
+from tests.helpers.transformer_engine_cases import (
+    Build,
+    Case,
+    Fp8Run,
+    attention_differences,
+    checkpoints_under_both_specs,
+    differences_of_builds,
+    fp8_runs,
+    recipe_fields,
+    traces,
+)
+from tests.helpers.transformer_engine_stub import TE_FOLDER
+
+needs_package = pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make")
+
+
+def tensor(size: int, **others: int) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": size, "sequence_parallel": True} | others
+
+
+BUILDS = [
+    Build({}),
+    Build({"cla_share_factor": 1}),
+    Build({"qk_layernorm": False}),
+    Build({"share_embeddings_and_output_weights": False}),
+    Build({"moe_router_topk": 2, "recycle_routing": False}),
+    Build({"moe_expert_capacity_factor": None, "recycle_routing": False}),
+    Build({}, tensor(2, expert_model_parallel_size=4), 8, (0, 3, 7)),
+    Build({}, tensor(2, expert_model_parallel_size=2, expert_tensor_parallel_size=2), 8, (0, 5)),
+    Build({"share_embeddings_and_output_weights": False}, tensor(2, pipeline_model_parallel_size=2), 4, (0, 1, 3)),
+    Build({}, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, 8, (0, 5)),
+    Build({"num_layers": 8}, tensor(2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), 8, (0, 3, 6)),
+    *(
+        Build({}, precision={"fp8_recipe": recipe, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1})
+        for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")
+    ),
+]
+
+
+@needs_package
+@pytest.mark.slow
+def test_parameters_are_those_of_the_local_spec() -> None:
+    """Names, order, shapes, formats, marks, and where each lies in the whole one; of the rank of a world that is only imagined."""
+    (found,) = run_ranks(1, differences_of_builds, BUILDS)
+    assert found == []
+
+
+@needs_package
+@pytest.mark.slow
+def test_steps_on_one_rank_equal_those_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
+    """Losses, every gradient, moment and weight of two fp32 steps, and the update itself: the reference has torch's AdamW."""
+    layouts = [
+        Layout(),
+        Layout(model="dropless", micro_batch=4),
+        Layout(model="top 2", recompute="selective", optimizer="plain"),
+        Layout(recompute="cla_group", micro_batch=1, overlap="everything"),
+    ]
+    check(layouts, corpus, tmp_path, world_size=1, unfused=(2,))
+
+
+@needs_package
+@pytest.mark.slow
+def test_steps_on_two_ranks_equal_those_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
+    layouts = [
+        Layout(dp=2, ep=2, model="dropless"),
+        Layout(tp=2),
+        Layout(tp=2, etp=2, model="top 2", overlap="everything"),
+        Layout(cp=2, ep=2),
+        Layout(pp=2, vpp=2, micro_batch=1, overlap="everything", recompute="selective"),
+    ]
+    check(layouts, corpus, tmp_path, world_size=2, unfused=(1,))
+
+
+def check(layouts: Sequence[Layout], corpus: Path, folder: Path, world_size: int, unfused: Sequence[int]) -> None:
+    """Within the tolerance of layouts; `unfused`: numbers of those whose weight gradients are not added in the product."""
+    references = Comparisons(corpus, folder / "references", layouts)
+    cases = [
+        Case(layout.experiment(corpus, folder / str(number)), engine=True, is_fused=number not in unfused)
+        for number, layout in enumerate(layouts)
+    ]
+    found = run_ranks(world_size, traces, cases, STEPS)[0]
+    for layout, mine in zip(layouts, found, strict=True):
+        theirs = references.reference(layout)
+        assert differing(mine, theirs) == [], str(layout)
+
+
+def differing(mine: list[Any], theirs: list[Any], tolerance: float | None = None) -> list[str]:
+    """What differs; not the output of the norm that is fused into the projection after it, which nobody sees."""
+    from hunyuan_pretrain.train.parity import compare
+
+    compared = [d for d in compare(mine, theirs) if not (d.kind == "activation" and d.name.endswith("input_layernorm"))]
+    assert len(compared) > 500
+    return [
+        f"{d.kind} {d.name} in step {d.step}: {d.relative:.1e}"
+        for d in compared
+        if not (d.is_within if tolerance is None else d.relative <= tolerance)
+    ]
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_bf16_step_equals_that_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
+    """With Transformer Engine's attention too, which rounds otherwise: a token that goes to another expert for that changes gradients."""
+    experiment = Layout(model="bf16").experiment(corpus, tmp_path)
+    cases = [Case(experiment, engine=False), Case(experiment, engine=True), Case(experiment, engine=True, has_attention=True)]
+    local, engine, attention = (steps[0] for steps in run_ranks(1, traces, cases, 1)[0])
+    for name in ("loss", "grad_norm"):
+        assert engine.scalars[name] == pytest.approx(local.scalars[name], rel=1e-4)
+        assert attention.scalars[name] == pytest.approx(local.scalars[name], rel=1e-2)
+    for name, gradient in local.gradients.items():
+        assert np.linalg.norm(engine.gradients[name] - gradient) < 0.02 * np.linalg.norm(gradient), name
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_checkpoint_of_one_spec_loads_under_the_other(corpus: Path, tmp_path: Path) -> None:
+    """Weights and moments bitwise, saved again too; and the export of either is the same."""
+    experiment = Layout(optimizer="plain").experiment(corpus, tmp_path)
+    (found,) = run_ranks(1, checkpoints_under_both_specs, experiment, tmp_path)
+    assert found == {False: [], True: []}
+
+
+@needs_package
+def test_recipes_take_the_settings_and_leave_the_rest_to_transformer_engine() -> None:
+    settings = [
+        {"fp8_recipe": "delayed"},
+        {"fp8_recipe": "delayed", "fp8_format": "e4m3", "fp8_margin": 1, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"},
+        {"fp8_recipe": "tensorwise"},
+        {"fp8_recipe": "blockwise"},
+        {"fp8_recipe": "blockwise", "fp8_format": "hybrid"},
+        {"fp8_recipe": "mxfp8"},
+    ]
+    (found,) = run_ranks(1, recipe_fields, settings)
+    formats = [(fields["class"], fields["fp8_format"]) for fields in found]
+    assert formats == [
+        ("DelayedScaling", "HYBRID"),
+        ("DelayedScaling", "E4M3"),
+        ("Float8CurrentScaling", "HYBRID"),
+        ("Float8BlockScaling", "E4M3"),
+        ("Float8BlockScaling", "HYBRID"),
+        ("MXFP8BlockScaling", "E4M3"),
+    ]
+    names = ("margin", "amax_history_len", "amax_compute_algo", "reduce_amax", "fp8_dpa", "fp8_mha")
+    assert [found[0][name] for name in names] == [0, 1024, "max", True, False, False]
+    assert [found[1][name] for name in names] == [1, 16, "max", True, False, False]
+
+
+@needs_package
+def test_attention_takes_whole_documents_and_the_blocks_of_a_context_parallel_rank() -> None:
+    from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
+
+    borders = [0, 20, 44, 51, 96]
+    works = [
+        (document_blocks(borders), 96, 96),
+        (context_blocks(borders, [(0, 24), (72, 96)]), 48, 96),
+        (context_blocks(borders, [(24, 72)]), 48, 96),  # keys of the first document are nobody's
+    ]
+    (found,) = run_ranks(1, attention_differences, works)
+    assert [mask for mask, _ in found] == [
+        "NVTE_PADDING_CAUSAL_MASK",
+        "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
+        "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
+    ]
+    assert max(error for _, error in found) < 2**-6
+
+
+# --- FP8 --------------------------------------------------------------------------------------------------------------------------------
+
+
+def fp8_experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str = "delayed", **precision: Any) -> Experiment:
+    """Sizes that FP8 takes; the first and the last of 8 layers stay in bf16."""
+    fields = layout.experiment(corpus, run_dir).model_dump(mode="json")
+    fields["precision"] |= {"dtype": "bf16", "fp8_recipe": recipe, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    fields["precision"] |= precision
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4}
+    fields["model"] |= sizes | {"kv_channels": 8, "moe_routing_group_tokens": 64}
+    return Experiment.model_validate(fields)
+
+
+@pytest.fixture(scope="module")
+def delayed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Fp8Run]]:
+    """What each rank saw of two steps with the delayed recipe; by layout."""
+    folder = tmp_path_factory.mktemp("fp8")
+    layouts = {
+        "whole batch": Layout(micro_batch=8),
+        "4 micro-batches": Layout(micro_batch=2),
+        "recompute": Layout(micro_batch=2, recompute="cla_group"),
+        "dropless": Layout(micro_batch=2, model="dropless"),
+        "ep": Layout(dp=2, ep=2, micro_batch=2),
+        "etp": Layout(dp=2, etp=2, micro_batch=2),
+        "vpp": Layout(pp=2, vpp=2, micro_batch=1),
+    }
+    found: dict[str, list[Fp8Run]] = {}
+    for world_size in (1, 2):
+        names = [name for name, layout in layouts.items() if layout.world_size == world_size]
+        experiments = [fp8_experiment(layouts[name], corpus, folder / name, fp8_amax_history_len=4) for name in names]
+        ranks = run_ranks(world_size, fp8_runs, experiments, 2)
+        found |= {name: list(runs) for name, runs in zip(names, zip(*ranks, strict=True), strict=True)}
+    return found
+
+
+@needs_package
+@pytest.mark.slow
+def test_the_first_and_last_layers_stay_out_of_fp8(delayed: dict[str, list[Fp8Run]]) -> None:
+    (run,) = delayed["whole batch"]
+    assert len(run.in_fp8) == 8 * 6
+    assert all(in_fp8 == (1 <= int(name.split(".")[3]) <= 6) for name, in_fp8 in run.in_fp8.items())
+    assert len(run.state) == 6 * 6 * 3 * 2  # layers, products, operands, history and scale
+    assert run.state["decoder.layers.1.mlp.experts.linear_fc1.x.history"].shape == (4, 4)
+
+
+@needs_package
+@pytest.mark.slow
+def test_scales_change_once_a_step_whatever_the_micro_batches(delayed: dict[str, list[Fp8Run]]) -> None:
+    for name, runs in delayed.items():
+        for run in runs:
+            for calls in run.calls:
+                # of the forward and the backward pass; of dense products and of experts
+                updates = [(call, count) for call, count in calls.items() if call[0] == "update_scales"]
+                assert sum(count for _, count in updates) == 4, (name, updates)
+    (whole,), (parts,), (recomputed,) = (delayed[name] for name in ("whole batch", "4 micro-batches", "recompute"))
+    for key, tensor in whole.state.items():
+        if ".w." in key or ".x." in key:  # gradients are rounded from sums in another order
+            first = tensor if tensor.ndim == 1 else tensor[-2]
+            mine = parts.state[key] if tensor.ndim == 1 else parts.state[key][-2]
+            np.testing.assert_allclose(mine, first, rtol=0.05)
+        np.testing.assert_array_equal(recomputed.state[key], parts.state[key])
+    for key, tensor in whole.state.items():
+        if key.endswith(".history"):
+            assert (tensor[:2] == 0).all(), key  # row 0 is the running step's, and two steps of four were made
+            assert (tensor[2:] > 0).all(), key
+
+
+@needs_package
+@pytest.mark.slow
+def test_weights_are_quantised_once_a_step(delayed: dict[str, list[Fp8Run]]) -> None:
+    """Of 6 layers with 4 dense products and 2 of 4 experts each: inputs and gradients for every micro-batch, weights once."""
+    products = 6 * (4 + 2 * 4)
+    for name, micro_batches in (("whole batch", 1), ("4 micro-batches", 4)):
+        (run,) = delayed[name]
+        for calls in run.calls:
+            assert sum(count for call, count in calls.items() if call[0] == "quantize") == products * (2 * micro_batches + 1)
+
+
+@needs_package
+@pytest.mark.slow
+def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed: dict[str, list[Fp8Run]]) -> None:
+    (alone,) = delayed["whole batch"]
+    for first, second in (delayed["ep"], delayed["etp"]):
+        for key in first.state:
+            if "experts.linear" not in key or "shared" in key:
+                np.testing.assert_array_equal(first.state[key], second.state[key])
+    ep, etp = delayed["ep"], delayed["etp"]
+    assert [run.reductions for run in ep] == [[[2, 2]] * 2] * 2, "experts are reduced over no other rank, which holds others"
+    assert [run.reductions for run in etp] == [[[2, 2, 2, 2]] * 2] * 2
+    key = "decoder.layers.2.mlp.experts.linear_fc1.x.history"
+    together = np.concatenate([run.state[key] for run in ep], axis=1)
+    np.testing.assert_allclose(together[-2], alone.state[key][-2], rtol=0.01)
+
+
+@needs_package
+@pytest.mark.slow
+def test_rows_are_padded_only_where_the_capacity_is_no_multiple(delayed: dict[str, list[Fp8Run]]) -> None:
+    """64 tokens of a routing group over 4 experts are 16 rows each; dropless, they are as the router likes."""
+    assert [run.padded for name in ("whole batch", "4 micro-batches", "recompute", "ep", "etp", "vpp") for run in delayed[name]] == [0] * 9
+    (dropless,) = delayed["dropless"]
+    assert dropless.padded > 0
+
+
+@needs_package
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "capability"), [("tensorwise", (9, 0)), ("blockwise", (9, 0)), ("mxfp8", (10, 0))])
+def test_other_recipes_keep_no_scales(recipe: str, capability: tuple[int, int], corpus: Path, tmp_path: Path) -> None:
+    experiment = fp8_experiment(Layout(micro_batch=2), corpus, tmp_path, recipe)
+    ((run,),) = run_ranks(1, fp8_runs, [experiment], 1, capability)
+    assert run.state == {}
+    assert sum(run.in_fp8.values()) == 36
+    quantizer = {"tensorwise": "Float8CurrentScalingQuantizer", "blockwise": "Float8BlockQuantizer", "mxfp8": "MXFP8Quantizer"}[recipe]
+    assert {call[1] for call in run.calls[0] if call[0] == "quantize"} == {quantizer}
+
+
+# --- without the package ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [None, 0.75, 1.0])
+def test_rows_of_zeros_change_nothing(factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(moe_expert_capacity_factor=factor, recycle_routing=False)
+    whole, padded = build(model), build(model)
+    asked: list[tuple[int, ...]] = []
+    for layer in padded.decoder.layers:
+        layer.mlp.experts.row_multiple = lambda: 16
+        forward = layer.mlp.experts.linear_fc1.forward
+        layer.mlp.experts.linear_fc1.forward = lambda x, splits, forward=forward: (asked.append(splits), forward(x, splits))[1]
+    losses = []
+    for one in (whole, padded):
+        loss, _ = one(**packed_inputs(model))
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert all(rows % 16 == 0 for splits in asked for rows in ([splits] if isinstance(splits, int) else splits))
+    for (name, mine), (_, theirs) in zip(padded.named_parameters(), whole.named_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7, msg=name)
