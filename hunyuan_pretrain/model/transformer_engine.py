@@ -21,6 +21,7 @@ G key/value heads, H head dim; L steps of a history.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -386,6 +387,8 @@ class PackedAttention:
     """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is nobody's."""
 
     def __init__(self, config: HunyuanConfig) -> None:
+        # without a kernel it would, silently, hold the scores of all queries and keys; now it fails instead
+        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         ranks = config.tensor_model_parallel_size
         if config.context_parallel_method == "all_to_all":  # ranks trade tokens for heads
             ranks *= config.context_parallel_size
