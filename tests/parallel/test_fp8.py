@@ -32,7 +32,8 @@ SAME_FORWARD: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": "cla_group"},
     "plain optimizer": {"use_distributed_optimizer": False},
 }
-CASES = [(recipe, layout) for recipe in RECIPES for layout in SAME_FORWARD if (recipe, layout) != ("tensorwise", "ep")]
+CASES = [("delayed", layout) for layout in SAME_FORWARD]
+CASES += [(recipe, layout) for recipe in RECIPES[1:] for layout in ("dp", "ep", "pp") if (recipe, layout) != ("tensorwise", "ep")]
 """Under EP an expert multiplies the rows of both ranks at once, of which tensorwise takes one scale, as Transformer Engine does."""
 OTHERS = {"tp": TENSOR, "tp ep": TENSOR | EXPERTS, "etp": {"expert_tensor_parallel_size": 2}, "cp": {"context_parallel_size": 2}}
 
