@@ -150,9 +150,9 @@ class TokenizeShards(PipelineStep):
                     except BaseException:
                         remove_shards(folders, [number])
                         raise
-                for output in report["outputs"]:
-                    self.stat_update("documents", value=output["entry"]["documents"], unit="shard")
-                    self.stat_update("tokens", value=output["entry"]["tokens"], unit="shard")
+                for output in report.outputs:
+                    self.stat_update("documents", value=output.entry["documents"], unit="shard")
+                    self.stat_update("tokens", value=output.entry["tokens"], unit="shard")
 
 
 class JoinShards(PipelineStep):
@@ -265,8 +265,9 @@ def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, 
     except FileNotFoundError:
         raise DataFormatError(f"{output}: begun without tasks; run the command that began it, or plan again") from None
     except ValidationError:
-        raise DataFormatError(f"{folder / _PLAN}: not a plan of this version; run the command that began it again") from None
-    assert plan.job.identity == identity, f"{folder}: plan and identity are of different jobs"
+        plan = None
+    if plan is None or plan.job.identity != identity:
+        raise DataFormatError(f"{folder / _PLAN}: not a plan of this version and job; run the command that began it again")
     return folder, plan
 
 

@@ -60,7 +60,6 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
         size = max(len(bins), len(of_source))
         bins = np.pad(bins, (0, size - len(bins))) + share * np.pad(of_source, (0, size - len(of_source)))
         context_sum += share * sum_of_source
-        manifest = dataset.index.manifest
         sources.append(
             {
                 "path": path,
@@ -70,8 +69,8 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
                 "epochs_of_stage": share,
                 "epochs_at_end": epochs[path],
                 "max_epochs": next((entry.max_epochs for entry in stage.data if entry.path == path), None),
-                "documents": manifest["documents"] - manifest["options"].get("left_out_documents", 0),
-                "cut_documents": manifest["cut_documents"],
+                "documents": dataset.index.packed_documents,
+                "cut_documents": dataset.index.cut_documents,
             }
         )
     total = sum(tokens.values())

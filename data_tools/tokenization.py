@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from data_tools.corpus import DEFAULT_EXTENSIONS, CorpusFile, Split, deal_out, find_files
-from data_tools.documents import Document, RejectedError, cut_between_words, read_split
+from data_tools.documents import DamagedError, Document, RejectedError, cut_between_words, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport
 from data_tools.records import RecordForm, Reject
@@ -83,6 +84,27 @@ class Allowance:
         return self.number + int(self.share * records)
 
 
+@dataclass(frozen=True)
+class ShardOutput:
+    """What a shard wrote into one of the folders."""
+
+    entry: dict[str, Any]
+    """For the manifest."""
+    totals: list[tuple[int, int, int]]
+    """For each input: documents, bytes, tokens."""
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """A finished shard, for those who join it with the others."""
+
+    outputs: list[ShardOutput]
+    empty_documents: int
+    rejects: int
+    samples: list[Reject]
+    """The first of the rejects."""
+
+
 def shard_name(number: int) -> str:
     """Name of a shard's files, without their endings."""
     return f"shard_{number:05d}"
@@ -96,7 +118,7 @@ def is_finished(folders: Sequence[Path], number: int) -> bool:
 
 def write_shard(
     job: TokenizeJob, number: int, folders: Sequence[Path], encoder: DocumentEncoder, advance: Callable[[int], None] = lambda size: None
-) -> dict[str, Any]:
+) -> ShardReport:
     """Tokenize one shard into the unfinished folders (the second is for what is held out), and return its report.
 
     Raises DataFormatError if a file is damaged, or if the shard alone has more rejects than the job allows.
@@ -110,13 +132,9 @@ def write_shard(
             for document in read_split(split, job.form, advance):
                 shard.add(split, document)
             shard.flush()
-        report = {
-            "outputs": [{"entry": writer.finish(), "totals": rows.tolist()} for writer, rows in zip(writers, shard.totals, strict=True)],
-            "empty_documents": shard.num_empty,
-            "rejects": shard.num_rejects,
-            "samples": [asdict(reject) for reject in shard.rejects],
-        }
-    write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(report).encode())
+        outputs = [ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)]
+        report = ShardReport(outputs, shard.num_empty, shard.num_rejects, shard.rejects)
+    write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(asdict(report)).encode())
     return report
 
 
@@ -180,6 +198,8 @@ class _Shard:
             ids = self._encoder.encode_parts(counted())
             tokens = self._writers[number].add_in_parts(ids, (self._split.file_number, document.place))
             self._count(number, 1, utf8_bytes, tokens)
+        except DamagedError:
+            raise
         except (RejectedError, DataFormatError, UnicodeEncodeError) as error:
             with suppress(RejectedError):
                 for _ in parts:  # the reader stands at the next document only when this one has been read
@@ -246,10 +266,12 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
 
     Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards then stay.
     """
-    reports = [json.loads((folders[0] / f"{shard_name(number)}.json").read_bytes()) for number in range(len(job.shards))]
-    rejects = [Reject(**sample) for report in reports for sample in report["samples"]]
-    num_rejects = sum(report["rejects"] for report in reports)
-    totals = np.array([[output["totals"] for output in report["outputs"]] for report in reports]).sum(axis=0)
+    reports = [
+        _read_report(folders[0] / f"{shard_name(number)}.json", (len(folders), len(job.inputs))) for number in range(len(job.shards))
+    ]
+    rejects = [sample for report in reports for sample in report.samples]
+    num_rejects = sum(report.rejects for report in reports)
+    totals = np.array([[output.totals for output in report.outputs] for report in reports]).sum(axis=0)
     num_documents = int(totals[:, :, 0].sum())
     allowed = max_rejects.of(num_documents + num_rejects)
     if num_rejects > allowed:
@@ -282,22 +304,38 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
                 "tokenizer_digest": job.tokenizer_digest,
                 "text": job.form.as_json(),
                 "holdout_every": job.holdout_every,
-                "empty_documents": sum(report["empty_documents"] for report in reports),
+                "empty_documents": sum(report.empty_documents for report in reports),
                 "rejects": num_rejects,
                 "sources": [
                     {"path": path, "files": count, "documents": row[0], "bytes": row[1], "tokens": row[2]}
                     for path, count, row in zip(job.inputs, num_files, of_inputs, strict=True)
                 ],
                 "files": [file.path for file in job.files],
-                "shards": [report["outputs"][number]["entry"] for report in reports],
+                "shards": [report.outputs[number].entry for report in reports],
             }
         )
     # the first folder's manifest last: where it is, only the names are left to be given
     for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
         if rejects:
-            write_file(folder / REJECTS, "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects).encode())
+            lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
+            write_file(folder / REJECTS, "".join(f"{line}\n" for line in lines).encode())
         write_manifest(folder, manifest)
     return manifests
+
+
+def _read_report(file: Path, shape: tuple[int, int]) -> ShardReport:
+    """Raises DataFormatError unless the report is one of a shard with totals for so many (folders, inputs)."""
+    try:
+        report = TypeAdapter(ShardReport).validate_json(file.read_bytes())
+        if [len(output.totals) for output in report.outputs] != [shape[1]] * shape[0]:
+            raise ValueError("totals of other inputs")
+        if len(report.samples) != min(report.rejects, _REJECT_SAMPLES):
+            raise ValueError("samples of other rejects")
+    except ValueError:
+        raise DataFormatError(
+            f"{file}: not the report of a shard of this version; remove it, and the same command writes the shard again"
+        ) from None
+    return report
 
 
 def name_outputs(outputs: Sequence[str], folder: Path, num_shards: int) -> None:
@@ -402,9 +440,9 @@ def _write_in_processes(job: TokenizeJob, folders: Sequence[Path], waiting: list
                 finished, running = wait(running, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
                 for future in finished:
                     report = future.result()
-                    num_rejects += report["rejects"]
+                    num_rejects += report.rejects
                     if job.max_rejects is not None and num_rejects > job.max_rejects:
-                        raise too_many_rejects(num_rejects, job.max_rejects, [Reject(**sample) for sample in report["samples"]])
+                        raise too_many_rejects(num_rejects, job.max_rejects, report.samples)
                 now = read.value
                 progress.advance(now - reported, _done(len(waiting) - len(running), waiting))
                 reported = now
@@ -426,7 +464,7 @@ def _start_worker(job: TokenizeJob, folders: Sequence[Path], read: Any) -> None:
     _worker = (job, folders, read, DocumentEncoder(job.encoder))
 
 
-def _write_in_worker(number: int) -> dict[str, Any]:
+def _write_in_worker(number: int) -> ShardReport:
     assert _worker is not None
     job, folders, read, encoder = _worker
 

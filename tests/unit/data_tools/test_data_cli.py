@@ -14,27 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import cli, progress
+from data_tools import progress
 from hunyuan_pretrain.data.indexed import ShardWriter, TokenizedDataset
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.tokenizer import Tokenizer
+from tests.helpers.commands import run_data as run
 
 LIBRARY = Path(os.__file__).parent
 CORPUS = [str(LIBRARY / name) for name in ("json", "logging", "csv.py")]
 VOCAB = 1200
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    before = sys.argv
-    sys.argv = ["hunyuan-data", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from data_tools import cli
 from data_tools.mixing import context_of
 from data_tools.packed_output import pack
 from data_tools.tokenization import tokenize
@@ -19,24 +17,21 @@ from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import StepLoader
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from tests.helpers.commands import run_data
 
 LENGTH = 64
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["hunyuan-data", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+def command(capsys: pytest.CaptureFixture[str]) -> Any:
+    """command(arguments): exit code, stdout and stderr of `hunyuan-data`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = run_data(*arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture
