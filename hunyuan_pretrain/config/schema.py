@@ -378,6 +378,13 @@ class RuntimeConfig(Section):
         "Threads of one rank on CPU; null divides the cores by the ranks of the node.", None, unit="threads"
     )
     deterministic: bool = setting("Refuse operations whose result changes from run to run.", True)
+    verify_data: Literal["digests", "sizes"] = setting(
+        "What is checked of the data, that of validation too, at each start. digests: every file against its SHA-256; the ranks share the "
+        "files, each reading about 1 GB/s where the file system gives that, so copies on the disks of several nodes are not all read. "
+        "sizes: that all files are there and as long as they should be. digests is the default because a changed token is found by nothing "
+        "else; take sizes where a start would take too long, and run `hunyuan-data verify` once.",
+        "digests",
+    )
     probes: bool = setting(
         "Before training, check on a short synthetic micro-batch that documents of a pack do not see each other and that every declared "
         "loss reaches the routers with its declared strength.",

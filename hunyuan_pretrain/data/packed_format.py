@@ -247,7 +247,8 @@ class PackedIndex:
     def _open_source(self, entry: Any) -> TokenizedDataset:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise DataFormatError(f"{self.folder / MANIFEST}: a source without a path; pack again")
-        source = TokenizedDataset(self.folder.resolve() / entry["path"])
+        # one name for a folder, whichever packed folder leads to it
+        source = TokenizedDataset(os.path.normpath(self.folder.resolve() / entry["path"]))
         if source.digest != entry.get("digest"):
             raise DataFormatError(f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again")
         return source
