@@ -150,9 +150,8 @@ def _print_stage(stage: dict[str, Any], console: Console) -> None:
         seeing = sum(tokens for low, tokens in zip(context["at_least"], context["tokens"], strict=True) if low >= threshold)
         if threshold < stage["sequence_length"]:
             shares.append(f"{seeing / stage['tokens']:.1%} at least {threshold:,}")
-    console.print(
-        f"padding {stage['padding']:.4%}; a token sees {context['mean']:,.0f} tokens of its document on average; {', '.join(shares)}"
-    )
+    seen = "; ".join([f"a token sees {context['mean']:,.0f} tokens of its document on average", *filter(None, [", ".join(shares)])])
+    console.print(f"padding {stage['padding']:.4%}; {seen}")
     if stage["balance"]:
         _print_balance(stage["balance"], console)
     console.print()

@@ -278,7 +278,8 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
         raise too_many_rejects(num_rejects, allowed, rejects)
     problem = None
     if num_documents == 0:
-        problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files"
+        reason = f"; {num_rejects} records were rejected, the first is {rejects[0]}" if rejects else ""
+        problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files{reason}"
     elif job.holdout_every is not None and not 0 < (held_out := totals[1, :, 0].sum()) < num_documents:
         problem = (
             f"--holdout-every {job.holdout_every}: must leave some of the {num_documents} documents on each side, but holds {held_out} "

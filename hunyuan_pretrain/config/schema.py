@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,10 @@ class DataSource(Section):
 
     path: str = setting("Folder written by `hunyuan-data pack`, relative to the working directory.")
     weight: PositiveFloat = setting(
-        "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of its tier.", 1.0, unit="ratio"
+        "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of its tier.",
+        1.0,
+        unit="ratio",
+        typical="0.1 to 1; a source that shall not be read is left out",
     )
     max_epochs: PositiveFloat | None = setting(
         "How often the source may have been read when the stage ends, earlier stages included; a mixture that needs more is refused.",
@@ -398,7 +401,7 @@ class Experiment(Section):
 
     name: str = setting("Name of the experiment in logs.")
     run_dir: str = setting("Folder of everything the run writes.")
-    seed: NonNegativeInt = setting("Seed of initialisation, data order and recycle routing.", 1234)
+    seed: Annotated[int, Field(ge=0, le=2**63)] = setting("Seed of initialisation, data order and recycle routing.", 1234)
     tokenizer: str = setting("Folder of the tokenizer that the data was tokenized with (`hunyuan-data train-tokenizer`).")
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

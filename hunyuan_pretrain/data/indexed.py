@@ -204,7 +204,9 @@ class TokenizedShard:
                 "of one sequence each; the two do not belong together"
             )
         if dtype != token_dtype(vocab_size):
-            raise DataFormatError(f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}")
+            raise DataFormatError(
+                f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}; tokenize again"
+            )
         lengths = np.frombuffer(content, dtype=np.int32, count=num_sequences, offset=_HEADER_BYTES)
         offsets = np.frombuffer(content, dtype=np.int64, count=num_sequences, offset=_HEADER_BYTES + lengths.nbytes)
         return dtype, lengths, offsets
@@ -361,7 +363,7 @@ def check_size(path: Path, expected: int, described_by: str) -> None:
     size = path.stat().st_size
     if size != expected:
         state = "cut short" if size < expected else "too long"
-        raise DataFormatError(f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}")
+        raise DataFormatError(f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}; write it again")
 
 
 def _flush_and_close(file: BinaryIO) -> None:

@@ -116,6 +116,41 @@ def test_mix_says_what_the_steps_then_read(command: Any, experiment: Path) -> No
     assert "max_epochs is 2" in errors
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.data.0.weight=0", "stages.0.data.0.weight=0: must be greater than 0 (typical: 0.1 to 1; a source that shall not be"),
+        ("stages.0.data.1.weight=-1", "stages.0.data.1.weight=-1: must be greater than 0"),
+        ("stages.0.data.1.weight=.nan", "stages.0.data.1.weight=nan: must be a finite number"),
+        ("stages.0.data=[]", "stages.0.data=[]: must not be empty"),
+        ("stages.0.data.1.weight=1e-9", "long has weight 1e-09 of 3, which is none of the stage's 80 sequences; remove it or give it a"),
+        ("stages.0.tier_weights={a: 0}", "stages.0.tier_weights.a=0: must be greater than 0"),
+        ("stages.0.tier_weights={a: 1}", "stages.0.data.0.tier=null: not in tier_weights (which has a)"),
+        ("stages.0.data.1.max_epochs=0.01", "long would have been read 0."),
+        (
+            "stages.1.sequence_length=128",
+            "short: packed to sequences of 64 tokens, but stages[1] (two) has sequence_length=128; set it to 64",
+        ),
+        ("stages.0.data.1.path=tokens", "tokens: no such folder; write it with `hunyuan-data pack`"),
+        ("model.padded_vocab_size=256", "but model.padded_vocab_size=256; set it to at least 47"),
+        ("seed=99999999999999999999", "seed=99999999999999999999: must be less than or equal to 9223372036854775808"),
+    ],
+)
+def test_unfit_mixtures_are_one_message(command: Any, experiment: Path, override: str, message: str) -> None:
+    before = {path.name for path in experiment.parent.iterdir()}
+    code, printed, errors = command("mix", experiment, override, "--output", experiment.parent / "mix")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("hunyuan-data: ")
+    assert message in errors
+    assert {path.name for path in experiment.parent.iterdir()} == before
+
+
+def test_a_folder_that_is_no_run_is_refused(command: Any, experiment: Path) -> None:
+    code, _, errors = command("where", experiment.parent / "short", "--step", 1)
+    assert code == 2
+    assert errors.endswith("short: not a run directory (no resolved.yaml); give the run_dir of a run that has begun, or its YAML\n")
+
+
 def test_where_names_the_documents_whose_tokens_were_in_the_batch(command: Any, experiment: Path, tokenizer_folder: str) -> None:
     from hunyuan_pretrain.data.tokenizer import Tokenizer
 
