@@ -38,30 +38,6 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
-class TokenizeJob:
-    """All that decides the output of `tokenize`."""
-
-    inputs: list[str]
-    files: list[CorpusFile]
-    shards: list[list[Split]]
-    encoder: EncoderSource
-    tokenizer_digest: str
-    vocab_size: int
-    pad_id: int
-    form: RecordForm
-    holdout_every: int | None
-    max_rejects: int | None
-    """None: a share of the documents, of which a shard alone cannot know."""
-
-    @property
-    def identity(self) -> str:
-        """Changes whenever the bytes of the output would."""
-        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
-        cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
-        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
-
-
-@dataclass(frozen=True)
 class Allowance:
     """How many records may be rejected: a number, or a share of all."""
 
@@ -79,9 +55,42 @@ class Allowance:
             raise DataFormatError(f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%")
         return found
 
-    def of(self, records: int) -> int:
-        """Rejects allowed among so many records."""
-        return self.number + int(self.share * records)
+    def check(self, found: int, records: int, rejects: Sequence[Reject]) -> None:
+        """Raise DataFormatError, which names the first of `rejects`, if so many are more than is allowed among so many records."""
+        allowed = self.number + int(self.share * records)
+        if found > allowed:
+            others = f" (and {found - 1:,} more)" if found > 1 else ""
+            raise DataFormatError(
+                f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed"
+            )
+
+    def check_part(self, found: int, rejects: Sequence[Reject]) -> None:
+        """The same in the middle of the work, where nobody knows yet of how many records a share would be."""
+        if not self.share:
+            self.check(found, 0, rejects)
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """All that decides the output of `tokenize`."""
+
+    inputs: list[str]
+    files: list[CorpusFile]
+    shards: list[list[Split]]
+    encoder: EncoderSource
+    tokenizer_digest: str
+    vocab_size: int
+    pad_id: int
+    form: RecordForm
+    holdout_every: int | None
+    max_rejects: Allowance
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the bytes of the output would."""
+        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
+        cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
+        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
 
 
 @dataclass(frozen=True)
@@ -223,28 +232,23 @@ class _Shard:
         self.num_rejects += 1
         if len(self.rejects) < _REJECT_SAMPLES:
             self.rejects.append(reject)
-        allowed = self._job.max_rejects
-        if allowed is not None and self.num_rejects > allowed:
-            raise too_many_rejects(self.num_rejects, allowed, self.rejects)
-
-
-def too_many_rejects(found: int, allowed: int, rejects: Sequence[Reject]) -> DataFormatError:
-    """The error of a corpus with more rejects than allowed, which names the first of them."""
-    others = f" (and {found - 1:,} more)" if found > 1 else ""
-    return DataFormatError(f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed")
+        self._job.max_rejects.check_part(self.num_rejects, self.rejects)
 
 
 def plan_job(
     inputs: Sequence[str],
     tokenizer_path: str,
     *,
-    form: RecordForm,
-    extensions: Sequence[str],
-    max_rejects: Allowance,
+    form: RecordForm | None = None,
+    extensions: Sequence[str] = DEFAULT_EXTENSIONS,
+    max_rejects: Allowance | None = None,
     holdout_every: int | None = None,
     shard_bytes: int | None = None,
 ) -> TokenizeJob:
-    """Look at the inputs and deal them out. Raises DataFormatError for an input or tokenizer that is not as it should be."""
+    """Look at the inputs and deal them out into shards of about `shard_bytes` of text, one document in `holdout_every` of each held out.
+
+    Raises DataFormatError for an input or tokenizer that is not as it should be.
+    """
     tokenizer = Tokenizer.load(tokenizer_path)
     files = find_files(inputs, extensions)
     return TokenizeJob(
@@ -255,13 +259,13 @@ def plan_job(
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
-        form=form,
+        form=form or RecordForm(),
         holdout_every=holdout_every,
-        max_rejects=None if max_rejects.share else max_rejects.number,
+        max_rejects=max_rejects or Allowance(),
     )
 
 
-def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) -> list[dict[str, Any]]:
+def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Join the finished shards to whole folders, and return their manifests.
 
     Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards then stay.
@@ -273,9 +277,7 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
     num_rejects = sum(report.rejects for report in reports)
     totals = np.array([[output.totals for output in report.outputs] for report in reports]).sum(axis=0)
     num_documents = int(totals[:, :, 0].sum())
-    allowed = max_rejects.of(num_documents + num_rejects)
-    if num_rejects > allowed:
-        raise too_many_rejects(num_rejects, allowed, rejects)
+    job.max_rejects.check(num_rejects, num_documents + num_rejects, rejects)
     problem = None
     if num_documents == 0:
         reason = f"; {num_rejects} records were rejected, the first is {rejects[0]}" if rejects else ""
@@ -353,39 +355,27 @@ def tokenize(
     tokenizer_path: str,
     output: str,
     *,
-    form: RecordForm | None = None,
-    extensions: Sequence[str] = DEFAULT_EXTENSIONS,
     workers: int = 1,
-    max_rejects: Allowance | None = None,
-    holdout_every: int | None = None,
     holdout_output: str | None = None,
-    shard_bytes: int | None = None,
     overwrite: bool = False,
+    **planning: Any,
 ) -> list[dict[str, Any]]:
-    """Tokenize `inputs` into the folder `output`, and one document in `holdout_every` of each shard into `holdout_output`; returns the
-    manifests. The result does not depend on `workers`, nor on how often the command was interrupted before.
+    """Tokenize `inputs` into the folder `output`, and what is held out into `holdout_output`; returns the manifests.
+
+    `planning` is what `plan_job` takes. The result does not depend on `workers`, nor on how often the command was interrupted before.
 
     Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be. Finished shards stay then,
     and are not tokenized again by the same call; if there is none, nothing stays.
     """
-    outputs = checked_outputs(output, holdout_every, holdout_output)
-    max_rejects = max_rejects or Allowance()
-    job = plan_job(
-        inputs,
-        tokenizer_path,
-        form=form or RecordForm(),
-        extensions=extensions,
-        max_rejects=max_rejects,
-        holdout_every=holdout_every,
-        shard_bytes=shard_bytes,
-    )
+    job = plan_job(inputs, tokenizer_path, **planning)
+    outputs = checked_outputs(output, job.holdout_every, holdout_output)
     with ExitStack() as stack:
         folders = [stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))]
         if not (folders[0] / MANIFEST).is_file():
             for other in outputs[1:]:
                 folders.append(stack.enter_context(unfinished_folder(other, marker=MANIFEST, identity=job.identity, overwrite=overwrite)))
             write_shards(job, folders, workers)
-            manifests = finish(job, folders, max_rejects)
+            manifests = finish(job, folders)
         name_outputs(outputs, folders[0], len(job.shards))
         return (
             manifests
@@ -442,8 +432,7 @@ def _write_in_processes(job: TokenizeJob, folders: Sequence[Path], waiting: list
                 for future in finished:
                     report = future.result()
                     num_rejects += report.rejects
-                    if job.max_rejects is not None and num_rejects > job.max_rejects:
-                        raise too_many_rejects(num_rejects, job.max_rejects, report.samples)
+                    job.max_rejects.check_part(num_rejects, report.samples)
                 now = read.value
                 progress.advance(now - reported, _done(len(waiting) - len(running), waiting))
                 reported = now
