@@ -128,14 +128,14 @@ def _print_sequence(dataset: PackedDataset, number: int, tokenizer: Tokenizer | 
     console.rule(f"sequence {number}: {len(pieces)} pieces, {int(sequence.loss_mask.sum()):,} labels", align="left")
     begin = 0
     for document, start, length in pieces[:_SHOWN_PIECES]:
-        console.print(f"[bold]document {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
+        console.print(f"[bold]── document {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
         console.print(_text(sequence.tokens[begin : begin + length], tokenizer))
         begin += length
     if len(pieces) > _SHOWN_PIECES:
-        console.print(f"[bold]{len(pieces) - _SHOWN_PIECES} more pieces[/bold]")
+        console.print(f"[bold]── {len(pieces) - _SHOWN_PIECES} more pieces[/bold]")
     padding = dataset.sequence_length - sum(length for _, _, length in pieces)
     if padding:
-        console.print(f"[bold]padding, {padding:,} tokens[/bold]")
+        console.print(f"[bold]── padding, {padding:,} tokens[/bold]")
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:

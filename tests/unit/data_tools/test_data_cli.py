@@ -124,7 +124,7 @@ def test_inspect_shows_counts_borders_and_text(work: Path, capsys: pytest.Captur
     assert f"{manifest['cut_documents']:,} (" in shown
     assert "every file has the SHA-256 of its manifest" in shown
     assert shown.count("sequence ") >= 3
-    assert re.search(r"document \d+, tokens [\d,]+ to [\d,]+\n", shown)
+    assert re.search(r"^── document \d+, tokens [\d,]+ to [\d,]+\n", shown, re.MULTILINE)
     assert run("inspect", work / "train", "--tokenizer", work / "tok", "--samples", 1) == 0
     assert "<|startoftext|>" in capsys.readouterr().out
     assert run("inspect", work / "train", "--samples", 1) == 0

@@ -132,7 +132,7 @@ def run_folder(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> Path
     return tmp_path
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(data=st.data())
 def test_commands_on_damaged_folders(data: st.DataObject, run_folder: Path) -> None:
     tokenizer = run_folder / "tokenizer"
