@@ -120,7 +120,9 @@ def tokenize(
         int | None, typer.Option(min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output.")
     ] = None,
     max_rejects: MaxRejects = "0",
-    holdout_every: Annotated[int | None, typer.Option(min=2, help="Write one document in N to --holdout-output instead.")] = None,
+    holdout_every: Annotated[
+        int | None, typer.Option(min=2, max=2**63 - 1, help="Write one document in N to --holdout-output instead.")
+    ] = None,
     holdout_output: Annotated[str | None, typer.Option(help="Folder for the documents held out.")] = None,
     shard_megabytes: Annotated[int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")] = None,
     overwrite: Overwrite = False,
@@ -177,7 +179,7 @@ def pack(
     tokenized: Annotated[list[str], typer.Argument(metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False)],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the sequences.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of the sequences.")] = 1234,
     method: Annotated[
         Method, typer.Option(help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as others do.")
     ] = Method.best_fit,

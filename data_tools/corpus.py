@@ -85,10 +85,10 @@ def deal_out(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> lis
     total = sum(file.size * (_EXPANSION if file.is_compressed else 1) for file in files)
     wanted = shard_bytes or min(max(total // 64, 8_000_000), 512_000_000)
     shards: list[list[Split]] = []
-    filled = wanted
+    filled = 0
     for file_number, file in enumerate(files):
         for split in _splits(file, file_number, wanted):
-            if filled + split.weight // 2 > wanted:  # nearer to the wanted size without it
+            if not shards or filled + split.weight // 2 > wanted:  # nearer to the wanted size without it
                 shards.append([])
                 filled = 0
             shards[-1].append(split)
@@ -124,7 +124,8 @@ def extension_of(path: str) -> str:
 def _local_files(given: Path, extensions: Sequence[str]) -> Iterator[tuple[str, int, str]]:
     """(path, bytes, version) of the files of one input."""
     if given.is_dir():
-        found = _chosen(str(given), sorted(os.path.join(parent, name) for parent, _, names in os.walk(given) for name in names), extensions)
+        inside = sorted(os.path.join(parent, name) for parent, _, names in os.walk(given) for name in names)
+        found = _readable(_chosen(str(given), inside, extensions))
     elif given.is_file():
         found = _readable([str(given)])
     else:
@@ -164,7 +165,10 @@ def _chosen(folder: str, paths: Iterable[str], extensions: Sequence[str]) -> lis
 
 
 def _readable(paths: list[str]) -> list[str]:
+    """The same paths. Raises DataFormatError for one that is not read, or that no manifest could name."""
     for path in paths:
+        if path != path.encode(errors="replace").decode():
+            raise DataFormatError(f"{path!r}: its name is not UTF-8; give the file another one")
         if extension_of(path) == ".json":
             raise DataFormatError(f"{path}: a .json file is not read; write one JSON object a line, in a file named .jsonl")
     return paths

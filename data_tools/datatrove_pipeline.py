@@ -27,11 +27,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from pydantic import TypeAdapter, ValidationError
 
-from data_tools.corpus import DEFAULT_EXTENSIONS
 from data_tools.encoding import DocumentEncoder
-from data_tools.records import RecordForm
 from data_tools.tokenization import (
-    Allowance,
     TokenizeJob,
     checked_outputs,
     default_workers,
@@ -57,7 +54,6 @@ class Plan:
 
     job: TokenizeJob
     outputs: list[str]
-    max_rejects: Allowance
 
 
 def begin(
@@ -65,33 +61,23 @@ def begin(
     tokenizer_path: str,
     output: str,
     *,
-    form: RecordForm | None = None,
-    extensions: Sequence[str] = DEFAULT_EXTENSIONS,
-    max_rejects: Allowance | None = None,
-    holdout_every: int | None = None,
     holdout_output: str | None = None,
-    shard_bytes: int | None = None,
     overwrite: bool = False,
+    **planning: Any,
 ) -> list[int]:
-    """Plan as `tokenize` does, leave the plan in the unfinished folder, and return the numbers of the shards that are not finished."""
-    outputs = checked_outputs(output, holdout_every, holdout_output)
-    max_rejects = max_rejects or Allowance()
-    job = plan_job(
-        inputs,
-        tokenizer_path,
-        form=form or RecordForm(),
-        extensions=extensions,
-        max_rejects=max_rejects,
-        holdout_every=holdout_every,
-        shard_bytes=shard_bytes,
-    )
+    """Plan as `tokenize` does, leave the plan in the unfinished folder, and return the numbers of the shards that are not finished.
+
+    `planning` is what `plan_job` takes.
+    """
+    job = plan_job(inputs, tokenizer_path, **planning)
+    outputs = checked_outputs(output, job.holdout_every, holdout_output)
     with ExitStack() as stack:
 
         def open_folder(path: str) -> Path:
             return stack.enter_context(unfinished_folder(path, marker=MANIFEST, identity=job.identity, overwrite=overwrite))
 
         folder = open_folder(output)
-        write_file(folder / _PLAN, TypeAdapter(Plan).dump_json(Plan(job, outputs, max_rejects)))
+        write_file(folder / _PLAN, TypeAdapter(Plan).dump_json(Plan(job, outputs)))
         if (folder / MANIFEST).is_file():
             return []
         folders = [folder, *(open_folder(other) for other in outputs[1:])]
@@ -106,7 +92,9 @@ class PlanTokenizing(PipelineStep):
 
     def __init__(self, inputs: Sequence[str], tokenizer_path: str, output: str, **settings: Any) -> None:
         super().__init__()
-        inspect.signature(begin).bind(inputs, tokenizer_path, output, **settings)  # a wrong name is an error here, not in the task
+        # a wrong name is an error here, not in the task
+        planning = inspect.signature(begin).bind(inputs, tokenizer_path, output, **settings).arguments.get("planning", {})
+        inspect.signature(plan_job).bind(inputs, tokenizer_path, **planning)
         self.inputs, self.tokenizer_path, self.output, self.settings = list(inputs), tokenizer_path, output, settings
         self.working_folder = os.getcwd()
 
@@ -150,9 +138,9 @@ class TokenizeShards(PipelineStep):
                     except BaseException:
                         remove_shards(folders, [number])
                         raise
-                for output in report["outputs"]:
-                    self.stat_update("documents", value=output["entry"]["documents"], unit="shard")
-                    self.stat_update("tokens", value=output["entry"]["tokens"], unit="shard")
+                for output in report.outputs:
+                    self.stat_update("documents", value=output.entry["documents"], unit="shard")
+                    self.stat_update("tokens", value=output.entry["tokens"], unit="shard")
 
 
 class JoinShards(PipelineStep):
@@ -178,7 +166,7 @@ class JoinShards(PipelineStep):
                 left = [number for number in range(len(plan.job.shards)) if not is_finished(folders, number)]
                 if left:
                     raise DataFormatError(f"{self.output}: {len(left)} of {len(plan.job.shards)} shards are not finished; tokenize again")
-                finish(plan.job, folders, plan.max_rejects)
+                finish(plan.job, folders)
             name_outputs(plan.outputs, folder, len(plan.job.shards))
 
 
@@ -265,8 +253,9 @@ def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, 
     except FileNotFoundError:
         raise DataFormatError(f"{output}: begun without tasks; run the command that began it, or plan again") from None
     except ValidationError:
-        raise DataFormatError(f"{folder / _PLAN}: not a plan of this version; run the command that began it again") from None
-    assert plan.job.identity == identity, f"{folder}: plan and identity are of different jobs"
+        plan = None
+    if plan is None or plan.job.identity != identity:
+        raise DataFormatError(f"{folder / _PLAN}: not a plan of this version and job; run the command that began it again")
     return folder, plan
 
 

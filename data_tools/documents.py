@@ -23,12 +23,18 @@ LONG_BYTES = 32 << 20
 """Above this a line or a text file is read in parts, so that memory stays bounded whatever the length of a document."""
 
 _BLOCK_BYTES = 1 << 20
+_ZSTD_BYTES = 1 << 12
+"""What these bytes hold is decompressed at once: 128 MB of text at most, where a megabyte could hold 32 GB."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_CHARACTERS = 200
 
 
 class RejectedError(ValueError):
     """Something that is not a document, found while its parts are read."""
+
+
+class DamagedError(DataFormatError):
+    """A file that cannot be read on, so that what follows is lost too."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Document:
     """Byte offset of its line (before compression), row, or 0."""
     text: str = ""
     parts: Iterator[str] | None = None
-    """May raise RejectedError."""
+    """May raise RejectedError, or DamagedError."""
     record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """All fields of a JSON line, or those read of a parquet row; empty for a text file and a very long line."""
 
@@ -52,7 +58,7 @@ class Document:
 def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = lambda size: None) -> Iterator[Document | Reject]:
     """The documents of a split in order; what is not one comes as a Reject in its place. Blank lines are passed over.
 
-    `advance` is told how many bytes on disk have been read. Raises DataFormatError if a file is damaged.
+    `advance` is told how many bytes on disk have been read. Raises DamagedError if a file is damaged.
     """
     if split.file.kind == "parquet":
         yield from _rows(split, form, advance)
@@ -111,13 +117,18 @@ def _open_blocks(split: Split, advance: Callable[[int], None]) -> Iterator[Itera
     name = split.file.path.lower()
     with open_file(split.file) as raw:
         raw.seek(max(split.start - 1, 0))
-        try:
-            if name.endswith(".zst"):
-                yield _zstd_blocks(raw, advance)
-            else:
-                yield _blocks(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, raw, advance)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise DataFormatError(f"{split.file.path}: damaged or cut short ({error}); compress it again") from None
+        if name.endswith(".zst"):
+            blocks = _zstd_blocks(raw, advance)
+        else:
+            blocks = _blocks(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, raw, advance)
+        yield _undamaged(split.file.path, blocks)
+
+
+def _undamaged(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    try:
+        yield from blocks
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DamagedError(f"{path}: damaged or cut short ({error}); compress it again") from None
 
 
 def _blocks(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
@@ -131,7 +142,7 @@ def _blocks(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, advance: Callable[[
 def _zstd_blocks(raw: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
     # zstandard's own stream reader takes a file that is cut short for one that ends.
     frame = None
-    while block := raw.read(_BLOCK_BYTES // 8):
+    while block := raw.read(_ZSTD_BYTES):
         advance(len(block))
         while block:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
@@ -367,7 +378,9 @@ def open_parquet(file: CorpusFile) -> Iterator[Any]:
     with open_file(file) as raw:
         try:
             yield pq.ParquetFile(raw)
-        except (pa.ArrowException, OSError) as error:
+        except DataFormatError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataFormatError(f"{file.path}: damaged, or not a parquet file ({error}); write it again") from None
 
 

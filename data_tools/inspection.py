@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import MANIFEST, manifest_format
+from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, manifest_format
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.packed_format import PACKED_FORMAT
-from hunyuan_pretrain.data.tokenizer import Tokenizer
+from hunyuan_pretrain.data.tokenizer import Tokenizer, UnknownIdError
 
 _SHOWN_CHARACTERS = 240
 _SHOWN_PIECES = 6
@@ -46,25 +46,28 @@ def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: 
     if verify:
         (packed.index if packed else tokenized).verify()  # type: ignore[union-attr]
         console.print("every file has the SHA-256 of its manifest")
-    if packed:
-        for number in _spread(len(packed), num_samples):
-            _print_sequence(packed, number, tokenizer, console)
-    elif tokenized:
-        for number in _spread(tokenized.num_documents, num_samples):
-            console.rule(f"document {number}, {tokenized.lengths[number]:,} tokens", align="left")
-            console.print(_text(tokenized.document(number), tokenizer))
+    try:
+        if packed:
+            for number in _spread(len(packed), num_samples):
+                _print_sequence(packed, number, tokenizer, console)
+        elif tokenized:
+            for number in _spread(tokenized.num_documents, num_samples):
+                console.rule(f"document {number}, {tokenized.lengths[number]:,} tokens", align="left")
+                console.print(_text(tokenized.document(number), tokenizer))
+    except UnknownIdError as error:
+        raise DataFormatError(f"{folder}: {error}; a file changed after it was written, --verify says which") from None
 
 
 def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
-    manifest = dataset.manifest
+    counts = {name: manifest_field(dataset.folder, dataset.manifest, name, int) for name in ("bytes", "empty_documents", "rejects")}
     rows = [
         ("documents", f"{dataset.num_documents:,}"),
         ("tokens", f"{dataset.num_tokens:,} ({dataset.dtype})"),
-        ("bytes of text", f"{manifest.get('bytes', 0):,} ({manifest.get('bytes', 0) / dataset.num_tokens:.2f} a token)"),
-        ("left out", f"{manifest.get('empty_documents', 0):,} empty, {manifest.get('rejects', 0):,} rejected"),
+        ("bytes of text", f"{counts['bytes']:,} ({counts['bytes'] / dataset.num_tokens:.2f} a token)"),
+        ("left out", f"{counts['empty_documents']:,} empty, {counts['rejects']:,} rejected"),
         ("shards", f"{len(dataset.shards):,}"),
         ("vocabulary", f"{dataset.vocab_size:,} ids, tokenizer {dataset.tokenizer_digest[:12]}"),
-        *_source_rows(manifest.get("sources", [])),
+        *_source_rows(dataset.folder, dataset.manifest),
     ]
     _print_rows(f"{dataset.folder}: tokenized", rows, console)
     _print_histogram("documents by length", dataset.lengths, console)
@@ -72,26 +75,31 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
 
 def _print_packed(dataset: PackedDataset, console: Console) -> None:
     index = dataset.index
-    manifest = index.manifest
     room = index.num_sequences * index.sequence_length
-    most_pieces = int(np.diff(index.sequence_offsets).max())
+    num_pieces, most_pieces = len(index.piece_length), int(np.diff(index.sequence_offsets).max())
     rows = [
         ("sequences", f"{index.num_sequences:,} of {index.sequence_length:,} tokens"),
-        ("tokens", f"{manifest['tokens']:,}"),
-        ("padding", f"{manifest['padding_tokens']:,} tokens ({manifest['padding_tokens'] / room:.4%})"),
-        ("documents", f"{manifest['documents']:,}"),
-        ("documents cut", f"{manifest['cut_documents']:,} ({manifest['cut_documents'] / manifest['documents']:.2%})"),
-        ("pieces a sequence", f"{manifest['pieces'] / index.num_sequences:.1f} on average, {most_pieces:,} at most"),
+        ("tokens", f"{index.num_tokens:,}"),
+        ("padding", f"{index.padding_tokens:,} tokens ({index.padding_tokens / room:.4%})"),
+        ("documents", f"{index.num_documents:,}"),
+        ("documents cut", f"{index.cut_documents:,} ({index.cut_documents / index.num_documents:.2%})"),
+        ("pieces a sequence", f"{num_pieces / index.num_sequences:.1f} on average, {most_pieces:,} at most"),
         ("vocabulary", f"{index.vocab_size:,} ids, tokenizer {index.tokenizer_digest[:12]}"),
-        ("seed", str(manifest["seed"])),
-        *_source_rows(manifest["sources"]),
+        ("seed", f"{manifest_field(index.folder, index.manifest, 'seed', int)}"),
+        *_source_rows(index.folder, index.manifest),
     ]
     _print_rows(f"{index.folder}: packed", rows, console)
     _print_histogram("pieces by length", index.piece_length, console)
 
 
-def _source_rows(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [("from", f"{source['path']}: {source['documents']:,} documents, {source['tokens']:,} tokens") for source in sources]
+def _source_rows(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for source in manifest_field(folder, manifest, "sources", list):
+        path, documents, tokens = (
+            manifest_field(folder, source, name, kind) for name, kind in (("path", str), ("documents", int), ("tokens", int))
+        )
+        rows.append(("from", f"{path}: {documents:,} documents, {tokens:,} tokens"))
+    return rows
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]], console: Console) -> None:
@@ -120,14 +128,14 @@ def _print_sequence(dataset: PackedDataset, number: int, tokenizer: Tokenizer | 
     console.rule(f"sequence {number}: {len(pieces)} pieces, {int(sequence.loss_mask.sum()):,} labels", align="left")
     begin = 0
     for document, start, length in pieces[:_SHOWN_PIECES]:
-        console.print(f"[bold]document {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
+        console.print(f"[bold]── document {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
         console.print(_text(sequence.tokens[begin : begin + length], tokenizer))
         begin += length
     if len(pieces) > _SHOWN_PIECES:
-        console.print(f"[bold]{len(pieces) - _SHOWN_PIECES} more pieces[/bold]")
+        console.print(f"[bold]── {len(pieces) - _SHOWN_PIECES} more pieces[/bold]")
     padding = dataset.sequence_length - sum(length for _, _, length in pieces)
     if padding:
-        console.print(f"[bold]padding, {padding:,} tokens[/bold]")
+        console.print(f"[bold]── padding, {padding:,} tokens[/bold]")
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:

@@ -60,7 +60,6 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
         size = max(len(bins), len(of_source))
         bins = np.pad(bins, (0, size - len(bins))) + share * np.pad(of_source, (0, size - len(of_source)))
         context_sum += share * sum_of_source
-        manifest = dataset.index.manifest
         sources.append(
             {
                 "path": path,
@@ -70,8 +69,8 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
                 "epochs_of_stage": share,
                 "epochs_at_end": epochs[path],
                 "max_epochs": next((entry.max_epochs for entry in stage.data if entry.path == path), None),
-                "documents": manifest["documents"] - manifest["options"].get("left_out_documents", 0),
-                "cut_documents": manifest["cut_documents"],
+                "documents": dataset.index.packed_documents,
+                "cut_documents": dataset.index.cut_documents,
             }
         )
     total = sum(tokens.values())
@@ -151,9 +150,8 @@ def _print_stage(stage: dict[str, Any], console: Console) -> None:
         seeing = sum(tokens for low, tokens in zip(context["at_least"], context["tokens"], strict=True) if low >= threshold)
         if threshold < stage["sequence_length"]:
             shares.append(f"{seeing / stage['tokens']:.1%} at least {threshold:,}")
-    console.print(
-        f"padding {stage['padding']:.4%}; a token sees {context['mean']:,.0f} tokens of its document on average; {', '.join(shares)}"
-    )
+    seen = "; ".join([f"a token sees {context['mean']:,.0f} tokens of its document on average", *filter(None, [", ".join(shares)])])
+    console.print(f"padding {stage['padding']:.4%}; {seen}")
     if stage["balance"]:
         _print_balance(stage["balance"], console)
     console.print()

@@ -12,7 +12,7 @@ from data_tools.progress import ProgressReport
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, new_folder
 from hunyuan_pretrain.data.indexed import TokenizedDataset
-from hunyuan_pretrain.data.packed_format import check_sources, write_packed
+from hunyuan_pretrain.data.packed_format import MAX_SEQUENCE_LENGTH, check_sources, write_packed
 from hunyuan_pretrain.data.packing import PackingMethod, pack_documents
 
 
@@ -38,6 +38,8 @@ def pack(
     """
     if sequence_length < 2:
         raise DataFormatError(f"--sequence-length {sequence_length}: must be at least 2, a token and the one it predicts")
+    if sequence_length > MAX_SEQUENCE_LENGTH:
+        raise DataFormatError(f"--sequence-length {sequence_length}: must be at most {MAX_SEQUENCE_LENGTH}")
     if max_document_tokens is not None and max_document_tokens < min_document_tokens:
         raise DataFormatError(f"--max-document-tokens {max_document_tokens}: less than --min-document-tokens {min_document_tokens}")
     sources = [TokenizedDataset(folder) for folder in tokenized]

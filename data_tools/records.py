@@ -61,7 +61,7 @@ class RecordForm:
         """The text of a record, or None if `self.where` passes it over."""
         for name in self.fields:
             if name not in record:
-                fields = ", ".join(list(record)[:8]) or "none"
+                fields = ", ".join(map(shown_value, list(record)[:8])) or "none"
                 return Reject(where, f"no field {name!r} (fields: {fields}); choose with --text-field or --template")
         if any(shown_value(record[name]) not in values for name, values in self.where.items()):
             return None
@@ -84,5 +84,6 @@ def parse_conditions(conditions: Sequence[str]) -> dict[str, frozenset[str]]:
 
 
 def shown_value(value: Any) -> str:
-    """A value of a JSON field as --where and reports have it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value of a JSON field as --where and reports have it; half of a surrogate pair, which cannot be written, as a question mark."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode(errors="replace").decode()

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from data_tools.corpus import DEFAULT_EXTENSIONS, CorpusFile, Split, deal_out, find_files
-from data_tools.documents import Document, RejectedError, cut_between_words, read_split
+from data_tools.documents import DamagedError, Document, RejectedError, cut_between_words, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport
 from data_tools.records import RecordForm, Reject
@@ -34,30 +35,6 @@ _BATCH_CHARACTERS = 1 << 20
 _PART_CHARACTERS = 1 << 22
 _REJECT_SAMPLES = 20
 _SECONDS_BETWEEN_LOOKS = 0.5
-
-
-@dataclass(frozen=True)
-class TokenizeJob:
-    """All that decides the output of `tokenize`."""
-
-    inputs: list[str]
-    files: list[CorpusFile]
-    shards: list[list[Split]]
-    encoder: EncoderSource
-    tokenizer_digest: str
-    vocab_size: int
-    pad_id: int
-    form: RecordForm
-    holdout_every: int | None
-    max_rejects: int | None
-    """None: a share of the documents, of which a shard alone cannot know."""
-
-    @property
-    def identity(self) -> str:
-        """Changes whenever the bytes of the output would."""
-        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
-        cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
-        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
 
 
 @dataclass(frozen=True)
@@ -78,9 +55,63 @@ class Allowance:
             raise DataFormatError(f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%")
         return found
 
-    def of(self, records: int) -> int:
-        """Rejects allowed among so many records."""
-        return self.number + int(self.share * records)
+    def check(self, found: int, records: int, rejects: Sequence[Reject]) -> None:
+        """Raise DataFormatError, which names the first of `rejects`, if so many are more than is allowed among so many records."""
+        allowed = self.number + int(self.share * records)
+        if found > allowed:
+            others = f" (and {found - 1:,} more)" if found > 1 else ""
+            raise DataFormatError(
+                f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed"
+            )
+
+    def check_part(self, found: int, rejects: Sequence[Reject]) -> None:
+        """The same in the middle of the work, where nobody knows yet of how many records a share would be."""
+        if not self.share:
+            self.check(found, 0, rejects)
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """All that decides the output of `tokenize`."""
+
+    inputs: list[str]
+    files: list[CorpusFile]
+    shards: list[list[Split]]
+    encoder: EncoderSource
+    tokenizer_digest: str
+    vocab_size: int
+    pad_id: int
+    form: RecordForm
+    holdout_every: int | None
+    max_rejects: Allowance
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the bytes of the output would."""
+        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
+        cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
+        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """What a shard wrote into one of the folders."""
+
+    entry: dict[str, Any]
+    """For the manifest."""
+    totals: list[tuple[int, int, int]]
+    """For each input: documents, bytes, tokens."""
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """A finished shard, for those who join it with the others."""
+
+    outputs: list[ShardOutput]
+    empty_documents: int
+    rejects: int
+    samples: list[Reject]
+    """The first of the rejects."""
 
 
 def shard_name(number: int) -> str:
@@ -96,7 +127,7 @@ def is_finished(folders: Sequence[Path], number: int) -> bool:
 
 def write_shard(
     job: TokenizeJob, number: int, folders: Sequence[Path], encoder: DocumentEncoder, advance: Callable[[int], None] = lambda size: None
-) -> dict[str, Any]:
+) -> ShardReport:
     """Tokenize one shard into the unfinished folders (the second is for what is held out), and return its report.
 
     Raises DataFormatError if a file is damaged, or if the shard alone has more rejects than the job allows.
@@ -110,13 +141,9 @@ def write_shard(
             for document in read_split(split, job.form, advance):
                 shard.add(split, document)
             shard.flush()
-        report = {
-            "outputs": [{"entry": writer.finish(), "totals": rows.tolist()} for writer, rows in zip(writers, shard.totals, strict=True)],
-            "empty_documents": shard.num_empty,
-            "rejects": shard.num_rejects,
-            "samples": [asdict(reject) for reject in shard.rejects],
-        }
-    write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(report).encode())
+        outputs = [ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)]
+        report = ShardReport(outputs, shard.num_empty, shard.num_rejects, shard.rejects)
+    write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(asdict(report)).encode())
     return report
 
 
@@ -180,6 +207,8 @@ class _Shard:
             ids = self._encoder.encode_parts(counted())
             tokens = self._writers[number].add_in_parts(ids, (self._split.file_number, document.place))
             self._count(number, 1, utf8_bytes, tokens)
+        except DamagedError:
+            raise
         except (RejectedError, DataFormatError, UnicodeEncodeError) as error:
             with suppress(RejectedError):
                 for _ in parts:  # the reader stands at the next document only when this one has been read
@@ -203,28 +232,23 @@ class _Shard:
         self.num_rejects += 1
         if len(self.rejects) < _REJECT_SAMPLES:
             self.rejects.append(reject)
-        allowed = self._job.max_rejects
-        if allowed is not None and self.num_rejects > allowed:
-            raise too_many_rejects(self.num_rejects, allowed, self.rejects)
-
-
-def too_many_rejects(found: int, allowed: int, rejects: Sequence[Reject]) -> DataFormatError:
-    """The error of a corpus with more rejects than allowed, which names the first of them."""
-    others = f" (and {found - 1:,} more)" if found > 1 else ""
-    return DataFormatError(f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed")
+        self._job.max_rejects.check_part(self.num_rejects, self.rejects)
 
 
 def plan_job(
     inputs: Sequence[str],
     tokenizer_path: str,
     *,
-    form: RecordForm,
-    extensions: Sequence[str],
-    max_rejects: Allowance,
+    form: RecordForm | None = None,
+    extensions: Sequence[str] = DEFAULT_EXTENSIONS,
+    max_rejects: Allowance | None = None,
     holdout_every: int | None = None,
     shard_bytes: int | None = None,
 ) -> TokenizeJob:
-    """Look at the inputs and deal them out. Raises DataFormatError for an input or tokenizer that is not as it should be."""
+    """Look at the inputs and deal them out into shards of about `shard_bytes` of text, one document in `holdout_every` of each held out.
+
+    Raises DataFormatError for an input or tokenizer that is not as it should be.
+    """
     tokenizer = Tokenizer.load(tokenizer_path)
     files = find_files(inputs, extensions)
     return TokenizeJob(
@@ -235,28 +259,29 @@ def plan_job(
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
-        form=form,
+        form=form or RecordForm(),
         holdout_every=holdout_every,
-        max_rejects=None if max_rejects.share else max_rejects.number,
+        max_rejects=max_rejects or Allowance(),
     )
 
 
-def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) -> list[dict[str, Any]]:
+def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Join the finished shards to whole folders, and return their manifests.
 
     Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards then stay.
     """
-    reports = [json.loads((folders[0] / f"{shard_name(number)}.json").read_bytes()) for number in range(len(job.shards))]
-    rejects = [Reject(**sample) for report in reports for sample in report["samples"]]
-    num_rejects = sum(report["rejects"] for report in reports)
-    totals = np.array([[output["totals"] for output in report["outputs"]] for report in reports]).sum(axis=0)
+    reports = [
+        _read_report(folders[0] / f"{shard_name(number)}.json", (len(folders), len(job.inputs))) for number in range(len(job.shards))
+    ]
+    rejects = [sample for report in reports for sample in report.samples]
+    num_rejects = sum(report.rejects for report in reports)
+    totals = np.array([[output.totals for output in report.outputs] for report in reports]).sum(axis=0)
     num_documents = int(totals[:, :, 0].sum())
-    allowed = max_rejects.of(num_documents + num_rejects)
-    if num_rejects > allowed:
-        raise too_many_rejects(num_rejects, allowed, rejects)
+    job.max_rejects.check(num_rejects, num_documents + num_rejects, rejects)
     problem = None
     if num_documents == 0:
-        problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files"
+        reason = f"; {num_rejects} records were rejected, the first is {rejects[0]}" if rejects else ""
+        problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files{reason}"
     elif job.holdout_every is not None and not 0 < (held_out := totals[1, :, 0].sum()) < num_documents:
         problem = (
             f"--holdout-every {job.holdout_every}: must leave some of the {num_documents} documents on each side, but holds {held_out} "
@@ -282,22 +307,38 @@ def finish(job: TokenizeJob, folders: Sequence[Path], max_rejects: Allowance) ->
                 "tokenizer_digest": job.tokenizer_digest,
                 "text": job.form.as_json(),
                 "holdout_every": job.holdout_every,
-                "empty_documents": sum(report["empty_documents"] for report in reports),
+                "empty_documents": sum(report.empty_documents for report in reports),
                 "rejects": num_rejects,
                 "sources": [
                     {"path": path, "files": count, "documents": row[0], "bytes": row[1], "tokens": row[2]}
                     for path, count, row in zip(job.inputs, num_files, of_inputs, strict=True)
                 ],
                 "files": [file.path for file in job.files],
-                "shards": [report["outputs"][number]["entry"] for report in reports],
+                "shards": [report.outputs[number].entry for report in reports],
             }
         )
     # the first folder's manifest last: where it is, only the names are left to be given
     for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
         if rejects:
-            write_file(folder / REJECTS, "".join(json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects).encode())
+            lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
+            write_file(folder / REJECTS, "".join(f"{line}\n" for line in lines).encode())
         write_manifest(folder, manifest)
     return manifests
+
+
+def _read_report(file: Path, shape: tuple[int, int]) -> ShardReport:
+    """Raises DataFormatError unless the report is one of a shard with totals for so many (folders, inputs)."""
+    try:
+        report = TypeAdapter(ShardReport).validate_json(file.read_bytes())
+        if [len(output.totals) for output in report.outputs] != [shape[1]] * shape[0]:
+            raise ValueError("totals of other inputs")
+        if len(report.samples) != min(report.rejects, _REJECT_SAMPLES):
+            raise ValueError("samples of other rejects")
+    except ValueError:
+        raise DataFormatError(
+            f"{file}: not the report of a shard of this version; remove it, and the same command writes the shard again"
+        ) from None
+    return report
 
 
 def name_outputs(outputs: Sequence[str], folder: Path, num_shards: int) -> None:
@@ -314,39 +355,27 @@ def tokenize(
     tokenizer_path: str,
     output: str,
     *,
-    form: RecordForm | None = None,
-    extensions: Sequence[str] = DEFAULT_EXTENSIONS,
     workers: int = 1,
-    max_rejects: Allowance | None = None,
-    holdout_every: int | None = None,
     holdout_output: str | None = None,
-    shard_bytes: int | None = None,
     overwrite: bool = False,
+    **planning: Any,
 ) -> list[dict[str, Any]]:
-    """Tokenize `inputs` into the folder `output`, and one document in `holdout_every` of each shard into `holdout_output`; returns the
-    manifests. The result does not depend on `workers`, nor on how often the command was interrupted before.
+    """Tokenize `inputs` into the folder `output`, and what is held out into `holdout_output`; returns the manifests.
+
+    `planning` is what `plan_job` takes. The result does not depend on `workers`, nor on how often the command was interrupted before.
 
     Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be. Finished shards stay then,
     and are not tokenized again by the same call; if there is none, nothing stays.
     """
-    outputs = checked_outputs(output, holdout_every, holdout_output)
-    max_rejects = max_rejects or Allowance()
-    job = plan_job(
-        inputs,
-        tokenizer_path,
-        form=form or RecordForm(),
-        extensions=extensions,
-        max_rejects=max_rejects,
-        holdout_every=holdout_every,
-        shard_bytes=shard_bytes,
-    )
+    job = plan_job(inputs, tokenizer_path, **planning)
+    outputs = checked_outputs(output, job.holdout_every, holdout_output)
     with ExitStack() as stack:
         folders = [stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))]
         if not (folders[0] / MANIFEST).is_file():
             for other in outputs[1:]:
                 folders.append(stack.enter_context(unfinished_folder(other, marker=MANIFEST, identity=job.identity, overwrite=overwrite)))
             write_shards(job, folders, workers)
-            manifests = finish(job, folders, max_rejects)
+            manifests = finish(job, folders)
         name_outputs(outputs, folders[0], len(job.shards))
         return (
             manifests
@@ -402,9 +431,8 @@ def _write_in_processes(job: TokenizeJob, folders: Sequence[Path], waiting: list
                 finished, running = wait(running, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
                 for future in finished:
                     report = future.result()
-                    num_rejects += report["rejects"]
-                    if job.max_rejects is not None and num_rejects > job.max_rejects:
-                        raise too_many_rejects(num_rejects, job.max_rejects, [Reject(**sample) for sample in report["samples"]])
+                    num_rejects += report.rejects
+                    job.max_rejects.check_part(num_rejects, report.samples)
                 now = read.value
                 progress.advance(now - reported, _done(len(waiting) - len(running), waiting))
                 reported = now
@@ -426,7 +454,7 @@ def _start_worker(job: TokenizeJob, folders: Sequence[Path], read: Any) -> None:
     _worker = (job, folders, read, DocumentEncoder(job.encoder))
 
 
-def _write_in_worker(number: int) -> dict[str, Any]:
+def _write_in_worker(number: int) -> ShardReport:
     assert _worker is not None
     job, folders, read, encoder = _worker
 

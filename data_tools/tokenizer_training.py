@@ -11,7 +11,7 @@ from data_tools.corpus import find_files
 from data_tools.progress import ProgressReport
 from data_tools.records import parse_conditions
 from data_tools.training_text import MEASURED_BYTES, TrainingText
-from data_tools.vocabulary import BaseVocabulary, byte_vocabulary, extend, load_base
+from data_tools.vocabulary import MAX_RANKS, BaseVocabulary, byte_vocabulary, extend, load_base
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, format_ranks, write_hf_tokenizer
@@ -61,6 +61,8 @@ def train_tokenizer(
         raise DataFormatError(
             f"--vocab-size {vocab_size}: {held} and {len(SPECIAL_TOKENS)} special tokens need at least {len(ranks) + len(SPECIAL_TOKENS)}"
         )
+    if vocab_size > MAX_RANKS:
+        raise DataFormatError(f"--vocab-size {vocab_size}: must be at most {MAX_RANKS}")
     files = find_files(inputs, extensions)
     text = TrainingText(inputs, files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by)
     with new_folder(output, marker=RANKS_FILE, overwrite=overwrite) as folder:

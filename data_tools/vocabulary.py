@@ -31,6 +31,7 @@ _WHERE_CL100K_IS = (
 )
 # Any character above the separator will do; there is room for a million tokens before the last code point.
 _FIRST_SYMBOL = 0x10000
+MAX_RANKS = sys.maxunicode + 1 - _FIRST_SYMBOL
 _SEPARATOR = " "
 _MIN_FREQUENCY = 2
 _SPARE_PER_WHOLE_WORD = 16

@@ -25,8 +25,11 @@ RESOLVED = "resolved.yaml"
 
 
 def load_run(path: str) -> Experiment:
-    """The experiment of a run directory, or of a YAML file."""
-    return load_experiment(Path(path) / RESOLVED if Path(path).is_dir() else Path(path))
+    """The experiment of a run directory, or of a YAML file. Raises DataFormatError for another folder, ConfigError for an unfit file."""
+    file = Path(path) / RESOLVED if Path(path).is_dir() else Path(path)
+    if Path(path).is_dir() and not file.is_file():
+        raise DataFormatError(f"{path}: not a run directory (no {RESOLVED}); give the run_dir of a run that has begun, or its YAML")
+    return load_experiment(file)
 
 
 def where(run: str, step: int, console: Console, *, as_json: bool = False, place: int | None = None) -> None:

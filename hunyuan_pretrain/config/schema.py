@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class _Nothing(Enum):
@@ -311,7 +311,10 @@ class DataSource(Section):
 
     path: str = setting("Folder written by `hunyuan-data pack`, relative to the working directory.")
     weight: PositiveFloat = setting(
-        "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of its tier.", 1.0, unit="ratio"
+        "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of its tier.",
+        1.0,
+        unit="ratio",
+        typical="0.1 to 1; a source that shall not be read is left out",
     )
     max_epochs: PositiveFloat | None = setting(
         "How often the source may have been read when the stage ends, earlier stages included; a mixture that needs more is refused.",
@@ -434,6 +437,13 @@ class RuntimeConfig(Section):
         "Threads of one rank on CPU; null divides the cores by the ranks of the node.", None, unit="threads"
     )
     deterministic: bool = setting("Refuse operations whose result changes from run to run.", True)
+    verify_data: Literal["digests", "sizes"] = setting(
+        "What is checked of the data, that of validation too, at each start. digests: every file against its SHA-256; the ranks share the "
+        "files, each reading about 1 GB/s where the file system gives that, so copies on the disks of several nodes are not all read. "
+        "sizes: that all files are there and as long as they should be. digests is the default because a changed token is found by nothing "
+        "else; take sizes where a start would take too long, and run `hunyuan-data verify` once.",
+        "digests",
+    )
     probes: bool = setting(
         "Before training, check on a short synthetic micro-batch that documents of a pack do not see each other and that every declared "
         "loss reaches the routers with its declared strength.",
@@ -447,7 +457,7 @@ class Experiment(Section):
 
     name: str = setting("Name of the experiment in logs.")
     run_dir: str = setting("Folder of everything the run writes.")
-    seed: NonNegativeInt = setting("Seed of initialisation, data order and recycle routing.", 1234)
+    seed: Annotated[int, Field(ge=0, le=2**63)] = setting("Seed of initialisation, data order and recycle routing.", 1234)
     tokenizer: str = setting("Folder of the tokenizer that the data was tokenized with (`hunyuan-data train-tokenizer`).")
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

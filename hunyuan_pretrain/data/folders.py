@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def begun_folder(path: str | Path, *, alone: bool = False) -> Iterator[tuple[Pat
     if not file.is_file():
         raise DataFormatError(f"{path}: not begun, or finished already")
     with _locked(path, fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
-        yield file.parent, file.read_text()
+        yield file.parent, file.read_text(errors="replace")
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def finish_folder(path: str | Path) -> None:
 def _take_over(partial: Path, identity: str, overwrite: bool) -> None:
     """Make sure that what is in an unfinished folder, if anything, is of this identity."""
     file = partial / _IDENTITY
-    if (file.read_text() if file.is_file() else "") == identity:
+    if (file.read_text(errors="replace") if file.is_file() else "") == identity:
         return
     if any(partial.glob("[!.]*")) and not overwrite:
         raise DataFormatError(
@@ -197,32 +198,42 @@ def read_manifest(folder: str | Path, expected_format: str, version: int, writte
     folder = Path(folder)
     manifest = _load_manifest(folder, written_by)
     if manifest.get("format") != expected_format:
-        found = manifest.get("format", "no format")
+        found = str(manifest.get("format", "no format"))[:60]
         raise DataFormatError(f"{folder / MANIFEST}: {found}, expected {expected_format}; give a folder written by `{written_by}`")
     if manifest.get("version") != version:
-        found = manifest.get("version")
+        found = reprlib.repr(manifest.get("version"))
         raise DataFormatError(f"{folder / MANIFEST}: version {found}, this program reads version {version}; run `{written_by}` again")
     return manifest
 
 
-def manifest_field(folder: str | Path, manifest: dict[str, Any], name: str, kind: type) -> Any:
-    """`manifest[name]`, or DataFormatError if it is missing or not of `kind`."""
+def manifest_field(folder: str | Path, manifest: Any, name: str, kind: type) -> Any:
+    """`manifest[name]` of a manifest or a part of one; DataFormatError if it is missing or not of `kind`, or a number below 0."""
+    path = Path(folder) / MANIFEST
+    if not isinstance(manifest, dict):
+        raise DataFormatError(f"{path}: a JSON object with {name} is expected, found {type(manifest).__name__}")
     value = manifest.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        found = "missing" if name not in manifest else repr(value)
-        raise DataFormatError(f"{Path(folder) / MANIFEST}: {name} is {found}, expected a value of type {kind.__name__}")
+        found = "missing" if name not in manifest else reprlib.repr(value)
+        raise DataFormatError(f"{path}: {name} is {found}, expected a value of type {kind.__name__}")
+    if isinstance(value, int) and not 0 <= value < 2**63:
+        raise DataFormatError(f"{path}: {name} is {reprlib.repr(value)}, expected a number from 0 to 2^63 - 1")
     return value
 
 
 def _load_manifest(folder: Path, written_by: str = "hunyuan-data") -> dict[str, Any]:
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise DataFormatError(f"{folder}: no such folder; write it with `{written_by}`")
-    if not path.is_file():
-        raise DataFormatError(f"{path}: missing; give a folder written by `{written_by}`")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not folder.is_dir():
+            raise DataFormatError(f"{folder}: no such folder; write it with `{written_by}`")
+        if not path.is_file():
+            raise DataFormatError(f"{path}: missing; give a folder written by `{written_by}`")
+        manifest = json.loads(path.read_bytes())
+        json.dumps(manifest, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which nobody could print
+    except DataFormatError:
+        raise
+    except OSError as error:
+        raise DataFormatError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise DataFormatError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(manifest, dict):
         raise DataFormatError(f"{path}: a JSON object is expected, found {type(manifest).__name__}")

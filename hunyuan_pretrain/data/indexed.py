@@ -15,9 +15,11 @@ import hashlib
 import json
 import mmap
 import os
+import re
+import reprlib
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +28,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import manifest_field, read_manifest
+from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
 
 TOKENIZED_FORMAT, TOKENIZED_VERSION = "hunyuan-tokenized", 2
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 
+_BLOCK_BYTES = 8 << 20
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8 + 8
 _DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -143,6 +146,8 @@ class TokenizedShard:
 
     def __init__(self, folder: Path, entry: dict[str, Any], vocab_size: int) -> None:
         self.folder, self.name = folder, str(manifest_field(folder, entry, "name", str))
+        if not re.fullmatch(r"[\w-]{1,100}", self.name):
+            raise DataFormatError(f"{folder / MANIFEST}: {reprlib.repr(self.name)} is not the name of a shard; tokenize again")
         self.num_documents: int = manifest_field(folder, entry, "documents", int)
         self.num_tokens: int = manifest_field(folder, entry, "tokens", int)
         self.file_digests: dict[str, str] = manifest_field(folder, entry, "sha256", dict)
@@ -162,14 +167,18 @@ class TokenizedShard:
         return int(self._offsets[document]) // self.dtype.itemsize
 
     def document(self, number: int) -> np.ndarray:
-        """Ids of one document: (tokens,), a read-only view of the file."""
-        start = self.start(number)
-        return self.tokens[start : start + int(self.lengths[number])]
+        """Ids of one document: (tokens,), a read-only view of the file. Raises DataFormatError if the index points beyond it."""
+        start, length = self.start(number), int(self.lengths[number])
+        if not 0 <= start <= start + length <= self.num_tokens:
+            raise DataFormatError(
+                f"{self.folder / self._idx_name}: document {number} would be tokens {start} to {start + length} of {self.num_tokens}; the "
+                "file changed after it was written"
+            )
+        return self.tokens[start : start + length]
 
     def origin(self, document: int) -> tuple[int, int]:
         """(file by its number in the manifest's `files`, byte offset of a line or row in it) that a document comes from."""
-        path = self.folder / self._origin_name
-        origins = load_array(path, (self.num_documents, 2))
+        origins = load_array(self.folder / self._origin_name, (self.num_documents, 2), np.int64)
         file, place = origins[document].tolist()
         return file, place
 
@@ -195,7 +204,9 @@ class TokenizedShard:
                 "of one sequence each; the two do not belong together"
             )
         if dtype != token_dtype(vocab_size):
-            raise DataFormatError(f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}")
+            raise DataFormatError(
+                f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}; tokenize again"
+            )
         lengths = np.frombuffer(content, dtype=np.int32, count=num_sequences, offset=_HEADER_BYTES)
         offsets = np.frombuffer(content, dtype=np.int64, count=num_sequences, offset=_HEADER_BYTES + lengths.nbytes)
         return dtype, lengths, offsets
@@ -224,6 +235,7 @@ class TokenizedDataset:
         self.tokenizer_digest: str = self._field("tokenizer_digest", str)
         if self.num_documents == 0:
             raise DataFormatError(f"{self.folder}: holds no document; tokenize a corpus that is not empty")
+        check_pad_id(self.folder, self.pad_id, self.vocab_size)
         self.shards = [TokenizedShard(self.folder, entry, self.vocab_size) for entry in self._field("shards", list)]
         self.first_documents = np.cumsum([0] + [shard.num_documents for shard in self.shards])
         """(shards + 1,) int64, number of each shard's first document."""
@@ -288,20 +300,29 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped .npy of integers. Raises DataFormatError if it is missing, unreadable, or of another shape."""
+def load_array(path: Path, shape: tuple[int, ...], *dtypes: type[np.integer]) -> np.ndarray:
+    """A memory-mapped .npy. Raises DataFormatError if it is missing, unreadable, or of another shape or another type than `dtypes`."""
     if not path.is_file():
         raise DataFormatError(f"{path}: missing; write the folder again")
     try:
         array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python, which fails in many ways
         raise DataFormatError(f"{path}: not readable as a numpy array ({error}); write the folder again") from None
-    if array.shape != shape or array.dtype.kind not in "iu":
+    if array.shape != shape or array.dtype not in dtypes:
         expected = " x ".join(f"{size:,}" for size in shape)
+        types = " or ".join(np.dtype(dtype).name for dtype in dtypes)
         raise DataFormatError(
-            f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {expected} integers; write the folder again"
+            f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {expected} integers ({types}); write the folder again"
         )
     return array
+
+
+def check_pad_id(folder: Path, pad_id: int, vocab_size: int) -> None:
+    """Raise DataFormatError unless the pad id is one of the vocabulary."""
+    if pad_id >= vocab_size:
+        raise DataFormatError(
+            f"{folder / MANIFEST}: pad_id is {pad_id}, but the vocabulary has the ids 0 to {vocab_size - 1}; write it again"
+        )
 
 
 def file_digest(path: Path) -> str:
@@ -311,10 +332,24 @@ def file_digest(path: Path) -> str:
 
 
 def check_digest(path: Path, expected: str | None) -> None:
-    """Raise DataFormatError unless the SHA-256 of the file is `expected`."""
+    """Raise DataFormatError unless the file can be read and its SHA-256 is `expected`."""
+    for _ in check_digest_in_steps(path, expected):
+        pass
+
+
+def check_digest_in_steps(path: Path, expected: str | None) -> Iterator[int]:
+    """As `check_digest`, with a yield of the number of bytes after each block read."""
     if not path.is_file():
         raise DataFormatError(f"{path}: missing; write the folder again")
-    found = file_digest(path)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+                yield len(block)
+    except OSError as error:
+        raise DataFormatError(f"{path}: cannot be read ({error.strerror})") from None
+    found = digest.hexdigest()
     if found != expected:
         raise DataFormatError(
             f"{path}: SHA-256 {found[:12]}..., the manifest says {str(expected)[:12]}...; the file changed after it was written"
@@ -328,7 +363,7 @@ def check_size(path: Path, expected: int, described_by: str) -> None:
     size = path.stat().st_size
     if size != expected:
         state = "cut short" if size < expected else "too long"
-        raise DataFormatError(f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}")
+        raise DataFormatError(f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}; write it again")
 
 
 def _flush_and_close(file: BinaryIO) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -81,6 +82,10 @@ class StepLoader:
             self._next = (step + 1, self._thread.submit(self._read, step + 1))
         return batches
 
+    def digests(self) -> dict[Path, str | None]:
+        """SHA-256 of every file of the data, as the manifests have them."""
+        return {file: digest for dataset in self.order.datasets.values() for file, digest in dataset.index.digests().items()}
+
     def close(self) -> None:
         """End the reading thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -112,6 +117,10 @@ class EvaluationLoader:
         self.num_sequences = min(len(self._dataset), evaluation.max_sequences or len(self._dataset))
         at_a_time = dp_size * evaluation.micro_batch_sequences * micro_batch_multiple
         self._places = _places_of_rank(-(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size)
+
+    def digests(self) -> dict[Path, str | None]:
+        """SHA-256 of every file of the data, as the manifests have them."""
+        return self._dataset.index.digests()
 
     def __len__(self) -> int:
         return len(self._places)

@@ -138,7 +138,12 @@ class Mixture:
                 if stage.balance_attention == "group":
                     assert size.cost_order is not None, "a mixture that balances by groups is given the order of costs"
                     group = min(stage.balance_group_sequences or stage.global_batch_sequences, size.sequences)
-                    row[of_source[chosen]] = balanced_rows(position[chosen], size.cost_order, group, key)
+                    rows = balanced_rows(position[chosen], size.cost_order, group, key)
+                    if rows.max() >= size.sequences:
+                        raise DataFormatError(
+                            f"{self.sources[number]}/cost_order.npy: names sequence {rows.max()} of {size.sequences}; pack again"
+                        )
+                    row[of_source[chosen]] = rows
                 else:
                     row[of_source[chosen]] = permuted(position[chosen], size.sequences, key)
 

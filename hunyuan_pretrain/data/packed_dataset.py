@@ -61,10 +61,22 @@ class PackedDataset:
             raise IndexError(f"sequence {number} of {len(self)}")
         pieces = self._pieces(number)
         # lists, because most sequences have a few pieces and numpy takes longer to begin than to do so little
-        borders = list(accumulate(index.piece_length[pieces].tolist(), initial=0))
-        filled = borders[-1]
-        if filled > size:
-            raise DataFormatError(f"{index.folder}: sequence {number} holds {filled} tokens, more than {size}; pack again")
+        lengths = index.piece_length[pieces].tolist()
+        borders = list(accumulate(lengths, initial=0))
+        if borders[-1] > size:
+            raise DataFormatError(f"{index.folder}: sequence {number} holds {borders[-1]} tokens, more than {size}; pack again")
+        if min(lengths, default=0) < 1:
+            raise DataFormatError(f"{index.folder}: sequence {number} has no piece, or one without a token; pack again")
+        try:
+            return self._read(number, pieces, borders)
+        except (IndexError, ValueError) as error:  # numpy's, of offsets that are not those that were written
+            raise DataFormatError(
+                f"{index.folder}: sequence {number} cannot be read ({error}); a file changed after it was written, "
+                f"`hunyuan-data verify {index.folder}` says which"
+            ) from None
+
+    def _read(self, number: int, pieces: slice, borders: list[int]) -> PackedSequence:
+        index, size, filled = self.index, self.sequence_length, borders[-1]
         # 32 bits are enough for any id, and half the bytes to write: at 256K this function is as fast as memory
         tokens, labels, positions = (np.empty(size, dtype=np.int32) for _ in range(3))
         loss_mask = np.ones(size, dtype=np.bool_)

@@ -23,13 +23,25 @@ import numpy as np
 from hunyuan_pretrain.data.balance import cost_order, squared_lengths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
-from hunyuan_pretrain.data.indexed import TokenizedDataset, TokenizedShard, check_digest, check_size, file_digest, load_array, token_dtype
+from hunyuan_pretrain.data.indexed import (
+    TokenizedDataset,
+    TokenizedShard,
+    check_digest,
+    check_pad_id,
+    check_size,
+    file_digest,
+    load_array,
+    token_dtype,
+)
 from hunyuan_pretrain.data.packing import Packing
 
 TOKENS = "tokens.bin"
 _PIECES_AT_A_TIME = 1 << 16
 PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 3
 ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
+ARRAYS_OF_COSTS = ("squared_lengths", "cost_order")
+ARRAYS_OF_TOKENS = ("sequence_starts", "next_tokens")
+MAX_SEQUENCE_LENGTH = 1 << 24
 
 
 def check_sources(sources: Sequence[TokenizedDataset]) -> None:
@@ -148,23 +160,32 @@ class PackedIndex:
         self.pad_id: int = self._field("pad_id", int)
         self.tokenizer_digest: str = self._field("tokenizer_digest", str)
         num_pieces: int = self._field("pieces", int)
-        self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1)
-        self.piece_document = self._array("piece_document", num_pieces)
-        self.piece_start = self._array("piece_start", num_pieces)
-        self.piece_length = self._array("piece_length", num_pieces)
-        self.squared_lengths = self._array("squared_lengths", self.num_sequences)
-        self.cost_order = self._array("cost_order", self.num_sequences)
+        self.num_documents: int = self._field("documents", int)
+        """Of all sources,"""
+        options = {"left_out_documents": 0, **self._field("options", dict)}
+        self.packed_documents: int = self.num_documents - manifest_field(self.folder, options, "left_out_documents", int)
+        """how many of them were packed, and"""
+        self.cut_documents: int = self._field("cut_documents", int)
+        """how many are not in one piece."""
+        self.padding_tokens: int = self._field("padding_tokens", int)
+        self._check_counts()
+        self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1, np.int64)
+        self.piece_document = self._array("piece_document", num_pieces, np.uint32)
+        self.piece_start = self._array("piece_start", num_pieces, np.uint16, np.int32)
+        self.piece_length = self._array("piece_length", num_pieces, np.uint16, np.int32)
+        self.squared_lengths = self._array("squared_lengths", self.num_sequences, np.int64)
+        self.cost_order = self._array("cost_order", self.num_sequences, np.uint32)
         self.is_materialized: bool = bool(self.manifest.get("materialized"))
         if self.is_materialized:
-            self.sequence_starts = self._array("sequence_starts", self.num_sequences + 1)
-            self.next_tokens = self._array("next_tokens", num_pieces)
+            self.sequence_starts = self._array("sequence_starts", self.num_sequences + 1, np.int64)
+            self.next_tokens = self._array("next_tokens", num_pieces, np.int32)
             dtype = token_dtype(self.vocab_size)
             check_size(self.folder / TOKENS, self.num_tokens * dtype.itemsize, f"{self.num_tokens:,} tokens")
             self.tokens = np.memmap(self.folder / TOKENS, dtype=dtype, mode="r").view(np.ndarray)
         if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
             raise DataFormatError(f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again")
-        if not self.is_materialized:
-            assert self.sources
+        if not self.is_materialized and not self.sources:
+            raise DataFormatError(f"{self.folder / MANIFEST}: names no source; pack again")
 
     @cached_property
     def sources(self) -> list[TokenizedDataset]:
@@ -187,11 +208,14 @@ class PackedIndex:
             if document < source.num_documents:
                 return source, document
             document -= source.num_documents
-        raise IndexError("a piece of a document beyond the last one")
+        raise DataFormatError(f"{self.folder / 'piece_document.npy'}: names a document beyond the last one; pack again")
 
     def digests(self) -> dict[Path, str | None]:
         """SHA-256 of every file of the folder and, unless it is materialized, of its sources, as the manifests have them."""
-        digests: dict[Path, str | None] = {self.folder / name: digest for name, digest in self._field("sha256", dict).items()}
+        arrays = (*ARRAYS, *ARRAYS_OF_COSTS, *(ARRAYS_OF_TOKENS if self.is_materialized else ()))
+        known: dict[str, str] = self._field("sha256", dict)
+        names = [*([TOKENS] if self.is_materialized else []), *(f"{name}.npy" for name in arrays)]
+        digests = {self.folder / name: known.get(name) for name in names}
         for source in [] if self.is_materialized else self.sources:
             digests |= source.digests()
         return digests
@@ -204,13 +228,27 @@ class PackedIndex:
     def _field(self, name: str, kind: type) -> Any:
         return manifest_field(self.folder, self.manifest, name, kind)
 
-    def _array(self, name: str, size: int) -> np.ndarray:
-        return load_array(self.folder / f"{name}.npy", (size,))
+    def _array(self, name: str, size: int, *dtypes: type[np.integer]) -> np.ndarray:
+        return load_array(self.folder / f"{name}.npy", (size,), *dtypes)
+
+    def _check_counts(self) -> None:
+        if not self.num_documents >= self.packed_documents >= max(self.cut_documents, 1):
+            raise DataFormatError(
+                f"{self.folder / MANIFEST}: of {self.num_documents} documents {self.packed_documents} packed and {self.cut_documents} cut; "
+                "pack again"
+            )
+        if not (self.num_sequences and self.num_tokens and 0 < self.sequence_length <= MAX_SEQUENCE_LENGTH):
+            raise DataFormatError(
+                f"{self.folder / MANIFEST}: {self.num_tokens} tokens in {self.num_sequences} sequences of {self.sequence_length} tokens "
+                f"each, which must be 1 to {MAX_SEQUENCE_LENGTH}; pack again"
+            )
+        check_pad_id(self.folder, self.pad_id, self.vocab_size)
 
     def _open_source(self, entry: Any) -> TokenizedDataset:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise DataFormatError(f"{self.folder / MANIFEST}: a source without a path; pack again")
-        source = TokenizedDataset(self.folder.resolve() / entry["path"])
+        # one name for a folder, whichever packed folder leads to it
+        source = TokenizedDataset(os.path.normpath(self.folder.resolve() / entry["path"]))
         if source.digest != entry.get("digest"):
             raise DataFormatError(f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again")
         return source

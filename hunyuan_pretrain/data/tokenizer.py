@@ -42,6 +42,10 @@ CHAT_TEMPLATE = (
 )
 
 
+class UnknownIdError(DataFormatError):
+    """A token id that the vocabulary does not have."""
+
+
 class Tokenizer:
     """Text to ids and back. Text is brought to NFC first; special tokens in text are ordinary characters, never interpreted.
 
@@ -122,7 +126,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids`, special tokens by name; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """Text of `ids`, special tokens by name; bytes that are not UTF-8 (a character cut in two) become U+FFFD.
+
+        Raises UnknownIdError for an id that the vocabulary does not have.
+        """
+        unknown = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if unknown is not None:
+            raise UnknownIdError(f"token id {unknown}, where the vocabulary has 0 to {self.vocab_size - 1}")
         return self._encoding.decode([int(i) for i in ids])
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -17,7 +17,7 @@ def seed_generators(seed: int, rank: int) -> None:
     """Seed Python's, numpy's and torch's generators of this rank."""
     random.seed(seed * 100_003 + rank)
     np.random.seed((seed * 100_003 + rank) % 2**32)
-    torch.manual_seed(seed * 100_003 + rank)
+    torch.manual_seed((seed * 100_003 + rank) % 2**64)
 
 
 def use_deterministic_algorithms(enabled: bool) -> None:

@@ -37,6 +37,7 @@ from hunyuan_pretrain.runtime.device import (
 from hunyuan_pretrain.runtime.logging import RunLog, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
+from hunyuan_pretrain.train.verification import verify_files
 
 
 @dataclass
@@ -117,7 +118,10 @@ def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[
     loader = StepLoader(experiment, rank, size, digest)
     # the interleaved schedule wants whole rounds of micro-batches
     rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    return loader, EvaluationLoader(experiment, rank, size, digest, rounds) if experiment.evaluation.data else None
+    evaluation = EvaluationLoader(experiment, rank, size, digest, rounds) if experiment.evaluation.data else None
+    if experiment.runtime.verify_data == "digests":
+        verify_files(loader.digests() | (evaluation.digests() if evaluation else {}))
+    return loader, evaluation
 
 
 def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,12 @@ CONFIG_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+def flip_a_bit(file: Path) -> None:
+    """The first id becomes its neighbour."""
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+
 def config(tmp_path: Path, corpus: Path, **changes: Any) -> Path:
     return write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run", **changes))
 
@@ -160,6 +167,23 @@ class TestAfterTorchIsLoaded:
         )
         assert_refused(run("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent")
         assert names(tmp_path) == {"x.yaml"}
+
+    def test_a_changed_or_missing_file_of_the_data_is_named_before_training(self, corpus, tmp_path):
+        data_folder = tmp_path / "data"
+        shutil.copytree(corpus, data_folder)
+        fields = config(tmp_path, data_folder, steps=2, evaluation={"data": str(data_folder / "heldout"), "max_sequences": 2})
+        changed, held_out = (data_folder / name / "shard_00000.bin" for name in ("tokenized", "tokenized_heldout"))
+        flip_a_bit(changed)
+        assert_refused(run("train", fields), f"{changed}: SHA-256 ", "the file changed after it was written")
+        flip_a_bit(held_out)
+        code, _, err = run("train", fields, ranks=2)
+        assert code != 0
+        assert err.count(f"{changed}: SHA-256 ") == err.count(f"{held_out}: SHA-256 ") == 1, err
+        assert "hunyuan_pretrain/" not in err, "no traceback of ours"
+        assert names(tmp_path) == {"x.yaml", "data"}, "nothing was written"
+        assert run("train", fields, "runtime.verify_data=sizes")[0] == 0
+        held_out.unlink()
+        assert_refused(run("train", fields, f"run_dir={tmp_path}/other"), f"{held_out}: missing; write the folder again")
 
     def test_checkpoint_of_another_model_and_a_fresh_start_over_an_old_run(self, corpus, tmp_path):
         assert run("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0

@@ -118,6 +118,32 @@ def test_a_dataset_can_be_moved_with_its_sources(tmp_path: Path, packed: Callabl
     assert PackedDataset(moved / "here_p")[0].tokens.tolist() == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sources": []}, r"manifest\.json: names no source; pack again"),
+        ({"sequence_length": 2**60}, "in 1 sequences of 1152921504606846976 tokens each, which must be 1 to 16777216"),
+        ({"cut_documents": 3}, "of 2 documents 2 packed and 3 cut; pack again"),
+        ({"sha256": {}}, r"sequence_offsets\.npy: SHA-256 .*, the manifest says None"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(packed: Callable[..., Path], changes: dict, message: str) -> None:
+    folder = packed("p", [[1, 2], [3]], 4)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(DataFormatError, match=message):
+        PackedDataset(folder).index.verify()
+
+
+@pytest.mark.parametrize("name", ["piece_document", "piece_start", "piece_length"])
+def test_pieces_that_point_elsewhere_are_refused(packed: Callable[..., Path], name: str) -> None:
+    folder = packed("p", [[1, 2, 3], [4]], 8)
+    array = np.load(folder / f"{name}.npy")
+    np.save(folder / f"{name}.npy", np.zeros_like(array) if name == "piece_length" else np.full_like(array, 60_000))
+    with pytest.raises(DataFormatError, match=r"sequence 0 cannot be read \(|sequence 0 has no piece, or one without a token"):
+        PackedDataset(folder)[0]
+
+
 def test_sources_of_two_tokenizers_are_refused(tokenized: Callable[..., Path]) -> None:
     a, b = TokenizedDataset(tokenized("a", [[1]])), TokenizedDataset(tokenized("b", [[1]], digest="e" * 64))
     with pytest.raises(DataFormatError, match=r"b: tokenizer eeeeeeeeeeee\.\.\., but .*a has dddddddddddd\.\.\."):

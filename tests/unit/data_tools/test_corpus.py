@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import zstandard
 
 from data_tools import documents
-from data_tools.corpus import find_files
+from data_tools.corpus import deal_out, find_files
 from data_tools.documents import read_documents
 from data_tools.records import RecordForm
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -102,6 +103,19 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataFormatError, match=r"a\.txt: given twice"):
         find_files([tmp_path, tmp_path / "a.txt"])
+
+
+def test_an_empty_file_may_come_first(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "b.jsonl").write_bytes(json_lines({"text": "x"}))
+    assert [len(shard) for shard in deal_out(find_files([tmp_path]), shard_bytes=1000)] == [2]
+    assert texts(tmp_path) == ["x"]
+
+
+def test_a_file_that_a_manifest_could_not_name_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("x")
+    with pytest.raises(DataFormatError, match=r"udcff\.txt': its name is not UTF-8; give the file another one"):
+        find_files([tmp_path])
 
 
 def test_a_document_carries_its_json_record(tmp_path: Path) -> None:

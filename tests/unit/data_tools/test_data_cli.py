@@ -7,34 +7,24 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_tools import cli, progress
+from data_tools import progress
 from hunyuan_pretrain.data.indexed import ShardWriter, TokenizedDataset
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.tokenizer import Tokenizer
+from tests.helpers.commands import run_data as run
 
 LIBRARY = Path(os.__file__).parent
 CORPUS = [str(LIBRARY / name) for name in ("json", "logging", "csv.py")]
 VOCAB = 1200
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    before = sys.argv
-    sys.argv = ["hunyuan-data", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +132,7 @@ def test_inspect_shows_counts_borders_and_text(work: Path, capsys: pytest.Captur
     assert f"{manifest['cut_documents']:,} (" in shown
     assert "every file has the SHA-256 of its manifest" in shown
     assert shown.count("sequence ") >= 3
-    assert re.search(r"document \d+, tokens [\d,]+ to [\d,]+\n", shown)
+    assert re.search(r"^── document \d+, tokens [\d,]+ to [\d,]+\n", shown, re.MULTILINE)
     assert run("inspect", work / "train", "--tokenizer", work / "tok", "--samples", 1) == 0
     assert "<|startoftext|>" in capsys.readouterr().out
     assert run("inspect", work / "train", "--samples", 1) == 0
@@ -213,6 +203,64 @@ def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, cap
     for arguments, message in refusals:
         assert message in fails(capsys, *arguments)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "empty.jsonl"], arguments
+
+
+def change_vocabulary(folder: Path, other: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 70_000}))
+
+
+UNFIT: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "cut short": (
+        lambda folder, other: os.truncate(folder / "shard_00000.bin", 99),
+        "shard_00000.bin: cut short, 99 bytes where",
+    ),
+    "index of another corpus": (
+        lambda folder, other: shutil.copy(other / "shard_00000.idx", folder),
+        "shard_00000.idx: cut short, ",
+    ),
+    "ids of another corpus": (
+        lambda folder, other: shutil.copy(other / "shard_00000.bin", folder),
+        "shard_00000.bin: cut short, ",
+    ),
+    "ids that the vocabulary does not fit into": (
+        change_vocabulary,
+        "shard_00000.idx: uint16 ids, expected int32 for a vocabulary of 70000; tokenize again",
+    ),
+    "a shard is missing": (lambda folder, other: (folder / "shard_00000.bin").unlink(), "shard_00000.bin: missing; write the folder again"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("command", [("pack", "--sequence-length", 64, "--output", "out"), ("inspect",), ("verify",)], ids=lambda it: it[0])
+def test_unfit_tokenized_folders_are_refused_by_every_command(
+    work: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple,
+    damage: Callable[[Path, Path], object],
+    message: str,
+) -> None:
+    shutil.copytree(work / "train", tmp_path / "train")
+    damage(tmp_path / "train", work / "held")
+    name, *options = command
+    assert message in fails(capsys, name, tmp_path / "train", *(tmp_path / "out" if option == "out" else option for option in options))
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_sizes_that_memory_does_not_hold_and_only_rejects_are_refused(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--output", tmp_path / "out")
+    message = fails(capsys, "pack", work / "train", "--sequence-length", 2**40, *out)
+    assert "--sequence-length 1099511627776: must be at most 16777216" in message
+    message = fails(capsys, "train-tokenizer", *CORPUS, "--vocab-size", 10**12, *out)
+    assert "--vocab-size 1000000000000: must be at most 1048576" in message
+    (tmp_path / "a.jsonl").write_text("[1]\n{}\n")
+    message = fails(capsys, "tokenize", tmp_path / "a.jsonl", "--tokenizer", work / "tok", "--max-rejects", 2, *out)
+    expected = "a.jsonl: line 1: a JSON object is expected, found list"
+    assert f"no document with text in 1 files; 2 records were rejected, the first is {tmp_path}/{expected}" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_inspect_refuses_another_tokenizer(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

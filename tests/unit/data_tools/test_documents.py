@@ -128,6 +128,17 @@ def test_a_very_long_line_that_is_broken_is_a_reject_and_the_next_is_read(tmp_pa
     assert read[1:] == ["next"]
 
 
+@pytest.mark.usefixtures("short_limits")
+def test_damage_within_a_very_long_line_is_that_of_the_file(tmp_path: Path) -> None:
+    """Not that of a document, which --max-rejects could let pass with all that follows it."""
+    random = "".join(chr(97 + number * number % 97 % 26) for number in range(5000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": random}).encode())[:-9])
+    found = documents_of(tmp_path)
+    document = next(found)
+    with pytest.raises(documents.DamagedError, match=r"a\.jsonl\.gz: damaged or cut short"):
+        whole(document)
+
+
 def documents_of(folder: Path, form: RecordForm | None = None) -> Iterator[Document | Reject]:
     for shard in deal_out(find_files([folder])):
         for split in shard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from data_tools import cli
 from data_tools.mixing import context_of
 from data_tools.packed_output import pack
 from data_tools.tokenization import tokenize
@@ -19,24 +17,21 @@ from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import StepLoader
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from tests.helpers.commands import run_data
 
 LENGTH = 64
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["hunyuan-data", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+def command(capsys: pytest.CaptureFixture[str]) -> Any:
+    """command(arguments): exit code, stdout and stderr of `hunyuan-data`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = run_data(*arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture
@@ -119,6 +114,41 @@ def test_mix_says_what_the_steps_then_read(command: Any, experiment: Path) -> No
     assert code == 2
     assert "would have been read" in errors
     assert "max_epochs is 2" in errors
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.data.0.weight=0", "stages.0.data.0.weight=0: must be greater than 0 (typical: 0.1 to 1; a source that shall not be"),
+        ("stages.0.data.1.weight=-1", "stages.0.data.1.weight=-1: must be greater than 0"),
+        ("stages.0.data.1.weight=.nan", "stages.0.data.1.weight=nan: must be a finite number"),
+        ("stages.0.data=[]", "stages.0.data=[]: must not be empty"),
+        ("stages.0.data.1.weight=1e-9", "long has weight 1e-09 of 3, which is none of the stage's 80 sequences; remove it or give it a"),
+        ("stages.0.tier_weights={a: 0}", "stages.0.tier_weights.a=0: must be greater than 0"),
+        ("stages.0.tier_weights={a: 1}", "stages.0.data.0.tier=null: not in tier_weights (which has a)"),
+        ("stages.0.data.1.max_epochs=0.01", "long would have been read 0."),
+        (
+            "stages.1.sequence_length=128",
+            "short: packed to sequences of 64 tokens, but stages[1] (two) has sequence_length=128; set it to 64",
+        ),
+        ("stages.0.data.1.path=tokens", "tokens: no such folder; write it with `hunyuan-data pack`"),
+        ("model.padded_vocab_size=256", "but model.padded_vocab_size=256; set it to at least 47"),
+        ("seed=99999999999999999999", "seed=99999999999999999999: must be less than or equal to 9223372036854775808"),
+    ],
+)
+def test_unfit_mixtures_are_one_message(command: Any, experiment: Path, override: str, message: str) -> None:
+    before = {path.name for path in experiment.parent.iterdir()}
+    code, printed, errors = command("mix", experiment, override, "--output", experiment.parent / "mix")
+    assert (code, printed) == (2, "")
+    assert errors.startswith("hunyuan-data: ")
+    assert message in errors
+    assert {path.name for path in experiment.parent.iterdir()} == before
+
+
+def test_a_folder_that_is_no_run_is_refused(command: Any, experiment: Path) -> None:
+    code, _, errors = command("where", experiment.parent / "short", "--step", 1)
+    assert code == 2
+    assert errors.endswith("short: not a run directory (no resolved.yaml); give the run_dir of a run that has begun, or its YAML\n")
 
 
 def test_where_names_the_documents_whose_tokens_were_in_the_batch(command: Any, experiment: Path, tokenizer_folder: str) -> None:

@@ -115,6 +115,26 @@ def test_an_unfinished_output_of_other_inputs_is_not_mixed_in(tmp_path: Path, co
     assert len(manifest["shards"]) == len(list(Path(out).glob("*.bin")))
 
 
+def test_rejects_with_half_of_a_surrogate_pair_are_written(tmp_path: Path, tokenizer_folder: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"\\ud800": 1}\n')
+    tokenize([str(tmp_path / "a.jsonl")], tokenizer_folder, str(tmp_path / "out"), max_rejects=Allowance(1))
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert "no field 'text' (fields: ?)" in reject["reason"]
+
+
+def test_a_damaged_report_of_a_shard_is_refused(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+    out = str(tmp_path / "out")
+    (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")
+    with pytest.raises(DataFormatError, match="binary file"):
+        tokenize(corpus, tokenizer_folder, out, **SHARDS)
+    report = tmp_path / ".out.partial" / "shard_00000.json"
+    report.write_text('{"outputs": []')
+    with pytest.raises(DataFormatError, match=r"shard_00000\.json: not the report of a shard of this version; remove it, and the same"):
+        tokenize(corpus, tokenizer_folder, out, max_rejects=Allowance(1), **SHARDS)
+    report.unlink()
+    tokenize(corpus, tokenizer_folder, out, max_rejects=Allowance(1), **SHARDS)
+
+
 def test_two_processes_do_not_write_one_output(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
     out = tmp_path / "out"
     with unfinished_folder(out, marker="manifest.json", identity="x"), pytest.raises(DataFormatError, match="out: another process is"):

@@ -49,6 +49,13 @@ def test_the_state_survives_torch_save(tmp_path):
     assert draw() == expected
 
 
+def test_the_largest_seed_of_an_experiment_seeds_every_generator():
+    seed_generators(2**63, 7)
+    first = draw()
+    seed_generators(2**63, 7)
+    assert draw() == first
+
+
 def test_an_operation_without_a_deterministic_form_is_refused():
     was = torch.are_deterministic_algorithms_enabled()
     try:

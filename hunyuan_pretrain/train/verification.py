@@ -1,0 +1,66 @@
+"""Before training: whether the data is what was written, by SHA-256. The ranks share the reading."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.indexed import check_digest_in_steps
+
+_SECONDS_BETWEEN_MEETINGS = 10.0
+_SHOWN_PROBLEMS = 20
+
+
+def verify_files(files: Mapping[Path, str | None]) -> None:
+    """Compare each file with its SHA-256, on one of the ranks; rank 0 says on stderr how far they are if it takes long.
+
+    Raises DataFormatError, the same on all ranks, that names the files found missing or different until then; others may be too.
+    Communicates: all ranks, now and then, so that none that has read its files waits longer for the others than a collective may.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    # files of one kind are about equally long
+    mine = sorted(files, key=lambda file: (file.suffix, file))[rank::size]
+    reading = _read({file: files[file] for file in mine})
+    done, problems = 0, list[str]()
+    while True:
+        is_done, deadline = False, time.monotonic() + _SECONDS_BETWEEN_MEETINGS
+        for num_bytes, problem in reading:
+            done += num_bytes
+            problems += [problem] if problem else []
+            if time.monotonic() > deadline:
+                break
+        else:
+            is_done = True
+        states: list[tuple[int, list[str], bool]] = [(0, [], False)] * size
+        dist.all_gather_object(states, (done, problems, is_done))
+        _raise_if_any([problem for _, of_rank, _ in states for problem in of_rank])
+        if all(is_rank_done for _, _, is_rank_done in states):
+            return
+        if rank == 0:
+            _print_progress(sum(of_rank for of_rank, _, _ in states), files)
+
+
+def _read(files: Mapping[Path, str | None]) -> Iterator[tuple[int, str | None]]:
+    """(bytes read, None) after each block, (0, what is wrong) after a file that is not as it should be."""
+    for file, digest in files.items():
+        try:
+            for num_bytes in check_digest_in_steps(file, digest):
+                yield num_bytes, None
+        except DataFormatError as error:
+            yield 0, str(error)
+
+
+def _raise_if_any(problems: list[str]) -> None:
+    if problems:
+        others = [f"and {len(problems) - _SHOWN_PROBLEMS} more files"] if len(problems) > _SHOWN_PROBLEMS else []
+        raise DataFormatError("\n".join([*sorted(problems)[:_SHOWN_PROBLEMS], *others]))
+
+
+def _print_progress(done: int, files: Mapping[Path, str | None]) -> None:
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    print(f"verifying data: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB (runtime.verify_data=sizes leaves this out)", file=sys.stderr)
