@@ -55,8 +55,8 @@ def layout_experiment(experiment: Experiment, layout: str, num_ranks: int | None
     fields["parallel"] = ParallelConfig.model_validate(experiment.parallel.model_dump() | changes).model_dump()
     # no FP8: the last bit of a sum in another order would become a step of FP8
     fields["precision"] = {"dtype": "fp32", "grad_reduce_in_fp32": experiment.precision.grad_reduce_in_fp32}
-    # Adam divides a gradient by its own size: without a large epsilon the sign of rounding noise would be an update
     fields["runtime"]["verify_data"] = "sizes"  # whether two layouts agree does not depend on what they read
+    # Adam divides a gradient by its own size: without a large epsilon the sign of rounding noise would be an update
     fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
     fields["run_dir"] = str(folder)
     fields["evaluation"]["data"] = None
