@@ -138,11 +138,12 @@ def tokenize(
     """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is not finished."""
     from data_tools import tokenization
     from data_tools.records import RecordForm, parse_conditions
+    from data_tools.tokenized_shard import Allowance
 
     settings: dict[str, Any] = {
         "form": RecordForm(text_field, template, parse_conditions(where or [])),
         "extensions": _extensions(extension),
-        "max_rejects": tokenization.Allowance.parse(max_rejects),
+        "max_rejects": Allowance.parse(max_rejects),
         "holdout_every": holdout_every,
         "holdout_output": holdout_output,
         "shard_bytes": shard_megabytes * 1_000_000 if shard_megabytes else None,

@@ -28,18 +28,8 @@ from datatrove.pipeline.base import PipelineStep
 from pydantic import TypeAdapter, ValidationError
 
 from data_tools.encoding import DocumentEncoder
-from data_tools.tokenization import (
-    TokenizeJob,
-    checked_outputs,
-    default_workers,
-    finish,
-    is_finished,
-    name_outputs,
-    plan_job,
-    remove_shards,
-    shard_name,
-    write_shard,
-)
+from data_tools.tokenization import checked_outputs, default_workers, finish, name_outputs, plan_job, remove_shards
+from data_tools.tokenized_shard import TokenizeJob, is_finished, shard_name, write_shard
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, begun_folder, read_manifest, unfinished_folder, waiting_for, write_file
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION

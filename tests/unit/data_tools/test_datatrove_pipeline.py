@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from data_tools import cli
-from data_tools.tokenization import Allowance, tokenize
+from data_tools.tokenization import tokenize
+from data_tools.tokenized_shard import Allowance
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import begun_folder, unfinished_folder
 from tests.helpers.kills import killed_at

@@ -20,7 +20,8 @@ from data_tools.documents import Document, RejectedError, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.packed_output import pack
 from data_tools.records import RecordForm
-from data_tools.tokenization import Allowance, tokenize
+from data_tools.tokenization import tokenize
+from data_tools.tokenized_shard import Allowance
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer
 from tests.helpers.commands import run_data

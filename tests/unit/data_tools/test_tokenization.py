@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools import documents, tokenization
+from data_tools import documents, tokenization, tokenized_shard
 from data_tools.records import RecordForm
-from data_tools.tokenization import Allowance, tokenize
+from data_tools.tokenization import tokenize
+from data_tools.tokenized_shard import Allowance
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import unfinished_folder
 from hunyuan_pretrain.data.indexed import Origin, TokenizedDataset
@@ -173,7 +174,7 @@ def test_very_long_documents_are_encoded_in_parts_and_alike(
     tokenize(corpus, tokenizer_folder, str(tmp_path / "whole"), form=form, **SHARDS)
     monkeypatch.setattr(documents, "LONG_BYTES", 30)
     monkeypatch.setattr(documents, "_BLOCK_BYTES", 16)
-    monkeypatch.setattr(tokenization, "_PART_CHARACTERS", 8)
+    monkeypatch.setattr(tokenized_shard, "_PART_CHARACTERS", 8)
     tokenize(corpus, tokenizer_folder, str(tmp_path / "parts"), form=form, **SHARDS)
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
     with Path(corpus[0]).open("a") as file:

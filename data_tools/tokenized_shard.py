@@ -1,0 +1,241 @@
+"""One shard of a tokenized corpus: a function of the inputs alone, written by one process, finished when its report is there.
+
+The report, shard_00000.json, is written last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from data_tools.corpus import CorpusFile, Split
+from data_tools.documents import DamagedError, Document, RejectedError, cut_between_words, read_split
+from data_tools.encoding import DocumentEncoder, EncoderSource
+from data_tools.records import RecordForm, Reject
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import write_file
+from hunyuan_pretrain.data.indexed import TOKENIZED_VERSION, ShardWriter, digest_of, shard_files
+
+_BATCH_CHARACTERS = 1 << 20
+_PART_CHARACTERS = 1 << 22
+_REJECT_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How many records may be rejected: a number, or a share of all."""
+
+    number: int = 0
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Allowance:
+        """From "100" or "0.1%"."""
+        try:
+            found = cls(share=float(text[:-1]) / 100) if text.endswith("%") else cls(number=int(text))
+        except ValueError:
+            found = cls(number=-1)
+        if found.number < 0 or not 0 <= found.share <= 1:
+            raise DataFormatError(f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%")
+        return found
+
+    def check(self, found: int, records: int, rejects: Sequence[Reject]) -> None:
+        """Raise DataFormatError, which names the first of `rejects`, if so many are more than is allowed among so many records."""
+        allowed = self.number + int(self.share * records)
+        if found > allowed:
+            others = f" (and {found - 1:,} more)" if found > 1 else ""
+            raise DataFormatError(
+                f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed"
+            )
+
+    def check_part(self, found: int, rejects: Sequence[Reject]) -> None:
+        """The same in the middle of the work, where nobody knows yet of how many records a share would be."""
+        if not self.share:
+            self.check(found, 0, rejects)
+
+
+@dataclass(frozen=True)
+class TokenizeJob:
+    """All that decides the output of `tokenize`."""
+
+    inputs: list[str]
+    files: list[CorpusFile]
+    shards: list[list[Split]]
+    encoder: EncoderSource
+    tokenizer_digest: str
+    vocab_size: int
+    pad_id: int
+    form: RecordForm
+    holdout_every: int | None
+    max_rejects: Allowance
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever the bytes of the output would."""
+        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
+        cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
+        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
+
+
+@dataclass(frozen=True)
+class ShardOutput:
+    """What a shard wrote into one of the folders."""
+
+    entry: dict[str, Any]
+    """For the manifest."""
+    totals: list[tuple[int, int, int]]
+    """For each input: documents, bytes, tokens."""
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """A finished shard, for those who join it with the others."""
+
+    outputs: list[ShardOutput]
+    empty_documents: int
+    rejects: int
+    samples: list[Reject]
+    """The first of the rejects."""
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard's files, without their endings."""
+    return f"shard_{number:05d}"
+
+
+def is_finished(folders: Sequence[Path], number: int) -> bool:
+    """Whether a shard's report is there, and all that it reports of."""
+    names = shard_files(shard_name(number))
+    return (folders[0] / f"{shard_name(number)}.json").is_file() and all((folder / name).is_file() for folder in folders for name in names)
+
+
+def write_shard(
+    job: TokenizeJob, number: int, folders: Sequence[Path], encoder: DocumentEncoder, advance: Callable[[int], None] = lambda size: None
+) -> ShardReport:
+    """Tokenize one shard into the unfinished folders (the second is for what is held out), and return its report.
+
+    Raises DataFormatError if a file is damaged, or if the shard alone has more rejects than the job allows.
+    """
+    with ExitStack() as stack:
+        writers = [ShardWriter(folder, shard_name(number), job.vocab_size) for folder in folders]
+        for writer in writers:
+            stack.callback(writer.close)
+        shard = _Shard(job, number, writers, encoder)
+        for split in job.shards[number]:
+            for document in read_split(split, job.form, advance):
+                shard.add(split, document)
+            shard.flush()
+        outputs = [ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)]
+        report = ShardReport(outputs, shard.num_empty, shard.num_rejects, shard.rejects)
+    write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(asdict(report)).encode())
+    return report
+
+
+class _Shard:
+    """The documents of one shard on their way to the writers, encoded many at a time."""
+
+    def __init__(self, job: TokenizeJob, number: int, writers: Sequence[ShardWriter], encoder: DocumentEncoder) -> None:
+        self._job, self._number, self._writers, self._encoder = job, number, writers, encoder
+        self._split = job.shards[number][0]
+        self._waiting: list[Document] = []
+        self._waiting_characters = 0
+        self.totals = np.zeros((len(writers), len(job.inputs), 3), dtype=np.int64)
+        """For each writer and input: documents, bytes, tokens."""
+        self.num_empty = self.num_rejects = 0
+        self.rejects: list[Reject] = []
+        """The first of them."""
+
+    def add(self, split: Split, document: Document | Reject) -> None:
+        """Take the next record of `split`."""
+        self._split = split
+        if isinstance(document, Reject):
+            self._reject(document)
+        elif document.parts is not None:
+            self.flush()
+            self._write_in_parts(document, document.parts)
+        elif not document.text:
+            self.num_empty += 1
+        else:
+            self._waiting.append(document)
+            self._waiting_characters += len(document.text)
+            if self._waiting_characters > _BATCH_CHARACTERS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Encode and write what waits; all of it is of one split."""
+        documents, self._waiting, self._waiting_characters = self._waiting, [], 0
+        if not documents:
+            return
+        texts = [document.text for document in documents]
+        ids, lengths = self._encoder.encode(texts)
+        utf8_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
+        origins = np.array([[self._split.file_number, document.place] for document in documents], dtype=np.int64)
+        held_out = self._held_out(len(documents))
+        for number, (writer, chosen) in enumerate(zip(self._writers, (~held_out, held_out), strict=False)):
+            if chosen.any():
+                tokens = ids if chosen.all() else ids[np.repeat(chosen, lengths)]
+                writer.add(tokens, lengths[chosen], origins[chosen])
+                self._count(number, int(chosen.sum()), int(utf8_bytes[chosen].sum()), len(tokens))
+
+    def _write_in_parts(self, document: Document, parts: Iterator[str]) -> None:
+        number = int(self._held_out(1)[0])
+        utf8_bytes = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal utf8_bytes
+            for part in cut_between_words(parts, _PART_CHARACTERS):
+                utf8_bytes += len(part.encode())
+                yield part
+
+        try:
+            ids = self._encoder.encode_parts(counted())
+            tokens = self._writers[number].add_in_parts(ids, (self._split.file_number, document.place))
+            self._count(number, 1, utf8_bytes, tokens)
+        except DamagedError:
+            raise
+        except (RejectedError, DataFormatError, UnicodeEncodeError) as error:
+            with suppress(RejectedError):
+                for _ in parts:  # the reader stands at the next document only when this one has been read
+                    pass
+            self._reject(Reject(f"{self._split.file.path}: byte {document.place:,}", str(error)))
+
+    def _held_out(self, count: int) -> np.ndarray:
+        """(count,) bool, which of the next documents are held out: every N-th, from another one on in each shard.
+
+        So of many short shards as many documents are held out as of a few long ones, and no shard has to know another.
+        """
+        if self._job.holdout_every is None:
+            return np.zeros(count, dtype=bool)
+        first = self._number + 1 + sum(writer.num_documents for writer in self._writers)
+        return np.arange(first, first + count) % self._job.holdout_every == 0
+
+    def _count(self, writer: int, documents: int, utf8_bytes: int, tokens: int) -> None:
+        self.totals[writer, self._split.file.input_number] += (documents, utf8_bytes, tokens)
+
+    def _reject(self, reject: Reject) -> None:
+        self.num_rejects += 1
+        if len(self.rejects) < _REJECT_SAMPLES:
+            self.rejects.append(reject)
+        self._job.max_rejects.check_part(self.num_rejects, self.rejects)
+
+
+def read_report(file: Path, shape: tuple[int, int]) -> ShardReport:
+    """Raises DataFormatError unless the report is one of a shard with totals for so many (folders, inputs)."""
+    try:
+        report = TypeAdapter(ShardReport).validate_json(file.read_bytes())
+        if [len(output.totals) for output in report.outputs] != [shape[1]] * shape[0]:
+            raise ValueError("totals of other inputs")
+        if len(report.samples) != min(report.rejects, _REJECT_SAMPLES):
+            raise ValueError("samples of other rejects")
+    except ValueError:
+        raise DataFormatError(
+            f"{file}: not the report of a shard of this version; remove it, and the same command writes the shard again"
+        ) from None
+    return report
