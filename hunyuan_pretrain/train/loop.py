@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.model.fp8 import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.runtime.device import probe as probe_machine
@@ -87,6 +88,9 @@ def _announce(run: setup.Run, num_steps: int) -> None:
     for name in ("linear layers", "FP8"):
         if name in used:
             run.log.line(f"  {name}: {used[name]}")
+    histories = [tensor for name, tensor in scaling_state(run.chunks).items() if name.endswith(".history")]
+    if run.first_step and histories and not any(history.any() for history in histories):
+        run.log.line("  FP8: the checkpoint has no scales of this recipe; they begin anew, from 1 in the first step")
     for line in describe_groups(run.optimizer, peak, ratio):
         run.log.line("  " + line)
     for warning in find_warnings(experiment):

@@ -244,3 +244,22 @@ def test_delayed_scales_follow_their_tensors_to_another_layout(corpus, tmp_path)
         assert scale.shape == whole.shape
         # two steps after the change: the same up to the order of sums
         np.testing.assert_allclose(scale, whole, rtol=1e-3, atol=1e-12, err_msg=name)
+
+
+def train_with_histories(corpus: Path, folder: Path, lengths: list[int]) -> None:
+    """A run that goes on twice, each time for a step, with another length of the history."""
+    from hunyuan_pretrain.train.loop import train
+
+    for number, length in enumerate(lengths):
+        one = fields(corpus, folder, "delayed")
+        one["precision"]["fp8_amax_history_len"] = length
+        for stage in one["stages"][1:]:
+            stage["tokens"] = stage["global_batch_sequences"] * stage["sequence_length"] * (number + 1)
+        train(Experiment.model_validate(one))
+
+
+@pytest.mark.parametrize(("lengths", "times"), [([4, 4], 0), ([4, 8], 1)])
+def test_a_run_says_that_its_scales_begin_anew(corpus, tmp_path, lengths: list[int], times: int) -> None:
+    run_ranks(1, train_with_histories, corpus, tmp_path / "run", lengths)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("the checkpoint has no scales of this recipe; they begin anew") == times
