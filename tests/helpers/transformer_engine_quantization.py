@@ -79,6 +79,18 @@ def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[A
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(splits)), quantizers, strict=True)]
 
 
+def update_scales(largest: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: int) -> None:
+    """Of the delayed recipe, from the values of a step after their reduction. A history in which a step has none stays as it is."""
+    calls.append(("update_scales", dtype.name, largest.numel()))
+    top = torch.finfo(TE_DType_To_Torch[dtype]).max * 2.0**-margin
+    for last, history, scale in zip(largest.split([scale.numel() for scale in scales]), histories, scales, strict=True):
+        rolled = torch.cat([torch.zeros_like(history[:1]), history[2:], last[None]])[: len(history)]
+        chosen = torch.maximum(history[1:].amax(0), last) if algorithm == "max" and len(history) > 1 else last
+        is_seen = last != 0
+        history.copy_(torch.where(is_seen, rolled, history))
+        scale.copy_(torch.where(is_seen & chosen.isfinite(), fp8.scale_from_amax(chosen, top), scale))
+
+
 def _fill_whole(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
     """One scale: of earlier steps, or from the largest value of now."""
     amax = rows_RC.abs().max().float().view(1) if rows_RC.numel() else None

@@ -17,7 +17,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,6 +67,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         transformer_engine.common.load_framework_extension = lambda framework: None
         import transformer_engine.pytorch
     _count_cpu_tensors_as_cuda()
+    _gather_one_by_one()
 
 
 # --- the compiled module ----------------------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def _compiled_module() -> types.ModuleType:
         "multi_tensor_compute_scale_and_scale_inv": _late("compute_scales"),
         "fp8_block_scaling_compute_partial_amax": _late("partial_block_amax"),
         "fp8_block_scaling_partial_cast": _late("partial_block_cast"),
-        "fused_amax_and_scale_update_after_reduction": update_scales,
+        "fused_amax_and_scale_update_after_reduction": _late("update_scales"),
         "get_fused_attn_backend": lambda *args: names["NVTE_Fused_Attn_Backend"].NVTE_F16_arbitrary_seqlen,
         "fused_attn_fwd": attention_forward,
         "fused_attn_bwd": attention_backward,
@@ -171,32 +172,20 @@ def _product(A: Any, transa: bool, B: Any, transb: bool) -> Tensor:
 
 def rmsnorm_forward(
     x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, dtype: Any, margin: int, zero_centered: bool
-) -> tuple[Tensor, None, Tensor]:
-    """Computed in fp32."""
-    rstd = x.float().square().mean(-1).add(eps).rsqrt()
-    y = (x.float() * rstd[:, None] * weight.float()).to(x.dtype)
-    return (y if quantizer is None else _late("quantize")(y, quantizer)), None, rstd
+) -> tuple[Any, None, Tensor]:
+    """With the arithmetic of the local norm: no difference between the specs is the norm's."""
+    from hunyuan_pretrain.model.norm import _RMSNormFunction
+
+    saved: list[Tensor] = []
+    y = _RMSNormFunction.forward(types.SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors)), x, weight, eps)
+    return (y if quantizer is None else _late("quantize")(y, quantizer)), None, saved[2][:, 0]
 
 
-def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool) -> tuple[Tensor, Tensor]:
+def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool) -> tuple[Any, Any]:
     """The gradients of x and weight."""
-    wide, hat = grad.float(), x.float() * rstd[:, None]
-    pull = wide * weight.float()
-    grad_x = (pull - hat * (pull * hat).mean(-1, keepdim=True)) * rstd[:, None]
-    return grad_x.to(x.dtype), (wide * hat).sum(0).to(weight.dtype)
+    from hunyuan_pretrain.model.norm import _RMSNormFunction
 
-
-def update_scales(largest: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: int) -> None:
-    """Of the delayed recipe, as TransformerEngine documents it in DelayedScaling."""
-    calls.append(("update_scales", dtype.name, largest.numel()))
-    fp8_max = 448.0 if dtype.name == "kFloat8E4M3" else 57344.0
-    for value, history, scale in zip(largest.split([scale.numel() for scale in scales]), histories, scales, strict=True):
-        history[0] = value
-        chosen = history.amax(0) if algorithm == "max" else history[0].clone()
-        history.copy_(history.roll(-1, 0))
-        history[0] = 0.0
-        usable = (chosen > 0) & chosen.isfinite()
-        scale.copy_(torch.where(usable, fp8_max / chosen / 2**margin, scale))
+    return _RMSNormFunction.backward(types.SimpleNamespace(saved_tensors=(x, weight, rstd[:, None])), grad)[:2]
 
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
@@ -357,3 +346,14 @@ def _tensors_are_cuda() -> Iterator[None]:
         yield
     finally:
         del torch.Tensor.is_cuda
+
+
+def _gather_one_by_one() -> None:
+    """Gloo cannot put several gathers into one, as data and scales in FP8 are: each is made at once."""
+    coalesce = torch.distributed._coalescing_manager
+    finished = types.SimpleNamespace(wait=lambda: None)
+
+    def manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        return coalesce(group, device, async_ops) if device is None else nullcontext(finished)
+
+    torch.distributed._coalescing_manager = manager
