@@ -95,8 +95,14 @@ def _compiled_module() -> types.ModuleType:
         "rmsnorm_bwd": rmsnorm_backward,
         "layernorm_fwd": _missing("layernorm_fwd"),
         "layernorm_bwd": _missing("layernorm_bwd"),
-        "quantize": quantize,
-        "split_quantize": split_quantize,
+        "quantize": _late("quantize"),
+        "split_quantize": _late("split_quantize"),
+        "dequantize": _late("dequantize"),
+        "fp8_transpose": _late("fp8_transpose"),
+        "compute_amax": _late("compute_amax"),
+        "multi_tensor_compute_scale_and_scale_inv": _late("compute_scales"),
+        "fp8_block_scaling_compute_partial_amax": _late("partial_block_amax"),
+        "fp8_block_scaling_partial_cast": _late("partial_block_cast"),
         "fused_amax_and_scale_update_after_reduction": update_scales,
         "get_fused_attn_backend": lambda *args: names["NVTE_Fused_Attn_Backend"].NVTE_F16_arbitrary_seqlen,
         "fused_attn_fwd": attention_forward,
@@ -120,28 +126,47 @@ def _missing(name: str) -> Any:
     return call
 
 
+def _late(name: str) -> Any:
+    """A stand-in whose module imports Transformer Engine, which imports this one."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from tests.helpers import transformer_engine_quantization
+
+        return getattr(transformer_engine_quantization, name)(*args, **kwargs)
+
+    return call
+
+
 def generic_gemm(
-    A: Tensor, transa: bool, B: Tensor, transb: bool, out: Tensor | None, quantizer: Any, out_dtype: Any, *args: Any, **kwargs: Any
+    A: Any, transa: bool, B: Any, transb: bool, out: Tensor | None, quantizer: Any, out_dtype: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None, None, None]:
     """Column-major: op(B) op(A) in rows."""
     accumulate = args[7]
-    rows_A, rows_B = A.flatten(0, -2), B.flatten(0, -2)
-    product = (rows_B.t() if transb else rows_B) @ (rows_A.t() if transa else rows_A)
-    product = product if transb else product.view(*B.shape[:-1], -1)
+    product = _product(A, transa, B, transb)
+    product = product if transb else product.view(*B.size()[:-1], -1)
     if out is None:
-        return product, None, None, None
+        return product.to(getattr(torch, out_dtype.name[1:].lower())), None, None, None
     out.copy_(out + product if accumulate else product)
     return out, None, None, None
 
 
-def grouped_gemm(A: Sequence[Tensor], transa: bool, B: Sequence[Tensor], transb: bool, out: Sequence[Tensor], *args: Any) -> list[Tensor]:
+def grouped_gemm(A: Sequence[Any], transa: bool, B: Sequence[Any], transb: bool, out: Sequence[Tensor], *args: Any) -> list[Tensor]:
     """One `generic_gemm` for each member; a single output holds them one after the other."""
     splits, bias, single, accumulate = args[1], args[2], args[4], args[9]
     parts = out[0].split(splits) if single else out
     for a, b, part in zip(A, B, parts, strict=True):
-        product = (b.t() if transb else b) @ (a.t() if transa else a)
+        product = _product(a, transa, b, transb)
         part.copy_(part + product if accumulate else product)
     return bias
+
+
+def _product(A: Any, transa: bool, B: Any, transb: bool) -> Tensor:
+    """Of FP8 operands in fp32; of others in their own format. The kernels read FP8 along the dimension that is summed, for which a Hopper
+    needs the transposed data of an operand that is not summed over its last."""
+    from tests.helpers.transformer_engine_quantization import numbers
+
+    rows_A, rows_B = (x.flatten(0, -2) for x in (numbers(A, is_rowwise=transa), numbers(B, is_rowwise=not transb)))
+    return (rows_B.t() if transb else rows_B) @ (rows_A.t() if transa else rows_A)
 
 
 def rmsnorm_forward(
@@ -150,7 +175,7 @@ def rmsnorm_forward(
     """Computed in fp32."""
     rstd = x.float().square().mean(-1).add(eps).rsqrt()
     y = (x.float() * rstd[:, None] * weight.float()).to(x.dtype)
-    return (y if quantizer is None else quantize(y, quantizer)), None, rstd
+    return (y if quantizer is None else _late("quantize")(y, quantizer)), None, rstd
 
 
 def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool) -> tuple[Tensor, Tensor]:
@@ -159,36 +184,6 @@ def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, marg
     pull = wide * weight.float()
     grad_x = (pull - hat * (pull * hat).mean(-1, keepdim=True)) * rstd[:, None]
     return grad_x.to(x.dtype), (wide * hat).sum(0).to(weight.dtype)
-
-
-class Unquantised(Tensor):
-    """What stands for a tensor in FP8; what is computed from it does not."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    def update_usage(self, **usage: Any) -> None:
-        """Has every layout already."""
-
-
-def quantize(tensor: Tensor, quantizer: Any, output: Tensor | None = None, noop: Tensor | None = None) -> Tensor:
-    """The tensor itself; a quantizer of the delayed recipe learns its largest value."""
-    if isinstance(tensor, Unquantised):  # FP8 tensors have a class of their own, by which they are recognised
-        return tensor
-    calls.append(("quantize", type(quantizer).__name__, tuple(tensor.shape)))
-    largest = getattr(quantizer, "amax", None)
-    if largest is not None and tensor.numel():
-        largest.copy_(torch.maximum(largest, tensor.detach().abs().max().float()))
-    copy = tensor.detach().clone().as_subclass(Unquantised)
-    if output is not None:
-        output.copy_(copy)
-        return output
-    return copy
-
-
-def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any]) -> list[Tensor]:
-    """Each expert's rows by its own quantizer."""
-    calls.append(("split_quantize", tuple(splits)))
-    return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(splits)), quantizers, strict=True)]
 
 
 def update_scales(largest: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: int) -> None:
