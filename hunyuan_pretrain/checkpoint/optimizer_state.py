@@ -7,7 +7,7 @@ at all: they are those of the running experiment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -23,13 +23,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from hunyuan_pretrain.model.fp8_parameters import written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.sharding import Placement, sharded_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+Moments = tuple[str, dict[str, Tensor], Placement]
 
-def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str, Tensor], Placement]]:
+
+def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> Iterator[Moments]:
     """(name, state, placement) of every parameter of this rank: both moments, and the fp32 weight where the model's is bf16, each in the
     parameter's full local shape.
 
@@ -53,11 +56,11 @@ def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> It
         yield name, tensors, place
 
 
-def sharded_optimizer_state(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> dict[str, dict[str, ShardedBase]]:
+def sharded_optimizer_state(moments: Iterable[Moments]) -> dict[str, dict[str, ShardedBase]]:
     """What `full_moments` returns, for megatron's distributed checkpoints."""
     return {
-        name: {kind: sharded_tensor(f"optimizer.{kind}.{name}", tensor, place) for kind, tensor in tensors.items()}
-        for name, tensors, place in full_moments(chunks, optimizer)
+        name: {kind: sharded_tensor(f"optimizer.{kind}.", tensor, place) for kind, tensor in tensors.items()}
+        for name, tensors, place in moments
     }
 
 
@@ -65,7 +68,7 @@ def wanted_optimizer_state(chunks: list[HunyuanModel]) -> dict[str, dict[str, Sh
     """What to read for `restore_optimizer_state`: the same tensors, uninitialised."""
     return {
         name: {
-            kind: sharded_tensor(f"optimizer.{kind}.{name}", torch.empty_like(parameter, dtype=torch.float32), place)
+            kind: sharded_tensor(f"optimizer.{kind}.", torch.empty(parameter.shape, device=parameter.device), place)
             for kind in _kinds(parameter)
         }
         for _, name, parameter, place in _parameters(chunks)
@@ -100,7 +103,7 @@ def reload_weights(optimizer: MegatronOptimizer) -> None:
     Core's reload_model_params forgets the offloaded copies of fp32 weights.
     """
     for piece in _pieces(optimizer):
-        piece.main.copy_(piece.part_of(piece.parameter))
+        piece.main.copy_(piece.part_of(written_values(piece.parameter)))
 
 
 def _kinds(parameter: Tensor) -> tuple[str, ...]:

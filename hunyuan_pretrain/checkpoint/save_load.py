@@ -26,14 +26,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.optimizer_state import restore_optimizer_state, sharded_optimizer_state, wanted_optimizer_state
+from hunyuan_pretrain.checkpoint.optimizer_state import (
+    Moments,
+    full_moments,
+    restore_optimizer_state,
+    sharded_optimizer_state,
+    wanted_optimizer_state,
+)
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.model.fp8 import Recipe, load_scaling_state, scaling_state
+from hunyuan_pretrain.model.fp8_parameters import write
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.parallel.sharding import sharded_tensor
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
 
 FORMAT_VERSION = 1
@@ -103,14 +112,14 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
         if marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
             wanted["fp8"] = _sharded_scales(chunks)
     loaded = dist_checkpointing.load(wanted, str(folder))
-    for model in chunks:
-        model.load_state_dict({name: loaded["model"][name] for name, _ in model.named_parameters()})
+    if "fp8" in wanted:  # before the weights, which they quantise where those are in FP8
+        load_scaling_state(chunks, loaded["fp8"])
+    for name, parameter in ((name, parameter) for model in chunks for name, parameter in model.named_parameters()):
+        write(parameter, loaded["model"][name].view(parameter.shape))
     if optimizer is not None:
         restore_optimizer_state(chunks, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
         if "generators" in wanted:
             restore_generator_state(loaded["generators"])
-        if "fp8" in wanted:
-            load_scaling_state(chunks, loaded["fp8"])
     return int(marker["step"])
 
 
@@ -140,9 +149,10 @@ def refuse_other_model(folder: Path, marker: dict[str, Any], model: ModelConfig)
 
 
 def _write(partial: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> None:
+    moments = list(full_moments(chunks, optimizer))
     state = {
-        "model": _sharded_weights(chunks),
-        "optimizer": sharded_optimizer_state(chunks, optimizer),
+        "model": _sharded_weights(chunks) | _unquantised_weights(chunks, moments),
+        "optimizer": sharded_optimizer_state(moments),
         "generators": _generator_object(),
         "fp8": _sharded_scales(chunks),
     }
@@ -177,6 +187,12 @@ def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:
 
 def _sharded_weights(chunks: list[HunyuanModel]) -> dict[str, Any]:
     return {name: tensor for model in chunks for name, tensor in model.sharded_state_dict().items()}
+
+
+def _unquantised_weights(chunks: list[HunyuanModel], moments: list[Moments]) -> dict[str, Any]:
+    """Weights that the model has in FP8 only, as they are in checkpoints of other runs: main weights, rounded to the dtype of the run."""
+    in_fp8 = {name: p.dtype for model in chunks for name, p in model.named_parameters() if is_float8tensor(p)}
+    return {name: sharded_tensor("", state["main"].to(in_fp8[name]), place) for name, state, place in moments if name in in_fp8}
 
 
 def _generator_object() -> ShardedObject:

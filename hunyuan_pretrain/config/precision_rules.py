@@ -24,6 +24,30 @@ def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
                 yield Problem(f"precision.{name}", getattr(precision, name), "fp8_recipe is null: every layer is", "use 0")
 
 
+def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem]:
+    """Parameters in FP8 need the optimizer that keeps their fp32 weights elsewhere, and a format that it can gather."""
+    precision = experiment.precision
+    if not precision.fp8_parameters:
+        return
+    if precision.fp8_recipe is None:
+        reason, hint = "fp8_recipe is null: nothing is quantised", "use false, or choose a recipe"
+    elif precision.fp8_recipe == "mxfp8":
+        reason = (
+            "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered: they are quantised by rows and by "
+            "columns, each from the unquantised values"
+        )
+        hint = "use false, or another recipe"
+    elif precision.dtype == "fp32":
+        reason, hint = "with precision.dtype=fp32 the weights are the optimizer's own, which has no others", "use precision.dtype=bf16"
+    elif not experiment.parallel.use_distributed_optimizer:
+        reason, hint = "only the distributed optimizer updates them", "use parallel.use_distributed_optimizer=true"
+    elif experiment.optimizer.cpu_offload_fraction:
+        reason, hint = "the offloaded optimizer writes weights in bf16", "use optimizer.cpu_offload_fraction=0"
+    else:
+        return
+    yield Problem("precision.fp8_parameters", True, reason, hint)
+
+
 def fp8_margin_leaves_a_scale(experiment: Experiment) -> Iterator[Problem]:
     margin = experiment.precision.fp8_margin
     if margin is not None and not 0 <= margin <= 8:
@@ -99,6 +123,7 @@ def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Prob
 PRECISION_RULES = (
     required_transformer_engine_can_run,
     fp8_settings_take_effect,
+    fp8_parameters_have_main_weights,
     fp8_margin_leaves_a_scale,
     most_recent_reads_one_step,
     some_layer_is_in_fp8,

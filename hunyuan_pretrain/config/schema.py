@@ -251,6 +251,13 @@ class PrecisionConfig(Section):
     fp8_amax_compute_algo: Literal["max", "most_recent"] | None = setting(
         "What fp8_recipe=delayed takes of its history: the largest value, or that of the last step. null: max.", None
     )
+    fp8_parameters: bool = setting(
+        "Keep the weights of layers in FP8 in that format only, without a copy in bf16, and gather them so over the data-parallel ranks. "
+        "The optimizer's fp32 main weights stay, and every number of the training; validation multiplies by the FP8 weights. Checkpoints "
+        "and exports have bf16 weights, rounded from the main ones.",
+        False,
+        typical="true where memory is short",
+    )
     num_layers_at_start_in_bf16: NonNegativeInt = setting(
         "Layers at the input whose linear layers and experts stay out of FP8.", 0, unit="layers", typical="0 to 2"
     )

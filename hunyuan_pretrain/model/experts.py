@@ -119,17 +119,30 @@ class _GroupedLinearFunction(torch.autograd.Function):
         return grad_x_RI, torch.empty_like(weight_eOI), None, None
 
 
-def grouped_weight(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int) -> Any:
-    """This rank's part (e, O, I) of the weights of all experts, uninitialised; partition_dim is divided over the expert-tensor ranks."""
+def grouped_shape(
+    config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int
+) -> tuple[int, int, int]:
+    """(e, O, I) of this rank's part of the weights of all experts; partition_dim is divided over the expert-tensor ranks."""
     shape = [config.num_moe_experts // groups.ep.size(), output_size, input_size]
     shape[partition_dim] //= groups.expt_tp.size()
-    weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
+    return shape[0], shape[1], shape[2]
+
+
+def mark_experts(weight: Any, groups: ProcessGroupCollection, partition_dim: int) -> None:
+    """Say of a weight that it is of routed experts, and divided along partition_dim if there are expert-tensor ranks."""
     # core reduces the gradients of such weights over the expert-data-parallel group
     weight.allreduce = groups.expt_dp.size() == groups.dp_cp.size()
     weight.is_routed_expert = True
     # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other experts or
     # other shards, and not only on the first
     mark_divided(weight, partition_dim)
+
+
+def grouped_weight(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int) -> Any:
+    """This rank's part of the weights of all experts as one parameter, uninitialised."""
+    shape = grouped_shape(config, input_size, output_size, groups, partition_dim)
+    weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
+    mark_experts(weight, groups, partition_dim)
     return weight
 
 
@@ -238,7 +251,8 @@ class RoutedExperts(torch.nn.Module):
         self.recompute = config.recompute_experts
         self.row_multiple = spec.row_multiple
         self.linear_fc1 = spec.column_parallel_grouped_linear(config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups)
-        self.linear_fc1.weight.is_gated = True
+        for weight in self.linear_fc1.parameters():
+            weight.is_gated = True
         self.linear_fc2 = spec.row_parallel_grouped_linear(config, config.moe_ffn_hidden_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:

@@ -183,9 +183,17 @@ class Fp8Product(torch.nn.Module):
     `weight` is (O, I), or (e, O, I) with the rows of each expert in `splits`.
     """
 
-    def __init__(self, recipe: Recipe, num_experts: int, is_expert: bool, accumulate: bool, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_experts: int,
+        is_expert: bool,
+        accumulate: bool,
+        device: torch.device | str,
+        has_fp8_parameters: bool = False,
+    ) -> None:
         super().__init__()
-        self.recipe, self.is_expert, self.accumulate = recipe, is_expert, accumulate
+        self.recipe, self.is_expert, self.accumulate, self.has_fp8_parameters = recipe, is_expert, accumulate, has_fp8_parameters
         self.is_active = False
         self._weights: dict[Any, Tensor] = {}
         self.watch: Callable[[Operand, Tensor, Tensor], None] | None = None
@@ -196,6 +204,20 @@ class Fp8Product(torch.nn.Module):
         """(R, I) -> (R, O), in the dtype of x. Communicates nothing."""
         rows = x_RI.shape[0] if splits is None else splits
         return _Fp8ProductFunction.apply(x_RI, weight, rows, self)
+
+    @contextmanager
+    def as_kept(self, weight: torch.nn.Parameter) -> Iterator[None]:
+        """Inside, where nothing is trained, `weight` has the values that a parameter in FP8 only would hold of it."""
+        if not self.has_fp8_parameters or torch.is_grad_enabled():
+            yield
+            return
+        exact = weight.data
+        weight_eOI = exact if exact.dim() == 3 else exact[None]
+        weight.data = self.operand(weight_eOI, "w", False, slice(0, len(weight_eOI)), False).to(exact.dtype).view_as(exact)
+        try:
+            yield
+        finally:
+            weight.data = exact
 
     def operand(self, x_bRC: Tensor, operand: Operand, along_rows: bool, experts: slice, is_first_use: bool) -> Tensor:
         """x_bRC with the values that its FP8 numbers stand for, fp32, to be summed over columns, or (along_rows) over rows."""

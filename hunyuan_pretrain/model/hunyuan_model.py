@@ -24,6 +24,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import rope_base
 from hunyuan_pretrain.model.attention import packed_sequences
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
+from hunyuan_pretrain.model.fp8_parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import rope_table
@@ -185,14 +186,14 @@ class HunyuanModel(MegatronModule):
     def placements(self) -> dict[str, Placement]:
         """Where this rank's part of each of its parameters lies in the whole one, by the parameter's name."""
         return {
-            name: placement(parameter, self.groups, is_copy=getattr(parameter, "shared", False))
+            name: placement(name, parameter, self.groups, is_copy=getattr(parameter, "shared", False))
             for name, parameter in self.named_parameters()
         }
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
         """Every parameter for megatron's distributed checkpoints: its global name, this rank's part, and which replica of it this is."""
         places = self.placements()
-        return {prefix + name: sharded_tensor(prefix + name, parameter, places[name]) for name, parameter in self.named_parameters()}
+        return {prefix + name: sharded_tensor(prefix, unquantised(parameter), places[name]) for name, parameter in self.named_parameters()}
 
 
 def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int | None) -> list[HunyuanModel]:
@@ -221,19 +222,21 @@ def initialize_weights(model: HunyuanModel, seed: int) -> None:
         return torch.empty(shape).normal_(0.0, std, generator=generator)
 
     places = model.placements()
-    for name, parameter in model.named_parameters():
-        place, std = places[name], config.init_method_std
-        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    for local_name, parameter in model.named_parameters():
+        place, std = places[local_name], config.init_method_std
+        values = torch.empty(place.local_shape, dtype=parameter.dtype, device=parameter.device)
+        if place.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            values.fill_(1.0)
         elif getattr(parameter, "is_routed_expert", False):
             first = place.parts[0].whole[0].start
-            for local, expert in enumerate(parameter):
-                whole = draw(f"{name}/{first + local}", place.whole_shape[1:], std)
+            for local, expert in enumerate(values):
+                whole = draw(f"{place.name}/{first + local}", place.whole_shape[1:], std)
                 for part in place.parts:
                     expert[part.local[1:]] = whole[part.whole[1:]]
         else:
-            whole = draw(name, place.whole_shape, std)
+            whole = draw(place.name, place.whole_shape, std)
             for part in place.parts:
-                parameter[part.local] = whole[part.whole]
+                values[part.local] = whole[part.whole]
+        write(parameter, values.view(parameter.shape))

@@ -68,7 +68,8 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(T, D) of this rank's tokens -> (whole T, O / ranks), None."""
         if not self.fp8.is_active:
-            return super().forward(input_, *args, **kwargs)
+            with self.fp8.as_kept(self.weight):
+                return super().forward(input_, *args, **kwargs)
         # quantised when it is gathered: one scale for the tokens of all ranks, as Transformer Engine's reduced amax gives
         whole_TD = gather_from_sequence_parallel_region(input_, group=self.tp_group) if self.sequence_parallel else input_
         return self.fp8(whole_TD, self.weight), None
@@ -82,7 +83,8 @@ class Fp8RowParallelLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, I / ranks) -> (this rank's share of T, D), None."""
         if not self.fp8.is_active:
-            return super().forward(input_)
+            with self.fp8.as_kept(self.weight):
+                return super().forward(input_)
         partial_TD = self.fp8(input_, self.weight)
         return reduce_scatter_to_sequence_parallel_region(partial_TD, group=self.tp_group) if self.sequence_parallel else partial_TD, None
 
@@ -94,7 +96,10 @@ class Fp8GroupedLinear(GroupedLinear):
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
-        return self.fp8(x_RI, self.weight, splits) if self.fp8.is_active else super().forward(x_RI, splits)
+        if not self.fp8.is_active:
+            with self.fp8.as_kept(self.weight):
+                return super().forward(x_RI, splits)
+        return self.fp8(x_RI, self.weight, splits)
 
 
 def _column(
@@ -158,8 +163,9 @@ def _in_fp8(make: LinearFactory, is_expert: bool) -> LinearFactory:
     def make_in_fp8(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection) -> torch.nn.Module:
         linear = make(config, input_size, output_size, groups)
         num_experts = config.num_moe_experts // groups.ep.size() if is_expert else 1
-        recipe = Recipe.of(config.number_formats)
-        linear.fp8 = Fp8Product(recipe, num_experts, is_expert, config.gradient_accumulation_fusion, weight_device(config))
+        formats = config.number_formats
+        accumulate, device = config.gradient_accumulation_fusion, weight_device(config)
+        linear.fp8 = Fp8Product(Recipe.of(formats), num_experts, is_expert, accumulate, device, formats.fp8_parameters)
         return linear
 
     return make_in_fp8

@@ -3,7 +3,8 @@
 Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same under both:
 - the RMSNorm before the attention is fused into the projection that reads it; its weight stays that of `input_layernorm`, which passes
   its input through. `pre_mlp_layernorm` feeds router, shared and routed experts and stays a norm of its own;
-- the experts of a rank are one (e, O, I) parameter, of which the grouped product gets e views;
+- the experts of a rank are one (e, O, I) parameter, of which the grouped product gets e views; with parameters in FP8 only, which
+  Transformer Engine keeps as one tensor for each expert, they are e parameters (O, I), and one in checkpoints (parallel/sharding.py);
 - nothing of Transformer Engine's own state goes into a state_dict.
 
 Not taken from Transformer Engine: its RoPE numbers the positions of a document from 0, which the tokens of a context-parallel rank are
@@ -22,6 +23,7 @@ G key/value heads, H head dim; L steps of a history.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -37,12 +39,15 @@ from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from hunyuan_pretrain.config.schema import PrecisionConfig
-from hunyuan_pretrain.model.experts import Splits, grouped_weight
+from hunyuan_pretrain.model.experts import Splits, grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.spec import CoreAttention, Spec
 from hunyuan_pretrain.parallel.sharding import mark_divided
 from hunyuan_pretrain.runtime.device import attends_to_packed_documents
+
+# parameters in FP8 only, outside of a training step: meant so
+warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
 
 OPERANDS = {"x": ("scaling_fwd", 0, 3), "w": ("scaling_fwd", 1, 3), "dy": ("scaling_bwd", 0, 2)}
 """Operand of a product -> which of Transformer Engine's tensors of scales has its own, at which column, of how many for each product."""
@@ -122,7 +127,11 @@ def scaling_state(model: Any) -> dict[str, Tensor]:
     `module` is the name of a product within `model`, e its experts on this rank, or 1. Row 0 of a history collects the running step and is
     0 between steps; the last row is the newest step. Copies; {} under other recipes.
     """
-    return {name: tensor.clone() for name, tensor in _scaling_tensors(model)}
+    state = {name: tensor.clone() for name, tensor in _scaling_tensors(model)}
+    for name, tensor in state.items():
+        if name.endswith(".history"):  # parameters in FP8 only are quantised, and seen, before the step that uses them
+            tensor[0] = 0
+    return state
 
 
 def load_scaling_state(model: Any, state: dict[str, Tensor]) -> None:
@@ -204,6 +213,13 @@ class _Product(TransformerEngineBaseModule):
 # --- dense products -------------------------------------------------------------------------------------------------------------------
 
 
+def _weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManager[None]:
+    """Modules made inside keep their weights as the configuration says: in FP8 only, or not."""
+    formats = config.number_formats
+    is_kept = is_fp8 and formats.fp8_parameters
+    return te.quantized_model_init(enabled=True, recipe=te_recipe(formats)) if is_kept else nullcontext()
+
+
 class _DenseProduct(_Product):
     def forward(self, x_TI: Tensor) -> tuple[Tensor, None]:
         """(T, I) -> ((T, O), None), as core's linears return a bias that they have not added."""
@@ -215,7 +231,8 @@ class ColumnParallelLinear(_DenseProduct, te.Linear):
     """y = x W^T with W divided over the tensor-parallel ranks along its output; gathers the sequence first where that is divided too."""
 
     def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
-        super().__init__(input_size, output_size, parallel_mode="column", **_options(config, groups))
+        with _weights_in_fp8(config, is_fp8):
+            super().__init__(input_size, output_size, parallel_mode="column", **_options(config, groups))
         self._begin(is_fp8)
         mark_divided(self.weight, 0)
 
@@ -224,7 +241,8 @@ class RowParallelLinear(_DenseProduct, te.Linear):
     """y = x W^T with W divided over the tensor-parallel ranks along its input; sums the results over them."""
 
     def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
-        super().__init__(input_size, output_size, parallel_mode="row", **_options(config, groups))
+        with _weights_in_fp8(config, is_fp8):
+            super().__init__(input_size, output_size, parallel_mode="row", **_options(config, groups))
         self._begin(is_fp8)
         mark_divided(self.weight, 1)
 
@@ -241,14 +259,15 @@ class NormAndColumnParallelLinear(_DenseProduct, te.LayerNormLinear):
         norm: FusedNorm,
         is_fp8: bool,
     ) -> None:
-        super().__init__(
-            input_size,
-            output_size,
-            eps=config.layernorm_epsilon,
-            normalization="RMSNorm",
-            parallel_mode="column",
-            **_options(config, groups),
-        )
+        with _weights_in_fp8(config, is_fp8):
+            super().__init__(
+                input_size,
+                output_size,
+                eps=config.layernorm_epsilon,
+                normalization="RMSNorm",
+                parallel_mode="column",
+                **_options(config, groups),
+            )
         self._begin(is_fp8)
         mark_divided(self.weight, 0)
         del self.layer_norm_weight
@@ -259,7 +278,7 @@ class NormAndColumnParallelLinear(_DenseProduct, te.LayerNormLinear):
 def _options(config: HunyuanConfig, groups: ProcessGroupCollection) -> dict[str, Any]:
     return {
         "bias": False,
-        "init_method": _leave_as_it_is,
+        "init_method": _init_method(config),
         "params_dtype": config.params_dtype,
         "device": _device(config),
         "tp_group": groups.tp,
@@ -268,8 +287,14 @@ def _options(config: HunyuanConfig, groups: ProcessGroupCollection) -> dict[str,
     }
 
 
+def _init_method(config: HunyuanConfig) -> Any:
+    """What writes new weights before `initialize_weights` or a checkpoint does, which do not depend on the layout: nothing, or zeros where
+    weights are quantised at once, which is no good for whatever was in the memory."""
+    return torch.nn.init.zeros_ if config.number_formats.fp8_parameters else _leave_as_it_is
+
+
 def _leave_as_it_is(weight: Tensor) -> None:
-    """`initialize_weights` or a checkpoint writes the weights, in a way that does not depend on the layout."""
+    pass
 
 
 def _device(config: HunyuanConfig) -> torch.device | str:
@@ -309,7 +334,7 @@ class FusedNorm(torch.nn.Module):
 
 
 class GroupedLinear(_Product, te.GroupedLinear):
-    """y = x W_i^T for the rows of each local expert, W one (e, O, I) parameter."""
+    """y = x W_i^T for the rows of each local expert; W is one (e, O, I) parameter, or, in FP8 only, e parameters (O, I)."""
 
     def __init__(
         self,
@@ -320,27 +345,44 @@ class GroupedLinear(_Product, te.GroupedLinear):
         partition_dim: int,
         is_fp8: bool,
     ) -> None:
-        weight = grouped_weight(config, input_size, output_size, groups, partition_dim)
-        e, rows, columns = weight.shape
-        # its own weights are never made: on the meta device they take no memory
-        super().__init__(e, columns, rows, bias=False, init_method=_leave_as_it_is, params_dtype=config.params_dtype, device="meta")
+        e, rows, columns = grouped_shape(config, input_size, output_size, groups, partition_dim)
+        is_one = not (is_fp8 and config.number_formats.fp8_parameters)
+        with _weights_in_fp8(config, is_fp8):
+            super().__init__(
+                e,
+                columns,
+                rows,
+                bias=False,
+                init_method=_init_method(config),
+                params_dtype=config.params_dtype,
+                # of one parameter for all, its own weights are never made: on the meta device they take no memory
+                device="meta" if is_one else _device(config),
+            )
         self._begin(is_fp8, groups.expt_tp_dp)
         self.num_products = e
         self.accumulate = config.gradient_accumulation_fusion
+        self.weight = grouped_weight(config, input_size, output_size, groups, partition_dim) if is_one else None
         for expert in range(e):
-            delattr(self, f"weight{expert}")
-            setattr(self, f"bias{expert}", torch.empty(0, dtype=config.params_dtype, device=weight.device))
-        self.weight = weight
+            if is_one:
+                delattr(self, f"weight{expert}")
+                setattr(self, f"bias{expert}", torch.empty(0, dtype=config.params_dtype, device=weight_device(config)))
+                continue
+            weight = getattr(self, f"weight{expert}")
+            mark_experts(weight, groups, partition_dim - 1)
+            weight.expert, weight.num_experts = expert, e
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert; in FP8 each expert has a multiple of `fp8_alignment` rows."""
         rows_e = [splits] * self.num_products if isinstance(splits, int) else splits
-        self.fuse_wgrad_accumulation = self.accumulate and hasattr(self.weight, "main_grad")
+        self.fuse_wgrad_accumulation = self.accumulate and hasattr(next(self.parameters()), "main_grad")
         with self.region():
             return super().forward(x_RI, rows_e, is_first_microbatch=self.take_turn())
 
     def _get_weight_tensors(self) -> list[Tensor]:
-        """What Transformer Engine multiplies by: the e views, each with its part of main_grad where gradients are added into that."""
+        """What Transformer Engine multiplies by: of one parameter the e views, each with its part of main_grad where gradients are added
+        into that."""
+        if self.weight is None:
+            return super()._get_weight_tensors()
         if not torch.is_grad_enabled():
             return list(self.weight.unbind())
         views = _Experts.apply(self.weight, self.fuse_wgrad_accumulation)

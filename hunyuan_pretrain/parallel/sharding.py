@@ -5,6 +5,8 @@ A parameter says itself how it is divided, by attributes that its module sets:
     is_gated                               its partition_dim holds two halves, gate and up, each divided for itself
     is_routed_expert                       its first dim is divided over the expert-parallel ranks, and partition_dim over the
                                            expert-tensor-parallel ones
+    expert                                 it is that expert of the rank alone, without the first dim, out of such a parameter; its name is
+                                           that of the whole one, and the number
 """
 
 from __future__ import annotations
@@ -35,6 +37,10 @@ class Part(NamedTuple):
 class Placement:
     """This rank's part of one parameter."""
 
+    name: str
+    """Of the whole one."""
+    local_shape: tuple[int, ...]
+    """Of this rank's tensor; (1, ...) for one expert alone."""
     whole_shape: tuple[int, ...]
     parts: tuple[Part, ...]
     """One, or two for a divided gate and up projection."""
@@ -51,25 +57,28 @@ def mark_divided(weight: Tensor, dim: int) -> None:
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
 
 
-def placement(parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
+def placement(name: str, parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
     """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as its home."""
     is_expert = getattr(parameter, "is_routed_expert", False)
+    alone: int | None = getattr(parameter, "expert", None)
     is_divided = getattr(parameter, "tensor_model_parallel", False)
     group, data_group = (groups.expt_tp, groups.expt_dp) if is_expert else (groups.tp, groups.dp_cp)
     rank, size = group.rank(), group.size()
-    expert: tuple[Offset, ...] = ((0, groups.ep.rank(), groups.ep.size()),) if is_expert else ()
+    experts = 1 if alone is None else parameter.num_experts  # type: ignore[attr-defined]
+    expert: tuple[Offset, ...] = ((0, groups.ep.rank() * experts + (alone or 0), groups.ep.size() * experts),) if is_expert else ()
+    local_shape = tuple(parameter.shape) if alone is None else (1, *parameter.shape)
     divisions: list[tuple[Offset, ...]] = [()]
     if is_divided and size > 1:
-        dim = int(parameter.partition_dim)  # type: ignore[attr-defined]
+        dim = int(parameter.partition_dim) + len(local_shape) - parameter.dim()  # type: ignore[attr-defined]
         is_gated = getattr(parameter, "is_gated", False)
         divisions = [((dim, rank, 2 * size),), ((dim, size + rank, 2 * size),)] if is_gated else [((dim, rank, size),)]
-    parts = [_part(parameter.shape, (*expert, *division), number, len(divisions)) for number, division in enumerate(divisions)]
+    parts = [_part(local_shape, (*expert, *division), number, len(divisions)) for number, division in enumerate(divisions)]
     whole_shape = [length * count for length, count in zip(parts[0].lengths, parts[0].counts, strict=True)]
     replica = (int(is_copy), 0 if is_divided or is_expert else rank, data_group.rank())
-    return Placement(tuple(whole_shape), tuple(parts), replica)
+    return Placement(name if alone is None else name.removesuffix(str(alone)), local_shape, tuple(whole_shape), tuple(parts), replica)
 
 
-def _part(shape: torch.Size, offsets: tuple[Offset, ...], number: int, num_parts: int) -> Part:
+def _part(shape: tuple[int, ...], offsets: tuple[Offset, ...], number: int, num_parts: int) -> Part:
     """Part `number` of the `num_parts` equal ones that a local tensor of `shape` consists of, along the dim of its last offset."""
     indices, counts, lengths, starts = [0] * len(shape), [1] * len(shape), list(shape), [0] * len(shape)
     for dim, index, count in offsets:
@@ -83,8 +92,12 @@ def _part(shape: torch.Size, offsets: tuple[Offset, ...], number: int, num_parts
     return Part(local, whole, offsets, tuple(lengths), tuple(counts))
 
 
-def sharded_tensor(key: str, data: Tensor, place: Placement) -> ShardedTensor | ShardedTensorFactory:
-    """`data`, which has the shape of the parameter placed at `place`, for megatron's distributed checkpoints."""
+def sharded_tensor(prefix: str, data: Tensor, place: Placement) -> ShardedTensor | ShardedTensorFactory:
+    """`data`, which has the shape of the parameter placed at `place`, for megatron's distributed checkpoints, under prefix + its name.
+
+    Read from one it has place.local_shape.
+    """
+    key, data = prefix + place.name, data.view(place.local_shape)
 
     def build(key: str, data: Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
         assert flattened_range is None

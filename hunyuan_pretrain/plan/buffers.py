@@ -82,6 +82,8 @@ class Weight:
     """The same on all tensor-parallel ranks, which see different tokens and add up its gradient: norms and routers."""
     is_shared_embedding: bool = False
     """Also on another pipeline stage."""
+    product_of: int | None = None
+    """The layer whose linear layers and experts it belongs to: what an FP8 recipe quantises."""
 
     @property
     def parameter_group(self) -> int:
@@ -99,16 +101,18 @@ def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     key_value = 2 * hidden * model.num_query_groups * model.head_dim // tp
     expert = model.num_moe_experts // ep * hidden * model.expert_ffn_size // etp
     shared = hidden * model.ffn_hidden_size // tp
-    norm, routed = partial(Weight, is_replicated=True), partial(Weight, is_routed_expert=True)
+    norm = partial(Weight, is_replicated=True)
 
     def layer(number: int) -> Iterator[Weight]:
+        product = partial(Weight, product_of=number)
+        routed = partial(product, is_routed_expert=True)
         yield norm(hidden)
-        yield Weight(query + (key_value if number % model.cla_share_factor == 0 else 0))
+        yield product(query + (key_value if number % model.cla_share_factor == 0 else 0))
         if model.qk_layernorm:
             yield from (norm(model.head_dim), norm(model.head_dim))
-        yield from (Weight(query), norm(hidden))
+        yield from (product(query), norm(hidden))
         yield Weight(model.num_moe_experts * hidden, is_router=True, is_replicated=True)
-        yield from (routed(2 * expert), routed(expert), Weight(2 * shared), Weight(shared))
+        yield from (routed(2 * expert), routed(expert), product(2 * shared), product(shared))
 
     weights = [Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1)] if is_first or (is_last and is_tied) else []
     weights += [weight for number in stages[stage] for weight in layer(number)]
@@ -168,7 +172,10 @@ class Buffer:
 
 
 def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int) -> list[Buffer]:
-    """Buffers of one model chunk, each laid out as core does it. Raises ValueError where the layout does not divide the ranks."""
+    """Buffers of one model chunk, each laid out as core does it. Raises ValueError where the layout does not divide the ranks.
+
+    Parameters in FP8 only are counted so: of Transformer Engine, not of an emulation, which has them in bf16.
+    """
     ranks = grid(parallel, world_size)
     limit = None
     if parallel.overlap_grad_reduce and stage % ranks.pp == 0:  # later pipeline ranks do not wait for their reduction
@@ -176,6 +183,8 @@ def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: Pr
     found: dict[tuple[bool, int], list[Weight]] = {}
     for weight in weights_of_stage(model, parallel, stage):
         weight_bytes = 4 if weight.is_router or precision.dtype == "fp32" else 2
+        if precision.fp8_parameters and weight.product_of is not None and precision.is_fp8_layer(weight.product_of, model.num_layers):
+            weight_bytes = 1
         found.setdefault((weight.is_routed_expert and ranks.has_expert_buffers, weight_bytes), []).append(weight)
     return [
         _lay_out(
@@ -184,7 +193,7 @@ def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: Pr
                 axis="expert_dp" if is_expert else "dp",
                 num_ranks=ranks.expert_dp if is_expert else ranks.dp_cp,
                 weight_bytes=weight_bytes,
-                gradient_bytes=4 if precision.grad_reduce_in_fp32 else weight_bytes,
+                gradient_bytes=4 if precision.grad_reduce_in_fp32 else max(weight_bytes, 2),
                 is_sharded=parallel.use_distributed_optimizer,
             ),
             limit,

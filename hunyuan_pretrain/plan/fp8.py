@@ -67,7 +67,8 @@ class Fp8Memory:
     inputs_without: int
     """The same in the dtype of the run."""
     weight_copies: int
-    """FP8 weights, by rows and by columns, kept from the first micro-batch of a step to the last, beside the weights themselves."""
+    """FP8 weights, by rows and by columns, kept from the first micro-batch of a step to the last, beside the weights themselves; of
+    parameters in FP8 only, which have the rows, the columns."""
 
 
 def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: int) -> Fp8Memory:
@@ -93,7 +94,8 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
             values += {"none": sizes.inputs, "selective": attention_inputs, "cla_group": 0}[parallel.recompute] * tokens
             weights += (sizes.weights - expert_weights) / ranks.tp + expert_weights / (ranks.ep * ranks.expert_tp)
         dtype_bytes = 2 if precision.dtype == "bf16" else 4
-        memory = Fp8Memory(round(values * (1 + scale_bytes)), round(values * dtype_bytes), round(2 * weights * (1 + scale_bytes)))
+        copies = weights * (1 + 2 * scale_bytes if precision.fp8_parameters else 2 * (1 + scale_bytes))
+        memory = Fp8Memory(round(values * (1 + scale_bytes)), round(values * dtype_bytes), round(copies))
         most = max(most, memory, key=lambda memory: memory.weight_copies)
     return most
 

@@ -113,7 +113,8 @@ def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
         rows.append(Row("FP8", f"rows of an expert at {stage.sequence_length:,}", f"{held:,}" if held else "as chosen", padding))
         note = "inputs that a micro-batch leaves for the backward pass, on one rank"
         rows.append(Row("FP8", f"kept inputs at {stage.sequence_length:,}", kept, note))
-    rows.append(Row("FP8", "copies of weights", gib(memory.weight_copies), "beside the weights, for the micro-batches of a step"))
+    note = "beside the weights, " + ("which are in FP8 only" if precision.fp8_parameters else "for the micro-batches of a step")
+    rows.append(Row("FP8", "copies of weights", gib(memory.weight_copies), note))
     return rows
 
 

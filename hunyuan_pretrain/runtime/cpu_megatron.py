@@ -63,7 +63,8 @@ def _tensor_type_names() -> None:
     @wraps(plain_type)
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        # a subclass of Tensor may come here twice
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) and "cuda" not in result else result
 
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 

@@ -33,6 +33,7 @@ def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, group
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=_has_fp8_parameters(chunks[0]),
     )
     wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in chunks]
     if parallel.overlap_grad_reduce:
@@ -66,6 +67,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experimen
         optimizer_cpu_offload=is_offloaded,
         optimizer_offload_fraction=settings.cpu_offload_fraction,
         overlap_cpu_optimizer_d2h_h2d=is_offloaded,
+        fp8_recipe=experiment.precision.fp8_recipe if _has_fp8_parameters(chunks[0].module) else None,
     )
     if is_offloaded:
         # the offloaded optimizer then keeps the fp32 main weights too, of which the distributed optimizer would have another copy on the
@@ -84,6 +86,11 @@ def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experimen
         # after its own update each part of core's optimizer gathers the weights of all parts; only the last one has to
         part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
     return optimizer
+
+
+def _has_fp8_parameters(model: HunyuanModel) -> bool:
+    """Whether weights are in FP8 only; an emulation has them in the dtype of the run, and only computes as if."""
+    return model.config.uses_transformer_engine and model.config.number_formats.fp8_parameters
 
 
 def complete_gradients(chunks: list[DistributedDataParallel]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.model.router import RoutingKey
 from hunyuan_pretrain.parallel.sharding import Placement
@@ -108,7 +109,9 @@ def trace_steps(run: setup.Run, steps: range) -> list[StepTrace]:
             scalars={name: float(record[name]) for name in SCALARS if name in record},
             shares={name: record[name] for name in ("expert_load", "overflow_share", "recycled_share", "dropped_share")},
         )
-        weights = [piece for model, name, value, place in _parameters(run) for piece in _pieces(name, value.detach(), place, model)]
+        weights = [
+            piece for model, value, place in _parameters(run) for piece in _pieces(place.name, unquantised(value.detach()), place, model)
+        ]
         _assemble(trace, "gradients", gradients)
         _assemble(trace, "parameters", weights)
         _assemble(trace, "moments", list(_moments(run)))
@@ -167,26 +170,26 @@ _Piece = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
 
 def _pieces(name: str, tensor: Tensor, place: Placement, model: HunyuanModel) -> Iterator[_Piece]:
     for part in place.parts:
-        yield name, place.whole_shape, part.whole, tensor[part.local].float().cpu().numpy().copy()
+        yield name, place.whole_shape, part.whole, tensor.view(place.local_shape)[part.local].float().cpu().numpy().copy()
 
 
-def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, str, torch.nn.Parameter, Placement]]:
+def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, torch.nn.Parameter, Placement]]:
     for model in run.chunks:
         places = model.placements()
         for name, parameter in model.named_parameters():
-            yield model, name, parameter, places[name]
+            yield model, parameter, places[name]
 
 
 def _keep_gradients(run: setup.Run, found: list[_Piece]) -> None:
     """Every gradient of this rank after its reduction."""
     complete_gradients(run.wrapped)
-    found += [piece for model, name, value, place in _parameters(run) for piece in _pieces(name, value.main_grad, place, model)]  # type: ignore[attr-defined]
+    found += [piece for model, value, place in _parameters(run) for piece in _pieces(place.name, value.main_grad, place, model)]  # type: ignore[attr-defined]
 
 
 def _moments(run: setup.Run) -> Iterator[_Piece]:
-    for name, tensors, place in full_moments(run.chunks, run.optimizer):
+    for _, tensors, place in full_moments(run.chunks, run.optimizer):
         for kind, tensor in tensors.items():
-            yield from _pieces(f"{kind} of {name}", tensor, place, run.chunks[0])
+            yield from _pieces(f"{kind} of {place.name}", tensor, place, run.chunks[0])
 
 
 class _Watch:

@@ -62,6 +62,26 @@ def test_settings_of_fp8_are_refused_without_a_recipe() -> None:
     assert "precision.num_layers_at_start_in_bf16=1: fp8_recipe is null: every layer is (use 0)" in text
 
 
+@pytest.mark.parametrize(
+    ("precision", "others", "reason"),
+    [
+        ({"fp8_recipe": None}, {}, "fp8_recipe is null: nothing is quantised (use false, or choose a recipe)"),
+        ({"fp8_recipe": "mxfp8"}, {}, "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered"),
+        ({"dtype": "fp32"}, {}, "with precision.dtype=fp32 the weights are the optimizer's own"),
+        ({}, {"parallel": {"use_distributed_optimizer": False}}, "only the distributed optimizer updates them"),
+        ({}, {"optimizer": {"lr": 1e-3, "cpu_offload_fraction": 0.5}}, "the offloaded optimizer writes weights in bf16"),
+    ],
+)
+def test_parameters_in_fp8_need_main_weights(precision: dict[str, Any], others: dict[str, Any], reason: str) -> None:
+    legal = experiment({"fp8_recipe": "blockwise", "fp8_parameters": True})
+    rules.check(legal)
+    fields = legal.model_dump(mode="json")
+    fields["precision"] |= precision
+    with pytest.raises(ConfigError) as caught:
+        rules.check(Experiment.model_validate(fields | others))
+    assert f"precision.fp8_parameters=true: {reason}" in str(caught.value)
+
+
 @pytest.mark.parametrize("margin", [-1, 9])
 def test_a_margin_leaves_a_scale(margin: int) -> None:
     assert f"precision.fp8_margin={margin}: room for values to grow" in refusal({"fp8_recipe": "delayed", "fp8_margin": margin})

@@ -213,6 +213,43 @@ def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
     assert left_out[0] == plain[0], "none of the four layers is left"
 
 
+@pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise"])
+def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
+    """Training sees the same numbers; validation multiplies by what FP8 holds of the weights, and leaves them as they were."""
+    model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
+    inputs, groups = tiny.packed_inputs(model), tiny.world_of_one()
+    in_fp8 = ("linear_qkv.weight", "linear_q.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+    training, validation = [], []
+    for is_kept in (False, True):
+        formats = PrecisionConfig(fp8_recipe=name, fp8_parameters=is_kept)
+        (built,) = build_model(transformer_config(model, ParallelConfig(), formats), groups, 1)
+        before = {key: parameter.detach().clone() for key, parameter in built.named_parameters()}
+        if is_kept:
+            with torch.no_grad():
+                found, _ = built(**inputs)
+            assert all(torch.equal(parameter, before[key]) for key, parameter in built.named_parameters())
+            validation.append(found)
+        with training_step([built], groups):
+            loss, _ = built(**inputs)
+            loss.backward()
+        training.append([loss, *(parameter.grad for parameter in built.parameters())])
+        if not is_kept:  # the same model with weights that FP8 can hold
+            for key, parameter in built.named_parameters():
+                if key.endswith(in_fp8):
+                    scale = torch.ones(1 if parameter.dim() == 2 else len(parameter)) if name == "delayed" else None
+                    matrices = parameter.detach().view(-1, *parameter.shape[-2:])
+                    _, values, inverse = quantize(matrices, recipe(name), "w", False, scale)
+                    b, num_r, r, num_c, c = values.shape
+                    whole = (values.float() * inverse).view(b, num_r * r, num_c * c)[:, : matrices.shape[1], : matrices.shape[2]]
+                    parameter.data = whole.to(parameter.dtype).view_as(parameter)
+            with torch.no_grad():
+                found, _ = built(**inputs)
+            validation.append(found)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*training, strict=True))
+    assert torch.equal(*validation)
+    assert validation[0] != training[0][0]
+
+
 # --- delayed scales -----------------------------------------------------------------------------------------------------------------
 
 

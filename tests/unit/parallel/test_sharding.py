@@ -79,7 +79,7 @@ def test_the_parts_of_all_ranks_are_the_whole_tensor(marks, shape, layout, whole
     whole = np.arange(np.prod(whole_shape)).reshape(whole_shape)
     found, homes = np.full(whole_shape, -1), np.zeros(whole_shape, int)
     for groups in ranks_of(**layout):
-        place = placement(parameter_of(shape, **marks), groups)
+        place = placement("weight", parameter_of(shape, **marks), groups)
         assert place.whole_shape == whole_shape
         local = np.full(shape, -1)
         for part in place.parts:
@@ -95,7 +95,7 @@ def test_the_parts_of_all_ranks_are_the_whole_tensor(marks, shape, layout, whole
 def test_each_rank_has_its_half_of_gate_and_of_up():
     """Rank 1 of 2: rows 2 to 3 are its gate, of the upper half of the whole; rows 6 to 7 its up."""
     _, groups = ranks_of(tp=2)
-    gate, up = placement(parameter_of((4, 5), **GATED), groups).parts
+    gate, up = placement("weight", parameter_of((4, 5), **GATED), groups).parts
     assert (gate.local[0], gate.whole[0]) == (slice(0, 2), slice(2, 4))
     assert (up.local[0], up.whole[0]) == (slice(2, 4), slice(6, 8))
 
@@ -103,13 +103,31 @@ def test_each_rank_has_its_half_of_gate_and_of_up():
 def test_experts_are_divided_by_number_and_inside():
     """Rank 3 of expert parallelism 2 times expert-tensor parallelism 2: experts 2 and 3, second half of each input."""
     groups = ranks_of(dp=4, ep=2, etp=2)[3]
-    (part,) = placement(parameter_of((2, 4, 5), **EXPERT_FC2), groups).parts
+    (part,) = placement("weight", parameter_of((2, 4, 5), **EXPERT_FC2), groups).parts
     assert part.whole == (slice(2, 4), slice(0, 4), slice(5, 10))
+
+
+def test_experts_of_their_own_lie_where_they_would_in_one_parameter():
+    """Local expert 1 of 2, with its halves of gate and up; the name in a checkpoint is that of all experts together."""
+    for groups in ranks_of(dp=4, ep=2, etp=2):
+        together = placement("fc1.weight", parameter_of((2, 4, 5), **EXPERT_FC1), groups)
+        alone = placement("fc1.weight1", parameter_of((4, 5), **EXPERT_FC1 | {"partition_dim": 0, "expert": 1, "num_experts": 2}), groups)
+        assert (alone.name, alone.whole_shape, alone.replica) == ("fc1.weight", together.whole_shape, together.replica)
+        assert alone.local_shape == (1, 4, 5)
+        for mine, theirs in zip(alone.parts, together.parts, strict=True):
+            assert mine.local[1:] == theirs.local[1:]
+            assert mine.whole[1:] == theirs.whole[1:]
+            assert mine.whole[0] == slice(theirs.whole[0].start + 1, theirs.whole[0].stop)
+        data = torch.arange(20.0).view(4, 5)
+        entry = sharded_tensor("optimizer.main.", data, alone)
+        pieces = entry.build() if hasattr(entry, "build") else [entry]
+        assert {piece.key for piece in pieces} == {"optimizer.main.fc1.weight"}
+        assert torch.equal(torch.cat([piece.data for piece in pieces], dim=1)[0], data)
 
 
 def test_a_copy_on_another_stage_is_never_the_home():
     for groups in ranks_of(tp=2, dp=2):
-        assert placement(parameter_of((3, 5), **COLUMN), groups, is_copy=True).replica[0] == 1
+        assert placement("weight", parameter_of((3, 5), **COLUMN), groups, is_copy=True).replica[0] == 1
 
 
 @pytest.mark.parametrize(("marks", "shape", "layout", "whole_shape"), CASES.values(), ids=CASES)
@@ -117,9 +135,9 @@ def test_checkpoints_get_the_same_places(marks, shape, layout, whole_shape):
     """What megatron is told of each part: global shape and offset; and two parts come back as one tensor."""
     for groups, fill in zip(ranks_of(**layout), range(100), strict=False):
         parameter = parameter_of(shape, **marks)
-        place = placement(parameter, groups)
+        place = placement("weight", parameter, groups)
         data = torch.arange(parameter.numel()).view(shape) + 1000.0 * fill
-        entry = sharded_tensor("weight", data, place)
+        entry = sharded_tensor("", data, place)
         pieces = entry.build() if hasattr(entry, "build") else [entry]
         for piece, part in zip(pieces, place.parts, strict=True):
             assert piece.global_shape == whole_shape
@@ -134,5 +152,5 @@ def test_homes_are_unique_for_every_small_layout():
     for tp, dp, ep, etp in product((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2)):
         if (tp * dp) % (ep * etp):
             continue
-        homes = [placement(parameter_of((2, 4, 4), **EXPERT_FC1), groups) for groups in ranks_of(tp, dp, ep, etp)]
+        homes = [placement("weight", parameter_of((2, 4, 4), **EXPERT_FC1), groups) for groups in ranks_of(tp, dp, ep, etp)]
         assert sum(place.replica == (0, 0, 0) for place in homes) == ep * etp

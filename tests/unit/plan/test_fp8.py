@@ -9,6 +9,8 @@ import pytest
 
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.plan.buffers import buffers_of_stage
+from hunyuan_pretrain.plan.counts import memory_of_ranks
 from hunyuan_pretrain.plan.fp8 import expert_rows, fp8_flops_per_token, fp8_memory_per_rank, layer_sizes
 from hunyuan_pretrain.plan.summary import summarise
 
@@ -81,6 +83,24 @@ def test_memory_of_kept_inputs_halves(tmp_path: Path) -> None:
     # layers alternate between owners and borrowers of keys and values; two experts a rank, whole
     attention = (8 * 2 * 6400 * 6400 + 4 * 2 * 6400 * 640) / 8
     assert memory.weight_copies == round(2 * (attention + 8 * 3 * 6400 * 18304 / 8 + 8 * 2 * 3 * 6400 * 18304) * (1 + 4 / 128))
+
+
+def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(tmp_path: Path) -> None:
+    """Of each quantised weight: the half of its bf16 value, and its FP8 rows beside that; of every gathered value the half."""
+    plain, kept = (large(tmp_path, **{"precision.fp8_parameters": text}) for text in ("false", "true"))
+    stage, weights = plain.stages[0], fp8_memory_per_rank(plain, plain.stages[0], 512).weight_copies / 2 / (1 + 4 / 128)
+    copies = [fp8_memory_per_rank(experiment, stage, 512).weight_copies for experiment in (plain, kept)]
+    assert copies[0] - copies[1] == pytest.approx(weights, rel=1e-9)
+    memories = [memory_of_ranks(x.model, x.parallel, x.precision, 512, pipeline_rank=1)[0] for x in (plain, kept)]
+    assert memories[0].weights - memories[1].weights == pytest.approx(weights, rel=1e-6)  # buffers are padded
+    assert memories[0].gradients == pytest.approx(memories[1].gradients, rel=1e-6)
+    assert memories[0].optimizer == pytest.approx(memories[1].optimizer, rel=1e-6)
+    gathered = []
+    for experiment in (plain, kept):
+        buffers = buffers_of_stage(experiment.model, experiment.parallel, experiment.precision, 512, 1)
+        gathered.append({axis: sum(x.size * x.weight_bytes for x in buffers if x.axis == axis) for axis in ("dp", "expert_dp")})
+    assert gathered[0]["expert_dp"] == 2 * gathered[1]["expert_dp"], "routed experts are nothing but quantised weights"
+    assert gathered[1]["dp"] < 0.52 * gathered[0]["dp"]
 
 
 @pytest.mark.parametrize(("factor", "topk", "micro"), [(1.0, 1, 1), (1.25, 1, 2), (0.7, 2, 1)])

@@ -1,0 +1,162 @@
+"""What tests of parameters in FP8 only run in processes of their own, which have the stand-in for Transformer Engine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.helpers import transformer_engine_stub
+from tests.helpers.transformer_engine_cases import Build, Case, chosen
+
+
+@dataclass
+class ParameterRun:
+    """What one rank saw of a run."""
+
+    traces: list[Any]
+    """Of its steps: losses, gradients, moments, weights."""
+    validation: float
+    """Loss on held-out text after them."""
+    in_fp8: list[str]
+    """Parameters that are FP8 tensors."""
+    buffers: dict[str, int]
+    """Bytes of the buffers from which parameters are gathered, by number format."""
+    scales: dict[str, np.ndarray]
+    """Of the delayed recipe, at the end."""
+
+
+def parameter_runs(cases: Sequence[Case], steps: range) -> list[ParameterRun]:
+    """In every rank: these steps of each case, after which it saves a checkpoint."""
+    transformer_engine_stub.install()
+    found = []
+    for case in cases:
+        gc.collect()
+        with chosen(case):
+            found.append(_parameter_run(case.experiment, steps))
+    return found
+
+
+def broken_runs(pairs: Sequence[Sequence[Case]], steps: int) -> list[ParameterRun]:
+    """What each second case saw that goes on from the checkpoint which its first wrote after a step."""
+    transformer_engine_stub.install()
+    found = []
+    for first, then in pairs:
+        for case, mine in ((first, range(1)), (then, range(1, steps))):
+            gc.collect()
+            with chosen(case):
+                last = _parameter_run(case.experiment, mine)
+        found.append(last)
+    return found
+
+
+def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
+    from megatron.core.fp8_utils import is_float8tensor
+
+    from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.evaluate import evaluate
+    from hunyuan_pretrain.train.parity import trace_steps
+
+    run = setup.prepare(experiment)
+    assert run.first_step == steps.start
+    traces = trace_steps(run, steps)
+    assert run.evaluation is not None
+    validation = evaluate(experiment, experiment.stages[-1], run.wrapped, run.evaluation, run.groups, run.device)
+    save_load.save(run.run_dir, steps.stop, run.chunks, run.optimizer, None)
+    buffers: dict[str, int] = {}
+    for model in run.wrapped:
+        for buffer in model.buffers + model.expert_parallel_buffers:
+            buffers[str(buffer.param_dtype)] = buffers.get(str(buffer.param_dtype), 0) + buffer.param_data.nbytes
+    found = ParameterRun(
+        traces,
+        validation["loss"],
+        [name for model in run.chunks for name, parameter in model.named_parameters() if is_float8tensor(parameter)],
+        buffers,
+        {name: tensor.numpy().copy() for name, tensor in scaling_state(run.chunks).items()},
+    )
+    setup.leave(run)
+    return found
+
+
+def differences_of_files(pairs: Sequence[Sequence[Path]]) -> list[list[str]]:
+    """Tensors of two checkpoints that are not bitwise equal, for each pair."""
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+
+    # isort: split
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    found = []
+    for pair in pairs:
+        contents = [_load_state_dict_from_keys(storage_reader=FileSystemReader(str(folder))) for folder in pair]
+        tensors = [{name: x for name, x in _leaves("", content) if isinstance(x, torch.Tensor)} for content in contents]
+        assert len(tensors[0]) > 100
+        names = tensors[0].keys() | tensors[1].keys()
+        pairs_of_tensors = {name: [one.get(name) for one in tensors] for name in names}
+        found.append(sorted(name for name, (a, b) in pairs_of_tensors.items() if a is None or b is None or not torch.equal(a, b)))
+    return found
+
+
+def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in _leaves(f"{prefix}.{key}", inner)]
+    return [(prefix, value)]
+
+
+def differences_of_shards(builds: Sequence[Build]) -> list[str]:
+    """What a checkpoint would not find where it is, between experts of one parameter and those of a parameter each."""
+    transformer_engine_stub.install()
+    found = []
+    for build in builds:
+        for rank in build.ranks:
+            whole, alone = (_shards(build, rank, is_kept) for is_kept in (False, True))
+            if whole != alone:
+                differing = [key for key in whole.keys() | alone.keys() if whole.get(key) != alone.get(key)]
+                found.append(f"{build}, rank {rank}: {differing[:5]}, e.g. {whole.get(differing[0])} and {alone.get(differing[0])}")
+    return found
+
+
+def _shards(build: Build, rank: int, is_kept: bool) -> dict[Any, Any]:
+    """(name, offset) of every part, experts one by one -> whole shape, shape, replica and marks."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.hunyuan_model import build_model
+    from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups
+    from tests.helpers.tiny import tiny_model
+    from tests.helpers.transformer_engine_cases import MARKS
+
+    parallel = ParallelConfig(**build.parallel)
+    dist.init_process_group("fake", rank=rank, world_size=build.world_size, store=FakeStore())
+    try:
+        groups = build_groups(parallel, 60)
+        formats = PrecisionConfig(fp8_recipe="blockwise", fp8_parameters=is_kept, num_layers_at_start_in_bf16=1)
+        with torch.device("meta"):
+            chunks = build_model(transformer_config(tiny_model(**build.model), parallel, formats, True, True), groups, None)
+        found: dict[Any, Any] = {}
+        for chunk in chunks:
+            places = chunk.placements()
+            for name, parameter in chunk.named_parameters():
+                place = places[name]
+                marks = [getattr(parameter, mark, default) for mark, default in MARKS.items() if mark != "partition_dim"]
+                dim = getattr(parameter, "partition_dim", -1) - parameter.dim()
+                is_expert = getattr(parameter, "is_routed_expert", False)
+                for part in place.parts:
+                    offset = tuple(where.start for where in part.whole)
+                    for expert in range(part.lengths[0] if is_expert else 1):
+                        first = (offset[0] + expert,) if is_expert else (offset[0],)
+                        lengths = part.lengths[1:] if is_expert else part.lengths
+                        found[place.name, *first, *offset[1:]] = place.whole_shape, lengths, place.replica, marks, dim
+        return found
+    finally:
+        destroy_groups()
