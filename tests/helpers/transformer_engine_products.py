@@ -1,7 +1,10 @@
-"""One matrix product of Transformer Engine's spec and of the emulated one: the same weights and inputs, in processes that have its stand-ins."""
+"""Transformer Engine's spec and the emulated one side by side, with the same weights and data, in processes that have its stand-ins."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tests.helpers import transformer_engine_stub
@@ -11,22 +14,62 @@ KINDS = ("column", "row", "norm", "experts", "unequal experts")
 STEPS, MICRO_BATCHES = 3, 2
 
 
-def products_of_both_specs(recipes: list[str], ranks: int, capability: tuple[int, int]) -> dict[tuple[str, str], dict[str, Any]]:
-    """By recipe and kind: what a training step computes under (Transformer Engine's spec, the emulated one), on each rank."""
+@dataclass
+class Run:
+    """What one rank saw of a run under one spec."""
+
+    traces: list[Any]
+    """Of its steps."""
+    scales: dict[str, Any]
+    """Of the delayed recipe, after them."""
+    num_quantised: int
+    """Tensors that the stand-ins quantised."""
+
+
+@dataclass
+class BothSpecs:
+    """What one rank computed in one recipe."""
+
+    engine: Run
+    emulated: Run
+    products: dict[str, dict[str, tuple[Any, Any]]]
+    """By kind: what a product alone computed under (Transformer Engine's spec, the emulated one), by name."""
+
+
+def both_specs(experiments: Mapping[str, Any], ranks: int, capability: tuple[int, int]) -> dict[str, BothSpecs]:
+    """In every rank, by recipe: two steps of its experiment, and the products."""
     transformer_engine_stub.install(capability)
     from hunyuan_pretrain.config.schema import ParallelConfig
-    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
+    from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
 
+    found = {}
+    for recipe, experiment in experiments.items():
+        found[recipe] = BothSpecs(_run(experiment, use_engine=True), _run(experiment, use_engine=False), {})
     initialize_distributed("gloo", 60)
     parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=ranks > 1)
     groups = build_groups(parallel, 60)
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for recipe in recipes:
+    for recipe in experiments:
         for kind in KINDS[: 5 if ranks == 1 else 3]:
             engine, emulated = (_steps(kind, recipe, parallel, groups, use_engine) for use_engine in (True, False))
             assert engine.keys() == emulated.keys()
-            found[recipe, kind] = {name: (tensor, emulated[name]) for name, tensor in engine.items()}
+            found[recipe].products[kind] = {name: (tensor, emulated[name]) for name, tensor in engine.items()}
+    destroy_groups()
     return found
+
+
+def _run(experiment: Any, use_engine: bool) -> Run:
+    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.parity import trace_steps
+
+    gc.collect()
+    transformer_engine_stub.calls.clear()
+    with chosen(Case(experiment, engine=use_engine)):
+        run = setup.prepare(experiment)
+        traces = trace_steps(run, range(2))
+        scales = {name: tensor.numpy().copy() for name, tensor in scaling_state(run.chunks).items()}
+        setup.leave(run)
+    return Run(traces, scales, sum(call[0] == "quantize" for call in transformer_engine_stub.calls))
 
 
 def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool) -> dict[str, Any]:
@@ -83,7 +126,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     model = Model()
     weight = model.product.weight
     if splits is not None:
-        T = sum(splits) if isinstance(splits, list) else splits * weight.shape[0]  # noqa: N806
+        T = sum(splits) if isinstance(splits, list) else splits * weight.shape[0]
     if model.norm is not None:
         model.norm.weight.data.copy_(draw(1, I)[0])
     found: dict[str, torch.Tensor] = {}
@@ -103,23 +146,3 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
             found[f"norm's gradient {step}"], model.norm.weight.grad = model.norm.weight.grad, None
         found |= {f"{name} {step}": tensor.clone() for name, tensor in scaling_state([model]).items()}
     return {name: tensor.float().numpy() for name, tensor in found.items()}
-
-
-def steps_of_both_specs(experiments: list[Any], steps: int, capability: tuple[int, int]) -> list[list[tuple[Any, dict[str, Any]]]]:
-    """Of each experiment, for Transformer Engine's spec and the emulated one: (traces of its steps, delayed scales after them)."""
-    transformer_engine_stub.install(capability)
-    from hunyuan_pretrain.model.fp8 import scaling_state
-    from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.parity import trace_steps
-
-    found = []
-    for experiment in experiments:
-        both = []
-        for use_engine in (True, False):
-            with chosen(Case(experiment, engine=use_engine)):
-                run = setup.prepare(experiment)
-                traces = trace_steps(run, range(steps))
-                both.append((traces, {name: tensor.numpy().copy() for name, tensor in scaling_state(run.chunks).items()}))
-                setup.leave(run)
-        found.append(both)
-    return found

@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import STEPS, Comparisons, Layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import build, packed_inputs, tiny_model
 from tests.helpers.transformer_engine_cases import (
     Build,
     Case,
-    Fp8Run,
     attention_differences,
     checkpoints_under_both_specs,
     differences_of_builds,
-    fp8_runs,
     recipe_fields,
     traces,
 )
@@ -178,121 +175,6 @@ def test_attention_takes_whole_documents_and_the_blocks_of_a_context_parallel_ra
         "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
     ]
     assert max(error for _, error in found) < 2**-6
-
-
-# --- FP8 --------------------------------------------------------------------------------------------------------------------------------
-
-
-def fp8_experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str = "delayed", **precision: Any) -> Experiment:
-    """Sizes that FP8 takes; the first and the last of 8 layers stay in bf16."""
-    fields = layout.experiment(corpus, run_dir).model_dump(mode="json")
-    fields["precision"] |= {"dtype": "bf16", "fp8_recipe": recipe, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
-    fields["precision"] |= precision
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4}
-    fields["model"] |= sizes | {"kv_channels": 8, "moe_routing_group_tokens": 64}
-    return Experiment.model_validate(fields)
-
-
-@pytest.fixture(scope="module")
-def delayed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Fp8Run]]:
-    """What each rank saw of two steps with the delayed recipe; by layout."""
-    folder = tmp_path_factory.mktemp("fp8")
-    layouts = {
-        "whole batch": Layout(micro_batch=8),
-        "4 micro-batches": Layout(micro_batch=2),
-        "recompute": Layout(micro_batch=2, recompute="cla_group"),
-        "dropless": Layout(micro_batch=2, model="dropless"),
-        "ep": Layout(dp=2, ep=2, micro_batch=2),
-        "etp": Layout(dp=2, etp=2, micro_batch=2),
-        "vpp": Layout(pp=2, vpp=2, micro_batch=1),
-    }
-    found: dict[str, list[Fp8Run]] = {}
-    for world_size in (1, 2):
-        names = [name for name, layout in layouts.items() if layout.world_size == world_size]
-        experiments = [fp8_experiment(layouts[name], corpus, folder / name, fp8_amax_history_len=4) for name in names]
-        ranks = run_ranks(world_size, fp8_runs, experiments, 2)
-        found |= {name: list(runs) for name, runs in zip(names, zip(*ranks, strict=True), strict=True)}
-    return found
-
-
-@needs_package
-@pytest.mark.slow
-def test_the_first_and_last_layers_stay_out_of_fp8(delayed: dict[str, list[Fp8Run]]) -> None:
-    (run,) = delayed["whole batch"]
-    assert len(run.in_fp8) == 8 * 6
-    assert all(in_fp8 == (1 <= int(name.split(".")[3]) <= 6) for name, in_fp8 in run.in_fp8.items())
-    assert len(run.state) == 6 * 6 * 3 * 2  # layers, products, operands, history and scale
-    assert run.state["decoder.layers.1.mlp.experts.linear_fc1.x.history"].shape == (4, 4)
-
-
-@needs_package
-@pytest.mark.slow
-def test_scales_change_once_a_step_whatever_the_micro_batches(delayed: dict[str, list[Fp8Run]]) -> None:
-    for name, runs in delayed.items():
-        for run in runs:
-            for calls in run.calls:
-                # of the forward and the backward pass; of dense products and of experts
-                updates = [(call, count) for call, count in calls.items() if call[0] == "update_scales"]
-                assert sum(count for _, count in updates) == 4, (name, updates)
-    (whole,), (parts,), (recomputed,) = (delayed[name] for name in ("whole batch", "4 micro-batches", "recompute"))
-    for key, tensor in whole.state.items():
-        if ".w." in key or ".x." in key:  # gradients are rounded from sums in another order
-            first = tensor if tensor.ndim == 1 else tensor[-2]
-            mine = parts.state[key] if tensor.ndim == 1 else parts.state[key][-2]
-            np.testing.assert_allclose(mine, first, rtol=0.05)
-        np.testing.assert_array_equal(recomputed.state[key], parts.state[key])
-    for key, tensor in whole.state.items():
-        if key.endswith(".history"):
-            assert (tensor[:2] == 0).all(), key  # row 0 is the running step's, and two steps of four were made
-            assert (tensor[2:] > 0).all(), key
-
-
-@needs_package
-@pytest.mark.slow
-def test_weights_are_quantised_once_a_step(delayed: dict[str, list[Fp8Run]]) -> None:
-    """Of 6 layers with 4 dense products and 2 of 4 experts each: inputs and gradients for every micro-batch, weights once."""
-    products = 6 * (4 + 2 * 4)
-    for name, micro_batches in (("whole batch", 1), ("4 micro-batches", 4)):
-        (run,) = delayed[name]
-        for calls in run.calls:
-            assert sum(count for call, count in calls.items() if call[0] == "quantize") == products * (2 * micro_batches + 1)
-
-
-@needs_package
-@pytest.mark.slow
-def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed: dict[str, list[Fp8Run]]) -> None:
-    (alone,) = delayed["whole batch"]
-    for first, second in (delayed["ep"], delayed["etp"]):
-        for key in first.state:
-            if "experts.linear" not in key or "shared" in key:
-                np.testing.assert_array_equal(first.state[key], second.state[key])
-    ep, etp = delayed["ep"], delayed["etp"]
-    assert [run.reductions for run in ep] == [[[2, 2]] * 2] * 2, "experts are reduced over no other rank, which holds others"
-    assert [run.reductions for run in etp] == [[[2, 2, 2, 2]] * 2] * 2
-    key = "decoder.layers.2.mlp.experts.linear_fc1.x.history"
-    together = np.concatenate([run.state[key] for run in ep], axis=1)
-    np.testing.assert_allclose(together[-2], alone.state[key][-2], rtol=0.01)
-
-
-@needs_package
-@pytest.mark.slow
-def test_rows_are_padded_only_where_the_capacity_is_no_multiple(delayed: dict[str, list[Fp8Run]]) -> None:
-    """64 tokens of a routing group over 4 experts are 16 rows each; dropless, they are as the router likes."""
-    assert [run.padded for name in ("whole batch", "4 micro-batches", "recompute", "ep", "etp", "vpp") for run in delayed[name]] == [0] * 9
-    (dropless,) = delayed["dropless"]
-    assert dropless.padded > 0
-
-
-@needs_package
-@pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "capability"), [("tensorwise", (9, 0)), ("blockwise", (9, 0)), ("mxfp8", (10, 0))])
-def test_other_recipes_keep_no_scales(recipe: str, capability: tuple[int, int], corpus: Path, tmp_path: Path) -> None:
-    experiment = fp8_experiment(Layout(micro_batch=2), corpus, tmp_path, recipe)
-    ((run,),) = run_ranks(1, fp8_runs, [experiment], 1, capability)
-    assert run.state == {}
-    assert sum(run.in_fp8.values()) == 36
-    quantizer = {"tensorwise": "Float8CurrentScalingQuantizer", "blockwise": "Float8BlockQuantizer", "mxfp8": "MXFP8Quantizer"}[recipe]
-    assert {call[1] for call in run.calls[0] if call[0] == "quantize"} == {quantizer}
 
 
 # --- without the package ----------------------------------------------------------------------------------------------------------------
