@@ -107,6 +107,22 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
             yield Problem(f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {unit * ranks}")
 
 
+def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
+    """Under sequence parallelism Transformer Engine gathers the blocks of 128 of blockwise with their scales, and no parts of them."""
+    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    if precision.fp8_recipe != "blockwise" or not parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1:
+        return
+    if model.hidden_size % 128:
+        rule = f"sequence parallelism gathers blocks of 128 of each token, and hidden_size is {model.hidden_size}"
+        yield Problem("precision.fp8_recipe", "blockwise", rule, "use tensorwise, or a multiple of 128")
+    for index, stage in enumerate(experiment.stages):
+        tokens = stage.sequence_length * stage.micro_batch_sequences
+        if tokens % ranks == 0 and tokens // ranks % 128:
+            rule = f"a rank has {tokens // ranks} tokens of a micro-batch, and sequence parallelism gathers blockwise in blocks of 128"
+            yield Problem(f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {128 * ranks}, or tensorwise")
+
+
 def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Problem]:
     """What contradicts runtime.transformer_engine=required on every machine."""
     runtime = experiment.runtime
@@ -128,4 +144,5 @@ PRECISION_RULES = (
     most_recent_reads_one_step,
     some_layer_is_in_fp8,
     fp8_products_are_aligned,
+    gathered_blocks_are_whole,
 )

@@ -8,6 +8,8 @@ accumulate in fp32. Scales and rounding follow Transformer Engine 2.11 (its reci
   delayed      the scale of a tensor comes from its largest values in earlier steps; tensorwise: from the tensor (of one expert)
   blockwise    x and dY in 1 x 128, along the summed dimension of each product; w in 128 x 128
   mxfp8        1 x 32 along the summed dimension, the inverse scale a power of two (E8M0), amax / fp8_max rounded up
+Not as there: the norm that Transformer Engine fuses into a projection is rounded to bf16 before it is quantised; its kernel for the delayed
+recipe leaves that rounding out.
 A delayed scale changes once in an optimizer step, after its last micro-batch, from the largest value over the global batch and all ranks
 that hold the tensor: it depends neither on the layout nor on how a batch is divided.
 

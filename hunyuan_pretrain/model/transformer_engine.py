@@ -14,7 +14,8 @@ gather by index is one kernel already.
 FP8 (`training_step`): scales of the delayed recipe change once for each optimizer step, from the largest values of all its micro-batches,
 and a weight is quantised once for each.
 
-Nothing here has run on a GPU. Tests run it with CPU stand-ins for the kernels, which proves the wiring and no kernel.
+Nothing here has run on a GPU. Tests run it with CPU stand-ins for the kernels, which proves the wiring and no kernel; with those that
+quantise, FP8 steps are those of model/fp8.py bit by bit.
 
 Shapes: T tokens, S key rows, R rows of experts, D hidden, I input and O output of a product, e experts of this rank, N query heads,
 G key/value heads, H head dim; L steps of a history.

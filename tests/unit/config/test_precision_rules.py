@@ -93,6 +93,17 @@ def test_most_recent_has_no_use_for_a_history() -> None:
     rules.check(experiment({"fp8_recipe": "delayed", "fp8_amax_compute_algo": "most_recent"}))
 
 
+def test_blocks_that_sequence_parallelism_gathers_are_whole() -> None:
+    parallel: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 192}, **parallel)
+    assert "precision.fp8_recipe=blockwise: sequence parallelism gathers blocks of 128 of each token, and hidden_size is 192" in text
+    text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 128}, **parallel, context_parallel_size=4)
+    assert "a rank has 32 tokens of a micro-batch, and sequence parallelism gathers blockwise in blocks of 128" in text
+    assert "(use a multiple of 1024, or tensorwise)" in text
+    rules.check(experiment({"fp8_recipe": "blockwise"}, {"hidden_size": 128}, **parallel))
+    rules.check(experiment({"fp8_recipe": "tensorwise"}, {"hidden_size": 192}, **parallel))
+
+
 def test_some_layer_is_left_for_fp8() -> None:
     text = refusal({"fp8_recipe": "blockwise", "num_layers_at_start_in_bf16": 3, "num_layers_at_end_in_bf16": 1})
     assert "precision.num_layers_at_start_in_bf16=3: with num_layers_at_end_in_bf16=1 none of the 4 layers is left for FP8" in text
