@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -151,6 +152,9 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     for model in chunks:
         if model.ddp_config.overlap_param_gather:
             model.start_param_sync(force_sync=True)
+            # core does this where it waits for a gather under way, and not after this one: backward passes would read what was before
+            if in_fp8 := [parameter for parameter in model.parameters() if is_float8tensor(parameter)]:
+                post_all_gather_processing(in_fp8)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, expert_ratio: float) -> None:

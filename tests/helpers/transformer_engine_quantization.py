@@ -105,7 +105,7 @@ def _fill_whole(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
     elif amax is not None and quantizer.amax.numel():  # a weight that is cast in parts has its largest value from elsewhere
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
     codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "delayed", scale=quantizer.scale)
-    output._scale_inv.copy_(inverse.view(1))
+    output._scale_inv.copy_(inverse.view_as(output._scale_inv))
     _write(output._data, codes_RC)
     _write(output._transpose, codes_RC.t())
 

@@ -29,11 +29,10 @@ WORK = [
     ("tensorwise", "one rank"),
     ("blockwise", "one rank"),
     ("delayed", "data"),
-    ("tensorwise", "experts"),
-    ("blockwise", "tensor"),
-    ("delayed", "tensor"),
+    ("tensorwise", "tensor"),
+    ("blockwise", "experts"),
 ]
-STEPS = 2
+STEPS = 3
 
 
 def experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str, is_kept: bool) -> Experiment:
@@ -66,25 +65,24 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
     return found
 
 
-def assert_same_numbers(mine: list[Any], theirs: list[Any]) -> None:
+def assert_same_numbers(mine: Any, theirs: Any) -> None:
     """Bit by bit; not the weights of the model, which only one of the two has in bf16."""
-    for step, (one, other) in enumerate(zip(mine, theirs, strict=True)):
-        assert one.scalars.pop("grad_norm") == pytest.approx(other.scalars.pop("grad_norm"), rel=1e-6)
-        assert one.scalars == other.scalars, step
-        for kind in ("gradients", "moments"):
-            arrays, expected = getattr(one, kind), getattr(other, kind)
-            assert arrays.keys() == expected.keys()
-            assert len(arrays) > 20
-            for name, array in arrays.items():
-                np.testing.assert_array_equal(array, expected[name], err_msg=f"{kind} {name} in step {step}")
+    assert mine.scalars | {"grad_norm": 0.0} == theirs.scalars | {"grad_norm": 0.0}
+    assert mine.scalars["grad_norm"] == pytest.approx(theirs.scalars["grad_norm"], rel=1e-6)
+    for kind in ("gradients", "moments"):
+        arrays, expected = getattr(mine, kind), getattr(theirs, kind)
+        assert arrays.keys() == expected.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=f"{kind} {name}")
 
 
 @needs_package
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "name"), WORK)
 def test_training_does_not_notice_that_weights_are_in_fp8_only(recipe: str, name: str, runs: dict[Any, Any]) -> None:
-    for plain, kept in runs[recipe, name][1]:
-        assert_same_numbers(kept.traces, plain.traces)
+    for rank, (plain, kept) in enumerate(runs[recipe, name][1]):
+        assert_same_numbers(kept.trace, plain.trace)
+        assert len(plain.trace.gradients) == (46 if rank == 0 else 0), "the first rank has those of all"
         assert kept.scales.keys() == plain.scales.keys()
         for key, scale in plain.scales.items():
             np.testing.assert_array_equal(kept.scales[key], scale, err_msg=key)
@@ -118,7 +116,7 @@ def check_memory(plain: ParameterRun, kept: ParameterRun) -> None:
 @needs_package
 @pytest.mark.slow
 def test_a_run_goes_on_with_or_without(corpus: Path, tmp_path: Path, runs: dict[Any, Any]) -> None:
-    """Of two steps with a checkpoint between them the second is bitwise that of a run without a break, however weights were kept before."""
+    """With a checkpoint between the steps the last is bitwise that of a run without a break, however weights were kept before."""
     for recipe in ("delayed", "blockwise"):
         name = "one rank"
         cases = []
@@ -127,7 +125,7 @@ def test_a_run_goes_on_with_or_without(corpus: Path, tmp_path: Path, runs: dict[
             cases.append([Case(experiment(LAYOUTS[name], corpus, folder, recipe, is_kept), engine=True) for is_kept in (first, then)])
         (found,) = run_ranks(1, broken_runs, cases, STEPS)
         for mine in found:
-            assert_same_numbers(mine.traces, runs[recipe, name][1][0][0].traces[1:])
+            assert_same_numbers(mine.trace, runs[recipe, name][1][0][0].trace)
 
 
 @needs_package
@@ -140,7 +138,7 @@ def test_a_new_run_starts_from_the_weights_of_another(corpus: Path, tmp_path: Pa
         fields["checkpoint"]["init_from"] = str(runs["blockwise", "one rank"][0] / f"False/checkpoints/step_{STEPS:07d}")
         cases.append(Case(Experiment.model_validate(fields), engine=True))
     ((plain, kept),) = run_ranks(1, parameter_runs, cases, range(2))
-    assert_same_numbers(kept.traces, plain.traces)
+    assert_same_numbers(kept.trace, plain.trace)
 
 
 @needs_package
