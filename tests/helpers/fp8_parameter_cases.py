@@ -60,6 +60,7 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
 
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.plan.counts import expert_lr_ratio
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.evaluate import evaluate
     from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
@@ -72,7 +73,8 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     assert run.first_step == steps.start
     for step in steps[:-1]:  # as a run takes them: nothing is gathered between two steps but what they gather themselves
         stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
-        set_learning_rate(run.optimizer, experiment.optimizer.lr * lr_fraction(experiment.stages, step), 0.5)
+        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
+        set_learning_rate(run.optimizer, experiment.optimizer.lr * lr_fraction(experiment.stages, step), ratio)
         train_step(experiment, stage, step, run.wrapped, run.optimizer, run.loader.micro_batches(step), run.groups, run.device)
     (trace,) = trace_steps(run, steps[-1:])
     assert run.evaluation is not None
