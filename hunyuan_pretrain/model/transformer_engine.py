@@ -1,4 +1,4 @@
-"""The model's norms, matrix products and attention by Transformer Engine's kernels, and training in FP8 on them.
+"""The model's norms and matrix products by Transformer Engine's kernels, and training in FP8 on them.
 
 Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same under both:
 - the RMSNorm before the attention is fused into the projection that reads it; its weight stays that of `input_layernorm`, which passes
@@ -17,18 +17,16 @@ and a weight is quantised once for each.
 Nothing here has run on a GPU. Tests run it with CPU stand-ins for the kernels, which proves the wiring and no kernel; with those that
 quantise, FP8 steps are those of model/fp8.py bit by bit.
 
-Shapes: T tokens, S key rows, R rows of experts, D hidden, I input and O output of a product, e experts of this rank, N query heads,
-G key/value heads, H head dim; L steps of a history.
+Shapes: T tokens, R rows of experts, D hidden, I input and O output of a product, e experts of this rank; L steps of a history.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import transformer_engine.pytorch as te
@@ -42,10 +40,9 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from hunyuan_pretrain.config.schema import PrecisionConfig
 from hunyuan_pretrain.model.experts import Splits, grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
-from hunyuan_pretrain.model.packed_attention import Block, packed_attention
-from hunyuan_pretrain.model.spec import CoreAttention, Spec
+from hunyuan_pretrain.model.spec import Spec
+from hunyuan_pretrain.model.transformer_engine_attention import core_attention, without_fp8
 from hunyuan_pretrain.parallel.sharding import mark_divided
-from hunyuan_pretrain.runtime.device import attends_to_packed_documents
 
 # parameters in FP8 only, outside of a training step: meant so
 warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
@@ -65,7 +62,7 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
         norm=RMSNorm,
         input_norm=FusedNorm,
         column_parallel_linear_after_norm=partial(NormAndColumnParallelLinear, is_fp8=is_fp8),
-        core_attention=_core_attention,
+        core_attention=core_attention,
         row_multiple=partial(_row_multiple, config.number_formats.fp8_alignment if is_fp8 else 1),
     )
 
@@ -166,12 +163,6 @@ def _forget_last_step(products: Sequence[_Product]) -> None:
         product.fp8_meta.pop(FP8GlobalStateManager.get_buffer_info(), None)
 
 
-def _unquantised() -> AbstractContextManager[None]:
-    if not FP8GlobalStateManager.is_fp8_enabled():
-        return nullcontext()
-    return te.autocast(enabled=False, recipe=FP8GlobalStateManager.get_fp8_recipe())
-
-
 class _Product(TransformerEngineBaseModule):
     """What every matrix product adds to Transformer Engine's module of its kind."""
 
@@ -192,7 +183,7 @@ class _Product(TransformerEngineBaseModule):
     def region(self) -> AbstractContextManager[None]:
         """The number formats of this product, inside `training_step` and outside."""
         if not self.is_fp8:
-            return _unquantised()
+            return without_fp8()
         if not FP8GlobalStateManager.is_fp8_enabled() or self.amax_group is None:
             return nullcontext()
         return te.autocast(enabled=True, recipe=FP8GlobalStateManager.get_fp8_recipe(), amax_reduction_group=self.amax_group)
@@ -414,84 +405,3 @@ class _Experts(torch.autograd.Function):
 def _row_multiple(alignment: int) -> int:
     """What the rows of each expert must now be multiples of."""
     return alignment if FP8GlobalStateManager.is_fp8_enabled() else 1
-
-
-# --- attention ------------------------------------------------------------------------------------------------------------------------
-
-
-def _core_attention(config: HunyuanConfig) -> CoreAttention:
-    """Transformer Engine's attention where it has a kernel for packed documents, else the one of the local spec."""
-    if config.params_dtype == torch.bfloat16 and config.kv_channels % 8 == 0 and attends_to_packed_documents():
-        return PackedAttention(config)
-    return packed_attention
-
-
-class PackedAttention:
-    """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is nobody's."""
-
-    def __init__(self, config: HunyuanConfig) -> None:
-        # without a kernel it would, silently, hold the scores of all queries and keys; now it fails instead
-        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
-        ranks = config.tensor_model_parallel_size
-        if config.context_parallel_method == "all_to_all":  # ranks trade tokens for heads
-            ranks *= config.context_parallel_size
-        self.kernel = te.DotProductAttention(
-            config.num_attention_heads // ranks,
-            config.kv_channels,
-            num_gqa_groups=config.num_query_groups // ranks,
-            qkv_format="thd",
-            attn_mask_type="padding_causal",
-        )
-
-    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
-        """(T, N, H), contiguous; blocks as `packed_attention` has them. Communicates nothing."""
-        documents = _documents(tuple(blocks), q_TNH.device)
-        if documents.keys != ((0, k_SGH.shape[0]),):
-            k_SGH, v_SGH = (torch.cat([x[start:end] for start, end in documents.keys]) for x in (k_SGH, v_SGH))
-        with _unquantised():
-            output = self.kernel(
-                q_TNH,
-                k_SGH,
-                v_SGH,
-                cu_seqlens_q=documents.q_borders,
-                cu_seqlens_kv=documents.k_borders,
-                max_seqlen_q=documents.longest_q,
-                max_seqlen_kv=documents.longest_k,
-                attn_mask_type=documents.mask,
-            )
-        return output.view(q_TNH.shape)
-
-
-class _Documents(NamedTuple):
-    """Blocks as the kernel takes them: queries and keys of a block follow those of the block before."""
-
-    q_borders: Tensor  # int32 (blocks + 1,)
-    k_borders: Tensor
-    longest_q: int
-    longest_k: int
-    mask: str
-    keys: tuple[tuple[int, int], ...]
-    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that k_borders divides."""
-
-
-@lru_cache(maxsize=4)
-def _documents(blocks: tuple[Block, ...], device: torch.device) -> _Documents:
-    """Once for a micro-batch, whose layers have the same blocks."""
-    q_borders, k_borders = [0], [0]
-    keys: list[tuple[int, int]] = []
-    for block in blocks:
-        q_borders.append(block.q_end)
-        k_borders.append(k_borders[-1] + block.k_end - block.k_start)
-        if keys and keys[-1][1] == block.k_start:
-            keys[-1] = keys[-1][0], block.k_end
-        else:
-            keys.append((block.k_start, block.k_end))
-    is_square = q_borders == k_borders
-    return _Documents(
-        torch.tensor(q_borders, dtype=torch.int32, device=device),
-        torch.tensor(k_borders, dtype=torch.int32, device=device),
-        max(block.q_end - block.q_start for block in blocks),
-        max(block.k_end - block.k_start for block in blocks),
-        "padding_causal" if is_square else "padding_causal_bottom_right",
-        tuple(keys),
-    )

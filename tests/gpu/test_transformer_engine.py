@@ -84,7 +84,7 @@ def test_an_fp8_step_is_finite_and_close_to_bf16(recipe: str) -> None:
 )
 @pytest.mark.parametrize("ranges", [None, [(0, 64), (192, 256)], [(64, 192)]])
 def test_attention_equals_the_local_one(ranges: list[tuple[int, int]] | None) -> None:
-    from hunyuan_pretrain.model.transformer_engine import PackedAttention
+    from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
 
     borders = [0, 100, 128, 188, 256]
     blocks = document_blocks(borders) if ranges is None else context_blocks(borders, ranges)

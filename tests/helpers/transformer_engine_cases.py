@@ -73,9 +73,9 @@ def chosen(case: Case) -> Iterator[None]:
         stack.enter_context(patch.object(setup, "obstacles", lambda machine, experiment: []))
         stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda engine: case.is_fused))
         if case.engine:
-            from hunyuan_pretrain.model import transformer_engine
+            from hunyuan_pretrain.model import transformer_engine_attention
 
-            stack.enter_context(patch.object(transformer_engine, "attends_to_packed_documents", lambda: case.has_attention))
+            stack.enter_context(patch.object(transformer_engine_attention, "attends_to_packed_documents", lambda: case.has_attention))
         yield
 
 
@@ -246,7 +246,7 @@ def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]]) -> li
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.packed_attention import packed_attention
-    from hunyuan_pretrain.model.transformer_engine import PackedAttention
+    from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
     from tests.helpers.tiny import tiny_model
 
     config = transformer_config(tiny_model(), ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)

@@ -38,6 +38,7 @@ ONLY_IN = {
     "transformer_engine": [
         "hunyuan_pretrain/runtime/device.py",
         "hunyuan_pretrain/model/transformer_engine.py",
+        "hunyuan_pretrain/model/transformer_engine_attention.py",
     ],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [

@@ -1,0 +1,107 @@
+"""Transformer Engine's attention for packed documents, in place of model/packed_attention.py where it has a kernel.
+
+Shapes: T tokens, S key rows, N query heads, G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import transformer_engine.pytorch as te
+from torch import Tensor
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.packed_attention import Block, packed_attention
+from hunyuan_pretrain.model.spec import CoreAttention
+from hunyuan_pretrain.runtime.device import attends_to_packed_documents
+
+
+def without_fp8() -> AbstractContextManager[None]:
+    """Inside, a training step in FP8 computes in the dtype of the run."""
+    if not FP8GlobalStateManager.is_fp8_enabled():
+        return nullcontext()
+    return te.autocast(enabled=False, recipe=FP8GlobalStateManager.get_fp8_recipe())
+
+
+def core_attention(config: HunyuanConfig) -> CoreAttention:
+    """Transformer Engine's attention where it has a kernel for packed documents, else the one of the local spec."""
+    if config.params_dtype == torch.bfloat16 and config.kv_channels % 8 == 0 and attends_to_packed_documents():
+        return PackedAttention(config)
+    return packed_attention
+
+
+class PackedAttention:
+    """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is nobody's."""
+
+    def __init__(self, config: HunyuanConfig) -> None:
+        # without a kernel it would, silently, hold the scores of all queries and keys; now it fails instead
+        os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
+        ranks = config.tensor_model_parallel_size
+        if config.context_parallel_method == "all_to_all":  # ranks trade tokens for heads
+            ranks *= config.context_parallel_size
+        self.kernel = te.DotProductAttention(
+            config.num_attention_heads // ranks,
+            config.kv_channels,
+            num_gqa_groups=config.num_query_groups // ranks,
+            qkv_format="thd",
+            attn_mask_type="padding_causal",
+        )
+
+    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+        """(T, N, H), contiguous; blocks as `packed_attention` has them. Communicates nothing."""
+        documents = _documents(tuple(blocks), q_TNH.device)
+        if documents.keys != ((0, k_SGH.shape[0]),):
+            k_SGH, v_SGH = (torch.cat([x[start:end] for start, end in documents.keys]) for x in (k_SGH, v_SGH))
+        with without_fp8():
+            output = self.kernel(
+                q_TNH,
+                k_SGH,
+                v_SGH,
+                cu_seqlens_q=documents.q_borders,
+                cu_seqlens_kv=documents.k_borders,
+                max_seqlen_q=documents.longest_q,
+                max_seqlen_kv=documents.longest_k,
+                attn_mask_type=documents.mask,
+            )
+        return output.view(q_TNH.shape)
+
+
+class _Documents(NamedTuple):
+    """Blocks as the kernel takes them: queries and keys of a block follow those of the block before."""
+
+    q_borders: Tensor  # int32 (blocks + 1,)
+    k_borders: Tensor
+    longest_q: int
+    longest_k: int
+    mask: str
+    keys: tuple[tuple[int, int], ...]
+    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that k_borders divides."""
+
+
+@lru_cache(maxsize=4)
+def _documents(blocks: tuple[Block, ...], device: torch.device) -> _Documents:
+    """Once for a micro-batch, whose layers have the same blocks."""
+    q_borders, k_borders = [0], [0]
+    keys: list[tuple[int, int]] = []
+    for block in blocks:
+        q_borders.append(block.q_end)
+        k_borders.append(k_borders[-1] + block.k_end - block.k_start)
+        if keys and keys[-1][1] == block.k_start:
+            keys[-1] = keys[-1][0], block.k_end
+        else:
+            keys.append((block.k_start, block.k_end))
+    is_square = q_borders == k_borders
+    return _Documents(
+        torch.tensor(q_borders, dtype=torch.int32, device=device),
+        torch.tensor(k_borders, dtype=torch.int32, device=device),
+        max(block.q_end - block.q_start for block in blocks),
+        max(block.k_end - block.k_start for block in blocks),
+        "padding_causal" if is_square else "padding_causal_bottom_right",
+        tuple(keys),
+    )
