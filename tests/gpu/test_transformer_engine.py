@@ -29,8 +29,8 @@ def groups() -> Any:
     return build_groups(ParallelConfig(), 60)
 
 
-def built(engine: bool, recipe: str | None = None) -> HunyuanModel:
-    precision = PrecisionConfig(dtype="bf16", fp8_recipe=recipe)
+def built(engine: bool, recipe: str | None = None, has_fp8_parameters: bool = False) -> HunyuanModel:
+    precision = PrecisionConfig(dtype="bf16", fp8_recipe=recipe, fp8_parameters=has_fp8_parameters)
     (model,) = build_model(transformer_config(MODEL, ParallelConfig(), precision, use_transformer_engine=engine), groups(), 1)
     return model
 
@@ -64,12 +64,16 @@ def test_a_bf16_step_equals_that_of_the_local_spec() -> None:
     assert median_error(gradients, others) < 0.02
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_an_fp8_step_is_finite_and_close_to_bf16(recipe: str) -> None:
+def skip_unless_supported(recipe: str) -> None:
     machine = probe()
     need = missing_for_fp8(recipe, machine.gpus[0].capability, machine.cuda)
     if need:
         pytest.skip(f"{recipe} needs {need}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_fp8_step_is_finite_and_close_to_bf16(recipe: str) -> None:
+    skip_unless_supported(recipe)
     model = built(engine=True, recipe=recipe)
     for _ in range(2):  # scales of the delayed recipe are 1 in the first step
         loss, gradients = step(model)
@@ -77,6 +81,17 @@ def test_an_fp8_step_is_finite_and_close_to_bf16(recipe: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert loss == pytest.approx(other_loss, rel=0.02)
     assert median_error(gradients, others) < 0.3
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:3])
+def test_parameters_in_fp8_only_take_the_same_step(recipe: str) -> None:
+    """Experts, which are a parameter each then, put together again."""
+    skip_unless_supported(recipe)
+    (loss, gradients), (other_loss, others) = (step(built(True, recipe, is_kept)) for is_kept in (True, False))
+    assert loss == other_loss
+    for name, gradient in others.items():
+        experts = [gradients[f"{name}{expert}"] for expert in range(MODEL.num_moe_experts)] if f"{name}0" in gradients else []
+        torch.testing.assert_close(torch.stack(experts) if experts else gradients[name], gradient, rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.skipif(
