@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from hunyuan_pretrain.checkpoint.weight_map import weight_map
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields, make_corpus, run, write_experiment
 
 
@@ -121,6 +121,6 @@ def export_with_a_wrong_map(run_dir, output) -> str:
 
 def test_an_export_that_computes_something_else_is_refused(corpus, tmp_path):
     run_dir = trained(corpus, tmp_path)
-    (message,) = run_ranks(1, export_with_a_wrong_map, run_dir, tmp_path / "out")
+    (message,) = fork_ranks(1, export_with_a_wrong_map, run_dir, tmp_path / "out")
     assert "computes something else" in message
     assert not (tmp_path / "out").exists()

@@ -7,15 +7,33 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from typing import Any
+
+IMPORTED = ("tests.helpers.imported", "pytest.__main__")
+"""What the process that `fork_ranks` forks has imported: modules of a run, and what pytest is, which each process imports at its start."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
-    """Call function(*arguments) in `world_size` fresh processes with torchrun's environment; results in rank order.
+    """Call function(*arguments) in `world_size` fresh interpreters with torchrun's environment; results in rank order.
 
     `function` must be importable from its module. An exception in any rank fails the test with that rank's traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    return _run(multiprocessing.get_context("spawn"), world_size, function, arguments, timeout_s)
+
+
+def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
+    """`run_ranks`, but in forks of a process that has imported torch, megatron-core and this project and done nothing else.
+
+    Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed in it. Only what
+    must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    return _run(context, world_size, function, arguments, timeout_s)
+
+
+def _run(context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

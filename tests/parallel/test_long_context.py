@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hunyuan_pretrain.train.parity import TOLERANCE
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import VOCAB_SIZE, experiment_fields
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def step_of(text: Path, run_dir: Path, length: int, ranks: int, parallel: dict[s
     fields = experiment_fields(text, run_dir, 1, parallel=parallel, model__moe_routing_group_tokens=512, **changes)
     stage = {"name": "long", "sequence_length": length, "global_batch_sequences": 1, "micro_batch_sequences": 1, "tokens": length}
     fields["stages"] = [stage | {"rope_alpha": 1e5, "lr_end": 1.0, "data": [{"path": str(text / f"packed_{length}")}]}]
-    return run_ranks(ranks, one_step, fields, timeout_s=900)
+    return fork_ranks(ranks, one_step, fields, timeout_s=900)
 
 
 def test_a_step_of_256k_tokens_is_the_same_on_two_ranks_and_memory_is_linear(text, tmp_path, capsys):
