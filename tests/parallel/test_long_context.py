@@ -22,16 +22,18 @@ CONTEXT_PARALLEL = {"context_parallel_size": 2, "recompute": "cla_group"}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Modules of the standard library, tokenized once and packed to each length; documents of up to ten thousand tokens or so."""
+    """Modules of the standard library, tokenized once and packed to each length; documents of several thousand tokens, because attention's
+    time, though not its memory, grows with a document's square."""
     from data_tools.packed_output import pack
     from data_tools.tokenization import tokenize
     from data_tools.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("long")
     (folder / "texts").mkdir()
-    library = [path for path in sorted(Path(json.__file__).parents[1].glob("*.py")) if 10_000 < path.stat().st_size < 30_000]
-    for source in library:
-        shutil.copy(source, folder / "texts" / f"{source.stem}.txt")
+    library = Path(json.__file__).parents[1]
+    files = [path for pattern in ("*.py", "[a-z]*/*.py", "[a-z]*/[a-z]*/[a-z]*.py") for path in sorted(library.glob(pattern))]
+    for number, source in enumerate(path for path in files if 3_000 < path.stat().st_size < 10_000 and "site-packages" not in path.parts):
+        shutil.copy(source, folder / "texts" / f"{number}.txt")
     train_tokenizer([str(folder / "texts")], VOCAB_SIZE, str(folder / "tokenizer"), text_field="text", extensions=[".txt"])
     tokenize([str(folder / "texts")], str(folder / "tokenizer"), str(folder / "tokenized"))
     for length in LENGTHS:
