@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from typing import Any
-
-IMPORTED = ("tests.helpers.imported", "pytest.__main__")
-"""What the process that `fork_ranks` forks has imported: modules of a run, and what pytest is, which each process imports at its start."""
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
@@ -29,16 +25,19 @@ def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, t
     must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(["tests.helpers.imported"])
     return _run(context, world_size, function, arguments, timeout_s)
 
 
 def _run(context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from torch.distributed import TCPStore
+
+    # kept here, as torchrun's agent does: a free port that is only looked up may be somebody else's when rank 0 has started
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     results: dict[int, Any] = {}
@@ -63,6 +62,7 @@ def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
     try:
