@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkServerContext
 from typing import Any
 
 
@@ -24,9 +24,14 @@ def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, t
     Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed in it. Only what
     must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`.
     """
+    return _run(forking(), world_size, function, arguments, timeout_s)
+
+
+def forking() -> ForkServerContext:
+    """Whose processes are such forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.imported"])
-    return _run(context, world_size, function, arguments, timeout_s)
+    return context
 
 
 def _run(context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
