@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml Makefile
 demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU processes -> export -> generation; TEXT=file or folder for your own text
 	$(PY) -m launch.demo $(if $(TEXT),--text "$(TEXT)")
 
-test: lint ## Everything that CI checks: lint, types, all tests
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest $(PYTEST_ARGS)
+# Two files of tests at a time, the long ones (tests/e2e, tests/parallel) first: a test has up to four ranks, but mostly one is at work.
+test: lint ## Everything that CI checks: lint, types, all tests, two files at a time; PYTEST_ARGS="-n 0 -k words" goes to pytest
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; some minutes to an hour
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)

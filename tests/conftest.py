@@ -1,10 +1,14 @@
-"""The tiny corpus, made once."""
+"""The tiny corpus, made once, and one thread for each process."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.runs import make_corpus
+
+# before torch is loaded: on small tensors several threads mostly wait for each other, and the tests have processes for every core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.runs import ROOT, VOCAB_SIZE, experiment_fields, run, write_experiment
+from tests.helpers.runs import ROOT, VOCAB_SIZE, experiment_fields, run, run_forked, write_experiment
 
 
 def data(*arguments: object) -> tuple[int, str, str]:
@@ -143,7 +143,7 @@ def test_wrong_number_of_ranks_is_one_message_under_torchrun(corpus, tmp_path):
 
 @pytest.mark.slow
 class TestAfterTorchIsLoaded:
-    """Each of these costs the start of a training process."""
+    """Starting a training process takes long: one is started for each kind of start, alone and under torchrun; the others are forks."""
 
     def test_data_packed_to_another_length(self, corpus, tmp_path):
         refused = run("train", config(tmp_path, corpus, stages__sequence_length=128))
@@ -162,10 +162,10 @@ class TestAfterTorchIsLoaded:
 
     def test_no_data_and_no_tokenizer(self, corpus, tmp_path):
         assert_refused(
-            run("train", config(tmp_path, corpus, stages__data=[{"path": "absent"}])),
+            run_forked("train", config(tmp_path, corpus, stages__data=[{"path": "absent"}])),
             "absent: no such folder; write it with `hunyuan-data pack`",
         )
-        assert_refused(run("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent")
+        assert_refused(run_forked("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent")
         assert names(tmp_path) == {"x.yaml"}
 
     def test_a_changed_or_missing_file_of_the_data_is_named_before_training(self, corpus, tmp_path):
@@ -174,37 +174,37 @@ class TestAfterTorchIsLoaded:
         fields = config(tmp_path, data_folder, steps=2, evaluation={"data": str(data_folder / "heldout"), "max_sequences": 2})
         changed, held_out = (data_folder / name / "shard_00000.bin" for name in ("tokenized", "tokenized_heldout"))
         flip_a_bit(changed)
-        assert_refused(run("train", fields), f"{changed}: SHA-256 ", "the file changed after it was written")
+        assert_refused(run_forked("train", fields), f"{changed}: SHA-256 ", "the file changed after it was written")
         flip_a_bit(held_out)
         code, _, err = run("train", fields, ranks=2)
         assert code != 0
         assert err.count(f"{changed}: SHA-256 ") == err.count(f"{held_out}: SHA-256 ") == 1, err
         assert "hunyuan_pretrain/" not in err, "no traceback of ours"
         assert names(tmp_path) == {"x.yaml", "data"}, "nothing was written"
-        assert run("train", fields, "runtime.verify_data=sizes")[0] == 0
+        assert run_forked("train", fields, "runtime.verify_data=sizes")[0] == 0
         held_out.unlink()
-        assert_refused(run("train", fields, f"run_dir={tmp_path}/other"), f"{held_out}: missing; write the folder again")
+        assert_refused(run_forked("train", fields, f"run_dir={tmp_path}/other"), f"{held_out}: missing; write the folder again")
 
     def test_checkpoint_of_another_model_and_a_fresh_start_over_an_old_run(self, corpus, tmp_path):
-        assert run("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0
-        fresh = run("train", config(tmp_path, corpus, steps=2, model__num_layers=2), "checkpoint.resume=false")
+        assert run_forked("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0
+        fresh = run_forked("train", config(tmp_path, corpus, steps=2, model__num_layers=2), "checkpoint.resume=false")
         assert_refused(fresh, "checkpoint.resume=false, but", "choose another run_dir, or remove the checkpoints")
         before = (tmp_path / "run" / "resolved.yaml").read_text()
-        refused = run("train", config(tmp_path, corpus, steps=3, model__num_layers=2, model__ffn_hidden_size=64))
+        refused = run_forked("train", config(tmp_path, corpus, steps=3, model__num_layers=2, model__ffn_hidden_size=64))
         assert_refused(refused, "a checkpoint of another model", "model.ffn_hidden_size: 48 in the checkpoint, 64 in the config")
         assert (tmp_path / "run" / "resolved.yaml").read_text() == before, "the refused experiment is not recorded as the run's"
 
     def test_export_and_generate_of_the_wrong_folder(self, corpus, tmp_path):
-        assert_refused(run("export", corpus, tmp_path / "out"), f"{corpus}: not a run directory (no resolved.yaml)")
-        assert_refused(run("export", tmp_path / "nothing", tmp_path / "out"), "not a run directory")
-        assert_refused(run("generate", corpus, "--prompt", "x"), str(corpus))
+        assert_refused(run_forked("export", corpus, tmp_path / "out"), f"{corpus}: not a run directory (no resolved.yaml)")
+        assert_refused(run_forked("export", tmp_path / "nothing", tmp_path / "out"), "not a run directory")
+        assert_refused(run_forked("generate", corpus, "--prompt", "x"), str(corpus))
         assert names(tmp_path) == set()
 
     def test_run_directory_that_cannot_be_written(self, corpus, tmp_path):
         """A file where the folder should be, which no permission of root's overrides."""
         fields = config(tmp_path, corpus)
         (tmp_path / "run").write_text("in the way")
-        assert_refused(run("train", fields), f"{tmp_path}/run: 1 problem", "run_dir: cannot be written: File exists")
+        assert_refused(run_forked("train", fields), f"{tmp_path}/run: 1 problem", "run_dir: cannot be written: File exists")
         assert (tmp_path / "run").read_text() == "in the way"
 
 

@@ -41,7 +41,7 @@ def test_demo_runs_from_text_to_speech(tmp_path: Path) -> None:
         (text / path.name).write_bytes(path.read_bytes())
     output = tmp_path / "out"
     command = [sys.executable, "-m", "launch.demo", "--text", str(text), "--output", str(output), *SMALLER]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
     shown = done.stdout

@@ -11,21 +11,22 @@ import torch
 from safetensors import safe_open
 
 from hunyuan_pretrain.checkpoint.weight_map import weight_map
-from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import experiment_fields, make_corpus, run, write_experiment
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+from tests.helpers.ranks import fork_ranks
+from tests.helpers.runs import experiment_fields, run, run_forked, write_experiment
 
 
 def trained(corpus, folder, ranks=None, **changes):
     """A run of a few steps; returns its run directory."""
     config = write_experiment(folder / "experiment.yaml", experiment_fields(corpus, folder / "run", steps=3, **changes))
-    status, _, err = run("train", str(config), ranks=ranks)
+    status, _, err = run("train", str(config), ranks=ranks) if ranks else run_forked("train", config)
     assert status == 0, err
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    """A run of one rank with every feature on; nobody writes to it."""
+    return trained(corpus, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize(
@@ -71,10 +72,9 @@ print(type(model).__name__, model(tokens).logits.shape[-1], longer.shape[-1] - t
     assert text.strip()
 
 
-def test_native_format_of_a_run(corpus, tmp_path):
+def test_native_format_of_a_run(plain, corpus, tmp_path):
     """What transformers and vLLM load: refused with CLA or top-1, right without."""
-    run_dir = trained(corpus, tmp_path)
-    status, _, err = run("export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe")
+    status, _, err = run_forked("export", str(plain), str(tmp_path / "out"), "--format", "hunyuan_v1_moe")
     assert status == 2
     assert "cla_share_factor" in err
     assert "Traceback" not in err
@@ -83,7 +83,7 @@ def test_native_format_of_a_run(corpus, tmp_path):
     (tmp_path / "native").mkdir()
     changes = {"model__cla_share_factor": 1, "model__moe_router_topk": 2, "model__moe_ffn_hidden_size": 48, "precision": {"dtype": "bf16"}}
     run_dir = trained(corpus, tmp_path / "native", **changes)
-    status, _, err = run("export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe", "--dtype", "fp32")
+    status, _, err = run_forked("export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe", "--dtype", "fp32")
     assert status == 0, err
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["loaded_with"] == "HunYuanMoEV1ForCausalLM"
@@ -92,7 +92,7 @@ def test_native_format_of_a_run(corpus, tmp_path):
 
 def test_router_stays_fp32_in_a_bf16_export(corpus, tmp_path):
     run_dir = trained(corpus, tmp_path, precision={"dtype": "bf16"})
-    status, _, err = run("export", str(run_dir), str(tmp_path / "out"))
+    status, _, err = run_forked("export", str(run_dir), str(tmp_path / "out"))
     assert status == 0, err
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
@@ -119,8 +119,7 @@ def export_with_a_wrong_map(run_dir, output) -> str:
     return "no error"
 
 
-def test_an_export_that_computes_something_else_is_refused(corpus, tmp_path):
-    run_dir = trained(corpus, tmp_path)
-    (message,) = run_ranks(1, export_with_a_wrong_map, run_dir, tmp_path / "out")
+def test_an_export_that_computes_something_else_is_refused(plain, tmp_path):
+    (message,) = fork_ranks(1, export_with_a_wrong_map, plain, tmp_path / "out")
     assert "computes something else" in message
     assert not (tmp_path / "out").exists()

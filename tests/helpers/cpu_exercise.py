@@ -1,16 +1,24 @@
-"""All of megatron-core that a run on the CPU touches, without some of the shim's patches: python cpu_exercise.py FOLDER [PATCH...]."""
+"""All of megatron-core that a run on the CPU touches, with the shim and then without each PATCH: python cpu_exercise.py FOLDER [PATCH...].
+
+Each exercise is a fork of this process, which has imported torch but not megatron; prints {patch left out or "": [status, what it said]}.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from hunyuan_pretrain.runtime import cpu_megatron
 
 
-def main(folder: Path) -> None:
+def exercise(folder: Path, left_out: str) -> None:
     """Train, evaluate, save, load and train again in fp32 and bf16, with and without the distributed optimizer, overlap and offload of
     the optimizer's state; one rank."""
+    assert cpu_megatron.install(leave_out=[left_out])
     from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.train.loop import train
     from tests.helpers.runs import experiment_fields, metrics
@@ -23,7 +31,7 @@ def main(folder: Path) -> None:
         ("bf16", 0.5, {"overlap_grad_reduce": True, "overlap_param_gather": True, "recompute": "cla_group"}),
     )
     for dtype, offloaded, parallel in layouts:
-        run_dir = folder / "runs" / f"{dtype}_{'_'.join(sys.argv[2:]) or 'complete'}"
+        run_dir = folder / "runs" / f"{dtype}_{left_out or 'complete'}"
         fields = experiment_fields(corpus, run_dir, steps=2, precision={"dtype": dtype}, parallel=parallel, model__num_layers=2)
         fields["evaluation"] = {"data": str(corpus / "heldout"), "max_sequences": 2}
         fields["optimizer"]["cpu_offload_fraction"] = offloaded
@@ -36,6 +44,24 @@ def main(folder: Path) -> None:
     assert len(losses) == 4, losses
 
 
+def in_a_fork(folder: Path, left_out: str) -> tuple[int | None, str]:
+    """Exit status of the exercise and all that it printed."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = multiprocessing.get_context("fork").Process(target=_in_this_fork, args=(said.fileno(), folder, left_out))
+        process.start()
+        process.join()
+        said.seek(0)
+        return process.exitcode, said.read()
+
+
+def _in_this_fork(said: int, folder: Path, left_out: str) -> None:
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    try:
+        exercise(folder, left_out)
+    finally:
+        sys.stdout.flush()  # before the error, which comes last
+
+
 if __name__ == "__main__":
-    assert cpu_megatron.install(leave_out=sys.argv[2:])
-    main(Path(sys.argv[1]))
+    print(json.dumps({name: in_a_fork(Path(sys.argv[1]), name) for name in ["", *sys.argv[2:]]}))

@@ -16,7 +16,7 @@ import numpy as np
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.schema import Experiment, Problem
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 STEPS = 2
@@ -321,7 +321,7 @@ def trace_in_jobs(world_size: int, function: Callable[[list[Any]], list[Outcome]
     """
     found: list[Outcome] = []
     while len(found) < len(work):
-        ranks = run_ranks(world_size, function, work[len(found) :], timeout_s=300 + 60 * len(work))
+        ranks = fork_ranks(world_size, function, work[len(found) :], timeout_s=300 + 60 * len(work))
         for outcomes in zip(*ranks, strict=False):  # a rank that failed has fewer
             failure = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
             found.append(failure or _agreed(outcomes))

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import BaseContext, ForkServerContext
 from typing import Any
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
-    """Call function(*arguments) in `world_size` fresh processes with torchrun's environment; results in rank order.
+    """Call function(*arguments) in `world_size` fresh interpreters with torchrun's environment; results in rank order.
 
     `function` must be importable from its module. An exception in any rank fails the test with that rank's traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    return _run(multiprocessing.get_context("spawn"), world_size, function, arguments, timeout_s)
+
+
+def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
+    """`run_ranks`, but in forks of a process that has imported torch, megatron-core and this project and done nothing else.
+
+    Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed in it. Only what
+    must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`.
+    """
+    return _run(forking(), world_size, function, arguments, timeout_s)
+
+
+def forking() -> ForkServerContext:
+    """Whose processes are such forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.imported"])
+    return context
+
+
+def _run(context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
+    from torch.distributed import TCPStore
+
+    # kept here, as torchrun's agent does: a free port that is only looked up may be somebody else's when rank 0 has started
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     results: dict[int, Any] = {}
@@ -45,6 +67,7 @@ def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
     try:

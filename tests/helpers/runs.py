@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from tests.helpers.ranks import forking
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE_LENGTH = 64
@@ -134,6 +138,30 @@ def run(*arguments: str, ranks: int | None = None, timeout_s: float = 180) -> tu
     finally:
         kill_all(process)
     return process.returncode, out, err
+
+
+def run_forked(*arguments: object, timeout_s: float = 180) -> tuple[int, str, str]:
+    """`run` of one process, in a fork of one that has imported what training imports: for what happens after that."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = forking().Process(target=_command, args=([*map(str, arguments)], *outputs))
+        process.start()
+        process.join(timeout_s)
+        is_done = process.exitcode is not None
+        process.kill()
+        process.join()
+        out, err = (path.read_text(encoding="utf-8") for path in outputs)
+        assert is_done, f"not done after {timeout_s} s:\n{out}{err}"
+        return process.exitcode, out, err
+
+
+def _command(arguments: list[str], *outputs: Path) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(ROOT)
+    sys.argv = ["hunyuan_pretrain", *arguments]
+    runpy.run_module("hunyuan_pretrain", run_name="__main__", alter_sys=True)
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:

@@ -20,7 +20,7 @@ from hunyuan_pretrain.parallel.context_parallel import (
     keys_values_to_heads,
     sequence_to_heads,
 )
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 
 BORDERS = [0, 1, 100, 128, 130, 190, 250, 256]
 NUM_SEQUENCES, GRANULE_TOKENS, NUM_HEADS, NUM_GROUPS, HEAD_DIM = 2, 8, 8, 4, 16
@@ -99,7 +99,7 @@ CASES = [(cp_size, method, dtype) for cp_size in (2, 4) for method in EXPECTED f
 @pytest.fixture(scope="module")
 def ranks() -> list[Any]:
     """One group of four ranks, or two of two at work at the same time."""
-    return run_ranks(4, compare_with_one_rank, CASES)
+    return fork_ranks(4, compare_with_one_rank, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

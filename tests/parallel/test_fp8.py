@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, An
     """recipe -> (trace, scales) of one rank without a break; (recipe, layout) -> [(trace, scales) of each rank], from its checkpoint."""
     folder = tmp_path_factory.mktemp("runs")
     found: dict[Any, Any] = {}
-    one = run_ranks(1, steps_of_all, [(fields(corpus, folder / recipe, recipe), True) for recipe in RECIPES])[0]
+    one = fork_ranks(1, steps_of_all, [(fields(corpus, folder / recipe, recipe), True) for recipe in RECIPES])[0]
     found |= dict(zip(RECIPES, one, strict=True))
     keys = [*CASES, *(("delayed", layout) for layout in OTHERS)]
     work = []
@@ -93,7 +93,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, An
         run_dir.mkdir()
         (run_dir / "checkpoints").symlink_to(folder / recipe / "checkpoints")
         work.append((fields(corpus, run_dir, recipe, **(SAME_FORWARD | OTHERS)[layout]), False))
-    ranks = run_ranks(2, steps_of_all, work)
+    ranks = fork_ranks(2, steps_of_all, work)
     return found | {key: [rank[number] for rank in ranks] for number, key in enumerate(keys)}
 
 
@@ -193,7 +193,7 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_tensor_parallel_layers_quantise_what_they_gather(recipe: str) -> None:
-    for rank in run_ranks(2, layers_of_tensor_parallel_ranks, recipe):
+    for rank in fork_ranks(2, layers_of_tensor_parallel_ranks, recipe):
         for what, actual, expected in rank:
             np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max(), err_msg=what)
 
@@ -221,7 +221,7 @@ def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: 
 
 def test_a_run_with_delayed_scales_goes_on_bit_by_bit(corpus, tmp_path) -> None:
     layout = TENSOR | EXPERTS
-    for (gradients, scales), (resumed_gradients, resumed_scales) in run_ranks(2, train_and_go_on, corpus, tmp_path, layout, layout):
+    for (gradients, scales), (resumed_gradients, resumed_scales) in fork_ranks(2, train_and_go_on, corpus, tmp_path, layout, layout):
         assert [*scales] == [*resumed_scales]
         assert any((scale != 1).all() for name, scale in scales.items() if name.endswith("scale"))
         for name, scale in scales.items():
@@ -233,7 +233,7 @@ def test_a_run_with_delayed_scales_goes_on_bit_by_bit(corpus, tmp_path) -> None:
 
 def test_delayed_scales_follow_their_tensors_to_another_layout(corpus, tmp_path) -> None:
     """From experts divided over the ranks to a pipeline: every layer and expert finds its own history again."""
-    results = run_ranks(2, train_and_go_on, corpus, tmp_path, EXPERTS, PIPELINE)
+    results = fork_ranks(2, train_and_go_on, corpus, tmp_path, EXPERTS, PIPELINE)
     before = [scales for (_, scales), _ in results]
     after: dict[str, np.ndarray] = {}
     for _, (_, scales) in results:
@@ -260,6 +260,6 @@ def train_with_histories(corpus: Path, folder: Path, lengths: list[int]) -> None
 
 @pytest.mark.parametrize(("lengths", "times"), [([4, 4], 0), ([4, 8], 1)])
 def test_a_run_says_that_its_scales_begin_anew(corpus, tmp_path, lengths: list[int], times: int) -> None:
-    run_ranks(1, train_with_histories, corpus, tmp_path / "run", lengths)
+    fork_ranks(1, train_with_histories, corpus, tmp_path / "run", lengths)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("the checkpoint has no scales of this recipe; they begin anew") == times

@@ -7,6 +7,7 @@ not change the result, and random models under random layouts.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,14 @@ PRODUCTS = list(every_product())
 ALL = sparsely_crossed(layout for layout in PRODUCTS if not layout.problems())
 RANDOM_ALWAYS = [random_layout(seed, 2) for seed in range(6)]
 RANDOM_ALL = [random_layout(seed, 4) for seed in range(24)]
+
+
+@pytest.fixture(scope="module")
+def comparisons(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparisons:
+    """Of every layout that a selected test of this file has as its parameter, so that those of one world size share a job."""
+    selected = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    layouts = [value for item in selected for value in item.callspec.params.values() if isinstance(value, Layout)]
+    return Comparisons(corpus, tmp_path_factory.mktemp("layouts"), layouts)
 
 
 def check(comparisons: Comparisons, layout: Layout) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hunyuan_pretrain.train.parity import TOLERANCE
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import VOCAB_SIZE, experiment_fields
 
 pytestmark = pytest.mark.slow
@@ -22,16 +22,18 @@ CONTEXT_PARALLEL = {"context_parallel_size": 2, "recompute": "cla_group"}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Modules of the standard library, tokenized once and packed to each length; documents of up to ten thousand tokens or so."""
+    """Modules of the standard library, tokenized once and packed to each length; documents of several thousand tokens, because attention's
+    time, though not its memory, grows with a document's square."""
     from data_tools.packed_output import pack
     from data_tools.tokenization import tokenize
     from data_tools.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("long")
     (folder / "texts").mkdir()
-    library = [path for path in sorted(Path(json.__file__).parents[1].glob("*.py")) if 10_000 < path.stat().st_size < 30_000]
-    for source in library:
-        shutil.copy(source, folder / "texts" / f"{source.stem}.txt")
+    library = Path(json.__file__).parents[1]
+    files = [path for pattern in ("*.py", "[a-z]*/*.py", "[a-z]*/[a-z]*/[a-z]*.py") for path in sorted(library.glob(pattern))]
+    for number, source in enumerate(path for path in files if 3_000 < path.stat().st_size < 10_000 and "site-packages" not in path.parts):
+        shutil.copy(source, folder / "texts" / f"{number}.txt")
     train_tokenizer([str(folder / "texts")], VOCAB_SIZE, str(folder / "tokenizer"), text_field="text", extensions=[".txt"])
     tokenize([str(folder / "texts")], str(folder / "tokenizer"), str(folder / "tokenized"))
     for length in LENGTHS:
@@ -67,7 +69,7 @@ def step_of(text: Path, run_dir: Path, length: int, ranks: int, parallel: dict[s
     fields = experiment_fields(text, run_dir, 1, parallel=parallel, model__moe_routing_group_tokens=512, **changes)
     stage = {"name": "long", "sequence_length": length, "global_batch_sequences": 1, "micro_batch_sequences": 1, "tokens": length}
     fields["stages"] = [stage | {"rope_alpha": 1e5, "lr_end": 1.0, "data": [{"path": str(text / f"packed_{length}")}]}]
-    return run_ranks(ranks, one_step, fields, timeout_s=900)
+    return fork_ranks(ranks, one_step, fields, timeout_s=900)
 
 
 def test_a_step_of_256k_tokens_is_the_same_on_two_ranks_and_memory_is_linear(text, tmp_path, capsys):

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
-from tests.helpers.layouts import STEPS, Layout, Outcome, trace_in_jobs, until_failure
+from tests.helpers.layouts import STEPS, Comparisons, Layout, Outcome, trace_in_jobs, until_failure
 
 pytestmark = pytest.mark.slow
 
@@ -119,11 +119,12 @@ def trace_with_bugs(work: list[tuple[Bug, Experiment]]) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def differences(corpus, comparisons, tmp_path_factory) -> dict[Bug, list[Any] | str]:
+def differences(corpus, tmp_path_factory) -> dict[Bug, list[Any] | str]:
     """What each bug changes, in order of execution."""
     from hunyuan_pretrain.train.parity import compare
 
-    folder, reference = tmp_path_factory.mktemp("bugs"), comparisons.reference(Layout())
+    folder = tmp_path_factory.mktemp("bugs")
+    reference = Comparisons(corpus, folder / "reference", [Layout()]).reference(Layout())
     work = [(bug, layout.experiment(corpus, folder / bug.__name__)) for bug, (layout, *_) in BUGS.items()]
     return {
         bug: traces if isinstance(traces, str) else [difference for difference in compare(traces, reference) if not difference.is_within]

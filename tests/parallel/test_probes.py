@@ -12,7 +12,7 @@ import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 
 pytestmark = pytest.mark.slow
 Bug = Callable[[], AbstractContextManager[Any]]
@@ -102,7 +102,7 @@ def answers(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
     for world_size in (1, 2):
         mine = [case for case in cases if case[2].world_size == world_size]
         work = [(bug, layout.experiment(corpus, folder / f"{world_size}_{number}")) for number, (_, bug, layout) in enumerate(mine)]
-        found |= {key: answer for (key, _, _), answer in zip(mine, run_ranks(world_size, probe_all, work)[0], strict=True)}
+        found |= {key: answer for (key, _, _), answer in zip(mine, fork_ranks(world_size, probe_all, work)[0], strict=True)}
     return found
 
 

@@ -12,7 +12,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.plan.buffers import grid
 from hunyuan_pretrain.plan.communication import communication_per_rank
 from hunyuan_pretrain.plan.counts import RankMemory, memory_of_ranks, memory_per_rank
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ def jobs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, li
     """Number of ranks -> what count_all found on each rank."""
     folder = tmp_path_factory.mktemp("traffic")
     return {
-        world_size: run_ranks(
+        world_size: fork_ranks(
             world_size, count_all, [layout_fields(corpus, folder / name, name) for name in names_of(world_size)], world_size == 2
         )
         for world_size in (2, 4)

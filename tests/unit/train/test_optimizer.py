@@ -17,7 +17,7 @@ from hunyuan_pretrain.train.optimizer import build_optimizer, describe_groups, o
 from hunyuan_pretrain.train.parity import compare, trace_steps
 from tests.helpers import tiny
 from tests.helpers.one_rank import on_this_rank
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 RATIO = 0.31
@@ -77,7 +77,7 @@ def test_the_ratio_holds_under_expert_parallelism(corpus, tmp_path):
         fields(corpus, tmp_path, parallel={"expert_model_parallel_size": 2} | parallel, optimizer=optimizer)
         for parallel in LAYOUTS.values()
     ]
-    for rank in run_ranks(2, updates_under_expert_parallelism, layouts):
+    for rank in fork_ranks(2, updates_under_expert_parallelism, layouts):
         for shared, routed, lines in rank:
             assert len(routed) == 2, "two of the four experts on each rank"
             for expert in routed:

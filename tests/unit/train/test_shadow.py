@@ -12,7 +12,7 @@ import torch
 
 from hunyuan_pretrain.config.schema import ConfigError, Experiment
 from hunyuan_pretrain.train.shadow import OperandLoss, Shadow, WeightError, conclusion, count_lost, shadow_experiment, table
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 STEPS = 3
@@ -55,7 +55,7 @@ def test_figures_are_those_of_training(corpus: Path, tmp_path: Path, recipe: str
         fields(corpus, tmp_path / "plain", None, **changes),
         fields(corpus, tmp_path / "recipe", recipe, **changes),
     ]
-    report, (plain, with_recipe) = run_ranks(ranks, run_of_all, work, recipe)[0]
+    report, (plain, with_recipe) = fork_ranks(ranks, run_of_all, work, recipe)[0]
     assert not (tmp_path / "never").exists(), "nothing is written to the run"
     assert report.losses == [trace.scalars["loss"] for trace in plain]
     assert report.recipe_losses == [trace.scalars["loss"] for trace in with_recipe]
@@ -79,7 +79,7 @@ def first_step(corpus: Path, folder: Path, recipe: str) -> Any:
 
 
 def test_gradients_are_compared_with_those_of_the_same_weights(corpus: Path, tmp_path: Path) -> None:
-    report, (plain, quantised) = run_ranks(1, first_step, corpus, tmp_path, "tensorwise")[0]
+    report, (plain, quantised) = fork_ranks(1, first_step, corpus, tmp_path, "tensorwise")[0]
     for row in report.weights:
         exact, found = plain[row.name].astype(np.float64), quantised[row.name].astype(np.float64)
         cosine = (exact * found).sum() / np.linalg.norm(exact) / np.linalg.norm(found)
@@ -106,7 +106,7 @@ def after_its_end(corpus: Path, folder: Path) -> tuple[str, bool]:
 
 def test_a_run_at_its_end_has_no_step_left(corpus: Path, tmp_path: Path) -> None:
     """It starts from the newest checkpoint, and leaves the run alone."""
-    said, is_unchanged = run_ranks(1, after_its_end, corpus, tmp_path / "run")[0]
+    said, is_unchanged = fork_ranks(1, after_its_end, corpus, tmp_path / "run")[0]
     assert "has no step left: 4 of 4 are done (choose another run_dir to start from its beginning)" in said
     assert is_unchanged
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hunyuan_pretrain.data import indexed
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.train import verification
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import fork_ranks
 
 
 def verify_on_this_rank(*cases: dict[Path, str | None]) -> list[tuple[list[str], str]]:
@@ -45,7 +45,7 @@ def make_files(folder: Path) -> dict[Path, str | None]:
 def test_the_ranks_share_the_files_and_hear_of_every_problem(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     files = make_files(tmp_path)
     changed = files | {tmp_path / "1.bin": "0" * 64, tmp_path / "none.bin": "0" * 64}
-    (one, one_of_changed), (other, other_of_changed) = run_ranks(2, verify_on_this_rank, files, changed)
+    (one, one_of_changed), (other, other_of_changed) = fork_ranks(2, verify_on_this_rank, files, changed)
     assert one == ([f"{number}.bin" for number in (0, 2, 4, 6)], "")
     assert other == ([f"{number}.bin" for number in (1, 3, 5)], "")
     assert one_of_changed[1] == other_of_changed[1]
