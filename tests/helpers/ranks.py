@@ -22,7 +22,8 @@ def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, t
     """`run_ranks`, but in forks of a process that has imported torch, megatron-core and this project and done nothing else.
 
     Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed in it. Only what
-    must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`.
+    must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`. What a fork prints
+    is shown with a failed test, but pytest's capfd does not see it: the process has the output of the test that first needed it.
     """
     return _run(forking(), world_size, function, arguments, timeout_s)
 
