@@ -91,6 +91,7 @@ def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | Non
     if experiment.precision.fp8_recipe != recipe:
         precision |= dict.fromkeys(("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_format"))
     precision |= {"fp8_recipe": recipe} | ({"fp8_format": fp8_format} if fp8_format else {})
+    precision["fp8_parameters"] = False  # they change no step, and not every recipe has them
     changed = experiment.model_copy(
         update={
             "run_dir": str(folder),

@@ -119,6 +119,10 @@ def test_settings_of_another_recipe_are_left_behind(corpus: Path, tmp_path: Path
     assert (same.fp8_amax_history_len, same.fp8_format) == (16, "e4m3")
     other = shadow_experiment(experiment, "blockwise", "hybrid", tmp_path).precision
     assert (other.fp8_amax_history_len, other.fp8_format, other.num_layers_at_start_in_bf16) == (None, "hybrid", 1)
+    found["model"]["moe_ffn_hidden_size"] = 64
+    found["precision"] |= {"fp8_parameters": True}
+    kept = shadow_experiment(Experiment.model_validate(found), "mxfp8", None, tmp_path).precision
+    assert not kept.fp8_parameters, "a recipe that has none can be looked at"
 
 
 def test_a_model_that_fp8_cannot_multiply_is_refused(corpus: Path, tmp_path: Path) -> None:
