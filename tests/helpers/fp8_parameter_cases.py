@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers import transformer_engine_stub
-from tests.helpers.transformer_engine_cases import Build, Case, chosen
+from tests.helpers.transformer_engine_cases import MARKS, Build, Case, chosen, chunks_on_meta
 
 
 @dataclass
@@ -175,25 +175,9 @@ def differences_of_shards(builds: Sequence[Build]) -> list[str]:
 
 def _shards(build: Build, rank: int, is_kept: bool) -> dict[Any, Any]:
     """(name, offset) of every part, experts one by one -> whole shape, shape, replica and marks."""
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.hunyuan_model import build_model
-    from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups
-    from tests.helpers.tiny import tiny_model
-    from tests.helpers.transformer_engine_cases import MARKS
-
-    parallel = ParallelConfig(**build.parallel)
-    dist.init_process_group("fake", rank=rank, world_size=build.world_size, store=FakeStore())
-    try:
-        groups = build_groups(parallel, 60)
-        formats = PrecisionConfig(fp8_recipe="blockwise", fp8_parameters=is_kept, num_layers_at_start_in_bf16=1)
-        with torch.device("meta"):
-            chunks = build_model(transformer_config(tiny_model(**build.model), parallel, formats, True, True), groups, None)
-        found: dict[Any, Any] = {}
+    formats = {"fp8_recipe": "blockwise", "fp8_parameters": is_kept, "num_layers_at_start_in_bf16": 1}
+    found: dict[Any, Any] = {}
+    with chunks_on_meta(build, rank, formats, True) as chunks:
         for chunk in chunks:
             places = chunk.placements()
             for name, parameter in chunk.named_parameters():
@@ -204,9 +188,6 @@ def _shards(build: Build, rank: int, is_kept: bool) -> dict[Any, Any]:
                 for part in place.parts:
                     offset = tuple(where.start for where in part.whole)
                     for expert in range(part.lengths[0] if is_expert else 1):
-                        first = (offset[0] + expert,) if is_expert else (offset[0],)
                         lengths = part.lengths[1:] if is_expert else part.lengths
-                        found[place.name, *first, *offset[1:]] = place.whole_shape, lengths, place.replica, marks, dim
-        return found
-    finally:
-        destroy_groups()
+                        found[place.name, offset[0] + expert, *offset[1:]] = place.whole_shape, lengths, place.replica, marks, dim
+    return found

@@ -96,6 +96,23 @@ def differences_of_builds(builds: Sequence[Build]) -> list[str]:
 
 
 def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with chunks_on_meta(build, rank, {"dtype": "bf16"} | build.precision, use_engine) as chunks:
+        for number, chunk in enumerate(chunks):
+            places, sharded = chunk.placements(), chunk.sharded_state_dict()
+            if use_engine:  # core's own linears have an empty state each
+                assert set(chunk.state_dict()) == set(places), set(chunk.state_dict()) ^ set(places)
+            for name, parameter in chunk.named_parameters():
+                marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
+                facts = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad, marks, places[name], sharded[name].key)
+                found[f"{number}.{name}"] = facts
+            found[f"{number} order"] = list(places)
+    return found
+
+
+@contextmanager
+def chunks_on_meta(build: Build, rank: int, precision: dict[str, Any], use_engine: bool) -> Iterator[list[Any]]:
+    """The model chunks of this rank of the imagined world, without memory."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -110,21 +127,10 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
     dist.init_process_group("fake", rank=rank, world_size=build.world_size, store=FakeStore())
     try:
         groups = build_groups(parallel, 60)
-        precision = PrecisionConfig(**({"dtype": "bf16"} | build.precision))
-        config = transformer_config(tiny_model(**build.model), parallel, precision, True, use_engine)
+        config = transformer_config(tiny_model(**build.model), parallel, PrecisionConfig(**precision), True, use_engine)
         with torch.device("meta"):
             chunks = build_model(config, groups, None)
-        found: dict[str, Any] = {}
-        for number, chunk in enumerate(chunks):
-            places, sharded = chunk.placements(), chunk.sharded_state_dict()
-            if use_engine:  # core's own linears have an empty state each
-                assert set(chunk.state_dict()) == set(places), set(chunk.state_dict()) ^ set(places)
-            for name, parameter in chunk.named_parameters():
-                marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
-                facts = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad, marks, places[name], sharded[name].key)
-                found[f"{number}.{name}"] = facts
-            found[f"{number} order"] = list(places)
-        return found
+        yield chunks
     finally:
         destroy_groups()
 
