@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden_TD = torch.empty_like(hidden_TD if needs_grad else hidden_TD[:0])
         grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        loss = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)  # thousands of chunks, whose number depends on the layout
         tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
         label_PT, loss_weight_PT = label_U.view(tp, -1), loss_weight_U.view(tp, -1)
         chunk = max(CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight_VD = grad_weight_VD.add_(part_VD) if start else part_VD.float()
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight, ctx.accumulate = weight_VD, accumulate
-        return loss
+        return loss.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,10 +16,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
@@ -109,6 +110,56 @@ def complete_gradients(chunks: list[DistributedDataParallel]) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
+ROW = 4096
+"""Elements that are summed in fp32 at once."""
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """fp64 sum of the squares of all elements, on the device of the tensors; right to about 1e-6 however they are cut or ordered.
+
+    Nothing is copied to fp64 but one number for each ROW elements or tensor.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    if tensors[0].device.type == "cuda":
+        # one launch for all; each thread adds some hundred numbers and the rest is a tree
+        norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
+        return norms.double().square().sum()
+    # on a CPU torch adds one number after the other in a few lanes: squares of a tensor's small elements are lost in a long sum of
+    # its others, 2e-3 of 4 million of them
+    found = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        whole = flat.numel() // ROW * ROW
+        for rows in (flat[:whole].view(-1, ROW), flat[None, whole:]):
+            found += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
+    return found
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The L2 norm of the gradient of the whole model; each element counts once, whatever ranks hold copies or shards of it.
+
+    Core chooses the tensors and the ranks (of copies, shared weights and experts one counts); its own sum is not used, because on a CPU
+    it depends on how weights are cut, and where Transformer Engine or Apex can be imported it is theirs and runs on a GPU only.
+    Communicates: all groups of the optimizer.
+    """
+    parts: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for part in optimizer.chained_optimizers:
+        parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(part.get_main_grads_for_grad_norm())
+    total = 0.0
+    for group, gradients in parts.items():
+        on_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in gradients:  # of an offloaded optimizer some are on the host
+            on_device.setdefault(gradient.device, []).append(gradient)
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        for tensors in on_device.values():
+            squares += sum_of_squares(tensors).to(device)
+        dist.all_reduce(squares, group=group)
+        total += squares.item()
+    return math.sqrt(total)
+
+
 def optimizer_step(optimizer: MegatronOptimizer) -> float:
     """Clip by the global norm, update, and return the norm before clipping; if a gradient is not finite, that is nan and nothing changes.
 
@@ -116,7 +167,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
     copy and rewrite all of them first. Communicates: all groups of the optimizer.
     """
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = gradient_norm(optimizer)
     if not math.isfinite(norm):
         return norm
     clip_grad = optimizer.config.clip_grad
@@ -127,12 +178,19 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
             # the attribute through which torch's own gradient scaler hands its scale to fused kernels
             device = inner.param_groups[0]["params"][0].device
             inner.grad_scale = torch.tensor(divisor, device=device) if divisor > 1.0 else None  # type: ignore[attr-defined]
-        elif clip_grad > 0 and part.get_parameters():
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+        elif divisor > 1.0 and (gradients := _gradients(part)):
+            torch._foreach_div_(gradients, divisor)
         if isinstance(inner, HybridDeviceOptimizer):
             _hand_over_fp32_gradients(inner)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _gradients(part: MegatronOptimizer) -> list[Tensor]:
+    """What the update of this part reads."""
+    name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+    found = (getattr(parameter, name, None) for parameter in part.get_parameters())
+    return [gradient for gradient in found if gradient is not None]
 
 
 def _hand_over_fp32_gradients(optimizer: HybridDeviceOptimizer) -> None:
