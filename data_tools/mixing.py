@@ -16,6 +16,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.balance import deal, imbalance, sequence_costs
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder, write_file
+from hunyuan_pretrain.data.mixture import source_path
 from hunyuan_pretrain.data.sample_order import SampleOrder
 from hunyuan_pretrain.plan.counts import flops_per_token
 
@@ -45,7 +46,8 @@ def mix(config: str, overrides: list[str], output: str | None, console: Console,
 def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> dict[str, Any]:
     """Tokens and epochs by source, padding, documents cut, and the context that tokens see, of one stage.
 
-    Of an epoch that is not whole, a source counts in proportion: which of its sequences are drawn is random.
+    Of an epoch that is not whole, a source counts in proportion: which of its sequences are drawn is random. "by documents" counts the
+    documents that are read most often, in whichever sources.
     """
     stage, mixture = experiment.stages[number], order.mixture
     epochs, tokens = mixture.epochs(number), mixture.tokens(number)
@@ -55,6 +57,8 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
         path = mixture.sources[source]
         dataset = order.datasets[path]
         share = count / len(dataset)
+        reading = mixture.most_read(number, path)
+        caps = [entry.max_epochs for entry in stage.data if entry.max_epochs and source_path(entry.path) == path]
         padding += share * (len(dataset) * dataset.sequence_length - dataset.index.num_tokens)
         of_source, sum_of_source = context_of(dataset.index.piece_length)
         size = max(len(bins), len(of_source))
@@ -68,7 +72,10 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
                 "share": tokens[path] / sum(tokens.values()),
                 "epochs_of_stage": share,
                 "epochs_at_end": epochs[path],
-                "max_epochs": next((entry.max_epochs for entry in stage.data if entry.path == path), None),
+                "document_epochs_at_end": reading.epochs if reading else 0.0,
+                "document_read_at_most": reading.at_most if reading else 0,
+                "documents_read_in": {pack: float(times) for pack, times in reading.by_pack.items()} if reading else {},
+                "max_epochs": min(caps, default=None),
                 "documents": dataset.index.packed_documents,
                 "cut_documents": dataset.index.cut_documents,
             }
@@ -131,7 +138,7 @@ def context_of(piece_lengths: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _print_stage(stage: dict[str, Any], console: Console) -> None:
     title = f"{stage['name']}: {stage['steps']:,} steps of {stage['sequence_length']:,} tokens a sequence, {stage['tokens']:,} tokens"
-    table = Table("source", "tokens", "share", "epochs", "at its end", "documents cut", title=title, title_justify="left")
+    table = Table("source", "tokens", "share", "epochs", "at its end", "by documents", "documents cut", title=title, title_justify="left")
     for source in stage["sources"]:
         allowed = f" of {source['max_epochs']:g}" if source["max_epochs"] else ""
         cut = source["cut_documents"] / source["documents"]
@@ -140,7 +147,8 @@ def _print_stage(stage: dict[str, Any], console: Console) -> None:
             f"{source['tokens']:,}",
             f"{source['share']:.2%}",
             f"{source['epochs_of_stage']:.3g}",
-            f"{source['epochs_at_end']:.3g}{allowed}",
+            f"{source['epochs_at_end']:.3g}",
+            f"{source['document_epochs_at_end']:.3g}{allowed} (one at most {source['document_read_at_most']})",
             f"{source['cut_documents']:,} ({cut:.2%})",
         )
     console.print(table)

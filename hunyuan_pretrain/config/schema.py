@@ -324,7 +324,8 @@ class DataSource(Section):
         typical="0.1 to 1; a source that shall not be read is left out",
     )
     max_epochs: PositiveFloat | None = setting(
-        "How often the source may have been read when the stage ends, earlier stages included; a mixture that needs more is refused.",
+        "How often the source's documents may have been read on average when the stage ends, earlier stages included and whichever sources "
+        "hold them: packs of two lengths over one tokenized folder count together. A mixture that needs more is refused.",
         None,
         unit="epochs",
         typical="1 for web text, 4 for books",

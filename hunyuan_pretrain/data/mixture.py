@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.balance import balanced_rows
+from hunyuan_pretrain.data.epochs import Reading, Selection, most_read, readings
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.permutation import mixed_key, permuted
 
@@ -31,6 +32,10 @@ class SourceSize:
     """Without padding."""
     cost_order: np.ndarray | None = None
     """(sequences,) its sequences from the cheapest to the dearest; needed where a stage balances attention by groups."""
+    documents: tuple[Selection, ...] = ()
+    """Which documents it holds; without, documents that no other source has."""
+    holds: Callable[[Selection], bool] = lambda selection: True
+    """Whether there is a document in a part of `documents`; asked only where it decides."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Mixture:
     """The sample order of all stages. `source_sizes` maps each path that the stages name to its size.
 
     `sources` are the paths in the order of their first use. Raises DataFormatError if a source's weight gives it no sequence at all, or if
-    a stage would read a source more often than its max_epochs.
+    documents of a source would have been read more often than its max_epochs at the end of a stage, in whichever sources.
     """
 
     def __init__(self, stages: Sequence[StageConfig], source_sizes: Mapping[str, SourceSize], seed: int) -> None:
@@ -183,18 +188,32 @@ class Mixture:
             weights[source] = weights.get(source, Fraction(0)) + weight
         return weights
 
+    def readings(self, stage: int, path: str) -> list[Reading]:
+        """How often the documents of a source have been read when the stage ends, in this and in other sources; most often first."""
+        taken = dict(enumerate(self._parts[stage][0].taken))
+        for source, count in self.counts[stage].items():
+            taken[source] += count
+        epochs = {self.sources[source]: Fraction(count, self.sizes[source].sequences) for source, count in taken.items() if count}
+        return readings(path, {name: size.documents for name, size in zip(self.sources, self.sizes, strict=True)}, epochs)
+
+    def most_read(self, stage: int, path: str, above: float = -1.0) -> Reading | None:
+        """The documents of a source that have been read most often, more than `above` times, when the stage ends, or None."""
+        return most_read(self.readings(stage, path), self.sizes[self.sources.index(path)].holds, above)
+
     def _check_epochs(self) -> None:
         problems = []
         for number, stage in enumerate(self.stages):
-            epochs, tokens = self.epochs(number), self.tokens(number)
+            tokens = self.tokens(number)
             for entry in stage.data:
                 path = source_path(entry.path)
-                if entry.max_epochs is None or epochs[path] <= entry.max_epochs:
+                found = None if entry.max_epochs is None else self.most_read(number, path, entry.max_epochs)
+                if entry.max_epochs is None or found is None:
                     continue
                 size = self.sizes[self.sources.index(path)]
-                left = max(entry.max_epochs * size.tokens - (epochs[path] * size.tokens - tokens[path]), 0)
+                left = max(entry.max_epochs * size.tokens - (found.epochs * size.tokens - tokens[path]), 0)
+                together = f": {found.documents}" if len(found.by_pack) > 1 else ""
                 problems.append(
-                    f"stage {stage.name}: {path} would have been read {epochs[path]:.3g} times, max_epochs is {entry.max_epochs:g}; "
+                    f"stage {stage.name}: {path}{together} would have been read {found}, max_epochs is {entry.max_epochs:g}; "
                     f"{left:,.0f} tokens are left for the stage, which asks for {tokens[path]:,.0f}"
                 )
         if problems:

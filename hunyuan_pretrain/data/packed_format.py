@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hunyuan_pretrain.data.balance import cost_order, squared_lengths
+from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
 from hunyuan_pretrain.data.indexed import (
@@ -45,19 +46,20 @@ MAX_SEQUENCE_LENGTH = 1 << 24
 
 
 def check_sources(sources: Sequence[TokenizedDataset]) -> None:
-    """Raise DataFormatError unless all sources were tokenized with one tokenizer and none is given twice."""
+    """Raise DataFormatError unless all sources were tokenized with one tokenizer and none is given twice, nor a copy of one."""
     first = sources[0]
-    seen: dict[Path, Path] = {}
+    seen: dict[str, Path] = {}
     for source in sources:
         if source.tokenizer_digest != first.tokenizer_digest:
             raise DataFormatError(
                 f"{source.folder}: tokenizer {source.tokenizer_digest[:12]}..., but {first.folder} has {first.tokenizer_digest[:12]}...; "
                 "all sources of a packed dataset must be tokenized with one tokenizer"
             )
-        resolved = source.folder.resolve()
-        if resolved in seen:
-            raise DataFormatError(f"{source.folder}: given twice; its documents would be trained on twice as often (use a weight for that)")
-        seen[resolved] = source.folder
+        if source.digest in seen:
+            other = seen[source.digest]
+            copy = "given twice" if source.folder.resolve() == other.resolve() else f"given twice ({other} has the same documents)"
+            raise DataFormatError(f"{source.folder}: {copy}; its documents would be trained on twice as often (use a weight for that)")
+        seen[source.digest] = source.folder
 
 
 def write_packed(
@@ -201,6 +203,30 @@ class PackedIndex:
     def first_documents(self) -> np.ndarray:
         """(shards + 1,) int64, number of each shard's first document, over all sources."""
         return np.cumsum([0] + [shard.num_documents for shard in self.shards])
+
+    @cached_property
+    def selections(self) -> tuple[Selection, ...]:
+        """Which documents of which tokenized folders were packed, as the manifest has it."""
+        options = {"min_document_tokens": 1, **self._field("options", dict)}
+        shortest, longest = manifest_field(self.folder, options, "min_document_tokens", int), NO_LIMIT
+        if options.get("max_document_tokens") is not None:
+            longest = manifest_field(self.folder, options, "max_document_tokens", int)
+        found = []
+        for entry in self._field("sources", list):
+            digest = manifest_field(self.folder, entry, "digest", str)
+            folder = os.path.normpath(self.folder.resolve() / manifest_field(self.folder, entry, "path", str))
+            found.append(Selection(digest, folder, shortest, longest))
+        return tuple(found)
+
+    def holds(self, selection: Selection) -> bool:
+        """Whether one of the packed documents is in a part of `selections`; True where their lengths are not there any more."""
+        try:
+            shards = next((source.shards for source in self.sources if source.digest == selection.corpus), [])
+        except DataFormatError:
+            if not self.is_materialized:
+                raise
+            return True
+        return any(((selection.shortest <= shard.lengths) & (shard.lengths <= selection.longest)).any() for shard in shards)
 
     def locate(self, document: int) -> tuple[TokenizedDataset, int]:
         """(tokenized folder, number within it) of a document, which pieces number over all sources."""

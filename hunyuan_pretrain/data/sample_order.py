@@ -34,9 +34,10 @@ class SampleOrder:
                         f"sequence_length={stage.sequence_length}; set it to {found}, or run `hunyuan-data pack --sequence-length "
                         f"{stage.sequence_length}`"
                     )
-        sizes = {
-            path: SourceSize(len(dataset), dataset.index.num_tokens, dataset.index.cost_order) for path, dataset in self.datasets.items()
-        }
+        sizes = {}
+        for path, dataset in self.datasets.items():
+            index = dataset.index
+            sizes[path] = SourceSize(len(dataset), index.num_tokens, index.cost_order, index.selections, index.holds)
         self.mixture = Mixture(experiment.stages, sizes, experiment.seed)
         self.first_steps = np.cumsum([0] + [stage.num_steps for stage in experiment.stages])
         self._by_number = [self.datasets[path] for path in self.mixture.sources]

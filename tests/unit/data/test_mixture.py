@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hunyuan_pretrain.config.schema import StageConfig
+from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.mixture import Mixture, SourceSize
 
@@ -164,3 +166,92 @@ def test_a_later_stage_goes_on_after_what_made_up_for_skipped_steps() -> None:
     mixture = Mixture([first, stage({"a": 1.0}, 3, "later")], sizes({"a": 10}), seed=0)
     rows = np.concatenate([order(mixture, number)[1] for number in range(2)])
     assert sorted(rows.tolist()) == list(range(10))
+
+
+def over_one_corpus(*selections: tuple[int, int], sequences: int = 100) -> dict[str, SourceSize]:
+    """Packs a, b, c... of 100 sequences, each of the documents of one corpus whose lengths are in a range."""
+    documents = [(Selection("digest", "/tokens", shortest, longest),) for shortest, longest in selections]
+    return {name: SourceSize(sequences, sequences * 8, documents=held) for name, held in zip("abc", documents, strict=False)}
+
+
+def two_stages(cap: float, first: str = "a", second: str = "b", sequences: int = 98) -> list[StageConfig]:
+    """98 sequences of one source without a cap, then 98 of another with `cap`."""
+    fields = stage({second: 1.0}, sequences, "two").model_dump()
+    fields["data"][0]["max_epochs"] = cap
+    return [stage({first: 1.0}, sequences, "one"), StageConfig.model_validate(fields)]
+
+
+def test_documents_that_packs_of_two_lengths_share_are_counted_together() -> None:
+    of_sources = over_one_corpus((1, NO_LIMIT), (1, NO_LIMIT))
+    message = (
+        r"stage two: b: documents of /tokens would have been read 1.96 times \(0.98 in a \+ 0.98 in b\), "
+        r"max_epochs is 1; 16 tokens are left for the stage, which asks for 784"
+    )
+    with pytest.raises(DataFormatError, match=message):
+        Mixture(two_stages(cap=1), of_sources, seed=0)
+    reading = Mixture(two_stages(cap=2), of_sources, seed=0).most_read(1, "b")
+    assert reading is not None
+    assert (reading.epochs, reading.at_most) == (1.96, 2)
+
+
+def test_documents_chosen_apart_by_length_are_not_counted_together() -> None:
+    mixture = Mixture(two_stages(cap=1), over_one_corpus((1, 64), (65, NO_LIMIT)), seed=0)
+    assert mixture.most_read(1, "b").epochs == 0.98  # type: ignore[union-attr]
+    other = {name: replace(size, documents=(Selection(name, name, 1, 9),)) for name, size in over_one_corpus((1, 9), (1, 9)).items()}
+    assert Mixture(two_stages(cap=1), other, seed=0).most_read(1, "b").epochs == 0.98  # type: ignore[union-attr]
+
+
+def test_only_lengths_that_a_document_has_decide_where_selections_overlap() -> None:
+    """Both packs take documents of 64 tokens: refused if there is one."""
+    for has_one in (True, False):
+        of_sources = {
+            name: replace(size, holds=lambda part, has_one=has_one: has_one or not part.shortest == part.longest == 64)
+            for name, size in over_one_corpus((1, 64), (64, NO_LIMIT)).items()
+        }
+        if has_one:
+            with pytest.raises(DataFormatError, match=r"documents of 64 to 64 tokens of /tokens would have been read 1.96 times"):
+                Mixture(two_stages(cap=1), of_sources, seed=0)
+        else:
+            Mixture(two_stages(cap=1), of_sources, seed=0)
+
+
+def test_lengths_are_not_read_where_the_bound_is_enough() -> None:
+    def holds(part: Selection) -> bool:
+        raise AssertionError("read")
+
+    of_sources = {name: replace(size, holds=holds) for name, size in over_one_corpus((1, 64), (64, NO_LIMIT)).items()}
+    Mixture(two_stages(cap=2), of_sources, seed=0)
+
+
+def test_a_pack_that_holds_a_part_of_another_counts_for_that_part() -> None:
+    of_sources = over_one_corpus((1, NO_LIMIT), (100, 200))
+    with pytest.raises(DataFormatError, match=r"b: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"):
+        Mixture(two_stages(cap=1), of_sources, seed=0)
+    with pytest.raises(DataFormatError, match=r"a: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"):
+        Mixture(two_stages(cap=1, first="b", second="a"), of_sources, seed=0)
+
+
+@given(
+    selections=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 8)), min_size=1, max_size=3),
+    counts=st.lists(st.integers(1, 40), min_size=3, max_size=3),
+    lengths=st.sets(st.integers(1, 20), min_size=1),
+)
+@settings(max_examples=200, deadline=None)
+def test_epochs_of_documents_are_those_of_counting_each(
+    selections: Sequence[tuple[int, int]], counts: Sequence[int], lengths: set[int]
+) -> None:
+    ranges = [(shortest, shortest + more) for shortest, more in selections]
+    of_sources = {
+        name: replace(size, holds=lambda part: any(part.shortest <= length <= part.longest for length in lengths))
+        for name, size in over_one_corpus(*ranges, sequences=10).items()
+    }
+    stages = [stage({name: 1.0}, count, name) for name, count in zip(of_sources, counts, strict=False)]
+    mixture = Mixture(stages, of_sources, seed=0)
+    for name, own in zip(of_sources, ranges, strict=True):
+        read = [
+            sum(count / 10 for (low, high), count in zip(ranges, counts, strict=False) if low <= length <= high)
+            for length in lengths
+            if own[0] <= length <= own[1]
+        ]
+        found = mixture.most_read(len(stages) - 1, name)
+        assert (found.epochs if found else None) == (pytest.approx(max(read)) if read else None)

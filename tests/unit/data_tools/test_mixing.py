@@ -197,3 +197,24 @@ def test_verify_names_every_file_that_differs_or_is_missing(command: Any, experi
     code, _, errors = command("verify", folder)
     assert code == 2
     assert "manifest.json: missing" in errors
+
+
+def test_epochs_of_documents_hold_where_lengths_grow(command: Any, experiment: Path) -> None:
+    """Two packs of one corpus, to 64 and to 128 tokens, hold the same documents; `mix` says so, and a cap counts both."""
+    folder = experiment.parent
+    for length in (LENGTH, 2 * LENGTH):
+        pack([str(folder / "tokens")], length, str(folder / f"all{length}"), seed=1, materialize=length == 128)
+    sizes = [len(PackedDataset(folder / f"all{length}")) // 8 * 8 for length in (64, 128)]
+    overrides = []
+    for number, (length, sequences) in enumerate(zip((64, 128), sizes, strict=True)):
+        data = f"[{{path: {folder}/all{length}, max_epochs: MAX}}]".replace("MAX", "1" if number else "null")
+        overrides += [f"stages.{number}.data={data}", f"stages.{number}.sequence_length={length}"]
+        overrides += [f"stages.{number}.tokens={length * sequences}"]
+    overrides += ["model.moe_routing_group_tokens=64"]
+    code, _, errors = command("mix", experiment, *overrides)
+    assert code == 2
+    assert f"stage two: {folder}/all128: documents of {folder}/tokens would have been read 1.9" in errors
+    assert "max_epochs is 1" in errors
+    code, printed, errors = command("mix", experiment, *overrides, f"stages.1.data=[{{path: {folder}/all128, max_epochs: 2}}]")
+    assert (code, errors) == (0, "")
+    assert "of 2 (one at most 2)" in " ".join(printed.split())
