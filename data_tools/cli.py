@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -275,10 +277,27 @@ def verify(
     print(f"{verify_files(paths)} files have the SHA-256 of their manifests")
 
 
+class _StoppedError(BaseException):
+    """SIGTERM or Ctrl-C, in the main thread, so that what is unfinished is taken back on the way out."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)  # the way out must come to its end
+    raise _StoppedError(number)
+
+
 def main() -> None:
-    """Run the command line. An error the user can put right is one message on stderr and exit code 2."""
+    """Run the command line. An error the user can put right is one message on stderr and exit code 2; a SIGTERM is 75, Ctrl-C 130."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         app()
+    except _StoppedError as stopped:
+        print("hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command", file=sys.stderr)
+        sys.exit(75 if stopped.args == (signal.SIGTERM,) else 130)
     except ValueError as error:
         # imported only when something failed, because it takes a tenth of a second here and in every worker
         from hunyuan_pretrain.config.schema import ConfigError
@@ -290,6 +309,9 @@ def main() -> None:
         if error.errno == errno.ENOSPC:
             _fail("no space left on the disk of the output; nothing half-written stays, and what `tokenize` had finished is gone on from")
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -229,6 +230,9 @@ _worker: tuple[TokenizeJob, Sequence[Path], Any, DocumentEncoder] | None = None
 
 def _start_worker(job: TokenizeJob, folders: Sequence[Path], read: Any) -> None:
     global _worker
+    # A stop is the command's to answer: a worker ends its shard, or would be taken for one that died.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     _worker = (job, folders, read, DocumentEncoder(job.encoder))
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hunyuan_pretrain.runtime.stop import listen
+
 if TYPE_CHECKING:
     from hunyuan_pretrain.config.schema import Problem
     from hunyuan_pretrain.runtime.device import Machine
@@ -147,7 +149,7 @@ def doctor(
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train an experiment, going on from its newest checkpoint; under torchrun, one call is one rank.
 
-    Exit code 75: told to stop by SIGTERM, saved, and ready to be started again.
+    Exit code 75: told to stop by SIGTERM or Ctrl-C, saved, and ready to be started again. A second Ctrl-C ends it at once, with 130.
     """
     from hunyuan_pretrain.config.load import load_experiment
 
@@ -327,6 +329,8 @@ def report_error(error: Exception) -> None:
 
 def main() -> None:
     """Entry point; a user's error is one message on stderr and exit code 2, an interrupt is 130."""
+    if sys.argv[1:2] == ["train"]:
+        listen()  # a launcher may pass a stop on while torch is being imported
     try:
         app()
     except KeyboardInterrupt:

@@ -10,7 +10,8 @@ Usage: launch/train.sh CONFIG [KEY=VALUE]...
 Starts the ranks of one training run on this node, each with `hunyuan-pretrain train CONFIG [KEY=VALUE]...`.
 The same command goes on from the newest checkpoint.
 
-Exit status: 0 done; 75 stopped by SIGTERM after saving, start it again; 2 a mistake in CONFIG, an override or here; else a failure.
+Exit status: 0 done; 75 stopped by SIGTERM or Ctrl-C after saving, start it again; 130 a second Ctrl-C; 2 a mistake in CONFIG, an override
+or here; else a failure.
 
 Environment:
   NPROC_PER_NODE   ranks on this node; default: its GPUs, else parallel.world_size of CONFIG / NNODES, else 1
@@ -56,9 +57,13 @@ if ((nnodes > 1)); then
     [[ -n ${NODE_RANK:-}${RDZV_ID:-} ]] || fail "NNODES=$nnodes, but neither NODE_RANK nor RDZV_ID says which node this is"
 fi
 
+trap 'echo "stopped before the first step; nothing to save: the same command starts again"; exit 75' TERM INT HUP
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
     NPROC_PER_NODE=$("$PYTHON" - "$nnodes" "$@" <<'CODE'
+import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # the script says it
 
 import torch
 

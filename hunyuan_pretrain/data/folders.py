@@ -7,6 +7,7 @@ import json
 import os
 import reprlib
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,8 +155,13 @@ def _take_name(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         return
     previous = path.parent / f".{path.name}.{os.getpid()}.previous"
-    path.rename(previous)
-    temporary.rename(path)
+    # A stop between the two would leave neither the old folder under its name nor the new one.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        path.rename(previous)
+        temporary.rename(path)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     shutil.rmtree(previous)
 
 

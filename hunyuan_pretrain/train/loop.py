@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 import time
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -18,23 +17,34 @@ from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.device import what_is_used
+from hunyuan_pretrain.runtime.stop import (
+    EXIT_STOPPED,
+    STOPPED_BEFORE_FIRST_STEP,
+    StoppedBeforeFirstStepError,
+    StopRequest,
+    listen,
+)
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.probes import probe
-from hunyuan_pretrain.train.step import sum_over, train_step
+from hunyuan_pretrain.train.step import train_step
 
 EXIT_DONE = 0
-EXIT_STOPPED = 75
-"""The run saved a checkpoint because it was told to stop (SIGTERM) and can be resumed; EX_TEMPFAIL."""
 
 
 def train(experiment: Experiment) -> int:
-    """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM."""
-    stop = _StopRequest()
-    run = setup.prepare(experiment)
+    """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM or Ctrl-C."""
+    stop = listen()
+    try:
+        run = setup.prepare(experiment, stop)
+    except StoppedBeforeFirstStepError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(error, flush=True)
+        destroy_groups()
+        return EXIT_STOPPED
     try:
         return _train(run, stop)
     finally:
@@ -43,9 +53,12 @@ def train(experiment: Experiment) -> int:
         destroy_groups()
 
 
-def _train(run: setup.Run, stop: _StopRequest) -> int:
+def _train(run: setup.Run, stop: StopRequest) -> int:
     experiment, num_steps = run.experiment, run.loader.num_steps
     _announce(run, num_steps)
+    if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
+        run.log.line(STOPPED_BEFORE_FIRST_STEP)
+        return EXIT_STOPPED
     for step in range(run.first_step, num_steps):
         stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
         ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
@@ -57,9 +70,7 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
         result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
         done = step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise TrainingError(
-                f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; the last checkpoint is from before this step"
-            )
+            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         if done % experiment.logging.log_every_steps == 0 or done == num_steps:
             record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started, waited)
             run.log.metrics(record)
@@ -67,7 +78,7 @@ def _train(run: setup.Run, stop: _StopRequest) -> int:
                 run.log.line(step_line(record, num_steps))
         if run.evaluation is not None and (done % experiment.evaluation.every_steps == 0 or done == num_steps):
             _evaluate(run, stage, done)
-        is_stopping = stop.on_any_rank(run)
+        is_stopping = setup.is_stop_asked(stop, run.device)
         every = experiment.checkpoint.save_every_steps
         if done == num_steps or is_stopping or (every is not None and done % every == 0):
             _save(run, done, must_succeed=done == num_steps or is_stopping)
@@ -119,17 +130,13 @@ def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
         run.log.line(f"WARNING: {error}")
 
 
-class _StopRequest:
-    """Remembers a SIGTERM (Slurm and torchrun send one before they kill) until the step is done."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def on_any_rank(self, run: setup.Run) -> bool:
-        """Whether any rank was asked; all ranks agree, so that all save the same step. Communicates: all ranks."""
-        flag = torch.tensor(float(self._asked), device=run.device)
-        return bool(sum_over(dist.group.WORLD, flag).item())
+def _way_back(run: setup.Run) -> str:
+    """What is left of a run whose numbers are no longer finite, and what can be done."""
+    cure = "lower optimizer.lr or optimizer.clip_grad, or leave the data of this step out (stages.N.skip_data_steps)"
+    found = save_load.find_checkpoints(run.run_dir)
+    if not found:
+        when = run.experiment.checkpoint.save_every_steps
+        saves = "only the end of the run is saved" if when is None else f"the first would have been saved after step {when}"
+        return f"there is no checkpoint of this run to go back to ({saves}, checkpoint.save_every_steps): {cure}, and start again"
+    step = save_load.read_marker(found[-1])["step"]
+    return f"the newest checkpoint is {found[-1]}, after step {step}; the same command goes on from it, into the same numbers: first {cure}"

@@ -36,7 +36,9 @@ from hunyuan_pretrain.runtime.device import (
 )
 from hunyuan_pretrain.runtime.logging import RunLog, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
+from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
+from hunyuan_pretrain.train.step import sum_over
 from hunyuan_pretrain.train.verification import verify_files
 
 
@@ -62,20 +64,36 @@ class Run:
         return Path(self.experiment.run_dir)
 
 
-def prepare(experiment: Experiment) -> Run:
+def prepare(experiment: Experiment, stop: StopRequest | None = None) -> Run:
     """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if there is one.
 
     Raises ConfigError if the layout does not fit the world, DataFormatError or CheckpointError if the data or a checkpoint is unfit;
-    nothing is written before all of them are checked.
+    nothing is written before all of them are checked. Raises StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of many would leave the others waiting for it to meet them
+        leave_if_asked(stop)
     device = _start_machine(experiment)
+    leave_if_asked(stop, device)
     groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
     chunks, wrapped = _build_model(experiment, groups)
     optimizer = build_optimizer(wrapped, experiment, groups)
-    loader, evaluation = _open_data(experiment, groups)
+    loader, evaluation = _open_data(experiment, groups, stop)
+    leave_if_asked(stop, device)
     first_step = _load_or_init(experiment, chunks, optimizer)
     log = _open_log(experiment, first_step)
     return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, first_step, log)
+
+
+def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:
+    """Whether any rank was asked to stop; all ranks agree, so that all save the same step. Communicates: all ranks."""
+    flag = torch.tensor(float(stop.is_asked), device=device)
+    return bool(sum_over(dist.group.WORLD, flag).item())
+
+
+def leave_if_asked(stop: StopRequest | None, device: torch.device | None = None) -> None:
+    """Raise StoppedBeforeFirstStepError if a stop was asked of any rank, or without `device`, of this one."""
+    if stop is not None and (stop.is_asked if device is None else is_stop_asked(stop, device)):
+        raise StoppedBeforeFirstStepError()
 
 
 def leave(run: Run) -> None:
@@ -112,7 +130,9 @@ def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tupl
     return chunks, wrap_data_parallel(chunks, experiment, groups)
 
 
-def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[StepLoader, EvaluationLoader | None]:
+def _open_data(
+    experiment: Experiment, groups: ProcessGroupCollection, stop: StopRequest | None = None
+) -> tuple[StepLoader, EvaluationLoader | None]:
     digest = Tokenizer.load(experiment.tokenizer).digest
     rank, size = groups.dp.rank(), groups.dp.size()
     loader = StepLoader(experiment, rank, size, digest)
@@ -120,7 +140,7 @@ def _open_data(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[
     rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
     evaluation = EvaluationLoader(experiment, rank, size, digest, rounds) if experiment.evaluation.data else None
     if experiment.runtime.verify_data == "digests":
-        verify_files(loader.digests() | (evaluation.digests() if evaluation else {}))
+        verify_files(loader.digests() | (evaluation.digests() if evaluation else {}), stop)
     return loader, evaluation
 
 

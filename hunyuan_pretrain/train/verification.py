@@ -11,15 +11,17 @@ import torch.distributed as dist
 
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import check_digest_in_steps
+from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 
 _SECONDS_BETWEEN_MEETINGS = 10.0
 _SHOWN_PROBLEMS = 20
 
 
-def verify_files(files: Mapping[Path, str | None]) -> None:
+def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = None) -> None:
     """Compare each file with its SHA-256, on one of the ranks; rank 0 says on stderr how far they are if it takes long.
 
-    Raises DataFormatError, the same on all ranks, that names the files found missing or different until then; others may be too.
+    Raises DataFormatError, the same on all ranks, that names the files found missing or different until then; others may be too. Raises
+    StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
     Communicates: all ranks, now and then, so that none that has read its files waits longer for the others than a collective may.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -32,17 +34,19 @@ def verify_files(files: Mapping[Path, str | None]) -> None:
         for num_bytes, problem in reading:
             done += num_bytes
             problems += [problem] if problem else []
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or (stop is not None and stop.is_asked):
                 break
         else:
             is_done = True
-        states: list[tuple[int, list[str], bool]] = [(0, [], False)] * size
-        dist.all_gather_object(states, (done, problems, is_done))
-        _raise_if_any([problem for _, of_rank, _ in states for problem in of_rank])
-        if all(is_rank_done for _, _, is_rank_done in states):
+        states: list[tuple[int, list[str], bool, bool]] = [(0, [], False, False)] * size
+        dist.all_gather_object(states, (done, problems, is_done, stop is not None and stop.is_asked))
+        _raise_if_any([problem for _, of_rank, _, _ in states for problem in of_rank])
+        if any(is_stopping for *_, is_stopping in states):
+            raise StoppedBeforeFirstStepError()
+        if all(is_rank_done for _, _, is_rank_done, _ in states):
             return
         if rank == 0:
-            _print_progress(sum(of_rank for of_rank, _, _ in states), files)
+            _print_progress(sum(of_rank for of_rank, *_ in states), files)
 
 
 def _read(files: Mapping[Path, str | None]) -> Iterator[tuple[int, str | None]]:

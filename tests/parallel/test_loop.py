@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.runtime.stop import StopRequest
 from tests.helpers.layouts import CONTEXT_PARALLEL_SIZES, Layout, Outcome, trace_in_jobs, until_failure
 from tests.helpers.runs import metrics
 
@@ -38,7 +39,7 @@ def train_all(jobs: list[Experiment]) -> list[Outcome]:
 
     def train(experiment: Experiment) -> list[Any]:
         run = setup.prepare(experiment)
-        loop._train(run, loop._StopRequest())
+        loop._train(run, StopRequest())
         setup.leave(run)
         return []
 

@@ -26,7 +26,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 def test_help() -> None:
     done = run("launch/train.sh", "--help")
     assert done.returncode == 0
-    for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "75 stopped by SIGTERM"):
+    for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "75 stopped by SIGTERM or Ctrl-C after saving"):
         assert name in done.stdout
 
 
@@ -70,3 +70,8 @@ def test_sbatch_refuses_a_world_that_does_not_fit_before_srun() -> None:
 )
 def test_a_stop_is_told_from_a_failure(statuses: list[int], expected: bool) -> None:
     assert was_stopped(statuses) is expected
+
+
+def test_ranks_that_were_told_to_stop_before_they_listened_have_not_failed() -> None:
+    assert was_stopped([-15, -15], is_asked=True)
+    assert not was_stopped([-15, 1], is_asked=True)

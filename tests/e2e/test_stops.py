@@ -1,0 +1,86 @@
+"""A run that is told to stop, by SIGTERM or Ctrl-C, at any moment: what it leaves, and its exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import ROOT, experiment_fields, kill_all, metrics, start, write_experiment
+
+pytestmark = pytest.mark.slow
+BEFORE_FIRST_STEP = "stopped before the first step; nothing to save: the same command starts again"
+
+
+def listens(process: subprocess.Popen[str]) -> bool:
+    """Whether SIGTERM no longer ends the process."""
+    caught = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def stopped(process: subprocess.Popen[str], *numbers: int) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr after these signals."""
+    try:
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.05)
+        out, err = process.communicate(timeout=120)
+    finally:
+        kill_all(process)
+    return process.returncode, out, err
+
+
+def until(process: subprocess.Popen[str], condition: object) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_stop_while_torch_is_imported_ends_with_75_and_writes_nothing(corpus, tmp_path):
+    config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run"))
+    process = start("train", config)
+    started = time.monotonic()
+    until(process, lambda: listens(process))
+    assert time.monotonic() - started < 1, "long before torch is there"
+    code, out, err = stopped(process, signal.SIGTERM)
+    assert (code, out) == (75, BEFORE_FIRST_STEP + "\n"), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stop_of_the_launcher_while_its_ranks_start_ends_with_75(corpus, tmp_path):
+    fields = experiment_fields(corpus, tmp_path / "run", parallel={"world_size": 2})
+    config = write_experiment(tmp_path / "x.yaml", fields)
+    command = ["bash", "launch/train.sh", str(config)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for seconds in (0.5, 6.0):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PATH": path}
+        )
+        time.sleep(seconds)
+        code, out, err = stopped(process, signal.SIGTERM)
+        assert code == 75, out + err
+        assert "Traceback" not in err
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, run_dir, 400))
+    process = start("train", config)
+    until(process, lambda: metrics(run_dir))
+    code, out, err = stopped(process, signal.SIGINT)
+    steps = metrics(run_dir)[-1]["step"]
+    assert code == 75, err
+    assert f"told to stop: saved after step {steps}; the same command goes on from there" in out
+    assert err.strip() == "Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving"
+    process = start("train", config)
+    until(process, lambda: len(metrics(run_dir)) > steps)
+    code, out, _ = stopped(process, signal.SIGINT, signal.SIGINT)
+    assert code == 130
+    assert "saved" not in out

@@ -1,0 +1,77 @@
+"""Signals that ask for a stop, in processes of their own that import no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+STEPS = """
+import time
+from hunyuan_pretrain.runtime.stop import listen
+stop = listen()
+assert listen() is stop
+print("listening", flush=True)
+while not stop.is_asked:
+    time.sleep(0.01)
+print("saved", flush=True)
+"""
+STUCK = """
+import ctypes
+from hunyuan_pretrain.runtime.stop import listen
+listen()
+print("listening", flush=True)
+libc, signals = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+libc.sigaddset(signals, 10)
+while True:
+    libc.sigwait(signals, ctypes.byref(ctypes.c_int()))  # no signal that is handled ends it, as none ends a collective
+"""
+
+
+def listening(program: str, **environment: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    return process
+
+
+def test_a_stop_is_remembered_until_there_is_a_place_to_stop() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process = listening(STEPS)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, "saved\n"), err
+        assert err.strip() == ("Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving") * (
+            number == signal.SIGINT
+        )
+
+
+def test_a_second_ctrl_c_ends_at_once_even_in_a_collective() -> None:
+    process = listening(STUCK)
+    for _ in range(2):
+        time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+
+
+def test_other_ranks_leave_the_message_to_rank_0() -> None:
+    process = listening(STEPS, RANK="1")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("saved\n", "")
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    process = listening("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STEPS)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("saved\n", "")
