@@ -1,35 +1,56 @@
-# `make demo` and `make test` set up what they need; a fresh machine wants only Python 3.11 or later, make and a C compiler.
+# `make demo` and `make test` set up what they need; a fresh machine wants only Python 3.11 or 3.12, make and a C compiler.
 
-PYTHON ?= python3.11
+# PYTHON, TEXT and the like mean other things in people's shells: they count on make's command line only, and are handed to nothing that it
+# starts but where a recipe says so.
+SETTINGS := PYTHON VENV TEXT CORPUS WORK
+$(foreach name,$(SETTINGS),$(if $(filter environment%,$(origin $(name))),\
+    $(info make: $(name) in the environment does not count here; if it is meant: make $(name)=...)$(eval override undefine $(name))))
+MAKEOVERRIDES :=
+# A setting as an argument of a shell command, whatever is in it.
+quote = '$(subst ','\'',$(value $(1)))'
+
 VENV ?= .venv
+ifneq ($(words $(VENV)),1)
+$(error VENV: a folder without spaces in its name, not "$(VENV)")
+endif
 PY := $(VENV)/bin/python
+# The interpreter of the environment: python3.11, else python3.12, unless it is there already.
+PYTHON ?= $(or $(wildcard $(PY)),$(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name)))),python3.11)
+LATEST := .venv-latest
 STAMP := $(VENV)/.installed
-
-# On Linux PyPI's torch brings CUDA, some GB; PIP_EXTRA_INDEX_URL can point at PyTorch's index of CPU builds.
 
 # A file or folder of your own text to train on; empty: the standard library of Python.
 TEXT ?=
+# A JSONL file for data-bench; WORK is where everything is written, some three times its size.
+CORPUS ?=
+WORK ?= data_bench_out
+unexport $(SETTINGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-layouts test-gpu data-bench lint clean
+.PHONY: help demo test test-latest test-layouts test-gpu data-bench lint lock clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-# Transformer Engine's Python part, 1 MB, goes into a folder that only its tests see: megatron-core changes its ways where it can import it.
 # The stamp is written last, so that an interrupted installation starts again.
-$(STAMP): pyproject.toml Makefile
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -e ".[dev]"
-	$(PY) -m pip install --quiet --upgrade --no-deps --target $(VENV)/transformer_engine transformer-engine==2.11.0
+$(STAMP): pyproject.toml Makefile $(wildcard requirements/*)
+	'$(PYTHON)' requirements/environment.py set-up $(VENV)
 	touch $@
 
 demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU processes -> export -> generation; TEXT=file or folder for your own text
-	$(PY) -m launch.demo $(if $(TEXT),--text "$(TEXT)")
+	$(PY) -m launch.demo $(if $(TEXT),--text $(call quote,TEXT))
 
 # Two files of tests at a time, the long ones (tests/e2e, tests/parallel) first: a test has up to four ranks, but mostly one is at work.
 test: lint ## Everything that CI checks: lint, types, all tests, two files at a time; PYTEST_ARGS="-n 0 -k words" goes to pytest
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-latest: ## The tests at the borders to other people's packages, with the newest of everything that pyproject.toml allows; heeds PIP_CONSTRAINT
+	'$(PYTHON)' requirements/environment.py set-up $(LATEST) --latest
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m border $(PYTEST_ARGS)
+
+lock: $(STAMP) ## Write requirements/*.txt anew: the newest of everything that pyproject.toml allows, with digests; torch stays
+	$(PY) -m pip install --quiet uv
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) requirements/environment.py lock
 
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; some minutes to an hour
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)
@@ -39,13 +60,9 @@ test-gpu: $(STAMP) ## On a machine with a GPU and Transformer Engine in PY's env
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) tests/benchmarks/fp8_throughput.py
 
-# A JSONL file; WORK is where everything is written, some three times its size.
-CORPUS ?=
-WORK ?= data_bench_out
-
 data-bench: $(STAMP) ## Tokenizer, shards, packs and mixtures of CORPUS=corpus.jsonl, with times, memory and sizes
-	@test -n "$(CORPUS)" || { echo "make data-bench: CORPUS=corpus.jsonl is missing" >&2; exit 2; }
-	$(PY) tests/benchmarks/data_chain.py "$(CORPUS)" "$(WORK)"
+	@test -n $(call quote,CORPUS) || { echo "make data-bench: CORPUS=corpus.jsonl is missing" >&2; exit 2; }
+	$(PY) tests/benchmarks/data_chain.py $(call quote,CORPUS) $(call quote,WORK)
 
 lint: $(STAMP) ## Style and types only
 	$(PY) -m ruff check .
