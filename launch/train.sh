@@ -21,7 +21,7 @@ Environment:
   MASTER_PORT      its port, default 29500
   RDZV_ID          name of the job: the nodes then meet at MASTER_ADDR:MASTER_PORT (c10d) and agree on their numbers; the node with
                    NODE_RANK (else SLURM_NODEID) 0 is the meeting place
-  PYTHON           interpreter, default: that of the hunyuan-pretrain on PATH, else .venv of this checkout
+  HUNYUAN_PYTHON   interpreter, default: that of the hunyuan-pretrain on PATH, else .venv of this checkout
 TEXT
 }
 
@@ -41,14 +41,18 @@ esac
 config=$1
 [[ -f $config ]] || fail "$config: no such file"
 
-if [[ -z ${PYTHON:-} ]]; then
-    if command=$(command -v hunyuan-pretrain); then
-        PYTHON=$(dirname "$command")/python
-    else
-        PYTHON=$here/../.venv/bin/python
-    fi
+# The first line of a console script names its interpreter; one beside it need not be it (~/.local/bin, /usr/local/bin).
+if [[ -n ${HUNYUAN_PYTHON:-} ]]; then
+    python=$HUNYUAN_PYTHON
+elif command=$(command -v hunyuan-pretrain); then
+    python=$(dirname "$command")/python
+    [[ -x $python ]] || python=$(sed -n '1s/^#! *//p' "$command")
+else
+    python=$here/../.venv/bin/python
 fi
-"$PYTHON" -c "" 2>/dev/null || fail "$PYTHON: no such interpreter; install the project (make help) or set PYTHON"
+"$python" -c "" 2>/dev/null || fail "$python: no such interpreter; install the project (README, Installation) or set HUNYUAN_PYTHON"
+"$python" -c "from importlib.util import find_spec; exit(not all(map(find_spec, ('hunyuan_pretrain', 'torch', 'megatron'))))" ||
+    fail "$python has not got the project, or not what it needs; install it there (README, Installation) or set HUNYUAN_PYTHON"
 
 nnodes=${NNODES:-1}
 [[ $nnodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES=$nnodes: must be a number of nodes"
@@ -59,7 +63,7 @@ fi
 
 trap 'echo "stopped before the first step; nothing to save: the same command starts again"; exit 75' TERM INT HUP
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
-    NPROC_PER_NODE=$("$PYTHON" - "$nnodes" "$@" <<'CODE'
+    NPROC_PER_NODE=$("$python" - "$nnodes" "$@" <<'CODE'
 import signal
 import sys
 
@@ -96,4 +100,4 @@ fi
 
 # Unset, torchrun sets it to 1 and says so in a banner; ranks on CPU choose their own number of threads anyway.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" "$here/ranks.py" --nnodes "$nnodes" --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}" -m hunyuan_pretrain train "$@"
+exec "$python" "$here/ranks.py" --nnodes "$nnodes" --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}" -m hunyuan_pretrain train "$@"

@@ -30,10 +30,13 @@ PLATFORMS = (("linux", "x86_64", "Linux"), ("linux", "aarch64", "Linux"), ("darw
 CUDA = re.compile(r"(nvidia|cuda)-|triton=|torch=")
 """Packages that only a CUDA build of torch needs, and torch."""
 
+LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
+"""Compiling all of torch, ray and transformers takes longer than compiling what is imported of them, when it is."""
+
 MARKER = "made-by-make.txt"
 FROM_WHERE = (
-    "CACHE_DIR CERT CLIENT_CERT CONFIG_FILE DEFAULT_TIMEOUT DISABLE_PIP_VERSION_CHECK EXTRA_INDEX_URL FIND_LINKS INDEX_URL KEYRING_PROVIDER "
-    "NO_CACHE_DIR NO_INDEX PROXY RETRIES TIMEOUT TRUSTED_HOST USE_DEPRECATED USE_FEATURE"
+    "CACHE_DIR CERT CLIENT_CERT CONFIG_FILE DEFAULT_TIMEOUT DISABLE_PIP_VERSION_CHECK EXTRA_INDEX_URL FIND_LINKS INDEX_URL "
+    "KEYRING_PROVIDER NO_CACHE_DIR NO_INDEX PROXY RETRIES TIMEOUT TRUSTED_HOST USE_DEPRECATED USE_FEATURE"
 )
 """PIP_* that say where packages come from. Others (PIP_TARGET, PIP_USER, PIP_CONSTRAINT...) would change what is installed, or where."""
 
@@ -77,11 +80,11 @@ def set_up(folder: Path, latest: bool) -> None:
         engine = [line for line in gpu_extra() if line]
         pip(python, "install", "--upgrade", "--no-deps", "--target", fresh(folder / "transformer_engine"), *engine)
     else:
-        pip(python, "install", "--no-deps", "--require-hashes", "-r", lock_of_this_python())
+        pip(python, "install", *LOCKED, "-r", lock_of_this_python())
         install_torch(python)
         pip(python, "install", "--no-deps", "--no-build-isolation", "-e", ROOT)
         engine_lock = LOCKS / "transformer-engine.txt"
-        pip(python, "install", "--no-deps", "--require-hashes", "--target", fresh(folder / "transformer_engine"), "-r", engine_lock)
+        pip(python, "install", *LOCKED, "--target", fresh(folder / "transformer_engine"), "-r", engine_lock)
     pip(python, "check")
 
 
@@ -97,7 +100,9 @@ def make_folder(folder: Path, latest: bool) -> None:
     elif found is None or not ((folder / MARKER).is_file() or (folder / ".installed").is_file()):
         raise SetUpError(f"{folder}: there already, and not made by make: remove it, or choose another with VENV=folder")
     elif found[1] != version:
-        raise SetUpError(f"{folder} is of Python {found[1]}, and {sys.executable} is {version}: remove it, or choose another with VENV=folder")
+        raise SetUpError(
+            f"{folder} is of Python {found[1]}, and {sys.executable} is {version}: remove it, or choose another with VENV=folder"
+        )
 
 
 def lock_of_this_python() -> Path:
@@ -107,7 +112,7 @@ def lock_of_this_python() -> Path:
 
 def install_torch(python: Path) -> None:
     """torch's CPU build where this machine offers one, else PyPI's."""
-    arguments = ("install", "--no-deps", "--require-hashes", "-r")
+    arguments = ("install", *LOCKED, "-r")
     command = [python, "-I", "-m", "pip", "--quiet", *arguments, LOCKS / "torch-cpu.txt"]
     attempt = subprocess.run(command, env=pip_environment(), capture_output=True, text=True)
     if attempt.returncode == 0:
@@ -122,7 +127,7 @@ def install_torch(python: Path) -> None:
 def pip(python: Path, *arguments: str | Path, keep: Sequence[str] = ()) -> None:
     """Run pip in the environment, as quietly as it can. Raises CalledProcessError."""
     # -I: neither PYTHONPATH nor the user's own packages count as installed
-    subprocess.run([python, "-I", "-m", "pip", "--quiet", *arguments], env=pip_environment(keep), check=True, stdout=sys.stderr)
+    subprocess.run([python, "-I", "-m", "pip", "--quiet", *arguments], env=pip_environment(keep), check=True)
 
 
 def pip_environment(keep: Sequence[str] = ()) -> dict[str, str]:
@@ -174,7 +179,18 @@ def resolve(sources: Sequence[str | Path], python: str, constraint: str, text: s
     constraints = LOCKS / ".constraints.txt"
     constraints.write_text(constraint, encoding="utf-8")
     try:
-        command = ["uv", "pip", "compile", *sources, "--python-version", python, "--universal", "--generate-hashes", "--constraints", constraints]
+        command = [
+            "uv",
+            "pip",
+            "compile",
+            *sources,
+            "--python-version",
+            python,
+            "--universal",
+            "--generate-hashes",
+            "--constraints",
+            constraints,
+        ]
         command += ["--no-annotate", "--no-header", "--no-config", "--quiet", *options]
         output = subprocess.run(command, input=text, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     finally:

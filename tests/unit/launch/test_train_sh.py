@@ -12,11 +12,13 @@ import pytest
 from launch.ranks import was_stopped
 
 ROOT = Path(__file__).parents[3]
+BARE = Path(sys.base_prefix) / "bin/python3"
+"""An interpreter without the project."""
 DEMO = "configs/dev/demo_cpu.yaml"
 
 
 def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RDZV_ID", "PYTHON")
+    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RDZV_ID", "HUNYUAN_PYTHON")
     environment = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = ["bash", script, *arguments]
@@ -39,7 +41,8 @@ def test_help() -> None:
         ([DEMO], {"NNODES": "2"}, "NNODES=2, but MASTER_ADDR does not name the first node"),
         ([DEMO], {"NNODES": "2", "MASTER_ADDR": "a"}, "neither NODE_RANK nor RDZV_ID says which node this is"),
         ([DEMO], {"NNODES": "two"}, "NNODES=two: must be a number of nodes"),
-        ([DEMO], {"PYTHON": "/no/python"}, "/no/python: no such interpreter"),
+        ([DEMO], {"HUNYUAN_PYTHON": "/no/python"}, "/no/python: no such interpreter"),
+        ([DEMO], {"HUNYUAN_PYTHON": str(BARE)}, "has not got the project, or not what it needs; install it there"),
         ([DEMO, "optimizer.lrr=1"], {}, "did you mean optimizer.lr?"),
     ],
 )
