@@ -36,6 +36,11 @@ HOLDOUT_EVERY = 40
 STOP_AT = 0.4
 """Part of the steps after which the run is told to stop."""
 EXIT_STOPPED = 75
+LAUNCH_SETTINGS = (
+    *("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "LOCAL_ADDR"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+)
+"""Where somebody set them, they were meant for another run."""
 PROMPT = "class Reader:\n    def __init__(self"
 SAMPLING = ("--max-new-tokens", "80", "--temperature", "0.8", "--top-p", "0.9", "--repetition-penalty", "1.15")
 
@@ -243,8 +248,9 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The commands of this interpreter's environment first; nothing fetched; bars of libraries left out."""
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **os.environ}
+    """The commands of this interpreter's environment first; nothing fetched; bars of libraries left out; nothing of another job."""
+    others = {name: value for name, value in os.environ.items() if name not in LAUNCH_SETTINGS}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **others, "HUNYUAN_PYTHON": sys.executable}
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     return environment
 

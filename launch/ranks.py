@@ -2,15 +2,19 @@
 
 torchrun answers a SIGTERM by passing it on, killing what has not ended after 30 seconds, and ending with a traceback and status 1, as
 after a crash. Here a SIGTERM, a Ctrl-C or the end of the terminal is passed on as SIGTERM and the ranks are given all the time that a
-checkpoint takes; if they saved and left with status 75, so does this program. A second Ctrl-C kills the ranks and ends with 130. Every
-other end is torchrun's own.
+checkpoint takes; if they saved and left with status 75, so does this program. A second Ctrl-C kills the ranks and ends with 130.
+
+Whatever else ends the ranks, they have said themselves: this adds a line on which they were, instead of torchrun's account, and nothing
+to a user's mistake (status 2).
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +24,8 @@ from typing import Any
 EXIT_STOPPED = 75
 """Status of a rank that was told to stop and has lost nothing (hunyuan_pretrain.runtime.stop.EXIT_STOPPED)."""
 EXIT_INTERRUPTED = 130
+EXIT_MISTAKE = 2
+"""Status of a rank after a user's mistake, which it has told (hunyuan_pretrain.cli)."""
 
 LINGER_S = 10
 STOPPED_BEFORE_START = "stopped before the first step; nothing to save: the same command starts again"
@@ -52,18 +58,17 @@ class Stop:
             return
         if number == signal.SIGINT:
             print("\nCtrl-C: the ranks stop after this step, which is saved; Ctrl-C again ends at once, without saving", file=sys.stderr)
-        # torch would report the stop as a failure; a real one is still reported, by main.
-        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
 
 
 def main(arguments: list[str], stop: Stop) -> int:
-    """Run the ranks; returns 0, or 75 if they were stopped and saved, or 1 if one failed, after torchrun's account of it."""
+    """Run the ranks; returns 0, 75 if they were stopped and saved, 2 after a user's mistake, or 1 if one failed."""
     import psutil
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     settings = run.parse_args(arguments)
     # torchrun's own handler would shut the ranks down instead of waiting for them.
@@ -72,20 +77,63 @@ def main(arguments: list[str], stop: Stop) -> int:
     if stop.asked:
         print(STOPPED_BEFORE_START, flush=True)
         return EXIT_STOPPED
+    if (port := meeting_port(settings)) is not None and is_taken(port):
+        print(f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes", file=sys.stderr)
+        return EXIT_MISTAKE
+    # how ranks ended is said below
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.run(settings)
     except SignalException as error:
         return 128 + int(error.sigval)
+    except (DistError, RendezvousError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        place = settings.rdzv_endpoint or f"{settings.master_addr}:{settings.master_port}"
+        print(f"launch/train.sh: this node did not meet the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}", file=sys.stderr)
+        return 1
     except ChildFailedError as error:
         if not was_stopped((failure.exitcode for failure in error.failures.values()), bool(stop.asked)):
-            print(error, file=sys.stderr)
-            return 1
+            return report({rank: failure.exitcode for rank, failure in error.failures.items()})
         print("the ranks were told to stop and have lost nothing: the same command goes on from there", flush=True)
         if settings.nnodes != "1":
             # This node may hold the store that the other nodes' launchers ask for news until their own ranks have left; `error` keeps it.
             time.sleep(LINGER_S)
         return EXIT_STOPPED
     return 0
+
+
+def report(statuses: dict[int, int]) -> int:
+    """Say how the ranks ended that did not end with 0; returns this program's status."""
+    # torchrun ended these after the first of the others
+    own = {rank: status for rank, status in statuses.items() if status != -signal.SIGTERM} or statuses
+    if set(own.values()) == {EXIT_MISTAKE}:
+        return EXIT_MISTAKE
+    for rank, status in sorted(own.items()):
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        hint = " (out of memory?)" if status == -signal.SIGKILL else "; what it said is above"
+        print(f"launch/train.sh: rank {rank} {how}{hint}", file=sys.stderr)
+    return 1
+
+
+def meeting_port(settings: Any) -> int | None:
+    """The port at which this node waits for the others; None where another does, and for a single node, which takes a free one."""
+    if settings.standalone:
+        return None
+    if settings.rdzv_backend == "static":
+        return int(settings.master_port) if int(settings.node_rank) == 0 else None
+    return int(settings.rdzv_endpoint.rpartition(":")[2]) if "is_host=true" in settings.rdzv_conf else None
+
+
+def is_taken(port: int) -> bool:
+    """Whether a program of this machine listens at a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def was_stopped(statuses: Iterable[int], is_asked: bool = False) -> bool:

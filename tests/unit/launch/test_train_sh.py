@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.ranks import was_stopped
+from launch.ranks import report, was_stopped
 
 ROOT = Path(__file__).parents[3]
 BARE = Path(sys.base_prefix) / "bin/python3"
@@ -44,12 +45,63 @@ def test_help() -> None:
         ([DEMO], {"HUNYUAN_PYTHON": "/no/python"}, "/no/python: no such interpreter"),
         ([DEMO], {"HUNYUAN_PYTHON": str(BARE)}, "has not got the project, or not what it needs; install it there"),
         ([DEMO, "optimizer.lrr=1"], {}, "did you mean optimizer.lr?"),
+        ([DEMO, "optimizer.lrr=1"], {"NPROC_PER_NODE": "2"}, "did you mean optimizer.lr?"),
+        ([DEMO], {"NPROC_PER_NODE": "3"}, "parallel.world_size=2: the job has 3 ranks"),
+        ([DEMO], {"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE=gpu: must be a number of ranks"),
+        ([DEMO, "--gpus"], {}, "--gpus: unknown option; settings are KEY=VALUE; see --help"),
+        ([DEMO], {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: must be a number from 0 to 1, for NNODES=2"),
+        ([DEMO], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT=x: must be a port, 1 to 65535"),
     ],
 )
 def test_train_sh_refuses(arguments: list[str], variables: dict[str, str], message: str) -> None:
     done = run("launch/train.sh", *arguments, **variables)
     assert done.returncode == 2
     assert message in done.stderr
+    assert not {"Traceback", "torchrun", "elastic"} & set(done.stderr.split())
+
+
+def test_help_after_config() -> None:
+    assert run("launch/train.sh", DEMO, "--help").stdout == run("launch/train.sh", "--help").stdout
+
+
+def test_a_mistake_that_ranks_find_is_one_message_and_status_2(tmp_path: Path) -> None:
+    """Whatever names of another launcher lie in the environment."""
+    stray = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_PORT": "1", "MASTER_ADDR": "nowhere", "PET_STANDALONE": "0"}
+    settings = (f"run_dir={tmp_path}/run", f"tokenizer={tmp_path}/none")
+    done = run("launch/train.sh", DEMO, *settings, NPROC_PER_NODE="2", **stray)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"{tmp_path}/none: no such file; a tokenizer is a folder with hy.tiktoken (`hunyuan-data train-tokenizer`)"
+    ]
+
+
+@pytest.mark.parametrize("meeting", [{"NODE_RANK": "0"}, {"NODE_RANK": "0", "RDZV_ID": "x"}])
+def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = run("launch/train.sh", DEMO, NNODES="2", NPROC_PER_NODE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **meeting)
+    said = f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "said"),
+    [
+        ({0: 2, 1: -15}, 2, []),
+        ({0: 2, 1: 2}, 2, []),
+        ({0: 1, 1: -15}, 1, ["rank 0 ended with status 1; what it said is above"]),
+        ({0: -15, 3: -9}, 1, ["rank 3 was ended by SIGKILL (out of memory?)"]),
+        ({0: 2, 1: 1}, 1, ["rank 0 ended with status 2; what it said is above", "rank 1 ended with status 1; what it said is above"]),
+        ({1: -15}, 1, ["rank 1 was ended by SIGTERM; what it said is above"]),
+    ],
+)
+def test_the_launcher_says_which_ranks_failed(
+    statuses: dict[int, int], code: int, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(statuses) == code
+    assert capsys.readouterr().err.splitlines() == [f"launch/train.sh: {line}" for line in said]
 
 
 def test_sbatch_does_not_fall_back_to_this_host() -> None:
