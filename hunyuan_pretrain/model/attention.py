@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.norm import RMSNorm, rope_norm
+from hunyuan_pretrain.model.norm import HeadNorm, rope_norm
 from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.context_parallel import (
@@ -75,8 +75,8 @@ class SelfAttention(torch.nn.Module):
         else:
             self.linear_q = spec.linear_after(norm, config, config.hidden_size, q_size, groups)
         if config.qk_layernorm:
-            self.q_layernorm = RMSNorm(config, self.head_dim)
-            self.k_layernorm = RMSNorm(config, self.head_dim)
+            self.q_layernorm = HeadNorm(config)
+            self.k_layernorm = HeadNorm(config)
         self.core_attention = spec.core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
@@ -101,7 +101,7 @@ class SelfAttention(torch.nn.Module):
         else:
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
-        weight_H = self.q_layernorm.weight.float() * self.k_layernorm.weight.float() if self.config.qk_layernorm else None
+        weight_H = self.q_layernorm().float() * self.k_layernorm().float() if self.config.qk_layernorm else None
         q_TNH = rope_norm(q_TNH, packed.rope_table, weight_H, eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)

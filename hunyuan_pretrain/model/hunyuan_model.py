@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,23 @@ SpecChoice = Callable[[HunyuanConfig, int], Spec]
 """The spec of a layer, counted from 0 over the whole model."""
 
 
+class TokenEmbedding(VocabParallelEmbedding):
+    """Core's, which called without tokens returns its weight (V / ranks, D), for the output layer.
+
+    Where the gather of updated weights overlaps the forward pass, core completes those of a module when the module is called: whoever
+    reads a weight outside of its module calls that.
+    """
+
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        return self.weight if tokens is None else super().forward(tokens)
+
+
 class Embedding(torch.nn.Module):
     """Token embedding, and the output weight where the two are tied."""
 
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.word_embeddings = VocabParallelEmbedding(
+        self.word_embeddings = TokenEmbedding(
             config.padded_vocab_size,
             config.hidden_size,
             init_method=config.init_method,
@@ -95,6 +106,10 @@ class OutputLayer(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
         mark_divided(self.weight, 0)
 
+    def forward(self) -> Tensor:
+        """The weight, complete; see TokenEmbedding."""
+        return self.weight
+
 
 class HunyuanModel(MegatronModule):
     """One pipeline stage of Hunyuan for pretraining; all of it where there is one stage.
@@ -113,17 +128,24 @@ class HunyuanModel(MegatronModule):
         self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
         self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
         self.input_TBD: Tensor | None = None
-        if self.pre_process or (self.post_process and config.share_embeddings_and_output_weights):
-            self.embedding = Embedding(config, groups)
-            weight = self.embedding.word_embeddings.weight
-            # the gradient norm counts the weight on the first stage only
-            weight.shared = not self.pre_process
-            # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a rank of the first
-            # and one of the last stage add up the same, completely reduced elements
-            weight.shared_embedding = config.share_embeddings_and_output_weights and len(config.stages) > 1
+        # weights are registered in the order of the forward pass, in which core gathers and the reverse of which it reduces them
+        if self.pre_process:
+            self.embedding = self._build_embedding()
         self.decoder = Decoder(config, spec, groups, config.stages[stage], self.post_process)
         if self.post_process and not config.share_embeddings_and_output_weights:
             self.output_layer = OutputLayer(config, groups)
+        elif self.post_process and not self.pre_process:
+            self.embedding = self._build_embedding()
+
+    def _build_embedding(self) -> Embedding:
+        embedding = Embedding(self.config, self.groups)
+        weight: Any = embedding.word_embeddings.weight
+        # the gradient norm counts the weight on the first stage only
+        weight.shared = not self.pre_process
+        # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a rank of the first
+        # and one of the last stage add up the same, completely reduced elements
+        weight.shared_embedding = self.config.share_embeddings_and_output_weights and len(self.config.stages) > 1
+        return embedding
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Called by core's schedules with the activations (T, 1, D) of the stage before; the first stage has none."""
@@ -132,6 +154,10 @@ class HunyuanModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor:
         """Weight of the output layer on the last stage, of the embedding on the first where they are tied; (V / ranks, D)."""
         return self.embedding.word_embeddings.weight if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def _output_weight(self) -> Tensor:
+        """The same, complete, where a forward pass reads it."""
+        return self.embedding.word_embeddings() if self.share_embeddings_and_output_weights else self.output_layer()
 
     def forward(
         self,
@@ -172,7 +198,7 @@ class HunyuanModel(MegatronModule):
         if not self.post_process:
             return hidden_TD[:, None], statistics
         hidden_TD = self.decoder.final_layernorm(hidden_TD)
-        weight_VD = self.shared_embedding_or_output_weight()
+        weight_VD = self._output_weight()
         if label_T is None:
             whole_TD = gather_from_sequence_parallel_region(hidden_TD, group=tp) if config.sequence_parallel else hidden_TD
             return F.linear(whole_TD, weight_VD).float(), statistics

@@ -48,12 +48,31 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, size: int) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
-        weight: Any = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=weight_device(config)))
-        weight.sequence_parallel = config.sequence_parallel
-        self.weight = weight
+        self.weight = _norm_weight(config, size)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return _RMSNormFunction.apply(x_TD, self.weight, self.eps)
+
+
+class HeadNorm(torch.nn.Module):
+    """The weight (H,) of an RMSNorm of heads, which attention folds into its queries.
+
+    Called, it returns the weight: where the gather of updated weights overlaps the forward pass, core completes those of a module when
+    the module is called.
+    """
+
+    def __init__(self, config: HunyuanConfig) -> None:
+        super().__init__()
+        self.weight = _norm_weight(config, config.kv_channels)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def _norm_weight(config: HunyuanConfig, size: int) -> torch.nn.Parameter:
+    weight: Any = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=weight_device(config)))
+    weight.sequence_parallel = config.sequence_parallel
+    return weight
 
 
 def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -114,11 +114,12 @@ def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -
         yield Weight(model.num_moe_experts * hidden, is_router=True, is_replicated=True)
         yield from (routed(2 * expert), routed(expert), product(2 * shared), product(shared))
 
-    weights = [Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1)] if is_first or (is_last and is_tied) else []
+    embedding = Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1)
+    weights = [embedding] if is_first else []
     weights += [weight for number in stages[stage] for weight in layer(number)]
     if is_last:
         weights.append(norm(hidden))
-        weights += [] if is_tied else [Weight(vocabulary)]
+        weights += [] if is_tied and is_first else [embedding if is_tied else Weight(vocabulary)]
     return weights
 
 
