@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -327,16 +328,38 @@ def report_error(error: Exception) -> None:
         print(error, file=sys.stderr)
 
 
+def report_failure() -> None:
+    """Print the traceback of the error being handled, and of which rank it is."""
+    text = traceback.format_exc()
+    if "RANK" in os.environ:
+        text = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')} failed:\n{text}"
+    print(text, end="", file=sys.stderr, flush=True)  # in one piece, for several ranks write to the same place
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; at once where it is one of several ranks.
+
+    The others may be waiting for it in a collective, and Python's own way out would leave its process groups in order: wait for them.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main() -> None:
-    """Entry point; a user's error is one message on stderr and exit code 2, an interrupt is 130."""
+    """Entry point; a user's error is one message on stderr and exit code 2, a failure a traceback and 1, an interrupt is 130."""
     if sys.argv[1:2] == ["train"]:
         listen()  # a launcher may pass a stop on while torch is being imported
     try:
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, RuntimeError) as error:
+        leave(130)
+    except Exception as error:
         if USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
-            raise
+            report_failure()
+            leave(1)
         report_error(error)
-        sys.exit(2)
+        leave(2)

@@ -45,12 +45,8 @@ def train(experiment: Experiment) -> int:
             print(error, flush=True)
         destroy_groups()
         return EXIT_STOPPED
-    try:
+    with setup.left_at_the_end(run, destroy_groups):
         return _train(run, stop)
-    finally:
-        run.log.close()
-        run.loader.close()
-        destroy_groups()
 
 
 def _train(run: setup.Run, stop: StopRequest) -> int:

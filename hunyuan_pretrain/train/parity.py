@@ -294,7 +294,5 @@ def _assemble_tokens(whole: dict[str, np.ndarray], mine: list[tuple[str, np.ndar
 def trace_layout(experiment: Experiment, steps: int) -> list[StepTrace]:
     """`trace_steps` of a fresh run of `experiment` in the ranks of this job, which can run another layout afterwards."""
     run = setup.prepare(experiment)
-    try:
+    with setup.left_at_the_end(run):
         return trace_steps(run, range(run.first_step, run.first_step + steps))
-    finally:
-        setup.leave(run)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +98,27 @@ def leave_if_asked(stop: StopRequest | None, device: torch.device | None = None)
         raise StoppedBeforeFirstStepError()
 
 
-def leave(run: Run) -> None:
+def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
     """End a run but stay in the job, so that its ranks can begin another; the loop ends the job with it (`destroy_groups`)."""
     run.log.close()
     run.loader.close()
-    leave_layout()
+    leave_groups()
+
+
+@contextmanager
+def left_at_the_end(run: Run, leave_groups: Callable[[], None] = leave_layout) -> Iterator[None]:
+    """`leave` after the block; after an error in it only where there is no other rank.
+
+    Others may be waiting for this rank in a collective. To leave its groups would be to wait for them, and nobody would hear of the
+    error: it is for the command to print it and to end the process (cli.main).
+    """
+    try:
+        yield
+    except BaseException:
+        if dist.get_world_size() == 1:
+            leave(run, leave_groups)
+        raise
+    leave(run, leave_groups)
 
 
 def _start_machine(experiment: Experiment) -> torch.device:

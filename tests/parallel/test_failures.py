@@ -1,0 +1,99 @@
+"""A rank that fails ends with its traceback, and does not leave the others waiting."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import forking
+from tests.helpers.runs import experiment_fields, write_experiment
+
+SECONDS = 30
+"""Far below distributed_timeout_s, after which any wait ends."""
+
+
+def fail_in_step_2(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("a bug in mid-step")
+
+
+def refuse_in_step_2(*arguments: Any, **options: Any) -> Any:
+    from hunyuan_pretrain.train import TrainingError
+
+    raise TrainingError("a mistake of the user's")
+
+
+def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Path) -> None:
+    """`hunyuan-pretrain` as one of two ranks, of which the last breaks when it reduces the gradients of its second step."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    from hunyuan_pretrain import cli
+    from hunyuan_pretrain.train import optimizer, step
+
+    cli.SECONDS_FOR_RANK_0 = 1
+    if rank == 1:
+        steps = []
+
+        def norm(*args: Any) -> float:
+            steps.append(None)
+            return broken() if len(steps) == 2 else right(*args)
+
+        right, optimizer.gradient_norm = optimizer.gradient_norm, norm
+        assert step.optimizer_step is optimizer.optimizer_step
+    sys.argv = ["hunyuan-pretrain", *arguments]
+    cli.main()
+
+
+def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int], list[str], float]:
+    """Exit statuses, what they said on stderr, and how long the slower one took after the other's end."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [forking().Process(target=command, args=(rank, store.port, arguments, broken, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        processes[1].join(150)
+        ended = time.monotonic()
+        processes[0].join(SECONDS)
+        waited = time.monotonic() - ended
+        statuses = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return statuses, [(folder / f"stderr{rank}").read_text() for rank in range(2)], waited
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("broken", "status", "says"),
+    [(fail_in_step_2, 1, "AssertionError: a bug in mid-step"), (refuse_in_step_2, 2, "rank 1: a mistake of the user's")],
+    ids=["a bug", "a user's error"],
+)
+def test_a_rank_that_fails_ends_with_its_error_and_does_not_leave_the_others_waiting(corpus, tmp_path, broken, status, says):
+    fields = experiment_fields(corpus, tmp_path / "run", model__num_layers=2)
+    fields["runtime"]["probes"] = False
+    statuses, said, waited = two_ranks(["train", str(write_experiment(tmp_path / "x.yaml", fields))], broken, tmp_path)
+    assert statuses[1] == status, said[1]
+    assert says in said[1]
+    assert ("Traceback" in said[1]) == (status == 1)
+    assert statuses[0] not in (None, 0), f"rank 0 waits; {said}"
+    assert waited < SECONDS
+
+
+@pytest.mark.slow
+def test_parity_ends_when_a_rank_fails(corpus, tmp_path):
+    fields = experiment_fields(corpus, tmp_path / "run", model__num_layers=2)
+    path = write_experiment(tmp_path / "x.yaml", fields)
+    statuses, said, _ = two_ranks(["parity", str(path), "--layout", "dp=2", "--against", "tp=2"], fail_in_step_2, tmp_path)
+    assert statuses[1] == 1
+    assert "rank 1 of 2 failed:\nTraceback" in said[1]
+    assert "a bug in mid-step" in said[1]
+    assert statuses[0] not in (None, 0)
