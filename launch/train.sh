@@ -19,6 +19,7 @@ Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* do not count: thi
   NODE_RANK        number of this node from 0, default 0; not needed with RDZV_ID
   MASTER_ADDR      first node, needed for NNODES > 1, without meaning for one node
   MASTER_PORT      a free port of it, the same on all nodes, default 29500; one node takes any port that is free
+  LOCAL_ADDR       address of this node for the others, default: that from which it reaches MASTER_ADDR
   RDZV_ID          name of the job: the nodes then meet at MASTER_ADDR:MASTER_PORT (c10d) and agree on their numbers; the node with
                    NODE_RANK (else SLURM_NODEID) 0 is the meeting place
   HUNYUAN_PYTHON   interpreter, default: that of the hunyuan-pretrain on PATH, else .venv of this checkout
@@ -97,6 +98,25 @@ print(ranks)
 CODE
 ) || exit
 
+address=()
+if ((nnodes > 1)); then
+    # The ranks of all nodes meet at what torchrun says of the first node: its name, which is not always one that resolves, if not told.
+    # The address that leads to MASTER_ADDR is in the right network; asking for it sends nothing.
+    LOCAL_ADDR=${LOCAL_ADDR:-$("$python" - "$MASTER_ADDR" <<'CODE'
+import socket
+import sys
+
+try:
+    family, kind, protocol, _, peer = socket.getaddrinfo(sys.argv[1], 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(peer)
+        print(probe.getsockname()[0])
+except OSError as error:
+    sys.exit(f"launch/train.sh: MASTER_ADDR={sys.argv[1]}: {error.strerror or error}; give an address that this node reaches")
+CODE
+    )} || exit 2
+    address=(--local-addr "$LOCAL_ADDR")
+fi
 if [[ -n ${RDZV_ID:-} ]]; then
     rendezvous=(--rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:-localhost}:$port" --rdzv-id "$RDZV_ID")
     place=${NODE_RANK:-${SLURM_NODEID:-}}
@@ -111,4 +131,5 @@ fi
 unset "${!PET_@}"  # torchrun's defaults, meant for a torchrun that somebody else starts
 # Unset, torchrun sets it to 1 and says so in a banner; ranks on CPU choose their own number of threads anyway.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" "$here/ranks.py" --nnodes "$nnodes" --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}" -m hunyuan_pretrain train "$@"
+exec "$python" "$here/ranks.py" --nnodes "$nnodes" --nproc-per-node "$NPROC_PER_NODE" ${address[@]+"${address[@]}"} \
+    "${rendezvous[@]}" -m hunyuan_pretrain train "$@"

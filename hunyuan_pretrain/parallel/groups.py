@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -41,7 +40,9 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, timeout_s // 60),
-        create_gloo_process_groups=torch.cuda.is_available(),
+        # core's second set of groups, for optimizers and checkpoints of the CPU that are not used here: each would hold sockets to all its
+        # ranks, on whatever network interface gloo takes for the right one
+        create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.expt_tp_dp = _same_experts(groups, timeout_s)

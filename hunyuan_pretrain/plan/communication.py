@@ -221,13 +221,13 @@ def _gradients(
 def _optimizer(
     ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, ranks: Grid, chunks: list[int]
 ) -> None:
-    """Gradient norm; updated weights to the ranks that hold them too."""
+    """Gradient norm, in fp64; updated weights to the ranks that hold them too."""
     if not parallel.use_distributed_optimizer:
-        ledger.add("other", "all_reduce", 4, ranks.tp * ranks.pp)
+        ledger.add("other", "all_reduce", 8, ranks.tp * ranks.pp)
         if ranks.has_expert_buffers:
-            ledger.add("other", "all_reduce", 4, ranks.expert_tp * ranks.ep * ranks.pp)
+            ledger.add("other", "all_reduce", 8, ranks.expert_tp * ranks.ep * ranks.pp)
         return
-    ledger.add("other", "all_reduce", 4, ranks.world_size)
+    ledger.add("other", "all_reduce", 8, ranks.world_size)
     for chunk in chunks:
         for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
             for start, end in buffer.buckets:

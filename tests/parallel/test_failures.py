@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -27,6 +28,11 @@ def refuse_in_step_2(*arguments: Any, **options: Any) -> Any:
     raise TrainingError("a mistake of the user's")
 
 
+def wait_for_the_others(*arguments: Any) -> None:
+    """NCCL's way of leaving groups in which a collective is under way; gloo's tears it down."""
+    time.sleep(10 * SECONDS)
+
+
 def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Path) -> None:
     """`hunyuan-pretrain` as one of two ranks, of which the last breaks when it reduces the gradients of its second step."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -38,6 +44,10 @@ def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Pat
 
     cli.SECONDS_FOR_RANK_0 = 1
     if rank == 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group = wait_for_the_others
+        atexit.register(wait_for_the_others)
         steps = []
 
         def norm(*args: Any) -> float:
@@ -59,7 +69,7 @@ def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int
     for process in processes:
         process.start()
     try:
-        processes[1].join(150)
+        processes[1].join(90)
         ended = time.monotonic()
         processes[0].join(SECONDS)
         waited = time.monotonic() - ended

@@ -19,7 +19,7 @@ DEMO = "configs/dev/demo_cpu.yaml"
 
 
 def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RDZV_ID", "HUNYUAN_PYTHON")
+    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RDZV_ID", "HUNYUAN_PYTHON", "LOCAL_ADDR")
     environment = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = ["bash", script, *arguments]
@@ -41,6 +41,11 @@ def test_help() -> None:
         (["no.yaml"], {}, "no.yaml: no such file"),
         ([DEMO], {"NNODES": "2"}, "NNODES=2, but MASTER_ADDR does not name the first node"),
         ([DEMO], {"NNODES": "2", "MASTER_ADDR": "a"}, "neither NODE_RANK nor RDZV_ID says which node this is"),
+        (
+            [DEMO],
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "no.such.node.invalid", "NPROC_PER_NODE": "1"},
+            "launch/train.sh: MASTER_ADDR=no.such.node.invalid: ",
+        ),
         ([DEMO], {"NNODES": "two"}, "NNODES=two: must be a number of nodes"),
         ([DEMO], {"HUNYUAN_PYTHON": "/no/python"}, "/no/python: no such interpreter"),
         ([DEMO], {"HUNYUAN_PYTHON": str(BARE)}, "has not got the project, or not what it needs; install it there"),
@@ -102,6 +107,17 @@ def test_the_launcher_says_which_ranks_failed(
 ) -> None:
     assert report(statuses) == code
     assert capsys.readouterr().err.splitlines() == [f"launch/train.sh: {line}" for line in said]
+
+
+@pytest.mark.parametrize("variables", [{"RDZV_ID": "job", "SLURM_NODEID": "0"}, {"NODE_RANK": "0"}], ids=["meeting", "numbered"])
+def test_torchrun_is_told_the_nodes_address_because_its_name_may_not_resolve(tmp_path: Path, variables: dict[str, str]) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$1" in */ranks.py) echo "$@" ;; *) exec {sys.executable} "$@" ;; esac\n')
+    python.chmod(0o755)
+    several = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "1", "HUNYUAN_PYTHON": str(python)}
+    assert "--local-addr 127.0.0.1 " in run("launch/train.sh", DEMO, **several, **variables).stdout
+    assert "--local-addr 10.9.8.7 " in run("launch/train.sh", DEMO, **several, **variables, LOCAL_ADDR="10.9.8.7").stdout
+    assert "--local-addr" not in run("launch/train.sh", DEMO, NPROC_PER_NODE="2", HUNYUAN_PYTHON=str(python)).stdout
 
 
 def test_sbatch_does_not_fall_back_to_this_host() -> None:
