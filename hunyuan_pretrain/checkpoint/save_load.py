@@ -1,23 +1,17 @@
-"""Checkpoints on disk: megatron's distributed format, committed in two phases, verified before it is read.
+"""Checkpoints: megatron's distributed format, committed in two phases, verified before it is read; see folders.py for what is on disk.
 
-    <run_dir>/checkpoints/step_0000100/     one checkpoint
-        complete.json                       written last: step, model, size and sha256 of every other file
-        common.pt, __0_0.distcp, ...        megatron's distributed checkpoint
+A checkpoint is written into step_NNNNNNN.partial. Every rank digests and syncs the files that it wrote, rank 0 writes complete.json, and
+only then does the folder get its name. A folder without its name or without a complete.json that matches is never read.
 
-A checkpoint is written into step_NNNNNNN.partial, its files are digested and synced, complete.json is written, and only then
-does the folder get its name. A folder without its name or without a complete.json that matches is never read.
+Between two collectives that all ranks enter, a failure on one of them is told to all (parallel/agreement.py).
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 
@@ -26,62 +20,88 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 
-from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.optimizer_state import (
-    Moments,
-    full_moments,
-    restore_optimizer_state,
-    sharded_optimizer_state,
-    wanted_optimizer_state,
+from hunyuan_pretrain.checkpoint import CheckpointError, folders
+from hunyuan_pretrain.checkpoint.folders import (
+    checkpoint_folder,
+    find_checkpoints,
+    read_marker,
+    refuse_other_model,
+    remove_partials,
 )
-from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.checkpoint.optimizer_state import Stage, restore_state, state_on_host, wanted_state
+from hunyuan_pretrain.checkpoint.parallel_write import forget_plan, write_state
 from hunyuan_pretrain.model.fp8 import Recipe, load_scaling_state, scaling_state
-from hunyuan_pretrain.model.fp8_parameters import write
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.parallel.sharding import sharded_tensor
+from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, from_rank_0, patience
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
 
-FORMAT_VERSION = 1
-MARKER = "complete.json"
-SYSTEM_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
-"""Why a disk does not take a file, in the operating system's words; the best explanation where several ranks fail."""
-
-FULL_DISK_BYTES = 1 << 20
-"""A disk with less free space than this after a failed write is full; a writer may leave the rest of a block."""
-
-
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` steps."""
-    return run_dir / "checkpoints" / f"step_{step:07d}"
-
-
-def find_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Every file's size is checked here, its digest when it is read."""
-    return sorted(folder for folder in (run_dir / "checkpoints").glob("step_*") if _is_complete(folder))
+__all__ = [
+    "Resumed",
+    "checkpoint_folder",
+    "find_checkpoints",
+    "load",
+    "load_newest",
+    "read_marker",
+    "refuse_other_model",
+    "remove_partials",
+    "save",
+    "scaling_recipe",
+]
 
 
-def save(run_dir: Path, step: int, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, keep_last: int | None) -> Path:
+class DamagedCheckpointError(CheckpointError):
+    """The files of a checkpoint are not what was written, or cannot be read."""
+
+
+class Resumed(NamedTuple):
+    """What `load_newest` has read."""
+
+    folder: Path
+    marker: dict[str, Any]
+    notes: list[str]
+    """Lines for the log: every newer checkpoint that could not be used, and why."""
+
+    @property
+    def line(self) -> str:
+        """Which one was read, for the log."""
+        layout = self.marker.get("layout") or f"{self.marker['world_size']} ranks"
+        return f"read {self.folder}: after step {self.marker['step']}, saved by {layout}"
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer,
+    keep_last: int | None,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the checkpoint after `step` steps and remove complete ones beyond the newest `keep_last`.
+
+    `record` is what complete.json shall hold beside what this module needs: a JSON object.
 
     Communicates: all ranks. Raises CheckpointError on every rank, with the first rank's reason, if any rank cannot write; nothing
     of the attempt stays and older checkpoints are untouched.
     """
     folder = checkpoint_folder(run_dir, step)
-    partial = folder.with_name(folder.name + ".partial")
-    error = _on_rank_0(lambda: _make_empty(partial))
-    if error is None:
-        error = _first_error(lambda: _write(partial, chunks, optimizer))
-    if error is None:
-        error = _on_rank_0(lambda: _commit(partial, folder, step, chunks[0]))
-    if error is not None:
-        _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise CheckpointError(f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched")
-    if keep_last is not None:
-        _on_rank_0(lambda: _remove_all_but(run_dir, keep_last))
+    partial = folder.with_name(f"{folder.name}{folders.PARTIAL}")
+    with patience():
+        error = error_of_rank_0(lambda: folders.make_empty(partial))
+        made: dict[str, Stage] = {}
+        if error is None:
+            error = first_error(lambda: made.update(stage=Stage(chunks)))
+        if error is None:
+            error = write_state(partial, chunks[0], lambda: _state(chunks, optimizer, made["stage"]))
+        if error is None:
+            error = _commit(partial, folder, {**(record or {}), **_description(step, chunks[0])})
+        if error is not None:
+            forget_plan(chunks[0])
+            error_of_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise CheckpointError(f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched")
+        if keep_last is not None:
+            error_of_rank_0(lambda: _remove_all_but(run_dir, step, keep_last))
     return folder
 
 
@@ -95,74 +115,177 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
 
     Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, or of another model.
     """
-    marker = read_marker(folder)
+    with patience():
+        marker, error = from_rank_0(lambda: read_marker(folder))
+        if marker is None:
+            raise CheckpointError(f"{error}")
+        _refuse(folder, marker, chunks, optimizer)
+        _verify(folder, marker)
+        _load_verified(folder, marker, chunks, optimizer)
+    return int(marker["step"])
+
+
+def load_newest(
+    run_dir: Path,
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer,
+    accept: Callable[[Path, dict[str, Any]], None] | None = None,
+    last_step: int | None = None,
+) -> Resumed | None:
+    """`load` the newest checkpoint of a run that is as it was written; None if the run has no checkpoint.
+
+    Rank 0 looks, all ranks verify. One that is damaged or cannot be read is set aside and the next older one is tried. `accept` gets
+    each candidate's folder and marker on every rank before its files are read, to raise what speaks against it. With `last_step` later
+    checkpoints are not looked at.
+
+    Communicates: all ranks. Raises CheckpointError that names each checkpoint if none of them is good, and as `load` if the good one is of
+    another model.
+    """
+    with patience():
+        found, error = from_rank_0(lambda: folders.named_checkpoints(run_dir))
+        if found is None:
+            raise CheckpointError(f"{run_dir}: {error}")
+        faults: dict[Path, str] = {}
+        for folder in reversed(found):
+            if last_step is not None and (folders.step_of(folder) or 0) > last_step:
+                continue
+            try:
+                marker = _whole_marker(folder)
+                _refuse(folder, marker, chunks, optimizer)
+                if accept is not None:
+                    accept(folder, marker)
+                _verify(folder, marker)
+                _load_verified(folder, marker, chunks, optimizer)
+            except DamagedCheckpointError as fault:
+                faults[folder] = str(fault).removeprefix(f"{folder}: ")
+                continue
+            return Resumed(folder, marker, _set_aside(faults))
+    if not faults:
+        return None
+    named = "\n".join(f"  {folder.name}: {fault}" for folder, fault in faults.items())
+    hint = "repair or remove them; without any the run starts from the beginning"
+    raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good ({hint})\n{named}")
+
+
+def _refuse(folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> None:
     refuse_other_model(folder, marker, chunks[0].config.architecture)
     mine, theirs = str(chunks[0].config.params_dtype), marker.get("dtype")
     if optimizer is not None and theirs != mine:
         hint = "go on in that precision.dtype, or start a new run from its weights with checkpoint.init_from"
         raise CheckpointError(f"{folder}: its weights are {theirs}, those of this run {mine}; {hint}")
-    error = _first_error(lambda: _verify(folder, marker))
+
+
+def _whole_marker(folder: Path) -> dict[str, Any]:
+    def look() -> dict[str, Any]:
+        if fault := folders.fault_of(folder):  # sizes first: they cost nothing
+            raise DamagedCheckpointError(fault)
+        return read_marker(folder)
+
+    marker, error = from_rank_0(look)
+    if marker is None:
+        raise DamagedCheckpointError(f"{folder}: {error}")
+    return marker
+
+
+def _verify(folder: Path, marker: dict[str, Any]) -> None:
+    """Every rank its share of the files."""
+    mine = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
+    if error := first_error(lambda: folders.verify_files(folder, marker, mine)):
+        raise DamagedCheckpointError(f"{folder}: {error}")
+
+
+def _load_verified(folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> None:
+    """Read into host memory, then hand out; a failure while reading leaves weights and optimizer of a model on a GPU as they are."""
+    loaded: dict[str, Any] = {}
+
+    def prepare() -> None:
+        loaded.update(wanted=_wanted(marker, chunks, optimizer), stage=Stage(chunks))
+        dist_checkpointing.load_common_state_dict(str(folder))  # what core reads first, before it meets the other ranks
+
+    def hand_out() -> None:
+        if "fp8" in loaded:  # before the weights, which they quantise where those are in FP8
+            load_scaling_state(chunks, loaded["fp8"])
+        # every step makes one update
+        restore_state(chunks, optimizer, loaded["parameters"], int(marker["step"]), loaded["stage"])
+        if "generators" in loaded:
+            restore_generator_state(loaded["generators"])
+
+    error = first_error(prepare) or first_error(lambda: loaded.update(dist_checkpointing.load(loaded.pop("wanted"), str(folder))))
+    if error is not None:
+        raise DamagedCheckpointError(f"{folder}: cannot be read: {error}")
+    error = first_error(hand_out)
     if error is not None:
         raise CheckpointError(f"{folder}: {error}")
-    wanted: dict[str, Any] = {"model": _sharded_weights(chunks)}
+
+
+def _wanted(marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    wanted: dict[str, Any] = {"parameters": wanted_state(chunks, with_optimizer=optimizer is not None)}
     if optimizer is not None:
-        wanted["optimizer"] = wanted_optimizer_state(chunks)
         if marker["world_size"] == dist.get_world_size():
             wanted["generators"] = _generator_object()
         if marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
             wanted["fp8"] = _sharded_scales(chunks)
-    loaded = dist_checkpointing.load(wanted, str(folder))
-    if "fp8" in wanted:  # before the weights, which they quantise where those are in FP8
-        load_scaling_state(chunks, loaded["fp8"])
-    for name, parameter in ((name, parameter) for model in chunks for name, parameter in model.named_parameters()):
-        write(parameter, loaded["model"][name].view(parameter.shape))
-    if optimizer is not None:
-        restore_optimizer_state(chunks, optimizer, loaded["optimizer"], num_updates=int(marker["step"]))  # every step makes one
-        if "generators" in wanted:
-            restore_generator_state(loaded["generators"])
-    return int(marker["step"])
+    return wanted
 
 
-def read_marker(folder: Path) -> dict[str, Any]:
-    """complete.json of a checkpoint; raises CheckpointError where there is none or it cannot be read."""
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        missing = {"step", "world_size", "model", "files"} - marker.keys()
-        if missing:
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-        return marker
-    except FileNotFoundError:
-        near = ", ".join(path.name for path in find_checkpoints(folder.parent.parent)) or "none"
-        raise CheckpointError(f"{folder}: not a complete checkpoint (no {MARKER}); complete ones there: {near}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MARKER}: damaged: {error}") from None
+def _set_aside(faults: Mapping[Path, str]) -> list[str]:
+    def rename() -> list[str]:
+        return [f"WARNING: {folder} is not used: {fault}; it is now {folders.set_aside(folder).name}" for folder, fault in faults.items()]
+
+    lines, error = from_rank_0(rename)
+    if lines is None:
+        raise CheckpointError(f"a damaged checkpoint cannot be set aside: {error}: " + ", ".join(map(str, faults)))
+    return lines
 
 
-def refuse_other_model(folder: Path, marker: dict[str, Any], model: ModelConfig) -> None:
-    """Raise CheckpointError naming every architecture field in which the checkpoint differs from `model`."""
-    mine, theirs = model.model_dump(), marker["model"]
-    differences = [
-        f"  model.{key}: {theirs.get(key)} in the checkpoint, {mine[key]} in the config" for key in mine if mine[key] != theirs.get(key)
-    ]
-    if differences:
-        raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(differences))
+def _commit(partial: Path, folder: Path, content: dict[str, Any]) -> str | None:
+    """Digest every rank's files, mark the checkpoint as complete and give it its name; the error of any rank. Communicates: all ranks."""
+    mine: dict[str, dict[str, Any]] = {}
+
+    def digest_mine() -> None:
+        for path in folders.files_of_rank(partial, dist.get_rank()):
+            mine[path.name] = {"bytes": path.stat().st_size, "sha256": folders.digest(path)}
+
+    if error := first_error(digest_mine):
+        return error
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, found, dst=0)
+
+    def commit() -> None:
+        files = {name: file for of_rank in found or [] for name, file in of_rank.items()}
+        strangers = {path.name for path in folders.data_files(partial)} ^ files.keys()
+        if strangers:
+            raise CheckpointError(
+                f"{', '.join(sorted(strangers))}: not what the ranks have written; does another run write to this folder?"
+            )
+        folders.write_marker(partial, {**content, "files": dict(sorted(files.items()))})
+        folders.put_in_place(partial, folder)
+
+    return error_of_rank_0(commit)
 
 
-def _write(partial: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> None:
-    moments = list(full_moments(chunks, optimizer))
-    state = {
-        "model": _sharded_weights(chunks) | _unquantised_weights(chunks, moments),
-        "optimizer": sharded_optimizer_state(moments),
-        "generators": _generator_object(),
-        "fp8": _sharded_scales(chunks),
+def _state(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stage: Stage) -> dict[str, Any]:
+    state = {"parameters": state_on_host(chunks, optimizer, stage)}
+    return state | {"generators": _generator_object(), "fp8": _sharded_scales(chunks)}
+
+
+def _description(step: int, model: HunyuanModel) -> dict[str, Any]:
+    return {
+        "step": step,
+        "world_size": dist.get_world_size(),
+        "layout": _layout(model),
+        "model": model.config.architecture.model_dump(),
+        "dtype": str(model.config.params_dtype),
+        "fp8_scaling": scaling_recipe(model),
+        "torch": torch.__version__,
     }
-    try:
-        dist_checkpointing.save(state, str(partial))
-    except (Exception, CheckpointException) as error:
-        # megatron-core 0.19's writer processes do not hand on why they failed; the full disk is still there to be seen
-        if _reason(error) not in SYSTEM_REASONS and shutil.disk_usage(partial).free < FULL_DISK_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
+
+
+def _layout(model: HunyuanModel) -> str:
+    """As `parity --layout` spells it: the sizes that are not 1, and the number of ranks."""
+    groups = model.groups
+    sizes = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp, "dp": groups.dp, "ep": groups.ep}
+    return ",".join(f"{axis}={group.size()}" for axis, group in sizes.items() if group.size() > 1) or "dp=1"
 
 
 def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
@@ -185,115 +308,12 @@ def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:
     return found
 
 
-def _sharded_weights(chunks: list[HunyuanModel]) -> dict[str, Any]:
-    return {name: tensor for model in chunks for name, tensor in model.sharded_state_dict().items()}
-
-
-def _unquantised_weights(chunks: list[HunyuanModel], moments: list[Moments]) -> dict[str, Any]:
-    """Weights that the model has in FP8 only, as they are in checkpoints of other runs: main weights, rounded to the dtype of the run."""
-    in_fp8 = {name: p.dtype for model in chunks for name, p in model.named_parameters() if is_float8tensor(p)}
-    return {name: sharded_tensor("", state["main"].to(in_fp8[name]), place) for name, state, place in moments if name in in_fp8}
-
-
 def _generator_object() -> ShardedObject:
     rank, world = dist.get_rank(), dist.get_world_size()
     return ShardedObject("generators", generator_state(), (world,), (rank,), replica_id=0)
 
 
-def _commit(partial: Path, folder: Path, step: int, model: HunyuanModel) -> None:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in _data_files(partial)}
-    content = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "world_size": dist.get_world_size(),
-        "model": model.config.architecture.model_dump(),
-        "dtype": str(model.config.params_dtype),
-        "fp8_scaling": scaling_recipe(model),
-        "torch": torch.__version__,
-        "files": files,
-    }
-    with (partial / MARKER).open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if folder.exists():  # the same step of an earlier attempt at this run
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    _sync_folder(folder.parent)
-
-
-def _verify(folder: Path, marker: dict[str, Any]) -> None:
-    """Compare this rank's share of the files with the marker's digests."""
-    names = sorted(marker["files"])
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        path, expected = folder / name, marker["files"][name]
-        if not path.exists() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            raise CheckpointError(f"{name} is missing or damaged: its size or sha256 is not the one in {MARKER}")
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return not folder.name.endswith(".partial") and all(
-            (folder / name).stat().st_size == file["bytes"] for name, file in marker["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _data_files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.iterdir() if path.name != MARKER)
-
-
-def _digest(path: Path) -> str:
-    """sha256 of a file that is on disk when this returns."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _remove_all_but(run_dir: Path, keep_last: int) -> None:
-    for folder in find_checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(folder)
-
-
-def _first_error(action: Any) -> str | None:
-    """Run `action` on every rank; on all of them one error message, the operating system's or else the first rank's, or None."""
-    try:
-        action()
-        mine = None
-    except (Exception, CheckpointException) as error:  # every failure has to reach the other ranks, which would wait for ever
-        mine = _reason(error)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, mine)
-    told = [error for error in errors if error]
-    return next((error for error in told if error in SYSTEM_REASONS), told[0] if told else None)
-
-
-def _on_rank_0(action: Any) -> str | None:
-    """Run `action` on rank 0 only; its error message on every rank, or None."""
-    return _first_error(action if dist.get_rank() == 0 else lambda: None)
-
-
-def _reason(error: BaseException) -> str:
-    """What a person needs of an error; torch wraps the operating system's in several layers."""
-    text = str(error)
-    for reason in SYSTEM_REASONS:
-        if (isinstance(error, OSError) and error.strerror == reason) or reason in text:
-            return reason
-    if "unexpected pos" in text:  # what torch's writer says of a write that was cut short
-        return os.strerror(errno.ENOSPC)
-    return text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+def _remove_all_but(run_dir: Path, step: int, keep_last: int) -> None:
+    """Of the checkpoints up to `step`; what an earlier attempt has left of later steps is no reason to remove this one's."""
+    for folder in [folder for folder in find_checkpoints(run_dir) if (folders.step_of(folder) or 0) <= step][:-keep_last]:
+        folders.remove(folder)

@@ -17,12 +17,22 @@ def initialize_distributed(backend: str, timeout_s: int) -> None:
 
     Communicates: all ranks (rendezvous). A collective that waits longer than `timeout_s` seconds raises.
     """
+    global _timeout
     if dist.is_initialized():
         return
+    _timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=_timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
+
+
+_timeout: timedelta | None = None
+
+
+def collective_timeout() -> timedelta | None:
+    """What `initialize_distributed` set; None where something else made the default group."""
+    return _timeout
 
 
 def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollection:

@@ -24,6 +24,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.parallel.agreement import error_of_rank_0, from_rank_0
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
 from hunyuan_pretrain.runtime.device import (
     backend_of,
@@ -81,8 +82,10 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None) -> Run:
     optimizer = build_optimizer(wrapped, experiment, groups)
     loader, evaluation = _open_data(experiment, groups, stop)
     leave_if_asked(stop, device)
-    first_step = _load_or_init(experiment, chunks, optimizer)
+    first_step, notes = _load_or_init(experiment, chunks, optimizer)
     log = _open_log(experiment, first_step)
+    for note in notes:
+        log.line(note)
     return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, first_step, log)
 
 
@@ -162,38 +165,48 @@ def _open_data(
     return loader, evaluation
 
 
-def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> int:
-    """Resume from the run's newest complete checkpoint, else start from `checkpoint.init_from` or fresh weights; returns steps done."""
-    settings = experiment.checkpoint
-    found = save_load.find_checkpoints(Path(experiment.run_dir))
-    if found and not settings.resume:
-        raise CheckpointError(
-            f"checkpoint.resume=false, but {found[-1]} is there, and a later resume would mix the two runs: "
-            "choose another run_dir, or remove the checkpoints"
-        )
-    if found:
-        return save_load.load(found[-1], chunks, optimizer)
-    if settings.init_from is not None:
-        save_load.load(Path(settings.init_from), chunks, None)
-        reload_weights(optimizer)
-    return 0
+def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> tuple[int, list[str]]:
+    """Resume from the run's newest good checkpoint, else start from `checkpoint.init_from` or fresh weights.
+
+    Returns the steps done, and lines for the log.
+    """
+    settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
+    if not settings.resume:
+        found, error = from_rank_0(lambda: save_load.find_checkpoints(run_dir))
+        if error is not None:
+            raise CheckpointError(f"{run_dir}: {error}")
+        if found:
+            raise CheckpointError(
+                f"checkpoint.resume=false, but {found[-1]} is there, and a later resume would mix the two runs: "
+                "choose another run_dir, or remove the checkpoints"
+            )
+    else:
+        resumed = save_load.load_newest(run_dir, chunks, optimizer)
+        if resumed is not None:
+            return int(resumed.marker["step"]), [*resumed.notes, resumed.line]
+    if settings.init_from is None:
+        return 0, []
+    step = save_load.load(Path(settings.init_from), chunks, None)
+    reload_weights(optimizer)
+    return 0, [f"weights from {settings.init_from}, after step {step} of its run"]
 
 
 def _open_log(experiment: Experiment, first_step: int) -> RunLog:
     is_writer = dist.get_rank() == 0
     run_dir = Path(experiment.run_dir)
-    reasons: list[str | None] = [None]
-    if is_writer:
-        try:
-            record_environment(run_dir, dump_resolved(experiment), versions())
-        except OSError as error:  # the other ranks have to hear of it, or they would wait
-            reasons = [error.strerror]
-    dist.broadcast_object_list(reasons, src=0)
-    if reasons[0] is not None:
-        raise ConfigError(str(run_dir), [Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {reasons[0]}", "choose another")])
-    log = RunLog(run_dir, experiment.logging, experiment.name, is_writer)
-    if is_writer:
+    log: RunLog | None = None
+
+    def write() -> None:
+        nonlocal log
+        record_environment(run_dir, dump_resolved(experiment), versions())
         shutil.copytree(experiment.tokenizer, run_dir / "tokenizer", dirs_exist_ok=True)  # an export needs the run directory only
+        log = RunLog(run_dir, experiment.logging, experiment.name, is_writer)
         log.truncate_after(first_step)
-    log.open_sinks(experiment.model_dump(mode="json"))
-    return log
+        log.open_sinks(experiment.model_dump(mode="json"))
+        for line in save_load.remove_partials(run_dir):
+            log.line(line)
+
+    # whatever fails on rank 0, the other ranks have to hear of it, or they would wait
+    if error := error_of_rank_0(write):
+        raise ConfigError(str(run_dir), [Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {error}", "choose another")])
+    return log or RunLog(run_dir, experiment.logging, experiment.name, is_writer=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,8 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint import CheckpointError, folders, optimizer_state, parallel_write, save_load
+from hunyuan_pretrain.parallel.sharding import sharded_tensor
+from hunyuan_pretrain.runtime.seeding import generator_state
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.parity import trace_steps
 from tests.helpers.one_rank import moments, on_this_rank
@@ -98,7 +103,7 @@ def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype, o
     """And the optimizer's own copy of them, which the first step would otherwise write over them."""
     settings = {"init_from": str(saved)}
     fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded}))
-    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer) == 0
+    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer)[0] == 0
     assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
     loaded = dict(fresh.chunks[0].named_parameters())
     for name, parameter in run.chunks[0].named_parameters():
@@ -205,14 +210,153 @@ FAILURES = {
 def test_a_failed_save_leaves_nothing_and_older_checkpoints_alone(run, tmp_path, monkeypatch, error, reason):
     older = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
 
-    def fail(state: object, folder: str) -> None:
-        (Path(folder) / "half").write_text("x")
+    def fail(folder: Path, writer: object) -> None:
+        (folder / "half").write_text("x")
         raise error
 
-    monkeypatch.setattr(save_load.dist_checkpointing, "save", fail)
+    monkeypatch.setattr(parallel_write, "_write_planned", fail)
     words = f"step_0000002: the checkpoint could not be written: {reason}; older checkpoints are untouched"
     with pytest.raises(CheckpointError, match=words):
         save_load.save(tmp_path, 2, run.chunks, run.optimizer, keep_last=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [older]
     monkeypatch.undo()
     assert load_into(run, older) == 1
+
+
+def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run, tmp_path):
+    """As every checkpoint was written before ranks shared the writing: core's own entry point, other groups of state, a marker without
+    the layout."""
+    folder = tmp_path / "checkpoints" / "step_0000001"
+    folder.mkdir(parents=True)
+    state = {
+        "model": {name: tensor for model in run.chunks for name, tensor in model.sharded_state_dict().items()},
+        "optimizer": {
+            name: {kind: sharded_tensor(f"optimizer.{kind}.", tensor, place) for kind, tensor in tensors.items()}
+            for name, tensors, place in optimizer_state.full_moments(run.chunks, run.optimizer)
+        },
+        "generators": save_load.ShardedObject("generators", generator_state(), (1,), (0,), replica_id=0),
+        "fp8": {},
+    }
+    save_load.dist_checkpointing.save(state, str(folder))
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in folder.iterdir()
+    }
+    marker = {"format_version": 1, "step": 1, "world_size": 1, "model": run.experiment.model.model_dump(), "dtype": "torch.float32"}
+    (folder / "complete.json").write_text(json.dumps(marker | {"fp8_scaling": None, "torch": "2.9.0", "files": files}))
+    expected = moments(run)
+    fresh = on_this_rank(fields(corpus, tmp_path / "fresh"))
+    resumed = save_load.load_newest(tmp_path, fresh.chunks, fresh.optimizer)
+    assert resumed is not None
+    assert resumed.line == f"read {folder}: after step 1, saved by 1 ranks"
+    actual = moments(fresh)
+    assert all(np.array_equal(actual[name], expected[name]) for name in expected)
+    for theirs, mine in zip(run.chunks[0].parameters(), fresh.chunks[0].parameters(), strict=True):
+        assert torch.equal(theirs, mine)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
+    marker = json.loads((checkpoint / "complete.json").read_text()) | {"format_version": 99}
+    (checkpoint / "complete.json").write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match="written by a newer program: format_version is 99, this program reads up to 1"):
+        load_into(run, checkpoint)
+
+
+def test_what_the_caller_records_is_in_the_marker(run, tmp_path):
+    folder = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None, record={"position": {"tokens": 512}, "step": "not this"})
+    marker = save_load.read_marker(folder)
+    assert (marker["position"], marker["step"]) == ({"tokens": 512}, 1)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that were made within it and are still there, but for those on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        from torch.utils._pytree import tree_leaves
+
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((arguments, settings)) if isinstance(leaf, torch.Tensor)}
+        result = function(*arguments, **(settings or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta" and leaf.untyped_storage()._cdata not in inputs:
+                storage = leaf.untyped_storage()
+                self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+    @property
+    def now(self) -> int:
+        self.known = {key: (storage, size) for key, (storage, size) in self.known.items() if not storage.expired()}
+        return sum(size for _, size in self.known.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saving_and_resuming_hold_one_tensor_of_one_parameter_on_the_device(corpus, tmp_path, monkeypatch, dtype):
+    """Beside the model and the optimizer; a copy on the host is one on the meta device here, so that what is left is the device's."""
+    run = on_this_rank(fields(corpus, tmp_path, dtype))
+    trace_steps(run, range(1))
+    largest = max(4 * parameter.numel() for parameter in run.chunks[0].parameters())
+    scalars = 4 * 64 * len(list(run.chunks[0].parameters()))  # counts of updates
+    on_host = {
+        name: {kind: tensor.clone() for kind, tensor in tensors.items()}
+        | {"weight": dict(run.chunks[0].named_parameters())[name].detach().clone()}
+        for name, tensors, _ in optimizer_state.full_moments(run.chunks, run.optimizer)
+    }
+    with monkeypatch.context() as patch, LiveBytes() as saving:
+        patch.setattr(optimizer_state, "_to_host", lambda tensor: tensor.to("meta"))
+        state = optimizer_state.state_on_host(run.chunks, run.optimizer, optimizer_state.Stage(run.chunks))
+    assert sum(len(tensors) for tensors in state.values()) == len(on_host) * (3 if dtype == "fp32" else 4) - (
+        0 if dtype == "fp32" else sum(name.endswith("router.weight") for name in on_host)
+    )
+    assert 0 < saving.peak <= 2 * largest, "the state is there at once"
+    expected = moments(run)
+    with LiveBytes() as loading:
+        optimizer_state.restore_state(run.chunks, run.optimizer, on_host, 1, optimizer_state.Stage(run.chunks))
+    assert loading.peak <= loading.now + 2 * largest + scalars
+    assert all(not tensors for tensors in on_host.values()), "what was read is freed on the way"
+    assert all(np.array_equal(value, expected[name]) for name, value in moments(run).items())
+
+
+def test_partial_saves_of_earlier_attempts_are_removed_and_nothing_else(checkpoint):
+    run_dir = checkpoint.parents[1]
+    for name in ("step_0000002.partial", "step_0000001.removed.partial", "step_0000003.damaged", "mine.partial"):
+        (checkpoint.with_name(name)).mkdir()
+        (checkpoint.with_name(name) / "file").write_text("x")
+    (run_dir / "elsewhere").mkdir()
+    checkpoint.with_name("step_0000004.partial").symlink_to(run_dir / "elsewhere")
+    lines = save_load.remove_partials(run_dir)
+    assert [line.split("checkpoints/")[-1] for line in lines] == [
+        "step_0000001.removed.partial: an unfinished save of an earlier attempt",
+        "step_0000002.partial: an unfinished save of an earlier attempt",
+    ]
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
+        "mine.partial",
+        "step_0000001",
+        "step_0000003.damaged",
+        "step_0000004.partial",
+    ]
+    assert save_load.find_checkpoints(run_dir) == [checkpoint]
+
+
+def test_keep_last_never_removes_the_newest_for_what_an_earlier_attempt_left_behind_it(run, tmp_path):
+    """A run that went on from an older checkpoint, as --from-step does, meets later ones of the attempt before."""
+    for step in (2, 9):
+        save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
+    save_load.save(tmp_path, 3, run.chunks, run.optimizer, keep_last=1)
+    assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000003", "step_0000009"]
+
+
+def test_a_stranger_in_the_folder_of_a_save_fails_it(run, tmp_path, monkeypatch):
+    """Two runs that save to one folder mix their files; what is committed is what the ranks of this one have written."""
+    real = folders.files_of_rank
+
+    def with_stranger(folder: Path, rank: int) -> list[Path]:
+        (folder / "__7_0.distcp").write_text("x")
+        return real(folder, rank)
+
+    monkeypatch.setattr(folders, "files_of_rank", with_stranger)
+    with pytest.raises(CheckpointError, match=r"__7_0.distcp: not what the ranks have written; does another run write to this folder\?"):
+        save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)

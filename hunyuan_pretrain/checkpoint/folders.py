@@ -1,0 +1,187 @@
+"""Folders of checkpoints: how they are named, what marks one as complete, and whether its files are what was written.
+
+<run_dir>/checkpoints/step_0000100/           one checkpoint
+    complete.json                             written last: step, model, size and sha256 of every other file
+    common.pt, __0_0.distcp, ...              megatron's distributed checkpoint
+<run_dir>/checkpoints/step_0000200.partial/   a save that was not finished, or a checkpoint that was being removed
+<run_dir>/checkpoints/step_0000200.damaged/   a checkpoint that could not be read and was set aside by a run that went on without it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.config.schema import ModelConfig
+
+FORMAT_VERSION = 1
+MARKER = "complete.json"
+PARTIAL, DAMAGED = ".partial", ".damaged"
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return run_dir / "checkpoints" / f"step_{step:07d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None of any other folder."""
+    found = re.fullmatch(r"step_(\d{7,})", folder.name)
+    return int(found[1]) if found else None
+
+
+def named_checkpoints(run_dir: Path) -> list[Path]:
+    """Every folder that has the name of a checkpoint, oldest first, whatever is in it."""
+    found = [(step, folder) for folder in (run_dir / "checkpoints").glob("step_*") if (step := step_of(folder)) is not None]
+    return [folder for _, folder in sorted(found)]
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. Every file's size is checked here, its digest when it is read."""
+    return [folder for folder in named_checkpoints(run_dir) if fault_of(folder) is None]
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as its marker and the sizes of its files tell; None if nothing is."""
+    try:
+        files = read_marker(folder)["files"]
+        return next((damage_to(name) for name, file in files.items() if not _has_size(folder / name, file)), None)
+    except (OSError, TypeError, KeyError, AttributeError) as error:
+        return f"{MARKER}: {error}"
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """complete.json of a checkpoint; raises CheckpointError where there is none or it cannot be read."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        missing = {"step", "world_size", "model", "files"} - marker.keys()
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+    except FileNotFoundError:
+        others = [path.name for path in named_checkpoints(folder.parent.parent) if path != folder and (path / MARKER).exists()]
+        near = ", ".join(others) or "none"
+        raise CheckpointError(f"{folder}: not a complete checkpoint (no {MARKER}); complete ones there: {near}") from None
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MARKER}: damaged: {error}") from None
+    if marker.get("format_version", 1) > FORMAT_VERSION:
+        newer = f"format_version is {marker['format_version']}, this program reads up to {FORMAT_VERSION}"
+        raise CheckpointError(f"{folder / MARKER}: written by a newer program: {newer}")
+    return marker
+
+
+def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write complete.json, and return when it is on disk."""
+    with (folder / MARKER).open("w", encoding="utf-8") as file:
+        json.dump({"format_version": FORMAT_VERSION, **content}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def verify_files(folder: Path, marker: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Compare some of a checkpoint's files with the marker's digests; raises CheckpointError that names the first that differs."""
+    for name in names:
+        file = marker["files"][name]
+        if not _has_size(folder / name, file) or digest(folder / name) != file["sha256"]:
+            raise CheckpointError(damage_to(name))
+
+
+def damage_to(name: str) -> str:
+    """The words for a file that is not what was written."""
+    return f"{name} is missing or damaged: its size or sha256 is not the one in {MARKER}"
+
+
+def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConfig) -> None:
+    """Raise CheckpointError naming every architecture field in which the checkpoint differs from `model`."""
+    mine, theirs = model.model_dump(), marker["model"]
+    differences = [
+        f"  model.{key}: {theirs.get(key)} in the checkpoint, {mine[key]} in the config" for key in mine if mine[key] != theirs.get(key)
+    ]
+    if differences:
+        raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(differences))
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Every file of a checkpoint but the marker."""
+    return sorted(path for path in folder.iterdir() if path.name != MARKER)
+
+
+def files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """Those that a rank has written: torch's writer puts its number into their names; rank 0 has written what has none."""
+    writers = {path: re.match(r"__(\d+)_", path.name) for path in data_files(folder)}
+    return [path for path, writer in writers.items() if rank == (int(writer[1]) if writer else 0)]
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file that is on disk when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name; one of that name, of an earlier attempt at this run, is removed."""
+    old = folder.with_name(f"{folder.name}.old{PARTIAL}")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def make_empty(folder: Path) -> None:
+    """An empty folder, whatever there was."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that one that is half removed is never taken for one."""
+    doomed = folder.with_name(f"{folder.name}.removed{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_partials(run_dir: Path) -> list[str]:
+    """Remove what killed attempts left half-written or half-removed; returns a line for each.
+
+    For one process that knows that nobody else writes to the run.
+    """
+    found = sorted(folder for folder in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}") if folder.is_dir() and not folder.is_symlink())
+    for folder in found:
+        shutil.rmtree(folder)
+    return [f"removed {folder}: an unfinished save of an earlier attempt" for folder in found]
+
+
+def set_aside(folder: Path) -> Path:
+    """Take its name from a checkpoint that cannot be used, so that a later one of that step can have it; returns the new folder."""
+    for number in range(1, 1000):
+        aside = folder.with_name(folder.name + DAMAGED + (f".{number}" if number > 1 else ""))
+        if not aside.exists():
+            folder.rename(aside)
+            return aside
+    raise CheckpointError(f"{folder}: too many folders named {folder.name}{DAMAGED}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _has_size(path: Path, file: Mapping[str, Any]) -> bool:
+    return path.exists() and path.stat().st_size == file["bytes"]

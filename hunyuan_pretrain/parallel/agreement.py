@@ -1,0 +1,110 @@
+"""What ranks do together where one of them may fail: all learn of it, and none is left in a collective that the others never enter."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from hunyuan_pretrain.parallel import groups
+
+T = TypeVar("T")
+
+SYSTEM_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
+"""Why a disk does not take a file, in the operating system's words; the best explanation where several ranks fail."""
+
+PATIENCE = timedelta(hours=12)
+"""How long a rank waits for the other ranks' share of reading or writing: that of 4 TB at 100 MB/s."""
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Within it, collectives of all ranks (the default group) wait up to PATIENCE, not runtime.distributed_timeout_s.
+
+    For work on files, whose length the time-out of a training step says nothing about. A rank that dies is still noticed at once, by
+    whoever started the ranks; only one that hangs is waited for.
+    """
+    usual = groups.collective_timeout()
+    if usual is None or usual >= PATIENCE:
+        yield
+        return
+    _set_pg_timeout(PATIENCE)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(usual)
+
+
+class Failures:
+    """Keeps the first error of several actions, so that a rank that failed still takes part in the collectives between them."""
+
+    def __init__(self) -> None:
+        self.first: BaseException | None = None
+
+    def run(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Do it, unless something has failed before."""
+        if self.first is None:
+            try:
+                action(*arguments)
+            except (Exception, CheckpointException) as error:
+                self.first = error
+
+    def raise_first(self) -> None:
+        """Raise the first error, if there was one."""
+        if self.first is not None:
+            raise self.first
+
+
+def first_error(action: Callable[[], object]) -> str | None:
+    """Run `action` on every rank; on all of them one error message, the operating system's or else the first rank's, or None.
+
+    Communicates: all ranks, after the action.
+    """
+    try:
+        action()
+        mine = None
+    except (Exception, CheckpointException) as error:  # every failure has to reach the other ranks, which would wait for ever
+        mine = reason_of(error)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, mine)
+    told = [error for error in errors if error]
+    return next((error for error in told if error in SYSTEM_REASONS), told[0] if told else None)
+
+
+def error_of_rank_0(action: Callable[[], object]) -> str | None:
+    """Run `action` on rank 0 only; its error message on every rank, or None. Communicates: all ranks, after the action."""
+
+    def run() -> None:  # what it returns may not be fit to be sent
+        action()
+
+    return from_rank_0(run)[1]
+
+
+def from_rank_0(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Run `action` on rank 0 only; what it returned, or its error message, on every rank. Communicates: all ranks, after the action."""
+    found: list[Any] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            found = [(action(), None)]
+        except (Exception, CheckpointException) as error:
+            found = [(None, reason_of(error))]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """What a person needs of an error; torch wraps the operating system's in several layers."""
+    text = str(error)
+    for reason in SYSTEM_REASONS:
+        if (isinstance(error, OSError) and error.strerror == reason) or reason in text:
+            return reason
+    if "unexpected pos" in text:  # what torch's writer says of a write that was cut short
+        return os.strerror(errno.ENOSPC)
+    return text.strip().splitlines()[-1] if text.strip() else type(error).__name__

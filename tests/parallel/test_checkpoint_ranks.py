@@ -1,0 +1,299 @@
+"""Saving and resuming on two ranks where one is slow, out of memory, on a full disk, or reads a damaged file: what both then do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.helpers.ranks import fork_ranks
+from tests.helpers.runs import experiment_fields
+
+SHORT_S, LONG_S = 1.0, 3.0
+"""A time-out of collectives, and how long a rank is at its files."""
+
+
+def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
+    """What happened on this rank, for each case."""
+    import torch
+    import torch.distributed as dist
+
+    from hunyuan_pretrain.config.schema import Experiment
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.parity import trace_steps
+
+    torch.set_num_threads(1)
+    fields = experiment_fields(corpus, folder / "run", model__num_layers=2, precision={"dtype": "bf16"}, runtime__probes=False)
+    run = setup.prepare(Experiment.model_validate(fields))
+    trace_steps(run, range(1))
+    cases = Cases(run, folder, dist.get_rank())
+    found = {}
+    for case in (cases.slow, cases.out_of_memory, cases.full_disk, cases.plans, cases.fall_back, cases.unreadable, cases.all_bad):
+        found[case.__name__] = case()
+        dist.barrier()
+    setup.leave(run)
+    return found
+
+
+class Cases:
+    """One run of two ranks, saved and loaded again and again."""
+
+    def __init__(self, run: Any, folder: Path, rank: int) -> None:
+        self.run, self.folder, self.rank = run, folder, rank
+
+    def save(self, case: str, step: int) -> str:
+        """The error's words, "" without one."""
+        from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+
+        try:
+            save_load.save(self.folder / case, step, self.run.chunks, self.run.optimizer, None)
+            return ""
+        except CheckpointError as error:
+            return str(error)
+
+    def resume(self, case: str, step: int | None = None) -> Any:
+        """(folder's name, notes) of what was read, or the error's words."""
+        from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+
+        try:
+            found = save_load.load_newest(self.folder / case, self.run.chunks, self.run.optimizer, last_step=step)
+            return None if found is None else (found.folder.name, found.notes, found.line)
+        except CheckpointError as error:
+            return str(error)
+
+    def complete(self, case: str) -> list[str]:
+        """Names of its folders, before any rank goes on."""
+        import torch.distributed as dist
+
+        found = sorted(path.name for path in (self.folder / case / "checkpoints").iterdir())
+        dist.barrier()
+        return found
+
+    def slow(self) -> Any:
+        """Rank 0 digests, rank 1 writes, and both read, for longer than a collective may take."""
+        from hunyuan_pretrain.checkpoint import folders, parallel_write
+
+        digest, write = folders.digest, parallel_write._write_planned
+
+        def slow_digest(path: Path) -> str:
+            if path.name.startswith("__0_0"):
+                time.sleep(LONG_S)
+            return digest(path)
+
+        def slow_write(*arguments: Any) -> None:
+            if self.rank == 1:
+                time.sleep(LONG_S)
+            write(*arguments)
+
+        with mock.patch.object(folders, "digest", slow_digest), mock.patch.object(parallel_write, "_write_planned", slow_write):
+            with short_time_out():
+                saved = self.save("slow", 1)
+            with short_time_out():
+                return saved, self.resume("slow")
+
+    def out_of_memory(self) -> Any:
+        """Rank 1 runs out of memory between two collectives: while it copies the state, and while it takes what was read."""
+        import torch
+
+        from hunyuan_pretrain.checkpoint import optimizer_state
+
+        kept = self.save("memory", 1)
+        with self.failing(optimizer_state, "_to_host", torch.OutOfMemoryError("CUDA out of memory"), rank=1):
+            saving = self.save("memory", 2)
+        with self.failing(optimizer_state, "_take", torch.OutOfMemoryError("CUDA out of memory"), rank=1):
+            loading = self.resume("memory")
+        return kept, saving, loading, self.complete("memory"), self.save("memory", 2)
+
+    def full_disk(self) -> Any:
+        """The small files that rank 0 writes alone."""
+        from torch.distributed.checkpoint import FileSystemWriter
+
+        from hunyuan_pretrain.checkpoint import folders, parallel_write
+
+        full, found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), []
+        for place, name in ((parallel_write, "save_config"), (FileSystemWriter, "finish"), (folders, "write_marker")):
+            with self.failing(place, name, full, rank=0, after=0):
+                found.append((name, self.save("disk", 1)))
+        return found, self.complete("disk"), self.save("disk", 1), self.resume("disk")
+
+    def plans(self) -> Any:
+        """How often a save sends all plans, and their check, over four saves; and whether the last can be read."""
+        from megatron.core.dist_checkpointing import state_dict_utils
+        from torch.distributed.checkpoint.utils import _DistWrapper
+
+        from hunyuan_pretrain.checkpoint.parallel_write import forget_plan
+
+        forget_plan(self.run.chunks[0])
+        check, gather, counts = state_dict_utils.determine_global_metadata, _DistWrapper.gather_object, [0, 0]
+
+        def counted_check(*arguments: Any) -> Any:
+            counts[0] += 1
+            return check(*arguments)
+
+        def counted_gather(*arguments: Any) -> Any:
+            counts[1] += 1
+            return gather(*arguments)
+
+        found = []
+        patches = (
+            mock.patch.object(state_dict_utils, "determine_global_metadata", counted_check),
+            mock.patch.object(_DistWrapper, "gather_object", counted_gather),
+        )
+        with patches[0], patches[1]:
+            for step in range(1, 5):
+                counts[:] = [0, 0]
+                found.append((self.save("plans", step), *counts))
+        before = self.values()
+        for value in self.run.optimizer.param_groups[0]["params"]:
+            value.data.zero_()
+        resumed = self.resume("plans")
+        return found, resumed[0], [name for name, value in self.values().items() if not (before[name] == value).all()]
+
+    def values(self) -> dict[str, Any]:
+        """Weights, moments and main weights of this rank."""
+        from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
+
+        weights = {name: value.detach().clone() for chunk in self.run.chunks for name, value in chunk.named_parameters()}
+        state = {
+            f"{kind} {name}": t for name, tensors, _ in full_moments(self.run.chunks, self.run.optimizer) for kind, t in tensors.items()
+        }
+        return weights | state
+
+    def fall_back(self) -> Any:
+        """The newest checkpoint has a flipped bit, the one before lost its end."""
+        for step in (1, 2, 3):
+            self.save("damage", step)
+        if self.rank == 0:
+            files = [self.folder / "damage/checkpoints" / f"step_000000{step}" / "__1_0.distcp" for step in (2, 3)]
+            os.truncate(files[0], files[0].stat().st_size - 1)
+            data = bytearray(files[1].read_bytes())
+            data[len(data) // 2] ^= 1
+            files[1].write_bytes(data)
+        return self.resume("damage"), self.complete("damage"), self.save("damage", 3), self.resume("damage")
+
+    def unreadable(self) -> Any:
+        """The digests are right, and reading fails on rank 1."""
+        from hunyuan_pretrain.checkpoint import save_load
+
+        for step in (1, 2):
+            self.save("unreadable", step)
+        with self.failing(save_load.dist_checkpointing, "load", OSError(errno.EIO, "Input/output error"), rank=1, after=0, once=True):
+            return self.resume("unreadable")
+
+    def all_bad(self) -> Any:
+        for step in (1, 2):
+            self.save("bad", step)
+        if self.rank == 0:
+            (self.folder / "bad/checkpoints/step_0000001/complete.json").unlink()
+            os.truncate(self.folder / "bad/checkpoints/step_0000002/__0_0.distcp", 10)
+        return self.resume("bad"), self.complete("bad")
+
+    @contextmanager
+    def failing(self, place: Any, name: str, error: BaseException, rank: int, after: int = 1, once: bool = False) -> Iterator[None]:
+        """A function that raises on one rank after so many calls; load fails on all ranks as core's own does."""
+        original, calls = getattr(place, name), [0]
+
+        def fail(*arguments: Any, **settings: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > after and (self.rank == rank or name == "load") and not (once and calls[0] > after + 1):
+                raise error
+            return original(*arguments, **settings)
+
+        with mock.patch.object(place, name, fail):
+            yield
+
+
+@contextmanager
+def short_time_out() -> Iterator[None]:
+    """Collectives of all ranks wait SHORT_S; ranks enter together."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from hunyuan_pretrain.parallel import groups
+
+    dist.barrier()
+    with mock.patch.object(groups, "_timeout", timedelta(seconds=SHORT_S)):
+        _set_pg_timeout(timedelta(seconds=SHORT_S))
+        try:
+            yield
+        finally:
+            _set_pg_timeout(timedelta(seconds=120))
+
+
+@pytest.fixture(scope="module")
+def found(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return fork_ranks(2, ranks, corpus, tmp_path_factory.mktemp("runs"))
+
+
+def same_on_both(found: list[dict[str, Any]], case: str) -> Any:
+    assert found[0][case] == found[1][case], "the ranks do not agree"
+    return found[0][case]
+
+
+def test_work_on_files_may_take_longer_than_a_collective(found):
+    saved, resumed = same_on_both(found, "slow")
+    assert saved == ""
+    assert (resumed[0], resumed[1]) == ("step_0000001", [])
+    assert resumed[2].endswith("checkpoints/step_0000001: after step 1, saved by dp=2")
+
+
+def test_a_rank_out_of_memory_fails_the_save_on_all_and_hangs_none(found):
+    kept, saving, loading, complete, later = same_on_both(found, "out_of_memory")
+    assert kept == ""
+    assert saving.endswith("step_0000002: the checkpoint could not be written: CUDA out of memory; older checkpoints are untouched")
+    assert loading.endswith("step_0000001: CUDA out of memory")
+    assert complete == ["step_0000001"]
+    assert later == "", "the next save works"
+
+
+def test_a_disk_full_for_rank_0_fails_the_save_on_all_and_hangs_none(found):
+    failed, complete, later, resumed = same_on_both(found, "full_disk")
+    assert [name for name, _ in failed] == ["save_config", "finish", "write_marker"]
+    for name, words in failed:
+        assert words.endswith("could not be written: No space left on device; older checkpoints are untouched"), name
+    assert complete == []
+    assert later == ""
+    assert resumed[0] == "step_0000001"
+
+
+def test_plans_are_exchanged_and_checked_in_the_first_saves_only(found):
+    saves, resumed, different = same_on_both(found, "plans")
+    assert saves == [("", 1, 1), ("", 0, 1), ("", 0, 0), ("", 0, 0)]
+    assert (resumed, different) == ("step_0000004", [])
+
+
+def test_the_newest_good_checkpoint_is_taken_and_every_bad_one_named(found):
+    first, complete, again, second = same_on_both(found, "fall_back")
+    damaged = "__1_0.distcp is missing or damaged: its size or sha256 is not the one in complete.json"
+    assert first[0] == "step_0000001"
+    assert [line.split("checkpoints/")[-1] for line in first[1]] == [
+        f"step_0000003 is not used: {damaged}; it is now step_0000003.damaged",
+        f"step_0000002 is not used: {damaged}; it is now step_0000002.damaged",
+    ]
+    assert complete == ["step_0000001", "step_0000002.damaged", "step_0000003.damaged"]
+    assert again == ""
+    assert second[:2] == ("step_0000003", [])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_too(found):
+    folder, notes, _ = same_on_both(found, "unreadable")
+    assert folder == "step_0000001"
+    assert "step_0000002 is not used: cannot be read: [Errno 5] Input/output error" in notes[0]
+
+
+def test_where_every_checkpoint_is_bad_the_run_does_not_begin_anew(found):
+    words, complete = same_on_both(found, "all_bad")
+    lines = words.splitlines()
+    assert "checkpoints: no checkpoint is good (repair or remove them; without any the run starts from the beginning)" in lines[0]
+    assert lines[1].startswith("  step_0000002: __0_0.distcp is missing or damaged")
+    assert lines[2].startswith("  step_0000001: not a complete checkpoint (no complete.json)")
+    assert complete == ["step_0000001", "step_0000002"]
