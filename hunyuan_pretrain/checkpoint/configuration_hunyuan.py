@@ -30,7 +30,7 @@ class HunYuanConfig(PretrainedConfig):
     """
 
     model_type = "hunyuan"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
     # The base class turns rope_scaling into a property that renames its keys; config.json shall keep the release's form.
     rope_scaling = None
 

@@ -1,6 +1,8 @@
-"""Hunyuan-Large for transformers 5.x, with a key/value cache that cross-layer attention (CLA) really shrinks.
+"""Hunyuan-Large for transformers 5.0 to 5.24, with a key/value cache that cross-layer attention (CLA) really shrinks.
 
 This file and configuration_hunyuan.py are copied into every export: they need torch and transformers and nothing else.
+transformers 5.24 renamed `past_key_values` to `cache`; both names are taken, and the output has the name of the installed version. An
+argument that is not known here is refused: what a later version renames shall be an error, not another computation.
 Architecture: report arXiv 2411.02265; tensor names: Tencent's release.
 
 A borrowing layer attends to its owner's keys with its own key norm: RoPE first, then RMSNorm with the layer's weight w_k.
@@ -13,17 +15,54 @@ H head width, F SwiGLU width, E experts, K experts of a token, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_hunyuan import HunYuanConfig
+
+
+def _name_of_cache() -> str:
+    """What the installed transformers calls the cache, in the arguments of forward and in its outputs."""
+    known = {field.name for field in fields(CausalLMOutputWithPast)}
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise ImportError(
+        f"transformers {transformers_version} calls the key/value cache neither `cache` nor `past_key_values` (its outputs have: "
+        f"{', '.join(sorted(known))}), so generation would be wrong with this model code; install transformers 5.0 to 5.24"
+    )
+
+
+CACHE_NAME = _name_of_cache()
+
+HARMLESS_ARGUMENTS = frozenset({"cache_position"})
+"""What transformers passes to forward without being asked, and what is known here anyway. cache_position (until 5.3): the places of the
+new tokens in the cache, which follow from its length. As a parameter with a name it would make later versions warn."""
+
+
+def _refuse_unknown_arguments(others: dict[str, Any]) -> None:
+    unknown = sorted(set(others) - HARMLESS_ARGUMENTS)
+    if unknown:
+        raise TypeError(f"HunYuan's forward() has no argument {', '.join(unknown)} (transformers {transformers_version})")
+
+
+def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, by whichever name it was given."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("two caches: give either `cache` or `past_key_values`")
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, Cache):
+        raise TypeError(f"the cache is a {type(given).__name__}; it must be one of transformers' Cache classes")
+    return given
 
 
 def _high_precision(dtype: torch.dtype) -> torch.dtype:
@@ -40,6 +79,58 @@ def _rotate(x_BxSH: Tensor, cos_BSH: Tensor, sin_BSH: Tensor) -> Tensor:
     """RoPE in the rotate-half layout, for a tensor (B, heads, S, H)."""
     first, second = x_BxSH.chunk(2, dim=-1)
     return x_BxSH * cos_BSH.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BSH.unsqueeze(1)
+
+
+class _Mask:
+    """Which keys each query may see. Made when the first layer has its keys, for only they tell how many a cache hands out: a static one
+    gives its unused slots too."""
+
+    def __init__(self, given: Tensor | None, documents: Tensor | None, cache_position: Tensor, num_cached: int) -> None:
+        """given: attention_mask of forward. documents: (B or 1, S), or None. cache_position: (S,), the places of the queries."""
+        self.given, self.documents, self.cache_position, self.num_cached = given, documents, cache_position, num_cached
+        self.num_keys = 0
+        self.seen: Tensor | None = None
+
+    def of(self, k_BGLH: Tensor) -> Tensor | None:
+        """(B or 1, 1, S, L): bool, True where the query may see the key, or floating, to add. None: plainly causal, or one query that sees
+        every key. Raises ValueError if the mask that was given is for other lengths."""
+        if k_BGLH.shape[2] != self.num_keys:
+            self.num_keys = k_BGLH.shape[2]
+            self.seen = self._four_dimensional() if self.given is not None and self.given.dim() == 4 else self._from_padding()
+        return None if self.seen is None else self.seen.to(k_BGLH.device)
+
+    def _four_dimensional(self) -> Tensor:
+        assert self.given is not None
+        if self.given.dtype != torch.bool and not self.given.is_floating_point():
+            raise ValueError(f"a 4-dimensional attention_mask is bool or floating, not {self.given.dtype}")
+        expected = (len(self.cache_position), self.num_keys)
+        if self.given.shape[2:] != expected:
+            raise ValueError(f"attention_mask {tuple(self.given.shape)}: its last dimensions must be {expected}, new tokens and keys")
+        return self.given
+
+    def _from_padding(self) -> Tensor | None:
+        num_queries = len(self.cache_position)
+        num_filled = self.num_cached + num_queries
+        if self.given is not None and (self.given.dim() != 2 or self.given.shape[1] != num_filled):
+            raise ValueError(
+                f"attention_mask {tuple(self.given.shape)}: {self.num_cached} cached and {num_queries} new tokens "
+                f"need (batch, {num_filled})"
+            )
+        has_padding = self.given is not None and not bool(self.given.all())
+        is_plain = not has_padding and self.documents is None and self.num_keys == num_filled
+        if is_plain and (num_queries == 1 or self.num_cached == 0):
+            return None
+        key = torch.arange(self.num_keys, device=self.cache_position.device)
+        query = self.cache_position.unsqueeze(-1)
+        seen = (key <= query)[None, None]
+        unused = (0, self.num_keys - num_filled)
+        if self.documents is not None:
+            seen = seen & F.pad(self.documents.unsqueeze(-1) == self.documents.unsqueeze(-2), unused).unsqueeze(1)
+        if has_padding:
+            assert self.given is not None
+            # A padding position sees itself: a row without any key would be a division by zero.
+            seen = (seen & F.pad(self.given.bool(), unused)[:, None, None]) | (key == query)
+        return seen
 
 
 class HunYuanRMSNorm(nn.Module):
@@ -136,12 +227,15 @@ class HunYuanAttention(nn.Module):
         x_BSD: Tensor,
         owner_kv: tuple[Tensor, Tensor] | None,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Hidden states, (k_hat, v) of the group's owner (None in the owner itself), RoPE's (cos, sin), mask (B, 1, S, L) of bool.
+        mask: _Mask,
+        cache: Cache | None,
+        cache_position: Tensor,
+        wants_weights: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Hidden states, (k_hat, v) of the group's owner (None in the owner itself), RoPE's (cos, sin), mask.
 
-        Returns the output (B, S, D) and (k_hat, v), each (B, G, L, H), cached positions included.
+        cache_position: (S,), the places of the queries among the keys. Returns the output (B, S, D), (k_hat, v), each (B, G, L, H),
+        cached positions included, and if asked for the attention weights (B, N, S, L).
         """
         high = rope[0].dtype
         q_BNSH = _rotate(self._heads(self.q_proj(x_BSD), self.num_heads).to(high), *rope)
@@ -152,11 +246,17 @@ class HunYuanAttention(nn.Module):
             k_BGSH = _rotate(self._heads(self.k_proj(x_BSD), self.num_groups).to(high), *rope)
             k_hat = (_unit_rms(k_BGSH, self.eps) if self.use_qk_norm else k_BGSH).to(x_BSD.dtype)
             v = self._heads(self.v_proj(x_BSD), self.num_groups)
-            owner_kv = (k_hat, v) if past_key_values is None else past_key_values.update(k_hat, v, self.layer_idx)
+            # A static cache of transformers 5.0 to 5.3 writes to its beginning if it is not told where; later ones count themselves.
+            places = {"cache_position": cache_position}
+            owner_kv = (k_hat, v) if cache is None else cache.update(k_hat, v, self.layer_idx, places)
         assert owner_kv is not None
         k_BGLH, v_BGLH = owner_kv
+        seen = mask.of(k_BGLH)
+        if wants_weights:
+            context, weights = self._attend_slowly(q_BNSH, k_BGLH, v_BGLH, seen)
+            return self.o_proj(context.to(x_BSD.dtype).transpose(1, 2).flatten(2)), owner_kv, weights.to(x_BSD.dtype)
         is_grouped = self.num_groups != self.num_heads
-        if mask is not None and is_grouped:
+        if seen is not None and is_grouped:
             # With a mask, torch's memory-efficient kernels take no grouped keys.
             k_BGLH, v_BGLH = (t.repeat_interleave(self.num_heads // self.num_groups, dim=1) for t in owner_kv)
             is_grouped = False
@@ -164,12 +264,23 @@ class HunYuanAttention(nn.Module):
             q_BNSH.to(x_BSD.dtype),
             k_BGLH,
             v_BGLH,
-            attn_mask=mask,
+            attn_mask=seen,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and x_BSD.shape[1] > 1,
+            is_causal=seen is None and x_BSD.shape[1] > 1,
             enable_gqa=is_grouped,
         )
-        return self.o_proj(context.transpose(1, 2).flatten(2)), owner_kv
+        return self.o_proj(context.transpose(1, 2).flatten(2)), owner_kv, None
+
+    def _attend_slowly(self, q_BNSH: Tensor, k_BGLH: Tensor, v_BGLH: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same attention with its weights: (B, N, S, H) and (B, N, S, L), in the dtype of the queries."""
+        k_BNLH, v_BNLH = (t.repeat_interleave(self.num_heads // self.num_groups, dim=1).to(q_BNSH.dtype) for t in (k_BGLH, v_BGLH))
+        scores_BNSL = q_BNSH @ k_BNLH.transpose(-1, -2) * self.head_dim**-0.5
+        if seen is None and q_BNSH.shape[2] > 1:
+            seen = torch.ones(scores_BNSL.shape[-2:], dtype=torch.bool, device=scores_BNSL.device).tril()
+        if seen is not None:
+            scores_BNSL = scores_BNSL.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores_BNSL + seen
+        weights_BNSL = F.dropout(scores_BNSL.softmax(-1), self.dropout, self.training)
+        return weights_BNSL @ v_BNLH, weights_BNSL
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
         """(B, S, heads * H) -> (B, heads, S, H)"""
@@ -191,12 +302,16 @@ class HunYuanDecoderLayer(GradientCheckpointingLayer):
         x_BSD: Tensor,
         owner_kv: tuple[Tensor, Tensor] | None,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, owner_kv = self.self_attn(self.input_layernorm(x_BSD), owner_kv, rope, mask, past_key_values)
+        mask: _Mask,
+        cache: Cache | None,
+        cache_position: Tensor,
+        wants_weights: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        attended, owner_kv, weights = self.self_attn(
+            self.input_layernorm(x_BSD), owner_kv, rope, mask, cache, cache_position, wants_weights
+        )
         x_BSD = x_BSD + attended
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)), owner_kv
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)), owner_kv, weights
 
 
 class HunYuanPreTrainedModel(PreTrainedModel):
@@ -206,7 +321,7 @@ class HunYuanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HunYuanDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["gate.wg"]
 
@@ -230,41 +345,59 @@ class HunYuanModel(HunYuanPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_: Any,
-    ) -> BaseModelOutputWithPast:
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Token ids (B, S) or embeddings (B, S, D) -> hidden states (B, S, D) after the final norm.
 
-        attention_mask: (B, cached + S), 0 for padding; or (B, 1, S, L) of bool, used as it is. position_ids: (B or 1, S).
+        attention_mask: (B, cached + S), 0 for padding; or (B, 1, S, L), bool (True: seen) or floating (added), used as it is.
+        position_ids: (B or 1, S), by default counted without the padding. Where they do not rise by one, and there is no mask, another
+        document of a pack begins, and documents do not see each other. cache and past_key_values: one thing by its new and its old name.
+        Raises TypeError for an argument that it does not know, and ValueError for ones that contradict each other.
         """
+        _refuse_unknown_arguments(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            # The recomputation of a layer would write its keys a second time.
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(x_BSD.shape[1], device=x_BSD.device).unsqueeze(0) + num_cached
-        is_static = getattr(past_key_values, "is_compileable", False)
-        mask = _attention_mask(attention_mask, x_BSD, num_cached, is_static)
+        cache, num_cached = self._prepare_cache(_one_cache(past_key_values, cache), use_cache)
+        cache_position = torch.arange(x_BSD.shape[1], device=x_BSD.device) + num_cached
+        position_ids, documents = _positions(position_ids, attention_mask, cache_position)
+        if documents is not None and num_cached:
+            raise ValueError("position_ids that begin again (packed documents) do not go with a cache that holds earlier tokens")
+        mask = _Mask(attention_mask, documents, cache_position, num_cached)
         rope = self._rope(position_ids, x_BSD)
 
-        all_hidden_states = []
+        wants_weights = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        all_hidden_states, all_weights = [], []
         owner_kv = None
         for layer in self.layers:
             all_hidden_states.append(x_BSD)
-            x_BSD, owner_kv = layer(x_BSD, owner_kv, rope, mask, past_key_values=past_key_values)
+            x_BSD, owner_kv, weights = layer(x_BSD, owner_kv, rope, mask, cache, cache_position, wants_weights)
+            all_weights.append(weights)
         x_BSD = self.norm(x_BSD)
         wants_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
+        named_cache: dict[str, Any] = {CACHE_NAME: cache}
+        outputs = BaseModelOutputWithPast(
             last_hidden_state=x_BSD,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden_states, x_BSD) if wants_all else None,
+            attentions=tuple(all_weights) if wants_weights else None,
+            **named_cache,
         )
+        return outputs.to_tuple() if return_dict is False else outputs
+
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, int]:
+        """The cache to read and write, if any, and how many positions it holds."""
+        if self.gradient_checkpointing and self.training:
+            # The recomputation of a layer would write its keys a second time.
+            if cache is not None or use_cache:
+                raise ValueError("a cache does not go with gradient checkpointing in training; call eval(), or generate(use_cache=False)")
+            return None, 0
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
+        return cache, int(cache.get_seq_length()) if cache is not None else 0
 
     def _rope(self, position_ids: Tensor, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each (B or 1, S, H). Angles are fp32: at 256K positions another precision is another model."""
@@ -296,14 +429,20 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
+        **others: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As HunYuanModel.forward, then logits (B, S, V), or of the last `logits_to_keep` positions if that is not 0.
 
-        labels: (B, S), -100 where there is no loss; the loss is the mean cross entropy of the next token, without a balance loss.
+        labels: (B, S), -100 where there is no loss; the loss is the cross entropy of the next token, without a balance loss: the mean, or
+        the sum over num_items_in_batch (transformers' Trainer accumulates gradients so). Raises as HunYuanModel.forward.
         """
+        _refuse_unknown_arguments(others)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -311,36 +450,52 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            cache=cache,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits_BSV, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss = self.loss_function(
+                logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        named_cache: dict[str, Any] = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits_BSV, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **named_cache
         )
+        return result.to_tuple() if return_dict is False else result
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """transformers' generate()."""
+        # Up to 5.15 it keeps a static cache for the next call and asks every layer of it for a batch size; a borrower has none.
+        kept = getattr(self, "_cache", None)
+        if hasattr(type(kept), "max_batch_size") and not hasattr(kept, "max_batch_size"):
+            del self._cache
+        return super().generate(*args, **options)
 
-def _attention_mask(attention_mask: Tensor | None, x_BSD: Tensor, num_cached: int, is_static: bool) -> Tensor | None:
-    """True where a query (row) may see a key (column): (B, 1, S, L). None: plainly causal, or one query that sees everything."""
-    if attention_mask is not None and attention_mask.dim() == 4:
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """The mask of generate() for a static cache: left as it is, for forward makes it from the tokens' own positions.
+
+        The rest describes the model and its cache to transformers' own maker of masks, whose masks differ between versions.
+        """
         return attention_mask
-    num_queries = x_BSD.shape[1]
-    if is_static and (attention_mask is not None or num_queries == 1 or num_cached > 0):
-        raise ValueError("a static cache needs the 4-dimensional attention mask that generate() makes: its unused slots are no keys")
-    has_padding = attention_mask is not None and not bool(attention_mask.all())
-    if not has_padding and (num_queries == 1 or num_cached == 0):
-        return None
-    key = torch.arange(num_cached + num_queries, device=x_BSD.device)
-    query = key[num_cached:].unsqueeze(-1)
-    visible = (key <= query)[None, None]
-    if has_padding:
-        assert attention_mask is not None
-        # A padding position sees itself: a row without any key would be a division by zero.
-        visible = (visible & attention_mask[:, None, None, : len(key)].bool()) | (key == query)
-    return visible
+
+
+def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Positions for RoPE (B or 1, S), and the document of each token (B or 1, S) if there are several in a row."""
+    if position_ids is None:
+        if attention_mask is None or attention_mask.dim() != 2:
+            return cache_position.unsqueeze(0), None
+        # Padding on the left moves a text, and RoPE does not mind; but its angles are rounded, so a text shall keep its positions.
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -len(cache_position) :], None
+    documents = None
+    if attention_mask is None:
+        begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+        documents = begins.cumsum(-1) if bool(begins.any()) else None
+    return position_ids, documents
 
 
 __all__ = ["HunYuanForCausalLM", "HunYuanModel", "HunYuanPreTrainedModel"]

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from transformers import StaticCache
 
 from hunyuan_pretrain.checkpoint.configuration_hunyuan import HunYuanConfig
 from hunyuan_pretrain.checkpoint.hf_export import hf_config
-from hunyuan_pretrain.checkpoint.modeling_hunyuan import HunYuanForCausalLM
+from hunyuan_pretrain.checkpoint.modeling_hunyuan import CACHE_NAME, HunYuanForCausalLM
 from hunyuan_pretrain.config.schema import ModelConfig
 from tests.reference.plain_hunyuan import plain_logits
 
@@ -123,64 +122,9 @@ def test_cached_logits_equal_uncached(share: int) -> None:
         out = loaded(tokens[:, :9])
         pieces = [out.logits]
         for start, stop in ((9, 13), (13, 14), (14, 15), (15, 17)):
-            out = loaded(tokens[:, start:stop], past_key_values=out.past_key_values)
+            out = loaded(tokens[:, start:stop], past_key_values=out[CACHE_NAME])
             pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-12)
-
-
-def test_cla_divides_the_cache_by_its_share_factor() -> None:
-    """Bytes of the cache: 2 * G * H * dtype bytes * tokens for each owner, and nothing for borrowers."""
-
-    def cache_bytes(share: int) -> int:
-        model = tiny_model(cla_share_factor=share)
-        loaded = hf_model(model)
-        cache = loaded.generate(torch.randint(64, (1, 9)), max_new_tokens=4, do_sample=False, return_dict_in_generate=True).past_key_values
-        return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
-
-    model = tiny_model()
-    one_layer = 2 * model.num_query_groups * model.head_dim * 4 * 12
-    assert [cache_bytes(share) for share in (1, 2, 4)] == [4 * one_layer, 2 * one_layer, one_layer]
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_equals_greedy_decoding_without_a_cache(cache: str) -> None:
-    loaded = hf_model(tiny_model())
-    tokens = torch.randint(64, (1, 5))
-    generated = loaded.generate(tokens, max_new_tokens=8, do_sample=False, cache_implementation=None if cache == "dynamic" else cache)
-    for _ in range(8):
-        with torch.no_grad():
-            tokens = torch.cat((tokens, loaded(tokens, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
-    assert generated.tolist() == tokens.tolist()
-
-
-def test_refuses_a_static_cache_without_a_mask() -> None:
-    loaded = hf_model(tiny_model())
-    cache = StaticCache(config=loaded.config, max_cache_len=16)
-    with pytest.raises(ValueError, match="static cache needs the 4-dimensional attention mask"):
-        loaded(torch.randint(64, (1, 1)), past_key_values=cache)
-
-
-def test_left_padding_changes_nothing() -> None:
-    """A batch of prompts of different lengths gives the tokens and logits of each prompt alone."""
-    loaded = hf_model(tiny_model(), torch.float64)
-    prompts = [torch.randint(1, 64, (length,)) for length in (3, 8, 6)]
-    padded = torch.stack([torch.nn.functional.pad(prompt, (8 - len(prompt), 0)) for prompt in prompts])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(prompt), (8 - len(prompt), 0)) for prompt in prompts])
-    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    together = loaded.generate(padded, attention_mask=mask, **options)
-    for row, prompt in enumerate(prompts):
-        alone = loaded.generate(prompt[None], **options)
-        assert together.sequences[row, 8:].tolist() == alone.sequences[0, len(prompt) :].tolist()
-        for mine, theirs in zip(together.logits, alone.logits, strict=True):
-            torch.testing.assert_close(mine[row], theirs[0], rtol=0, atol=1e-10)
-
-
-def test_beam_search_and_several_samples_run() -> None:
-    """Both rearrange the cache along the batch, borrowers without storage included."""
-    loaded = hf_model(tiny_model())
-    tokens = torch.randint(64, (2, 5))
-    assert loaded.generate(tokens, max_new_tokens=4, num_beams=3, do_sample=False).shape == (2, 9)
-    assert loaded.generate(tokens, max_new_tokens=4, num_return_sequences=3, do_sample=True).shape == (6, 9)
 
 
 def test_router_stays_fp32_in_a_bf16_model(tmp_path) -> None:
