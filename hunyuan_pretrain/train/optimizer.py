@@ -145,7 +145,9 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """
     parts: dict[dist.ProcessGroup, list[Tensor]] = {}
     for part in optimizer.chained_optimizers:
-        parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(part.get_main_grads_for_grad_norm())
+        # get_main_grads_for_grad_norm is the name in core 0.16
+        gradients_of = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(gradients_of())
     total = 0.0
     for group, gradients in parts.items():
         on_device: dict[torch.device, list[Tensor]] = {}
