@@ -427,9 +427,18 @@ class LoggingConfig(Section):
     log_every_steps: PositiveInt = setting("Steps between lines of the log and of metrics.jsonl.", 1, unit="steps")
     tensorboard: bool = setting("Write TensorBoard events to <run_dir>/tensorboard, if tensorboard is installed.", True)
     wandb: Literal["disabled", "offline", "online"] = setting(
-        "Weights & Biases; offline writes to <run_dir>/wandb and sends nothing.", "offline"
+        "Weights & Biases; offline writes to <run_dir>/wandb and sends nothing. A run that is resumed goes on in the same one, whose id is "
+        "in <run_dir>/wandb_id; online needs `wandb login` before.",
+        "offline",
     )
     wandb_project: str = setting("Project name in Weights & Biases.", "hunyuan-pretrain")
+    sink_timeout_s: PositiveInt = setting(
+        "TensorBoard or Weights & Biases that takes longer than this to open, or to finish after the run, is given up with a warning; one "
+        "that fails is too. Neither ends the run.",
+        60,
+        unit="seconds",
+        typical="60",
+    )
 
 
 class RuntimeConfig(Section):

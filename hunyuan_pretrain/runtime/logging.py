@@ -5,12 +5,15 @@ Only rank 0 writes; on other ranks every function here does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +21,137 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hunyuan_pretrain.config.schema import LoggingConfig
+from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
+
+
+class Lines:
+    """A file of lines that grows. Where it cannot be written (a full disk), lines wait in memory for the next one that can.
+
+    `warn` is told once when that begins, and once when it is over.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self.path, self._warn = path, warn
+        self._file = path.open("ab", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._waiting: list[bytes] = []
+        self._is_failing = False
+
+    def add(self, line: str) -> None:
+        """Append a line, on disk at once if that can be."""
+        self._waiting.append(f"{line}\n".encode(errors="replace"))
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to write what waits."""
+        try:
+            while self._waiting:
+                rest = self._waiting[0]
+                while rest:  # what has no room is written as far as it goes, and only then refused
+                    rest = rest[self._file.write(rest) :]
+                self._size += len(self._waiting.pop(0))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)  # no half of a line
+            if not self._is_failing:
+                self._is_failing = True
+                self._warn(f"WARNING: {self.path}: {error.strerror}; its lines wait in memory until it can be written")
+            return
+        if self._is_failing:
+            self._is_failing = False
+            self._warn(f"{self.path}: can be written again; nothing was lost")
+
+    def finish(self) -> None:
+        """Write what waits, or say how much is lost."""
+        self.flush()
+        if self._waiting:
+            self._warn(f"WARNING: {self.path}: {len(self._waiting):,} lines could not be written and are lost")
+            self._waiting = []
+
+
+class _Console(Console):
+    """rich's console, that does not end the process where the reader of its output has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise
 
 
 class RunLog:
     """Human-readable lines on the console and in <run_dir>/log.txt, numbers in metrics.jsonl and the optional sinks.
 
     metrics.jsonl holds one object a line. A run that resumes appends; lines of steps after the checkpoint that it resumed from
-    are removed first (`truncate_after`), so each step is there once.
+    are removed first (`truncate_after`), so each step is there once. Once it is open, nothing that cannot be written ends the run.
     """
 
     def __init__(self, run_dir: Path, logging: LoggingConfig, name: str, is_writer: bool) -> None:
+        """Raises OSError if the folder or its log cannot be written."""
         self.run_dir, self.is_writer = run_dir, is_writer
         self._settings, self._name = logging, name
-        self._sinks: list[Any] = []
+        self._sinks: list[GuardedSink] = []
         self._progress: Progress | None = None
-        self.console = Console(highlight=False, soft_wrap=True)
+        self._first_step = 1
+        self.console = _Console(highlight=False, soft_wrap=True)
         if is_writer:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._text = (run_dir / "log.txt").open("a", encoding="utf-8")
+            self._text = Lines(run_dir / "log.txt", self._print)
 
     def line(self, message: str) -> None:
         """One line (or several) for a person."""
         if self.is_writer:
+            self._print(message)
+            self._text.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+
+    def _print(self, message: str) -> None:
+        try:
             self.console.print(message, markup=False)
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-            self._text.flush()
+        except OSError:  # a pipe or a terminal that is gone; log.txt has it all
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.close(silence)
 
     def truncate_after(self, step: int) -> None:
-        """Forget metrics of steps later than `step`, which a resumed run is about to compute again."""
+        """Forget metrics of steps later than `step`, which a resumed run is about to compute again. Raises OSError if it cannot."""
+        self._first_step = step + 1
         path = self.run_dir / "metrics.jsonl"
-        if self.is_writer and path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        if not self.is_writer or not path.exists():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if kept != lines:
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(b"".join(kept))
+            partial.replace(path)
 
     def open_sinks(self, resolved_experiment: Mapping[str, Any]) -> None:
-        """Open metrics.jsonl and the sinks that are switched on and installed; one line says which are missing."""
+        """Open metrics.jsonl and the sinks that are switched on and installed; one line says which are missing.
+
+        Raises OSError if metrics.jsonl cannot be written.
+        """
         if not self.is_writer:
             return
-        self._metrics = (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = Lines(self.run_dir / "metrics.jsonl", self.line)
         if self._settings.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-
-                self._sinks.append(_TensorBoard(SummaryWriter(str(self.run_dir / "tensorboard"))))
             except ImportError:
                 self.line("tensorboard is not installed: no TensorBoard events")
+            else:
+                self._open("TensorBoard", partial(TensorBoard, SummaryWriter, self.run_dir, self._first_step))
         if self._settings.wandb != "disabled":
             try:
                 import wandb
-
-                self._sinks.append(_Wandb(wandb, self._settings, self._name, self.run_dir, resolved_experiment))
             except ImportError:
                 self.line("wandb is not installed: no Weights & Biases run")
+            else:
+                self._open("Weights & Biases", partial(Wandb, wandb, self._settings, self._name, self.run_dir, resolved_experiment))
+
+    def _open(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        self._sinks.append(GuardedSink(name, open_sink, self.line, self._settings.sink_timeout_s))
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one record; it must hold `step`. Scalars go to every sink, lists to metrics.jsonl only."""
+        """Append one record; it must hold `step`. Numbers go to every sink under the same names, lists to metrics.jsonl only."""
         if self.is_writer:
-            self._metrics.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
-            self._metrics.flush()
+            self._metrics.add(json.dumps({key: _json_number(value) for key, value in record.items()}))
             scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
             for sink in self._sinks:
                 sink.write(record["step"], scalars)
@@ -96,57 +172,32 @@ class RunLog:
         return True
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything; a sink is given `logging.sink_timeout_s` for that."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         for sink in self._sinks:
             sink.close()
         self._sinks = []
-
-
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for key, value in scalars.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, wandb: Any, settings: LoggingConfig, name: str, run_dir: Path, experiment: Mapping[str, Any]) -> None:
-        self._run = wandb.init(
-            project=settings.wandb_project,
-            name=name,
-            dir=str(run_dir),
-            mode=settings.wandb,
-            config=dict(experiment),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+        if self.is_writer:
+            for lines in (getattr(self, "_metrics", None), self._text):
+                if lines is not None:
+                    lines.finish()
 
 
 def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str, str]) -> None:
     """Write what would be needed to repeat the run: resolved.yaml, and environment.json with command, commit and versions. Rank 0 only."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "resolved.yaml").write_text(resolved_yaml, encoding="utf-8")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    ).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        asked = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
     environment = {"command": sys.argv, "commit": commit or None, "python": sys.version.split()[0], **versions}
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: bytes) -> int:
     """Step of a metrics line; a line cut short by a kill belongs to no step that was saved."""
     try:
         return int(json.loads(line)["step"])

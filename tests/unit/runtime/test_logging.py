@@ -5,6 +5,11 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +140,71 @@ def test_the_environment_is_recorded(tmp_path):
     found = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert found["torch"] == "1"
     assert found.keys() >= {"command", "commit", "python"}
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line(log, tmp_path, capsys):
+    """Lines wait in memory; what has no room is not there by half; one warning when it begins, one line when it is over."""
+    log.metrics({"step": 1, "loss": 2.5})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with no_room_beyond(size + 5):
+        for step in (2, 3, 4):
+            log.metrics({"step": step, "loss": 2.5})
+        log.line("step 4")
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line for line in warnings if "metrics.jsonl" in line] == [
+        f"WARNING: {tmp_path}/metrics.jsonl: File too large; its lines wait in memory until it can be written"
+    ]
+    assert f"WARNING: {tmp_path}/log.txt: File too large; its lines wait in memory until it can be written" in warnings
+    log.metrics({"step": 5})
+    assert f"{tmp_path}/metrics.jsonl: can be written again; nothing was lost" in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines() if line.endswith(" step 4")] == ["step 4"]
+
+
+def test_a_full_disk_at_the_end_says_how_much_is_lost(log, tmp_path, capsys):
+    with no_room_beyond(0):
+        log.metrics({"step": 1})
+        log.metrics({"step": 2})
+        log.close()
+    assert f"WARNING: {tmp_path}/metrics.jsonl: 2 lines could not be written and are lost" in capsys.readouterr().out
+
+
+def test_forgetting_later_steps_on_a_full_disk_loses_nothing(log, tmp_path):
+    log.metrics({"step": 1})
+    log.metrics({"step": 2})
+    with no_room_beyond(0), pytest.raises(OSError, match="File too large"):
+        log.truncate_after(1)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_console_that_is_gone_ends_no_run(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from hunyuan_pretrain.config.schema import LoggingConfig\n"
+        "from hunyuan_pretrain.runtime.logging import RunLog\n"
+        "log = RunLog(Path(sys.argv[1]), LoggingConfig(tensorboard=False, wandb='disabled'), 'n', True)\n"
+        "for step in range(20000): log.line(f'step {step}')\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "step 0\n"
+    run.stdout.close()
+    assert (run.wait(timeout=60), run.stderr.read()) == (0, "")
+    assert (tmp_path / "log.txt").read_text().endswith(" step 19999\n")
+
+
+def test_a_machine_without_git_records_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    record_environment(tmp_path / "run", "name: x\n", {})
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["commit"] is None

@@ -1,0 +1,172 @@
+"""Optional services: whatever one does, the run goes on, with one warning."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hunyuan_pretrain.config.schema import LoggingConfig
+from hunyuan_pretrain.runtime import sinks
+from hunyuan_pretrain.runtime.logging import RunLog
+from hunyuan_pretrain.runtime.sinks import GuardedSink
+
+ROOT = Path(__file__).parents[3]
+GOES_ON = "the run goes on without it, and all of its numbers are in metrics.jsonl"
+
+
+class Service:
+    """Fails or blocks in one of its three operations."""
+
+    def __init__(self, bad: str, how: str) -> None:
+        self.bad, self.how = bad, how
+        self.written: list[int] = []
+        self.do("open")
+
+    def do(self, operation: str) -> None:
+        if operation == self.bad and self.how == "block":
+            threading.Event().wait(30)
+        elif operation == self.bad:
+            raise SystemExit("key?") if self.how == "exit" else RuntimeError("no\nnetwork")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.do("write")
+        self.written.append(step)
+
+    def close(self) -> None:
+        self.do("close")
+
+
+@pytest.mark.parametrize("how", ["raise", "exit", "block"])
+@pytest.mark.parametrize("bad", ["open", "write", "close"])
+def test_no_service_ends_or_holds_up_a_run(monkeypatch: pytest.MonkeyPatch, bad: str, how: str) -> None:
+    monkeypatch.setattr(sinks, "_MAX_WAITING", 3)
+    warnings: list[str] = []
+    started = time.monotonic()
+    sink = GuardedSink("Service", lambda: Service(bad, how), warnings.append, 0.3)
+    for step in range(8):
+        sink.write(step, {"loss": 1.0})
+        time.sleep(0.01)
+    sink.close()
+    assert time.monotonic() - started < 5
+    (warning,) = warnings
+    assert warning.startswith("WARNING: Service ")
+    assert warning.endswith("; " + GOES_ON)
+    assert ("failed: no network" in warning) == (how == "raise")
+
+
+def test_a_service_that_works_gets_every_record() -> None:
+    service, warnings = Service("", ""), list[str]()
+    sink = GuardedSink("Service", lambda: service, warnings.append, 10)
+    for step in range(100):
+        sink.write(step, {})
+    sink.close()
+    assert (service.written, warnings) == (list(range(100)), [])
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from hunyuan_pretrain.config.schema import LoggingConfig
+from hunyuan_pretrain.runtime.logging import RunLog
+log = RunLog(Path(sys.argv[1]), LoggingConfig(tensorboard=False, wandb="online", sink_timeout_s=3), "name", True)
+log.open_sinks({})
+for step in range(1, 9):
+    log.metrics({"step": step, "loss": 1.0})
+    time.sleep(float(sys.argv[2]))
+log.close()
+log.line("trained")
+"""
+
+
+def online(run_dir: Path, seconds: float, home: Path, **variables: str) -> tuple[int, str]:
+    """(exit status, stdout) of a run with wandb=online at a terminal that nobody sits at."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"HOME": str(home)} | variables
+    terminal, child = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(run_dir), str(seconds)],
+        stdin=child,
+        stderr=child,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=100,
+        check=False,
+    )
+    os.close(terminal)
+    os.close(child)
+    return done.returncode, done.stdout
+
+
+def test_wandb_online_without_a_key_is_one_warning(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    code, out = online(tmp_path / "run", 0.3, tmp_path)
+    assert code == 0, out
+    assert out.splitlines() == [
+        "WARNING: Weights & Biases failed: No API key configured. Use `wandb login` to log in.; " + GOES_ON,
+        "trained",
+    ]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    """Port of a server that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield server.getsockname()[1]
+
+
+def test_wandb_whose_server_never_answers_does_not_hold_up_the_run_nor_its_end(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    with black_hole() as port:
+        started = time.monotonic()
+        code, out = online(tmp_path / "run", 0.01, tmp_path, WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    assert code == 0, out
+    first, last = out.splitlines()
+    assert first.startswith("WARNING: Weights & Biases ")
+    assert first.endswith(GOES_ON)
+    assert last == "trained"
+    assert time.monotonic() - started < 40, "3 s are allowed for opening and for finishing"
+
+
+def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for step in (1, 2):
+        log = RunLog(tmp_path, LoggingConfig(tensorboard=False, wandb="offline"), "name", is_writer=True)
+        log.truncate_after(step - 1)
+        log.open_sinks({})
+        log.metrics({"step": step, "loss": 2.5})
+        log.close()
+    (name,) = {file.stem for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    assert name == "run-" + (tmp_path / sinks.WANDB_ID).read_text().strip()
+    asked: list[dict[str, object]] = []
+    wandb = SimpleNamespace(Settings=dict, init=lambda **options: asked.append(options))
+    sinks.Wandb(wandb, LoggingConfig(wandb="online"), "name", tmp_path, {})
+    assert (asked[0]["id"], asked[0]["resume"], asked[0]["mode"]) == (name.removeprefix("run-"), "allow", "online")
+
+
+def test_tensorboard_has_each_step_once_after_a_kill(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = LoggingConfig(tensorboard=True, wandb="disabled")
+    for first, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):  # killed after step 4, resumed from the checkpoint of step 2
+        log = RunLog(tmp_path, settings, "name", is_writer=True)
+        log.truncate_after(first)
+        log.open_sinks({})
+        for step in steps:
+            log.metrics({"step": step, "loss": step + 0.5 * first})
+        log.close()
+        time.sleep(1.1)  # the files' names have the second in them, which decides their order
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (5, 6.0)]
