@@ -206,6 +206,18 @@ def _refuse_wrong_line(file: Path, lines: Sequence[bytes]) -> None:
         line_of_token[token], line_of_rank[rank] = number, number
 
 
+def copy_tokenizer(source: str | Path, folder: Path) -> None:
+    """Make `folder` hold what `Tokenizer.load` reads of the folder `source`, and nothing else of it, whatever lies there.
+
+    The file is there as a whole or as it was before; one that is the same, the source itself, say, is not touched. Raises OSError.
+    """
+    content = (Path(source) / RANKS_FILE).read_bytes()
+    target = folder / RANKS_FILE
+    if not (target.is_file() and target.read_bytes() == content):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(target, content)
+
+
 def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
     """The content of a tiktoken file, one line a token, by rank."""
     by_rank = sorted(ranks, key=ranks.__getitem__)

@@ -6,11 +6,13 @@ Only rank 0 writes; on other ranks every function here does nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -183,6 +185,22 @@ class RunLog:
             for lines in (getattr(self, "_metrics", None), self._text):
                 if lines is not None:
                     lines.finish()
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raise OSError where a run directory, its log or its metrics could not be written; changes nothing."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(run_dir))
+    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(nearest)) from None
+    for name in ("log.txt", "metrics.jsonl"):
+        if (run_dir / name).exists():
+            with (run_dir / name).open("ab"):
+                pass
 
 
 def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
-from hunyuan_pretrain.data.tokenizer import Tokenizer
+from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, copy_tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, from_rank_0
@@ -37,7 +36,7 @@ from hunyuan_pretrain.runtime.device import (
     uses_transformer_engine,
     versions,
 )
-from hunyuan_pretrain.runtime.logging import RunLog, record_environment
+from hunyuan_pretrain.runtime.logging import RunLog, check_writable, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
@@ -77,6 +76,7 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None) -> Run:
         leave_if_asked(stop)
     device = _start_machine(experiment)
     leave_if_asked(stop, device)
+    _check_paths(experiment)
     groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
     chunks, wrapped = _build_model(experiment, groups)
     optimizer = build_optimizer(wrapped, experiment, groups)
@@ -191,22 +191,49 @@ def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer:
     return 0, [f"weights from {settings.init_from}, after step {step} of its run"]
 
 
+def _check_paths(experiment: Experiment) -> None:
+    """Refuse a run_dir that cannot be written and a tokenizer that is no folder, before anything takes time. Communicates: all ranks."""
+    _write_on_rank_0(experiment, lambda: check_writable(Path(experiment.run_dir)))
+    check_tokenizer_folder(experiment.tokenizer)
+
+
+def check_tokenizer_folder(tokenizer: str) -> None:
+    """Raise ConfigError for a file: it is not what is copied into the run, and beside it lies what is."""
+    path = Path(tokenizer)
+    if path.is_file():
+        is_in_place = path.name == RANKS_FILE or (path.parent / RANKS_FILE).is_file()
+        hint = f"use {path.parent}" if is_in_place else f"put it into a folder of its own under the name {RANKS_FILE}, and give that"
+        raise ConfigError("tokenizer", [Problem("tokenizer", tokenizer, f"is a file; a tokenizer is a folder with {RANKS_FILE}", hint)])
+
+
+def _write_on_rank_0(experiment: Experiment, job: Callable[[], None]) -> None:
+    """Run `job` on rank 0; raises ConfigError on all ranks where it fails, since the others would wait. Communicates: all ranks."""
+
+    def told() -> None:
+        try:
+            job()
+        except OSError as error:
+            place = "" if error.filename in (None, experiment.run_dir) else f" ({error.filename})"
+            raise RuntimeError(f"{error.strerror}{place}") from error
+
+    if error := error_of_rank_0(told):
+        problem = Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {error}", "choose another")
+        raise ConfigError(experiment.run_dir, [problem])
+
+
 def _open_log(experiment: Experiment, first_step: int) -> RunLog:
-    is_writer = dist.get_rank() == 0
     run_dir = Path(experiment.run_dir)
     log: RunLog | None = None
 
     def write() -> None:
         nonlocal log
         record_environment(run_dir, dump_resolved(experiment), versions())
-        shutil.copytree(experiment.tokenizer, run_dir / "tokenizer", dirs_exist_ok=True)  # an export needs the run directory only
-        log = RunLog(run_dir, experiment.logging, experiment.name, is_writer)
+        copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only
+        log = RunLog(run_dir, experiment.logging, experiment.name, is_writer=True)
         log.truncate_after(first_step)
         log.open_sinks(experiment.model_dump(mode="json"))
         for line in save_load.remove_partials(run_dir):
             log.line(line)
 
-    # whatever fails on rank 0, the other ranks have to hear of it, or they would wait
-    if error := error_of_rank_0(write):
-        raise ConfigError(str(run_dir), [Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {error}", "choose another")])
+    _write_on_rank_0(experiment, write)
     return log or RunLog(run_dir, experiment.logging, experiment.name, is_writer=False)

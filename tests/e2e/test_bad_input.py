@@ -201,11 +201,27 @@ class TestAfterTorchIsLoaded:
         assert names(tmp_path) == set()
 
     def test_run_directory_that_cannot_be_written(self, corpus, tmp_path):
-        """A file where the folder should be, which no permission of root's overrides."""
+        """A file where the folder, one around it or one of its files should be, which no permission of root's overrides."""
         fields = config(tmp_path, corpus)
         (tmp_path / "run").write_text("in the way")
         assert_refused(run_forked("train", fields), f"{tmp_path}/run: 1 problem", "run_dir: cannot be written: File exists")
+        below = f"run_dir={tmp_path}/run/one"
+        assert_refused(run_forked("train", fields, below), f"run_dir: cannot be written: Not a directory ({tmp_path}/run)")
         assert (tmp_path / "run").read_text() == "in the way"
+        (tmp_path / "other" / "log.txt").mkdir(parents=True)
+        refused = run_forked("train", fields, f"run_dir={tmp_path}/other")
+        assert_refused(refused, f"run_dir: cannot be written: Is a directory ({tmp_path}/other/log.txt)")
+        assert names(tmp_path / "other") == {"log.txt"}
+
+    def test_a_tokenizer_that_is_a_file(self, corpus, tmp_path):
+        ranks = corpus / "tokenizer" / "hy.tiktoken"
+        rule = "is a file; a tokenizer is a folder with hy.tiktoken"
+        refused = run_forked("train", config(tmp_path, corpus, tokenizer=str(ranks)))
+        assert_refused(refused, f"tokenizer={ranks}"[:50], f"{rule} (use {corpus}/tokenizer)")
+        shutil.copy(ranks, tmp_path / "mine.tiktoken")
+        refused = run_forked("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "mine.tiktoken")))
+        assert_refused(refused, f"{rule} (put it into a folder of its own under the name hy.tiktoken, and give that)")
+        assert names(tmp_path) == {"x.yaml", "mine.tiktoken"}
 
 
 @pytest.fixture

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer, format_ranks, read_ranks, recover_merges, write_hf_tokenizer
+from hunyuan_pretrain.data.tokenizer import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    copy_tokenizer,
+    format_ranks,
+    read_ranks,
+    recover_merges,
+    write_hf_tokenizer,
+)
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -256,3 +264,21 @@ def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, f
     different = [c for c, text, other in zip(chosen, texts, fast.encode_batch(texts), strict=True) if other.ids != tokenizer.encode(text)]
     assert len(chosen) > 30_000
     assert different == []
+
+
+def test_a_run_takes_only_the_files_of_its_tokenizer(tmp_path):
+    """Whatever else lies in the folder; onto itself, nothing; over another tokenizer, as a whole."""
+    source, copy = tmp_path / "source", tmp_path / "run" / "tokenizer"
+    (source / "checkpoint").mkdir(parents=True)
+    (source / "model.safetensors").write_bytes(b"large")
+    (source / "hy.tiktoken").write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
+    copy_tokenizer(source, copy)
+    assert [path.name for path in copy.iterdir()] == ["hy.tiktoken"]
+    assert Tokenizer.load(copy).digest == Tokenizer.load(source).digest
+    before = (copy / "hy.tiktoken").stat()
+    copy_tokenizer(copy, copy)
+    assert (copy / "hy.tiktoken").stat() == before
+    (source / "hy.tiktoken").write_bytes(format_ranks({**{bytes([byte]): byte for byte in range(256)}, b"ab": 256}))
+    copy_tokenizer(source, copy)
+    assert Tokenizer.load(copy).vocab_size == Tokenizer.load(source).vocab_size
+    assert [path.name for path in copy.iterdir()] == ["hy.tiktoken"]
