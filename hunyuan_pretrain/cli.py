@@ -134,11 +134,13 @@ def doctor(
     """Say what this machine has and what will be used; exit code 1 where it cannot run (the experiment)."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.device import obstacles, probe, what_is_used
+    from hunyuan_pretrain.runtime.environment import variable_rows
 
     experiment = load_experiment(config, overrides or []) if config else None
     machine = probe(thorough=True)
     print_table("found", machine_rows(machine))
     print_table("will be used", what_is_used(machine, experiment))
+    print_table("environment", variable_rows(experiment))
     found = obstacles(machine, experiment)
     for problem in found:
         print(f"cannot run: {problem}", file=sys.stderr)
@@ -153,8 +155,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     Exit code 75: told to stop by SIGTERM or Ctrl-C, saved, and ready to be started again. A second Ctrl-C ends it at once, with 130.
     """
     from hunyuan_pretrain.config.load import load_experiment
+    from hunyuan_pretrain.runtime.environment import set_variables
 
     experiment = load_experiment(config, overrides or [], int(os.environ.get("WORLD_SIZE", "1")))
+    set_variables(experiment)
 
     from hunyuan_pretrain.train.loop import train as run
 
@@ -179,8 +183,10 @@ def parity(
     The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of the tensors. In fp32.
     """
     from hunyuan_pretrain.config.load import load_experiment
+    from hunyuan_pretrain.runtime.environment import set_variables
 
     experiment = load_experiment(config, overrides or [])
+    set_variables(experiment)
 
     from hunyuan_pretrain.train.parity_run import conclusion, report, run_parity
 
@@ -207,8 +213,10 @@ def shadow(
     The ranks are processes of this machine; under torchrun, those of the job. Changes nothing of the run. Needs no FP8 hardware.
     """
     from hunyuan_pretrain.config.load import load_experiment
+    from hunyuan_pretrain.runtime.environment import set_variables
 
     experiment = load_experiment(config, overrides or [])
+    set_variables(experiment)
 
     from hunyuan_pretrain.train.shadow import conclusion, run_shadow, table
 
@@ -231,6 +239,10 @@ def export(
     ] = ExportFormat.hunyuan,
 ) -> None:
     """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
+    from hunyuan_pretrain.runtime.environment import compute_on_cpu
+
+    compute_on_cpu()
+
     from hunyuan_pretrain.train.export_run import export_run
 
     certificate = export_run(run, output, step=step, dtype=dtype.value if dtype else None, format=format.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -38,9 +39,11 @@ def transformer_config(
     precision: PrecisionConfig,
     fuse_wgrad_accumulation: bool = False,
     use_transformer_engine: bool = False,
+    device: Literal["cuda", "cpu"] | None = None,
 ) -> HunyuanConfig:
     """Build the config that every module of the model reads.
 
+    device: where the weights are made; None: on a GPU if there is one.
     fuse_wgrad_accumulation: add weight gradients into main_grad inside the GEMM; needs the model in core's DistributedDataParallel.
 
     Losses are sums already divided by the global number of target tokens (train/step.py), so core must add gradients
@@ -81,7 +84,7 @@ def transformer_config(
         attention_dropout=0.0,
         # weights are written by initialize_weights, which does not depend on the layout
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=device == "cpu" or (device is None and not torch.cuda.is_available()),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.dtype == "bf16",
@@ -104,6 +107,8 @@ def transformer_config(
         architecture=model,
         number_formats=precision,
         uses_transformer_engine=use_transformer_engine,
+        # NCCL's wait orders the streams of a device by itself; the host need not wait for each message
+        batch_p2p_sync=False,
         deterministic_mode=False,
     )
 

@@ -178,7 +178,18 @@ def _compile_on_first_call() -> None:
     torch.compile = compile_
 
 
+GPU_PACKAGES = ("transformer_engine", "amp_C", "apex")
+"""Packages whose optimizers, norms and copies core takes wherever it can import them, and which run on a GPU only."""
+
+
+def _no_gpu_packages() -> None:
+    loaded = [name for name in sys.modules if name.partition(".")[0] in GPU_PACKAGES]
+    for name in (*GPU_PACKAGES, *loaded):
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it raises ImportError, core's sign that it is not installed
+
+
 PATCHES = (
+    Patch("gpu_packages", "core takes the optimizers and norms of an installed Transformer Engine or Apex on a CPU too", _no_gpu_packages),
     Patch("factories", 'core makes tensors with device="cuda" (schedules, gradient norm, optimizer)', _factories_on_cpu),
     Patch("tensor_type", "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor", _tensor_type_names),
     Patch("current_device", "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()", _current_device),

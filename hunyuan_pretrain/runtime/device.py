@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -119,8 +120,8 @@ def cpu_threads(ranks_per_node: int, setting: int | None = None) -> int:
     return setting or max(1, usable_cores() // ranks_per_node)
 
 
-def obstacles(machine: Machine, experiment: Experiment | None = None) -> list[Problem]:
-    """Why this machine cannot train, or cannot run this experiment; empty where it can."""
+def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int = 1) -> list[Problem]:
+    """Why this machine cannot train, or cannot run `ranks` ranks of this experiment; empty where it can."""
     found = []
     if machine.megatron_core is None:
         found.append(Problem("megatron-core", Problem.NO_VALUE, "is not installed", 'pip install "megatron-core>=0.16.1,<0.20"'))
@@ -140,6 +141,10 @@ def obstacles(machine: Machine, experiment: Experiment | None = None) -> list[Pr
             if gpu.capability < (8, 0):
                 rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and bf16 needs 8.0"
                 found.append(Problem("precision.dtype", "bf16", rule, "use fp32"))
+    if uses_gpu and ranks > len(machine.gpus):
+        rule = f"{ranks} ranks on this node, which has {len(machine.gpus)} GPUs, and a rank needs one of its own"
+        hint = "start fewer ranks here, or use runtime.device=cpu"
+        found.append(Problem("ranks", Problem.NO_VALUE, rule, hint))
     return found + _transformer_engine_obstacles(machine, experiment)
 
 
@@ -237,14 +242,14 @@ def version_of(distribution: str) -> str | None:
 
 def apex_state() -> ApexState:
     """Whether `import apex` would find NVIDIA's: only that one has the compiled module amp_C."""
-    if find_spec("amp_C") is not None:
+    if PathFinder.find_spec("amp_C") is not None:
         return "nvidia"
-    return "wrong" if find_spec("apex") is not None else "absent"
+    return "wrong" if PathFinder.find_spec("apex") is not None else "absent"
 
 
 def transformer_engine_error(thorough: bool) -> str | None:
     """Why the installed Transformer Engine cannot be loaded; None where it can be, as far as was looked."""
-    package = find_spec("transformer_engine")
+    package = PathFinder.find_spec("transformer_engine")  # which cpu_megatron may have hidden from an import
     if package is None or not package.submodule_search_locations:
         return "its distribution is installed without the package transformer_engine"
     # The compiled part lies inside the package or, built from source, beside it, and is not importable by its own name before

@@ -76,7 +76,8 @@ def _load_on_one_rank(experiment: Experiment, folder: Path, dtype: torch.dtype) 
     """The model on the CPU in one process, whatever layout trained it."""
     initialize_distributed("gloo", experiment.runtime.distributed_timeout_s)
     groups = build_groups(ParallelConfig(), experiment.runtime.distributed_timeout_s)
-    (model,) = build_model(transformer_config(experiment.model, ParallelConfig(), experiment.precision), groups, seed=None)
+    config = transformer_config(experiment.model, ParallelConfig(), experiment.precision, device="cpu")
+    (model,) = build_model(config, groups, seed=None)
     save_load.load(folder, [model], None)
     for name, parameter in model.named_parameters():
         if not name.endswith("router.weight"):  # fp32 in every export

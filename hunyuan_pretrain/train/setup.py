@@ -36,6 +36,7 @@ from hunyuan_pretrain.runtime.device import (
     uses_transformer_engine,
     versions,
 )
+from hunyuan_pretrain.runtime.environment import recorded, set_variables
 from hunyuan_pretrain.runtime.logging import RunLog, check_writable, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
@@ -128,16 +129,17 @@ def _start_machine(experiment: Experiment) -> torch.device:
     kind = choose_device(experiment.runtime.device)
     device = torch.device(kind)
     rules.check(experiment, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    if found := obstacles(probe(), experiment):
+    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if found := obstacles(probe(), experiment, ranks_of_node):
         raise ConfigError("this machine", found)
-    # tensor parallelism overlaps its collectives with products, which needs them queued in the order of the calls
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_variables(experiment)  # the command has done so already, and earlier
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-        torch.set_num_threads(cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), experiment.runtime.cpu_threads_per_rank))
+    if kind == "cpu" or experiment.optimizer.cpu_offload_fraction > 0:
+        torch.set_num_threads(cpu_threads(ranks_of_node, experiment.runtime.cpu_threads_per_rank))
     use_deterministic_algorithms(experiment.runtime.deterministic)
     initialize_distributed(backend_of(kind), experiment.runtime.distributed_timeout_s)
     seed_generators(experiment.seed, dist.get_rank())
@@ -145,8 +147,8 @@ def _start_machine(experiment: Experiment) -> torch.device:
 
 
 def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
-    engine = uses_transformer_engine(probe(), experiment)
-    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation(engine), engine)
+    engine, kind = uses_transformer_engine(probe(), experiment), choose_device(experiment.runtime.device)
+    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation(engine), engine, kind)
     chunks = build_model(config, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)
 
@@ -227,7 +229,7 @@ def _open_log(experiment: Experiment, first_step: int) -> RunLog:
 
     def write() -> None:
         nonlocal log
-        record_environment(run_dir, dump_resolved(experiment), versions())
+        record_environment(run_dir, dump_resolved(experiment), versions() | recorded())
         copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only
         log = RunLog(run_dir, experiment.logging, experiment.name, is_writer=True)
         log.truncate_after(first_step)

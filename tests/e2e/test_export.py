@@ -5,6 +5,7 @@ from tests.helpers import tiny  # noqa: I001
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def test_every_parameter_maps_to_hf_once(changes):
     assert len(table) == len(mine)
     hf_names = [name for entry in table for name in entry.hf_names]
     assert len(hf_names) == len(set(hf_names))
+
+
+def export_where_a_gpu_is(run_dir: str, output: str) -> dict[str, object]:
+    """An export in a process that sees a GPU, on which nothing can be put: what is made there without being told is on no device at all."""
+    from hunyuan_pretrain.train.export_run import export_run
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.current_device = lambda: torch.device("meta")
+    return export_run(Path(run_dir), Path(output))
+
+
+def test_an_export_is_made_on_the_cpu_whatever_the_machine_has(plain, tmp_path):
+    (certificate,) = fork_ranks(1, export_where_a_gpu_is, str(plain), str(tmp_path / "out"))
+    assert certificate["max_abs_difference"] < 1e-4
 
 
 def test_export_of_a_run_equals_the_training_model_and_loads_without_this_project(corpus, tmp_path):

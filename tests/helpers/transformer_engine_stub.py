@@ -51,7 +51,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Make `import transformer_engine` work in this process, on a GPU of this compute capability, and megatron-core on the CPU."""
     from hunyuan_pretrain.runtime import cpu_megatron
 
-    cpu_megatron.install()
+    cpu_megatron.install(leave_out=["gpu_packages"])
     sys.path.insert(0, str(TE_FOLDER))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     torch.version.cuda = "13.0"

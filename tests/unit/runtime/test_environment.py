@@ -1,0 +1,95 @@
+"""What is set before torch is imported: only what the user has not, shown and recorded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.runtime import environment
+from hunyuan_pretrain.runtime.seeding import use_deterministic_algorithms
+from tests.helpers.runs import ROOT, experiment_fields
+
+NAMES = [variable.name for variable in environment.ON_GPU + environment.DETERMINISTIC]
+
+
+def experiment(**runtime: Any) -> Experiment:
+    fields = experiment_fields(Path("corpus"), Path("run"))
+    fields["runtime"] = runtime
+    return Experiment.model_validate(fields)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in (*NAMES, "PYTORCH_ALLOC_CONF", environment.HIDDEN_GPUS):
+        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
+        monkeypatch.delenv(name)
+
+
+def test_what_a_gpu_run_needs_is_set_and_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    environment.set_variables(experiment(device="auto"))
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["NCCL_ALGO"] == "Ring"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "its other name is set"
+    assert environment.HIDDEN_GPUS not in os.environ
+    rows = {name: (value, who) for name, value, who in environment.variable_rows(experiment(device="auto"))}
+    assert rows["NCCL_ALGO"] == ("Ring", "as you set it")
+    assert rows["PYTORCH_ALLOC_CONF"] == ("max_split_size_mb:512", "as you set it")
+    assert {"NCCL_ALGO": "Ring", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}.items() <= environment.recorded().items()
+
+
+def test_nccl_may_choose_where_determinism_is_not_asked_for():
+    environment.set_variables(experiment(device="auto", deterministic=False))
+    assert "NCCL_ALGO" not in os.environ
+    environment.set_variables(experiment(device="auto"))
+    assert os.environ["NCCL_ALGO"] == "^NVLS,NVLSTree"
+
+
+@pytest.mark.parametrize("given", [None, "0,1"])
+def test_a_run_on_the_cpu_sees_no_gpu(monkeypatch, given):
+    if given:
+        monkeypatch.setenv(environment.HIDDEN_GPUS, given)
+    environment.set_variables(experiment(device="cpu"))
+    assert os.environ[environment.HIDDEN_GPUS] == ""
+    assert "NCCL_ALGO" not in os.environ
+
+
+def test_a_process_that_has_a_gpu_already_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"this process has a GPU already.*set CUDA_VISIBLE_DEVICES= before Python starts"):
+        environment.set_variables(experiment(device="cpu"))
+
+
+def test_variables_are_set_before_torch_is_imported():
+    code = """
+import os, sys
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.runtime import environment
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+    for command in ("train", "parity", "shadow"):
+        text = (ROOT / "hunyuan_pretrain/cli.py").read_text(encoding="utf-8").split(f"def {command}(")[1].split("@app.command")[0]
+        assert text.index("set_variables(experiment)") < text.index("from hunyuan_pretrain.train"), command
+
+
+def test_fp32_is_fp32_where_a_container_turns_tf32_on(monkeypatch):
+    was = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        use_deterministic_algorithms(False)
+        assert torch.backends.cuda.matmul.allow_tf32
+        use_deterministic_algorithms(True)
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.use_deterministic_algorithms(was[0])
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = was[1:]
