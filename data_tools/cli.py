@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.data.errors import DataFormatError
 
 app = typer.Typer(
@@ -157,10 +158,8 @@ def tokenize(
                 raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
         manifests = tokenization.tokenize(inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings)
     else:
-        try:
-            from data_tools.datatrove_pipeline import tokenize_on
-        except ImportError as error:
-            raise DataFormatError(f"--executor {executor}: needs {error.name}: pip install 'hunyuan-pretrain[cluster]'") from None
+        from data_tools.datatrove_pipeline import tokenize_on
+
         options = _executor_options(executor_option)
         of_executor: dict[str, Any] = {"tasks": tasks or 64, "workers": workers, "logs": logs, "options": options}
         found = tokenize_on(executor, inputs, tokenizer, output, **of_executor, **settings)
@@ -298,6 +297,10 @@ def main() -> None:
     except _StoppedError as stopped:
         print("hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command", file=sys.stderr)
         sys.exit(75 if stopped.args == (signal.SIGTERM,) else 130)
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        _fail(missing)
     except ValueError as error:
         # imported only when something failed, because it takes a tenth of a second here and in every worker
         from hunyuan_pretrain.config.schema import ConfigError

@@ -17,6 +17,7 @@ import zstandard
 from data_tools.corpus import CorpusFile, Split, open_file
 from data_tools.long_json import InvalidJson, stream_fields
 from data_tools.records import RecordForm, Reject
+from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.data.errors import DataFormatError
 
 LONG_BYTES = 32 << 20
@@ -374,7 +375,7 @@ def open_parquet(file: CorpusFile) -> Iterator[Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise DataFormatError(f"{file.path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
+        raise DataFormatError(f"{file.path}: reading parquet needs pyarrow: {install_hint('pyarrow')}") from None
     with open_file(file) as raw:
         try:
             yield pq.ParquetFile(raw)

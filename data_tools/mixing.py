@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.rules import data_parallel_size
 from hunyuan_pretrain.config.schema import Experiment
@@ -178,7 +179,7 @@ def draw(stages: list[dict[str, Any]], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataFormatError("the picture needs the package matplotlib: pip install matplotlib, or leave --output out") from None
+        raise DataFormatError(f"the picture needs matplotlib: {install_hint('matplotlib')}, or leave --output out") from None
     figure = Figure(figsize=(12, 1 + 2.6 * len(stages)), layout="constrained")
     axes = figure.subplots(len(stages), 2, squeeze=False)
     for (left, right), stage in zip(axes, stages, strict=True):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.runtime.stop import listen
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def print_warnings(warnings: list[Problem]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def report_error(error: Exception) -> None:
+def report_error(error: Exception | str) -> None:
     """Print a user's error, once in a job: nearly every such error is found by every rank.
 
     A launcher stops the whole job as soon as one rank has failed, so the other ranks leave rank 0 the time to print.
@@ -370,8 +371,9 @@ def main() -> None:
     except KeyboardInterrupt:
         leave(130)
     except Exception as error:
-        if USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+        missing = missing_package(error)
+        if missing is None and USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             report_failure()
             leave(1)
-        report_error(error)
+        report_error(missing or error)
         leave(2)

@@ -18,11 +18,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import ConfigError, Experiment
 from launch.demo_report import Metrics, measure_heldout, plot_losses, print_tables
@@ -81,6 +83,9 @@ class Demo:
         self.seconds: list[tuple[str, float]] = []
         if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
             raise DemoError(f"{output}: already there, and not written by the demo; choose another --output")
+        for module in ("tokenizers", "zstandard", "transformers", "matplotlib"):
+            if find_spec(module) is None:
+                raise DemoError(f"{module} is not installed: {install_hint(module)}")
         self.text = read_text(text)
 
     def run(self) -> None:

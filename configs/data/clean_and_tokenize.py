@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
-from datatrove.pipeline.dedup.minhash import MinhashConfig
-from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter, LanguageFilter
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.writers import JsonlWriter
-from datatrove.utils.word_tokenizers import WordTokenizer
+from hunyuan_pretrain.config.extras import missing_package
 
-from data_tools.datatrove_pipeline import EXECUTORS, JoinShards, PlanTokenizing, TokenizeShards
+try:
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter, LanguageFilter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    from data_tools.datatrove_pipeline import EXECUTORS, JoinShards, PlanTokenizing, TokenizeShards
+except ModuleNotFoundError as error:
+    raise SystemExit(missing_package(error)) if missing_package(error) else error from None
 
 
 class PlainWords(WordTokenizer):
