@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import signal
 import sys
 from enum import StrEnum
@@ -26,20 +27,41 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="Text, .jsonl (both also .gz, .zst) or .parquet files, folders of them, patterns, or URLs that fsspec opens.",
+        help="Files of text, of JSON lines or arrays (each also as .gz, .zst, .bz2, .xz) or of parquet; folders of them, links followed; "
+        "patterns; or URLs that fsspec opens. What a file holds is told by its content.",
     ),
 ]
 TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
 Extensions = Annotated[
-    list[str] | None, typer.Option("--extension", help="Extensions read in folders, repeatable; default .txt .md .py .jsonl .parquet")
+    list[str] | None,
+    typer.Option(
+        "--extension",
+        help="Endings read in folders in place of the default, repeatable; default .txt .md .py .jsonl .ndjson .jsonlines .json .parquet. "
+        "Others are counted and not read.",
+    ),
+]
+TextEndings = Annotated[
+    list[str] | None,
+    typer.Option("--text-ending", help="One more ending whose files are read as plain text, such as .rst; repeatable; 'none': no ending."),
 ]
 MaxRejects = Annotated[
     str, typer.Option(help="Unreadable documents to leave out before the command fails: a number, or a share such as 0.1%.")
 ]
-Template = Annotated[str | None, typer.Option(help="Text made of several fields, such as '{title}\n\n{text}', instead of --text-field.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Text made of several fields instead of --text-field, in single quotes: '{title}\n\n{text}'. {NAME} is a field; "
+        r"\n, \t and \\ are a line break, a tab and a backslash; {{ and }} are braces. Text files have no fields and are read as they are.",
+    ),
+]
 Where = Annotated[
     list[str] | None,
-    typer.Option("--where", metavar="FIELD=VALUE", help="Only JSON records with this value; repeatable, any of a field's values will do."),
+    typer.Option(
+        "--where",
+        metavar="FIELD=VALUE",
+        help="Only records with this value, as JSON writes it (lang=zh, good=true); repeatable, any of a field's values will do. What it "
+        "leaves out is counted; text files have no fields and are left out.",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
 
@@ -71,6 +93,7 @@ def train_tokenizer(
     where: Where = None,
     text_field: TextField = "text",
     extension: Extensions = None,
+    text_ending: TextEndings = None,
     sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
     holdout_every: Annotated[
         int | None,
@@ -92,6 +115,7 @@ def train_tokenizer(
         output,
         text_field=text_field,
         extensions=_extensions(extension),
+        text_endings=_text_endings(text_ending),
         sample_fraction=sample_fraction,
         max_rejects=max_rejects,
         overwrite=overwrite,
@@ -107,6 +131,11 @@ def train_tokenizer(
         f"{measured['characters_per_token']:.2f} characters/token, {measured['bytes_per_token']:.2f} bytes/token "
         f"on {measured['bytes'] / 1e6:,.1f} MB of {report['measured_on']}"
     )
+    if cut := report["trained_on"]["long_words_cut"]:
+        print(f"{cut:,} words of more than {report['trained_on']['long_word_tokens']:,} tokens of the base were cut for training")
+    left_out = report["left_out"]
+    if left_out["rejects"] or left_out["by_where"]:
+        print(f"left out: {left_out['rejects']:,} records rejected, {left_out['by_where']:,} by --where")
     print_report(report, Console(highlight=False))
 
 
@@ -119,6 +148,7 @@ def tokenize(
     template: Template = None,
     where: Where = None,
     extension: Extensions = None,
+    text_ending: TextEndings = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output.")
     ] = None,
@@ -146,6 +176,7 @@ def tokenize(
     settings: dict[str, Any] = {
         "form": RecordForm(text_field, template, parse_conditions(where or [])),
         "extensions": _extensions(extension),
+        "text_endings": _text_endings(text_ending),
         "max_rejects": Allowance.parse(max_rejects),
         "holdout_every": holdout_every,
         "holdout_output": holdout_output,
@@ -172,6 +203,10 @@ def tokenize(
             f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards, "
             f"{bytes_per_token:.2f} bytes/token"
         )
+    if manifests[0]["passed_over"]:
+        print(f"{manifests[0]['passed_over']:,} records left out by --where")
+    if manifests[0]["empty_documents"]:
+        print(f"{manifests[0]['empty_documents']:,} empty documents left out")
     if manifests[0]["rejects"]:
         print(f"{manifests[0]['rejects']:,} records rejected; see {output}/{tokenization.REJECTS}")
 
@@ -338,7 +373,22 @@ def _executor_options(given: list[str] | None) -> dict[str, Any]:
 def _extensions(given: list[str] | None) -> list[str]:
     from data_tools.corpus import DEFAULT_EXTENSIONS
 
-    return [extension if extension.startswith(".") else f".{extension}" for extension in given or DEFAULT_EXTENSIONS]
+    return [_ending("--extension", extension) for extension in given or DEFAULT_EXTENSIONS]
+
+
+def _text_endings(given: list[str] | None) -> list[str]:
+    return ["" if ending == "none" else _ending("--text-ending", ending) for ending in given or []]
+
+
+def _ending(option: str, given: str) -> str:
+    from data_tools.formats import COMPRESSED_ENDINGS
+
+    ending = given.lower() if given.startswith(".") else f".{given.lower()}"
+    if ending in COMPRESSED_ENDINGS or any(ending.endswith(compressed) for compressed in COMPRESSED_ENDINGS):
+        raise DataFormatError(f"{option} {given}: compressed files go by the ending before it; give {ending.split('.')[1]} or the like")
+    if not re.fullmatch(r"\.[^\s./*?\[\],;]+", ending):
+        raise DataFormatError(f"{option} {given}: not an ending; write one such as .rst, and repeat {option} for more")
+    return ending
 
 
 if __name__ == "__main__":

@@ -1,21 +1,33 @@
-"""The files of a corpus and how they are dealt out: inputs -> files -> splits -> shards. Nothing is read here but names and sizes."""
+"""The files of a corpus and how they are dealt out: inputs -> files -> splits -> shards.
+
+Of each file the beginning is read, to know what it holds; and what a folder holds beside is counted, by the reason why it is not read.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_tools.formats import HEAD_BYTES, PARQUET_ENDING, RECORD_ENDINGS, TEXT_ENDINGS, extension_of, format_of
 from hunyuan_pretrain.data.errors import DataFormatError
 
-DEFAULT_EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-_COMPRESSED = (".gz", ".zst")
+DEFAULT_EXTENSIONS = (*TEXT_ENDINGS, *RECORD_ENDINGS, PARQUET_ENDING)
 # What compression saves on text, about: a shard of compressed files shall hold as much text as another.
 _EXPANSION = 4
+_SHOWN_REASONS = 8
+# Files that our own folders hold; such a folder within an input is not text.
+_OUR_FILES = ("hy.tiktoken", "sequence_offsets.npy", "shard_00000.origin.npy")
+_URLS_AT_A_TIME = 256
+_NO_RECORDS = {"object": "json", "no records": "jsonl"}
+"""Kinds that are passed over in a folder, and as what they are read where the user names such a file."""
+_PARQUET_MAGIC = b"PAR1"
 
 
 @dataclass(frozen=True)
@@ -30,16 +42,15 @@ class CorpusFile:
     """Bytes on disk."""
     version: str
     """Changes when the file does: its time of change, or what the store says of the object."""
-
-    @property
-    def kind(self) -> str:
-        """text (one document), jsonl (one a line) or parquet (one a row)."""
-        return {".jsonl": "jsonl", ".parquet": "parquet"}.get(extension_of(self.path), "text")
+    kind: str
+    """text (one document), jsonl (one a line), json (JSON objects one after the other, or in an array) or parquet (one a row)."""
+    compression: str = ""
+    """gzip, zstd, bz2 or xz, which can only be read from the beginning; "" for none."""
 
     @property
     def is_compressed(self) -> bool:
-        """.gz or .zst, which can only be read from its beginning."""
-        return self.path.lower().endswith(_COMPRESSED)
+        """Whether its bytes are not those of the text."""
+        return bool(self.compression)
 
 
 @dataclass(frozen=True)
@@ -56,31 +67,88 @@ class Split:
     """About how many bytes of text, to deal out evenly."""
 
 
-def find_files(inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS) -> list[CorpusFile]:
-    """The files of all inputs in a fixed order.
+@dataclass
+class Survey:
+    """The files of all inputs in a fixed order, and what of the inputs is not read."""
 
-    An input is a file, a folder, a pattern with * ? [ ] or **, each also as a URL that fsspec knows. A folder stands for the files in it,
-    at any depth and sorted by path, that end in one of `extensions`, compressed (.gz, .zst) or not; a file that is named itself or found
-    by a pattern is read whatever its extension. Raises DataFormatError for an input that does not exist or is given twice, and for a
-    folder without such a file.
+    files: list[CorpusFile] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Number of files (or folders) by the reason why they are not read."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """One of them for each reason."""
+
+    def skip(self, reason: str, path: str) -> None:
+        """Count one that is not read."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.examples.setdefault(reason, path)
+
+
+def describe_skipped(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+    """One line on what was not read, the most frequent reason first; "" if there is nothing."""
+    by_number = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    if not by_number:
+        return ""
+    shown = [
+        f"{count:,} {reason}" + (f" (such as {examples[reason]!r})" if examples and reason in examples else "")
+        for reason, count in by_number[:_SHOWN_REASONS]
+    ]
+    if len(by_number) > _SHOWN_REASONS:
+        shown.append(f"{sum(count for _, count in by_number[_SHOWN_REASONS:]):,} for {len(by_number) - _SHOWN_REASONS} other reasons")
+    return f"not read: {', '.join(shown)}"
+
+
+def find_files(
+    inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS, text_endings: Sequence[str] = ()
+) -> list[CorpusFile]:
+    """The files that `survey` finds."""
+    return survey(inputs, extensions, text_endings).files
+
+
+def survey(inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS, text_endings: Sequence[str] = ()) -> Survey:
+    """The files of all inputs in a fixed order, what each holds, and what is not read.
+
+    An input is a file, a folder, a pattern with * ? [ ] or **, each also as a URL that fsspec knows. A folder stands for the files in it
+    and in what its links lead to, at any depth and sorted by path, that end in one of `extensions` or `text_endings` ("" for no ending),
+    compressed or not; names that begin with a dot, and folders that `hunyuan-data` wrote, are left out. A file that is named itself or
+    found by a pattern is read whatever its ending. A file that several links lead to is read once. Raises DataFormatError for an input
+    that does not exist, is given twice or cannot be read, and for a folder or pattern without a file to read.
     """
-    files: list[CorpusFile] = []
-    seen: dict[str, str] = {}
+    found = Survey()
+    seen: dict[Any, str] = {}
     for number, given in enumerate(inputs):
-        for path, size, version in _files_of_url(str(given), extensions) if "://" in str(given) else _local_files(Path(given), extensions):
-            resolved = path if "://" in path else os.path.realpath(path)
-            if resolved in seen:
-                raise DataFormatError(f"{path}: given twice (also as {seen[resolved]}); its documents would count double")
-            seen[resolved] = path
-            files.append(CorpusFile(path, number, size, version))
-    return files
+        chosen = _Chosen(found, frozenset(extensions), frozenset(text_endings))
+        before = len(found.files)
+        for listed in _files_of_url(str(given), chosen) if "://" in str(given) else _local_files(str(given), chosen):
+            if (other := seen.get(listed.key)) is not None:
+                if listed.is_explicit and not os.path.islink(listed.path) and os.path.abspath(other) == os.path.abspath(listed.path):
+                    raise DataFormatError(f"{listed.path}: given twice (also as {other}); its documents would count double")
+                found.skip("other names of a file that is read", listed.path)
+                continue
+            seen[listed.key] = listed.path
+            kind, compression = format_of(listed.path, listed.head(), text_endings, listed.is_parquet_end)
+            if kind in _NO_RECORDS and not listed.is_named:
+                found.skip(".json that holds no records (neither lines nor an array)", listed.path)
+                continue
+            kind = _NO_RECORDS.get(kind, kind)
+            found.files.append(CorpusFile(listed.path, number, listed.size, listed.version, kind, compression))
+        if len(found.files) == before:
+            raise DataFormatError(f"{given}: {_nothing(found, extensions)}")
+    return found
+
+
+def _nothing(found: Survey, extensions: Sequence[str]) -> str:
+    line = describe_skipped(found.skipped, found.examples)
+    return (
+        f"no file ends in {' '.join(extensions)} (or these with .gz, .zst, .bz2 or .xz) and is not read already; choose with --extension, "
+        f"or read others as text with --text-ending{line and f' ({line})'}"
+    )
 
 
 def deal_out(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> list[list[Split]]:
     """The splits of each shard, in the order of the corpus: a function of the files alone.
 
     A shard holds about `shard_bytes` of text; by default a 64th of the corpus, but at least 8 MB and at most 512 MB. Plain JSON lines are
-    cut anywhere, parquet between row groups; a text or compressed file is never cut.
+    cut anywhere, parquet between row groups; a text or compressed file, or an array, is never cut.
     """
     total = sum(file.size * (_EXPANSION if file.is_compressed else 1) for file in files)
     wanted = shard_bytes or min(max(total // 64, 8_000_000), 512_000_000)
@@ -113,65 +181,177 @@ def _splits(file: CorpusFile, number: int, wanted: int) -> Iterator[Split]:
         yield Split(file, number, 0, file.size, file.size * (_EXPANSION if file.is_compressed else 1))
 
 
-def extension_of(path: str) -> str:
-    """The last extension in lower case, that of the text where a file is compressed."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+@dataclass(frozen=True)
+class _Listed:
+    """A file that an input stands for."""
+
+    path: str
+    size: int
+    version: str
+    key: Any
+    """The same for all names of a file."""
+    is_named: bool
+    """By the user, not found in a folder."""
+    head: Callable[[], bytes]
+    is_parquet_end: Callable[[], bool]
+    is_explicit: bool = True
+    """Not by way of a link."""
 
 
-def _local_files(given: Path, extensions: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """(path, bytes, version) of the files of one input."""
-    if given.is_dir():
-        inside = sorted(os.path.join(parent, name) for parent, _, names in os.walk(given) for name in names)
-        found = _readable(_chosen(str(given), inside, extensions))
-    elif given.is_file():
-        found = _readable([str(given)])
-    else:
-        matches = sorted(glob.glob(str(given), recursive=True)) if glob.has_magic(str(given)) else []
-        found = _readable([path for path in matches if os.path.isfile(path)])
-        if not found:
-            raise DataFormatError(f"{given}: no such file or folder")
-    for path in found:
+@dataclass(frozen=True)
+class _Chosen:
+    """Which names in a folder are read."""
+
+    found: Survey
+    extensions: Collection[str]
+    text_endings: Collection[str]
+
+    def takes(self, path: str) -> bool:
+        """Whether a file of a folder is read; counted if not."""
+        ending = extension_of(path)
+        if ending in self.extensions or ending in self.text_endings:
+            return True
+        self.found.skip(ending or "without an ending", path)
+        return False
+
+
+def _local_files(given: str, chosen: _Chosen) -> Iterator[_Listed]:
+    if os.path.isdir(given):
+        yield from _files_of_folder(given, chosen)
+        return
+    if os.path.exists(given):
+        yield _local(given, is_named=True)
+        return
+    if not glob.has_magic(given):
+        link = "a link to what is not there" if os.path.islink(given) else "no such file or folder"
+        raise DataFormatError(f"{given}: {link}")
+    matches = sorted(glob.glob(given, recursive=True))
+    if not matches:
+        raise DataFormatError(f"{given}: no such file or folder, and as a pattern it matches nothing")
+    for path in matches:
+        if not os.path.isdir(path):
+            if os.path.exists(path):
+                yield _local(path, is_named=True)
+            else:
+                chosen.found.skip("links to what is not there", path)
+        elif "**" not in given:  # which finds what is in the folder too
+            yield from _files_of_folder(path, chosen)
+
+
+def _local(path: str, *, is_named: bool, is_explicit: bool = True) -> _Listed:
+    if path != path.encode(errors="replace").decode():
+        raise DataFormatError(f"{path!r}: its name is not UTF-8; give the file another one")
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataFormatError(f"{path}: neither a file nor a folder; write what it gives into a file")
+    key = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+    def head() -> bytes:
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+
+    def is_parquet_end() -> bool:
+        with open(path, "rb") as file:
+            file.seek(max(status.st_size - 4, 0))
+            return file.read() == _PARQUET_MAGIC
+
+    return _Listed(path, status.st_size, str(status.st_mtime_ns), key, is_named, head, is_parquet_end, is_explicit)
+
+
+def _files_of_folder(folder: str, chosen: _Chosen) -> Iterator[_Listed]:
+    """The files of a folder, those of linked folders too, each once; what is found without a link keeps that name."""
+    walked: set[tuple[int, int]] = set()
+    files: list[tuple[bool, str]] = []
+    waiting = [(folder, False)]
+    while waiting:
+        path, is_linked = waiting.pop(0)
         status = os.stat(path)
-        yield path, status.st_size, str(status.st_mtime_ns)
+        if (status.st_dev, status.st_ino) in walked:
+            chosen.found.skip("other names of a folder that is read", path)
+            continue
+        walked.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+        if any(entry.name in _OUR_FILES for entry in inside):
+            chosen.found.skip("folders written by hunyuan-data", path)
+            continue
+        below = []
+        for entry in inside:
+            if entry.name.startswith("."):
+                chosen.found.skip("hidden (the name begins with a dot)", entry.path)
+            elif entry.is_dir(follow_symlinks=True):
+                below.append((entry.path, is_linked or entry.is_symlink()))
+            elif not entry.is_file(follow_symlinks=True):
+                chosen.found.skip("links to what is not there" if entry.is_symlink() else "neither file nor folder", entry.path)
+            elif chosen.takes(entry.path):
+                files.append((is_linked or entry.is_symlink(), entry.path))
+        # links last, so that a folder keeps its own name
+        waiting = sorted([*waiting, *below], key=lambda item: (item[1], item[0]))
+    listed: dict[Any, _Listed] = {}
+    for is_linked, path in sorted(files):
+        file = _local(path, is_named=False, is_explicit=not is_linked)
+        if file.key in listed:
+            chosen.found.skip("other names of a file that is read", path)
+        else:
+            listed[file.key] = file
+    yield from sorted(listed.values(), key=lambda file: file.path)
 
 
-def _files_of_url(url: str, extensions: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    from fsspec.core import url_to_fs
-
+def _files_of_url(url: str, chosen: _Chosen) -> Iterator[_Listed]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise DataFormatError(f"{url}: reading URLs needs the package fsspec: pip install fsspec") from None
     try:
         system, path = url_to_fs(url)
-        if glob.has_magic(path):
-            found = sorted(system.glob(path))
+        is_folder = False
+        if glob.has_magic(path) and not system.exists(path):
+            found = sorted(name for name in system.glob(path) if not system.isdir(name))
         elif system.isdir(path):
-            found = _chosen(url, sorted(system.find(path)), extensions)
+            is_folder = True
+            found = _below(system.find(path), path, chosen)
         else:
             found = [path] if system.exists(path) else []
     except (ImportError, ValueError) as error:
         raise DataFormatError(f"{url}: {error}") from None
-    if not found:
+    if not found and not is_folder:
         raise DataFormatError(f"{url}: no such file or folder")
-    for name in _readable(found):
-        yield system.unstrip_protocol(name), int(system.info(name)["size"] or 0), str(system.ukey(name))
+    for begin in range(0, len(found), _URLS_AT_A_TIME):
+        yield from _of_store(system, found[begin : begin + _URLS_AT_A_TIME], is_named=not is_folder)
 
 
-def _chosen(folder: str, paths: Iterable[str], extensions: Sequence[str]) -> list[str]:
-    found = [path for path in paths if extension_of(path) in extensions]
-    if not found:
-        raise DataFormatError(f"{folder}: no file ends in {' '.join(extensions)} (or these with .gz or .zst); choose with --extension")
+def _below(paths: Sequence[str], folder: str, chosen: _Chosen) -> list[str]:
+    """Those of the files below a folder of a store that are read, by the rules for local folders."""
+    ours = {str(PurePosixPath(path).parent) for path in paths if PurePosixPath(path).name in _OUR_FILES}
+    for path in sorted(ours):
+        chosen.found.skip("folders written by hunyuan-data", path)
+    found = []
+    for path in sorted(paths):
+        relative = PurePosixPath(path[len(folder) :].lstrip("/"))
+        if any(part.startswith(".") for part in relative.parts):
+            chosen.found.skip("hidden (the name begins with a dot)", path)
+        elif not any(str(parent) in ours for parent in PurePosixPath(path).parents) and chosen.takes(path):
+            found.append(path)
     return found
 
 
-def _readable(paths: list[str]) -> list[str]:
-    """The same paths. Raises DataFormatError for one that is not read, or that no manifest could name."""
-    for path in paths:
+def _of_store(system: Any, names: Sequence[str], *, is_named: bool) -> Iterator[_Listed]:
+    """Files of a store; their beginnings are asked for together, for each request takes long."""
+    infos = [system.info(name) for name in names]
+    sizes = [int(info["size"] or 0) for info in infos]
+    heads = system.cat_ranges(list(names), [0] * len(names), [min(size, HEAD_BYTES) for size in sizes], on_error="return")
+    for name, size, head in zip(names, sizes, heads, strict=True):
+        path = system.unstrip_protocol(name)
         if path != path.encode(errors="replace").decode():
             raise DataFormatError(f"{path!r}: its name is not UTF-8; give the file another one")
-        if extension_of(path) == ".json":
-            raise DataFormatError(f"{path}: a .json file is not read; write one JSON object a line, in a file named .jsonl")
-    return paths
+        if size and not isinstance(head, bytes):
+            raise DataFormatError(f"{path}: cannot be read ({head})")
+        end = partial(_ends_as_parquet, system, name, size)
+        yield _Listed(path, size, str(system.ukey(name)), path, is_named, partial(bytes, head if size else b""), end)
+
+
+def _ends_as_parquet(system: Any, name: str, size: int) -> bool:
+    return bool(system.cat_file(name, max(size - 4, 0), size) == _PARQUET_MAGIC)
 
 
 def open_file(file: CorpusFile) -> Any:

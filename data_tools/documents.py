@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
-
-import zstandard
+from typing import Any
 
 from data_tools.corpus import CorpusFile, Split, open_file
+from data_tools.formats import BYTE_ORDER_MARK, other_encoding, plain_blocks
+from data_tools.formats import DamagedError as DamagedError
+from data_tools.json_values import json_values
 from data_tools.long_json import InvalidJson, stream_fields
 from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.config.extras import install_hint
@@ -24,18 +23,11 @@ LONG_BYTES = 32 << 20
 """Above this a line or a text file is read in parts, so that memory stays bounded whatever the length of a document."""
 
 _BLOCK_BYTES = 1 << 20
-_ZSTD_BYTES = 1 << 12
-"""What these bytes hold is decompressed at once: 128 MB of text at most, where a megabyte could hold 32 GB."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_CHARACTERS = 200
 
 
 class RejectedError(ValueError):
     """Something that is not a document, found while its parts are read."""
-
-
-class DamagedError(DataFormatError):
-    """A file that cannot be read on, so that what follows is lost too."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +48,19 @@ class Document:
         return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
-def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = lambda size: None) -> Iterator[Document | Reject]:
+def read_split(
+    split: Split,
+    form: RecordForm,
+    advance: Callable[[int], None] = lambda size: None,
+    pass_over: Callable[[], None] = lambda: None,
+) -> Iterator[Document | Reject]:
     """The documents of a split in order; what is not one comes as a Reject in its place. Blank lines are passed over.
 
-    `advance` is told how many bytes on disk have been read. Raises DamagedError if a file is damaged.
+    `advance` is told how many bytes on disk have been read, `pass_over` is called for each record that `form.where` leaves out. Raises
+    DamagedError if a file is damaged.
     """
     if split.file.kind == "parquet":
-        yield from _rows(split, form, advance)
+        yield from _rows(split, form, advance, pass_over)
         return
     left = split.end - split.start
 
@@ -72,11 +70,22 @@ def read_split(split: Split, form: RecordForm, advance: Callable[[int], None] = 
         advance(min(size, left))
         left -= min(size, left)
 
-    with _open_blocks(split, advance_within) as blocks:
-        yield from _documents_of_lines(split, blocks, form) if split.file.kind == "jsonl" else _text_document(split.file, blocks)
+    with open_file(split.file) as raw:
+        raw.seek(max(split.start - 1, 0))
+        blocks = plain_blocks(split.file.path, raw, split.file.compression, advance_within, _BLOCK_BYTES)
+        if split.file.kind == "jsonl":
+            yield from _documents_of_lines(split, blocks, form, pass_over)
+        elif split.file.kind == "json":
+            yield from _documents_of_values(split, blocks, form, pass_over)
+        elif form.where:
+            pass_over()  # a text file has no fields that could have a value
+        else:
+            yield from _text_document(split.file, blocks)
 
 
-def read_documents(files: Sequence[CorpusFile], form: RecordForm, max_rejects: int = 0) -> Iterator[Document]:
+def read_documents(
+    files: Sequence[CorpusFile], form: RecordForm, max_rejects: int = 0, count_reject: Callable[[], None] = lambda: None
+) -> Iterator[Document]:
     """All documents of the files, in order; a very long one comes as several, cut anywhere.
 
     Raises DataFormatError at the first reject beyond `max_rejects`.
@@ -99,6 +108,7 @@ def read_documents(files: Sequence[CorpusFile], form: RecordForm, max_rejects: i
                     rejected = Reject(file.path, str(error))
             if rejected is not None:
                 rejects.append(rejected)
+                count_reject()
                 check_rejects(rejects, max_rejects)
 
 
@@ -109,62 +119,35 @@ def check_rejects(rejects: Sequence[Reject], max_rejects: int) -> None:
         raise DataFormatError(f"{rejects[max_rejects]}{allowed}; put it right, or let it pass with --max-rejects {max_rejects + 1} or more")
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------------------
+# --- JSON values ---------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _open_blocks(split: Split, advance: Callable[[int], None]) -> Iterator[Iterator[bytes]]:
-    """The bytes of a split in blocks, decompressed; of a part of a file, all that follows its beginning."""
-    name = split.file.path.lower()
-    with open_file(split.file) as raw:
-        raw.seek(max(split.start - 1, 0))
-        if name.endswith(".zst"):
-            blocks = _zstd_blocks(raw, advance)
-        else:
-            blocks = _blocks(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, raw, advance)
-        yield _undamaged(split.file.path, blocks)
-
-
-def _undamaged(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    try:
-        yield from blocks
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DamagedError(f"{path}: damaged or cut short ({error}); compress it again") from None
-
-
-def _blocks(stream: BinaryIO | gzip.GzipFile, raw: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
-    position = raw.tell()
-    while block := stream.read(_BLOCK_BYTES):
-        advance(raw.tell() - position)
-        position = raw.tell()
-        yield block
-
-
-def _zstd_blocks(raw: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
-    # zstandard's own stream reader takes a file that is cut short for one that ends.
-    frame = None
-    while block := raw.read(_ZSTD_BYTES):
-        advance(len(block))
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(block)
-            block = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last frame has no end")
+def _documents_of_values(
+    split: Split, blocks: Iterator[bytes], form: RecordForm, pass_over: Callable[[], None]
+) -> Iterator[Document | Reject]:
+    for number, (place, value, begin) in enumerate(json_values(split.file.path, blocks), start=1):
+        where = f"{split.file.path}: record {number}"
+        found = Reject(where, str(value)) if isinstance(value, Exception) else _from_value(where, value, form)
+        if isinstance(found, Reject):
+            found = Reject(found.where, found.reason, begin.encode("utf-8", "replace").decode())
+        yield from _of_record(place, found, pass_over)
 
 
 # --- JSON lines ----------------------------------------------------------------------------------------------------------------
 
 
-def _documents_of_lines(split: Split, blocks: Iterator[bytes], form: RecordForm) -> Iterator[Document | Reject]:
+def _documents_of_lines(
+    split: Split, blocks: Iterator[bytes], form: RecordForm, pass_over: Callable[[], None]
+) -> Iterator[Document | Reject]:
     for number, (place, line) in enumerate(_lines(split, blocks), start=1):
         # in the middle of a file nobody knows how many lines stand before
         where = f"{split.file.path}: line {number}" if split.start == 0 else f"{split.file.path}: byte {place:,}"
+        if not isinstance(line, bytes) and (form.template is not None or form.where):
+            line = b"".join(line)  # several fields, which may come in any order, are needed whole
         if not isinstance(line, bytes):
             yield Document(place, parts=_long_text(line, form))
         elif line.strip():
-            yield from _of_record(place, _text_of_line(where, line, form))
+            yield from _of_record(place, _text_of_line(where, line, form), pass_over)
 
 
 def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
@@ -173,8 +156,8 @@ def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes |
     place, pending = max(split.start - 1, 0), b""
     if split.start == 0:
         pending = next(blocks, b"")
-        if pending.startswith(_BYTE_ORDER_MARK):
-            place, pending = len(_BYTE_ORDER_MARK), pending[len(_BYTE_ORDER_MARK) :]
+        if pending.startswith(BYTE_ORDER_MARK):
+            place, pending = len(BYTE_ORDER_MARK), pending[len(BYTE_ORDER_MARK) :]
     else:
         # The line that the split begins in belongs to the split before; one that begins with the split follows the newline before it.
         while True:
@@ -236,14 +219,7 @@ class _LongLine:
 
 
 def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
-    """The text of a record in parts; one that takes several fields, which may come in any order, is needed whole."""
-    if form.template is not None or form.where:
-        line = b"".join(blocks)
-        found = _text_of_line("", line, form)
-        if isinstance(found, Reject):
-            raise RejectedError(found.reason)
-        yield found[0] if found else ""
-        return
+    """The text of a record in parts."""
     try:
         yield from stream_fields(blocks, form.text_field)
     except InvalidJson as error:
@@ -252,11 +228,15 @@ def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
         raise RejectedError(str(error)) from None
 
 
-def _of_record(place: int, found: tuple[str, Mapping[str, Any]] | Reject | None) -> Iterator[Document | Reject]:
+def _of_record(
+    place: int, found: tuple[str, Mapping[str, Any]] | Reject | None, pass_over: Callable[[], None]
+) -> Iterator[Document | Reject]:
     if isinstance(found, Reject):
         yield found
     elif found is not None:
         yield Document(place, found[0], record=found[1])
+    else:
+        pass_over()
 
 
 def _text_of_line(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
@@ -266,13 +246,17 @@ def _text_of_line(where: str, line: bytes, form: RecordForm) -> tuple[str, Mappi
 
 def _from_json(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))  # files that were joined have marks within
     except UnicodeDecodeError as error:
         return Reject(where, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})")
     except json.JSONDecodeError as error:
         return Reject(where, f"invalid JSON ({error.msg} at column {error.colno}); one JSON object a line is expected")
     except (ValueError, RecursionError) as error:
         return Reject(where, f"JSON that cannot be read ({error})")
+    return _from_value(where, record, form)
+
+
+def _from_value(where: str, record: Any, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
     if not isinstance(record, dict):
         return Reject(where, f"a JSON object is expected, found {type(record).__name__}")
     text = form.text_of(where, record)
@@ -300,7 +284,7 @@ def _text_document(file: CorpusFile, blocks: Iterator[bytes]) -> Iterator[Docume
         if size > LONG_BYTES:
             yield Document(0, parts=_decoded_parts([*content], blocks))
             return
-    whole = b"".join(content).removeprefix(_BYTE_ORDER_MARK)
+    whole = b"".join(content).removeprefix(BYTE_ORDER_MARK)
     try:
         yield Document(0, "".join(_decoded_parts([whole], iter(()))))
     except RejectedError as error:
@@ -309,7 +293,9 @@ def _text_document(file: CorpusFile, blocks: Iterator[bytes]) -> Iterator[Docume
 
 def _decoded_parts(begun: list[bytes], blocks: Iterator[bytes]) -> Iterator[str]:
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    begun[0] = begun[0].removeprefix(_BYTE_ORDER_MARK)
+    if encoding := other_encoding(begun[0]):
+        raise RejectedError(f"{encoding}, only UTF-8 is read; convert it: iconv -f {encoding} -t UTF-8")
+    begun[0] = begun[0].removeprefix(BYTE_ORDER_MARK)
     for source in (begun, blocks):
         for block in source:
             nul = block.find(b"\x00")
@@ -337,17 +323,19 @@ def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[st
     a long time, a part is longer.
     """
     waiting: list[str] = []
-    size = 0
+    size, wanted = 0, part_characters
     for part in parts:
         waiting.append(part)
         size += len(part)
-        if size < part_characters:
+        if size < wanted:
             continue
         text = "".join(waiting)
         cut = _last_border(text)
         if cut:
             yield text[:cut]
         waiting, size = [text[cut:]], len(text) - cut
+        # where there is no border for long, a look at each part would copy the whole again and again
+        wanted = max(part_characters, 2 * size)
     if size:
         yield "".join(waiting)
 
@@ -385,7 +373,7 @@ def open_parquet(file: CorpusFile) -> Iterator[Any]:
             raise DataFormatError(f"{file.path}: damaged, or not a parquet file ({error}); write it again") from None
 
 
-def _rows(split: Split, form: RecordForm, advance: Callable[[int], None]) -> Iterator[Document | Reject]:
+def _rows(split: Split, form: RecordForm, advance: Callable[[int], None], pass_over: Callable[[], None]) -> Iterator[Document | Reject]:
     with open_parquet(split.file) as parquet:
         missing = [name for name in form.fields if name not in parquet.schema_arrow.names]
         if missing:
@@ -396,8 +384,21 @@ def _rows(split: Split, form: RecordForm, advance: Callable[[int], None]) -> Ite
         for group in range(split.start, split.end):
             row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
             for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):
-                for record in batch.to_pylist():
-                    text = form.text_of(f"{split.file.path}: row {row}", record)
-                    yield from _of_record(row, (text, record) if isinstance(text, str) else text)
+                for record in _records_of_batch(batch):
+                    where = f"{split.file.path}: row {row}"
+                    found = Reject(where, record) if isinstance(record, str) else form.text_of(where, record)
+                    yield from _of_record(row, (found, record) if isinstance(found, str) else found, pass_over)
                     row += 1
             advance(split.file.size // max(parquet.num_row_groups, 1))
+
+
+def _records_of_batch(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Rows as records; in place of one that holds bytes which are no text, the reason why it is none."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(len(batch)):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_tools.corpus import describe_skipped
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, manifest_format
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
@@ -60,11 +61,17 @@ def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: 
 
 def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
     counts = {name: manifest_field(dataset.folder, dataset.manifest, name, int) for name in ("bytes", "empty_documents", "rejects")}
+    manifest = {"passed_over": 0, "skipped": {}, **dataset.manifest}  # not in older ones
+    passed_over = manifest_field(dataset.folder, manifest, "passed_over", int)
+    passed_over = f", {passed_over:,} by --where" if passed_over else ""
+    skipped = manifest_field(dataset.folder, manifest, "skipped", dict)
+    skipped = {str(reason): manifest_field(dataset.folder, skipped, reason, int) for reason in skipped}
     rows = [
         ("documents", f"{dataset.num_documents:,}"),
         ("tokens", f"{dataset.num_tokens:,} ({dataset.dtype})"),
         ("bytes of text", f"{counts['bytes']:,} ({counts['bytes'] / dataset.num_tokens:.2f} a token)"),
-        ("left out", f"{counts['empty_documents']:,} empty, {counts['rejects']:,} rejected"),
+        ("left out", f"{counts['empty_documents']:,} empty, {counts['rejects']:,} rejected{passed_over}"),
+        *([("files", describe_skipped(skipped))] if skipped else []),
         ("shards", f"{len(dataset.shards):,}"),
         ("vocabulary", f"{dataset.vocab_size:,} ids, tokenizer {dataset.tokenizer_digest[:12]}"),
         *_source_rows(dataset.folder, dataset.manifest),

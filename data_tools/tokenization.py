@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.corpus import DEFAULT_EXTENSIONS, deal_out, find_files
+from data_tools.corpus import DEFAULT_EXTENSIONS, deal_out, describe_skipped, survey
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport
 from data_tools.records import RecordForm
@@ -37,16 +38,20 @@ def plan_job(
     *,
     form: RecordForm | None = None,
     extensions: Sequence[str] = DEFAULT_EXTENSIONS,
+    text_endings: Sequence[str] = (),
     max_rejects: Allowance | None = None,
     holdout_every: int | None = None,
     shard_bytes: int | None = None,
 ) -> TokenizeJob:
     """Look at the inputs and deal them out into shards of about `shard_bytes` of text, one document in `holdout_every` of each held out.
 
-    Raises DataFormatError for an input or tokenizer that is not as it should be.
+    Says on stderr what in the inputs is not read. Raises DataFormatError for an input or tokenizer that is not as it should be.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
-    files = find_files(inputs, extensions)
+    found = survey(inputs, extensions, text_endings)
+    files = found.files
+    if found.skipped:
+        print(describe_skipped(found.skipped, found.examples), file=sys.stderr)
     return TokenizeJob(
         inputs=[str(path) for path in inputs],
         files=files,
@@ -58,6 +63,7 @@ def plan_job(
         form=form or RecordForm(),
         holdout_every=holdout_every,
         max_rejects=max_rejects or Allowance(),
+        skipped=found.skipped,
     )
 
 
@@ -71,10 +77,12 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
     num_rejects = sum(report.rejects for report in reports)
     totals = np.array([[output.totals for output in report.outputs] for report in reports]).sum(axis=0)
     num_documents = int(totals[:, :, 0].sum())
+    passed_over = sum(report.passed_over for report in reports)
     job.max_rejects.check(num_rejects, num_documents + num_rejects, rejects)
     problem = None
     if num_documents == 0:
         reason = f"; {num_rejects} records were rejected, the first is {rejects[0]}" if rejects else ""
+        reason += f"; --where leaves out {passed_over:,} records" if passed_over else ""
         problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files{reason}"
     elif job.holdout_every is not None and not 0 < (held_out := totals[1, :, 0].sum()) < num_documents:
         problem = (
@@ -102,6 +110,8 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "text": job.form.as_json(),
                 "holdout_every": job.holdout_every,
                 "empty_documents": sum(report.empty_documents for report in reports),
+                "passed_over": passed_over,
+                "skipped": job.skipped,
                 "rejects": num_rejects,
                 "sources": [
                     {"path": path, "files": count, "documents": row[0], "bytes": row[1], "tokens": row[2]}

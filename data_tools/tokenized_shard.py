@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hunyuan_pretrain.data.indexed import TOKENIZED_VERSION, ShardWriter, digest
 _BATCH_CHARACTERS = 1 << 20
 _PART_CHARACTERS = 1 << 22
 _REJECT_SAMPLES = 20
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ class TokenizeJob:
     form: RecordForm
     holdout_every: int | None
     max_rejects: Allowance
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Files of the inputs that are not read, by the reason why."""
 
     @property
     def identity(self) -> str:
         """Changes whenever the bytes of the output would."""
-        files = [[file.path, file.input_number, file.size, file.version] for file in self.files]
+        files = [[file.path, file.input_number, file.size, file.version, file.kind, file.compression] for file in self.files]
         cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
         return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
 
@@ -100,6 +103,8 @@ class ShardReport:
 
     outputs: list[ShardOutput]
     empty_documents: int
+    passed_over: int
+    """Records that --where leaves out."""
     rejects: int
     samples: list[Reject]
     """The first of the rejects."""
@@ -129,13 +134,17 @@ def write_shard(
             stack.callback(writer.close)
         shard = _Shard(job, number, writers, encoder)
         for split in job.shards[number]:
-            for document in read_split(split, job.form, advance):
+            for document in read_split(split, job.form, advance, shard.pass_over):
                 shard.add(split, document)
             shard.flush()
         outputs = [ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)]
-        report = ShardReport(outputs, shard.num_empty, shard.num_rejects, shard.rejects)
+        report = ShardReport(outputs, shard.num_empty, shard.num_passed_over, shard.num_rejects, shard.rejects)
     write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(asdict(report)).encode())
     return report
+
+
+class _EmptyError(Exception):
+    """A very long record without a character of text."""
 
 
 class _Shard:
@@ -148,7 +157,7 @@ class _Shard:
         self._waiting_characters = 0
         self.totals = np.zeros((len(writers), len(job.inputs), 3), dtype=np.int64)
         """For each writer and input: documents, bytes, tokens."""
-        self.num_empty = self.num_rejects = 0
+        self.num_empty = self.num_passed_over = self.num_rejects = 0
         self.rejects: list[Reject] = []
         """The first of them."""
 
@@ -168,11 +177,27 @@ class _Shard:
             if self._waiting_characters > _BATCH_CHARACTERS:
                 self.flush()
 
+    def pass_over(self) -> None:
+        """Count a record that --where leaves out."""
+        self.num_passed_over += 1
+
     def flush(self) -> None:
         """Encode and write what waits; all of it is of one split."""
         documents, self._waiting, self._waiting_characters = self._waiting, [], 0
-        if not documents:
-            return
+        if documents:
+            try:
+                self._write(documents)
+            except DataFormatError:  # of one of them, which shall not cost the others
+                for document in documents:
+                    self._write_or_reject(document)
+
+    def _write_or_reject(self, document: Document) -> None:
+        try:
+            self._write([document])
+        except DataFormatError as error:
+            self._reject(Reject(f"{self._split.file.path}: byte {document.place:,}", str(error), document.text[:_SHOWN_CHARACTERS]))
+
+    def _write(self, documents: Sequence[Document]) -> None:
         texts = [document.text for document in documents]
         ids, lengths = self._encoder.encode(texts)
         utf8_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
@@ -193,6 +218,8 @@ class _Shard:
             for part in cut_between_words(parts, _PART_CHARACTERS):
                 utf8_bytes += len(part.encode())
                 yield part
+            if not utf8_bytes:
+                raise _EmptyError
 
         try:
             ids = self._encoder.encode_parts(counted())
@@ -200,6 +227,8 @@ class _Shard:
             self._count(number, 1, utf8_bytes, tokens)
         except DamagedError:
             raise
+        except _EmptyError:
+            self.num_empty += 1
         except (RejectedError, DataFormatError, UnicodeEncodeError) as error:
             with suppress(RejectedError):
                 for _ in parts:  # the reader stands at the next document only when this one has been read

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_tools.compression import measure
-from data_tools.corpus import find_files
+from data_tools.corpus import describe_skipped, survey
 from data_tools.progress import ProgressReport
 from data_tools.records import parse_conditions
 from data_tools.training_text import MEASURED_BYTES, TrainingText
-from data_tools.vocabulary import MAX_RANKS, BaseVocabulary, byte_vocabulary, extend, load_base
+from data_tools.vocabulary import MAX_RANKS, MAX_WORD_TOKENS, BaseVocabulary, LongWords, byte_vocabulary, extend, load_base
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, format_ranks, write_hf_tokenizer
@@ -28,6 +29,7 @@ def train_tokenizer(
     *,
     text_field: str,
     extensions: Sequence[str],
+    text_endings: Sequence[str] = (),
     sample_fraction: float = 1.0,
     max_rejects: int = 0,
     overwrite: bool = False,
@@ -63,10 +65,13 @@ def train_tokenizer(
         )
     if vocab_size > MAX_RANKS:
         raise DataFormatError(f"--vocab-size {vocab_size}: must be at most {MAX_RANKS}")
-    files = find_files(inputs, extensions)
-    text = TrainingText(inputs, files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by)
+    found = survey(inputs, extensions, text_endings)
+    if found.skipped:
+        print(describe_skipped(found.skipped, found.examples), file=sys.stderr)
+    text = TrainingText(inputs, found.files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by)
     with new_folder(output, marker=RANKS_FILE, overwrite=overwrite) as folder:
-        tokenizer = Tokenizer(extend(ranks, _with_progress(text), vocab_size - len(SPECIAL_TOKENS)))
+        long_words = LongWords()
+        tokenizer = Tokenizer(extend(ranks, _with_progress(text), vocab_size - len(SPECIAL_TOKENS), long_words))
         if tokenizer.vocab_size < vocab_size:
             raise DataFormatError(
                 f"--vocab-size {vocab_size}: the text gives only {tokenizer.vocab_size} ids before no pair occurs twice; use at most "
@@ -74,7 +79,7 @@ def train_tokenizer(
             )
         (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
         write_hf_tokenizer(tokenizer, folder)
-        report = _report(tokenizer, continued, text)
+        report = _report(tokenizer, continued, text, found.skipped, long_words)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return tokenizer, report
 
@@ -88,7 +93,9 @@ def _with_progress(text: TrainingText) -> Iterator[str]:
             yield content
 
 
-def _report(tokenizer: Tokenizer, base: BaseVocabulary | None, text: TrainingText) -> dict[str, Any]:
+def _report(
+    tokenizer: Tokenizer, base: BaseVocabulary | None, text: TrainingText, skipped: dict[str, int], long_words: LongWords
+) -> dict[str, Any]:
     groups, measured_on = text.held_out.groups(), "documents held out"
     if not groups:
         groups, measured_on = text.trained_on.groups(), "documents trained on"
@@ -110,7 +117,10 @@ def _report(tokenizer: Tokenizer, base: BaseVocabulary | None, text: TrainingTex
             "bytes": text.utf8_bytes,
             "where": {name: sorted(values) for name, values in text.where.items()},
             "sample_fraction": text.sample_fraction,
+            "long_words_cut": long_words.cut,
+            "long_word_tokens": MAX_WORD_TOKENS,
         },
+        "left_out": {"files": skipped, "rejects": text.rejects, "by_where": text.passed_over},
         "measured_on": measured_on,
         "holdout_every": text.holdout_every,
         "at_most_bytes_a_group": MEASURED_BYTES,

@@ -76,12 +76,15 @@ class TrainingText:
     held_out: TextSample = field(default_factory=TextSample)
     trained_on: TextSample = field(default_factory=TextSample)
     """Only while nothing is held out."""
+    rejects: int = 0
+    passed_over: int = 0
+    """Documents that `where` leaves out."""
     _seen: dict[str, set[str]] = field(default_factory=dict)
 
     def read(self) -> Iterator[tuple[str, int]]:
         """(text in NFC, bytes of the document) of what to train on. Raises DataFormatError if nothing is."""
         due, found = 1.0, 0
-        for document in read_documents(self.files, RecordForm(self.text_field), self.max_rejects):
+        for document in read_documents(self.files, RecordForm(self.text_field), self.max_rejects, self._count_reject):
             if not document.text:
                 continue
             found += 1
@@ -93,6 +96,7 @@ class TrainingText:
                 self.trained_on = TextSample()
                 continue
             if not self._is_wanted(document):
+                self.passed_over += 1
                 continue
             # The first document that may be trained on always is.
             if due >= 1.0:
@@ -105,6 +109,9 @@ class TrainingText:
             due += self.sample_fraction
         if not self.documents:
             raise DataFormatError(self._nothing(found))
+
+    def _count_reject(self) -> None:
+        self.rejects += 1
 
     def _is_wanted(self, document: Document) -> bool:
         for name, allowed in self.where.items():

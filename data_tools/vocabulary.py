@@ -35,6 +35,9 @@ MAX_RANKS = sys.maxunicode + 1 - _FIRST_SYMBOL
 _SEPARATOR = " "
 _MIN_FREQUENCY = 2
 _SPARE_PER_WHOLE_WORD = 16
+MAX_WORD_TOKENS = 1024
+"""The trainer goes through a word again for every pair that it joins in it, so a word longer than that (base64, DNA, minified code) is cut
+into words of this length. No pair is lost but those across the cuts; the tokenizer itself knows no such limit."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ class BaseVocabulary:
     def encoding(self) -> tiktoken.Encoding:
         """The base as a tokenizer of its own, to compare with."""
         return tiktoken.Encoding(self.name, pat_str=self.split_pattern, mergeable_ranks=self.ranks, special_tokens={})
+
+
+@dataclass
+class LongWords:
+    """Counts the words that were cut."""
+
+    cut: int = 0
 
 
 def byte_vocabulary() -> dict[bytes, int]:
@@ -102,10 +112,11 @@ def _without_joins(ranks: Mapping[bytes, int]) -> list[bytes]:
     return [token for token in ranks if len(token) > 1 and last_pair(token, ranks) is None]
 
 
-def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int) -> dict[bytes, int]:
+def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int, long_words: LongWords | None = None) -> dict[bytes, int]:
     """`base` and, after its ranks, tokens learned from `texts` (in NFC) up to `size` ranks; fewer if no pair is left that occurs twice.
 
-    Every added token is made by joins of lower rank, so it is reached by tiktoken and by merges alike. The same texts give the same ranks.
+    Words of more than MAX_WORD_TOKENS tokens of the base are cut, and counted in `long_words`. Every added token is made by joins of lower
+    rank, so it is reached by tiktoken and by merges alike. The same texts give the same ranks.
     """
     symbols = _symbols(base)
     model = HFTokenizer(models.BPE())
@@ -115,7 +126,7 @@ def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int) -> dict[b
     trainer = trainers.BpeTrainer(
         vocab_size=size + spare, min_frequency=_MIN_FREQUENCY, initial_alphabet=list(symbols.values()), show_progress=sys.stderr.isatty()
     )
-    model.train_from_iterator(_as_symbols(base, symbols, texts), trainer)
+    model.train_from_iterator(_as_symbols(base, symbols, texts, long_words or LongWords()), trainer)
     token_of = {symbol: token for token, symbol in symbols.items()}
     vocab = model.get_vocab()
     learned = (b"".join(token_of[symbol] for symbol in name) for name in sorted(vocab, key=lambda name: vocab[name]))
@@ -148,8 +159,8 @@ def _symbols(base: Mapping[bytes, int]) -> dict[bytes, str]:
     return {token: chr(_FIRST_SYMBOL + number) for number, token in enumerate(ordered)}
 
 
-def _as_symbols(base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: Iterable[str]) -> Iterator[str]:
-    """Each text as its words of two or more base tokens, one character a token, with a separator after each word."""
+def _as_symbols(base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: Iterable[str], long_words: LongWords) -> Iterator[str]:
+    """Each text as its words of two or more base tokens, one character a token, with a separator after each word and within long ones."""
     encoding = tiktoken.Encoding("base", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(base), special_tokens={})
     pattern = regex.compile(SPLIT_PATTERN)
     by_rank = sorted(base, key=lambda token: base[token])
@@ -163,6 +174,18 @@ def _as_symbols(base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: 
         is_first = np.concatenate([[True], is_last[:-1]])
         is_kept = ~(is_first & is_last)
         codes = code_of_rank[ids[is_kept]]
-        separated = np.insert(codes, np.flatnonzero(is_last[is_kept]) + 1, ord(_SEPARATOR))
+        ends = np.flatnonzero(is_last[is_kept]) + 1
+        separated = np.insert(codes, _with_cuts(ends, long_words), ord(_SEPARATOR))
         if len(separated):
             yield separated.tobytes().decode("utf-32-le")
+
+
+def _with_cuts(ends: np.ndarray, long_words: LongWords) -> np.ndarray:
+    """`ends` of words, and between them so many more that no word is longer than MAX_WORD_TOKENS."""
+    begins = np.concatenate([[0], ends[:-1]])
+    long = np.flatnonzero(ends - begins > MAX_WORD_TOKENS)
+    if not len(long):
+        return ends
+    long_words.cut += len(long)
+    cuts = [np.arange(begins[word] + MAX_WORD_TOKENS, ends[word], MAX_WORD_TOKENS) for word in long.tolist()]
+    return np.sort(np.concatenate([ends, *cuts]))

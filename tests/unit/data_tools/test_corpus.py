@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from data_tools import documents
-from data_tools.corpus import deal_out, find_files
+from data_tools.corpus import deal_out, describe_skipped, find_files, survey
 from data_tools.documents import read_documents
 from data_tools.records import RecordForm
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -77,7 +77,7 @@ def test_lines_across_blocks_keep_their_numbers(tmp_path: Path, monkeypatch: pyt
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz: damaged or cut short"),
         ("a.txt.zst", zst(bytes(range(1, 120)) * 9)[:-3], r"a\.txt\.zst: damaged or cut short"),
         ("a.txt.zst", b"not zstd", r"a\.txt\.zst: damaged or cut short"),
-        ("a.json", b"{}", r"a\.json: a \.json file is not read; write one JSON object a line, in a file named \.jsonl"),
+        ("a.json", b"{}", r"a\.json: line 1: no field 'text' \(fields: none\)"),
     ],
 )
 def test_what_is_not_text_is_refused_by_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -97,7 +97,7 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
     with pytest.raises(DataFormatError, match="nowhere: no such file or folder"):
         find_files([tmp_path / "nowhere"])
     with pytest.raises(
-        DataFormatError, match=r"no file ends in \.txt \.md \.py \.jsonl \.parquet \(or these with \.gz or \.zst\); choose with --extension"
+        DataFormatError, match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these with \.gz, .*; choose with --extension"
     ):
         find_files([tmp_path])
     (tmp_path / "a.txt").write_text("a")
@@ -123,3 +123,108 @@ def test_a_document_carries_its_json_record(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("y")
     records = [document.record for document in read_documents(find_files([tmp_path]), RecordForm())]
     assert records == [{"text": "x", "lang": "zh", "n": 3}, {}]
+
+
+def corpus(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_links_are_followed_each_real_file_once_and_circles_end(tmp_path: Path) -> None:
+    corpus(tmp_path, "in/a.txt", "in/sub/b.txt", "else/c.txt", "else/deep/d.txt")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "else")
+    (tmp_path / "in" / "a_link.txt").symlink_to("a.txt")
+    (tmp_path / "in" / "sub" / "circle").symlink_to(tmp_path / "in")
+    (tmp_path / "else" / "back").symlink_to(tmp_path / "in" / "sub")
+    (tmp_path / "in" / "nowhere.txt").symlink_to("missing")
+    os.link(tmp_path / "in" / "a.txt", tmp_path / "in" / "same.txt")
+    found = survey([tmp_path / "in"])
+    assert [Path(file.path).relative_to(tmp_path / "in").as_posix() for file in found.files] == [
+        "a.txt",
+        "linked/c.txt",
+        "linked/deep/d.txt",
+        "sub/b.txt",
+    ]
+    assert found.skipped == {
+        "links to what is not there": 1,
+        "other names of a file that is read": 2,
+        "other names of a folder that is read": 2,
+    }
+    (tmp_path / "link").symlink_to("in")
+    assert len(find_files([tmp_path / "link"])) == 4
+    with pytest.raises(DataFormatError, match="other names of a file that is read"):
+        survey([tmp_path / "in", tmp_path / "else"])
+
+
+def test_what_a_folder_holds_beside_is_counted_and_named(tmp_path: Path) -> None:
+    corpus(tmp_path, "a.txt", "b.rst", "c.rst.gz", "README", ".hidden.txt", ".git/x.py", "tok/hy.tiktoken", "tok/x.txt", "d.log")
+    (tmp_path / "c.rst.gz").write_bytes(gzip.compress(b"c"))
+    os.mkfifo(tmp_path / "pipe.txt")
+    found = survey([tmp_path])
+    assert [Path(file.path).name for file in found.files] == ["a.txt"]
+    assert found.skipped == {
+        ".rst": 2,
+        ".log": 1,
+        "without an ending": 1,
+        "hidden (the name begins with a dot)": 2,
+        "folders written by hunyuan-data": 1,
+        "neither file nor folder": 1,
+    }
+    line = describe_skipped(found.skipped, found.examples)
+    assert line.startswith(f"not read: 2 .rst (such as '{tmp_path}/b.rst'), 2 hidden (the name begins with a dot) (such as")
+    more = survey([tmp_path], text_endings=[".rst", ""])
+    assert [Path(file.path).name for file in more.files] == ["README", "a.txt", "b.rst", "c.rst.gz"]
+    assert {file.kind for file in more.files} == {"text"}
+
+
+def test_a_corpus_from_which_nothing_is_read_is_an_error(tmp_path: Path) -> None:
+    corpus(tmp_path, "in/b.rst", "in/.a.txt")
+    with pytest.raises(DataFormatError, match=r"read others as text with --text-ending \(not read: 1 \.rst .*, 1 hidden"):
+        survey([tmp_path / "in"])
+    (tmp_path / "link").symlink_to("missing")
+    with pytest.raises(DataFormatError, match="link: a link to what is not there"):
+        survey([tmp_path / "link"])
+    with pytest.raises(DataFormatError, match="no such file or folder, and as a pattern it matches nothing"):
+        survey([tmp_path / "*.jsonl"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataFormatError, match="pipe: neither a file nor a folder; write what it gives into a file"):
+        survey([tmp_path / "pipe"])
+
+
+def test_a_file_of_two_inputs_is_read_once(tmp_path: Path) -> None:
+    corpus(tmp_path, "one/a.txt", "two/b.txt")
+    (tmp_path / "two" / "a.txt").symlink_to(tmp_path / "one" / "a.txt")
+    found = survey([tmp_path / "one", tmp_path / "two"])
+    assert [(Path(file.path).name, file.input_number) for file in found.files] == [("a.txt", 0), ("b.txt", 1)]
+    assert found.skipped == {"other names of a file that is read": 1}
+
+
+def test_a_folder_that_a_pattern_matches_is_read_as_a_folder(tmp_path: Path) -> None:
+    corpus(tmp_path, "x1/a.txt", "x2/b.txt", "x3.rst", "x1/c.rst")
+    found = survey([tmp_path / "x*"])
+    assert [Path(file.path).name for file in found.files] == ["a.txt", "b.txt", "x3.rst"]
+    assert found.skipped == {".rst": 1}
+
+
+def test_a_url_goes_by_the_rules_of_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    corpus(tmp_path, "a.txt", "b.rst", ".hidden.txt", ".git/x.py", "tok/hy.tiktoken", "tok/x.txt")
+    (tmp_path / "c.txt").write_bytes(gzip.compress(b"c"))
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(b'[{"text": "d"}]'))
+    found = survey([f"file://{tmp_path}"])
+    assert [(Path(file.path).name, file.kind, file.compression) for file in found.files] == [
+        ("a.txt", "text", ""),
+        ("c.txt", "text", "gzip"),
+        ("d.json.gz", "json", "gzip"),
+    ]
+    assert found.skipped == {".rst": 1, "hidden (the name begins with a dot)": 2, "folders written by hunyuan-data": 1}
+    assert [document.text for document in read_documents(found.files, RecordForm())] == ["a.txt", "c", "d"]
+
+
+def test_odd_names_are_names(tmp_path: Path) -> None:
+    names = ["a b.txt", "a\nb.txt", "[1].txt", "*.txt", "中.txt", "-x.txt"]
+    corpus(tmp_path, *names)
+    assert {Path(file.path).name for file in find_files([tmp_path])} == set(names)
+    for name in names:
+        assert texts(tmp_path / name) == [name]

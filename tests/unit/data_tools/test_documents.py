@@ -15,7 +15,7 @@ from data_tools import documents
 from data_tools.corpus import CorpusFile, Split, deal_out, find_files
 from data_tools.documents import Document, cut_between_words, read_documents, read_split
 from data_tools.long_json import InvalidJson, stream_fields
-from data_tools.records import RecordForm, Reject
+from data_tools.records import RecordForm, Reject, parse_conditions
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
@@ -222,7 +222,7 @@ def test_urls_and_patterns_are_inputs(tmp_path: Path) -> None:
 
 def test_files_are_dealt_out_by_size_alone() -> None:
     def file(name: str, size: int) -> CorpusFile:
-        return CorpusFile(name, 0, size, "")
+        return CorpusFile(name, 0, size, "", "jsonl" if "jsonl" in name else "text", "gzip" if name.endswith(".gz") else "")
 
     def weights(files: list[CorpusFile]) -> list[int]:
         return [sum(split.weight for split in shard) for shard in deal_out(files)]
@@ -233,3 +233,82 @@ def test_files_are_dealt_out_by_size_alone() -> None:
     assert max(many) <= 8_500_000
     assert len(weights([file("a.jsonl", 64_000_000_000)])) == 125
     assert weights([file("a.jsonl.gz", 100_000_000)]) == [400_000_000]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (r"{title}\n\n{text}", "T\n\nX"),
+        ("{title}\n{text}", "T\nX"),
+        (r"{title}\t{text}\\n", "T\tX\\n"),
+        ("{{{text}}} {{}}", "{X} {}"),
+        ("{a b}-{0x}", "AB-H"),
+    ],
+)
+def test_a_template_means_what_a_user_writes_in_single_quotes(template: str, text: str) -> None:
+    record = {"title": "T", "text": "X", "a b": "AB", "0x": "H"}
+    assert RecordForm(template=template).text_of("", record) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{} {text}", r"--template '\{\} \{text\}': character 1: \{\} names no field; write its name, such as \{text\}"),
+        ("{text!z}", r"character 1: \{text!z\} is more than the name of a field; write \{text\}"),
+        ("ab {text:>10d}", r"character 4: \{text:>10d\} is more than the name of a field; write \{text\}"),
+        ("{text", r"character 1: this \{ is never closed; write \{NAME\}, or write a brace of the text itself twice"),
+        ("text}", r"character 5: a \} that closes nothing; write a brace of the text itself twice"),
+        ("{a.b}", r"character 1: \{a\.b\} reaches into a field; only whole fields are read, such as \{a\}"),
+        ("{a[0]}", r"character 1: \{a\[0\]\} reaches into a field"),
+        ("{0}", r"character 1: \{0\} names no field"),
+        ("{ text }", r"\{ text \} is more than the name of a field; write \{text\}"),
+        (r"{text}\d", r"character 7: \\d is no escape; there are \\n, \\t and \\\\"),
+        ("{text}\\", r"character 7: \\ is no escape"),
+        ("plain", r"names no field; write it like '\{title\}\\n\\n\{text\}'"),
+        ("", "names no field"),
+    ],
+)
+def test_a_template_that_is_none_is_refused_before_anything_is_read(template: str, message: str) -> None:
+    with pytest.raises(DataFormatError, match=message):
+        RecordForm(template=template)
+
+
+@given(st.text(alphabet="{}\\nt a.!:[]0", max_size=12))
+def test_any_template_is_read_or_refused(template: str) -> None:
+    try:
+        form = RecordForm(template=template)
+    except DataFormatError as error:
+        assert "--template" in str(error)  # noqa: PT017 - either is right
+    else:
+        assert isinstance(form.text_of("", dict.fromkeys(form.fields, "x")), str)
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("lang!=zh", "only FIELD=VALUE is known, with the value as it stands; for several values repeat --where"),
+        ("score>=1", "only FIELD=VALUE is known"),
+        ("lang==zh", "only FIELD=VALUE is known"),
+        ("lang = zh", "has spaces around the =; write --where lang=zh"),
+        (" =zh", "is not FIELD=VALUE"),
+    ],
+)
+def test_a_condition_that_is_none_is_refused(condition: str, message: str) -> None:
+    with pytest.raises(DataFormatError, match=message):
+        parse_conditions([condition])
+
+
+def test_a_document_without_a_border_is_not_copied_again_and_again() -> None:
+    """Where there is no place to cut, what is held is looked at again only when it has doubled."""
+    looked = []
+
+    def counted(text: str) -> int:
+        looked.append(len(text))
+        return 0
+
+    original, documents._last_border = documents._last_border, counted
+    try:
+        assert "".join(cut_between_words(["a" * 100] * 1000, 100)) == "a" * 100_000
+    finally:
+        documents._last_border = original
+    assert sum(looked) < 3 * 100_000

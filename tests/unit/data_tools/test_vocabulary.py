@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data_tools.vocabulary import byte_vocabulary, extend, load_base
+from data_tools.vocabulary import MAX_WORD_TOKENS, LongWords, _as_symbols, _symbols, byte_vocabulary, extend, load_base
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_letters, format_ranks, last_pair, recover_merges
 
@@ -153,3 +154,29 @@ def test_an_unfit_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match=r"--base-size 259: token b'abc' of rank 257 is only made from later ranks; use 257 or 260"):
         load_base(str(tmp_path / "ranks"), 259)
     assert len(load_base(str(tmp_path / "ranks"), 257).kept) == 257
+
+
+def test_a_word_of_two_million_letters_is_cut_for_training_and_counted() -> None:
+    """The trainer goes through a word for each join in it; counted in the longest word that it is given, not in seconds."""
+    rng = random.Random(3)
+    word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEF", k=2_000_000))
+    counter = LongWords()
+    base = byte_vocabulary()
+    given = "".join(_as_symbols(base, _symbols(base), [f"some text {word} and more", word], counter))
+    pieces = given.split(" ")
+    assert max(map(len, pieces)) == MAX_WORD_TOKENS
+    assert counter.cut == 2
+    letters = {symbol: token.decode("latin-1") for token, symbol in _symbols(base).items()}
+    whole = "".join(letters[symbol] for symbol in "".join(pieces))
+    assert whole == f"some text {word} and more{word}"
+    ranks = extend(base, [f"some text {word[:20_000]} and more"], 300, counter)
+    assert len(ranks) == 300
+    assert counter.cut == 3
+
+
+def test_words_up_to_the_limit_are_not_cut() -> None:
+    base, counter = byte_vocabulary(), LongWords()
+    text = " ".join(["a" * (MAX_WORD_TOKENS - 1), "b" * 3, "中" * 300])
+    pieces = "".join(_as_symbols(base, _symbols(base), [text], counter)).split(" ")
+    assert [len(piece) for piece in pieces] == [MAX_WORD_TOKENS - 1, 4, 901, 0]
+    assert counter.cut == 0

@@ -1,0 +1,304 @@
+"""What a file holds is told by its content: compression, JSON lines, arrays, parquet, text. And one bad record costs one record."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import formats
+from data_tools.corpus import deal_out, find_files, survey
+from data_tools.documents import Document, read_documents, read_split
+from data_tools.json_values import json_values
+from data_tools.records import RecordForm, Reject
+from hunyuan_pretrain.data.errors import DataFormatError
+
+RECORDS = [{"text": "eins", "n": 1}, {"text": '二 [}{]"\\', "n": {"a": [1, {"text": "inner"}]}}, {"text": "drei\nvier", "n": None}]
+TEXTS = [record["text"] for record in RECORDS]
+
+
+def zst(content: bytes, **options: int) -> bytes:
+    return zstandard.ZstdCompressor(**options).compress(content)  # type: ignore[arg-type]
+
+
+def long_window(content: bytes) -> bytes:
+    """As `zstd --long=31` writes it."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return stream.compress(content) + stream.flush()
+
+
+def lines(records: Sequence[object]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def read(*paths: Path, form: RecordForm | None = None) -> list[str]:
+    """Texts of documents and reasons of rejects in their order."""
+    return [
+        document.text if isinstance(document, Document) else document.reason
+        for shard in deal_out(find_files(paths))
+        for split in shard
+        for document in read_split(split, form or RecordForm())
+    ]
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "zstd": zst,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "gzip of two members": lambda content: gzip.compress(content[:9]) + gzip.compress(content[9:]),
+    "zstd of two frames": lambda content: zst(content[:9]) + zst(content[9:]),
+    "bz2 of two streams": lambda content: bz2.compress(content[:9]) + bz2.compress(content[9:]),
+    "xz of two streams, padded": lambda content: lzma.compress(content[:9]) + b"\0\0\0\0" + lzma.compress(content[9:]),
+    "zstd --long=31": long_window,
+    "zstd after a frame to pass over": lambda content: b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zst(content),
+}
+HOLDINGS: dict[str, bytes] = {
+    "lines": lines(RECORDS),
+    "lines with CRLF and a byte order mark": b"\xef\xbb\xbf" + lines(RECORDS).replace(b"\n", b"\r\n"),
+    "an array": json.dumps(RECORDS).encode(),
+    "an array over many lines": json.dumps(RECORDS, indent=2, ensure_ascii=False).encode(),
+    "an array of lines": b"[\n" + lines(RECORDS).rstrip().replace(b"\n", b",\n") + b"\n]\n",
+    "objects over many lines": "\n".join(json.dumps(record, indent=1) for record in RECORDS).encode(),
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.data", "part-00000"])
+@pytest.mark.parametrize("holding", HOLDINGS.values(), ids=HOLDINGS)
+def test_records_are_found_whatever_the_name_says(tmp_path: Path, name: str, holding: bytes) -> None:
+    (tmp_path / name).write_bytes(holding)
+    assert read(tmp_path / name) == TEXTS
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.txt.bz2", "a.txt.xz"])
+def test_compression_is_told_by_content(tmp_path: Path, name: str, compress: Callable[[bytes], bytes]) -> None:
+    (tmp_path / name).write_bytes(compress("a text 中\r\n".encode() * 99))
+    assert read(tmp_path / name) == ["a text 中\r\n" * 99]
+
+
+@pytest.mark.parametrize("name", ["c4-train.00000-of-01024.json.gz", "part.json.zst", "x.jsonl.xz", "y.ndjson.bz2"])
+def test_compressed_json_in_a_folder_is_read(tmp_path: Path, name: str) -> None:
+    compress = {".gz": gzip.compress, ".zst": zst, ".xz": lzma.compress, ".bz2": bz2.compress}[Path(name).suffix]
+    for holding in (HOLDINGS["lines"], HOLDINGS["an array over many lines"]):
+        (tmp_path / name).write_bytes(compress(holding))
+        assert read(tmp_path) == TEXTS
+
+
+def test_a_window_of_two_gib_is_no_damage_and_a_missing_dictionary_is_named(tmp_path: Path) -> None:
+    assert formats.MAX_WINDOW_BYTES == 1 << 31
+    dictionary = zstandard.train_dictionary(1024, [lines([{"text": f"text {n} of some"}]) for n in range(2000)])
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(lines(RECORDS)))
+    message = rf"a\.jsonl\.zst: compressed with zstd's dictionary {dictionary.dict_id()}, which is not there .* compress without -D"
+    with pytest.raises(DataFormatError, match=message):
+        read(tmp_path)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", lines(RECORDS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            lines(RECORDS).decode().encode("utf-16"),
+            r"a\.jsonl: UTF-16, only UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8",
+        ),
+        ("a.jsonl", lines(RECORDS).decode().encode("utf-16-le"), r"a\.jsonl: UTF-16, only UTF-8 is read"),
+        ("a.json", lines(RECORDS).decode().encode("utf-32"), r"a\.json: UTF-32, only UTF-8 is read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(gzip.compress(lines(RECORDS))),
+            r"a\.jsonl\.gz: compressed twice \(gzip around gzip\); decompress it once",
+        ),
+        (
+            "a.jsonl.gz",
+            lines(RECORDS),
+            r"a\.jsonl\.gz: damaged or cut short, or not gzip in spite of its name \(it begins with b'{\"text\":'\)",
+        ),
+        ("a.bin", b"%PDF-1.7", r"a\.bin: a PDF; extract its text"),
+        ("a.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"\0" * 250), r"a\.tar\.gz: a tar archive; unpack it"),
+        ("a.jsonl.bz2", bz2.compress(lines(RECORDS) * 99)[:-20], r"a\.jsonl\.bz2: damaged or cut short"),
+        ("a.jsonl.xz", lzma.compress(lines(RECORDS) * 99)[:-20], r"a\.jsonl\.xz: damaged or cut short"),
+        ("a.jsonl.bz2", bz2.compress(lines(RECORDS) * 9)[:30] + b"x" * 99, r"a\.jsonl\.bz2: damaged or cut short"),
+    ],
+)
+def test_what_cannot_be_read_as_records_is_refused_by_what_it_is(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataFormatError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_text_in_another_encoding_is_a_reject_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a text".encode("utf-16"))
+    (tmp_path / "b.txt").write_text("fine")
+    assert read(tmp_path) == ["UTF-16, only UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8", "fine"]
+
+
+def test_parquet_is_told_by_content_and_a_text_that_begins_like_it_is_not(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "b.txt")
+    (tmp_path / "a.txt").write_text("PAR1 is how parquet begins")
+    assert read(tmp_path) == ["PAR1 is how parquet begins", "one", "two"]
+
+
+def test_a_row_that_is_not_utf8_costs_itself_alone(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    values = pa.array([b"one", b"t\xffo", b"three"], type=pa.binary())
+    column = pa.StringArray.from_buffers(3, values.buffers()[1], values.buffers()[2])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path) == ["one", "not UTF-8 (byte 0xff at position 1)", "three"]
+
+
+def values(content: bytes, width: int) -> list[object]:
+    blocks = [content[i : i + width] for i in range(0, len(content), width)]
+    return [value for _, value, _ in json_values("a.json", blocks)]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3), max_leaves=5
+)
+OBJECTS = st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=6)
+
+
+@settings(deadline=None)
+@given(records=OBJECTS, width=st.integers(1, 40), indent=st.none() | st.integers(0, 3), is_ascii=st.booleans(), is_array=st.booleans())
+def test_an_array_is_read_as_json_reads_it(records: list[dict], width: int, indent: int | None, is_ascii: bool, is_array: bool) -> None:
+    def dumped(value: object) -> str:
+        return json.dumps(value, indent=indent, ensure_ascii=is_ascii)
+
+    content = (dumped(records) if is_array else "\n".join(map(dumped, records))).encode()
+    assert values(content, width) == records
+
+
+BREAKS: dict[str, Callable[[str], str]] = {
+    "a quote too many": lambda text: text.replace("broken", 'bro"ken'),
+    "a quote too few": lambda text: text.replace('broken"', "broken"),
+    "a wrong escape": lambda text: text.replace("broken", r"bro\qken"),
+    "a line break in a string": lambda text: text.replace("broken", "bro\nken"),
+    "a bracket too many": lambda text: text.replace('"broken"', '["broken"]]'),
+    "no comma": lambda text: text.replace('"broken",', '"broken"'),
+    "a byte that is not UTF-8": lambda text: text.replace("broken", "bro\udcffken"),
+}
+
+
+@pytest.mark.parametrize("damage", BREAKS.values(), ids=BREAKS)
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("width", [7, 10_000])
+def test_a_broken_record_of_an_array_costs_itself_alone(damage: Callable[[str], str], indent: int | None, width: int) -> None:
+    records = [{"text": "broken" if number == 3 else f"text {number}", "tags": [{"a": "b"}], "end": 1} for number in range(7)]
+    content = damage(json.dumps(records, indent=indent)).encode("utf-8", "surrogateescape")
+    found = values(content, width)
+    assert [value for value in found if isinstance(value, dict)] == [record for record in records if record["text"] != "broken"]
+    assert sum(isinstance(value, ValueError) for value in found) >= 1
+
+
+def test_an_array_that_is_cut_short_says_so_after_its_records(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"},')
+    assert read(tmp_path) == ["a", "b", "the array has no end; the file is cut short"]
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b')
+    found = read(tmp_path)
+    assert found[0] == "a"
+    assert "invalid JSON" in found[1]
+
+
+def test_reading_an_array_takes_work_in_proportion_to_its_length(tmp_path: Path) -> None:
+    """Counted in characters that are copied, not in seconds."""
+    record = json.dumps({"text": "x" * 200})
+    copied = {}
+    for count in (1000, 4000):
+        content = f"[{','.join([record] * count)}]".encode()
+        total = 0
+
+        def blocks(content: bytes = content) -> object:
+            nonlocal total
+            for begin in range(0, len(content), 1 << 16):
+                total += 1
+                yield content[begin : begin + (1 << 16)]
+
+        from data_tools.json_values import _Reader
+
+        reader = _Reader("a.json", blocks())  # type: ignore[arg-type]
+        passed = 0
+        drop = reader._pass_to
+
+        def counted(end: int, reader: _Reader = reader, drop: Callable[[int], None] = drop) -> None:
+            nonlocal passed
+            passed += end - reader._begin
+            drop(end)
+
+        reader._pass_to = counted  # type: ignore[method-assign]
+        assert sum(1 for _ in reader.values()) == count
+        copied[count] = passed
+    assert copied[4000] < 4.1 * copied[1000]
+
+
+def test_one_bad_line_of_each_kind_costs_one_line(tmp_path: Path) -> None:
+    good = b'{"text": "good"}\n'
+    bad = [b'{"text": "\xff"}', b'{"text": }', b"{}", b'{"text": 7}', b'["text"]', b'{"text": "\\ud800"}', b"\x00", b'{"text": "a"} x']
+    content = good + b"".join(line + b"\n" + good for line in bad)
+    for name, compress in (("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zst)):
+        (tmp_path / name).write_bytes(compress(content))
+        found = read(tmp_path / name)
+        assert [text for text in found if text == "good"] == ["good"] * (len(bad) + 1)
+        assert len(found) == 2 * len(bad) + 1
+
+
+def test_files_that_were_joined_may_have_byte_order_marks_within(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes((b"\xef\xbb\xbf" + lines(RECORDS[:1])) * 3)
+    assert read(tmp_path) == ["eins"] * 3
+
+
+def test_a_text_file_has_no_field_that_a_condition_could_hold_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.jsonl").write_bytes(lines([{"text": "x", "lang": "zh"}, {"text": "y", "lang": "en"}]))
+    passed = []
+    found = [
+        document
+        for shard in deal_out(find_files([tmp_path]))
+        for split in shard
+        for document in read_split(split, RecordForm(where={"lang": frozenset({"zh"})}), pass_over=lambda: passed.append(1))
+    ]
+    assert [document.text for document in found if isinstance(document, Document)] == ["x"]
+    assert len(passed) == 2
+    assert not any(isinstance(document, Reject) for document in found)
+
+
+@pytest.mark.parametrize("head", [b"", b"\x1f\x8b", b"(\xb5/\xfd", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"{", b"[", b"PAR1", b"\xef\xbb\xbf"])
+@given(data=st.binary(max_size=60))
+@settings(deadline=None, max_examples=40)
+def test_any_beginning_is_told_or_refused(head: bytes, data: bytes) -> None:
+    for name in ("a", "a.jsonl", "a.json", "a.gz", "a.zst", "a.txt.xz", "a.parquet"):
+        try:
+            kind, compression = formats.format_of(name, head + data)
+        except DataFormatError as error:
+            kind, compression, refused = "text", "", str(error)
+        else:
+            refused = f"{name}: "
+        assert refused.startswith(f"{name}: ")
+        assert kind in ("text", "jsonl", "json", "object", "no records", "parquet")
+        assert compression in ("", "gzip", "zstd", "bz2", "xz")
+
+
+def test_a_json_file_that_holds_no_records_is_counted_in_a_folder_and_read_by_name(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text(json.dumps({"text": "one", "b": {}}, indent=2))
+    (tmp_path / "a.txt").write_text("a")
+    found = survey([tmp_path])
+    assert found.skipped == {".json that holds no records (neither lines nor an array)": 1}
+    assert [document.text for document in read_documents(found.files, RecordForm())] == ["a"]
+    assert read(tmp_path / "package.json") == ["one"]
