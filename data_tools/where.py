@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from data_tools.progress import ProgressReport
+from hunyuan_pretrain.config.history import RESOLVED, read_history
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -20,8 +22,6 @@ from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset, ch
 from hunyuan_pretrain.data.ledger import LedgerSequence, sequences_of_step
 from hunyuan_pretrain.data.packed_format import PACKED_FORMAT, PackedIndex
 from hunyuan_pretrain.data.sample_order import SampleOrder
-
-RESOLVED = "resolved.yaml"
 
 
 def load_run(path: str) -> Experiment:
@@ -35,24 +35,36 @@ def load_run(path: str) -> Experiment:
 def where(run: str, step: int, console: Console, *, as_json: bool = False, place: int | None = None) -> None:
     """Print the documents of the step after which metrics.jsonl counts `step`: of the global batch, or of one place of it.
 
+    Of a run whose configuration has changed, as it was when the step was trained.
+
     As text, or as one JSON object a sequence and line. Raises DataFormatError if there is no such step or place, or the data is not there.
     """
     experiment = load_run(run)
-    order = SampleOrder(experiment, None)
+    history = read_history(Path(run)) if Path(run).is_dir() else []
+    past, first_step = (history[:-1], history[-1].first_step) if history else ([], 0)
+    order = SampleOrder(experiment, None, past, first_step)
     if not 1 <= step <= order.num_steps:
         raise DataFormatError(f"--step {step}: the run has the steps 1 to {order.num_steps}")
-    number, step_in_stage = order.stage_of_step(step - 1)
-    stage = experiment.stages[number]
+    stage = order.stage(step - 1)
     if place is not None and not 0 <= place < stage.global_batch_sequences:
         raise DataFormatError(f"--place {place}: the global batch has the places 0 to {stage.global_batch_sequences - 1}")
-    data_step = order.mixture.data_step(number, step_in_stage) + 1
+    in_stage = order.places_of_stage(step - 1, np.arange(stage.global_batch_sequences))
+    first, last = (int(number) // stage.global_batch_sequences + 1 for number in (in_stage[0], in_stage[-1]))
+    data_step = str(first) if first == last else f"{first} to {last}"  # after another batch a step may lie across two
     if not as_json:
         console.print(f"step {step}: stage {stage.name}, step {data_step} of its data, {stage.global_batch_sequences} sequences")
     for sequence in sequences_of_step(order, step - 1):
         if place is not None and sequence.place != place:
             continue
         if as_json:
-            print(json.dumps({"step": step, "stage": stage.name, "data_step": data_step, **asdict(sequence)}, ensure_ascii=False))
+            of_stage = int(in_stage[sequence.place])
+            at = {
+                "step": step,
+                "stage": stage.name,
+                "data_step": of_stage // stage.global_batch_sequences + 1,
+                "sequence_of_stage": of_stage,
+            }
+            print(json.dumps({**at, **asdict(sequence)}, ensure_ascii=False))
         else:
             _print_sequence(sequence, console)
 

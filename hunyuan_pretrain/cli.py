@@ -150,7 +150,14 @@ def doctor(
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    accept_changes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY[,KEY]...", help="Go on although these settings, or what they name, are not what the run began with."),
+    ] = None,
+) -> None:
     """Train an experiment, going on from its newest checkpoint; under torchrun, one call is one rank.
 
     Exit code 75: told to stop by SIGTERM or Ctrl-C, saved, and ready to be started again. A second Ctrl-C ends it at once, with 130.
@@ -163,7 +170,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
     from hunyuan_pretrain.train.loop import train as run
 
-    raise typer.Exit(run(experiment))
+    raise typer.Exit(run(experiment, [key.strip() for keys in accept_changes or [] for key in keys.split(",") if key.strip()]))
 
 
 @app.command()

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.config.changes import Kind, model_differences
+from hunyuan_pretrain.config.schema import ModelConfig, show_value
 
 FORMAT_VERSION = 1
 MARKER = "complete.json"
@@ -101,13 +102,23 @@ def damage_to(name: str) -> str:
 
 
 def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConfig) -> None:
-    """Raise CheckpointError naming every architecture field in which the checkpoint differs from `model`."""
-    mine, theirs = model.model_dump(), marker["model"]
-    differences = [
-        f"  model.{key}: {theirs.get(key)} in the checkpoint, {mine[key]} in the config" for key in mine if mine[key] != theirs.get(key)
-    ]
+    """Raise CheckpointError naming every setting in which the checkpoint's weights are not those of `model`."""
+    differences = [one for one in model_differences(marker["model"], model) if one.kind == Kind.never]
     if differences:
-        raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(differences))
+        lines = [f"  {one.key}: {show_value(one.old)} in the checkpoint, {show_value(one.new)} in the config" for one in differences]
+        raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(lines))
+
+
+def checkpoint_of(path: Path) -> Path:
+    """A checkpoint's folder: `path` itself, or of a run directory its newest complete checkpoint. Raises CheckpointError."""
+    if (path / MARKER).exists():
+        return path
+    if found := find_checkpoints(path):
+        return found[-1]
+    is_run = (path / "checkpoints").is_dir()
+    what = "a run directory without a complete checkpoint" if is_run else "neither a checkpoint nor a run directory"
+    near = ", ".join(str(folder) for folder in find_checkpoints(path.parent.parent))
+    raise CheckpointError(f"{path}: {what}" + (f"; complete checkpoints beside it: {near}" if near else ""))
 
 
 def data_files(folder: Path) -> list[Path]:

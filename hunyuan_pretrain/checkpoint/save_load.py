@@ -151,9 +151,9 @@ def load_newest(
                 continue
             try:
                 marker = _whole_marker(folder)
-                _refuse(folder, marker, chunks, optimizer)
-                if accept is not None:
+                if accept is not None:  # it has more to say than that the model is another one
                     accept(folder, marker)
+                _refuse(folder, marker, chunks, optimizer)
                 _verify(folder, marker)
                 _load_verified(folder, marker, chunks, optimizer)
             except DamagedCheckpointError as fault:

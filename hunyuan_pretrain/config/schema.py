@@ -418,7 +418,10 @@ class CheckpointConfig(Section):
     resume: bool = setting(
         "Go on from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has one.", True
     )
-    init_from: str | None = setting("Checkpoint folder whose weights (not optimizer, step or data position) a fresh run starts from.", None)
+    init_from: str | None = setting(
+        "Checkpoint, or run directory (its newest one), whose weights a fresh run starts from; not its optimizer, step or data position.",
+        None,
+    )
 
 
 class LoggingConfig(Section):

@@ -48,8 +48,7 @@ class LedgerSequence:
 
 def sequences_of_step(order: SampleOrder, step: int) -> Iterator[LedgerSequence]:
     """The global batch of a global step, counted from 0, in its order. Raises IndexError if there is no such step."""
-    stage = order.experiment.stages[order.stage_of_step(step)[0]]
-    places = np.arange(stage.global_batch_sequences)
+    places = np.arange(order.stage(step).global_batch_sequences)
     for place, (dataset, sequence) in zip(places.tolist(), order.sequences(step, places), strict=True):
         yield LedgerSequence(place, str(dataset.index.folder), sequence, pieces_of(dataset, sequence))
 

@@ -2,14 +2,15 @@
 
 The global batch of a step is fixed by the seed alone. Micro-batch m of rank r takes micro_batch_sequences of its sequences, from
 (m * dp_size + r) * micro_batch_sequences on, or as balance_attention deals them; so ranks and micro-batches only deal the same sequences
-out, and a run goes on exactly with another number of ranks. There is no state to save: the step is the state.
+out, and a run goes on exactly with another number of ranks. There is no state to save: the step, and the segments of the run, are the
+state.
 
 Shapes: T = micro_batch_sequences * S tokens, the sequences one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.packed_dataset import PackedSequence
@@ -50,7 +52,16 @@ class StepLoader:
     tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), or has ids beyond the embedding.
     """
 
-    def __init__(self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        dp_rank: int,
+        dp_size: int,
+        tokenizer_digest: str | None,
+        past: Sequence[Segment] = (),
+        first_step: int = 0,
+    ) -> None:
+        """past, first_step: as SampleOrder takes them."""
         assert 0 <= dp_rank < dp_size
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
@@ -60,7 +71,7 @@ class StepLoader:
                     f"{dp_size * stage.micro_batch_sequences}"
                 )
         self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
-        self.order = SampleOrder(experiment, tokenizer_digest)
+        self.order = SampleOrder(experiment, tokenizer_digest, past, first_step)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -91,7 +102,7 @@ class StepLoader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, step: int) -> list[MicroBatch]:
-        stage = self.experiment.stages[self.stage_of_step(step)[0]]
+        stage = self.order.stage(step)
         places = places_of_rank(self.order, step, self.dp_rank, self.dp_size)
         sequences = self.order.sequences(step, places.ravel())
         width = stage.micro_batch_sequences

@@ -4,6 +4,10 @@ Every answer is computed for the places asked for, in closed form; nothing grows
 gets its share of the tokens, as exactly as whole sequences can give it (by largest remainder), and evenly (after any number of sequences
 within two of its share). A source is walked in a shuffled order, another one each epoch, and goes on in a later stage where it stopped in
 an earlier one.
+
+Where a run goes on with a changed configuration, what was read stays as it was. The rest of the present stage keeps its order too, cut
+off or continued where its end has moved; if its sources, weights or order have changed, it is shared out anew, each source from where it
+stopped. So no sequence is left out of an epoch, or read twice in it.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
 
+from hunyuan_pretrain.config.schedule import Piece, Schedule
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.balance import balanced_rows
 from hunyuan_pretrain.data.epochs import Reading, Selection, most_read, readings
@@ -48,34 +53,77 @@ class _Split:
     num_all: int
 
 
-class Mixture:
-    """The sample order of all stages. `source_sizes` maps each path that the stages name to its size.
+@dataclass(frozen=True)
+class DataSegment:
+    """What a configuration, in force from a step on, says of the order of the data."""
 
-    `sources` are the paths in the order of their first use. Raises DataFormatError if a source's weight gives it no sequence at all, or if
-    documents of a source would have been read more often than its max_epochs at the end of a stage, in whichever sources.
+    first_step: int
+    stages: Sequence[StageConfig]
+    seed: int
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Path -> name of the source, where another path or other data had it in a segment before."""
+
+    def name(self, path: str) -> str:
+        """Under which name the source of a path is known in the whole run."""
+        return self.names.get(source_path(path), source_path(path))
+
+
+class Mixture:
+    """The sample order of all stages. `source_sizes` maps each path that the stages name, or its source's name, to its size.
+
+    `sources` are the sources in the order of their first use. `segments`: the configurations of a run that has changed, the last being that
+    of `stages` and `seed`; a stage's number is then that of `Piece.lane`. Raises DataFormatError if a source's weight gives it no
+    sequence at all, or if documents of a source would have been read more often than its max_epochs at the end of a stage, in whichever
+    sources; ConfigError as `Schedule.goes_on`.
     """
 
-    def __init__(self, stages: Sequence[StageConfig], source_sizes: Mapping[str, SourceSize], seed: int) -> None:
-        self.seed = seed
-        self.stages = stages
-        self.sources = list(dict.fromkeys(source_path(source.path) for stage in stages for source in stage.data))
-        self.sizes = [source_sizes[path] for path in self.sources]
-        self.counts: list[dict[int, int]] = []
-        """Sequences of each source, by its number in `sources`, in each stage, those that make up for skipped steps included."""
-        # The data of a stage is its own part and one that makes up for its skipped steps, so that skipping changes nothing before it.
+    def __init__(
+        self,
+        stages: Sequence[StageConfig],
+        source_sizes: Mapping[str, SourceSize],
+        seed: int,
+        segments: Sequence[DataSegment] | None = None,
+    ) -> None:
+        self._segments = segments or [DataSegment(0, stages, seed)]
+        self.schedule = Schedule.of_segments([(segment.first_step, segment.stages) for segment in self._segments])
+        names = (segment.name(source.path) for segment in self._segments for stage in segment.stages for source in stage.data)
+        self.sources = list(dict.fromkeys(names))
+        self.sizes = [source_sizes[name] for name in self.sources]
+        lanes: dict[int, list[Piece]] = {}
+        for piece in self.schedule.pieces:
+            lanes.setdefault(piece.lane, []).append(piece)
+        self.stages = [pieces[-1].stage for pieces in lanes.values()]
+        self._names = [self._segments[pieces[-1].segment] for pieces in lanes.values()]
         self._parts: list[list[_Part]] = []
         taken = [0] * len(self.sources)
-        for stage in stages:
-            parts = []
-            for steps in (stage.num_steps, num_skipped(stage)):
-                if steps:
-                    counts = self._share_out(stage, steps * stage.global_batch_sequences)
-                    parts.append(_Part(steps * stage.global_batch_sequences, _interleaving(counts), tuple(taken), counts))
-                    for source, count in counts.items():
-                        taken[source] += count
+        for pieces in lanes.values():
+            parts = self._parts_of(pieces)
+            for number, part in enumerate(parts):
+                parts[number] = replace(part, taken=tuple(taken))
+                for source, count in part.counts.items():
+                    taken[source] += count
             self._parts.append(parts)
-            self.counts.append({source: sum(part.counts.get(source, 0) for part in parts) for source in parts[0].counts})
+        self.counts: list[dict[int, int]] = [_sum_of_counts(parts) for parts in self._parts]
+        """Sequences of each source, by its number in `sources`, in each stage, those that make up for skipped steps included."""
         self._check_epochs()
+
+    def _parts_of(self, pieces: Sequence[Piece]) -> list[_Part]:
+        """The data of a stage in runs that are shared out on their own, without what went before."""
+        parts: list[_Part] = []
+        for piece in pieces:
+            stage, size = piece.stage, sum(part.num_sequences for part in parts)
+            segment = self._segments[piece.segment]
+            walk = _Walk(tuple(sorted(self._weights(stage, segment).items())), segment.seed, _group_of(stage))
+            if parts and parts[-1].walk != walk:
+                size = min(size, piece.first_place)
+            parts = _cut(parts, min(size, piece.end_place))
+            # Its own data, and what makes up for its skipped steps, so that skipping changes nothing before it.
+            own = piece.num_planned_sequences if not parts else piece.end_place - size
+            for total in (own, piece.end_place - size - own):
+                if total > 0:
+                    counts = self._share_out(stage, segment, total, is_whole_stage=not parts)
+                    parts.append(_Part(total, _interleaving(counts), (), counts, walk))
+        return parts
 
     def num_sequences(self, stage: int) -> int:
         """Sequences of a stage's data: (steps + skipped steps) x global batch."""
@@ -95,13 +143,6 @@ class Mixture:
             for source, count in self.counts[stage].items()
         }
 
-    def data_step(self, stage: int, step: int) -> int:
-        """Which step of a stage's data a training step of the stage takes, both from 0: the step-th that is not skipped."""
-        for first, last in self.stages[stage].skip_data_steps:
-            if step >= first - 1:
-                step += last - first + 1
-        return step
-
     def lookup(self, stage: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, row) of the given places of a stage's data: int64, same shape as `numbers`, which count its sequences from 0."""
         numbers = np.asarray(numbers, dtype=np.int64)
@@ -112,8 +153,8 @@ class Mixture:
         for part in self._parts[stage]:
             where = np.flatnonzero((numbers.ravel() >= first) & (numbers.ravel() < first + part.num_sequences))
             self._descend(part.tree, part.taken, where, numbers.ravel()[where] - first, source.reshape(-1), row.reshape(-1))
+            self._number_rows(part.walk, where, source.reshape(-1), row.reshape(-1))
             first += part.num_sequences
-        self._number_rows(self.stages[stage], source.reshape(-1), row.reshape(-1))
         return source, row
 
     def _descend(
@@ -131,18 +172,19 @@ class Mixture:
         self._descend(part.first, taken, where[is_first], before[is_first], source, row)
         self._descend(part.second, taken, where[~is_first], (rank - before)[~is_first], source, row)
 
-    def _number_rows(self, stage: StageConfig, source: np.ndarray, row: np.ndarray) -> None:
-        """Turn how many sequences of a source went before into its row, in place: each epoch is a walk in another order."""
-        for number in np.unique(source).tolist():
+    def _number_rows(self, walk: _Walk, where: np.ndarray, source: np.ndarray, row: np.ndarray) -> None:
+        """Turn how many sequences of a source went before into its row, at `where`: each epoch is a walk in another order."""
+        for number in np.unique(source[where]).tolist():
             size = self.sizes[number]
-            of_source = np.flatnonzero(source == number)
+            of_source = where[source[where] == number]
             epochs, position = np.divmod(row[of_source], size.sequences)
             for epoch in np.unique(epochs).tolist():
                 chosen = epochs == epoch
-                key = mixed_key(self.seed, number, epoch)
-                if stage.balance_attention == "group":
-                    assert size.cost_order is not None, "a mixture that balances by groups is given the order of costs"
-                    group = min(stage.balance_group_sequences or stage.global_batch_sequences, size.sequences)
+                key = mixed_key(walk.seed, number, epoch)
+                if walk.group is not None:
+                    if size.cost_order is None:
+                        raise DataFormatError(f"{self.sources[number]}: its data is no longer there, so its order by cost is not known")
+                    group = min(walk.group, size.sequences)
                     rows = balanced_rows(position[chosen], size.cost_order, group, key)
                     if rows.max() >= size.sequences:
                         raise DataFormatError(
@@ -152,9 +194,9 @@ class Mixture:
                 else:
                     row[of_source[chosen]] = permuted(position[chosen], size.sequences, key)
 
-    def _share_out(self, stage: StageConfig, total: int) -> dict[int, int]:
+    def _share_out(self, stage: StageConfig, segment: DataSegment, total: int, is_whole_stage: bool) -> dict[int, int]:
         """`total` sequences over the sources of a stage, so that their tokens are in the proportion of the weights."""
-        weights = self._weights(stage)
+        weights = self._weights(stage, segment)
         # a sequence of a source with more padding brings fewer tokens, so it takes more of them
         per_token = {
             source: weight * Fraction(self.sizes[source].sequences, self.sizes[source].tokens) for source, weight in weights.items()
@@ -165,7 +207,7 @@ class Mixture:
         for source in by_remainder[: total - sum(counts.values())]:
             counts[source] += 1
         for source, count in counts.items():
-            if count == 0 and total == stage.num_steps * stage.global_batch_sequences:
+            if count == 0 and is_whole_stage:
                 share = f"{float(weights[source]):g} of {float(sum(weights.values())):g}"
                 raise DataFormatError(
                     f"stage {stage.name}: {self.sources[source]} has weight {share}, which is none of the stage's {total} sequences; "
@@ -173,7 +215,7 @@ class Mixture:
                 )
         return {source: count for source, count in counts.items() if count}
 
-    def _weights(self, stage: StageConfig) -> dict[int, Fraction]:
+    def _weights(self, stage: StageConfig, segment: DataSegment) -> dict[int, Fraction]:
         """Share of the stage's tokens by source, relative; a source that is named twice has the sum."""
         of_tier: dict[str | None, Fraction] = {}
         for entry in stage.data:
@@ -184,7 +226,7 @@ class Mixture:
             if stage.tier_weights is not None:
                 assert entry.tier is not None, "checked by the rules of the config"
                 weight *= Fraction(stage.tier_weights[entry.tier]) / of_tier[entry.tier]
-            source = self.sources.index(source_path(entry.path))
+            source = self.sources.index(segment.name(entry.path))
             weights[source] = weights.get(source, Fraction(0)) + weight
         return weights
 
@@ -203,9 +245,11 @@ class Mixture:
     def _check_epochs(self) -> None:
         problems = []
         for number, stage in enumerate(self.stages):
+            if self._names[number] is not self._segments[-1]:
+                continue  # the stage is over
             tokens = self.tokens(number)
             for entry in stage.data:
-                path = source_path(entry.path)
+                path = self._names[number].name(entry.path)
                 found = None if entry.max_epochs is None else self.most_read(number, path, entry.max_epochs)
                 if entry.max_epochs is None or found is None:
                     continue
@@ -221,19 +265,60 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class _Walk:
+    """What decides the order of a part besides its length."""
+
+    weights: tuple[tuple[int, Fraction], ...]
+    seed: int
+    group: int | None
+    """Sequences of a group of balance_attention=group, None elsewhere."""
+
+
+@dataclass(frozen=True)
 class _Part:
     """A run of a stage's data that is shared out on its own."""
 
     num_sequences: int
+    """Fewer than the tree has where the part was cut off."""
     tree: _Split | int
     taken: tuple[int, ...]
     """Sequences of each source that went before."""
     counts: dict[int, int]
+    walk: _Walk
 
 
-def num_skipped(stage: StageConfig) -> int:
-    """Steps of a stage's data that are not trained on."""
-    return sum(last - first + 1 for first, last in stage.skip_data_steps)
+def _cut(parts: Sequence[_Part], num_sequences: int) -> list[_Part]:
+    """The first so many sequences of parts that follow one another."""
+    kept = []
+    for part in parts:
+        if part.num_sequences <= num_sequences:
+            kept.append(part)
+        elif num_sequences > 0:
+            counts = {source: count for source, count in _counts_before(part.tree, num_sequences).items() if count}
+            kept.append(replace(part, num_sequences=num_sequences, counts=counts))
+        num_sequences -= part.num_sequences
+    return kept
+
+
+def _counts_before(tree: _Split | int, rank: int) -> dict[int, int]:
+    """How many of the first `rank` places of a tree each source has."""
+    if isinstance(tree, int):
+        return {tree: rank}
+    of_first = int(_num_first_before(tree, np.array(rank)))
+    return _counts_before(tree.first, of_first) | _counts_before(tree.second, rank - of_first)
+
+
+def _sum_of_counts(parts: Sequence[_Part]) -> dict[int, int]:
+    """Sequences of each source in all parts."""
+    counts: dict[int, int] = {}
+    for part in parts:
+        for source, count in part.counts.items():
+            counts[source] = counts.get(source, 0) + count
+    return counts
+
+
+def _group_of(stage: StageConfig) -> int | None:
+    return (stage.balance_group_sequences or stage.global_batch_sequences) if stage.balance_attention == "group" else None
 
 
 def source_path(path: str) -> str:

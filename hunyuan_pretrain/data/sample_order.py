@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.history import Segment, SourceFacts
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.balance import deal
+from hunyuan_pretrain.data.epochs import Selection
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.mixture import Mixture, SourceSize, source_path
+from hunyuan_pretrain.data.indexed import digest_of
+from hunyuan_pretrain.data.mixture import DataSegment, Mixture, SourceSize, source_path
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.packed_format import ARRAYS
 
 
 class SampleOrder:
-    """The global batch of every step, which the experiment's seed alone decides.
+    """The global batch of every step, which the experiment's seed alone decides, and the segments of the run before, if it has any.
 
+    `past`: the segments of the run before `first_step`, from which `experiment` takes over; without, the whole run is that of `experiment`.
     Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another sequence length than the stage's, was
     tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), has ids beyond the embedding, or cannot give what the
-    mixture asks of it.
+    mixture asks of it; ConfigError as `Schedule.goes_on`.
     """
 
-    def __init__(self, experiment: Experiment, tokenizer_digest: str | None) -> None:
+    def __init__(self, experiment: Experiment, tokenizer_digest: str | None, past: Sequence[Segment] = (), first_step: int = 0) -> None:
         self.experiment = experiment
         self.datasets: dict[str, PackedDataset] = {}
+        """Packed folder of each path of `experiment`."""
         for number, stage in enumerate(experiment.stages):
             for source in stage.data:
                 path = source_path(source.path)
@@ -34,38 +42,99 @@ class SampleOrder:
                         f"sequence_length={stage.sequence_length}; set it to {found}, or run `hunyuan-data pack --sequence-length "
                         f"{stage.sequence_length}`"
                     )
-        sizes = {}
+        self.facts = {path: facts_of(dataset) for path, dataset in self.datasets.items()}
+        segments = data_segments([(s.first_step, s.config, s.sources) for s in past] + [(first_step, experiment, self.facts)])
+        pairs = zip(segments[:-1], past, strict=True)
+        self._past = {segment.name(path): (path, facts) for segment, s in pairs for path, facts in s.sources.items()}
+        sizes = {
+            name: SourceSize(facts.sequences, facts.tokens, documents=tuple(Selection(*entry) for entry in facts.documents))
+            for name, (_, facts) in self._past.items()
+        }
         for path, dataset in self.datasets.items():
             index = dataset.index
-            sizes[path] = SourceSize(len(dataset), index.num_tokens, index.cost_order, index.selections, index.holds)
-        self.mixture = Mixture(experiment.stages, sizes, experiment.seed)
-        self.first_steps = np.cumsum([0] + [stage.num_steps for stage in experiment.stages])
-        self._by_number = [self.datasets[path] for path in self.mixture.sources]
+            sizes[segments[-1].name(path)] = SourceSize(len(dataset), index.num_tokens, index.cost_order, index.selections, index.holds)
+        self._open = {segments[-1].name(path): dataset for path, dataset in self.datasets.items()}
+        self.mixture = Mixture(experiment.stages, sizes, experiment.seed, segments)
+        self.schedule = self.mixture.schedule
+        first_of_lane = {piece.lane: piece.first_step for piece in reversed(self.schedule.pieces)}
+        self.first_steps = np.array([*(first_of_lane[lane] for lane in sorted(first_of_lane)), self.num_steps])
 
     @property
     def num_steps(self) -> int:
         """Steps of all stages together."""
-        return int(self.first_steps[-1])
+        return self.schedule.num_steps
+
+    def stage(self, step: int) -> StageConfig:
+        """The stage of a global step, counted from 0. Raises IndexError if there is no such step."""
+        return self.schedule.stage(step)
 
     def stage_of_step(self, step: int) -> tuple[int, int]:
-        """(stage, step within it) of a global step, both from 0."""
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} of {self.num_steps}")
-        stage = int(np.searchsorted(self.first_steps, step, side="right")) - 1
-        return stage, step - int(self.first_steps[stage])
+        """(stage, step within it) of a global step, both from 0; stages of the run, where it has changed."""
+        lane = self.schedule.piece_of_step(step).lane
+        return lane, step - int(self.first_steps[lane])
+
+    def places_of_stage(self, step: int, places: np.ndarray) -> np.ndarray:
+        """Which sequences of the stage's data some places of the global batch of a step are, both from 0."""
+        piece = self.schedule.piece_of_step(step)
+        found: np.ndarray = piece.place((step - piece.first_step) * piece.stage.global_batch_sequences + places)
+        return found
 
     def sequences(self, step: int, places: np.ndarray) -> list[tuple[PackedDataset, int]]:
         """(dataset, sequence) of some places of the global batch of a global step, counted from 0."""
-        stage, step_in_stage = self.stage_of_step(step)
-        data_step = self.mixture.data_step(stage, step_in_stage)
-        sources, rows = self.mixture.lookup(stage, data_step * self.experiment.stages[stage].global_batch_sequences + places)
-        return [(self._by_number[source], row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
+        piece = self.schedule.piece_of_step(step)
+        sources, rows = self.mixture.lookup(piece.lane, self.places_of_stage(step, places))
+        return [(self._dataset(source), row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
 
     def costs(self, step: int) -> np.ndarray:
         """(global batch,) sum of squared piece lengths of each sequence of a step, which is what they differ by in work."""
-        stage = self.experiment.stages[self.stage_of_step(step)[0]]
-        sequences = self.sequences(step, np.arange(stage.global_batch_sequences))
+        sequences = self.sequences(step, np.arange(self.stage(step).global_batch_sequences))
         return np.array([dataset.index.squared_lengths[row] for dataset, row in sequences], dtype=np.float64)
+
+    def _dataset(self, source: int) -> PackedDataset:
+        """The dataset of a source by its number; that of an earlier segment is opened when it is asked for."""
+        name = self.mixture.sources[source]
+        if name not in self._open:
+            path, facts = self._past[name]
+            dataset = PackedDataset(path)
+            if facts.digest not in (None, facts_of(dataset).digest):
+                raise DataFormatError(f"{path}: packed again since the run read it, so its sequences are no longer known")
+            self._open[name] = dataset
+        return self._open[name]
+
+
+def facts_of(dataset: PackedDataset) -> SourceFacts:
+    """What identifies a packed dataset: which documents it has in which sequences, wherever it lies."""
+    manifest = dataset.index.manifest
+    arrays = {name: manifest.get("sha256", {}).get(f"{name}.npy") for name in ARRAYS}
+    identity = [dataset.sequence_length, dataset.index.tokenizer_digest, arrays, [source["digest"] for source in manifest["sources"]]]
+    return SourceFacts(
+        digest=digest_of(identity),
+        sequences=len(dataset),
+        tokens=dataset.index.num_tokens,
+        sequence_length=dataset.sequence_length,
+        documents=tuple((one.corpus, one.folder, one.shortest, one.longest) for one in dataset.index.selections),
+    )
+
+
+def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceFacts]]]) -> list[DataSegment]:
+    """The segments of a run for its mixture.
+
+    A source is known by what is in it, so it may move, and is another one if it was packed again.
+    """
+    found: list[DataSegment] = []
+    known: dict[str, str | None] = {}
+    for first_step, experiment, sources in segments:
+        before, names = dict(known), {}
+        for path, facts in sources.items():
+            is_same = path in before and (before[path] == facts.digest or None in (before[path], facts.digest))
+            moved = [name for name, digest in before.items() if digest == facts.digest is not None and name not in sources]
+            if is_same or (path not in before and not moved):
+                names[path] = path
+            else:
+                names[path] = moved[0] if moved else f"{path} (step {first_step + 1})"
+            known[names[path]] = facts.digest
+        found.append(DataSegment(first_step, experiment.stages, experiment.seed, names))
+    return found
 
 
 def places_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) -> np.ndarray:
@@ -73,7 +142,7 @@ def places_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) ->
 
     All ranks find the same deal, without asking each other.
     """
-    stage = order.experiment.stages[order.stage_of_step(step)[0]]
+    stage = order.stage(step)
     if stage.balance_attention == "off":
         return np.arange(stage.global_batch_sequences).reshape(-1, dp_size, stage.micro_batch_sequences)[:, dp_rank]
     return deal(order.costs(step), dp_size, stage.micro_batch_sequences)[:, dp_rank]

@@ -207,12 +207,27 @@ def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str,
     """Write what would be needed to repeat the run: resolved.yaml, and environment.json with command, commit and versions. Rank 0 only."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "resolved.yaml").write_text(resolved_yaml, encoding="utf-8")
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        asked = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
-    environment = {"command": sys.argv, "commit": commit or None, "python": sys.version.split()[0], **versions}
+    environment = {"command": sys.argv, **code_version(), **versions}
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def code_version() -> dict[str, str | None]:
+    """`commit` of this code, with + behind it where files differ from it, None where the code is not in git; and `python`."""
+    folder = Path(__file__).parent
+    # a virtual environment may lie in somebody else's repository
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "python": sys.version.split()[0]}
+    commit, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit and commit + ("+" if changed else ""), "python": sys.version.split()[0]}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, None where it fails or is not there."""
+    try:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
+    except OSError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _step_of(line: bytes) -> int:

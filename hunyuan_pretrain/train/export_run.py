@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.hf_export import Format, export
-from hunyuan_pretrain.config.load import load_experiment
-from hunyuan_pretrain.config.schema import Experiment, ParallelConfig
+from hunyuan_pretrain.config.schedule import Schedule
+from hunyuan_pretrain.config.schema import Experiment, ParallelConfig, StageConfig
 from hunyuan_pretrain.model.hunyuan_config import DTYPES, transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
-from hunyuan_pretrain.train.lr_schedule import stage_of_step
+from hunyuan_pretrain.train.resume import history_of, present_piece
 
 
 def export_run(
@@ -30,10 +30,9 @@ def export_run(
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():
         raise CheckpointError(f"{run_dir}: not a run directory (no resolved.yaml); give the run_dir of an experiment")
-    experiment = load_experiment(resolved)
     folder = _choose_checkpoint(run_dir, step)
     step = int(save_load.read_marker(folder)["step"])
-    stage = experiment.stages[stage_of_step(experiment.stages, max(step - 1, 0))[0]]
+    experiment, stage = in_force(folder)
     model = _load_on_one_rank(experiment, folder, DTYPES[dtype or experiment.precision.dtype])
     try:
         return export(
@@ -59,6 +58,14 @@ def dropless_logits(model: HunyuanModel, tokens_BS: Tensor, rope_alpha: float) -
     positions_T = torch.arange(S).repeat(B)
     logits_TV, _ = model(tokens_BS.reshape(-1), positions_T, list(range(0, B * S + 1, S)), rope_alpha)
     return logits_TV.view(B, S, -1)
+
+
+def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
+    """The configuration and the stage that a checkpoint was taken in. Raises CheckpointError."""
+    marker = save_load.read_marker(folder)
+    history = history_of(folder, marker, with_data=False)
+    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in history])
+    return history[-1].config, present_piece(schedule, int(marker["step"]), folder).stage
 
 
 def _choose_checkpoint(run_dir: Path, step: int | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,6 @@ from hunyuan_pretrain.runtime.stop import (
 )
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
-from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.probes import probe
@@ -35,11 +35,11 @@ from hunyuan_pretrain.train.step import train_step
 EXIT_DONE = 0
 
 
-def train(experiment: Experiment) -> int:
+def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
     """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM or Ctrl-C."""
     stop = listen()
     try:
-        run = setup.prepare(experiment, stop)
+        run = setup.prepare(experiment, stop, accepted)
     except StoppedBeforeFirstStepError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(error, flush=True)
@@ -55,10 +55,13 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
     if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
         return EXIT_STOPPED
+    if run.first_step == num_steps:
+        run.log.line(f"nothing to do: the run is finished ({num_steps} steps); a longer stage, or another one, goes on from here")
+        return EXIT_DONE
     for step in range(run.first_step, num_steps):
-        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+        stage = run.schedule.stage(step)
         ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-        lr = experiment.optimizer.lr * lr_fraction(experiment.stages, step)
+        lr = experiment.optimizer.lr * run.schedule.lr_fraction(step)
         started = time.perf_counter()
         set_learning_rate(run.optimizer, lr, ratio)
         batches = run.loader.micro_batches(step)
@@ -87,10 +90,13 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
 
 def _announce(run: setup.Run, num_steps: int) -> None:
     experiment = run.experiment
-    first = experiment.stages[0]
-    peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment.model, experiment.optimizer, first.global_batch_tokens)
+    next_stage = run.schedule.stage(min(run.first_step, num_steps - 1))
+    peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment.model, experiment.optimizer, next_stage.global_batch_tokens)
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
-    run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}; steps {run.first_step + 1} to {num_steps}")
+    todo = f"; steps {run.first_step + 1} to {num_steps}" if run.first_step < num_steps else ""
+    run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}{todo}")
+    for line in run.start.lines if run.start else ():
+        run.log.line(line)
     used = dict(what_is_used(probe_machine(), experiment))
     for name in ("linear layers", "FP8"):
         if name in used:
@@ -118,7 +124,7 @@ def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
     """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more than the copy."""
     gather_parameters(run.wrapped)
     try:
-        folder = save_load.save(run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last)
+        folder = save_load.save(run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last, run.record(done))
         run.log.line(f"saved {folder}")
     except CheckpointError as error:
         if must_succeed:

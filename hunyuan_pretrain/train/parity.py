@@ -29,7 +29,6 @@ from hunyuan_pretrain.model.router import RoutingKey
 from hunyuan_pretrain.parallel.sharding import Placement
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
-from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.metrics import step_record
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.step import train_step
@@ -85,9 +84,9 @@ def trace_steps(run: setup.Run, steps: range) -> list[StepTrace]:
     traces = []
     for step in steps:
         experiment = run.experiment
-        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+        stage = run.schedule.stage(step)
         ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-        lr = experiment.optimizer.lr * lr_fraction(experiment.stages, step)
+        lr = experiment.optimizer.lr * run.schedule.lr_fraction(step)
         set_learning_rate(run.optimizer, lr, ratio)
         gradients: list[_Piece] = []
         watch = _Watch(run)

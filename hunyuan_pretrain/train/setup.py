@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.folders import checkpoint_of
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.history import write_history
 from hunyuan_pretrain.config.load import dump_resolved
+from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, copy_tokenizer
@@ -37,10 +41,12 @@ from hunyuan_pretrain.runtime.device import (
     versions,
 )
 from hunyuan_pretrain.runtime.environment import recorded, set_variables
-from hunyuan_pretrain.runtime.logging import RunLog, check_writable, record_environment
+from hunyuan_pretrain.runtime.logging import RunLog, check_writable, code_version, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
+from hunyuan_pretrain.train import resume
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
+from hunyuan_pretrain.train.resume import Start
 from hunyuan_pretrain.train.step import sum_over
 from hunyuan_pretrain.train.verification import verify_files
 
@@ -60,6 +66,18 @@ class Run:
     evaluation: EvaluationLoader | None
     first_step: int
     log: RunLog
+    start: Start | None = None
+    """How it began or went on; None where nothing is kept of the run."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """What each step does, of the segments before too."""
+        return self.loader.order.schedule
+
+    def record(self, num_steps: int) -> dict[str, Any]:
+        """What a checkpoint after so many steps keeps of the run's identity: position and history."""
+        history = self.start.history if self.start else ()
+        return {"position": self.schedule.position(num_steps), "history": [segment.model_dump(mode="json") for segment in history]}
 
     @property
     def run_dir(self) -> Path:
@@ -67,9 +85,10 @@ class Run:
         return Path(self.experiment.run_dir)
 
 
-def prepare(experiment: Experiment, stop: StopRequest | None = None) -> Run:
+def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: Collection[str] = ()) -> Run:
     """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if there is one.
 
+    `accepted`: keys of changes against the checkpoint that are accepted by hand (`config.changes`).
     Raises ConfigError if the layout does not fit the world, DataFormatError or CheckpointError if the data or a checkpoint is unfit;
     nothing is written before all of them are checked. Raises StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
     """
@@ -81,13 +100,11 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None) -> Run:
     groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
     chunks, wrapped = _build_model(experiment, groups)
     optimizer = build_optimizer(wrapped, experiment, groups)
-    loader, evaluation = _open_data(experiment, groups, stop)
+    start = _load_or_init(experiment, chunks, optimizer, accepted)
+    loader, evaluation = _open_data(experiment, groups, stop, start)
     leave_if_asked(stop, device)
-    first_step, notes = _load_or_init(experiment, chunks, optimizer)
-    log = _open_log(experiment, first_step)
-    for note in notes:
-        log.line(note)
-    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, first_step, log)
+    log = _open_log(experiment, start)
+    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, start.first_step, log, start)
 
 
 def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:
@@ -154,11 +171,12 @@ def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tupl
 
 
 def _open_data(
-    experiment: Experiment, groups: ProcessGroupCollection, stop: StopRequest | None = None
+    experiment: Experiment, groups: ProcessGroupCollection, stop: StopRequest | None = None, start: Start | None = None
 ) -> tuple[StepLoader, EvaluationLoader | None]:
     digest = Tokenizer.load(experiment.tokenizer).digest
     rank, size = groups.dp.rank(), groups.dp.size()
-    loader = StepLoader(experiment, rank, size, digest)
+    # an unchanged run goes on in its last segment, which is `experiment`
+    loader = StepLoader(experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0)
     # the interleaved schedule wants whole rounds of micro-batches
     rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
     evaluation = EvaluationLoader(experiment, rank, size, digest, rounds) if experiment.evaluation.data else None
@@ -167,12 +185,13 @@ def _open_data(
     return loader, evaluation
 
 
-def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> tuple[int, list[str]]:
-    """Resume from the run's newest good checkpoint, else start from `checkpoint.init_from` or fresh weights.
-
-    Returns the steps done, and lines for the log.
-    """
+def _load_or_init(
+    experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, accepted: Collection[str] = ()
+) -> Start:
+    """Resume from the run's newest good checkpoint, else start from `checkpoint.init_from` or fresh weights."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
+    code, _ = from_rank_0(code_version)
+    met = resume.what_is_met(experiment, Tokenizer.load(experiment.tokenizer).digest, {**(code or {}), **versions()})
     if not settings.resume:
         found, error = from_rank_0(lambda: save_load.find_checkpoints(run_dir))
         if error is not None:
@@ -183,14 +202,21 @@ def _load_or_init(experiment: Experiment, chunks: list[HunyuanModel], optimizer:
                 "choose another run_dir, or remove the checkpoints"
             )
     else:
-        resumed = save_load.load_newest(run_dir, chunks, optimizer)
+        starts: dict[Path, Start] = {}
+
+        def accept(folder: Path, marker: dict[str, Any]) -> None:
+            starts[folder] = resume.go_on(experiment, met, folder, marker, accepted)
+
+        resumed = save_load.load_newest(run_dir, chunks, optimizer, accept)
         if resumed is not None:
-            return int(resumed.marker["step"]), [*resumed.notes, resumed.line]
+            return starts[resumed.folder].after(resumed.notes)
     if settings.init_from is None:
-        return 0, []
-    step = save_load.load(Path(settings.init_from), chunks, None)
+        return resume.begin(experiment, met)
+    folder = resume.on_rank_0(lambda: checkpoint_of(Path(str(settings.init_from))))
+    lines, changes = resume.weights_from(experiment, folder, resume.on_rank_0(lambda: save_load.read_marker(folder)))
+    save_load.load(folder, chunks, None)
     reload_weights(optimizer)
-    return 0, [f"weights from {settings.init_from}, after step {step} of its run"]
+    return resume.begin(experiment, met, tuple(lines), tuple(changes))
 
 
 def _check_paths(experiment: Experiment) -> None:
@@ -223,16 +249,17 @@ def _write_on_rank_0(experiment: Experiment, job: Callable[[], None]) -> None:
         raise ConfigError(experiment.run_dir, [problem])
 
 
-def _open_log(experiment: Experiment, first_step: int) -> RunLog:
+def _open_log(experiment: Experiment, start: Start) -> RunLog:
     run_dir = Path(experiment.run_dir)
     log: RunLog | None = None
 
     def write() -> None:
         nonlocal log
         record_environment(run_dir, dump_resolved(experiment), versions() | recorded())
+        write_history(run_dir, start.history)
         copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only
         log = RunLog(run_dir, experiment.logging, experiment.name, is_writer=True)
-        log.truncate_after(first_step)
+        log.truncate_after(start.first_step)
         log.open_sinks(experiment.model_dump(mode="json"))
         for line in save_load.remove_partials(run_dir):
             log.line(line)

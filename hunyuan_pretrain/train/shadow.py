@@ -30,7 +30,6 @@ from hunyuan_pretrain.config.schema import ConfigError, Experiment, PrecisionCon
 from hunyuan_pretrain.model.fp8 import Operand, products, to_fp32
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
-from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.parity_run import in_processes
 from hunyuan_pretrain.train.step import compute_gradients, sum_over_batch, train_step
@@ -157,9 +156,9 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
 
 def _train(run: setup.Run, step: int, in_fp8: bool, before_update: Any = None) -> float:
     experiment = run.experiment
-    stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+    stage = run.schedule.stage(step)
     ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-    set_learning_rate(run.optimizer, experiment.optimizer.lr * lr_fraction(experiment.stages, step), ratio)
+    set_learning_rate(run.optimizer, experiment.optimizer.lr * run.schedule.lr_fraction(step), ratio)
     batches = run.loader.micro_batches(step)
     result = train_step(
         experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device, before_update=before_update, in_fp8=in_fp8
@@ -216,7 +215,7 @@ class _Comparison:
     def take_with_recipe(self, step: int) -> float:
         """Keep the gradients of a batch under the recipe; returns its loss. Nothing is updated."""
         run, experiment = self._run, self._run.experiment
-        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
+        stage = run.schedule.stage(step)
         found = compute_gradients(experiment, stage, step, run.wrapped, run.loader.micro_batches(step), run.groups, run.device)
         self._with_recipe, self._experts_with_recipe = self._gradients(), self._take_experts()
         return sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)[0].item()

@@ -103,7 +103,7 @@ def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype, o
     """And the optimizer's own copy of them, which the first step would otherwise write over them."""
     settings = {"init_from": str(saved)}
     fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded}))
-    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer)[0] == 0
+    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer).first_step == 0
     assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
     loaded = dict(fresh.chunks[0].named_parameters())
     for name, parameter in run.chunks[0].named_parameters():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunyuan_pretrain.config.schema import StageConfig
+from hunyuan_pretrain.config.schema import ConfigError, StageConfig
 from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.mixture import Mixture, SourceSize
+from hunyuan_pretrain.data.mixture import DataSegment, Mixture, SourceSize
 
 
 def stage(weights: dict[str, float], sequences: int, name: str = "s") -> StageConfig:
@@ -153,7 +154,8 @@ def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(rang
     of_sources = sizes({"a": 31, "b": 17})
     one, other = Mixture([plain], of_sources, seed), Mixture([with_skips], of_sources, seed)
     assert plain.num_steps == with_skips.num_steps == 40
-    steps = [other.data_step(0, step) for step in range(40)]
+    (piece,) = other.schedule.pieces
+    steps = [piece.place(3 * step) // 3 for step in range(40)]
     left_out = {step for first, last in skipped for step in range(first - 1, last)}
     assert steps == [step for step in range(200) if step not in left_out][:40]
     before = np.arange(min([step for step in left_out if step < 40], default=40) * 3)
@@ -255,3 +257,84 @@ def test_epochs_of_documents_are_those_of_counting_each(
         ]
         found = mixture.most_read(len(stages) - 1, name)
         assert (found.epochs if found else None) == (pytest.approx(max(read)) if read else None)
+
+
+def trained(mixture: Mixture) -> list[tuple[int, int]]:
+    """(source, row) of every sequence that the steps take, in their order."""
+    found: list[tuple[int, int]] = []
+    for piece in mixture.schedule.pieces:
+        numbers = np.arange(piece.num_steps * piece.stage.global_batch_sequences)
+        sources, rows = mixture.lookup(piece.lane, piece.place(numbers))
+        found += zip(sources.tolist(), rows.tolist(), strict=True)
+    return found
+
+
+def with_batch(fields: StageConfig, batch: int) -> StageConfig:
+    return StageConfig.model_validate({**fields.model_dump(), "global_batch_sequences": batch})
+
+
+some_mixes = st.dictionaries(st.sampled_from("abc"), st.integers(20, 80).map(float), min_size=1)
+
+
+@given(
+    mixes=st.lists(some_mixes, min_size=1, max_size=4),
+    batches=st.lists(st.integers(1, 12), min_size=4, max_size=4),
+    lengths=st.lists(st.integers(150, 260), min_size=4, max_size=4),
+    stops=st.lists(st.integers(1, 90), min_size=3, max_size=3, unique=True),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_the_way(
+    mixes: list[dict[str, float]], batches: list[int], lengths: list[int], stops: list[int]
+) -> None:
+    """Batch, length and mix: the epochs of each source are whole, but for the last, as in a run that never changes."""
+    of_sources = sizes({"a": 23, "b": 40, "c": 11})
+    segments: list[DataSegment] = []
+    for mix, batch, length, step in zip(mixes, batches, lengths, [0, *sorted(stops)], strict=False):
+        if segments and step >= Mixture(segments[-1].stages, of_sources, 1, segments).schedule.num_steps:
+            break
+        try:
+            Mixture([], of_sources, 1, [*segments, DataSegment(step, [with_batch(stage(mix, length), batch)], 1)])
+        except ConfigError:
+            continue  # shorter than what is trained
+        segments.append(DataSegment(step, [with_batch(stage(mix, length), batch), stage({"a": 1.0, "c": 2.0}, 30, "later")], 1))
+    mixture = Mixture(segments[-1].stages, of_sources, 1, segments)
+    found = trained(mixture)
+    for number, name in enumerate(mixture.sources):
+        rows = [row for source, row in found if source == number]
+        size = of_sources[name].sequences
+        for first in range(0, len(rows), size):
+            epoch = rows[first : first + size]
+            assert len(set(epoch)) == len(epoch)
+    for number, (segment, after) in enumerate(pairwise(segments), start=1):
+        before = Mixture(segment.stages, of_sources, 1, segments[:number])
+        done = before.schedule.tokens_after(after.first_step) // 8
+        assert found[:done] == trained(before)[:done], "what was trained is known for ever"
+
+
+@given(
+    batches=st.lists(st.integers(1, 12), min_size=2, max_size=4), stops=st.lists(st.integers(1, 30), min_size=3, max_size=3, unique=True)
+)
+@settings(max_examples=60, deadline=None)
+def test_another_batch_keeps_the_order_of_the_data(batches: list[int], stops: list[int]) -> None:
+    of_sources, mix = sizes({"a": 23, "b": 40}), {"a": 2.0, "b": 1.0}
+    segments = [DataSegment(0, [with_batch(stage(mix, 120), batches[0])], 1)]
+    for batch, step in zip(batches[1:], sorted(stops), strict=False):
+        if step < Mixture([], of_sources, 1, segments).schedule.num_steps:
+            segments.append(DataSegment(step, [with_batch(stage(mix, 120), batch)], 1))
+    straight = Mixture(segments[0].stages, of_sources, 1)
+    assert trained(Mixture([], of_sources, 1, segments))[:120] == trained(straight)[:120]
+
+
+def test_another_seed_orders_what_is_left_and_only_that() -> None:
+    of_sources, stages = sizes({"a": 40}), [stage({"a": 1.0}, 40)]
+    one, both = Mixture(stages, of_sources, 1), Mixture(stages, of_sources, 2, [DataSegment(0, stages, 1), DataSegment(10, stages, 2)])
+    assert trained(both)[:10] == trained(one)[:10]
+    assert trained(both)[10:] == trained(Mixture(stages, of_sources, 2))[10:]
+
+
+def test_skipping_data_from_here_on_is_as_if_it_had_been_skipped_from_the_start() -> None:
+    fields = stage({"a": 2.0, "b": 1.0}, 40).model_dump()
+    skipping = StageConfig.model_validate({**fields, "skip_data_steps": [[11, 15]]})
+    of_sources, plain = sizes({"a": 40, "b": 20}), StageConfig.model_validate(fields)
+    later = Mixture([skipping], of_sources, 1, [DataSegment(0, [plain], 1), DataSegment(7, [skipping], 1)])
+    assert trained(later) == trained(Mixture([skipping], of_sources, 1))

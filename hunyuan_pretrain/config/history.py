@@ -1,0 +1,133 @@
+"""The history of a run: its segments, each a configuration and what it met, from the step on that it began with.
+
+It is in every checkpoint's complete.json, so that a copied checkpoint has it too, and for the whole run in <run_dir>/segments.json, with
+each segment's configuration as <run_dir>/segments/NNNN.yaml beside it. Whoever reads a run asks for the segment that was in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hunyuan_pretrain.config.load import dump_resolved, load_experiment, section_of
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+
+INDEX = "segments.json"
+FOLDER = "segments"
+RESOLVED = "resolved.yaml"
+
+
+class SourceFacts(BaseModel):
+    """A packed dataset as a segment met it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    digest: str | None = None
+    """Of what it holds, wherever it lies; None where that was not recorded."""
+    sequences: int
+    tokens: int
+    """Without padding."""
+    sequence_length: int
+    documents: tuple[tuple[str, str, int, int], ...] = ()
+    """Which documents it holds: digest and name of a tokenized folder, shortest and longest."""
+
+
+class Segment(BaseModel):
+    """A configuration, from the step on at which it took over, and what it met."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    first_step: int
+    """Steps that were done before."""
+    experiment: dict[str, Any]
+    """The resolved configuration."""
+    position: dict[str, int | str] = {}
+    """Where the run was, as `Schedule.position` has it."""
+    started: str = ""
+    """UTC."""
+    world_size: int | None = None
+    layout: str = ""
+    sources: dict[str, SourceFacts] = {}
+    """By path."""
+    tokenizer_digest: str | None = None
+    versions: dict[str, str | None] = {}
+    """Of Python, the packages and the code; `commit` ends in + where files differ from it."""
+    changes: list[str] = []
+    """Against the segment before, a line each."""
+    accepted: list[str] = []
+    """Keys of changes that were accepted by hand."""
+    resume_from: str | None = None
+    """The checkpoint.resume_from that this segment began with, where it branched off."""
+
+    @cached_property
+    def config(self) -> Experiment:
+        """The configuration; settings that this version does not know are left out. Raises ConfigError if it cannot be read."""
+        return experiment_of(self.experiment, "the history of the run")
+
+
+def experiment_of(fields: Mapping[str, Any], source: str) -> Experiment:
+    """A recorded configuration; settings that this version does not know are left out. Raises ConfigError."""
+    try:
+        return Experiment.model_validate(_known(fields, Experiment))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, first["loc"]))
+        raise ConfigError(source, [Problem(path, first.get("input"), f"recorded by another version: {first['msg']}")]) from None
+
+
+def read_history(run_dir: Path) -> list[Segment]:
+    """The segments of a run, oldest first, [] where none began; of a run before segments were recorded, its resolved.yaml is the only one.
+
+    Raises ConfigError if the index is damaged.
+    """
+    index = run_dir / INDEX
+    if index.exists():
+        try:
+            return segments_of(json.loads(index.read_text(encoding="utf-8"))["segments"])
+        except (ValueError, KeyError, TypeError) as error:
+            rule = f"damaged: {str(error).splitlines()[0]}"
+            hint = f"remove it: the newest checkpoint has the history too, and the next start of the run writes {INDEX} again"
+            raise ConfigError(str(index), [Problem("segments", Problem.NO_VALUE, rule, hint)]) from None
+    if (run_dir / RESOLVED).exists():
+        return [Segment(first_step=0, experiment=load_experiment(run_dir / RESOLVED).model_dump(mode="json"))]
+    return []
+
+
+def segments_of(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
+    """Segments as JSON has them. Raises ValueError."""
+    return [Segment.model_validate(entry) for entry in entries]
+
+
+def write_history(run_dir: Path, segments: Sequence[Segment]) -> None:
+    """Write segments.json, and the configuration of each segment beside it. Raises OSError."""
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, segment in enumerate(segments, start=1):
+        write_whole(folder / f"{number:04d}.yaml", dump_resolved(segment.config))
+    write_whole(run_dir / INDEX, json.dumps({"segments": [segment.model_dump(mode="json") for segment in segments]}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old or the new content, never a part. Raises OSError."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _known(value: Any, section: Any) -> Any:
+    """A recorded section without the settings that this version does not know."""
+    if isinstance(value, (list, tuple)):
+        return [_known(item, section) for item in value]
+    if not isinstance(value, Mapping) or section is None:
+        return value
+    fields = section.model_fields
+    return {name: _known(item, section_of(fields[name].annotation)) for name, item in value.items() if name in fields}

@@ -1,0 +1,221 @@
+"""How a run goes on: what is in its checkpoint, what has changed since, whether that is allowed, and what its history becomes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.config.changes import (
+    Difference,
+    Kind,
+    all_differences,
+    check_accepted,
+    is_accepted,
+    model_differences,
+    refusal,
+    refusal_text,
+)
+from hunyuan_pretrain.config.history import Segment, SourceFacts, read_history, segments_of
+from hunyuan_pretrain.config.rules import data_parallel_size
+from hunyuan_pretrain.config.schedule import Piece, Schedule
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.data.mixture import source_path
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.sample_order import facts_of
+from hunyuan_pretrain.parallel.agreement import from_rank_0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on."""
+
+    history: tuple[Segment, ...]
+    """All segments; the last is the one that is in force."""
+    first_step: int
+    """Steps that are done."""
+    is_new_segment: bool
+    lines: tuple[str, ...]
+    """For the log: what was read and what has changed."""
+
+    def after(self, lines: Sequence[str]) -> Start:
+        """The same, with other lines before those for the log."""
+        return replace(self, lines=(*lines, *self.lines))
+
+    @property
+    def past(self) -> tuple[Segment, ...]:
+        """The segments before the last."""
+        return self.history[:-1]
+
+
+def begin(experiment: Experiment, met: Mapping[str, Any], lines: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> Start:
+    """A run that has no checkpoint. `met`: as `what_is_met` has it."""
+    segment = _segment(experiment, met, 0, Schedule.of(experiment.stages).position(0), changes)
+    return Start((segment,), 0, True, lines)
+
+
+def go_on(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: Mapping[str, Any], accepted: Collection[str] = ()) -> Start:
+    """A run that goes on from a checkpoint, whose complete.json is `marker`.
+
+    `accepted`: keys of changes that are accepted by hand. Raises CheckpointError that names every difference which is not allowed, and
+    ConfigError where a stage would end before what is trained of it.
+    """
+    check_accepted(accepted)
+    step = int(marker["step"])
+    past = history_of(folder, marker)
+    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in past])
+    present = present_piece(schedule, step, folder)
+    new = _segment(experiment, met, step, {}, ())
+    found = all_differences(past[-1], new, present)
+    _refuse(folder, found, accepted, schedule, step, experiment)
+    recorded = marker.get("position")
+    if recorded is not None and recorded != schedule.position(step):
+        raise CheckpointError(f"{folder}: its position {recorded} is not the one that its history gives, {schedule.position(step)}")
+    lines = [f"resumes from {folder}: {_where(schedule, step)}, saved by {_layout_of(past[-1], marker)}"]
+    lines += _changes_lines(found, accepted)
+    if not found:
+        return Start(tuple(past), step, False, tuple(lines))
+    new = new.model_copy(
+        update={
+            "position": schedule.position(step),
+            "changes": [str(one) for one in found],
+            "accepted": [one.key for one in found if one.kind == Kind.refused and is_accepted(one.key, accepted)],
+        }
+    )
+    return Start((*past, new), step, True, tuple(lines))
+
+
+def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(lines for the log, changes to record) of a run that begins with the weights of a checkpoint."""
+    found = model_differences(marker["model"], experiment.model)
+    lines = [f"begins with the weights of {folder}, after step {marker['step']} of its run; optimizer, data and step begin anew"]
+    return lines + _changes_lines(found, ()), [f"checkpoint.init_from: {folder}, step {marker['step']}", *map(str, found)]
+
+
+def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) -> list[Segment]:
+    """The segments of a run until a checkpoint; one from before they were recorded has those of its run directory.
+
+    with_data: open the data that such a run has read, whose sizes were not recorded.
+    Raises CheckpointError if the marker is damaged, DataFormatError if data that such a run has read is not there.
+    """
+    if marker.get("history"):
+        try:
+            return segments_of(marker["history"])
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: the history in it is damaged: {str(error).splitlines()[0]}") from None
+    found = [segment for segment in read_history(folder.resolve().parent.parent) if segment.first_step < int(marker["step"])]
+    if not found:
+        raise CheckpointError(
+            f"{folder}: it has no history, and its run directory has no resolved.yaml, so what it was trained on is not known; "
+            "put resolved.yaml beside checkpoints/, or start another run with checkpoint.init_from"
+        )
+    if not with_data:
+        return found
+    return [segment if segment.sources else segment.model_copy(update={"sources": _undigested(segment.config)}) for segment in found]
+
+
+def what_is_met(experiment: Experiment, tokenizer_digest: str, versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """What a start meets besides its configuration, as fields of Segment. Raises DataFormatError if a dataset cannot be opened."""
+    world = dist.get_world_size()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "world_size": world,
+        "layout": layout(experiment, world),
+        "sources": sources_of(experiment),
+        "tokenizer_digest": tokenizer_digest,
+        "versions": dict(versions),
+    }
+
+
+def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:
+    """The packed datasets of all stages, by path. Raises DataFormatError."""
+    paths = dict.fromkeys(source_path(source.path) for stage in experiment.stages for source in stage.data)
+    return {path: facts_of(PackedDataset(path)) for path in paths}
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """What an action of rank 0 returns, on every rank. Raises CheckpointError, on every rank, if it fails. Communicates: all ranks."""
+    found, error = from_rank_0(action)
+    if error is not None:
+        raise CheckpointError(error)
+    return cast(T, found)
+
+
+def layout(experiment: Experiment, world_size: int) -> str:
+    """The ways in which the ranks divide the work, as `parity --layout` spells them."""
+    parallel = experiment.parallel
+    sizes = {
+        "tp": parallel.tensor_model_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "vpp": parallel.virtual_pipeline_model_parallel_size,
+        "cp": parallel.context_parallel_size,
+        "dp": data_parallel_size(experiment, world_size),
+        "ep": parallel.expert_model_parallel_size,
+        "etp": parallel.expert_tensor_parallel_size,
+    }
+    return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name == "dp")
+
+
+def _segment(
+    experiment: Experiment, met: Mapping[str, Any], first_step: int, position: dict[str, int | str], changes: tuple[str, ...]
+) -> Segment:
+    return Segment(first_step=first_step, experiment=experiment.model_dump(mode="json"), position=position, changes=list(changes), **met)
+
+
+def _refuse(
+    folder: Path, found: list[Difference], accepted: Collection[str], schedule: Schedule, step: int, experiment: Experiment
+) -> None:
+    stopping = refusal(found, accepted)
+    problem: ConfigError | None = None
+    try:
+        schedule.goes_on(step, experiment.stages, segment=0)
+    except ConfigError as error:
+        problem = error
+    if stopping:
+        text = refusal_text(str(folder), stopping)
+        raise CheckpointError(text if problem is None else "\n".join([text, *(f"  {one}" for one in problem.problems)]))
+    if problem is not None:
+        raise problem
+
+
+def present_piece(schedule: Schedule, step: int, folder: Path) -> Piece:
+    """The piece of the last step of a checkpoint. Raises CheckpointError where the schedule is not the checkpoint's."""
+    try:
+        return schedule.piece_of_step(max(step - 1, 0))
+    except IndexError:
+        raise CheckpointError(
+            f"{folder}: it was taken after {step} steps, but the configuration beside it, resolved.yaml, ends after {schedule.num_steps}: "
+            "a shorter start has written over it; put the run's own configuration there"
+        ) from None
+
+
+def _where(schedule: Schedule, step: int) -> str:
+    position = schedule.position(step)
+    return f"step {step} of {schedule.num_steps}, {position['tokens']:,} tokens, stage {position['stage']}"
+
+
+def _layout_of(segment: Segment, marker: Mapping[str, Any]) -> str:
+    ranks = int(marker["world_size"])
+    text = layout(segment.config, ranks)
+    return f"{ranks} rank{'s' if ranks > 1 else ''} ({text})"
+
+
+def _changes_lines(found: list[Difference], accepted: Collection[str]) -> list[str]:
+    """Every difference, a line each."""
+    lines = []
+    for kind, title in ((Kind.refused, "accepted by hand"), (Kind.recorded, "changed, and recorded"), (Kind.harmless, "changed, harmless")):
+        lines += [f"  {title}: {one}" for one in found if one.kind == kind]
+    idle = [key for key in accepted if not any(one.kind == Kind.refused and is_accepted(one.key, [key]) for one in found)]
+    return lines + [f"  --accept-changes {key}: there is nothing to accept" for key in idle]
+
+
+def _undigested(experiment: Experiment) -> dict[str, SourceFacts]:
+    """What is there now under the paths of a configuration; what was there when it was in force is not known."""
+    return {path: facts.model_copy(update={"digest": None}) for path, facts in sources_of(experiment).items()}

@@ -1,0 +1,171 @@
+"""What a run is when it goes on: its position in tokens, its history, and what may change."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import fork_ranks
+from tests.helpers.runs import SEQUENCE_LENGTH, experiment_fields, metrics
+
+pytestmark = pytest.mark.slow
+STEPS, BATCH = 20, 8
+
+
+def fields_of(corpus: Path, run_dir: Path, batch: int = BATCH, sequences: int = (STEPS - 1) * BATCH, **changes: Any) -> dict[str, Any]:
+    """20 steps of 8 sequences, saved after 10 and at the end; `batch` and `sequences` are those of the second stage, from step 2 on."""
+    quick = {"device": "cpu", "cpu_threads_per_rank": 1, "probes": False}
+    fields = experiment_fields(corpus, run_dir, STEPS, model__num_layers=2, checkpoint={"save_every_steps": 10}, runtime=quick)
+    fields["stages"][1] |= {"tokens": sequences * SEQUENCE_LENGTH, "global_batch_sequences": batch}
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        (fields[section] if key else fields)[key or section] = value
+    return fields
+
+
+def train_here(fields: dict[str, Any], accepted: tuple[str, ...] = ()) -> str:
+    """Train in this process, which can train again; the log, or the text of what refused it."""
+    from hunyuan_pretrain.checkpoint import CheckpointError
+    from hunyuan_pretrain.config.schema import ConfigError, Experiment
+    from hunyuan_pretrain.parallel.groups import leave_layout
+    from hunyuan_pretrain.runtime.stop import listen
+    from hunyuan_pretrain.train import loop, setup
+
+    printed = io.StringIO()
+    try:
+        run = setup.prepare(Experiment.model_validate(fields), accepted=accepted)
+    except (CheckpointError, ConfigError) as error:
+        leave_layout()
+        return str(error)
+    try:
+        run.log.console.file = printed
+        loop._train(run, listen())
+    finally:
+        setup.leave(run)
+    return printed.getvalue()
+
+
+def documents(run_dir: Path, step: int) -> list[tuple[str, int]]:
+    """(packed folder, sequence) of each place of a step, as `hunyuan-data where` tells."""
+    from rich.console import Console
+
+    from data_tools.where import where
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        where(str(run_dir), step, Console(file=io.StringIO()), as_json=True)
+    return [(entry["packed"], entry["sequence"]) for entry in map(json.loads, printed.getvalue().splitlines())]
+
+
+def rates(run_dir: Path) -> list[float]:
+    return [record["learning_rate"] for record in metrics(run_dir)]
+
+
+def stories(corpus: Path, base: Path) -> dict[str, Any]:
+    """Everything that needs training, one after the other in one process."""
+    told: dict[str, Any] = {}
+    straight = base / "straight"
+    train_here(fields_of(corpus, straight))
+
+    def at_step_10(name: str) -> Path:
+        """A copy of the run as it was stopped after step 10."""
+        shutil.copytree(straight, base / name)
+        shutil.rmtree(base / name / "checkpoints/step_0000020")
+        return base / name
+
+    def goes_on(name: str, start: Callable[[str], Path] = at_step_10, accepted: tuple[str, ...] = (), **changes: Any) -> None:
+        told[name] = train_here(fields_of(corpus, start(name), **changes), accepted)
+
+    goes_on("unchanged")
+    goes_on("twice", batch=16)
+    goes_on("half", batch=4)
+    goes_on("seed", seed=8)
+    goes_on("losses", model__moe_aux_loss_coeff=0.05, model__moe_expert_capacity_factor=2.0)
+    goes_on("world", model__hidden_size=64, seed=9, sequences=8)
+    shutil.copytree(straight, base / "longer")
+    told["again"] = train_here(fields_of(corpus, base / "longer"))
+    told["longer"] = train_here(fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH))
+    told["shorter"] = train_here(fields_of(corpus, base / "longer", sequences=80))
+    return told
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("identity")
+
+
+@pytest.fixture(scope="module")
+def told(corpus: Path, base: Path) -> dict[str, Any]:
+    return fork_ranks(1, stories, corpus, base)[0]
+
+
+def test_an_unchanged_run_takes_exactly_what_it_would_have_taken(told: dict[str, Any], base: Path) -> None:
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    mine, other = ([[record[name] for name in names] for record in metrics(base / run)] for run in ("unchanged", "straight"))
+    assert mine == other
+    line = next(line for line in told["unchanged"].splitlines() if line.startswith("resumes from"))
+    assert line.endswith("step_0000010: step 10 of 20, 5,120 tokens, stage decay, saved by 1 rank (dp=1)")
+    assert "steps 11 to 20" in told["unchanged"]
+
+
+@pytest.mark.parametrize(("name", "batch", "steps"), [("twice", 16, 15), ("half", 4, 30)])
+def test_another_batch_trains_every_sequence_once(told: dict[str, Any], base: Path, name: str, batch: int, steps: int) -> None:
+    assert f"changed, and recorded: stages.1.global_batch_sequences: 8 -> {batch}" in told[name]
+    assert [record["step"] for record in metrics(base / name)] == list(range(1, steps + 1))
+    taken = [place for step in range(1, steps + 1) for place in documents(base / name, step)]
+    assert taken == [place for step in range(1, STEPS + 1) for place in documents(base / "straight", step)]
+    per_token = {tokens: rate for tokens, rate in zip(range(8, 161, 8), rates(base / "straight"), strict=True)}
+    counts = [*range(8, 81, 8), *range(80 + batch, 161, batch)]
+    for tokens, rate in zip(counts, rates(base / name), strict=True):
+        if tokens in per_token:
+            assert rate == pytest.approx(per_token[tokens], rel=1e-9), "the learning rate is a function of the tokens"
+
+
+def test_another_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base: Path) -> None:
+    assert "step_0000010: the run cannot go on with this configuration" in told["seed"]
+    assert "seed: 7 in the checkpoint, 8 in the config" in told["seed"]
+    assert told["seed"].endswith("go on all the same with --accept-changes seed")
+    assert json.loads((base / "seed/segments.json").read_text())["segments"][-1]["experiment"]["seed"] == 7, "nothing was written"
+
+
+def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None:
+    assert "changed, and recorded: model.moe_aux_loss_coeff: 0.01 -> 0.05" in told["losses"]
+    assert told["losses"].count("done: 20 steps") == 1
+    segments = json.loads((base / "losses/segments.json").read_text())["segments"]
+    assert [segment["first_step"] for segment in segments] == [0, 10]
+    assert segments[1]["position"] == {"step": 10, "stage": "decay", "tokens_of_stage": 4608, "next_sequence_of_stage": 72, "tokens": 5120}
+    marker = json.loads((base / "losses/checkpoints/step_0000020/complete.json").read_text())
+    assert marker["history"] == segments, "a copied checkpoint has the history too"
+
+
+def test_one_message_has_everything_that_is_refused(told: dict[str, Any]) -> None:
+    for text in ("a checkpoint of another model:\n  model.hidden_size: 32", "seed: 7 in the checkpoint", "stages.1.tokens=512"):
+        assert text in told["world"]
+
+
+def test_a_finished_run_has_nothing_to_do(told: dict[str, Any]) -> None:
+    assert told["again"].splitlines()[-1].startswith("nothing to do: the run is finished (20 steps)")
+    assert "steps 21 to 20" not in told["again"]
+
+
+def test_a_run_whose_tokens_are_doubled_goes_on_at_the_present_rate(told: dict[str, Any], base: Path) -> None:
+    assert "steps 21 to 39" in told["longer"]
+    assert rates(base / "longer")[19:] == pytest.approx([1e-3] * 20)
+
+
+def test_a_run_shorter_than_what_is_trained_is_refused_and_exports_work(told: dict[str, Any], base: Path) -> None:
+    assert "stages.1.tokens=5120: 19,456 tokens of stage decay are trained after step 39" in told["shorter"]
+    assert "use at least 19456, or branch from an earlier checkpoint with --from-step" in told["shorter"]
+
+
+def test_where_reads_the_segment_that_was_in_force(told: dict[str, Any], base: Path) -> None:
+    assert told["twice"]
+    assert len(documents(base / "twice", 3)) == 8
+    assert len(documents(base / "twice", 11)) == 16
