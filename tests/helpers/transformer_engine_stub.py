@@ -112,7 +112,9 @@ def _compiled_module() -> types.ModuleType:
         "multi_tensor_scale": scale_all,
         "multi_tensor_l2norm": norm_of_all,
     }
-    module.__dict__.update(names)
+    by_pointer = {"generic_gemm", "te_general_grouped_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "fp8_transpose", "compute_amax"}
+    by_pointer |= {name for name in names if name.startswith(("multi_tensor_", "fp8_block_scaling_"))}
+    module.__dict__.update(names | {name: _read_by_pointer(name, names[name]) for name in by_pointer})
     module.__getattr__ = _missing  # type: ignore[method-assign]
     return module
 
@@ -125,6 +127,26 @@ def _missing(name: str) -> Any:
         raise NotImplementedError(f"transformer_engine_torch.{name} has no stand-in")
 
     return call
+
+
+def _read_by_pointer(name: str, kernel: Any) -> Any:
+    """A stand-in that refuses what its kernel would misread: that one has a pointer and a shape, and asks for no strides."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for tensor in _plain_tensors([*args, *kwargs.values()]):
+            strides = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            assert tensor.is_contiguous(), f"transformer_engine_torch.{name} reads its tensors as contiguous, and one is not: {strides}"
+        return kernel(*args, **kwargs)
+
+    return call
+
+
+def _plain_tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if type(value) in (Tensor, torch.nn.Parameter):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _plain_tensors(value)
 
 
 def _late(name: str) -> Any:
@@ -190,18 +212,43 @@ def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, marg
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
     """Of packed documents (THD), or of sequences of one length (SBHD)."""
-    mask, q_borders, k_borders, q, k, v = args[4], *args[7:12]
-    out = _attention(q, k, v, q_borders, k_borders, mask, scale)
+    layout, mask, q_borders, k_borders, *qkv = args[2], args[4], *args[7:12]
+    out = _attention(*_as_read(layout, *qkv), q_borders, k_borders, mask, scale)
     return [out.detach(), torch.zeros(1), torch.zeros(2)]
 
 
 def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any) -> list[Tensor]:
     """By autograd through the forward pass."""
-    mask, q_borders, k_borders, grad = args[4], args[8], args[9], args[14]
-    leaves = [x.detach().requires_grad_() for x in args[10:13]]
+    layout, mask, q_borders, k_borders, grad = args[2], args[4], args[8], args[9], args[14]
+    leaves = [x.detach().requires_grad_() for x in _as_read(layout, *args[10:13])]
+    output_format = layout.name.removeprefix("NVTE_").split("_")[0].translate(NO_NUMBERS)
     with torch.enable_grad():
         out = _attention(*leaves, q_borders, k_borders, mask, scale)
-        return list(torch.autograd.grad(out, leaves, grad))
+        return list(torch.autograd.grad(out, leaves, _read_by(output_format, grad)))
+
+
+NO_NUMBERS = str.maketrans("", "", "23")
+
+
+def _as_read(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """What the kernel takes q, k and v for: it has a pointer and a shape of each, and the strides that the name of the layout implies."""
+    parts = layout.name.removeprefix("NVTE_").split("_")
+    parts = {1: parts * 3, 2: [parts[0], parts[1], parts[1]], 3: parts}[len(parts)]
+    return [_read_by(part, x) for part, x in zip(parts, (q, k, v), strict=True)]
+
+
+def _read_by(part: str, x: Tensor) -> Tensor:
+    """`part`: THD, T3HD, TH2D, SBHD ...: the tensor's dims, outermost first, and where tensors of one buffer take turns."""
+    strides: list[int] = []
+    stride, sizes = 1, list(x.shape)
+    for letter in reversed(part):
+        if letter.isdigit():
+            stride *= int(letter)
+        else:
+            strides.append(stride)
+            stride *= sizes.pop()
+    assert not sizes, f"{part} has other dims than a tensor of shape {tuple(x.shape)}"
+    return x.detach().as_strided(x.shape, strides[::-1])
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float) -> Tensor:
