@@ -97,6 +97,9 @@ class SelfAttention(torch.nn.Module):
             if context is not None:
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
+            if v_TGH.device.type != "cpu":
+                # parts of wider tensors, which the kernels would copy in every layer of the group, and which would stay in memory with it
+                k_hat_TGH, v_TGH = k_hat_TGH.contiguous(), v_TGH.contiguous()
             kv = SharedKV(k_hat_TGH, v_TGH)
         else:
             assert kv is not None, "a borrower needs its group's keys and values"

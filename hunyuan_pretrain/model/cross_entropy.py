@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hunyuan_pretrain.parallel.collectives import all_gather_rows, reduce_scatter_rows
+from hunyuan_pretrain.runtime.handover import handed_over
+
 CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens of one chunk: on a CPU its logits stay in the cache, on a GPU the products stay efficient."""
 
@@ -37,7 +40,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accumulate: Accumulation | None,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad[:2])
-        grad_hidden_TD = torch.empty_like(hidden_TD if needs_grad else hidden_TD[:0])
+        # a reduce-scatter writes rows of it: contiguous, however hidden_TD lies
+        grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
         grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)  # thousands of chunks, whose number depends on the layout
         tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
@@ -45,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
-            hidden_cD = _gather(hidden_TD[piece], tp_group)
+            hidden_cD = all_gather_rows(hidden_TD[piece], tp_group) if tp > 1 else hidden_TD[piece]
             label_c1, weight_c1 = (x[:, piece].reshape(-1, 1) for x in (label_PT, loss_weight_PT))
             logits_cV = torch.mm(hidden_cD, weight_VD.t()).float()
             logits_cV.sub_(_reduce(logits_cV.amax(1, keepdim=True), tp_group, dist.ReduceOp.MAX))
@@ -65,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if tp == 1:
                     torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 else:
-                    dist.reduce_scatter_tensor(grad_hidden_TD[piece], grad_cV @ weight_VD, group=tp_group)
+                    reduce_scatter_rows(grad_cV @ weight_VD, tp_group, out=grad_hidden_TD[piece])
                 if grad_cV.dtype == torch.float32:
                     grad_weight_VD.addmm_(grad_cV.t(), hidden_cD, beta=1 if start else 0)
                 else:
@@ -107,17 +111,9 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate)
 
 
-def _gather(x_cD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks, rank after rank."""
-    if group.size() == 1:
-        return x_cD
-    whole = x_cD.new_empty(group.size() * x_cD.shape[0], x_cD.shape[1])
-    dist.all_gather_into_tensor(whole, x_cD, group=group)
-    return whole
-
-
 def _reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
     """x reduced over the ranks of `group`, in place."""
     if group.size() > 1:
+        handed_over("all_reduce", x, is_written=True)
         dist.all_reduce(x, op=op, group=group)
     return x

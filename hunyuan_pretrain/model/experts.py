@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     all_to_all,
@@ -24,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.router import RoutingPlan
+from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows
 from hunyuan_pretrain.parallel.sharding import mark_divided
+from hunyuan_pretrain.runtime.handover import to_device
 
 Splits = int | list[int]
 """Rows of each local expert: one number for all, or one each."""
@@ -174,7 +175,7 @@ def row_padding(splits: Splits, multiple: int, num_rows: int, device: torch.devi
     rows_e = [splits] * (num_rows // splits if splits else 0) if isinstance(splits, int) else splits
     padded_e = [-(-rows // multiple) * multiple for rows in rows_e]
     shifts_e = [sum(padded_e[:expert]) - sum(rows_e[:expert]) for expert in range(len(rows_e))]
-    shift_R = torch.tensor(shifts_e, dtype=torch.int64).repeat_interleave(torch.tensor(rows_e)).to(device)
+    shift_R = to_device(torch.tensor(shifts_e, dtype=torch.int64).repeat_interleave(torch.tensor(rows_e)), device)
     place_R = torch.arange(num_rows, device=device) + shift_R
     row_P = torch.full((sum(padded_e),), num_rows, dtype=torch.int64, device=device)
     row_P[place_R] = torch.arange(num_rows, device=device)
@@ -182,16 +183,26 @@ def row_padding(splits: Splits, multiple: int, num_rows: int, device: torch.devi
 
 
 class _Regather(torch.autograd.Function):
-    """x[index], where an index of one past the end is a row of zeros; `back` is the inverse map."""
+    """x[index], where an index of one past the end is a row of zeros; `back` is the inverse map, by which the gradient is gathered.
+
+    torch's own gradient of a gather adds into rows, in an order that it has to sort for where it must be the same every time.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, index_P: Tensor, back_R: Tensor) -> Tensor:
-        ctx.back_R = back_R
-        return _take(x_RD, index_P, has_gaps=True)
+    def forward(ctx: Any, x_RD: Tensor, index_P: Tensor, back_R: Tensor, has_gaps: bool) -> Tensor:
+        ctx.back_R, ctx.has_gaps = back_R, has_gaps
+        return _take(x_RD, index_P, has_gaps)
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
-        return _take(grad_PD, ctx.back_R, has_gaps=True), None, None
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _take(grad_PD, ctx.back_R, ctx.has_gaps), None, None, None
+
+
+def _inverse(index_P: Tensor, num_rows: int) -> Tensor:
+    """(num_rows,) the place of each row in an index without repetitions; len(index_P) for a row that is not in it."""
+    back_R = index_P.new_full((num_rows,), index_P.shape[0])
+    back_R[index_P] = torch.arange(index_P.shape[0], device=index_P.device)
+    return back_R
 
 
 class _SwigluFunction(torch.autograd.Function):
@@ -281,9 +292,9 @@ class RoutedExperts(torch.nn.Module):
         if all(rows % multiple == 0 for rows in ([splits] if isinstance(splits, int) else splits)):
             return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
         padding = row_padding(splits, multiple, rows_RD.shape[0], rows_RD.device)
-        padded_PD = _Regather.apply(rows_RD, padding.row_P, padding.place_R)
+        padded_PD = _Regather.apply(rows_RD, padding.row_P, padding.place_R, True)
         output_PD = self.linear_fc2(swiglu(self.linear_fc1(padded_PD, padding.splits)), padding.splits)
-        return _Regather.apply(output_PD, padding.place_R, padding.row_P)
+        return _Regather.apply(output_PD, padding.place_R, padding.row_P, True)
 
     def _shared_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
         """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the sums of its own."""
@@ -296,18 +307,18 @@ class RoutedExperts(torch.nn.Module):
     def _shared_counted(self, rows_RD: Tensor, rows_e: list[int]) -> Tensor:
         """The same without a capacity: the ranks' rows differ in number, so each sends as many as the longest, the rest zeros."""
         etp, e, R = self.etp_group.size(), len(rows_e), rows_RD.shape[0]
-        counts_pe = torch.empty(etp, e, dtype=torch.int64, device=rows_RD.device)
-        dist.all_gather_into_tensor(counts_pe, torch.tensor([rows_e], device=rows_RD.device), group=self.etp_group)
-        longest = int(counts_pe.sum(1).max())
+        mine_1e = to_device(torch.tensor([rows_e]), rows_RD.device)
+        counts_pe: list[list[int]] = all_gather_rows(mine_1e, self.etp_group).tolist()
+        longest = max(sum(counts_e) for counts_e in counts_pe)
         padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - R))
         whole = gather_from_sequence_parallel_region(padded, group=self.etp_group)
         # where each rank's rows of each expert lie in `whole`; the experts want expert after expert
-        index = torch.arange(etp * longest, device=rows_RD.device).view(etp, longest)
-        by_rank = [row[: int(count_e.sum())].split(count_e.tolist()) for row, count_e in zip(index, counts_pe, strict=True)]
-        order_R = torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)])
-        output = self._ffn(whole.index_select(0, order_R), counts_pe.sum(0).tolist())
-        back = output.new_zeros(etp * longest, output.shape[1]).index_copy(0, order_R, output)
-        return reduce_scatter_to_sequence_parallel_region(back, group=self.etp_group)[:R]
+        index = torch.arange(etp * longest).view(etp, longest)
+        by_rank = [row[: sum(counts_e)].split(counts_e) for row, counts_e in zip(index, counts_pe, strict=True)]
+        order_R = to_device(torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)]), rows_RD.device)
+        back_P = _inverse(order_R, etp * longest)
+        output = self._ffn(_Regather.apply(whole, order_R, back_P, True), [sum(counts) for counts in zip(*counts_pe, strict=True)])
+        return reduce_scatter_to_sequence_parallel_region(_Regather.apply(output, back_P, order_R, True), group=self.etp_group)[:R]
 
     def _exchange_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
         """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""
@@ -325,15 +336,15 @@ class RoutedExperts(torch.nn.Module):
         if ep == 1:
             return self._experts(rows_RD, rows_E.tolist())
         e = self.num_experts // ep
-        sent_pe = rows_E.view(ep, e).contiguous()
-        received_pe = torch.empty_like(sent_pe)
-        dist.all_to_all_single(received_pe, sent_pe, group=self.ep_group)
-        sent, received = sent_pe.sum(1).tolist(), received_pe.sum(1).tolist()
-        by_rank = all_to_all(self.ep_group, rows_RD, received, sent)
+        sent_pe = rows_E.view(ep, e)
+        received_pe = exchange_rows(sent_pe, self.ep_group)
+        # the one time that the host waits for this layer: sizes of the exchange and of the products are in its hands
+        sent, received = torch.stack((sent_pe, received_pe)).tolist()
+        sent_p, received_p = ([sum(rows_e) for rows_e in rows_pe] for rows_pe in (sent, received))
+        by_rank = all_to_all(self.ep_group, rows_RD, received_p, sent_p)
         # rows arrive rank after rank, each sorted by expert; the experts want expert after expert
-        expert_R = torch.arange(e, device=rows_RD.device).repeat(ep).repeat_interleave(received_pe.reshape(-1))
-        order_R = expert_R.argsort(stable=True)
-        output = self._experts(by_rank.index_select(0, order_R), received_pe.sum(0).tolist())
-        back_R = torch.empty_like(order_R)
-        back_R[order_R] = torch.arange(order_R.shape[0], device=rows_RD.device)
-        return all_to_all(self.ep_group, output.index_select(0, back_R), sent, received)
+        experts = torch.arange(e, device=rows_RD.device).repeat(ep)
+        order_R = experts.repeat_interleave(received_pe.reshape(-1), output_size=sum(received_p)).argsort(stable=True)
+        back_R = _inverse(order_R, order_R.shape[0])
+        output = self._experts(_Regather.apply(by_rank, order_R, back_R, False), [sum(rows) for rows in zip(*received, strict=True)])
+        return all_to_all(self.ep_group, _Regather.apply(output, back_R, order_R, False), sent_p, received_p)

@@ -28,6 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import PrecisionConfig
+from hunyuan_pretrain.runtime.handover import handed_over
 
 Operand = Literal["x", "w", "dy"]
 OPERANDS: tuple[Operand, ...] = ("x", "w", "dy")
@@ -388,6 +389,7 @@ def _update_scales(found: list[Fp8Product], groups: ProcessGroupCollection) -> N
             continue
         current = torch.cat([scale.history_He[0] for scale in delayed])
         if shared_by.size() > 1:
+            handed_over("all_reduce", current, is_written=True)
             dist.all_reduce(current, op=dist.ReduceOp.MAX, group=shared_by)
         for scale, amax_e in zip(delayed, current.split([scale.scale_e.numel() for scale in delayed]), strict=True):
             scale.history_He[0] = amax_e

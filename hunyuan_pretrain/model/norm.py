@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
+from hunyuan_pretrain.runtime.handover import to_device
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
@@ -81,15 +82,20 @@ def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor,
     Frequencies are computed on the CPU by the expression of the exported model code: at position 262,143 their last bit shows.
     """
     frequency_h = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
-    angle_Th = positions_T.float()[:, None] * frequency_h.to(positions_T.device)
+    angle_Th = positions_T.float()[:, None] * to_device(frequency_h, positions_T.device)
     return angle_Th.cos()[:, None], angle_Th.sin()[:, None]
 
 
 def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
-    """Rotate-half (neox) rotation in fp32; a negative sine rotates back. Laid out head by head, as attention reads it."""
+    """Rotate-half (neox) rotation in fp32; a negative sine rotates back.
+
+    Laid out as attention reads it: head by head on a CPU; elsewhere token by token, which kernels take that know of no strides.
+    """
     first, second = x_TNH.float().chunk(2, dim=-1)
     T, N, H = x_TNH.shape
-    out = torch.empty(N, T, H, dtype=torch.float32, device=x_TNH.device).transpose(0, 1)
+    is_by_head = x_TNH.device.type == "cpu"
+    out = x_TNH.new_empty((N, T, H) if is_by_head else (T, N, H), dtype=torch.float32)
+    out = out.transpose(0, 1) if is_by_head else out
     low, high = out.chunk(2, dim=-1)
     torch.mul(first, cos_T1h, out=low).addcmul_(second, sin_T1h, value=-1)
     torch.mul(second, cos_T1h, out=high).addcmul_(first, sin_T1h)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hunyuan_pretrain.runtime.handover import handed_over
+
 
 class Block(NamedTuple):
     """The queries [q_start, q_end) belong to the last q_end - q_start of the keys [k_start, k_end); each sees the keys up to its own."""
@@ -51,10 +53,11 @@ def packed_attention(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequen
     """softmax(q k^T / sqrt(H)) v of each block; no mask is built. Returns (T, N, H), contiguous. Communicates nothing.
 
     Blocks come in the order of their queries and leave none out. Query head n reads key/value head n // (N / G). Keys that no query sees
-    get a gradient of zero. Any strides will do as long as a head's numbers lie together.
+    get a gradient of zero. Any strides will do; tensors in which a head's numbers do not lie together are copied. Raises ValueError if
+    dtypes or devices differ.
     """
     assert [*(block.q_start for block in blocks), q_TNH.shape[0]] == [0, *(block.q_end for block in blocks)], "blocks leave queries out"
-    return _PackedAttention.apply(q_TNH, k_SGH, v_SGH, blocks)
+    return _PackedAttention.apply(*handed_over("flash attention", q_TNH, k_SGH, v_SGH, knows_strides=True), blocks)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -162,14 +165,12 @@ def _flash_cpu_backward(
 
 
 def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Not run: written on a machine without a GPU."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[:2]
 
 
 def _flash_cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Not run: written on a machine without a GPU."""
     seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
     saved = (grad, q, k, v, out, logsumexp.contiguous(), None, None, q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(*saved, 0.0, is_causal, seed, seed)

@@ -47,6 +47,11 @@ def slot_priorities(seed: int, step: int, layer: int, group_n: torch.Tensor, num
     return _mix(group_keys[:, None] + slots) & ((1 << 63) - 1)
 
 
+def is_chosen(choice: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(..., E) bool, whether each choice (...) is that expert. torch's one_hot and bincount look at the numbers: the host would wait."""
+    return choice[..., None] == torch.arange(num_experts, device=choice.device)
+
+
 def assign_slots(chosen_nKg: torch.Tensor, num_experts: int, capacity: int, priority_nS: torch.Tensor | None) -> torch.Tensor:
     """Give each choice of an expert a slot, S = num_experts * capacity slots a group; slot s belongs to expert s // capacity.
 
@@ -57,8 +62,8 @@ def assign_slots(chosen_nKg: torch.Tensor, num_experts: int, capacity: int, prio
     """
     n, K, g = chosen_nKg.shape
     choice_nc = chosen_nKg.reshape(n, K * g)
-    one_hot_ncE = F.one_hot(choice_nc, num_experts)
-    place_nc = one_hot_ncE.cumsum(1).gather(2, choice_nc[..., None]).squeeze(2) - 1
+    one_hot_ncE = is_chosen(choice_nc, num_experts)
+    place_nc = one_hot_ncE.cumsum(1, dtype=torch.int32).gather(2, choice_nc[..., None]).squeeze(2) - 1
     is_kept_nc = place_nc < capacity
     slots_nc = torch.where(is_kept_nc, choice_nc * capacity + place_nc, DROPPED)
     if priority_nS is not None:
@@ -148,7 +153,7 @@ def _plan_dropless(chosen_TK: torch.Tensor, num_experts: int) -> tuple[torch.Ten
     order_R = choice_c.argsort(stable=True)
     row_c = torch.empty_like(order_R)
     row_c[order_R] = torch.arange(T * K, device=chosen_TK.device)
-    return row_c.view(T, K), order_R.div(K, rounding_mode="floor"), torch.bincount(choice_c, minlength=num_experts)
+    return row_c.view(T, K), order_R.div(K, rounding_mode="floor"), is_chosen(choice_c, num_experts).sum(0)
 
 
 def expert_capacity(config: HunyuanConfig) -> int:
@@ -185,9 +190,13 @@ class Router(torch.nn.Module):
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = probs_TE.topk(K, dim=-1).indices
         statistics = torch.zeros(E + len(STATISTICS), device=hidden_TD.device)
-        counted_TK = chosen_TK[key.is_counted_T] if isinstance(key, CountedTokens) else chosen_TK
-        statistics[:E] = torch.bincount(counted_TK.reshape(-1), minlength=E)
-        statistics[-1] = counted_TK.shape[0]
+        is_chosen_TE = is_chosen(chosen_TK, E).any(1)
+        if isinstance(key, CountedTokens):
+            is_chosen_TE = is_chosen_TE & key.is_counted_T[:, None]
+            statistics[-1] = key.is_counted_T.sum()
+        else:
+            statistics[-1:].fill_(T)
+        statistics[:E] = is_chosen_TE.sum(0)
 
         if not isinstance(key, RoutingKey) or config.moe_expert_capacity_factor is None:
             row_TK, token_R, counted_E = _plan_dropless(chosen_TK, E)
@@ -220,7 +229,7 @@ class Router(torch.nn.Module):
         E = probs_TE.shape[1]
         n = chosen_TK.shape[0] // self.config.moe_routing_group_tokens
         with torch.no_grad():
-            chosen_nE = F.one_hot(chosen_TK.view(n, -1), E).float().mean(1)
+            chosen_nE = is_chosen(chosen_TK.view(n, -1), E).float().mean(1)
         balance_loss = E * (probs_TE.view(n, -1, E).mean(1) * chosen_nE).sum()
         if not self.config.moe_z_loss_coeff:
             return balance_loss, balance_loss.new_zeros(())

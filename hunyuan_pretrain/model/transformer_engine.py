@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import transformer_engine.pytorch as te
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -39,10 +40,12 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from hunyuan_pretrain.config.schema import PrecisionConfig
 from hunyuan_pretrain.model.experts import Splits, grouped_shape, grouped_weight, mark_experts
+from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.model.transformer_engine_attention import core_attention, without_fp8
 from hunyuan_pretrain.parallel.sharding import mark_divided
+from hunyuan_pretrain.runtime.handover import handed_over
 
 # parameters in FP8 only, outside of a training step: meant so
 warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
@@ -177,8 +180,9 @@ class _Product(TransformerEngineBaseModule):
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
 
-    def _begin(self, is_fp8: bool, amax_group: ProcessGroup | None = None) -> None:
+    def _begin(self, config: HunyuanConfig, is_fp8: bool, amax_group: ProcessGroup | None = None) -> None:
         self.is_fp8, self.amax_group, self.is_first_microbatch = is_fp8, amax_group, None
+        self.activations = config.params_dtype
 
     def region(self) -> AbstractContextManager[None]:
         """The number formats of this product, inside `training_step` and outside."""
@@ -194,12 +198,46 @@ class _Product(TransformerEngineBaseModule):
         with torch.no_grad(), te.autocast(enabled=True, recipe=recipe, amax_reduction_group=self.amax_group):
             self.init_fp8_metadata(num_gemms=self.num_products)
 
+    def _get_weight_tensors(self) -> list[Tensor]:
+        """What Transformer Engine multiplies by; outside of a step in FP8 the values of weights in FP8 only.
+
+        Its own form of those has no main_grad in some recipes, which its backward pass asks for, and in others no gradient at all.
+        """
+        weights: list[Any] = [weight for weight in self.parameters() if is_float8tensor(weight)]
+        if self.fp8 or not weights:
+            return super()._get_weight_tensors()
+        if not torch.is_grad_enabled():
+            return [unquantised(weight) for weight in weights]
+        values = [_Unquantised.apply(weight, self.fuse_wgrad_accumulation) for weight in weights]
+        for weight, value in zip(weights, values, strict=True):
+            if self.fuse_wgrad_accumulation:
+                value.main_grad = weight.main_grad
+        return values
+
     def take_turn(self) -> bool | None:
         """What to tell Transformer Engine of the micro-batch."""
         is_first = self.is_first_microbatch if self.is_fp8 else None
         if is_first:
             self.is_first_microbatch = False
         return is_first
+
+
+class _Unquantised(torch.autograd.Function):
+    """A weight in FP8 only -> its values in bf16, whose gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, is_in_main_grad: bool) -> Tensor:
+        ctx.weight, ctx.is_in_main_grad = weight, is_in_main_grad
+        ctx.set_materialize_grads(False)
+        return unquantised(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if ctx.is_in_main_grad:
+            # core's hook then skips its own addition; the returned tensor is never read
+            ctx.weight.grad_added_to_main_grad = True
+            return torch.empty(ctx.weight.shape, dtype=ctx.weight.dtype, device=ctx.weight.device), None
+        return grad, None
 
 
 # --- dense products -------------------------------------------------------------------------------------------------------------------
@@ -215,6 +253,7 @@ def _weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManag
 class _DenseProduct(_Product):
     def forward(self, x_TI: Tensor) -> tuple[Tensor, None]:
         """(T, I) -> ((T, O), None), as core's linears return a bias that they have not added."""
+        (x_TI,) = handed_over("Transformer Engine's linear", x_TI, dtype=self.activations)
         with self.region():
             return super().forward(x_TI, is_first_microbatch=self.take_turn()), None
 
@@ -225,7 +264,7 @@ class ColumnParallelLinear(_DenseProduct, te.Linear):
     def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
         with _weights_in_fp8(config, is_fp8):
             super().__init__(input_size, output_size, parallel_mode="column", **_options(config, groups))
-        self._begin(is_fp8)
+        self._begin(config, is_fp8)
         mark_divided(self.weight, 0)
 
 
@@ -235,7 +274,7 @@ class RowParallelLinear(_DenseProduct, te.Linear):
     def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
         with _weights_in_fp8(config, is_fp8):
             super().__init__(input_size, output_size, parallel_mode="row", **_options(config, groups))
-        self._begin(is_fp8)
+        self._begin(config, is_fp8)
         mark_divided(self.weight, 1)
 
 
@@ -260,7 +299,7 @@ class NormAndColumnParallelLinear(_DenseProduct, te.LayerNormLinear):
                 parallel_mode="column",
                 **_options(config, groups),
             )
-        self._begin(is_fp8)
+        self._begin(config, is_fp8)
         mark_divided(self.weight, 0)
         del self.layer_norm_weight
         # not registered here: it is one parameter, under the name of the norm
@@ -350,7 +389,7 @@ class GroupedLinear(_Product, te.GroupedLinear):
                 # of one parameter for all, its own weights are never made: on the meta device they take no memory
                 device="meta" if is_one else _device(config),
             )
-        self._begin(is_fp8, groups.expt_tp_dp)
+        self._begin(config, is_fp8, groups.expt_tp_dp)
         self.num_products = e
         self.accumulate = config.gradient_accumulation_fusion
         self.weight = grouped_weight(config, input_size, output_size, groups, partition_dim) if is_one else None
@@ -366,6 +405,8 @@ class GroupedLinear(_Product, te.GroupedLinear):
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert; in FP8 each expert has a multiple of `fp8_alignment` rows."""
         rows_e = [splits] * self.num_products if isinstance(splits, int) else splits
+        assert sum(rows_e) == x_RI.shape[0], f"{sum(rows_e)} rows of experts, {x_RI.shape[0]} are there"
+        (x_RI,) = handed_over("Transformer Engine's grouped linear", x_RI, dtype=self.activations)
         self.fuse_wgrad_accumulation = self.accumulate and hasattr(next(self.parameters()), "main_grad")
         with self.region():
             return super().forward(x_RI, rows_e, is_first_microbatch=self.take_turn())

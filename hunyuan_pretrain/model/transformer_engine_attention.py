@@ -20,6 +20,7 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.spec import CoreAttention
 from hunyuan_pretrain.runtime.device import attends_to_packed_documents
+from hunyuan_pretrain.runtime.handover import handed_over, to_device
 
 
 def without_fp8() -> AbstractContextManager[None]:
@@ -38,6 +39,8 @@ def core_attention(config: HunyuanConfig) -> CoreAttention:
 
 class PackedAttention:
     """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is nobody's."""
+
+    name = "Transformer Engine"
 
     def __init__(self, config: HunyuanConfig) -> None:
         # without a kernel it would, silently, hold the scores of all queries and keys; now it fails instead
@@ -58,18 +61,20 @@ class PackedAttention:
         documents = _documents(tuple(blocks), q_TNH.device)
         if documents.keys != ((0, k_SGH.shape[0]),):
             k_SGH, v_SGH = (torch.cat([x[start:end] for start, end in documents.keys]) for x in (k_SGH, v_SGH))
+        # Transformer Engine guesses a layout from offsets and from whether keys and values have the same strides; it asks neither which
+        # ones, nor how queries lie, and the kernel then has pointers and shapes. Contiguous tensors, at the start of their memory, are
+        # always taken for what they are.
+        qkv = handed_over("Transformer Engine's attention", q_TNH, k_SGH, v_SGH, dtype=torch.bfloat16, starts_memory=True)
         with without_fp8():
             output = self.kernel(
-                q_TNH,
-                k_SGH,
-                v_SGH,
+                *qkv,
                 cu_seqlens_q=documents.q_borders,
                 cu_seqlens_kv=documents.k_borders,
                 max_seqlen_q=documents.longest_q,
                 max_seqlen_kv=documents.longest_k,
                 attn_mask_type=documents.mask,
             )
-        return output.view(q_TNH.shape)
+        return handed_over("the output projection", output.view(q_TNH.shape))[0]
 
 
 class _Documents(NamedTuple):
@@ -98,8 +103,7 @@ def _documents(blocks: tuple[Block, ...], device: torch.device) -> _Documents:
             keys.append((block.k_start, block.k_end))
     is_square = q_borders == k_borders
     return _Documents(
-        torch.tensor(q_borders, dtype=torch.int32, device=device),
-        torch.tensor(k_borders, dtype=torch.int32, device=device),
+        *(to_device(torch.tensor(borders, dtype=torch.int32), device) for borders in (q_borders, k_borders)),
         max(block.q_end - block.q_start for block in blocks),
         max(block.k_end - block.k_start for block in blocks),
         "padding_causal" if is_square else "padding_causal_bottom_right",

@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows, reduce_scatter_rows
+from hunyuan_pretrain.runtime.handover import to_device
+
 Ranges = list[tuple[int, int]]
 """(start, end) of rows, ascending, not adjacent."""
 Method = Literal["all_gather", "all_to_all"]
@@ -134,7 +137,7 @@ def context_slice(
     place_S[rows_S] = torch.arange(len(rows_S))
     rank = group.rank()
     rows_T = rows_S.chunk(group.size())[rank]
-    return ContextSlice(group, method, ranges_of_ranks[rank], rows_T.to(device), rows_S.to(device), place_S.to(device))
+    return ContextSlice(group, method, ranges_of_ranks[rank], *(to_device(rows, device) for rows in (rows_T, rows_S, place_S)))
 
 
 def gather_keys_values(k_TGH: Tensor, v_TGH: Tensor, context: ContextSlice) -> tuple[Tensor, Tensor]:
@@ -171,16 +174,12 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TGH: Tensor, context: ContextSlice) -> Tensor:
         ctx.context = context
-        gathered_SGH = x_TGH.new_empty(len(context.rows_S), *x_TGH.shape[1:])
-        dist.all_gather_into_tensor(gathered_SGH, x_TGH.contiguous(), group=context.group)
-        return gathered_SGH.index_select(0, context.place_S)
+        return all_gather_rows(x_TGH, context.group).index_select(0, context.place_S)
 
     @staticmethod
     def backward(ctx: Any, grad_SGH: Tensor) -> tuple[Tensor, None]:
         context = ctx.context
-        grad_TGH = grad_SGH.new_empty(len(context.rows_T), *grad_SGH.shape[1:])
-        dist.reduce_scatter_tensor(grad_TGH, grad_SGH.index_select(0, context.rows_S), group=context.group)
-        return grad_TGH, None
+        return reduce_scatter_rows(grad_SGH.index_select(0, context.rows_S), context.group), None
 
 
 class _SequenceToHeads(torch.autograd.Function):
@@ -206,14 +205,10 @@ class _HeadsToSequence(torch.autograd.Function):
 
 
 def _to_heads(x_TNH: Tensor, context: ContextSlice) -> Tensor:
-    by_receiver = x_TNH.unflatten(1, (context.group.size(), -1)).transpose(0, 1).contiguous()
-    by_sender = torch.empty_like(by_receiver)
-    dist.all_to_all_single(by_sender, by_receiver, group=context.group)
-    return by_sender.flatten(0, 1).index_select(0, context.place_S)
+    by_receiver = x_TNH.unflatten(1, (context.group.size(), -1)).transpose(0, 1)
+    return exchange_rows(by_receiver, context.group).flatten(0, 1).index_select(0, context.place_S)
 
 
 def _to_sequence(x_SNH: Tensor, context: ContextSlice) -> Tensor:
     by_receiver = x_SNH.index_select(0, context.rows_S).unflatten(0, (context.group.size(), -1))
-    by_sender = torch.empty_like(by_receiver)
-    dist.all_to_all_single(by_sender, by_receiver, group=context.group)
-    return by_sender.transpose(0, 1).flatten(1, 2)
+    return exchange_rows(by_receiver, context.group).transpose(0, 1).flatten(1, 2)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
 from hunyuan_pretrain.model.router import CountedTokens
+from hunyuan_pretrain.runtime.handover import to_device
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over_batch
 
@@ -38,7 +39,7 @@ def evaluate(
         batch = next(batches)
         inputs = micro_batch_inputs(batch, groups, experiment, device)
         mask_T = inputs.pop("loss_mask_T")
-        sequence_n = batch.sequence_ids.to(device)[inputs.pop("group_n") // (loader.sequence_length // group_tokens)]
+        sequence_n = to_device(batch.sequence_ids, device)[inputs.pop("group_n") // (loader.sequence_length // group_tokens)]
         key = CountedTokens((sequence_n < loader.num_sequences).repeat_interleave(group_tokens))
         output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=key)
         statistics.append(statistics_LX)

@@ -1,13 +1,15 @@
-"""What is tried once before training: that documents do not see each other, and that every declared loss reaches the routers.
+"""What is tried once before training: that attention is right, that documents do not see each other, and that every declared loss
+reaches the routers.
 
-Both run the model itself, under the layout in use, on one short synthetic micro-batch. They cost a few seconds and catch what no loss
-curve shows: an attention backend that ignores document borders, a router loss that does nothing or whose strength depends on the layout.
+All run the model itself, under the layout in use, on one micro-batch. They cost a few seconds and catch what no loss curve shows: an
+attention backend that reads other numbers than it is given, or ignores document borders; a router loss that does nothing or whose strength
+depends on the layout.
 `runtime.probes: false` turns them off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,9 +20,11 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from hunyuan_pretrain.data.loader import MicroBatch
-from hunyuan_pretrain.model.attention import packed_sequences
+from hunyuan_pretrain.model.attention import PackedSequences, packed_sequences
 from hunyuan_pretrain.model.norm import rope_table
+from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.router import Router, RoutingKey
+from hunyuan_pretrain.model.spec import CoreAttention
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.optimizer import complete_gradients
@@ -32,11 +36,112 @@ COEFFICIENT_TOLERANCE = 1e-3
 
 
 def probe(run: Run) -> list[str]:
-    """Run both probes and return a line about each; raises TrainingError, on every rank, if one fails. Communicates: all groups."""
-    lines = [check_leakage(run)]
+    """Run the probes and return a line about each; raises TrainingError, on every rank, if one fails. Communicates: all groups."""
+    lines = [check_attention(run), check_leakage(run)]
     if run.experiment.model.num_moe_experts > 1:
         lines.append(check_liveness(run))
     return lines
+
+
+# --- attention is what another implementation computes ----------------------------------------------------------------------------------
+
+ROUNDINGS = {"output": 5, "gradient of q": 10, "gradient of k": 10, "gradient of v": 10}
+"""How often a number on the way to each result is rounded to the dtype of the run, in both implementations together, each time by half of
+its eps at most. Output: the softmax's weights and the result; packed_attention the results of both parts of a document too. Gradients:
+those of the output, which they start from, the weights', the scores', and the result."""
+REFERENCE_TOKENS = 256
+"""Longest document where the reference holds all scores."""
+
+
+def check_attention(run: Run) -> str:
+    """Compare this stage's attention, forward and backward, with another implementation, on what its first CLA group hands over.
+
+    A backend of its own is compared with `packed_attention`, on this rank's documents of the first micro-batch; that one with a plain
+    softmax, on short documents. Each row of the output may differ by its roundings, each gradient, as a whole, by its own.
+    """
+    layers = list(run.chunks[0].decoder.layers)[: run.chunks[0].config.cla_share_factor]
+    backend = layers[0].self_attention.core_attention
+    if backend is packed_attention:
+        num_tokens, num_sequences, names = _num_tokens(run), 1, ("flash attention", "a plain softmax")
+        borders = [*range(0, num_tokens, REFERENCE_TOKENS), num_tokens]
+        borders.insert(1, 1)
+        positions_S = torch.cat([torch.arange(end - start) for start, end in pairwise(borders)])
+        reference: CoreAttention = _plain_softmax
+    else:
+        batch = run.loader.micro_batches(min(run.first_step, run.loader.num_steps - 1))[0]
+        borders, positions_S, num_sequences = batch.cu_seqlens.tolist(), batch.positions_T, len(batch.sequence_ids)
+        reference, names = packed_attention, (getattr(backend, "name", type(backend).__name__), "packed_attention")
+    compared = _Compared(backend, reference)
+    mine_T, packed = _pack(run, positions_S, borders, num_sequences)
+    dtype = run.chunks[0].config.params_dtype
+    generator = torch.Generator(run.device).manual_seed(run.experiment.seed + dist.get_rank())
+    hidden_TD = torch.randn(len(mine_T), run.experiment.model.hidden_size, generator=generator, device=run.device).to(dtype)
+    kv = None
+    with torch.no_grad():
+        for layer in layers:
+            layer.self_attention.core_attention = compared
+            try:
+                _, kv = layer.self_attention(layer.input_layernorm(hidden_TD), kv, packed)
+            finally:
+                layer.self_attention.core_attention = backend
+    worst = torch.stack([*compared.differences.values()]).nan_to_num(nan=torch.inf)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    longest = max(end - start for start, end in pairwise(borders))
+    found = dict(zip(compared.differences, worst.tolist(), strict=True))
+    allowed = {name: _allowed(roundings, dtype, longest + run.experiment.model.head_dim) for name, roundings in ROUNDINGS.items()}
+    if wrong := [name for name in found if not found[name] <= allowed[name]]:
+        differences = ", ".join(f"{name} by {found[name]:.2g} (rounding explains {allowed[name]:.2g})" for name in wrong)
+        raise TrainingError(
+            f"attention by {names[0]} is not that of {names[1]} on the same queries, keys and values: {differences}, relative; "
+            "do not train with this attention backend"
+        )
+    worst_of_all = f"largest relative difference {max(found.values()):.1e}"
+    return f"probe: attention by {names[0]} is that of {names[1]}, forward and backward ({worst_of_all})"
+
+
+def _allowed(roundings: int, dtype: torch.dtype, num_terms: int) -> float:
+    """Roundings of `dtype`, and those of fp32 sums of so many terms (Higham 2002, section 3.1)."""
+    return (roundings * torch.finfo(dtype).eps + num_terms * torch.finfo(torch.float32).eps) / 2
+
+
+class _Compared:
+    """A core attention that has another one compute the same."""
+
+    def __init__(self, backend: CoreAttention, reference: CoreAttention) -> None:
+        self.both = backend, reference
+        self.differences: dict[str, Tensor] = {}
+        """Of all calls the largest: relative to the norm of each row of the output, of each gradient as a whole."""
+
+    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+        # as gradients arrive: from a product, contiguous
+        grad_TNH = torch.sin(torch.arange(q_TNH.numel(), device=q_TNH.device, dtype=torch.float32)).view(q_TNH.shape).to(q_TNH.dtype)
+        results = []
+        for attend in self.both:
+            leaves = [x.detach().requires_grad_() for x in (q_TNH, k_SGH, v_SGH)]  # with their strides
+            with torch.enable_grad():
+                output_TNH = attend(*leaves, blocks)
+                results.append([output_TNH.detach(), *torch.autograd.grad(output_TNH, leaves, grad_TNH)])
+        for name, a, b in zip(ROUNDINGS, *results, strict=True):
+            rows = (len(a), -1) if name == "output" else (1, -1)
+            a, b = a.float().reshape(rows), b.float().reshape(rows)
+            difference = ((a - b).norm(dim=1) / b.norm(dim=1)).max()
+            self.differences[name] = torch.maximum(difference, self.differences.get(name, difference))
+        return results[0][0]
+
+
+def _plain_softmax(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """By its definition, in fp32, with a mask and all scores of a block, differentiated by torch."""
+    outs = []
+    for block in blocks:
+        q_nNH = q_TNH[block.q_start : block.q_end].float()
+        k_PNH, v_PNH = (
+            x[block.k_start : block.k_end].float().repeat_interleave(q_TNH.shape[1] // x.shape[1], dim=1) for x in (k_SGH, v_SGH)
+        )
+        n, P = len(q_nNH), len(k_PNH)
+        is_hidden_nP = torch.ones(n, P, dtype=torch.bool, device=q_TNH.device).triu(1 + P - n)
+        scores_NnP = torch.einsum("tnh,snh->nts", q_nNH, k_PNH) * q_TNH.shape[-1] ** -0.5
+        outs.append(torch.einsum("nts,snh->tnh", scores_NnP.masked_fill(is_hidden_nP, -torch.inf).softmax(-1), v_PNH))
+    return torch.cat(outs).to(q_TNH.dtype)
 
 
 # --- documents do not see each other ---------------------------------------------------------------------------------------------
@@ -72,15 +177,8 @@ def check_leakage(run: Run) -> str:
 
 def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group, without their experts."""
-    model, groups, experiment = run.chunks[0], run.groups, run.experiment
-    rows_T, context = torch.arange(len(positions_S), device=run.device), None
-    if groups.cp.size() > 1:
-        method, granule = experiment.parallel.context_parallel_method, experiment.model.moe_routing_group_tokens
-        context = context_slice(groups.cp, method, borders, 1, granule, run.device)
-        rows_T = context.rows_T
-    table = rope_table(positions_S.to(run.device)[rows_T], experiment.model.rotary_base, experiment.model.head_dim)
-    packed = packed_sequences(table, borders, context)
-    mine_T = rows_T.view(groups.tp.size(), -1)[groups.tp.rank()] if model.config.sequence_parallel else rows_T
+    model = run.chunks[0]
+    mine_T, packed = _pack(run, positions_S, borders, 1)
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
     output_TD, kv = input_TD, None
     for layer in list(model.decoder.layers)[: model.config.cla_share_factor]:
@@ -92,6 +190,19 @@ def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]
     for wrapped in run.wrapped:
         wrapped.zero_grad_buffer()  # linears that accumulate into main_grad have done so
     return mine_T, output_TD.detach(), grad_TD
+
+
+def _pack(run: Run, positions_S: Tensor, borders: list[int], num_sequences: int) -> tuple[Tensor, PackedSequences]:
+    """(rows whose hidden states this rank holds, what its layers get) of a pack, given as a micro-batch has it."""
+    groups, experiment = run.groups, run.experiment
+    rows_T, context = torch.arange(len(positions_S), device=run.device), None
+    if groups.cp.size() > 1:
+        method, granule = experiment.parallel.context_parallel_method, experiment.model.moe_routing_group_tokens
+        context = context_slice(groups.cp, method, borders, num_sequences, granule, run.device)
+        rows_T = context.rows_T
+    table = rope_table(positions_S.to(run.device)[rows_T], experiment.model.rotary_base, experiment.model.head_dim)
+    mine_T = rows_T.view(groups.tp.size(), -1)[groups.tp.rank()] if run.chunks[0].config.sequence_parallel else rows_T
+    return mine_T, packed_sequences(table, borders, context)
 
 
 # --- every declared loss reaches the routers -----------------------------------------------------------------------------------------

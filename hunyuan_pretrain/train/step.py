@@ -28,6 +28,7 @@ from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.fp8 import training_step
 from hunyuan_pretrain.model.router import RoutingKey
 from hunyuan_pretrain.parallel.context_parallel import context_slice
+from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.train.optimizer import optimizer_step
 
 
@@ -52,7 +53,7 @@ def micro_batch_inputs(batch: MicroBatch, groups: ProcessGroupCollection, experi
     if groups.cp.size() > 1:
         method = experiment.parallel.context_parallel_method
         context = context_slice(groups.cp, method, borders, len(batch.sequence_ids), group_tokens, device)
-        rows_T = context.rows_T.cpu()
+        rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
     tensors = {
         "tokens_T": batch.tokens_T,
         "positions_T": batch.positions_T,
@@ -60,14 +61,14 @@ def micro_batch_inputs(batch: MicroBatch, groups: ProcessGroupCollection, experi
         "loss_mask_T": batch.loss_mask_T,
     }
     mine = tensors if context is None else {name: tensor[rows_T] for name, tensor in tensors.items()}
-    inputs: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in mine.items()}
-    return inputs | {"borders": borders, "context": context, "group_n": (rows_T[::group_tokens] // group_tokens).to(device)}
+    inputs: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in mine.items()}
+    return inputs | {"borders": borders, "context": context, "group_n": to_device(rows_T[::group_tokens] // group_tokens, device)}
 
 
 def routing_key(experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, group_n: Tensor) -> RoutingKey:
     """Key of these routing groups of the micro-batch: numbered through the global batch, whatever rank holds them."""
     per_sequence = stage.sequence_length // experiment.model.moe_routing_group_tokens
-    sequence_n = batch.sequence_ids.to(group_n.device)[group_n // per_sequence]
+    sequence_n = to_device(batch.sequence_ids, group_n.device)[group_n // per_sequence]
     return RoutingKey(
         experiment.seed, step, sequence_n * per_sequence + group_n % per_sequence, stage.global_batch_sequences * per_sequence
     )
@@ -97,7 +98,8 @@ def compute_gradients(
     in_fp8: False leaves out the FP8 recipe, if the experiment has one. Communicates: data-parallel group (token count, gradients), what
     the model and the schedule do, and the recipe's scales.
     """
-    num_target_tokens = sum_over(groups.dp, torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double().to(device))
+    mine = torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double()
+    num_target_tokens = sum_over(groups.dp, to_device(mine, device))
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
@@ -203,5 +205,6 @@ def sum_over_batch(groups: ProcessGroupCollection, losses: list[Tensor], width: 
 def sum_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
     """Sum of `value` over the ranks of `group`; changes `value` in place."""
     if group is None or group.size() > 1:
+        handed_over("all_reduce", value, is_written=True)
         dist.all_reduce(value, group=group)
     return value

@@ -79,6 +79,35 @@ def chosen(case: Case) -> Iterator[None]:
         yield
 
 
+def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
+    """What the probes say before the run of each case, and the names of weights with a gradient after them; or their refusal. With the bug,
+    attention is handed what the model made, as it is."""
+    transformer_engine_stub.install()
+    from unittest.mock import patch
+
+    from hunyuan_pretrain.model import transformer_engine_attention
+    from hunyuan_pretrain.train import TrainingError, setup
+    from hunyuan_pretrain.train.probes import probe
+
+    found: list[Any] = []
+    for case, has_bug in cases:
+        gc.collect()
+        with ExitStack() as stack:
+            stack.enter_context(chosen(case))
+            if has_bug:
+                stack.enter_context(patch.object(transformer_engine_attention, "handed_over", lambda reader, *tensors, **_: tensors))
+            run = setup.prepare(case.experiment)
+            try:
+                lines = probe(run)
+                left = [name for model in run.chunks for name, weight in model.named_parameters() if weight.main_grad.any()]
+                found.append((lines, left))
+            except TrainingError as error:
+                found.append(str(error))
+            finally:
+                setup.leave(run)
+    return found
+
+
 # --- what is built ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -242,9 +271,36 @@ def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]]) -> list[tuple[str, float]]:
-    """The mask that each (blocks, queries, keys) needs, and by how much output and gradients differ from `packed_attention`'s, of the
-    largest entry."""
+LAYOUTS = ("contiguous", "head by head", "halves of one tensor", "parts of a projection", "put together", "rows of a longer one")
+"""How keys and values may come to attention: copied; as norm.rope_norm writes on a CPU; as parallel.context_parallel leaves them; as the
+projection does; after torch.cat; as a narrow."""
+
+
+def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
+    """The same numbers in other memory."""
+    import torch
+
+    def by_head(x: Any) -> Any:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    q, k, v = (x.clone() for x in qkv)
+    q = by_head(q) if is_q_by_head else q
+    if layout == "head by head":
+        return [q, by_head(k), by_head(v)]
+    if layout == "halves of one tensor":
+        return [q, *torch.cat((k, v), -1).chunk(2, -1)]
+    if layout == "parts of a projection":
+        return [q, k, torch.stack((k, v, k), 2)[:, :, 1]]
+    if layout == "put together":
+        return [q, *(torch.cat([x[:1], x[1:]]) for x in (k, v))]
+    if layout == "rows of a longer one":
+        return [q, *(torch.cat([x[:3], x])[3:] for x in (k, v))]
+    return [q, k, v]
+
+
+def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]], heads: Sequence[tuple[int, int, int]]) -> list[Any]:
+    """For each (query heads, key/value heads, head dim), each (blocks, queries, keys) and each layout: the case, the mask, and by how much
+    output and gradients differ from those of `packed_attention`, of the largest entry; or the error."""
     transformer_engine_stub.install()
     import torch
 
@@ -255,21 +311,32 @@ def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]]) -> li
     from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
     from tests.helpers.tiny import tiny_model
 
-    config = transformer_config(tiny_model(), ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
-    generator, attention = torch.Generator().manual_seed(1), PackedAttention(config)
-    found = []
-    for blocks, T, S in works:
-        shapes = ((T, config.num_attention_heads), (S, config.num_query_groups), (S, config.num_query_groups))
-        qkv = [torch.randn(*shape, config.kv_channels, generator=generator).bfloat16() for shape in shapes]
-        grad = torch.randn(qkv[0].shape, generator=generator).bfloat16()
-        results = []
-        for attend in (attention, packed_attention):
-            leaves = [x.clone().requires_grad_() for x in qkv]
-            output = attend(*leaves, blocks)
-            results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
-        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
-        found.append((str(transformer_engine_stub.calls[-1][1]), worst))
+    generator, found = torch.Generator().manual_seed(1), []
+    for num_heads, num_groups, head_dim in heads:
+        model = tiny_model(num_attention_heads=num_heads, num_query_groups=num_groups, kv_channels=head_dim)
+        attention = PackedAttention(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True))
+        for blocks, T, S in works:
+            qkv = [torch.randn(*shape, head_dim, generator=generator).bfloat16() for shape in ((T, num_heads), *[(S, num_groups)] * 2)]
+            grad = torch.randn(qkv[0].shape, generator=generator).bfloat16()
+            expected = _with_gradients(packed_attention, qkv, blocks, grad)
+            for layout in LAYOUTS:
+                for is_q_by_head in (True, False):
+                    try:
+                        mine = _with_gradients(attention, laid_out(qkv, layout, is_q_by_head), blocks, grad)
+                        worst: Any = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, expected, strict=True))
+                    except RuntimeError as error:
+                        worst = str(error)
+                    case = f"{num_heads}/{num_groups} heads of {head_dim}, {T} of {S} rows, {layout}{', q head by head' * is_q_by_head}"
+                    found.append((case, str(transformer_engine_stub.calls[-1][1]), worst))
     return found
+
+
+def _with_gradients(attend: Any, qkv: Sequence[Any], blocks: Sequence[Any], grad: Any) -> list[Any]:
+    import torch
+
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    output = attend(*leaves, blocks)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
 def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, list[str]]:

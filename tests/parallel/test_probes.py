@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout
-from tests.helpers.ranks import fork_ranks
+from tests.helpers.ranks import fork_ranks, run_ranks
+from tests.helpers.transformer_engine_cases import Case, probed
+from tests.helpers.transformer_engine_stub import TE_FOLDER
 
 pytestmark = pytest.mark.slow
 Bug = Callable[[], AbstractContextManager[Any]]
@@ -55,6 +58,15 @@ def combination_without_router() -> AbstractContextManager[Any]:
     return patch.object(experts._Combine, "apply", lambda rows, weight, plan: right(rows, weight.detach(), plan))
 
 
+def rows_of_another_document() -> AbstractContextManager[Any]:
+    """The second key of every document is taken for the first, in the forward pass only."""
+    from hunyuan_pretrain.model import packed_attention
+
+    right = packed_attention._flash_cpu
+    return patch.object(packed_attention, "_flash_cpu", lambda q, k, v, is_causal: right(q, k.roll(1, 2), v.roll(1, 2), is_causal))
+
+
+RIGHT_ATTENTION = r"probe: attention by flash attention is that of a plain softmax, forward and backward \(largest .* difference .*e-07\)"
 HEALTHY = [
     Layout(),
     Layout(tp=2, ep=2, recompute="cla_group"),
@@ -64,6 +76,7 @@ HEALTHY = [
     Layout(dp=2, ep=2, overlap="everything", model="dropless"),
 ]
 BROKEN: dict[Bug, tuple[Layout, str]] = {
+    rows_of_another_document: (Layout(dp=2), "attention by flash attention is not that of a plain softmax on the same queries, keys and"),
     attention_across_documents: (Layout(dp=2), "documents of a pack see each other: changing one changed"),
     gathered_attention_across_documents: (Layout(cp=2), "documents of a pack see each other: changing one changed"),
     router_losses_times_two: (Layout(tp=2), "the balance loss acts with coefficient 0.02, but 0.01 is declared: this layout scales it"),
@@ -112,6 +125,7 @@ def test_probes_say_what_they_found_and_leave_no_gradient(answers, layout):
     lines, left = answers[layout]
     mode = f", {layout.attention} over 2 ranks" if layout.cp == 2 else ""
     z_loss = ", z-loss (coefficient 0.01, declared 0.01)" if layout.model == "top 2" else ""
+    assert re.fullmatch(RIGHT_ATTENTION, lines.pop(0))
     assert lines == [
         f"probe: documents of a pack do not see each other (attention forward and backward, bitwise{mode})",
         f"probe: every router hears cross-entropy, balance loss (coefficient 0.01, declared 0.01){z_loss}",
@@ -123,3 +137,47 @@ def test_probes_say_what_they_found_and_leave_no_gradient(answers, layout):
 def test_a_planted_bug_stops_the_run(answers, bug):
     assert isinstance(answers[bug], str), f"not caught: {answers[bug]}"
     assert answers[bug].startswith(BROKEN[bug][1])
+
+
+# --- with Transformer Engine's own Python part and stand-ins for its kernels ------------------------------------------------------------
+
+needs_package = pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make")
+
+
+def engine_case(corpus: Path, folder: Path, layout: Layout, **precision: Any) -> Case:
+    """In bf16, with attention by Transformer Engine; sizes that FP8 takes."""
+    fields = layout.experiment(corpus, folder).model_dump(mode="json")
+    fields["precision"] |= {"dtype": "bf16"} | precision
+    sizes = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "kv_channels": 8}
+    fields["model"] |= sizes | {"num_attention_heads": 8, "num_query_groups": 4}
+    return Case(Experiment.model_validate(fields), engine=True, has_attention=True)
+
+
+@needs_package
+def test_attention_that_misreads_what_it_is_handed_stops_the_run(corpus: Path, tmp_path: Path) -> None:
+    """Under context parallelism keys and values come gathered, and queries head by head."""
+    cases = [
+        (engine_case(corpus, tmp_path / f"{method}{has_bug}", Layout(cp=2, attention=method)), has_bug)
+        for method in ("all_gather", "all_to_all")
+        for has_bug in (False, True)
+    ]
+    for gathered, misread, traded, traded_as_it_is in run_ranks(2, probed, cases):
+        for lines, left in (gathered, traded, traded_as_it_is):  # what comes from an exchange of heads is contiguous
+            assert lines[0].startswith("probe: attention by Transformer Engine is that of packed_attention, forward and backward (largest")
+            assert left == []
+        refusal = "attention by Transformer Engine is not that of packed_attention on the same queries, keys and values: output by "
+        assert misread.startswith(refusal)
+        assert "do not train with this attention backend" in misread
+
+
+@needs_package
+def test_probes_run_with_parameters_in_fp8_only(corpus: Path, tmp_path: Path) -> None:
+    """Outside of a step in FP8 products take the values of such a weight, and its gradient arrives where all others do."""
+    cases = [
+        (engine_case(corpus, tmp_path / recipe, Layout(optimizer="distributed"), fp8_recipe=recipe, fp8_parameters=True), False)
+        for recipe in ("delayed", "tensorwise", "blockwise")
+    ]
+    (found,) = run_ranks(1, probed, cases)
+    for lines, left in found:
+        assert len(lines) == 3
+        assert left == []

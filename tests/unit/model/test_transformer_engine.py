@@ -14,6 +14,7 @@ from tests.helpers.layouts import STEPS, Comparisons, Layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import build, packed_inputs, tiny_model
 from tests.helpers.transformer_engine_cases import (
+    LAYOUTS,
     Build,
     Case,
     attention_differences,
@@ -159,7 +160,8 @@ def test_recipes_take_the_settings_and_leave_the_rest_to_transformer_engine() ->
 
 
 @needs_package
-def test_attention_takes_whole_documents_and_the_blocks_of_a_context_parallel_rank() -> None:
+def test_attention_is_right_however_queries_keys_and_values_lie_in_memory() -> None:
+    """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory as the layout that Transformer Engine finds."""
     from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
 
     borders = [0, 20, 44, 51, 96]
@@ -168,13 +170,13 @@ def test_attention_takes_whole_documents_and_the_blocks_of_a_context_parallel_ra
         (context_blocks(borders, [(0, 24), (72, 96)]), 48, 96),
         (context_blocks(borders, [(24, 72)]), 48, 96),  # keys of the first document are nobody's
     ]
-    (found,) = run_ranks(1, attention_differences, works)
-    assert [mask for mask, _ in found] == [
-        "NVTE_PADDING_CAUSAL_MASK",
-        "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
-        "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
-    ]
-    assert max(error for _, error in found) < 2**-6
+    heads = [(4, 2, 64), (2, 1, 80), (2, 2, 96), (4, 1, 128)]
+    (found,) = run_ranks(1, attention_differences, works, heads)
+    assert len(found) == len(works) * len(heads) * len(LAYOUTS) * 2
+    for case, mask, _ in found:
+        assert mask == ("NVTE_PADDING_CAUSAL_MASK" if "96 of 96" in case else "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK")
+    wrong = [f"{case}: {error}" for case, _, error in found if isinstance(error, str) or not error < 2**-6]
+    assert not wrong, "\n".join(wrong)
 
 
 # --- without the package ----------------------------------------------------------------------------------------------------------------
