@@ -47,9 +47,12 @@ def slot_priorities(seed: int, step: int, layer: int, group_n: torch.Tensor, num
     return _mix(group_keys[:, None] + slots) & ((1 << 63) - 1)
 
 
-def is_chosen(choice: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(..., E) bool, whether each choice (...) is that expert. torch's one_hot and bincount look at the numbers: the host would wait."""
-    return choice[..., None] == torch.arange(num_experts, device=choice.device)
+def marked(choice: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(..., C) expert numbers -> (..., E) bool, whether an expert is among them.
+
+    torch's one_hot and bincount look at the numbers first, for which the host waits on a GPU or for the whole tensor on a CPU.
+    """
+    return torch.zeros(*choice.shape[:-1], num_experts, dtype=torch.bool, device=choice.device).scatter_(-1, choice, True)
 
 
 def assign_slots(chosen_nKg: torch.Tensor, num_experts: int, capacity: int, priority_nS: torch.Tensor | None) -> torch.Tensor:
@@ -62,7 +65,7 @@ def assign_slots(chosen_nKg: torch.Tensor, num_experts: int, capacity: int, prio
     """
     n, K, g = chosen_nKg.shape
     choice_nc = chosen_nKg.reshape(n, K * g)
-    one_hot_ncE = is_chosen(choice_nc, num_experts)
+    one_hot_ncE = marked(choice_nc[..., None], num_experts)
     place_nc = one_hot_ncE.cumsum(1, dtype=torch.int32).gather(2, choice_nc[..., None]).squeeze(2) - 1
     is_kept_nc = place_nc < capacity
     slots_nc = torch.where(is_kept_nc, choice_nc * capacity + place_nc, DROPPED)
@@ -153,7 +156,7 @@ def _plan_dropless(chosen_TK: torch.Tensor, num_experts: int) -> tuple[torch.Ten
     order_R = choice_c.argsort(stable=True)
     row_c = torch.empty_like(order_R)
     row_c[order_R] = torch.arange(T * K, device=chosen_TK.device)
-    return row_c.view(T, K), order_R.div(K, rounding_mode="floor"), is_chosen(choice_c, num_experts).sum(0)
+    return row_c.view(T, K), order_R.div(K, rounding_mode="floor"), marked(chosen_TK, num_experts).sum(0)
 
 
 def expert_capacity(config: HunyuanConfig) -> int:
@@ -190,7 +193,7 @@ class Router(torch.nn.Module):
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = probs_TE.topk(K, dim=-1).indices
         statistics = torch.zeros(E + len(STATISTICS), device=hidden_TD.device)
-        is_chosen_TE = is_chosen(chosen_TK, E).any(1)
+        is_chosen_TE = marked(chosen_TK, E)
         if isinstance(key, CountedTokens):
             is_chosen_TE = is_chosen_TE & key.is_counted_T[:, None]
             statistics[-1] = key.is_counted_T.sum()
@@ -229,7 +232,7 @@ class Router(torch.nn.Module):
         E = probs_TE.shape[1]
         n = chosen_TK.shape[0] // self.config.moe_routing_group_tokens
         with torch.no_grad():
-            chosen_nE = is_chosen(chosen_TK.view(n, -1), E).float().mean(1)
+            chosen_nE = marked(chosen_TK.view(n, -1, 1), E).float().mean(1)
         balance_loss = E * (probs_TE.view(n, -1, E).mean(1) * chosen_nE).sum()
         if not self.config.moe_z_loss_coeff:
             return balance_loss, balance_loss.new_zeros(())

@@ -1,0 +1,148 @@
+"""The host runs ahead of a GPU: no operation of a step looks at a tensor's numbers, but one in each layer without capacity; and no
+gradient of a gather has to sort the rows that it adds up. Counted on the CPU, where nobody waits, by what is called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.model.router import CountedTokens
+from tests.helpers.ranks import fork_ranks
+from tests.helpers.tiny import build, packed_inputs, tiny_model
+
+LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal", "histc")
+METHODS = ("tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+ADDS = ("index_add_", "index_add", "scatter_add_", "scatter_add", "index_select_backward", "embedding_dense_backward")
+MOST_EXPERTS = 16
+"""Numbers in a row of router probabilities, whose gradients are added up too."""
+DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operators that look at numbers, and those that add into rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: Counter[str] = Counter()
+        self.adds: Counter[str] = Counter()
+        self._methods = _Methods(self.looks)
+
+    def __enter__(self) -> Operations:
+        self._methods.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._methods.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        of_unknown_size = name == "repeat_interleave" and not kwargs.get("output_size")
+        if name in LOOKS or of_unknown_size or (name.startswith("index") and self._has_mask(args)):
+            self.looks[name] += 1
+        is_of_rows = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() > 1 and args[0].shape[-1] > MOST_EXPERTS
+        if is_of_rows and (name in ADDS or (name in ("index_put_", "_index_put_impl_") and len(args) > 3 and args[3])):
+            self.adds[name] += 1
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _has_mask(args: tuple[Any, ...]) -> bool:
+        indices = [index for arg in args if isinstance(arg, (list, tuple)) for index in arg]
+        return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, looks: Counter[str]) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__name__", "") in METHODS:
+            self.looks[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: Any) -> Counter[str]:
+    """Of a forward pass, and a backward pass where there is one."""
+    whole, inputs = build(model, **parallel), packed_inputs(model)
+    if is_counted:
+        inputs["key"] = CountedTokens(torch.arange(len(inputs["tokens_T"])) % 3 > 0)
+    with Operations() as operations, torch.set_grad_enabled(not is_counted):
+        loss, _ = whole(**inputs)
+        if not is_counted:
+            loss.backward()
+    return operations.looks
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_router_topk": 2, "recycle_routing": False, "moe_z_loss_coeff": 0.1}], ids=["top 1", "top 2"])
+@pytest.mark.parametrize("recompute", ["none", "cla_group"])
+def test_a_step_with_capacity_never_waits_for_a_number(changes: dict[str, Any], recompute: str) -> None:
+    assert looks_of_a_step(tiny_model(**changes), recompute=recompute) == {}
+
+
+def test_a_layer_without_capacity_waits_once_for_the_rows_of_its_experts() -> None:
+    model = tiny_model(**DROPLESS)
+    assert looks_of_a_step(model) == {"tolist": model.num_layers}
+    assert looks_of_a_step(tiny_model(), is_counted=True) == {"tolist": model.num_layers}, "a validation has no capacity"
+
+
+@pytest.mark.parametrize("count", ["bincount", "one_hot"])
+def test_what_this_counts_is_seen(count: str) -> None:
+    """Both were in the router."""
+    choice = torch.arange(4)
+    with Operations() as operations:
+        torch.bincount(choice, minlength=4) if count == "bincount" else torch.nn.functional.one_hot(choice, 4)
+    assert operations.looks
+
+
+def exchange(kinds: list[dict[str, Any]]) -> list[Any]:
+    """In every rank: of the mixture of experts of a layer without capacity under each layout: looks, additions, and by how much output and
+    gradients differ from those of all experts on one rank."""
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.hunyuan_model import build_model
+    from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
+
+    torch.use_deterministic_algorithms(True)
+    initialize_distributed("gloo", 60)
+    found = []
+    for kind in kinds:
+        results, operations = [], Operations()
+        for layout in ({"tensor_model_parallel_size": kind.get("tensor_model_parallel_size", 1)} | _sequence_parallel(kind), kind):
+            parallel = ParallelConfig(**layout)
+            groups = build_groups(parallel, 60)
+            config = transformer_config(tiny_model(**DROPLESS), parallel, PrecisionConfig(dtype="fp32"))
+            (model,) = build_model(config, groups, 1)
+            moe = model.decoder.layers[0].mlp
+            generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+            x_TD = torch.randn(48, config.hidden_size, generator=generator).requires_grad_()
+            plan, _ = moe.router(x_TD, None)
+            with operations if layout is kind else Operations():
+                output_TD = moe.experts(x_TD, plan)
+                output_TD.backward(torch.ones_like(output_TD).cumsum(0))
+            results.append((output_TD.detach(), x_TD.grad))
+            leave_layout()
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+        found.append((dict(operations.looks), dict(operations.adds), max(errors)))
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def _sequence_parallel(kind: dict[str, Any]) -> dict[str, Any]:
+    return {"sequence_parallel": kind.get("sequence_parallel", False)}
+
+
+def test_the_exchange_without_capacity_waits_once_and_gathers_gradients() -> None:
+    shared = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}
+    for rank in fork_ranks(2, exchange, [{"expert_model_parallel_size": 2}, shared]):
+        (looks, adds, error), (shared_looks, shared_adds, shared_error) = rank
+        assert looks == {"tolist": 1}
+        assert shared_looks == {"tolist": 2}, "rows of its experts, and those of the other ranks"
+        assert adds == shared_adds == {}
+        assert max(error, shared_error) < 1e-6
