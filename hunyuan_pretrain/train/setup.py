@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, copy_tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
-from hunyuan_pretrain.parallel.agreement import error_of_rank_0, from_rank_0
+from hunyuan_pretrain.parallel.agreement import error_of_rank_0, from_rank_0, patience
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
 from hunyuan_pretrain.runtime.device import (
     backend_of,
@@ -41,6 +41,7 @@ from hunyuan_pretrain.runtime.device import (
     versions,
 )
 from hunyuan_pretrain.runtime.environment import recorded, set_variables
+from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.logging import RunLog, check_writable, code_version, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
@@ -68,6 +69,8 @@ class Run:
     log: RunLog
     start: Start | None = None
     """How it began or went on; None where nothing is kept of the run."""
+    lock: RunLock | None = None
+    """Of the run directory, on rank 0."""
 
     @property
     def schedule(self) -> Schedule:
@@ -97,14 +100,20 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
     device = _start_machine(experiment)
     leave_if_asked(stop, device)
     _check_paths(experiment)
-    groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
-    chunks, wrapped = _build_model(experiment, groups)
-    optimizer = build_optimizer(wrapped, experiment, groups)
-    start = _load_or_init(experiment, chunks, optimizer, accepted)
-    loader, evaluation = _open_data(experiment, groups, stop, start)
-    leave_if_asked(stop, device)
-    log = _open_log(experiment, start)
-    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, start.first_step, log, start)
+    lock = _take_lock(experiment)
+    try:
+        groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
+        chunks, wrapped = _build_model(experiment, groups)
+        optimizer = build_optimizer(wrapped, experiment, groups)
+        start = _load_or_init(experiment, chunks, optimizer, accepted).after(lock.notes if lock else ())
+        loader, evaluation = _open_data(experiment, groups, stop, start)
+        leave_if_asked(stop, device)
+        log = _open_log(experiment, start)
+    except BaseException:
+        if lock is not None:
+            lock.release(began=False)
+        raise
+    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, start.first_step, log, start, lock)
 
 
 def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:
@@ -123,6 +132,8 @@ def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
     """End a run but stay in the job, so that its ranks can begin another; the loop ends the job with it (`destroy_groups`)."""
     run.log.close()
     run.loader.close()
+    if run.lock is not None:
+        run.lock.release()
     leave_groups()
 
 
@@ -138,6 +149,8 @@ def left_at_the_end(run: Run, leave_groups: Callable[[], None] = leave_layout) -
     except BaseException:
         if dist.get_world_size() == 1:
             leave(run, leave_groups)
+        elif run.lock is not None:
+            run.lock.release()
         raise
     leave(run, leave_groups)
 
@@ -223,6 +236,26 @@ def _check_paths(experiment: Experiment) -> None:
     """Refuse a run_dir that cannot be written and a tokenizer that is no folder, before anything takes time. Communicates: all ranks."""
     _write_on_rank_0(experiment, lambda: check_writable(Path(experiment.run_dir)))
     check_tokenizer_folder(experiment.tokenizer)
+
+
+def _take_lock(experiment: Experiment) -> RunLock | None:
+    """Lock the run directory, on rank 0. Raises ConfigError, on all ranks, where another process trains in it. Communicates: all ranks."""
+    taken: list[RunLock] = []
+
+    def take() -> Sequence[Problem]:
+        try:
+            taken.append(RunLock.take(Path(experiment.run_dir)))
+        except ConfigError as error:
+            return error.problems
+        except OSError as error:
+            return [Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {error.strerror}", "choose another")]
+        return ()
+
+    with patience():  # it may have to wait for a sign of life
+        problems = resume.on_rank_0(take)
+    if problems:
+        raise ConfigError(experiment.run_dir, problems)
+    return taken[0] if taken else None
 
 
 def check_tokenizer_folder(tokenizer: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.ranks import fork_ranks
-from tests.helpers.runs import SEQUENCE_LENGTH, experiment_fields, metrics
+from tests.helpers.runs import SEQUENCE_LENGTH, experiment_fields, kill_when, metrics, run_forked, start, write_experiment
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH = 20, 8
@@ -169,3 +170,30 @@ def test_where_reads_the_segment_that_was_in_force(told: dict[str, Any], base: P
     assert told["twice"]
     assert len(documents(base / "twice", 3)) == 8
     assert len(documents(base / "twice", 11)) == 16
+
+
+def test_two_trains_on_one_run_dir_do_not_mix_and_the_lock_of_a_killed_one_is_no_obstacle(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = write_experiment(tmp_path / "x.yaml", fields_of(corpus, run_dir, checkpoint={"save_every_steps": 2}))
+    first = start("train", config)
+
+    def second_is_refused() -> bool:
+        if not metrics(run_dir):
+            return False
+        first.send_signal(signal.SIGSTOP)  # however long the second takes to start
+        code, out, err = run_forked("train", config)
+        assert code == 2, out + err
+        assert f"{run_dir}: 1 problem\n  run_dir: process {first.pid} on " in err
+        assert "hunyuan_pretrain/" not in err, "no traceback"
+        return True
+
+    kill_when(first, second_is_refused)
+    done = len(metrics(run_dir))
+    assert (run_dir / "lock.json").exists()
+    code, out, err = run_forked("train", config)
+    assert code == 0, out + err
+    assert f"the lock of process {first.pid} on " in out
+    assert "was left over (the process is gone): taken over" in out
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert done < STEPS
+    assert not (run_dir / "lock.json").exists()
