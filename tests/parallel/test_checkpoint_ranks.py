@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,33 +167,40 @@ class Cases:
         }
         return weights | state
 
+    def copy(self, case: str, *steps: int) -> Path:
+        """Some of the checkpoints of `plans`, as another run's."""
+        import torch.distributed as dist
+
+        folder = self.folder / case / "checkpoints"
+        for step in steps if self.rank == 0 else ():
+            shutil.copytree(self.folder / f"plans/checkpoints/step_{step:07d}", folder / f"step_{step:07d}")
+        dist.barrier()
+        return folder
+
     def fall_back(self) -> Any:
         """The newest checkpoint has a flipped bit, the one before lost its end."""
-        for step in (1, 2, 3):
-            self.save("damage", step)
+        folder = self.copy("damage", 1, 2, 3)
         if self.rank == 0:
-            files = [self.folder / "damage/checkpoints" / f"step_000000{step}" / "__1_0.distcp" for step in (2, 3)]
-            os.truncate(files[0], files[0].stat().st_size - 1)
-            data = bytearray(files[1].read_bytes())
+            short, flipped = (folder / name / "__1_0.distcp" for name in ("step_0000002", "step_0000003"))
+            os.truncate(short, short.stat().st_size - 1)
+            data = bytearray(flipped.read_bytes())
             data[len(data) // 2] ^= 1
-            files[1].write_bytes(data)
+            flipped.write_bytes(data)
         return self.resume("damage"), self.complete("damage"), self.save("damage", 3), self.resume("damage")
 
     def unreadable(self) -> Any:
-        """The digests are right, and reading fails on rank 1."""
+        """The digests are right, and reading fails."""
         from hunyuan_pretrain.checkpoint import save_load
 
-        for step in (1, 2):
-            self.save("unreadable", step)
+        self.copy("unreadable", 1, 2)
         with self.failing(save_load.dist_checkpointing, "load", OSError(errno.EIO, "Input/output error"), rank=1, after=0, once=True):
             return self.resume("unreadable")
 
     def all_bad(self) -> Any:
-        for step in (1, 2):
-            self.save("bad", step)
+        folder = self.copy("bad", 1, 2)
         if self.rank == 0:
-            (self.folder / "bad/checkpoints/step_0000001/complete.json").unlink()
-            os.truncate(self.folder / "bad/checkpoints/step_0000002/__0_0.distcp", 10)
+            (folder / "step_0000001/complete.json").unlink()
+            os.truncate(folder / "step_0000002/__0_0.distcp", 10)
         return self.resume("bad"), self.complete("bad")
 
     @contextmanager
