@@ -36,7 +36,16 @@ def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
     trace_steps(run, range(1))
     cases = Cases(run, folder, dist.get_rank())
     found = {}
-    for case in (cases.slow, cases.out_of_memory, cases.full_disk, cases.plans, cases.fall_back, cases.unreadable, cases.all_bad):
+    for case in (
+        cases.slow,
+        cases.shares,
+        cases.out_of_memory,
+        cases.full_disk,
+        cases.plans,
+        cases.fall_back,
+        cases.unreadable,
+        cases.all_bad,
+    ):
         found[case.__name__] = case()
         dist.barrier()
     setup.leave(run)
@@ -48,6 +57,8 @@ class Cases:
 
     def __init__(self, run: Any, folder: Path, rank: int) -> None:
         self.run, self.folder, self.rank = run, folder, rank
+        self.written: list[str] = []
+        self.digested: list[str] = []
 
     def save(self, case: str, step: int) -> str:
         """The error's words, "" without one."""
@@ -84,6 +95,7 @@ class Cases:
         digest, write = folders.digest, parallel_write._write_planned
 
         def slow_digest(path: Path) -> str:
+            self.digested.append(path.name)
             if path.name.startswith("__0_0"):
                 time.sleep(LONG_S)
             return digest(path)
@@ -96,8 +108,14 @@ class Cases:
         with mock.patch.object(folders, "digest", slow_digest), mock.patch.object(parallel_write, "_write_planned", slow_write):
             with short_time_out():
                 saved = self.save("slow", 1)
+            self.written, self.digested = self.digested, []
             with short_time_out():
                 return saved, self.resume("slow")
+
+    def shares(self) -> Any:
+        """(files digested after writing, files digested before reading, bytes of this rank's own files), of `slow`."""
+        own = (self.folder / "slow/checkpoints/step_0000001").glob(f"__{self.rank}_*")
+        return sorted(self.written), sorted(self.digested), sum(path.stat().st_size for path in own)
 
     def out_of_memory(self) -> Any:
         """Rank 1 runs out of memory between two collectives: while it copies the state, and while it takes what was read."""
@@ -252,6 +270,15 @@ def test_work_on_files_may_take_longer_than_a_collective(found):
     assert saved == ""
     assert (resumed[0], resumed[1]) == ("step_0000001", [])
     assert resumed[2].endswith("checkpoints/step_0000001: after step 1, saved by dp=2")
+
+
+def test_data_parallel_ranks_share_the_writing_and_each_digests_what_it_wrote(found):
+    (written_0, read_0, bytes_0), (written_1, read_1, bytes_1) = (rank["shares"] for rank in found)
+    assert all(name.startswith("__1_") for name in written_1)
+    assert {".metadata", "common.pt", "metadata.json"} == {name for name in written_0 if not name.startswith("__0_")}
+    assert set(read_0) | set(read_1) == {*written_0, *written_1}
+    assert not set(read_0) & set(read_1)
+    assert 0.8 < bytes_0 / bytes_1 < 1.25, "of everything that both have"
 
 
 def test_a_rank_out_of_memory_fails_the_save_on_all_and_hangs_none(found):
