@@ -24,6 +24,9 @@ from hunyuan_pretrain.config.schema import ModelConfig, show_value
 
 FORMAT_VERSION = 1
 MARKER = "complete.json"
+SELF = "marker_sha256"
+"""Key of the digest of everything else in complete.json."""
+
 PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
@@ -67,6 +70,11 @@ def read_marker(folder: Path) -> dict[str, Any]:
         missing = {"step", "world_size", "model", "files"} - marker.keys()
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} missing")
+        # a newer program's may be digested in another way, and is refused below
+        if SELF in marker and marker[SELF] != _self_digest(marker) and marker.get("format_version", 1) <= FORMAT_VERSION:
+            raise ValueError(f"its content is not what was written: {SELF} is of another")
+        if step_of(folder) not in (None, marker["step"]):
+            raise ValueError(f"it is of step {marker['step']}")
     except FileNotFoundError:
         others = [path.name for path in named_checkpoints(folder.parent.parent) if path != folder and (path / MARKER).exists()]
         near = ", ".join(others) or "none"
@@ -81,8 +89,9 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
     """Write complete.json, and return when it is on disk."""
+    content = {"format_version": FORMAT_VERSION, **content}
     with (folder / MARKER).open("w", encoding="utf-8") as file:
-        json.dump({"format_version": FORMAT_VERSION, **content}, file, indent=1)
+        json.dump({**content, SELF: _self_digest(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
@@ -192,6 +201,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _self_digest(marker: Mapping[str, Any]) -> str:
+    content = json.loads(json.dumps({key: value for key, value in marker.items() if key != SELF}))  # as it comes back
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _has_size(path: Path, file: Mapping[str, Any]) -> bool:

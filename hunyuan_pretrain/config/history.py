@@ -116,11 +116,15 @@ def write_history(run_dir: Path, segments: Sequence[Segment]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old or the new content, never a part. Raises OSError."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _known(value: Any, section: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hunyuan_pretrain.config.history import write_whole
 from hunyuan_pretrain.config.schema import LoggingConfig
 from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
 
@@ -118,7 +119,7 @@ class RunLog:
         if not self.is_writer or not path.exists():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line.rstrip(b"\n") + b"\n" for line in lines if _step_of(line) <= step]  # the last may have lost its end only
         if kept != lines:
             partial = path.with_suffix(".partial")
             partial.write_bytes(b"".join(kept))
@@ -206,9 +207,9 @@ def check_writable(run_dir: Path) -> None:
 def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str, str]) -> None:
     """Write what would be needed to repeat the run: resolved.yaml, and environment.json with command, commit and versions. Rank 0 only."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "resolved.yaml").write_text(resolved_yaml, encoding="utf-8")
+    write_whole(run_dir / "resolved.yaml", resolved_yaml)
     environment = {"command": sys.argv, **code_version(), **versions}
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    write_whole(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def code_version() -> dict[str, str | None]:
@@ -234,7 +235,7 @@ def _step_of(line: bytes) -> int:
     """Step of a metrics line; a line cut short by a kill belongs to no step that was saved."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return sys.maxsize
 
 

@@ -277,7 +277,9 @@ def _write_on_rank_0(experiment: Experiment, job: Callable[[], None]) -> None:
             place = "" if error.filename in (None, experiment.run_dir) else f" ({error.filename})"
             raise RuntimeError(f"{error.strerror}{place}") from error
 
-    if error := error_of_rank_0(told):
+    with patience():  # a service may take its time to answer, a disk to copy
+        error = error_of_rank_0(told)
+    if error is not None:
         problem = Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {error}", "choose another")
         raise ConfigError(experiment.run_dir, [problem])
 

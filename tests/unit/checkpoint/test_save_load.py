@@ -131,6 +131,12 @@ def lose_a_file(folder: Path) -> None:
     next(folder.glob("*.distcp")).unlink()
 
 
+def edit_marker(folder: Path, old: str, new: str) -> None:
+    text = (folder / "complete.json").read_text()
+    assert text.count(old) == 1
+    (folder / "complete.json").write_text(text.replace(old, new))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     # what happened: how, the words, is it found before its digests are compared
     "truncated": (truncate, r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json", False),
@@ -138,6 +144,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "file lost": (lose_a_file, r"\.distcp is missing or damaged", False),
     "no marker": (lambda folder: (folder / "complete.json").unlink(), r"not a complete checkpoint \(no complete.json\)", False),
     "marker cut": (lambda folder: os.truncate(folder / "complete.json", 100), r"complete.json: damaged: ", False),
+    "marker flipped": (
+        lambda folder: edit_marker(folder, '"world_size": 1', '"world_size": 3'),
+        "its content is not what was written",
+        False,
+    ),
     "marker empty": (lambda folder: (folder / "complete.json").write_text("{}"), "damaged: files, model, step, world_size missing", False),
 }
 
@@ -259,6 +270,13 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
     (checkpoint / "complete.json").write_text(json.dumps(marker))
     with pytest.raises(CheckpointError, match="written by a newer program: format_version is 99, this program reads up to 1"):
         load_into(run, checkpoint)
+
+
+def test_a_marker_of_another_step_than_its_folder_is_refused(run, checkpoint):
+    """Before markers had a digest of themselves, a flipped bit in the step would have gone on from another one."""
+    renamed = checkpoint.rename(checkpoint.with_name("step_0000009"))
+    with pytest.raises(CheckpointError, match=r"step_0000009/complete.json: damaged: it is of step 1"):
+        load_into(run, renamed)
 
 
 def test_what_the_caller_records_is_in_the_marker(run, tmp_path):

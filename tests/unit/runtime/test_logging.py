@@ -59,6 +59,25 @@ def test_truncate_after_forgets_later_steps_and_a_line_cut_short(log, tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 2, "validation_loss": 1.0}, {"step": 3}]
 
 
+@pytest.mark.parametrize("end", ['{"step": 2}', '{"step": 2}\n12\nnull', '{"step": 2}\n\0\0\0', '{"step": 2}\n{"step": 1'])
+def test_the_next_line_is_not_glued_to_one_that_lost_its_end(tmp_path, end):
+    """What a kill or a crash of the machine can leave at the end of metrics.jsonl."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
+    log = RunLog(tmp_path, QUIET, "name", is_writer=True)
+    log.truncate_after(2)
+    log.open_sinks({})
+    log.metrics({"step": 3})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_full_disk_at_the_start_leaves_what_an_earlier_start_recorded(tmp_path):
+    record_environment(tmp_path, "name: x\n", {"torch": "1"})
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with no_room_beyond(5), pytest.raises(OSError, match="File too large"):
+        record_environment(tmp_path, "name: another\n", {"torch": "1"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
 def test_a_fresh_run_has_nothing_to_truncate(log, tmp_path):
     RunLog(tmp_path / "other", QUIET, "name", is_writer=True).truncate_after(0)
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
