@@ -69,9 +69,9 @@ def chosen(case: Case) -> Iterator[None]:
     from hunyuan_pretrain.train import setup
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(setup, "uses_transformer_engine", lambda machine, experiment: case.engine))
-        stack.enter_context(patch.object(setup, "obstacles", lambda machine, experiment: []))
-        stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda engine: case.is_fused))
+        stack.enter_context(patch.object(setup, "uses_transformer_engine", lambda *_: case.engine))
+        stack.enter_context(patch.object(setup, "obstacles", lambda *_: []))
+        stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda *_: case.is_fused))
         if case.engine:
             from hunyuan_pretrain.model import transformer_engine_attention
 
