@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import os
 import re
 import signal
 import sys
@@ -23,9 +23,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _path(given: Any) -> Any:
+    """A path, or several, with ~ for the home folder; what a shell would have replaced and did not is refused."""
+    if isinstance(given, list | tuple):
+        return [_path(path) for path in given]
+    if given is None or os.path.exists(given):
+        return given
+    if not given.strip():
+        raise DataFormatError(f"path {given!r}: is empty; a variable of the shell may have no value")
+    if re.search(r"\$\{?\w", given):
+        raise DataFormatError(f"{given}: holds a variable that the shell did not replace; write it in double quotes or without any")
+    return os.path.expanduser(given)
+
+
 Inputs = Annotated[
     list[str],
     typer.Argument(
+        callback=_path,
         metavar="INPUT...",
         help="Files of text, of JSON lines or arrays (each also as .gz, .zst, .bz2, .xz) or of parquet; folders of them, links followed; "
         "patterns; or URLs that fsspec opens. What a file holds is told by its content.",
@@ -85,9 +100,10 @@ class Method(StrEnum):
 def train_tokenizer(
     inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(help="Ids in all, the 209 special tokens included.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    output: Annotated[str, typer.Option(callback=_path, help="Folder to write.")],
     base: Annotated[
-        str | None, typer.Option(help="Ranks file (tiktoken format) or tokenizer folder whose tokens come first, with their ids.")
+        str | None,
+        typer.Option(callback=_path, help="Ranks file (tiktoken) or tokenizer folder whose tokens come first, with their ids."),
     ] = None,
     base_size: Annotated[int | None, typer.Option(help="Keep only the first so many ranks of the base.")] = None,
     where: Where = None,
@@ -142,8 +158,8 @@ def train_tokenizer(
 @app.command()
 def tokenize(
     inputs: Inputs,
-    tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(callback=_path, help="Folder of the tokenizer.")],
+    output: Annotated[str, typer.Option(callback=_path, help="Folder to write.")],
     text_field: TextField = "text",
     template: Template = None,
     where: Where = None,
@@ -156,7 +172,7 @@ def tokenize(
     holdout_every: Annotated[
         int | None, typer.Option(min=2, max=2**63 - 1, help="Write one document in N to --holdout-output instead.")
     ] = None,
-    holdout_output: Annotated[str | None, typer.Option(help="Folder for the documents held out.")] = None,
+    holdout_output: Annotated[str | None, typer.Option(callback=_path, help="Folder for the documents held out.")] = None,
     shard_megabytes: Annotated[int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")] = None,
     overwrite: Overwrite = False,
     executor: Annotated[
@@ -166,7 +182,7 @@ def tokenize(
     executor_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
     ] = None,
-    logs: Annotated[str | None, typer.Option(help="Folder for the logs of --executor; default OUTPUT.logs.")] = None,
+    logs: Annotated[str | None, typer.Option(callback=_path, help="Folder for the logs of --executor; default OUTPUT.logs.")] = None,
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is not finished."""
     from data_tools import tokenization
@@ -189,9 +205,9 @@ def tokenize(
                 raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
         manifests = tokenization.tokenize(inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings)
     else:
-        from data_tools.datatrove_pipeline import tokenize_on
+        from data_tools.datatrove_pipeline import parse_options, tokenize_on
 
-        options = _executor_options(executor_option)
+        options = parse_options(executor, executor_option or [])
         of_executor: dict[str, Any] = {"tasks": tasks or 64, "workers": workers, "logs": logs, "options": options}
         found = tokenize_on(executor, inputs, tokenizer, output, **of_executor, **settings)
         if found is None:  # submitted
@@ -213,9 +229,11 @@ def tokenize(
 
 @app.command()
 def pack(
-    tokenized: Annotated[list[str], typer.Argument(metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False)],
+    tokenized: Annotated[
+        list[str], typer.Argument(callback=_path, metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False)
+    ],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    output: Annotated[str, typer.Option(callback=_path, help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of the sequences.")] = 1234,
     method: Annotated[
         Method, typer.Option(help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as others do.")
@@ -255,9 +273,9 @@ def pack(
 
 @app.command()
 def inspect(
-    folder: Annotated[str, typer.Argument(help="Folder written by `tokenize` or `pack`.", show_default=False)],
+    folder: Annotated[str, typer.Argument(callback=_path, help="Folder written by `tokenize` or `pack`.", show_default=False)],
     samples: Annotated[int, typer.Option(min=0, help="Documents or sequences to show.")] = 2,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer; without it, samples are shown as ids.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(callback=_path, help="Folder of the tokenizer; without it, ids are shown.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its SHA-256.")] = False,
 ) -> None:
     """Show counts, lengths and samples of a tokenized or packed folder."""
@@ -270,9 +288,9 @@ def inspect(
 
 @app.command()
 def mix(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="Experiment YAML.", show_default=False)],
+    config: Annotated[str, typer.Argument(callback=_path, metavar="CONFIG", help="Experiment YAML.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for training.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for mix.json and a picture; default: only print.")] = None,
+    output: Annotated[str | None, typer.Option(callback=_path, help="Folder for mix.json and a picture; default: only print.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Say what the stages of an experiment will read: tokens and epochs by source, padding, and the context that tokens see."""
@@ -286,7 +304,7 @@ def mix(
 
 @app.command()
 def where(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or experiment YAML.", show_default=False)],
+    run: Annotated[str, typer.Argument(callback=_path, metavar="RUN", help="Run directory, or experiment YAML.", show_default=False)],
     step: Annotated[int, typer.Option(help="Step, as metrics.jsonl counts it.")],
     place: Annotated[int | None, typer.Option(help="One place of the global batch; default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sequence and line.")] = False,
@@ -302,7 +320,8 @@ def where(
 @app.command()
 def verify(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Data folders, experiment YAMLs or run directories.", show_default=False)
+        list[str],
+        typer.Argument(callback=_path, metavar="PATH...", help="Data folders, experiments or run directories.", show_default=False),
     ],
 ) -> None:
     """Read every file of data folders, or of all the data of an experiment, and compare it with its SHA-256."""
@@ -344,7 +363,7 @@ def main() -> None:
             raise
         _fail(str(error))
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail("no space left on the disk of the output; nothing half-written stays, and what `tokenize` had finished is gone on from")
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     finally:
@@ -355,19 +374,6 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"hunyuan-data: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _executor_options(given: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for option in given or []:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise DataFormatError(f"--executor-option {option}: write it as NAME=VALUE, such as partition=cpu")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
 
 
 def _extensions(given: list[str] | None) -> list[str]:

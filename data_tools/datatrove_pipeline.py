@@ -13,7 +13,9 @@ that keeps locks (NFS, Lustre mounted with `flock`), and need nothing else of on
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -214,6 +216,36 @@ def tokenize_on(
         except DataFormatError:  # it has its name
             return [read_manifest(each, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize") for each in outputs]
     raise DataFormatError(f"{output}: not finished; {logs}/*/logs say why, and the same command goes on")
+
+
+def parse_options(executor: str, given: Sequence[str]) -> dict[str, Any]:
+    """`--executor-option NAME=VALUE` options, each read as the type that datatrove's class of the executor says. Raises DataFormatError."""
+    parameters = inspect.signature(EXECUTORS[executor]).parameters
+    options: dict[str, Any] = {}
+    for option in given:
+        name, equals, value = option.partition("=")
+        if not (name and equals):
+            raise DataFormatError(f"--executor-option {option}: write it as NAME=VALUE, such as partition=cpu")
+        if name in options:
+            raise DataFormatError(f"--executor-option {option}: {name} is given twice; give it once")
+        kind = parameters[name].annotation if name in parameters else "str"  # what is not known is refused with the list of what is
+        options[name] = _value_of(option, value, kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind)))
+    return options
+
+
+def _value_of(option: str, value: str, kind: str) -> Any:
+    """`value` as datatrove's annotation `kind` says: a string stays as it is written, so 00:30 and 1e3 are no numbers."""
+    expected = next((known for known in ("dict", "bool", "int", "str") if re.search(rf"\b{known}\b", kind)), "str")
+    if expected == "str":
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if type(found).__name__ != expected:
+        such = {"dict": 'a JSON object, such as {"mem": "8G"}', "bool": "true or false", "int": "a whole number"}[expected]
+        raise DataFormatError(f"--executor-option {option}: {such} is expected")
+    return found
 
 
 def _check(executor: str, options: Mapping[str, Any]) -> None:

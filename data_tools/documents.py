@@ -386,8 +386,11 @@ def _rows(split: Split, form: RecordForm, advance: Callable[[int], None], pass_o
             for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):
                 for record in _records_of_batch(batch):
                     where = f"{split.file.path}: row {row}"
-                    found = Reject(where, record) if isinstance(record, str) else form.text_of(where, record)
-                    yield from _of_record(row, (found, record) if isinstance(found, str) else found, pass_over)
+                    if isinstance(record, str):
+                        yield Reject(where, record)
+                    else:
+                        text = form.text_of(where, record)
+                        yield from _of_record(row, (text, record) if isinstance(text, str) else text, pass_over)
                     row += 1
             advance(split.file.size // max(parquet.num_row_groups, 1))
 

@@ -324,3 +324,78 @@ def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Pa
     assert "File too large" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_read_is_printed_counted_and_kept(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "link").mkdir()
+    records = [{"title": "T", "text": "x", "lang": "zh"}, {"title": "U", "text": "y", "lang": "en"}, {"text": ""}, {"title": 1}]
+    (tmp_path / "in" / "a.json").write_text(json.dumps(records[:2], indent=1))
+    (tmp_path / "link" / "b.jsonl").write_text(json.dumps(records[0]) + "\nnot json\n")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "link")
+    for name in ("one.rst", "two.rst", "README", ".hidden"):
+        (tmp_path / "in" / "deep" / name).write_text("text")
+    out = tmp_path / "in" / "out"
+    options = ("--tokenizer", work / "tok", "--template", r"{title}\n\n{text}", "--where", "lang=zh", "--max-rejects", 1)
+    capsys.readouterr()
+    for _ in range(2):  # the output lies in the corpus, and is no part of it
+        assert run("tokenize", tmp_path / "in", "--output", out, "--overwrite", *options) == 0
+        shown = capsys.readouterr()
+        assert shown.err.startswith("not read: ")
+        assert "2 .rst (such as" in shown.err
+        assert "1 without an ending" in shown.err
+        assert "1 hidden" in shown.err
+        assert "1 records left out by --where" in shown.out
+        assert "1 records rejected; see" in shown.out
+        tokenizer, data = Tokenizer.load(work / "tok"), TokenizedDataset(out)
+        assert [tokenizer.decode(data.document(number)[1:-1]) for number in range(2)] == ["T\n\nx"] * 2
+        assert data.num_documents == 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["skipped"][".rst"], manifest["passed_over"]) == (2, 1)
+    assert run("inspect", out) == 0
+    shown_rows = " ".join(capsys.readouterr().out.split())
+    assert "0 empty, 1 rejected, 1 by --where" in shown_rows
+    assert "2 .rst" in shown_rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--template", "{} {text}"), "--template '{} {text}': character 1: {} names no field"),
+        (("--where", "lang!=zh"), "--where lang!=zh: only FIELD=VALUE is known"),
+        (("--extension", "*.py"), "--extension *.py: not an ending; write one such as .rst"),
+        (("--extension", ".jsonl.gz"), "--extension .jsonl.gz: compressed files go by the ending before it; give jsonl"),
+        (("--extension", "txt,md"), "--extension txt,md: not an ending"),
+        (("--text-ending", ""), "--text-ending : not an ending"),
+        (("--text-field", ""), "--text-field: is empty; give the name of a field"),
+        (("--holdout-every", 3, "--holdout-output", "$NO/x"), "$NO/x: holds a variable that the shell did not replace"),
+        (("--holdout-every", 3, "--holdout-output", ""), "path '': is empty"),
+    ],
+)
+def test_small_languages_are_checked_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple, message: str
+) -> None:
+    command = ("tokenize", tmp_path / "nowhere", "--tokenizer", tmp_path / "none", "--output", tmp_path / "out")
+    assert message in fails(capsys, *command, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert f"{tmp_path}/none/hy.tiktoken" in fails(capsys, "tokenize", "~", "--tokenizer", "~/none/hy.tiktoken", "--output", "~/out")
+
+
+def test_what_the_tokenizer_was_not_trained_on_is_in_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("some words " * 50 + "q" * 3000)
+    (tmp_path / "in" / "b.txt").write_bytes(b"\xff")
+    (tmp_path / "in" / "c.rst").write_text("c")
+    options = ("--vocab-size", 470, "--max-rejects", 1, "--output", tmp_path / "tok")
+    assert run("train-tokenizer", tmp_path / "in", *options) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"not read: 1 .rst (such as '{tmp_path}/in/c.rst')")
+    assert "1 words of more than 1,024 tokens of the base were cut for training" in shown.out
+    report = json.loads((tmp_path / "tok" / "report.json").read_text())
+    assert report["trained_on"]["long_words_cut"] == 1
+    assert report["left_out"] == {"files": {".rst": 1}, "rejects": 1, "by_where": 0}

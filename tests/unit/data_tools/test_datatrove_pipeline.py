@@ -186,3 +186,29 @@ def test_mistakes_in_the_options_are_one_message(
     assert stop.value.code == 2
     assert expected in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_executor_options_are_read_as_the_executor_declares_them() -> None:
+    from data_tools.datatrove_pipeline import parse_options
+
+    given = ["time=04:00:00", "partition=1e3", "cpus_per_task=2", "requeue=false", 'sbatch_args={"mem": "8G"}', "mail_user=null"]
+    assert parse_options("slurm", given) == {
+        "time": "04:00:00",
+        "partition": "1e3",
+        "cpus_per_task": 2,
+        "requeue": False,
+        "sbatch_args": {"mem": "8G"},
+        "mail_user": "null",
+    }
+    for option, message in (
+        ("cpus_per_task=two", "cpus_per_task=two: a whole number is expected"),
+        ("cpus_per_task=1.5", "a whole number is expected"),
+        ("requeue=yes", "requeue=yes: true or false is expected"),
+        ("sbatch_args=mem", "a JSON object, such as"),
+        ("partition", "write it as NAME=VALUE, such as partition=cpu"),
+        ("=cpu", "write it as NAME=VALUE"),
+    ):
+        with pytest.raises(DataFormatError, match=message):
+            parse_options("slurm", [option])
+    with pytest.raises(DataFormatError, match="time is given twice; give it once"):
+        parse_options("slurm", ["time=1", "time=2"])
