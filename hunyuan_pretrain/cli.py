@@ -293,16 +293,19 @@ def generate(
 
 def machine_rows(machine: Machine) -> list[tuple[str, str]]:
     """A probed machine as name and value."""
+    from hunyuan_pretrain.runtime.device import transformer_engine_versions
+
     gpus = ", ".join(f"{gpu.name} (compute {gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
     apex = {"nvidia": "NVIDIA's", "wrong": "a package of this name that is not NVIDIA's", "absent": "absent"}
     engine = machine.transformer_engine or "absent"
+    fits = " to ".join(f"{major}.{minor}" for major, minor in transformer_engine_versions(machine.megatron_core))
     return [
         ("python", machine.python),
         ("torch", f"{machine.torch}, {'CPU build' if machine.cuda is None else 'CUDA ' + machine.cuda}"),
         ("GPUs", gpus or "none"),
         ("cores", str(machine.cores)),
         ("memory", f"{machine.memory_gib:.1f} GiB"),
-        ("megatron-core", machine.megatron_core or "absent"),
+        ("megatron-core", f"{machine.megatron_core or 'absent'} (works with Transformer Engine {fits})"),
         ("Transformer Engine", f"{engine}, but {machine.transformer_engine_error}" if machine.transformer_engine_error else engine),
         ("Apex", apex[machine.apex]),
         ("flash-attn", machine.flash_attn or "absent"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 
 ApexState = Literal["nvidia", "wrong", "absent"]
 
-TRANSFORMER_ENGINE_VERSIONS = ((2, 9), (2, 11))
-"""First and last version of Transformer Engine that megatron-core 0.16.1 was made for, and whose sources this project was written with."""
+TRANSFORMER_ENGINE_VERSIONS = {(0, 16): ((2, 9), (2, 11)), (0, 17): ((2, 11), (2, 20))}
+"""From this version of megatron-core on -> first and last version of Transformer Engine that it works with.
+
+0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the ends are those whose Python part the model was
+built from and trained on, over stand-ins of the kernels, with 0.19.2.
+"""
 
 INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]"'
 
@@ -172,11 +177,12 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
         found.append(Problem("runtime.transformer_engine", "required", rule, hint))
     if not uses_transformer_engine(machine, experiment):
         return found
-    version = tuple(int(part) for part in str(machine.transformer_engine).split(".")[:2])
-    first, last = TRANSFORMER_ENGINE_VERSIONS
-    if not first <= version <= last:
-        rule = f"this version of megatron-core works with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
-        found.append(Problem("transformer-engine", machine.transformer_engine, rule, INSTALL_TRANSFORMER_ENGINE))
+    first, last = transformer_engine_versions(machine.megatron_core)
+    if not first <= major_minor(str(machine.transformer_engine)) <= last:
+        rule = f"megatron-core {machine.megatron_core} works with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+        wanted = f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
+        hint = f'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]{wanted}"'
+        found.append(Problem("transformer-engine", machine.transformer_engine, rule, hint))
     for gpu in dict.fromkeys(machine.gpus) if recipe else ():
         need = missing_for_fp8(str(recipe), gpu.capability, machine.cuda)
         if need:
@@ -184,6 +190,18 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
             hint = "use another recipe, or runtime.transformer_engine=never, which emulates it slowly"
             found.append(Problem("precision.fp8_recipe", recipe, rule, hint))
     return found
+
+
+def transformer_engine_versions(megatron_core: str | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last version of Transformer Engine, as major and minor, that this version of megatron-core works with."""
+    version = major_minor(megatron_core or "0.16")
+    return TRANSFORMER_ENGINE_VERSIONS[max(first for first in TRANSFORMER_ENGINE_VERSIONS if first <= max(version, (0, 16)))]
+
+
+def major_minor(version: str) -> tuple[int, int]:
+    """(2, 11) of "2.11.0+abc"; what has no numbers is (0, 0)."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def missing_for_fp8(recipe: str, capability: tuple[int, int], cuda_version: str | None) -> str | None:

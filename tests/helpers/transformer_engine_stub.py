@@ -28,22 +28,28 @@ from torch import Tensor
 TE_FOLDER = Path(os.environ.get("TRANSFORMER_ENGINE_FOLDER", Path(sys.prefix) / "transformer_engine"))
 """Where the Makefile installs the package, without what it depends on."""
 
+TE_VERSION = next(
+    (tuple(map(int, path.name.split("-")[1].split(".")[:2])) for path in TE_FOLDER.glob("transformer_engine-*.dist-info")), (0, 0)
+)
+"""Major and minor version of what is there."""
+
 calls: list[tuple[Any, ...]] = []
 """What the stand-ins of quantisation were asked to do, in order."""
 
 ENUMS = {
-    "DType": "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1",
     "FP8FwdTensors": "GEMM1_INPUT GEMM1_WEIGHT GEMM1_OUTPUT GEMM2_INPUT GEMM2_WEIGHT GEMM2_OUTPUT GEMM3_INPUT GEMM3_WEIGHT GEMM3_OUTPUT",
     "FP8BwdTensors": "GRAD_OUTPUT1 GRAD_INPUT1 GRAD_OUTPUT2 GRAD_INPUT2 GRAD_OUTPUT3 GRAD_INPUT3",
     "Float8BlockScaleTensorFormat": "GEMM_READY COMPACT INVALID",
+    "NVTEScalingMode": "NVTE_DELAYED_TENSOR_SCALING NVTE_MXFP8_1D_SCALING",
     "CommOverlapType": "RS AG",
     "CommOverlapAlgo": "BULK_OVERLAP_AG BULK_OVERLAP_RS SPLIT_PIPELINED_AG_P2P SPLIT_PIPELINED_RS SPLIT_PIPELINED_RS_P2P ATOMIC_GEMM_RS",
     "NVTE_Bias_Type": "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI",
     "NVTE_Mask_Type": "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK NVTE_CAUSAL_BOTTOM_RIGHT_MASK "
     "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
     "NVTE_Softmax_Type": "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX",
-    "NVTE_Fused_Attn_Backend": "NVTE_F16_max512_seqlen NVTE_F16_arbitrary_seqlen NVTE_FP8 NVTE_No_Backend",
-    "NVTE_QKV_Format": "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_SBHD_2BSHD NVTE_BSHD_2SBHD NVTE_THD_2BSHD NVTE_THD_2SBHD",
+    "NVTE_Fused_Attn_Backend": "NVTE_No_Backend NVTE_F16_arbitrary_seqlen NVTE_FP8" + " NVTE_F16_max512_seqlen" * (TE_VERSION < (2, 20)),
+    "NVTE_QKV_Format": "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_SBHD_2BSHD NVTE_BSHD_2SBHD NVTE_THD_2BSHD NVTE_THD_2SBHD "
+    "NVTE_BHSD NVTE_QKV_Format_NOT_SET",
 }
 
 
@@ -79,7 +85,10 @@ def _compiled_module() -> types.ModuleType:
     layouts = "SB3HD SBH3D SBHD_SB2HD SBHD_SBH2D SBHD_SBHD_SBHD BS3HD BSH3D BSHD_BS2HD BSHD_BSH2D BSHD_BSHD_BSHD T3HD TH3D THD_T2HD "
     layouts += "THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD THD_BSHD_BSHD THD_SBHD_SBHD "
     layouts += "Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD "
-    layouts += "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD"
+    layouts += "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD QKV_Layout_NOT_SET"
+    # only what the bindings show of the C++ enumeration: newer versions compare the names with a list of their own
+    numbers = {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10}
+    names["DType"] = enum.IntEnum("DType", numbers)
     names["NVTE_QKV_Layout"] = enum.IntEnum("NVTE_QKV_Layout", [f"NVTE_{name}" for name in layouts.split()], start=0)
     for name in ("CommOverlap", "CommOverlapP2P", "CommOverlapHelper", "CommOverlapBase", "FP8TensorMeta"):
         names[name] = type(name, (), {})

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from hunyuan_pretrain.runtime.device import transformer_engine_versions
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "requirements"
@@ -69,6 +72,10 @@ def test_locks_satisfy_the_ranges_and_cover_every_extra_of_dev(python: str) -> N
     ]
     assert outside == []
     engine = pins("transformer-engine.txt", python)["transformer-engine"]
+    first, last = transformer_engine_versions(str(locked["megatron-core"]))
+    assert first <= (engine.major, engine.minor) <= last
+    (extra,) = wanted(EXTRAS["gpu"], python)
+    assert extra.specifier == SpecifierSet(f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"), "the extra takes what the code takes"
     assert all(each.specifier.contains(engine) for each in wanted(EXTRAS["gpu"], python))
 
 

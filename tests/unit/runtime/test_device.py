@@ -209,12 +209,34 @@ def test_required_transformer_engine_that_cannot_be_used_says_why() -> None:
     )
 
 
-@pytest.mark.parametrize("version", ["2.8.0", "2.12.1", "3.0"])
-def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_used(version: str) -> None:
-    other = dataclasses.replace(MACHINE, transformer_engine=version)
-    expected = f"transformer-engine={version}: this version of megatron-core works with 2.9 to 2.11 (pip install --no-build-isolation"
-    assert expected in texts(other, BF16).replace('"', "")
+@pytest.mark.parametrize(
+    ("core", "version", "fits"),
+    [
+        ("0.16.1", "2.8.0", "2.9 to 2.11"),
+        ("0.16.1", "2.12.1", "2.9 to 2.11"),
+        ("0.16.1", "2.20.2", "2.9 to 2.11"),
+        ("0.19.2", "2.10.0", "2.11 to 2.20"),
+        ("0.19.2", "2.21.0", "2.11 to 2.20"),
+        ("0.17.1", "3.0.1", "2.11 to 2.20"),
+    ],
+)
+def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_used(core: str, version: str, fits: str) -> None:
+    other = dataclasses.replace(MACHINE, megatron_core=core, transformer_engine=version)
+    first, last = fits.split(" to ")
+    wanted = f">={first},<2.{int(last[2:]) + 1}"
+    assert texts(other, BF16) == (
+        f"transformer-engine={version}: megatron-core {core} works with {fits} "
+        f'(pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]{wanted}")'
+    )
     assert texts(other, BF16, "runtime.transformer_engine=never") == ""
+
+
+@pytest.mark.parametrize(
+    ("core", "version"),
+    [("0.16.1", "2.9.0"), ("0.16.1", "2.11.0"), ("0.17.0", "2.14.1"), ("0.19.2", "2.11.0"), ("0.19.2", "2.20.2"), ("0.19.2", "2.14.0+abc")],
+)
+def test_a_transformer_engine_that_fits_megatron_core_is_taken(core: str, version: str) -> None:
+    assert texts(dataclasses.replace(MACHINE, megatron_core=core, transformer_engine=version), BF16) == ""
 
 
 HINT = "(use another recipe, or runtime.transformer_engine=never, which emulates it slowly)"
