@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from hunyuan_pretrain.config.load import all_paths, field_at, nearest_name, section_of
+from hunyuan_pretrain.config.load import all_paths, field_at, nearest_name
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem, show_value
+from hunyuan_pretrain.config.values import section_of
 
 
 def explain(path: str = "") -> str:

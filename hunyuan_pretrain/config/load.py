@@ -1,8 +1,7 @@
 """YAML file + `base:` parents + dotted overrides -> frozen, checked `Experiment`.
 
 Every problem of a file is reported at once, with its dotted path, the file and line it came from, and the nearest legal
-spelling. YAML is read by PyYAML's safe loader, with two differences: a key written twice is an error, and 1e-4 is a number
-(YAML 1.1 reads it as text).
+spelling. How YAML is read is in yaml_tree.py, what 10B and ~/runs stand for in values.py.
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, Problem, Section, show_value
+from hunyuan_pretrain.config.values import SUFFIX_RULE, change_paths, expand, fill_in, number_hint, section_of
+from hunyuan_pretrain.config.yaml_tree import Dumper, Keys, Tree, dotted, file_error, parse, reason_of, text_or_value
 
-Keys = tuple[str | int, ...]
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -35,7 +35,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), world_size:
     """Read an experiment file and check it.
 
     `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.0.tokens=1000"; the values are YAML. They win over
-    the file, which wins over its `base` files (later ones over earlier ones); mappings merge, lists are replaced.
+    the file, which wins over its `base` files (later ones over earlier ones), which win over theirs; mappings merge, lists are replaced.
     `world_size`: ranks of the job where they are known, for the rules that need them.
     Raises ConfigError with every problem: a missing file, invalid YAML, unknown keys, wrong types, violated rules.
     """
@@ -60,57 +60,22 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
 
 def dump_resolved(experiment: Experiment) -> str:
     """The experiment as YAML, every default filled in and no `base`; it loads back equal."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=140)
-
-
-@dataclasses.dataclass
-class Tree:
-    """Plain data of one or several YAML files, and where each value of it was written."""
-
-    source: str
-    data: dict[str, Any]
-    where: dict[Keys, str]
-
-    def merge(self, other: Tree) -> None:
-        """Let `other` win: mappings merge, everything else is replaced together with its positions."""
-        self._merge(self.data, other.data, other, ())
-
-    def _merge(self, mine: dict[str, Any], theirs: dict[str, Any], other: Tree, keys: Keys) -> None:
-        for name, value in theirs.items():
-            here = (*keys, name)
-            if isinstance(value, dict) and isinstance(mine.get(name), dict):
-                self._merge(mine[name], value, other, here)
-            else:
-                self.put(mine, name, value, here, {at: text for at, text in other.where.items() if at[: len(here)] == here})
-
-    def put(self, container: Any, name: str | int, value: Any, keys: Keys, where: Mapping[Keys, str]) -> None:
-        """Replace one value and the positions of everything under it."""
-        container[name] = value
-        self.where = {at: text for at, text in self.where.items() if at[: len(keys)] != keys} | dict(where)
-
-    def position(self, keys: Keys) -> str:
-        """Where the value was written; for a missing key, where the section around it was."""
-        return next((self.where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.where), "")
-
-
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, that also reads 1e-4 and 7e12 as numbers."""
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    fields = change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: path.replace("$", "$$"))
+    text: str = yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=140)
+    return text
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
     """File, bases and overrides as one tree, not yet validated; raises ConfigError."""
-    tree = read_file(Path(path), bases_allowed=True)
+    tree = read_file(Path(path), ())
     problems = [problem for override in overrides for problem in apply_override(tree, override)]
     if problems:
         raise ConfigError(tree.source, problems)
     return tree
 
 
-def read_file(path: Path, bases_allowed: bool) -> Tree:
-    """One file and, where they are allowed, its bases; raises ConfigError."""
+def read_file(path: Path, chain: tuple[Path, ...]) -> Tree:
+    """One file and its bases, and theirs; `chain` led to it from base to base. Raises ConfigError."""
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -122,77 +87,29 @@ def read_file(path: Path, bases_allowed: bool) -> Tree:
     if "base" not in tree.data:
         return tree
     base, line = tree.data.pop("base"), tree.where[("base",)]
-    if not bases_allowed:
-        rule = "a base file cannot have a base of its own"
-        raise ConfigError(source, [Problem("base", base, rule, "list both in the experiment file", line)])
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(source, [Problem("base", base, "must be a path or a list of paths, relative to this file", where=line)])
     merged = Tree(source, {}, {})
     for name in names:
-        parent = path.parent / name
-        if not parent.is_file():
-            raise ConfigError(source, [Problem("base", name, f"{parent} does not exist", nearest_file(parent), line)])
-        merged.merge(read_file(parent, bases_allowed=False))
+        merged.merge(read_file(base_path(path, name, (*chain, path), line), (*chain, path)))
     merged.merge(tree)
     return merged
 
 
-def parse(text: str, source: str) -> Tree:
-    """YAML text of a mapping -> tree with positions; raises ConfigError for anything else."""
-    tree = Tree(source, {}, {})
-    problems: list[Problem] = []
+def base_path(path: Path, name: str, chain: tuple[Path, ...], line: str) -> Path:
+    """The file that `base: name` of `path` means; raises ConfigError if there is none, or if it is one of the chain that led here."""
     try:
-        data = yaml_value(text, tree, problems)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise file_error(source, f"is not valid YAML: {reason_of(error)}", where=f"{source}:{mark.line + 1}" if mark else "") from None
-    if problems:
-        raise ConfigError(source, problems)
-    if data is None:
-        raise file_error(source, "is empty", "see configs/dev/demo_cpu.yaml for an example")
-    if not isinstance(data, dict):
-        raise file_error(source, "must hold `key: value` lines")
-    tree.data = data
-    return tree
-
-
-def yaml_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
-    """One YAML document as plain data, None where there is none; positions go into the tree. Raises yaml.YAMLError."""
-    loader = Loader(text)
-    try:
-        node = loader.get_single_node()
-        return None if node is None else convert(loader, node, (), tree, problems)
-    except RecursionError:
-        raise yaml.YAMLError("a value contains itself") from None
-    finally:
-        loader.dispose()
-
-
-def convert(loader: Loader, node: yaml.Node, keys: Keys, tree: Tree, problems: list[Problem]) -> Any:
-    """A YAML node as plain data; notes the position of each value and reports keys written twice."""
-    if keys:
-        tree.where.setdefault(keys, f"{tree.source}:{node.start_mark.line + 1}")
-    if isinstance(node, yaml.SequenceNode):
-        return [convert(loader, item, (*keys, index), tree, problems) for index, item in enumerate(node.value)]
-    if isinstance(node, yaml.ScalarNode):
-        try:
-            value = loader.construct_object(node)
-        except ValueError:
-            return node.value  # 2024-99-99 looks like a date and is none.
-        # 7e12 tokens is a whole number however it is written.
-        return int(value) if isinstance(value, float) and "e" in node.value.lower() and value.is_integer() else value
-    found: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
-        here, where = (*keys, name), f"{tree.source}:{key_node.start_mark.line + 1}"
-        if name in found:
-            rule = f"written twice; the first is in line {tree.where[here].rpartition(':')[2]}"
-            problems.append(Problem(dotted(here), Problem.NO_VALUE, rule, "keep one", where))
-            continue
-        tree.where[here] = where
-        found[name] = convert(loader, value_node, here, tree, problems)
-    return found
+        parent = path.parent / expand(name)
+    except ValueError as error:
+        raise ConfigError(str(path), [Problem("base", name, str(error), "set it, or write $$ for a dollar", line)]) from None
+    if not parent.is_file():
+        raise ConfigError(str(path), [Problem("base", name, f"{parent} does not exist", nearest_file(parent), line)])
+    known = [one.resolve() for one in chain]
+    if parent.resolve() in known:
+        circle = " -> ".join(map(str, [*chain[known.index(parent.resolve()) :], parent]))
+        raise ConfigError(str(path), [Problem("base", name, f"goes round in a circle: {circle}", "remove one of them", line)])
+    return parent
 
 
 def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
@@ -204,7 +121,7 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
         return
     problems: list[Problem] = []
     try:
-        value = yaml_value(text, Tree(where, {}, {}), problems)
+        value = text_or_value(text, Tree(where, {}, {}), problems)
     except yaml.YAMLError as error:
         yield Problem(path, text, f"is not valid YAML: {reason_of(error)}", "quote the value", where)
         return
@@ -234,27 +151,20 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
         container = container[key]
 
 
-def file_error(source: str, rule: str, hint: str = "", where: str = "") -> ConfigError:
-    """The error of a file that cannot be used at all."""
-    return ConfigError(source, [Problem("file", Problem.NO_VALUE, rule, hint, where)])
-
-
-def reason_of(error: yaml.YAMLError) -> str:
-    """What PyYAML found wrong, on one line."""
-    return getattr(error, "problem", None) or " ".join(str(error).split())
-
-
 def validate(section: type[SectionT], tree: Tree) -> SectionT:
-    """Plain data -> frozen section; raises ConfigError with unknown keys, missing keys and wrong types."""
+    """Plain data -> frozen section; raises ConfigError with unknown keys, missing keys, wrong types and paths that lead nowhere."""
+    problems = fill_in(section, tree)
     # Through JSON, in pydantic's strict mode: a YAML list is a tuple there and 1 a float, but "64" and true are not integers.
     try:
-        return section.model_validate_json(json.dumps(tree.data, default=str), strict=True)
+        made = section.model_validate_json(json.dumps(tree.data, default=str), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
-    # A list whose items are wrong is also reported as too short; only an empty list really is.
-    items = [item for item in items if not (item["type"] == "too_short" and item["input"])]
-    problems = [problem_of(item, section, tree) for item in items]
-    raise ConfigError(tree.source, problems)
+        # A list whose items are wrong is also reported as too short; only an empty list really is.
+        items = [item for item in items if not (item["type"] == "too_short" and item["input"])]
+        raise ConfigError(tree.source, [*(problem_of(item, section, tree) for item in items), *problems]) from None
+    if problems:
+        raise ConfigError(tree.source, problems)
+    return made
 
 
 def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> Problem:
@@ -274,6 +184,11 @@ def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> P
         near = difflib.get_close_matches(str(item["input"]), legal, 1, 0.4)
         hint = f"did you mean {near[0]}?" if near else ""
         return Problem(path, item["input"], f"must be {' or '.join(legal)}", hint, where)
+    if isinstance(item["input"], str) and item["type"] in ("int_type", "int_parsing", "float_type", "float_parsing", "bool_type"):
+        is_tokens = field is not None and (field.json_schema_extra or {}).get("unit") == "tokens"
+        meant = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}.get(item["input"].lower())
+        hint = (f"write {meant}" if meant else "") if item["type"] == "bool_type" else number_hint(item["input"], is_tokens)
+        hints = [hint] if hint else [*hints, *([SUFFIX_RULE] if is_tokens else [])]
     if item["type"] == "string_type" and isinstance(item["input"], (int, float)):
         hints = [f'quote it: "{show_value(item["input"])}"']
     known = {"model_type": "must be a section of `key: value` lines", "tuple_type": "must be a list", "too_short": "must not be empty"}
@@ -290,19 +205,6 @@ def with_positions(tree: Tree, problems: Sequence[Problem]) -> None:
         keys: Keys = tuple(int(name) if name.isdecimal() else name for name in problem.path.split("."))
         placed.append(dataclasses.replace(problem, where=tree.where.get(keys, "")))
     raise ConfigError(tree.source, placed)
-
-
-def dotted(keys: Keys) -> str:
-    """("stages", 0, "tokens") -> "stages.0.tokens"."""
-    return ".".join(str(key) for key in keys)
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's type holds: Section itself, tuple[Section, ...] or Section | None."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def field_at(section: type[BaseModel], keys: Keys) -> Any:

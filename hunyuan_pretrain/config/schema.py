@@ -84,9 +84,12 @@ def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
     return rotary_base * alpha ** (head_dim / (head_dim - 2))
 
 
-def setting(description: str, default: Any = ..., *, unit: str = "", typical: str = "", min_length: int | None = None) -> Any:
-    """A schema field with the three things `hunyuan-pretrain explain` prints beside its default."""
-    return Field(default, description=description, min_length=min_length, json_schema_extra={"unit": unit, "typical": typical})
+def setting(
+    description: str, default: Any = ..., *, unit: str = "", typical: str = "", min_length: int | None = None, is_path: bool = False
+) -> Any:
+    """A schema field with what `hunyuan-pretrain explain` prints beside its default. Unit "tokens" takes suffixes (config/values.py)."""
+    extra: dict[str, Any] = {"unit": unit, "typical": typical} | ({"is_path": True} if is_path else {})
+    return Field(default, description=description, min_length=min_length, json_schema_extra=extra)
 
 
 def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
@@ -316,7 +319,7 @@ class OptimizerConfig(Section):
 class DataSource(Section):
     """One packed dataset and its share of a stage."""
 
-    path: str = setting("Folder written by `hunyuan-data pack`, relative to the working directory.")
+    path: str = setting("Folder written by `hunyuan-data pack`.", is_path=True)
     weight: PositiveFloat = setting(
         "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of its tier.",
         1.0,
@@ -400,7 +403,7 @@ class StageConfig(Section):
 class EvaluationConfig(Section):
     """Validation during training, dropless, as the exported model will run."""
 
-    data: str | None = setting("Packed dataset that no stage trains on; null turns validation off.", None)
+    data: str | None = setting("Packed dataset that no stage trains on; null turns validation off.", None, is_path=True)
     every_steps: PositiveInt = setting("Steps between validations; the last step is always validated.", 100, unit="steps")
     max_sequences: PositiveInt | None = setting("Sequences of one validation; null takes all.", None, unit="sequences")
     micro_batch_sequences: PositiveInt = setting("Sequences that one rank passes through the model at a time.", 1, unit="sequences")
@@ -421,6 +424,7 @@ class CheckpointConfig(Section):
     init_from: str | None = setting(
         "Checkpoint, or run directory (its newest one), whose weights a fresh run starts from; not its optimizer, step or data position.",
         None,
+        is_path=True,
     )
 
 
@@ -476,9 +480,9 @@ class Experiment(Section):
     """One training run, from the first step to the last."""
 
     name: str = setting("Name of the experiment in logs.")
-    run_dir: str = setting("Folder of everything the run writes.")
+    run_dir: str = setting("Folder of everything the run writes.", is_path=True)
     seed: Annotated[int, Field(ge=0, le=2**63)] = setting("Seed of initialisation, data order and recycle routing.", 1234)
-    tokenizer: str = setting("Folder of the tokenizer that the data was tokenized with (`hunyuan-data train-tokenizer`).")
+    tokenizer: str = setting("Folder of the tokenizer that the data was tokenized with (`hunyuan-data train-tokenizer`).", is_path=True)
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)

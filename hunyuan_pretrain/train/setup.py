@@ -23,6 +23,7 @@ from hunyuan_pretrain.config.history import write_history
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, copy_tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
@@ -92,9 +93,11 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
     """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if there is one.
 
     `accepted`: keys of changes against the checkpoint that are accepted by hand (`config.changes`).
-    Raises ConfigError if the layout does not fit the world, DataFormatError or CheckpointError if the data or a checkpoint is unfit;
-    nothing is written before all of them are checked. Raises StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
+    Its paths are absolute from here on. Raises ConfigError if the layout does not fit the world, DataFormatError or CheckpointError if the
+    data or a checkpoint is unfit; nothing is written before all of them are checked. Raises StoppedBeforeFirstStepError, on all ranks, if
+    `stop` was asked of any.
     """
+    experiment = with_absolute_paths(experiment)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of many would leave the others waiting for it to meet them
         leave_if_asked(stop)
     device = _start_machine(experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from tests.helpers.runs import experiment_fields, kill_all, kill_when, metrics, run, start, write_experiment
+from tests.helpers.commands import run_data
+from tests.helpers.runs import ROOT, experiment_fields, kill_all, kill_when, metrics, run, run_forked, start, write_experiment
 
 pytestmark = pytest.mark.slow
 EXPERT_PARALLEL = {"world_size": 2, "expert_model_parallel_size": 2}
@@ -126,6 +128,18 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
     process = start("train", config)
     kill_when(process, lambda: last_step(run_dir) > stopped)
     assert [record["step"] for record in metrics(run_dir)][: stopped + 1] == list(range(1, stopped + 2))
+
+
+def test_a_run_of_relative_paths_is_found_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
+    """Its resolved experiment has absolute ones: what step 1 read, and the validation of the next start."""
+    run_dir = tmp_path / "run"
+    fields = experiment_fields(Path(os.path.relpath(corpus, ROOT)), Path(os.path.relpath(run_dir, ROOT)), 2, model__num_layers=2)
+    code, out, err = run_forked("train", write_experiment(tmp_path / "run.yaml", fields))
+    assert code == 0, out + err
+    monkeypatch.chdir(tmp_path)
+    assert run_data("where", run_dir, "--step", 1, "--place", 0, "--json") == 0
+    assert str(corpus / "tokenized") in capsys.readouterr().out
+    assert run_data("verify", run_dir) == 0
 
 
 @pytest.fixture

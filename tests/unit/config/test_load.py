@@ -85,9 +85,33 @@ def test_later_bases_win_and_lists_are_replaced(folder: Path) -> None:
     assert (experiment.optimizer.lr, experiment.optimizer.clip_grad) == (1e-4, 0.5)
 
 
-def test_a_base_with_a_base_is_refused(folder: Path) -> None:
-    (folder / "child.yaml").write_text("base: run.yaml\n")
-    assert "run.yaml: 1 problem\n  base=model.yaml: a base file cannot have a base of its own" in refusal(folder / "child.yaml")
+def test_bases_have_bases_relative_to_the_file_that_names_them(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "child.yaml").write_text("base: ../run.yaml\nseed: 5\n")
+    (folder / "grandchild.yaml").write_text("base: deep/child.yaml\nmodel: {num_layers: 4}\n")
+    experiment = load_experiment(folder / "grandchild.yaml")
+    assert (experiment.name, experiment.seed, experiment.model.num_layers) == ("small", 5, 4)
+    (folder / "run.yaml").write_text(EXPERIMENT.replace("  lr: 1e-4", "  lr: fast"))
+    assert f"optimizer.lr=fast: must be a valid number (typical: 1e-4 to 1e-3) [{folder}/deep/../run.yaml:6]" in refusal(
+        folder / "grandchild.yaml"
+    )
+    (folder / "run.yaml").write_text("a: [1\nb: 2\n")
+    assert f"[{folder}/deep/../run.yaml:2]" in refusal(folder / "grandchild.yaml")
+    (folder / "run.yaml").write_text("base: nowhere.yaml\n")
+    words = refusal(folder / "grandchild.yaml")
+    assert words.startswith(f"{folder}/deep/../run.yaml: 1 problem\n  base=nowhere.yaml: ")
+    assert words.endswith(f"[{folder}/deep/../run.yaml:1]")
+
+
+def test_a_circle_of_bases_is_printed(folder: Path) -> None:
+    for name, base in (("a", "b"), ("b", "c"), ("c", "b")):
+        (folder / f"{name}.yaml").write_text(f"# {name}\nbase: {base}.yaml\n")
+    circle = " -> ".join(f"{folder}/{name}.yaml" for name in "bcb")
+    assert refusal(folder / "a.yaml") == (
+        f"{folder}/c.yaml: 1 problem\n  base=b.yaml: goes round in a circle: {circle} (remove one of them) [{folder}/c.yaml:2]"
+    )
+    (folder / "a.yaml").write_text("base: a.yaml\n")
+    assert f"goes round in a circle: {folder}/a.yaml -> {folder}/a.yaml" in refusal(folder / "a.yaml")
 
 
 def test_a_missing_base_names_the_nearest_file(folder: Path) -> None:

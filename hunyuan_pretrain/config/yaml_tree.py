@@ -1,0 +1,198 @@
+"""YAML text -> plain data that knows the file and line of every value.
+
+Read by PyYAML's safe loader, with YAML 1.2's idea of what a word is, because 1.1's surprises: only true and false are booleans (yes, no, on
+and off are text), 1e-4 and 7e12 are numbers, 010, 1:30 and 2024-01-01 are text. A key written twice is an error; `<<` merges sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from hunyuan_pretrain.config.schema import ConfigError, Problem
+
+Keys = tuple[str | int, ...]
+
+
+@dataclasses.dataclass
+class Tree:
+    """Plain data of one or several YAML files, and where each value of it was written."""
+
+    source: str
+    data: dict[str, Any]
+    where: dict[Keys, str]
+
+    def merge(self, other: Tree) -> None:
+        """Let `other` win: mappings merge, everything else is replaced together with its positions."""
+        self._merge(self.data, other.data, other, ())
+
+    def _merge(self, mine: dict[str, Any], theirs: dict[str, Any], other: Tree, keys: Keys) -> None:
+        for name, value in theirs.items():
+            here = (*keys, name)
+            if isinstance(value, dict) and isinstance(mine.get(name), dict):
+                self._merge(mine[name], value, other, here)
+            else:
+                self.put(mine, name, value, here, {at: text for at, text in other.where.items() if at[: len(here)] == here})
+
+    def put(self, container: Any, name: str | int, value: Any, keys: Keys, where: Mapping[Keys, str]) -> None:
+        """Replace one value and the positions of everything under it."""
+        container[name] = value
+        self.where = {at: text for at, text in self.where.items() if at[: len(keys)] != keys} | dict(where)
+
+    def position(self, keys: Keys) -> str:
+        """Where the value was written; for a missing key, where the section around it was."""
+        return next((self.where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.where), "")
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the words of YAML 1.2, and `1_000`."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's way, copied by add_implicit_resolver
+
+
+class Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes a text that either idea of words would take for something else."""
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:(?:0|[1-9][0-9_]*)\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?(?:0|[1-9][0-9_]*)[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+):
+    _letters = [letter if letter != "\0" else "" for letter in _first]
+    for _reader in (Loader, Dumper):
+        _reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _letters)
+
+
+def parse(text: str, source: str) -> Tree:
+    """YAML text of a mapping -> tree with positions; raises ConfigError for anything else."""
+    tree = Tree(source, {}, {})
+    problems: list[Problem] = []
+    try:
+        data = yaml_value(text, tree, problems)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise file_error(source, f"is not valid YAML: {reason_of(error)}", where=f"{source}:{mark.line + 1}" if mark else "") from None
+    if problems:
+        raise ConfigError(source, problems)
+    if data is None:
+        raise file_error(source, "is empty", "see configs/dev/demo_cpu.yaml for an example")
+    if not isinstance(data, dict):
+        raise file_error(source, "must hold `key: value` lines")
+    tree.data = data
+    return tree
+
+
+def yaml_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
+    """One YAML document as plain data, None where there is none; positions go into the tree. Raises yaml.YAMLError."""
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else convert(loader, node, (), tree, problems)
+    except RecursionError:
+        raise yaml.YAMLError("a value contains itself") from None
+    finally:
+        loader.dispose()
+
+
+def text_or_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
+    """The value of an override: YAML, but for ` #`, which begins no comment there: `runs/a #3` is that text. Raises yaml.YAMLError."""
+    value = yaml_value(text, tree, problems)
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    rest = text[max((leaf.end_mark.index for leaf in leaves(node)), default=0) :] if node is not None else text
+    if "#" not in rest:
+        return value
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None):
+        return text.strip()
+    raise yaml.YAMLError("something follows the value")
+
+
+def leaves(node: yaml.Node) -> Iterator[yaml.Node]:
+    """The scalars of a node."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for part in [] if isinstance(node, yaml.ScalarNode) else node.value:
+        for child in part if isinstance(part, tuple) else (part,):
+            yield from leaves(child)
+
+
+def convert(loader: Loader, node: yaml.Node, keys: Keys, tree: Tree, problems: list[Problem]) -> Any:
+    """A YAML node as plain data; notes the position of each value and reports keys written twice."""
+    if keys:
+        tree.where.setdefault(keys, f"{tree.source}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.SequenceNode):
+        return [convert(loader, item, (*keys, index), tree, problems) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            value = loader.construct_object(node)
+        except ValueError:
+            return node.value  # 2024-99-99 looks like a date and is none.
+        # 7e12 tokens is a whole number however it is written.
+        return int(value) if isinstance(value, float) and "e" in node.value.lower() and value.is_integer() else value
+    assert isinstance(node, yaml.MappingNode)
+    return convert_section(loader, node, keys, tree, problems)
+
+
+def convert_section(loader: Loader, node: yaml.MappingNode, keys: Keys, tree: Tree, problems: list[Problem]) -> dict[str, Any]:
+    """A mapping with what `<<` merges into it: its own keys win, then the first of several merged sections that has one."""
+    found: dict[str, Any] = {}
+    merged: list[yaml.Node] = []
+    written: dict[str, str] = {}
+    for key_node, value_node in node.value:
+        is_merge = key_node.tag == _MERGE
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        here, where = (*keys, name), f"{tree.source}:{key_node.start_mark.line + 1}"
+        if name in written:
+            rule = f"written twice; the first is in line {written[name].rpartition(':')[2]}"
+            hint = "give it a list: <<: [*first, *second]" if is_merge else "keep one"
+            problems.append(Problem(dotted(here), Problem.NO_VALUE, rule, hint, where))
+            continue
+        written[name] = where
+        if is_merge:
+            merged = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            if not all(isinstance(one, yaml.MappingNode) for one in merged):
+                rule, hint = "merges a section, or a list of sections", "such as <<: *name of a section marked &name"
+                problems.append(Problem(dotted(here), Problem.NO_VALUE, rule, hint, where))
+                merged = []
+            continue
+        tree.where[here] = where
+        found[name] = convert(loader, value_node, here, tree, problems)
+    for one in merged:
+        other = Tree(tree.source, {}, {})
+        for name, value in convert(loader, one, keys, other, problems).items():
+            if name not in found:
+                found[name] = value
+                tree.where |= {at: text for at, text in other.where.items() if at[: len(keys) + 1] == (*keys, name)}
+    return found
+
+
+def file_error(source: str, rule: str, hint: str = "", where: str = "") -> ConfigError:
+    """The error of a file that cannot be used at all."""
+    return ConfigError(source, [Problem("file", Problem.NO_VALUE, rule, hint, where)])
+
+
+def reason_of(error: yaml.YAMLError) -> str:
+    """What PyYAML found wrong, on one line."""
+    reason = getattr(error, "problem", None) or " ".join(str(error).split())
+    return "a tab where YAML wants spaces" if "'\\t'" in reason else reason
+
+
+def dotted(keys: Keys) -> str:
+    """("stages", 0, "tokens") -> "stages.0.tokens"."""
+    return ".".join(str(key) for key in keys)
