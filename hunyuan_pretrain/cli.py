@@ -157,6 +157,9 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY[,KEY]...", help="Go on although these settings, or what they name, are not what the run began with."),
     ] = None,
+    from_step: Annotated[
+        int | None, typer.Option(min=1, help="Branch off from the checkpoint after this many steps (checkpoint.resume_from).")
+    ] = None,
 ) -> None:
     """Train an experiment, going on from its newest checkpoint; under torchrun, one call is one rank.
 
@@ -165,7 +168,8 @@ def train(
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.environment import set_variables
 
-    experiment = load_experiment(config, overrides or [], int(os.environ.get("WORLD_SIZE", "1")))
+    branch = [f"checkpoint.resume_from={from_step}"] if from_step is not None else []
+    experiment = load_experiment(config, [*(overrides or []), *branch], int(os.environ.get("WORLD_SIZE", "1")))
     set_variables(experiment)
 
     from hunyuan_pretrain.train.loop import train as run

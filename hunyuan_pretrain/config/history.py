@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from hunyuan_pretrain.config.values import section_of
 
 INDEX = "segments.json"
 FOLDER = "segments"
+ABANDONED = "abandoned"
 RESOLVED = "resolved.yaml"
 
 
@@ -105,12 +107,37 @@ def segments_of(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
     return [Segment.model_validate(entry) for entry in entries]
 
 
+def set_aside_later(run_dir: Path, step: int, folders: Sequence[Path]) -> Path | None:
+    """Move checkpoints that come after a step, with copies of what was recorded until now, to the next <run_dir>/abandoned/NNN.
+
+    Returns that folder, which is a run directory in its turn; None where there is nothing to move. Raises OSError.
+    """
+    if not folders:
+        return None
+    numbers = [int(path.name) for path in (run_dir / ABANDONED).glob("[0-9][0-9][0-9]")]
+    place = run_dir / ABANDONED / f"{max(numbers, default=0) + 1:03d}"
+    (place / "checkpoints").mkdir(parents=True)
+    for name in (RESOLVED, INDEX, "metrics.jsonl"):
+        if (run_dir / name).exists():
+            shutil.copy2(run_dir / name, place / name)
+    if (run_dir / FOLDER).exists():
+        shutil.copytree(run_dir / FOLDER, place / FOLDER)
+    if (run_dir / "tokenizer").exists():
+        (place / "tokenizer").symlink_to(Path("../../tokenizer"))
+    for folder in folders:
+        folder.rename(place / "checkpoints" / folder.name)
+    return place
+
+
 def write_history(run_dir: Path, segments: Sequence[Segment]) -> None:
     """Write segments.json, and the configuration of each segment beside it. Raises OSError."""
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for number, segment in enumerate(segments, start=1):
-        write_whole(folder / f"{number:04d}.yaml", dump_resolved(segment.config))
+    files = {folder / f"{number:04d}.yaml": segment for number, segment in enumerate(segments, start=1)}
+    for path, segment in files.items():
+        write_whole(path, dump_resolved(segment.config))
+    for path in set(folder.glob("[0-9]*.yaml")) - files.keys():  # of what was left behind
+        path.unlink()
     write_whole(run_dir / INDEX, json.dumps({"segments": [segment.model_dump(mode="json") for segment in segments]}, indent=1) + "\n")
 
 

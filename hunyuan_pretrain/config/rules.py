@@ -338,6 +338,18 @@ def stages_have_a_learning_rate(experiment: Experiment) -> Iterator[Problem]:
         start = stage.lr_end
 
 
+def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
+    checkpoint = experiment.checkpoint
+    if checkpoint.resume_from is None:
+        return
+    path = "checkpoint.resume_from"
+    if not checkpoint.resume:
+        yield Problem(path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to go on", "set one of them")
+    if checkpoint.init_from is not None:
+        rule = f"takes the whole state of a checkpoint, and checkpoint.init_from={checkpoint.init_from} the weights only"
+        yield Problem(path, checkpoint.resume_from, rule, "set one of them, the other null")
+
+
 # --- warnings -----------------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +412,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     betas_are_decays,
     stage_names_are_unique,
     stages_have_a_learning_rate,
+    one_way_to_begin,
     *DATA_RULES,
     *PRECISION_RULES,
 )

@@ -421,6 +421,14 @@ class CheckpointConfig(Section):
     resume: bool = setting(
         "Go on from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has one.", True
     )
+    resume_from: PositiveInt | str | None = setting(
+        "Branch off from this checkpoint of run_dir, a step or a folder, instead of going on from the newest. What came after is moved to "
+        "<run_dir>/abandoned/NNN, itself a run directory. A folder of another run begins run_dir as a branch of that run. The same start "
+        "again goes on with the branch. null: the newest.",
+        None,
+        unit="steps",
+        typical="the step before a spike of the loss",
+    )
     init_from: str | None = setting(
         "Checkpoint, or run directory (its newest one), whose weights a fresh run starts from; not its optimizer, step or data position.",
         None,

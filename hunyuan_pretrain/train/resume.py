@@ -44,6 +44,8 @@ class Start:
     is_new_segment: bool
     lines: tuple[str, ...]
     """For the log: what was read and what has changed."""
+    leaves: tuple[Path, ...] = ()
+    """Checkpoints of run_dir that come after it, which a branch leaves behind."""
 
     def after(self, lines: Sequence[str]) -> Start:
         """The same, with other lines before those for the log."""
@@ -90,6 +92,35 @@ def go_on(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: 
         }
     )
     return Start((*past, new), step, True, tuple(lines))
+
+
+def is_of_branch(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: Mapping[str, Any], resume_from: str) -> bool:
+    """Whether a checkpoint is already of the branch that `resume_from` asks for, and nothing has changed since that would be another one.
+
+    Layout, ranks and versions may change without beginning it again, so that a job which is started again goes on.
+    """
+    if not marker.get("history"):
+        return False
+    past = history_of(folder, marker)
+    branches = [segment.resume_from for segment in past if segment.resume_from is not None]
+    if not branches or branches[-1] != resume_from:
+        return False
+    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in past])
+    new = _segment(experiment, met, int(marker["step"]), {}, ())
+    found = all_differences(past[-1], new, present_piece(schedule, int(marker["step"]), folder))
+    return all(one.kind == Kind.harmless or one.key.startswith(("parallel.", "world_size", "versions.")) for one in found)
+
+
+def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
+    """A start as the beginning of a branch, which leaves `later` checkpoints behind."""
+    step, last = start.first_step, start.history[-1]
+    what = f"branches off after step {step}" + (f", leaving {', '.join(folder.name for folder in later)}" if later else "")
+    position = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in start.history]).position(step)
+    fresh = {"first_step": step, "changes": [], "accepted": [], "position": position}
+    new = last if start.is_new_segment else last.model_copy(update=fresh)
+    new = new.model_copy(update={"resume_from": resume_from, "changes": [what, *new.changes]})
+    past = start.past if start.is_new_segment else start.history
+    return replace(start, history=(*past, new), is_new_segment=True, leaves=tuple(later), lines=(*start.lines, f"  {what}"))
 
 
 def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]) -> tuple[list[str], list[str]]:

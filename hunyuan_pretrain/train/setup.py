@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import checkpoint_of
+from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, checkpoint_of, step_of
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.history import write_history
+from hunyuan_pretrain.config.history import set_aside_later, write_history
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
@@ -223,6 +223,8 @@ def _load_or_init(
         def accept(folder: Path, marker: dict[str, Any]) -> None:
             starts[folder] = resume.go_on(experiment, met, folder, marker, accepted)
 
+        if settings.resume_from is not None and (start := _branch(experiment, met, accepted, chunks, optimizer)) is not None:
+            return start
         resumed = save_load.load_newest(run_dir, chunks, optimizer, accept)
         if resumed is not None:
             return starts[resumed.folder].after(resumed.notes)
@@ -233,6 +235,32 @@ def _load_or_init(
     save_load.load(folder, chunks, None)
     reload_weights(optimizer)
     return resume.begin(experiment, met, tuple(lines), tuple(changes))
+
+
+def _branch(
+    experiment: Experiment,
+    met: Mapping[str, Any],
+    accepted: Collection[str],
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer,
+) -> Start | None:
+    """Resume from `checkpoint.resume_from`; None where the run is on that branch already. Communicates: all ranks."""
+    wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
+    folder = checkpoint_folder(run_dir, int(wanted)) if wanted.isdecimal() else Path(wanted)
+    found: list[Path] = resume.on_rank_0(lambda: save_load.find_checkpoints(run_dir))
+    if found and resume.is_of_branch(experiment, met, found[-1], resume.on_rank_0(lambda: save_load.read_marker(found[-1])), wanted):
+        return None
+    is_own = folder.absolute().parent == (run_dir / "checkpoints").absolute()
+    if found and not is_own:
+        rule = f"{run_dir} has checkpoints of its own, such as {found[-1].name}"
+        raise ConfigError(
+            experiment.name, [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of its own checkpoints")]
+        )
+    marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
+    start = resume.go_on(experiment, met, folder, marker, accepted)
+    save_load.load(folder, chunks, optimizer)
+    later = [one for one in found if (step_of(one) or 0) > start.first_step]
+    return resume.branched(start, wanted, later)
 
 
 def _check_paths(experiment: Experiment) -> None:
@@ -293,6 +321,7 @@ def _open_log(experiment: Experiment, start: Start) -> RunLog:
 
     def write() -> None:
         nonlocal log
+        set_aside_later(run_dir, start.first_step, start.leaves)
         record_environment(run_dir, dump_resolved(experiment), versions() | recorded())
         write_history(run_dir, start.history)
         copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only

@@ -71,6 +71,8 @@ def rates(run_dir: Path) -> list[float]:
 
 def stories(corpus: Path, base: Path) -> dict[str, Any]:
     """Everything that needs training, one after the other in one process."""
+    from hunyuan_pretrain.train.export_run import in_force
+
     told: dict[str, Any] = {}
     straight = base / "straight"
     train_here(fields_of(corpus, straight))
@@ -94,7 +96,30 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
     told["again"] = train_here(fields_of(corpus, base / "longer"))
     told["longer"] = train_here(fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH))
     told["shorter"] = train_here(fields_of(corpus, base / "longer", sequences=80))
+
+    branch = {"save_every_steps": 4, "resume_from": 10}
+    shutil.copytree(straight, base / "branch")
+    told["branch"] = train_here(fields_of(corpus, base / "branch", sequences=80, checkpoint=branch))
+    told["branch again"] = train_here(fields_of(corpus, base / "branch", sequences=80, checkpoint=branch))
+    told["branch anew"] = train_here(fields_of(corpus, base / "branch", sequences=80, checkpoint=branch, optimizer__lr=5e-3))
+    told["no such step"] = train_here(fields_of(corpus, base / "branch", checkpoint={"resume_from": 7}))
+    of_other = {"resume_from": str(straight / "checkpoints/step_0000010")}
+    told["of another run"] = train_here(fields_of(corpus, base / "of_other", sequences=80, checkpoint=of_other))
+    told["mixed"] = train_here(fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH, checkpoint=of_other))
+    weights = {"init_from": str(straight)}
+    told["weights"] = train_here(fields_of(corpus, base / "weights", sequences=8, checkpoint=weights, model__moe_z_loss_coeff=0.1))
+    experiment, stage = in_force(base / "branch/abandoned/001/checkpoints/step_0000020")
+    told["in force at what was left"] = (experiment.seed, stage.name)
+    told["export"] = export_here(base / "branch", base / "exported")
     return told
+
+
+def export_here(run_dir: Path, output: Path) -> dict[str, Any]:
+    """What the export of a run's newest checkpoint says it comes from. Ends the job of this process."""
+    from hunyuan_pretrain.train.export_run import export_run
+
+    found: dict[str, Any] = export_run(run_dir, output)["source"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +188,43 @@ def test_a_run_whose_tokens_are_doubled_goes_on_at_the_present_rate(told: dict[s
 
 def test_a_run_shorter_than_what_is_trained_is_refused_and_exports_work(told: dict[str, Any], base: Path) -> None:
     assert "stages.1.tokens=5120: 19,456 tokens of stage decay are trained after step 39" in told["shorter"]
+    assert told["export"]["step"] == 11
     assert "use at least 19456, or branch from an earlier checkpoint with --from-step" in told["shorter"]
+
+
+def test_a_branch_leaves_what_came_after_in_a_run_directory_of_its_own(told: dict[str, Any], base: Path) -> None:
+    run_dir = base / "branch"
+    assert "branches off after step 10, leaving step_0000020" in told["branch"]
+    assert "done: 11 steps" in told["branch"], "shorter than what was trained: the branch may be"
+    left = run_dir / "abandoned/001"
+    assert [record["step"] for record in metrics(left)] == list(range(1, STEPS + 1))
+    assert [path.name for path in (left / "checkpoints").iterdir()] == ["step_0000020"]
+    assert documents(left, 20) == documents(base / "straight", 20)
+    assert told["in force at what was left"] == (7, "decay")
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 12))
+
+
+def test_the_same_start_goes_on_with_its_branch_and_another_branches_anew(told: dict[str, Any], base: Path) -> None:
+    assert "nothing to do: the run is finished (11 steps)" in told["branch again"]
+    assert "branches off after step 10, leaving step_0000011" in told["branch anew"]
+    assert [record["step"] for record in metrics(base / "branch/abandoned/002")] == list(range(1, 12))
+    assert rates(base / "branch")[10] == pytest.approx(rates(base / "branch/abandoned/002")[10] / 2)
+    segments = json.loads((base / "branch/segments.json").read_text())["segments"]
+    assert [(segment["first_step"], segment["resume_from"]) for segment in segments] == [(0, None), (10, "10")]
+    assert segments[1]["changes"][0].startswith("branches off after step 10")
+
+
+def test_a_checkpoint_to_branch_from_must_be_there_and_not_another_runs(told: dict[str, Any], base: Path) -> None:
+    assert "step_0000007: not a complete checkpoint" in told["no such step"]
+    assert "longer has checkpoints of its own, such as step_0000039 (choose another run_dir" in told["mixed"]
+    assert "steps 11 to 11" in told["of another run"]
+    assert documents(base / "of_other", 3) == documents(base / "straight", 3), "it has the history of the run it comes from"
+
+
+def test_the_weights_of_a_run_start_another(told: dict[str, Any], base: Path) -> None:
+    assert f"begins with the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run" in told["weights"]
+    assert "changed, and recorded: model.moe_z_loss_coeff: 0 -> 0.1" in told["weights"]
+    assert "steps 1 to 2" in told["weights"]
 
 
 def test_where_reads_the_segment_that_was_in_force(told: dict[str, Any], base: Path) -> None:

@@ -28,6 +28,12 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
     ("overrides", "expected"),
     [
         (
+            ["checkpoint.resume_from=40", "checkpoint.resume=false", "checkpoint.init_from=x"],
+            "checkpoint.resume_from=40: checkpoint.resume is false, which refuses to go on (set one of them)\n"
+            "  checkpoint.resume_from=40: takes the whole state of a checkpoint, and checkpoint.init_from=x the weights only "
+            "(set one of them, the other null)",
+        ),
+        (
             ["model.kv_channels=null", "model.hidden_size=260"],
             "model.hidden_size=260: 8 heads, 260 % 8 != 0 and model.kv_channels is null (use 256 or 264, or set model.kv_channels)",
         ),
