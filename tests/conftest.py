@@ -1,6 +1,8 @@
 """The tiny corpus, made once, and one thread for each process."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,15 @@ from tests.helpers.runs import make_corpus
 
 # before torch is loaded: on small tensors several threads mostly wait for each other, and the tests have processes for every core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def groups_left_at_the_end() -> Iterator[None]:
+    """What tests of one rank leave behind, for NCCL complains."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -219,6 +219,9 @@ QUIET_WARNINGS = (
     ".*all_gather_into_tensor. is deprecated",
     ".*load_state_dict. is deprecated",
     "Warning: tp_group is None",
+    # of core's barriers in a save: the device is the one that train.setup has chosen. Naming it to init_process_group instead would start
+    # NCCL at once, and messages between stages that are not batched would share the communicator of their whole group
+    r"barrier\(\): using the device under current context",
 )
 """Warnings of megatron-core about itself, on every machine."""
 

@@ -11,6 +11,7 @@ void.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -19,9 +20,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 RECIPES = (None, "delayed", "tensorwise", "blockwise", "mxfp8")
@@ -112,14 +115,15 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
         use_cpu_initialization=device().type == "cpu", **formats,
     )  # fmt: skip
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=size.experts, moe_grouped_gemm=True, qk_layernorm=True)
-    gpt = GPTModel(
-        config,
-        spec,
-        vocab_size=size.vocab,
-        max_sequence_length=size.length,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-    ).to(device(), torch.bfloat16)
+    with output_layer_without_apex():
+        gpt = GPTModel(
+            config,
+            spec,
+            vocab_size=size.vocab,
+            max_sequence_length=size.length,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope",
+        ).to(device(), torch.bfloat16)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), gpt)
     settings = OptimizerConfig(
         optimizer="adam", lr=1e-4, weight_decay=0.1, clip_grad=1.0, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
@@ -145,6 +149,23 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
 
     total = sum(parameter.numel() for parameter in gpt.parameters())
     return step, total - size.layers * (size.experts - 1) * 3 * size.hidden * size.ffn
+
+
+@contextmanager
+def output_layer_without_apex() -> Iterator[None]:
+    """GPTModel's output layer is core's own and adds its gradient inside the product by Apex' extension only: it does without; its other
+    layers, which are Transformer Engine's, do not."""
+    from megatron.core.tensor_parallel import layers
+
+    construct = layers.ColumnParallelLinear.__init__
+
+    def without_fusion(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = False
+        construct(self, *args, config=config, **kwargs)
+
+    with patch.object(layers.ColumnParallelLinear, "__init__", without_fusion):
+        yield
 
 
 def sample_tokens(size: SimpleNamespace) -> tuple:
@@ -180,11 +201,11 @@ def worker(name: str, num_steps: int, on_stand_ins: bool) -> None:
         transformer_engine_stub.install((10, 0))
         if name.startswith("GPTModel"):
             gpt_on_cpu.install()
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # before anything asks for a GPU
     import torch
 
-    from hunyuan_pretrain.parallel.groups import initialize_distributed
+    from hunyuan_pretrain.parallel.groups import destroy_groups, initialize_distributed
 
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     initialize_distributed("gloo" if on_stand_ins else "nccl", 600)
     size = SimpleNamespace(**(ON_STAND_INS if on_stand_ins else ON_GPU))
     step, active = CONTENDERS[name](size)
@@ -196,6 +217,7 @@ def worker(name: str, num_steps: int, on_stand_ins: bool) -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     tokens = size.sequences * size.length
     print(json.dumps({"seconds": seconds[2:], "loss": loss, "active": active, "tokens": tokens, "peak_gib": peak}), flush=True)
+    destroy_groups()
 
 
 def supported(on_stand_ins: bool) -> list[str]:
