@@ -46,12 +46,21 @@ LAUNCH_SETTINGS = (
 PROMPT = "class Reader:\n    def __init__(self"
 SAMPLING = ("--max-new-tokens", "80", "--temperature", "0.8", "--top-p", "0.9", "--repetition-penalty", "1.15")
 
+GREEDY_TOKENS = 24
 LOAD_BACK = """\
+import json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
-ids = tokenizer("<|startoftext|>import sys\\n", return_tensors="pt", add_special_tokens=False).input_ids
-print(type(model).__name__, f"{{model.num_parameters():,}} parameters, loss of a line", round(model(ids, labels=ids).loss.item(), 3))"""
+ids = tokenizer("import sys\\n", return_tensors="pt").input_ids
+print(type(model).__name__, f"{{model.num_parameters():,}} parameters, loss of a line", round(model(ids, labels=ids).loss.item(), 3))
+ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
+length, stops = ids.shape[1], model.generation_config.eos_token_id
+with torch.inference_mode():
+    while ids.shape[1] < length + {tokens} and (ids.shape[1] == length or ids[0, -1] not in stops):
+        logits = model(ids, use_cache=False).logits[0, -1, : len(tokenizer)]
+        ids = torch.cat((ids, logits.argmax()[None, None]), 1)
+print("greedy, without a cache:", json.dumps(tokenizer.decode(ids[0, length:], skip_special_tokens=True)))"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,9 +112,12 @@ class Demo:
             self._train_to_the_end(stopped_at)
         with self._part("export and load back"):
             self._run("hunyuan-pretrain", "export", self.experiment.run_dir, self._at("model"))
-            self._run("python", "-c", LOAD_BACK.format(folder=self._at("model")))
+            script = LOAD_BACK.format(folder=self._at("model"), prompt=PROMPT, tokens=GREEDY_TOKENS)
+            expected = self._run("python", "-c", script, capture=True)
         with self._part("generate"):
-            sample = self._generate()
+            greedy = self._generate("--max-new-tokens", str(GREEDY_TOKENS), "--temperature", "0")
+            check_greedy(expected, greedy)
+            sample = self._generate(*SAMPLING)
         self._report(stopped_at, sample)
 
     def _prepare_output(self) -> None:
@@ -155,8 +167,8 @@ class Demo:
         if _last_checkpoint(Path(self.experiment.run_dir)) != _num_steps(self.experiment):
             raise DemoError("the second run did not save its last step")
 
-    def _generate(self) -> str:
-        return self._run("hunyuan-pretrain", "generate", self._at("model"), "--prompt", PROMPT, *SAMPLING, capture=True)
+    def _generate(self, *options: str) -> str:
+        return self._run("hunyuan-pretrain", "generate", self._at("model"), "--prompt", PROMPT, *options, capture=True)
 
     def _report(self, stopped_at: int, sample: str) -> None:
         metrics = Metrics.read(Path(self.experiment.run_dir))
@@ -238,6 +250,19 @@ class Demo:
             except ValueError:  # a line that is being written
                 continue
         return 0
+
+
+def check_greedy(without_a_cache: str, generated: str) -> None:
+    """Compare the likeliest continuation of `generate` with that of the model in transformers, token by token without a cache.
+
+    without_a_cache: what LOAD_BACK printed. Raises DemoError if they differ: then the sample would be no sample of this model.
+    """
+    expected = json.loads(without_a_cache.splitlines()[-1].partition(": ")[2])
+    if generated.removesuffix("\n") != expected:
+        raise DemoError(
+            f"the likeliest continuation of the prompt is {generated!r} by `generate`, which keeps a cache, and {expected!r} without one; "
+            "one of them is not what the model computes"
+        )
 
 
 def _num_steps(experiment: Experiment) -> int:

@@ -1,8 +1,10 @@
 """Configuration of Hunyuan-Large in Hugging Face form.
 
-This file and modeling_hunyuan.py are copied into every export: they need torch and transformers (5.x) and nothing else.
-Field names are those of Tencent's release (https://huggingface.co/tencent/Tencent-Hunyuan-Large), so that its config.json
-loads here and ours loads there.
+This file and modeling_hunyuan.py are copied into every export: they need torch and transformers (5.0 to 5.24) and nothing else.
+Field names are those of Tencent's release (https://huggingface.co/tencent/Tencent-Hunyuan-Large), so that its config.json loads here. Ours
+loads there as long as the model is one that its code can build: routed experts as wide as the shared one (moe_intermediate_size equal to
+intermediate_size), heads of the width hidden_size / num_attention_heads, and more than one expert. `loads_in` of an export's
+certificate.json says so for that model.
 """
 
 from __future__ import annotations

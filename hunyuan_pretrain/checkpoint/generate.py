@@ -75,7 +75,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of an exported folder; trust_remote_code lets it run code of the folder."""
+    """The tokenizer of an exported folder; trust_remote_code lets it run code of the folder. Nobody is asked anything."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = folder / "tokenizer_config.json"
@@ -105,8 +105,8 @@ def generate(
 
     temperature 0 takes the likeliest token each time; top_p and top_k (0: off) cut the tail otherwise. The defaults are those
     of Tencent's serving scripts. chat: the prompt is one user turn in the tokenizer's chat template; otherwise it is the
-    beginning of a document. seed decides the draw. Raises CheckpointError as `load_model` does, and if the
-    text would be longer than the positions that the model knows.
+    beginning of a document. Names of special tokens in it are plain text. seed decides the draw. Raises CheckpointError as `load_model`
+    does, and if the text would be longer than the positions that the model knows.
     """
     out = out or sys.stdout
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -115,17 +115,12 @@ def generate(
         turn = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     else:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id, *ids]
-    # An answer ends with <|eos|>, a document with the <|endoftext|> of generation_config.json.
+    # An answer ends with <|eos|>, a document with <|endoftext|>; exports of earlier versions name the latter only.
     stop_ids = [tokenizer.eos_token_id] + ([tokenizer.convert_tokens_to_ids("<|eos|>")] if chat else [])
-    positions = model.config.max_position_embeddings
-    if len(ids) + max_new_tokens > positions:
-        raise CheckpointError(
-            f"{len(ids)} tokens of prompt and max_new_tokens={max_new_tokens} are more than the {positions} positions of this model; "
-            f"use at most {positions - len(ids)} new tokens"
-        )
+    _refuse_more_than_the_positions(len(ids), max_new_tokens, model.config.max_position_embeddings)
     input_ids = torch.tensor([ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -145,6 +140,19 @@ def generate(
             **sampling,
         )
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+
+def _refuse_more_than_the_positions(prompt_tokens: int, max_new_tokens: int, positions: int) -> None:
+    if prompt_tokens >= positions:
+        raise CheckpointError(
+            f"the prompt has {prompt_tokens} tokens, and this model knows {positions} positions, which leaves none for a new token; "
+            f"shorten the prompt by at least {prompt_tokens + 1 - positions} tokens"
+        )
+    if prompt_tokens + max_new_tokens > positions:
+        raise CheckpointError(
+            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are more than the {positions} positions of this model; "
+            f"use at most {positions - prompt_tokens} new tokens, or a shorter prompt"
+        )
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, out: TextIO) -> Any:

@@ -5,51 +5,30 @@ Two formats:
     hunyuan_v1_moe   what transformers and vLLM load with their own code; refused where they would compute something else
 
 The folder appears under its name only after it has been loaded back from disk and compared with the model it came from;
-certificate.json in it says how well they agree.
+certificate.json in it says how well they agree, and what else loads it (see `certificate`).
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import secrets
 import shutil
 from collections import abc
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config.schema import ModelConfig
-from ..data.tokenizer import Tokenizer, write_hf_tokenizer
+from ..data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 from . import CheckpointError
-from .generate import MODEL_CODE, load_model, load_tokenizer, sha256_of
+from .certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
+from .generate import MODEL_CODE
 from .weight_map import Mapping, to_hf, weight_map
-
-Format = Literal["hunyuan", "hunyuan_v1_moe"]
-
-# One position's difference is rms(difference) / rms(reference), both over the vocabulary and without their means.
-# `median` bounds the typical position; `position` bounds each, and `outliers` is the share of positions that may exceed it.
-# Measured on random models of up to 24 layers: 1e-6 (fp32), 0.01 (fp16) and 0.07 (bf16) for right exports; 0.4 and more where
-# every layer is wrong in the same way.
-FLIPS = "a router choice may flip where two experts are close"
-HALF = f"{FLIPS}; an error in one layer of many may hide in this, and is visible in an fp32 export"
-TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
-    torch.float32: {"median": 1e-4, "position": 1e-3, "outliers": 0.02, "reason": f"only the order of summation differs; {FLIPS}"},
-    torch.float16: {"median": 0.03, "position": 0.2, "outliers": 0.25, "reason": f"11 significant bits; {HALF}"},
-    torch.bfloat16: {"median": 0.15, "position": 0.4, "outliers": 0.25, "reason": f"8 significant bits; {HALF}"},
-}
-
-SAMPLE_TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and in 1969 two people walked on the Moon.",
-    "床前明月光,疑是地上霜。举头望明月,低头思故乡。",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
-    "E = mc^2; \u03b1 + \u03b2 \u2260 \u03b3; caf\u00e9, na\u00efve, \U0001f642",
-)
 
 
 def export(
@@ -75,7 +54,7 @@ def export(
     Raises CheckpointError, and leaves no output, if the output folder is not empty, the format cannot express the model, a
     tensor is missing or of the wrong shape, the tokenizer does not fit, or what was loaded back computes something else.
     """
-    _refuse_what_loads_wrongly(model, format)
+    refuse_what_loads_wrongly(model, format)
     if dtype not in TOLERANCES:
         raise CheckpointError(f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -93,15 +72,18 @@ def export(
     try:
         # A pretraining document ends with <|endoftext|>; the ids in the release's own config.json are wrong for its tokenizer.
         ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
-        config = hf_config(model, rope_alpha=rope_alpha, max_position_embeddings=max_position_embeddings, dtype=dtype, format=format) | ids
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", ids)
-        write_hf_tokenizer(tokenizer, folder)
+        written_with = {"transformers_version": version("transformers")}
+        config = hf_config(model, rope_alpha=rope_alpha, max_position_embeddings=max_position_embeddings, dtype=dtype, format=format)
+        _write_json(folder / "config.json", config | ids | written_with)
+        _write_json(folder / "generation_config.json", generation_config(model, tokenizer) | written_with)
+        write_hf_tokenizer(tokenizer, folder, model_max_length=max_position_embeddings)
+        (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))  # what the release's scripts read and copy
         if format == "hunyuan":
             for name in MODEL_CODE:
                 shutil.copyfile(Path(__file__).parent / name, folder / name)
         _write_weights(model, megatron_tensors, folder, dtype, max_shard_bytes)
-        certificate = _certify(model, tokenizer, folder, dtype, reference_logits)
+        _give_every_file_the_mode_of(folder / "config.json")
+        certificate = certify(model, tokenizer, folder, dtype, reference_logits, format)
         certificate = {"format": format, "dtype": str(dtype).removeprefix("torch."), "rope_alpha": rope_alpha} | certificate
         certificate["source"] = certificate_info or {}
         _write_json(folder / "certificate.json", certificate)
@@ -109,6 +91,19 @@ def export(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return certificate
+
+
+def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What transformers' generate() does by itself: it stops at the end of a document and of an answer, and never gives an id of a row
+    that only pads the vocabulary, which a young model still finds likely."""
+    config: dict[str, Any] = {
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": [tokenizer.end_id, tokenizer.eos_id],
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if tokenizer.vocab_size < model.padded_vocab_size:
+        config["suppress_tokens"] = list(range(tokenizer.vocab_size, model.padded_vocab_size))
+    return config
 
 
 def hf_config(
@@ -162,34 +157,6 @@ def hf_config(
     return config
 
 
-def _refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
-    """hunyuan_v1_moe is read by other people's code, which would not notice that it computes another model."""
-    if format == "hunyuan":
-        return
-    if format != "hunyuan_v1_moe":
-        raise CheckpointError(f"format {format!r}: must be hunyuan or hunyuan_v1_moe")
-    reasons = []
-    if model.cla_share_factor > 1:
-        reasons.append(
-            f"cla_share_factor={model.cla_share_factor}: it would fill the keys and values of borrowing layers with random numbers"
-        )
-    if model.moe_router_topk == 1:
-        reasons.append(
-            "moe_router_topk=1: transformers renormalises the weight of the only expert to 1, where this model uses its probability"
-        )
-    if not model.qk_layernorm:
-        reasons.append("qk_layernorm=false: it always normalises queries and keys")
-    if model.expert_ffn_size != model.ffn_hidden_size:
-        reasons.append(
-            f"moe_ffn_hidden_size={model.expert_ffn_size}: transformers gives routed experts the width of the "
-            f"shared one, {model.ffn_hidden_size}"
-        )
-    if reasons:
-        raise CheckpointError(
-            "format hunyuan_v1_moe would load without an error and be wrong; use format hunyuan:\n  " + "\n  ".join(reasons)
-        )
-
-
 def _write_weights(
     model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
@@ -230,63 +197,10 @@ def _plan_shards(table: list[Mapping], stored: dict[str, torch.dtype], max_shard
     return shards
 
 
-def _certify(
-    model: ModelConfig, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, reference_logits: Callable[[Tensor], Tensor]
-) -> dict[str, Any]:
-    """Loads the folder as a user would and compares tokens and logits. Raises CheckpointError if they disagree."""
-    loaded_tokenizer = load_tokenizer(folder)
-    for text in SAMPLE_TEXTS:
-        ours, loaded = tokenizer.encode(text), loaded_tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ours != loaded:
-            raise CheckpointError(f"the exported tokenizer encodes {text!r} as {loaded}, the training tokenizer as {ours}")
-    batches = {
-        "random tokens": torch.randint(tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0)),
-        **{f"text {i}": torch.tensor([[tokenizer.start_id, *tokenizer.encode(text)]]) for i, text in enumerate(SAMPLE_TEXTS)},
-    }
-    loaded_model = load_model(folder)
-    checks = {}
-    for name, tokens_BS in batches.items():
-        with torch.inference_mode():
-            logits_BSV = loaded_model(tokens_BS, use_cache=False).logits
-        checks[name] = _compare(reference_logits(tokens_BS), logits_BSV, model.padded_vocab_size)
-    tolerance = TOLERANCES[dtype]
-    difference = torch.cat([check.pop("per_position") for check in checks.values()])
-    median, outliers = difference.median().item(), (difference > tolerance["position"]).double().mean().item()
-    # `not <=` and not `>`: a NaN must fail.
-    if not (median <= tolerance["median"] and outliers <= tolerance["outliers"] and bool(difference.isfinite().all())):
-        raise CheckpointError(
-            f"the export computes something else than the model it came from: relative difference of the logits {median:.2e} at the median "
-            f"position (at most {tolerance['median']:.0e}), {outliers:.0%} of positions above {tolerance['position']:.0e} (at most "
-            f"{tolerance['outliers']:.0%}), {int((~difference.isfinite()).sum())} positions not finite"
-        )
-    packages = ("torch", "transformers", "safetensors", "hunyuan-pretrain")
-    return {
-        "max_abs_difference": max(check["max_abs_difference"] for check in checks.values()),
-        "mean_kl_nats": sum(check["mean_kl_nats"] for check in checks.values()) / len(checks),
-        "median_relative_difference": median,
-        "positions_above_tolerance": outliers,
-        "tolerance": tolerance,
-        "checks": checks,
-        "loaded_with": type(loaded_model).__name__,
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()},
-    }
-
-
-def _compare(expected_BSV: Tensor, actual_BSV: Tensor, vocab_size: int) -> dict[str, Any]:
-    expected, actual = (t.detach().cpu().double().reshape(-1, t.shape[-1]) for t in (expected_BSV, actual_BSV))
-    if expected.shape != actual.shape or expected.shape[-1] != vocab_size:
-        raise CheckpointError(f"logits of the model have shape {tuple(expected_BSV.shape)}, those of the export {tuple(actual_BSV.shape)}")
-    expected_log, actual_log = expected.log_softmax(-1), actual.log_softmax(-1)
-    centred = expected - expected.mean(-1, keepdim=True)
-    difference = (actual - actual.mean(-1, keepdim=True)) - centred
-    return {
-        "positions": len(expected),
-        "max_abs_difference": (actual - expected).abs().max().item(),
-        "mean_kl_nats": (expected_log.exp() * (expected_log - actual_log)).sum(-1).mean().item(),
-        "same_likeliest_token": (expected.argmax(-1) == actual.argmax(-1)).double().mean().item(),
-        "per_position": difference.norm(dim=-1) / centred.norm(dim=-1).clamp_min(1e-30),
-    }
+def _give_every_file_the_mode_of(file: Path) -> None:
+    """safetensors makes its files readable by their owner alone; the rest follows the umask."""
+    for path in file.parent.iterdir():
+        path.chmod(file.stat().st_mode)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

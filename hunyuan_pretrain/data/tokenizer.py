@@ -30,16 +30,24 @@ START, END, BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|bos|>", "<|eo
 END_OF_USER, END_OF_SYSTEM = "<|extra_0|>", "<|extra_4|>"
 SPECIAL_TOKENS = (END, START, BOS, EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
 
+GUARD = "\ufdd0"
+"""Stands in "<|" of a text that passes through Hugging Face's chat template, so that no name of a special token is found there; the
+normaliser of tokenizer.json takes it out again. Unicode keeps this code point for such inner uses: no text for interchange has it."""
+
 CHAT_TEMPLATE = (
+    # G: the guard. Reversible whatever the text holds, for the normaliser takes out one guard after each "<".
+    "{% macro text(message) %}{% if message['content'] is not string %}{{ raise_exception('the content of a message must be text') }}"
+    "{% endif %}{{ message['content'] | replace('<G', '<GG') | replace('<|', '<G|') }}{% endmacro %}"
     "{% set offset = 0 %}{{ '<|startoftext|>' }}"
-    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}{{ messages[0]['content'] + '<|extra_4|>' }}{% endif %}"
+    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}"
+    "{% if messages[0]['content'] %}{{ text(messages[0]) + '<|extra_4|>' }}{% endif %}{% endif %}"
     "{% for message in messages[offset:] %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
     "{{ raise_exception('roles must be an optional system, then user and assistant in turn') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{% if not loop.first %}{{ '<|startoftext|>' }}{% endif %}{{ message['content'] + '<|extra_0|>' }}"
-    "{% else %}{{ message['content'] + '<|eos|>' }}{% endif %}"
+    "{% if message['role'] == 'user' %}{% if not loop.first %}{{ '<|startoftext|>' }}{% endif %}{{ text(message) + '<|extra_0|>' }}"
+    "{% else %}{{ text(message) + '<|eos|>' }}{% endif %}"
     "{% endfor %}"
-)
+).replace("G", GUARD)
 
 
 class UnknownIdError(DataFormatError):
@@ -138,11 +146,12 @@ class Tokenizer:
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation in Hunyuan's layout; ends after <|extra_0|> if the last message is the user's, ready for an answer.
 
-        `messages` are {"role", "content"}: an optional system, then user and assistant in turn. Raises DataFormatError otherwise.
+        `messages` are {"role", "content"}: an optional system, then user and assistant in turn. An empty system message is none, as in
+        the release's template. Raises DataFormatError otherwise.
         """
         has_system = bool(messages) and messages[0].get("role") == "system"
         ids = [self.start_id]
-        if has_system:
+        if has_system and messages[0]["content"]:
             ids += [*self.encode(messages[0]["content"]), self.special_ids[END_OF_SYSTEM]]
         turns = messages[1:] if has_system else messages
         if not turns:
@@ -224,13 +233,17 @@ def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
     return b"".join([b"%s %d\n" % (b2a_base64(token, newline=False), ranks[token]) for token in by_rank])
 
 
-def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which AutoTokenizer loads without remote code.
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_length: int | None = None) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which transformers loads without remote code.
 
-    Ids are equal to `Tokenizer.encode`, except that Hugging Face interprets the names of special tokens inside text. Needs the package
-    `tokenizers`. The end of a text is <|endoftext|>, which is what a pretrained model emits; a chat-tuned model ends on <|eos|>.
+    Called as `tokenizer(text)` it gives <|startoftext|> and the ids of `Tokenizer.encode`, since that is how each document began in
+    training; no <|endoftext|>, which is for the model to say; `add_special_tokens=False` gives the ids alone. In a text handed over so,
+    the names of special tokens are special tokens, as everywhere in Hugging Face, unless `split_special_tokens=True`; in the messages of
+    `apply_chat_template` they never are, which gives the ids of `Tokenizer.apply_chat`. Needs the package `tokenizers`.
+    The end of a text is <|endoftext|>, which is what a pretrained model emits; a chat-tuned model ends on <|eos|>.
+    model_max_length: positions of the model, for transformers to warn and to truncate by.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as HFTokenizer
 
     folder = Path(folder)
@@ -239,20 +252,28 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     vocab = {names[token]: rank for token, rank in tokenizer.ranks.items()}
     merges = [(names[left], names[right]) for left, right in recover_merges(tokenizer.ranks)]
     fast = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    fast.normalizer = normalizers.NFC()
+    fast.normalizer = normalizers.Sequence([normalizers.Replace(Regex(f"(?<=<){GUARD}"), ""), normalizers.NFC()])
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     fast.decoder = decoders.ByteLevel()
+    # Not normalised: found before the guards are taken out, and never after.
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, tokenizer.start_id)]
+    )
     roles = {"bos_token": START, "eos_token": END, "pad_token": PAD}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **roles,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
+        # Rows of a batch end together, where the model goes on.
+        "padding_side": "left",
         "chat_template": CHAT_TEMPLATE,
     }
+    if model_max_length is not None:
+        config["model_max_length"] = model_max_length
     write_file(folder / "tokenizer.json", fast.to_str(pretty=False).encode())
     write_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
     write_file(folder / "special_tokens_map.json", (json.dumps(roles, indent=2) + "\n").encode())

@@ -81,6 +81,24 @@ def test_refuses_more_text_than_the_model_has_positions(exported: Path) -> None:
         generate(exported, "hello", max_new_tokens=5000)
 
 
+def test_a_prompt_longer_than_the_model_is_told_by_its_length(exported: Path) -> None:
+    message = "the prompt has 5001 tokens, and this model knows 4096 positions.*shorten the prompt by at least 906 tokens"
+    with pytest.raises(CheckpointError, match=message):
+        generate(exported, "x" * 5000)
+
+
+def test_names_of_special_tokens_in_a_prompt_are_text(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(exported)
+    monkeypatch.setattr("hunyuan_pretrain.checkpoint.generate.load_model", lambda *_, **__: model)
+    asked = []
+    sample = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **options: asked.append(ids) or sample(ids, **options))
+    generate(exported, "a<|eos|>", max_new_tokens=1, out=io.StringIO())
+    generate(exported, "a<|eos|>", chat=True, max_new_tokens=1, out=io.StringIO())
+    assert asked[0].tolist() == [[258, *b"a<|eos|>"]]
+    assert asked[1].tolist() == [[258, *b"a<|eos|>", 262]]
+
+
 def test_our_own_export_loads_without_running_its_code(exported: Path) -> None:
     assert carries_our_code(exported)
     model = load_model(exported)

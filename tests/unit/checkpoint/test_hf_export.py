@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, load_model, sha256_of
+from hunyuan_pretrain.checkpoint.certificate import NATIVE_SINCE, loads_in
+from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, load_model, load_tokenizer, sha256_of
 from hunyuan_pretrain.checkpoint.hf_export import export
+from hunyuan_pretrain.checkpoint.modeling_hunyuan import CACHE_NAME, HunYuanForCausalLM
 from hunyuan_pretrain.checkpoint.weight_map import to_hf
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from tests.helpers.tiny_export import ALPHA, export_tiny, random_tensors, reference_logits, tiny_model, write_tiny_tokenizer
+
+native = pytest.mark.skipif(
+    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < NATIVE_SINCE, reason="this transformers computes another model"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,11 @@ def test_config_has_the_fields_and_ids_of_this_model(exported: Path, tokenizer_f
         tokenizer.pad_id,
     )
     generation = json.loads((exported / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == tokenizer.end_id
+    assert generation["eos_token_id"] == [tokenizer.end_id, tokenizer.eos_id]
+    assert generation["suppress_tokens"] == list(range(466, 480))
+    assert config["transformers_version"] == generation["transformers_version"] == transformers.__version__
+    assert json.loads((exported / "tokenizer_config.json").read_text())["model_max_length"] == 4096
+    assert Tokenizer.load(exported).digest == tokenizer.digest, "hy.tiktoken, for the release's scripts"
 
 
 def test_nothing_unfinished_is_left_beside_an_export(exported: Path) -> None:
@@ -193,6 +207,7 @@ def test_native_format_refuses_what_would_load_wrongly(change: dict, reason: str
     assert reason in str(error.value)
 
 
+@native
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_native_format_loads_with_transformers_own_class(is_tied: bool, tokenizer_folder: Path, tmp_path: Path) -> None:
     model = tiny_model(cla_share_factor=1, moe_router_topk=2, share_embeddings_and_output_weights=is_tied)
@@ -202,10 +217,153 @@ def test_native_format_loads_with_transformers_own_class(is_tied: bool, tokenize
     assert not list((tmp_path / "native").glob("*.py"))
 
 
+@native
 def test_native_class_is_wrong_where_it_is_refused(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal of top-1 is still needed: remove it when this test fails because the export succeeds."""
-    monkeypatch.setattr("hunyuan_pretrain.checkpoint.hf_export._refuse_what_loads_wrongly", lambda *_: None)
+    monkeypatch.setattr("hunyuan_pretrain.checkpoint.hf_export.refuse_what_loads_wrongly", lambda *_: None)
     with pytest.raises(CheckpointError, match="computes something else"):
         export_tiny(tiny_model(cla_share_factor=1), tokenizer_folder, tmp_path / "top1", format="hunyuan_v1_moe")
     with pytest.raises(CheckpointError, match="missing_keys"):
         export_tiny(tiny_model(moe_router_topk=2), tokenizer_folder, tmp_path / "cla", format="hunyuan_v1_moe")
+
+
+# --- text: the cache, padding, stops, rows that pad the vocabulary --------------------------------------------------------------------
+
+
+def test_certificate_covers_text_through_the_cache_and_a_padded_batch(exported: Path) -> None:
+    generation = json.loads((exported / "certificate.json").read_text())["generation"]
+    assert generation["tokens_other_than_without_a_cache"] == 0
+    assert generation["median_relative_difference"] < 1e-4
+    assert list(generation["checks"]) == ["prompt 0, row 0", "prompt 1, row 0", *(f"left-padded batch, row {row}" for row in range(4))]
+    assert {check["positions"] for check in generation["checks"].values()} == {generation["new_tokens"]}
+
+
+@pytest.mark.parametrize("fault", ["the cache is ignored", "the padding is ignored", "another token is chosen"])
+def test_an_export_whose_generation_is_wrong_is_refused(
+    fault: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is what a renamed argument does: each new token sees only itself, while logits of whole texts are right."""
+    forward = HunYuanForCausalLM.forward
+
+    def wrong(self: HunYuanForCausalLM, *args: Any, **options: Any) -> Any:
+        if fault == "the cache is ignored" and options.get(CACHE_NAME) is not None:
+            options |= {CACHE_NAME: None, "attention_mask": None}
+        mask = options.get("attention_mask")
+        if fault == "the padding is ignored" and mask is not None:
+            options["attention_mask"] = torch.ones_like(mask)
+        out = forward(self, *args, **options)
+        if fault == "another token is chosen" and options.get(CACHE_NAME) is not None:
+            out.logits = out.logits.roll(1, -1)
+        return out
+
+    wrong.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(HunYuanForCausalLM, "forward", wrong)
+    with pytest.raises(CheckpointError, match=r"generate\(\) of the export"):
+        export_tiny(tiny_model(), tokenizer_folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_loader_of_transformers_gives_an_id_that_is_no_token(exported: Path) -> None:
+    """466 tokens in 480 rows; the rows beyond are made the likeliest."""
+    model = load_model(exported)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[466:] *= 100
+    prompt = torch.tensor([[258, 104, 105]])
+    assert int(model(prompt).logits[0, -1].argmax()) >= 466, "the rows are not the likeliest, so this shows nothing"
+    for options in ({"do_sample": False}, {"do_sample": True, "temperature": 3.0, "top_k": 0}, {"num_beams": 3}):
+        torch.manual_seed(0)
+        assert int(model.generate(prompt, max_new_tokens=12, **options).max()) < 466
+    chosen = transformers.GenerationConfig(max_new_tokens=12, do_sample=False)
+    assert int(model.generate(prompt, generation_config=chosen).max()) < 466, "a configuration of the user's own"
+
+
+def test_a_chat_pipeline_stops_at_the_end_of_an_answer(exported: Path) -> None:
+    model, tokenizer = load_model(exported), load_tokenizer(exported)
+    answer = [*tokenizer.encode("hey", add_special_tokens=False), tokenizer.convert_tokens_to_ids("<|eos|>")]
+    asked: list[int] = []
+
+    def says(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[:, -1, answer[len(asked)]] = 1e4
+        asked.append(1)
+        return logits
+
+    model.lm_head.register_forward_hook(says)
+    chat = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    reply = chat([{"role": "user", "content": "hello <|eos|>"}], max_new_tokens=20)[0]["generated_text"][-1]
+    assert reply == {"role": "assistant", "content": "hey"}
+    assert len(asked) == len(answer)
+
+
+def test_nobody_is_asked_whether_the_tokenizer_may_run_code(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoTokenizer looks at config.json first and asks about the model's code, if it is not told; without an answer it goes on."""
+    questions = []
+
+    def nobody_is_there(question: str) -> str:
+        questions.append(question)
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", nobody_is_there)
+    expected = load_tokenizer(exported)("hello")["input_ids"]
+    assert AutoTokenizer.from_pretrained(exported, trust_remote_code=False)("hello")["input_ids"] == expected
+    assert questions == []
+    assert AutoTokenizer.from_pretrained(exported)("hello")["input_ids"] == expected
+    assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+
+
+# --- what else loads it, and whose files they are -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"moe_ffn_hidden_size": 20}, "moe_ffn_hidden_size=20: it gives every expert the width 24"),
+        ({"kv_channels": 12}, "kv_channels=12: its heads have the width hidden_size / num_attention_heads"),
+        ({"num_moe_experts": 1}, "num_moe_experts=1: it builds a layer without a router"),
+    ],
+)
+def test_certificate_says_what_the_code_of_the_release_cannot_load(change: dict, reason: str) -> None:
+    (release,) = (loader for name, loader in loads_in(tiny_model(**change), "hunyuan").items() if "release" in name)
+    assert release == {"loads": False, "reasons": [reason]}
+
+
+def test_certificate_says_what_loads_it(exported: Path) -> None:
+    loaders = json.loads((exported / "certificate.json").read_text())["loads_in"]
+    assert loaders["transformers"]["versions"] == ">=5.0"
+    assert [loader["loads"] for loader in loaders.values()] == [True, False, True]
+    assert "cla_share_factor=2" in " ".join(loaders["transformers without code of this folder"]["reasons"])
+    native = loads_in(tiny_model(cla_share_factor=1, moe_router_topk=2), "hunyuan_v1_moe")
+    assert native["transformers"]["versions"] == ">=5.20"
+    assert [loader["loads"] for loader in native.values()] == [True, True, False]
+
+
+@pytest.mark.parametrize("installed", ["5.0.0", "5.19.0"])
+def test_native_format_is_not_certified_by_a_version_that_computes_something_else(
+    installed: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hunyuan_pretrain.checkpoint.certificate.version", lambda _: installed)
+    model = tiny_model(cla_share_factor=1, moe_router_topk=2)
+    with pytest.raises(CheckpointError, match=rf"transformers {installed} computes .*another RoPE.*install transformers>=5\.20"):
+        export_tiny(model, tokenizer_folder, tmp_path / "out", format="hunyuan_v1_moe")
+    assert list(tmp_path.iterdir()) == []
+
+
+@native
+def test_native_format_is_this_model_past_its_positions(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Where transformers until 5.19 took another RoPE base; the refusal of those versions follows from this."""
+    model = tiny_model(cla_share_factor=1, moe_router_topk=2)
+    export_tiny(model, tokenizer_folder, tmp_path / "out", format="hunyuan_v1_moe", max_position_embeddings=48)
+    tokens = torch.randint(466, (1, 80), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = load_model(tmp_path / "out")(tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, reference_logits(model, random_tensors(model))(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_of_an_export_have_the_mode_of_the_umask(umask: int, tokenizer_folder: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        export_tiny(tiny_model(), tokenizer_folder, tmp_path / "out", max_shard_bytes=40_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import (
+    GUARD,
     SPECIAL_TOKENS,
     Tokenizer,
     copy_tokenizer,
@@ -184,13 +185,68 @@ def test_auto_tokenizer_loads_without_remote_code(tokenizer: Tokenizer, hf_folde
     assert len(loaded) == tokenizer.vocab_size
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
     text = "the thing's 中文 xyz"
-    assert loaded(text)["input_ids"] == tokenizer.encode(text)
+    assert loaded(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
     assert loaded.decode(tokenizer.encode(text)) == text
     for messages in (CHAT, CHAT[1:], CHAT[:2], CHAT[:3]):
         ids = loaded.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert ids == tokenizer.apply_chat(messages)
     with pytest.raises(Exception, match="roles must be"):
         loaded.apply_chat_template([CHAT[2]], tokenize=False)
+
+
+def test_a_text_begins_as_a_document_and_does_not_end(tokenizer: Tokenizer, hf_folder: Path) -> None:
+    """The default of tokenizer(text): what a model has seen before such a text, and is asked to go on with."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(hf_folder)
+    text = "the thing"
+    assert loaded(text)["input_ids"] == tokenizer.encode_document(text).tolist()[:-1]
+    assert loaded("<|eos|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_id], "by name, as everywhere in Hugging Face"
+    assert loaded("a<|eos|>", split_special_tokens=True)["input_ids"] == [tokenizer.start_id, *tokenizer.encode("a<|eos|>")]
+
+
+def test_rows_of_a_batch_end_together(tokenizer: Tokenizer, hf_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    batch = AutoTokenizer.from_pretrained(hf_folder)(["a", "ab!"], padding=True)
+    assert batch["input_ids"][0][:2] == [tokenizer.pad_id] * (len(batch["input_ids"][1]) - 2) + [tokenizer.start_id]
+    assert batch["attention_mask"][0][0] == 0
+
+
+@pytest.fixture(scope="module")
+def chat_template(hf_folder: Path):
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(hf_folder)
+    return lambda messages: loaded.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
+
+
+PIECES = ["<", "|", ">", "eos", GUARD, "<|eos|>", "<|extra_0|>", "<|startoftext|>", "<|", "\u0338", "{{ x }}", " ", "\n", "the"]
+
+
+@given(text=st.lists(st.sampled_from(PIECES), max_size=9).map("".join) | st.text(max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_no_text_of_a_message_becomes_a_control_token(text: str, tokenizer: Tokenizer, chat_template) -> None:
+    """In the chat template of transformers as in ours, whatever the text, for every role."""
+    messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+    ids = chat_template(messages)
+    assert ids == tokenizer.apply_chat(messages)
+    start, end_of_user, end_of_system = tokenizer.start_id, tokenizer.special_ids["<|extra_0|>"], tokenizer.special_ids["<|extra_4|>"]
+    turns = [start, end_of_user, tokenizer.eos_id, start, end_of_user]
+    if text:
+        turns.insert(1, end_of_system)
+    assert [i for i in ids if i >= tokenizer.end_id] == turns
+    assert tokenizer.decode(ids[:1]) == "<|startoftext|>"
+
+
+def test_an_empty_system_message_is_none(tokenizer: Tokenizer, chat_template) -> None:
+    messages = [{"role": "system", "content": ""}, CHAT[1]]
+    assert chat_template(messages) == tokenizer.apply_chat(messages) == tokenizer.apply_chat([CHAT[1]])
+
+
+def test_a_message_that_is_not_text_is_refused(chat_template) -> None:
+    with pytest.raises(Exception, match="the content of a message must be text"):
+        chat_template([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +302,7 @@ TEXT = (
 @given(text=TEXT)
 @settings(max_examples=400, deadline=None)
 def test_hugging_face_gives_the_ids_of_tiktoken(text: str, tokenizer: Tokenizer, fast) -> None:
-    assert fast.encode(text).ids == tokenizer.encode(text)
+    assert fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
 @given(text=TEXT)
@@ -261,7 +317,11 @@ def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, f
     # Ideographs and Hangul are runs of one class; every 16th of them will do.
     chosen = [c for c in known if not ("\u3400" <= c <= "\ud7a3" or c >= "\U00017000") or ord(c) % 16 == 0]
     texts = [f"a{c}b 1{c} !{c}\n '{c} " for c in chosen]
-    different = [c for c, text, other in zip(chosen, texts, fast.encode_batch(texts), strict=True) if other.ids != tokenizer.encode(text)]
+    different = [
+        c
+        for c, text, other in zip(chosen, texts, fast.encode_batch(texts, add_special_tokens=False), strict=True)
+        if other.ids != tokenizer.encode(text)
+    ]
     assert len(chosen) > 30_000
     assert different == []
 

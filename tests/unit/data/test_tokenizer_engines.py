@@ -54,7 +54,7 @@ def hugging_face(folder: Path) -> Encode:
     from tokenizers import Tokenizer as HFTokenizer
 
     fast = HFTokenizer.from_file(str(folder / "tokenizer.json"))
-    return lambda text: fast.encode(text).ids
+    return lambda text: fast.encode(text, add_special_tokens=False).ids
 
 
 def gigatoken(folder: Path) -> Encode:
