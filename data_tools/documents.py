@@ -381,6 +381,9 @@ def _rows(split: Split, form: RecordForm, advance: Callable[[int], None], pass_o
             raise DataFormatError(
                 f"{split.file.path}: no column {missing[0]!r} (columns: {columns}); choose with --text-field or --template"
             )
+        for name in form.fields:
+            if parquet.schema_arrow.names.count(name) > 1:
+                raise DataFormatError(f"{split.file.path}: two columns are named {name!r}; give one of them another name")
         for group in range(split.start, split.end):
             row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
             for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):

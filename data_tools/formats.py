@@ -32,6 +32,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PIECE_BYTES = 1 << 12
 """What these bytes hold is decompressed at once: 128 MB of text at most, where a megabyte could hold 32 GB."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_TABLE_ENDINGS = (".csv", ".tsv")
 _JSON_SPACE = " \t\r\n"
 _RECORD_BEGINS = re.compile(r'\{\s*"[^"\\]{1,200}"\s*:')
 _OTHERS = {
@@ -86,6 +87,10 @@ def format_of(
         return "parquet", ""  # what reads it says what is wrong with it
     if is_text:
         return "text", compression
+    if ending in _TABLE_ENDINGS:
+        raise DataFormatError(
+            f"{path}: a table, which is not read; write its rows as JSON lines, or read it whole with --text-ending {ending}"
+        )
     _refuse_others(path, content or b"")
     kind = _kind_of_records(content or b"", is_expected=ending in RECORD_ENDINGS)
     if ending == ".json" and kind == "jsonl" and (content or b"").removeprefix(BYTE_ORDER_MARK).strip()[:1] not in (b"{", b"[", b""):
@@ -175,6 +180,8 @@ def _kind_of_records(content: bytes, *, is_expected: bool) -> str:
         value_end = _end_of_object(text)
         if value_end is not None and value_end > len(first_line):
             return "json" if text[value_end:].strip() else "object" if is_expected else "text"
+        if value_end is not None and first_line[value_end:].strip() == ",":
+            return "json"  # lines of an array without its brackets
         if value_end is None and is_cut and first_line.strip() == "{" and is_expected:
             return "object"
         is_line = value_end is not None or (is_cut and not newline and _RECORD_BEGINS.match(text))

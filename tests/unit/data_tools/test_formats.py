@@ -69,6 +69,7 @@ HOLDINGS: dict[str, bytes] = {
     "an array": json.dumps(RECORDS).encode(),
     "an array over many lines": json.dumps(RECORDS, indent=2, ensure_ascii=False).encode(),
     "an array of lines": b"[\n" + lines(RECORDS).rstrip().replace(b"\n", b",\n") + b"\n]\n",
+    "lines of an array without its brackets": lines(RECORDS).replace(b"\n", b",\n"),
     "objects over many lines": "\n".join(json.dumps(record, indent=1) for record in RECORDS).encode(),
 }
 
@@ -129,6 +130,11 @@ def zipped(path: Path) -> None:
             lines(RECORDS),
             r"a\.jsonl\.gz: damaged or cut short, or not gzip in spite of its name \(it begins with b'{\"text\":'\)",
         ),
+        (
+            "a.csv",
+            b"id,text\n1,x\n",
+            r"a\.csv: a table, which is not read; .* JSON lines, or read it whole with --text-ending \.csv",
+        ),
         ("a.bin", b"%PDF-1.7", r"a\.bin: a PDF; extract its text"),
         ("a.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"\0" * 250), r"a\.tar\.gz: a tar archive; unpack it"),
         ("a.jsonl.bz2", bz2.compress(lines(RECORDS) * 99)[:-20], r"a\.jsonl\.bz2: damaged or cut short"),
@@ -154,6 +160,14 @@ def test_parquet_is_told_by_content_and_a_text_that_begins_like_it_is_not(tmp_pa
     pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "b.txt")
     (tmp_path / "a.txt").write_text("PAR1 is how parquet begins")
     assert read(tmp_path) == ["PAR1 is how parquet begins", "one", "two"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataFormatError, match=r"a\.parquet: two columns are named 'text'; give one of them another name"):
+        read(tmp_path)
 
 
 def test_a_row_that_is_not_utf8_costs_itself_alone(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import shutil
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -33,6 +35,7 @@ LINES = [
     {"id": [1, {"x": "\ud83d\ude00"}], "text": "x" * 300},
 ]
 JSONL = "".join(json.dumps(line, ensure_ascii=number % 2 == 0) + "\n" for number, line in enumerate(LINES)).encode()
+ARRAY = json.dumps(LINES, indent=1).encode()
 TEXT = "\ufeffthe text 中\n\n".encode() * 30
 PLACES = [
     b"\xef\xbb\xbf",
@@ -58,7 +61,7 @@ def parquet(text: list[object]) -> bytes:
 @st.composite
 def corpus_file(draw: st.DrawFn) -> tuple[str, bytes]:
     """Name and content of a file of a corpus, damaged before or after it is compressed."""
-    content, ending = draw(st.sampled_from([(JSONL, ".jsonl"), (TEXT, ".txt")]))
+    content, ending = draw(st.sampled_from([(JSONL, ".jsonl"), (ARRAY, ".json"), (TEXT, ".txt")]))
     if draw(st.booleans()):
         at = draw(st.integers(0, len(content)))
         content = content[:at] + draw(st.sampled_from(PLACES)) + content[at:]
@@ -68,6 +71,8 @@ def corpus_file(draw: st.DrawFn) -> tuple[str, bytes]:
                 (f"a{ending}", content),
                 (f"a{ending}.gz", gzip.compress(content, mtime=0)),
                 (f"a{ending}.zst", zstandard.compress(content)),
+                (f"a{ending}.bz2", bz2.compress(content)),
+                (f"a{ending}.xz", lzma.compress(content)),
                 ("a.parquet", parquet(["the row 中"] * 30 + [None])),
                 ("a.parquet", parquet([3] * 30)),
             ]
