@@ -22,6 +22,7 @@ DEFAULT_EXTENSIONS = (*TEXT_ENDINGS, *RECORD_ENDINGS, PARQUET_ENDING)
 # What compression saves on text, about: a shard of compressed files shall hold as much text as another.
 _EXPANSION = 4
 _SHOWN_REASONS = 8
+_MOST_REASONS = 64
 # Files that our own folders hold; such a folder within an input is not text.
 _OUR_FILES = ("hy.tiktoken", "sequence_offsets.npy", "shard_00000.origin.npy")
 _URLS_AT_A_TIME = 256
@@ -79,6 +80,11 @@ class Survey:
 
     def skip(self, reason: str, path: str) -> None:
         """Count one that is not read."""
+        if reason.startswith("."):
+            # in a manifest, and bounded where each file has an ending of its own
+            reason = reason.encode(errors="replace").decode()
+            is_odd = len(reason) > 20 or (reason not in self.skipped and len(self.skipped) >= _MOST_REASONS)
+            reason = "other endings" if is_odd else reason
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.examples.setdefault(reason, path)
 
@@ -127,7 +133,7 @@ def survey(inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXT
             seen[listed.key] = listed.path
             kind, compression = format_of(listed.path, listed.head(), text_endings, listed.is_parquet_end)
             if kind in _NO_RECORDS and not listed.is_named:
-                found.skip(".json that holds no records (neither lines nor an array)", listed.path)
+                found.skip("without records (.json of neither lines nor an array)", listed.path)
                 continue
             kind = _NO_RECORDS.get(kind, kind)
             found.files.append(CorpusFile(listed.path, number, listed.size, listed.version, kind, compression))

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hunyuan_pretrain.data.epochs import NO_LIMIT
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import TokenizedDataset
 from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
-from hunyuan_pretrain.data.packed_format import check_sources, write_packed
+from hunyuan_pretrain.data.packed_format import PackedIndex, check_sources, write_packed
 from hunyuan_pretrain.data.packing import pack_documents
 
 PAD = 999
@@ -202,3 +203,17 @@ def test_pieces_that_overflow_a_sequence_are_refused(packed: Callable[..., Path]
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sequence_length": 2}))
     with pytest.raises(DataFormatError, match="sequence 0 holds 3 tokens, more than 2"):
         PackedDataset(folder)[0]
+
+
+def test_a_pack_knows_which_lengths_of_which_folder_it_holds(packed: Callable[..., Path], tmp_path: Path) -> None:
+    """Where the lengths are not there any more, any range may hold a document: epochs are then counted too high, never too low."""
+    documents = [[1] * length for length in (3, 5, 9)]
+    for name, materialize in (("index", False), ("copy", True)):
+        index = PackedIndex(packed(name, documents, 16, materialize=materialize))
+        (selection,) = index.selections
+        assert (selection.folder, selection.shortest, selection.longest) == (str(tmp_path / f"{name}_tokens"), 1, NO_LIMIT)
+        assert index.holds(selection)
+        assert index.holds(dataclasses.replace(selection, shortest=4, longest=5))
+        assert not index.holds(dataclasses.replace(selection, shortest=6, longest=8))
+    shutil.rmtree(tmp_path / "copy_tokens")
+    assert PackedIndex(tmp_path / "copy").holds(dataclasses.replace(selection, shortest=6, longest=8))

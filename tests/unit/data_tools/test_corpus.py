@@ -228,3 +228,14 @@ def test_odd_names_are_names(tmp_path: Path) -> None:
     assert {Path(file.path).name for file in find_files([tmp_path])} == set(names)
     for name in names:
         assert texts(tmp_path / name) == [name]
+
+
+def test_odd_endings_are_counted_together(tmp_path: Path) -> None:
+    corpus(tmp_path, "a.txt", "x.an ending of many words", *(f"doc.{number:05d}" for number in range(100)))
+    (tmp_path / os.fsdecode(b"b.\xff")).write_text("x")
+    found = survey([tmp_path])
+    assert sum(found.skipped.values()) == 102
+    assert len(found.skipped) < 70
+    assert found.skipped["other endings"] > 30
+    "".join(found.skipped).encode()
+    describe_skipped(found.skipped, found.examples).encode()

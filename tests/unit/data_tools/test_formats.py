@@ -313,6 +313,6 @@ def test_a_json_file_that_holds_no_records_is_counted_in_a_folder_and_read_by_na
     (tmp_path / "package.json").write_text(json.dumps({"text": "one", "b": {}}, indent=2))
     (tmp_path / "a.txt").write_text("a")
     found = survey([tmp_path])
-    assert found.skipped == {".json that holds no records (neither lines nor an array)": 1}
+    assert found.skipped == {"without records (.json of neither lines nor an array)": 1}
     assert [document.text for document in read_documents(found.files, RecordForm())] == ["a"]
     assert read(tmp_path / "package.json") == ["one"]
