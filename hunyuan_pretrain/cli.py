@@ -132,7 +132,7 @@ def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Experiment YAML to check against this machine.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say what this machine has and what will be used; exit code 1 where it cannot run (the experiment)."""
+    """Say what this machine has and what will be used; exit code 1 where it cannot run, or the experiment cannot begin or go on."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.device import obstacles, probe, what_is_used
     from hunyuan_pretrain.runtime.environment import variable_rows
@@ -142,7 +142,11 @@ def doctor(
     print_table("found", machine_rows(machine))
     print_table("will be used", what_is_used(machine, experiment))
     print_table("environment", variable_rows(experiment))
-    found = obstacles(machine, experiment)
+    found = [str(problem) for problem in obstacles(machine, experiment)]
+    if experiment is not None and machine.megatron_core is not None and machine.apex != "wrong":  # megatron-core can be imported
+        from hunyuan_pretrain.train.preflight import refusals
+
+        found += refusals(experiment)
     for problem in found:
         print(f"cannot run: {problem}", file=sys.stderr)
     if found:

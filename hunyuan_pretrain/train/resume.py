@@ -152,9 +152,14 @@ def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) 
     return [segment if segment.sources else segment.model_copy(update={"sources": _undigested(segment.config)}) for segment in found]
 
 
-def what_is_met(experiment: Experiment, tokenizer_digest: str, versions: Mapping[str, str | None]) -> dict[str, Any]:
-    """What a start meets besides its configuration, as fields of Segment. Raises DataFormatError if a dataset cannot be opened."""
-    world = dist.get_world_size()
+def what_is_met(
+    experiment: Experiment, tokenizer_digest: str, versions: Mapping[str, str | None], world_size: int | None = None
+) -> dict[str, Any]:
+    """What a start meets besides its configuration, as fields of Segment; `world_size`: by default that of this job.
+
+    Raises DataFormatError if a dataset cannot be opened.
+    """
+    world = world_size or dist.get_world_size()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "world_size": world,

@@ -213,10 +213,7 @@ def _load_or_init(
         if error is not None:
             raise CheckpointError(f"{run_dir}: {error}")
         if found:
-            raise CheckpointError(
-                f"checkpoint.resume=false, but {found[-1]} is there, and a later resume would mix the two runs: "
-                "choose another run_dir, or remove the checkpoints"
-            )
+            raise other_run_error(found[-1])
     else:
         starts: dict[Path, Start] = {}
 
@@ -261,6 +258,14 @@ def _branch(
     save_load.load(folder, chunks, optimizer)
     later = [one for one in found if (step_of(one) or 0) > start.first_step]
     return resume.branched(start, wanted, later)
+
+
+def other_run_error(checkpoint: Path) -> CheckpointError:
+    """Of a run that shall not resume, and has a checkpoint."""
+    return CheckpointError(
+        f"checkpoint.resume=false, but {checkpoint} is there, and a later resume would mix the two runs: "
+        "choose another run_dir, or remove the checkpoints"
+    )
 
 
 def _check_paths(experiment: Experiment) -> None:

@@ -1,0 +1,77 @@
+"""What training would refuse before its first step, found in one process and without a model: `hunyuan-pretrain doctor CONFIG`.
+
+By the functions that training calls, so that both say the same. Left to training: what only its ranks can tell (the data's SHA-256, which
+`hunyuan-data verify` compares too, the bytes of a checkpoint, and whether another process trains in the run directory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, checkpoint_of
+from hunyuan_pretrain.config.rules import data_parallel_size, smallest_world_size
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
+from hunyuan_pretrain.data.tokenizer import Tokenizer
+from hunyuan_pretrain.runtime.device import versions
+from hunyuan_pretrain.runtime.logging import check_writable
+from hunyuan_pretrain.train import resume, setup
+
+
+def refusals(experiment: Experiment) -> list[str]:
+    """The message of every check that fails; none: training can begin, as far as one process can tell. Changes nothing."""
+    found = [
+        *_messages(lambda: check_writable(Path(experiment.run_dir))),
+        *_messages(lambda: setup.check_tokenizer_folder(experiment.tokenizer)),
+    ]
+    digests: list[str] = []
+    found += [] if found else _messages(lambda: digests.append(Tokenizer.load(experiment.tokenizer).digest))
+    digest = digests[0] if digests else None
+    found += _messages(lambda: _open_data(experiment, digest))
+    if digest is not None and not found:  # what a run goes on with includes its data
+        found += _messages(lambda: _start(experiment, digest))
+    return list(dict.fromkeys(found))
+
+
+def _messages(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except (ConfigError, DataFormatError, CheckpointError) as error:
+        yield str(error)
+    except OSError as error:
+        yield f"{error.filename}: {error.strerror}"
+
+
+def _open_data(experiment: Experiment, tokenizer_digest: str | None) -> None:
+    """Every dataset of the stages and of validation: there, whole, of the right length, tokenizer and vocabulary, and enough of it."""
+    ranks = data_parallel_size(experiment, _world_size(experiment))
+    StepLoader(experiment, 0, ranks, tokenizer_digest).close()
+    if experiment.evaluation.data:
+        EvaluationLoader(experiment, 0, ranks, tokenizer_digest)
+
+
+def _start(experiment: Experiment, tokenizer_digest: str) -> None:
+    """What the run would begin or go on with."""
+    settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
+    found = save_load.find_checkpoints(run_dir)
+    met = resume.what_is_met(experiment, tokenizer_digest, versions(), _world_size(experiment))
+    wanted = settings.resume_from
+    if wanted is not None and not (
+        found and resume.is_of_branch(experiment, met, found[-1], save_load.read_marker(found[-1]), str(wanted))
+    ):
+        folder = checkpoint_folder(run_dir, int(wanted)) if str(wanted).isdecimal() else Path(str(wanted))
+        resume.go_on(experiment, met, folder, save_load.read_marker(folder))
+    elif found and settings.resume:
+        resume.go_on(experiment, met, found[-1], save_load.read_marker(found[-1]))
+    elif found:
+        raise setup.other_run_error(found[-1])
+    elif settings.init_from is not None:
+        folder = checkpoint_of(Path(settings.init_from))
+        resume.weights_from(experiment, folder, save_load.read_marker(folder))
+
+
+def _world_size(experiment: Experiment) -> int:
+    return experiment.parallel.world_size or smallest_world_size(experiment)

@@ -1,0 +1,111 @@
+"""`doctor CONFIG` says no where `train` says no, in the same words, and yes where it trains."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.train.preflight import refusals
+from tests.helpers.runs import experiment_fields, run, write_experiment
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and beside it x.yaml."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_experiment(folder / "x.yaml", experiment_fields(corpus, folder / "run", steps=2))
+    code, _, err = run("train", config)
+    assert code == 0, err
+    return folder
+
+
+def no_tokenizer(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["tokenizer"] = str(folder / "none")
+
+
+def a_file_as_tokenizer(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["tokenizer"] = str(corpus / "tokenizer/hy.tiktoken")
+
+
+def no_data_of_the_last_stage(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["stages"][-1]["data"] = [{"path": str(folder / "none")}]
+
+
+def no_validation_data(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["evaluation"] = {"data": str(folder / "none")}
+
+
+def a_pack_of_another_length(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    for stage in fields["stages"]:
+        stage["sequence_length"] = 32
+
+
+def a_vocabulary_beyond_the_embedding(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["model"]["padded_vocab_size"] = 256
+
+
+def another_tokenizer(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    shutil.copytree(corpus / "tokenizer", folder / "tokenizer")
+    ranks = folder / "tokenizer/hy.tiktoken"
+    ranks.write_bytes(b"".join(ranks.read_bytes().splitlines(keepends=True)[:-1]))
+    fields["tokenizer"] = str(folder / "tokenizer")
+
+
+def a_file_as_run_dir(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    (folder / "file").touch()
+    fields["run_dir"] = str(folder / "file")
+
+
+def nothing_to_begin_with(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["checkpoint"] = {"init_from": str(folder / "none")}
+
+
+CASES: list[tuple[Callable[[dict[str, Any], Path, Path], None], str]] = [
+    (no_tokenizer, "none: no such file"),
+    (a_file_as_tokenizer, "is a file; a tokenizer is a folder with hy.tiktoken"),
+    (no_data_of_the_last_stage, "none"),
+    (no_validation_data, "none"),
+    (a_pack_of_another_length, "packed to sequences of 64 tokens, but stages[0] (warmup) has sequence_length=32"),
+    (a_vocabulary_beyond_the_embedding, "256"),
+    (another_tokenizer, "tokenize"),
+    (a_file_as_run_dir, "file"),
+    (nothing_to_begin_with, "neither a checkpoint nor a run directory"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "words"), CASES, ids=[case.__name__ for case, _ in CASES])
+def test_doctor_finds_what_training_would_refuse(mistake: Callable[..., None], words: str, corpus: Path, tmp_path: Path) -> None:
+    fields = experiment_fields(corpus, tmp_path / "run")
+    mistake(fields, tmp_path, corpus)
+    (said,) = refusals(load_experiment(write_experiment(tmp_path / "x.yaml", fields)))
+    assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_says_yes_where_training_goes_on(trained: Path, corpus: Path) -> None:
+    before = sorted((trained / "run").rglob("*"))
+    assert refusals(load_experiment(trained / "x.yaml")) == []
+    fields = experiment_fields(corpus, trained / "second", steps=2, checkpoint__init_from=str(trained / "run"))
+    assert refusals(load_experiment(write_experiment(trained / "second.yaml", fields))) == []
+    assert sorted((trained / "run").rglob("*")) == before
+
+
+def test_doctor_says_no_where_a_run_cannot_go_on(trained: Path) -> None:
+    (said,) = refusals(load_experiment(trained / "x.yaml", ["seed=8"]))
+    assert "seed" in said
+    (said,) = refusals(load_experiment(trained / "x.yaml", ["checkpoint.resume=false"]))
+    assert "checkpoint.resume=false, but" in said
+
+
+def test_doctor_and_train_say_the_same(corpus: Path, tmp_path: Path) -> None:
+    fields = experiment_fields(corpus, tmp_path / "run")
+    no_data_of_the_last_stage(fields, tmp_path, corpus)
+    config = write_experiment(tmp_path / "x.yaml", fields)
+    code, _, err = run("doctor", config)
+    assert code == 1
+    assert run("train", config)[::2] == (2, err.removeprefix("cannot run: "))
