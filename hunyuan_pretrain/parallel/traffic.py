@@ -16,17 +16,21 @@ al. 2005, "Optimization of Collective Communication Operations in MPICH"), in a 
     barrier                       0
 
 A group of one rank communicates nothing and is not counted.
+
+Whoever calls, tensors have to be what NCCL reads: contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hunyuan_pretrain.runtime.handover import handed_over
 
 
 class Messages(NamedTuple):
@@ -56,7 +60,8 @@ all ranks, is "other"; point-to-point messages over that one are the pipeline's 
 class TrafficCounter(TorchDispatchMode):
     """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, in backward passes too, which it slows down.
 
-    `counter.traffic` is what was counted so far. Raises NotImplementedError at an operator that this file does not know.
+    `counter.traffic` is what was counted so far. Raises NotImplementedError at an operator that this file does not know, ValueError at a
+    tensor that NCCL would misread, where gloo may not.
     """
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
@@ -81,6 +86,8 @@ class TrafficCounter(TorchDispatchMode):
         if name not in _OPERATORS:
             raise NotImplementedError(f"{schema.name} communicates and is not counted; add it to {__name__}")
         values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        for tensor in _tensors(values.values()):
+            handed_over(schema.name, tensor, is_written=True)
         kind, whole = _OPERATORS[name]
         group: dist.ProcessGroup = dist.ProcessGroup.unbox(values["process_group"])
         sizes = whole(values, group)
@@ -100,6 +107,15 @@ def _sent(kind: str, size: int, n: int) -> int:
     if kind in ("send", "recv", "gather", "scatter", "all_to_all", "barrier"):
         return size
     return -(-size * (n - 1) * (2 if kind == "all_reduce" else 1) // n)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among them, and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _bytes(tensors: Tensor | Sequence[Any]) -> int:

@@ -10,11 +10,9 @@ import torch
 from hunyuan_pretrain.config.schema import PrecisionConfig
 from hunyuan_pretrain.model.fp8 import Fp8Product, Operand, Recipe
 from hunyuan_pretrain.runtime.device import missing_for_fp8, probe
+from tests.helpers.fp8_comparisons import DELAYED_SCALE, RECIPES, kernel_values, wide_numbers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-DELAYED_SCALE = 0.37
 
 
 def skip_unless_supported(recipe: str) -> None:
@@ -24,45 +22,17 @@ def skip_unless_supported(recipe: str) -> None:
         pytest.skip(f"{recipe} needs {need}")
 
 
-def kernel_values(x_RC: torch.Tensor, recipe: Recipe, operand: Operand, along_rows: bool) -> torch.Tensor:
-    """What the kernels' FP8 form of x_RC stands for, fp32."""
-    import transformer_engine_torch as tex
-    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
-    from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
-
-    dtype = tex.DType.kFloat8E4M3 if recipe.dtype(operand) == torch.float8_e4m3fn else tex.DType.kFloat8E5M2
-    direction = {"rowwise": not along_rows, "columnwise": along_rows}
-    quantizer: Any
-    if recipe.name == "delayed":
-        scale, amax = torch.full((1,), DELAYED_SCALE, device="cuda"), torch.zeros(1, device="cuda")
-        quantizer = Float8Quantizer(scale, amax, dtype, columnwise=False)
-    elif recipe.name == "tensorwise":
-        quantizer = Float8CurrentScalingQuantizer(dtype, torch.device("cuda"), columnwise=False)
-    elif recipe.name == "blockwise":
-        quantizer = Float8BlockQuantizer(dtype, block_scaling_dim=2 if operand == "w" else 1, **direction)
-    else:
-        quantizer = MXFP8Quantizer(dtype, **direction)
-    return quantizer(x_RC).dequantize(dtype=torch.float32)
-
-
 @pytest.mark.parametrize("along_rows", [False, True])
 @pytest.mark.parametrize("operand", ["x", "w", "dy"])
 @pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_emulated_values_are_those_of_the_kernels(name: str, fp8_format: str, operand: Operand, along_rows: bool) -> None:
-    """Bit by bit, in bf16, over more powers of two than the formats have; shapes are whole blocks and not."""
+    """Bit by bit, in bf16; shapes are whole blocks and not."""
     skip_unless_supported(name)
     recipe = Recipe.of(PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format))
     generator = torch.Generator().manual_seed(1)
     for shape in ((256, 384), (160, 96)):
-        spread = torch.exp2(torch.randint(-20, 20, shape, generator=generator))
-        x_RC = (
-            (torch.randn(shape, generator=generator) * spread)
-            .masked_fill(torch.rand(shape, generator=generator) < 0.05, 0)
-            .bfloat16()
-            .cuda()
-        )
+        x_RC = wide_numbers(generator, shape).cuda()
         product = Fp8Product(recipe, 1, False, False, "cuda")
         if name == "delayed":
             product.delayed[operand].scale_e.fill_(DELAYED_SCALE)

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,51 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     )
     setup.leave(run)
     return found
+
+
+def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Quantisers whose values are not those of the emulation; and parameters, in FP8 only, whose gradient outside of a step is not that of
+    the values that they stand for, in bf16."""
+    transformer_engine_stub.install()
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+
+    # isort: split
+    import torch
+
+    from hunyuan_pretrain.config.schema import PrecisionConfig
+    from hunyuan_pretrain.model.fp8 import OPERANDS, Fp8Product, Recipe
+    from hunyuan_pretrain.model.fp8_parameters import unquantised
+    from tests.helpers import fp8_comparisons as fp8
+    from tests.helpers.tiny import world_of_one
+
+    wrong_values, wrong_gradients = [], []
+    generator = torch.Generator().manual_seed(1)
+    for name, fp8_format, operand, along_rows in product(fp8.RECIPES, ("e4m3", "hybrid"), OPERANDS, (False, True)):
+        recipe = Recipe.of(PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format))
+        x_RC = fp8.wide_numbers(generator, (160, 96))
+        emulated = Fp8Product(recipe, 1, False, False, "cpu")
+        if name == "delayed":
+            emulated.delayed[operand].scale_e.fill_(fp8.DELAYED_SCALE)
+        expected = emulated.operand(x_RC[None], operand, along_rows, slice(0, 1), True)[0]
+        if not torch.equal(fp8.kernel_values(x_RC, recipe, operand, along_rows), expected):
+            wrong_values.append(f"{name} {fp8_format} {operand}, along rows: {along_rows}")
+    for name in names:
+        kept, plain = (fp8.built(world_of_one(), True, name, is_kept) for is_kept in (True, False))
+        weights = dict(kept.named_parameters())
+
+        def of(model_name: str, weights: dict[str, Any] = weights, take: Any = unquantised) -> torch.Tensor:
+            experts = [f"{model_name}{expert}" for expert in range(fp8.MODEL.num_moe_experts)]
+            return take(weights[model_name]) if model_name in weights else torch.stack([take(weights[expert]) for expert in experts])
+
+        for key, parameter in plain.named_parameters():
+            parameter.data = of(key).detach().clone()
+        for model in (kept, plain):
+            loss, _ = model(**fp8.inputs("cpu"))
+            loss.backward()
+        for key, parameter in plain.named_parameters():
+            if any(weight.grad is None for weight in weights.values()) or not torch.equal(of(key, take=lambda w: w.grad), parameter.grad):
+                wrong_gradients.append(f"{name} {key}")
+    return wrong_values, wrong_gradients
 
 
 class _Works(list[Any]):

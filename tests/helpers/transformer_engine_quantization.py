@@ -48,6 +48,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     if noop is not None and noop.item():
         return output
     calls.append(("quantize", type(quantizer).__name__, tuple(tensor.shape)))
+    is_square = isinstance(quantizer, Float8BlockQuantizer) and quantizer.block_scaling_dim == 2
+    assert not is_square or quantizer.rowwise_usage, "the kernel makes the data along rows of a square from that along columns"
     empty = quantizer.make_empty(tuple(tensor.shape), dtype=tensor.dtype)
     storage = STORAGES[type(quantizer)]
     if storage is Float8TensorStorage and is_non_tn_fp8_gemm_supported():  # its products read the data in either direction

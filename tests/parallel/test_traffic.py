@@ -223,6 +223,7 @@ def count_each_function() -> dict[str, Any]:
         "barrier": lambda: dist.barrier(group=tp),
         "all_reduce over all ranks": lambda: dist.all_reduce(x),
         "all_reduce of one rank": lambda: dist.all_reduce(x, group=groups.dp),
+        "all_reduce of a transposed tensor": lambda: dist.all_reduce(torch.ones(2, 3).t(), group=tp),
         "functional all_reduce": lambda: _functional_collectives.all_reduce(x, "sum", tp).sum(),
     }
     found: dict[str, Any] = {}
@@ -231,7 +232,7 @@ def count_each_function() -> dict[str, Any]:
             try:
                 call()
                 found[name] = counter.traffic
-            except NotImplementedError as error:
+            except (NotImplementedError, ValueError) as error:
                 found[name] = str(error)
     leave_layout()
     return found
@@ -260,6 +261,8 @@ def test_every_function_of_torch_is_counted_by_axis_kind_and_bytes(jobs: dict[in
         assert found["isend, irecv over all ranks"] == {("pp", kind): messages for kind, messages in message.items()}
         assert found["all_reduce over all ranks"] == {("other", "all_reduce"): (1, 24)}
         assert found["all_reduce of one rank"] == {}
+        layout = "tensor 0 is taken in place, and is not contiguous: shape (3, 2), strides (1, 3)"
+        assert found["all_reduce of a transposed tensor"] == f"c10d::allreduce_: {layout}"
         assert "_c10d_functional::all_reduce communicates and is not counted" in found["functional all_reduce"]
 
 

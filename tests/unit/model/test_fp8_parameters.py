@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
-from tests.helpers.fp8_parameter_cases import ParameterRun, broken_runs, differences_of_files, differences_of_shards, parameter_runs
+from tests.helpers.fp8_parameter_cases import (
+    ParameterRun,
+    broken_runs,
+    differences_of_files,
+    differences_of_shards,
+    parameter_runs,
+    values_and_gradients,
+)
 from tests.helpers.layouts import Layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transformer_engine_cases import Build, Case
@@ -152,3 +159,11 @@ def test_checkpoints_have_experts_of_their_own_where_they_have_one_parameter_for
     ]
     (found,) = run_ranks(1, differences_of_shards, builds)
     assert found == []
+
+
+@needs_package
+def test_quantisers_have_the_emulated_values_and_weights_in_fp8_only_have_gradients_outside_of_a_step() -> None:
+    """In either direction and format; and, as the probes before training compute them, gradients of the values that a weight stands for."""
+    ((wrong_values, wrong_gradients),) = run_ranks(1, values_and_gradients, ("delayed", "tensorwise", "blockwise"))
+    assert wrong_values == []
+    assert wrong_gradients == []

@@ -1,0 +1,46 @@
+"""What is handed to a reader of pointers and shapes lies as the shape says, or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hunyuan_pretrain.runtime.handover import handed_over, to_device
+
+
+def test_what_fits_is_handed_over_as_it_is_and_the_rest_is_copied() -> None:
+    rows, columns = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(3, 2).t()
+    taken = handed_over("a kernel", rows, columns)
+    assert taken[0] is rows
+    assert taken[1].is_contiguous()
+    assert torch.equal(taken[1], columns)
+    later = rows[1:]
+    assert handed_over("a kernel", later)[0] is later
+    assert handed_over("a kernel", later, starts_memory=True)[0].storage_offset() == 0
+
+
+def test_a_reader_of_strides_takes_all_but_a_strided_last_dim() -> None:
+    by_head = torch.zeros(2, 3, 4).transpose(0, 1)
+    assert handed_over("a kernel", by_head, knows_strides=True)[0] is by_head
+    assert handed_over("a kernel", by_head.mT, knows_strides=True)[0].is_contiguous()
+
+
+def test_gradients_pass_through_a_copy() -> None:
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    handed_over("a kernel", x.t())[0].sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, 3))
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"NCCL: tensor 0 is taken in place, and is not contiguous: shape \(3, 2\), strides \(1, 3\)"):
+        handed_over("NCCL", x.t(), is_written=True)
+    with pytest.raises(ValueError, match=r"NCCL: tensor 1 is torch\.bfloat16, and torch\.float32 is read"):
+        handed_over("NCCL", x, x.bfloat16())
+    with pytest.raises(ValueError, match="NCCL: tensor 1 is on meta, the first one on cpu"):
+        handed_over("NCCL", x, x.to("meta"))
+
+
+def test_a_tensor_for_the_cpu_stays_where_it_is() -> None:
+    x = torch.zeros(2)
+    assert to_device(x, "cpu") is x
