@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,15 @@ def complete(run_dir: Path) -> list[str]:
 
 def last_step(run_dir: Path) -> int:
     return max((record["step"] for record in metrics(run_dir)), default=0)
+
+
+def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_s: float = 180) -> None:
+    """Fails if the process ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +154,64 @@ def test_a_run_of_relative_paths_is_found_from_another_folder(corpus, tmp_path, 
     assert run_data("verify", run_dir) == 0
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path, straight: Path) -> Iterator[Path]:
-    """A file system of its own with room for one and a half checkpoints of the run `straight`."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    checkpoint, rest = (sum(file.stat().st_size for file in (straight / name).rglob("*")) for name in ("checkpoints", "tokenizer"))
-    size = f"size={(3 * checkpoint // 2 + rest) // 1024 + 128}k"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+@contextmanager
+def disk_of(folder: Path, kib: int) -> Iterator[Path]:
+    """A file system of its own; skips where nothing may be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     try:
-        yield disk
+        yield folder
     finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, straight: Path) -> Iterator[Path]:
+    """Room for one and a half checkpoints of the run `straight`."""
+    checkpoint, rest = (sum(file.stat().st_size for file in (straight / name).rglob("*")) for name in ("checkpoints", "tokenizer"))
+    with disk_of(tmp_path / "disk", (3 * checkpoint // 2 + rest) // 1024 + 128) as disk:
+        yield disk
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        for block in (1 << 16, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(block))
+    return path
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(corpus, tmp_path):
+    """Nothing but checkpoints needs room: numbers and lines wait in memory, and are there when it is over."""
+    steps, waits = 100, "metrics.jsonl: No space left on device; its lines wait in memory until it can be written"
+    with disk_of(tmp_path / "disk", 8 * 1024) as disk:
+        fields = experiment_fields(corpus, disk / "run", steps, model__num_layers=2, runtime__probes=False)
+        process = start("train", write_experiment(tmp_path / "run.yaml", fields))
+        assert process.stdout is not None
+        try:
+            wait_until(process, lambda: last_step(disk / "run") >= 2)
+            filler = fill(disk)
+            lines = []
+            while not lines or (lines[-1] and waits not in lines[-1]):
+                lines.append(process.stdout.readline())
+            written = last_step(disk / "run")
+            filler.unlink()
+            out = "".join(lines) + process.stdout.read()
+            code = process.wait(timeout=60)
+        finally:
+            kill_all(process)
+        assert (code, out.count(waits)) == (0, 1), out
+        assert written < steps, "the disk was full while it trained"
+        assert out.count("metrics.jsonl: can be written again; nothing was lost") == 1
+        assert [record["step"] for record in metrics(disk / "run")] == list(range(1, steps + 1))
+        log = (disk / "run/log.txt").read_text()
+        assert all(log.count(f" step {step}/{steps} ") == 1 for step in range(1, steps + 1))
 
 
 def test_a_full_disk_is_survived_in_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
