@@ -14,8 +14,10 @@ gather by index is one kernel already.
 FP8 (`training_step`): scales of the delayed recipe change once for each optimizer step, from the largest values of all its micro-batches,
 and a weight is quantised once for each.
 
-Nothing here has run on a GPU. Tests run it with CPU stand-ins for the kernels, which proves the wiring and no kernel; with those that
-quantise, FP8 steps are those of model/fp8.py bit by bit.
+What is handed to its kernels is contiguous and of the dtype of the run (runtime/handover.py): they have a pointer and a shape.
+
+Tests run it with CPU stand-ins for the kernels, which read memory as those do and prove the wiring and no kernel; with those that quantise,
+FP8 steps are those of model/fp8.py bit by bit. tests/gpu runs the kernels.
 
 Shapes: T tokens, R rows of experts, D hidden, I input and O output of a product, e experts of this rank; L steps of a history.
 """

@@ -25,6 +25,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.cpu_megatron import weights_count_as_on_a_device
+from hunyuan_pretrain.runtime.handover import handed_over
 
 
 def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
@@ -107,6 +108,7 @@ def complete_gradients(chunks: list[DistributedDataParallel]) -> None:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                handed_over("all_gather", bucket.grad_data, shard, is_written=True)
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 

@@ -157,3 +157,13 @@ def test_the_walk_finds_what_it_should(path: str, text: str, expected: str | Non
     reasons = [violation(path, name) for _, name in imports_of(text, module, is_package=False)]
     assert [reason for reason in reasons if reason] == ([] if expected is None else [r for r in reasons if r and expected in r])
     assert any(reasons) == (expected is not None)
+
+
+def test_collectives_on_whole_tensors_are_called_where_what_they_take_is_checked() -> None:
+    """NCCL reads by a pointer and one number of elements."""
+    calls = ("all_gather_into_tensor(", "reduce_scatter_tensor(", "all_to_all_single(")
+    callers = {path.relative_to(ROOT): path.read_text() for path in source_files()}
+    unchecked = [
+        str(path) for path, text in callers.items() if any(f"dist.{call}" in text for call in calls) and "handed_over(" not in text
+    ]
+    assert unchecked == [], "use hunyuan_pretrain/parallel/collectives.py"
