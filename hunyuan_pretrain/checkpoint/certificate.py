@@ -154,7 +154,7 @@ def certify(
         "loaded_with": type(loaded_model).__name__,
         "loads_in": loads_in(model, format),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()},
+        "sha256": {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()},
     }
 
 

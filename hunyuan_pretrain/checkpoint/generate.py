@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MODEL_CODE = ("configuration_hunyuan.py", "modeling_hunyuan.py")
 """Files of this package that an export carries."""
+TOKENIZER_CODE = "tokenization_hy.py"
+"""The same, for the release's scripts; it never runs here."""
 
 
 def sha256_of(path: Path) -> str:

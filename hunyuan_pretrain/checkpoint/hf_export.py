@@ -27,7 +27,7 @@ from ..config.schema import ModelConfig
 from ..data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 from . import CheckpointError
 from .certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
-from .generate import MODEL_CODE
+from .generate import MODEL_CODE, TOKENIZER_CODE
 from .weight_map import Mapping, to_hf, weight_map
 
 
@@ -77,7 +77,7 @@ def export(
         _write_json(folder / "config.json", config | ids | written_with)
         _write_json(folder / "generation_config.json", generation_config(model, tokenizer) | written_with)
         write_hf_tokenizer(tokenizer, folder, model_max_length=max_position_embeddings)
-        (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))  # what the release's scripts read and copy
+        _write_for_the_release(tokenizer, folder)
         if format == "hunyuan":
             for name in MODEL_CODE:
                 shutil.copyfile(Path(__file__).parent / name, folder / name)
@@ -197,10 +197,29 @@ def _plan_shards(table: list[Mapping], stored: dict[str, torch.dtype], max_shard
     return shards
 
 
+def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
+    """What the scripts of Tencent's release read and copy: hy.tiktoken and a class with code in the folder, and `release_tokenizer`, a
+    folder for their --tokenizer_name_or_path where that class is the tokenizer. In the export itself it is not."""
+    (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
+    shutil.copyfile(Path(__file__).parent / TOKENIZER_CODE, folder / TOKENIZER_CODE)
+    release = folder / "release_tokenizer"
+    release.mkdir()
+    for name in (RANKS_FILE, TOKENIZER_CODE, "generation_config.json", "special_tokens_map.json"):
+        shutil.copyfile(folder / name, release / name)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {
+        "tokenizer_class": "HYTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_hy.HYTokenizer", None]},
+        "padding_side": "right",
+    }
+    _write_json(release / "tokenizer_config.json", config)
+
+
 def _give_every_file_the_mode_of(file: Path) -> None:
     """safetensors makes its files readable by their owner alone; the rest follows the umask."""
-    for path in file.parent.iterdir():
-        path.chmod(file.stat().st_mode)
+    for path in file.parent.rglob("*"):
+        if path.is_file():
+            path.chmod(file.stat().st_mode)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ ONLY_IN = {
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",
+        "hunyuan_pretrain/checkpoint/tokenization_hy.py",
         "hunyuan_pretrain/checkpoint/generate.py",
     ],
     "torch": [f"hunyuan_pretrain/{room}/" for room in ("runtime", "parallel", "model", "data", "checkpoint", "train")]

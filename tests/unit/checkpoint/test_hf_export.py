@@ -53,7 +53,8 @@ def test_export_computes_what_the_model_computes(exported: Path) -> None:
 
 def test_certificate_holds_the_digest_of_every_file(exported: Path) -> None:
     certificate = json.loads((exported / "certificate.json").read_text())
-    on_disk = {path.name: sha256_of(path) for path in exported.iterdir() if path.name != "certificate.json"}
+    files = {str(path.relative_to(exported)): path for path in exported.rglob("*") if path.is_file()}
+    on_disk = {name: sha256_of(path) for name, path in files.items() if name != "certificate.json"}
     assert certificate["sha256"] == on_disk
     assert set(on_disk) >= {
         "config.json",
@@ -214,7 +215,7 @@ def test_native_format_loads_with_transformers_own_class(is_tied: bool, tokenize
     certificate = export_tiny(model, tokenizer_folder, tmp_path / "native", format="hunyuan_v1_moe")
     assert certificate["loaded_with"] == "HunYuanMoEV1ForCausalLM"
     assert certificate["max_abs_difference"] < 1e-4
-    assert not list((tmp_path / "native").glob("*.py"))
+    assert [path.name for path in (tmp_path / "native").glob("*.py")] == ["tokenization_hy.py"], "for the release's scripts only"
 
 
 @native
@@ -358,6 +359,26 @@ def test_native_format_is_this_model_past_its_positions(tokenizer_folder: Path, 
     torch.testing.assert_close(logits, reference_logits(model, random_tensors(model))(tokens), rtol=0, atol=1e-4)
 
 
+def test_the_scripts_of_the_release_find_their_tokenizer(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that they copy, ids by the names that they use, start and end of a document; and it is not the tokenizer of the export."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert "auto_map" not in json.loads((exported / "tokenizer_config.json").read_text())
+    for folder in (exported, exported / "release_tokenizer"):
+        names = ("generation_config.json", "hy.tiktoken", "tokenizer_config.json", "tokenization_hy.py")
+        assert [name for name in names if not (folder / name).is_file()] == []
+    ours, theirs = Tokenizer.load(exported), AutoTokenizer.from_pretrained(exported / "release_tokenizer", trust_remote_code=True)
+    assert type(theirs).__name__ == "HYTokenizer"
+    assert (theirs.bod_id, theirs.eod_id, theirs.pad_id, theirs.vocab_size) == (ours.start_id, ours.end_id, ours.pad_id, ours.vocab_size)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (258, 257, 261, 466)
+    for text in ("hello he", "caf\u00e9 e\u0301 \U0001f642 \u5e8a"):
+        assert theirs(text)["input_ids"] == ours.encode_document(text).tolist()
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    assert theirs("<|eos|>", add_special_tokens=False)["input_ids"] == [ours.eos_id]
+    theirs.save_pretrained(tmp_path / "again")
+    assert sha256_of(tmp_path / "again/hy.tiktoken") == sha256_of(exported / "hy.tiktoken")
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027])
 def test_files_of_an_export_have_the_mode_of_the_umask(umask: int, tokenizer_folder: Path, tmp_path: Path) -> None:
     before = os.umask(umask)
@@ -365,5 +386,6 @@ def test_files_of_an_export_have_the_mode_of_the_umask(umask: int, tokenizer_fol
         export_tiny(tiny_model(), tokenizer_folder, tmp_path / "out", max_shard_bytes=40_000)
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out/release_tokenizer")} == {0o777 & ~umask}
