@@ -90,7 +90,7 @@ def verify(paths: Sequence[str]) -> int:
         if Path(path).suffix in (".yaml", ".yml") or (Path(path) / RESOLVED).is_file():
             experiment = load_run(path)
             folders = [source.path for stage in experiment.stages for source in stage.data]
-            folders += [experiment.evaluation.data] if experiment.evaluation.data else []
+            folders += experiment.evaluation.paths
         for folder in folders:
             files |= _digests(folder)
     problems = []

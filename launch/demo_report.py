@@ -42,10 +42,7 @@ class HeldOut:
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """(V,) int64: bytes of text that each id stands for; 0 for special tokens."""
-    sizes = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for token, rank in tokenizer.ranks.items():
-        sizes[rank] = len(token)
-    return sizes
+    return tokenizer.token_bytes
 
 
 def unigram_log_probabilities(shards: Iterable[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
@@ -66,7 +63,7 @@ def measure_heldout(experiment: Experiment, training_tokens: Path) -> HeldOut:
     sequences = [heldout[i] for i in range(min(len(heldout), experiment.evaluation.max_sequences or len(heldout)))]
     targets = np.concatenate([sequence.labels[sequence.loss_mask] for sequence in sequences])
     log_probabilities = unigram_log_probabilities((shard.tokens for shard in TokenizedDataset(training_tokens).shards), tokenizer)
-    return HeldOut(len(targets), int(token_bytes(tokenizer)[targets].sum()), -float(log_probabilities[targets].sum()))
+    return HeldOut(len(targets), int(tokenizer.token_bytes[targets].sum()), -float(log_probabilities[targets].sum()))
 
 
 @dataclass(frozen=True)

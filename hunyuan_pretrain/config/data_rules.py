@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hunyuan_pretrain.config.schema import Experiment, Problem
@@ -58,4 +59,18 @@ def groups_fill_the_batch(experiment: Experiment) -> Iterator[Problem]:
             yield Problem(where, group, f"must divide global_batch_sequences={stage.global_batch_sequences}", f"use {nearest}")
 
 
-DATA_RULES = (groups_fill_the_batch, tiers_are_whole, skipped_steps_are_in_order)
+def validation_sets_have_names_of_their_own(experiment: Experiment) -> Iterator[Problem]:
+    """The names of evaluation.sets are parts of the names of metrics: one set each, and nothing that a sink reads as a border."""
+    first: dict[str, int] = {}
+    for number, one in enumerate(experiment.evaluation.sets):
+        where = f"evaluation.sets.{number}.name"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", one.name):
+            rule = "a name of letters, digits, dots, hyphens and underscores, since metrics are called by it"
+            fitting = re.sub(r"[^A-Za-z0-9._-]+", "_", one.name).strip("._-")
+            yield Problem(where, one.name, rule, f"use {fitting or f'set{number}'}")
+        elif one.name in first:
+            yield Problem(where, one.name, f"evaluation.sets.{first[one.name]} has this name already", f"use {one.name}_{number}")
+        first.setdefault(one.name, number)
+
+
+DATA_RULES = (groups_fill_the_batch, tiers_are_whole, skipped_steps_are_in_order, validation_sets_have_names_of_their_own)

@@ -286,7 +286,7 @@ def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:
     """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's length."""
     for index, stage in enumerate(experiment.stages):
         yield f"stages.{index}", stage.sequence_length, stage.micro_batch_sequences
-    if experiment.evaluation.data is not None:
+    if experiment.evaluation.paths:
         yield "evaluation", experiment.stages[0].sequence_length, experiment.evaluation.micro_batch_sequences
 
 

@@ -400,13 +400,33 @@ class StageConfig(Section):
         return -(-self.tokens // self.global_batch_tokens)
 
 
+class EvaluationSet(Section):
+    """A validation set with a name."""
+
+    name: str = setting("Name in logs: its loss is validation/<name>/loss.", typical="code, books, zh")
+    path: str = setting("Folder written by `hunyuan-data pack`, which no stage trains on.", is_path=True)
+    max_sequences: PositiveInt | None = setting(
+        "Sequences of one validation; null: evaluation.max_sequences.", None, unit="sequences", typical="256"
+    )
+
+
 class EvaluationConfig(Section):
     """Validation during training, dropless, as the exported model will run."""
 
-    data: str | None = setting("Packed dataset that no stage trains on; null turns validation off.", None, is_path=True)
+    data: str | None = setting(
+        "Packed dataset that no stage trains on; its loss is validation_loss. null: only those of sets, if there are any.",
+        None,
+        is_path=True,
+    )
+    sets: tuple[EvaluationSet, ...] = setting("More validation sets, each with a name and losses of its own.", ())
     every_steps: PositiveInt = setting("Steps between validations; the last step is always validated.", 100, unit="steps")
     max_sequences: PositiveInt | None = setting("Sequences of one validation; null takes all.", None, unit="sequences")
     micro_batch_sequences: PositiveInt = setting("Sequences that one rank passes through the model at a time.", 1, unit="sequences")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every packed dataset that validation reads."""
+        return (*((self.data,) if self.data is not None else ()), *(one.path for one in self.sets))
 
 
 class CheckpointConfig(Section):
@@ -447,6 +467,13 @@ class LoggingConfig(Section):
         "offline",
     )
     wandb_project: str = setting("Project name in Weights & Biases.", "hunyuan-pretrain")
+    peak_flops_per_s: PositiveFloat | None = setting(
+        "Peak of one rank's device in dense bf16 products, of which `mfu` is a share, under FP8 too. null: looked up by the GPU's name; "
+        "where that is not known, and on CPU, there is no `mfu`.",
+        None,
+        unit="FLOP/s",
+        typical="989e12 for an H100 SXM",
+    )
     sink_timeout_s: PositiveInt = setting(
         "TensorBoard or Weights & Biases that takes longer than this to open, or to finish after the run, is given up with a warning; one "
         "that fails is too. Neither ends the run.",

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hunyuan_pretrain.config.history import Segment
-from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.schema import EvaluationSet, Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.packed_dataset import PackedSequence
 from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, places_of_rank
@@ -112,26 +113,47 @@ class StepLoader:
 class EvaluationLoader:
     """The first sequences of the validation data in fixed order, dealt out over the ranks; every rank has as many micro-batches.
 
-    Where the sequences do not go round, wholly masked ones fill up; their `sequence_ids` are `num_sequences` and above. The experiment must
-    have `evaluation.data`. Raises DataFormatError as StepLoader does.
+    Where the sequences do not go round, wholly masked ones fill up; their `sequence_ids` are `num_sequences` and above. Raises
+    DataFormatError as StepLoader does.
     """
 
     def __init__(
-        self, experiment: Experiment, dp_rank: int, dp_size: int, tokenizer_digest: str | None, micro_batch_multiple: int = 1
+        self,
+        experiment: Experiment,
+        dp_rank: int,
+        dp_size: int,
+        tokenizer_digest: str | None,
+        micro_batch_multiple: int = 1,
+        named: EvaluationSet | None = None,
+        token_bytes: np.ndarray | None = None,
     ) -> None:
-        """micro_batch_multiple: each rank has a multiple of so many micro-batches."""
+        """micro_batch_multiple: each rank has a multiple of so many micro-batches. named: one of evaluation.sets, else evaluation.data.
+
+        token_bytes: (V,) bytes of text of each id, for `target_bytes`.
+        """
         assert 0 <= dp_rank < dp_size
         evaluation = experiment.evaluation
-        assert evaluation.data is not None, "evaluation.data is null"
-        self._dataset = open_packed(evaluation.data, experiment.model.padded_vocab_size, tokenizer_digest)
+        path = named.path if named else evaluation.data
+        assert path is not None, "evaluation.data is null"
+        self._dataset = open_packed(path, experiment.model.padded_vocab_size, tokenizer_digest)
         self.sequence_length = self._dataset.sequence_length
-        self.num_sequences = min(len(self._dataset), evaluation.max_sequences or len(self._dataset))
+        limit = (named.max_sequences if named else None) or evaluation.max_sequences
+        self.num_sequences = min(len(self._dataset), limit or len(self._dataset))
+        self._token_bytes = token_bytes
         at_a_time = dp_size * evaluation.micro_batch_sequences * micro_batch_multiple
         self._places = _places_of_rank(-(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size)
 
     def digests(self) -> dict[Path, str | None]:
         """SHA-256 of every file of the data, as the manifests have them."""
         return self._dataset.index.digests()
+
+    @cached_property
+    def target_bytes(self) -> int | None:
+        """Bytes of the text that this rank's target tokens stand for (<|endoftext|> is a target and has none); None if not known."""
+        if self._token_bytes is None:
+            return None
+        sequences = [self._sequence(place) for place in self._places.ravel().tolist() if place < self.num_sequences]
+        return sum(int(self._token_bytes[sequence.labels[sequence.loss_mask]].sum()) for sequence in sequences)
 
     def __len__(self) -> int:
         return len(self._places)

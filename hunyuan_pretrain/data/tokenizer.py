@@ -104,6 +104,14 @@ class Tokenizer:
         return self.special_ids[PAD]
 
     @property
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int64: bytes of text, in NFC, that each id stands for; 0 for special tokens."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, rank in self.ranks.items():
+            sizes[rank] = len(token)
+        return sizes
+
+    @property
     def digest(self) -> str:
         """SHA-256, hexadecimal, of everything that decides ids: ranks, split pattern, special tokens, normalisation."""
         digest = hashlib.sha256(format_ranks(self.ranks))

@@ -26,6 +26,11 @@ from hunyuan_pretrain.config.history import write_whole
 from hunyuan_pretrain.config.schema import LoggingConfig
 from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
 
+CLOCK_FIELDS = frozenset(
+    "seconds data_wait_seconds tokens_per_s model_flops_per_s mfu time run_seconds process_seconds eta_seconds".split()  # noqa: SIM905
+) | {"host_rss_bytes", "device_peak_bytes"}
+"""Fields of metrics.jsonl that a clock or the machine measured: all others are the same whenever and wherever a step is trained."""
+
 
 class Lines:
     """A file of lines that grows. Where it cannot be written (a full disk), lines wait in memory for the next one that can.

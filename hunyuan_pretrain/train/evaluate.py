@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -15,7 +17,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
 from hunyuan_pretrain.model.router import CountedTokens
 from hunyuan_pretrain.runtime.handover import to_device
 from hunyuan_pretrain.train.metrics import routing_record
-from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over_batch
+from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over, sum_over_batch
 
 
 @torch.no_grad()
@@ -27,8 +29,9 @@ def evaluate(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Mean cross-entropy (nats a target token), number of target tokens, and the load of each layer's experts; positions use `stage`'s
-    RoPE alpha. The load counts every token of the validation's sequences, and none of those that only fill up the ranks' micro-batches.
+    """Mean cross-entropy (nats a target token), number of target tokens, bits per byte where the loader knows its bytes, and the load of
+    each layer's experts; positions use `stage`'s RoPE alpha. The load counts every token of the validation's sequences, and none of those
+    that only fill up the ranks' micro-batches. Bits per byte: all nats / ln 2 / the bytes of the text that the target tokens stand for.
 
     Communicates: all ranks (sums), and what the forward pass does.
     """
@@ -53,4 +56,11 @@ def evaluate(
         model.train()
     totals = sum_over_batch(groups, sums, 2, statistics)
     routing = routing_record(experiment.model, totals[2:].view(statistics[0].shape).cpu(), None)
-    return {"loss": (totals[0] / totals[1]).item(), "target_tokens": int(totals[1].item()), "expert_load": routing["expert_load"]}
+    nats, target_tokens = totals[0].item(), int(totals[1].item())
+    found = {"loss": nats / target_tokens, "target_tokens": target_tokens}
+    if loader.target_bytes is not None:
+        # the data-parallel ranks have different sequences, and every other rank those of one of them
+        replicas = dist.get_world_size() // groups.dp.size()
+        num_bytes = sum_over(dist.group.WORLD, torch.tensor(loader.target_bytes, device=device)).item() // replicas
+        found |= {"bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
+    return {**found, "expert_load": routing["expert_load"]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import calendar
 import math
 import os
 import time
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.fp8 import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
+from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.device import what_is_used
 from hunyuan_pretrain.runtime.stop import (
@@ -27,7 +30,7 @@ from hunyuan_pretrain.runtime.stop import (
 )
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
-from hunyuan_pretrain.train.metrics import step_line, step_record
+from hunyuan_pretrain.train.metrics import Meter, step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters, set_learning_rate
 from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.step import train_step
@@ -58,6 +61,7 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
     if run.first_step == num_steps:
         run.log.line(f"nothing to do: the run is finished ({num_steps} steps); a longer stage, or another one, goes on from here")
         return EXIT_DONE
+    meter = _meter(run)
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
         ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
@@ -72,10 +76,11 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
             raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         if done % experiment.logging.log_every_steps == 0 or done == num_steps:
             record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started, waited)
+            record |= meter.fields(done, record)
             run.log.metrics(record)
             if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
                 run.log.line(step_line(record, num_steps))
-        if run.evaluation is not None and (done % experiment.evaluation.every_steps == 0 or done == num_steps):
+        if run.validations and (done % experiment.evaluation.every_steps == 0 or done == num_steps):
             _evaluate(run, stage, done)
         is_stopping = setup.is_stop_asked(stop, run.device)
         every = experiment.checkpoint.save_every_steps
@@ -113,11 +118,26 @@ def _announce(run: setup.Run, num_steps: int) -> None:
     run.log.start_progress(num_steps, run.first_step)
 
 
+def _meter(run: setup.Run) -> Meter:
+    experiment, began = run.experiment, None
+    if run.start and run.start.history and (text := run.start.history[0].started):
+        began = calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+    peak = experiment.logging.peak_flops_per_s
+    if peak is None and run.device.type == "cuda":
+        peak = peak_flops_per_s(torch.cuda.get_device_name(run.device))
+    return Meter(run.schedule, began, peak and peak * dist.get_world_size(), run.device)
+
+
 def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
-    assert run.evaluation is not None
-    validation = evaluate(run.experiment, stage, run.wrapped, run.evaluation, run.groups, run.device)
-    run.log.metrics({"step": done, **{f"validation_{key}": value for key, value in validation.items()}})
-    run.log.line(f"step {done}: validation loss {validation['loss']:.4f} over {validation['target_tokens']:,} tokens")
+    """Validate on every set: numbers in one record, validation_* of evaluation.data and validation/<name>/* of each of evaluation.sets."""
+    record: dict[str, Any] = {"step": done}
+    for prefix, loader in run.validations.items():
+        found = evaluate(run.experiment, stage, run.wrapped, loader, run.groups, run.device)
+        record |= {f"{prefix}{key}": value for key, value in found.items()}
+        bits = f", {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
+        name = "" if prefix == "validation_" else f" {prefix.split('/')[1]}"
+        run.log.line(f"step {done}: validation{name} loss {found['loss']:.4f} over {found['target_tokens']:,} tokens{bits}")
+    run.log.metrics(record)
 
 
 def _save(run: setup.Run, done: int, must_succeed: bool) -> None:

@@ -5,10 +5,15 @@ Shapes: L layers, E experts, X router statistics (model.router.STATISTICS after 
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor
 
+from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
 from hunyuan_pretrain.model.router import STATISTICS
 from hunyuan_pretrain.plan.counts import flops_per_token
@@ -70,11 +75,54 @@ def step_record(
     }
 
 
+class Meter:
+    """What a clock and the machine say of a run beside each step's own numbers, on rank 0: time, memory, MFU, and when it will be done."""
+
+    def __init__(self, schedule: Schedule, began: float | None, peak_flops_per_s: float | None, device: torch.device) -> None:
+        """`began`: seconds since 1970 of the first start of the run. `peak_flops_per_s`: of all ranks together, None where not known."""
+        self._schedule, self._peak, self._device = schedule, peak_flops_per_s, device
+        self._process = psutil.Process()
+        self._process_began = self._process.create_time()
+        self._run_began = began if began is not None else self._process_began
+        self._after_first: tuple[float, int] | None = None
+
+    def fields(self, done: int, step: dict[str, Any]) -> dict[str, Any]:
+        """More of the record of a step after which `done` are done.
+
+        cumulative_tokens: of the whole run, padding included. time: UTC. run_seconds and process_seconds: since the first start of the run,
+        breaks included, and since that of this process. eta_seconds: until the last step, at the mean speed of this process after its
+        first step, validations and checkpoints included. device_peak_bytes: most that tensors took on the GPU since the record before;
+        host_rss_bytes: memory of the process; both of rank 0.
+        """
+        now, tokens = time.time(), self._schedule.tokens_after(done)
+        left = self._schedule.tokens_after(self._schedule.num_steps) - tokens
+        if self._after_first is None:
+            tokens_per_s, self._after_first = step["tokens_per_s"], (now, tokens)
+        else:
+            tokens_per_s = (tokens - self._after_first[1]) / max(now - self._after_first[0], 1e-9)
+        found: dict[str, Any] = {
+            "cumulative_tokens": tokens,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
+            "run_seconds": round(now - self._run_began, 3),
+            "process_seconds": round(now - self._process_began, 3),
+            "eta_seconds": round(left / tokens_per_s, 1),
+            "host_rss_bytes": self._process.memory_info().rss,
+        }
+        if self._device.type == "cuda":
+            found["device_peak_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._peak is not None:
+            found["mfu"] = step["model_flops_per_s"] / self._peak
+        return found
+
+
 def step_line(record: dict[str, Any], num_steps: int) -> str:
     """The record in one line. `load` is the busiest expert's choices over the even share."""
+    share = f" ({record['mfu']:.1%} MFU)" if "mfu" in record else ""
+    left = f" ETA {timedelta(seconds=round(record['eta_seconds']))}" if record.get("eta_seconds") else ""
     return (
         f"step {record['step']}/{num_steps} [{record['stage']}] loss {record['loss']:.4f} balance {record['balance_loss']:.3f} "
         f"grad norm {record['grad_norm']:.3f} lr {record['learning_rate']:.2e} load {record['max_expert_load']:.2f} "
         f"recycled {record['mean_recycled_share']:.1%} {record['tokens_per_s']:,.0f} tokens/s "
-        f"{record['model_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        f"{record['model_flops_per_s'] / 1e12:.3g} TFLOP/s{share}{left}"
     )

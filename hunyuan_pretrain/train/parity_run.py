@@ -59,7 +59,7 @@ def layout_experiment(experiment: Experiment, layout: str, num_ranks: int | None
     # Adam divides a gradient by its own size: without a large epsilon the sign of rounding noise would be an update
     fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
     fields["run_dir"] = str(folder)
-    fields["evaluation"]["data"] = None
+    fields["evaluation"] |= {"data": None, "sets": []}
     fields["logging"] |= {"wandb": "disabled", "tensorboard": False}
     if "micro" in values:
         for stage in fields["stages"]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
 from hunyuan_pretrain.config.values import with_absolute_paths
+from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, copy_tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
@@ -72,6 +74,14 @@ class Run:
     """How it began or went on; None where nothing is kept of the run."""
     lock: RunLock | None = None
     """Of the run directory, on rank 0."""
+    evaluation_sets: dict[str, EvaluationLoader] = field(default_factory=dict)
+    """evaluation.sets by name."""
+
+    @property
+    def validations(self) -> dict[str, EvaluationLoader]:
+        """Every validation set, by what the names of its metrics begin with."""
+        unnamed = {} if self.evaluation is None else {"validation_": self.evaluation}
+        return unnamed | {f"validation/{name}/": loader for name, loader in self.evaluation_sets.items()}
 
     @property
     def schedule(self) -> Schedule:
@@ -109,14 +119,14 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         chunks, wrapped = _build_model(experiment, groups)
         optimizer = build_optimizer(wrapped, experiment, groups)
         start = _load_or_init(experiment, chunks, optimizer, accepted).after(lock.notes if lock else ())
-        loader, evaluation = _open_data(experiment, groups, stop, start)
+        loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
         log = _open_log(experiment, start)
     except BaseException:
         if lock is not None:
             lock.release(began=False)
         raise
-    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, start.first_step, log, start, lock)
+    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, start.first_step, log, start, lock, sets)
 
 
 def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:
@@ -188,17 +198,32 @@ def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tupl
 
 def _open_data(
     experiment: Experiment, groups: ProcessGroupCollection, stop: StopRequest | None = None, start: Start | None = None
-) -> tuple[StepLoader, EvaluationLoader | None]:
-    digest = Tokenizer.load(experiment.tokenizer).digest
+) -> tuple[StepLoader, EvaluationLoader | None, dict[str, EvaluationLoader]]:
+    """Batches of training, and of evaluation.data and evaluation.sets."""
+    tokenizer = Tokenizer.load(experiment.tokenizer)
+    digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run goes on in its last segment, which is `experiment`
     loader = StepLoader(experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0)
     # the interleaved schedule wants whole rounds of micro-batches
     rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    evaluation = EvaluationLoader(experiment, rank, size, digest, rounds) if experiment.evaluation.data else None
+    open_set = partial(EvaluationLoader, experiment, rank, size, digest, rounds, token_bytes=tokenizer.token_bytes)
+    evaluation = open_set() if experiment.evaluation.data else None
+    sets = {named.name: open_set(named=named) for named in experiment.evaluation.sets}
+    opened = [*([evaluation] if evaluation else []), *sets.values()]
+    multiple = experiment.model.moe_routing_group_tokens * experiment.parallel.context_parallel_size
+    for path, one in zip(experiment.evaluation.paths, opened, strict=True):
+        if one.sequence_length % multiple:
+            raise DataFormatError(
+                f"{path}: packed to sequences of {one.sequence_length} tokens, which are not whole routing groups of every "
+                f"context-parallel rank; pack it to a multiple of {multiple}"
+            )
     if experiment.runtime.verify_data == "digests":
-        verify_files(loader.digests() | (evaluation.digests() if evaluation else {}), stop)
-    return loader, evaluation
+        files = loader.digests()
+        for one in opened:
+            files |= one.digests()
+        verify_files(files, stop)
+    return loader, evaluation, sets
 
 
 def _load_or_init(

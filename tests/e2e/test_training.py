@@ -19,12 +19,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
 from tests.helpers.commands import run_data
 from tests.helpers.runs import ROOT, experiment_fields, kill_all, kill_when, metrics, run, run_forked, start, write_experiment
 
 pytestmark = pytest.mark.slow
 EXPERT_PARALLEL = {"world_size": 2, "expert_model_parallel_size": 2}
-CLOCK = {"seconds", "data_wait_seconds", "tokens_per_s", "model_flops_per_s"}
 
 
 def write(tmp_path: Path, corpus: Path, name: str, steps: int, **changes: Any) -> tuple[Path, Path]:
@@ -45,7 +45,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in metrics(run_dir)]
+    return [{key: value for key, value in record.items() if key not in CLOCK_FIELDS} for record in metrics(run_dir)]
 
 
 def complete(run_dir: Path) -> list[str]:
@@ -112,6 +112,7 @@ def test_metrics_and_log_of_a_run(straight):
     records = metrics(straight)
     assert [record["step"] for record in records] == list(range(1, 21))
     promised = "loss balance_loss grad_norm learning_rate expert_learning_rate tokens_per_s model_flops_per_s expert_load"
+    promised += " cumulative_tokens time run_seconds process_seconds eta_seconds host_rss_bytes"
     shares = "overflow_share recycled_share dropped_share"
     assert all(record.keys() >= {*promised.split(), *shares.split()} for record in records)
     assert records[-1]["loss"] < records[0]["loss"] - 0.5, "it learns"

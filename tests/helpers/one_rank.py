@@ -25,9 +25,9 @@ def on_this_rank(fields: dict[str, Any]) -> setup.Run:
     setup.use_deterministic_algorithms(True)
     chunks, wrapped = setup._build_model(experiment, groups)
     optimizer = setup.build_optimizer(wrapped, experiment, groups)
-    loader, evaluation = setup._open_data(experiment, groups)
+    loader, evaluation, sets = setup._open_data(experiment, groups)
     log = RunLog(Path(experiment.run_dir), experiment.logging, experiment.name, is_writer=False)
-    return setup.Run(experiment, torch.device("cpu"), groups, chunks, wrapped, optimizer, loader, evaluation, 0, log)
+    return setup.Run(experiment, torch.device("cpu"), groups, chunks, wrapped, optimizer, loader, evaluation, 0, log, evaluation_sets=sets)
 
 
 def moments(run: setup.Run) -> dict[str, np.ndarray]:

@@ -299,3 +299,14 @@ def test_positions_follow_a_replaced_list() -> None:
     tree.merge(parse("c: 1\na:\n - b: 2\n", "two"))
     assert tree.data == {"a": [{"b": 2}], "c": 1}
     assert tree.position(("a", 0, "b")) == "two:3"
+
+
+def test_validation_sets_have_names_that_metrics_can_have() -> None:
+    sets = "evaluation.sets=[{name: code, path: a}, {name: 'my books/2', path: b}, {name: code, path: c}, {name: '..', path: d}]"
+    text = refusal(sets)
+    rule = "a name of letters, digits, dots, hyphens and underscores, since metrics are called by it"
+    assert f"evaluation.sets.1.name=my books/2: {rule} (use my_books_2)" in text
+    assert "evaluation.sets.2.name=code: evaluation.sets.0 has this name already (use code_2)" in text
+    assert f"evaluation.sets.3.name=..: {rule} (use set3)" in text
+    made = experiment_with("evaluation.sets=[{name: zh-2.1_x, path: a, max_sequences: 4}]", "evaluation.data=b")
+    assert made.evaluation.paths == ("b", "a")

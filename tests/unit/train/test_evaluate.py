@@ -7,12 +7,18 @@ import itertools
 import pytest
 import torch
 
+from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader
+from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.export_run import dropless_logits
+from hunyuan_pretrain.train.loop import _evaluate
 from hunyuan_pretrain.train.parity import trace_steps
+from launch.demo_report import measure_heldout
 from tests.helpers.one_rank import on_this_rank
-from tests.helpers.runs import experiment_fields
+from tests.helpers.runs import experiment_fields, metrics
+
+PREFIXES = ("validation_", "validation/all/")
 
 
 def validation(corpus, tmp_path, **evaluation):
@@ -52,3 +58,41 @@ def test_it_changes_nothing_in_the_run(corpus, tmp_path):
     (expected,), (actual,) = trace_steps(plain, range(1)), trace_steps(run, range(1))
     assert (actual.scalars, actual.shares) == (expected.scalars, expected.shares)
     assert all((actual.parameters[name] == expected.parameters[name]).all() for name in expected.parameters)
+
+
+def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
+    """Together in one record, and in bits per byte of the text that the targets stand for, as the demo reports them."""
+    path = str(corpus / "heldout")
+    fields = experiment_fields(corpus, tmp_path / "run", 2, model__num_layers=2)
+    fields["evaluation"] = {"data": path, "max_sequences": 3, "sets": [{"name": "all", "path": path, "max_sequences": 4}]}
+    fields["runtime"] |= {"probes": False}
+    run = on_this_rank(fields)
+    run.log = RunLog(tmp_path / "run", run.experiment.logging, "tiny", is_writer=True)
+    run.log.open_sinks({})
+    _evaluate(run, run.experiment.stages[0], 1)
+    run.loader.close()
+    (record,) = metrics(tmp_path / "run")
+    sets = [{name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)} for prefix in PREFIXES]
+    assert [set(one) for one in sets] == [{"loss", "target_tokens", "bits_per_byte", "expert_load"}] * 2
+    for prefix, found in zip(PREFIXES, sets, strict=True):
+        loader = run.validations[prefix]
+        alone = evaluate(run.experiment, run.experiment.stages[0], run.wrapped, loader, run.groups, run.device)
+        assert found == alone
+        heldout = measure_heldout(
+            run.experiment.model_copy(
+                update={"evaluation": run.experiment.evaluation.model_copy(update={"max_sequences": loader.num_sequences})}
+            ),
+            corpus / "tokenized",
+        )
+        assert found["target_tokens"] == heldout.target_tokens
+        assert found["bits_per_byte"] == pytest.approx(heldout.bits_per_byte(found["loss"]), rel=1e-12)
+    assert sets[0]["target_tokens"] < sets[1]["target_tokens"]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"step 1: validation loss {sets[0]['loss']:.4f} over {sets[0]['target_tokens']:,} tokens, " in log
+    assert f"step 1: validation all loss {sets[1]['loss']:.4f} over " in log
+
+
+def test_validation_data_that_is_not_whole_routing_groups_is_refused(corpus, tmp_path):
+    fields = experiment_fields(corpus, tmp_path, evaluation={"data": str(corpus / "heldout")}, model__moe_routing_group_tokens=48)
+    with pytest.raises(DataFormatError, match=r"packed to sequences of 64 tokens, .*; pack it to a multiple of 48"):
+        on_this_rank(fields)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import calendar
+import time
+
 import pytest
 import torch
 
+from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
 from hunyuan_pretrain.model.router import STATISTICS
 from hunyuan_pretrain.plan.counts import flops_per_token
-from hunyuan_pretrain.train.metrics import routing_record, step_line, step_record
+from hunyuan_pretrain.plan.peaks import peak_flops_per_s
+from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
+from hunyuan_pretrain.train.metrics import Meter, routing_record, step_line, step_record
 from hunyuan_pretrain.train.step import StepResult
 from tests.helpers.tiny import tiny_model
 
@@ -80,3 +86,55 @@ def test_evaluation_has_no_router_losses():
 def test_the_line_for_a_person():
     line = step_line(record(tiny_model()), 10)
     assert line.startswith("step 5/10 [decay] loss 2.5000 balance 1.500 grad norm 0.700 lr 1.00e-03 load 2.00 recycled 9.4% 256 tokens/s ")
+
+
+def test_a_record_says_how_far_the_run_is_and_when_it_will_be_done(monkeypatch):
+    """Of 5 steps of 128 tokens: after 3, the rest at the speed since the first step of this process, whatever that one took."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    meter = Meter(Schedule.of([STAGE]), now - 1000, None, torch.device("cpu"))
+    step = record(tiny_model())
+    first = meter.fields(1, step)
+    assert first["eta_seconds"] == 4 * 128 / step["tokens_per_s"]
+    now += 20
+    third = meter.fields(3, step)
+    assert (third["cumulative_tokens"], third["eta_seconds"], third["run_seconds"]) == (3 * 128, 20.0, 1020.0)
+    assert 0 < third["process_seconds"] < time.monotonic() + 1020
+    assert calendar.timegm(time.strptime(third["time"], "%Y-%m-%dT%H:%M:%SZ")) == int(now)
+    assert third["host_rss_bytes"] > 10**7
+    assert meter.fields(5, step)["eta_seconds"] == 0
+    assert first.keys() - CLOCK_FIELDS == {"cumulative_tokens"}
+
+
+def test_mfu_is_there_only_where_a_peak_is_known():
+    step = record(tiny_model())
+    schedule, device = Schedule.of([STAGE]), torch.device("cpu")
+    assert not {"mfu", "device_peak_bytes"} & Meter(schedule, None, None, device).fields(1, step).keys(), "not 0: not known"
+    found = step | Meter(schedule, None, 4 * step["model_flops_per_s"], device).fields(1, step)
+    assert found["mfu"] == 0.25
+    assert step_line(found, 10).endswith(f"TFLOP/s (25.0% MFU) ETA 0:00:{round(4 * 128 / 256):02d}")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362.1e12),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA GB200", 2.5e15),
+        ("Tesla V100-SXM2-16GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_gpu_by_its_name(name, peak):
+    assert peak_flops_per_s(name) == peak
