@@ -234,8 +234,16 @@ def _local_files(given: str, chosen: _Chosen) -> Iterator[_Listed]:
     matches = sorted(glob.glob(given, recursive=True))
     if not matches:
         raise DataFormatError(f"{given}: no such file or folder, and as a pattern it matches nothing")
+    ours: dict[str, bool] = {}
     for path in matches:
         if not os.path.isdir(path):
+            folder = os.path.dirname(path)
+            if folder not in ours:
+                ours[folder] = any(os.path.exists(os.path.join(folder, name)) for name in _OUR_FILES)
+                if ours[folder]:
+                    chosen.found.skip("folders written by hunyuan-data", folder)
+            if ours[folder]:
+                continue
             if os.path.exists(path):
                 yield _local(path, is_named=True)
             else:

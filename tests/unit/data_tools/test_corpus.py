@@ -205,6 +205,10 @@ def test_a_folder_that_a_pattern_matches_is_read_as_a_folder(tmp_path: Path) -> 
     found = survey([tmp_path / "x*"])
     assert [Path(file.path).name for file in found.files] == ["a.txt", "b.txt", "x3.rst"]
     assert found.skipped == {".rst": 1}
+    corpus(tmp_path, "out/shard_00000.origin.npy", "out/rejects.jsonl")
+    everything = survey([tmp_path / "**"])
+    assert [Path(file.path).name for file in everything.files] == ["a.txt", "c.rst", "b.txt", "x3.rst"]
+    assert everything.skipped == {"folders written by hunyuan-data": 1}
 
 
 def test_a_url_goes_by_the_rules_of_a_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_tools import documents, tokenization, tokenized_shard
+from data_tools.encoding import DocumentEncoder
 from data_tools.records import RecordForm
 from data_tools.tokenization import tokenize
 from data_tools.tokenized_shard import Allowance
@@ -212,3 +213,37 @@ if __name__ == "__main__":
     assert np.array_equal(large["large.txt"].document(0), large["large.jsonl"].document(0))
     assert peaks["large.txt"] < peaks["small.txt"] + 250
     assert peaks["large.jsonl"] < peaks["small.txt"] + 250
+
+
+def test_a_document_that_the_engine_cannot_split_costs_itself_alone(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tiktoken cannot split white space of a million characters."""
+    encode = DocumentEncoder.encode
+
+    def limited(self: DocumentEncoder, texts: list[str]) -> Any:
+        if any("   " in text for text in texts):
+            raise DataFormatError("a run of white space is too long to split")
+        return encode(self, texts)
+
+    monkeypatch.setattr(DocumentEncoder, "encode", limited)
+    texts = ["one", "two   ", "three"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    manifest = tokenize([str(tmp_path / "a.jsonl")], tokenizer_folder, str(tmp_path / "out"), max_rejects=Allowance(1))[0]
+    assert (manifest["documents"], manifest["rejects"]) == (2, 1)
+    (reject,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    assert reject["where"].endswith("a.jsonl: byte 16")
+    assert reject["reason"].startswith("a run of white space")
+
+
+def test_a_very_long_record_that_is_left_out_or_empty_is_no_document(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "LONG_BYTES", 200)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 64)
+    records = [{"text": "a " * 300, "lang": "en"}, {"text": "b " * 300, "lang": "zh"}, {"text": "", "lang": "zh", "more": "x" * 900}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    form = RecordForm(where={"lang": frozenset({"zh"})})
+    for name, chosen, expected in (("all", RecordForm(), (2, 1, 0)), ("zh", form, (1, 1, 1))):
+        manifest = tokenize([str(tmp_path / "a.jsonl")], tokenizer_folder, str(tmp_path / name), form=chosen)[0]
+        assert (manifest["documents"], manifest["empty_documents"], manifest["passed_over"]) == expected
