@@ -80,7 +80,9 @@ class Fp8Format(StrEnum):
 
 
 @app.command()
-def explain(key: Annotated[str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; none: everything.")] = "") -> None:
+def explain(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; none: every setting there is.")] = "",
+) -> None:
     """Say what a setting means: unit, type, default, typical value."""
     from hunyuan_pretrain.config.describe import explain as text_of
 

@@ -7,29 +7,35 @@ from typing import Any
 
 from hunyuan_pretrain.config.load import all_paths, field_at, nearest_name
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem, show_value
-from hunyuan_pretrain.config.values import section_of
+from hunyuan_pretrain.config.values import SUFFIX_RULE, section_of
+
+NOTES = (
+    "`explain KEY` says all of a setting, such as stages.tokens; `explain model` lists a section.",
+    f"Where the unit is tokens, a suffix counts: {SUFFIX_RULE}.",
+    "In paths ~ and $NAME are expanded ($$ is a dollar); relative ones are relative to the working directory.",
+)
 
 
 def explain(path: str = "") -> str:
-    """Meaning, unit, type, default and a typical value of a setting; of a section, one line for each of its fields.
+    """Meaning, unit, type, default and a typical value of a setting; of a section, one line for each of its settings, and of theirs.
 
-    `path`: dotted, list indices optional (stages.0.tokens and stages.tokens are the same); "" lists the whole experiment.
+    `path`: dotted, list indices optional (stages.0.tokens and stages.tokens are the same); "" lists every setting there is.
     Raises ConfigError for an unknown path, naming the nearest one.
     """
     keys = tuple(name for name in path.split(".") if name and not name.isdecimal())
     if not keys:
-        return "\n".join([first_line(Experiment.__doc__), *field_lines(Experiment)])
+        return "\n".join([first_line(Experiment.__doc__), *field_lines(Experiment), "", *NOTES])
     field = field_at(Experiment, keys)
     if field is None:
         raise ConfigError("explain", [Problem(path, Problem.NO_VALUE, "unknown setting", nearest_path(keys))])
     schema = Experiment.model_json_schema()
     inner = section_of(field.annotation)
     if inner is not None:
-        kind = "a list of sections" if type_of(property_of(schema, keys)).startswith("list") else "a section"
+        kind = "a list of sections" if is_list(property_of(schema, keys)) else "a section"
         meaning = field.description or first_line(inner.__doc__)
         return "\n".join([f"{'.'.join(keys)}: {kind}", f"  {meaning}", *field_lines(inner)])
     found = property_of(schema, keys)
-    lines = [".".join(keys), f"  meaning   {found.get('description', '')}", f"  type      {type_of(found)}"]
+    lines = [".".join(keys), f"  meaning   {found.get('description', '')}", f"  type      {type_of(found)}{more_of_type(found)}"]
     if found.get("unit"):
         lines.append(f"  unit      {found['unit']}")
     lines.append(f"  default   {show_value(found['default']) if 'default' in found else 'none: must be given'}")
@@ -72,35 +78,66 @@ def property_of(schema: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
     return node
 
 
-def type_of(node: dict[str, Any]) -> str:
-    """A JSON schema in words: "integer > 0 or null"."""
+def type_of(node: dict[str, Any], is_plural: bool = False) -> str:
+    """A JSON schema in words: "integer > 0 or null", "list of integers > 0"; `is_plural`: as what there are several of."""
     if "anyOf" in node:
-        return " or ".join(type_of(choice) for choice in node["anyOf"])
+        kept = {key: node[key] for key in ("is_path",) if key in node}
+        return " or ".join(type_of({**choice, **kept}, is_plural) for choice in node["anyOf"])
     if "enum" in node:
         return " or ".join(show_value(choice) for choice in node["enum"])
-    if "$ref" in node:
-        return "section"
-    if node.get("type") == "array":
-        return f"list of {type_of(node.get('items', {}))}s"
-    word = {"string": "text", "boolean": "true or false"}.get(node.get("type", ""), node.get("type", "any"))
-    bounds = [f"> {node['exclusiveMinimum']:g}"] if "exclusiveMinimum" in node else []
-    bounds += [f">= {node['minimum']:g}"] if "minimum" in node else []
-    return " ".join([word, *bounds])
+    if "const" in node:
+        return show_value(node["const"])
+    s = "s" if is_plural else ""
+    kind = node.get("type", "section")
+    if kind == "array":
+        parts = node.get("prefixItems")
+        if parts:
+            inner = [type_of(part) for part in parts]
+            return f"pair{s} [{', '.join(inner)}]" if len(inner) == 2 else f"list{s} [{', '.join(inner)}]"
+        return f"list{s} of {type_of(node['items'], is_plural=True)}"
+    if kind == "object":
+        return f"mapping{s} of names to {type_of(node['additionalProperties'], is_plural=True)}"
+    word = {"string": "path" if node.get("is_path") else "text", "boolean": "true or false"}.get(kind, kind)
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {show_value(node[name])}" for name, sign in signs.items() if name in node]
+    return " ".join([word if kind in ("boolean", "null") or (word == "text" and is_plural) else word + s, " and ".join(bounds)]).strip()
 
 
-def field_lines(section: Any) -> list[str]:
-    """One line for each field of a section: name, type, default, the first sentence of its meaning."""
+def more_of_type(node: dict[str, Any]) -> str:
+    """What else a value may be written as."""
+    if node.get("unit") == "tokens":
+        return f", also with a suffix: {SUFFIX_RULE}"
+    return "; ~ and $NAME are expanded, and it is relative to the working directory" if node.get("is_path") else ""
+
+
+def is_list(node: dict[str, Any]) -> bool:
+    """Whether a property is a list of sections."""
+    return any(choice.get("type") == "array" for choice in node.get("anyOf", [node]))
+
+
+def field_lines(section: Any, indent: str = "  ") -> list[str]:
+    """A tree: a line for each field of a section, with the first sentence of its meaning, its type, unit and default; below, its fields."""
     schema = section.model_json_schema()
-    rows = []
+    rows: list[tuple[str, str, Any]] = []
     for name, field in section.model_fields.items():
         node = property_of(schema, (name,))
         inner = section_of(field.annotation)
-        kind = "section" if inner is not None else type_of(node)
-        default = f", default {show_value(node['default'])}" if "default" in node and inner is None else ""
         meaning = field.description or (first_line(inner.__doc__) if inner is not None else "")
-        rows.append((name, f"{meaning.split('. ')[0].rstrip('.')} ({kind}{default})"))
-    width = max(len(name) for name, _ in rows)
-    return [f"  {name:<{width}}  {text}" for name, text in rows]
+        kind = ("list of sections" if is_list(node) else "section") if inner is not None else type_of(node)
+        unit = f", unit {node['unit']}" if node.get("unit") else ""
+        default = f", default {show_value(node['default'])}" if "default" in node and inner is None else ""
+        rows.append((name, f"{first_sentence(meaning)} ({kind}{unit}{default})", inner))
+    width = max(len(name) for name, _, _ in rows)
+    lines = []
+    for name, text, inner in rows:
+        lines.append(f"{indent}{name:<{width}}  {text}")
+        lines += field_lines(inner, indent + "  ") if inner is not None else []
+    return lines
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop."""
+    return text.split(". ")[0].rstrip(".")
 
 
 def first_line(docstring: str | None) -> str:
@@ -111,5 +148,9 @@ def first_line(docstring: str | None) -> str:
 def nearest_path(keys: tuple[str, ...]) -> str:
     """The known path that an unknown one most likely meant, as a hint."""
     near = difflib.get_close_matches(".".join(keys), list(all_paths(Experiment)), 1, 0.8)
+    words = set(keys[-1].split("_"))
+    saying = [path for path in all_paths(Experiment) if words <= set(path.rpartition(".")[2].split("_"))] if len(words) > 1 else []
+    if not near and 0 < len(saying) <= 3:
+        return f"did you mean {' or '.join(saying)}?"
     known = next((n for n in range(len(keys), 0, -1) if field_at(Experiment, keys[:n]) is not None), 0)
     return f"did you mean {near[0]}?" if near else nearest_name(Experiment, keys[: known + 1])

@@ -37,6 +37,45 @@ def test_a_section_lists_its_fields() -> None:
     assert all(f"\n  {name} " in explain("") for name in Experiment.model_fields)
 
 
+def test_without_a_key_every_setting_is_listed_under_its_section() -> None:
+    """With type, unit and default; deeper sections further in, in the order of the schema."""
+    lines = explain().splitlines()
+    found: list[str] = []
+    above: list[str] = []
+    for line in lines[1 : lines.index("")]:
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        above = [*above[:depth], name]
+        found.append(".".join(above))
+    assert found == list(all_paths(Experiment))
+    text = "\n".join(lines)
+    assert "\n    num_layers  " in text
+    assert "(integer > 0, unit layers)" in text
+    assert "(integer > 0, unit tokens, default 512)" in text
+    assert "\n    data                     Packed datasets of the stage, mixed by weight (list of sections)\n      path " in text
+    assert "list of list" not in text
+    assert "object" not in text
+    assert "a suffix counts: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096." in text
+
+
+@pytest.mark.parametrize(
+    ("path", "type_"),
+    [
+        ("stages.skip_data_steps", "list of pairs [integer > 0, integer > 0]"),
+        ("stages.tier_weights", "mapping of names to numbers > 0 or null"),
+        ("parallel.pipeline_layout", "list of integers > 0 or null"),
+        ("stages.tokens", "integer > 0, also with a suffix: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096"),
+        ("run_dir", "path; ~ and $NAME are expanded, and it is relative to the working directory"),
+        ("checkpoint.init_from", "path or null; ~ and $NAME are expanded, and it is relative to the working directory"),
+        ("seed", "integer >= 0 and <= 9223372036854775808"),
+        ("name", "text"),
+        ("precision.fp8_format", "e4m3 or hybrid or null"),
+    ],
+)
+def test_types_are_plain_english(path: str, type_: str) -> None:
+    assert f"  type      {type_}\n" in explain(path)
+
+
 @pytest.mark.parametrize("path", list(all_paths(Experiment)))
 def test_every_setting_is_explained(path: str) -> None:
     assert len(explain(path).splitlines()) >= 2
@@ -50,6 +89,10 @@ def test_every_setting_is_explained(path: str) -> None:
         ("lr", "did you mean optimizer.lr?"),
         ("hidden_sise", "did you mean model.hidden_size?"),
         ("model.layers", "did you mean model.num_layers?"),
+        ("stages.token", "did you mean stages.tokens?"),
+        ("evaluation.set", "did you mean evaluation.sets?"),
+        ("stages.data.weights", "did you mean stages.data.weight?"),
+        ("tensor_parallel", "did you mean parallel.tensor_model_parallel_size or parallel.expert_tensor_parallel_size?"),
         ("zzz", "known here: name, run_dir"),
         ("data.qqq", "did you mean stages.data or evaluation.data?"),
     ],
