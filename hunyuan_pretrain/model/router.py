@@ -55,6 +55,20 @@ def marked(choice: torch.Tensor, num_experts: int) -> torch.Tensor:
     return torch.zeros(*choice.shape[:-1], num_experts, dtype=torch.bool, device=choice.device).scatter_(-1, choice, True)
 
 
+class _ProbabilitiesOf(torch.autograd.Function):
+    """probs_TE[t, expert_TK[t, k]]; torch's own gradient of it adds at places that it sorts first, where it must be the same every time."""
+
+    @staticmethod
+    def forward(ctx: Any, probs_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
+        ctx.expert_TK, ctx.num_experts = expert_TK, probs_TE.shape[1]
+        return probs_TE.gather(1, expert_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: torch.Tensor) -> tuple[torch.Tensor, None]:
+        is_of_TKE = marked(ctx.expert_TK[..., None], ctx.num_experts)
+        return torch.where(is_of_TKE, grad_TK[..., None], 0.0).sum(1), None
+
+
 def assign_slots(chosen_nKg: torch.Tensor, num_experts: int, capacity: int, priority_nS: torch.Tensor | None) -> torch.Tensor:
     """Give each choice of an expert a slot, S = num_experts * capacity slots a group; slot s belongs to expert s // capacity.
 
@@ -214,7 +228,7 @@ class Router(torch.nn.Module):
             num_dropped = is_dropped.sum()
             statistics[E : E + 3] = torch.stack((recycled + num_dropped, recycled, num_dropped))
 
-        weight_TK = probs_TE.gather(1, expert_TK)
+        weight_TK = _ProbabilitiesOf.apply(probs_TE, expert_TK)
         if K > 1:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         if is_dropped is not None and not is_permutation:

@@ -1,5 +1,5 @@
 """The host runs ahead of a GPU: no operation of a step looks at a tensor's numbers, but one in each layer without capacity; and no
-gradient of a gather has to sort the rows that it adds up. Counted on the CPU, where nobody waits, by what is called."""
+gradient of a gather has to sort what it adds up. Counted on the CPU, where nobody waits, by what is called."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from tests.helpers.tiny import build, packed_inputs, tiny_model
 LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal", "histc")
 METHODS = ("tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 ADDS = ("index_add_", "index_add", "scatter_add_", "scatter_add", "index_select_backward", "embedding_dense_backward")
-MOST_EXPERTS = 16
-"""Numbers in a row of router probabilities, whose gradients are added up too."""
 DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
 
 
@@ -46,8 +44,7 @@ class Operations(TorchDispatchMode):
         of_unknown_size = name == "repeat_interleave" and not kwargs.get("output_size")
         if name in LOOKS or of_unknown_size or (name.startswith("index") and self._has_mask(args)):
             self.looks[name] += 1
-        is_of_rows = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() > 1 and args[0].shape[-1] > MOST_EXPERTS
-        if is_of_rows and (name in ADDS or (name in ("index_put_", "_index_put_impl_") and len(args) > 3 and args[3])):
+        if name in ADDS or (name in ("index_put_", "_index_put_impl_") and len(args) > 3 and args[3]):
             self.adds[name] += 1
         return func(*args, **kwargs)
 

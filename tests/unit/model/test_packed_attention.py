@@ -104,6 +104,17 @@ def test_documents_in_a_pack_do_not_attend_to_each_other(dtype):
         assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+def test_heads_whose_numbers_do_not_lie_together_are_read_as_they_are():
+    """The kernels would take the next number in memory for the next of the head, without an error."""
+    *qkv, grad = inputs(4, 2, torch.float32)
+    expected = with_gradients(packed_attention, *qkv, grad, document_blocks(BORDERS))
+    for number in range(3):
+        mine = [x.mT.contiguous().mT if place == number else x for place, x in enumerate(qkv)]
+        assert mine[number].stride(-1) != 1
+        found = with_gradients(packed_attention, *mine, grad, document_blocks(BORDERS))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_large_scores_do_not_overflow_where_parts_are_merged():
     """The keys of one part outweigh those of the other by more than fp32 can hold."""
     q, k, v, grad = inputs(4, 2, torch.float32)
