@@ -60,6 +60,21 @@ class ExportFormat(StrEnum):
     hunyuan_v1_moe = "hunyuan_v1_moe"
 
 
+class ParityPrecision(StrEnum):
+    """Number formats of a comparison."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+class LayerEngine(StrEnum):
+    """Whose layers."""
+
+    own = "own"
+    te = "te"
+
+
 class Fp8Recipe(StrEnum):
     """FP8 recipes."""
 
@@ -195,20 +210,33 @@ def parity(
     ] = "dp=2",
     against: Annotated[str, typer.Option(help="Layout to compare with.")] = "dp=1",
     steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 2,
+    precision: Annotated[
+        ParityPrecision,
+        typer.Option(
+            help="fp32 and bf16: without FP8; fp8: with the experiment's recipe. Below fp32, differences are compared with rounding noise."
+        ),
+    ] = ParityPrecision.fp32,
+    engine: Annotated[LayerEngine, typer.Option(help="Layers of the layout: this project's, or Transformer Engine's.")] = LayerEngine.own,
+    against_engine: Annotated[LayerEngine | None, typer.Option(help="Layers of the other one; default: the same.")] = None,
 ) -> None:
     """Train a few steps under two layouts and compare every tensor; exit code 1 and the first difference if they are not the same.
 
-    The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of the tensors. In fp32.
+    The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of the tensors.
     """
+    from hunyuan_pretrain.config.layouts import layout_experiment
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.environment import set_variables
 
     experiment = load_experiment(config, overrides or [])
+    ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    sides = ((layout, engine), (against, against_engine or engine))
+    for text, layers in sides:  # told before torch is imported, which takes seconds
+        layout_experiment(experiment, text, ranks, Path(experiment.run_dir), precision.value, layers.value)
     set_variables(experiment)
 
     from hunyuan_pretrain.train.parity_run import conclusion, report, run_parity
 
-    differences = run_parity(experiment, layout, against, steps)
+    differences = run_parity(experiment, layout, against, steps, precision.value, *(layers.value for _, layers in sides))
     if not differences:
         return  # a rank other than the first
     print_table(f"{layout} against {against}", [("", "compared", "bitwise", "largest relative difference", ""), *report(differences)])

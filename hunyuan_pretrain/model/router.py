@@ -205,7 +205,7 @@ class Router(torch.nn.Module):
         E, K = config.num_moe_experts, config.moe_router_topk
         logits_TE = F.linear(hidden_TD.float(), self.weight)
         probs_TE = logits_TE.softmax(-1)
-        chosen_TK = probs_TE.topk(K, dim=-1).indices
+        chosen_TK = self.choose(probs_TE, key)
         statistics = torch.zeros(E + len(STATISTICS), device=hidden_TD.device)
         is_chosen_TE = marked(chosen_TK, E)
         if isinstance(key, CountedTokens):
@@ -240,6 +240,10 @@ class Router(torch.nn.Module):
                 weight_TK = MoEAuxLossAutoScaler.apply(weight_TK, loss / key.num_global_groups)
             statistics[E + 3 : E + 5] = torch.stack((balance_loss.detach(), z_loss.detach()))
         return RoutingPlan(weight_TK, row_TK, token_R, rows_E, is_permutation), statistics
+
+    def choose(self, probs_TE: torch.Tensor, key: Routing) -> torch.Tensor:
+        """The K experts of the highest probability of each token; a comparison of roundings puts those of another run in their place."""
+        return probs_TE.topk(self.config.moe_router_topk, dim=-1).indices
 
     def losses(self, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Balance loss E * sum_e mean(p_e) * mean(chosen_e) and z-loss, each a mean within a routing group, summed over the groups."""

@@ -11,7 +11,8 @@ Everything else is a sum whose order depends on the layout, and is compared with
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,12 +26,13 @@ from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.model.router import Router, RoutingKey
 from hunyuan_pretrain.parallel.sharding import Placement
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.metrics import step_record
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
+from hunyuan_pretrain.train.rounding import rounding_noise
 from hunyuan_pretrain.train.step import train_step
 
 TOLERANCE = 2e-5
@@ -53,6 +55,8 @@ class StepTrace:
     """Expert load, overflow, recycled and dropped share by layer."""
     routing: dict[str, np.ndarray] = field(default_factory=dict)
     """layer -> (tokens of the global batch, K) expert of each choice, -1 where it was dropped."""
+    choices: dict[str, np.ndarray] = field(default_factory=dict)
+    """layer -> (tokens of the global batch, K) likeliest experts, whether they were taken or those of another run."""
     activations: dict[str, np.ndarray] = field(default_factory=dict)
     """module -> (tokens of the global batch, 2): norm and a random projection of its output."""
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
@@ -71,25 +75,29 @@ class Difference:
     kind: str
     name: str
     relative: float
-    """Largest difference over the largest entry of the reference."""
+    """Largest difference over the largest entry of the reference; in bf16 and FP8 see parity_noise."""
+    tolerance: float = TOLERANCE
 
     @property
     def is_within(self) -> bool:
         """Whether it may be the order of sums."""
-        return self.relative <= (0.0 if self.kind in ("routing", "copies") else TOLERANCE)
+        return self.relative <= self.tolerance
 
 
-def trace_steps(run: setup.Run, steps: range) -> list[StepTrace]:
-    """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others. Communicates: all groups."""
+def trace_steps(run: setup.Run, steps: range, choices: list[dict[str, np.ndarray]] | None = None) -> list[StepTrace]:
+    """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others. Communicates: all groups.
+
+    choices: of another run, for each step; its tokens go to the experts that they went to there.
+    """
     traces = []
-    for step in steps:
+    for number, step in enumerate(steps):
         experiment = run.experiment
         stage = run.schedule.stage(step)
         ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
         lr = experiment.optimizer.lr * run.schedule.lr_fraction(step)
         set_learning_rate(run.optimizer, lr, ratio)
         gradients: list[_Piece] = []
-        watch = _Watch(run)
+        watch = _Watch(run, choices[number] if choices else None)
         result = train_step(
             experiment,
             stage,
@@ -117,26 +125,39 @@ def trace_steps(run: setup.Run, steps: range) -> list[StepTrace]:
         tokens = stage.global_batch_tokens
         _assemble_tokens(trace.activations, watch.activations, tokens)
         _assemble_tokens(trace.routing, watch.routing, tokens)
+        _assemble_tokens(trace.choices, watch.choices, tokens)
         traces.append(trace)
     return traces
 
 
-def compare(actual: list[StepTrace], reference: list[StepTrace]) -> list[Difference]:
-    """Every compared quantity in order of execution: routing and activations forward, gradients backward, then the update."""
+Measure = Callable[[str, Any, Any], float]
+"""(kind, actual, reference) -> by how much they differ, infinity where they cannot be compared."""
+
+
+def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measure | None = None) -> list[Difference]:
+    """Every compared quantity in order of execution: routing and activations forward, gradients backward, then the update.
+
+    measure: by default the largest difference over the largest entry.
+    """
+    measure = measure or (lambda kind, mine, theirs: _difference(mine, theirs))
     found = []
     for step, (mine, theirs) in enumerate(zip(actual, reference, strict=True)):
-        found += [Difference(step, "copies", name, float("inf")) for name in mine.conflicts]
+        found += [Difference(step, "copies", name, float("inf"), 0.0) for name in mine.conflicts]
+        forward: list[tuple[str, str, dict[str, Any], dict[str, Any]]]
         forward = [("activation", name, mine.activations, theirs.activations) for name in theirs.activations]
+        forward += [("choice", name, mine.choices, theirs.choices) for name in theirs.choices]
         forward += [("routing", name, mine.routing, theirs.routing) for name in theirs.routing]
-        for kind, name, a, b in sorted(forward, key=lambda row: execution_order(row[1])):
-            found.append(Difference(step, kind, name, _difference(a.get(name), b[name])))
-        scalars = [Difference(step, "scalar", name, _difference(mine.scalars[name], theirs.scalars[name])) for name in theirs.scalars]
-        found += [scalar for scalar in scalars if scalar.name != "grad_norm"]
-        for name in sorted(theirs.gradients, key=execution_order, reverse=True):
-            found.append(Difference(step, "gradient", name, _difference(mine.gradients.get(name), theirs.gradients[name])))
-        found += [scalar for scalar in scalars if scalar.name == "grad_norm"]  # it is taken of the gradients
-        for kind, a, b in (("moment", mine.moments, theirs.moments), ("parameter", mine.parameters, theirs.parameters)):
-            found += [Difference(step, kind, name, _difference(a.get(name), b[name])) for name in b]
+        rows = sorted(forward, key=lambda row: execution_order(row[1]))
+        scalars = [("scalar", name, mine.scalars, theirs.scalars) for name in theirs.scalars]
+        rows += [row for row in scalars if row[1] != "grad_norm"]
+        backward = sorted(theirs.gradients, key=execution_order, reverse=True)
+        rows += [("gradient", name, mine.gradients, theirs.gradients) for name in backward]
+        rows += [row for row in scalars if row[1] == "grad_norm"]  # it is taken of the gradients
+        for kind, after, expected in (("moment", mine.moments, theirs.moments), ("parameter", mine.parameters, theirs.parameters)):
+            rows += [(kind, name, after, expected) for name in expected]
+        for kind, name, ours, whole in rows:
+            difference = measure(kind, ours.get(name), whole[name])
+            found.append(Difference(step, kind, name, difference, 0.0 if kind in ("choice", "routing") else TOLERANCE))
     return found
 
 
@@ -194,7 +215,10 @@ def _moments(run: setup.Run) -> Iterator[_Piece]:
 class _Watch:
     """Hooks that keep fingerprints of what the modules of this rank return, with the places of their tokens in the global batch."""
 
-    def __init__(self, run: setup.Run) -> None:
+    def __init__(self, run: setup.Run, forced: dict[str, np.ndarray] | None = None) -> None:
+        self.choices: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._forced = forced
+        self._routers: list[Router] = []
         self.activations: list[tuple[str, np.ndarray, np.ndarray]] = []
         self.routing: list[tuple[str, np.ndarray, np.ndarray]] = []
         self._tokens_T: Tensor | None = None
@@ -207,15 +231,14 @@ class _Watch:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        for router in self._routers:
+            del router.choose  # the class's is back
 
     def _register(self, model: HunyuanModel) -> Iterator[Any]:
         tp = model.groups.tp
 
         def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            key: RoutingKey = kwargs["key"]
-            group_n = key.group_n.view(tp.size(), -1)[tp.rank()]
-            offsets = torch.arange(self._group_tokens, device=group_n.device)
-            self._tokens_T = (group_n[:, None] * self._group_tokens + offsets).reshape(-1)
+            self._tokens_T = self._tokens_of(kwargs["key"].share(tp.rank(), tp.size()))
 
         def end(module: Any, args: Any, output: Any) -> None:
             # layers that are computed again in the backward pass have been seen already, and their tokens are no longer known
@@ -232,9 +255,25 @@ class _Watch:
             for name in ("experts", "shared_experts"):
                 yield getattr(layer.mlp, name).register_forward_hook(self._keep(f"{prefix}.{name}"))
             yield layer.mlp.router.register_forward_hook(self._keep_routing(f"{prefix}.router"))
+            layer.mlp.router.choose = self._choose(f"{prefix}.router", layer.mlp.router.choose)
+            self._routers.append(layer.mlp.router)
         if model.post_process:
             yield model.decoder.final_layernorm.register_forward_hook(self._keep("final"))
         yield model.register_forward_hook(end)
+
+    def _tokens_of(self, key: RoutingKey) -> Tensor:
+        offsets = torch.arange(self._group_tokens, device=key.group_n.device)
+        return (key.group_n[:, None] * self._group_tokens + offsets).reshape(-1)
+
+    def _choose(self, name: str, choose: Any) -> Any:
+        def keep(probs_TE: Tensor, key: RoutingKey) -> Tensor:
+            chosen_TK, tokens_T = choose(probs_TE, key), self._tokens_of(key).cpu().numpy()
+            if self._tokens_T is not None:
+                self.choices.append((name, tokens_T, chosen_TK.cpu().numpy()))
+            # those that another run gave these tokens, in a recomputation too
+            return chosen_TK if self._forced is None else torch.from_numpy(self._forced[name][tokens_T]).to(chosen_TK.device)
+
+        return keep
 
     def _keep(self, name: str) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
@@ -290,8 +329,17 @@ def _assemble_tokens(whole: dict[str, np.ndarray], mine: list[tuple[str, np.ndar
         assert count == num_tokens, f"{name}: {count} of {num_tokens} tokens were seen"
 
 
-def trace_layout(experiment: Experiment, steps: int) -> list[StepTrace]:
-    """`trace_steps` of a fresh run of `experiment` in the ranks of this job, which can run another layout afterwards."""
+def trace_layout(
+    experiment: Experiment, steps: int, noise: int | None = None, choices: list[dict[str, np.ndarray]] | None = None
+) -> list[StepTrace]:
+    """`trace_steps` of a fresh run of `experiment` in the ranks of this job, which can run another layout afterwards.
+
+    noise: a seed, with which every product is rounded in another way, see parity_noise. choices: those of rank 0 count.
+    """
     run = setup.prepare(experiment)
-    with setup.left_at_the_end(run):
-        return trace_steps(run, range(run.first_step, run.first_step + steps))
+    if dist.get_world_size() > 1:  # under torchrun only rank 0 has what another run chose
+        shared = [choices]
+        dist.broadcast_object_list(shared, src=0)
+        choices = shared[0]
+    with setup.left_at_the_end(run), nullcontext() if noise is None else rounding_noise(run.chunks, noise):
+        return trace_steps(run, range(run.first_step, run.first_step + steps), choices)

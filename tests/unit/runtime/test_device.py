@@ -280,3 +280,13 @@ def test_attention_of_packed_documents_needs_a_kernel(
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
     monkeypatch.setattr(device, "version_of", lambda name: flash_attn)
     assert device.attends_to_packed_documents() == expected
+
+
+def test_more_ranks_than_gpus_are_refused_before_cuda_says_invalid_device_ordinal():
+    experiment = load_experiment(DEMO)
+    (problem,) = obstacles(MACHINE, experiment, ranks=4)
+    assert str(problem) == (
+        "ranks: 4 ranks on this node, which has 1 GPUs, and a rank needs one of its own (start fewer ranks here, or use runtime.device=cpu)"
+    )
+    assert not obstacles(MACHINE, experiment, ranks=1)
+    assert not obstacles(CPU_MACHINE, experiment, ranks=4)

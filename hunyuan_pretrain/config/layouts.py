@@ -1,0 +1,113 @@
+"""Layouts written in one line, such as "tp=2,pp=2", and what an experiment becomes under one for a comparison. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, ParallelConfig, Problem
+
+Precision = Literal["fp32", "bf16", "fp8"]
+Engine = Literal["own", "te"]
+
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+KEYS = (*SIZES, "dp", "micro", "zero1", "recompute", "method")
+
+
+def layout_experiment(
+    experiment: Experiment,
+    layout: str,
+    num_ranks: int | None,
+    folder: Path,
+    precision: Precision = "fp32",
+    engine: Engine = "own",
+) -> tuple[Experiment, int]:
+    """The experiment under a layout such as "tp=2,pp=2", writing to `folder`; and its number of ranks.
+
+    Sizes that the layout does not name are 1, but dp fills up `num_ranks` where those are given; micro (sequences of a micro-batch),
+    zero1 (distributed optimizer, 0 or 1), recompute and method (of context parallelism) are the experiment's. precision: fp32 and bf16
+    without FP8; fp8: the experiment's own recipe. engine: its own layers, or Transformer Engine's. Raises ConfigError.
+    """
+    values = _parse(layout)
+    sizes = {field: int(values.get(key, 1)) for key, field in SIZES.items()}
+    changes: dict[str, Any] = dict(sizes) | {"world_size": None, "sequence_parallel": sizes["tensor_model_parallel_size"] > 1}
+    if any(sizes[SIZES[key]] != getattr(experiment.parallel, SIZES[key]) for key in ("pp", "vpp")):
+        changes["pipeline_layout"] = None
+    if "zero1" in values:
+        changes["use_distributed_optimizer"] = bool(int(values["zero1"]))
+        if not changes["use_distributed_optimizer"]:
+            changes["overlap_param_gather"] = False
+    for key, field in (("recompute", "recompute"), ("method", "context_parallel_method")):
+        if key in values:
+            changes[field] = values[key]
+    fields = experiment.model_dump()
+    fields["parallel"] = ParallelConfig.model_validate(experiment.parallel.model_dump() | changes).model_dump()
+    fields["precision"] = _number_formats(experiment, precision)
+    fields["runtime"]["transformer_engine"] = "required" if engine == "te" else "never"
+    fields["runtime"]["verify_data"] = "sizes"  # whether two layouts agree does not depend on what they read
+    # Adam divides a gradient by its own size: without a large epsilon the sign of rounding noise would be an update
+    fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
+    fields["run_dir"] = str(folder)
+    fields["evaluation"] |= {"data": None, "sets": []}
+    fields["logging"] |= {"wandb": "disabled", "tensorboard": False}
+    if "micro" in values:
+        for stage in fields["stages"]:
+            stage["micro_batch_sequences"] = int(values["micro"])
+    result = Experiment.model_validate(fields)
+    needed = math.prod(sizes[SIZES[key]] for key in ("tp", "pp", "cp"))
+    if num_ranks is None and "dp" not in values:
+        _refuse_experts_without_ranks(layout, sizes)
+    ranks = num_ranks if num_ranks and "dp" not in values else needed * int(values.get("dp", 1))
+    rules.check(result, world_size=ranks, source=f"layout {layout}")
+    if num_ranks is not None and ranks != num_ranks:
+        raise ConfigError(
+            f"layout {layout}", [Problem("dp", int(values["dp"]), f"makes {ranks} ranks, the job has {num_ranks}", "leave dp out")]
+        )
+    return result, ranks
+
+
+def _number_formats(experiment: Experiment, precision: Precision) -> dict[str, Any]:
+    mine = experiment.precision
+    if precision != "fp8":  # no FP8: the last bit of a sum in another order would become a step of FP8
+        return {"dtype": precision, "grad_reduce_in_fp32": mine.grad_reduce_in_fp32}
+    if mine.fp8_recipe is None:
+        rule = "the experiment has no recipe"
+        raise ConfigError("--precision fp8", [Problem("precision.fp8_recipe", None, rule, "add precision.fp8_recipe=blockwise, say")])
+    return mine.model_dump()
+
+
+def _refuse_experts_without_ranks(layout: str, sizes: dict[str, int]) -> None:
+    """Experts are divided over the ranks of tp, cp and dp; a layout that leaves dp out means 1 of it."""
+    tp, cp, ep, etp = (sizes[SIZES[key]] for key in ("tp", "cp", "ep", "etp"))
+    dp = ep * etp // math.gcd(ep * etp, tp * cp)
+    if dp > 1:
+        rule = f"{ep * etp} ranks of experts are taken from tp * cp * dp, which is {tp * cp} where the layout has no dp"
+        raise ConfigError(f"layout {layout}", [Problem("ep", ep, rule, f"write dp={dp},{layout}")])
+
+
+def _parse(layout: str) -> dict[str, str]:
+    """{"tp": "2", ...} of "tp=2,..."; raises ConfigError with every unknown or unreadable part."""
+    values, problems = {}, []
+    for part in filter(None, layout.split(",")):
+        key, _, value = part.partition("=")
+        if key not in KEYS:
+            problems.append(Problem(key, Problem.NO_VALUE, "no such part of a layout", f"use {', '.join(KEYS)}"))
+        elif key in ("recompute", "method"):
+            allowed = {"recompute": ("none", "selective", "cla_group"), "method": ("all_gather", "all_to_all")}[key]
+            if value not in allowed:
+                problems.append(Problem(key, value, "no such choice", f"use {', '.join(allowed)}"))
+        elif not value.isdecimal() or (int(value) < 1 and key != "zero1"):
+            problems.append(Problem(key, value, "not a number of at least 1", "such as tp=2"))
+        values[key] = value
+    if problems:
+        raise ConfigError(f"layout {layout}", problems)
+    return values

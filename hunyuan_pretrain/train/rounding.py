@@ -1,0 +1,62 @@
+"""Rounding noise: a run whose products are rounded as another legal order of their sums would round them.
+
+What every product of the model returns, and the gradient that goes back into it, is moved by -1, 0 or +1 unit in the last place, with
+probabilities 1/4, 1/2, 1/4. That is the error of one bf16 sum of two rounded parts, such as a product divided over two ranks: its
+standard deviation, 0.7 units, is 2.4 times that of a single rounding. The draw is a function of the value and the seed, so that a
+recomputed activation is the same, and needs no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRODUCTS = ("linear_qkv", "linear_q", "core_attention", "linear_proj", "linear_fc1", "linear_fc2")
+"""Modules whose outputs are rounded sums."""
+
+
+def moved(x: Tensor, seed: int) -> Tensor:
+    """`x` in bf16 with about half of its values replaced by a neighbour; zeros, infinities, and other formats stay as they are."""
+    if x.dtype != torch.bfloat16:
+        return x
+    bits = x.contiguous().view(torch.int16).int()
+    magnitude = bits & 0x7FFF
+    # two rounds of a multiplicative hash of the 16 bits; the top bits of the product are the mixed ones
+    mixed = ((magnitude + 40503 * (seed + 1)) * 40503) & 0xFFFF
+    mixed = ((mixed ^ (mixed >> 7)) * 40503) & 0xFFFF
+    step = (mixed >> 15) - ((mixed >> 14) & 1)  # two fair bits: -1, 0, 0, +1
+    is_moved = (magnitude > 0x0080) & (magnitude < 0x7F7F)
+    return torch.where(is_moved, bits + step, bits).to(torch.int16).view(torch.bfloat16).view(x.shape)
+
+
+class _Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: int) -> Tensor:
+        ctx.seed = seed
+        return moved(x, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return moved(grad, ctx.seed), None
+
+
+@contextmanager
+def rounding_noise(chunks: Sequence[torch.nn.Module], seed: int) -> Iterator[None]:
+    """While this is open, the products of these models are rounded in another way, one for each seed."""
+
+    def disturb(module: Any, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (_Noise.apply(output[0], seed), *output[1:])
+        return _Noise.apply(output, seed)
+
+    modules = [(name, module) for model in chunks for name, module in model.named_modules() if name.rpartition(".")[2] in PRODUCTS]
+    hooks = [module.register_forward_hook(disturb) for _, module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,54 @@
+"""Layouts in one line: refused in words, and before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hunyuan_pretrain.config.layouts import layout_experiment
+from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from tests.helpers.runs import ROOT, experiment_fields, write_experiment
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.model_validate(experiment_fields(Path("corpus"), Path("run"), **changes))
+
+
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ("ep=2", r"ep=2: 2 ranks of experts are taken from tp \* cp \* dp, which is 1 where the layout has no dp \(write dp=2,ep=2\)"),
+        ("tp=2,ep=2,etp=2", r"4 ranks of experts.*which is 2.*\(write dp=2,tp=2,ep=2,etp=2\)"),
+        ("xp=2", r"xp: no such part of a layout \(use tp, pp, "),
+        ("tp=two", r"tp=two: not a number of at least 1"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_the_one_that_can(layout, says):
+    with pytest.raises(ConfigError, match=says):
+        layout_experiment(experiment(), layout, None, Path("run"))
+
+
+def test_precision_and_engine_are_those_asked_for():
+    mine = experiment(
+        model__moe_ffn_hidden_size=48, precision={"dtype": "bf16", "fp8_recipe": "tensorwise"}, runtime={"transformer_engine": "required"}
+    )
+    made = {name: layout_experiment(mine, "dp=2", None, Path("run"), name)[0] for name in ("fp32", "bf16", "fp8")}
+    assert [found.precision.dtype for found in made.values()] == ["fp32", "bf16", "bf16"]
+    assert [found.precision.fp8_recipe for found in made.values()] == [None, None, "tensorwise"]
+    assert {found.runtime.transformer_engine for found in made.values()} == {"never"}, "whatever the experiment says"
+    assert layout_experiment(mine, "dp=2", None, Path("run"), "bf16", "te")[0].runtime.transformer_engine == "required"
+    with pytest.raises(
+        ConfigError, match=r"precision\.fp8_recipe=null: the experiment has no recipe \(add precision\.fp8_recipe=blockwise"
+    ):
+        layout_experiment(experiment(), "dp=2", None, Path("run"), "fp8")
+
+
+def test_a_bad_layout_is_told_before_torch_is_imported(tmp_path):
+    path = write_experiment(tmp_path / "x.yaml", experiment_fields(tmp_path, tmp_path / "run"))
+    code = "import sys; sys.modules['torch'] = None; from hunyuan_pretrain.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "parity", str(path), "--layout", "ep=2"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "layout ep=2: 1 problem"), done.stderr
