@@ -33,7 +33,7 @@ def write(parameter: Tensor, values: Tensor) -> None:
         amax.zero_()
     quantised.copy_(exact)
     # the names under which megatron-core looks for what main weights start from; it forgets them itself
-    quantised.exact_values = exact.cpu()
+    quantised.exact_values = exact.to("cpu", copy=True)  # whoever gave the values may use their memory again
     quantised.get_high_precision_init_val = MethodType(_exact_values, quantised)
     quantised.clear_high_precision_init_val = MethodType(_forget_exact_values, quantised)
 
