@@ -63,12 +63,6 @@ class Resumed(NamedTuple):
     notes: list[str]
     """Lines for the log: every newer checkpoint that could not be used, and why."""
 
-    @property
-    def line(self) -> str:
-        """Which one was read, for the log."""
-        layout = self.marker.get("layout") or f"{self.marker['world_size']} ranks"
-        return f"read {self.folder}: after step {self.marker['step']}, saved by {layout}"
-
 
 def save(
     run_dir: Path,

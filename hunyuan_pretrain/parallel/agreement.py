@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -72,6 +73,8 @@ def first_error(action: Callable[[], object]) -> str | None:
         mine = None
     except (Exception, CheckpointException) as error:  # every failure has to reach the other ranks, which would wait for ever
         mine = reason_of(error)
+        if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # to tell the others takes a little
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, mine)
     told = [error for error in errors if error]

@@ -258,7 +258,7 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
     fresh = on_this_rank(fields(corpus, tmp_path / "fresh"))
     resumed = save_load.load_newest(tmp_path, fresh.chunks, fresh.optimizer)
     assert resumed is not None
-    assert resumed.line == f"read {folder}: after step 1, saved by 1 ranks"
+    assert (resumed.folder, resumed.notes) == (folder, [])
     actual = moments(fresh)
     assert all(np.array_equal(actual[name], expected[name]) for name in expected)
     for theirs, mine in zip(run.chunks[0].parameters(), fresh.chunks[0].parameters(), strict=True):
@@ -365,6 +365,16 @@ def test_keep_last_never_removes_the_newest_for_what_an_earlier_attempt_left_beh
         save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
     save_load.save(tmp_path, 3, run.chunks, run.optimizer, keep_last=1)
     assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000003", "step_0000009"]
+
+
+def test_later_checkpoints_than_asked_for_are_left_alone(run, tmp_path):
+    for step in (1, 2):
+        save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
+    truncate(tmp_path / "checkpoints" / "step_0000002")
+    resumed = save_load.load_newest(tmp_path, run.chunks, run.optimizer, last_step=1)
+    assert resumed is not None
+    assert (resumed.folder.name, resumed.notes) == ("step_0000001", [])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000001", "step_0000002"]
 
 
 def test_a_stranger_in_the_folder_of_a_save_fails_it(run, tmp_path, monkeypatch):
