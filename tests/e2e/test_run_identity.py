@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import SEQUENCE_LENGTH, experiment_fields, kill_when, metrics, run_forked, start, write_experiment
@@ -24,6 +25,7 @@ def fields_of(corpus: Path, run_dir: Path, batch: int = BATCH, sequences: int = 
     """20 steps of 8 sequences, saved after 10 and at the end; `batch` and `sequences` are those of the second stage, from step 2 on."""
     quick = {"device": "cpu", "cpu_threads_per_rank": 1, "probes": False}
     fields = experiment_fields(corpus, run_dir, STEPS, model__num_layers=2, checkpoint={"save_every_steps": 10}, runtime=quick)
+    fields["stages"][0]["micro_batch_sequences"] = fields["stages"][1]["micro_batch_sequences"] = 4
     fields["stages"][1] |= {"tokens": sequences * SEQUENCE_LENGTH, "global_batch_sequences": batch}
     for path, value in changes.items():
         section, _, key = path.partition("__")
@@ -87,15 +89,21 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
         told[name] = train_here(fields_of(corpus, start(name), **changes), accepted)
 
     goes_on("unchanged")
-    goes_on("twice", batch=16)
+    goes_on("twice", batch=16, model__moe_aux_loss_coeff=0.05, model__moe_expert_capacity_factor=2.0)
     goes_on("half", batch=4)
     goes_on("seed", seed=8)
-    goes_on("losses", model__moe_aux_loss_coeff=0.05, model__moe_expert_capacity_factor=2.0)
     goes_on("world", model__hidden_size=64, seed=9, sequences=8)
     shutil.copytree(straight, base / "longer")
     told["again"] = train_here(fields_of(corpus, base / "longer"))
     told["longer"] = train_here(fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH))
     told["shorter"] = train_here(fields_of(corpus, base / "longer", sequences=80))
+
+    goes_on("from before histories", lambda name: without_history(at_step_10(name), 10), batch=16)
+    without_history(base / "unchanged", 20)
+    shorter = experiment_fields(corpus, base / "unchanged", 10)
+    (base / "unchanged/resolved.yaml").write_text(yaml.safe_dump(shorter), encoding="utf-8")
+    told["written over"] = refusal_of(in_force, base / "unchanged/checkpoints/step_0000020")
+    told |= repacked(corpus, base)
 
     branch = {"save_every_steps": 4, "resume_from": 10}
     shutil.copytree(straight, base / "branch")
@@ -114,6 +122,49 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
     return told
 
 
+def repacked(corpus: Path, base: Path) -> dict[str, Any]:
+    """A run of 2 steps whose data is packed again before it goes on."""
+    from data_tools.packed_output import pack
+    from hunyuan_pretrain.data.errors import DataFormatError
+
+    packed, run_dir, told = base / "packed", base / "repacked", {}
+
+    def go(steps: int, accepted: tuple[str, ...] = ()) -> str:
+        fields = fields_of(corpus, run_dir, sequences=(steps - 1) * BATCH)
+        for stage in fields["stages"]:
+            stage["data"] = [{"path": str(packed)}]
+        return train_here(fields, accepted)
+
+    pack([str(corpus / "tokenized")], SEQUENCE_LENGTH, str(packed), seed=1)
+    go(2)
+    shutil.rmtree(packed)
+    pack([str(corpus / "tokenized")], SEQUENCE_LENGTH, str(packed), seed=2)
+    told["repacked"] = go(3)
+    told["repacked, accepted"] = go(3, ("stages.0.data.digest",))
+    told["where in what is gone"] = refusal_of(documents, run_dir, 1, kind=DataFormatError)
+    told["where in what is there"] = documents(run_dir, 3)
+    return told
+
+
+def without_history(run_dir: Path, step: int) -> Path:
+    """The run as it would be if segments and positions had not been recorded."""
+    marker = run_dir / f"checkpoints/step_{step:07d}/complete.json"
+    content = json.loads(marker.read_text(encoding="utf-8"))
+    for name in ("history", "position", "marker_sha256"):
+        content.pop(name, None)
+    marker.write_text(json.dumps(content), encoding="utf-8")
+    (run_dir / "segments.json").unlink()
+    return run_dir
+
+
+def refusal_of(action: Callable[..., Any], *arguments: Any, kind: type[Exception] = ValueError) -> str:
+    try:
+        action(*arguments)
+    except kind as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
 def export_here(run_dir: Path, output: Path) -> dict[str, Any]:
     """What the export of a run's newest checkpoint says it comes from. Ends the job of this process."""
     from hunyuan_pretrain.train.export_run import export_run
@@ -129,7 +180,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(corpus: Path, base: Path) -> dict[str, Any]:
-    return fork_ranks(1, stories, corpus, base)[0]
+    return fork_ranks(1, stories, corpus, base, timeout_s=900)[0]
 
 
 def test_an_unchanged_run_takes_exactly_what_it_would_have_taken(told: dict[str, Any], base: Path) -> None:
@@ -162,12 +213,12 @@ def test_another_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base
 
 
 def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None:
-    assert "changed, and recorded: model.moe_aux_loss_coeff: 0.01 -> 0.05" in told["losses"]
-    assert told["losses"].count("done: 20 steps") == 1
-    segments = json.loads((base / "losses/segments.json").read_text())["segments"]
+    assert "changed, and recorded: model.moe_aux_loss_coeff: 0.01 -> 0.05" in told["twice"]
+    assert told["twice"].count("done: 15 steps") == 1
+    segments = json.loads((base / "twice/segments.json").read_text())["segments"]
     assert [segment["first_step"] for segment in segments] == [0, 10]
     assert segments[1]["position"] == {"step": 10, "stage": "decay", "tokens_of_stage": 4608, "next_sequence_of_stage": 72, "tokens": 5120}
-    marker = json.loads((base / "losses/checkpoints/step_0000020/complete.json").read_text())
+    marker = json.loads((base / "twice/checkpoints/step_0000015/complete.json").read_text())
     assert marker["history"] == segments, "a copied checkpoint has the history too"
 
 
@@ -225,6 +276,26 @@ def test_the_weights_of_a_run_start_another(told: dict[str, Any], base: Path) ->
     assert f"begins with the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run" in told["weights"]
     assert "changed, and recorded: model.moe_z_loss_coeff: 0 -> 0.1" in told["weights"]
     assert "steps 1 to 2" in told["weights"]
+
+
+def test_a_run_from_before_histories_goes_on_with_another_batch(told: dict[str, Any], base: Path) -> None:
+    assert "steps 11 to 15" in told["from before histories"]
+    for step in (3, 11, 15):
+        assert documents(base / "from before histories", step) == documents(base / "twice", step)
+
+
+def test_a_checkpoint_beyond_its_configuration_says_why(told: dict[str, Any]) -> None:
+    assert "it was taken after 20 steps, but the configuration beside it, resolved.yaml, ends after 10" in told["written over"]
+    assert "put the run's own configuration there" in told["written over"]
+
+
+def test_repacked_data_is_refused_until_it_is_accepted(told: dict[str, Any], base: Path) -> None:
+    assert f"stages.0.data.digest: {base}/packed " in told["repacked"]
+    assert told["repacked"].endswith("--accept-changes stages.0.data.digest")
+    assert "accepted by hand: stages.0.data.digest" in told["repacked, accepted"]
+    assert "steps 3 to 3" in told["repacked, accepted"]
+    assert f"{base}/packed: packed again since the run read it" in told["where in what is gone"]
+    assert len(told["where in what is there"]) == BATCH
 
 
 def test_where_reads_the_segment_that_was_in_force(told: dict[str, Any], base: Path) -> None:

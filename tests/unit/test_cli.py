@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,18 @@ def test_doctor_refuses_what_cannot_run_here(command, monkeypatch: pytest.Monkey
     assert code == 1
     assert "a package of this name that is not NVIDIA's" in out
     assert "pip uninstall apex" in err
+
+
+def test_train_hands_on_what_is_accepted_and_where_it_branches(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = []
+    loop = types.ModuleType("hunyuan_pretrain.train.loop")
+    loop.train = lambda experiment, accepted: given.append((experiment.checkpoint.resume_from, accepted)) or 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hunyuan_pretrain.train", types.ModuleType("hunyuan_pretrain.train"))
+    monkeypatch.setitem(sys.modules, "hunyuan_pretrain.train.loop", loop)
+    config = [DEMO, f"run_dir={tmp_path}/run", "parallel.world_size=null", "parallel.expert_model_parallel_size=1"]
+    assert command("train", *config, "--accept-changes", "seed,stages.0.data.digest", "--accept-changes", "tokenizer")[0] == 0
+    assert command("train", *config, "--from-step", "40")[0] == 0
+    assert given == [(None, ["seed", "stages.0.data.digest", "tokenizer"]), (40, [])]
 
 
 def test_wrong_usage_is_exit_code_2(command) -> None:
