@@ -120,8 +120,8 @@ def generate(
         ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id, *ids]
-    # An answer ends with <|eos|>, a document with <|endoftext|>; exports of earlier versions name the latter only.
-    stop_ids = [tokenizer.eos_token_id] + ([tokenizer.convert_tokens_to_ids("<|eos|>")] if chat else [])
+    # A document ends with <|endoftext|>, an answer with <|eos|>; exports of earlier versions name only the former as an end.
+    stop_ids = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eos|>")]
     _refuse_more_than_the_positions(len(ids), max_new_tokens, model.config.max_position_embeddings)
     input_ids = torch.tensor([ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
