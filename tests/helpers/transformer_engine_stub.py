@@ -365,11 +365,11 @@ def _count_cpu_tensors_as_cuda() -> None:
     attend = DotProductAttention.forward
     construct, prepare = TransformerEngineBaseModule.__init__, TransformerEngineBaseModule.prepare_forward
 
-    def init(self: Any) -> None:
+    def init(self: Any, *names: Any) -> None:
         available = torch.cuda.is_available
         torch.cuda.is_available = lambda: True
         try:
-            construct(self)
+            construct(self, *names)
         finally:
             torch.cuda.is_available = available
 
