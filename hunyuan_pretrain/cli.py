@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
 """Errors that a user can put right: the message says how, so a traceback would only hide it."""
 
+JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each rank in its environment."""
+IN_RANKS = ("train", "parity", "shadow")
+"""Commands that a launcher may start as the ranks of a job."""
+
 SECONDS_FOR_RANK_0 = 20
 """How long another rank waits with its error for rank 0 to print the same."""
 
@@ -410,10 +415,34 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def mistake_in_environment(command: str | None) -> str | None:
+    """What is wrong with the names that say which rank of a job this is; for commands that run alone they are forgotten.
+
+    A launcher sets all of JOB. Some of them are left over from elsewhere, and to guess would be to wait for ranks that never come, or to
+    take each rank for a run of its own.
+    """
+    if command not in IN_RANKS:
+        for name in (*JOB[:2], "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        return None
+    there = [name for name in (*JOB, "LOCAL_RANK") if name in os.environ]
+    missing = [name for name in JOB if name not in os.environ]
+    if not missing or not {*JOB[:2], "LOCAL_RANK"} & set(there):
+        return None
+    found = ", ".join(f"{name}={os.environ[name]}" for name in there)
+    return (
+        f"the environment has {found}, but not {', '.join(missing)}: a launcher sets all of them for each rank; "
+        f"start ranks with launch/train.sh, or unset {' '.join(there)}"
+    )
+
+
 def main() -> None:
     """Entry point; a user's error is one message on stderr and exit code 2, a failure a traceback and 1, an interrupt is 130."""
     if sys.argv[1:2] == ["train"]:
         listen()  # a launcher may pass a stop on while torch is being imported
+    if (mistake := mistake_in_environment(next(iter(sys.argv[1:]), None))) is not None:
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
     try:
         app()
     except KeyboardInterrupt:

@@ -162,8 +162,9 @@ def _forget_last_step(products: Sequence[_Product]) -> None:
 
     Nothing else ever takes one out: a second model in the process would reduce those of the first too, over groups that may be gone.
     """
+    state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # of its own in newer versions
     for lists in ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer"):
-        getattr(FP8GlobalStateManager, lists).clear()
+        getattr(state, lists).clear()
     for product in products:
         product.fp8_meta.pop(FP8GlobalStateManager.get_buffer_info(), None)
 

@@ -28,8 +28,8 @@ ApexState = Literal["nvidia", "wrong", "absent"]
 TRANSFORMER_ENGINE_VERSIONS = {(0, 16): ((2, 9), (2, 11)), (0, 17): ((2, 11), (2, 20))}
 """From this version of megatron-core on -> first and last version of Transformer Engine that it works with.
 
-0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the ends are those whose Python part the model was
-built from and trained on, over stand-ins of the kernels, with 0.19.2.
+0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the last is the newest whose Python part the model was
+built from, with 0.19.2, over stand-ins of the kernels.
 """
 
 INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]"'

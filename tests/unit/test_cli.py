@@ -78,10 +78,13 @@ def test_every_problem_of_a_plan_is_in_one_message(command) -> None:
 
 
 def test_doctor(command) -> None:
-    code, out, _ = command("doctor", DEMO, "runtime.device=cpu")
+    code, out, _ = command("doctor")
     assert code == 0
-    assert "megatron-core" in out
+    assert "(works with Transformer Engine 2." in out
+    code, out, err = command("doctor", DEMO, "runtime.device=cpu", "tokenizer=/no/tokenizer")
+    assert code == 1
     assert "gloo" in out
+    assert "cannot run: /no/tokenizer: no such file" in err
 
 
 def test_doctor_refuses_what_cannot_run_here(command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +145,7 @@ def start_as_rank(rank: int) -> subprocess.Popen[str]:
     """`train` of an experiment that is not there, as one rank of a job; its error is read from stderr."""
     return subprocess.Popen(
         [sys.executable, "-m", "hunyuan_pretrain", "train", "absent.yaml"],
-        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -160,7 +163,8 @@ def test_a_rank_leaves_rank_0_the_time_to_print_and_says_nothing_when_the_launch
 
 
 def test_an_error_of_another_rank_alone_is_printed_after_a_while(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0.01)
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -177,3 +181,19 @@ def test_the_module_is_the_command_and_explains_without_torch() -> None:
     )
     assert run.stdout.startswith("seed\n")
     assert "| torch\n" not in run.stderr
+
+
+def test_names_of_another_job_in_the_environment_do_not_count() -> None:
+    """Some of what a launcher sets: refused where it would matter, forgotten elsewhere."""
+    stray = os.environ | {"RANK": "3", "WORLD_SIZE": "8"}
+    command = [sys.executable, "-m", "hunyuan_pretrain"]
+    done = subprocess.run([*command, "train", "absent.yaml"], env=stray, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "the environment has RANK=3, WORLD_SIZE=8, but not MASTER_ADDR, MASTER_PORT: a launcher sets all of them for each rank; "
+        "start ranks with launch/train.sh, or unset RANK WORLD_SIZE\n",
+    )
+    complete = stray | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "3"}
+    done = subprocess.run([*command, "config", "show", "absent.yaml"], env=complete, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert not done.stderr.startswith("rank 3"), "and it did not wait for rank 0 either"
