@@ -448,6 +448,7 @@ class CheckpointConfig(Section):
         None,
         unit="steps",
         typical="the step before a spike of the loss",
+        is_path=True,
     )
     init_from: str | None = setting(
         "Checkpoint, or run directory (its newest one), whose weights a fresh run starts from; not its optimizer, step or data position.",

@@ -121,7 +121,7 @@ def change_paths(section: type[BaseModel], data: dict[str, Any], change: Callabl
             made[name] = change_paths(inner, value, change)
         elif inner is not None and value is not None:
             made[name] = [change_paths(inner, part, change) for part in value]
-        elif extra.get("is_path") and value is not None:
+        elif extra.get("is_path") and isinstance(value, str):
             made[name] = change(value)
     return made
 

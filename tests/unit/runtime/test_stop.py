@@ -19,6 +19,7 @@ assert listen() is stop
 print("listening", flush=True)
 while not stop.is_asked:
     time.sleep(0.01)
+time.sleep(0.5)  # a step's end and its save
 print("saved", flush=True)
 """
 STUCK = """
