@@ -72,11 +72,12 @@ def test_locks_satisfy_the_ranges_and_cover_every_extra_of_dev(python: str) -> N
     ]
     assert outside == []
     engine = pins("transformer-engine.txt", python)["transformer-engine"]
+    newest = pins("transformer-engine-newest.txt", python)["transformer-engine"] if python != "3.11" else engine
     first, last = transformer_engine_versions(str(locked["megatron-core"]))
-    assert first <= (engine.major, engine.minor) <= last
+    assert first <= (engine.major, engine.minor) <= (newest.major, newest.minor) == last
     (extra,) = wanted(EXTRAS["gpu"], python)
     assert extra.specifier == SpecifierSet(f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"), "the extra takes what the code takes"
-    assert all(each.specifier.contains(engine) for each in wanted(EXTRAS["gpu"], python))
+    assert extra.specifier.contains(engine)
 
 
 @pytest.mark.parametrize("python", PYTHONS)

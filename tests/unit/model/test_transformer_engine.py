@@ -51,10 +51,17 @@ BUILDS = [
 ]
 
 
-@needs_package
+NEWEST_FOLDER = TE_FOLDER.with_name("transformer_engine_newest")
+"""The newest version that megatron-core works with, where that is not the one of the other tests (requirements/)."""
+
+
 @pytest.mark.slow
-def test_parameters_are_those_of_the_local_spec() -> None:
+@pytest.mark.parametrize("folder", [TE_FOLDER, NEWEST_FOLDER], ids=lambda folder: folder.name)
+def test_parameters_are_those_of_the_local_spec(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, order, shapes, formats, marks, and where each lies in the whole one; of the rank of a world that is only imagined."""
+    if not folder.is_dir():
+        pytest.skip(f"needs Transformer Engine's Python part in {folder}: run make (the newest one: with Python 3.12)")
+    monkeypatch.setenv("TRANSFORMER_ENGINE_FOLDER", str(folder))
     (found,) = run_ranks(1, differences_of_builds, BUILDS)
     assert found == []
 
