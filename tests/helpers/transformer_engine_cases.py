@@ -298,16 +298,16 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
     return [q, k, v]
 
 
-def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]], heads: Sequence[tuple[int, int, int]]) -> list[Any]:
-    """For each (query heads, key/value heads, head dim), each (blocks, queries, keys) and each layout: the case, the mask, and by how much
-    output and gradients differ from those of `packed_attention`, of the largest entry; or the error."""
+def attention_differences(borders: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]) -> list[Any]:
+    """For each (query heads, key/value heads, head dim), each of a rank's row ranges (None: all rows) and each layout: the case, the mask, and
+    by how much output and gradients differ from those of `packed_attention`, of the largest entry; or the error."""
     transformer_engine_stub.install()
     import torch
 
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.packed_attention import packed_attention
+    from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
     from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
     from tests.helpers.tiny import tiny_model
 
@@ -315,7 +315,9 @@ def attention_differences(works: Sequence[tuple[Sequence[Any], int, int]], heads
     for num_heads, num_groups, head_dim in heads:
         model = tiny_model(num_attention_heads=num_heads, num_query_groups=num_groups, kv_channels=head_dim)
         attention = PackedAttention(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True))
-        for blocks, T, S in works:
+        for ranges in works:
+            blocks = document_blocks(borders) if ranges is None else context_blocks(borders, ranges)
+            T, S = blocks[-1].q_end, borders[-1]
             qkv = [torch.randn(*shape, head_dim, generator=generator).bfloat16() for shape in ((T, num_heads), *[(S, num_groups)] * 2)]
             grad = torch.randn(qkv[0].shape, generator=generator).bfloat16()
             expected = _with_gradients(packed_attention, qkv, blocks, grad)
