@@ -299,8 +299,8 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
 
 
 def attention_differences(borders: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]) -> list[Any]:
-    """For each (query heads, key/value heads, head dim), each of the row ranges of a rank (None: all rows) and each layout: the case, the mask,
-    and by how much output and gradients differ from those of `packed_attention`, of the largest entry; or the error."""
+    """For each (query heads, key/value heads, head dim), each of the row ranges of a rank (None: all rows) and each layout: the case, the
+    mask, and by how much output and gradients differ from those of `packed_attention`, of the largest entry; or the error."""
     transformer_engine_stub.install()
     import torch
 
