@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
@@ -95,6 +97,9 @@ class _Planner(TorchDistSaveShardedStrategy):
 
     def plan(self, state: dict[str, Any], folder: str) -> _Planned:
         """Communicates: all ranks."""
+        # for results of this process, which core would hold in a process of its own: one that outlives a rank which leaves after an error,
+        # and keeps the pipes of the job open
+        filesystem_async._results_queue = Queue()
         # core 0.19 has two writers, of which "mcore" is the one that 0.16 has
         chosen = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(self.async_save).parameters else {}
         return self.async_save(state, folder, **chosen)

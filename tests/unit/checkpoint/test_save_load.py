@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
@@ -375,6 +376,14 @@ def test_later_checkpoints_than_asked_for_are_left_alone(run, tmp_path):
     assert resumed is not None
     assert (resumed.folder.name, resumed.notes) == ("step_0000001", [])
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000001", "step_0000002"]
+
+
+def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
+    """One that outlives a rank that leaves after an error keeps the job's output open, and whoever reads it waits for ever."""
+    monkeypatch.setattr(parallel_write.filesystem_async, "_results_queue", None)
+    before = psutil.Process().children(recursive=True)
+    save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
+    assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
 
 
 def test_a_stranger_in_the_folder_of_a_save_fails_it(run, tmp_path, monkeypatch):
