@@ -33,8 +33,8 @@ help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # The stamp is written last, so that an interrupted installation starts again.
-$(STAMP): pyproject.toml Makefile $(wildcard requirements/*)
-	'$(PYTHON)' requirements/environment.py set-up $(VENV)
+$(STAMP): pyproject.toml Makefile $(wildcard .ci/locks/*)
+	'$(PYTHON)' .ci/locks/environment.py set-up $(VENV)
 	touch $@
 
 demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU processes -> export -> generation; TEXT=file or folder for your own text
@@ -50,12 +50,12 @@ BORDERS := tests/project/test_borders.py tests/reference tests/unit/config/test_
     tests/unit/model/test_hunyuan_model.py tests/unit/model/test_transformer_engine.py tests/unit/train/test_optimizer.py
 
 test-latest: ## The tests at the borders to other people's packages, with the newest of everything that pyproject.toml allows; heeds PIP_CONSTRAINT
-	'$(PYTHON)' requirements/environment.py set-up $(LATEST) --latest
+	'$(PYTHON)' .ci/locks/environment.py set-up $(LATEST) --latest
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(LATEST)/bin/python -m pytest -n 2 --dist loadfile $(BORDERS) $(PYTEST_ARGS)
 
-lock: $(STAMP) ## Write requirements/*.txt anew: the newest of everything that pyproject.toml allows, with digests; torch stays
+lock: $(STAMP) ## Write .ci/locks/*.txt anew: the newest of everything that pyproject.toml allows, with digests; torch stays
 	$(PY) -m pip install --quiet uv
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) requirements/environment.py lock
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) .ci/locks/environment.py lock
 
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; some minutes to an hour
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)

@@ -110,11 +110,17 @@ def explain(
 
 
 @config_app.command()
-def show(config: ConfigPath, overrides: Overrides = None) -> None:
+def show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    value: Annotated[str, typer.Option(metavar="KEY", help="Print the value of this setting alone, as a script needs it.")] = "",
+) -> None:
     """Print the resolved experiment as YAML: bases merged, overrides applied, every default filled in."""
+    from hunyuan_pretrain.config.describe import value_of
     from hunyuan_pretrain.config.load import dump_resolved, load_experiment
 
-    print(dump_resolved(load_experiment(config, overrides or [])), end="")
+    experiment = load_experiment(config, overrides or [])
+    print(value_of(experiment, value) if value else dump_resolved(experiment), end="\n" if value else "")
 
 
 @config_app.command()

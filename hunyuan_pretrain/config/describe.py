@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any
 
 from hunyuan_pretrain.config.load import all_paths, field_at, nearest_name
@@ -54,6 +55,19 @@ def diff(a: Experiment, b: Experiment) -> list[str]:
         if old != new or left.get(path) != right.get(path):
             lines.append(f"{path}: {old} -> {new}")
     return lines
+
+
+def value_of(experiment: Experiment, path: str) -> str:
+    """The value of one setting of an experiment as plain text, a path with ~ and $NAME expanded; null is "null", a list JSON.
+
+    `path`: dotted, of a setting and not of a section. Raises ConfigError for an unknown one, naming the nearest.
+    """
+    values = flatten(experiment.model_dump(mode="json"))
+    if path not in values:
+        near = difflib.get_close_matches(path, values, 1)
+        raise ConfigError("config show --value", [Problem(path, Problem.NO_VALUE, "not a setting", f"did you mean {near[0]}?" if near else "")])
+    value = values[path]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -103,7 +103,8 @@ def _documents(blocks: tuple[Block, ...], device: torch.device) -> _Documents:
             keys.append((block.k_start, block.k_end))
     is_square = q_borders == k_borders
     return _Documents(
-        *(to_device(torch.tensor(borders, dtype=torch.int32), device) for borders in (q_borders, k_borders)),
+        to_device(torch.tensor(q_borders, dtype=torch.int32), device),
+        to_device(torch.tensor(k_borders, dtype=torch.int32), device),
         max(block.q_end - block.q_start for block in blocks),
         max(block.k_end - block.k_start for block in blocks),
         "padding_causal" if is_square else "padding_causal_bottom_right",

@@ -255,7 +255,8 @@ class _Watch:
             for name in ("experts", "shared_experts"):
                 yield getattr(layer.mlp, name).register_forward_hook(self._keep(f"{prefix}.{name}"))
             yield layer.mlp.router.register_forward_hook(self._keep_routing(f"{prefix}.router"))
-            layer.mlp.router.choose = self._choose(f"{prefix}.router", layer.mlp.router.choose)
+            choose = self._choose(f"{prefix}.router", layer.mlp.router.choose)
+            layer.mlp.router.choose = choose  # type: ignore[method-assign]  # of this instance, while it is traced
             self._routers.append(layer.mlp.router)
         if model.post_process:
             yield model.decoder.final_layernorm.register_forward_hook(self._keep("final"))

@@ -117,10 +117,10 @@ class _Compared:
         grad_TNH = torch.sin(torch.arange(q_TNH.numel(), device=q_TNH.device, dtype=torch.float32)).view(q_TNH.shape).to(q_TNH.dtype)
         results = []
         for attend in self.both:
-            leaves = [x.detach().requires_grad_() for x in (q_TNH, k_SGH, v_SGH)]  # with their strides
+            q, k, v = (x.detach().requires_grad_() for x in (q_TNH, k_SGH, v_SGH))  # with their strides
             with torch.enable_grad():
-                output_TNH = attend(*leaves, blocks)
-                results.append([output_TNH.detach(), *torch.autograd.grad(output_TNH, leaves, grad_TNH)])
+                output_TNH = attend(q, k, v, blocks)
+                results.append([output_TNH.detach(), *torch.autograd.grad(output_TNH, (q, k, v), grad_TNH)])
         for name, a, b in zip(ROUNDINGS, *results, strict=True):
             rows = (len(a), -1) if name == "output" else (1, -1)
             a, b = a.float().reshape(rows), b.float().reshape(rows)

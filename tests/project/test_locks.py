@@ -19,7 +19,7 @@ from packaging.version import Version
 from hunyuan_pretrain.runtime.device import transformer_engine_versions
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ROOT / "requirements"
+LOCKS = ROOT / ".ci" / "locks"
 SCRIPT = LOCKS / "environment.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]

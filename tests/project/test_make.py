@@ -52,7 +52,7 @@ def test_what_make_starts_does_not_see_its_settings(tmp_path: Path) -> None:
     text = 'it\'s "my" $HOME `text`; exit 3'
     done = make("demo", f"PYTHON={tmp_path}/setter", "VENV=env", f"TEXT={text}", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "arguments.setter").read_text().splitlines() == ["requirements/environment.py", "set-up", "env"]
+    assert (tmp_path / "arguments.setter").read_text().splitlines() == [".ci/locks/environment.py", "set-up", "env"]
     assert (tmp_path / "arguments.python").read_text().splitlines() == ["-m", "launch.demo", "--text", text]
     for name in ("setter", "python"):
         seen = {line.partition("=")[0] for line in (tmp_path / f"seen.{name}").read_text().splitlines()}

@@ -1,8 +1,8 @@
 """The environment of `make demo` and `make test`: exactly the versions that the locks beside this file name, checked by their SHA-256.
 
-    python requirements/environment.py set-up FOLDER             a virtual environment of this interpreter, from the locks
-    python requirements/environment.py set-up FOLDER --latest    the same from the newest versions that pyproject.toml allows
-    python requirements/environment.py lock                      write the locks anew; needs uv and packaging
+    python .ci/locks/environment.py set-up FOLDER             a virtual environment of this interpreter, from the locks
+    python .ci/locks/environment.py set-up FOLDER --latest    the same from the newest versions that pyproject.toml allows
+    python .ci/locks/environment.py lock                      write the locks anew; needs uv and packaging
 
 py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, taken where this machine offers one (PIP_FIND_LINKS or
 PIP_EXTRA_INDEX_URL), and written by hand, because PyPI does not have that build; torch-pypi.txt is PyPI's build of the same version, with
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LOCKS = Path(__file__).resolve().parent
-ROOT = LOCKS.parent
+ROOT = LOCKS.parents[1]
 PYTHONS = ("3.11", "3.12")
 PLATFORMS = (("linux", "x86_64", "Linux"), ("linux", "aarch64", "Linux"), ("darwin", "arm64", "Darwin"))
 CUDA = re.compile(r"(nvidia|cuda)-|triton=|torch=")
