@@ -65,7 +65,8 @@ def value_of(experiment: Experiment, path: str) -> str:
     values = flatten(experiment.model_dump(mode="json"))
     if path not in values:
         near = difflib.get_close_matches(path, values, 1)
-        raise ConfigError("config show --value", [Problem(path, Problem.NO_VALUE, "not a setting", f"did you mean {near[0]}?" if near else "")])
+        hint = f"did you mean {near[0]}?" if near else ""
+        raise ConfigError("config show --value", [Problem(path, Problem.NO_VALUE, "not a setting", hint)])
     value = values[path]
     return value if isinstance(value, str) else json.dumps(value)
 

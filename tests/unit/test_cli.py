@@ -56,8 +56,8 @@ def test_config_show_prints_what_loads_back(command) -> None:
 
 def test_config_show_prints_one_value_as_a_script_needs_it(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "/scratch/a b")
-    overrides = ["run_dir=$PLACE/10: $$x", "parallel.world_size=null"]
-    assert command("config", "show", DEMO, *overrides, "--value", "run_dir") == (0, "/scratch/a b/10: $x\n", "")
+    overrides = ["run_dir=$PLACE/10 $$x", "parallel.world_size=null"]
+    assert command("config", "show", DEMO, *overrides, "--value", "run_dir") == (0, "/scratch/a b/10 $x\n", "")
     assert command("config", "show", DEMO, *overrides, "--value", "parallel.world_size") == (0, "null\n", "")
     code, _, err = command("config", "show", DEMO, "--value", "parallel.world_siz")
     assert (code, err) == (2, "config show --value: 1 problem\n  parallel.world_siz: not a setting (did you mean parallel.world_size?)\n")
