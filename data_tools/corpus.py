@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.formats import HEAD_BYTES, PARQUET_ENDING, RECORD_ENDINGS, TEXT_ENDINGS, extension_of, format_of
+from data_tools.progress import describe_skipped
 from hunyuan_pretrain.data.errors import DataFormatError
 
 DEFAULT_EXTENSIONS = (*TEXT_ENDINGS, *RECORD_ENDINGS, PARQUET_ENDING)
 # What compression saves on text, about: a shard of compressed files shall hold as much text as another.
 _EXPANSION = 4
-_SHOWN_REASONS = 8
 _MOST_REASONS = 64
 # Files that our own folders hold; such a folder within an input is not text.
 _OUR_FILES = ("hy.tiktoken", "sequence_offsets.npy", "shard_00000.origin.npy")
@@ -87,20 +87,6 @@ class Survey:
             reason = "other endings" if is_odd else reason
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.examples.setdefault(reason, path)
-
-
-def describe_skipped(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
-    """One line on what was not read, the most frequent reason first; "" if there is nothing."""
-    by_number = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
-    if not by_number:
-        return ""
-    shown = [
-        f"{count:,} {reason}" + (f" (such as {examples[reason]!r})" if examples and reason in examples else "")
-        for reason, count in by_number[:_SHOWN_REASONS]
-    ]
-    if len(by_number) > _SHOWN_REASONS:
-        shown.append(f"{sum(count for _, count in by_number[_SHOWN_REASONS:]):,} for {len(by_number) - _SHOWN_REASONS} other reasons")
-    return f"not read: {', '.join(shown)}"
 
 
 def find_files(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_tools.corpus import describe_skipped
+from data_tools.progress import describe_skipped
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, manifest_format
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset

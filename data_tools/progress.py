@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -42,3 +43,20 @@ class ProgressReport:
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(f"{self._title}: {self._done / max(self._total, 1):.0%}, {note}", file=sys.stderr, flush=True)
+
+
+_SHOWN_REASONS = 8
+
+
+def describe_skipped(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
+    """One line on what was not read, the most frequent reason first; "" if there is nothing."""
+    by_number = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    if not by_number:
+        return ""
+    shown = [
+        f"{count:,} {reason}" + (f" (such as {examples[reason]!r})" if examples and reason in examples else "")
+        for reason, count in by_number[:_SHOWN_REASONS]
+    ]
+    if len(by_number) > _SHOWN_REASONS:
+        shown.append(f"{sum(count for _, count in by_number[_SHOWN_REASONS:]):,} for {len(by_number) - _SHOWN_REASONS} other reasons")
+    return f"not read: {', '.join(shown)}"

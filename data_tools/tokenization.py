@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.corpus import DEFAULT_EXTENSIONS, deal_out, describe_skipped, survey
+from data_tools.corpus import DEFAULT_EXTENSIONS, deal_out, survey
 from data_tools.encoding import DocumentEncoder, EncoderSource
-from data_tools.progress import ProgressReport
+from data_tools.progress import ProgressReport, describe_skipped
 from data_tools.records import RecordForm
 from data_tools.tokenized_shard import Allowance, ShardReport, TokenizeJob, is_finished, read_report, shard_name, write_shard
 from hunyuan_pretrain.data.errors import DataFormatError

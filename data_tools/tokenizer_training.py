@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_tools.compression import measure
-from data_tools.corpus import describe_skipped, survey
-from data_tools.progress import ProgressReport
+from data_tools.corpus import survey
+from data_tools.progress import ProgressReport, describe_skipped
 from data_tools.records import parse_conditions
 from data_tools.training_text import MEASURED_BYTES, TrainingText
 from data_tools.vocabulary import MAX_RANKS, MAX_WORD_TOKENS, BaseVocabulary, LongWords, byte_vocabulary, extend, load_base

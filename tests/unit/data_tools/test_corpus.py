@@ -12,8 +12,9 @@ import pytest
 import zstandard
 
 from data_tools import documents
-from data_tools.corpus import deal_out, describe_skipped, find_files, survey
+from data_tools.corpus import deal_out, find_files, survey
 from data_tools.documents import read_documents
+from data_tools.progress import describe_skipped
 from data_tools.records import RecordForm
 from hunyuan_pretrain.data.errors import DataFormatError
 
