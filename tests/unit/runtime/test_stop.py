@@ -22,6 +22,21 @@ while not stop.is_asked:
 time.sleep(0.5)  # a step's end and its save
 print("saved", flush=True)
 """
+WITH_FORKS = """
+import multiprocessing, time
+from hunyuan_pretrain.runtime.stop import listen
+stop = listen()
+writers = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(1,)) for _ in range(2)]
+for writer in writers:
+    writer.start()
+time.sleep(0.2)  # they are past the fork
+print("listening", flush=True)
+for writer in writers:
+    writer.join()
+    assert writer.exitcode == 0
+assert stop.is_asked
+print("saved", flush=True)
+"""
 STUCK = """
 import ctypes
 from hunyuan_pretrain.runtime.stop import listen
@@ -36,7 +51,13 @@ while True:
 
 def listening(program: str, **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment, cwd=ROOT
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        cwd=ROOT,
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "listening\n"
@@ -52,6 +73,14 @@ def test_a_stop_is_remembered_until_there_is_a_place_to_stop() -> None:
         assert err.strip() == ("Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving") * (
             number == signal.SIGINT
         )
+
+
+def test_one_ctrl_c_during_a_save_is_one_however_many_processes_write() -> None:
+    process = listening(WITH_FORKS)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does, and torchrun
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "saved\n"), err
+    assert err.count("Ctrl-C: stopping") == 1
 
 
 def test_a_second_ctrl_c_ends_at_once_even_in_a_collective() -> None:
