@@ -44,8 +44,8 @@ class StopRequest:
         os.set_blocking(writer, False)
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # A terminal and torchrun send a signal to a rank and to what it has forked, such as the writers of a checkpoint, which have the same
-        # pipe: one Ctrl-C during a save would be read as several. They write to the end, as the rank does.
+        # A terminal and torchrun send a signal to a rank and to all that it has forked, such as the writers of a checkpoint. These have the
+        # same pipe, where one Ctrl-C during a save would be read as several. They write to the end, as the rank does.
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background of a script
