@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from hunyuan_pretrain.parallel import groups
+from hunyuan_pretrain.parallel.signs_of_life import signs_of_life
 
 T = TypeVar("T")
 
@@ -29,16 +30,18 @@ PATIENCE = timedelta(hours=12)
 def patience() -> Iterator[None]:
     """Within it, collectives of all ranks (the default group) wait up to PATIENCE, not runtime.distributed_timeout_s.
 
-    For work on files, whose length the time-out of a training step says nothing about. A rank that dies is still noticed at once, by
-    whoever started the ranks; only one that hangs is waited for.
+    For work on files, whose length the time-out of a training step says nothing about. A rank that is gone is still noticed, on its node at
+    once by whoever started it, and by the others after the usual time (signs_of_life.py); one that works is waited for.
     """
     usual = groups.collective_timeout()
     if usual is None or usual >= PATIENCE:
         yield
         return
+    alone = dist.get_world_size() == 1
     _set_pg_timeout(PATIENCE)
     try:
-        yield
+        with nullcontext() if alone else signs_of_life(usual.total_seconds()).watched():
+            yield
     finally:
         _set_pg_timeout(usual)
 

@@ -1,0 +1,60 @@
+"""Ranks that wait for each other's share of reading or writing: for hours for one that works, not for one that is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from tests.helpers.ranks import fork_ranks, forking
+
+TIMEOUT_S = 2
+
+
+def wait_for_rank_1(is_frozen: bool) -> float:
+    """Seconds that this rank waited."""
+    import torch.distributed as dist
+
+    from hunyuan_pretrain.parallel.agreement import patience
+    from hunyuan_pretrain.parallel.groups import initialize_distributed
+
+    initialize_distributed("gloo", TIMEOUT_S)
+    dist.barrier()
+    began = time.monotonic()
+    with patience():
+        if dist.get_rank() == 1 and is_frozen:
+            os.kill(os.getpid(), signal.SIGSTOP)  # as of a machine that is gone: its connections are not even closed
+        elif dist.get_rank() == 1:
+            time.sleep(2.5 * TIMEOUT_S)
+        dist.barrier()
+    return time.monotonic() - began
+
+
+def frozen(rank: int, port: int, errors: Path) -> None:
+    os.dup2(os.open(errors.with_suffix(f".{rank}"), os.O_WRONLY | os.O_CREAT), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    wait_for_rank_1(is_frozen=True)
+
+
+def test_a_rank_that_works_longer_than_the_time_out_is_waited_for() -> None:
+    assert min(fork_ranks(2, wait_for_rank_1, False)) > 2 * TIMEOUT_S
+
+
+def test_a_rank_that_is_gone_ends_the_others_though_they_are_patient(tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [forking().Process(target=frozen, args=(rank, store.port, tmp_path / "errors")) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        ranks[0].join(timeout=60)
+        assert ranks[0].exitcode == 1
+        text = (tmp_path / "errors.0").read_text()
+        assert "rank 0 ends: no sign of life of rank 1 for 10 s (runtime.distributed_timeout_s)\n" in text
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
