@@ -24,7 +24,9 @@ from hunyuan_pretrain.config.changes import (
 from hunyuan_pretrain.config.history import Segment, SourceFacts, read_history, segments_of
 from hunyuan_pretrain.config.rules import data_parallel_size
 from hunyuan_pretrain.config.schedule import Piece, Schedule
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.values import change_paths
+from hunyuan_pretrain.data.indexed import digest_of
 from hunyuan_pretrain.data.mixture import source_path
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.sample_order import facts_of
@@ -168,6 +170,29 @@ def what_is_met(
         "tokenizer_digest": tokenizer_digest,
         "versions": dict(versions),
     }
+
+
+def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
+    """Raise ConfigError, on every rank, where ranks have other settings, data or tokenizers than rank 0: each node reads its own files.
+
+    Only data and tokenizer may lie elsewhere on another node. Communicates: all ranks.
+    """
+    mine = {
+        "settings": digest_of(change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: "")),
+        "run_dir": experiment.run_dir,
+        "data": digest_of([facts.digest for facts in met["sources"].values()]),
+        "tokenizer": met["tokenizer_digest"],
+    }
+    of_rank: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_rank, mine)
+    problems = []
+    for name, value in of_rank[0].items():
+        if others := [str(rank) for rank, found in enumerate(of_rank) if found[name] != value]:
+            named = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+            hint = "give every node the same files and the same command"
+            problems.append(Problem(name, Problem.NO_VALUE, f"not the same on all ranks: other than that of rank 0 on {named}", hint))
+    if problems:
+        raise ConfigError("ranks of this job", problems)
 
 
 def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:

@@ -233,6 +233,7 @@ def _load_or_init(
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
     code, _ = from_rank_0(code_version)
     met = resume.what_is_met(experiment, Tokenizer.load(experiment.tokenizer).digest, {**(code or {}), **versions()})
+    resume.refuse_other_starts(experiment, met)
     if not settings.resume:
         found, error = from_rank_0(lambda: save_load.find_checkpoints(run_dir))
         if error is not None:
