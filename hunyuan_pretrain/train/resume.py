@@ -175,11 +175,11 @@ def what_is_met(
 def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
     """Raise ConfigError, on every rank, where ranks have other settings, data or tokenizers than rank 0: each node reads its own files.
 
-    Only data and tokenizer may lie elsewhere on another node. Communicates: all ranks.
+    Paths may differ: copies lie elsewhere on another node, and a comparison of layouts has a run_dir for each rank.
+    Communicates: all ranks.
     """
     mine = {
         "settings": digest_of(change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: "")),
-        "run_dir": experiment.run_dir,
         "data": digest_of([facts.digest for facts in met["sources"].values()]),
         "tokenizer": met["tokenizer_digest"],
     }
