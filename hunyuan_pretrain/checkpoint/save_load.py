@@ -136,9 +136,10 @@ def load_newest(
     another model.
     """
     with patience():
-        found, error = from_rank_0(lambda: folders.named_checkpoints(run_dir))
-        if found is None:
+        names, error = from_rank_0(lambda: [folder.name for folder in folders.named_checkpoints(run_dir)])
+        if names is None:
             raise CheckpointError(f"{run_dir}: {error}")
+        found = [run_dir / "checkpoints" / name for name in names]  # the same files may lie elsewhere on another node
         faults: dict[Path, str] = {}
         for folder in reversed(found):
             if last_step is not None and (folders.step_of(folder) or 0) > last_step:

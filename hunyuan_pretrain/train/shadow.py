@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.folders import named_checkpoints
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.schema import ConfigError, Experiment, PrecisionConfig, Problem, RuntimeConfig
 from hunyuan_pretrain.model.fp8 import Operand, products, to_fp32
@@ -128,7 +129,7 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
     Communicates: all groups, in every step. Raises ConfigError, DataFormatError or CheckpointError as training does.
     """
     with tempfile.TemporaryDirectory(prefix="hunyuan_shadow_") as folder:
-        (Path(folder) / "checkpoints").symlink_to(Path(experiment.run_dir).absolute() / "checkpoints")
+        borrow_checkpoints(Path(experiment.run_dir), Path(folder))
         changed = shadow_experiment(experiment, recipe, fp8_format, Path(folder))
         report = Shadow(recipe, experiment.precision.dtype, 0)
         run = setup.prepare(changed)
@@ -152,6 +153,16 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
         is_first = dist.get_rank() == 0
         setup.leave(run)
     return report if is_first else None
+
+
+def borrow_checkpoints(run_dir: Path, folder: Path) -> None:
+    """Let a run in `folder` begin with the checkpoints of `run_dir`, of which it can neither rename nor remove anything.
+
+    Each for itself: what a training that is under way is writing beside them is not seen, and would be removed as left over.
+    """
+    (folder / "checkpoints").mkdir()
+    for found in named_checkpoints(run_dir.absolute()):
+        (folder / "checkpoints" / found.name).symlink_to(found)
 
 
 def _train(run: setup.Run, step: int, in_fp8: bool, before_update: Any = None) -> float:

@@ -1,0 +1,56 @@
+"""A comparison begins with a run's checkpoints, in a folder of each rank's own, and leaves the run as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.ranks import fork_ranks
+
+
+def tried(folder: Path) -> list[str]:
+    """What `load_newest` looks at, where each rank has a run directory of its own."""
+    import torch.distributed as dist
+
+    from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+    from hunyuan_pretrain.parallel.groups import initialize_distributed
+
+    initialize_distributed("gloo", 60)
+    seen: list[str] = []
+
+    def look(found: Path) -> Any:
+        seen.append(str(found))
+        raise save_load.DamagedCheckpointError(f"{found}: looked at")
+
+    save_load._whole_marker = look
+    run_dir = folder / str(dist.get_rank())
+    try:
+        save_load.load_newest(run_dir, [], None)  # type: ignore[arg-type]
+    except CheckpointError:
+        return seen
+    return []
+
+
+def test_rank_0_chooses_the_checkpoint_and_each_rank_reads_it_in_its_own_run_directory(tmp_path: Path) -> None:
+    for rank, steps in ((0, [3]), (1, [3, 4])):
+        for step in steps:
+            (tmp_path / str(rank) / "checkpoints" / f"step_{step:07d}").mkdir(parents=True)
+    assert fork_ranks(2, tried, tmp_path) == [[str(tmp_path / rank / "checkpoints/step_0000003")] for rank in "01"]
+
+
+def test_a_shadow_run_changes_nothing_of_a_run_that_is_training(tmp_path: Path) -> None:
+    from hunyuan_pretrain.checkpoint import folders
+    from hunyuan_pretrain.train.shadow import borrow_checkpoints
+
+    run, shadow = tmp_path / "run", tmp_path / "shadow"
+    shadow.mkdir()
+    for name in ("step_0000001", "step_0000002.partial"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "file").touch()
+    before = sorted(run.rglob("*"))
+    borrow_checkpoints(run, shadow)
+    assert [folder.name for folder in folders.named_checkpoints(shadow)] == ["step_0000001"]
+    assert (shadow / "checkpoints/step_0000001/file").exists()
+    folders.remove_partials(shadow)
+    folders.set_aside(shadow / "checkpoints/step_0000001")
+    assert sorted(run.rglob("*")) == before
