@@ -28,6 +28,7 @@ SELF = "marker_sha256"
 """Key of the digest of everything else in complete.json."""
 
 PARTIAL, DAMAGED = ".partial", ".damaged"
+WITHOUT_ANY = "repair or remove them; without any the run starts from the beginning"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -50,6 +51,17 @@ def named_checkpoints(run_dir: Path) -> list[Path]:
 def find_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. Every file's size is checked here, its digest when it is read."""
     return [folder for folder in named_checkpoints(run_dir) if fault_of(folder) is None]
+
+
+def none_is_good(run_dir: Path, faults: Mapping[Path, str], hint: str) -> CheckpointError:
+    """The error of a run none of whose checkpoints can be used, which names each with its fault."""
+    named = "\n".join(f"  {folder.name}: {fault}" for folder, fault in faults.items())
+    return CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good ({hint})\n{named}")
+
+
+def faults_of(run_dir: Path) -> dict[Path, str]:
+    """What is wrong with the checkpoints of a run, newest first, as far as `fault_of` can tell."""
+    return {folder: fault for folder in reversed(named_checkpoints(run_dir)) if (fault := fault_of(folder)) is not None}
 
 
 def fault_of(folder: Path) -> str | None:
@@ -124,6 +136,8 @@ def checkpoint_of(path: Path) -> Path:
         return path
     if found := find_checkpoints(path):
         return found[-1]
+    if faults := faults_of(path):
+        raise none_is_good(path, faults, "repair one, or choose another")
     is_run = (path / "checkpoints").is_dir()
     what = "a run directory without a complete checkpoint" if is_run else "neither a checkpoint nor a run directory"
     near = ", ".join(str(folder) for folder in find_checkpoints(path.parent.parent))

@@ -157,9 +157,7 @@ def load_newest(
             return Resumed(folder, marker, _set_aside(faults))
     if not faults:
         return None
-    named = "\n".join(f"  {folder.name}: {fault}" for folder, fault in faults.items())
-    hint = "repair or remove them; without any the run starts from the beginning"
-    raise CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good ({hint})\n{named}")
+    raise folders.none_is_good(run_dir, faults, folders.WITHOUT_ANY)
 
 
 def _refuse(folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> None:

@@ -90,6 +90,11 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("optimizer.lr", Kind.recorded, "the learning rate is multiplied from the next step on"),
     ("optimizer.*", Kind.recorded, OPTIMIZER),
     ("stages", Kind.recorded, "stages that begin later"),
+    (
+        "stages.order",
+        Kind.refused,
+        "what is over would be trained again, or what was to come never",
+    ),
     ("stages.N.name", Kind.harmless, "a label"),
     ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate goes on from the present one"),
     ("stages.N.sequence_length", Kind.refused, "the present stage would go on with other sequences than it began with"),
@@ -155,6 +160,7 @@ def differences(old: Experiment, new: Experiment, present: Piece) -> list[Differ
         else:
             reason, kind = (OVER, Kind.harmless) if index < here else (LATER, Kind.recorded)
             found += [replace(one, kind=kind, reason=reason) for one in _stage_differences(index, before, stage)]
+    found += _order_differences(old, new, present, here)
     names = {stage.name for stage in new.stages} | {present.stage.name}
     found += [
         Difference("stages", stage.name, ABSENT, Kind.recorded, OVER if number <= present.index else "a stage that would have come later")
@@ -162,6 +168,19 @@ def differences(old: Experiment, new: Experiment, present: Piece) -> list[Differ
         if stage.name not in names
     ]
     return found
+
+
+def _order_differences(old: Experiment, new: Experiment, present: Piece, here: int) -> list[Difference]:
+    """Another order of the stages that both have; refused where a stage was on the other side of the present one."""
+    before = {stage.name: number for number, stage in enumerate(old.stages) if stage.name != present.stage.name}
+    now = {stage.name: index for index, stage in enumerate(new.stages) if stage.name in before and index != here}
+    if any((before[name] > present.index) != (index > here) for name, index in now.items()):
+        shared = {*now, present.stage.name, new.stages[here].name}
+        names = (tuple(stage.name for stage in one.stages if stage.name in shared) for one in (old, new))
+        return [_difference("stages.order", *names)]
+    left = tuple(name for name in before if name in now and before[name] > present.index)
+    right = tuple(name for name in now if before[name] > present.index)
+    return [] if left == right else [Difference("stages.order", left, right, Kind.recorded, LATER)]
 
 
 def model_differences(old: Mapping[str, Any], new: ModelConfig) -> list[Difference]:
@@ -186,9 +205,27 @@ def source_differences(old: Mapping[str, SourceFacts], new: Mapping[str, SourceF
     return found
 
 
+def _packed_again(old: Segment, new: Segment, present: Piece) -> list[Difference]:
+    """Data that the present stage reads instead of other data that held some of the same documents, under another path."""
+    here = present_stage(present, new.config.stages)
+    left, right = ([_norm(source.path) for source in stage.data] for stage in (present.stage, new.config.stages[here]))
+    gone = [path for path in left if path in old.sources and path not in right]
+    found = []
+    for path in (path for path in right if path in new.sources and path not in left):
+        corpora = {document[0] for document in new.sources[path].documents}
+        known = {facts.digest for facts in old.sources.values() if facts.digest}
+        if new.sources[path].digest in known:
+            continue  # it has only moved
+        for other in (other for other in gone if corpora & {document[0] for document in old.sources[other].documents}):
+            values = f"{other} {_short(old.sources[other])}", f"{path} {_short(new.sources[path])}"
+            found.append(_difference(f"stages.{here}.data.digest", *values))
+    return found
+
+
 def all_differences(old: Segment, new: Segment, present: Piece) -> list[Difference]:
     """Everything in which a segment differs from the one before it; `present`: the piece of the last step. Raises as `differences`."""
     of_data = source_differences(old.sources, new.sources, new.config)
+    of_data += _packed_again(old, new, present)
     moved = {path for one in of_data if one.key.endswith(".data.path") for path in (one.old, one.new)}
     found = [one for one in differences(old.config, new.config, present) if not (one.key.endswith(".data") and {one.old, one.new} & moved)]
     found += of_data

@@ -274,7 +274,13 @@ class PackedIndex:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise DataFormatError(f"{self.folder / MANIFEST}: a source without a path; pack again")
         # one name for a folder, whichever packed folder leads to it
-        source = TokenizedDataset(os.path.normpath(self.folder.resolve() / entry["path"]))
+        folder = os.path.normpath(self.folder.resolve() / entry["path"])
+        if not os.path.isdir(folder):
+            raise DataFormatError(
+                f"{self.folder}: packed from the tokenized folder {entry['path']}, and {folder} is not there; a packed folder "
+                "moves together with what it was packed from, unless it was packed with --materialize"
+            )
+        source = TokenizedDataset(folder)
         if source.digest != entry.get("digest"):
             raise DataFormatError(f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again")
         return source

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.folders import faults_of, none_is_good
 from hunyuan_pretrain.checkpoint.hf_export import Format, export
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment, ParallelConfig, StageConfig
@@ -74,6 +75,8 @@ def _choose_checkpoint(run_dir: Path, step: int | None) -> Path:
         save_load.read_marker(folder)
         return folder
     found = save_load.find_checkpoints(run_dir)
+    if not found and (faults := faults_of(run_dir)):
+        raise none_is_good(run_dir, faults, "there is nothing to export")
     if not found:
         raise CheckpointError(f"{run_dir}: no complete checkpoint")
     return found[-1]

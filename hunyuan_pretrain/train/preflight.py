@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, checkpoint_of
+from hunyuan_pretrain.checkpoint.folders import WITHOUT_ANY, checkpoint_of, faults_of, none_is_good
 from hunyuan_pretrain.config.rules import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
+from hunyuan_pretrain.data.loader import StepLoader
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.runtime.device import versions
 from hunyuan_pretrain.runtime.logging import check_writable
@@ -23,14 +24,17 @@ from hunyuan_pretrain.train import resume, setup
 
 def refusals(experiment: Experiment) -> list[str]:
     """The message of every check that fails; none: training can begin, as far as one process can tell. Changes nothing."""
+    experiment = with_absolute_paths(experiment)  # as they are in the history of a run
     found = [
         *_messages(lambda: check_writable(Path(experiment.run_dir))),
         *_messages(lambda: setup.check_tokenizer_folder(experiment.tokenizer)),
     ]
-    digests: list[str] = []
-    found += [] if found else _messages(lambda: digests.append(Tokenizer.load(experiment.tokenizer).digest))
-    digest = digests[0] if digests else None
-    found += _messages(lambda: _open_data(experiment, digest))
+    loaded: list[Tokenizer] = []
+    found += [] if found else _messages(lambda: loaded.append(Tokenizer.load(experiment.tokenizer)))
+    digest = loaded[0].digest if loaded else None
+    ranks = data_parallel_size(experiment, _world_size(experiment))
+    found += _messages(lambda: StepLoader(experiment, 0, ranks, digest).close())
+    found += _messages(lambda: setup.open_evaluation(experiment, 0, ranks, loaded[0])) if loaded else []
     if digest is not None and not found:  # what a run goes on with includes its data
         found += _messages(lambda: _start(experiment, digest))
     return list(dict.fromkeys(found))
@@ -45,14 +49,6 @@ def _messages(check: Callable[[], object]) -> Iterator[str]:
         yield f"{error.filename}: {error.strerror}"
 
 
-def _open_data(experiment: Experiment, tokenizer_digest: str | None) -> None:
-    """Every dataset of the stages and of validation: there, whole, of the right length, tokenizer and vocabulary, and enough of it."""
-    ranks = data_parallel_size(experiment, _world_size(experiment))
-    StepLoader(experiment, 0, ranks, tokenizer_digest).close()
-    if experiment.evaluation.data:
-        EvaluationLoader(experiment, 0, ranks, tokenizer_digest)
-
-
 def _start(experiment: Experiment, tokenizer_digest: str) -> None:
     """What the run would begin or go on with."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
@@ -62,12 +58,14 @@ def _start(experiment: Experiment, tokenizer_digest: str) -> None:
     if wanted is not None and not (
         found and resume.is_of_branch(experiment, met, found[-1], save_load.read_marker(found[-1]), str(wanted))
     ):
-        folder = checkpoint_folder(run_dir, int(wanted)) if str(wanted).isdecimal() else Path(str(wanted))
+        folder = setup.branch_folder(experiment, found)
         resume.go_on(experiment, met, folder, save_load.read_marker(folder))
     elif found and settings.resume:
         resume.go_on(experiment, met, found[-1], save_load.read_marker(found[-1]))
     elif found:
         raise setup.other_run_error(found[-1])
+    elif settings.resume and (faults := faults_of(run_dir)):
+        raise none_is_good(run_dir, faults, WITHOUT_ANY)
     elif settings.init_from is not None:
         folder = checkpoint_of(Path(settings.init_from))
         resume.weights_from(experiment, folder, save_load.read_marker(folder))

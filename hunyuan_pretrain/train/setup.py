@@ -205,9 +205,23 @@ def _open_data(
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run goes on in its last segment, which is `experiment`
     loader = StepLoader(experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0)
+    evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
+    opened = [*([evaluation] if evaluation else []), *sets.values()]
+    if experiment.runtime.verify_data == "digests":
+        files = loader.digests()
+        for one in opened:
+            files |= one.digests()
+        verify_files(files, stop)
+    return loader, evaluation, sets
+
+
+def open_evaluation(
+    experiment: Experiment, rank: int, size: int, tokenizer: Tokenizer
+) -> tuple[EvaluationLoader | None, dict[str, EvaluationLoader]]:
+    """Batches of evaluation.data and evaluation.sets for a data-parallel rank of `size`. Raises DataFormatError."""
     # the interleaved schedule wants whole rounds of micro-batches
     rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    open_set = partial(EvaluationLoader, experiment, rank, size, digest, rounds, token_bytes=tokenizer.token_bytes)
+    open_set = partial(EvaluationLoader, experiment, rank, size, tokenizer.digest, rounds, token_bytes=tokenizer.token_bytes)
     evaluation = open_set() if experiment.evaluation.data else None
     sets = {named.name: open_set(named=named) for named in experiment.evaluation.sets}
     opened = [*([evaluation] if evaluation else []), *sets.values()]
@@ -218,12 +232,7 @@ def _open_data(
                 f"{path}: packed to sequences of {one.sequence_length} tokens, which are not whole routing groups of every "
                 f"context-parallel rank; pack it to a multiple of {multiple}"
             )
-    if experiment.runtime.verify_data == "digests":
-        files = loader.digests()
-        for one in opened:
-            files |= one.digests()
-        verify_files(files, stop)
-    return loader, evaluation, sets
+    return evaluation, sets
 
 
 def _load_or_init(
@@ -269,21 +278,28 @@ def _branch(
 ) -> Start | None:
     """Resume from `checkpoint.resume_from`; None where the run is on that branch already. Communicates: all ranks."""
     wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
-    folder = checkpoint_folder(run_dir, int(wanted)) if wanted.isdecimal() else Path(wanted)
     found: list[Path] = resume.on_rank_0(lambda: save_load.find_checkpoints(run_dir))
     if found and resume.is_of_branch(experiment, met, found[-1], resume.on_rank_0(lambda: save_load.read_marker(found[-1])), wanted):
         return None
+    folder = branch_folder(experiment, found)
+    marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
+    start = resume.go_on(experiment, met, folder, marker, accepted)
+    save_load.load(folder, chunks, optimizer)
+    later = [one for one in found if (step_of(one) or 0) > start.first_step]
+    return resume.branched(start, wanted, later)
+
+
+def branch_folder(experiment: Experiment, found: Sequence[Path]) -> Path:
+    """The checkpoint that checkpoint.resume_from means; ConfigError if the run has others, `found`, and it is none of them."""
+    wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
+    folder = checkpoint_folder(run_dir, int(wanted)) if wanted.isdecimal() else Path(wanted)
     is_own = folder.absolute().parent == (run_dir / "checkpoints").absolute()
     if found and not is_own:
         rule = f"{run_dir} has checkpoints of its own, such as {found[-1].name}"
         raise ConfigError(
             experiment.name, [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of its own checkpoints")]
         )
-    marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
-    start = resume.go_on(experiment, met, folder, marker, accepted)
-    save_load.load(folder, chunks, optimizer)
-    later = [one for one in found if (step_of(one) or 0) > start.first_step]
-    return resume.branched(start, wanted, later)
+    return folder
 
 
 def other_run_error(checkpoint: Path) -> CheckpointError:

@@ -40,6 +40,10 @@ def no_validation_data(fields: dict[str, Any], folder: Path, corpus: Path) -> No
     fields["evaluation"] = {"data": str(folder / "none")}
 
 
+def no_data_of_a_validation_set(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
+    fields["evaluation"] = {"sets": [{"name": "code", "path": str(folder / "none")}]}
+
+
 def a_pack_of_another_length(fields: dict[str, Any], folder: Path, corpus: Path) -> None:
     for stage in fields["stages"]:
         stage["sequence_length"] = 32
@@ -70,6 +74,7 @@ CASES: list[tuple[Callable[[dict[str, Any], Path, Path], None], str]] = [
     (a_file_as_tokenizer, "is a file; a tokenizer is a folder with hy.tiktoken"),
     (no_data_of_the_last_stage, "none"),
     (no_validation_data, "none"),
+    (no_data_of_a_validation_set, "none"),
     (a_pack_of_another_length, "packed to sequences of 64 tokens, but stages[0] (warmup) has sequence_length=32"),
     (a_vocabulary_beyond_the_embedding, "256"),
     (another_tokenizer, "tokenize"),
@@ -100,6 +105,25 @@ def test_doctor_says_no_where_a_run_cannot_go_on(trained: Path) -> None:
     assert "seed" in said
     (said,) = refusals(load_experiment(trained / "x.yaml", ["checkpoint.resume=false"]))
     assert "checkpoint.resume=false, but" in said
+
+
+def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_run(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run", steps=2))
+    (said,) = refusals(load_experiment(config, [f"checkpoint.resume_from={trained}/run/checkpoints/step_0000002"]))
+    assert "has checkpoints of its own, such as step_0000002" in said
+    for file in (tmp_path / "run/checkpoints").glob("*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:-1])
+    (said,) = refusals(load_experiment(config))
+    assert "no checkpoint is good (repair or remove them; without any the run starts from the beginning)" in said
+    assert "step_0000002: __0_0.distcp is missing or damaged" in said
+    code, _, err = run("export", tmp_path / "run", tmp_path / "out")
+    assert (code, "step_0000002: __0_0.distcp is missing or damaged" in err) == (2, True)
+
+
+def test_doctor_says_yes_to_a_run_whose_paths_are_relative(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    assert refusals(load_experiment(Path("x.yaml"), ["run_dir=run"])) == []
 
 
 def test_doctor_and_train_say_the_same(corpus: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_every_setting_is_in_the_table(path: str) -> None:
 
 
 def test_every_line_of_the_table_is_of_a_setting() -> None:
-    met = ("tokenizer.digest", "stages.N.data.digest", "world_size", "versions.*", "stages", "stages.N.data")
+    met = ("tokenizer.digest", "stages.N.data.digest", "world_size", "versions.*", "stages", "stages.order", "stages.N.data")
     settings = [path.replace("stages.0.", "stages.N.") for path in leaves()]
     for pattern, _, _ in TABLE:
         prefix = pattern.removesuffix("*")
@@ -106,6 +106,27 @@ def test_a_stage_that_is_over_or_has_not_begun_is_not_the_present_one() -> None:
     assert found(changed(**{"stages__0__sequence_length": 1000}), step=0)["stages.0.sequence_length"].kind == Kind.refused
 
 
+def test_a_stage_that_changes_sides_of_the_present_one_is_refused() -> None:
+    """Else it is trained again, at its learning rate, or never; listed or not, that would be a surprise."""
+    old = load_experiment(DEMO)
+    fields = [stage.model_dump(mode="json") for stage in old.stages]
+    fields.append({**fields[-1], "name": "last"})
+    four = changed(stages=fields)
+
+    def order(*numbers: int, step: int) -> list[tuple[str, Kind]]:
+        new = changed(stages=[fields[number] for number in numbers])
+        return [(one.key, one.kind) for one in differences(four, new, Schedule.of(four.stages).piece_of_step(step))]
+
+    assert order(1, 0, 2, 3, step=30) == [("stages.order", Kind.refused)], "the warmup would be trained again after the decay"
+    assert order(0, 2, 1, 3, step=30) == [("stages.order", Kind.refused)], "the anneal would never be trained"
+    assert order(0, 1, 3, 2, step=30) == [("stages.order", Kind.recorded)]
+    assert order(1, 0, 2, 3, step=Schedule.of(four.stages).num_steps - 1) == []
+    assert order(1, 2, 3, step=30) == [("stages", Kind.recorded)]
+    swapped = changed(stages=[fields[1], fields[0]])
+    (told, _) = differences(four, swapped, Schedule.of(four.stages).piece_of_step(30))[:2]
+    assert str(told).startswith('stages.order: ["warmup", "decay"] -> ["decay", "warmup"] (what is over would be trained again')
+
+
 def test_an_order_by_cost_has_groups_of_one_size() -> None:
     """null means the batch: another batch would be another order, and is refused where the order depends on it."""
     old = changed(stages__0__balance_attention="group")
@@ -146,6 +167,23 @@ def test_data_is_known_by_what_is_in_it() -> None:
     assert [(one.key, one.kind) for one in all_differences(old, segment("a", "2"), piece)] == [("stages.0.data.digest", Kind.refused)]
     assert {(one.key, one.kind) for one in all_differences(old, segment("b", "2"), piece)} == {("stages.0.data", Kind.recorded)}
     assert [one.key for one in all_differences(old, segment("a", "1", "u"), piece)] == ["tokenizer.digest"]
+
+
+def test_documents_that_the_present_stage_has_read_do_not_come_again_under_another_path() -> None:
+    """Packed again beside the old folder, they are in other sequences as much as packed again in its place."""
+
+    def segment(path: str, digest: str, corpus: str) -> Segment:
+        experiment = changed(stages=[{**load_experiment(DEMO).stages[0].model_dump(mode="json"), "data": [{"path": path}]}])
+        facts = SourceFacts(digest=digest, sequences=9, tokens=90, sequence_length=10, documents=((corpus, "folder", 1, 9),))
+        return Segment(first_step=0, experiment=experiment.model_dump(mode="json"), sources={path: facts})
+
+    old = segment("a", "1", "c")
+    piece = Schedule.of(old.config.stages).piece_of_step(0)
+    again = all_differences(old, segment("b", "2", "c"), piece)
+    assert ("stages.0.data.digest", Kind.refused) in [(one.key, one.kind) for one in again]
+    assert refusal(again, ["stages.0.data"]) == []
+    assert {one.kind for one in all_differences(old, segment("b", "2", "d"), piece)} == {Kind.recorded}
+    assert [one.key for one in all_differences(old, segment("b", "1", "c"), piece)] == ["stages.0.data.path"]
 
 
 def test_a_history_reads_back_and_leaves_out_settings_of_other_versions(tmp_path: Path) -> None:

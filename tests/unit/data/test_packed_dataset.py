@@ -89,7 +89,7 @@ def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(pac
             assert one.tolist() == other.tolist(), field.name
     copy.index.verify()
     assert origin.path == "corpus.jsonl"
-    with pytest.raises(DataFormatError, match="copy_tokens: no such folder"):
+    with pytest.raises(DataFormatError, match="copy_tokens is not there; a packed folder moves together with what it was packed from"):
         copy.index.locate(3)
     (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
     with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short"):
@@ -188,6 +188,14 @@ def test_sources_tokenized_again_are_refused(packed: Callable[..., Path], tokeni
     tokenized("p_tokens", [[1, 2], [4]])
     with pytest.raises(DataFormatError, match=r"p_tokens: was tokenized again after .*p was packed from it; pack again"):
         PackedDataset(folder)
+
+
+def test_a_packed_folder_that_moved_alone_says_what_it_misses(packed: Callable[..., Path], tmp_path: Path) -> None:
+    folder = packed("p", [[1, 2], [3]], 4)
+    moved = tmp_path / "elsewhere/q"
+    shutil.copytree(folder, moved)
+    with pytest.raises(DataFormatError, match=r"q: packed from the tokenized folder \.\./p_tokens, and .*elsewhere/p_tokens is not there"):
+        PackedDataset(moved)
 
 
 def test_verify_finds_a_changed_byte(packed: Callable[..., Path]) -> None:
