@@ -61,7 +61,7 @@ class SignsOfLife:
         try:
             while not self._end.wait(self._every_s):
                 self._store.add(str(self._rank), 1)
-                for rank in self._counts:
+                for rank in self._counts if self._is_watching else ():  # rank 0 of thousands has better to do in a step
                     self._counts[rank] = self._store.add(str(rank), 0)
         except RuntimeError:
             return  # the store has ended with the job, or with a part of it, which will be missed
