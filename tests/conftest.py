@@ -1,6 +1,7 @@
 """The tiny corpus, made once, and one thread for each process."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,11 @@ from tests.helpers.runs import make_corpus
 
 # before torch is loaded: on small tensors several threads mostly wait for each other, and the tests have processes for every core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# what started the tests may ignore these (nohup, a job in the background), and processes under test would inherit that
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 @pytest.fixture(scope="session", autouse=True)

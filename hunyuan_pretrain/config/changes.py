@@ -43,10 +43,12 @@ class Difference:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {show_value(self.old)} -> {show_value(self.new)} ({self.reason})"
+        return f"{self.key}: {show_value(self.old, LONGEST)} -> {show_value(self.new, LONGEST)} ({self.reason})"
 
 
 ABSENT = "(absent)"
+LONGEST = 500
+"""Characters of a value that are shown: a path and a digest must be whole."""
 
 MEANING = "the weights mean something else with it"
 LOSS = "a setting of the losses or of routing while training; the weights stay what they are"
@@ -279,7 +281,7 @@ def refusal_text(where: str, stopping: Sequence[Difference]) -> str:
 
 
 def _told(one: Difference) -> str:
-    return f"{one.key}: {show_value(one.old)} in the checkpoint, {show_value(one.new)} in the config: {one.reason}"
+    return f"{one.key}: {show_value(one.old, LONGEST)} in the checkpoint, {show_value(one.new, LONGEST)} in the config: {one.reason}"
 
 
 def _difference(key: str, old: Any, new: Any) -> Difference:

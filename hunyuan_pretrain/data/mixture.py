@@ -123,6 +123,10 @@ class Mixture:
                 if total > 0:
                     counts = self._share_out(stage, segment, total, is_whole_stage=not parts)
                     parts.append(_Part(total, _interleaving(counts), (), counts, walk))
+        last = pieces[-1]
+        if last.num_steps * last.stage.global_batch_sequences < last.num_planned_sequences:
+            # a later segment ended the stage earlier and read nothing of it; the next stage begins with what was not read
+            parts = _cut(parts, last.next_place(last.num_steps))
         return parts
 
     def num_sequences(self, stage: int) -> int:

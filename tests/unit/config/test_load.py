@@ -141,7 +141,7 @@ def test_a_key_in_the_wrong_section_names_the_right_one(folder: Path) -> None:
 
 
 def test_an_unknown_key_like_nothing_lists_what_is_known(folder: Path) -> None:
-    assert "unknown key (known here: data, every_steps, max_sequences, micro_batch_sequences)" in refusal(
+    assert "unknown key (known here: data, sets, every_steps, max_sequences, micro_batch_sequences)" in refusal(
         folder / "run.yaml", "evaluation.qqq=1"
     )
 

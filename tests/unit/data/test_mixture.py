@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hunyuan_pretrain.config.schema import ConfigError, StageConfig
@@ -282,6 +282,7 @@ some_mixes = st.dictionaries(st.sampled_from("abc"), st.integers(20, 80).map(flo
     lengths=st.lists(st.integers(150, 260), min_size=4, max_size=4),
     stops=st.lists(st.integers(1, 90), min_size=3, max_size=3, unique=True),
 )
+@example([{"a": 20.0}, {"a": 20.0}], [8, 1, 1, 1], [153, 150, 150, 150], [19, 20, 21])  # the second segment ends the stage where it is
 @settings(max_examples=100, deadline=None)
 def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_the_way(
     mixes: list[dict[str, float]], batches: list[int], lengths: list[int], stops: list[int]
