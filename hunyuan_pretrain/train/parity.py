@@ -11,7 +11,7 @@ Everything else is a sum whose order depends on the layout, and is compared with
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -298,11 +298,27 @@ class _Watch:
 # --- putting together on rank 0 -----------------------------------------------------------------------------------------------------
 
 
-def _gathered(mine: Any) -> Iterator[Any]:
-    """What each rank has, in rank order, on rank 0; nothing elsewhere."""
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, found, dst=0)
-    yield from found or []
+GATHERED_BYTES = 1 << 30
+"""Of all ranks at once: NCCL gathers in the memory of rank 0's GPU, as many bytes of each rank as the one has that sends most."""
+
+
+def _gathered(mine: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+    """What each rank has, part after part, on rank 0; nothing elsewhere. Communicates: all ranks."""
+    parts: list[list[Any]] = [[]]
+    num_bytes = 0
+    for piece in mine:
+        size = sum(values.nbytes for values in piece if isinstance(values, np.ndarray))
+        if parts[-1] and num_bytes + size > GATHERED_BYTES // dist.get_world_size():
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(piece)
+        num_bytes += size
+    num_parts = [0] * dist.get_world_size()
+    dist.all_gather_object(num_parts, len(parts))
+    for number in range(max(num_parts)):
+        found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(parts[number] if number < len(parts) else [], found, dst=0)
+        yield from found or []
 
 
 def _assemble(trace: StepTrace, kind: str, mine: list[_Piece]) -> None:
