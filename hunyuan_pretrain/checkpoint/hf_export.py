@@ -10,6 +10,7 @@ certificate.json in it says how well they agree, and what else loads it (see `ce
 
 from __future__ import annotations
 
+import errno
 import json
 import secrets
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +31,9 @@ from . import CheckpointError
 from .certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
 from .generate import MODEL_CODE, TOKENIZER_CODE
 from .weight_map import Mapping, to_hf, weight_map
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+"""Errors of a disk or a folder, not of this program."""
 
 
 def export(
@@ -52,7 +57,8 @@ def export(
     -> logits (B, S, V). certificate_info: copied into the certificate (run, step). Needs memory for one shard while writing and
     for the whole model while comparing.
     Raises CheckpointError, and leaves no output, if the output folder is not empty, the format cannot express the model, a
-    tensor is missing or of the wrong shape, the tokenizer does not fit, or what was loaded back computes something else.
+    tensor is missing or of the wrong shape, the tokenizer does not fit, the disk is full or cannot be written, or what was loaded back
+    computes something else.
     """
     refuse_what_loads_wrongly(model, format)
     if dtype not in TOLERANCES:
@@ -66,10 +72,9 @@ def export(
             f"the model's embedding only {model.padded_vocab_size} rows"
         )
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
-    folder.mkdir()
     try:
+        folder.mkdir(parents=True)
         # A pretraining document ends with <|endoftext|>; the ids in the release's own config.json are wrong for its tokenizer.
         ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
         written_with = {"transformers_version": version("transformers")}
@@ -88,6 +93,10 @@ def export(
         certificate["source"] = certificate_info or {}
         _write_json(folder / "certificate.json", certificate)
         folder.rename(output)  # over an empty folder too
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in CANNOT_WRITE:
+            raise
+        raise CheckpointError(f"{output}: cannot be written: {error}; nothing of it is left") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return certificate

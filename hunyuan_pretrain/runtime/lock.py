@@ -56,7 +56,7 @@ class RunLock:
         made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         token, notes = uuid.uuid4().hex, []
-        while not _create(path, token):
+        while not _created(path, token, made):
             holder = _read(path)
             if holder is None:
                 continue  # it has just gone
@@ -75,9 +75,7 @@ class RunLock:
         _held.pop(self.path.absolute(), None)
         if (_read(self.path) or {}).get("token") == self._token:
             self.path.unlink(missing_ok=True)
-        for folder in [] if began else self._made:
-            with contextlib.suppress(OSError):  # something else is in it
-                folder.rmdir()
+        _remove_empty([] if began else self._made)
 
     def _beat(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
@@ -95,30 +93,50 @@ class RunLock:
                 continue  # a full disk or a file system that is away; the next beat may work
 
 
-def _create(path: Path, token: str) -> bool:
-    """Make the lock file, False where there is one."""
-    beside = path.with_name(f"{LOCK}.{token}")
+def _created(path: Path, token: str, made: list[Path]) -> bool:
+    """`_create`; where it fails, folders that were made for the lock go too. Raises OSError."""
     try:
-        beside.write_text(json.dumps(_me() | {"token": token}, indent=1) + "\n", encoding="utf-8")
-        os.link(beside, path)  # exclusive, and never half-written
-    except FileExistsError:
-        return False
-    except OSError as error:  # a file system without hard links
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)) or not beside.exists():
-            raise
-        return _create_exclusively(path, token)
+        return _create(path, token)
+    except OSError:
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
+
+
+def _create(path: Path, token: str) -> bool:
+    """Make the lock file, False where there is one. Raises OSError, and leaves nothing behind."""
+    beside = path.with_name(f"{LOCK}.{token}")
+    text = json.dumps(_me() | {"token": token}, indent=1) + "\n"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        try:
+            os.link(beside, path)  # exclusive, and never half-written
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            return _create_exclusively(path, text)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
     return True
 
 
-def _create_exclusively(path: Path, token: str) -> bool:
+def _create_exclusively(path: Path, text: str) -> bool:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(_me() | {"token": token}, indent=1) + "\n")
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(text)
+    except OSError:  # a lock that nobody can read would be waited for
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -139,7 +157,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Content of a lock file; {} where it cannot be understood, None where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) and isinstance(content.get("pid"), int) else {}
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +180,22 @@ def test_nan_is_a_mismatch(tokenizer_folder: Path, tmp_path: Path) -> None:
         export_tiny(
             model, tokenizer_folder, tmp_path / "out", reference_logits=lambda tokens: torch.full((*tokens.shape, 480), float("nan"))
         )
+
+
+@pytest.mark.parametrize("file_bytes", [100, 50_000], ids=["config", "weights"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(file_bytes: int, tokenizer_folder: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    model = tiny_model()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, limits[1]))  # a longer file fails, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"out: cannot be written: .*; nothing of it is left") as told:
+            export_tiny(model, tokenizer_folder, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "large" in str(told.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refuses_an_output_that_is_not_empty(tokenizer_folder: Path, tmp_path: Path) -> None:

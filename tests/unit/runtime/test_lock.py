@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -112,6 +114,36 @@ def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     RunLock.take(tmp_path / "a/b").release()
     assert list((tmp_path / "a/b").iterdir()) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_full_disk_leaves_no_lock_that_the_next_start_would_wait_for(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(lock, "_me", lambda: {"text": "x" * 100_000})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what is written beyond it fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            RunLock.take(tmp_path / "a/b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_with_no_number_of_a_process_cannot_be_read(tmp_path: Path) -> None:
+    RunLock.take(tmp_path).release()
+    (tmp_path / LOCK).write_text(json.dumps(lock._me() | {"token": "other", "pid": "abc"}))
+    taken = RunLock.take(tmp_path, heartbeat_s=0.1, stale_s=0.3)
+    assert "an unknown process" in taken.notes[0]
+    taken.release()
 
 
 def test_a_lock_that_cannot_be_read_ends_like_one_of_another_machine(tmp_path: Path) -> None:
