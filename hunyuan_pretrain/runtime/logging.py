@@ -199,8 +199,8 @@ def check_writable(run_dir: Path) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(run_dir))
     nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"\n" * 4096)  # a full disk still takes an empty file
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(nearest)) from None
     for name in ("log.txt", "metrics.jsonl"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,19 @@ def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_r
     assert "step_0000002: __0_0.distcp is missing or damaged" in said
     code, _, err = run("export", tmp_path / "run", tmp_path / "out")
     assert (code, "step_0000002: __0_0.distcp is missing or damaged" in err) == (2, True)
+
+
+def test_doctor_says_no_to_a_full_disk(corpus: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # what is written beyond it fails, as on a full disk
+    try:
+        said = refusals(experiment)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert said == [f"{tmp_path}: File too large"]
 
 
 def test_doctor_says_yes_to_a_run_whose_paths_are_relative(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
