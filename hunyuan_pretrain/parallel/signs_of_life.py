@@ -32,7 +32,7 @@ class SignsOfLife:
         """A rank without a sign of life for more than `limit_s` seconds, or LEAST_SECONDS, is gone."""
         limit_s = max(limit_s, LEAST_SECONDS)
         # a connection of its own: the other may be waiting for a key
-        self._store = dist.PrefixStore("signs_of_life", store.clone())
+        self._store = dist.PrefixStore("signs_of_life", store.clone())  # type: ignore[attr-defined]  # missing in the stubs
         self._rank, self._limit_s, self._every_s = dist.get_rank(), limit_s, min(SECONDS_BETWEEN, limit_s / 10)
         self._counts = dict.fromkeys(range(1, dist.get_world_size()) if self._rank == 0 else [0], 0)
         self._is_watching, self._end = False, threading.Event()
