@@ -19,6 +19,11 @@ for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, default)
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes give no name to a test: a gzip file has the time in it, and two workers that collect in other seconds would not agree."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def groups_left_at_the_end() -> Iterator[None]:
     """What tests of one rank leave behind, for NCCL complains."""

@@ -59,7 +59,15 @@ def test_truncate_after_forgets_later_steps_and_a_line_cut_short(log, tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 2, "validation_loss": 1.0}, {"step": 3}]
 
 
-@pytest.mark.parametrize("end", ['{"step": 2}', '{"step": 2}\n12\nnull', '{"step": 2}\n\0\0\0', '{"step": 2}\n{"step": 1'])
+ENDS = {
+    "no line end": '{"step": 2}',
+    "no records": '{"step": 2}\n12\nnull',
+    "a hole": '{"step": 2}\n\0\0\0',
+    "half a record": '{"step": 2}\n{"step": 1',
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_the_next_line_is_not_glued_to_one_that_lost_its_end(tmp_path, end):
     """What a kill or a crash of the machine can leave at the end of metrics.jsonl."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
