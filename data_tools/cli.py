@@ -33,7 +33,9 @@ def _path(given: Any) -> Any:
     if not given.strip():
         raise DataFormatError(f"path {given!r}: is empty; a variable of the shell may have no value")
     if re.search(r"\$\{?\w", given):
-        raise DataFormatError(f"{given}: holds a variable that the shell did not replace; write it in double quotes or without any")
+        raise DataFormatError(
+            f"{given}: holds a variable that the shell did not replace; write it in double quotes or without any"
+        )
     return os.path.expanduser(given)
 
 
@@ -42,7 +44,8 @@ Inputs = Annotated[
     typer.Argument(
         callback=_path,
         metavar="INPUT...",
-        help="Files of text, of JSON lines or arrays (each also as .gz, .zst, .bz2, .xz) or of parquet; folders of them, links followed; "
+        help="Files of text, of JSON lines or arrays (each also as .gz, .zst, .bz2, .xz) or of parquet; folders of "
+        "them, links followed; "
         "patterns; or URLs that fsspec opens. What a file holds is told by its content.",
     ),
 ]
@@ -51,22 +54,29 @@ Extensions = Annotated[
     list[str] | None,
     typer.Option(
         "--extension",
-        help="Endings read in folders in place of the default, repeatable; default .txt .md .py .jsonl .ndjson .jsonlines .json .parquet. "
+        help="Endings read in folders in place of the default, repeatable; default .txt .md .py .jsonl .ndjson "
+        ".jsonlines .json .parquet. "
         "Others are counted and not read.",
     ),
 ]
 TextEndings = Annotated[
     list[str] | None,
-    typer.Option("--text-ending", help="One more ending whose files are read as plain text, such as .rst; repeatable; 'none': no ending."),
+    typer.Option(
+        "--text-ending",
+        help="One more ending whose files are read as plain text, such as .rst; repeatable; 'none': no ending.",
+    ),
 ]
 MaxRejects = Annotated[
-    str, typer.Option(help="Unreadable documents to leave out before the command fails: a number, or a share such as 0.1%.")
+    str,
+    typer.Option(help="Unreadable documents to leave out before the command fails: a number, or a share such as 0.1%."),
 ]
 Template = Annotated[
     str | None,
     typer.Option(
-        help=r"Text made of several fields instead of --text-field, in single quotes: '{title}\n\n{text}'. {NAME} is a field; "
-        r"\n, \t and \\ are a line break, a tab and a backslash; {{ and }} are braces. Text files have no fields and are read as they are.",
+        help=r"Text made of several fields instead of --text-field, in single quotes: '{title}\n\n{text}'. {NAME} is "
+        r"a field; "
+        r"\n, \t and \\ are a line break, a tab and a backslash; {{ and }} are braces. Text files have no fields "
+        r"and are read as they are.",
     ),
 ]
 Where = Annotated[
@@ -74,7 +84,8 @@ Where = Annotated[
     typer.Option(
         "--where",
         metavar="FIELD=VALUE",
-        help="Only records with this value, as JSON writes it (lang=zh, good=true); repeatable, any of a field's values will do. What it "
+        help="Only records with this value, as JSON writes it (lang=zh, good=true); repeatable, any of a field's "
+        "values will do. What it "
         "leaves out is counted; text files have no fields and are left out.",
     ),
 ]
@@ -103,7 +114,9 @@ def train_tokenizer(
     output: Annotated[str, typer.Option(callback=_path, help="Folder to write.")],
     base: Annotated[
         str | None,
-        typer.Option(callback=_path, help="Ranks file (tiktoken) or tokenizer folder whose tokens come first, with their ids."),
+        typer.Option(
+            callback=_path, help="Ranks file (tiktoken) or tokenizer folder whose tokens come first, with their ids."
+        ),
     ] = None,
     base_size: Annotated[int | None, typer.Option(help="Keep only the first so many ranks of the base.")] = None,
     where: Where = None,
@@ -113,10 +126,17 @@ def train_tokenizer(
     sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
     holdout_every: Annotated[
         int | None,
-        typer.Option(help="Measure on one document in so many, by its content, and do not train on it; default 100 with --base, else 0."),
+        typer.Option(
+            help="Measure on one document in so many, by its content, and do not train on it; default 100 with "
+            "--base, else 0."
+        ),
     ] = None,
-    report_by: Annotated[str, typer.Option(metavar="FIELD", help="JSON field by which the report is divided.")] = "lang",
-    max_rejects: Annotated[int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")] = 0,
+    report_by: Annotated[
+        str, typer.Option(metavar="FIELD", help="JSON field by which the report is divided.")
+    ] = "lang",
+    max_rejects: Annotated[
+        int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")
+    ] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a byte-level BPE tokenizer under Hunyuan's split pattern, from scratch or after the tokens of a base."""
@@ -148,7 +168,10 @@ def train_tokenizer(
         f"on {measured['bytes'] / 1e6:,.1f} MB of {report['measured_on']}"
     )
     if cut := report["trained_on"]["long_words_cut"]:
-        print(f"{cut:,} words of more than {report['trained_on']['long_word_tokens']:,} tokens of the base were cut for training")
+        print(
+            f"{cut:,} words of more than {report['trained_on']['long_word_tokens']:,} tokens of the base were "
+            "cut for training"
+        )
     left_out = report["left_out"]
     if left_out["rejects"] or left_out["by_where"]:
         print(f"left out: {left_out['rejects']:,} records rejected, {left_out['by_where']:,} by --where")
@@ -166,25 +189,40 @@ def tokenize(
     extension: Extensions = None,
     text_ending: TextEndings = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output.")
+        int | None,
+        typer.Option(
+            min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output."
+        ),
     ] = None,
     max_rejects: MaxRejects = "0",
     holdout_every: Annotated[
         int | None, typer.Option(min=2, max=2**63 - 1, help="Write one document in N to --holdout-output instead.")
     ] = None,
-    holdout_output: Annotated[str | None, typer.Option(callback=_path, help="Folder for the documents held out.")] = None,
-    shard_megabytes: Annotated[int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")] = None,
+    holdout_output: Annotated[
+        str | None, typer.Option(callback=_path, help="Folder for the documents held out.")
+    ] = None,
+    shard_megabytes: Annotated[
+        int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")
+    ] = None,
     overwrite: Overwrite = False,
     executor: Annotated[
-        Executor | None, typer.Option(help="Tokenize in tasks of datatrove: on this machine, a Slurm or a Ray cluster.", show_default=False)
+        Executor | None,
+        typer.Option(
+            help="Tokenize in tasks of datatrove: on this machine, a Slurm or a Ray cluster.", show_default=False
+        ),
     ] = None,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Tasks of --executor, at most one a shard; default 64.")] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Tasks of --executor, at most one a shard; default 64.")
+    ] = None,
     executor_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
     ] = None,
-    logs: Annotated[str | None, typer.Option(callback=_path, help="Folder for the logs of --executor; default OUTPUT.logs.")] = None,
+    logs: Annotated[
+        str | None, typer.Option(callback=_path, help="Folder for the logs of --executor; default OUTPUT.logs.")
+    ] = None,
 ) -> None:
-    """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is not finished."""
+    """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is
+    not finished."""
     from data_tools import tokenization
     from data_tools.records import RecordForm, parse_conditions
     from data_tools.tokenized_shard import Allowance
@@ -203,7 +241,9 @@ def tokenize(
         for option, value in (("--tasks", tasks), ("--executor-option", executor_option), ("--logs", logs)):
             if value is not None:
                 raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
-        manifests = tokenization.tokenize(inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings)
+        manifests = tokenization.tokenize(
+            inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings
+        )
     else:
         from data_tools.datatrove_pipeline import parse_options, tokenize_on
 
@@ -216,7 +256,8 @@ def tokenize(
     for folder, manifest in zip((output, holdout_output), manifests, strict=False):
         bytes_per_token = manifest["bytes"] / manifest["tokens"]
         print(
-            f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards, "
+            f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
+            f"{len(manifest['shards'])} shards, "
             f"{bytes_per_token:.2f} bytes/token"
         )
     if manifests[0]["passed_over"]:
@@ -230,19 +271,31 @@ def tokenize(
 @app.command()
 def pack(
     tokenized: Annotated[
-        list[str], typer.Argument(callback=_path, metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False)
+        list[str],
+        typer.Argument(
+            callback=_path, metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False
+        ),
     ],
     sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
     output: Annotated[str, typer.Option(callback=_path, help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of the sequences.")] = 1234,
     method: Annotated[
-        Method, typer.Option(help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as others do.")
+        Method,
+        typer.Option(
+            help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as "
+            "others do."
+        ),
     ] = Method.best_fit,
-    min_fragment_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter pieces of documents that are cut.")] = 1,
+    min_fragment_tokens: Annotated[
+        int, typer.Option(min=1, help="Leave out shorter pieces of documents that are cut.")
+    ] = 1,
     min_document_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_document_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
     materialize: Annotated[
-        bool, typer.Option("--materialize", help="Copy the tokens, instead of pointing at them: each sequence is read in one stretch.")
+        bool,
+        typer.Option(
+            "--materialize", help="Copy the tokens, instead of pointing at them: each sequence is read in one stretch."
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -264,7 +317,8 @@ def pack(
     room = manifest["sequences"] * sequence_length
     packed = manifest["documents"] - manifest["options"]["left_out_documents"]
     print(
-        f"{output}: {manifest['sequences']:,} sequences of {sequence_length:,} tokens, padding {manifest['padding_tokens'] / room:.4%}, "
+        f"{output}: {manifest['sequences']:,} sequences of {sequence_length:,} tokens, padding "
+        f"{manifest['padding_tokens'] / room:.4%}, "
         f"{manifest['cut_documents']:,} of {packed:,} documents cut"
     )
     if manifest["dropped_tokens"]:
@@ -273,9 +327,13 @@ def pack(
 
 @app.command()
 def inspect(
-    folder: Annotated[str, typer.Argument(callback=_path, help="Folder written by `tokenize` or `pack`.", show_default=False)],
+    folder: Annotated[
+        str, typer.Argument(callback=_path, help="Folder written by `tokenize` or `pack`.", show_default=False)
+    ],
     samples: Annotated[int, typer.Option(min=0, help="Documents or sequences to show.")] = 2,
-    tokenizer: Annotated[str | None, typer.Option(callback=_path, help="Folder of the tokenizer; without it, ids are shown.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(callback=_path, help="Folder of the tokenizer; without it, ids are shown.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its SHA-256.")] = False,
 ) -> None:
     """Show counts, lengths and samples of a tokenized or packed folder."""
@@ -288,12 +346,19 @@ def inspect(
 
 @app.command()
 def mix(
-    config: Annotated[str, typer.Argument(callback=_path, metavar="CONFIG", help="Experiment YAML.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for training.")] = None,
-    output: Annotated[str | None, typer.Option(callback=_path, help="Folder for mix.json and a picture; default: only print.")] = None,
+    config: Annotated[
+        str, typer.Argument(callback=_path, metavar="CONFIG", help="Experiment YAML.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for training.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(callback=_path, help="Folder for mix.json and a picture; default: only print.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say what the stages of an experiment will read: tokens and epochs by source, padding, and the context that tokens see."""
+    """Say what the stages of an experiment will read: tokens and epochs by source, padding, and the context that tokens
+    see."""
     from rich.console import Console
 
     from data_tools.mixing import mix as print_mix
@@ -304,7 +369,10 @@ def mix(
 
 @app.command()
 def where(
-    run: Annotated[str, typer.Argument(callback=_path, metavar="RUN", help="Run directory, or experiment YAML.", show_default=False)],
+    run: Annotated[
+        str,
+        typer.Argument(callback=_path, metavar="RUN", help="Run directory, or experiment YAML.", show_default=False),
+    ],
     step: Annotated[int, typer.Option(help="Step, as metrics.jsonl counts it.")],
     place: Annotated[int | None, typer.Option(help="One place of the global batch; default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sequence and line.")] = False,
@@ -314,14 +382,22 @@ def where(
 
     from data_tools.where import where as print_where
 
-    print_where(run, step, Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160), as_json=as_json, place=place)
+    print_where(
+        run,
+        step,
+        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160),
+        as_json=as_json,
+        place=place,
+    )
 
 
 @app.command()
 def verify(
     paths: Annotated[
         list[str],
-        typer.Argument(callback=_path, metavar="PATH...", help="Data folders, experiments or run directories.", show_default=False),
+        typer.Argument(
+            callback=_path, metavar="PATH...", help="Data folders, experiments or run directories.", show_default=False
+        ),
     ],
 ) -> None:
     """Read every file of data folders, or of all the data of an experiment, and compare it with its SHA-256."""
@@ -341,7 +417,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> None:
-    """Run the command line. An error the user can put right is one message on stderr and exit code 2; a SIGTERM is 75, Ctrl-C 130."""
+    """Run the command line. An error the user can put right is one message on stderr and exit code 2; a SIGTERM is 75,
+    Ctrl-C 130."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -349,7 +426,10 @@ def main() -> None:
     try:
         app()
     except _StoppedError as stopped:
-        print("hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command", file=sys.stderr)
+        print(
+            "hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command",
+            file=sys.stderr,
+        )
         sys.exit(75 if stopped.args == (signal.SIGTERM,) else 130)
     except ModuleNotFoundError as error:
         if (missing := missing_package(error)) is None:
@@ -364,7 +444,10 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail("no space left on the disk of the output; nothing half-written stays, and what `tokenize` had finished is gone on from")
+            _fail(
+                "no space left on the disk of the output; nothing half-written stays, and what `tokenize` had "
+                "finished is gone on from"
+            )
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     finally:
         for number, handler in before.items():
@@ -391,7 +474,9 @@ def _ending(option: str, given: str) -> str:
 
     ending = given.lower() if given.startswith(".") else f".{given.lower()}"
     if ending in COMPRESSED_ENDINGS or any(ending.endswith(compressed) for compressed in COMPRESSED_ENDINGS):
-        raise DataFormatError(f"{option} {given}: compressed files go by the ending before it; give {ending.split('.')[1]} or the like")
+        raise DataFormatError(
+            f"{option} {given}: compressed files go by the ending before it; give {ending.split('.')[1]} or the like"
+        )
     if not re.fullmatch(r"\.[^\s./*?\[\],;]+", ending):
         raise DataFormatError(f"{option} {given}: not an ending; write one such as .rst, and repeat {option} for more")
     return ending

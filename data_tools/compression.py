@@ -28,7 +28,9 @@ class Compression:
         return None if self.base_tokens is None else self.base_tokens / self.tokens
 
     def __add__(self, other: Compression) -> Compression:
-        base_tokens = None if self.base_tokens is None or other.base_tokens is None else self.base_tokens + other.base_tokens
+        base_tokens = (
+            None if self.base_tokens is None or other.base_tokens is None else self.base_tokens + other.base_tokens
+        )
         return Compression(
             self.documents + other.documents,
             self.characters + other.characters,
@@ -58,13 +60,21 @@ class Compression:
 
 
 def measure(
-    groups: Mapping[str, Sequence[str]], encode: Callable[[str], Sequence[int]], base_encode: Callable[[str], Sequence[int]] | None
+    groups: Mapping[str, Sequence[str]],
+    encode: Callable[[str], Sequence[int]],
+    base_encode: Callable[[str], Sequence[int]] | None,
 ) -> dict[str, Compression]:
     """Compression of each group of texts, and of all under `ALL`."""
     measured: dict[str, Compression] = {}
     for group, texts in groups.items():
         counts = [
-            Compression(1, len(text), len(text.encode()), len(encode(text)), None if base_encode is None else len(base_encode(text)))
+            Compression(
+                1,
+                len(text),
+                len(text.encode()),
+                len(encode(text)),
+                None if base_encode is None else len(base_encode(text)),
+            )
             for text in texts
         ]
         measured[group] = sum(counts[1:], counts[0])
@@ -95,6 +105,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         ]
         if base:
             of_base = row["base"]
-            cells += [f"{of_base['characters_per_token']:.2f}", f"{of_base['bytes_per_token']:.2f}", f"{row['gain']:.3f}"]
+            cells += [
+                f"{of_base['characters_per_token']:.2f}",
+                f"{of_base['bytes_per_token']:.2f}",
+                f"{row['gain']:.3f}",
+            ]
         table.add_row(group, *cells)
     console.print(table)

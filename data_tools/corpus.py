@@ -1,6 +1,7 @@
 """The files of a corpus and how they are dealt out: inputs -> files -> splits -> shards.
 
-Of each file the beginning is read, to know what it holds; and what a folder holds beside is counted, by the reason why it is not read.
+Of each file the beginning is read, to know what it holds; and what a folder holds beside is counted, by the reason why
+it is not read.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class CorpusFile:
     version: str
     """Changes when the file does: its time of change, or what the store says of the object."""
     kind: str
-    """text (one document), jsonl (one a line), json (JSON objects one after the other, or in an array) or parquet (one a row)."""
+    """text (one document), jsonl (one a line), json (JSON objects one after the other, or in an array) or parquet (one
+    a row)."""
     compression: str = ""
     """gzip, zstd, bz2 or xz, which can only be read from the beginning; "" for none."""
 
@@ -56,7 +58,8 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a file that is read on its own: lines that begin in a range of bytes, some row groups, or a whole file."""
+    """A part of a file that is read on its own: lines that begin in a range of bytes, some row groups, or a whole
+    file."""
 
     file: CorpusFile
     file_number: int
@@ -96,14 +99,17 @@ def find_files(
     return survey(inputs, extensions, text_endings).files
 
 
-def survey(inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS, text_endings: Sequence[str] = ()) -> Survey:
+def survey(
+    inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS, text_endings: Sequence[str] = ()
+) -> Survey:
     """The files of all inputs in a fixed order, what each holds, and what is not read.
 
-    An input is a file, a folder, a pattern with * ? [ ] or **, each also as a URL that fsspec knows. A folder stands for the files in it
-    and in what its links lead to, at any depth and sorted by path, that end in one of `extensions` or `text_endings` ("" for no ending),
-    compressed or not; names that begin with a dot, and folders that `hunyuan-data` wrote, are left out. A file that is named itself or
-    found by a pattern is read whatever its ending. A file that several links lead to is read once. Raises DataFormatError for an input
-    that does not exist, is given twice or cannot be read, and for a folder or pattern without a file to read.
+    An input is a file, a folder, a pattern with * ? [ ] or **, each also as a URL that fsspec knows. A folder stands
+    for the files in it and in what its links lead to, at any depth and sorted by path, that end in one of `extensions`
+    or `text_endings` ("" for no ending), compressed or not; names that begin with a dot, and folders that
+    `hunyuan-data` wrote, are left out. A file that is named itself or found by a pattern is read whatever its ending. A
+    file that several links lead to is read once. Raises DataFormatError for an input that does not exist, is given
+    twice or cannot be read, and for a folder or pattern without a file to read.
     """
     found = Survey()
     seen: dict[Any, str] = {}
@@ -112,8 +118,14 @@ def survey(inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXT
         before = len(found.files)
         for listed in _files_of_url(str(given), chosen) if "://" in str(given) else _local_files(str(given), chosen):
             if (other := seen.get(listed.key)) is not None:
-                if listed.is_explicit and not os.path.islink(listed.path) and os.path.abspath(other) == os.path.abspath(listed.path):
-                    raise DataFormatError(f"{listed.path}: given twice (also as {other}); its documents would count double")
+                if (
+                    listed.is_explicit
+                    and not os.path.islink(listed.path)
+                    and os.path.abspath(other) == os.path.abspath(listed.path)
+                ):
+                    raise DataFormatError(
+                        f"{listed.path}: given twice (also as {other}); its documents would count double"
+                    )
                 found.skip("other names of a file that is read", listed.path)
                 continue
             seen[listed.key] = listed.path
@@ -131,7 +143,8 @@ def survey(inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXT
 def _nothing(found: Survey, extensions: Sequence[str]) -> str:
     line = describe_skipped(found.skipped, found.examples)
     return (
-        f"no file ends in {' '.join(extensions)} (or these with .gz, .zst, .bz2 or .xz) and is not read already; choose with --extension, "
+        f"no file ends in {' '.join(extensions)} (or these with .gz, .zst, .bz2 or .xz) and is not read already; "
+        "choose with --extension, "
         f"or read others as text with --text-ending{line and f' ({line})'}"
     )
 
@@ -139,8 +152,8 @@ def _nothing(found: Survey, extensions: Sequence[str]) -> str:
 def deal_out(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> list[list[Split]]:
     """The splits of each shard, in the order of the corpus: a function of the files alone.
 
-    A shard holds about `shard_bytes` of text; by default a 64th of the corpus, but at least 8 MB and at most 512 MB. Plain JSON lines are
-    cut anywhere, parquet between row groups; a text or compressed file, or an array, is never cut.
+    A shard holds about `shard_bytes` of text; by default a 64th of the corpus, but at least 8 MB and at most 512 MB.
+    Plain JSON lines are cut anywhere, parquet between row groups; a text or compressed file, or an array, is never cut.
     """
     total = sum(file.size * (_EXPANSION if file.is_compressed else 1) for file in files)
     wanted = shard_bytes or min(max(total // 64, 8_000_000), 512_000_000)
@@ -282,7 +295,9 @@ def _files_of_folder(folder: str, chosen: _Chosen) -> Iterator[_Listed]:
             elif entry.is_dir(follow_symlinks=True):
                 below.append((entry.path, is_linked or entry.is_symlink()))
             elif not entry.is_file(follow_symlinks=True):
-                chosen.found.skip("links to what is not there" if entry.is_symlink() else "neither file nor folder", entry.path)
+                chosen.found.skip(
+                    "links to what is not there" if entry.is_symlink() else "neither file nor folder", entry.path
+                )
             elif chosen.takes(entry.path):
                 files.append((is_linked or entry.is_symlink(), entry.path))
         # links last, so that a folder keeps its own name
@@ -339,7 +354,9 @@ def _of_store(system: Any, names: Sequence[str], *, is_named: bool) -> Iterator[
     """Files of a store; their beginnings are asked for together, for each request takes long."""
     infos = [system.info(name) for name in names]
     sizes = [int(info["size"] or 0) for info in infos]
-    heads = system.cat_ranges(list(names), [0] * len(names), [min(size, HEAD_BYTES) for size in sizes], on_error="return")
+    heads = system.cat_ranges(
+        list(names), [0] * len(names), [min(size, HEAD_BYTES) for size in sizes], on_error="return"
+    )
     for name, size, head in zip(names, sizes, heads, strict=True):
         path = system.unstrip_protocol(name)
         if path != path.encode(errors="replace").decode():

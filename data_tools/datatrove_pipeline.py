@@ -1,13 +1,18 @@
-"""Tokenizing on many machines: the step `tokenize` as a pipeline of datatrove, by its local, Slurm and Ray executors; the same bytes.
+"""Tokenizing on many machines: the step `tokenize` as a pipeline of datatrove, by its local, Slurm and Ray executors;
+the same bytes.
 
-Three steps: PlanTokenizing (one task) deals the inputs out, TokenizeShards (any number of tasks) writes the shards, JoinShards (one task)
-joins them and gives the output its name. They meet in the unfinished folder of the output, on a file system that all machines see and
-that keeps locks (NFS, Lustre mounted with `flock`), and need nothing else of one another:
+Three steps: PlanTokenizing (one task) deals the inputs out, TokenizeShards (any number of tasks) writes the shards,
+JoinShards (one task) joins them and gives the output its name. They meet in the unfinished folder of the output, on a
+file system that all machines see and that keeps locks (NFS, Lustre mounted with `flock`), and need nothing else of one
+another:
 
-- A task carries no job but reads the plan that lies in the folder, so a task that was submitted for an older job cannot mix in its shards.
-- Tasks share a lock that planning, joining and the plain command must have alone, and wait for one another where they are at one shard.
-- A shard is finished when its report is there. datatrove's own marks of finished tasks are not believed: after a kill, with another number
-  of tasks or another output they may say something else. A task with nothing left to do takes seconds.
+- A task carries no job but reads the plan that lies in the folder, so a task that was submitted for an older job cannot
+  mix in its shards.
+- Tasks share a lock that planning, joining and the plain command must have alone, and wait for one another where they
+  are at one shard.
+- A shard is finished when its report is there. datatrove's own marks of finished tasks are not believed: after a kill,
+  with another number of tasks or another output they may say something else. A task with nothing left to do takes
+  seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +38,14 @@ from data_tools.encoding import DocumentEncoder
 from data_tools.tokenization import checked_outputs, default_workers, finish, name_outputs, plan_job, remove_shards
 from data_tools.tokenized_shard import TokenizeJob, is_finished, shard_name, write_shard
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import MANIFEST, begun_folder, read_manifest, unfinished_folder, waiting_for, write_file
+from hunyuan_pretrain.data.folders import (
+    MANIFEST,
+    begun_folder,
+    read_manifest,
+    unfinished_folder,
+    waiting_for,
+    write_file,
+)
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
@@ -57,7 +69,8 @@ def begin(
     overwrite: bool = False,
     **planning: Any,
 ) -> list[int]:
-    """Plan as `tokenize` does, leave the plan in the unfinished folder, and return the numbers of the shards that are not finished.
+    """Plan as `tokenize` does, leave the plan in the unfinished folder, and return the numbers of the shards that are
+    not finished.
 
     `planning` is what `plan_job` takes.
     """
@@ -66,7 +79,9 @@ def begin(
     with ExitStack() as stack:
 
         def open_folder(path: str) -> Path:
-            return stack.enter_context(unfinished_folder(path, marker=MANIFEST, identity=job.identity, overwrite=overwrite))
+            return stack.enter_context(
+                unfinished_folder(path, marker=MANIFEST, identity=job.identity, overwrite=overwrite)
+            )
 
         folder = open_folder(output)
         write_file(folder / _PLAN, TypeAdapter(Plan).dump_json(Plan(job, outputs)))
@@ -77,7 +92,8 @@ def begin(
 
 
 class PlanTokenizing(PipelineStep):
-    """Deals the inputs out, in one task, for the two steps below. Takes what `begin` takes. Inputs may be what earlier steps wrote."""
+    """Deals the inputs out, in one task, for the two steps below. Takes what `begin` takes. Inputs may be what earlier
+    steps wrote."""
 
     type = "🔢 - TOKENIZER"
     name = "Hunyuan: plan"
@@ -85,7 +101,9 @@ class PlanTokenizing(PipelineStep):
     def __init__(self, inputs: Sequence[str], tokenizer_path: str, output: str, **settings: Any) -> None:
         super().__init__()
         # a wrong name is an error here, not in the task
-        planning = inspect.signature(begin).bind(inputs, tokenizer_path, output, **settings).arguments.get("planning", {})
+        planning = (
+            inspect.signature(begin).bind(inputs, tokenizer_path, output, **settings).arguments.get("planning", {})
+        )
         inspect.signature(plan_job).bind(inputs, tokenizer_path, **planning)
         self.inputs, self.tokenizer_path, self.output, self.settings = list(inputs), tokenizer_path, output, settings
         self.working_folder = os.getcwd()
@@ -154,10 +172,15 @@ class JoinShards(PipelineStep):
         with chdir(self.working_folder), ExitStack() as stack:
             folder, plan = _open(stack, self.output, alone=True)
             if not (folder / MANIFEST).is_file():
-                folders = [folder, *(stack.enter_context(begun_folder(other, alone=True))[0] for other in plan.outputs[1:])]
+                folders = [
+                    folder,
+                    *(stack.enter_context(begun_folder(other, alone=True))[0] for other in plan.outputs[1:]),
+                ]
                 left = [number for number in range(len(plan.job.shards)) if not is_finished(folders, number)]
                 if left:
-                    raise DataFormatError(f"{self.output}: {len(left)} of {len(plan.job.shards)} shards are not finished; tokenize again")
+                    raise DataFormatError(
+                        f"{self.output}: {len(left)} of {len(plan.job.shards)} shards are not finished; tokenize again"
+                    )
                 finish(plan.job, folders)
             name_outputs(plan.outputs, folder, len(plan.job.shards))
 
@@ -176,9 +199,10 @@ def tokenize_on(
 ) -> list[dict[str, Any]] | None:
     """As `tokenize`, by at most `tasks` tasks of datatrove; `settings` are those of `begin`.
 
-    `executor` is local, slurm or ray; `options` go to datatrove's class of that name. `workers` tasks run at a time (default: all, on this
-    machine one a core). `logs` is datatrove's folder (default: beside the output). Planning is done here, so mistakes in the inputs show at
-    once. Returns the manifests; of Slurm None, as soon as the jobs are submitted.
+    `executor` is local, slurm or ray; `options` go to datatrove's class of that name. `workers` tasks run at a time
+    (default: all, on this machine one a core). `logs` is datatrove's folder (default: beside the output). Planning is
+    done here, so mistakes in the inputs show at once. Returns the manifests; of Slurm None, as soon as the jobs are
+    submitted.
     """
     _check(executor, options or {})
     left = begin(inputs, tokenizer_path, output, **settings)
@@ -187,9 +211,15 @@ def tokenize_on(
         workers = workers or default_workers()
     common = {"skip_completed": False, "workers": workers or -1, **(options or {})}
     if executor == "slurm":
-        # a job whose turn cannot come any more shall not stay in the queue; ours needs the environment that this process has
+        # a job whose turn cannot come any more shall not stay in the queue; ours needs the environment that this
+        # process has
         sbatch_args = {"kill-on-invalid-dep": "yes", **common.pop("sbatch_args", {})}
-        common = {"qos": None, "env_command": f"export PATH={Path(sys.executable).parent}:$PATH", **common, "sbatch_args": sbatch_args}
+        common = {
+            "qos": None,
+            "env_command": f"export PATH={Path(sys.executable).parent}:$PATH",
+            **common,
+            "sbatch_args": sbatch_args,
+        }
     elif executor == "ray":
         import ray
 
@@ -197,7 +227,12 @@ def tokenize_on(
             ray.init()
     build = EXECUTORS[executor]
     stages = [
-        build([TokenizeShards(output)], tasks=min(tasks, len(left)), logging_dir=f"{logs}/tokenize", **_named(executor, "tokenize", common))
+        build(
+            [TokenizeShards(output)],
+            tasks=min(tasks, len(left)),
+            logging_dir=f"{logs}/tokenize",
+            **_named(executor, "tokenize", common),
+        )
         for _ in left[:1]
     ]
     stages.append(build([JoinShards(output)], tasks=1, logging_dir=f"{logs}/join", **_named(executor, "join", common)))
@@ -214,12 +249,15 @@ def tokenize_on(
         try:
             _open(stack, output)
         except DataFormatError:  # it has its name
-            return [read_manifest(each, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize") for each in outputs]
+            return [
+                read_manifest(each, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize") for each in outputs
+            ]
     raise DataFormatError(f"{output}: not finished; {logs}/*/logs say why, and the same command goes on")
 
 
 def parse_options(executor: str, given: Sequence[str]) -> dict[str, Any]:
-    """`--executor-option NAME=VALUE` options, each read as the type that datatrove's class of the executor says. Raises DataFormatError."""
+    """`--executor-option NAME=VALUE` options, each read as the type that datatrove's class of the executor says. Raises
+    DataFormatError."""
     parameters = inspect.signature(EXECUTORS[executor]).parameters
     options: dict[str, Any] = {}
     for option in given:
@@ -228,13 +266,18 @@ def parse_options(executor: str, given: Sequence[str]) -> dict[str, Any]:
             raise DataFormatError(f"--executor-option {option}: write it as NAME=VALUE, such as partition=cpu")
         if name in options:
             raise DataFormatError(f"--executor-option {option}: {name} is given twice; give it once")
-        kind = parameters[name].annotation if name in parameters else "str"  # what is not known is refused with the list of what is
-        options[name] = _value_of(option, value, kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind)))
+        kind = (
+            parameters[name].annotation if name in parameters else "str"
+        )  # what is not known is refused with the list of what is
+        options[name] = _value_of(
+            option, value, kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+        )
     return options
 
 
 def _value_of(option: str, value: str, kind: str) -> Any:
-    """`value` as datatrove's annotation `kind` says: a string stays as it is written, so 00:30 and 1e3 are no numbers."""
+    """`value` as datatrove's annotation `kind` says: a string stays as it is written, so 00:30 and 1e3 are no
+    numbers."""
     expected = next((known for known in ("dict", "bool", "int", "str") if re.search(rf"\b{known}\b", kind)), "str")
     if expected == "str":
         return value
@@ -243,7 +286,9 @@ def _value_of(option: str, value: str, kind: str) -> Any:
     except ValueError:
         found = None
     if type(found).__name__ != expected:
-        such = {"dict": 'a JSON object, such as {"mem": "8G"}', "bool": "true or false", "int": "a whole number"}[expected]
+        such = {"dict": 'a JSON object, such as {"mem": "8G"}', "bool": "true or false", "int": "a whole number"}[
+            expected
+        ]
         raise DataFormatError(f"--executor-option {option}: {such} is expected")
     return found
 
@@ -254,9 +299,13 @@ def _check(executor: str, options: Mapping[str, Any]) -> None:
     known = set(inspect.signature(EXECUTORS[executor]).parameters) - given_here
     for name in options:
         if name not in known:
-            problems.append(f"{name}: no option of datatrove's {executor} executor; its options are {', '.join(sorted(known))}")
+            problems.append(
+                f"{name}: no option of datatrove's {executor} executor; its options are {', '.join(sorted(known))}"
+            )
     if executor == "slurm":
-        problems += [f"{name}: missing, Slurm needs it; give {name}=..." for name in ("partition", "time") if name not in options]
+        problems += [
+            f"{name}: missing, Slurm needs it; give {name}=..." for name in ("partition", "time") if name not in options
+        ]
         if shutil.which("sbatch") is None:
             problems.append("sbatch is not on the PATH; submit from a machine of the Slurm cluster")
     if problems:
@@ -277,7 +326,9 @@ def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, 
     except ValidationError:
         plan = None
     if plan is None or plan.job.identity != identity:
-        raise DataFormatError(f"{folder / _PLAN}: not a plan of this version and job; run the command that began it again")
+        raise DataFormatError(
+            f"{folder / _PLAN}: not a plan of this version and job; run the command that began it again"
+        )
     return folder, plan
 
 

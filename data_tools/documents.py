@@ -1,4 +1,5 @@
-"""Reading the documents of a split: text, JSON lines, parquet, plain or compressed; a very long document comes in parts."""
+"""Reading the documents of a split: text, JSON lines, parquet, plain or compressed; a very long document comes in
+parts."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class RejectedError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus: `text`, or where it is very long `parts`, which must be read before the next document is asked for."""
+    """One text of the corpus: `text`, or where it is very long `parts`, which must be read before the next document is
+    asked for."""
 
     place: int
     """Byte offset of its line (before compression), row, or 0."""
@@ -56,8 +58,8 @@ def read_split(
 ) -> Iterator[Document | Reject]:
     """The documents of a split in order; what is not one comes as a Reject in its place. Blank lines are passed over.
 
-    `advance` is told how many bytes on disk have been read, `pass_over` is called for each record that `form.where` leaves out. Raises
-    DamagedError if a file is damaged.
+    `advance` is told how many bytes on disk have been read, `pass_over` is called for each record that `form.where`
+    leaves out. Raises DamagedError if a file is damaged.
     """
     if split.file.kind == "parquet":
         yield from _rows(split, form, advance, pass_over)
@@ -116,10 +118,13 @@ def check_rejects(rejects: Sequence[Reject], max_rejects: int) -> None:
     """Raise DataFormatError if there are more rejects than allowed, naming the first one too many."""
     if len(rejects) > max_rejects:
         allowed = f" (after {max_rejects} that --max-rejects allowed)" if max_rejects else ""
-        raise DataFormatError(f"{rejects[max_rejects]}{allowed}; put it right, or let it pass with --max-rejects {max_rejects + 1} or more")
+        raise DataFormatError(
+            f"{rejects[max_rejects]}{allowed}; put it right, or let it pass with --max-rejects "
+            f"{max_rejects + 1} or more"
+        )
 
 
-# --- JSON values ---------------------------------------------------------------------------------------------------------------
+# --- JSON values ------------------------------------------------------------------------------------------------------
 
 
 def _documents_of_values(
@@ -133,7 +138,7 @@ def _documents_of_values(
         yield from _of_record(place, found, pass_over)
 
 
-# --- JSON lines ----------------------------------------------------------------------------------------------------------------
+# --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
 def _documents_of_lines(
@@ -151,7 +156,8 @@ def _documents_of_lines(
 
 
 def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """(offset, line) of each line that begins in the split; of a line longer than LONG_BYTES the blocks, which must be read at once."""
+    """(offset, line) of each line that begins in the split; of a line longer than LONG_BYTES the blocks, which must be
+    read at once."""
     limit = split.end if not split.file.is_compressed else None
     place, pending = max(split.start - 1, 0), b""
     if split.start == 0:
@@ -159,7 +165,8 @@ def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes |
         if pending.startswith(BYTE_ORDER_MARK):
             place, pending = len(BYTE_ORDER_MARK), pending[len(BYTE_ORDER_MARK) :]
     else:
-        # The line that the split begins in belongs to the split before; one that begins with the split follows the newline before it.
+        # The line that the split begins in belongs to the split before; one that begins with the split follows the
+        # newline before it.
         while True:
             block = next(blocks, None)
             if block is None:
@@ -241,12 +248,18 @@ def _of_record(
 
 def _text_of_line(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
     found = _from_json(where, line, form)
-    return Reject(found.where, found.reason, line[:_SHOWN_CHARACTERS].decode("utf-8", "replace")) if isinstance(found, Reject) else found
+    return (
+        Reject(found.where, found.reason, line[:_SHOWN_CHARACTERS].decode("utf-8", "replace"))
+        if isinstance(found, Reject)
+        else found
+    )
 
 
 def _from_json(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[str, Any]] | Reject | None:
     try:
-        record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))  # files that were joined have marks within
+        record = json.loads(
+            line.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
+        )  # files that were joined have marks within
     except UnicodeDecodeError as error:
         return Reject(where, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})")
     except json.JSONDecodeError as error:
@@ -269,11 +282,13 @@ def _checked(where: str, text: str) -> str | Reject:
         if not text.isascii():
             text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return Reject(where, f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text")
+        return Reject(
+            where, f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text"
+        )
     return text
 
 
-# --- text ----------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def _text_document(file: CorpusFile, blocks: Iterator[bytes]) -> Iterator[Document | Reject]:
@@ -316,11 +331,12 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, position: int, *, 
 
 
 def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[str]:
-    """The same text in parts of about `part_characters`, cut only where the split pattern always ends a token and NFC joins nothing.
+    """The same text in parts of about `part_characters`, cut only where the split pattern always ends a token and NFC
+    joins nothing.
 
-    Such a place is between a letter or digit and an ASCII character that is neither: a token ends there whatever follows, what follows is
-    split the same whatever stood before, and no ASCII character composes with the one before it. Where the text offers no such place for
-    a long time, a part is longer.
+    Such a place is between a letter or digit and an ASCII character that is neither: a token ends there whatever
+    follows, what follows is split the same whatever stood before, and no ASCII character composes with the one before
+    it. Where the text offers no such place for a long time, a part is longer.
     """
     waiting: list[str] = []
     size, wanted = 0, part_characters
@@ -353,7 +369,7 @@ def _last_border(text: str) -> int:
     return 0
 
 
-# --- parquet -------------------------------------------------------------------------------------------------------------------
+# --- parquet ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -373,17 +389,22 @@ def open_parquet(file: CorpusFile) -> Iterator[Any]:
             raise DataFormatError(f"{file.path}: damaged, or not a parquet file ({error}); write it again") from None
 
 
-def _rows(split: Split, form: RecordForm, advance: Callable[[int], None], pass_over: Callable[[], None]) -> Iterator[Document | Reject]:
+def _rows(
+    split: Split, form: RecordForm, advance: Callable[[int], None], pass_over: Callable[[], None]
+) -> Iterator[Document | Reject]:
     with open_parquet(split.file) as parquet:
         missing = [name for name in form.fields if name not in parquet.schema_arrow.names]
         if missing:
             columns = ", ".join(parquet.schema_arrow.names[:8])
             raise DataFormatError(
-                f"{split.file.path}: no column {missing[0]!r} (columns: {columns}); choose with --text-field or --template"
+                f"{split.file.path}: no column {missing[0]!r} (columns: {columns}); choose with --text-field or "
+                "--template"
             )
         for name in form.fields:
             if parquet.schema_arrow.names.count(name) > 1:
-                raise DataFormatError(f"{split.file.path}: two columns are named {name!r}; give one of them another name")
+                raise DataFormatError(
+                    f"{split.file.path}: two columns are named {name!r}; give one of them another name"
+                )
         for group in range(split.start, split.end):
             row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
             for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):

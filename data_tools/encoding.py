@@ -1,8 +1,10 @@
 """Documents to ids, by the fast engine gigatoken where it is installed, else by tiktoken; the ids are the same.
 
-gigatoken reads Hugging Face's description of a tokenizer. Its merges list every pair of tokens that makes a token, by the rank of the
-result: that is tiktoken's rule, which joins whichever neighbours form the token of lowest rank, and needs no search for the one pair.
-Tokens that no merges reach are found as whole words (`ignore_merges`), as by tiktoken. NFC is ours, as it is elsewhere.
+gigatoken reads Hugging Face's description of a tokenizer. Its merges list every pair of tokens that makes a token, by
+the rank of the
+result: that is tiktoken's rule, which joins whichever neighbours form the token of lowest rank, and needs no search for
+the one pair. Tokens that no merges reach are found as whole words (`ignore_merges`), as by tiktoken. NFC is ours, as it
+is elsewhere.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class EncoderSource:
         try:
             import gigatoken  # noqa: F401
         except ImportError:
-            print("warning: gigatoken is not installed, so tiktoken encodes, some three times as slowly", file=sys.stderr)
+            print(
+                "warning: gigatoken is not installed, so tiktoken encodes, some three times as slowly", file=sys.stderr
+            )
             return cls(tokenizer_path, None, tokenizer.start_id, tokenizer.end_id)
         return cls(tokenizer_path, engine_json(tokenizer.ranks), tokenizer.start_id, tokenizer.end_id)
 
@@ -46,7 +50,8 @@ class EncoderSource:
 class DocumentEncoder:
     """Encodes documents as <|startoftext|> ... <|endoftext|>, as `Tokenizer.encode_document` does.
 
-    One difference: gigatoken has no limit to a run of white space, where tiktoken ends at about 900,000 characters (DataFormatError).
+    One difference: gigatoken has no limit to a run of white space, where tiktoken ends at about 900,000 characters
+    (DataFormatError).
     """
 
     def __init__(self, source: EncoderSource) -> None:
@@ -94,13 +99,24 @@ def engine_json(ranks: Mapping[bytes, int]) -> str:
     letters = "".join(byte_letters())
     names = {token: charmap_decode(token, "strict", letters)[0] for token in sorted(ranks, key=ranks.__getitem__)}
     vocab = {name: rank for rank, name in enumerate(names.values())}
-    # "left right": no letter that stands for a byte is a space; strings are written and read faster than pairs, and bytes found faster
+    # "left right": no letter that stands for a byte is a space; strings are written and read faster than pairs, and
+    # bytes found faster
     merges = [
-        f"{name[:i]} {name[i:]}" for token, name in names.items() for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks
+        f"{name[:i]} {name[i:]}"
+        for token, name in names.items()
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
     ]
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "ignore_merges": True, "byte_fallback": False, "fuse_unk": False, "vocab": vocab, "merges": merges}
+    model = {
+        "type": "BPE",
+        "ignore_merges": True,
+        "byte_fallback": False,
+        "fuse_unk": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
     return json.dumps(
         {
             "version": "1.0",

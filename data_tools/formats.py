@@ -1,6 +1,8 @@
-"""What a file holds, told by its content: which compression, and whether text, JSON lines, JSON values or parquet. And its plain bytes.
+"""What a file holds, told by its content: which compression, and whether text, JSON lines, JSON values or parquet. And
+its plain bytes.
 
-The name decides only what the content leaves open: .txt, .md, .py and what --text-ending names are text, whatever it says.
+The name decides only what the content leaves open: .txt, .md, .py and what --text-ending names are text, whatever it
+says.
 """
 
 from __future__ import annotations
@@ -66,10 +68,10 @@ def format_of(
 ) -> tuple[str, str]:
     """(kind, compression) of a file that begins with `head`: at least HEAD_BYTES of it, or all.
 
-    Kinds: text (one document), jsonl (one JSON object a line), json (JSON objects one after the other, or in one array), object (one JSON
-    object over several lines), no records (a .json that begins as no JSON does), parquet. Compressions: "", gzip, zstd, bz2, xz.
-    `is_parquet_end` tells whether the file ends as parquet does. Raises DataFormatError for what is none of these, or not UTF-8 where
-    records are expected.
+    Kinds: text (one document), jsonl (one JSON object a line), json (JSON objects one after the other, or in one
+    array), object (one JSON object over several lines), no records (a .json that begins as no JSON does), parquet.
+    Compressions: "", gzip, zstd, bz2, xz. `is_parquet_end` tells whether the file ends as parquet does. Raises
+    DataFormatError for what is none of these, or not UTF-8 where records are expected.
     """
     ending = extension_of(path)
     compression = _compression(path, head)
@@ -78,10 +80,14 @@ def format_of(
     content = _beginning(head, compression) if compression else head
     is_text = ending in TEXT_ENDINGS or ending in text_endings
     if compression and content is not None and _compression("", content):
-        raise DataFormatError(f"{path}: compressed twice ({compression} around {_compression('', content)}); decompress it once")
+        raise DataFormatError(
+            f"{path}: compressed twice ({compression} around {_compression('', content)}); decompress it once"
+        )
     if (content or b"").startswith(b"PAR1") and (ending == PARQUET_ENDING or is_parquet_end()):
         if compression:
-            raise DataFormatError(f"{path}: parquet inside {compression}; decompress it, parquet compresses its columns itself")
+            raise DataFormatError(
+                f"{path}: parquet inside {compression}; decompress it, parquet compresses its columns itself"
+            )
         return "parquet", ""
     if ending == PARQUET_ENDING:
         return "parquet", ""  # what reads it says what is wrong with it
@@ -89,11 +95,16 @@ def format_of(
         return "text", compression
     if ending in _TABLE_ENDINGS:
         raise DataFormatError(
-            f"{path}: a table, which is not read; write its rows as JSON lines, or read it whole with --text-ending {ending}"
+            f"{path}: a table, which is not read; write its rows as JSON lines, or read it whole with "
+            f"--text-ending {ending}"
         )
     _refuse_others(path, content or b"")
     kind = _kind_of_records(content or b"", is_expected=ending in RECORD_ENDINGS)
-    if ending == ".json" and kind == "jsonl" and (content or b"").removeprefix(BYTE_ORDER_MARK).strip()[:1] not in (b"{", b"[", b""):
+    if (
+        ending == ".json"
+        and kind == "jsonl"
+        and (content or b"").removeprefix(BYTE_ORDER_MARK).strip()[:1] not in (b"{", b"[", b"")
+    ):
         return "no records", compression
     return kind, compression
 
@@ -115,7 +126,8 @@ def _compression(path: str, head: bytes) -> str:
         return "xz"
     if expected and head:
         raise DamagedError(
-            f"{path}: damaged or cut short, or not {expected} in spite of its name (it begins with {head[:8]!r}); compress it again, or "
+            f"{path}: damaged or cut short, or not {expected} in spite of its name (it begins with "
+            f"{head[:8]!r}); compress it again, or "
             "name it as what it is"
         )
     return expected
@@ -127,7 +139,10 @@ def _refuse_dictionary(path: str, head: bytes) -> None:
     except zstandard.ZstdError:
         return
     if dictionary:
-        raise DataFormatError(f"{path}: compressed with zstd's dictionary {dictionary}, which is not there to read it; compress without -D")
+        raise DataFormatError(
+            f"{path}: compressed with zstd's dictionary {dictionary}, which is not there to read it; compress "
+            "without -D"
+        )
 
 
 def _beginning(head: bytes, compression: str) -> bytes | None:
@@ -199,13 +214,17 @@ def _end_of_object(text: str) -> int | None:
     return end if isinstance(value, dict) else None
 
 
-# --- plain bytes ---------------------------------------------------------------------------------------------------------------
+# --- plain bytes ------------------------------------------------------------------------------------------------------
 
 
-def plain_blocks(path: str, raw: BinaryIO, compression: str, advance: Callable[[int], None], block_bytes: int = 1 << 20) -> Iterator[bytes]:
-    """The bytes of a file from where `raw` stands, decompressed, in blocks; `advance` is told how many bytes of `raw` were read.
+def plain_blocks(
+    path: str, raw: BinaryIO, compression: str, advance: Callable[[int], None], block_bytes: int = 1 << 20
+) -> Iterator[bytes]:
+    """The bytes of a file from where `raw` stands, decompressed, in blocks; `advance` is told how many bytes of `raw`
+    were read.
 
-    Members, frames and streams one after the other are read as one. Raises DamagedError if they are damaged or cut short.
+    Members, frames and streams one after the other are read as one. Raises DamagedError if they are damaged or cut
+    short.
     """
     try:
         yield from _blocks_of(raw, compression, advance, block_bytes)
@@ -214,7 +233,8 @@ def plain_blocks(path: str, raw: BinaryIO, compression: str, advance: Callable[[
             raise  # of the disk, not of what is on it
         if "memory" in str(error).lower():
             raise DataFormatError(
-                f"{path}: there is not the memory to decompress it, which takes up to 2 GiB a process ({error}); use fewer --workers, or "
+                f"{path}: there is not the memory to decompress it, which takes up to 2 GiB a process ({error}); "
+                "use fewer --workers, or "
                 "compress it with a smaller window"
             ) from None
         raise DamagedError(f"{path}: damaged or cut short ({error}); compress it again") from None
@@ -229,7 +249,8 @@ def _blocks_of(raw: BinaryIO, compression: str, advance: Callable[[int], None], 
             position = raw.tell()
             yield block
         return
-    # The stream readers of these libraries take a file that is cut short for one that ends, or hold all that a block expands to.
+    # The stream readers of these libraries take a file that is cut short for one that ends, or hold all that a block
+    # expands to.
     new: dict[str, Callable[[], Any]] = {
         "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
         "bz2": bz2.BZ2Decompressor,

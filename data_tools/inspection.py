@@ -25,12 +25,14 @@ _SHOWN_PIECES = 6
 def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: str | None, verify: bool) -> None:
     """Print counts, the distribution of lengths and `num_samples` decoded samples of a tokenized or packed folder.
 
-    `verify` also reads every file and compares it with its SHA-256. Raises DataFormatError if the folder is neither kind or damaged, or if
-    the tokenizer is not the one it was written with.
+    `verify` also reads every file and compares it with its SHA-256. Raises DataFormatError if the folder is neither
+    kind or damaged, or if the tokenizer is not the one it was written with.
     """
     kind = manifest_format(folder)
     if kind not in (TOKENIZED_FORMAT, PACKED_FORMAT):
-        raise DataFormatError(f"{Path(folder) / MANIFEST}: not written by `hunyuan-data tokenize` or `pack`; give a folder that is")
+        raise DataFormatError(
+            f"{Path(folder) / MANIFEST}: not written by `hunyuan-data tokenize` or `pack`; give a folder that is"
+        )
     tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path else None
     packed = PackedDataset(folder) if kind == PACKED_FORMAT else None
     tokenized = TokenizedDataset(folder) if packed is None else None
@@ -60,7 +62,10 @@ def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: 
 
 
 def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
-    counts = {name: manifest_field(dataset.folder, dataset.manifest, name, int) for name in ("bytes", "empty_documents", "rejects")}
+    counts = {
+        name: manifest_field(dataset.folder, dataset.manifest, name, int)
+        for name in ("bytes", "empty_documents", "rejects")
+    }
     manifest = {"passed_over": 0, "skipped": {}, **dataset.manifest}  # not in older ones
     passed_over = manifest_field(dataset.folder, manifest, "passed_over", int)
     passed_over = f", {passed_over:,} by --where" if passed_over else ""
@@ -103,7 +108,8 @@ def _source_rows(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]
     rows = []
     for source in manifest_field(folder, manifest, "sources", list):
         path, documents, tokens = (
-            manifest_field(folder, source, name, kind) for name, kind in (("path", str), ("documents", int), ("tokens", int))
+            manifest_field(folder, source, name, kind)
+            for name, kind in (("path", str), ("documents", int), ("tokens", int))
         )
         rows.append(("from", f"{path}: {documents:,} documents, {tokens:,} tokens"))
     return rows
@@ -125,7 +131,9 @@ def _print_histogram(title: str, lengths: np.ndarray, console: Console) -> None:
     tokens = np.bincount(doubling, weights=lengths.astype(np.float64))
     for power in np.flatnonzero(numbers).tolist():
         span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
-        table.add_row(span, f"{numbers[power]:,}", f"{numbers[power] / len(lengths):.1%}", f"{tokens[power] / tokens.sum():.1%}")
+        table.add_row(
+            span, f"{numbers[power]:,}", f"{numbers[power] / len(lengths):.1%}", f"{tokens[power] / tokens.sum():.1%}"
+        )
     console.print(table)
 
 

@@ -1,4 +1,5 @@
-"""JSON objects one after the other or in an array, over as many lines as they like, as records; a broken one costs itself alone.
+"""JSON objects one after the other or in an array, over as many lines as they like, as records; a broken one costs
+itself alone.
 
 Whole values are parsed in C. Only what fails, or crosses the end of what has been read, is looked through for its end.
 """
@@ -26,7 +27,8 @@ _decode = json.JSONDecoder().raw_decode
 def json_values(path: str, blocks: Iterable[bytes]) -> Iterator[tuple[int, Any, str]]:
     """(byte offset, value, how it begins) of each value of a file: those in an array, or at its top.
 
-    What is not JSON comes as a ValueError in place of the value. Raises DamagedError where it cannot be found how the file goes on.
+    What is not JSON comes as a ValueError in place of the value. Raises DamagedError where it cannot be found how the
+    file goes on.
     """
     yield from _Reader(path, blocks).values()
 
@@ -72,7 +74,9 @@ class _Reader:
         piece = self._text[begin:end]
         self._pass_to(end)
         if not isinstance(value, Exception) and not piece.isascii() and (bad := _NOT_UTF8.search(piece)):
-            return ValueError(f"not UTF-8 (byte 0x{ord(bad.group()) - 0xDC00:02x} at position {len(piece[: bad.start()].encode())})")
+            return ValueError(
+                f"not UTF-8 (byte 0x{ord(bad.group()) - 0xDC00:02x} at position {len(piece[: bad.start()].encode())})"
+            )
         if isinstance(value, dict) and self._first_key is None:
             self._first_key = next(iter(value), None)
         if isinstance(value, json.JSONDecodeError):
@@ -112,7 +116,8 @@ class _Reader:
                 return None
 
     def _next_record(self) -> int:
-        """Where a record begins that is like the first of the file; the end of the file where nothing looks like a record any more.
+        """Where a record begins that is like the first of the file; the end of the file where nothing looks like a
+        record any more.
 
         Raises DamagedError where that is far, or something looks like a record of another kind.
         """
@@ -132,7 +137,8 @@ class _Reader:
                     break
                 return len(self._text)
         raise DamagedError(
-            f"{self._path}: byte {self._place:,}: JSON that is broken so that it is not clear where the next record begins "
+            f"{self._path}: byte {self._place:,}: JSON that is broken so that it is not clear where the next "
+            "record begins "
             f"({self._text[self._begin : self._begin + 60]!r}...); put it right, or write one object a line"
         )
 
@@ -154,7 +160,10 @@ class _Reader:
     def _read_more(self) -> bool:
         """Read on: as much as is held, so that a long value is not copied again and again. False at the end."""
         if len(self._text) - self._begin > MAX_CHARACTERS and not self._is_whole:
-            raise DamagedError(f"{self._path}: byte {self._place:,}: a record of more than {MAX_CHARACTERS:,} characters; write one a line")
+            raise DamagedError(
+                f"{self._path}: byte {self._place:,}: a record of more than {MAX_CHARACTERS:,} characters; write "
+                "one a line"
+            )
         parts, size = [self._text], 0
         while not self._is_whole and size <= len(self._text) - self._begin:
             block = next(self._blocks, None)

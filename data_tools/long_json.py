@@ -1,6 +1,7 @@
 """One string of a JSON object that is too long to be parsed at once, as a stream of text.
 
-Values that are passed over are checked for balanced brackets and quotes only; json.loads is stricter, and reads all shorter lines.
+Values that are passed over are checked for balanced brackets and quotes only; json.loads is stricter, and reads all
+shorter lines.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-# Whole units of a string only, so that a match never ends inside an escape or between the two halves of a surrogate pair.
+# Whole units of a string only, so that a match never ends inside an escape or between the two halves of a surrogate
+# pair.
 _STRING = re.compile(
     r'(?:[^"\\]++|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
 )
@@ -86,7 +88,11 @@ class _Scanner:
         """Pass over the next character, which must be this one."""
         if not self.take(character):
             found = self.skip_to_next()
-            raise InvalidJson(f"invalid JSON ({character!r} expected, found {found!r})" if found else "invalid JSON (it ends too early)")
+            raise InvalidJson(
+                f"invalid JSON ({character!r} expected, found {found!r})"
+                if found
+                else "invalid JSON (it ends too early)"
+            )
 
     def read_key(self) -> str:
         """A string that is not long."""
@@ -116,7 +122,11 @@ class _Scanner:
                 return
             elif len(self._text) - self._at >= _LONGEST_UNIT or not self._read_more():
                 begin = self._text[self._at : self._at + _LONGEST_UNIT]
-                raise InvalidJson(f"invalid JSON (escape {begin!r} in a string)" if begin else "invalid JSON (a string without an end)")
+                raise InvalidJson(
+                    f"invalid JSON (escape {begin!r} in a string)"
+                    if begin
+                    else "invalid JSON (a string without an end)"
+                )
 
     def skip_value(self) -> None:
         """Pass over a value of any kind."""

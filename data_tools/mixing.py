@@ -25,10 +25,13 @@ REPORT = "mix.json"
 _MEASURED_STEPS = 50
 
 
-def mix(config: str, overrides: list[str], output: str | None, console: Console, *, overwrite: bool = False) -> dict[str, Any]:
+def mix(
+    config: str, overrides: list[str], output: str | None, console: Console, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Print the mixture of every stage, and store it in the folder `output` with a picture; returns what is stored.
 
-    Raises DataFormatError if the data is not there or cannot give what the stages ask for, ConfigError for a wrong experiment.
+    Raises DataFormatError if the data is not there or cannot give what the stages ask for, ConfigError for a wrong
+    experiment.
     """
     experiment = load_experiment(Path(config), overrides)
     order = SampleOrder(experiment, None)
@@ -47,8 +50,8 @@ def mix(config: str, overrides: list[str], output: str | None, console: Console,
 def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> dict[str, Any]:
     """Tokens and epochs by source, padding, documents cut, and the context that tokens see, of one stage.
 
-    Of an epoch that is not whole, a source counts in proportion: which of its sequences are drawn is random. "by documents" counts the
-    documents that are read most often, in whichever sources.
+    Of an epoch that is not whole, a source counts in proportion: which of its sequences are drawn is random. "by
+    documents" counts the documents that are read most often, in whichever sources.
     """
     stage, mixture = experiment.stages[number], order.mixture
     epochs, tokens = mixture.epochs(number), mixture.tokens(number)
@@ -101,10 +104,11 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
 
 
 def describe_balance(experiment: Experiment, order: SampleOrder, number: int, num_ranks: int) -> dict[str, Any]:
-    """How many times as long a step takes for unequal attention work as with equal work, on average over some steps of the stage.
+    """How many times as long a step takes for unequal attention work as with equal work, on average over some steps of
+    the stage.
 
-    By FLOPs, where data-parallel ranks meet in every micro-batch, as they do with expert parallelism; as the batch stands, and as it is
-    dealt by balance_attention=deal. With balance_attention=group the batches are those of groups.
+    By FLOPs, where data-parallel ranks meet in every micro-batch, as they do with expert parallelism; as the batch
+    stands, and as it is dealt by balance_attention=deal. With balance_attention=group the batches are those of groups.
     """
     stage = experiment.stages[number]
     flops = flops_per_token(experiment.model, stage.sequence_length)
@@ -127,19 +131,35 @@ def describe_balance(experiment: Experiment, order: SampleOrder, number: int, nu
 
 
 def context_of(piece_lengths: np.ndarray) -> tuple[np.ndarray, float]:
-    """(tokens by bin of context 0, 1, 2-3, 4-7, ..., sum of the context of all tokens) of pieces; the n-th token of a piece sees n - 1."""
+    """(tokens by bin of context 0, 1, 2-3, 4-7, ..., sum of the context of all tokens) of pieces; the n-th token of a
+    piece sees n - 1."""
     lengths, counts = np.unique(piece_lengths, return_counts=True)
     longest = int(lengths.max(initial=1))
     lower = np.array([0, *(1 << power for power in range(longest.bit_length() + 1))])
     # tokens with a context of at least `lower`, less those of the next bin
-    at_least = np.array([(np.maximum(lengths.astype(np.int64) - low, 0) * counts).sum() for low in lower], dtype=np.float64)
+    at_least = np.array(
+        [(np.maximum(lengths.astype(np.int64) - low, 0) * counts).sum() for low in lower], dtype=np.float64
+    )
     total = float((lengths.astype(np.float64) * (lengths - 1.0) / 2 * counts).sum())
     return (at_least - np.append(at_least[1:], 0))[: longest.bit_length() + 1], total
 
 
 def _print_stage(stage: dict[str, Any], console: Console) -> None:
-    title = f"{stage['name']}: {stage['steps']:,} steps of {stage['sequence_length']:,} tokens a sequence, {stage['tokens']:,} tokens"
-    table = Table("source", "tokens", "share", "epochs", "at its end", "by documents", "documents cut", title=title, title_justify="left")
+    title = (
+        f"{stage['name']}: {stage['steps']:,} steps of {stage['sequence_length']:,} tokens a sequence, "
+        f"{stage['tokens']:,} tokens"
+    )
+    table = Table(
+        "source",
+        "tokens",
+        "share",
+        "epochs",
+        "at its end",
+        "by documents",
+        "documents cut",
+        title=title,
+        title_justify="left",
+    )
     for source in stage["sources"]:
         allowed = f" of {source['max_epochs']:g}" if source["max_epochs"] else ""
         cut = source["cut_documents"] / source["documents"]
@@ -156,10 +176,14 @@ def _print_stage(stage: dict[str, Any], console: Console) -> None:
     context = stage["context"]
     shares = []
     for threshold in (1024, 4096, 32768, 131072):
-        seeing = sum(tokens for low, tokens in zip(context["at_least"], context["tokens"], strict=True) if low >= threshold)
+        seeing = sum(
+            tokens for low, tokens in zip(context["at_least"], context["tokens"], strict=True) if low >= threshold
+        )
         if threshold < stage["sequence_length"]:
             shares.append(f"{seeing / stage['tokens']:.1%} at least {threshold:,}")
-    seen = "; ".join([f"a token sees {context['mean']:,.0f} tokens of its document on average", *filter(None, [", ".join(shares)])])
+    seen = "; ".join(
+        [f"a token sees {context['mean']:,.0f} tokens of its document on average", *filter(None, [", ".join(shares)])]
+    )
     console.print(f"padding {stage['padding']:.4%}; {seen}")
     if stage["balance"]:
         _print_balance(stage["balance"], console)
@@ -169,17 +193,22 @@ def _print_stage(stage: dict[str, Any], console: Console) -> None:
 def _print_balance(balance: dict[str, Any], console: Console) -> None:
     slowdown = balance["slowdown"]
     console.print(
-        f"{balance['data_parallel_size']} data-parallel ranks: unequal attention makes a step {slowdown['as it stands'] - 1:.2%} longer as "
-        f"the batches stand, {slowdown['dealt'] - 1:.2%} when dealt by cost (balance_attention is {balance['balance_attention']})"
+        f"{balance['data_parallel_size']} data-parallel ranks: unequal attention makes a step "
+        f"{slowdown['as it stands'] - 1:.2%} longer as "
+        f"the batches stand, {slowdown['dealt'] - 1:.2%} when dealt by cost (balance_attention is "
+        f"{balance['balance_attention']})"
     )
 
 
 def draw(stages: list[dict[str, Any]], file: Path) -> None:
-    """A picture: tokens by source and the context that tokens see, a row a stage. Raises DataFormatError without matplotlib."""
+    """A picture: tokens by source and the context that tokens see, a row a stage. Raises DataFormatError without
+    matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataFormatError(f"the picture needs matplotlib: {install_hint('matplotlib')}, or leave --output out") from None
+        raise DataFormatError(
+            f"the picture needs matplotlib: {install_hint('matplotlib')}, or leave --output out"
+        ) from None
     figure = Figure(figsize=(12, 1 + 2.6 * len(stages)), layout="constrained")
     axes = figure.subplots(len(stages), 2, squeeze=False)
     for (left, right), stage in zip(axes, stages, strict=True):
@@ -188,7 +217,12 @@ def draw(stages: list[dict[str, Any]], file: Path) -> None:
         for position, source in enumerate(stage["sources"]):
             left.annotate(f" {source['share']:.1%}, {source['epochs_at_end']:.2g} epochs", (0, position), va="center")
         left.set_title(f"{stage['name']}: tokens by source")
-        right.bar([f"{low:,}" for low in stage["context"]["at_least"]], [tokens / stage["tokens"] for tokens in stage["context"]["tokens"]])
+        right.bar(
+            [f"{low:,}" for low in stage["context"]["at_least"]],
+            [tokens / stage["tokens"] for tokens in stage["context"]["tokens"]],
+        )
         right.tick_params(axis="x", rotation=60, labelsize=7)
-        right.set_title(f"share of tokens by context, mean {stage['context']['mean']:,.0f} of {stage['sequence_length']:,}")
+        right.set_title(
+            f"share of tokens by context, mean {stage['context']['mean']:,.0f} of {stage['sequence_length']:,}"
+        )
     figure.savefig(file)

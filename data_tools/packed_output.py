@@ -31,17 +31,21 @@ def pack(
 ) -> dict[str, Any]:
     """Pack the documents of tokenized folders into sequences of `sequence_length` tokens; returns the manifest.
 
-    Documents shorter than `min_document_tokens` or longer than `max_document_tokens` are left out, so that the long ones and the others
-    can be packed apart and mixed by weight. `materialize` copies the tokens, so that a sequence is read in one stretch. The same folders
-    and options give the same bytes. Raises DataFormatError if a folder is damaged, if two were tokenized differently, or if nothing is
-    left to pack.
+    Documents shorter than `min_document_tokens` or longer than `max_document_tokens` are left out, so that the long
+    ones and the others can be packed apart and mixed by weight. `materialize` copies the tokens, so that a sequence is
+    read in one stretch. The same folders and options give the same bytes. Raises DataFormatError if a folder is
+    damaged, if two were tokenized differently, or if nothing is left to pack.
     """
     if sequence_length < 2:
-        raise DataFormatError(f"--sequence-length {sequence_length}: must be at least 2, a token and the one it predicts")
+        raise DataFormatError(
+            f"--sequence-length {sequence_length}: must be at least 2, a token and the one it predicts"
+        )
     if sequence_length > MAX_SEQUENCE_LENGTH:
         raise DataFormatError(f"--sequence-length {sequence_length}: must be at most {MAX_SEQUENCE_LENGTH}")
     if max_document_tokens is not None and max_document_tokens < min_document_tokens:
-        raise DataFormatError(f"--max-document-tokens {max_document_tokens}: less than --min-document-tokens {min_document_tokens}")
+        raise DataFormatError(
+            f"--max-document-tokens {max_document_tokens}: less than --min-document-tokens {min_document_tokens}"
+        )
     sources = [TokenizedDataset(folder) for folder in tokenized]
     check_sources(sources)
     for source in sources:
@@ -53,7 +57,8 @@ def pack(
         is_wanted &= lengths <= max_document_tokens
     if not is_wanted.any():
         raise DataFormatError(
-            f"{', '.join(map(str, tokenized))}: no document has {min_document_tokens} to {max_document_tokens or 'more'} tokens; they have "
+            f"{', '.join(map(str, tokenized))}: no document has {min_document_tokens} to "
+            f"{max_document_tokens or 'more'} tokens; they have "
             f"{lengths.min()} to {lengths.max()}"
         )
     lengths[~is_wanted] = 0  # what has no token is not packed

@@ -23,7 +23,9 @@ class ProgressReport:
         self._bar: Progress | None = None
         if console.is_terminal:
             title_column, note_column = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-            self._bar = Progress(title_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), note_column, console=console)
+            self._bar = Progress(
+                title_column, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), note_column, console=console
+            )
             self._task = self._bar.add_task(title, total=total, note="")
 
     def __enter__(self) -> ProgressReport:
@@ -31,7 +33,9 @@ class ProgressReport:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -58,5 +62,8 @@ def describe_skipped(skipped: Mapping[str, int], examples: Mapping[str, str] | N
         for reason, count in by_number[:_SHOWN_REASONS]
     ]
     if len(by_number) > _SHOWN_REASONS:
-        shown.append(f"{sum(count for _, count in by_number[_SHOWN_REASONS:]):,} for {len(by_number) - _SHOWN_REASONS} other reasons")
+        shown.append(
+            f"{sum(count for _, count in by_number[_SHOWN_REASONS:]):,} for {len(by_number) - _SHOWN_REASONS} "
+            "other reasons"
+        )
     return f"not read: {', '.join(shown)}"

@@ -28,7 +28,8 @@ class Reject:
 class RecordForm:
     """How a record, a JSON object or a parquet row, becomes text: one field, or a template (see `parse_template`).
 
-    Records in which a field of `where` has none of the given values are passed over. Raises DataFormatError for a template that is not one.
+    Records in which a field of `where` has none of the given values are passed over. Raises DataFormatError for a
+    template that is not one.
     """
 
     text_field: str = "text"
@@ -58,7 +59,11 @@ class RecordForm:
 
     def as_json(self) -> dict[str, Any]:
         """For manifests."""
-        return {"field": self.text_field, "template": self.template, "where": {name: sorted(self.where[name]) for name in self.where}}
+        return {
+            "field": self.text_field,
+            "template": self.template,
+            "where": {name: sorted(self.where[name]) for name in self.where},
+        }
 
     def text_of(self, where: str, record: Mapping[str, Any]) -> str | Reject | None:
         """The text of a record, or None if `self.where` passes it over."""
@@ -84,8 +89,9 @@ _TEMPLATE_TOKEN = re.compile(r"\{\{|\}\}|\\.?|\{[^{}]*\}?|\}|[^\\{}]+", re.DOTAL
 def parse_template(template: str) -> list[tuple[str, str | None]]:
     """A template as (literal text, name of the field that follows it, None at the end) one after the other.
 
-    {NAME} stands for the field NAME, {{ and }} for braces, and \\n, \\t and \\\\ for a line break, a tab and a backslash, so that a shell's
-    single quotes need no care. Raises DataFormatError, with the position, for anything else.
+    {NAME} stands for the field NAME, {{ and }} for braces, and \\n, \\t and \\\\ for a line break, a tab and a
+    backslash, so that a shell's single quotes need no care. Raises DataFormatError, with the position, for anything
+    else.
     """
 
     shown = f"'{template}'" if template.isprintable() else repr(template)
@@ -101,7 +107,11 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
             literal += token[0]
         elif token.startswith("\\"):
             if token[1:] not in _ESCAPES:
-                raise refuse(at, f"{token} is no escape; there are \\n, \\t and \\\\, and a backslash of the text itself is written \\\\")
+                raise refuse(
+                    at,
+                    f"{token} is no escape; there are \\n, \\t and \\\\, and a backslash of the text itself is "
+                    "written \\\\",
+                )
             literal += _ESCAPES[token[1:]]
         elif token == "}":
             raise refuse(at, "a } that closes nothing; write a brace of the text itself twice, }}")
@@ -130,7 +140,8 @@ def _field_name(token: str, at: int, refuse: Callable[[int, str], DataFormatErro
 
 
 def parse_conditions(conditions: Sequence[str]) -> dict[str, frozenset[str]]:
-    """`--where FIELD=VALUE` options as field -> allowed values. Raises DataFormatError for one that is not of this form."""
+    """`--where FIELD=VALUE` options as field -> allowed values. Raises DataFormatError for one that is not of this
+    form."""
     allowed: dict[str, frozenset[str]] = {}
     for condition in conditions:
         name, equals, value = condition.partition("=")
@@ -138,15 +149,19 @@ def parse_conditions(conditions: Sequence[str]) -> dict[str, frozenset[str]]:
             raise DataFormatError(f"--where {condition}: is not FIELD=VALUE; for example --where lang=zh")
         if name[-1] in "!<>~^" or value.startswith(("=", "~")):
             raise DataFormatError(
-                f"--where {condition}: only FIELD=VALUE is known, with the value as it stands; for several values repeat --where"
+                f"--where {condition}: only FIELD=VALUE is known, with the value as it stands; for several "
+                "values repeat --where"
             )
         if name != name.strip() or value != value.strip():
-            raise DataFormatError(f"--where {condition}: has spaces around the =; write --where {name.strip()}={value.strip()}")
+            raise DataFormatError(
+                f"--where {condition}: has spaces around the =; write --where {name.strip()}={value.strip()}"
+            )
         allowed[name] = allowed.get(name, frozenset()) | {value}
     return allowed
 
 
 def shown_value(value: Any) -> str:
-    """A value of a JSON field as --where and reports have it; half of a surrogate pair, which cannot be written, as a question mark."""
+    """A value of a JSON field as --where and reports have it; half of a surrogate pair, which cannot be written, as a
+    question mark."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text.encode(errors="replace").decode()

@@ -1,4 +1,5 @@
-"""Corpus to tokenized folder, shard by shard, in parallel. Running again after a kill goes on with the shards that have no report."""
+"""Corpus to tokenized folder, shard by shard, in parallel. Running again after a kill goes on with the shards that have
+no report."""
 
 from __future__ import annotations
 
@@ -22,9 +23,24 @@ from data_tools.corpus import DEFAULT_EXTENSIONS, deal_out, survey
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport, describe_skipped
 from data_tools.records import RecordForm
-from data_tools.tokenized_shard import Allowance, ShardReport, TokenizeJob, is_finished, read_report, shard_name, write_shard
+from data_tools.tokenized_shard import (
+    Allowance,
+    ShardReport,
+    TokenizeJob,
+    is_finished,
+    read_report,
+    shard_name,
+    write_shard,
+)
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import MANIFEST, finish_folder, read_manifest, unfinished_folder, write_file, write_manifest
+from hunyuan_pretrain.data.folders import (
+    MANIFEST,
+    finish_folder,
+    read_manifest,
+    unfinished_folder,
+    write_file,
+    write_manifest,
+)
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, shard_files, token_dtype
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
@@ -43,9 +59,11 @@ def plan_job(
     holdout_every: int | None = None,
     shard_bytes: int | None = None,
 ) -> TokenizeJob:
-    """Look at the inputs and deal them out into shards of about `shard_bytes` of text, one document in `holdout_every` of each held out.
+    """Look at the inputs and deal them out into shards of about `shard_bytes` of text, one document in `holdout_every`
+    of each held out.
 
-    Says on stderr what in the inputs is not read. Raises DataFormatError for an input or tokenizer that is not as it should be.
+    Says on stderr what in the inputs is not read. Raises DataFormatError for an input or tokenizer that is not as it
+    should be.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
     found = survey(inputs, extensions, text_endings)
@@ -70,9 +88,13 @@ def plan_job(
 def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Join the finished shards to whole folders, and return their manifests.
 
-    Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards then stay.
+    Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards
+    then stay.
     """
-    reports = [read_report(folders[0] / f"{shard_name(number)}.json", (len(folders), len(job.inputs))) for number in range(len(job.shards))]
+    reports = [
+        read_report(folders[0] / f"{shard_name(number)}.json", (len(folders), len(job.inputs)))
+        for number in range(len(job.shards))
+    ]
     rejects = [sample for report in reports for sample in report.samples]
     num_rejects = sum(report.rejects for report in reports)
     totals = np.array([[output.totals for output in report.outputs] for report in reports]).sum(axis=0)
@@ -86,7 +108,8 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
         problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files{reason}"
     elif job.holdout_every is not None and not 0 < (held_out := totals[1, :, 0].sum()) < num_documents:
         problem = (
-            f"--holdout-every {job.holdout_every}: must leave some of the {num_documents} documents on each side, but holds {held_out} "
+            f"--holdout-every {job.holdout_every}: must leave some of the {num_documents} documents on each "
+            f"side, but holds {held_out} "
             f"out; use 2 to {num_documents}"
         )
     if problem:
@@ -131,7 +154,8 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def name_outputs(outputs: Sequence[str], folder: Path, num_shards: int) -> None:
-    """Give the joined folders their names, the first one, which is `folder` until then, last and without the reports of its shards."""
+    """Give the joined folders their names, the first one, which is `folder` until then, last and without the reports of
+    its shards."""
     for output in outputs[1:]:
         finish_folder(output)
     for number in range(num_shards):
@@ -151,18 +175,25 @@ def tokenize(
 ) -> list[dict[str, Any]]:
     """Tokenize `inputs` into the folder `output`, and what is held out into `holdout_output`; returns the manifests.
 
-    `planning` is what `plan_job` takes. The result does not depend on `workers`, nor on how often the command was interrupted before.
+    `planning` is what `plan_job` takes. The result does not depend on `workers`, nor on how often the command was
+    interrupted before.
 
-    Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be. Finished shards stay then,
-    and are not tokenized again by the same call; if there is none, nothing stays.
+    Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be.
+    Finished shards stay then, and are not tokenized again by the same call; if there is none, nothing stays.
     """
     job = plan_job(inputs, tokenizer_path, **planning)
     outputs = checked_outputs(output, job.holdout_every, holdout_output)
     with ExitStack() as stack:
-        folders = [stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))]
+        folders = [
+            stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))
+        ]
         if not (folders[0] / MANIFEST).is_file():
             for other in outputs[1:]:
-                folders.append(stack.enter_context(unfinished_folder(other, marker=MANIFEST, identity=job.identity, overwrite=overwrite)))
+                folders.append(
+                    stack.enter_context(
+                        unfinished_folder(other, marker=MANIFEST, identity=job.identity, overwrite=overwrite)
+                    )
+                )
             write_shards(job, folders, workers)
             manifests = finish(job, folders)
         name_outputs(outputs, folders[0], len(job.shards))
@@ -174,7 +205,8 @@ def tokenize(
 
 
 def checked_outputs(output: str, holdout_every: int | None, holdout_output: str | None) -> list[str]:
-    """The folders to write, the one for what is held out last. Raises DataFormatError where they do not fit together."""
+    """The folders to write, the one for what is held out last. Raises DataFormatError where they do not fit
+    together."""
     if (holdout_every is None) != (holdout_output is None):
         raise DataFormatError("--holdout-every and --holdout-output: give both or neither")
     if holdout_output is None:
@@ -185,7 +217,8 @@ def checked_outputs(output: str, holdout_every: int | None, holdout_output: str 
 
 
 def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> None:
-    """Write the shards that are not finished, each on one of `workers` processes; if that fails, only finished ones stay."""
+    """Write the shards that are not finished, each on one of `workers` processes; if that fails, only finished ones
+    stay."""
     waiting = [number for number in range(len(job.shards)) if not is_finished(folders, number)]
     sizes = [sum(split.weight for split in shard) for shard in job.shards]
     try:
@@ -209,7 +242,9 @@ def remove_shards(folders: Sequence[Path], numbers: Iterable[int]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def _write_in_processes(job: TokenizeJob, folders: Sequence[Path], waiting: list[int], workers: int, progress: ProgressReport) -> None:
+def _write_in_processes(
+    job: TokenizeJob, folders: Sequence[Path], waiting: list[int], workers: int, progress: ProgressReport
+) -> None:
     context = get_context("spawn")
     read = context.Value("q", 0)
     reported = num_rejects = 0

@@ -1,4 +1,5 @@
-"""One shard of a tokenized corpus: a function of the inputs alone, written by one process, finished when its report is there.
+"""One shard of a tokenized corpus: a function of the inputs alone, written by one process, finished when its report is
+there.
 
 The report, shard_00000.json, is written last.
 """
@@ -48,12 +49,14 @@ class Allowance:
         return found
 
     def check(self, found: int, records: int, rejects: Sequence[Reject]) -> None:
-        """Raise DataFormatError, which names the first of `rejects`, if so many are more than is allowed among so many records."""
+        """Raise DataFormatError, which names the first of `rejects`, if so many are more than is allowed among so many
+        records."""
         allowed = self.number + int(self.share * records)
         if found > allowed:
             others = f" (and {found - 1:,} more)" if found > 1 else ""
             raise DataFormatError(
-                f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; {allowed} are allowed"
+                f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; "
+                f"{allowed} are allowed"
             )
 
     def check_part(self, found: int, rejects: Sequence[Reject]) -> None:
@@ -82,9 +85,13 @@ class TokenizeJob:
     @property
     def identity(self) -> str:
         """Changes whenever the bytes of the output would."""
-        files = [[file.path, file.input_number, file.size, file.version, file.kind, file.compression] for file in self.files]
+        files = [
+            [file.path, file.input_number, file.size, file.version, file.kind, file.compression] for file in self.files
+        ]
         cuts = [[[split.file_number, split.start, split.end] for split in shard] for shard in self.shards]
-        return digest_of([TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every])
+        return digest_of(
+            [TOKENIZED_VERSION, files, cuts, self.tokenizer_digest, self.form.as_json(), self.holdout_every]
+        )
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,17 @@ def shard_name(number: int) -> str:
 def is_finished(folders: Sequence[Path], number: int) -> bool:
     """Whether a shard's report is there, and all that it reports of."""
     names = shard_files(shard_name(number))
-    return (folders[0] / f"{shard_name(number)}.json").is_file() and all((folder / name).is_file() for folder in folders for name in names)
+    return (folders[0] / f"{shard_name(number)}.json").is_file() and all(
+        (folder / name).is_file() for folder in folders for name in names
+    )
 
 
 def write_shard(
-    job: TokenizeJob, number: int, folders: Sequence[Path], encoder: DocumentEncoder, advance: Callable[[int], None] = lambda size: None
+    job: TokenizeJob,
+    number: int,
+    folders: Sequence[Path],
+    encoder: DocumentEncoder,
+    advance: Callable[[int], None] = lambda size: None,
 ) -> ShardReport:
     """Tokenize one shard into the unfinished folders (the second is for what is held out), and return its report.
 
@@ -137,7 +150,9 @@ def write_shard(
             for document in read_split(split, job.form, advance, shard.pass_over):
                 shard.add(split, document)
             shard.flush()
-        outputs = [ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)]
+        outputs = [
+            ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)
+        ]
         report = ShardReport(outputs, shard.num_empty, shard.num_passed_over, shard.num_rejects, shard.rejects)
     write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(asdict(report)).encode())
     return report
@@ -195,7 +210,11 @@ class _Shard:
         try:
             self._write([document])
         except DataFormatError as error:
-            self._reject(Reject(f"{self._split.file.path}: byte {document.place:,}", str(error), document.text[:_SHOWN_CHARACTERS]))
+            self._reject(
+                Reject(
+                    f"{self._split.file.path}: byte {document.place:,}", str(error), document.text[:_SHOWN_CHARACTERS]
+                )
+            )
 
     def _write(self, documents: Sequence[Document]) -> None:
         texts = [document.text for document in documents]

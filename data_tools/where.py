@@ -25,19 +25,24 @@ from hunyuan_pretrain.data.sample_order import SampleOrder
 
 
 def load_run(path: str) -> Experiment:
-    """The experiment of a run directory, or of a YAML file. Raises DataFormatError for another folder, ConfigError for an unfit file."""
+    """The experiment of a run directory, or of a YAML file. Raises DataFormatError for another folder, ConfigError for
+    an unfit file."""
     file = Path(path) / RESOLVED if Path(path).is_dir() else Path(path)
     if Path(path).is_dir() and not file.is_file():
-        raise DataFormatError(f"{path}: not a run directory (no {RESOLVED}); give the run_dir of a run that has begun, or its YAML")
+        raise DataFormatError(
+            f"{path}: not a run directory (no {RESOLVED}); give the run_dir of a run that has begun, or its YAML"
+        )
     return load_experiment(file)
 
 
 def where(run: str, step: int, console: Console, *, as_json: bool = False, place: int | None = None) -> None:
-    """Print the documents of the step after which metrics.jsonl counts `step`: of the global batch, or of one place of it.
+    """Print the documents of the step after which metrics.jsonl counts `step`: of the global batch, or of one place of
+    it.
 
     Of a run whose configuration has changed, as it was when the step was trained.
 
-    As text, or as one JSON object a sequence and line. Raises DataFormatError if there is no such step or place, or the data is not there.
+    As text, or as one JSON object a sequence and line. Raises DataFormatError if there is no such step or place, or the
+    data is not there.
     """
     experiment = load_run(run)
     history = read_history(Path(run)) if Path(run).is_dir() else []
@@ -47,12 +52,16 @@ def where(run: str, step: int, console: Console, *, as_json: bool = False, place
         raise DataFormatError(f"--step {step}: the run has the steps 1 to {order.num_steps}")
     stage = order.stage(step - 1)
     if place is not None and not 0 <= place < stage.global_batch_sequences:
-        raise DataFormatError(f"--place {place}: the global batch has the places 0 to {stage.global_batch_sequences - 1}")
+        raise DataFormatError(
+            f"--place {place}: the global batch has the places 0 to {stage.global_batch_sequences - 1}"
+        )
     in_stage = order.places_of_stage(step - 1, np.arange(stage.global_batch_sequences))
     first, last = (int(number) // stage.global_batch_sequences + 1 for number in (in_stage[0], in_stage[-1]))
     data_step = str(first) if first == last else f"{first} to {last}"  # after another batch a step may lie across two
     if not as_json:
-        console.print(f"step {step}: stage {stage.name}, step {data_step} of its data, {stage.global_batch_sequences} sequences")
+        console.print(
+            f"step {step}: stage {stage.name}, step {data_step} of its data, {stage.global_batch_sequences} sequences"
+        )
     for sequence in sequences_of_step(order, step - 1):
         if place is not None and sequence.place != place:
             continue
@@ -75,7 +84,9 @@ def _print_sequence(sequence: LedgerSequence, console: Console) -> None:
     for piece in sequence.pieces:
         at = f" at {piece.place:,}" if piece.place else ""
         document = f"{piece.tokenized} #{piece.document:,}"
-        table.add_row(f"{piece.position:,}", f"{piece.tokens:,}", document, f"{piece.first_token:,}", f"{piece.file}{at}")
+        table.add_row(
+            f"{piece.position:,}", f"{piece.tokens:,}", document, f"{piece.first_token:,}", f"{piece.file}{at}"
+        )
     console.print(table)
 
 
@@ -111,7 +122,9 @@ def _digests(folder: str) -> dict[Path, str | None]:
         return TokenizedDataset(folder).digests()
     if kind == PACKED_FORMAT:
         return PackedIndex(folder).digests()
-    raise DataFormatError(f"{folder}: not written by `hunyuan-data tokenize` or `pack`; give a folder that is, a run or an experiment")
+    raise DataFormatError(
+        f"{folder}: not written by `hunyuan-data tokenize` or `pack`; give a folder that is, a run or an experiment"
+    )
 
 
 def _problem(file: tuple[Path, str | None]) -> str | None:

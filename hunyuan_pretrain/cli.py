@@ -45,9 +45,12 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at experiment files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment YAML, such as configs/dev/demo_cpu.yaml.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="Experiment YAML, such as configs/dev/demo_cpu.yaml.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optimizer.lr=3e-4 stages.0.tokens=1e9.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optimizer.lr=3e-4 stages.0.tokens=1e9."),
 ]
 
 
@@ -96,12 +99,14 @@ class Fp8Format(StrEnum):
     hybrid = "hybrid"
 
 
-# --- commands without torch ---------------------------------------------------------------------------------------------------
+# --- commands without torch -------------------------------------------------------------------------------------------
 
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; none: every setting there is.")] = "",
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; none: every setting there is.")
+    ] = "",
 ) -> None:
     """Say what a setting means: unit, type, default, typical value."""
     from hunyuan_pretrain.config.describe import explain as text_of
@@ -113,7 +118,9 @@ def explain(
 def show(
     config: ConfigPath,
     overrides: Overrides = None,
-    value: Annotated[str, typer.Option(metavar="KEY", help="Print the value of this setting alone, as a script needs it.")] = "",
+    value: Annotated[
+        str, typer.Option(metavar="KEY", help="Print the value of this setting alone, as a script needs it.")
+    ] = "",
 ) -> None:
     """Print the resolved experiment as YAML: bases merged, overrides applied, every default filled in."""
     from hunyuan_pretrain.config.describe import value_of
@@ -140,7 +147,9 @@ def diff(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of the job; default: parallel.world_size.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the job; default: parallel.world_size.")
+    ] = None,
 ) -> None:
     """Say what a run will do and cost, without running it."""
     from hunyuan_pretrain.config.load import load_experiment
@@ -148,19 +157,24 @@ def plan(
     from hunyuan_pretrain.plan.summary import summarise
 
     experiment = load_experiment(config, overrides or [], world_size)
-    print_table(experiment.name, [(row.group, row.name, row.value, row.note) for row in summarise(experiment, world_size)])
+    print_table(
+        experiment.name, [(row.group, row.name, row.value, row.note) for row in summarise(experiment, world_size)]
+    )
     print_warnings(find_warnings(experiment))
 
 
-# --- commands with torch ------------------------------------------------------------------------------------------------------
+# --- commands with torch ----------------------------------------------------------------------------------------------
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Experiment YAML to check against this machine.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Experiment YAML to check against this machine.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say what this machine has and what will be used; exit code 1 where it cannot run, or the experiment cannot begin or go on."""
+    """Say what this machine has and what will be used; exit code 1 where it cannot run, or the experiment cannot begin
+    or go on."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.device import obstacles, probe, what_is_used
     from hunyuan_pretrain.runtime.environment import variable_rows
@@ -171,7 +185,9 @@ def doctor(
     print_table("will be used", what_is_used(machine, experiment))
     print_table("environment", variable_rows(experiment))
     found = [str(problem) for problem in obstacles(machine, experiment)]
-    if experiment is not None and machine.megatron_core is not None and machine.apex != "wrong":  # megatron-core can be imported
+    if (
+        experiment is not None and machine.megatron_core is not None and machine.apex != "wrong"
+    ):  # megatron-core can be imported
         from hunyuan_pretrain.train.preflight import refusals
 
         found += refusals(experiment)
@@ -187,15 +203,20 @@ def train(
     overrides: Overrides = None,
     accept_changes: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY[,KEY]...", help="Go on although these settings, or what they name, are not what the run began with."),
+        typer.Option(
+            metavar="KEY[,KEY]...",
+            help="Go on although these settings, or what they name, are not what the run began with.",
+        ),
     ] = None,
     from_step: Annotated[
-        int | None, typer.Option(min=1, help="Branch off from the checkpoint after this many steps (checkpoint.resume_from).")
+        int | None,
+        typer.Option(min=1, help="Branch off from the checkpoint after this many steps (checkpoint.resume_from)."),
     ] = None,
 ) -> None:
     """Train an experiment, going on from its newest checkpoint; under torchrun, one call is one rank.
 
-    Exit code 75: told to stop by SIGTERM or Ctrl-C, saved, and ready to be started again. A second Ctrl-C ends it at once, with 130.
+    Exit code 75: told to stop by SIGTERM or Ctrl-C, saved, and ready to be started again. A second Ctrl-C ends it at
+    once, with 130.
     """
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.environment import set_variables
@@ -206,7 +227,9 @@ def train(
 
     from hunyuan_pretrain.train.loop import train as run
 
-    raise typer.Exit(run(experiment, [key.strip() for keys in accept_changes or [] for key in keys.split(",") if key.strip()]))
+    raise typer.Exit(
+        run(experiment, [key.strip() for keys in accept_changes or [] for key in keys.split(",") if key.strip()])
+    )
 
 
 @app.command()
@@ -216,7 +239,8 @@ def parity(
     layout: Annotated[
         str,
         typer.Option(
-            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, recompute=..., method=...; what is left out is 1."
+            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, recompute=..., method=...; what is "
+            "left out is 1."
         ),
     ] = "dp=2",
     against: Annotated[str, typer.Option(help="Layout to compare with.")] = "dp=1",
@@ -224,15 +248,22 @@ def parity(
     precision: Annotated[
         ParityPrecision,
         typer.Option(
-            help="fp32 and bf16: without FP8; fp8: with the experiment's recipe. Below fp32, differences are compared with rounding noise."
+            help="fp32 and bf16: without FP8; fp8: with the experiment's recipe. Below fp32, differences are compared "
+            "with rounding noise."
         ),
     ] = ParityPrecision.fp32,
-    engine: Annotated[LayerEngine, typer.Option(help="Layers of the layout: this project's, or Transformer Engine's.")] = LayerEngine.own,
-    against_engine: Annotated[LayerEngine | None, typer.Option(help="Layers of the other one; default: the same.")] = None,
+    engine: Annotated[
+        LayerEngine, typer.Option(help="Layers of the layout: this project's, or Transformer Engine's.")
+    ] = LayerEngine.own,
+    against_engine: Annotated[
+        LayerEngine | None, typer.Option(help="Layers of the other one; default: the same.")
+    ] = None,
 ) -> None:
-    """Train a few steps under two layouts and compare every tensor; exit code 1 and the first difference if they are not the same.
+    """Train a few steps under two layouts and compare every tensor; exit code 1 and the first difference if they are
+    not the same.
 
-    The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of the tensors.
+    The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of
+    the tensors.
     """
     from hunyuan_pretrain.config.layouts import layout_experiment
     from hunyuan_pretrain.config.load import load_experiment
@@ -247,10 +278,15 @@ def parity(
 
     from hunyuan_pretrain.train.parity_run import conclusion, report, run_parity
 
-    differences = run_parity(experiment, layout, against, steps, precision.value, *(layers.value for _, layers in sides))
+    differences = run_parity(
+        experiment, layout, against, steps, precision.value, *(layers.value for _, layers in sides)
+    )
     if not differences:
         return  # a rank other than the first
-    print_table(f"{layout} against {against}", [("", "compared", "bitwise", "largest relative difference", ""), *report(differences)])
+    print_table(
+        f"{layout} against {against}",
+        [("", "compared", "bitwise", "largest relative difference", ""), *report(differences)],
+    )
     print("\n".join(conclusion(differences)))
     if not all(difference.is_within for difference in differences):
         raise typer.Exit(1)
@@ -261,13 +297,19 @@ def shadow(
     config: ConfigPath,
     overrides: Overrides = None,
     recipe: Annotated[Fp8Recipe, typer.Option(help="FP8 recipe to try, emulated.")] = Fp8Recipe.blockwise,
-    fp8_format: Annotated[Fp8Format | None, typer.Option("--format", help="Default: Transformer Engine's for the recipe.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps from the newest checkpoint of the run, or from its beginning.")] = 20,
+    fp8_format: Annotated[
+        Fp8Format | None, typer.Option("--format", help="Default: Transformer Engine's for the recipe.")
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps from the newest checkpoint of the run, or from its beginning.")
+    ] = 20,
     output: Annotated[Path | None, typer.Option(help="Write the whole report here, as JSON.")] = None,
 ) -> None:
-    """Train some steps without and with an FP8 recipe, from the same state and data: what it does to losses, gradients and values.
+    """Train some steps without and with an FP8 recipe, from the same state and data: what it does to losses, gradients
+    and values.
 
-    The ranks are processes of this machine; under torchrun, those of the job. Changes nothing of the run. Needs no FP8 hardware.
+    The ranks are processes of this machine; under torchrun, those of the job. Changes nothing of the run. Needs no FP8
+    hardware.
     """
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.environment import set_variables
@@ -292,7 +334,10 @@ def export(
     step: Annotated[int | None, typer.Option(help="Checkpoint after this many steps; default: the newest.")] = None,
     dtype: Annotated[ExportDtype | None, typer.Option(help="Format of the weights; default: that of training.")] = None,
     format: Annotated[
-        ExportFormat, typer.Option(help="hunyuan: with our own model code. hunyuan_v1_moe: what transformers and vLLM load natively.")
+        ExportFormat,
+        typer.Option(
+            help="hunyuan: with our own model code. hunyuan_v1_moe: what transformers and vLLM load natively."
+        ),
     ] = ExportFormat.hunyuan,
 ) -> None:
     """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
@@ -304,7 +349,10 @@ def export(
 
     certificate = export_run(run, output, step=step, dtype=dtype.value if dtype else None, format=format.value)
     print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")
-    print(f"logits against the training model: largest difference {certificate['max_abs_difference']:.3g}, see certificate.json")
+    print(
+        f"logits against the training model: largest difference {certificate['max_abs_difference']:.3g}, see "
+        "certificate.json"
+    )
 
 
 @app.command()
@@ -318,7 +366,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(min=0.1)] = 1.0,
     seed: Annotated[int, typer.Option()] = 1234,
     chat: Annotated[bool, typer.Option(help="Use the chat template.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that lies in DIR; our own exports do not need it.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run model code that lies in DIR; our own exports do not need it.")
+    ] = False,
 ) -> None:
     """Continue a text with an exported model, streaming to standard output."""
     from hunyuan_pretrain.checkpoint.generate import generate as stream
@@ -337,14 +387,17 @@ def generate(
     )
 
 
-# --- printing -----------------------------------------------------------------------------------------------------------------
+# --- printing ---------------------------------------------------------------------------------------------------------
 
 
 def machine_rows(machine: Machine) -> list[tuple[str, str]]:
     """A probed machine as name and value."""
     from hunyuan_pretrain.runtime.device import transformer_engine_versions
 
-    gpus = ", ".join(f"{gpu.name} (compute {gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_gib:.0f} GiB)" for gpu in machine.gpus)
+    gpus = ", ".join(
+        f"{gpu.name} (compute {gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_gib:.0f} GiB)"
+        for gpu in machine.gpus
+    )
     apex = {"nvidia": "NVIDIA's", "wrong": "a package of this name that is not NVIDIA's", "absent": "absent"}
     engine = machine.transformer_engine or "absent"
     fits = " to ".join(f"{major}.{minor}" for major, minor in transformer_engine_versions(machine.megatron_core))
@@ -355,7 +408,10 @@ def machine_rows(machine: Machine) -> list[tuple[str, str]]:
         ("cores", str(machine.cores)),
         ("memory", f"{machine.memory_gib:.1f} GiB"),
         ("megatron-core", f"{machine.megatron_core or 'absent'} (works with Transformer Engine {fits})"),
-        ("Transformer Engine", f"{engine}, but {machine.transformer_engine_error}" if machine.transformer_engine_error else engine),
+        (
+            "Transformer Engine",
+            f"{engine}, but {machine.transformer_engine_error}" if machine.transformer_engine_error else engine,
+        ),
         ("Apex", apex[machine.apex]),
         ("flash-attn", machine.flash_attn or "absent"),
         ("wandb", machine.wandb or "absent"),
@@ -411,7 +467,8 @@ def report_failure() -> None:
 def leave(status: int) -> NoReturn:
     """End this process; at once where it is one of several ranks.
 
-    The others may be waiting for it in a collective, and Python's own way out would leave its process groups in order: wait for them.
+    The others may be waiting for it in a collective, and Python's own way out would leave its process groups in order:
+    wait for them.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -422,10 +479,11 @@ def leave(status: int) -> NoReturn:
 
 
 def mistake_in_environment(command: str | None) -> str | None:
-    """What is wrong with the names that say which rank of a job this is; for commands that run alone they are forgotten.
+    """What is wrong with the names that say which rank of a job this is; for commands that run alone they are
+    forgotten.
 
-    A launcher sets all of JOB. Some of them are left over from elsewhere, and to guess would be to wait for ranks that never come, or to
-    take each rank for a run of its own.
+    A launcher sets all of JOB. Some of them are left over from elsewhere, and to guess would be to wait for ranks that
+    never come, or to take each rank for a run of its own.
     """
     if command not in IN_RANKS:
         for name in (*JOB[:2], "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -443,7 +501,8 @@ def mistake_in_environment(command: str | None) -> str | None:
 
 
 def main() -> None:
-    """Entry point; a user's error is one message on stderr and exit code 2, a failure a traceback and 1, an interrupt is 130."""
+    """Entry point; a user's error is one message on stderr and exit code 2, a failure a traceback and 1, an interrupt
+    is 130."""
     if sys.argv[1:2] == ["train"]:
         listen()  # a launcher may pass a stop on while torch is being imported
     if (mistake := mistake_in_environment(next(iter(sys.argv[1:]), None))) is not None:

@@ -1,4 +1,5 @@
-"""The demo: from text to a trained, stopped, resumed, exported and speaking model, with the commands that a user would type.
+"""The demo: from text to a trained, stopped, resumed, exported and speaking model, with the commands that a user would
+type.
 
     python -m launch.demo [--text FILE_OR_FOLDER] [--output FOLDER] [KEY=VALUE]...
 
@@ -53,7 +54,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 ids = tokenizer("import sys\\n", return_tensors="pt").input_ids
-print(type(model).__name__, f"{{model.num_parameters():,}} parameters, loss of a line", round(model(ids, labels=ids).loss.item(), 3))
+loss = model(ids, labels=ids).loss.item()
+print(f"{{type(model).__name__}} {{model.num_parameters():,}} parameters, loss of a line {{loss:.3f}}")
 ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
 length, stops = ids.shape[1], model.generation_config.eos_token_id
 with torch.inference_mode():
@@ -65,9 +67,16 @@ print("greedy, without a cache:", json.dumps(tokenizer.decode(ids[0, length:], s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m launch.demo", description="Text to trained, exported model, on two CPU processes.")
-    parser.add_argument("--text", help="your own text: a file, or a folder of .txt, .md, .rst and .py; default: Python's standard library")
-    parser.add_argument("--output", default="demo_out", help="folder to write; an earlier demo's is replaced (default: demo_out)")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.demo", description="Text to trained, exported model, on two CPU processes."
+    )
+    parser.add_argument(
+        "--text",
+        help="your own text: a file, or a folder of .txt, .md, .rst and .py; default: Python's standard library",
+    )
+    parser.add_argument(
+        "--output", default="demo_out", help="folder to write; an earlier demo's is replaced (default: demo_out)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as optimizer.lr=1e-3")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -102,7 +111,13 @@ class Demo:
         with self._part("text and tokenizer"):
             self._prepare_output()
             self._run(
-                "hunyuan-data", "train-tokenizer", self._at("text.jsonl"), "--vocab-size", VOCAB_SIZE, "--output", self._at("tokenizer")
+                "hunyuan-data",
+                "train-tokenizer",
+                self._at("text.jsonl"),
+                "--vocab-size",
+                VOCAB_SIZE,
+                "--output",
+                self._at("tokenizer"),
             )
         with self._part("tokenize and pack"):
             self._tokenize_and_pack()
@@ -121,7 +136,9 @@ class Demo:
         self._report(stopped_at, sample)
 
     def _prepare_output(self) -> None:
-        self.console.print(f"{self.text.origin}: {len(self.text.documents):,} documents, {self.text.utf8_bytes / 1e6:.1f} MB of text")
+        self.console.print(
+            f"{self.text.origin}: {len(self.text.documents):,} documents, {self.text.utf8_bytes / 1e6:.1f} MB of text"
+        )
         if self.output.exists():
             shutil.rmtree(self.output)
         self.output.mkdir(parents=True)
@@ -131,11 +148,22 @@ class Demo:
     def _tokenize_and_pack(self) -> None:
         train, heldout = self._at("tokens/train"), self._at("tokens/heldout")
         holdout = ("--holdout-every", HOLDOUT_EVERY, "--holdout-output", heldout)
-        self._run("hunyuan-data", "tokenize", self._at("text.jsonl"), "--tokenizer", self._at("tokenizer"), "--output", train, *holdout)
+        self._run(
+            "hunyuan-data",
+            "tokenize",
+            self._at("text.jsonl"),
+            "--tokenizer",
+            self._at("tokenizer"),
+            "--output",
+            train,
+            *holdout,
+        )
         length = self.experiment.stages[0].sequence_length
         self._run("hunyuan-data", "pack", train, "--sequence-length", length, "--output", self._at("packed/train"))
         self._run("hunyuan-data", "pack", heldout, "--sequence-length", length, "--output", self._at("packed/heldout"))
-        self._run("hunyuan-data", "inspect", self._at("packed/heldout"), "--samples", 1, "--tokenizer", self._at("tokenizer"))
+        self._run(
+            "hunyuan-data", "inspect", self._at("packed/heldout"), "--samples", 1, "--tokenizer", self._at("tokenizer")
+        )
 
     def _train_command(self) -> list[str]:
         return [_short(ROOT / "launch/train.sh"), self.config, *self.overrides]
@@ -156,14 +184,19 @@ class Demo:
         if status != EXIT_STOPPED:
             raise DemoError(f"the run that was told to stop ended with status {status}, not {EXIT_STOPPED}")
         stopped_at = _last_checkpoint(Path(self.experiment.run_dir))
-        self.console.print(f"[bold]status {status}: stopped by SIGTERM, saved after step {stopped_at}.[/bold] Now the same command again:")
+        self.console.print(
+            f"[bold]status {status}: stopped by SIGTERM, saved after step {stopped_at}.[/bold] Now the same "
+            "command again:"
+        )
         return stopped_at
 
     def _train_to_the_end(self, stopped_at: int) -> None:
         self._run(*self._train_command())
         log = (Path(self.experiment.run_dir) / "log.txt").read_text(encoding="utf-8")
         if f"steps {stopped_at + 1} to" not in log:
-            raise DemoError(f"the second run did not go on from step {stopped_at}; see {self.experiment.run_dir}/log.txt")
+            raise DemoError(
+                f"the second run did not go on from step {stopped_at}; see {self.experiment.run_dir}/log.txt"
+            )
         if _last_checkpoint(Path(self.experiment.run_dir)) != _num_steps(self.experiment):
             raise DemoError("the second run did not save its last step")
 
@@ -176,14 +209,20 @@ class Demo:
         found = metrics.validations[-1]["validation_target_tokens"]
         if found != heldout.target_tokens:
             raise DemoError(
-                f"validation predicted {found:,} tokens, but {heldout.target_tokens:,} are in {self.experiment.evaluation.data}"
+                f"validation predicted {found:,} tokens, but {heldout.target_tokens:,} are in "
+                f"{self.experiment.evaluation.data}"
             )
         plot_losses(self.output / "loss.png", metrics, self.experiment, heldout, stopped_at)
         self.console.rule("report", align="left")
         print_tables(self.console, metrics, heldout, stopped_at, self.seconds)
-        self.console.print("[bold]sample[/bold] (a small model after minutes of training: the shape of Python, not its sense)")
+        self.console.print(
+            "[bold]sample[/bold] (a small model after minutes of training: the shape of Python, not its sense)"
+        )
         self.console.print(escape(PROMPT + sample.rstrip()), style="cyan")
-        self.console.print(f"\nloss curve: {self.output}/loss.png    everything of the run: {self.experiment.run_dir}\n\n[bold]next[/bold]")
+        self.console.print(
+            f"\nloss curve: {self.output}/loss.png    everything of the run: "
+            f"{self.experiment.run_dir}\n\n[bold]next[/bold]"
+        )
         for line in (
             f"hunyuan-pretrain generate {self._at('model')} --prompt 'class Reader:' --temperature 0",
             f"hunyuan-pretrain plan {self.config} model.num_moe_experts=16",
@@ -193,7 +232,7 @@ class Demo:
         ):
             self.console.print(f"  {line}", soft_wrap=True, markup=False)
 
-    # --- running commands -----------------------------------------------------------------------------------------------------
+    # --- running commands ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -253,14 +292,17 @@ class Demo:
 
 
 def check_greedy(without_a_cache: str, generated: str) -> None:
-    """Compare the likeliest continuation of `generate` with that of the model in transformers, token by token without a cache.
+    """Compare the likeliest continuation of `generate` with that of the model in transformers, token by token without a
+    cache.
 
-    without_a_cache: what LOAD_BACK printed. Raises DemoError if they differ: then the sample would be no sample of this model.
+    without_a_cache: what LOAD_BACK printed. Raises DemoError if they differ: then the sample would be no sample of this
+    model.
     """
     expected = json.loads(without_a_cache.splitlines()[-1].partition(": ")[2])
     if generated.removesuffix("\n") != expected:
         raise DemoError(
-            f"the likeliest continuation of the prompt is {generated!r} by `generate`, which keeps a cache, and {expected!r} without one; "
+            f"the likeliest continuation of the prompt is {generated!r} by `generate`, which keeps a cache, and "
+            f"{expected!r} without one; "
             "one of them is not what the model computes"
         )
 
@@ -278,9 +320,15 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The commands of this interpreter's environment first; nothing fetched; bars of libraries left out; nothing of another job."""
+    """The commands of this interpreter's environment first; nothing fetched; bars of libraries left out; nothing of
+    another job."""
     others = {name: value for name, value in os.environ.items() if name not in LAUNCH_SETTINGS}
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **others, "HUNYUAN_PYTHON": sys.executable}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **others,
+        "HUNYUAN_PYTHON": sys.executable,
+    }
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     return environment
 

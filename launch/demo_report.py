@@ -31,7 +31,8 @@ class HeldOut:
     """-log p summed over the target tokens."""
 
     def bits_per_byte(self, loss: float) -> float:
-        """Of a model with this mean loss (nats a target token): its nats over all targets / ln 2 / the bytes of their text."""
+        """Of a model with this mean loss (nats a target token): its nats over all targets / ln 2 / the bytes of their
+        text."""
         return loss * self.target_tokens / math.log(2) / self.utf8_bytes
 
     @property
@@ -56,13 +57,16 @@ def unigram_log_probabilities(shards: Iterable[np.ndarray], tokenizer: Tokenizer
 
 
 def measure_heldout(experiment: Experiment, training_tokens: Path) -> HeldOut:
-    """Targets of the experiment's validation, their bytes, and their cost under the unigram model of the tokenized folder."""
+    """Targets of the experiment's validation, their bytes, and their cost under the unigram model of the tokenized
+    folder."""
     assert experiment.evaluation.data is not None
     tokenizer = Tokenizer.load(experiment.tokenizer)
     heldout = PackedDataset(experiment.evaluation.data, tokenizer.digest)
     sequences = [heldout[i] for i in range(min(len(heldout), experiment.evaluation.max_sequences or len(heldout)))]
     targets = np.concatenate([sequence.labels[sequence.loss_mask] for sequence in sequences])
-    log_probabilities = unigram_log_probabilities((shard.tokens for shard in TokenizedDataset(training_tokens).shards), tokenizer)
+    log_probabilities = unigram_log_probabilities(
+        (shard.tokens for shard in TokenizedDataset(training_tokens).shards), tokenizer
+    )
     return HeldOut(len(targets), int(tokenizer.token_bytes[targets].sum()), -float(log_probabilities[targets].sum()))
 
 
@@ -85,28 +89,36 @@ class Metrics:
         return statistics.median(record["tokens_per_s"] for record in self.steps)
 
     def layers(self) -> list[tuple[float, float, float]]:
-        """(load, recycled, dropped) of each layer, the mean of the last tenth of the records: the busiest expert's choices over the even
-        share; shares of choices."""
+        """(load, recycled, dropped) of each layer, the mean of the last tenth of the records: the busiest expert's
+        choices over the even share; shares of choices."""
         last = self.steps[-max(1, len(self.steps) // 10) :]
         load_LE = np.mean([record["expert_load"] for record in last], axis=0)
-        recycled_L, dropped_L = (np.mean([record[name] for record in last], axis=0) for name in ("recycled_share", "dropped_share"))
+        recycled_L, dropped_L = (
+            np.mean([record[name] for record in last], axis=0) for name in ("recycled_share", "dropped_share")
+        )
         columns = ((load_LE.max(1) * load_LE.shape[1]).tolist(), recycled_L.tolist(), dropped_L.tolist())
         return list(zip(*columns, strict=True))
 
 
-def print_tables(console: Console, metrics: Metrics, heldout: HeldOut, stopped_at: int, seconds: Sequence[tuple[str, float]]) -> None:
+def print_tables(
+    console: Console, metrics: Metrics, heldout: HeldOut, stopped_at: int, seconds: Sequence[tuple[str, float]]
+) -> None:
     """Losses and bits per byte; routing by layer; time of each part."""
     first, last, validation = metrics.steps[0], metrics.steps[-1], metrics.validations[-1]
     table = Table("figure", "value", title="result", title_justify="left")
     table.add_row(f"loss, step {first['step']}", f"{first['loss']:.3f} nats/token")
     table.add_row(f"loss, step {last['step']}", f"{last['loss']:.3f} nats/token")
-    table.add_row("held-out loss", f"{validation['validation_loss']:.3f} nats/token over {heldout.target_tokens:,} tokens")
+    table.add_row(
+        "held-out loss", f"{validation['validation_loss']:.3f} nats/token over {heldout.target_tokens:,} tokens"
+    )
     table.add_row("held-out bits per byte", f"[bold]{heldout.bits_per_byte(validation['validation_loss']):.3f}[/bold]")
     table.add_row("the same text, unigram model", f"{heldout.unigram_bits_per_byte:.3f} bits per byte")
     table.add_row("stopped and resumed", f"after step {stopped_at}")
     table.add_row("speed", f"{metrics.tokens_per_s:,.0f} tokens/s (median)")
     console.print(table)
-    table = Table("layer", "busiest expert / mean", "recycled", "dropped", title="routing at the end", title_justify="left")
+    table = Table(
+        "layer", "busiest expert / mean", "recycled", "dropped", title="routing at the end", title_justify="left"
+    )
     for number, (load, recycled, dropped) in enumerate(metrics.layers()):
         table.add_row(str(number), f"{load:.2f}", f"{recycled:.1%}", f"{dropped:.1%}")
     console.print(table)
@@ -126,14 +138,29 @@ def plot_losses(path: Path, metrics: Metrics, experiment: Experiment, heldout: H
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([r["step"] for r in metrics.steps], [r["loss"] for r in metrics.steps], label="training")
-    axes.plot([r["step"] for r in metrics.validations], [r["validation_loss"] for r in metrics.validations], "o-", label="held-out")
-    axes.axhline(heldout.unigram_nats / heldout.target_tokens, color="grey", linestyle=":", label="held-out, unigram model")
+    axes.plot(
+        [r["step"] for r in metrics.validations],
+        [r["validation_loss"] for r in metrics.validations],
+        "o-",
+        label="held-out",
+    )
+    axes.axhline(
+        heldout.unigram_nats / heldout.target_tokens, color="grey", linestyle=":", label="held-out, unigram model"
+    )
     axes.axvline(stopped_at, color="tab:red", linestyle="--", linewidth=1, label="stopped and resumed")
     begin = 0
     for stage in experiment.stages:
         if begin:
             axes.axvline(begin, color="lightgrey", linewidth=1, zorder=0)
-        axes.text(begin, 1.0, f" {stage.name}", transform=axes.get_xaxis_transform(), va="bottom", fontsize="small", rotation=20)
+        axes.text(
+            begin,
+            1.0,
+            f" {stage.name}",
+            transform=axes.get_xaxis_transform(),
+            va="bottom",
+            fontsize="small",
+            rotation=20,
+        )
         begin += stage.num_steps
     axes.set(xlabel="step", ylabel="loss, nats a token", xlim=(0, begin))
     axes.legend()

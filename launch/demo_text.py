@@ -18,8 +18,8 @@ MAX_BYTES = 12_000_000
 MIN_BYTES = 200_000
 """A vocabulary of 4,096 needs about this much text, and held-out documents need some besides."""
 MANY_FILES = 100
-"""With fewer files than this, long ones become several documents, so that one large file has held-out documents too. Otherwise a
-document is a whole file, so that a held-out one has no other part in the training text."""
+"""With fewer files than this, long ones become several documents, so that one large file has held-out documents too.
+Otherwise a document is a whole file, so that a held-out one has no other part in the training text."""
 LONGEST_DOCUMENT = 32_000
 """Characters of such a part."""
 
@@ -53,7 +53,12 @@ def read_text(given: str | None) -> Text:
     if not files:
         raise DemoError(f"{root}: no file in it ends in {' '.join(EXTENSIONS)}")
     texts = [_read(path) for path in _sample(files)]
-    documents = [document for text in texts for document in (_split(text) if len(files) < MANY_FILES else [text]) if document.strip()]
+    documents = [
+        document
+        for text in texts
+        for document in (_split(text) if len(files) < MANY_FILES else [text])
+        if document.strip()
+    ]
     documents = _cap(documents)
     size = sum(len(document.encode()) for document in documents)
     if size < MIN_BYTES:
@@ -63,13 +68,18 @@ def read_text(given: str | None) -> Text:
 
 def write_text(text: Text, path: Path) -> None:
     """Write the documents as JSON lines with the field `text`."""
-    path.write_text("".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in text.documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in text.documents),
+        encoding="utf-8",
+    )
 
 
 def _text_files(root: Path, is_library: bool) -> Iterator[Path]:
     for parent, folders, names in os.walk(root):
         skipped = {name for name in folders if name.startswith((".", "config-"))} | NOT_OURS
-        folders[:] = [name for name in folders if name not in (skipped | LEFT_OUT_OF_LIBRARY if is_library else skipped)]
+        folders[:] = [
+            name for name in folders if name not in (skipped | LEFT_OUT_OF_LIBRARY if is_library else skipped)
+        ]
         yield from (Path(parent) / name for name in names if name.endswith(".py" if is_library else EXTENSIONS))
 
 
@@ -89,7 +99,9 @@ def _read(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DemoError(f"{path}: not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})") from None
+        raise DemoError(
+            f"{path}: not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})"
+        ) from None
 
 
 def _split(text: str) -> Iterator[str]:

@@ -1,11 +1,12 @@
 """torchrun, except that a stop that was asked for is told apart from a failure. Takes torchrun's arguments.
 
-torchrun answers a SIGTERM by passing it on, killing what has not ended after 30 seconds, and ending with a traceback and status 1, as
-after a crash. Here a SIGTERM, a Ctrl-C or the end of the terminal is passed on as SIGTERM and the ranks are given all the time that a
-checkpoint takes; if they saved and left with status 75, so does this program. A second Ctrl-C kills the ranks and ends with 130.
+torchrun answers a SIGTERM by passing it on, killing what has not ended after 30 seconds, and ending with a traceback
+and status 1, as after a crash. Here a SIGTERM, a Ctrl-C or the end of the terminal is passed on as SIGTERM and the
+ranks are given all the time that a checkpoint takes; if they saved and left with status 75, so does this program. A
+second Ctrl-C kills the ranks and ends with 130.
 
-Whatever else ends the ranks, they have said themselves: this adds a line on which they were, instead of torchrun's account, and nothing
-to a user's mistake (status 2).
+Whatever else ends the ranks, they have said themselves: this adds a line on which they were, instead of torchrun's
+account, and nothing to a user's mistake (status 2).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ STOPPED_BEFORE_START = "stopped before the first step; nothing to save: the same
 
 
 class Stop:
-    """Passes on what asks for a stop. Listens before torch is imported, which takes seconds; until `children` is set there are no ranks."""
+    """Passes on what asks for a stop. Listens before torch is imported, which takes seconds; until `children` is set
+    there are no ranks."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -57,7 +59,10 @@ class Stop:
                 sys.exit(EXIT_STOPPED)
             return
         if number == signal.SIGINT:
-            print("\nCtrl-C: the ranks stop after this step, which is saved; Ctrl-C again ends at once, without saving", file=sys.stderr)
+            print(
+                "\nCtrl-C: the ranks stop after this step, which is saved; Ctrl-C again ends at once, without saving",
+                file=sys.stderr,
+            )
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
 
@@ -78,7 +83,10 @@ def main(arguments: list[str], stop: Stop) -> int:
         print(STOPPED_BEFORE_START, flush=True)
         return EXIT_STOPPED
     if (port := meeting_port(settings)) is not None and is_taken(port):
-        print(f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes", file=sys.stderr)
+        print(
+            f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes",
+            file=sys.stderr,
+        )
         return EXIT_MISTAKE
     # how ranks ended is said below
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
@@ -89,14 +97,18 @@ def main(arguments: list[str], stop: Stop) -> int:
     except (DistError, RendezvousError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         place = settings.rdzv_endpoint or f"{settings.master_addr}:{settings.master_port}"
-        print(f"launch/train.sh: this node did not meet the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}", file=sys.stderr)
+        print(
+            f"launch/train.sh: this node did not meet the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}",
+            file=sys.stderr,
+        )
         return 1
     except ChildFailedError as error:
         if not was_stopped((failure.exitcode for failure in error.failures.values()), bool(stop.asked)):
             return report({rank: failure.exitcode for rank, failure in error.failures.items()})
         print("the ranks were told to stop and have lost nothing: the same command goes on from there", flush=True)
         if settings.nnodes != "1":
-            # This node may hold the store that the other nodes' launchers ask for news until their own ranks have left; `error` keeps it.
+            # This node may hold the store that the other nodes' launchers ask for news until their own ranks have left;
+            # `error` keeps it.
             time.sleep(LINGER_S)
         return EXIT_STOPPED
     return 0
@@ -116,7 +128,8 @@ def report(statuses: dict[int, int]) -> int:
 
 
 def meeting_port(settings: Any) -> int | None:
-    """The port at which this node waits for the others; None where another does, and for a single node, which takes a free one."""
+    """The port at which this node waits for the others; None where another does, and for a single node, which takes a
+    free one."""
     if settings.standalone:
         return None
     if settings.rdzv_backend == "static":
@@ -137,10 +150,12 @@ def is_taken(port: int) -> bool:
 
 
 def was_stopped(statuses: Iterable[int], is_asked: bool = False) -> bool:
-    """Whether the statuses of the ranks that did not end with 0 mean a stop: a rank leaves with 75 only after all ranks have saved.
+    """Whether the statuses of the ranks that did not end with 0 mean a stop: a rank leaves with 75 only after all ranks
+    have saved.
 
-    The others may still be on their way out when the first has left; torchrun then ends them, and their status is -15. All have that
-    status if a stop that this launcher was asked for (`is_asked`) reached them before they were programs that listen.
+    The others may still be on their way out when the first has left; torchrun then ends them, and their status is -15.
+    All have that status if a stop that this launcher was asked for (`is_asked`) reached them before they were programs
+    that listen.
     """
     found = set(statuses)
     return (EXIT_STOPPED in found or is_asked) and found <= {EXIT_STOPPED, -signal.SIGTERM}

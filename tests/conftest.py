@@ -10,17 +10,23 @@ import pytest
 
 from tests.helpers.runs import make_corpus
 
-# before torch is loaded: on small tensors several threads mostly wait for each other, and the tests have processes for every core
+# before torch is loaded: on small tensors several threads mostly wait for each other, and the tests have processes for
+# every core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # what started the tests may ignore these (nohup, a job in the background), and processes under test would inherit that
-for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)):
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
-    """Bytes give no name to a test: a gzip file has the time in it, and two workers that collect in other seconds would not agree."""
+    """Bytes give no name to a test: a gzip file has the time in it, and two workers that collect in other seconds would
+    not agree."""
     return argname if isinstance(val, bytes) else None
 
 

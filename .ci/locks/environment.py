@@ -1,14 +1,16 @@
-"""The environment of `make demo` and `make test`: exactly the versions that the locks beside this file name, checked by their SHA-256.
+"""The environment of `make demo` and `make test`: exactly the versions that the locks beside this file name, checked by
+their SHA-256.
 
     python .ci/locks/environment.py set-up FOLDER             a virtual environment of this interpreter, from the locks
-    python .ci/locks/environment.py set-up FOLDER --latest    the same from the newest versions that pyproject.toml allows
-    python .ci/locks/environment.py lock                      write the locks anew; needs uv and packaging
+    python .ci/locks/environment.py set-up FOLDER --latest    the same from the newest versions that pyproject.toml
+    allows python .ci/locks/environment.py lock                      write the locks anew; needs uv and packaging
 
-py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, taken where this machine offers one (PIP_FIND_LINKS or
-PIP_EXTRA_INDEX_URL), and written by hand, because PyPI does not have that build; torch-pypi.txt is PyPI's build of the same version, with
-the packages of CUDA that it needs on Linux. transformer-engine.txt is Transformer Engine's Python part, 1 MB, in a folder that only its
-tests see: megatron-core changes its ways where it can import it; transformer-engine-newest.txt the newest that megatron-core works with
-from Python 3.12 on, of which only the construction is tested. Only the standard library is needed to set up.
+py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, taken where this machine offers one
+(PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL), and written by hand, because PyPI does not have that build; torch-pypi.txt is
+PyPI's build of the same version, with the packages of CUDA that it needs on Linux. transformer-engine.txt is
+Transformer Engine's Python part, 1 MB, in a folder that only its tests see: megatron-core changes its ways where it can
+import it; transformer-engine-newest.txt the newest that megatron-core works with from Python 3.12 on, of which only the
+construction is tested. Only the standard library is needed to set up.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
 
 MARKER = "made-by-make.txt"
 FROM_WHERE = (
-    "CACHE_DIR CERT CLIENT_CERT CONFIG_FILE DEFAULT_TIMEOUT DISABLE_PIP_VERSION_CHECK EXTRA_INDEX_URL FIND_LINKS INDEX_URL "
+    "CACHE_DIR CERT CLIENT_CERT CONFIG_FILE DEFAULT_TIMEOUT DISABLE_PIP_VERSION_CHECK EXTRA_INDEX_URL FIND_LINKS "
+    "INDEX_URL "
     "KEYRING_PROVIDER NO_CACHE_DIR NO_INDEX PROXY RETRIES TIMEOUT TRUSTED_HOST USE_DEPRECATED USE_FEATURE"
 )
-"""PIP_* that say where packages come from. Others (PIP_TARGET, PIP_USER, PIP_CONSTRAINT...) would change what is installed, or where."""
+"""PIP_* that say where packages come from. Others (PIP_TARGET, PIP_USER, PIP_CONSTRAINT...) would change what is
+installed, or where."""
 
 
 class SetUpError(Exception):
@@ -48,11 +52,15 @@ class SetUpError(Exception):
 
 def main() -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="environment.py", description="The environment of `make demo` and `make test`.")
+    parser = argparse.ArgumentParser(
+        prog="environment.py", description="The environment of `make demo` and `make test`."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     set_up_parser = commands.add_parser("set-up", help="make or mend a virtual environment")
     set_up_parser.add_argument("folder", type=Path)
-    set_up_parser.add_argument("--latest", action="store_true", help="the newest versions that pyproject.toml allows; heeds PIP_CONSTRAINT")
+    set_up_parser.add_argument(
+        "--latest", action="store_true", help="the newest versions that pyproject.toml allows; heeds PIP_CONSTRAINT"
+    )
     commands.add_parser("lock", help="write the locks anew")
     options = parser.parse_args()
     try:
@@ -64,16 +72,20 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"{' '.join(map(str, error.cmd[:6]))}... ended with status {error.returncode}; what it said is above", file=sys.stderr)
+        print(
+            f"{' '.join(map(str, error.cmd[:6]))}... ended with status {error.returncode}; what it said is above",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
 
-# --- setting up -------------------------------------------------------------------------------------------------------------------------
+# --- setting up -------------------------------------------------------------------------------------------------------
 
 
 def set_up(folder: Path, latest: bool) -> None:
-    """Make a virtual environment, or bring one that was made here to the state of the locks. Raises SetUpError, CalledProcessError."""
+    """Make a virtual environment, or bring one that was made here to the state of the locks. Raises SetUpError,
+    CalledProcessError."""
     make_folder(folder, latest)
     python = folder / "bin/python"
     if latest:
@@ -84,7 +96,15 @@ def set_up(folder: Path, latest: bool) -> None:
         pip(python, "install", *LOCKED, "-r", lock_of_this_python())
         install_torch(python)
         pip(python, "install", "--no-deps", "--no-build-isolation", "-e", ROOT)
-        pip(python, "install", *LOCKED, "--target", fresh(folder / "transformer_engine"), "-r", LOCKS / "transformer-engine.txt")
+        pip(
+            python,
+            "install",
+            *LOCKED,
+            "--target",
+            fresh(folder / "transformer_engine"),
+            "-r",
+            LOCKS / "transformer-engine.txt",
+        )
         if sys.version_info >= (3, 12):  # where megatron-core works with it
             newest = LOCKS / "transformer-engine-newest.txt"
             pip(python, "install", *LOCKED, "--target", fresh(folder / "transformer_engine_newest"), "-r", newest)
@@ -92,19 +112,27 @@ def set_up(folder: Path, latest: bool) -> None:
 
 
 def make_folder(folder: Path, latest: bool) -> None:
-    """A virtual environment of this interpreter with nothing in it but pip; one that make made, of the same Python, stays as it is."""
+    """A virtual environment of this interpreter with nothing in it but pip; one that make made, of the same Python,
+    stays as it is."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if version not in PYTHONS and (not latest or sys.version_info < (3, 11)):
-        raise SetUpError(f"{sys.executable} is Python {version}, and there are locks for {' and '.join(PYTHONS)}: PYTHON=python3.12")
+        raise SetUpError(
+            f"{sys.executable} is Python {version}, and there are locks for {' and '.join(PYTHONS)}: PYTHON=python3.12"
+        )
     found = re.search(r"^version(?:_info)? *= *(\d+\.\d+)", read(folder / "pyvenv.cfg"), re.MULTILINE)
     if not folder.exists() or not any(folder.iterdir()):
         venv.create(folder, with_pip=True, symlinks=True)
-        (folder / MARKER).write_text("`make` installs into this environment, and removes from it, without asking.\n", encoding="utf-8")
+        (folder / MARKER).write_text(
+            "`make` installs into this environment, and removes from it, without asking.\n", encoding="utf-8"
+        )
     elif found is None or not ((folder / MARKER).is_file() or (folder / ".installed").is_file()):
-        raise SetUpError(f"{folder}: there already, and not made by make: remove it, or choose another with VENV=folder")
+        raise SetUpError(
+            f"{folder}: there already, and not made by make: remove it, or choose another with VENV=folder"
+        )
     elif found[1] != version:
         raise SetUpError(
-            f"{folder} is of Python {found[1]}, and {sys.executable} is {version}: remove it, or choose another with VENV=folder"
+            f"{folder} is of Python {found[1]}, and {sys.executable} is {version}: remove it, or choose another "
+            "with VENV=folder"
         )
 
 
@@ -123,7 +151,10 @@ def install_torch(python: Path) -> None:
     if "No matching distribution found" not in attempt.stderr:
         print(attempt.stderr, file=sys.stderr)
         raise subprocess.CalledProcessError(attempt.returncode, command)
-    print("torch: no CPU build is offered here, so PyPI's; on Linux that is some GB of CUDA (README, Installation)", flush=True)
+    print(
+        "torch: no CPU build is offered here, so PyPI's; on Linux that is some GB of CUDA (README, Installation)",
+        flush=True,
+    )
     pip(python, *arguments, LOCKS / "torch-pypi.txt")
 
 
@@ -138,7 +169,9 @@ def pip_environment(keep: Sequence[str] = ()) -> dict[str, str]:
     kept = {f"PIP_{name}" for name in (*FROM_WHERE.split(), *keep)}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_") or name in kept}
     if "CONSTRAINT" not in keep:
-        environment["PIP_CONSTRAINT"] = os.devnull  # a constraint in a configuration file counts no more than one in the environment
+        environment["PIP_CONSTRAINT"] = (
+            os.devnull
+        )  # a constraint in a configuration file counts no more than one in the environment
     return environment | {"PIP_USER": "0"}
 
 
@@ -153,11 +186,12 @@ def gpu_extra() -> list[str]:
     return [re.sub(r"\[.*?\]", "", line) for line in read_project()["optional-dependencies"]["gpu"]]
 
 
-# --- locking ----------------------------------------------------------------------------------------------------------------------------
+# --- locking ----------------------------------------------------------------------------------------------------------
 
 
 def write_locks() -> None:
-    """Resolve pyproject.toml's extra `dev` for each Python, newest first, and write the locks; torch stays at torch-cpu.txt's version."""
+    """Resolve pyproject.toml's extra `dev` for each Python, newest first, and write the locks; torch stays at
+    torch-cpu.txt's version."""
     version = re.search(r"^torch==([\d.]+)\+cpu", read(LOCKS / "torch-cpu.txt"), re.MULTILINE)
     if version is None:
         raise SetUpError(f"{LOCKS / 'torch-cpu.txt'}: no line torch==VERSION+cpu")
@@ -174,7 +208,8 @@ def write_locks() -> None:
 
 
 def resolve(sources: Sequence[str | Path], python: str, constraint: str, text: str = "", *options: str) -> list[str]:
-    """Pinned requirements with their digests, one string for each, that count under this Python on one of PLATFORMS. Raises SetUpError."""
+    """Pinned requirements with their digests, one string for each, that count under this Python on one of PLATFORMS.
+    Raises SetUpError."""
     if shutil.which("uv") is None:
         raise SetUpError("uv is not on the PATH: pip install uv")
     constraints = LOCKS / ".constraints.txt"
@@ -214,8 +249,17 @@ def for_python(block: str, python: str) -> str | None:
 def environments(python: str) -> Iterator[dict[str, str]]:
     """What markers see on each of PLATFORMS."""
     for sys_platform, machine, system in PLATFORMS:
-        names = {"sys_platform": sys_platform, "platform_machine": machine, "platform_system": system, "os_name": "posix"}
-        versions = {"python_version": python, "python_full_version": f"{python}.0", "implementation_version": f"{python}.0"}
+        names = {
+            "sys_platform": sys_platform,
+            "platform_machine": machine,
+            "platform_system": system,
+            "os_name": "posix",
+        }
+        versions = {
+            "python_version": python,
+            "python_full_version": f"{python}.0",
+            "implementation_version": f"{python}.0",
+        }
         yield names | versions | {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
 
 

@@ -1,10 +1,11 @@
-"""From raw JSON lines to tokens: language, quality and near-duplicates by datatrove's own steps, then the steps of `hunyuan-data tokenize`.
+"""From raw JSON lines to tokens: language, quality and near-duplicates by datatrove's own steps, then the steps of
+`hunyuan-data tokenize`.
 
     python configs/data/clean_and_tokenize.py raw/ --tokenizer data/tokenizer --output data/tokens --work data/work
 
-A file to copy and change: the thresholds are datatrove's defaults, which are those of the papers that the filters come from, for English
-prose. Every stage leaves its result in --work, and the same command goes on after the last stage that ended; after a change of the
-filters give another --work. docs/data_pipeline.md says what each stage needs.
+A file to copy and change: the thresholds are datatrove's defaults, which are those of the papers that the filters come
+from, for English prose. Every stage leaves its result in --work, and the same command goes on after the last stage that
+ended; after a change of the filters give another --work. docs/data_pipeline.md says what each stage needs.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ from hunyuan_pretrain.config.extras import missing_package
 
 try:
     from datatrove.pipeline.base import PipelineStep
-    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
     from datatrove.pipeline.dedup.minhash import MinhashConfig
-    from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter, LanguageFilter
+    from datatrove.pipeline.filters import (
+        FineWebQualityFilter,
+        GopherQualityFilter,
+        GopherRepetitionFilter,
+        LanguageFilter,
+    )
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.word_tokenizers import WordTokenizer
@@ -75,7 +86,11 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         filters.insert(0, LanguageFilter(options.languages, exclusion_writer=removed("language")))
     return [
         Stage("filter", [JsonlReader(options.input), *filters, JsonlWriter(f"{work}/filtered")], tasks),
-        Stage("signatures", [JsonlReader(f"{work}/filtered"), MinhashDedupSignature(f"{work}/signatures", language=words)], tasks),
+        Stage(
+            "signatures",
+            [JsonlReader(f"{work}/filtered"), MinhashDedupSignature(f"{work}/signatures", language=words)],
+            tasks,
+        ),
         Stage("buckets", [MinhashDedupBuckets(f"{work}/signatures", f"{work}/buckets")], num_buckets),
         Stage("clusters", [MinhashDedupCluster(f"{work}/buckets", f"{work}/duplicates")], 1),
         Stage(
@@ -97,7 +112,12 @@ def run(options: argparse.Namespace) -> None:
     """Submit all stages to Slurm, or run one after the other."""
     of_executor: dict[str, Any] = {"workers": options.workers} if options.executor != "slurm" else {}
     if options.executor == "slurm":
-        of_executor = {"partition": options.partition, "time": options.time, "qos": None, "sbatch_args": {"kill-on-invalid-dep": "yes"}}
+        of_executor = {
+            "partition": options.partition,
+            "time": options.time,
+            "qos": None,
+            "sbatch_args": {"kill-on-invalid-dep": "yes"},
+        }
     if options.executor == "ray":
         import ray
 
@@ -120,12 +140,18 @@ def run(options: argparse.Namespace) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("input", help="folder of .jsonl files, compressed or not, with a field `text`; one task reads whole files")
+    parser.add_argument(
+        "input", help="folder of .jsonl files, compressed or not, with a field `text`; one task reads whole files"
+    )
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
     parser.add_argument("--output", required=True, help="folder of tokens to write")
     parser.add_argument("--work", required=True, help="folder for what the stages leave to one another, and for logs")
-    parser.add_argument("--languages", nargs="*", default=[], help="keep these, such as en; downloads fastText's lid.176.bin")
-    parser.add_argument("--words", default="eng", help="language whose words spaCy finds, such as eng or zho, or `plain` without spaCy")
+    parser.add_argument(
+        "--languages", nargs="*", default=[], help="keep these, such as en; downloads fastText's lid.176.bin"
+    )
+    parser.add_argument(
+        "--words", default="eng", help="language whose words spaCy finds, such as eng or zho, or `plain` without spaCy"
+    )
     parser.add_argument("--executor", choices=EXECUTORS, default="local")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1, help="tasks at a time, for local and ray; -1: all")

@@ -1,7 +1,9 @@
-"""What is proven about an export before it gets its name: that it is the model it came from, in every way that it will be used.
+"""What is proven about an export before it gets its name: that it is the model it came from, in every way that it will
+be used.
 
-Loaded back from disk as a user would, the folder is compared in tokens, in logits without a cache (with the training model), in
-greedy text through the cache and in a left-padded batch (with the same tokens one row at a time and without a cache).
+Loaded back from disk as a user would, the folder is compared in tokens, in logits without a cache (with the training
+model), in greedy text through the cache and in a left-padded batch (with the same tokens one row at a time and without
+a cache).
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ from .generate import load_model, load_tokenizer, sha256_of
 Format = Literal["hunyuan", "hunyuan_v1_moe"]
 
 # One position's difference is rms(difference) / rms(reference), both over the vocabulary and without their means.
-# `median` bounds the typical position; `position` bounds each, and `outliers` is the share of positions that may exceed it.
-# Measured on random models of up to 24 layers: 1e-6 (fp32), 0.01 (fp16) and 0.07 (bf16) for right exports; 0.4 and more where
-# every layer is wrong in the same way.
+# `median` bounds the typical position; `position` bounds each, and `outliers` is the share of positions that may exceed
+# it. Measured on random models of up to 24 layers: 1e-6 (fp32), 0.01 (fp16) and 0.07 (bf16) for right exports; 0.4 and
+# more where every layer is wrong in the same way.
 FLIPS = "a router choice may flip where two experts are close"
 HALF = f"{FLIPS}; an error in one layer of many may hide in this, and is visible in an fp32 export"
 TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
-    torch.float32: {"median": 1e-4, "position": 1e-3, "outliers": 0.02, "reason": f"only the order of summation differs; {FLIPS}"},
+    torch.float32: {
+        "median": 1e-4,
+        "position": 1e-3,
+        "outliers": 0.02,
+        "reason": f"only the order of summation differs; {FLIPS}",
+    },
     torch.float16: {"median": 0.03, "position": 0.2, "outliers": 0.25, "reason": f"11 significant bits; {HALF}"},
     torch.bfloat16: {"median": 0.15, "position": 0.4, "outliers": 0.25, "reason": f"8 significant bits; {HALF}"},
 }
@@ -48,12 +55,13 @@ NEW_TOKENS = 8
 """Of each greedy continuation: in the second step the cache is read for the first time."""
 
 NATIVE_SINCE = (5, 20)
-"""The first transformers whose hunyuan_v1_moe is this model. Until 5.19 it changes RoPE's base past max_position_embeddings
-(logits off by 1.5 to 7), and 5.0 reads no alpha (off from the first tokens)."""
+"""The first transformers whose hunyuan_v1_moe is this model. Until 5.19 it changes RoPE's base past
+max_position_embeddings (logits off by 1.5 to 7), and 5.0 reads no alpha (off from the first tokens)."""
 
 
 def refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
-    """hunyuan_v1_moe is read by other people's code, which would not notice that it computes another model. Raises CheckpointError."""
+    """hunyuan_v1_moe is read by other people's code, which would not notice that it computes another model. Raises
+    CheckpointError."""
     if format == "hunyuan":
         return
     if format != "hunyuan_v1_moe":
@@ -61,21 +69,29 @@ def refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
     reasons = _native_reasons(model)
     if reasons:
         raise CheckpointError(
-            "format hunyuan_v1_moe would load without an error and be wrong; use format hunyuan:\n  " + "\n  ".join(reasons)
+            "format hunyuan_v1_moe would load without an error and be wrong; use format hunyuan:\n  "
+            + "\n  ".join(reasons)
         )
     installed = version("transformers")
     if tuple(int(part) for part in installed.split(".")[:2]) < NATIVE_SINCE:
         raise CheckpointError(
-            f"transformers {installed} computes format hunyuan_v1_moe with another RoPE past max_position_embeddings (5.0: from the first "
+            f"transformers {installed} computes format hunyuan_v1_moe with another RoPE past "
+            "max_position_embeddings (5.0: from the first "
             "tokens), so it cannot certify it; install transformers>=5.20, or use format hunyuan"
         )
 
 
 def loads_in(model: ModelConfig, format: Format) -> dict[str, Any]:
-    """For each kind of loader: whether it loads the export and computes this model, under which versions, and why not."""
+    """For each kind of loader: whether it loads the export and computes this model, under which versions, and why
+    not."""
     ours = format == "hunyuan"
     transformers = (
-        {"loads": True, "versions": ">=5.0", "tested": "5.0 to 5.24", "needs": "trust_remote_code=True, for the model code in this folder"}
+        {
+            "loads": True,
+            "versions": ">=5.0",
+            "tested": "5.0 to 5.24",
+            "needs": "trust_remote_code=True, for the model code in this folder",
+        }
         if ours
         else {"loads": True, "versions": ">=5.20", "tested": "5.20 to 5.24", "needs": "nothing"}
     )
@@ -93,11 +109,13 @@ def _native_reasons(model: ModelConfig) -> list[str]:
     reasons = []
     if model.cla_share_factor > 1:
         reasons.append(
-            f"cla_share_factor={model.cla_share_factor}: it would fill the keys and values of borrowing layers with random numbers"
+            f"cla_share_factor={model.cla_share_factor}: it would fill the keys and values of borrowing layers "
+            "with random numbers"
         )
     if model.moe_router_topk == 1:
         reasons.append(
-            "moe_router_topk=1: transformers renormalises the weight of the only expert to 1, where this model uses its probability"
+            "moe_router_topk=1: transformers renormalises the weight of the only expert to 1, where this model "
+            "uses its probability"
         )
     if not model.qk_layernorm:
         reasons.append("qk_layernorm=false: it always normalises queries and keys")
@@ -113,7 +131,9 @@ def _release_reasons(model: ModelConfig) -> list[str]:
     """Why the model code of Tencent's release would not load the weights."""
     reasons = []
     if model.expert_ffn_size != model.ffn_hidden_size:
-        reasons.append(f"moe_ffn_hidden_size={model.expert_ffn_size}: it gives every expert the width {model.ffn_hidden_size}")
+        reasons.append(
+            f"moe_ffn_hidden_size={model.expert_ffn_size}: it gives every expert the width {model.ffn_hidden_size}"
+        )
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         reasons.append(f"kv_channels={model.head_dim}: its heads have the width hidden_size / num_attention_heads")
     if model.num_moe_experts == 1:
@@ -129,7 +149,8 @@ def certify(
     reference_logits: Callable[[Tensor], Tensor],
     format: Format,
 ) -> dict[str, Any]:
-    """Loads the folder as a user would and compares tokens, logits and generated text. Raises CheckpointError if they disagree."""
+    """Loads the folder as a user would and compares tokens, logits and generated text. Raises CheckpointError if they
+    disagree."""
     _compare_tokens(tokenizer, folder)
     texts = [torch.tensor([[tokenizer.start_id, *tokenizer.encode(text)]]) for text in SAMPLE_TEXTS]
     batches = {
@@ -150,19 +171,25 @@ def certify(
         **figures,
         "tolerance": TOLERANCES[dtype],
         "checks": checks,
-        "generation": check_generation(loaded_model, [tokens[0] for tokens in texts], tokenizer.vocab_size, TOLERANCES[dtype]),
+        "generation": check_generation(
+            loaded_model, [tokens[0] for tokens in texts], tokenizer.vocab_size, TOLERANCES[dtype]
+        ),
         "loaded_with": type(loaded_model).__name__,
         "loads_in": loads_in(model, format),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-        "sha256": {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        "sha256": {
+            str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        },
     }
 
 
 def check_generation(model: Any, prompts: list[Tensor], vocab_size: int, tolerance: dict[str, Any]) -> dict[str, Any]:
-    """Greedy text of generate(), which reads its cache, against the model without a cache; each prompt alone, then a left-padded batch.
+    """Greedy text of generate(), which reads its cache, against the model without a cache; each prompt alone, then a
+    left-padded batch.
 
-    prompts: token ids (S,) each. Every logit that generate() chose by is compared with those of one pass over the finished text, one row,
-    no cache; and every token it chose must be the likeliest of that pass, but for ties within the tolerance. Raises CheckpointError.
+    prompts: token ids (S,) each. Every logit that generate() chose by is compared with those of one pass over the
+    finished text, one row, no cache; and every token it chose must be the likeliest of that pass, but for ties within
+    the tolerance. Raises CheckpointError.
     """
     runs = {f"prompt {i}": [prompt] for i, prompt in enumerate(prompts[:2])} | {"left-padded batch": prompts}
     checks, other_tokens = {}, 0
@@ -173,26 +200,32 @@ def check_generation(model: Any, prompts: list[Tensor], vocab_size: int, toleran
                 whole = torch.cat((row, tokens))[None].to(model.device)
                 plain_NV = model(whole, use_cache=False).logits[0, len(row) - 1 : -1].cpu().double()
             check = checks[f"{name}, row {number}"] = _compare(plain_NV, cached_NV, plain_NV.shape[-1])
-            chosen = plain_NV[:, :vocab_size].gather(-1, tokens[:, None])[:, 0] if int(tokens.max()) < vocab_size else None
+            chosen = (
+                plain_NV[:, :vocab_size].gather(-1, tokens[:, None])[:, 0] if int(tokens.max()) < vocab_size else None
+            )
             stops = _stop_ids(model)
             best_NV = plain_NV[:, :vocab_size].index_fill(-1, torch.tensor(stops, dtype=torch.long), -torch.inf)
             # A logit may be off by a few standard deviations of `position`, and so may the one it is tied with.
             allowed = 10 * tolerance["position"] * plain_NV.std(-1)
             if chosen is None or not bool((best_NV.max(-1).values - chosen <= allowed).all()):
                 raise CheckpointError(
-                    f"generate() of the export does not choose the likeliest token ({name}, row {number}): {tokens.tolist()}, where the "
+                    f"generate() of the export does not choose the likeliest token ({name}, row {number}): "
+                    f"{tokens.tolist()}, where the "
                     f"model without a cache finds {best_NV.argmax(-1).tolist()}"
                 )
             other_tokens += int((best_NV.argmax(-1) != tokens).sum())
             check.pop("mean_kl_nats")
     figures = _judge(
-        checks, tolerance, "generate() of the export, which reads its cache, computes something else than the model without one"
+        checks,
+        tolerance,
+        "generate() of the export, which reads its cache, computes something else than the model without one",
     )
     return {"new_tokens": NEW_TOKENS, "tokens_other_than_without_a_cache": other_tokens, **figures, "checks": checks}
 
 
 def _greedy(model: Any, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """generate() of a left-padded batch, which does not stop: new tokens (R, N) and the logits they were chosen by (R, N, V)."""
+    """generate() of a left-padded batch, which does not stop: new tokens (R, N) and the logits they were chosen by (R,
+    N, V)."""
     longest = max(len(row) for row in rows)
     padding = model.generation_config.pad_token_id
     tokens_RS = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=padding) for row in rows])
@@ -221,25 +254,33 @@ def _compare_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     for text in SAMPLE_TEXTS:
         ours, theirs = tokenizer.encode(text), loaded(text, add_special_tokens=False)["input_ids"]
         if ours != theirs:
-            raise CheckpointError(f"the exported tokenizer encodes {text!r} as {theirs}, the training tokenizer as {ours}")
+            raise CheckpointError(
+                f"the exported tokenizer encodes {text!r} as {theirs}, the training tokenizer as {ours}"
+            )
         if loaded(text)["input_ids"] != [tokenizer.start_id, *ours]:
-            raise CheckpointError(f"the exported tokenizer begins {text!r} with {loaded(text)['input_ids'][:1]}, not <|startoftext|>")
+            raise CheckpointError(
+                f"the exported tokenizer begins {text!r} with {loaded(text)['input_ids'][:1]}, not <|startoftext|>"
+            )
     for text in (SAMPLE_TEXTS[0], HOSTILE):
         messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
         ours, theirs = tokenizer.apply_chat(messages), loaded.apply_chat_template(messages, return_dict=False)
         if ours != theirs:
-            raise CheckpointError(f"the exported chat template encodes {text!r} as {theirs}, the training tokenizer as {ours}")
+            raise CheckpointError(
+                f"the exported chat template encodes {text!r} as {theirs}, the training tokenizer as {ours}"
+            )
 
 
 def _judge(checks: dict[str, dict[str, Any]], tolerance: dict[str, Any], what: str) -> dict[str, float]:
-    """Median relative difference and share of outliers over all positions of all checks. Raises CheckpointError beyond the tolerance."""
+    """Median relative difference and share of outliers over all positions of all checks. Raises CheckpointError beyond
+    the tolerance."""
     difference = torch.cat([check.pop("per_position") for check in checks.values()])
     median, outliers = difference.median().item(), (difference > tolerance["position"]).double().mean().item()
     # `not <=` and not `>`: a NaN must fail.
     if not (median <= tolerance["median"] and outliers <= tolerance["outliers"] and bool(difference.isfinite().all())):
         raise CheckpointError(
             f"{what}: relative difference of the logits {median:.2e} at the median "
-            f"position (at most {tolerance['median']:.0e}), {outliers:.0%} of positions above {tolerance['position']:.0e} (at most "
+            f"position (at most {tolerance['median']:.0e}), {outliers:.0%} of positions above "
+            f"{tolerance['position']:.0e} (at most "
             f"{tolerance['outliers']:.0%}), {int((~difference.isfinite()).sum())} positions not finite"
         )
     return {"median_relative_difference": median, "positions_above_tolerance": outliers}
@@ -248,7 +289,9 @@ def _judge(checks: dict[str, dict[str, Any]], tolerance: dict[str, Any], what: s
 def _compare(expected_BSV: Tensor, actual_BSV: Tensor, vocab_size: int) -> dict[str, Any]:
     expected, actual = (t.detach().cpu().double().reshape(-1, t.shape[-1]) for t in (expected_BSV, actual_BSV))
     if expected.shape != actual.shape or expected.shape[-1] != vocab_size:
-        raise CheckpointError(f"logits of the model have shape {tuple(expected_BSV.shape)}, those of the export {tuple(actual_BSV.shape)}")
+        raise CheckpointError(
+            f"logits of the model have shape {tuple(expected_BSV.shape)}, those of the export {tuple(actual_BSV.shape)}"
+        )
     expected_log, actual_log = expected.log_softmax(-1), actual.log_softmax(-1)
     centred = expected - expected.mean(-1, keepdim=True)
     difference = (actual - actual.mean(-1, keepdim=True)) - centred

@@ -1,10 +1,10 @@
 """Configuration of Hunyuan-Large in Hugging Face form.
 
-This file and modeling_hunyuan.py are copied into every export: they need torch and transformers (5.0 to 5.24) and nothing else.
-Field names are those of Tencent's release (https://huggingface.co/tencent/Tencent-Hunyuan-Large), so that its config.json loads here. Ours
-loads there as long as the model is one that its code can build: routed experts as wide as the shared one (moe_intermediate_size equal to
-intermediate_size), heads of the width hidden_size / num_attention_heads, and more than one expert. `loads_in` of an export's
-certificate.json says so for that model.
+This file and modeling_hunyuan.py are copied into every export: they need torch and transformers (5.0 to 5.24) and
+nothing else. Field names are those of Tencent's release (https://huggingface.co/tencent/Tencent-Hunyuan-Large), so that
+its config.json loads here. Ours loads there as long as the model is one that its code can build: routed experts as wide
+as the shared one (moe_intermediate_size equal to intermediate_size), heads of the width hidden_size /
+num_attention_heads, and more than one expert. `loads_in` of an export's certificate.json says so for that model.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ class HunYuanConfig(PretrainedConfig):
     """Architecture of one model; the defaults are those of Hunyuan-Large as pretrained.
 
     The fields that are not self-evident:
-        intermediate_size: SwiGLU width of the shared expert; moe_intermediate_size: of each routed expert, None for the same.
-        moe_topk: routed experts of a token. With 1 the combine weight is the raw softmax probability; with more, the weights
+        intermediate_size: SwiGLU width of the shared expert; moe_intermediate_size: of each routed expert, None for the
+        same.
+        moe_topk: routed experts of a token. With 1 the combine weight is the raw softmax probability; with more, the
+        weights
             are renormalised to sum to 1.
-        use_cla, cla_share_factor: layer i owns keys and values if i % cla_share_factor == 0, and the layers up to the next
+        use_cla, cla_share_factor: layer i owns keys and values if i % cla_share_factor == 0, and the layers up to the
+        next
             owner read them.
         use_qk_norm: RMSNorm of each query and key head, after RoPE.
-        rope_scaling: None, or {"type": "dynamic", "alpha": a, "factor": 1.0}: the RoPE base is rope_theta * a^(d / (d - 2))
+        rope_scaling: None, or {"type": "dynamic", "alpha": a, "factor": 1.0}: the RoPE base is rope_theta * a^(d / (d -
+        2))
             with d the head width, at every length.
-        capacity_factor, moe_drop_tokens, moe_random_routing_dropped_token: how the model was trained; inference never drops.
+        capacity_factor, moe_drop_tokens, moe_random_routing_dropped_token: how the model was trained; inference never
+        drops.
 
     Raises ValueError for a setting that modeling_hunyuan.py does not implement.
     """
 
     model_type = "hunyuan"
     keys_to_ignore_at_inference = ("past_key_values", "cache")
-    # The base class turns rope_scaling into a property that renames its keys; config.json shall keep the release's form.
+    # The base class turns rope_scaling into a property that renames its keys; config.json shall keep the release's
+    # form.
     rope_scaling = None
 
     def __init__(
@@ -82,7 +88,9 @@ class HunYuanConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.moe_intermediate_size = (
-            intermediate_size if moe_intermediate_size is None else _one_value(moe_intermediate_size, "moe_intermediate_size")
+            intermediate_size
+            if moe_intermediate_size is None
+            else _one_value(moe_intermediate_size, "moe_intermediate_size")
         )
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -135,15 +143,25 @@ class HunYuanConfig(PretrainedConfig):
     def _refuse_what_is_not_implemented(self) -> None:
         scaling = self.rope_scaling
         if scaling and (
-            scaling.get("type", scaling.get("rope_type")) != "dynamic" or "alpha" not in scaling or scaling.get("factor", 1.0) != 1.0
+            scaling.get("type", scaling.get("rope_type")) != "dynamic"
+            or "alpha" not in scaling
+            or scaling.get("factor", 1.0) != 1.0
         ):
-            raise ValueError(f"rope_scaling={scaling}: only null or {{'type': 'dynamic', 'alpha': a, 'factor': 1.0}} is implemented")
-        for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("use_mixed_mlp_moe", True), ("num_shared_expert", 1)):
+            raise ValueError(
+                f"rope_scaling={scaling}: only null or {{'type': 'dynamic', 'alpha': a, 'factor': 1.0}} is implemented"
+            )
+        for name, only in (
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("use_mixed_mlp_moe", True),
+            ("num_shared_expert", 1),
+        ):
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)!r}: only {only!r} is implemented")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}"
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
             )
         if not 1 <= self.moe_topk <= self.num_experts:
             raise ValueError(f"moe_topk={self.moe_topk}: must be 1 to num_experts={self.num_experts}")

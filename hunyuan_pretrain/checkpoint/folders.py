@@ -4,7 +4,8 @@
     complete.json                             written last: step, model, size and sha256 of every other file
     common.pt, __0_0.distcp, ...              megatron's distributed checkpoint
 <run_dir>/checkpoints/step_0000200.partial/   a save that was not finished, or a checkpoint that was being removed
-<run_dir>/checkpoints/step_0000200.damaged/   a checkpoint that could not be read and was set aside by a run that went on without it
+<run_dir>/checkpoints/step_0000200.damaged/   a checkpoint that could not be read and was set aside by a run that went
+on without it
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def step_of(folder: Path) -> int | None:
 
 def named_checkpoints(run_dir: Path) -> list[Path]:
     """Every folder that has the name of a checkpoint, oldest first, whatever is in it."""
-    found = [(step, folder) for folder in (run_dir / "checkpoints").glob("step_*") if (step := step_of(folder)) is not None]
+    found = [
+        (step, folder) for folder in (run_dir / "checkpoints").glob("step_*") if (step := step_of(folder)) is not None
+    ]
     return [folder for _, folder in sorted(found)]
 
 
@@ -83,14 +86,22 @@ def read_marker(folder: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} missing")
         # a newer program's may be digested in another way, and is refused below
-        if SELF in marker and marker[SELF] != _self_digest(marker) and marker.get("format_version", 1) <= FORMAT_VERSION:
+        if (
+            SELF in marker
+            and marker[SELF] != _self_digest(marker)
+            and marker.get("format_version", 1) <= FORMAT_VERSION
+        ):
             raise ValueError(f"its content is not what was written: {SELF} is of another")
         if step_of(folder) not in (None, marker["step"]):
             raise ValueError(f"it is of step {marker['step']}")
     except FileNotFoundError:
-        others = [path.name for path in named_checkpoints(folder.parent.parent) if path != folder and (path / MARKER).exists()]
+        others = [
+            path.name for path in named_checkpoints(folder.parent.parent) if path != folder and (path / MARKER).exists()
+        ]
         near = ", ".join(others) or "none"
-        raise CheckpointError(f"{folder}: not a complete checkpoint (no {MARKER}); complete ones there: {near}") from None
+        raise CheckpointError(
+            f"{folder}: not a complete checkpoint (no {MARKER}); complete ones there: {near}"
+        ) from None
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / MARKER}: damaged: {error}") from None
     if marker.get("format_version", 1) > FORMAT_VERSION:
@@ -110,7 +121,8 @@ def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def verify_files(folder: Path, marker: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Compare some of a checkpoint's files with the marker's digests; raises CheckpointError that names the first that differs."""
+    """Compare some of a checkpoint's files with the marker's digests; raises CheckpointError that names the first that
+    differs."""
     for name in names:
         file = marker["files"][name]
         if not _has_size(folder / name, file) or digest(folder / name) != file["sha256"]:
@@ -126,12 +138,16 @@ def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConf
     """Raise CheckpointError naming every setting in which the checkpoint's weights are not those of `model`."""
     differences = [one for one in model_differences(marker["model"], model) if one.kind == Kind.never]
     if differences:
-        lines = [f"  {one.key}: {show_value(one.old)} in the checkpoint, {show_value(one.new)} in the config" for one in differences]
+        lines = [
+            f"  {one.key}: {show_value(one.old)} in the checkpoint, {show_value(one.new)} in the config"
+            for one in differences
+        ]
         raise CheckpointError(f"{folder}: a checkpoint of another model\n" + "\n".join(lines))
 
 
 def checkpoint_of(path: Path) -> Path:
-    """A checkpoint's folder: `path` itself, or of a run directory its newest complete checkpoint. Raises CheckpointError."""
+    """A checkpoint's folder: `path` itself, or of a run directory its newest complete checkpoint. Raises
+    CheckpointError."""
     if (path / MARKER).exists():
         return path
     if found := find_checkpoints(path):
@@ -150,7 +166,8 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """Those that a rank has written: torch's writer puts its number into their names; rank 0 has written what has none."""
+    """Those that a rank has written: torch's writer puts its number into their names; rank 0 has written what has
+    none."""
     writers = {path: re.match(r"__(\d+)_", path.name) for path in data_files(folder)}
     return [path for path, writer in writers.items() if rank == (int(writer[1]) if writer else 0)]
 
@@ -192,14 +209,19 @@ def remove_partials(run_dir: Path) -> list[str]:
 
     For one process that knows that nobody else writes to the run.
     """
-    found = sorted(folder for folder in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}") if folder.is_dir() and not folder.is_symlink())
+    found = sorted(
+        folder
+        for folder in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}")
+        if folder.is_dir() and not folder.is_symlink()
+    )
     for folder in found:
         shutil.rmtree(folder)
     return [f"removed {folder}: an unfinished save of an earlier attempt" for folder in found]
 
 
 def set_aside(folder: Path) -> Path:
-    """Take its name from a checkpoint that cannot be used, so that a later one of that step can have it; returns the new folder."""
+    """Take its name from a checkpoint that cannot be used, so that a later one of that step can have it; returns the
+    new folder."""
     for number in range(1, 1000):
         aside = folder.with_name(folder.name + DAMAGED + (f".{number}" if number > 1 else ""))
         if not aside.exists():

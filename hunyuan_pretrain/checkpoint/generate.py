@@ -1,7 +1,7 @@
 """Loads an exported folder with transformers and streams text from it.
 
-Code that comes with weights runs only if the caller says so, with one exception that is none: where the folder's model code
-is byte for byte ours, our own classes load the weights and the folder's code is not run at all.
+Code that comes with weights runs only if the caller says so, with one exception that is none: where the folder's model
+code is byte for byte ours, our own classes load the weights and the folder's code is not run at all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def carries_our_code(folder: Path) -> bool:
     return all((folder / name).is_file() and sha256_of(folder / name) == sha256_of(here / name) for name in MODEL_CODE)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False) -> Any:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> Any:
     """The model of an exported folder (a transformers PreTrainedModel), in evaluation mode.
 
     dtype: None for the dtype of the export. An export of this version is loaded by our own classes, a model type that
@@ -58,26 +60,33 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: str = 
         loader, options = AutoModelForCausalLM, {"trust_remote_code": trust_remote_code}
     else:
         raise CheckpointError(
-            f"{folder}: model_type {model_type!r} is unknown to transformers, and the folder's model code is not the one of this version "
+            f"{folder}: model_type {model_type!r} is unknown to transformers, and the folder's model code is not "
+            "the one of this version "
             "of hunyuan-pretrain. Read that code, then allow it with --trust-remote-code."
         )
     try:
-        model, report = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True, **options)
+        model, report = loader.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True, **options
+        )
     except OSError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     # transformers only warns and leaves random numbers in their place.
     wrong = {
-        what: sorted(names) for what, names in report.items() if what in ("missing_keys", "unexpected_keys", "mismatched_keys") and names
+        what: sorted(names)
+        for what, names in report.items()
+        if what in ("missing_keys", "unexpected_keys", "mismatched_keys") and names
     }
     if wrong:
         raise CheckpointError(
-            f"{folder}: tensors do not fit the model: " + "; ".join(f"{what}: {names[:5]}" for what, names in wrong.items())
+            f"{folder}: tensors do not fit the model: "
+            + "; ".join(f"{what}: {names[:5]}" for what, names in wrong.items())
         )
     return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of an exported folder; trust_remote_code lets it run code of the folder. Nobody is asked anything."""
+    """The tokenizer of an exported folder; trust_remote_code lets it run code of the folder. Nobody is asked
+    anything."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = folder / "tokenizer_config.json"
@@ -105,10 +114,10 @@ def generate(
 ) -> str:
     """Streams the continuation of `prompt` to `out` (standard output by default) and returns it.
 
-    temperature 0 takes the likeliest token each time; top_p and top_k (0: off) cut the tail otherwise. The defaults are those
-    of Tencent's serving scripts. chat: the prompt is one user turn in the tokenizer's chat template; otherwise it is the
-    beginning of a document. Names of special tokens in it are plain text. seed decides the draw. Raises CheckpointError as `load_model`
-    does, and if the text would be longer than the positions that the model knows.
+    temperature 0 takes the likeliest token each time; top_p and top_k (0: off) cut the tail otherwise. The defaults are
+    those of Tencent's serving scripts. chat: the prompt is one user turn in the tokenizer's chat template; otherwise it
+    is the beginning of a document. Names of special tokens in it are plain text. seed decides the draw. Raises
+    CheckpointError as `load_model` does, and if the text would be longer than the positions that the model knows.
     """
     out = out or sys.stdout
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -120,7 +129,8 @@ def generate(
         ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id, *ids]
-    # A document ends with <|endoftext|>, an answer with <|eos|>; exports of earlier versions name only the former as an end.
+    # A document ends with <|endoftext|>, an answer with <|eos|>; exports of earlier versions name only the former as an
+    # end.
     stop_ids = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eos|>")]
     _refuse_more_than_the_positions(len(ids), max_new_tokens, model.config.max_position_embeddings)
     input_ids = torch.tensor([ids], device=model.device)
@@ -147,12 +157,14 @@ def generate(
 def _refuse_more_than_the_positions(prompt_tokens: int, max_new_tokens: int, positions: int) -> None:
     if prompt_tokens >= positions:
         raise CheckpointError(
-            f"the prompt has {prompt_tokens} tokens, and this model knows {positions} positions, which leaves none for a new token; "
+            f"the prompt has {prompt_tokens} tokens, and this model knows {positions} positions, which leaves "
+            "none for a new token; "
             f"shorten the prompt by at least {prompt_tokens + 1 - positions} tokens"
         )
     if prompt_tokens + max_new_tokens > positions:
         raise CheckpointError(
-            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are more than the {positions} positions of this model; "
+            f"{prompt_tokens} tokens of prompt and max_new_tokens={max_new_tokens} are more than the {positions} "
+            "positions of this model; "
             f"use at most {positions - prompt_tokens} new tokens, or a shorter prompt"
         )
 

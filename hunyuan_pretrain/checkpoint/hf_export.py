@@ -1,8 +1,10 @@
-"""Writes a model as a folder that Hugging Face transformers (and what builds on it) loads, and proves that it loads right.
+"""Writes a model as a folder that Hugging Face transformers (and what builds on it) loads, and proves that it loads
+right.
 
 Two formats:
     hunyuan          everything this project trains, with our own model code beside the weights (auto_map)
-    hunyuan_v1_moe   what transformers and vLLM load with their own code; refused where they would compute something else
+    hunyuan_v1_moe   what transformers and vLLM load with their own code; refused where they would compute something
+    else
 
 The folder appears under its name only after it has been loaded back from disk and compared with the model it came from;
 certificate.json in it says how well they agree, and what else loads it (see `certificate`).
@@ -32,7 +34,16 @@ from .certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
 from .generate import MODEL_CODE, TOKENIZER_CODE
 from .weight_map import Mapping, to_hf, weight_map
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+)
 """Errors of a disk or a folder, not of this program."""
 
 
@@ -52,17 +63,19 @@ def export(
 ) -> dict[str, Any]:
     """Writes `output`, loads it back, compares it with the model it came from, and returns the certificate.
 
-    megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time. dtype: of the stored weights; the
-    router stays fp32. rope_alpha: NTK-alpha of the last stage. reference_logits: the training model, dropless: token ids (B, S)
-    -> logits (B, S, V). certificate_info: copied into the certificate (run, step). Needs memory for one shard while writing and
-    for the whole model while comparing.
-    Raises CheckpointError, and leaves no output, if the output folder is not empty, the format cannot express the model, a
-    tensor is missing or of the wrong shape, the tokenizer does not fit, the disk is full or cannot be written, or what was loaded back
-    computes something else.
+    megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time. dtype: of the stored
+    weights; the router stays fp32. rope_alpha: NTK-alpha of the last stage. reference_logits: the training model,
+    dropless: token ids (B, S) -> logits (B, S, V). certificate_info: copied into the certificate (run, step). Needs
+    memory for one shard while writing and for the whole model while comparing.
+    Raises CheckpointError, and leaves no output, if the output folder is not empty, the format cannot express the
+    model, a tensor is missing or of the wrong shape, the tokenizer does not fit, the disk is full or cannot be written,
+    or what was loaded back computes something else.
     """
     refuse_what_loads_wrongly(model, format)
     if dtype not in TOLERANCES:
-        raise CheckpointError(f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}")
+        raise CheckpointError(
+            f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -75,10 +88,13 @@ def export(
     folder = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)
-        # A pretraining document ends with <|endoftext|>; the ids in the release's own config.json are wrong for its tokenizer.
+        # A pretraining document ends with <|endoftext|>; the ids in the release's own config.json are wrong for its
+        # tokenizer.
         ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
         written_with = {"transformers_version": version("transformers")}
-        config = hf_config(model, rope_alpha=rope_alpha, max_position_embeddings=max_position_embeddings, dtype=dtype, format=format)
+        config = hf_config(
+            model, rope_alpha=rope_alpha, max_position_embeddings=max_position_embeddings, dtype=dtype, format=format
+        )
         _write_json(folder / "config.json", config | ids | written_with)
         _write_json(folder / "generation_config.json", generation_config(model, tokenizer) | written_with)
         write_hf_tokenizer(tokenizer, folder, model_max_length=max_position_embeddings)
@@ -89,7 +105,11 @@ def export(
         _write_weights(model, megatron_tensors, folder, dtype, max_shard_bytes)
         _give_every_file_the_mode_of(folder / "config.json")
         certificate = certify(model, tokenizer, folder, dtype, reference_logits, format)
-        certificate = {"format": format, "dtype": str(dtype).removeprefix("torch."), "rope_alpha": rope_alpha} | certificate
+        certificate = {
+            "format": format,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rope_alpha": rope_alpha,
+        } | certificate
         certificate["source"] = certificate_info or {}
         _write_json(folder / "certificate.json", certificate)
         folder.rename(output)  # over an empty folder too
@@ -103,8 +123,8 @@ def export(
 
 
 def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers' generate() does by itself: it stops at the end of a document and of an answer, and never gives an id of a row
-    that only pads the vocabulary, which a young model still finds likely."""
+    """What transformers' generate() does by itself: it stops at the end of a document and of an answer, and never gives
+    an id of a row that only pads the vocabulary, which a young model still finds likely."""
     config: dict[str, Any] = {
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": [tokenizer.end_id, tokenizer.eos_id],
@@ -116,7 +136,12 @@ def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def hf_config(
-    model: ModelConfig, *, rope_alpha: float, max_position_embeddings: int, dtype: torch.dtype, format: Format = "hunyuan"
+    model: ModelConfig,
+    *,
+    rope_alpha: float,
+    max_position_embeddings: int,
+    dtype: torch.dtype,
+    format: Format = "hunyuan",
 ) -> dict[str, Any]:
     """The architecture as config.json spells it, without token ids."""
     config = {
@@ -149,7 +174,8 @@ def hf_config(
         "moe_random_routing_dropped_token": model.moe_expert_capacity_factor is not None and model.recycle_routing,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_theta": model.rotary_base,
-        # All three keys, also for alpha 1: loaders of the release index them, and without them it rounds frequencies to bf16.
+        # All three keys, also for alpha 1: loaders of the release index them, and without them it rounds frequencies to
+        # bf16.
         "rope_scaling": {"type": "dynamic", "alpha": float(rope_alpha), "factor": 1.0},
         "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "max_position_embeddings": max_position_embeddings,
@@ -167,9 +193,14 @@ def hf_config(
 
 
 def _write_weights(
-    model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    model: ModelConfig,
+    megatron_tensors: abc.Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
 ) -> None:
-    """safetensors shards in the order of the forward pass, planned from the shapes so that one shard is in memory at a time."""
+    """safetensors shards in the order of the forward pass, planned from the shapes so that one shard is in memory at a
+    time."""
     stored = {name: torch.float32 if row.is_fp32 else dtype for row in weight_map(model) for name in row.hf_names}
     shards = _plan_shards(weight_map(model), stored, max_shard_bytes)
     files = (
@@ -189,7 +220,9 @@ def _write_weights(
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_of})
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_of}
+        )
 
 
 def _plan_shards(table: list[Mapping], stored: dict[str, torch.dtype], max_shard_bytes: int) -> list[list[str]]:
@@ -207,8 +240,9 @@ def _plan_shards(table: list[Mapping], stored: dict[str, torch.dtype], max_shard
 
 
 def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
-    """What the scripts of Tencent's release read and copy: hy.tiktoken and a class with code in the folder, and `release_tokenizer`, a
-    folder for their --tokenizer_name_or_path where that class is the tokenizer. In the export itself it is not."""
+    """What the scripts of Tencent's release read and copy: hy.tiktoken and a class with code in the folder, and
+    `release_tokenizer`, a folder for their --tokenizer_name_or_path where that class is the tokenizer. In the export
+    itself it is not."""
     (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
     shutil.copyfile(Path(__file__).parent / TOKENIZER_CODE, folder / TOKENIZER_CODE)
     release = folder / "release_tokenizer"

@@ -1,13 +1,15 @@
 """Hunyuan-Large for transformers 5.0 to 5.24, with a key/value cache that cross-layer attention (CLA) really shrinks.
 
 This file and configuration_hunyuan.py are copied into every export: they need torch and transformers and nothing else.
-transformers 5.24 renamed `past_key_values` to `cache`; both names are taken, and the output has the name of the installed version. An
-argument that is not known here is refused: what a later version renames shall be an error, not another computation.
+transformers 5.24 renamed `past_key_values` to `cache`; both names are taken, and the output has the name of the
+installed version. An argument that is not known here is refused: what a later version renames shall be an error, not
+another computation.
 Architecture: report arXiv 2411.02265; tensor names: Tencent's release.
 
-A borrowing layer attends to its owner's keys with its own key norm: RoPE first, then RMSNorm with the layer's weight w_k.
-RoPE keeps a vector's length, so the normalised key k_hat is the same for all layers of a group and only w_k differs, and
-(w_q * q_hat) . (w_k * k_hat) = (w_q * w_k * q_hat) . k_hat. The cache therefore holds k_hat and v of the owners only.
+A borrowing layer attends to its owner's keys with its own key norm: RoPE first, then RMSNorm with the layer's weight
+w_k. RoPE keeps a vector's length, so the normalised key k_hat is the same for all layers of a group and only w_k
+differs, and (w_q * q_hat) . (w_k * k_hat) = (w_q * w_k * q_hat) . k_hat. The cache therefore holds k_hat and v of the
+owners only.
 
 Shape suffixes: B batch, S query positions, L key positions, T = B*S tokens, D hidden, N query heads, G key/value heads,
 H head width, F SwiGLU width, E experts, K experts of a token, V vocabulary.
@@ -37,22 +39,27 @@ def _name_of_cache() -> str:
         if name in known:
             return name
     raise ImportError(
-        f"transformers {transformers_version} calls the key/value cache neither `cache` nor `past_key_values` (its outputs have: "
-        f"{', '.join(sorted(known))}), so generation would be wrong with this model code; install transformers 5.0 to 5.24"
+        f"transformers {transformers_version} calls the key/value cache neither `cache` nor `past_key_values` "
+        "(its outputs have: "
+        f"{', '.join(sorted(known))}), so generation would be wrong with this model code; install transformers "
+        "5.0 to 5.24"
     )
 
 
 CACHE_NAME = _name_of_cache()
 
 HARMLESS_ARGUMENTS = frozenset({"cache_position"})
-"""What transformers passes to forward without being asked, and what is known here anyway. cache_position (until 5.3): the places of the
-new tokens in the cache, which follow from its length. As a parameter with a name it would make later versions warn."""
+"""What transformers passes to forward without being asked, and what is known here anyway. cache_position (until 5.3):
+the places of the new tokens in the cache, which follow from its length. As a parameter with a name it would make later
+versions warn."""
 
 
 def _refuse_unknown_arguments(others: dict[str, Any]) -> None:
     unknown = sorted(set(others) - HARMLESS_ARGUMENTS)
     if unknown:
-        raise TypeError(f"HunYuan's forward() has no argument {', '.join(unknown)} (transformers {transformers_version})")
+        raise TypeError(
+            f"HunYuan's forward() has no argument {', '.join(unknown)} (transformers {transformers_version})"
+        )
 
 
 def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -82,21 +89,24 @@ def _rotate(x_BxSH: Tensor, cos_BSH: Tensor, sin_BSH: Tensor) -> Tensor:
 
 
 class _Mask:
-    """Which keys each query may see. Made when the first layer has its keys, for only they tell how many a cache hands out: a static one
-    gives its unused slots too."""
+    """Which keys each query may see. Made when the first layer has its keys, for only they tell how many a cache hands
+    out: a static one gives its unused slots too."""
 
     def __init__(self, given: Tensor | None, documents: Tensor | None, cache_position: Tensor, num_cached: int) -> None:
-        """given: attention_mask of forward. documents: (B or 1, S), or None. cache_position: (S,), the places of the queries."""
+        """given: attention_mask of forward. documents: (B or 1, S), or None. cache_position: (S,), the places of the
+        queries."""
         self.given, self.documents, self.cache_position, self.num_cached = given, documents, cache_position, num_cached
         self.num_keys = 0
         self.seen: Tensor | None = None
 
     def of(self, k_BGLH: Tensor) -> Tensor | None:
-        """(B or 1, 1, S, L): bool, True where the query may see the key, or floating, to add. None: plainly causal, or one query that sees
-        every key. Raises ValueError if the mask that was given is for other lengths."""
+        """(B or 1, 1, S, L): bool, True where the query may see the key, or floating, to add. None: plainly causal, or
+        one query that sees every key. Raises ValueError if the mask that was given is for other lengths."""
         if k_BGLH.shape[2] != self.num_keys:
             self.num_keys = k_BGLH.shape[2]
-            self.seen = self._four_dimensional() if self.given is not None and self.given.dim() == 4 else self._from_padding()
+            self.seen = (
+                self._four_dimensional() if self.given is not None and self.given.dim() == 4 else self._from_padding()
+            )
         return None if self.seen is None else self.seen.to(k_BGLH.device)
 
     def _four_dimensional(self) -> Tensor:
@@ -105,7 +115,9 @@ class _Mask:
             raise ValueError(f"a 4-dimensional attention_mask is bool or floating, not {self.given.dtype}")
         expected = (len(self.cache_position), self.num_keys)
         if self.given.shape[2:] != expected:
-            raise ValueError(f"attention_mask {tuple(self.given.shape)}: its last dimensions must be {expected}, new tokens and keys")
+            raise ValueError(
+                f"attention_mask {tuple(self.given.shape)}: its last dimensions must be {expected}, new tokens and keys"
+            )
         return self.given
 
     def _from_padding(self) -> Tensor | None:
@@ -178,13 +190,16 @@ class HunYuanGate(nn.Module):
 
 
 class HunYuanMoE(nn.Module):
-    """Shared expert plus the weighted routed experts of each token: (B, S, D) -> (B, S, D). No capacity, nothing is dropped."""
+    """Shared expert plus the weighted routed experts of each token: (B, S, D) -> (B, S, D). No capacity, nothing is
+    dropped."""
 
     def __init__(self, config: HunYuanConfig) -> None:
         super().__init__()
         self.gate = HunYuanGate(config)
         self.shared_mlp = HunYuanMLP(config.hidden_size, config.intermediate_size)
-        self.experts = nn.ModuleList(HunYuanMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(
+            HunYuanMLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -199,19 +214,26 @@ class HunYuanMoE(nn.Module):
         for expert, count in enumerate(counts):
             if count:
                 tokens = token_of_slot[start : start + count]
-                routed_TD.index_add_(0, tokens, self.experts[expert](x_TD[tokens]) * weight_of_slot[start : start + count])
+                routed_TD.index_add_(
+                    0, tokens, self.experts[expert](x_TD[tokens]) * weight_of_slot[start : start + count]
+                )
                 start += count
         return (self.shared_mlp(x_TD) + routed_TD).to(x_BSD.dtype).view_as(x_BSD)
 
 
 class HunYuanAttention(nn.Module):
-    """Causal grouped-query attention; an owner layer computes k_hat and v for its CLA group, a borrower is given them."""
+    """Causal grouped-query attention; an owner layer computes k_hat and v for its CLA group, a borrower is given
+    them."""
 
     def __init__(self, config: HunYuanConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.is_owner = layer_idx % config.kv_share_factor == 0
-        self.num_heads, self.num_groups, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_heads, self.num_groups, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.use_qk_norm, self.eps, self.dropout = config.use_qk_norm, config.rms_norm_eps, config.attention_dropout
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         if self.is_owner:
@@ -234,8 +256,8 @@ class HunYuanAttention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Hidden states, (k_hat, v) of the group's owner (None in the owner itself), RoPE's (cos, sin), mask.
 
-        cache_position: (S,), the places of the queries among the keys. Returns the output (B, S, D), (k_hat, v), each (B, G, L, H),
-        cached positions included, and if asked for the attention weights (B, N, S, L).
+        cache_position: (S,), the places of the queries among the keys. Returns the output (B, S, D), (k_hat, v), each
+        (B, G, L, H), cached positions included, and if asked for the attention weights (B, N, S, L).
         """
         high = rope[0].dtype
         q_BNSH = _rotate(self._heads(self.q_proj(x_BSD), self.num_heads).to(high), *rope)
@@ -246,7 +268,8 @@ class HunYuanAttention(nn.Module):
             k_BGSH = _rotate(self._heads(self.k_proj(x_BSD), self.num_groups).to(high), *rope)
             k_hat = (_unit_rms(k_BGSH, self.eps) if self.use_qk_norm else k_BGSH).to(x_BSD.dtype)
             v = self._heads(self.v_proj(x_BSD), self.num_groups)
-            # A static cache of transformers 5.0 to 5.3 writes to its beginning if it is not told where; later ones count themselves.
+            # A static cache of transformers 5.0 to 5.3 writes to its beginning if it is not told where; later ones
+            # count themselves.
             places = {"cache_position": cache_position}
             owner_kv = (k_hat, v) if cache is None else cache.update(k_hat, v, self.layer_idx, places)
         assert owner_kv is not None
@@ -271,9 +294,13 @@ class HunYuanAttention(nn.Module):
         )
         return self.o_proj(context.transpose(1, 2).flatten(2)), owner_kv, None
 
-    def _attend_slowly(self, q_BNSH: Tensor, k_BGLH: Tensor, v_BGLH: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attend_slowly(
+        self, q_BNSH: Tensor, k_BGLH: Tensor, v_BGLH: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The same attention with its weights: (B, N, S, H) and (B, N, S, L), in the dtype of the queries."""
-        k_BNLH, v_BNLH = (t.repeat_interleave(self.num_heads // self.num_groups, dim=1).to(q_BNSH.dtype) for t in (k_BGLH, v_BGLH))
+        k_BNLH, v_BNLH = (
+            t.repeat_interleave(self.num_heads // self.num_groups, dim=1).to(q_BNSH.dtype) for t in (k_BGLH, v_BGLH)
+        )
         scores_BNSL = q_BNSH @ k_BNLH.transpose(-1, -2) * self.head_dim**-0.5
         if seen is None and q_BNSH.shape[2] > 1:
             seen = torch.ones(scores_BNSL.shape[-2:], dtype=torch.bool, device=scores_BNSL.device).tril()
@@ -332,7 +359,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
     def __init__(self, config: HunYuanConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(HunYuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            HunYuanDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
         self.norm = HunYuanRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -353,10 +382,12 @@ class HunYuanModel(HunYuanPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Token ids (B, S) or embeddings (B, S, D) -> hidden states (B, S, D) after the final norm.
 
-        attention_mask: (B, cached + S), 0 for padding; or (B, 1, S, L), bool (True: seen) or floating (added), used as it is.
-        position_ids: (B or 1, S), by default counted without the padding. Where they do not rise by one, and there is no mask, another
-        document of a pack begins, and documents do not see each other. cache and past_key_values: one thing by its new and its old name.
-        Raises TypeError for an argument that it does not know, and ValueError for ones that contradict each other.
+        attention_mask: (B, cached + S), 0 for padding; or (B, 1, S, L), bool (True: seen) or floating (added), used as
+        it is.
+        position_ids: (B or 1, S), by default counted without the padding. Where they do not rise by one, and there is
+        no mask, another document of a pack begins, and documents do not see each other. cache and past_key_values: one
+        thing by its new and its old name. Raises TypeError for an argument that it does not know, and ValueError for
+        ones that contradict each other.
         """
         _refuse_unknown_arguments(others)
         if (input_ids is None) == (inputs_embeds is None):
@@ -366,7 +397,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
         cache_position = torch.arange(x_BSD.shape[1], device=x_BSD.device) + num_cached
         position_ids, documents = _positions(position_ids, attention_mask, cache_position)
         if documents is not None and num_cached:
-            raise ValueError("position_ids that begin again (packed documents) do not go with a cache that holds earlier tokens")
+            raise ValueError(
+                "position_ids that begin again (packed documents) do not go with a cache that holds earlier tokens"
+            )
         mask = _Mask(attention_mask, documents, cache_position, num_cached)
         rope = self._rope(position_ids, x_BSD)
 
@@ -393,7 +426,10 @@ class HunYuanModel(HunYuanPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             # The recomputation of a layer would write its keys a second time.
             if cache is not None or use_cache:
-                raise ValueError("a cache does not go with gradient checkpointing in training; call eval(), or generate(use_cache=False)")
+                raise ValueError(
+                    "a cache does not go with gradient checkpointing in training; call eval(), or "
+                    "generate(use_cache=False)"
+                )
             return None, 0
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
@@ -402,7 +438,8 @@ class HunYuanModel(HunYuanPreTrainedModel):
     def _rope(self, position_ids: Tensor, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each (B or 1, S, H). Angles are fp32: at 256K positions another precision is another model."""
         dim = self.config.head_dim
-        # On the CPU and not kept as a buffer: the same bits on every device, and no dtype or meta device can spoil them.
+        # On the CPU and not kept as a buffer: the same bits on every device, and no dtype or meta device can spoil
+        # them.
         inv_freq = 1.0 / (self.config.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
         angles = position_ids.to(x_BSD.device, torch.float32).unsqueeze(-1) * inv_freq.to(x_BSD.device)
         angles = torch.cat((angles, angles), dim=-1).to(_high_precision(x_BSD.dtype))
@@ -439,8 +476,9 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As HunYuanModel.forward, then logits (B, S, V), or of the last `logits_to_keep` positions if that is not 0.
 
-        labels: (B, S), -100 where there is no loss; the loss is the cross entropy of the next token, without a balance loss: the mean, or
-        the sum over num_items_in_batch (transformers' Trainer accumulates gradients so). Raises as HunYuanModel.forward.
+        labels: (B, S), -100 where there is no loss; the loss is the cross entropy of the next token, without a balance
+        loss: the mean, or the sum over num_items_in_batch (transformers' Trainer accumulates gradients so). Raises as
+        HunYuanModel.forward.
         """
         _refuse_unknown_arguments(others)
         outputs = self.model(
@@ -459,17 +497,25 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits=logits_BSV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
         named_cache: dict[str, Any] = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits_BSV, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **named_cache
+            loss=loss,
+            logits=logits_BSV,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **named_cache,
         )
         return result.to_tuple() if return_dict is False else result
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """transformers' generate()."""
-        # Up to 5.15 it keeps a static cache for the next call and asks every layer of it for a batch size; a borrower has none.
+        # Up to 5.15 it keeps a static cache for the next call and asks every layer of it for a batch size; a borrower
+        # has none.
         kept = getattr(self, "_cache", None)
         if hasattr(type(kept), "max_batch_size") and not hasattr(kept, "max_batch_size"):
             del self._cache
@@ -477,19 +523,24 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-        """The mask of generate() for a static cache: left as it is, for forward makes it from the tokens' own positions.
+        """The mask of generate() for a static cache: left as it is, for forward makes it from the tokens' own
+        positions.
 
-        The rest describes the model and its cache to transformers' own maker of masks, whose masks differ between versions.
+        The rest describes the model and its cache to transformers' own maker of masks, whose masks differ between
+        versions.
         """
         return attention_mask
 
 
-def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor) -> tuple[Tensor, Tensor | None]:
+def _positions(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Positions for RoPE (B or 1, S), and the document of each token (B or 1, S) if there are several in a row."""
     if position_ids is None:
         if attention_mask is None or attention_mask.dim() != 2:
             return cache_position.unsqueeze(0), None
-        # Padding on the left moves a text, and RoPE does not mind; but its angles are rounded, so a text shall keep its positions.
+        # Padding on the left moves a text, and RoPE does not mind; but its angles are rounded, so a text shall keep its
+        # positions.
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -len(cache_position) :], None
     documents = None
     if attention_mask is None:

@@ -1,13 +1,15 @@
-"""Weights and the state of AdamW, between this rank's device and what a checkpoint holds, whatever layout and optimizer class holds them.
+"""Weights and the state of AdamW, between this rank's device and what a checkpoint holds, whatever layout and optimizer
+class holds them.
 
-A checkpoint has the weight, both moments, and where the weight is bf16 the fp32 main weight, in the shape and under the name of the
-parameter. Core's own form is not used: it cannot be read under another expert-parallel size, mixes up parameter groups that differ only
-in their rate, and fails for torch's Adam and for models whose routers are fp32 among bf16 weights. Settings of parameter groups are not
-saved at all: they are those of the running experiment.
+A checkpoint has the weight, both moments, and where the weight is bf16 the fp32 main weight, in the shape and under the
+name of the parameter. Core's own form is not used: it cannot be read under another expert-parallel size, mixes up
+parameter groups that differ only in their rate, and fails for torch's Adam and for models whose routers are fp32 among
+bf16 weights. Settings of parameter groups are not saved at all: they are those of the running experiment.
 
-Each parameter has a home among the data-parallel ranks that share it. Only that rank has it in its host memory, writes it, and reads it
-for the others; on the device there is never more than one tensor of one parameter. Core's wrappers for fully parallel saving and
-loading divide the work too, but only once every rank holds every tensor, and hold what they exchange on the device.
+Each parameter has a home among the data-parallel ranks that share it. Only that rank has it in its host memory, writes
+it, and reads it for the others; on the device there is never more than one tensor of one parameter. Core's wrappers for
+fully parallel saving and loading divide the work too, but only once every rank holds every tensor, and hold what they
+exchange on the device.
 """
 
 from __future__ import annotations
@@ -45,10 +47,11 @@ State = dict[str, dict[str, ShardedBase]]
 
 @torch.no_grad()
 def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> Iterator[Moments]:
-    """(name, state, placement) of every parameter of this rank: both moments, and the fp32 weight where the model's is bf16, each in the
-    parameter's full local shape.
+    """(name, state, placement) of every parameter of this rank: both moments, and the fp32 weight where the model's is
+    bf16, each in the parameter's full local shape.
 
-    Communicates: data-parallel groups of the parameters, if the distributed optimizer has divided the state among their ranks.
+    Communicates: data-parallel groups of the parameters, if the distributed optimizer has divided the state among their
+    ranks.
     """
     source, stage, failures = _Source(optimizer), Stage(chunks), Failures()
     for home in _homes(chunks):
@@ -61,14 +64,17 @@ def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> It
 def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stage: Stage) -> State:
     """What this rank writes, copied to the host tensor by tensor.
 
-    Communicates: as full_moments. An error is raised after the last collective, so that ranks without one are not left waiting.
+    Communicates: as full_moments. An error is raised after the last collective, so that ranks without one are not left
+    waiting.
     """
     source, failures, state = _Source(optimizer), Failures(), State()
 
     def keep(home: _Home, kind: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
         if home.is_written_here:
             on_host = _to_host(tensor)
-            state.setdefault(home.name, {})[kind] = sharded_tensor(home.prefix(kind), on_host.to(dtype or on_host.dtype), home.shared_place)
+            state.setdefault(home.name, {})[kind] = sharded_tensor(
+                home.prefix(kind), on_host.to(dtype or on_host.dtype), home.shared_place
+            )
 
     for home in _homes(chunks):
         is_quantised = is_float8tensor(home.parameter)
@@ -77,7 +83,9 @@ def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stag
         for kind in _kinds(home.parameter):
             tensor = source.whole(home, kind, stage, failures)
             failures.run(keep, home, kind, tensor)
-            if is_quantised and kind == "main":  # as it is in checkpoints of other runs: rounded to the dtype of the run
+            if (
+                is_quantised and kind == "main"
+            ):  # as it is in checkpoints of other runs: rounded to the dtype of the run
                 failures.run(keep, home, WEIGHT, tensor, home.parameter.dtype)
     failures.raise_first()
     return state
@@ -89,7 +97,9 @@ def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> State:
     for home in _homes(chunks):
         if home.is_here:
             kinds = (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,)
-            state[home.name] = {kind: sharded_tensor(home.prefix(kind), _host_buffer(home, kind), home.shared_place) for kind in kinds}
+            state[home.name] = {
+                kind: sharded_tensor(home.prefix(kind), _host_buffer(home, kind), home.shared_place) for kind in kinds
+            }
     return state
 
 
@@ -101,9 +111,11 @@ def restore_state(
     num_updates: int,
     stage: Stage,
 ) -> None:
-    """Give every rank what was read for it: the weights, and with `optimizer` its share of the state and the number of updates made.
+    """Give every rank what was read for it: the weights, and with `optimizer` its share of the state and the number of
+    updates made.
 
-    What was read is freed on the way. Communicates: data-parallel groups of the parameters. An error is raised after the last collective.
+    What was read is freed on the way. Communicates: data-parallel groups of the parameters. An error is raised after
+    the last collective.
     """
     pieces = {piece.parameter: piece for piece in _pieces(optimizer)} if optimizer is not None else {}
     failures = Failures()
@@ -147,7 +159,9 @@ def _host_buffer(home: _Home, kind: str) -> Tensor:
     parameter = home.parameter
     if kind == WEIGHT:
         if home.group.size() == 1 and parameter.device.type == "cpu" and not is_float8tensor(parameter):
-            return parameter.detach()  # it is in host memory already: a large model is exported on a machine that holds it once
+            return (
+                parameter.detach()
+            )  # it is in host memory already: a large model is exported on a machine that holds it once
         return torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
     return torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
 
@@ -208,7 +222,8 @@ class _Home(NamedTuple):
 
 
 def _homes(chunks: list[HunyuanModel]) -> Iterator[_Home]:
-    """Every parameter of this rank; each goes to the rank of its group that has got least so far, which all of them reckon alike."""
+    """Every parameter of this rank; each goes to the rank of its group that has got least so far, which all of them
+    reckon alike."""
     loads: dict[bool, list[int]] = {}
     for model in chunks:
         places = model.placements()
@@ -224,7 +239,8 @@ def _homes(chunks: list[HunyuanModel]) -> Iterator[_Home]:
 class Stage:
     """Memory on the device for one tensor of one parameter, whichever; each use overwrites the one before.
 
-    It is made before the first collective, so that a rank whose memory is full says so before the others wait for it in one.
+    It is made before the first collective, so that a rank whose memory is full says so before the others wait for it in
+    one.
     """
 
     def __init__(self, chunks: list[HunyuanModel]) -> None:
@@ -283,12 +299,18 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
             is_offloaded = isinstance(inner, HybridDeviceOptimizer)
             parameters = chain(*part.model_float16_groups, *part.model_fp32_groups)
             # with core's offloaded optimizer the distributed one has no main weights
-            shards = chain(*(part.shard_float16_groups if is_offloaded else part.shard_fp32_from_float16_groups), *part.shard_fp32_groups)
+            shards = chain(
+                *(part.shard_float16_groups if is_offloaded else part.shard_fp32_from_float16_groups),
+                *part.shard_fp32_groups,
+            )
             owners = _owners(inner) if is_offloaded else {}
             for parameter, shard in zip(parameters, shards, strict=True):
                 main = inner.param_to_inner_param[shard] if is_offloaded else shard
                 yield _Piece(
-                    parameter, main, owners[main] if is_offloaded else inner, part._get_model_param_range_map(parameter)["param"].start
+                    parameter,
+                    main,
+                    owners[main] if is_offloaded else inner,
+                    part._get_model_param_range_map(parameter)["param"].start,
                 )
         elif isinstance(part, Float16OptimizerWithFloat16Params):
             for parameter, main in zip(chain(*part.float16_groups), chain(*part.fp32_from_float16_groups), strict=True):
@@ -302,4 +324,9 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
 
 def _owners(optimizer: HybridDeviceOptimizer) -> dict[Tensor, torch.optim.Optimizer]:
     """Weight on the host or the device -> the one of the offloaded optimizer's own optimizers that updates it."""
-    return {weight: owner for owner in optimizer.sub_optimizers for group in owner.param_groups for weight in group["params"]}
+    return {
+        weight: owner
+        for owner in optimizer.sub_optimizers
+        for group in owner.param_groups
+        for weight in group["params"]
+    }

@@ -1,8 +1,9 @@
 """Writing one distributed checkpoint, by the parts of megatron-core's writer.
 
-Core's own entry point writes small files on rank 0 on its way from one collective to the next, where a full disk leaves the other ranks
-waiting in one that rank 0 never enters, and exchanges every rank's whole plan in each save. Here each step ends with all ranks knowing
-whether it succeeded on all, and the plan is exchanged and checked in the first saves of a run only.
+Core's own entry point writes small files on rank 0 on its way from one collective to the next, where a full disk leaves
+the other ranks waiting in one that rank 0 never enters, and exchanges every rank's whole plan in each save. Here each
+step ends with all ranks knowing whether it succeeded on all, and the plan is exchanged and checked in the first saves
+of a run only.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class _Planned(NamedTuple):
 
 
 class _Planner(TorchDistSaveShardedStrategy):
-    """Core's strategy up to the plan. It remembers what the ranks have exchanged: from the third save on nothing of the plan is sent."""
+    """Core's strategy up to the plan. It remembers what the ranks have exchanged: from the third save on nothing of the
+    plan is sent."""
 
     def __init__(self, parts: frozenset[Any]) -> None:
         super().__init__("torch_dist", 1, cached_metadata=True)
@@ -97,11 +99,13 @@ class _Planner(TorchDistSaveShardedStrategy):
 
     def plan(self, state: dict[str, Any], folder: str) -> _Planned:
         """Communicates: all ranks."""
-        # for results of this process, which core would hold in a process of its own: one that outlives a rank which leaves after an error,
-        # and keeps the pipes of the job open
+        # for results of this process, which core would hold in a process of its own: one that outlives a rank which
+        # leaves after an error, and keeps the pipes of the job open
         filesystem_async._results_queue = Queue()
         # core 0.19 has two writers, of which "mcore" is the one that 0.16 has
-        chosen = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(self.async_save).parameters else {}
+        chosen = (
+            {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(self.async_save).parameters else {}
+        )
         return self.async_save(state, folder, **chosen)
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:

@@ -1,7 +1,9 @@
-"""Checkpoints: megatron's distributed format, committed in two phases, verified before it is read; see folders.py for what is on disk.
+"""Checkpoints: megatron's distributed format, committed in two phases, verified before it is read; see folders.py for
+what is on disk.
 
-A checkpoint is written into step_NNNNNNN.partial. Every rank digests and syncs the files that it wrote, rank 0 writes complete.json, and
-only then does the folder get its name. A folder without its name or without a complete.json that matches is never read.
+A checkpoint is written into step_NNNNNNN.partial. Every rank digests and syncs the files that it wrote, rank 0 writes
+complete.json, and only then does the folder get its name. A folder without its name or without a complete.json that
+matches is never read.
 
 Between two collectives that all ranks enter, a failure on one of them is told to all (parallel/agreement.py).
 """
@@ -76,8 +78,8 @@ def save(
 
     `record` is what complete.json shall hold beside what this module needs: a JSON object.
 
-    Communicates: all ranks. Raises CheckpointError on every rank, with the first rank's reason, if any rank cannot write; nothing
-    of the attempt stays and older checkpoints are untouched.
+    Communicates: all ranks. Raises CheckpointError on every rank, with the first rank's reason, if any rank cannot
+    write; nothing of the attempt stays and older checkpoints are untouched.
     """
     folder = checkpoint_folder(run_dir, step)
     partial = folder.with_name(f"{folder.name}{folders.PARTIAL}")
@@ -93,19 +95,22 @@ def save(
         if error is not None:
             forget_plan(chunks[0])
             error_of_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))
-            raise CheckpointError(f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched")
+            raise CheckpointError(
+                f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched"
+            )
         if keep_last is not None:
             error_of_rank_0(lambda: _remove_all_but(run_dir, step, keep_last))
     return folder
 
 
 def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> int:
-    """Read a checkpoint into the model chunks of this rank, and with `optimizer` its state and this rank's generators too.
+    """Read a checkpoint into the model chunks of this rank, and with `optimizer` its state and this rank's generators
+    too.
 
     Returns the step that it was taken after.
 
-    The scales of the delayed FP8 recipe are read where the checkpoint has them of the same recipe; otherwise they begin anew, as in a run
-    that changes its recipe.
+    The scales of the delayed FP8 recipe are read where the checkpoint has them of the same recipe; otherwise they begin
+    anew, as in a run that changes its recipe.
 
     Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, or of another model.
     """
@@ -128,12 +133,12 @@ def load_newest(
 ) -> Resumed | None:
     """`load` the newest checkpoint of a run that is as it was written; None if the run has no checkpoint.
 
-    Rank 0 looks, all ranks verify. One that is damaged or cannot be read is set aside and the next older one is tried. `accept` gets
-    each candidate's folder and marker on every rank before its files are read, to raise what speaks against it. With `last_step` later
-    checkpoints are not looked at.
+    Rank 0 looks, all ranks verify. One that is damaged or cannot be read is set aside and the next older one is tried.
+    `accept` gets each candidate's folder and marker on every rank before its files are read, to raise what speaks
+    against it. With `last_step` later checkpoints are not looked at.
 
-    Communicates: all ranks. Raises CheckpointError that names each checkpoint if none of them is good, and as `load` if the good one is of
-    another model.
+    Communicates: all ranks. Raises CheckpointError that names each checkpoint if none of them is good, and as `load` if
+    the good one is of another model.
     """
     with patience():
         names, error = from_rank_0(lambda: [folder.name for folder in folders.named_checkpoints(run_dir)])
@@ -160,7 +165,9 @@ def load_newest(
     raise folders.none_is_good(run_dir, faults, folders.WITHOUT_ANY)
 
 
-def _refuse(folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> None:
+def _refuse(
+    folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
+) -> None:
     refuse_other_model(folder, marker, chunks[0].config.architecture)
     mine, theirs = str(chunks[0].config.params_dtype), marker.get("dtype")
     if optimizer is not None and theirs != mine:
@@ -187,8 +194,11 @@ def _verify(folder: Path, marker: dict[str, Any]) -> None:
         raise DamagedCheckpointError(f"{folder}: {error}")
 
 
-def _load_verified(folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> None:
-    """Read into host memory, then hand out; a failure while reading leaves weights and optimizer of a model on a GPU as they are."""
+def _load_verified(
+    folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
+) -> None:
+    """Read into host memory, then hand out; a failure while reading leaves weights and optimizer of a model on a GPU as
+    they are."""
     loaded: dict[str, Any] = {}
 
     def prepare() -> None:
@@ -203,7 +213,9 @@ def _load_verified(folder: Path, marker: dict[str, Any], chunks: list[HunyuanMod
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
 
-    error = first_error(prepare) or first_error(lambda: loaded.update(dist_checkpointing.load(loaded.pop("wanted"), str(folder))))
+    error = first_error(prepare) or first_error(
+        lambda: loaded.update(dist_checkpointing.load(loaded.pop("wanted"), str(folder)))
+    )
     if error is not None:
         raise DamagedCheckpointError(f"{folder}: cannot be read: {error}")
     error = first_error(hand_out)
@@ -223,7 +235,10 @@ def _wanted(marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: Megat
 
 def _set_aside(faults: Mapping[Path, str]) -> list[str]:
     def rename() -> list[str]:
-        return [f"WARNING: {folder} is not used: {fault}; it is now {folders.set_aside(folder).name}" for folder, fault in faults.items()]
+        return [
+            f"WARNING: {folder} is not used: {fault}; it is now {folders.set_aside(folder).name}"
+            for folder, fault in faults.items()
+        ]
 
     lines, error = from_rank_0(rename)
     if lines is None:
@@ -232,7 +247,8 @@ def _set_aside(faults: Mapping[Path, str]) -> list[str]:
 
 
 def _commit(partial: Path, folder: Path, content: dict[str, Any]) -> str | None:
-    """Digest every rank's files, mark the checkpoint as complete and give it its name; the error of any rank. Communicates: all ranks."""
+    """Digest every rank's files, mark the checkpoint as complete and give it its name; the error of any rank.
+    Communicates: all ranks."""
     mine: dict[str, dict[str, Any]] = {}
 
     def digest_mine() -> None:
@@ -249,7 +265,8 @@ def _commit(partial: Path, folder: Path, content: dict[str, Any]) -> str | None:
         strangers = {path.name for path in folders.data_files(partial)} ^ files.keys()
         if strangers:
             raise CheckpointError(
-                f"{', '.join(sorted(strangers))}: not what the ranks have written; does another run write to this folder?"
+                f"{', '.join(sorted(strangers))}: not what the ranks have written; does another run write to "
+                "this folder?"
             )
         folders.write_marker(partial, {**content, "files": dict(sorted(files.items()))})
         folders.put_in_place(partial, folder)
@@ -282,7 +299,8 @@ def _layout(model: HunyuanModel) -> str:
 
 
 def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
-    """What must be equal for the scales of a checkpoint to be those of a run; None where a run has none that outlive a step."""
+    """What must be equal for the scales of a checkpoint to be those of a run; None where a run has none that outlive a
+    step."""
     formats = model.config.number_formats
     if formats.fp8_recipe != "delayed":
         return None
@@ -291,12 +309,17 @@ def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
 
 
 def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:
-    """The state of the delayed recipe: the same on all ranks that share a tensor, and that of each expert where the expert is."""
+    """The state of the delayed recipe: the same on all ranks that share a tensor, and that of each expert where the
+    expert is."""
     groups, found = chunks[0].groups, {}
     for name, tensor in scaling_state(chunks).items():
         is_expert = ".experts." in name
         offsets = [(tensor.dim() - 1, groups.ep.rank(), groups.ep.size())] if is_expert else []
-        replica = (0, groups.expt_tp.rank(), groups.expt_dp.rank()) if is_expert else (0, groups.tp.rank(), groups.dp_cp.rank())
+        replica = (
+            (0, groups.expt_tp.rank(), groups.expt_dp.rank())
+            if is_expert
+            else (0, groups.tp.rank(), groups.dp_cp.rank())
+        )
         found[name] = ShardedTensor.from_rank_offsets(f"fp8.{name}", tensor, *offsets, replica_id=replica)
     return found
 
@@ -307,6 +330,9 @@ def _generator_object() -> ShardedObject:
 
 
 def _remove_all_but(run_dir: Path, step: int, keep_last: int) -> None:
-    """Of the checkpoints up to `step`; what an earlier attempt has left of later steps is no reason to remove this one's."""
-    for folder in [folder for folder in find_checkpoints(run_dir) if (folders.step_of(folder) or 0) <= step][:-keep_last]:
+    """Of the checkpoints up to `step`; what an earlier attempt has left of later steps is no reason to remove this
+    one's."""
+    for folder in [folder for folder in find_checkpoints(run_dir) if (folders.step_of(folder) or 0) <= step][
+        :-keep_last
+    ]:
         folders.remove(folder)

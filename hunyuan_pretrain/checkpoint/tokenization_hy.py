@@ -1,7 +1,8 @@
 """The tokenizer under the name, and with the attributes, that the scripts of Tencent's Hunyuan-Large release ask for.
 
-Copied into exports, for those scripts alone: the folder `release_tokenizer` names this class, everything else uses tokenizer.json. Needs
-tiktoken and transformers, from 4.41 on (the release runs on 4.41 to 4.48), and nothing else. hy.tiktoken is beside it.
+Copied into exports, for those scripts alone: the folder `release_tokenizer` names this class, everything else uses
+tokenizer.json. Needs tiktoken and transformers, from 4.41 on (the release runs on 4.41 to 4.48), and nothing else.
+hy.tiktoken is beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import tiktoken
 from transformers import PreTrainedTokenizer
 
-SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END, START, "<|bos|>", "<|eos|>", PAD, *(f"<|extra_{i}|>" for i in range(204)))
 
@@ -23,9 +26,11 @@ SPECIAL_TOKENS = (END, START, "<|bos|>", "<|eos|>", PAD, *(f"<|extra_{i}|>" for 
 class HYTokenizer(PreTrainedTokenizer):
     """Ids of hy.tiktoken and the 209 special tokens after them, as in training.
 
-    As the release's class does, and other than tokenizer.json, `tokenizer(text)` adds <|startoftext|> and <|endoftext|>, for its scripts
-    train on whole documents. Names of special tokens in a text are special tokens. Attributes: bod_id, eod_id, bos_id, eos_id, pad_id.
+    As the release's class does, and other than tokenizer.json, `tokenizer(text)` adds <|startoftext|> and
+    <|endoftext|>, for its scripts train on whole documents. Names of special tokens in a text are special tokens.
     A token is written as its bytes, each as the character of that number.
+
+    Attributes: bod_id, eod_id, bos_id, eos_id, pad_id.
     """
 
     vocab_files_names = {"vocab_file": "hy.tiktoken"}
@@ -36,7 +41,9 @@ class HYTokenizer(PreTrainedTokenizer):
         with open(vocab_file, "rb") as file:
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, file.read().splitlines())}
         self._special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._encoding = tiktoken.Encoding("hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self._special)
+        self._encoding = tiktoken.Encoding(
+            "hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self._special
+        )
         self._ids = {token.decode("latin-1"): rank for token, rank in ranks.items()} | self._special
         self._names = {rank: token for token, rank in self._ids.items()}
         self.bod_id = self.bos_id = self._special[START]
@@ -55,10 +62,15 @@ class HYTokenizer(PreTrainedTokenizer):
         return dict(self._ids)
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
-        """Tokens of a text. The options of transformers say how to split off special tokens, which tiktoken does itself."""
-        return [self._names[i] for i in self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")]
+        """Tokens of a text. The options of transformers say how to split off special tokens, which tiktoken does
+        itself."""
+        return [
+            self._names[i] for i in self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+        ]
 
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """Each text between <|startoftext|> and <|endoftext|>, unless told otherwise."""
         begin, end = [self.bod_id] * self.add_bod_token, [self.eod_id] * self.add_eod_token
         return [*begin, *token_ids_0, *end, *([*begin, *token_ids_1, *end] if token_ids_1 is not None else [])]

@@ -3,8 +3,8 @@
 Both sides are full tensors, not shards of a parallel layout. The names on the Hugging Face side are those of Tencent's
 release. Nothing here casts: the router's weight is fp32 on both sides, everything else keeps the dtype it comes with.
 
-Shape letters: D hidden, N query heads, G key/value heads, H head width, F and Fe SwiGLU width of the shared and of a routed
-expert, E experts, V padded vocabulary.
+Shape letters: D hidden, N query heads, G key/value heads, H head width, F and Fe SwiGLU width of the shared and of a
+routed expert, E experts, V padded vocabulary.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
 class Mapping:
     """One Megatron parameter and the Hugging Face tensors that hold the same numbers.
 
-    to_hf gives views of the parameter, in the order of hf_names; to_megatron puts them together again (a copy, or the tensor
-    itself where there is only one).
+    to_hf gives views of the parameter, in the order of hf_names; to_megatron puts them together again (a copy, or the
+    tensor itself where there is only one).
     """
 
     megatron_name: str
@@ -70,7 +70,9 @@ def weight_map(model: ModelConfig) -> list[Mapping]:
         table.append(_same(ours + "pre_mlp_layernorm.weight", hf + "post_attention_layernorm.weight", (D,)))
         table.append(_same(ours + "mlp.router.weight", hf + "mlp.gate.wg.weight", (E, D)))
         table.append(_gate_up(ours + "mlp.shared_experts.linear_fc1.weight", hf + "mlp.shared_mlp.", F, D))
-        table.append(_same(ours + "mlp.shared_experts.linear_fc2.weight", hf + "mlp.shared_mlp.down_proj.weight", (D, F)))
+        table.append(
+            _same(ours + "mlp.shared_experts.linear_fc2.weight", hf + "mlp.shared_mlp.down_proj.weight", (D, F))
+        )
         table.append(_expert_gate_up(ours + "mlp.experts.linear_fc1.weight", hf + "mlp.experts.", E, Fe, D))
         table.append(_expert_down(ours + "mlp.experts.linear_fc2.weight", hf + "mlp.experts.", E, Fe, D))
     table.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (D,)))
@@ -82,8 +84,8 @@ def weight_map(model: ModelConfig) -> list[Mapping]:
 def to_hf(model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Full Megatron parameters -> (Hugging Face name, tensor), one parameter at a time, in the order of `weight_map`.
 
-    Raises CheckpointError before the first tensor if a name is missing or unknown, and at the tensor if its shape is wrong.
-    The tensors are views of the parameters.
+    Raises CheckpointError before the first tensor if a name is missing or unknown, and at the tensor if its shape is
+    wrong. The tensors are views of the parameters.
     """
     table = weight_map(model)
     _refuse_other_names({row.megatron_name for row in table}, megatron_tensors.keys(), "Megatron parameters")
@@ -112,7 +114,8 @@ def _same(megatron_name: str, hf_name: str, shape: Shape) -> Mapping:
 
 
 def _query_key_value(megatron_name: str, hf_prefix: str, N: int, G: int, H: int, D: int) -> Mapping:
-    """Megatron keeps each group's query heads, its key head and its value head together, so that tensor parallelism cuts between groups."""
+    """Megatron keeps each group's query heads, its key head and its value head together, so that tensor parallelism
+    cuts between groups."""
     queries = N // G
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -128,7 +131,14 @@ def _query_key_value(megatron_name: str, hf_prefix: str, N: int, G: int, H: int,
 
 def _gate_up(megatron_name: str, hf_prefix: str, F: int, D: int) -> Mapping:
     names = (f"{hf_prefix}gate_proj.weight", f"{hf_prefix}up_proj.weight")
-    return Mapping(megatron_name, (2 * F, D), names, ((F, D),) * 2, lambda tensor: tensor.chunk(2), lambda parts: torch.cat(list(parts)))
+    return Mapping(
+        megatron_name,
+        (2 * F, D),
+        names,
+        ((F, D),) * 2,
+        lambda tensor: tensor.chunk(2),
+        lambda parts: torch.cat(list(parts)),
+    )
 
 
 def _expert_gate_up(megatron_name: str, hf_prefix: str, E: int, Fe: int, D: int) -> Mapping:
@@ -145,7 +155,14 @@ def _expert_gate_up(megatron_name: str, hf_prefix: str, E: int, Fe: int, D: int)
 
 def _expert_down(megatron_name: str, hf_prefix: str, E: int, Fe: int, D: int) -> Mapping:
     names = tuple(f"{hf_prefix}{expert}.down_proj.weight" for expert in range(E))
-    return Mapping(megatron_name, (E, D, Fe), names, ((D, Fe),) * E, lambda tensor: tensor.unbind(), lambda parts: torch.stack(list(parts)))
+    return Mapping(
+        megatron_name,
+        (E, D, Fe),
+        names,
+        ((D, Fe),) * E,
+        lambda tensor: tensor.unbind(),
+        lambda parts: torch.stack(list(parts)),
+    )
 
 
 def _refuse_other_names(expected: set[str], given: Collection[str], what: str) -> None:

@@ -1,6 +1,7 @@
 """What may change between two segments of a run: one table, and the comparison that it sorts.
 
-Every setting of the schema has one line that covers it; what nobody has thought of counts as refused until it is accepted by hand.
+Every setting of the schema has one line that covers it; what nobody has thought of counts as refused until it is
+accepted by hand.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ OPTIMIZER = "takes effect from the next step"
 TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("name", Kind.harmless, "a label"),
     ("run_dir", Kind.harmless, "where the run lies"),
-    ("seed", Kind.refused, "the data gets another order: some sequences of the present epoch would be read twice, others not at all"),
+    (
+        "seed",
+        Kind.refused,
+        "the data gets another order: some sequences of the present epoch would be read twice, others not at all",
+    ),
     ("tokenizer", Kind.harmless, "where the tokenizer lies; what is in it is compared by its digest"),
     ("tokenizer.digest", Kind.refused, "ids mean other text than those that were trained on"),
     ("model.moe_aux_loss_coeff", Kind.recorded, LOSS),
@@ -107,16 +112,29 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("stages.N.lr_shape", Kind.recorded, "the learning rate goes on from the present one"),
     ("stages.N.data", Kind.recorded, "the mix is another one from here on; each source goes on where it stopped"),
     ("stages.N.data.path", Kind.harmless, "the same data lies somewhere else"),
-    ("stages.N.data.digest", Kind.refused, "packed again since it was read: what was read of it may come again in other sequences"),
-    ("stages.N.data.weight", Kind.recorded, "the mix is another one from here on; each source goes on where it stopped"),
+    (
+        "stages.N.data.digest",
+        Kind.refused,
+        "packed again since it was read: what was read of it may come again in other sequences",
+    ),
+    (
+        "stages.N.data.weight",
+        Kind.recorded,
+        "the mix is another one from here on; each source goes on where it stopped",
+    ),
     ("stages.N.data.tier", Kind.recorded, "the mix is another one from here on; each source goes on where it stopped"),
     ("stages.N.data.max_epochs", Kind.recorded, "a limit on what is read"),
-    ("stages.N.tier_weights", Kind.recorded, "the mix is another one from here on; each source goes on where it stopped"),
+    (
+        "stages.N.tier_weights",
+        Kind.recorded,
+        "the mix is another one from here on; each source goes on where it stopped",
+    ),
     ("stages.N.balance_attention", Kind.recorded, "who takes which sequence of a batch"),
     (
         "stages.N.balance_group_sequences",
         Kind.refused,
-        "another order of the data: sequences of the present epoch would be read twice or not at all; set it to what it was",
+        "another order of the data: sequences of the present epoch would be read twice or not at all; set it to "
+        "what it was",
     ),
     ("stages.N.skip_data_steps", Kind.recorded, "other data is left out"),
     ("world_size", Kind.recorded, LAYOUT),
@@ -128,7 +146,8 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("runtime.transformer_engine", Kind.recorded, "which kernels compute"),
     ("runtime.*", Kind.harmless, "the machine"),
 )
-"""(pattern of dotted keys, kind, reason); the first that fits counts. N is the number of any stage. Besides settings there are what a run
+"""(pattern of dotted keys, kind, reason); the first that fits counts. N is the number of any stage. Besides settings
+there are what a run
 meets: digests of data and tokenizer, the number of ranks, versions."""
 
 OVER = "the stage is over: no effect"
@@ -147,10 +166,13 @@ def sort(key: str) -> tuple[Kind, str]:
 def differences(old: Experiment, new: Experiment, present: Piece) -> list[Difference]:
     """Settings in which a run that goes on differs from its segment before; `present`: the piece of its last step.
 
-    The present stage is compared with the stage of its name, or where that is gone, of its number; raises ConfigError if there is none.
+    The present stage is compared with the stage of its name, or where that is gone, of its number; raises ConfigError
+    if there is none.
     """
     left, right = (flatten(_without_stages(*pair)) for pair in ((old, new), (new, old)))
-    found = [_difference(key, left.get(key), right.get(key)) for key in {**left, **right} if left.get(key) != right.get(key)]
+    found = [
+        _difference(key, left.get(key), right.get(key)) for key in {**left, **right} if left.get(key) != right.get(key)
+    ]
     here = present_stage(present, new.stages)
     for index, stage in enumerate(new.stages):
         before = next((one for one in old.stages if one.name == stage.name), None)
@@ -165,7 +187,13 @@ def differences(old: Experiment, new: Experiment, present: Piece) -> list[Differ
     found += _order_differences(old, new, present, here)
     names = {stage.name for stage in new.stages} | {present.stage.name}
     found += [
-        Difference("stages", stage.name, ABSENT, Kind.recorded, OVER if number <= present.index else "a stage that would have come later")
+        Difference(
+            "stages",
+            stage.name,
+            ABSENT,
+            Kind.recorded,
+            OVER if number <= present.index else "a stage that would have come later",
+        )
         for number, stage in enumerate(old.stages)
         if stage.name not in names
     ]
@@ -186,18 +214,24 @@ def _order_differences(old: Experiment, new: Experiment, present: Piece, here: i
 
 
 def model_differences(old: Mapping[str, Any], new: ModelConfig) -> list[Difference]:
-    """Settings of the architecture in which the model of a checkpoint differs, sorted; two spellings of one shape are no difference."""
+    """Settings of the architecture in which the model of a checkpoint differs, sorted; two spellings of one shape are
+    no difference."""
     theirs = ModelConfig.model_validate({key: value for key, value in old.items() if key in ModelConfig.model_fields})
     before, now = _spelled_out(theirs, new), _spelled_out(new, theirs)
     return [_difference(f"model.{key}", before[key], now[key]) for key in now if before[key] != now[key]]
 
 
-def source_differences(old: Mapping[str, SourceFacts], new: Mapping[str, SourceFacts], experiment: Experiment) -> list[Difference]:
-    """Data that is not what the segment before met under the same path, and data that has moved, which its digest tells."""
+def source_differences(
+    old: Mapping[str, SourceFacts], new: Mapping[str, SourceFacts], experiment: Experiment
+) -> list[Difference]:
+    """Data that is not what the segment before met under the same path, and data that has moved, which its digest
+    tells."""
     found = []
     digests = {facts.digest: path for path, facts in old.items() if facts.digest}
     for path, facts in new.items():
-        index = next((i for i, stage in enumerate(experiment.stages) for source in stage.data if _norm(source.path) == path), 0)
+        index = next(
+            (i for i, stage in enumerate(experiment.stages) for source in stage.data if _norm(source.path) == path), 0
+        )
         before = old.get(path)
         if before is not None and None not in (before.digest, facts.digest) and before.digest != facts.digest:
             key, values = f"stages.{index}.data.digest", (f"{path} {_short(before)}", f"{path} {_short(facts)}")
@@ -208,7 +242,8 @@ def source_differences(old: Mapping[str, SourceFacts], new: Mapping[str, SourceF
 
 
 def _packed_again(old: Segment, new: Segment, present: Piece) -> list[Difference]:
-    """Data that the present stage reads instead of other data that held some of the same documents, under another path."""
+    """Data that the present stage reads instead of other data that held some of the same documents, under another
+    path."""
     here = present_stage(present, new.config.stages)
     left, right = ([_norm(source.path) for source in stage.data] for stage in (present.stage, new.config.stages[here]))
     gone = [path for path in left if path in old.sources and path not in right]
@@ -225,11 +260,16 @@ def _packed_again(old: Segment, new: Segment, present: Piece) -> list[Difference
 
 
 def all_differences(old: Segment, new: Segment, present: Piece) -> list[Difference]:
-    """Everything in which a segment differs from the one before it; `present`: the piece of the last step. Raises as `differences`."""
+    """Everything in which a segment differs from the one before it; `present`: the piece of the last step. Raises as
+    `differences`."""
     of_data = source_differences(old.sources, new.sources, new.config)
     of_data += _packed_again(old, new, present)
     moved = {path for one in of_data if one.key.endswith(".data.path") for path in (one.old, one.new)}
-    found = [one for one in differences(old.config, new.config, present) if not (one.key.endswith(".data") and {one.old, one.new} & moved)]
+    found = [
+        one
+        for one in differences(old.config, new.config, present)
+        if not (one.key.endswith(".data") and {one.old, one.new} & moved)
+    ]
     found += of_data
     if None not in (old.tokenizer_digest, new.tokenizer_digest) and old.tokenizer_digest != new.tokenizer_digest:
         found.append(_difference("tokenizer.digest", str(old.tokenizer_digest)[:12], str(new.tokenizer_digest)[:12]))
@@ -250,14 +290,25 @@ def check_accepted(keys: Collection[str]) -> None:
         if not any(pattern == general or pattern.startswith(f"{general}.") for pattern in known):
             near = difflib.get_close_matches(general, known, 1, 0.4)
             rule = "no change that has to be accepted"
-            problems.append(Problem("--accept-changes", key, rule, f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+            problems.append(
+                Problem(
+                    "--accept-changes",
+                    key,
+                    rule,
+                    f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}",
+                )
+            )
     if problems:
         raise ConfigError("train", problems)
 
 
 def refusal(found: Sequence[Difference], accepted: Collection[str]) -> list[Difference]:
     """The differences that stop a run: those that are never possible, and those that need a hand and have none."""
-    return [one for one in found if one.kind == Kind.never or (one.kind == Kind.refused and not is_accepted(one.key, accepted))]
+    return [
+        one
+        for one in found
+        if one.kind == Kind.never or (one.kind == Kind.refused and not is_accepted(one.key, accepted))
+    ]
 
 
 def is_accepted(key: str, accepted: Collection[str]) -> bool:
@@ -281,7 +332,10 @@ def refusal_text(where: str, stopping: Sequence[Difference]) -> str:
 
 
 def _told(one: Difference) -> str:
-    return f"{one.key}: {show_value(one.old, LONGEST)} in the checkpoint, {show_value(one.new, LONGEST)} in the config: {one.reason}"
+    return (
+        f"{one.key}: {show_value(one.old, LONGEST)} in the checkpoint, {show_value(one.new, LONGEST)} in the config: "
+        f"{one.reason}"
+    )
 
 
 def _difference(key: str, old: Any, new: Any) -> Difference:
@@ -324,7 +378,11 @@ def _stage_differences(index: int, old: StageConfig, new: StageConfig) -> list[D
 
 def _effective(stage: StageConfig, name: str) -> Any:
     if name == "balance_group_sequences":  # what decides the order of the data
-        return (stage.balance_group_sequences or stage.global_batch_sequences) if stage.balance_attention == "group" else None
+        return (
+            (stage.balance_group_sequences or stage.global_batch_sequences)
+            if stage.balance_attention == "group"
+            else None
+        )
     return getattr(stage, name)
 
 
@@ -333,14 +391,22 @@ def _data_differences(index: int, old: StageConfig, new: StageConfig) -> list[Di
     found = []
     for path in {**left, **right}:
         if path not in left or path not in right:
-            found.append(_difference(f"stages.{index}.data", path if path in left else ABSENT, path if path in right else ABSENT))
+            found.append(
+                _difference(f"stages.{index}.data", path if path in left else ABSENT, path if path in right else ABSENT)
+            )
             continue
         for name in ("weight", "max_epochs", "tier"):
             before, now = getattr(left[path], name), getattr(right[path], name)
             if before != now:
                 kind, reason = sort(f"stages.{index}.data.{name}")
                 found.append(
-                    Difference(f"stages.{index}.data.{name}", f"{path} {show_value(before)}", f"{path} {show_value(now)}", kind, reason)
+                    Difference(
+                        f"stages.{index}.data.{name}",
+                        f"{path} {show_value(before)}",
+                        f"{path} {show_value(now)}",
+                        kind,
+                        reason,
+                    )
                 )
     return found
 

@@ -25,10 +25,16 @@ def tiers_are_whole(experiment: Experiment) -> Iterator[Problem]:
         for index, source in enumerate(stage.data):
             if source.tier not in stage.tier_weights:
                 known = ", ".join(stage.tier_weights) or "none"
-                yield Problem(f"stages.{number}.data.{index}.tier", source.tier, "not in tier_weights", f"which has {known}")
+                yield Problem(
+                    f"stages.{number}.data.{index}.tier", source.tier, "not in tier_weights", f"which has {known}"
+                )
         for tier in stage.tier_weights:
             if tier not in tiers:
-                yield Problem(f"stages.{number}.tier_weights.{tier}", stage.tier_weights[tier], "no source of the stage has this tier")
+                yield Problem(
+                    f"stages.{number}.tier_weights.{tier}",
+                    stage.tier_weights[tier],
+                    "no source of the stage has this tier",
+                )
 
 
 def skipped_steps_are_in_order(experiment: Experiment) -> Iterator[Problem]:
@@ -40,7 +46,12 @@ def skipped_steps_are_in_order(experiment: Experiment) -> Iterator[Problem]:
             if first > last:
                 yield Problem(where, [first, last], "a range is [first, last]", f"use [{last}, {first}]")
             elif first <= end:
-                yield Problem(where, [first, last], "begins before the range before it ends", f"use {end + 1} or more, or join them")
+                yield Problem(
+                    where,
+                    [first, last],
+                    "begins before the range before it ends",
+                    f"use {end + 1} or more, or join them",
+                )
             end = max(end, last)
 
 
@@ -54,13 +65,18 @@ def groups_fill_the_batch(experiment: Experiment) -> Iterator[Problem]:
         if stage.balance_attention != "group":
             yield Problem(where, group, "has no effect without balance_attention=group", "set that, or remove this")
         elif stage.global_batch_sequences % group:
-            divisors = [size for size in range(1, stage.global_batch_sequences + 1) if stage.global_batch_sequences % size == 0]
+            divisors = [
+                size for size in range(1, stage.global_batch_sequences + 1) if stage.global_batch_sequences % size == 0
+            ]
             nearest = min(divisors, key=lambda size: abs(size - group))
-            yield Problem(where, group, f"must divide global_batch_sequences={stage.global_batch_sequences}", f"use {nearest}")
+            yield Problem(
+                where, group, f"must divide global_batch_sequences={stage.global_batch_sequences}", f"use {nearest}"
+            )
 
 
 def validation_sets_have_names_of_their_own(experiment: Experiment) -> Iterator[Problem]:
-    """The names of evaluation.sets are parts of the names of metrics: one set each, and nothing that a sink reads as a border."""
+    """The names of evaluation.sets are parts of the names of metrics: one set each, and nothing that a sink reads as a
+    border."""
     first: dict[str, int] = {}
     for number, one in enumerate(experiment.evaluation.sets):
         where = f"evaluation.sets.{number}.name"
@@ -69,8 +85,15 @@ def validation_sets_have_names_of_their_own(experiment: Experiment) -> Iterator[
             fitting = re.sub(r"[^A-Za-z0-9._-]+", "_", one.name).strip("._-")
             yield Problem(where, one.name, rule, f"use {fitting or f'set{number}'}")
         elif one.name in first:
-            yield Problem(where, one.name, f"evaluation.sets.{first[one.name]} has this name already", f"use {one.name}_{number}")
+            yield Problem(
+                where, one.name, f"evaluation.sets.{first[one.name]} has this name already", f"use {one.name}_{number}"
+            )
         first.setdefault(one.name, number)
 
 
-DATA_RULES = (groups_fill_the_batch, tiers_are_whole, skipped_steps_are_in_order, validation_sets_have_names_of_their_own)
+DATA_RULES = (
+    groups_fill_the_batch,
+    tiers_are_whole,
+    skipped_steps_are_in_order,
+    validation_sets_have_names_of_their_own,
+)

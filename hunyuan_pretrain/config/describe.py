@@ -18,10 +18,11 @@ NOTES = (
 
 
 def explain(path: str = "") -> str:
-    """Meaning, unit, type, default and a typical value of a setting; of a section, one line for each of its settings, and of theirs.
+    """Meaning, unit, type, default and a typical value of a setting; of a section, one line for each of its settings,
+    and of theirs.
 
-    `path`: dotted, list indices optional (stages.0.tokens and stages.tokens are the same); "" lists every setting there is.
-    Raises ConfigError for an unknown path, naming the nearest one.
+    `path`: dotted, list indices optional (stages.0.tokens and stages.tokens are the same); "" lists every setting there
+    is. Raises ConfigError for an unknown path, naming the nearest one.
     """
     keys = tuple(name for name in path.split(".") if name and not name.isdecimal())
     if not keys:
@@ -36,7 +37,11 @@ def explain(path: str = "") -> str:
         meaning = field.description or first_line(inner.__doc__)
         return "\n".join([f"{'.'.join(keys)}: {kind}", f"  {meaning}", *field_lines(inner)])
     found = property_of(schema, keys)
-    lines = [".".join(keys), f"  meaning   {found.get('description', '')}", f"  type      {type_of(found)}{more_of_type(found)}"]
+    lines = [
+        ".".join(keys),
+        f"  meaning   {found.get('description', '')}",
+        f"  type      {type_of(found)}{more_of_type(found)}",
+    ]
     if found.get("unit"):
         lines.append(f"  unit      {found['unit']}")
     lines.append(f"  default   {show_value(found['default']) if 'default' in found else 'none: must be given'}")
@@ -58,7 +63,8 @@ def diff(a: Experiment, b: Experiment) -> list[str]:
 
 
 def value_of(experiment: Experiment, path: str) -> str:
-    """The value of one setting of an experiment as plain text, a path with ~ and $NAME expanded; null is "null", a list JSON.
+    """The value of one setting of an experiment as plain text, a path with ~ and $NAME expanded; null is "null", a list
+    JSON.
 
     `path`: dotted, of a setting and not of a section. Raises ConfigError for an unknown one, naming the nearest.
     """
@@ -94,7 +100,8 @@ def property_of(schema: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
 
 
 def type_of(node: dict[str, Any], is_plural: bool = False) -> str:
-    """A JSON schema in words: "integer > 0 or null", "list of integers > 0"; `is_plural`: as what there are several of."""
+    """A JSON schema in words: "integer > 0 or null", "list of integers > 0"; `is_plural`: as what there are several
+    of."""
     if "anyOf" in node:
         kept = {key: node[key] for key in ("is_path",) if key in node}
         return " or ".join(type_of({**choice, **kept}, is_plural) for choice in node["anyOf"])
@@ -115,7 +122,9 @@ def type_of(node: dict[str, Any], is_plural: bool = False) -> str:
     word = {"string": "path" if node.get("is_path") else "text", "boolean": "true or false"}.get(kind, kind)
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     bounds = [f"{sign} {show_value(node[name])}" for name, sign in signs.items() if name in node]
-    return " ".join([word if kind in ("boolean", "null") or (word == "text" and is_plural) else word + s, " and ".join(bounds)]).strip()
+    return " ".join(
+        [word if kind in ("boolean", "null") or (word == "text" and is_plural) else word + s, " and ".join(bounds)]
+    ).strip()
 
 
 def more_of_type(node: dict[str, Any]) -> str:
@@ -131,7 +140,8 @@ def is_list(node: dict[str, Any]) -> bool:
 
 
 def field_lines(section: Any, indent: str = "  ") -> list[str]:
-    """A tree: a line for each field of a section, with the first sentence of its meaning, its type, unit and default; below, its fields."""
+    """A tree: a line for each field of a section, with the first sentence of its meaning, its type, unit and default;
+    below, its fields."""
     schema = section.model_json_schema()
     rows: list[tuple[str, str, Any]] = []
     for name, field in section.model_fields.items():
@@ -164,7 +174,11 @@ def nearest_path(keys: tuple[str, ...]) -> str:
     """The known path that an unknown one most likely meant, as a hint."""
     near = difflib.get_close_matches(".".join(keys), list(all_paths(Experiment)), 1, 0.8)
     words = set(keys[-1].split("_"))
-    saying = [path for path in all_paths(Experiment) if words <= set(path.rpartition(".")[2].split("_"))] if len(words) > 1 else []
+    saying = (
+        [path for path in all_paths(Experiment) if words <= set(path.rpartition(".")[2].split("_"))]
+        if len(words) > 1
+        else []
+    )
     if not near and 0 < len(saying) <= 3:
         return f"did you mean {' or '.join(saying)}?"
     known = next((n for n in range(len(keys), 0, -1) if field_at(Experiment, keys[:n]) is not None), 0)

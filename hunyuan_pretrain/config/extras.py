@@ -14,7 +14,8 @@ EXTRAS = {
 
 
 def install_hint(module: str) -> str:
-    """The command that brings an optional package, and whatever else its extras hold. Raises ValueError for any other package."""
+    """The command that brings an optional package, and whatever else its extras hold. Raises ValueError for any other
+    package."""
     found = [extra for extra, names in EXTRAS.items() if module in names]
     if not found:
         raise ValueError(f"{module} is in no extra")
@@ -22,7 +23,8 @@ def install_hint(module: str) -> str:
 
 
 def missing_package(error: BaseException) -> str | None:
-    """What to tell a user about an import that failed: one line for a package that an extra brings, None for every other error."""
+    """What to tell a user about an import that failed: one line for a package that an extra brings, None for every
+    other error."""
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     if not any(module in names for names in EXTRAS.values()):
         return None

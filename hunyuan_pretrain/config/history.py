@@ -1,7 +1,8 @@
 """The history of a run: its segments, each a configuration and what it met, from the step on that it began with.
 
-It is in every checkpoint's complete.json, so that a copied checkpoint has it too, and for the whole run in <run_dir>/segments.json, with
-each segment's configuration as <run_dir>/segments/NNNN.yaml beside it. Whoever reads a run asks for the segment that was in force.
+It is in every checkpoint's complete.json, so that a copied checkpoint has it too, and for the whole run in
+<run_dir>/segments.json, with each segment's configuration as <run_dir>/segments/NNNN.yaml beside it. Whoever reads a
+run asks for the segment that was in force.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Segment(BaseModel):
 
     @cached_property
     def config(self) -> Experiment:
-        """The configuration; settings that this version does not know are left out. Raises ConfigError if it cannot be read."""
+        """The configuration; settings that this version does not know are left out. Raises ConfigError if it cannot be
+        read."""
         return experiment_of(self.experiment, "the history of the run")
 
 
@@ -81,11 +83,14 @@ def experiment_of(fields: Mapping[str, Any], source: str) -> Experiment:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(map(str, first["loc"]))
-        raise ConfigError(source, [Problem(path, first.get("input"), f"recorded by another version: {first['msg']}")]) from None
+        raise ConfigError(
+            source, [Problem(path, first.get("input"), f"recorded by another version: {first['msg']}")]
+        ) from None
 
 
 def read_history(run_dir: Path) -> list[Segment]:
-    """The segments of a run, oldest first, [] where none began; of a run before segments were recorded, its resolved.yaml is the only one.
+    """The segments of a run, oldest first, [] where none began; of a run before segments were recorded, its
+    resolved.yaml is the only one.
 
     Raises ConfigError if the index is damaged.
     """
@@ -95,7 +100,10 @@ def read_history(run_dir: Path) -> list[Segment]:
             return segments_of(json.loads(index.read_text(encoding="utf-8"))["segments"])
         except (ValueError, KeyError, TypeError) as error:
             rule = f"damaged: {str(error).splitlines()[0]}"
-            hint = f"remove it: the newest checkpoint has the history too, and the next start of the run writes {INDEX} again"
+            hint = (
+                "remove it: the newest checkpoint has the history too, and the next start of the run writes "
+                f"{INDEX} again"
+            )
             raise ConfigError(str(index), [Problem("segments", Problem.NO_VALUE, rule, hint)]) from None
     if (run_dir / RESOLVED).exists():
         return [Segment(first_step=0, experiment=load_experiment(run_dir / RESOLVED).model_dump(mode="json"))]
@@ -108,7 +116,8 @@ def segments_of(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
 
 
 def set_aside_later(run_dir: Path, step: int, folders: Sequence[Path]) -> Path | None:
-    """Move checkpoints that come after a step, with copies of what was recorded until now, to the next <run_dir>/abandoned/NNN.
+    """Move checkpoints that come after a step, with copies of what was recorded until now, to the next
+    <run_dir>/abandoned/NNN.
 
     Returns that folder, which is a run directory in its turn; None where there is nothing to move. Raises OSError.
     """
@@ -138,7 +147,10 @@ def write_history(run_dir: Path, segments: Sequence[Segment]) -> None:
         write_whole(path, dump_resolved(segment.config))
     for path in set(folder.glob("[0-9]*.yaml")) - files.keys():  # of what was left behind
         path.unlink()
-    write_whole(run_dir / INDEX, json.dumps({"segments": [segment.model_dump(mode="json") for segment in segments]}, indent=1) + "\n")
+    write_whole(
+        run_dir / INDEX,
+        json.dumps({"segments": [segment.model_dump(mode="json") for segment in segments]}, indent=1) + "\n",
+    )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,4 +1,5 @@
-"""Layouts written in one line, such as "tp=2,pp=2", and what an experiment becomes under one for a comparison. Imports no torch."""
+"""Layouts written in one line, such as "tp=2,pp=2", and what an experiment becomes under one for a comparison. Imports
+no torch."""
 
 from __future__ import annotations
 
@@ -33,13 +34,17 @@ def layout_experiment(
 ) -> tuple[Experiment, int]:
     """The experiment under a layout such as "tp=2,pp=2", writing to `folder`; and its number of ranks.
 
-    Sizes that the layout does not name are 1, but dp fills up `num_ranks` where those are given; micro (sequences of a micro-batch),
-    zero1 (distributed optimizer, 0 or 1), recompute and method (of context parallelism) are the experiment's. precision: fp32 and bf16
-    without FP8; fp8: the experiment's own recipe. engine: its own layers, or Transformer Engine's. Raises ConfigError.
+    Sizes that the layout does not name are 1, but dp fills up `num_ranks` where those are given; micro (sequences of a
+    micro-batch), zero1 (distributed optimizer, 0 or 1), recompute and method (of context parallelism) are the
+    experiment's. precision: fp32 and bf16 without FP8; fp8: the experiment's own recipe. engine: its own layers, or
+    Transformer Engine's. Raises ConfigError.
     """
     values = _parse(layout)
     sizes = {field: int(values.get(key, 1)) for key, field in SIZES.items()}
-    changes: dict[str, Any] = dict(sizes) | {"world_size": None, "sequence_parallel": sizes["tensor_model_parallel_size"] > 1}
+    changes: dict[str, Any] = dict(sizes) | {
+        "world_size": None,
+        "sequence_parallel": sizes["tensor_model_parallel_size"] > 1,
+    }
     if any(sizes[SIZES[key]] != getattr(experiment.parallel, SIZES[key]) for key in ("pp", "vpp")):
         changes["pipeline_layout"] = None
     if "zero1" in values:
@@ -70,7 +75,8 @@ def layout_experiment(
     rules.check(result, world_size=ranks, source=f"layout {layout}")
     if num_ranks is not None and ranks != num_ranks:
         raise ConfigError(
-            f"layout {layout}", [Problem("dp", int(values["dp"]), f"makes {ranks} ranks, the job has {num_ranks}", "leave dp out")]
+            f"layout {layout}",
+            [Problem("dp", int(values["dp"]), f"makes {ranks} ranks, the job has {num_ranks}", "leave dp out")],
         )
     return result, ranks
 
@@ -81,7 +87,9 @@ def _number_formats(experiment: Experiment, precision: Precision) -> dict[str, A
         return {"dtype": precision, "grad_reduce_in_fp32": mine.grad_reduce_in_fp32}
     if mine.fp8_recipe is None:
         rule = "the experiment has no recipe"
-        raise ConfigError("--precision fp8", [Problem("precision.fp8_recipe", None, rule, "add precision.fp8_recipe=blockwise, say")])
+        raise ConfigError(
+            "--precision fp8", [Problem("precision.fp8_recipe", None, rule, "add precision.fp8_recipe=blockwise, say")]
+        )
     return mine.model_dump()
 
 

@@ -34,9 +34,9 @@ class ArchitectureFile(Section):
 def load_experiment(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Experiment:
     """Read an experiment file and check it.
 
-    `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.0.tokens=1000"; the values are YAML. They win over
-    the file, which wins over its `base` files (later ones over earlier ones), which win over theirs; mappings merge, lists are replaced.
-    `world_size`: ranks of the job where they are known, for the rules that need them.
+    `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.0.tokens=1000"; the values are YAML. They win
+    over the file, which wins over its `base` files (later ones over earlier ones), which win over theirs; mappings
+    merge, lists are replaced. `world_size`: ranks of the job where they are known, for the rules that need them.
     Raises ConfigError with every problem: a missing file, invalid YAML, unknown keys, wrong types, violated rules.
     """
     tree = read(path, overrides)
@@ -89,7 +89,9 @@ def read_file(path: Path, chain: tuple[Path, ...]) -> Tree:
     base, line = tree.data.pop("base"), tree.where[("base",)]
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError(source, [Problem("base", base, "must be a path or a list of paths, relative to this file", where=line)])
+        raise ConfigError(
+            source, [Problem("base", base, "must be a path or a list of paths, relative to this file", where=line)]
+        )
     merged = Tree(source, {}, {})
     for name in names:
         merged.merge(read_file(base_path(path, name, (*chain, path), line), (*chain, path)))
@@ -98,17 +100,22 @@ def read_file(path: Path, chain: tuple[Path, ...]) -> Tree:
 
 
 def base_path(path: Path, name: str, chain: tuple[Path, ...], line: str) -> Path:
-    """The file that `base: name` of `path` means; raises ConfigError if there is none, or if it is one of the chain that led here."""
+    """The file that `base: name` of `path` means; raises ConfigError if there is none, or if it is one of the chain
+    that led here."""
     try:
         parent = path.parent / expand(name)
     except ValueError as error:
-        raise ConfigError(str(path), [Problem("base", name, str(error), "set it, or write $$ for a dollar", line)]) from None
+        raise ConfigError(
+            str(path), [Problem("base", name, str(error), "set it, or write $$ for a dollar", line)]
+        ) from None
     if not parent.is_file():
         raise ConfigError(str(path), [Problem("base", name, f"{parent} does not exist", nearest_file(parent), line)])
     known = [one.resolve() for one in chain]
     if parent.resolve() in known:
         circle = " -> ".join(map(str, [*chain[known.index(parent.resolve()) :], parent]))
-        raise ConfigError(str(path), [Problem("base", name, f"goes round in a circle: {circle}", "remove one of them", line)])
+        raise ConfigError(
+            str(path), [Problem("base", name, f"goes round in a circle: {circle}", "remove one of them", line)]
+        )
     return parent
 
 
@@ -117,7 +124,9 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
     path, equals, text = override.partition("=")
     path, where = path.strip(), f"override {override!r}"
     if not equals or "" in path.split("."):
-        yield Problem(override, Problem.NO_VALUE, "is not an override", "write dotted.path=value, such as optimizer.lr=3e-4")
+        yield Problem(
+            override, Problem.NO_VALUE, "is not an override", "write dotted.path=value, such as optimizer.lr=3e-4"
+        )
         return
     problems: list[Problem] = []
     try:
@@ -136,7 +145,9 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
         if isinstance(container, list):
             if not name.isdecimal() or int(name) >= len(container):
                 indices = f"use 0 to {len(container) - 1}" if len(container) > 1 else "use 0"
-                yield Problem(path, value, f"{dotted(keys)} is a list of {len(container)}, {name!r} is not in it", indices, where)
+                yield Problem(
+                    path, value, f"{dotted(keys)} is a list of {len(container)}, {name!r} is not in it", indices, where
+                )
                 return
             key = int(name)
         elif not isinstance(container, dict):
@@ -152,9 +163,11 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
 
 
 def validate(section: type[SectionT], tree: Tree) -> SectionT:
-    """Plain data -> frozen section; raises ConfigError with unknown keys, missing keys, wrong types and paths that lead nowhere."""
+    """Plain data -> frozen section; raises ConfigError with unknown keys, missing keys, wrong types and paths that lead
+    nowhere."""
     problems = fill_in(section, tree)
-    # Through JSON, in pydantic's strict mode: a YAML list is a tuple there and 1 a float, but "64" and true are not integers.
+    # Through JSON, in pydantic's strict mode: a YAML list is a tuple there and 1 a float, but "64" and true are not
+    # integers.
     try:
         made = section.model_validate_json(json.dumps(tree.data, default=str), strict=True)
     except ValidationError as error:
@@ -184,14 +197,30 @@ def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> P
         near = difflib.get_close_matches(str(item["input"]), legal, 1, 0.4)
         hint = f"did you mean {near[0]}?" if near else ""
         return Problem(path, item["input"], f"must be {' or '.join(legal)}", hint, where)
-    if isinstance(item["input"], str) and item["type"] in ("int_type", "int_parsing", "float_type", "float_parsing", "bool_type"):
+    if isinstance(item["input"], str) and item["type"] in (
+        "int_type",
+        "int_parsing",
+        "float_type",
+        "float_parsing",
+        "bool_type",
+    ):
         is_tokens = field is not None and (field.json_schema_extra or {}).get("unit") == "tokens"
-        meant = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}.get(item["input"].lower())
-        hint = (f"write {meant}" if meant else "") if item["type"] == "bool_type" else number_hint(item["input"], is_tokens)
+        meant = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}.get(
+            item["input"].lower()
+        )
+        hint = (
+            (f"write {meant}" if meant else "")
+            if item["type"] == "bool_type"
+            else number_hint(item["input"], is_tokens)
+        )
         hints = [hint] if hint else [*hints, *([SUFFIX_RULE] if is_tokens else [])]
     if item["type"] == "string_type" and isinstance(item["input"], (int, float)):
         hints = [f'quote it: "{show_value(item["input"])}"']
-    known = {"model_type": "must be a section of `key: value` lines", "tuple_type": "must be a list", "too_short": "must not be empty"}
+    known = {
+        "model_type": "must be a section of `key: value` lines",
+        "tuple_type": "must be a list",
+        "too_short": "must not be empty",
+    }
     rule = known.get(item["type"]) or re.sub(r"^Input should be", "must be", item["msg"])
     return Problem(path, item["input"], rule, "; ".join(hints), where)
 

@@ -11,17 +11,35 @@ DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
 
 
 def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
-    """Settings of FP8 without a recipe, or of the delayed recipe with another one, are refused: nothing would read them."""
+    """Settings of FP8 without a recipe, or of the delayed recipe with another one, are refused: nothing would read
+    them."""
     precision = experiment.precision
-    names = ("fp8_format", *DELAYED_ONLY) if precision.fp8_recipe is None else DELAYED_ONLY if precision.fp8_recipe != "delayed" else ()
-    reason = "fp8_recipe is null: nothing is quantised" if precision.fp8_recipe is None else "only the delayed recipe reads it"
+    names = (
+        ("fp8_format", *DELAYED_ONLY)
+        if precision.fp8_recipe is None
+        else DELAYED_ONLY
+        if precision.fp8_recipe != "delayed"
+        else ()
+    )
+    reason = (
+        "fp8_recipe is null: nothing is quantised"
+        if precision.fp8_recipe is None
+        else "only the delayed recipe reads it"
+    )
     for name in names:
         if getattr(precision, name) is not None:
-            yield Problem(f"precision.{name}", getattr(precision, name), reason, "use null, or set precision.fp8_recipe to delayed")
+            yield Problem(
+                f"precision.{name}",
+                getattr(precision, name),
+                reason,
+                "use null, or set precision.fp8_recipe to delayed",
+            )
     if precision.fp8_recipe is None:
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             if getattr(precision, name):
-                yield Problem(f"precision.{name}", getattr(precision, name), "fp8_recipe is null: every layer is", "use 0")
+                yield Problem(
+                    f"precision.{name}", getattr(precision, name), "fp8_recipe is null: every layer is", "use 0"
+                )
 
 
 def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem]:
@@ -33,12 +51,16 @@ def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem
         reason, hint = "fp8_recipe is null: nothing is quantised", "use false, or choose a recipe"
     elif precision.fp8_recipe == "mxfp8":
         reason = (
-            "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered: they are quantised by rows and by "
+            "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered: they are "
+            "quantised by rows and by "
             "columns, each from the unquantised values"
         )
         hint = "use false, or another recipe"
     elif precision.dtype == "fp32":
-        reason, hint = "with precision.dtype=fp32 the weights are the optimizer's own, which has no others", "use precision.dtype=bf16"
+        reason, hint = (
+            "with precision.dtype=fp32 the weights are the optimizer's own, which has no others",
+            "use precision.dtype=bf16",
+        )
     elif not experiment.parallel.use_distributed_optimizer:
         reason, hint = "only the distributed optimizer updates them", "use parallel.use_distributed_optimizer=true"
     elif experiment.optimizer.cpu_offload_fraction:
@@ -59,15 +81,28 @@ def most_recent_reads_one_step(experiment: Experiment) -> Iterator[Problem]:
     precision = experiment.precision
     if precision.fp8_amax_compute_algo == "most_recent" and precision.fp8_amax_history_len not in (None, 1):
         rule = "most_recent reads the last step only; the rest of the history would have no effect"
-        yield Problem("precision.fp8_amax_history_len", precision.fp8_amax_history_len, rule, "use null or 1, or fp8_amax_compute_algo max")
+        yield Problem(
+            "precision.fp8_amax_history_len",
+            precision.fp8_amax_history_len,
+            rule,
+            "use null or 1, or fp8_amax_compute_algo max",
+        )
 
 
 def some_layer_is_in_fp8(experiment: Experiment) -> Iterator[Problem]:
     precision, layers = experiment.precision, experiment.model.num_layers
     kept = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
     if precision.fp8_recipe is not None and kept >= layers:
-        rule = f"with num_layers_at_end_in_bf16={precision.num_layers_at_end_in_bf16} none of the {layers} layers is left for FP8"
-        yield Problem("precision.num_layers_at_start_in_bf16", precision.num_layers_at_start_in_bf16, rule, "lower one, or fp8_recipe null")
+        rule = (
+            f"with num_layers_at_end_in_bf16={precision.num_layers_at_end_in_bf16} none of the {layers} layers is "
+            "left for FP8"
+        )
+        yield Problem(
+            "precision.num_layers_at_start_in_bf16",
+            precision.num_layers_at_start_in_bf16,
+            rule,
+            "lower one, or fp8_recipe null",
+        )
 
 
 def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
@@ -76,7 +111,11 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
     Rows of routed experts are no matter of this rule: they are padded where they have to be.
     """
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
-    unit, tensor, expert_tensor = precision.fp8_alignment, parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    unit, tensor, expert_tensor = (
+        precision.fp8_alignment,
+        parallel.tensor_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
     if precision.fp8_recipe is None:
         return
     sizes = {
@@ -95,23 +134,37 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
         if size % ranks == 0 and size // ranks % unit
     ]
     if broken:
-        rule = f"{precision.fp8_recipe} multiplies matrices whose sizes are multiples of {unit}, and {'; '.join(broken)}"
-        hint = "use tensorwise or blockwise, which need multiples of 16" if unit == 32 else "choose other sizes or fewer ranks, or null"
+        rule = (
+            f"{precision.fp8_recipe} multiplies matrices whose sizes are multiples of {unit}, and {'; '.join(broken)}"
+        )
+        hint = (
+            "use tensorwise or blockwise, which need multiples of 16"
+            if unit == 32
+            else "choose other sizes or fewer ranks, or null"
+        )
         yield Problem("precision.fp8_recipe", precision.fp8_recipe, rule, hint)
     for index, stage in enumerate(experiment.stages):
         tokens, ranks = stage.sequence_length * stage.micro_batch_sequences, parallel.context_parallel_size * tensor
         if tokens % ranks == 0 and tokens // ranks % unit:
             rule = (
-                f"a rank has {tokens // ranks} tokens of a micro-batch, and {precision.fp8_recipe} multiplies rows in multiples of {unit}"
+                f"a rank has {tokens // ranks} tokens of a micro-batch, and {precision.fp8_recipe} multiplies rows "
+                f"in multiples of {unit}"
             )
-            yield Problem(f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {unit * ranks}")
+            yield Problem(
+                f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {unit * ranks}"
+            )
 
 
 def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
-    """Under sequence parallelism Transformer Engine gathers the blocks of 128 of blockwise with their scales, and no parts of them."""
+    """Under sequence parallelism Transformer Engine gathers the blocks of 128 of blockwise with their scales, and no
+    parts of them."""
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    if precision.fp8_recipe != "blockwise" or not parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1:
+    if (
+        precision.fp8_recipe != "blockwise"
+        or not parallel.sequence_parallel
+        or parallel.tensor_model_parallel_size == 1
+    ):
         return
     if model.hidden_size % 128:
         rule = f"sequence parallelism gathers blocks of 128 of each token, and hidden_size is {model.hidden_size}"
@@ -119,8 +172,16 @@ def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
     for index, stage in enumerate(experiment.stages):
         tokens = stage.sequence_length * stage.micro_batch_sequences
         if tokens % ranks == 0 and tokens // ranks % 128:
-            rule = f"a rank has {tokens // ranks} tokens of a micro-batch, and sequence parallelism gathers blockwise in blocks of 128"
-            yield Problem(f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {128 * ranks}, or tensorwise")
+            rule = (
+                f"a rank has {tokens // ranks} tokens of a micro-batch, and sequence parallelism gathers blockwise "
+                "in blocks of 128"
+            )
+            yield Problem(
+                f"stages.{index}.sequence_length",
+                stage.sequence_length,
+                rule,
+                f"use a multiple of {128 * ranks}, or tensorwise",
+            )
 
 
 def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Problem]:
@@ -133,7 +194,12 @@ def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Prob
         yield Problem("runtime.transformer_engine", "required", rule, "use auto or never")
     if experiment.precision.dtype == "fp32":
         rule = "it multiplies fp32 matrices in TF32, of 10 bits of precision, and precision.dtype is fp32"
-        yield Problem("runtime.transformer_engine", "required", rule, "use precision.dtype=bf16, or auto, which takes own layers for fp32")
+        yield Problem(
+            "runtime.transformer_engine",
+            "required",
+            rule,
+            "use precision.dtype=bf16, or auto, which takes own layers for fp32",
+        )
 
 
 PRECISION_RULES = (

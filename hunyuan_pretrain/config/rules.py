@@ -1,7 +1,7 @@
 """Rules that span several fields, a small function each.
 
-Every rule yields the problems it finds; `check` gathers them all into one ConfigError. A rule that would divide by a value
-which another rule refuses stays silent: the other one speaks.
+Every rule yields the problems it finds; `check` gathers them all into one ConfigError. A rule that would divide by a
+value which another rule refuses stays silent: the other one speaks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig,
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
     """Refuse an experiment that cannot run.
 
-    `world_size`: ranks of the job, where they are known; otherwise parallel.world_size, and without that one only the rules
-    that hold for every number of ranks are applied. `source` heads the message; default: the experiment's name.
+    `world_size`: ranks of the job, where they are known; otherwise parallel.world_size, and without that one only the
+    rules that hold for every number of ranks are applied. `source` heads the message; default: the experiment's name.
     Raises ConfigError with every violation in one message.
     """
     found = find_problems(experiment, world_size)
@@ -49,14 +49,20 @@ def find_warnings(experiment: Experiment) -> list[Problem]:
 def data_parallel_size(experiment: Experiment, world_size: int) -> int:
     """Ranks that hold different sequences: world_size / (TP * PP * CP)."""
     parallel = experiment.parallel
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size)
+    return world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
 
 
 def smallest_world_size(experiment: Experiment) -> int:
     """Fewest ranks that the layout divides: the least common multiple of TP*PP*CP and ETP*EP*PP."""
     parallel = experiment.parallel
     dense = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    expert = parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    expert = (
+        parallel.expert_tensor_parallel_size
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
     return math.lcm(dense, expert)
 
 
@@ -74,20 +80,24 @@ def nearest_divisors(value: int, number: int) -> str:
     return "use " + " or ".join(str(d) for d in below + above)
 
 
-# --- the architecture ---------------------------------------------------------------------------------------------------------
+# --- the architecture -------------------------------------------------------------------------------------------------
 
 
 def hidden_size_splits_into_heads(model: ModelConfig) -> Iterator[Problem]:
     hidden, heads = model.hidden_size, model.num_attention_heads
     if model.kv_channels is None and hidden % heads:
         hint = f"{nearest_multiples(hidden, heads)}, or set model.kv_channels"
-        yield Problem("model.hidden_size", hidden, f"{heads} heads, {hidden} % {heads} != 0 and model.kv_channels is null", hint)
+        yield Problem(
+            "model.hidden_size", hidden, f"{heads} heads, {hidden} % {heads} != 0 and model.kv_channels is null", hint
+        )
 
 
 def heads_split_into_query_groups(model: ModelConfig) -> Iterator[Problem]:
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % groups:
-        yield Problem("model.num_query_groups", groups, f"{heads} heads, {heads} % {groups} != 0", nearest_divisors(groups, heads))
+        yield Problem(
+            "model.num_query_groups", groups, f"{heads} heads, {heads} % {groups} != 0", nearest_divisors(groups, heads)
+        )
 
 
 def head_dim_is_even(model: ModelConfig) -> Iterator[Problem]:
@@ -97,7 +107,12 @@ def head_dim_is_even(model: ModelConfig) -> Iterator[Problem]:
     if width < 4 or width % 2:
         path = "model.kv_channels" if model.kv_channels else "model.num_attention_heads"
         value = model.kv_channels or model.num_attention_heads
-        yield Problem(path, value, f"head width {width} must be even and at least 4, since RoPE rotates pairs", nearest_even(width))
+        yield Problem(
+            path,
+            value,
+            f"head width {width} must be even and at least 4, since RoPE rotates pairs",
+            nearest_even(width),
+        )
 
 
 def nearest_even(width: int) -> str:
@@ -114,16 +129,26 @@ def layers_split_into_cla_groups(model: ModelConfig) -> Iterator[Problem]:
 def topk_is_within_experts(model: ModelConfig) -> Iterator[Problem]:
     topk, experts = model.moe_router_topk, model.num_moe_experts
     if topk > experts:
-        yield Problem("model.moe_router_topk", topk, f"more than the {experts} experts of model.num_moe_experts", f"use 1 to {experts}")
+        yield Problem(
+            "model.moe_router_topk",
+            topk,
+            f"more than the {experts} experts of model.num_moe_experts",
+            f"use 1 to {experts}",
+        )
 
 
 def recycling_needs_a_capacity(model: ModelConfig) -> Iterator[Problem]:
     if model.recycle_routing and model.moe_expert_capacity_factor is None:
         rule = "without a capacity no expert is ever full, so nothing can be recycled"
-        yield Problem("model.recycle_routing", True, rule, "set model.moe_expert_capacity_factor, such as 1.0, or recycle_routing false")
+        yield Problem(
+            "model.recycle_routing",
+            True,
+            rule,
+            "set model.moe_expert_capacity_factor, such as 1.0, or recycle_routing false",
+        )
 
 
-# --- the layout ---------------------------------------------------------------------------------------------------------------
+# --- the layout -------------------------------------------------------------------------------------------------------
 
 
 def experts_split_over_ranks(experiment: Experiment) -> Iterator[Problem]:
@@ -154,7 +179,9 @@ def sequence_parallel_goes_with_tensor_parallel(experiment: Experiment) -> Itera
     parallel = experiment.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         rule = "splits over the tensor-parallel ranks, and there is only one"
-        yield Problem("parallel.sequence_parallel", True, rule, "set parallel.tensor_model_parallel_size above 1, or false")
+        yield Problem(
+            "parallel.sequence_parallel", True, rule, "set parallel.tensor_model_parallel_size above 1, or false"
+        )
     if not parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1:
         rule = f"{parallel.tensor_model_parallel_size} tensor-parallel ranks would route the same tokens to the experts"
         yield Problem("parallel.sequence_parallel", False, rule, "set true")
@@ -171,7 +198,10 @@ def pipeline_never_cuts_a_cla_group(experiment: Experiment) -> Iterator[Problem]
     if chunks > 1 and ranks == 1:
         rule = "interleaves the chunks of several pipeline ranks, and there is only one"
         yield Problem(
-            "parallel.virtual_pipeline_model_parallel_size", chunks, rule, "set parallel.pipeline_model_parallel_size above 1, or 1"
+            "parallel.virtual_pipeline_model_parallel_size",
+            chunks,
+            rule,
+            "set parallel.pipeline_model_parallel_size above 1, or 1",
         )
         return
     if model.num_layers % share:
@@ -180,7 +210,9 @@ def pipeline_never_cuts_a_cla_group(experiment: Experiment) -> Iterator[Problem]
         num_groups = model.num_layers // share
         if num_groups % num_stages:
             stages = f"{ranks} ranks" + (f" * {chunks} chunks" if chunks > 1 else "")
-            rule = f"{model.num_layers} layers in CLA groups of {share} = {num_groups} groups, not divisible by {stages}"
+            rule = (
+                f"{model.num_layers} layers in CLA groups of {share} = {num_groups} groups, not divisible by {stages}"
+            )
             hint = f"{nearest_divisors(num_stages, num_groups)} stages, or set parallel.pipeline_layout"
             yield Problem("parallel.pipeline_model_parallel_size", ranks, rule, hint)
         return
@@ -203,7 +235,10 @@ def heads_trade_for_tokens(experiment: Experiment) -> Iterator[Problem]:
         return
     heads = groups // tensor
     if heads % size:
-        rule = f"each tensor-parallel rank has {heads} key/value heads, {heads} % {size} != 0, and all_to_all gives every rank whole heads"
+        rule = (
+            f"each tensor-parallel rank has {heads} key/value heads, {heads} % {size} != 0, and all_to_all gives "
+            "every rank whole heads"
+        )
         hint = f"{nearest_divisors(size, heads)}, or parallel.context_parallel_method all_gather"
         yield Problem("parallel.context_parallel_size", size, rule, hint)
 
@@ -221,10 +256,20 @@ def param_gather_overlap_needs_its_base(experiment: Experiment) -> Iterator[Prob
 def offload_needs_the_distributed_optimizer(experiment: Experiment) -> Iterator[Problem]:
     fraction = experiment.optimizer.cpu_offload_fraction
     if fraction > 1:
-        yield Problem("optimizer.cpu_offload_fraction", fraction, "a fraction of the optimizer state", "use 1 to offload all of it")
+        yield Problem(
+            "optimizer.cpu_offload_fraction",
+            fraction,
+            "a fraction of the optimizer state",
+            "use 1 to offload all of it",
+        )
     elif fraction and not experiment.parallel.use_distributed_optimizer:
         rule = "core's offloaded optimizer takes its weights and gradients from the distributed optimizer"
-        yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "set parallel.use_distributed_optimizer to true, or this to 0")
+        yield Problem(
+            "optimizer.cpu_offload_fraction",
+            fraction,
+            rule,
+            "set parallel.use_distributed_optimizer to true, or this to 0",
+        )
 
 
 def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator[Problem]:
@@ -254,14 +299,26 @@ def batch_splits(parallel: ParallelConfig, index: int, stage: StageConfig, data_
     if batch % (micro * data_parallel):
         over = f" * {data_parallel} data-parallel ranks" if data_parallel > 1 else ""
         rule = f"not a multiple of micro_batch_sequences {micro}{over} = {micro * data_parallel}"
-        yield Problem(f"stages.{index}.global_batch_sequences", batch, rule, nearest_multiples(batch, micro * data_parallel))
-    elif parallel.virtual_pipeline_model_parallel_size > 1 and batch // (micro * data_parallel) % parallel.pipeline_model_parallel_size:
+        yield Problem(
+            f"stages.{index}.global_batch_sequences", batch, rule, nearest_multiples(batch, micro * data_parallel)
+        )
+    elif (
+        parallel.virtual_pipeline_model_parallel_size > 1
+        and batch // (micro * data_parallel) % parallel.pipeline_model_parallel_size
+    ):
         ranks = parallel.pipeline_model_parallel_size
-        rule = f"{batch // (micro * data_parallel)} micro-batches a rank; the interleaved schedule runs rounds of {ranks}"
-        yield Problem(f"stages.{index}.global_batch_sequences", batch, rule, nearest_multiples(batch, micro * data_parallel * ranks))
+        rule = (
+            f"{batch // (micro * data_parallel)} micro-batches a rank; the interleaved schedule runs rounds of {ranks}"
+        )
+        yield Problem(
+            f"stages.{index}.global_batch_sequences",
+            batch,
+            rule,
+            nearest_multiples(batch, micro * data_parallel * ranks),
+        )
 
 
-# --- the recipe ---------------------------------------------------------------------------------------------------------------
+# --- the recipe -------------------------------------------------------------------------------------------------------
 
 
 def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]:
@@ -272,18 +329,27 @@ def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]
         if length % group:
             continue  # routing_group_divides_sequences speaks
         if length % (context * group):
-            rule = f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} tokens evenly"
-            hint = f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or a smaller routing group"
+            rule = (
+                f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} "
+                "tokens evenly"
+            )
+            hint = (
+                f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or a smaller routing group"
+            )
             yield Problem(f"{path}.sequence_length" if path != "evaluation" else path, length, rule, hint)
         elif length * sequences // context % (tensor * group):
             share = length * sequences // context
-            rule = f"{tensor} tensor-parallel ranks cannot share a micro-batch of {share // group} routing groups of {group} tokens evenly"
+            rule = (
+                f"{tensor} tensor-parallel ranks cannot share a micro-batch of {share // group} routing groups of "
+                f"{group} tokens evenly"
+            )
             hint = f"use {sequences * tensor}, or a smaller model.moe_routing_group_tokens"
             yield Problem(f"{path}.micro_batch_sequences", sequences, rule, hint)
 
 
 def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:
-    """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's length."""
+    """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's
+    length."""
     for index, stage in enumerate(experiment.stages):
         yield f"stages.{index}", stage.sequence_length, stage.micro_batch_sequences
     if experiment.evaluation.paths:
@@ -314,7 +380,9 @@ def betas_are_decays(experiment: Experiment) -> Iterator[Problem]:
     for name in ("adam_beta1", "adam_beta2"):
         beta = getattr(experiment.optimizer, name)
         if not 0 <= beta < 1:
-            yield Problem(f"optimizer.{name}", beta, "must be at least 0 and below 1", "use 0.9 or 0.95" if beta >= 1 else "use 0")
+            yield Problem(
+                f"optimizer.{name}", beta, "must be at least 0 and below 1", "use 0.9 or 0.95" if beta >= 1 else "use 0"
+            )
 
 
 def stage_names_are_unique(experiment: Experiment) -> Iterator[Problem]:
@@ -344,13 +412,17 @@ def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
         return
     path = "checkpoint.resume_from"
     if not checkpoint.resume:
-        yield Problem(path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to go on", "set one of them")
+        yield Problem(
+            path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to go on", "set one of them"
+        )
     if checkpoint.init_from is not None:
-        rule = f"takes the whole state of a checkpoint, and checkpoint.init_from={checkpoint.init_from} the weights only"
+        rule = (
+            f"takes the whole state of a checkpoint, and checkpoint.init_from={checkpoint.init_from} the weights only"
+        )
         yield Problem(path, checkpoint.resume_from, rule, "set one of them, the other null")
 
 
-# --- warnings -----------------------------------------------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
 def capacity_below_one_drops(experiment: Experiment) -> Iterator[Problem]:
@@ -364,13 +436,18 @@ def peak_is_reached(experiment: Experiment) -> Iterator[Problem]:
     highest = max(stage.lr_end for stage in experiment.stages)
     if highest < 1:
         rule = f"no stage reaches it: the highest lr_end is {highest:g}"
-        yield Problem("optimizer.lr", experiment.optimizer.lr, rule, "set lr_end 1.0 in the stage that reaches the peak")
+        yield Problem(
+            "optimizer.lr", experiment.optimizer.lr, rule, "set lr_end 1.0 in the stage that reaches the peak"
+        )
 
 
 def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Problem]:
     checkpoint = experiment.checkpoint
     if checkpoint.keep_last is not None and checkpoint.save_every_steps is None:
-        rule = "checkpoint.save_every_steps is null: there is one checkpoint a job, so only resumed jobs leave any to remove"
+        rule = (
+            "checkpoint.save_every_steps is null: there is one checkpoint a job, so only resumed jobs leave any "
+            "to remove"
+        )
         yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, "set checkpoint.save_every_steps")
     elif checkpoint.save_every_steps is not None and checkpoint.save_every_steps > total_steps(experiment):
         rule = f"the run has {total_steps(experiment)} steps, so only its end is saved"
@@ -380,7 +457,9 @@ def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Proble
 def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]:
     fraction = experiment.optimizer.cpu_offload_fraction
     if fraction and experiment.runtime.device == "cpu":
-        rule = "runtime.device is cpu: the state is in the host's memory anyway, and copies of the weights are added to it"
+        rule = (
+            "runtime.device is cpu: the state is in the host's memory anyway, and copies of the weights are added to it"
+        )
         yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "use 0")
 
 

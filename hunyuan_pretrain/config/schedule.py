@@ -1,15 +1,19 @@
-"""What each step of a run does: which stage, how large a batch, which places of the stage's data, and what learning rate.
+"""What each step of a run does: which stage, how large a batch, which places of the stage's data, and what learning
+rate.
 
-A run is a list of segments: configurations that were in force one after the other, each from some step on. The schedule that follows is
-cut into pieces of one stage of one segment. Position within a stage is counted in tokens and sequences, never in steps, so that another
-batch goes on where the data and the learning rate were. Pure functions of the configurations and their first steps; no torch.
+A run is a list of segments: configurations that were in force one after the other, each from some step on. The schedule
+that follows is cut into pieces of one stage of one segment. Position within a stage is counted in tokens and sequences,
+never in steps, so that another batch goes on where the data and the learning rate were. Pure functions of the
+configurations and their first steps; no torch.
 
-Learning rate. Within a stage it is a function of the tokens trained there, from the fraction of optimizer.lr at which the stage before
-ended (0 at the start of a run) to lr_end, by lr_shape; the last step has exactly lr_end. When a run goes on with a changed configuration:
+Learning rate. Within a stage it is a function of the tokens trained there, from the fraction of optimizer.lr at which
+the stage before ended (0 at the start of a run) to lr_end, by lr_shape; the last step has exactly lr_end. When a run
+goes on with a changed configuration:
 
 - another batch only: the same function goes on, the steps are other ones;
-- another length, lr_end or lr_shape of the present stage: the rest of the stage goes from the fraction of the last step that was trained
-  to lr_end over the tokens that are left, by lr_shape; so a run whose end is moved has no jump, and one that had ended goes on at lr_end;
+- another length, lr_end or lr_shape of the present stage: the rest of the stage goes from the fraction of the last step
+  that was trained to lr_end over the tokens that are left, by lr_shape; so a run whose end is moved has no jump, and
+  one that had ended goes on at lr_end;
 - stages that have ended are over: changes of theirs have no effect;
 - another optimizer.lr multiplies all of it.
 """
@@ -84,7 +88,8 @@ class Piece:
         return self.tokens_before + num_steps * self.stage.global_batch_tokens
 
     def place(self, number: Any) -> Any:
-        """Place in the stage's data of the piece's `number`-th sequence that is not skipped, both from 0; an int or an array of numpy."""
+        """Place in the stage's data of the piece's `number`-th sequence that is not skipped, both from 0; an int or an
+        array of numpy."""
         place = number + self.first_place
         for first, end in skipped_places(self.stage):
             begin = max(first, self.first_place)
@@ -155,7 +160,8 @@ class Schedule:
         return sum(length * piece.stage.global_batch_tokens for piece, length in lengths if length > 0)
 
     def position(self, num_steps: int) -> dict[str, int | str]:
-        """Where a run is after so many steps: stage, sequences and tokens trained in it, next place of its data, tokens of the run."""
+        """Where a run is after so many steps: stage, sequences and tokens trained in it, next place of its data, tokens
+        of the run."""
         piece = self.piece_of_step(max(num_steps - 1, 0))
         local = num_steps - piece.first_step
         return {
@@ -169,12 +175,16 @@ class Schedule:
     def goes_on(self, step: int, stages: Sequence[StageConfig], segment: int) -> Schedule:
         """The schedule where, after `step` steps, a configuration with these stages takes over.
 
-        The present stage is found by its name, or where it has a new name by its number. Raises ConfigError if it is not there, or ends
-        before what is trained.
+        The present stage is found by its name, or where it has a new name by its number. Raises ConfigError if it is
+        not there, or ends before what is trained.
         """
         if step == 0:
             return Schedule(_plan(stages, 0, segment=segment, lane=0, first_step=0, start=0.0))
-        done = [replace(piece, num_steps=min(piece.end_step, step) - piece.first_step) for piece in self.pieces if piece.first_step < step]
+        done = [
+            replace(piece, num_steps=min(piece.end_step, step) - piece.first_step)
+            for piece in self.pieces
+            if piece.first_step < step
+        ]
         last = done[-1]
         old, index = last.stage, present_stage(last, stages)
         new = stages[index]
@@ -186,14 +196,23 @@ class Schedule:
         if left:
             end = tokens + left * new.global_batch_tokens
             same = (old.tokens, old.lr_end, old.lr_shape) == (new.tokens, new.lr_end, new.lr_shape)
-            curve = replace(last.curve, last_token=end) if same else LrCurve(new.lr_shape, fraction, new.lr_end, tokens, end)
+            curve = (
+                replace(last.curve, last_token=end)
+                if same
+                else LrCurve(new.lr_shape, fraction, new.lr_end, tokens, end)
+            )
             place = last.next_place(last.num_steps)
             end_place = place + left * new.global_batch_sequences + skipped_after(new, place)
             pieces.append(Piece(segment, index, new, last.lane, step, left, place, end_place, tokens, curve))
         # exactly lr_end after a stage that has ended, whatever rounding made of its last step
         start = new.lr_end if left else last.curve.end if tokens == last.curve.last_token else fraction
         return Schedule(
-            [*pieces, *_plan(stages, index + 1, segment=segment, lane=last.lane + 1, first_step=pieces[-1].end_step, start=start)]
+            [
+                *pieces,
+                *_plan(
+                    stages, index + 1, segment=segment, lane=last.lane + 1, first_step=pieces[-1].end_step, start=start
+                ),
+            ]
         )
 
 
@@ -204,12 +223,18 @@ def present_stage(piece: Piece, stages: Sequence[StageConfig]) -> int:
         return names.index(piece.stage.name)
     if piece.index < len(stages):
         return piece.index
-    rule = f"the checkpoint was taken in stage {piece.stage.name}, number {piece.index}, and the configuration has no such stage"
+    rule = (
+        f"the checkpoint was taken in stage {piece.stage.name}, number {piece.index}, and the configuration has no "
+        "such stage"
+    )
     raise ConfigError("stages", [Problem("stages", names, rule, "keep that stage; stages may be added after it")])
 
 
-def _plan(stages: Sequence[StageConfig], first: int, *, segment: int, lane: int, first_step: int, start: float) -> list[Piece]:
-    """Stages that have not begun, from number `first` on; `start`: fraction of the learning rate at which they begin."""
+def _plan(
+    stages: Sequence[StageConfig], first: int, *, segment: int, lane: int, first_step: int, start: float
+) -> list[Piece]:
+    """Stages that have not begun, from number `first` on; `start`: fraction of the learning rate at which they
+    begin."""
     pieces = []
     for index, stage in enumerate(stages[first:], start=first):
         steps = stage.num_steps

@@ -1,9 +1,9 @@
 """What a value of a YAML or an override stands for: counts of tokens with a suffix, and paths.
 
-Token counts: a number and, without a space, k or K (1,000), M, B (1,000 million), T, or Ki and Mi (1,024 and 1,048,576), as lengths of
-sequences have it: 10B, 1.5T, 4k, 4Ki. Paths: `~`, `~user`, $NAME and ${NAME} are expanded ($$ is a dollar); relative ones, those in a base
-file too, are relative to the working directory of the command. What a run records of itself has absolute paths only
-(`with_absolute_paths`), so that it is right from everywhere.
+Token counts: a number and, without a space, k or K (1,000), M, B (1,000 million), T, or Ki and Mi (1,024 and
+1,048,576), as lengths of sequences have it: 10B, 1.5T, 4k, 4Ki. Paths: `~`, `~user`, $NAME and ${NAME} are expanded ($$
+is a dollar); relative ones, those in a base file too, are relative to the working directory of the command. What a run
+records of itself has absolute paths only (`with_absolute_paths`), so that it is right from everywhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,29 @@ from hunyuan_pretrain.config.yaml_tree import Keys, Tree, dotted
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20}
 SUFFIX_RULE = "10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096"
 _COUNT = re.compile(r"([-+]?(?:\d[\d_]*)?(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*([A-Za-z]+)")
-_MEANT = {"m": "M", "mio": "M", "million": "M", "mt": "M", "b": "B", "g": "B", "bn": "B", "bil": "B", "billion": "B", "bt": "B"}
-_MEANT |= {"t": "T", "tn": "T", "trillion": "T", "kt": "k", "thousand": "k", "ki": "Ki", "kib": "Ki", "mi": "Mi", "mib": "Mi"}
+_MEANT = {
+    "m": "M",
+    "mio": "M",
+    "million": "M",
+    "mt": "M",
+    "b": "B",
+    "g": "B",
+    "bn": "B",
+    "bil": "B",
+    "billion": "B",
+    "bt": "B",
+}
+_MEANT |= {
+    "t": "T",
+    "tn": "T",
+    "trillion": "T",
+    "kt": "k",
+    "thousand": "k",
+    "ki": "Ki",
+    "kib": "Ki",
+    "mi": "Mi",
+    "mib": "Mi",
+}
 _MEANT |= {"tokens": "", "tok": ""}
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
@@ -58,7 +79,8 @@ def number_hint(text: str, is_tokens: bool) -> str:
 
 
 def expand(text: str) -> str:
-    """A path with `~` and variables filled in. Raises ValueError that names what is not defined, and for one that is empty."""
+    """A path with `~` and variables filled in. Raises ValueError that names what is not defined, and for one that is
+    empty."""
 
     def filled(found: re.Match[str]) -> str:
         if found[0] == "$$":
@@ -72,7 +94,9 @@ def expand(text: str) -> str:
     if expanded.startswith("~"):
         at_home = os.path.expanduser(expanded)
         if at_home.startswith("~"):
-            raise ValueError(f"there is no user {at_home.partition('/')[0][1:]}, whose home {at_home.partition('/')[0]} would be")
+            raise ValueError(
+                f"there is no user {at_home.partition('/')[0][1:]}, whose home {at_home.partition('/')[0]} would be"
+            )
         expanded = at_home
     if not expanded.strip():
         raise ValueError("is empty, and would be the working directory (write . for that)")

@@ -1,7 +1,8 @@
 """YAML text -> plain data that knows the file and line of every value.
 
-Read by PyYAML's safe loader, with YAML 1.2's idea of what a word is, because 1.1's surprises: only true and false are booleans (yes, no, on
-and off are text), 1e-4 and 7e12 are numbers, 010, 1:30 and 2024-01-01 are text. A key written twice is an error; `<<` merges sections.
+Read by PyYAML's safe loader, with YAML 1.2's idea of what a word is, because 1.1's surprises: only true and false are
+booleans (yes, no, on and off are text), 1e-4 and 7e12 are numbers, 010, 1:30 and 2024-01-01 are text. A key written
+twice is an error; `<<` merges sections.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Tree:
             if isinstance(value, dict) and isinstance(mine.get(name), dict):
                 self._merge(mine[name], value, other, here)
             else:
-                self.put(mine, name, value, here, {at: text for at, text in other.where.items() if at[: len(here)] == here})
+                self.put(
+                    mine, name, value, here, {at: text for at, text in other.where.items() if at[: len(here)] == here}
+                )
 
     def put(self, container: Any, name: str | int, value: Any, keys: Keys, where: Mapping[Keys, str]) -> None:
         """Replace one value and the positions of everything under it."""
@@ -84,7 +87,9 @@ def parse(text: str, source: str) -> Tree:
         data = yaml_value(text, tree, problems)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise file_error(source, f"is not valid YAML: {reason_of(error)}", where=f"{source}:{mark.line + 1}" if mark else "") from None
+        raise file_error(
+            source, f"is not valid YAML: {reason_of(error)}", where=f"{source}:{mark.line + 1}" if mark else ""
+        ) from None
     if problems:
         raise ConfigError(source, problems)
     if data is None:
@@ -108,7 +113,8 @@ def yaml_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
 
 
 def text_or_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
-    """The value of an override: YAML, but for ` #`, which begins no comment there: `runs/a #3` is that text. Raises yaml.YAMLError."""
+    """The value of an override: YAML, but for ` #`, which begins no comment there: `runs/a #3` is that text. Raises
+    yaml.YAMLError."""
     value = yaml_value(text, tree, problems)
     loader = Loader(text)
     try:
@@ -149,8 +155,11 @@ def convert(loader: Loader, node: yaml.Node, keys: Keys, tree: Tree, problems: l
     return convert_section(loader, node, keys, tree, problems)
 
 
-def convert_section(loader: Loader, node: yaml.MappingNode, keys: Keys, tree: Tree, problems: list[Problem]) -> dict[str, Any]:
-    """A mapping with what `<<` merges into it: its own keys win, then the first of several merged sections that has one."""
+def convert_section(
+    loader: Loader, node: yaml.MappingNode, keys: Keys, tree: Tree, problems: list[Problem]
+) -> dict[str, Any]:
+    """A mapping with what `<<` merges into it: its own keys win, then the first of several merged sections that has
+    one."""
     found: dict[str, Any] = {}
     merged: list[yaml.Node] = []
     written: dict[str, str] = {}

@@ -1,12 +1,14 @@
 """Equal work for ranks that wait for each other: pure functions on arrays.
 
-Packed sequences have the same number of tokens, but attention inside a document of n tokens costs about n * n, so a sequence that is one
-long document takes longer than one of short documents, and at the end of a step, or in every layer where experts are spread over the ranks,
-all wait for the slowest. Two remedies, each useful alone:
+Packed sequences have the same number of tokens, but attention inside a document of n tokens costs about n * n, so a
+sequence that is one long document takes longer than one of short documents, and at the end of a step, or in every layer
+where experts are spread over the ranks, all wait for the slowest. Two remedies, each useful alone:
 
-- `deal` decides who takes which sequence of a step's batch. The batch stays what it is, so this changes nothing about training.
-- `balanced_rows` makes batches of groups of sequences with nearly equal cost. A group is as random as a sequence was, but the sequences in
-  it are of a kind, so a batch has fewer independent members and its gradient more noise (figures in docs/log.md).
+- `deal` decides who takes which sequence of a step's batch. The batch stays what it is, so this changes nothing about
+  training.
+- `balanced_rows` makes batches of groups of sequences with nearly equal cost. A group is as random as a sequence was,
+  but the sequences in it are of a kind, so a batch has fewer independent members and its gradient more noise (figures
+  in docs/log.md).
 """
 
 from __future__ import annotations
@@ -32,15 +34,18 @@ def squared_lengths(packing: Packing) -> np.ndarray:
         part = offsets[begin : begin + _AT_A_TIME + 1]
         lengths = packing.piece_length[part[0] : part[-1]].astype(np.int64)
         padding = size - np.add.reduceat(lengths, part[:-1] - part[0])
-        squares[begin : begin + len(padding)] = np.add.reduceat(lengths * lengths, part[:-1] - part[0]) + padding * padding
+        squares[begin : begin + len(padding)] = (
+            np.add.reduceat(lengths * lengths, part[:-1] - part[0]) + padding * padding
+        )
     return squares
 
 
 def sequence_costs(squares: np.ndarray, sequence_length: int, attention_cost_tokens: float) -> np.ndarray:
-    """Cost of each sequence, as the number of tokens that cost as much without any attention scores: float64, same shape as `squares`.
+    """Cost of each sequence, as the number of tokens that cost as much without any attention scores: float64, same
+    shape as `squares`.
 
-    `squares`: from `squared_lengths`. `attention_cost_tokens`: the length of a document in which the attention scores and values cost as
-    much as all else, a property of the model; about 125,000 tokens for Hunyuan-Large by FLOPs.
+    `squares`: from `squared_lengths`. `attention_cost_tokens`: the length of a document in which the attention scores
+    and values cost as much as all else, a property of the model; about 125,000 tokens for Hunyuan-Large by FLOPs.
     """
     costs: np.ndarray = sequence_length + squares / attention_cost_tokens
     return costs
@@ -53,12 +58,14 @@ def cost_order(costs: np.ndarray) -> np.ndarray:
 
 
 def balanced_rows(position: np.ndarray, order: np.ndarray, group_sequences: int, key: int) -> np.ndarray:
-    """The rows at the given positions of a walk over all sequences, which count from 0 to sequences - 1: int64, same shape.
+    """The rows at the given positions of a walk over all sequences, which count from 0 to sequences - 1: int64, same
+    shape.
 
-    Each `group_sequences` positions in a row take neighbours in `order` (see `cost_order`), from the cheapest to the dearest; groups come
-    in a shuffled order that belongs to `key`. What does not fill a group comes last, taken from another place of the order with each key.
-    Only the rows asked for are computed. `group_sequences` should be a multiple of data-parallel size x micro-batch and a divisor of the
-    batch. It decides on the batches, so it must stay the same while a run lasts, also where the data-parallel size changes.
+    Each `group_sequences` positions in a row take neighbours in `order` (see `cost_order`), from the cheapest to the
+    dearest; groups come in a shuffled order that belongs to `key`. What does not fill a group comes last, taken from
+    another place of the order with each key. Only the rows asked for are computed. `group_sequences` should be a
+    multiple of data-parallel size x micro-batch and a divisor of the batch. It decides on the batches, so it must stay
+    the same while a run lasts, also where the data-parallel size changes.
     """
     num_groups, rest = divmod(len(order), group_sequences)
     # Sorted, the sequences are: `gap` groups, the rest, all other groups.
@@ -72,11 +79,13 @@ def balanced_rows(position: np.ndarray, order: np.ndarray, group_sequences: int,
 
 
 def deal(costs: np.ndarray, num_ranks: int, micro_batch_sequences: int) -> np.ndarray:
-    """Deal the sequences of a step's batch out: (micro-batches, num_ranks, micro_batch_sequences) int64, numbers of sequences.
+    """Deal the sequences of a step's batch out: (micro-batches, num_ranks, micro_batch_sequences) int64, numbers of
+    sequences.
 
-    `costs` (batch,), a multiple of num_ranks * micro_batch_sequences. Each sequence is dealt once. The costs of all micro-batches are near
-    each other, nearest those of one index, which run side by side, and so are the totals of the ranks. Follows from the costs alone, the
-    lower number first where they are equal, so that every rank finds the same. Micro-batches run from the dearest to the cheapest.
+    `costs` (batch,), a multiple of num_ranks * micro_batch_sequences. Each sequence is dealt once. The costs of all
+    micro-batches are near each other, nearest those of one index, which run side by side, and so are the totals of the
+    ranks. Follows from the costs alone, the lower number first where they are equal, so that every rank finds the same.
+    Micro-batches run from the dearest to the cheapest.
     """
     num_rows, remainder = divmod(len(costs), num_ranks * micro_batch_sequences)
     assert not remainder, f"{len(costs)} sequences for {num_ranks} ranks with micro-batches of {micro_batch_sequences}"
@@ -107,8 +116,8 @@ class Imbalance:
     step: float
     """The same for the totals of the ranks: the slow-down where ranks meet at the end of a step only."""
     slowdown: float
-    """Sum over micro-batches of the dearest rank / sum of the mean ranks: the slow-down where ranks meet in every micro-batch, as they do
-    with expert parallelism."""
+    """Sum over micro-batches of the dearest rank / sum of the mean ranks: the slow-down where ranks meet in every
+    micro-batch, as they do with expert parallelism."""
 
 
 def imbalance(costs_by_place: np.ndarray) -> Imbalance:

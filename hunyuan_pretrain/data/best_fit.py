@@ -1,10 +1,11 @@
-"""Best-fit decreasing bin packing of very many items: longest first, each into the fullest bin that still has room for it.
+"""Best-fit decreasing bin packing of very many items: longest first, each into the fullest bin that still has room for
+it.
 
-Neither items nor bins are handled one by one. Items of one length and bins with equal room are interchangeable, so the items of a length go
-into a row of neighbouring bins with equal room in one step; and a bin that is the fullest takes items of one length after the other in one
-step, until it is full or a fuller bin can take the next. What comes out is a list of such steps. For d different lengths there are
-O(d log capacity) of them, whatever the number of items: a step either ends a length, or leaves a whole row of bins with less than half of
-their room.
+Neither items nor bins are handled one by one. Items of one length and bins with equal room are interchangeable, so the
+items of a length go into a row of neighbouring bins with equal room in one step; and a bin that is the fullest takes
+items of one length after the other in one step, until it is full or a fuller bin can take the next. What comes out is a
+list of such steps. For d different lengths there are O(d log capacity) of them, whatever the number of items: a step
+either ends a length, or leaves a whole row of bins with less than half of their room.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 class BestFit:
     """The bin of each item, items numbered from the longest to the shortest.
 
-    Step i places the items from first_item[i] to first_item[i + 1]: the first per_bin[i] of them in bin first_bin[i], as many again in the
-    bin after it, and so on.
+    Step i places the items from first_item[i] to first_item[i + 1]: the first per_bin[i] of them in bin first_bin[i],
+    as many again in the bin after it, and so on.
     """
 
     num_bins: int
@@ -36,8 +37,9 @@ class BestFit:
     def parts(self, items_at_a_time: int) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the first item, bins of the items from there on as int64), part after part over all items."""
         num_items = int(self.first_item[-1])
-        # (item - first item of its step) // per bin + first bin = (item + shift) // per bin. Divided as float64, many times faster than as
-        # int64 and, rounded down, the same below 2**52, which the capacity of all bins does not reach.
+        # (item - first item of its step) // per bin + first bin = (item + shift) // per bin. Divided as float64, many
+        # times faster than as int64 and, rounded down, the same below 2**52, which the capacity of all bins does not
+        # reach.
         shift, per_bin = self.first_bin * self.per_bin - self.first_item[:-1], self.per_bin.astype(np.float64)
         for begin in range(0, num_items, items_at_a_time):
             end = min(begin + items_at_a_time, num_items)
@@ -51,9 +53,12 @@ class BestFit:
 def best_fit_decreasing(lengths: np.ndarray, counts: np.ndarray, capacity: int) -> BestFit:
     """Pack counts[i] items of lengths[i] each into bins of `capacity`.
 
-    `lengths` (lengths,): from the longest to the shortest, no two equal, from 1 to capacity; `counts` (lengths,): at least 1.
+    `lengths` (lengths,): from the longest to the shortest, no two equal, from 1 to capacity; `counts` (lengths,): at
+    least 1.
     """
-    assert not len(lengths) or (capacity >= lengths[0] and lengths[-1] > 0 and (np.diff(lengths) < 0).all()), "lengths must fall"
+    assert not len(lengths) or (capacity >= lengths[0] and lengths[-1] > 0 and (np.diff(lengths) < 0).all()), (
+        "lengths must fall"
+    )
     steps = _Steps(lengths.astype(np.int64), counts.astype(np.int64), capacity)
     # Two items longer than half a bin never share one.
     group = steps.place_alone(int(np.searchsorted(-lengths, -(capacity // 2))))
@@ -72,7 +77,8 @@ def best_fit_decreasing(lengths: np.ndarray, counts: np.ndarray, capacity: int) 
 
 
 class _Steps:
-    """The state of a packing. A group is the items of one length; a row is (first bin, number) of neighbouring bins with equal room.
+    """The state of a packing. A group is the items of one length; a row is (first bin, number) of neighbouring bins
+    with equal room.
 
     Lists of Python integers, for in a loop numpy's scalars are slow.
     """
@@ -85,8 +91,9 @@ class _Steps:
         self.num_bins = 0
         self.rows: dict[int, list[tuple[int, int]]] = {}
         """Rows by the room they have left."""
-        # The rooms in `rows` once each. Those too small for the present length wait in a heap, negative so that the largest comes first;
-        # the others are a stack. As lengths fall, rooms move from the heap to the stack, and no room that moves is larger than its top.
+        # The rooms in `rows` once each. Those too small for the present length wait in a heap, negative so that the
+        # largest comes first; the others are a stack. As lengths fall, rooms move from the heap to the stack, and no
+        # room that moves is larger than its top.
         self.waiting: list[int] = []
         self.fitting: list[int] = []
         self.steps: list[int] = []
@@ -98,13 +105,18 @@ class _Steps:
             self.num_bins = self.items_before[num_groups]
             self.steps += (self.num_bins, 0, 1)
             rooms = [self.capacity - length for length in self.length_of[:num_groups]]
-            self.rows = {room: [row] for room, row in zip(rooms, zip(self.items_before, self.count_of, strict=False), strict=False) if room}
+            self.rows = {
+                room: [row]
+                for room, row in zip(rooms, zip(self.items_before, self.count_of, strict=False), strict=False)
+                if room
+            }
             # From the largest down, and so a heap.
             self.waiting = [-room for room in reversed(self.rows)]
         return num_groups
 
     def tightest_room(self, group: int, left: int) -> int:
-        """The least room that an item of the group fits in; where there is none, bins are added for the `left` items of the group."""
+        """The least room that an item of the group fits in; where there is none, bins are added for the `left` items of
+        the group."""
         length, waiting, fitting = self.length_of[group], self.waiting, self.fitting
         while waiting and -waiting[0] >= length:
             fitting.append(-heappop(waiting))
@@ -116,7 +128,8 @@ class _Steps:
         return fitting[-1]
 
     def fill_row(self, group: int, left: int, room: int) -> int:
-        """Fill bins with `room` with as many items of the group as they hold, as long as items last; returns the number left."""
+        """Fill bins with `room` with as many items of the group as they hold, as long as items last; returns the number
+        left."""
         length, rows = self.length_of[group], self.rows[room]
         each = room // length
         filled = []
@@ -133,8 +146,8 @@ class _Steps:
         return left
 
     def fill_bin(self, group: int, left: int, room: int) -> int:
-        """Put the `left` items of the group, which leave room in a bin, into one bin with `room`, and the groups after it as long as they
-        fit in whole and no fuller bin can take them; returns the group that comes next."""
+        """Put the `left` items of the group, which leave room in a bin, into one bin with `room`, and the groups after
+        it as long as they fit in whole and no fuller bin can take them; returns the group that comes next."""
         rows, waiting, after = self.rows[room], self.waiting, group + 1
         first, number = rows.pop()
         if number > 1:

@@ -1,9 +1,10 @@
 """How often documents are read, whichever packed datasets hold them.
 
-Packs of several lengths over one tokenized folder hold the same documents, so a cap on how often a document is read counts all of them. A
-pack holds those documents of a tokenized folder whose lengths lie in a range; a folder is known by the digest of its shards. So the
-documents of a pack fall into a few ranges of lengths, each read by the same packs, and no document is looked at: only where the bound that
-this gives would be refused, the lengths say whether a range holds a document at all.
+Packs of several lengths over one tokenized folder hold the same documents, so a cap on how often a document is read
+counts all of them. A pack holds those documents of a tokenized folder whose lengths lie in a range; a folder is known
+by the digest of its shards. So the documents of a pack fall into a few ranges of lengths, each read by the same packs,
+and no document is looked at: only where the bound that this gives would be refused, the lengths say whether a range
+holds a document at all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ class Selection:
     def __str__(self) -> str:
         if self.longest < NO_LIMIT:
             return f"documents of {self.shortest:,} to {self.longest:,} tokens of {self.folder}"
-        return f"documents of {self.shortest:,} tokens or more of {self.folder}" if self.shortest > 1 else f"documents of {self.folder}"
+        return (
+            f"documents of {self.shortest:,} tokens or more of {self.folder}"
+            if self.shortest > 1
+            else f"documents of {self.folder}"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,25 @@ class Reading:
 def readings(pack: str, selections: Mapping[str, Sequence[Selection]], epochs: Mapping[str, Fraction]) -> list[Reading]:
     """The documents of `pack` in ranges that the same packs read, those read most often first.
 
-    `selections` are what each pack holds, `epochs` how often each is walked; a pack without selections holds documents of its own.
+    `selections` are what each pack holds, `epochs` how often each is walked; a pack without selections holds documents
+    of its own.
     """
     own = selections.get(pack) or (Selection(pack, pack, 1, NO_LIMIT),)
     found = [reading for selection in own for reading in _of_selection(selection, {**selections, pack: own}, epochs)]
     return sorted(found, key=lambda reading: -sum(reading.by_pack.values()))
 
 
-def _of_selection(selection: Selection, selections: Mapping[str, Sequence[Selection]], epochs: Mapping[str, Fraction]) -> Iterator[Reading]:
-    others = [(pack, other) for pack in epochs for other in selections.get(pack, ()) if other.corpus == selection.corpus]
+def _of_selection(
+    selection: Selection, selections: Mapping[str, Sequence[Selection]], epochs: Mapping[str, Fraction]
+) -> Iterator[Reading]:
+    others = [
+        (pack, other) for pack in epochs for other in selections.get(pack, ()) if other.corpus == selection.corpus
+    ]
     borders = {selection.shortest, selection.longest + 1}
     for _, other in others:
-        borders |= {border for border in (other.shortest, other.longest + 1) if selection.shortest < border <= selection.longest}
+        borders |= {
+            border for border in (other.shortest, other.longest + 1) if selection.shortest < border <= selection.longest
+        }
     ordered = sorted(borders)
     for shortest, end in pairwise(ordered):
         by_pack: dict[str, Fraction] = {}
@@ -84,5 +96,6 @@ def _of_selection(selection: Selection, selections: Mapping[str, Sequence[Select
 
 
 def most_read(found: Sequence[Reading], holds: Callable[[Selection], bool], above: float = -1.0) -> Reading | None:
-    """The first of `found`, as `readings` gives them, that is read more than `above` times and holds a document, or None."""
+    """The first of `found`, as `readings` gives them, that is read more than `above` times and holds a document, or
+    None."""
     return next((reading for reading in found if reading.epochs > above and holds(reading.documents)), None)

@@ -25,8 +25,9 @@ _LOCK = ".lock"
 def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `path` that takes its name when the block ends, and is removed if the block raises.
 
-    `marker` is a file that every folder of this kind holds: with `overwrite` an existing folder is replaced only if it has one,
-    so that a mistyped output never removes somebody's files. Raises DataFormatError if `path` is there and may not be replaced.
+    `marker` is a file that every folder of this kind holds: with `overwrite` an existing folder is replaced only if it
+    has one, so that a mistyped output never removes somebody's files. Raises DataFormatError if `path` is there and may
+    not be replaced.
     """
     path = Path(path)
     _check_replaceable(path, marker, overwrite)
@@ -47,13 +48,14 @@ def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Ite
 
 @contextmanager
 def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite: bool = False) -> Iterator[Path]:
-    """The place where the folder `path` grows, over several runs of a command if one is interrupted; `finish_folder` gives it its name.
+    """The place where the folder `path` grows, over several runs of a command if one is interrupted; `finish_folder`
+    gives it its name.
 
-    It is a sibling of `path`, and what an earlier run with the same `identity` left there is there again. The block has it alone, on every
-    machine that sees it. Files whose names begin with a dot do not belong to what grows, and `finish_folder` removes them. If the block
-    raises, the folder stays if it holds anything else, and is removed if not. Raises DataFormatError if `path` is there and may not be
-    replaced (see `new_folder`), if another process is at work, or if an unfinished folder of another identity is there; with `overwrite`
-    that one is removed.
+    It is a sibling of `path`, and what an earlier run with the same `identity` left there is there again. The block has
+    it alone, on every machine that sees it. Files whose names begin with a dot do not belong to what grows, and
+    `finish_folder` removes them. If the block raises, the folder stays if it holds anything else, and is removed if
+    not. Raises DataFormatError if `path` is there and may not be replaced (see `new_folder`), if another process is at
+    work, or if an unfinished folder of another identity is there; with `overwrite` that one is removed.
     """
     path = Path(path)
     _check_replaceable(path, marker, overwrite)
@@ -71,10 +73,12 @@ def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite
 
 @contextmanager
 def begun_folder(path: str | Path, *, alone: bool = False) -> Iterator[tuple[Path, str]]:
-    """(unfinished folder of `path`, its identity) as `unfinished_folder` has left it, for one of many processes that fill it together.
+    """(unfinished folder of `path`, its identity) as `unfinished_folder` has left it, for one of many processes that
+    fill it together.
 
-    Such processes may be at work at the same time, on any machine, but not beside one that asks for the folder `alone`, or by
-    `unfinished_folder`. Raises DataFormatError if another process excludes this one, or if there is no such folder.
+    Such processes may be at work at the same time, on any machine, but not beside one that asks for the folder `alone`,
+    or by `unfinished_folder`. Raises DataFormatError if another process excludes this one, or if there is no such
+    folder.
     """
     path = Path(path)
     file = _partial(path) / _IDENTITY
@@ -129,7 +133,8 @@ def _take_over(partial: Path, identity: str, overwrite: bool) -> None:
         return
     if any(partial.glob("[!.]*")) and not overwrite:
         raise DataFormatError(
-            f"{partial}: left unfinished by a run with other inputs or options; run that again to go on, or pass --overwrite to start over"
+            f"{partial}: left unfinished by a run with other inputs or options; run that again to go on, or pass "
+            "--overwrite to start over"
         )
     for other in partial.iterdir():
         if other.name != _LOCK:
@@ -147,7 +152,9 @@ def _check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
         if not overwrite:
             raise DataFormatError(f"{path}: already there; choose another output, or pass --overwrite to replace it")
         if not (path / marker).is_file():
-            raise DataFormatError(f"{path}: not replaced, because it holds no {marker} and so was not written by this command")
+            raise DataFormatError(
+                f"{path}: not replaced, because it holds no {marker} and so was not written by this command"
+            )
 
 
 def _take_name(temporary: Path, path: Path) -> None:
@@ -191,29 +198,35 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def manifest_format(folder: str | Path) -> str:
-    """The `format` of a data folder, "" if its manifest has none. Raises DataFormatError if there is no folder or no readable manifest."""
+    """The `format` of a data folder, "" if its manifest has none. Raises DataFormatError if there is no folder or no
+    readable manifest."""
     return str(_load_manifest(Path(folder)).get("format", ""))
 
 
 def read_manifest(folder: str | Path, expected_format: str, version: int, written_by: str) -> dict[str, Any]:
     """The manifest of a folder of the given format and version.
 
-    Raises DataFormatError if the folder or its manifest is missing or unreadable, or if it is of another kind or version;
-    `written_by` is the command the message points to.
+    Raises DataFormatError if the folder or its manifest is missing or unreadable, or if it is of another kind or
+    version; `written_by` is the command the message points to.
     """
     folder = Path(folder)
     manifest = _load_manifest(folder, written_by)
     if manifest.get("format") != expected_format:
         found = str(manifest.get("format", "no format"))[:60]
-        raise DataFormatError(f"{folder / MANIFEST}: {found}, expected {expected_format}; give a folder written by `{written_by}`")
+        raise DataFormatError(
+            f"{folder / MANIFEST}: {found}, expected {expected_format}; give a folder written by `{written_by}`"
+        )
     if manifest.get("version") != version:
         found = reprlib.repr(manifest.get("version"))
-        raise DataFormatError(f"{folder / MANIFEST}: version {found}, this program reads version {version}; run `{written_by}` again")
+        raise DataFormatError(
+            f"{folder / MANIFEST}: version {found}, this program reads version {version}; run `{written_by}` again"
+        )
     return manifest
 
 
 def manifest_field(folder: str | Path, manifest: Any, name: str, kind: type) -> Any:
-    """`manifest[name]` of a manifest or a part of one; DataFormatError if it is missing or not of `kind`, or a number below 0."""
+    """`manifest[name]` of a manifest or a part of one; DataFormatError if it is missing or not of `kind`, or a number
+    below 0."""
     path = Path(folder) / MANIFEST
     if not isinstance(manifest, dict):
         raise DataFormatError(f"{path}: a JSON object with {name} is expected, found {type(manifest).__name__}")
@@ -234,7 +247,9 @@ def _load_manifest(folder: Path, written_by: str = "hunyuan-data") -> dict[str, 
         if not path.is_file():
             raise DataFormatError(f"{path}: missing; give a folder written by `{written_by}`")
         manifest = json.loads(path.read_bytes())
-        json.dumps(manifest, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which nobody could print
+        json.dumps(
+            manifest, ensure_ascii=False
+        ).encode()  # fails for half of a surrogate pair, which nobody could print
     except DataFormatError:
         raise
     except OSError as error:

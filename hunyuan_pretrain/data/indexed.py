@@ -1,10 +1,11 @@
 """A tokenized corpus on disk: shards in Megatron's indexed format, one document a sequence, and a manifest.
 
-A tokenized folder holds `manifest.json` and for each shard `shard_00000.bin` (all ids, one after the other), `shard_00000.idx` (where each
-document is) and `shard_00000.origin.npy` (where each document comes from). The first two are byte for byte what megatron-core's
-IndexedDatasetBuilder writes, so its tools read them as they are. Layout of the .idx, little endian: "MMIDIDX\\0\\0", version 1 (u64), code
-of the id type (u8), number of sequences n (u64), number of document borders (u64), lengths in tokens (i32 x n), byte offsets in the .bin
-(i64 x n), document borders 0..n (i64 x n+1).
+A tokenized folder holds `manifest.json` and for each shard `shard_00000.bin` (all ids, one after the other),
+`shard_00000.idx` (where each document is) and `shard_00000.origin.npy` (where each document comes from). The first two
+are byte for byte what megatron-core's IndexedDatasetBuilder writes, so its tools read them as they are. Layout of the
+.idx, little endian: "MMIDIDX\\0\\0", version 1 (u64), code of the id type (u8), number of sequences n (u64), number of
+document borders (u64), lengths in tokens (i32 x n), byte offsets in the .bin (i64 x n), document borders 0..n (i64 x
+n+1).
 
 Documents are numbered over the shards in their order, which is that of the corpus.
 """
@@ -70,8 +71,9 @@ class ShardWriter:
     def add(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
         """Append documents.
 
-        `tokens` are their ids one after the other (sum(lengths),), `lengths` (documents,) their lengths, `origins` (documents, 2) the file
-        of each, by its number in the manifest's `files`, and its place there: byte offset of a line, or row.
+        `tokens` are their ids one after the other (sum(lengths),), `lengths` (documents,) their lengths, `origins`
+        (documents, 2) the file of each, by its number in the manifest's `files`, and its place there: byte offset of a
+        line, or row.
         """
         assert int(lengths.sum()) == len(tokens), "lengths do not add up to the tokens"
         self._write(tokens)
@@ -80,7 +82,8 @@ class ShardWriter:
         self.num_tokens += len(tokens)
 
     def add_in_parts(self, parts: Iterable[np.ndarray], origin: tuple[int, int]) -> int:
-        """Append one document whose ids come in parts, and return its length in tokens; if `parts` raises, the document is taken back.
+        """Append one document whose ids come in parts, and return its length in tokens; if `parts` raises, the document
+        is taken back.
 
         Raises DataFormatError if the document is longer than the format can say.
         """
@@ -89,7 +92,9 @@ class ShardWriter:
             for tokens in parts:
                 length += len(tokens)
                 if length > MAX_DOCUMENT_TOKENS:
-                    raise DataFormatError(f"a document of more than {MAX_DOCUMENT_TOKENS:,} tokens, where the format ends")
+                    raise DataFormatError(
+                        f"a document of more than {MAX_DOCUMENT_TOKENS:,} tokens, where the format ends"
+                    )
                 self._write(tokens)
         except BaseException:
             self._bin.truncate(begin)
@@ -133,7 +138,9 @@ class ShardWriter:
     def _write(self, tokens: np.ndarray) -> None:
         # the encoder's ids are 32 bits wide without a sign, which no id needs: the same bytes
         same_bytes = tokens.dtype == np.uint32 and self.dtype == np.int32
-        content = np.ascontiguousarray(tokens.view(np.int32) if same_bytes else tokens.astype(self.dtype, copy=False)).data
+        content = np.ascontiguousarray(
+            tokens.view(np.int32) if same_bytes else tokens.astype(self.dtype, copy=False)
+        ).data
         self._bin.write(content)
         self._bin_digest.update(content)
 
@@ -147,7 +154,9 @@ class TokenizedShard:
     def __init__(self, folder: Path, entry: dict[str, Any], vocab_size: int) -> None:
         self.folder, self.name = folder, str(manifest_field(folder, entry, "name", str))
         if not re.fullmatch(r"[\w-]{1,100}", self.name):
-            raise DataFormatError(f"{folder / MANIFEST}: {reprlib.repr(self.name)} is not the name of a shard; tokenize again")
+            raise DataFormatError(
+                f"{folder / MANIFEST}: {reprlib.repr(self.name)} is not the name of a shard; tokenize again"
+            )
         self.num_documents: int = manifest_field(folder, entry, "documents", int)
         self.num_tokens: int = manifest_field(folder, entry, "tokens", int)
         self.file_digests: dict[str, str] = manifest_field(folder, entry, "sha256", dict)
@@ -157,7 +166,8 @@ class TokenizedShard:
         check_size(folder / bin_name, last_byte, f"the end of the last document in {self._idx_name}")
         if last_byte != self.num_tokens * self.dtype.itemsize:
             raise DataFormatError(
-                f"{folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest {self.num_tokens}; "
+                f"{folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest "
+                f"{self.num_tokens}; "
                 "the two do not belong together"
             )
         self.tokens = np.frombuffer(_map(folder / bin_name) if last_byte else b"", dtype=self.dtype)
@@ -167,17 +177,20 @@ class TokenizedShard:
         return int(self._offsets[document]) // self.dtype.itemsize
 
     def document(self, number: int) -> np.ndarray:
-        """Ids of one document: (tokens,), a read-only view of the file. Raises DataFormatError if the index points beyond it."""
+        """Ids of one document: (tokens,), a read-only view of the file. Raises DataFormatError if the index points
+        beyond it."""
         start, length = self.start(number), int(self.lengths[number])
         if not 0 <= start <= start + length <= self.num_tokens:
             raise DataFormatError(
-                f"{self.folder / self._idx_name}: document {number} would be tokens {start} to {start + length} of {self.num_tokens}; the "
+                f"{self.folder / self._idx_name}: document {number} would be tokens {start} to {start + length} "
+                f"of {self.num_tokens}; the "
                 "file changed after it was written"
             )
         return self.tokens[start : start + length]
 
     def origin(self, document: int) -> tuple[int, int]:
-        """(file by its number in the manifest's `files`, byte offset of a line or row in it) that a document comes from."""
+        """(file by its number in the manifest's `files`, byte offset of a line or row in it) that a document comes
+        from."""
         origins = load_array(self.folder / self._origin_name, (self.num_documents, 2), np.int64)
         file, place = origins[document].tolist()
         return file, place
@@ -192,7 +205,11 @@ class TokenizedShard:
 
     def _open_idx(self, vocab_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         path = self.folder / self._idx_name
-        check_size(path, _HEADER_BYTES + 12 * self.num_documents + 8 * (self.num_documents + 1), f"{self.num_documents} documents")
+        check_size(
+            path,
+            _HEADER_BYTES + 12 * self.num_documents + 8 * (self.num_documents + 1),
+            f"{self.num_documents} documents",
+        )
         content = _map(path)
         version, code, num_sequences, num_borders = struct.unpack_from("<QBQQ", content, len(_MAGIC))
         dtype: np.dtype | None = next((dtype for dtype, known in _DTYPE_CODES.items() if known == code), None)
@@ -200,12 +217,14 @@ class TokenizedShard:
             raise DataFormatError(f"{path}: not an index of version 1 with uint16 or int32 ids")
         if (num_sequences, num_borders) != (self.num_documents, self.num_documents + 1):
             raise DataFormatError(
-                f"{path}: describes {num_sequences} sequences in {num_borders - 1} documents, the manifest {self.num_documents} documents "
+                f"{path}: describes {num_sequences} sequences in {num_borders - 1} documents, the manifest "
+                f"{self.num_documents} documents "
                 "of one sequence each; the two do not belong together"
             )
         if dtype != token_dtype(vocab_size):
             raise DataFormatError(
-                f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}; tokenize again"
+                f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}; "
+                "tokenize again"
             )
         lengths = np.frombuffer(content, dtype=np.int32, count=num_sequences, offset=_HEADER_BYTES)
         offsets = np.frombuffer(content, dtype=np.int64, count=num_sequences, offset=_HEADER_BYTES + lengths.nbytes)
@@ -223,7 +242,8 @@ class Origin:
 
 
 class TokenizedDataset:
-    """The shards of a tokenized folder. Raises DataFormatError if a file is missing, cut short or does not belong to the others."""
+    """The shards of a tokenized folder. Raises DataFormatError if a file is missing, cut short or does not belong to
+    the others."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -242,7 +262,8 @@ class TokenizedDataset:
         found = int(self.first_documents[-1]), sum(shard.num_tokens for shard in self.shards)
         if found != (self.num_documents, self.num_tokens):
             raise DataFormatError(
-                f"{self.folder}: its shards hold {found[0]} documents and {found[1]} tokens, its manifest says {self.num_documents} and "
+                f"{self.folder}: its shards hold {found[0]} documents and {found[1]} tokens, its manifest says "
+                f"{self.num_documents} and "
                 f"{self.num_tokens}; tokenize again"
             )
 
@@ -279,7 +300,9 @@ class TokenizedDataset:
         file, place = shard.origin(within)
         files = self._field("files", list)
         if not 0 <= file < len(files):
-            raise DataFormatError(f"{self.folder}: document {document} comes from file {file}, but the manifest lists {len(files)}")
+            raise DataFormatError(
+                f"{self.folder}: document {document} comes from file {file}, but the manifest lists {len(files)}"
+            )
         return Origin(str(files[file]), place)
 
     def digests(self) -> dict[Path, str | None]:
@@ -301,7 +324,8 @@ def digest_of(value: Any) -> str:
 
 
 def load_array(path: Path, shape: tuple[int, ...], *dtypes: type[np.integer]) -> np.ndarray:
-    """A memory-mapped .npy. Raises DataFormatError if it is missing, unreadable, or of another shape or another type than `dtypes`."""
+    """A memory-mapped .npy. Raises DataFormatError if it is missing, unreadable, or of another shape or another type
+    than `dtypes`."""
     if not path.is_file():
         raise DataFormatError(f"{path}: missing; write the folder again")
     try:
@@ -312,7 +336,8 @@ def load_array(path: Path, shape: tuple[int, ...], *dtypes: type[np.integer]) ->
         expected = " x ".join(f"{size:,}" for size in shape)
         types = " or ".join(np.dtype(dtype).name for dtype in dtypes)
         raise DataFormatError(
-            f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {expected} integers ({types}); write the folder again"
+            f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {expected} integers "
+            f"({types}); write the folder again"
         )
     return array
 
@@ -321,7 +346,8 @@ def check_pad_id(folder: Path, pad_id: int, vocab_size: int) -> None:
     """Raise DataFormatError unless the pad id is one of the vocabulary."""
     if pad_id >= vocab_size:
         raise DataFormatError(
-            f"{folder / MANIFEST}: pad_id is {pad_id}, but the vocabulary has the ids 0 to {vocab_size - 1}; write it again"
+            f"{folder / MANIFEST}: pad_id is {pad_id}, but the vocabulary has the ids 0 to {vocab_size - 1}; "
+            "write it again"
         )
 
 
@@ -352,7 +378,8 @@ def check_digest_in_steps(path: Path, expected: str | None) -> Iterator[int]:
     found = digest.hexdigest()
     if found != expected:
         raise DataFormatError(
-            f"{path}: SHA-256 {found[:12]}..., the manifest says {str(expected)[:12]}...; the file changed after it was written"
+            f"{path}: SHA-256 {found[:12]}..., the manifest says {str(expected)[:12]}...; the file changed after "
+            "it was written"
         )
 
 
@@ -363,7 +390,9 @@ def check_size(path: Path, expected: int, described_by: str) -> None:
     size = path.stat().st_size
     if size != expected:
         state = "cut short" if size < expected else "too long"
-        raise DataFormatError(f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}; write it again")
+        raise DataFormatError(
+            f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}; write it again"
+        )
 
 
 def _flush_and_close(file: BinaryIO) -> None:

@@ -1,6 +1,7 @@
 """What was in a batch: the documents of every sequence of a step, back to the files of the corpus.
 
-Nothing is recorded while training: the order of the data is a pure function of the experiment and the step, so the ledger is computed.
+Nothing is recorded while training: the order of the data is a pure function of the experiment and the step, so the
+ledger is computed.
 """
 
 from __future__ import annotations

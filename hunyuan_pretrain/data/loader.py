@@ -1,9 +1,9 @@
 """The batches of one data-parallel rank.
 
-The global batch of a step is fixed by the seed alone. Micro-batch m of rank r takes micro_batch_sequences of its sequences, from
-(m * dp_size + r) * micro_batch_sequences on, or as balance_attention deals them; so ranks and micro-batches only deal the same sequences
-out, and a run goes on exactly with another number of ranks. There is no state to save: the step, and the segments of the run, are the
-state.
+The global batch of a step is fixed by the seed alone. Micro-batch m of rank r takes micro_batch_sequences of its
+sequences, from (m * dp_size + r) * micro_batch_sequences on, or as balance_attention deals them; so ranks and
+micro-batches only deal the same sequences out, and a run goes on exactly with another number of ranks. There is no
+state to save: the step, and the segments of the run, are the state.
 
 Shapes: T = micro_batch_sequences * S tokens, the sequences one after the other.
 """
@@ -47,10 +47,12 @@ class MicroBatch:
 
 
 class StepLoader:
-    """Micro-batches of one rank by global step, counted from 0 over all stages; the next step is read while the model works on this one.
+    """Micro-batches of one rank by global step, counted from 0 over all stages; the next step is read while the model
+    works on this one.
 
-    Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another sequence length than the stage's, was
-    tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), or has ids beyond the embedding.
+    Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another sequence length than the
+    stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), or has ids beyond the
+    embedding.
     """
 
     def __init__(
@@ -67,7 +69,8 @@ class StepLoader:
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
                 raise DataFormatError(
-                    f"stages[{number}] ({stage.name}): global_batch_sequences={stage.global_batch_sequences} is not a multiple of "
+                    f"stages[{number}] ({stage.name}): global_batch_sequences={stage.global_batch_sequences} is "
+                    "not a multiple of "
                     f"data-parallel size {dp_size} x micro_batch_sequences {stage.micro_batch_sequences} = "
                     f"{dp_size * stage.micro_batch_sequences}"
                 )
@@ -96,7 +99,9 @@ class StepLoader:
 
     def digests(self) -> dict[Path, str | None]:
         """SHA-256 of every file of the data, as the manifests have them."""
-        return {file: digest for dataset in self.order.datasets.values() for file, digest in dataset.index.digests().items()}
+        return {
+            file: digest for dataset in self.order.datasets.values() for file, digest in dataset.index.digests().items()
+        }
 
     def close(self) -> None:
         """End the reading thread."""
@@ -107,14 +112,18 @@ class StepLoader:
         places = places_of_rank(self.order, step, self.dp_rank, self.dp_size)
         sequences = self.order.sequences(step, places.ravel())
         width = stage.micro_batch_sequences
-        return [_collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], places[m]) for m in range(len(places))]
+        return [
+            _collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], places[m])
+            for m in range(len(places))
+        ]
 
 
 class EvaluationLoader:
-    """The first sequences of the validation data in fixed order, dealt out over the ranks; every rank has as many micro-batches.
+    """The first sequences of the validation data in fixed order, dealt out over the ranks; every rank has as many
+    micro-batches.
 
-    Where the sequences do not go round, wholly masked ones fill up; their `sequence_ids` are `num_sequences` and above. Raises
-    DataFormatError as StepLoader does.
+    Where the sequences do not go round, wholly masked ones fill up; their `sequence_ids` are `num_sequences` and above.
+    Raises DataFormatError as StepLoader does.
     """
 
     def __init__(
@@ -127,7 +136,8 @@ class EvaluationLoader:
         named: EvaluationSet | None = None,
         token_bytes: np.ndarray | None = None,
     ) -> None:
-        """micro_batch_multiple: each rank has a multiple of so many micro-batches. named: one of evaluation.sets, else evaluation.data.
+        """micro_batch_multiple: each rank has a multiple of so many micro-batches. named: one of evaluation.sets, else
+        evaluation.data.
 
         token_bytes: (V,) bytes of text of each id, for `target_bytes`.
         """
@@ -141,7 +151,9 @@ class EvaluationLoader:
         self.num_sequences = min(len(self._dataset), limit or len(self._dataset))
         self._token_bytes = token_bytes
         at_a_time = dp_size * evaluation.micro_batch_sequences * micro_batch_multiple
-        self._places = _places_of_rank(-(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size)
+        self._places = _places_of_rank(
+            -(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size
+        )
 
     def digests(self) -> dict[Path, str | None]:
         """SHA-256 of every file of the data, as the manifests have them."""
@@ -149,7 +161,8 @@ class EvaluationLoader:
 
     @cached_property
     def target_bytes(self) -> int | None:
-        """Bytes of the text that this rank's target tokens stand for (<|endoftext|> is a target and has none); None if not known."""
+        """Bytes of the text that this rank's target tokens stand for (<|endoftext|> is a target and has none); None if
+        not known."""
         if self._token_bytes is None:
             return None
         sequences = [self._sequence(place) for place in self._places.ravel().tolist() if place < self.num_sequences]
@@ -179,7 +192,9 @@ def _places_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_size: 
 def _collate(sequences: list[PackedSequence], places: np.ndarray) -> MicroBatch:
     size = len(sequences[0].tokens)
     # The end of each sequence is the start of the next, so it is written once.
-    borders = [np.zeros(1, dtype=np.int32)] + [sequence.cu_seqlens[1:] + np.int32(i * size) for i, sequence in enumerate(sequences)]
+    borders = [np.zeros(1, dtype=np.int32)] + [
+        sequence.cu_seqlens[1:] + np.int32(i * size) for i, sequence in enumerate(sequences)
+    ]
     return MicroBatch(
         tokens_T=_joined([sequence.tokens for sequence in sequences], torch.int64),
         labels_T=_joined([sequence.labels for sequence in sequences], torch.int64),

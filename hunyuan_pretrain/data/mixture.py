@@ -1,13 +1,14 @@
-"""The global order of training: which sequence of which packed dataset each place of each step takes, a pure function of the seed.
+"""The global order of training: which sequence of which packed dataset each place of each step takes, a pure function
+of the seed.
 
-Every answer is computed for the places asked for, in closed form; nothing grows with the length of training. Within a stage each source
-gets its share of the tokens, as exactly as whole sequences can give it (by largest remainder), and evenly (after any number of sequences
-within two of its share). A source is walked in a shuffled order, another one each epoch, and goes on in a later stage where it stopped in
-an earlier one.
+Every answer is computed for the places asked for, in closed form; nothing grows with the length of training. Within a
+stage each source gets its share of the tokens, as exactly as whole sequences can give it (by largest remainder), and
+evenly (after any number of sequences within two of its share). A source is walked in a shuffled order, another one each
+epoch, and goes on in a later stage where it stopped in an earlier one.
 
-Where a run goes on with a changed configuration, what was read stays as it was. The rest of the present stage keeps its order too, cut
-off or continued where its end has moved; if its sources, weights or order have changed, it is shared out anew, each source from where it
-stopped. So no sequence is left out of an epoch, or read twice in it.
+Where a run goes on with a changed configuration, what was read stays as it was. The rest of the present stage keeps its
+order too, cut off or continued where its end has moved; if its sources, weights or order have changed, it is shared out
+anew, each source from where it stopped. So no sequence is left out of an epoch, or read twice in it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class SourceSize:
     tokens: int
     """Without padding."""
     cost_order: np.ndarray | None = None
-    """(sequences,) its sequences from the cheapest to the dearest; needed where a stage balances attention by groups."""
+    """(sequences,) its sequences from the cheapest to the dearest; needed where a stage balances attention by
+    groups."""
     documents: tuple[Selection, ...] = ()
     """Which documents it holds; without, documents that no other source has."""
     holds: Callable[[Selection], bool] = lambda selection: True
@@ -69,12 +71,13 @@ class DataSegment:
 
 
 class Mixture:
-    """The sample order of all stages. `source_sizes` maps each path that the stages name, or its source's name, to its size.
+    """The sample order of all stages. `source_sizes` maps each path that the stages name, or its source's name, to its
+    size.
 
-    `sources` are the sources in the order of their first use. `segments`: the configurations of a run that has changed, the last being that
-    of `stages` and `seed`; a stage's number is then that of `Piece.lane`. Raises DataFormatError if a source's weight gives it no
-    sequence at all, or if documents of a source would have been read more often than its max_epochs at the end of a stage, in whichever
-    sources; ConfigError as `Schedule.goes_on`.
+    `sources` are the sources in the order of their first use. `segments`: the configurations of a run that has changed,
+    the last being that of `stages` and `seed`; a stage's number is then that of `Piece.lane`. Raises DataFormatError if
+    a source's weight gives it no sequence at all, or if documents of a source would have been read more often than its
+    max_epochs at the end of a stage, in whichever sources; ConfigError as `Schedule.goes_on`.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class Mixture:
     ) -> None:
         self._segments = segments or [DataSegment(0, stages, seed)]
         self.schedule = Schedule.of_segments([(segment.first_step, segment.stages) for segment in self._segments])
-        names = (segment.name(source.path) for segment in self._segments for stage in segment.stages for source in stage.data)
+        names = (
+            segment.name(source.path) for segment in self._segments for stage in segment.stages for source in stage.data
+        )
         self.sources = list(dict.fromkeys(names))
         self.sizes = [source_sizes[name] for name in self.sources]
         lanes: dict[int, list[Piece]] = {}
@@ -104,7 +109,8 @@ class Mixture:
                     taken[source] += count
             self._parts.append(parts)
         self.counts: list[dict[int, int]] = [_sum_of_counts(parts) for parts in self._parts]
-        """Sequences of each source, by its number in `sources`, in each stage, those that make up for skipped steps included."""
+        """Sequences of each source, by its number in `sources`, in each stage, those that make up for skipped steps
+        included."""
         self._check_epochs()
 
     def _parts_of(self, pieces: Sequence[Piece]) -> list[_Part]:
@@ -125,7 +131,8 @@ class Mixture:
                     parts.append(_Part(total, _interleaving(counts), (), counts, walk))
         last = pieces[-1]
         if last.num_steps * last.stage.global_batch_sequences < last.num_planned_sequences:
-            # a later segment ended the stage earlier and read nothing of it; the next stage begins with what was not read
+            # a later segment ended the stage earlier and read nothing of it; the next stage begins with what was not
+            # read
             parts = _cut(parts, last.next_place(last.num_steps))
         return parts
 
@@ -137,7 +144,8 @@ class Mixture:
         """How often each source of a stage will have been walked when the stage ends, earlier stages included."""
         before = self._parts[stage][0].taken
         return {
-            self.sources[source]: (before[source] + count) / self.sizes[source].sequences for source, count in self.counts[stage].items()
+            self.sources[source]: (before[source] + count) / self.sizes[source].sequences
+            for source, count in self.counts[stage].items()
         }
 
     def tokens(self, stage: int) -> dict[str, float]:
@@ -148,23 +156,35 @@ class Mixture:
         }
 
     def lookup(self, stage: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row) of the given places of a stage's data: int64, same shape as `numbers`, which count its sequences from 0."""
+        """(source, row) of the given places of a stage's data: int64, same shape as `numbers`, which count its
+        sequences from 0."""
         numbers = np.asarray(numbers, dtype=np.int64)
-        assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < self.num_sequences(stage)), "outside the stage"
+        assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < self.num_sequences(stage)), (
+            "outside the stage"
+        )
         source = np.empty_like(numbers)
         row = np.empty_like(numbers)
         first = 0
         for part in self._parts[stage]:
             where = np.flatnonzero((numbers.ravel() >= first) & (numbers.ravel() < first + part.num_sequences))
-            self._descend(part.tree, part.taken, where, numbers.ravel()[where] - first, source.reshape(-1), row.reshape(-1))
+            self._descend(
+                part.tree, part.taken, where, numbers.ravel()[where] - first, source.reshape(-1), row.reshape(-1)
+            )
             self._number_rows(part.walk, where, source.reshape(-1), row.reshape(-1))
             first += part.num_sequences
         return source, row
 
     def _descend(
-        self, part: _Split | int, taken: Sequence[int], where: np.ndarray, rank: np.ndarray, source: np.ndarray, row: np.ndarray
+        self,
+        part: _Split | int,
+        taken: Sequence[int],
+        where: np.ndarray,
+        rank: np.ndarray,
+        source: np.ndarray,
+        row: np.ndarray,
     ) -> None:
-        """Fill in `source`, and in `row` how many of its sequences went before, `taken` at the start, at `where`, the places of a part."""
+        """Fill in `source`, and in `row` how many of its sequences went before, `taken` at the start, at `where`, the
+        places of a part."""
         if not where.size:
             return
         if isinstance(part, int):
@@ -177,7 +197,8 @@ class Mixture:
         self._descend(part.second, taken, where[~is_first], (rank - before)[~is_first], source, row)
 
     def _number_rows(self, walk: _Walk, where: np.ndarray, source: np.ndarray, row: np.ndarray) -> None:
-        """Turn how many sequences of a source went before into its row, at `where`: each epoch is a walk in another order."""
+        """Turn how many sequences of a source went before into its row, at `where`: each epoch is a walk in another
+        order."""
         for number in np.unique(source[where]).tolist():
             size = self.sizes[number]
             of_source = where[source[where] == number]
@@ -187,12 +208,15 @@ class Mixture:
                 key = mixed_key(walk.seed, number, epoch)
                 if walk.group is not None:
                     if size.cost_order is None:
-                        raise DataFormatError(f"{self.sources[number]}: its data is no longer there, so its order by cost is not known")
+                        raise DataFormatError(
+                            f"{self.sources[number]}: its data is no longer there, so its order by cost is not known"
+                        )
                     group = min(walk.group, size.sequences)
                     rows = balanced_rows(position[chosen], size.cost_order, group, key)
                     if rows.max() >= size.sequences:
                         raise DataFormatError(
-                            f"{self.sources[number]}/cost_order.npy: names sequence {rows.max()} of {size.sequences}; pack again"
+                            f"{self.sources[number]}/cost_order.npy: names sequence {rows.max()} of "
+                            f"{size.sequences}; pack again"
                         )
                     row[of_source[chosen]] = rows
                 else:
@@ -203,7 +227,8 @@ class Mixture:
         weights = self._weights(stage, segment)
         # a sequence of a source with more padding brings fewer tokens, so it takes more of them
         per_token = {
-            source: weight * Fraction(self.sizes[source].sequences, self.sizes[source].tokens) for source, weight in weights.items()
+            source: weight * Fraction(self.sizes[source].sequences, self.sizes[source].tokens)
+            for source, weight in weights.items()
         }
         exact = {source: total * share / sum(per_token.values()) for source, share in per_token.items()}
         counts = {source: int(share) for source, share in exact.items()}
@@ -214,7 +239,8 @@ class Mixture:
             if count == 0 and is_whole_stage:
                 share = f"{float(weights[source]):g} of {float(sum(weights.values())):g}"
                 raise DataFormatError(
-                    f"stage {stage.name}: {self.sources[source]} has weight {share}, which is none of the stage's {total} sequences; "
+                    f"stage {stage.name}: {self.sources[source]} has weight {share}, which is none of the "
+                    f"stage's {total} sequences; "
                     f"remove it or give it a share of at least 1/{total}"
                 )
         return {source: count for source, count in counts.items() if count}
@@ -235,15 +261,23 @@ class Mixture:
         return weights
 
     def readings(self, stage: int, path: str) -> list[Reading]:
-        """How often the documents of a source have been read when the stage ends, in this and in other sources; most often first."""
+        """How often the documents of a source have been read when the stage ends, in this and in other sources; most
+        often first."""
         taken = dict(enumerate(self._parts[stage][0].taken))
         for source, count in self.counts[stage].items():
             taken[source] += count
-        epochs = {self.sources[source]: Fraction(count, self.sizes[source].sequences) for source, count in taken.items() if count}
-        return readings(path, {name: size.documents for name, size in zip(self.sources, self.sizes, strict=True)}, epochs)
+        epochs = {
+            self.sources[source]: Fraction(count, self.sizes[source].sequences)
+            for source, count in taken.items()
+            if count
+        }
+        return readings(
+            path, {name: size.documents for name, size in zip(self.sources, self.sizes, strict=True)}, epochs
+        )
 
     def most_read(self, stage: int, path: str, above: float = -1.0) -> Reading | None:
-        """The documents of a source that have been read most often, more than `above` times, when the stage ends, or None."""
+        """The documents of a source that have been read most often, more than `above` times, when the stage ends, or
+        None."""
         return most_read(self.readings(stage, path), self.sizes[self.sources.index(path)].holds, above)
 
     def _check_epochs(self) -> None:
@@ -261,11 +295,14 @@ class Mixture:
                 left = max(entry.max_epochs * size.tokens - (found.epochs * size.tokens - tokens[path]), 0)
                 together = f": {found.documents}" if len(found.by_pack) > 1 else ""
                 problems.append(
-                    f"stage {stage.name}: {path}{together} would have been read {found}, max_epochs is {entry.max_epochs:g}; "
+                    f"stage {stage.name}: {path}{together} would have been read {found}, max_epochs is "
+                    f"{entry.max_epochs:g}; "
                     f"{left:,.0f} tokens are left for the stage, which asks for {tokens[path]:,.0f}"
                 )
         if problems:
-            raise DataFormatError("\n".join([*problems, "lower the weight or the stage's tokens, raise max_epochs, or give more data"]))
+            raise DataFormatError(
+                "\n".join([*problems, "lower the weight or the stage's tokens, raise max_epochs, or give more data"])
+            )
 
 
 @dataclass(frozen=True)
@@ -322,7 +359,9 @@ def _sum_of_counts(parts: Sequence[_Part]) -> dict[int, int]:
 
 
 def _group_of(stage: StageConfig) -> int | None:
-    return (stage.balance_group_sequences or stage.global_batch_sequences) if stage.balance_attention == "group" else None
+    return (
+        (stage.balance_group_sequences or stage.global_batch_sequences) if stage.balance_attention == "group" else None
+    )
 
 
 def source_path(path: str) -> str:
@@ -333,9 +372,9 @@ def source_path(path: str) -> str:
 def _interleaving(counts: Mapping[int, int]) -> _Split | int:
     """A tree over the sources that joins the two smallest parts again and again.
 
-    A split keeps its first part within half a sequence of its share of the split. In such a tree a part that is split again never has more
-    than two thirds of its parent (the other part was at least as large as each of its halves), so what the levels above are off by shrinks
-    on its way down, and no source is ever two sequences off.
+    A split keeps its first part within half a sequence of its share of the split. In such a tree a part that is split
+    again never has more than two thirds of its parent (the other part was at least as large as each of its halves), so
+    what the levels above are off by shrinks on its way down, and no source is ever two sequences off.
     """
     heap: list[tuple[int, int, _Split | int]] = [(count, source, source) for source, count in counts.items()]
     heapq.heapify(heap)

@@ -1,7 +1,8 @@
 """Packed sequences as a model trains on them.
 
-Shapes: S is the sequence length. A piece of n tokens takes n positions. The label of its last position is the next token of the same
-document if the document goes on beyond the piece; otherwise nothing is predicted there. So no document is ever predicted from another.
+Shapes: S is the sequence length. A piece of n tokens takes n positions. The label of its last position is the next
+token of the same document if the document goes on beyond the piece; otherwise nothing is predicted there. So no
+document is ever predicted from another.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ class PackedSequence:
     positions: np.ndarray
     """(S,) int32, from 0 in each piece and in the tail padding."""
     cu_seqlens: np.ndarray
-    """(pieces + 1,) int32, or (pieces + 2,) with tail padding: the borders between which attention stays; from 0 to S."""
+    """(pieces + 1,) int32, or (pieces + 2,) with tail padding: the borders between which attention stays; from 0 to
+    S."""
 
 
 class PackedDataset:
     """The sequences of a packed folder by number; nothing is read before a sequence is asked for.
 
-    Raises DataFormatError if the folder cannot be opened (see `PackedIndex`), or if `expected_tokenizer_digest` is given and is not that
-    of the data.
+    Raises DataFormatError if the folder cannot be opened (see `PackedIndex`), or if `expected_tokenizer_digest` is
+    given and is not that of the data.
     """
 
     def __init__(self, path: str | Path, expected_tokenizer_digest: str | None = None) -> None:
@@ -47,7 +49,8 @@ class PackedDataset:
         if expected_tokenizer_digest not in (None, self.index.tokenizer_digest):
             found, expected = self.index.tokenizer_digest[:12], str(expected_tokenizer_digest)[:12]
             raise DataFormatError(
-                f"{path}: tokenized with tokenizer {found}..., but this run has {expected}...; tokenize the data with the tokenizer of "
+                f"{path}: tokenized with tokenizer {found}..., but this run has {expected}...; tokenize the data "
+                "with the tokenizer of "
                 "the run, or point the run at the tokenizer of the data"
             )
         self._ramp = np.arange(self.sequence_length, dtype=np.int32)
@@ -64,7 +67,9 @@ class PackedDataset:
         lengths = index.piece_length[pieces].tolist()
         borders = list(accumulate(lengths, initial=0))
         if borders[-1] > size:
-            raise DataFormatError(f"{index.folder}: sequence {number} holds {borders[-1]} tokens, more than {size}; pack again")
+            raise DataFormatError(
+                f"{index.folder}: sequence {number} holds {borders[-1]} tokens, more than {size}; pack again"
+            )
         if min(lengths, default=0) < 1:
             raise DataFormatError(f"{index.folder}: sequence {number} has no piece, or one without a token; pack again")
         try:
@@ -111,7 +116,8 @@ class PackedDataset:
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
 
     def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, borders: np.ndarray) -> None:
-        """Fill in what the pieces of a sequence take, from its copy; `borders` (pieces + 1,) are where they begin and end."""
+        """Fill in what the pieces of a sequence take, from its copy; `borders` (pieces + 1,) are where they begin and
+        end."""
         index, filled = self.index, int(borders[-1])
         start = int(index.sequence_starts[number])
         sequence.tokens[:filled] = index.tokens[start : start + filled]
@@ -128,7 +134,8 @@ class PackedDataset:
         return list(map(int, self.index.first_documents))
 
     def documents(self, number: int) -> list[tuple[int, int, int]]:
-        """(document, first token within it, tokens) of each piece of a sequence; documents are numbered over all sources."""
+        """(document, first token within it, tokens) of each piece of a sequence; documents are numbered over all
+        sources."""
         pieces = self._pieces(number)
         columns = (self.index.piece_document[pieces], self.index.piece_start[pieces], self.index.piece_length[pieces])
         return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -1,13 +1,15 @@
-"""The packed dataset on disk: an index over tokenized folders. No token is copied, so packing again to another length costs little.
+"""The packed dataset on disk: an index over tokenized folders. No token is copied, so packing again to another length
+costs little.
 
-A packed folder holds, beside manifest.json, numpy arrays: `sequence_offsets` (sequences + 1,), and per piece `piece_document`,
-`piece_start` and `piece_length` (see `packing.Packing`); and per sequence `squared_lengths` and `cost_order` (see `balance`). Documents
-are numbered over the tokenized folders in the order of the manifest's `sources`, whose paths are relative to the packed folder and which
-are recognised by their digests.
+A packed folder holds, beside manifest.json, numpy arrays: `sequence_offsets` (sequences + 1,), and per piece
+`piece_document`, `piece_start` and `piece_length` (see `packing.Packing`); and per sequence `squared_lengths` and
+`cost_order` (see `balance`). Documents are numbered over the tokenized folders in the order of the manifest's
+`sources`, whose paths are relative to the packed folder and which are recognised by their digests.
 
-A materialized folder also holds the tokens, `tokens.bin`: the pieces one after the other in the order of the sequences, without padding;
-`sequence_starts` (sequences + 1,), where each sequence begins there; and per piece `next_tokens`, the token of the document after it, -1
-where there is none. It is read in one stretch a sequence, and needs its sources only to say where a document comes from.
+A materialized folder also holds the tokens, `tokens.bin`: the pieces one after the other in the order of the sequences,
+without padding; `sequence_starts` (sequences + 1,), where each sequence begins there; and per piece `next_tokens`, the
+token of the document after it, -1 where there is none. It is read in one stretch a sequence, and needs its sources only
+to say where a document comes from.
 """
 
 from __future__ import annotations
@@ -46,19 +48,27 @@ MAX_SEQUENCE_LENGTH = 1 << 24
 
 
 def check_sources(sources: Sequence[TokenizedDataset]) -> None:
-    """Raise DataFormatError unless all sources were tokenized with one tokenizer and none is given twice, nor a copy of one."""
+    """Raise DataFormatError unless all sources were tokenized with one tokenizer and none is given twice, nor a copy of
+    one."""
     first = sources[0]
     seen: dict[str, Path] = {}
     for source in sources:
         if source.tokenizer_digest != first.tokenizer_digest:
             raise DataFormatError(
-                f"{source.folder}: tokenizer {source.tokenizer_digest[:12]}..., but {first.folder} has {first.tokenizer_digest[:12]}...; "
+                f"{source.folder}: tokenizer {source.tokenizer_digest[:12]}..., but {first.folder} has "
+                f"{first.tokenizer_digest[:12]}...; "
                 "all sources of a packed dataset must be tokenized with one tokenizer"
             )
         if source.digest in seen:
             other = seen[source.digest]
-            copy = "given twice" if source.folder.resolve() == other.resolve() else f"given twice ({other} has the same documents)"
-            raise DataFormatError(f"{source.folder}: {copy}; its documents would be trained on twice as often (use a weight for that)")
+            copy = (
+                "given twice"
+                if source.folder.resolve() == other.resolve()
+                else f"given twice ({other} has the same documents)"
+            )
+            raise DataFormatError(
+                f"{source.folder}: {copy}; its documents would be trained on twice as often (use a weight for that)"
+            )
         seen[source.digest] = source.folder
 
 
@@ -72,13 +82,17 @@ def write_packed(
     materialize: bool = False,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the manifest.
+    """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the
+    manifest.
 
     `options`: how it was packed, for the manifest. `advance` is told how many tokens `materialize` has copied.
     """
     digests = {}
     squares = squared_lengths(packing)
-    arrays = {name: getattr(packing, name) for name in ARRAYS} | {"squared_lengths": squares, "cost_order": cost_order(squares)}
+    arrays = {name: getattr(packing, name) for name in ARRAYS} | {
+        "squared_lengths": squares,
+        "cost_order": cost_order(squares),
+    }
     if materialize:
         arrays |= _copy_tokens(folder / TOKENS, packing, sources, advance)
         digests[TOKENS] = file_digest(folder / TOKENS)
@@ -133,7 +147,12 @@ def _copy_tokens(
             part = slice(begin, begin + _PIECES_AT_A_TIME)
             documents = packing.piece_document[part].astype(np.int64)
             numbers = np.searchsorted(first_documents, documents, side="right") - 1
-            columns = (numbers, documents - first_documents[numbers], packing.piece_start[part], packing.piece_length[part])
+            columns = (
+                numbers,
+                documents - first_documents[numbers],
+                packing.piece_start[part],
+                packing.piece_length[part],
+            )
             for number, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
                 shard = shards[number]
                 first = shard.start(document) + start
@@ -149,7 +168,8 @@ def _copy_tokens(
 class PackedIndex:
     """A packed folder opened with its sources, all memory-mapped; opening costs the same for every size.
 
-    Raises DataFormatError if a file is missing, cut short or of another kind, or if a source is not the one that was packed.
+    Raises DataFormatError if a file is missing, cut short or of another kind, or if a source is not the one that was
+    packed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -165,7 +185,9 @@ class PackedIndex:
         self.num_documents: int = self._field("documents", int)
         """Of all sources,"""
         options = {"left_out_documents": 0, **self._field("options", dict)}
-        self.packed_documents: int = self.num_documents - manifest_field(self.folder, options, "left_out_documents", int)
+        self.packed_documents: int = self.num_documents - manifest_field(
+            self.folder, options, "left_out_documents", int
+        )
         """how many of them were packed, and"""
         self.cut_documents: int = self._field("cut_documents", int)
         """how many are not in one piece."""
@@ -185,7 +207,9 @@ class PackedIndex:
             check_size(self.folder / TOKENS, self.num_tokens * dtype.itemsize, f"{self.num_tokens:,} tokens")
             self.tokens = np.memmap(self.folder / TOKENS, dtype=dtype, mode="r").view(np.ndarray)
         if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
-            raise DataFormatError(f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again")
+            raise DataFormatError(
+                f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again"
+            )
         if not self.is_materialized and not self.sources:
             raise DataFormatError(f"{self.folder / MANIFEST}: names no source; pack again")
 
@@ -219,14 +243,17 @@ class PackedIndex:
         return tuple(found)
 
     def holds(self, selection: Selection) -> bool:
-        """Whether one of the packed documents is in a part of `selections`; True where their lengths are not there any more."""
+        """Whether one of the packed documents is in a part of `selections`; True where their lengths are not there any
+        more."""
         try:
             shards = next((source.shards for source in self.sources if source.digest == selection.corpus), [])
         except DataFormatError:
             if not self.is_materialized:
                 raise
             return True
-        return any(((selection.shortest <= shard.lengths) & (shard.lengths <= selection.longest)).any() for shard in shards)
+        return any(
+            ((selection.shortest <= shard.lengths) & (shard.lengths <= selection.longest)).any() for shard in shards
+        )
 
     def locate(self, document: int) -> tuple[TokenizedDataset, int]:
         """(tokenized folder, number within it) of a document, which pieces number over all sources."""
@@ -237,7 +264,8 @@ class PackedIndex:
         raise DataFormatError(f"{self.folder / 'piece_document.npy'}: names a document beyond the last one; pack again")
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every file of the folder and, unless it is materialized, of its sources, as the manifests have them."""
+        """SHA-256 of every file of the folder and, unless it is materialized, of its sources, as the manifests have
+        them."""
         arrays = (*ARRAYS, *ARRAYS_OF_COSTS, *(ARRAYS_OF_TOKENS if self.is_materialized else ()))
         known: dict[str, str] = self._field("sha256", dict)
         names = [*([TOKENS] if self.is_materialized else []), *(f"{name}.npy" for name in arrays)]
@@ -260,12 +288,14 @@ class PackedIndex:
     def _check_counts(self) -> None:
         if not self.num_documents >= self.packed_documents >= max(self.cut_documents, 1):
             raise DataFormatError(
-                f"{self.folder / MANIFEST}: of {self.num_documents} documents {self.packed_documents} packed and {self.cut_documents} cut; "
+                f"{self.folder / MANIFEST}: of {self.num_documents} documents {self.packed_documents} packed and "
+                f"{self.cut_documents} cut; "
                 "pack again"
             )
         if not (self.num_sequences and self.num_tokens and 0 < self.sequence_length <= MAX_SEQUENCE_LENGTH):
             raise DataFormatError(
-                f"{self.folder / MANIFEST}: {self.num_tokens} tokens in {self.num_sequences} sequences of {self.sequence_length} tokens "
+                f"{self.folder / MANIFEST}: {self.num_tokens} tokens in {self.num_sequences} sequences of "
+                f"{self.sequence_length} tokens "
                 f"each, which must be 1 to {MAX_SEQUENCE_LENGTH}; pack again"
             )
         check_pad_id(self.folder, self.pad_id, self.vocab_size)
@@ -277,10 +307,13 @@ class PackedIndex:
         folder = os.path.normpath(self.folder.resolve() / entry["path"])
         if not os.path.isdir(folder):
             raise DataFormatError(
-                f"{self.folder}: packed from the tokenized folder {entry['path']}, and {folder} is not there; a packed folder "
+                f"{self.folder}: packed from the tokenized folder {entry['path']}, and {folder} is not there; a "
+                "packed folder "
                 "moves together with what it was packed from, unless it was packed with --materialize"
             )
         source = TokenizedDataset(folder)
         if source.digest != entry.get("digest"):
-            raise DataFormatError(f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again")
+            raise DataFormatError(
+                f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again"
+            )
         return source

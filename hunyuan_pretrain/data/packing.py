@@ -1,11 +1,11 @@
 """Packing of documents into sequences of one length: pure functions on arrays.
 
-`best_fit` cuts only documents that are longer than a sequence, into whole sequences and a remainder, and leaves little padding (best-fit
-decreasing, see `best_fit`). `chop` writes documents in random order one after the other and cuts at every sequence_length tokens, for
-comparison. A piece is a run of tokens of one document.
+`best_fit` cuts only documents that are longer than a sequence, into whole sequences and a remainder, and leaves little
+padding (best-fit decreasing, see `best_fit`). `chop` writes documents in random order one after the other and cuts at
+every sequence_length tokens, for comparison. A piece is a run of tokens of one document.
 
-Memory beside the lengths, which may be memory-mapped: 8 bytes a piece while it works and 8 to 12 for the result, 8 a sequence. Time is that
-of sorting n numbers twice, so n log n, and nearly proportional to n in practice.
+Memory beside the lengths, which may be memory-mapped: 8 bytes a piece while it works and 8 to 12 for the result, 8 a
+sequence. Time is that of sorting n numbers twice, so n log n, and nearly proportional to n in practice.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ PackingMethod = Literal["best_fit", "chop"]
 
 # Documents or pieces that are handled at a time, so that temporary arrays stay in the processor's cache.
 _AT_A_TIME = 2**18
-# A key is a 64-bit number: 32 bits to sort by, then the document, so no two keys are equal and any sort gives the same order.
+# A key is a 64-bit number: 32 bits to sort by, then the document, so no two keys are equal and any sort gives the same
+# order.
 _DOCUMENT_BITS = np.uint64(32)
 _DOCUMENT = np.uint64(2**32 - 1)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces make each sequence. Sequence i holds the pieces sequence_offsets[i] to sequence_offsets[i + 1], in this order."""
+    """Which pieces make each sequence. Sequence i holds the pieces sequence_offsets[i] to sequence_offsets[i + 1], in
+    this order."""
 
     sequence_length: int
     sequence_offsets: np.ndarray
@@ -39,7 +41,8 @@ class Packing:
     piece_document: np.ndarray
     """(pieces,) uint32, the document of each piece."""
     piece_start: np.ndarray
-    """(pieces,) first token of the piece within its document; uint16 if no document is longer than 65,535 tokens, else int32."""
+    """(pieces,) first token of the piece within its document; uint16 if no document is longer than 65,535 tokens, else
+    int32."""
     piece_length: np.ndarray
     """(pieces,) tokens; uint16 up to sequences of 65,535 tokens, else int32."""
     cut_documents: int = 0
@@ -56,25 +59,33 @@ class Packing:
 
 
 def pack_documents(
-    lengths: np.ndarray, sequence_length: int, seed: int, method: PackingMethod = "best_fit", min_fragment_tokens: int = 1
+    lengths: np.ndarray,
+    sequence_length: int,
+    seed: int,
+    method: PackingMethod = "best_fit",
+    min_fragment_tokens: int = 1,
 ) -> Packing:
     """Pack documents of the given `lengths` (documents,), in tokens, into sequences of `sequence_length` tokens.
 
-    `seed` sets the order of the sequences, and with "chop" that of the documents before they are cut; the rest follows from the lengths.
-    A piece of a cut document with fewer than `min_fragment_tokens` tokens is left out and counted; a whole document never is, however
-    short. With 1 every token is in exactly one piece. "best_fit" orders the pieces of a sequence by document. Documents without tokens
-    are left out. Raises DataFormatError for an unknown method, a `min_fragment_tokens` that is not from 1 to sequence_length, or more
-    documents than 32 bits can number.
+    `seed` sets the order of the sequences, and with "chop" that of the documents before they are cut; the rest follows
+    from the lengths. A piece of a cut document with fewer than `min_fragment_tokens` tokens is left out and counted; a
+    whole document never is, however short. With 1 every token is in exactly one piece. "best_fit" orders the pieces of
+    a sequence by document. Documents without tokens are left out. Raises DataFormatError for an unknown method, a
+    `min_fragment_tokens` that is not from 1 to sequence_length, or more documents than 32 bits can number.
     """
     problems = []
     if method not in get_args(PackingMethod):
         problems.append(f"method={method!r}: must be one of {', '.join(get_args(PackingMethod))}")
     if not 1 <= min_fragment_tokens <= sequence_length:
         problems.append(
-            f"min_fragment_tokens={min_fragment_tokens}: must be from 1 (drop nothing) to the sequence length, {sequence_length}"
+            f"min_fragment_tokens={min_fragment_tokens}: must be from 1 (drop nothing) to the sequence length, "
+            f"{sequence_length}"
         )
     if len(lengths) >= 2**32:
-        problems.append(f"{len(lengths):,} documents: at most {2**32 - 1:,} can be packed together; pack parts, each a source of its own")
+        problems.append(
+            f"{len(lengths):,} documents: at most {2**32 - 1:,} can be packed together; pack parts, each a "
+            "source of its own"
+        )
     if problems:
         raise DataFormatError("; ".join(problems))
     pack = _best_fit if method == "best_fit" else _chop
@@ -146,7 +157,8 @@ def _cut(lengths: np.ndarray, sequence_length: int, min_fragment_tokens: int) ->
 
 
 def _remainders(lengths: np.ndarray, sequence_length: int, min_fragment_tokens: int) -> np.ndarray:
-    """What is to be packed of each document: itself, or what is left of a longer one; 0 where that is nothing or too little."""
+    """What is to be packed of each document: itself, or what is left of a longer one; 0 where that is nothing or too
+    little."""
     remainder: np.ndarray = lengths % sequence_length
     if min_fragment_tokens > 1:
         remainder[(lengths > sequence_length) & (remainder < min_fragment_tokens)] = 0
@@ -211,7 +223,9 @@ def _chop(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tok
     # A sequence of nothing but dropped fragments does not come to be.
     is_first = np.diff(sequence, prepend=-1) > 0
     offsets = np.append(np.flatnonzero(is_first), len(sequence))
-    return Packing(sequence_length, offsets, document, start, piece_length, cut_documents, dropped_fragments, dropped_tokens)
+    return Packing(
+        sequence_length, offsets, document, start, piece_length, cut_documents, dropped_fragments, dropped_tokens
+    )
 
 
 def _smallest_dtype(maximum: int) -> np.dtype:

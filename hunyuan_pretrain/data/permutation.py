@@ -1,4 +1,5 @@
-"""A seeded shuffle that is computed row by row, so that nothing is stored and every rank agrees whatever its numpy version."""
+"""A seeded shuffle that is computed row by row, so that nothing is stored and every rank agrees whatever its numpy
+version."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ def mixed_key(*numbers: int) -> int:
 def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Where the permutation of range(size) that belongs to `key` sends each of `index`: int64, same shape.
 
-    A Feistel network permutes the next power of two; a value that falls outside `size` is sent on until it is inside, which keeps it a
-    permutation of range(size). Cost is the same for any size.
+    A Feistel network permutes the next power of two; a value that falls outside `size` is sent on until it is inside,
+    which keeps it a permutation of range(size). Cost is the same for any size.
     """
     if size < 2:
         return np.zeros_like(index, dtype=np.int64)
@@ -35,9 +36,11 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def shuffled(size: int, key: int) -> np.ndarray:
-    """A permutation of range(size) that belongs to `key`, all of it: (size,) uint32. Another one than that of `permuted`, and faster.
+    """A permutation of range(size) that belongs to `key`, all of it: (size,) uint32. Another one than that of
+    `permuted`, and faster.
 
-    The numbers are sorted by a random number each; the number itself breaks ties, so that every numpy sorts them alike. 8 bytes a number.
+    The numbers are sorted by a random number each; the number itself breaks ties, so that every numpy sorts them alike.
+    8 bytes a number.
     """
     assert size <= 2**32, "numbers of 32 bits"
     # Through _mix twice, lest the keys 1, 2, 3... give shifted versions of one sequence of random numbers.

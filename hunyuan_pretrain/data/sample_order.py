@@ -18,15 +18,18 @@ from hunyuan_pretrain.data.packed_format import ARRAYS
 
 
 class SampleOrder:
-    """The global batch of every step, which the experiment's seed alone decides, and the segments of the run before, if it has any.
+    """The global batch of every step, which the experiment's seed alone decides, and the segments of the run before, if
+    it has any.
 
-    `past`: the segments of the run before `first_step`, from which `experiment` takes over; without, the whole run is that of `experiment`.
-    Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another sequence length than the stage's, was
-    tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), has ids beyond the embedding, or cannot give what the
-    mixture asks of it; ConfigError as `Schedule.goes_on`.
+    `past`: the segments of the run before `first_step`, from which `experiment` takes over; without, the whole run is
+    that of `experiment`. Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another
+    sequence length than the stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked),
+    has ids beyond the embedding, or cannot give what the mixture asks of it; ConfigError as `Schedule.goes_on`.
     """
 
-    def __init__(self, experiment: Experiment, tokenizer_digest: str | None, past: Sequence[Segment] = (), first_step: int = 0) -> None:
+    def __init__(
+        self, experiment: Experiment, tokenizer_digest: str | None, past: Sequence[Segment] = (), first_step: int = 0
+    ) -> None:
         self.experiment = experiment
         self.datasets: dict[str, PackedDataset] = {}
         """Packed folder of each path of `experiment`."""
@@ -39,20 +42,27 @@ class SampleOrder:
                 if found != stage.sequence_length:
                     raise DataFormatError(
                         f"{path}: packed to sequences of {found} tokens, but stages[{number}] ({stage.name}) has "
-                        f"sequence_length={stage.sequence_length}; set it to {found}, or run `hunyuan-data pack --sequence-length "
+                        f"sequence_length={stage.sequence_length}; set it to {found}, or run `hunyuan-data pack "
+                        "--sequence-length "
                         f"{stage.sequence_length}`"
                     )
         self.facts = {path: facts_of(dataset) for path, dataset in self.datasets.items()}
-        segments = data_segments([(s.first_step, s.config, s.sources) for s in past] + [(first_step, experiment, self.facts)])
+        segments = data_segments(
+            [(s.first_step, s.config, s.sources) for s in past] + [(first_step, experiment, self.facts)]
+        )
         pairs = zip(segments[:-1], past, strict=True)
         self._past = {segment.name(path): (path, facts) for segment, s in pairs for path, facts in s.sources.items()}
         sizes = {
-            name: SourceSize(facts.sequences, facts.tokens, documents=tuple(Selection(*entry) for entry in facts.documents))
+            name: SourceSize(
+                facts.sequences, facts.tokens, documents=tuple(Selection(*entry) for entry in facts.documents)
+            )
             for name, (_, facts) in self._past.items()
         }
         for path, dataset in self.datasets.items():
             index = dataset.index
-            sizes[segments[-1].name(path)] = SourceSize(len(dataset), index.num_tokens, index.cost_order, index.selections, index.holds)
+            sizes[segments[-1].name(path)] = SourceSize(
+                len(dataset), index.num_tokens, index.cost_order, index.selections, index.holds
+            )
         self._open = {segments[-1].name(path): dataset for path, dataset in self.datasets.items()}
         self.mixture = Mixture(experiment.stages, sizes, experiment.seed, segments)
         self.schedule = self.mixture.schedule
@@ -86,7 +96,8 @@ class SampleOrder:
         return [(self._dataset(source), row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
 
     def costs(self, step: int) -> np.ndarray:
-        """(global batch,) sum of squared piece lengths of each sequence of a step, which is what they differ by in work."""
+        """(global batch,) sum of squared piece lengths of each sequence of a step, which is what they differ by in
+        work."""
         sequences = self.sequences(step, np.arange(self.stage(step).global_batch_sequences))
         return np.array([dataset.index.squared_lengths[row] for dataset, row in sequences], dtype=np.float64)
 
@@ -97,7 +108,9 @@ class SampleOrder:
             path, facts = self._past[name]
             dataset = PackedDataset(path)
             if facts.digest not in (None, facts_of(dataset).digest):
-                raise DataFormatError(f"{path}: packed again since the run read it, so its sequences are no longer known")
+                raise DataFormatError(
+                    f"{path}: packed again since the run read it, so its sequences are no longer known"
+                )
             self._open[name] = dataset
         return self._open[name]
 
@@ -106,7 +119,12 @@ def facts_of(dataset: PackedDataset) -> SourceFacts:
     """What identifies a packed dataset: which documents it has in which sequences, wherever it lies."""
     manifest = dataset.index.manifest
     arrays = {name: manifest.get("sha256", {}).get(f"{name}.npy") for name in ARRAYS}
-    identity = [dataset.sequence_length, dataset.index.tokenizer_digest, arrays, [source["digest"] for source in manifest["sources"]]]
+    identity = [
+        dataset.sequence_length,
+        dataset.index.tokenizer_digest,
+        arrays,
+        [source["digest"] for source in manifest["sources"]],
+    ]
     return SourceFacts(
         digest=digest_of(identity),
         sequences=len(dataset),
@@ -127,7 +145,9 @@ def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceF
         before, names = dict(known), {}
         for path, facts in sources.items():
             is_same = path in before and (before[path] == facts.digest or None in (before[path], facts.digest))
-            moved = [name for name, digest in before.items() if digest == facts.digest is not None and name not in sources]
+            moved = [
+                name for name, digest in before.items() if digest == facts.digest is not None and name not in sources
+            ]
             if is_same or (path not in before and not moved):
                 names[path] = path
             else:
@@ -138,7 +158,8 @@ def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceF
 
 
 def places_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Places in the global batch of a step that a data-parallel rank takes: (micro-batches, micro_batch_sequences) int64.
+    """Places in the global batch of a step that a data-parallel rank takes: (micro-batches, micro_batch_sequences)
+    int64.
 
     All ranks find the same deal, without asking each other.
     """
@@ -153,7 +174,8 @@ def open_packed(path: str, padded_vocab_size: int, tokenizer_digest: str | None)
     dataset = PackedDataset(path, tokenizer_digest)
     if dataset.index.vocab_size > padded_vocab_size:
         raise DataFormatError(
-            f"{path}: tokenized with a vocabulary of {dataset.index.vocab_size} ids, but model.padded_vocab_size={padded_vocab_size}; "
+            f"{path}: tokenized with a vocabulary of {dataset.index.vocab_size} ids, but "
+            f"model.padded_vocab_size={padded_vocab_size}; "
             f"set it to at least {dataset.index.vocab_size}"
         )
     return dataset

@@ -1,8 +1,8 @@
 """The tokenizer: tiktoken over a ranks file, Hunyuan-Large's split pattern and 209 special tokens.
 
-A tokenizer folder needs one file, `hy.tiktoken`: one line a token, base64 of its bytes, a space, its rank. Ids of ordinary tokens are
-their ranks; the special tokens follow, in the order of the Hunyuan-Large release, so their ids move with the number of ranks.
-`write_hf_tokenizer` adds the same tokenizer in the format of Hugging Face.
+A tokenizer folder needs one file, `hy.tiktoken`: one line a token, base64 of its bytes, a space, its rank. Ids of
+ordinary tokens are their ranks; the special tokens follow, in the order of the Hunyuan-Large release, so their ids move
+with the number of ranks. `write_hf_tokenizer` adds the same tokenizer in the format of Hugging Face.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
 
 RANKS_FILE = "hy.tiktoken"
-SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 START, END, BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"
 END_OF_USER, END_OF_SYSTEM = "<|extra_0|>", "<|extra_4|>"
 SPECIAL_TOKENS = (END, START, BOS, EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
 
 GUARD = "\ufdd0"
-"""Stands in "<|" of a text that passes through Hugging Face's chat template, so that no name of a special token is found there; the
-normaliser of tokenizer.json takes it out again. Unicode keeps this code point for such inner uses: no text for interchange has it."""
+"""Stands in "<|" of a text that passes through Hugging Face's chat template, so that no name of a special token is
+found there; the normaliser of tokenizer.json takes it out again. Unicode keeps this code point for such inner uses: no
+text for interchange has it."""
 
 CHAT_TEMPLATE = (
     # G: the guard. Reversible whatever the text holds, for the normaliser takes out one guard after each "<".
-    "{% macro text(message) %}{% if message['content'] is not string %}{{ raise_exception('the content of a message must be text') }}"
+    "{% macro text(message) %}{% if message['content'] is not string %}{{ raise_exception('the content of a "
+    "message must be text') }}"
     "{% endif %}{{ message['content'] | replace('<G', '<GG') | replace('<|', '<G|') }}{% endmacro %}"
     "{% set offset = 0 %}{{ '<|startoftext|>' }}"
     "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}"
@@ -44,7 +48,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages[offset:] %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
     "{{ raise_exception('roles must be an optional system, then user and assistant in turn') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{% if not loop.first %}{{ '<|startoftext|>' }}{% endif %}{{ text(message) + '<|extra_0|>' }}"
+    "{% if message['role'] == 'user' %}{% if not loop.first %}{{ '<|startoftext|>' }}{% endif %}{{ text(message) "
+    "+ '<|extra_0|>' }}"
     "{% else %}{{ text(message) + '<|eos|>' }}{% endif %}"
     "{% endfor %}"
 ).replace("G", GUARD)
@@ -55,7 +60,8 @@ class UnknownIdError(DataFormatError):
 
 
 class Tokenizer:
-    """Text to ids and back. Text is brought to NFC first; special tokens in text are ordinary characters, never interpreted.
+    """Text to ids and back. Text is brought to NFC first; special tokens in text are ordinary characters, never
+    interpreted.
 
     `ranks` maps the bytes of each ordinary token to its id; it must hold every single byte and the ids 0..n-1.
     """
@@ -67,15 +73,20 @@ class Tokenizer:
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         # made when first used: it takes longer than all else, and not every user of a tokenizer encodes
-        return tiktoken.Encoding("hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_ids)
+        return tiktoken.Encoding(
+            "hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_ids
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a folder with hy.tiktoken, or of a ranks file. Raises DataFormatError if it is missing or malformed."""
+        """The tokenizer of a folder with hy.tiktoken, or of a ranks file. Raises DataFormatError if it is missing or
+        malformed."""
         path = Path(path)
         file = path / RANKS_FILE if path.is_dir() else path
         if not file.is_file():
-            raise DataFormatError(f"{file}: no such file; a tokenizer is a folder with {RANKS_FILE} (`hunyuan-data train-tokenizer`)")
+            raise DataFormatError(
+                f"{file}: no such file; a tokenizer is a folder with {RANKS_FILE} (`hunyuan-data train-tokenizer`)"
+            )
         return cls(read_ranks(file))
 
     @property
@@ -135,10 +146,14 @@ class Tokenizer:
         try:
             ids: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
-            raise DataFormatError(f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text") from None
+            raise DataFormatError(
+                f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text"
+            ) from None
         except ValueError:
             # The split pattern backtracks over white space, on a stack that holds a little under a million characters.
-            raise DataFormatError("a run of white space is too long to split (limit: about 900,000 characters); shorten it") from None
+            raise DataFormatError(
+                "a run of white space is too long to split (limit: about 900,000 characters); shorten it"
+            ) from None
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -152,10 +167,11 @@ class Tokenizer:
         return self._encoding.decode([int(i) for i in ids])
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation in Hunyuan's layout; ends after <|extra_0|> if the last message is the user's, ready for an answer.
+        """Ids of a conversation in Hunyuan's layout; ends after <|extra_0|> if the last message is the user's, ready
+        for an answer.
 
-        `messages` are {"role", "content"}: an optional system, then user and assistant in turn. An empty system message is none, as in
-        the release's template. Raises DataFormatError otherwise.
+        `messages` are {"role", "content"}: an optional system, then user and assistant in turn. An empty system message
+        is none, as in the release's template. Raises DataFormatError otherwise.
         """
         has_system = bool(messages) and messages[0].get("role") == "system"
         ids = [self.start_id]
@@ -163,7 +179,9 @@ class Tokenizer:
             ids += [*self.encode(messages[0]["content"]), self.special_ids[END_OF_SYSTEM]]
         turns = messages[1:] if has_system else messages
         if not turns:
-            raise DataFormatError("chat: no user message; expected an optional system message, then user and assistant in turn")
+            raise DataFormatError(
+                "chat: no user message; expected an optional system message, then user and assistant in turn"
+            )
         for number, message in enumerate(turns):
             role = ("user", "assistant")[number % 2]
             if message.get("role") != role:
@@ -178,8 +196,8 @@ class Tokenizer:
 def read_ranks(file: Path) -> dict[bytes, int]:
     """The ranks of a tiktoken file, in the order of their ids.
 
-    Raises DataFormatError, with the line, for a malformed line or a token or rank that occurs twice; and for a byte without a token or
-    a gap in the ranks.
+    Raises DataFormatError, with the line, for a malformed line or a token or rank that occurs twice; and for a byte
+    without a token or a gap in the ranks.
     """
     lines = file.read_bytes().splitlines()
     filled = list(filter(bytes.strip, lines))
@@ -187,18 +205,22 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         ranks = {a2b_base64(token, strict_mode=True): int(rank) for token, rank in map(bytes.split, filled)}
     except ValueError:
         ranks = {}
-    # A sound file is in order; where this one is not, lines are looked at one by one, which takes twice the time of reading it.
+    # A sound file is in order; where this one is not, lines are looked at one by one, which takes twice the time of
+    # reading it.
     if b"" in ranks or list(ranks.values()) != list(range(len(filled))):
         _refuse_wrong_line(file, lines)
         ranks = dict(sorted(ranks.items(), key=itemgetter(1)))
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise DataFormatError(
-            f"{file}: no token for {len(missing)} of 256 single bytes, the first 0x{missing[0]:02x}; text could not be encoded"
+            f"{file}: no token for {len(missing)} of 256 single bytes, the first 0x{missing[0]:02x}; text could "
+            "not be encoded"
         )
     gap = next((place for place, rank in enumerate(ranks.values()) if rank != place), None)
     if gap is not None:
-        raise DataFormatError(f"{file}: no token has rank {gap}; {len(ranks)} tokens must have the ranks 0 to {len(ranks) - 1}")
+        raise DataFormatError(
+            f"{file}: no token has rank {gap}; {len(ranks)} tokens must have the ranks 0 to {len(ranks) - 1}"
+        )
     return ranks
 
 
@@ -215,18 +237,26 @@ def _refuse_wrong_line(file: Path, lines: Sequence[bytes]) -> None:
         except ValueError:
             token, rank = b"", -1
         if not token or rank < 0:
-            raise DataFormatError(f"{file}: line {number}: {line[:60]!r} is not base64 of a token, a space and its rank")
+            raise DataFormatError(
+                f"{file}: line {number}: {line[:60]!r} is not base64 of a token, a space and its rank"
+            )
         if token in line_of_token:
-            raise DataFormatError(f"{file}: line {number}: token {token!r} occurs twice (first on line {line_of_token[token]})")
+            raise DataFormatError(
+                f"{file}: line {number}: token {token!r} occurs twice (first on line {line_of_token[token]})"
+            )
         if rank in line_of_rank:
-            raise DataFormatError(f"{file}: line {number}: rank {rank} occurs twice (first on line {line_of_rank[rank]})")
+            raise DataFormatError(
+                f"{file}: line {number}: rank {rank} occurs twice (first on line {line_of_rank[rank]})"
+            )
         line_of_token[token], line_of_rank[rank] = number, number
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Make `folder` hold what `Tokenizer.load` reads of the folder `source`, and nothing else of it, whatever lies there.
+    """Make `folder` hold what `Tokenizer.load` reads of the folder `source`, and nothing else of it, whatever lies
+    there.
 
-    The file is there as a whole or as it was before; one that is the same, the source itself, say, is not touched. Raises OSError.
+    The file is there as a whole or as it was before; one that is the same, the source itself, say, is not touched.
+    Raises OSError.
     """
     content = (Path(source) / RANKS_FILE).read_bytes()
     target = folder / RANKS_FILE
@@ -242,13 +272,15 @@ def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_length: int | None = None) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which transformers loads without remote code.
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which transformers loads without remote
+    code.
 
-    Called as `tokenizer(text)` it gives <|startoftext|> and the ids of `Tokenizer.encode`, since that is how each document began in
-    training; no <|endoftext|>, which is for the model to say; `add_special_tokens=False` gives the ids alone. In a text handed over so,
-    the names of special tokens are special tokens, as everywhere in Hugging Face, unless `split_special_tokens=True`; in the messages of
-    `apply_chat_template` they never are, which gives the ids of `Tokenizer.apply_chat`. Needs the package `tokenizers`.
-    The end of a text is <|endoftext|>, which is what a pretrained model emits; a chat-tuned model ends on <|eos|>.
+    Called as `tokenizer(text)` it gives <|startoftext|> and the ids of `Tokenizer.encode`, since that is how each
+    document began in training; no <|endoftext|>, which is for the model to say; `add_special_tokens=False` gives the
+    ids alone. In a text handed over so, the names of special tokens are special tokens, as everywhere in Hugging Face,
+    unless `split_special_tokens=True`; in the messages of `apply_chat_template` they never are, which gives the ids of
+    `Tokenizer.apply_chat`. Needs the package `tokenizers`. The end of a text is <|endoftext|>, which is what a
+    pretrained model emits; a chat-tuned model ends on <|eos|>.
     model_max_length: positions of the model, for transformers to warn and to truncate by.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -262,7 +294,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
     fast = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     fast.normalizer = normalizers.Sequence([normalizers.Replace(Regex(f"(?<=<){GUARD}"), ""), normalizers.NFC()])
     fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     fast.decoder = decoders.ByteLevel()
     # Not normalised: found before the guards are taken out, and never after.
@@ -290,9 +325,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair of tokens that tiktoken joins to make each token, by the rank of the result.
 
-    tiktoken joins whichever neighbours form the token of lowest rank. As long as no join crosses the ends of a stretch of bytes, the
-    joins inside it are those of the stretch alone, so a token is only ever made from the two parts its own bytes come to. Tokens whose
-    bytes never come to two parts are found by whole-word lookup alone: they have no pair, and need `ignore_merges`.
+    tiktoken joins whichever neighbours form the token of lowest rank. As long as no join crosses the ends of a stretch
+    of bytes, the joins inside it are those of the stretch alone, so a token is only ever made from the two parts its
+    own bytes come to. Tokens whose bytes never come to two parts are found by whole-word lookup alone: they have no
+    pair, and need `ignore_merges`.
     """
     merges = []
     for token in sorted(ranks, key=lambda token: ranks[token]):
@@ -303,12 +339,17 @@ def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that tiktoken's joins bring `token` to before they make it; None for a single byte and if they never come to two."""
+    """The two tokens that tiktoken's joins bring `token` to before they make it; None for a single byte and if they
+    never come to two."""
     if len(token) < 2:
         return None
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        known = [(rank, i) for i, (left, right) in enumerate(pairwise(parts)) if (rank := ranks.get(left + right)) is not None]
+        known = [
+            (rank, i)
+            for i, (left, right) in enumerate(pairwise(parts))
+            if (rank := ranks.get(left + right)) is not None
+        ]
         if not known:
             return None
         _, i = min(known)

@@ -1,13 +1,14 @@
 """Grouped-query attention with cross-layer attention (CLA) over packed documents.
 
-Source: hunyuan_large architecture (arXiv 2411.02265 section 2.1.3; order of RoPE and QK norm from the released model code).
-A CLA group is `cla_share_factor` consecutive layers; the first owns the key and value projection. A borrower applies RoPE
-and its own key norm to the owner's raw keys. RoPE keeps the norm of a head, so RoPE and normalisation of the keys are the
-same for the whole group, and only the elementwise key norm weight differs; that weight moves to the query side:
-(w_q q_hat) . (w_k k_hat) = (w_q w_k q_hat) . k_hat. So the owner computes one k_hat and one v for all its layers.
+Source: hunyuan_large architecture (arXiv 2411.02265 section 2.1.3; order of RoPE and QK norm from the released model
+code). A CLA group is `cla_share_factor` consecutive layers; the first owns the key and value projection. A borrower
+applies RoPE and its own key norm to the owner's raw keys. RoPE keeps the norm of a head, so RoPE and normalisation of
+the keys are the same for the whole group, and only the elementwise key norm weight differs; that weight moves to the
+query side: (w_q q_hat) . (w_k k_hat) = (w_q w_k q_hat) . k_hat. So the owner computes one k_hat and one v for all its
+layers.
 
-Shapes: T tokens of this rank, S those of all context-parallel ranks, D hidden, N query heads, G key/value heads (both of this
-tensor-parallel rank), H head dim.
+Shapes: T tokens of this rank, S those of all context-parallel ranks, D hidden, N query heads, G key/value heads (both
+of this tensor-parallel rank), H head dim.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from hunyuan_pretrain.parallel.context_parallel import (
 class SharedKV(NamedTuple):
     """What one CLA group attends to: normalised, rotated keys without norm weight, and values; (S, G, H) each.
 
-    Under context parallelism they have been communicated once for the group: all_gather leaves every rank all tokens of all heads,
-    all_to_all all tokens of some heads.
+    Under context parallelism they have been communicated once for the group: all_gather leaves every rank all tokens of
+    all heads, all_to_all all tokens of some heads.
     """
 
     k_hat_SGH: Tensor
@@ -51,7 +52,9 @@ class PackedSequences(NamedTuple):
     context: ContextSlice | None
 
 
-def packed_sequences(rope_table: tuple[Tensor, Tensor], borders: Sequence[int], context: ContextSlice | None) -> PackedSequences:
+def packed_sequences(
+    rope_table: tuple[Tensor, Tensor], borders: Sequence[int], context: ContextSlice | None
+) -> PackedSequences:
     """`borders`: cu_seqlens over the tokens of all context-parallel ranks."""
     if context is None or context.method == "all_to_all":  # every rank has all tokens, of some heads
         return PackedSequences(rope_table, document_blocks(borders), context)
@@ -59,9 +62,12 @@ def packed_sequences(rope_table: tuple[Tensor, Tensor], borders: Sequence[int], 
 
 
 class SelfAttention(torch.nn.Module):
-    """Attention of one layer; `linear_qkv` if it owns its group's keys and values, else `linear_q`. `norm` is that of its input."""
+    """Attention of one layer; `linear_qkv` if it owns its group's keys and values, else `linear_q`. `norm` is that of
+    its input."""
 
-    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection, norm: torch.nn.Module) -> None:
+    def __init__(
+        self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection, norm: torch.nn.Module
+    ) -> None:
         super().__init__()
         self.config = config
         self.is_owner = layer % config.cla_share_factor == 0
@@ -98,7 +104,8 @@ class SelfAttention(torch.nn.Module):
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
             if v_TGH.device.type != "cpu":
-                # parts of wider tensors, which the kernels would copy in every layer of the group, and which would stay in memory with it
+                # parts of wider tensors, which the kernels would copy in every layer of the group, and which would stay
+                # in memory with it
                 k_hat_TGH, v_TGH = k_hat_TGH.contiguous(), v_TGH.contiguous()
             kv = SharedKV(k_hat_TGH, v_TGH)
         else:
@@ -108,7 +115,9 @@ class SelfAttention(torch.nn.Module):
         q_TNH = rope_norm(q_TNH, packed.rope_table, weight_H, eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
-            output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks), context)
+            output_TNH = heads_to_sequence(
+                self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks), context
+            )
         else:
             output_TNH = self.core_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks)
         return self.linear_proj(output_TNH.flatten(1))[0], kv

@@ -1,13 +1,14 @@
 """Cross-entropy of a linear output layer in chunks of tokens: the (T, V) logits never exist as a whole.
 
 The gradient of a chunk's logits is known as soon as its softmax is, so forward computes the gradients too and backward
-only scales them. Memory beyond the inputs: one chunk of logits, the gradient of the hidden states, the gradient of the weight.
+only scales them. Memory beyond the inputs: one chunk of logits, the gradient of the hidden states, the gradient of the
+weight.
 
-With tensor parallelism the vocabulary is divided over the ranks: each has its columns of the logits, and the softmax needs two small
-reductions a chunk.
+With tensor parallelism the vocabulary is divided over the ranks: each has its columns of the logits, and the softmax
+needs two small reductions a chunk.
 
-Shapes: T tokens of this rank, U those of all P tensor-parallel ranks, D hidden, V rows of the weight on this rank, c tokens of a chunk
-(of all ranks).
+Shapes: T tokens of this rank, U those of all P tensor-parallel ranks, D hidden, V rows of the weight on this rank, c
+tokens of a chunk (of all ranks).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # a reduce-scatter writes rows of it: contiguous, however hidden_TD lies
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
         grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)  # thousands of chunks, whose number depends on the layout
+        loss = torch.zeros(
+            (), dtype=torch.float64, device=hidden_TD.device
+        )  # thousands of chunks, whose number depends on the layout
         tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
         label_PT, loss_weight_PT = label_U.view(tp, -1), loss_weight_U.view(tp, -1)
         chunk = max(CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
@@ -65,7 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 target_c1 = weight_c1 * is_mine_c1
             loss += ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
             if needs_grad:
-                grad_cV = logits_cV.mul_(weight_c1 / sum_exp_c1).scatter_add_(1, label_c1, -target_c1).to(hidden_TD.dtype)
+                grad_cV = (
+                    logits_cV.mul_(weight_c1 / sum_exp_c1).scatter_add_(1, label_c1, -target_c1).to(hidden_TD.dtype)
+                )
                 if tp == 1:
                     torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 else:
@@ -101,12 +106,15 @@ def linear_cross_entropy(
     tp_group: dist.ProcessGroup,
     accumulate: Accumulation | None = None,
 ) -> Tensor:
-    """sum_u loss_weight_U[u] * -log softmax(W hidden[u])[label_U[u]], a fp32 scalar, the same on every rank of `tp_group`.
+    """sum_u loss_weight_U[u] * -log softmax(W hidden[u])[label_U[u]], a fp32 scalar, the same on every rank of
+    `tp_group`.
 
-    W is divided over the ranks of `tp_group` by rows, hidden by tokens (sequence parallelism); labels and loss weights are those of all
-    tokens. With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`; whether autograd has another use of the
-    weight to wait for (the tied embedding) decides who tells core that the gradient is there.
-    Communicates: tp_group, for each chunk its hidden states, two rows of numbers, and the gradient of the hidden states.
+    W is divided over the ranks of `tp_group` by rows, hidden by tokens (sequence parallelism); labels and loss weights
+    are those of all tokens. With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`; whether
+    autograd has another use of the weight to wait for (the tied embedding) decides who tells core that the gradient is
+    there.
+    Communicates: tp_group, for each chunk its hidden states, two rows of numbers, and the gradient of the hidden
+    states.
     """
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate)
 

@@ -1,9 +1,11 @@
-"""The mixture-of-experts FFN: dispatch of tokens to experts over the expert-parallel ranks, the experts, the combination.
+"""The mixture-of-experts FFN: dispatch of tokens to experts over the expert-parallel ranks, the experts, the
+combination.
 
-Dispatch and combination are gathers in both directions, forward and backward, by the two index maps of the RoutingPlan; no scatter
-adds into a row, so the result does not depend on the order of threads.
+Dispatch and combination are gathers in both directions, forward and backward, by the two index maps of the RoutingPlan;
+no scatter adds into a row, so the result does not depend on the order of threads.
 
-Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (places in experts), F expert ffn.
+Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (places in experts), F
+expert ffn.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def _choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
 
 
 class _GroupedLinearFunction(torch.autograd.Function):
-    """y = x W_i^T for the rows of each expert; with a main_grad the weight gradient is added into it by the product itself."""
+    """y = x W_i^T for the rows of each expert; with a main_grad the weight gradient is added into it by the product
+    itself."""
 
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight_eOI: Tensor, splits: Splits, accumulate: bool) -> Tensor:
@@ -100,7 +103,9 @@ class _GroupedLinearFunction(torch.autograd.Function):
         x_RI, weight_eOI = ctx.saved_tensors
         splits, (e, _, input_size) = ctx.splits, weight_eOI.shape
         main_grad: Tensor | None = ctx.weight.main_grad if ctx.accumulate else None
-        target = main_grad if main_grad is not None and main_grad.dtype == grad_RO.dtype else torch.zeros_like(weight_eOI)
+        target = (
+            main_grad if main_grad is not None and main_grad.dtype == grad_RO.dtype else torch.zeros_like(weight_eOI)
+        )
         if isinstance(splits, int):
             grad_eRO, x_eRI = grad_RO.view(e, splits, -1), x_RI.view(e, splits, -1)
             grad_x_RI = torch.bmm(grad_eRO, weight_eOI).view(-1, input_size)
@@ -123,23 +128,27 @@ class _GroupedLinearFunction(torch.autograd.Function):
 def grouped_shape(
     config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int
 ) -> tuple[int, int, int]:
-    """(e, O, I) of this rank's part of the weights of all experts; partition_dim is divided over the expert-tensor ranks."""
+    """(e, O, I) of this rank's part of the weights of all experts; partition_dim is divided over the expert-tensor
+    ranks."""
     shape = [config.num_moe_experts // groups.ep.size(), output_size, input_size]
     shape[partition_dim] //= groups.expt_tp.size()
     return shape[0], shape[1], shape[2]
 
 
 def mark_experts(weight: Any, groups: ProcessGroupCollection, partition_dim: int) -> None:
-    """Say of a weight that it is of routed experts, and divided along partition_dim if there are expert-tensor ranks."""
+    """Say of a weight that it is of routed experts, and divided along partition_dim if there are expert-tensor
+    ranks."""
     # core reduces the gradients of such weights over the expert-data-parallel group
     weight.allreduce = groups.expt_dp.size() == groups.dp_cp.size()
     weight.is_routed_expert = True
-    # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other experts or
-    # other shards, and not only on the first
+    # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other
+    # experts or other shards, and not only on the first
     mark_divided(weight, partition_dim)
 
 
-def grouped_weight(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int) -> Any:
+def grouped_weight(
+    config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int
+) -> Any:
     """This rank's part of the weights of all experts as one parameter, uninitialised."""
     shape = grouped_shape(config, input_size, output_size, groups, partition_dim)
     weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
@@ -148,10 +157,17 @@ def grouped_weight(config: HunyuanConfig, input_size: int, output_size: int, gro
 
 
 class GroupedLinear(torch.nn.Module):
-    """One weight matrix for each expert of this rank, (e, O, I), of which expert-tensor ranks share O (partition_dim 1) or I (2)."""
+    """One weight matrix for each expert of this rank, (e, O, I), of which expert-tensor ranks share O (partition_dim 1)
+    or I (2)."""
 
     def __init__(
-        self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, *, partition_dim: int
+        self,
+        config: HunyuanConfig,
+        input_size: int,
+        output_size: int,
+        groups: ProcessGroupCollection,
+        *,
+        partition_dim: int,
     ) -> None:
         super().__init__()
         self.accumulate = config.gradient_accumulation_fusion
@@ -159,7 +175,9 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
-        return _GroupedLinearFunction.apply(x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad"))
+        return _GroupedLinearFunction.apply(
+            x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad")
+        )
 
 
 class RowPadding(NamedTuple):
@@ -183,9 +201,11 @@ def row_padding(splits: Splits, multiple: int, num_rows: int, device: torch.devi
 
 
 class _Regather(torch.autograd.Function):
-    """x[index], where an index of one past the end is a row of zeros; `back` is the inverse map, by which the gradient is gathered.
+    """x[index], where an index of one past the end is a row of zeros; `back` is the inverse map, by which the gradient
+    is gathered.
 
-    torch's own gradient of a gather adds into rows, in an order that it has to sort for where it must be the same every time.
+    torch's own gradient of a gather adds into rows, in an order that it has to sort for where it must be the same every
+    time.
     """
 
     @staticmethod
@@ -246,7 +266,8 @@ class SharedExpert(torch.nn.Module):
 
 
 def _kept_input_only(ffn: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """ffn(*inputs), of which the backward pass keeps the inputs and computes the rest again; not under torch.no_grad."""
+    """ffn(*inputs), of which the backward pass keeps the inputs and computes the rest again; not under
+    torch.no_grad."""
     if not torch.is_grad_enabled():
         return ffn(*inputs)
     return checkpoint(ffn, *inputs, use_reentrant=True, preserve_rng_state=False)
@@ -261,10 +282,14 @@ class RoutedExperts(torch.nn.Module):
         self.num_experts = config.num_moe_experts
         self.recompute = config.recompute_experts
         self.row_multiple = spec.row_multiple
-        self.linear_fc1 = spec.column_parallel_grouped_linear(config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups)
+        self.linear_fc1 = spec.column_parallel_grouped_linear(
+            config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups
+        )
         for weight in self.linear_fc1.parameters():
             weight.is_gated = True
-        self.linear_fc2 = spec.row_parallel_grouped_linear(config, config.moe_ffn_hidden_size, config.hidden_size, groups)
+        self.linear_fc2 = spec.row_parallel_grouped_linear(
+            config, config.moe_ffn_hidden_size, config.hidden_size, groups
+        )
 
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Combined output (T, D) of the experts that `plan` names, for tokens that no other rank of this stage holds.
@@ -274,7 +299,11 @@ class RoutedExperts(torch.nn.Module):
         """
         rows_RD = _Dispatch.apply(hidden_TD, plan)
         rows_E = plan.rows_E
-        output_RD = self._exchange_fixed(rows_RD, rows_E) if isinstance(rows_E, int) else self._exchange_counted(rows_RD, rows_E)
+        output_RD = (
+            self._exchange_fixed(rows_RD, rows_E)
+            if isinstance(rows_E, int)
+            else self._exchange_counted(rows_RD, rows_E)
+        )
         return _Combine.apply(output_RD, plan.weight_TK, plan)
 
     def _experts(self, rows_RD: Tensor, splits: Splits) -> Tensor:
@@ -297,15 +326,19 @@ class RoutedExperts(torch.nn.Module):
         return _Regather.apply(output_PD, padding.place_R, padding.row_P, True)
 
     def _shared_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
-        """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the sums of its own."""
+        """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the
+        sums of its own."""
         etp, D = self.etp_group.size(), rows_RD.shape[1]
         e = rows_RD.shape[0] // rows
-        whole = gather_from_sequence_parallel_region(rows_RD, group=self.etp_group).view(etp, e, rows, D).transpose(0, 1)
+        whole = (
+            gather_from_sequence_parallel_region(rows_RD, group=self.etp_group).view(etp, e, rows, D).transpose(0, 1)
+        )
         output = self._ffn(whole.reshape(-1, D), etp * rows).view(e, etp, rows, D).transpose(0, 1)
         return reduce_scatter_to_sequence_parallel_region(output.reshape(-1, D), group=self.etp_group)
 
     def _shared_counted(self, rows_RD: Tensor, rows_e: list[int]) -> Tensor:
-        """The same without a capacity: the ranks' rows differ in number, so each sends as many as the longest, the rest zeros."""
+        """The same without a capacity: the ranks' rows differ in number, so each sends as many as the longest, the rest
+        zeros."""
         etp, e, R = self.etp_group.size(), len(rows_e), rows_RD.shape[0]
         mine_1e = to_device(torch.tensor([rows_e]), rows_RD.device)
         counts_pe: list[list[int]] = all_gather_rows(mine_1e, self.etp_group).tolist()
@@ -315,10 +348,16 @@ class RoutedExperts(torch.nn.Module):
         # where each rank's rows of each expert lie in `whole`; the experts want expert after expert
         index = torch.arange(etp * longest).view(etp, longest)
         by_rank = [row[: sum(counts_e)].split(counts_e) for row, counts_e in zip(index, counts_pe, strict=True)]
-        order_R = to_device(torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)]), rows_RD.device)
+        order_R = to_device(
+            torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)]), rows_RD.device
+        )
         back_P = _inverse(order_R, etp * longest)
-        output = self._ffn(_Regather.apply(whole, order_R, back_P, True), [sum(counts) for counts in zip(*counts_pe, strict=True)])
-        return reduce_scatter_to_sequence_parallel_region(_Regather.apply(output, back_P, order_R, True), group=self.etp_group)[:R]
+        output = self._ffn(
+            _Regather.apply(whole, order_R, back_P, True), [sum(counts) for counts in zip(*counts_pe, strict=True)]
+        )
+        return reduce_scatter_to_sequence_parallel_region(
+            _Regather.apply(output, back_P, order_R, True), group=self.etp_group
+        )[:R]
 
     def _exchange_fixed(self, rows_RD: Tensor, rows: int) -> Tensor:
         """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""
@@ -346,5 +385,7 @@ class RoutedExperts(torch.nn.Module):
         experts = torch.arange(e, device=rows_RD.device).repeat(ep)
         order_R = experts.repeat_interleave(received_pe.reshape(-1), output_size=sum(received_p)).argsort(stable=True)
         back_R = _inverse(order_R, order_R.shape[0])
-        output = self._experts(_Regather.apply(by_rank, order_R, back_R, False), [sum(rows) for rows in zip(*received, strict=True)])
+        output = self._experts(
+            _Regather.apply(by_rank, order_R, back_R, False), [sum(rows) for rows in zip(*received, strict=True)]
+        )
         return all_to_all(self.ep_group, _Regather.apply(output, back_R, order_R, False), sent_p, received_p)

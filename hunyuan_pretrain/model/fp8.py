@@ -1,19 +1,22 @@
-"""FP8 recipes emulated on any machine: the operands of the matrix products that Transformer Engine runs in FP8, quantised as it does.
+"""FP8 recipes emulated on any machine: the operands of the matrix products that Transformer Engine runs in FP8,
+quantised as it does.
 
-A product of the forward pass and its two gradients read six quantised operands: x and w; dY and w; dY and x. Values are rounded to FP8
-and multiplied back by their inverse scales; the product itself is computed in fp32 and rounded to the dtype of x, as the FP8 kernels
-accumulate in fp32. Scales and rounding follow Transformer Engine 2.11 (its recipe kernels and their references in its tests):
+A product of the forward pass and its two gradients read six quantised operands: x and w; dY and w; dY and x. Values are
+rounded to FP8 and multiplied back by their inverse scales; the product itself is computed in fp32 and rounded to the
+dtype of x, as the FP8 kernels accumulate in fp32. Scales and rounding follow Transformer Engine 2.11 (its recipe
+kernels and their references in its tests):
   scale        fp8_max / amax in fp32; 1 where amax is 0, infinite or nan; blockwise cuts it to a power of two below
   rounding     nearest even of float(x) * scale, saturating at fp8_max (448, and 57344 in E5M2); nan stays nan
-  delayed      the scale of a tensor comes from its largest values in earlier steps; tensorwise: from the tensor (of one expert)
-  blockwise    x and dY in 1 x 128, along the summed dimension of each product; w in 128 x 128
+  delayed      the scale of a tensor comes from its largest values in earlier steps; tensorwise: from the tensor (of one
+  expert) blockwise    x and dY in 1 x 128, along the summed dimension of each product; w in 128 x 128
   mxfp8        1 x 32 along the summed dimension, the inverse scale a power of two (E8M0), amax / fp8_max rounded up
-Not as there: the norm that Transformer Engine fuses into a projection is rounded to bf16 before it is quantised; its kernel for the delayed
-recipe leaves that rounding out.
-A delayed scale changes once in an optimizer step, after its last micro-batch, from the largest value over the global batch and all ranks
-that hold the tensor: it depends neither on the layout nor on how a batch is divided.
+Not as there: the norm that Transformer Engine fuses into a projection is rounded to bf16 before it is quantised; its
+kernel for the delayed recipe leaves that rounding out.
+A delayed scale changes once in an optimizer step, after its last micro-batch, from the largest value over the global
+batch and all ranks that hold the tensor: it depends neither on the layout nor on how a batch is divided.
 
-Shapes: b independent matrices (experts; 1 for a linear layer), R rows, I input, O output, e experts of this rank, H steps of history.
+Shapes: b independent matrices (experts; 1 for a linear layer), R rows, I input, O output, e experts of this rank, H
+steps of history.
 """
 
 from __future__ import annotations
@@ -69,7 +72,8 @@ class Recipe(NamedTuple):
         return self.backward_dtype if operand == "dy" else self.forward_dtype
 
     def block(self, operand: Operand, along_rows: bool) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, for a product that sums over columns, or (along_rows) over rows; None: the whole matrix."""
+        """Rows and columns that share a scale, for a product that sums over columns, or (along_rows) over rows; None:
+        the whole matrix."""
         if self.name in ("delayed", "tensorwise"):
             return None
         if self.name == "blockwise" and operand == "w":
@@ -85,9 +89,13 @@ class Scales(NamedTuple):
     inverse: Tensor
 
 
-def scale_from_amax(amax: Tensor, fp8_max: float, largest: float = torch.finfo(torch.float32).max, power_of_two: bool = False) -> Tensor:
+def scale_from_amax(
+    amax: Tensor, fp8_max: float, largest: float = torch.finfo(torch.float32).max, power_of_two: bool = False
+) -> Tensor:
     """fp32 scale of any shape; `largest` stands for a scale that overflows."""
-    scale = torch.tensor(fp8_max, device=amax.device) / amax  # a number over a tensor would be a product with its reciprocal
+    scale = (
+        torch.tensor(fp8_max, device=amax.device) / amax
+    )  # a number over a tensor would be a product with its reciprocal
     scale = torch.where(scale.isinf(), largest, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)
@@ -95,7 +103,8 @@ def scale_from_amax(amax: Tensor, fp8_max: float, largest: float = torch.finfo(t
 
 
 def e8m0_scales(amax: Tensor, fp8_max: float) -> Scales:
-    """Scales of MXFP8: the inverse is the power of two at or above amax / fp8_max, 2^-127 to 2^127, held as a biased exponent."""
+    """Scales of MXFP8: the inverse is the power of two at or above amax / fp8_max, 2^-127 to 2^127, held as a biased
+    exponent."""
     bits = (amax * torch.tensor(1.0 / fp8_max, dtype=torch.float32, device=amax.device)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & ((1 << 23) - 1)
     # a subnormal quotient up to 2^-127 is rounded up to that, not to 2^-126
@@ -106,8 +115,11 @@ def e8m0_scales(amax: Tensor, fp8_max: float) -> Scales:
     return Scales(scale, inverse)
 
 
-def quantize(x_bRC: Tensor, recipe: Recipe, operand: Operand, along_rows: bool, scale_b: Tensor | None = None) -> tuple[Tensor, ...]:
-    """x_bRC as FP8: (scaled values, their FP8 values, inverse scales), all in blocks (b, R / r, r, C / c, c), the last ones with zeros.
+def quantize(
+    x_bRC: Tensor, recipe: Recipe, operand: Operand, along_rows: bool, scale_b: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """x_bRC as FP8: (scaled values, their FP8 values, inverse scales), all in blocks (b, R / r, r, C / c, c), the last
+    ones with zeros.
 
     `scale_b`: scales from earlier steps, of the delayed recipe.
     """
@@ -135,7 +147,8 @@ def to_fp32(values: Tensor) -> Tensor:
     if values.dtype != torch.float8_e4m3fn:
         return values.float()
     codes = values.view(torch.int8)
-    # the four bits of the exponent where fp32 has its lowest four, the mantissa's after them, the sign extended by the conversion
+    # the four bits of the exponent where fp32 has its lowest four, the mantissa's after them, the sign extended by the
+    # conversion
     bits = codes.to(torch.int32).bitwise_left_shift_(20).bitwise_and_(-0x80000000 | 0x07F00000)
     result = bits.view(torch.float32).mul_(2.0 ** (127 - 7))
     is_nan = codes.bitwise_and(127) == 127
@@ -145,7 +158,11 @@ def to_fp32(values: Tensor) -> Tensor:
 def _scales(amax: Tensor, recipe: Recipe, fp8_max: float, largest: float) -> Scales:
     if recipe.name == "mxfp8":
         return e8m0_scales(amax, fp8_max)
-    scale = scale_from_amax(amax, fp8_max, largest, power_of_two=True) if recipe.name == "blockwise" else scale_from_amax(amax, fp8_max)
+    scale = (
+        scale_from_amax(amax, fp8_max, largest, power_of_two=True)
+        if recipe.name == "blockwise"
+        else scale_from_amax(amax, fp8_max)
+    )
     return Scales(scale, scale.reciprocal())
 
 
@@ -158,7 +175,9 @@ class DelayedScale(torch.nn.Module):
     def __init__(self, recipe: Recipe, operand: Operand, num_experts: int, device: torch.device | str) -> None:
         super().__init__()
         self.recipe, self.fp8_max = recipe, torch.finfo(recipe.dtype(operand)).max
-        self.register_buffer("history_He", torch.zeros(recipe.history_steps, num_experts, device=device), persistent=False)
+        self.register_buffer(
+            "history_He", torch.zeros(recipe.history_steps, num_experts, device=device), persistent=False
+        )
         self.register_buffer("scale_e", torch.ones(num_experts, device=device), persistent=False)
 
     def observe(self, x_bRC: Tensor, experts: slice) -> None:
@@ -168,7 +187,8 @@ class DelayedScale(torch.nn.Module):
             torch.maximum(current, x_bRC.abs().amax((1, 2)).float(), out=current)
 
     def update(self) -> None:
-        """The scale of the next step; the history moves on by one. A step without values (an expert without tokens) changes nothing."""
+        """The scale of the next step; the history moves on by one. A step without values (an expert without tokens)
+        changes nothing."""
         last_e = self.history_He[0].clone()
         is_seen_e = last_e != 0
         moved_He = self.history_He.roll(-1, 0)
@@ -196,12 +216,19 @@ class Fp8Product(torch.nn.Module):
         has_fp8_parameters: bool = False,
     ) -> None:
         super().__init__()
-        self.recipe, self.is_expert, self.accumulate, self.has_fp8_parameters = recipe, is_expert, accumulate, has_fp8_parameters
+        self.recipe, self.is_expert, self.accumulate, self.has_fp8_parameters = (
+            recipe,
+            is_expert,
+            accumulate,
+            has_fp8_parameters,
+        )
         self.is_active = False
         self._weights: dict[Any, Tensor] = {}
         self.watch: Callable[[Operand, Tensor, Tensor], None] | None = None
         if recipe.name == "delayed":
-            self.delayed: Any = torch.nn.ModuleDict({operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS})
+            self.delayed: Any = torch.nn.ModuleDict(
+                {operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS}
+            )
 
     def forward(self, x_RI: Tensor, weight: Tensor, splits: int | list[int] | None = None) -> Tensor:
         """(R, I) -> (R, O), in the dtype of x. Communicates nothing."""
@@ -216,14 +243,17 @@ class Fp8Product(torch.nn.Module):
             return
         exact = weight.data
         weight_eOI = exact if exact.dim() == 3 else exact[None]
-        weight.data = self.operand(weight_eOI, "w", False, slice(0, len(weight_eOI)), False).to(exact.dtype).view_as(exact)
+        weight.data = (
+            self.operand(weight_eOI, "w", False, slice(0, len(weight_eOI)), False).to(exact.dtype).view_as(exact)
+        )
         try:
             yield
         finally:
             weight.data = exact
 
     def operand(self, x_bRC: Tensor, operand: Operand, along_rows: bool, experts: slice, is_first_use: bool) -> Tensor:
-        """x_bRC with the values that its FP8 numbers stand for, fp32, to be summed over columns, or (along_rows) over rows."""
+        """x_bRC with the values that its FP8 numbers stand for, fp32, to be summed over columns, or (along_rows) over
+        rows."""
         # weights stay the same during a step, and those of square blocks, or of one scale, in both directions
         key = (experts.start, along_rows and self.recipe.name == "mxfp8")
         if operand == "w" and key in self._weights:
@@ -255,7 +285,8 @@ class Fp8Product(torch.nn.Module):
 
 
 def _pieces(rows: int | list[int], num_experts: int) -> Iterator[tuple[slice, slice, int]]:
-    """(experts, rows of x, matrices) that can be computed together: all experts where they have as many rows each, else one by one."""
+    """(experts, rows of x, matrices) that can be computed together: all experts where they have as many rows each, else
+    one by one."""
     if isinstance(rows, int):
         yield slice(0, num_experts), slice(0, rows * num_experts), num_experts
         return
@@ -314,7 +345,7 @@ def _matmul(a_bXY: Tensor, b_bYZ: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(a_bXY.to(wide), b_bYZ.to(wide)).to(dtype)
 
 
-# --- a training step ------------------------------------------------------------------------------------------------------------------
+# --- a training step --------------------------------------------------------------------------------------------------
 
 
 def products(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Product]]:
@@ -326,7 +357,8 @@ def products(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Produc
 
 
 def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
-    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not to be changed."""
+    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not to be
+    changed."""
     if _is_on_transformer_engine(models):
         from hunyuan_pretrain.model.transformer_engine import scaling_state as state_of
 
@@ -359,10 +391,12 @@ def _is_on_transformer_engine(models: Sequence[torch.nn.Module]) -> bool:
 
 @contextmanager
 def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[None]:
-    """Inside it layers with a recipe compute in FP8; outside, as in validation, in the dtype of the run. At its end delayed scales move on.
+    """Inside it layers with a recipe compute in FP8; outside, as in validation, in the dtype of the run. At its end
+    delayed scales move on.
 
-    Holds all micro-batches of one optimizer step, forward and backward. Communicates at the end, with the delayed recipe: the largest
-    values, over tensor, context and data parallel ranks; those of experts over the ranks that hold the same ones.
+    Holds all micro-batches of one optimizer step, forward and backward. Communicates at the end, with the delayed
+    recipe: the largest values, over tensor, context and data parallel ranks; those of experts over the ranks that hold
+    the same ones.
     """
     if _is_on_transformer_engine(models):
         from hunyuan_pretrain.model.transformer_engine import training_step as on_its_kernels

@@ -1,8 +1,8 @@
 """Parameters that exist in FP8 only: Transformer Engine's quantised tensors, without a copy in bf16.
 
-Their fp32 main weights are the optimizer's. After every update megatron-core rounds those to bf16, quantises that, and gathers FP8 values
-over the data-parallel ranks; so the numbers are those of a weight in bf16 that is quantised in every step. Whoever reads or writes
-parameters of either kind does so by these functions.
+Their fp32 main weights are the optimizer's. After every update megatron-core rounds those to bf16, quantises that, and
+gathers FP8 values over the data-parallel ranks; so the numbers are those of a weight in bf16 that is quantised in every
+step. Whoever reads or writes parameters of either kind does so by these functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def unquantised(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(parameter: Tensor, values: Tensor) -> None:
-    """Give a parameter new values, of its shape; one in FP8 quantises them, and remembers them until the optimizer's first update."""
+    """Give a parameter new values, of its shape; one in FP8 quantises them, and remembers them until the optimizer's
+    first update."""
     if not is_float8tensor(parameter):
         parameter.copy_(values)
         return
@@ -39,7 +40,8 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 def written_values(parameter: Tensor) -> Tensor:
-    """What was last written to a parameter, in its shape; of one in FP8 before it was quantised. Until the first update only."""
+    """What was last written to a parameter, in its shape; of one in FP8 before it was quantised. Until the first update
+    only."""
     exact = getattr(parameter, "exact_values", None)
     return parameter if exact is None else exact
 

@@ -44,7 +44,8 @@ def transformer_config(
     """Build the config that every module of the model reads.
 
     device: where the weights are made; None: on a GPU if there is one.
-    fuse_wgrad_accumulation: add weight gradients into main_grad inside the GEMM; needs the model in core's DistributedDataParallel.
+    fuse_wgrad_accumulation: add weight gradients into main_grad inside the GEMM; needs the model in core's
+    DistributedDataParallel.
 
     Losses are sums already divided by the global number of target tokens (train/step.py), so core must add gradients
     over ranks and micro-batches, not average them: `calculate_per_token_loss`.
@@ -95,7 +96,8 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel),
         stages=pipeline_stages(model, parallel),
-        # batched messages of the interleaved schedule would be taken for one another where next and previous rank are the same
+        # batched messages of the interleaved schedule would be taken for one another where next and previous rank are
+        # the same
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
         context_parallel_size=parallel.context_parallel_size,
@@ -114,5 +116,10 @@ def transformer_config(
 
 
 def weight_device(config: HunyuanConfig) -> torch.device | str:
-    """Device on which modules make their weights: torch's default (meta inside `with torch.device("meta")`), or the GPU."""
-    return torch.get_default_device() if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+    """Device on which modules make their weights: torch's default (meta inside `with torch.device("meta")`), or the
+    GPU."""
+    return (
+        torch.get_default_device()
+        if config.use_cpu_initialization
+        else torch.device("cuda", torch.cuda.current_device())
+    )

@@ -1,7 +1,7 @@
 """The model: embedding -> CLA groups of layers -> final norm -> loss or logits.
 
-Shapes: T tokens of this rank (all sequences of a micro-batch, one after the other), D hidden, V padded vocabulary, n routing
-groups, L layers of this rank, X router statistics.
+Shapes: T tokens of this rank (all sequences of a micro-batch, one after the other), D hidden, V padded vocabulary, n
+routing groups, L layers of this rank, X router statistics.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SpecChoice = Callable[[HunyuanConfig, int], Spec]
 class TokenEmbedding(VocabParallelEmbedding):
     """Core's, which called without tokens returns its weight (V / ranks, D), for the output layer.
 
-    Where the gather of updated weights overlaps the forward pass, core completes those of a module when the module is called: whoever
-    reads a weight outside of its module calls that.
+    Where the gather of updated weights overlaps the forward pass, core completes those of a module when the module is
+    called: whoever reads a weight outside of its module calls that.
     """
 
     def forward(self, tokens: Tensor | None = None) -> Tensor:
@@ -89,7 +89,12 @@ class Decoder(torch.nn.Module):
     """The layers of this stage, and the final norm where the model ends."""
 
     def __init__(
-        self, config: HunyuanConfig, spec: SpecChoice, groups: ProcessGroupCollection, layers: range, has_final_norm: bool
+        self,
+        config: HunyuanConfig,
+        spec: SpecChoice,
+        groups: ProcessGroupCollection,
+        layers: range,
+        has_final_norm: bool,
     ) -> None:
         super().__init__()
         self.layers = Layers(TransformerLayer(config, layer, spec(config, layer), groups) for layer in layers)
@@ -98,7 +103,8 @@ class Decoder(torch.nn.Module):
 
 
 class OutputLayer(torch.nn.Module):
-    """Output weight (V, D), divided over the tensor-parallel ranks along V, of a model that does not tie it to the embedding."""
+    """Output weight (V, D), divided over the tensor-parallel ranks along V, of a model that does not tie it to the
+    embedding."""
 
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
@@ -114,11 +120,13 @@ class OutputLayer(torch.nn.Module):
 class HunyuanModel(MegatronModule):
     """One pipeline stage of Hunyuan for pretraining; all of it where there is one stage.
 
-    Weights are uninitialised until `initialize_weights` or a checkpoint writes them. The last stage of a model with tied embeddings has a
-    copy of the embedding, under the same name.
+    Weights are uninitialised until `initialize_weights` or a checkpoint writes them. The last stage of a model with
+    tied embeddings has a copy of the embedding, under the same name.
     """
 
-    def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection, chunk: int = 0, spec: SpecChoice = choose_spec) -> None:
+    def __init__(
+        self, config: HunyuanConfig, groups: ProcessGroupCollection, chunk: int = 0, spec: SpecChoice = choose_spec
+    ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.groups = groups
@@ -128,7 +136,8 @@ class HunyuanModel(MegatronModule):
         self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
         self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
         self.input_TBD: Tensor | None = None
-        # weights are registered in the order of the forward pass, in which core gathers and the reverse of which it reduces them
+        # weights are registered in the order of the forward pass, in which core gathers and the reverse of which it
+        # reduces them
         if self.pre_process:
             self.embedding = self._build_embedding()
         self.decoder = Decoder(config, spec, groups, config.stages[stage], self.post_process)
@@ -142,8 +151,8 @@ class HunyuanModel(MegatronModule):
         weight: Any = embedding.word_embeddings.weight
         # the gradient norm counts the weight on the first stage only
         weight.shared = not self.pre_process
-        # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a rank of the first
-        # and one of the last stage add up the same, completely reduced elements
+        # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a
+        # rank of the first and one of the last stage add up the same, completely reduced elements
         weight.shared_embedding = self.config.share_embeddings_and_output_weights and len(self.config.stages) > 1
         return embedding
 
@@ -152,8 +161,13 @@ class HunyuanModel(MegatronModule):
         self.input_TBD = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """Weight of the output layer on the last stage, of the embedding on the first where they are tied; (V / ranks, D)."""
-        return self.embedding.word_embeddings.weight if self.share_embeddings_and_output_weights else self.output_layer.weight
+        """Weight of the output layer on the last stage, of the embedding on the first where they are tied; (V / ranks,
+        D)."""
+        return (
+            self.embedding.word_embeddings.weight
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
     def _output_weight(self) -> Tensor:
         """The same, complete, where a forward pass reads it."""
@@ -170,19 +184,22 @@ class HunyuanModel(MegatronModule):
         key: Routing = None,
         context: ContextSlice | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are given, of the last
-        stage, activations (T, 1, D) of any other; and router statistics (all layers, X), zero for layers of other stages.
+        """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are
+        given, of the last stage, activations (T, 1, D) of any other; and router statistics (all layers, X), zero for
+        layers of other stages.
 
-        T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their router
-        statistics, and logits' rows are those of this tensor-parallel rank's share of them.
-        borders: cu_seqlens of the documents as Python ints, over the tokens of all context-parallel ranks, of which `context` says which
-        are this rank's; positions restart at each. With a RoutingKey (training)
+        T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their
+        router statistics, and logits' rows are those of this tensor-parallel rank's share of them.
+        borders: cu_seqlens of the documents as Python ints, over the tokens of all context-parallel ranks, of which
+        `context` says which are this rank's; positions restart at each. With a RoutingKey (training)
         experts have their capacity and the router its losses, otherwise (evaluation) routing is dropless.
         """
         config, tp = self.config, self.groups.tp
         if config.sequence_parallel and key is not None:
             key = key.share(tp.rank(), tp.size())
-        table = rope_table(positions_T, rope_base(config.rotary_base, rope_alpha, config.kv_channels), config.kv_channels)
+        table = rope_table(
+            positions_T, rope_base(config.rotary_base, rope_alpha, config.kv_channels), config.kv_channels
+        )
         packed = packed_sequences(table, borders, context)
         if self.pre_process:
             hidden_TD = self.embedding(tokens_T)
@@ -190,7 +207,9 @@ class HunyuanModel(MegatronModule):
             assert self.input_TBD is not None, "a later stage needs the activations of the one before"
             hidden_TD = self.input_TBD.squeeze(1)
         layers = list(self.decoder.layers)
-        statistics = hidden_TD.new_zeros(config.num_layers, config.num_moe_experts + len(STATISTICS), dtype=torch.float32)
+        statistics = hidden_TD.new_zeros(
+            config.num_layers, config.num_moe_experts + len(STATISTICS), dtype=torch.float32
+        )
         for start in range(0, len(layers), config.cla_share_factor):
             group = layers[start : start + config.cla_share_factor]
             hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, packed, key, config.recompute_cla_groups)
@@ -200,13 +219,17 @@ class HunyuanModel(MegatronModule):
         hidden_TD = self.decoder.final_layernorm(hidden_TD)
         weight_VD = self._output_weight()
         if label_T is None:
-            whole_TD = gather_from_sequence_parallel_region(hidden_TD, group=tp) if config.sequence_parallel else hidden_TD
+            whole_TD = (
+                gather_from_sequence_parallel_region(hidden_TD, group=tp) if config.sequence_parallel else hidden_TD
+            )
             return F.linear(whole_TD, weight_VD).float(), statistics
         assert loss_weight_T is not None
         accumulates = config.gradient_accumulation_fusion and hasattr(weight_VD, "main_grad")
         accumulate: Accumulation | None = None
         if accumulates:
-            accumulate = "one of two uses" if self.pre_process and self.share_embeddings_and_output_weights else "only use"
+            accumulate = (
+                "one of two uses" if self.pre_process and self.share_embeddings_and_output_weights else "only use"
+            )
         return linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, tp, accumulate), statistics
 
     def placements(self) -> dict[str, Placement]:
@@ -216,10 +239,16 @@ class HunyuanModel(MegatronModule):
             for name, parameter in self.named_parameters()
         }
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
-        """Every parameter for megatron's distributed checkpoints: its global name, this rank's part, and which replica of it this is."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Every parameter for megatron's distributed checkpoints: its global name, this rank's part, and which replica
+        of it this is."""
         places = self.placements()
-        return {prefix + name: sharded_tensor(prefix, unquantised(parameter), places[name]) for name, parameter in self.named_parameters()}
+        return {
+            prefix + name: sharded_tensor(prefix, unquantised(parameter), places[name])
+            for name, parameter in self.named_parameters()
+        }
 
 
 def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int | None) -> list[HunyuanModel]:
@@ -235,10 +264,11 @@ def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int
 
 @torch.no_grad()
 def initialize_weights(model: HunyuanModel, seed: int) -> None:
-    """Write every weight: ones for norms, else a normal of init_method_std, over sqrt(2 * num_layers) where a layer writes its residual.
+    """Write every weight: ones for norms, else a normal of init_method_std, over sqrt(2 * num_layers) where a layer
+    writes its residual.
 
-    Each whole matrix (each expert's its own) is drawn on the CPU from a generator keyed by (seed, its global name), and a rank takes its
-    part of it, so every layout starts from the same weights.
+    Each whole matrix (each expert's its own) is drawn on the CPU from a generator keyed by (seed, its global name), and
+    a rank takes its part of it, so every layout starts from the same weights.
     """
     config = model.config
 

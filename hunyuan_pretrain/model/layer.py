@@ -45,7 +45,9 @@ class TransformerLayer(torch.nn.Module):
         self.pre_mlp_layernorm = spec.norm(config, config.hidden_size)
         self.mlp = MixtureOfExperts(config, layer, spec, groups)
 
-    def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: Routing) -> tuple[Tensor, SharedKV, Tensor]:
+    def forward(
+        self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: Routing
+    ) -> tuple[Tensor, SharedKV, Tensor]:
         """Returns ((T, D), keys and values of the group, router statistics (X,))."""
         attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, packed)
         hidden_TD = hidden_TD + attention_TD
@@ -70,7 +72,7 @@ def run_cla_group(
         return hidden_TD, torch.stack(statistics)
 
     if recompute and torch.is_grad_enabled():
-        # not reentrant, core's linears would meet copies of their weights in the backward pass, without core's mark that a gradient is
-        # in main_grad already, and overlap_grad_reduce then refuses the missing one
+        # not reentrant, core's linears would meet copies of their weights in the backward pass, without core's mark
+        # that a gradient is in main_grad already, and overlap_grad_reduce then refuses the missing one
         return checkpoint(run, hidden_TD, use_reentrant=True, preserve_rng_state=False)
     return run(hidden_TD)

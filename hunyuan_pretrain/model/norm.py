@@ -1,4 +1,5 @@
-"""RMSNorm, and RoPE followed by per-head RMSNorm, as autograd functions that keep only their input and one number a row.
+"""RMSNorm, and RoPE followed by per-head RMSNorm, as autograd functions that keep only their input and one number a
+row.
 
 Shapes: T tokens, D channels of a norm, N heads, H head dim.
 """
@@ -42,8 +43,8 @@ class _RMSNormFunction(torch.autograd.Function):
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dim, computed in fp32, returned in x's dtype.
 
-    Core's own local norm refuses sequence parallelism; this one marks its weight so that core sums its gradient over the
-    tensor-parallel ranks.
+    Core's own local norm refuses sequence parallelism; this one marks its weight so that core sums its gradient over
+    the tensor-parallel ranks.
     """
 
     def __init__(self, config: HunyuanConfig, size: int) -> None:
@@ -58,8 +59,8 @@ class RMSNorm(torch.nn.Module):
 class HeadNorm(torch.nn.Module):
     """The weight (H,) of an RMSNorm of heads, which attention folds into its queries.
 
-    Called, it returns the weight: where the gather of updated weights overlaps the forward pass, core completes those of a module when
-    the module is called.
+    Called, it returns the weight: where the gather of updated weights overlaps the forward pass, core completes those
+    of a module when the module is called.
     """
 
     def __init__(self, config: HunyuanConfig) -> None:
@@ -79,7 +80,8 @@ def _norm_weight(config: HunyuanConfig, size: int) -> torch.nn.Parameter:
 def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor, Tensor]:
     """fp32 (cos, sin), each (T, 1, H/2), of positions under the given RoPE base (NTK-alpha already applied).
 
-    Frequencies are computed on the CPU by the expression of the exported model code: at position 262,143 their last bit shows.
+    Frequencies are computed on the CPU by the expression of the exported model code: at position 262,143 their last bit
+    shows.
     """
     frequency_h = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
     angle_Th = positions_T.float()[:, None] * to_device(frequency_h, positions_T.device)
@@ -89,7 +91,8 @@ def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor,
 def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
     """Rotate-half (neox) rotation in fp32; a negative sine rotates back.
 
-    Laid out as attention reads it: head by head on a CPU; elsewhere token by token, which kernels take that know of no strides.
+    Laid out as attention reads it: head by head on a CPU; elsewhere token by token, which kernels take that know of no
+    strides.
     """
     first, second = x_TNH.float().chunk(2, dim=-1)
     T, N, H = x_TNH.shape
@@ -104,7 +107,9 @@ def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
 
 class _RopeNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor, weight_H: Tensor | None, eps: float | None) -> Tensor:
+    def forward(
+        ctx: Any, x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor, weight_H: Tensor | None, eps: float | None
+    ) -> Tensor:
         y_TNH = _rotate(x_TNH, cos_T1h, sin_T1h)
         rstd_TN1 = None
         if eps is not None:
@@ -133,7 +138,8 @@ class _RopeNormFunction(torch.autograd.Function):
 
 
 def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None) -> Tensor:
-    """RoPE, then RMSNorm of each head with `eps` (None: no norm), then the fp32 `weight_H` (None: no weight; only with a norm).
+    """RoPE, then RMSNorm of each head with `eps` (None: no norm), then the fp32 `weight_H` (None: no weight; only with
+    a norm).
 
     The statistic is taken before the rotation, which keeps the norm of a head. Returns (T, N, H) in x's dtype.
     """

@@ -1,12 +1,13 @@
 """Causal attention inside packed documents, for all rows of a micro-batch or for the rows of one context-parallel rank.
 
-The work is a list of blocks: some consecutive queries of one document, which see its keys up to themselves. A causal flash kernel takes
-as many queries as keys, so a block whose document begins before its first query is two calls: without a mask on the earlier keys, causal
-on the block's own. The two are merged by their logsumexp; the backward pass hands the merged output and logsumexp to the backward kernel
-of each part, which then yields that part of the exact gradient (Ring Attention, arXiv 2310.01889).
+The work is a list of blocks: some consecutive queries of one document, which see its keys up to themselves. A causal
+flash kernel takes as many queries as keys, so a block whose document begins before its first query is two calls:
+without a mask on the earlier keys, causal on the block's own. The two are merged by their logsumexp; the backward pass
+hands the merged output and logsumexp to the backward kernel of each part, which then yields that part of the exact
+gradient (Ring Attention, arXiv 2310.01889).
 
-Shapes: T query rows of this rank, S key rows (T without context parallelism), N query heads, G key/value heads, H head dim,
-n queries of a block, P keys of a kernel call. The leading 1 is the batch dim of the kernels.
+Shapes: T query rows of this rank, S key rows (T without context parallelism), N query heads, G key/value heads, H head
+dim, n queries of a block, P keys of a kernel call. The leading 1 is the batch dim of the kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from hunyuan_pretrain.runtime.handover import handed_over
 
 
 class Block(NamedTuple):
-    """The queries [q_start, q_end) belong to the last q_end - q_start of the keys [k_start, k_end); each sees the keys up to its own."""
+    """The queries [q_start, q_end) belong to the last q_end - q_start of the keys [k_start, k_end); each sees the keys
+    up to its own."""
 
     q_start: int
     q_end: int
@@ -37,7 +39,8 @@ def document_blocks(borders: Sequence[int]) -> list[Block]:
 
 
 def context_blocks(borders: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[Block]:
-    """The blocks of a rank whose queries are the rows of these (start, end) ranges, one after the other, and whose keys are all rows."""
+    """The blocks of a rank whose queries are the rows of these (start, end) ranges, one after the other, and whose keys
+    are all rows."""
     blocks: list[Block] = []
     row = 0
     for start, end in ranges:
@@ -52,11 +55,13 @@ def context_blocks(borders: Sequence[int], ranges: Sequence[tuple[int, int]]) ->
 def packed_attention(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
     """softmax(q k^T / sqrt(H)) v of each block; no mask is built. Returns (T, N, H), contiguous. Communicates nothing.
 
-    Blocks come in the order of their queries and leave none out. Query head n reads key/value head n // (N / G). Keys that no query sees
-    get a gradient of zero. Any strides will do; tensors in which a head's numbers do not lie together are copied. Raises ValueError if
-    dtypes or devices differ.
+    Blocks come in the order of their queries and leave none out. Query head n reads key/value head n // (N / G). Keys
+    that no query sees get a gradient of zero. Any strides will do; tensors in which a head's numbers do not lie
+    together are copied. Raises ValueError if dtypes or devices differ.
     """
-    assert [*(block.q_start for block in blocks), q_TNH.shape[0]] == [0, *(block.q_end for block in blocks)], "blocks leave queries out"
+    assert [*(block.q_start for block in blocks), q_TNH.shape[0]] == [0, *(block.q_end for block in blocks)], (
+        "blocks leave queries out"
+    )
     return _PackedAttention.apply(*handed_over("flash attention", q_TNH, k_SGH, v_SGH, knows_strides=True), blocks)
 
 
@@ -68,7 +73,10 @@ class _PackedAttention(torch.autograd.Function):
         outs_nNH, logsumexps = [], []
         for block in blocks:
             q_1NnH = q_1NTH.narrow(2, *_queries(block))
-            parts = [kernel.forward(q_1NnH, k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys), causal) for keys, causal in _parts(block)]
+            parts = [
+                kernel.forward(q_1NnH, k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys), causal)
+                for keys, causal in _parts(block)
+            ]
             out_1NnH, logsumexp_1Nn = parts[0] if len(parts) == 1 else _merge(*parts)
             outs_nNH.append(out_1NnH[0].transpose(0, 1))
             logsumexps.append(logsumexp_1Nn)
@@ -127,7 +135,8 @@ def _parts(block: Block) -> Iterator[tuple[tuple[int, int], bool]]:
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(output, logsumexp) of attention to the keys of both, combined in the dtype of the logsumexp, which is fp32 or wider."""
+    """(output, logsumexp) of attention to the keys of both, combined in the dtype of the logsumexp, which is fp32 or
+    wider."""
     (first_1NnH, first_1Nn), (second_1NnH, second_1Nn) = first, second
     logsumexp_1Nn = torch.logaddexp(first_1Nn, second_1Nn)
     out_1NnH = first_1NnH * (first_1Nn - logsumexp_1Nn).exp()[..., None]
@@ -147,7 +156,9 @@ class _Kernel(NamedTuple):
 def _kernel(q_TNH: Tensor) -> _Kernel:
     if q_TNH.device.type == "cpu":
         return _Kernel(_flash_cpu, _flash_cpu_backward)
-    has_flash = q_TNH.device.type == "cuda" and q_TNH.dtype in (torch.bfloat16, torch.float16) and q_TNH.shape[-1] % 8 == 0
+    has_flash = (
+        q_TNH.device.type == "cuda" and q_TNH.dtype in (torch.bfloat16, torch.float16) and q_TNH.shape[-1] % 8 == 0
+    )
     return _Kernel(_flash_cuda, _flash_cuda_backward) if has_flash else _Kernel(_plain, _plain_backward)
 
 
@@ -161,7 +172,9 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor
 def _flash_cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, logsumexp, 0.0, is_causal)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, logsumexp, 0.0, is_causal
+    )
 
 
 def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -191,7 +204,9 @@ def _plain_backward(
     grad, out, wide_q = (x.to(weights.dtype) for x in (grad, out, q))
     pull = grad @ _for_every_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)
     pull = pull * weights * q.shape[-1] ** -0.5
-    pull_k, pull_v = (x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (pull.mT @ wide_q, weights.mT @ grad))
+    pull_k, pull_v = (
+        x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (pull.mT @ wide_q, weights.mT @ grad)
+    )
     return (pull @ _for_every_query_head(k, q)).to(q.dtype), pull_k, pull_v
 
 

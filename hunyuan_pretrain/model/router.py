@@ -1,11 +1,12 @@
 """Routing of tokens to experts: top-k, capacity, recycle routing, balance loss and z-loss.
 
 Source: arXiv 2411.02265 section 2.3.1 and the released model code, which holds recycle routing as code that never
-triggers. Capacity and the random draw are those of a *routing group*: `moe_routing_group_tokens` consecutive tokens of one
-sequence. The draw is a hash of (seed, step, layer, group, slot), so it is the same when a layer is recomputed and under
-every parallel layout that keeps groups whole.
+triggers. Capacity and the random draw are those of a *routing group*: `moe_routing_group_tokens` consecutive tokens of
+one sequence. The draw is a hash of (seed, step, layer, group, slot), so it is the same when a layer is recomputed and
+under every parallel layout that keeps groups whole.
 
-Shapes: T tokens of this rank, n routing groups, g tokens of a group, D hidden, E experts, K top-k, C slots of an expert for one group.
+Shapes: T tokens of this rank, n routing groups, g tokens of a group, D hidden, E experts, K top-k, C slots of an expert
+for one group.
 """
 
 from __future__ import annotations
@@ -50,13 +51,17 @@ def slot_priorities(seed: int, step: int, layer: int, group_n: torch.Tensor, num
 def marked(choice: torch.Tensor, num_experts: int) -> torch.Tensor:
     """(..., C) expert numbers -> (..., E) bool, whether an expert is among them.
 
-    torch's one_hot and bincount look at the numbers first, for which the host waits on a GPU or for the whole tensor on a CPU.
+    torch's one_hot and bincount look at the numbers first, for which the host waits on a GPU or for the whole tensor on
+    a CPU.
     """
-    return torch.zeros(*choice.shape[:-1], num_experts, dtype=torch.bool, device=choice.device).scatter_(-1, choice, True)
+    return torch.zeros(*choice.shape[:-1], num_experts, dtype=torch.bool, device=choice.device).scatter_(
+        -1, choice, True
+    )
 
 
 class _ProbabilitiesOf(torch.autograd.Function):
-    """probs_TE[t, expert_TK[t, k]]; torch's own gradient of it adds at places that it sorts first, where it must be the same every time."""
+    """probs_TE[t, expert_TK[t, k]]; torch's own gradient of it adds at places that it sorts first, where it must be the
+    same every time."""
 
     @staticmethod
     def forward(ctx: Any, probs_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
@@ -69,13 +74,16 @@ class _ProbabilitiesOf(torch.autograd.Function):
         return torch.where(is_of_TKE, grad_TK[..., None], 0.0).sum(1), None
 
 
-def assign_slots(chosen_nKg: torch.Tensor, num_experts: int, capacity: int, priority_nS: torch.Tensor | None) -> torch.Tensor:
-    """Give each choice of an expert a slot, S = num_experts * capacity slots a group; slot s belongs to expert s // capacity.
+def assign_slots(
+    chosen_nKg: torch.Tensor, num_experts: int, capacity: int, priority_nS: torch.Tensor | None
+) -> torch.Tensor:
+    """Give each choice of an expert a slot, S = num_experts * capacity slots a group; slot s belongs to expert s //
+    capacity.
 
     chosen_nKg holds expert numbers. The first `capacity` choices of an expert keep it, all first choices of a group
-    before all second ones, tokens in order. With `priority_nS`, choices that found their expert full take, in order, the
-    group's free slots sorted by priority: uniform over free slots if the priorities are random. Returns slots_nKg with
-    DROPPED where no slot was left (or, without priorities, where the expert was full).
+    before all second ones, tokens in order. With `priority_nS`, choices that found their expert full take, in order,
+    the group's free slots sorted by priority: uniform over free slots if the priorities are random. Returns slots_nKg
+    with DROPPED where no slot was left (or, without priorities, where the expert was full).
     """
     n, K, g = chosen_nKg.shape
     choice_nc = chosen_nKg.reshape(n, K * g)
@@ -121,7 +129,8 @@ class CountedTokens(NamedTuple):
 
 
 Routing = RoutingKey | CountedTokens | None
-"""RoutingKey: training, with capacity, recycling and losses. Otherwise every token goes where it chose; None: and all are counted."""
+"""RoutingKey: training, with capacity, recycling and losses. Otherwise every token goes where it chose; None: and all
+are counted."""
 
 
 class RoutingPlan(NamedTuple):
@@ -142,20 +151,26 @@ class RoutingPlan(NamedTuple):
 
 
 @torch.no_grad()
-def _plan_with_capacity(chosen_TK: torch.Tensor, config: HunyuanConfig, layer: int, key: RoutingKey) -> tuple[torch.Tensor, ...]:
+def _plan_with_capacity(
+    chosen_TK: torch.Tensor, config: HunyuanConfig, layer: int, key: RoutingKey
+) -> tuple[torch.Tensor, ...]:
     """(expert_TK, row_TK, token_R, rows per expert) under the capacity of each routing group."""
     T, K = chosen_TK.shape
     E, g = config.num_moe_experts, config.moe_routing_group_tokens
     n = T // g
     capacity = expert_capacity(config)
     chosen_nKg = chosen_TK.view(n, g, K).transpose(1, 2)
-    priority_nS = slot_priorities(key.seed, key.step, layer, key.group_n, E * capacity) if config.recycle_routing else None
+    priority_nS = (
+        slot_priorities(key.seed, key.step, layer, key.group_n, E * capacity) if config.recycle_routing else None
+    )
     slots_nKg = assign_slots(chosen_nKg, E, capacity, priority_nS)
     is_dropped_nKg = slots_nKg == DROPPED
     expert_nKg = torch.where(is_dropped_nKg, chosen_nKg, slots_nKg.div(capacity, rounding_mode="floor"))
     group_n11 = torch.arange(n, device=chosen_TK.device)[:, None, None]
     num_rows = E * n * capacity
-    row_nKg = torch.where(is_dropped_nKg, num_rows, expert_nKg * (n * capacity) + group_n11 * capacity + slots_nKg % capacity)
+    row_nKg = torch.where(
+        is_dropped_nKg, num_rows, expert_nKg * (n * capacity) + group_n11 * capacity + slots_nKg % capacity
+    )
     expert_TK, row_TK = (x.transpose(1, 2).reshape(T, K) for x in (expert_nKg, row_nKg))
     token_R = torch.full((num_rows + 1,), T, dtype=torch.int64, device=chosen_TK.device)
     token_R[row_TK] = torch.arange(T, device=chosen_TK.device)[:, None].expand(T, K)
@@ -175,7 +190,12 @@ def _plan_dropless(chosen_TK: torch.Tensor, num_experts: int) -> tuple[torch.Ten
 
 def expert_capacity(config: HunyuanConfig) -> int:
     """Slots of one expert for one routing group: ceil(factor * tokens * topk / experts)."""
-    slots = config.moe_expert_capacity_factor * config.moe_routing_group_tokens * config.moe_router_topk / config.num_moe_experts
+    slots = (
+        config.moe_expert_capacity_factor
+        * config.moe_routing_group_tokens
+        * config.moe_router_topk
+        / config.num_moe_experts
+    )
     return -int(-slots // 1)
 
 
@@ -197,9 +217,10 @@ class Router(torch.nn.Module):
     def forward(self, hidden_TD: torch.Tensor, key: Routing) -> tuple[RoutingPlan, torch.Tensor]:
         """Route this rank's tokens, whole routing groups in order.
 
-        With a RoutingKey (training) the capacity, recycling and losses of the config apply; otherwise (evaluation, export) every token
-        goes where it chose. Returns the plan and detached statistics (E + len(STATISTICS),): chosen tokens of each expert before recycling,
-        then sums over this rank's counted tokens or groups. Communicates nothing.
+        With a RoutingKey (training) the capacity, recycling and losses of the config apply; otherwise (evaluation,
+        export) every token goes where it chose. Returns the plan and detached statistics (E + len(STATISTICS),): chosen
+        tokens of each expert before recycling, then sums over this rank's counted tokens or groups. Communicates
+        nothing.
         """
         config, T = self.config, hidden_TD.shape[0]
         E, K = config.num_moe_experts, config.moe_router_topk
@@ -242,11 +263,15 @@ class Router(torch.nn.Module):
         return RoutingPlan(weight_TK, row_TK, token_R, rows_E, is_permutation), statistics
 
     def choose(self, probs_TE: torch.Tensor, key: Routing) -> torch.Tensor:
-        """The K experts of the highest probability of each token; a comparison of roundings puts those of another run in their place."""
+        """The K experts of the highest probability of each token; a comparison of roundings puts those of another run
+        in their place."""
         return probs_TE.topk(self.config.moe_router_topk, dim=-1).indices
 
-    def losses(self, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Balance loss E * sum_e mean(p_e) * mean(chosen_e) and z-loss, each a mean within a routing group, summed over the groups."""
+    def losses(
+        self, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Balance loss E * sum_e mean(p_e) * mean(chosen_e) and z-loss, each a mean within a routing group, summed over
+        the groups."""
         E = probs_TE.shape[1]
         n = chosen_TK.shape[0] // self.config.moe_routing_group_tokens
         with torch.no_grad():

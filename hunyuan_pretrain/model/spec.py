@@ -1,8 +1,8 @@
 """Which class fills each slot of the model; the only place that chooses.
 
-A `Spec` holds constructors. `local_spec` takes megatron-core's own tensor-parallel linears and this project's grouped linear and runs
-everywhere; `emulated_fp8_spec` takes the same, which compute in emulated FP8 during a training step (model.fp8.training_step);
-model/transformer_engine.py has the one of Transformer Engine.
+A `Spec` holds constructors. `local_spec` takes megatron-core's own tensor-parallel linears and this project's grouped
+linear and runs everywhere; `emulated_fp8_spec` takes the same, which compute in emulated FP8 during a training step
+(model.fp8.training_step); model/transformer_engine.py has the one of Transformer Engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from hunyuan_pretrain.model.experts import GroupedLinear, Splits
@@ -32,7 +35,8 @@ CoreAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Block]], Tensor]
 
 @dataclass(frozen=True)
 class Spec:
-    """Constructors (config, input size, output size, groups) of the model's matrix products; sizes are those of the whole weight.
+    """Constructors (config, input size, output size, groups) of the model's matrix products; sizes are those of the
+    whole weight.
 
     And of what else an engine may have kernels of its own for.
     """
@@ -46,13 +50,19 @@ class Spec:
     input_norm: NormFactory = RMSNorm
     """The norm whose output nothing but the projection of the attention reads."""
     column_parallel_linear_after_norm: Callable[..., torch.nn.Module] | None = None
-    """That projection, constructed with the norm as last argument; None: column_parallel_linear, which has no part in the norm."""
+    """That projection, constructed with the norm as last argument; None: column_parallel_linear, which has no part in
+    the norm."""
     core_attention: Callable[[HunyuanConfig], CoreAttention] = lambda config: packed_attention
     row_multiple: Callable[[], int] = lambda: 1
     """Returns what the number of rows of each expert has to be a multiple of at this time."""
 
     def linear_after(
-        self, norm: torch.nn.Module, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection
+        self,
+        norm: torch.nn.Module,
+        config: HunyuanConfig,
+        input_size: int,
+        output_size: int,
+        groups: ProcessGroupCollection,
     ) -> torch.nn.Module:
         """The column-parallel linear that alone reads the output of `norm`."""
         if self.column_parallel_linear_after_norm is None:
@@ -70,8 +80,11 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
         if not self.fp8.is_active:
             with self.fp8.as_kept(self.weight):
                 return super().forward(input_, *args, **kwargs)
-        # quantised when it is gathered: one scale for the tokens of all ranks, as Transformer Engine's reduced amax gives
-        whole_TD = gather_from_sequence_parallel_region(input_, group=self.tp_group) if self.sequence_parallel else input_
+        # quantised when it is gathered: one scale for the tokens of all ranks, as Transformer Engine's reduced amax
+        # gives
+        whole_TD = (
+            gather_from_sequence_parallel_region(input_, group=self.tp_group) if self.sequence_parallel else input_
+        )
         return self.fp8(whole_TD, self.weight), None
 
 
@@ -86,7 +99,9 @@ class Fp8RowParallelLinear(RowParallelLinear):
             with self.fp8.as_kept(self.weight):
                 return super().forward(input_)
         partial_TD = self.fp8(input_, self.weight)
-        return reduce_scatter_to_sequence_parallel_region(partial_TD, group=self.tp_group) if self.sequence_parallel else partial_TD, None
+        return reduce_scatter_to_sequence_parallel_region(
+            partial_TD, group=self.tp_group
+        ) if self.sequence_parallel else partial_TD, None
 
 
 class Fp8GroupedLinear(GroupedLinear):
@@ -111,7 +126,13 @@ def _column(
     linear_class: type[ColumnParallelLinear] = ColumnParallelLinear,
 ) -> torch.nn.Module:
     linear = linear_class(
-        input_size, output_size, config=config, init_method=config.init_method, bias=False, gather_output=False, tp_group=groups.tp
+        input_size,
+        output_size,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        tp_group=groups.tp,
     )
     mark_divided(linear.weight, 0)
     return linear
@@ -160,7 +181,9 @@ def emulated_fp8_spec() -> Spec:
 
 
 def _in_fp8(make: LinearFactory, is_expert: bool) -> LinearFactory:
-    def make_in_fp8(config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection) -> torch.nn.Module:
+    def make_in_fp8(
+        config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection
+    ) -> torch.nn.Module:
         linear = make(config, input_size, output_size, groups)
         num_experts = config.num_moe_experts // groups.ep.size() if is_expert else 1
         formats = config.number_formats

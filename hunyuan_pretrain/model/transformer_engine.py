@@ -1,25 +1,30 @@
 """The model's norms and matrix products by Transformer Engine's kernels, and training in FP8 on them.
 
-Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same under both:
-- the RMSNorm before the attention is fused into the projection that reads it; its weight stays that of `input_layernorm`, which passes
-  its input through. `pre_mlp_layernorm` feeds router, shared and routed experts and stays a norm of its own;
-- the experts of a rank are one (e, O, I) parameter, of which the grouped product gets e views; with parameters in FP8 only, which
-  Transformer Engine keeps as one tensor for each expert, they are e parameters (O, I), and one in checkpoints (parallel/sharding.py);
+Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same
+under both:
+- the RMSNorm before the attention is fused into the projection that reads it; its weight stays that of
+  `input_layernorm`, which passes its input through. `pre_mlp_layernorm` feeds router, shared and routed experts and
+  stays a norm of its own;
+- the experts of a rank are one (e, O, I) parameter, of which the grouped product gets e views; with parameters in FP8
+  only, which Transformer Engine keeps as one tensor for each expert, they are e parameters (O, I), and one in
+  checkpoints (parallel/sharding.py);
 - nothing of Transformer Engine's own state goes into a state_dict.
 
-Not taken from Transformer Engine: its RoPE numbers the positions of a document from 0, which the tokens of a context-parallel rank are
-not, and writes bf16 before the norm of the heads that follows here; its permutation has no empty slots, which capacity leaves, and a
-gather by index is one kernel already.
+Not taken from Transformer Engine: its RoPE numbers the positions of a document from 0, which the tokens of a
+context-parallel rank are not, and writes bf16 before the norm of the heads that follows here; its permutation has no
+empty slots, which capacity leaves, and a gather by index is one kernel already.
 
-FP8 (`training_step`): scales of the delayed recipe change once for each optimizer step, from the largest values of all its micro-batches,
-and a weight is quantised once for each.
+FP8 (`training_step`): scales of the delayed recipe change once for each optimizer step, from the largest values of all
+its micro-batches, and a weight is quantised once for each.
 
-What is handed to its kernels is contiguous and of the dtype of the run (runtime/handover.py): they have a pointer and a shape.
+What is handed to its kernels is contiguous and of the dtype of the run (runtime/handover.py): they have a pointer and a
+shape.
 
-Tests run it with CPU stand-ins for the kernels, which read memory as those do and prove the wiring and no kernel; with those that quantise,
-FP8 steps are those of model/fp8.py bit by bit. tests/gpu runs the kernels.
+Tests run it with CPU stand-ins for the kernels, which read memory as those do and prove the wiring and no kernel; with
+those that quantise, FP8 steps are those of model/fp8.py bit by bit. tests/gpu runs the kernels.
 
-Shapes: T tokens, R rows of experts, D hidden, I input and O output of a product, e experts of this rank; L steps of a history.
+Shapes: T tokens, R rows of experts, D hidden, I input and O output of a product, e experts of this rank; L steps of a
+history.
 """
 
 from __future__ import annotations
@@ -53,7 +58,8 @@ from hunyuan_pretrain.runtime.handover import handed_over
 warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
 
 OPERANDS = {"x": ("scaling_fwd", 0, 3), "w": ("scaling_fwd", 1, 3), "dy": ("scaling_bwd", 0, 2)}
-"""Operand of a product -> which of Transformer Engine's tensors of scales has its own, at which column, of how many for each product."""
+"""Operand of a product -> which of Transformer Engine's tensors of scales has its own, at which column, of how many for
+each product."""
 
 
 def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
@@ -72,7 +78,7 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
     )
 
 
-# --- FP8 ------------------------------------------------------------------------------------------------------------------------------
+# --- FP8 --------------------------------------------------------------------------------------------------------------
 
 
 def te_recipe(formats: PrecisionConfig) -> recipes.Recipe:
@@ -95,27 +101,31 @@ def te_recipe(formats: PrecisionConfig) -> recipes.Recipe:
 
 @contextmanager
 def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iterator[None]:
-    """One optimizer step in FP8: forward and backward passes of all its micro-batches through the model chunks of this rank, in core's
-    DistributedDataParallel or not.
+    """One optimizer step in FP8: forward and backward passes of all its micro-batches through the model chunks of this
+    rank, in core's DistributedDataParallel or not.
 
-    Without a recipe, and inside another one, nothing happens. With the delayed recipe the scales of the next step are computed at the
+    Without a recipe, and inside another one, nothing happens. With the delayed recipe the scales of the next step are
+    computed at the
     end: Transformer Engine's kernels take the maximum of a tensor's values over all its uses since the last update.
 
-    Communicates at the end, with the delayed recipe: each operand's largest value over the tensor-, context- and data-parallel ranks of
-    the stage; those of routed experts over the ranks that hold the same experts only.
+    Communicates at the end, with the delayed recipe: each operand's largest value over the tensor-, context- and
+    data-parallel ranks of the stage; those of routed experts over the ranks that hold the same experts only.
     """
     formats = models[0].config.number_formats
     if formats.fp8_recipe is None or FP8GlobalStateManager.is_fp8_enabled():
         yield
         return
-    products = [module for model in models for module in model.modules() if isinstance(module, _Product) and module.is_fp8]
+    products = [
+        module for model in models for module in model.modules() if isinstance(module, _Product) and module.is_fp8
+    ]
     _forget_last_step(products)
     try:
         for product in products:
             product.is_first_microbatch = True
         # leaving it updates the scales of inputs and weights
         with te.autocast(enabled=True, recipe=te_recipe(formats), amax_reduction_group=groups.tp_dp_cp):
-            # the first module to ask would update the scales of gradients in its backward pass, which is that of one micro-batch
+            # the first module to ask would update the scales of gradients in its backward pass, which is that of one
+            # micro-batch
             FP8GlobalStateManager.is_first_fp8_module()
             yield
     finally:
@@ -125,10 +135,11 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
 
 
 def scaling_state(model: Any) -> dict[str, Tensor]:
-    """Scales of the delayed recipe: "{module}.{operand}.history" (L, e) and ".scale" (e,), fp32, of the operands x, w and dy.
+    """Scales of the delayed recipe: "{module}.{operand}.history" (L, e) and ".scale" (e,), fp32, of the operands x, w
+    and dy.
 
-    `module` is the name of a product within `model`, e its experts on this rank, or 1. Row 0 of a history collects the running step and is
-    0 between steps; the last row is the newest step. Copies; {} under other recipes.
+    `module` is the name of a product within `model`, e its experts on this rank, or 1. Row 0 of a history collects the
+    running step and is 0 between steps; the last row is the newest step. Copies; {} under other recipes.
     """
     state = {name: tensor.clone() for name, tensor in _scaling_tensors(model)}
     for name, tensor in state.items():
@@ -138,7 +149,8 @@ def scaling_state(model: Any) -> dict[str, Tensor]:
 
 
 def load_scaling_state(model: Any, state: dict[str, Tensor]) -> None:
-    """Write what `scaling_state` of a model with the same parts on this rank returned. Raises KeyError where something is missing."""
+    """Write what `scaling_state` of a model with the same parts on this rank returned. Raises KeyError where something
+    is missing."""
     for name, tensor in _scaling_tensors(model):
         tensor.copy_(state[name])
 
@@ -158,9 +170,11 @@ def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _forget_last_step(products: Sequence[_Product]) -> None:
-    """Empty Transformer Engine's lists of the tensors that an update reduces, into which each product puts its own when it is first used.
+    """Empty Transformer Engine's lists of the tensors that an update reduces, into which each product puts its own when
+    it is first used.
 
-    Nothing else ever takes one out: a second model in the process would reduce those of the first too, over groups that may be gone.
+    Nothing else ever takes one out: a second model in the process would reduce those of the first too, over groups that
+    may be gone.
     """
     state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # of its own in newer versions
     for lists in ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer"):
@@ -177,7 +191,8 @@ class _Product(TransformerEngineBaseModule):
     """Over which ranks to take the largest values; None: those of the step."""
     num_products = 1
     is_first_microbatch: bool | None
-    """Whether the next forward pass is the first of a step in FP8: it quantises the weight, for the later ones too. None: no such step."""
+    """Whether the next forward pass is the first of a step in FP8: it quantises the weight, for the later ones too.
+    None: no such step."""
 
     # Transformer Engine would add its own pickled state to every state_dict
     get_extra_state = torch.nn.Module.get_extra_state
@@ -193,7 +208,9 @@ class _Product(TransformerEngineBaseModule):
             return without_fp8()
         if not FP8GlobalStateManager.is_fp8_enabled() or self.amax_group is None:
             return nullcontext()
-        return te.autocast(enabled=True, recipe=FP8GlobalStateManager.get_fp8_recipe(), amax_reduction_group=self.amax_group)
+        return te.autocast(
+            enabled=True, recipe=FP8GlobalStateManager.get_fp8_recipe(), amax_reduction_group=self.amax_group
+        )
 
     def allocate_scales(self, recipe: recipes.Recipe) -> None:
         """Make the scales of the delayed recipe if no forward pass has made them yet."""
@@ -204,7 +221,8 @@ class _Product(TransformerEngineBaseModule):
     def _get_weight_tensors(self) -> list[Tensor]:
         """What Transformer Engine multiplies by; outside of a step in FP8 the values of weights in FP8 only.
 
-        Its own form of those has no main_grad in some recipes, which its backward pass asks for, and in others no gradient at all.
+        Its own form of those has no main_grad in some recipes, which its backward pass asks for, and in others no
+        gradient at all.
         """
         weights: list[Any] = [weight for weight in self.parameters() if is_float8tensor(weight)]
         if self.fp8 or not weights:
@@ -243,7 +261,7 @@ class _Unquantised(torch.autograd.Function):
         return grad, None
 
 
-# --- dense products -------------------------------------------------------------------------------------------------------------------
+# --- dense products ---------------------------------------------------------------------------------------------------
 
 
 def _weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManager[None]:
@@ -262,9 +280,12 @@ class _DenseProduct(_Product):
 
 
 class ColumnParallelLinear(_DenseProduct, te.Linear):
-    """y = x W^T with W divided over the tensor-parallel ranks along its output; gathers the sequence first where that is divided too."""
+    """y = x W^T with W divided over the tensor-parallel ranks along its output; gathers the sequence first where that
+    is divided too."""
 
-    def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
+    def __init__(
+        self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool
+    ) -> None:
         with _weights_in_fp8(config, is_fp8):
             super().__init__(input_size, output_size, parallel_mode="column", **_options(config, groups))
         self._begin(config, is_fp8)
@@ -274,7 +295,9 @@ class ColumnParallelLinear(_DenseProduct, te.Linear):
 class RowParallelLinear(_DenseProduct, te.Linear):
     """y = x W^T with W divided over the tensor-parallel ranks along its input; sums the results over them."""
 
-    def __init__(self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool) -> None:
+    def __init__(
+        self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool
+    ) -> None:
         with _weights_in_fp8(config, is_fp8):
             super().__init__(input_size, output_size, parallel_mode="row", **_options(config, groups))
         self._begin(config, is_fp8)
@@ -322,8 +345,8 @@ def _options(config: HunyuanConfig, groups: ProcessGroupCollection) -> dict[str,
 
 
 def _init_method(config: HunyuanConfig) -> Any:
-    """What writes new weights before `initialize_weights` or a checkpoint does, which do not depend on the layout: nothing, or zeros where
-    weights are quantised at once, which is no good for whatever was in the memory."""
+    """What writes new weights before `initialize_weights` or a checkpoint does, which do not depend on the layout:
+    nothing, or zeros where weights are quantised at once, which is no good for whatever was in the memory."""
     return torch.nn.init.zeros_ if config.number_formats.fp8_parameters else _leave_as_it_is
 
 
@@ -337,11 +360,12 @@ def _device(config: HunyuanConfig) -> torch.device | str:
     return "meta" if device.type == "meta" else device
 
 
-# --- norms ----------------------------------------------------------------------------------------------------------------------------
+# --- norms ------------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(te.RMSNorm):
-    """x / rms(x) * weight over the last dim; core sums the weight's gradient over the tensor-parallel ranks that divide the sequence."""
+    """x / rms(x) * weight over the last dim; core sums the weight's gradient over the tensor-parallel ranks that divide
+    the sequence."""
 
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
@@ -364,11 +388,12 @@ class FusedNorm(torch.nn.Module):
         return x_TD
 
 
-# --- experts --------------------------------------------------------------------------------------------------------------------------
+# --- experts ----------------------------------------------------------------------------------------------------------
 
 
 class GroupedLinear(_Product, te.GroupedLinear):
-    """y = x W_i^T for the rows of each local expert; W is one (e, O, I) parameter, or, in FP8 only, e parameters (O, I)."""
+    """y = x W_i^T for the rows of each local expert; W is one (e, O, I) parameter, or, in FP8 only, e parameters (O,
+    I)."""
 
     def __init__(
         self,
@@ -415,8 +440,8 @@ class GroupedLinear(_Product, te.GroupedLinear):
             return super().forward(x_RI, rows_e, is_first_microbatch=self.take_turn())
 
     def _get_weight_tensors(self) -> list[Tensor]:
-        """What Transformer Engine multiplies by: of one parameter the e views, each with its part of main_grad where gradients are added
-        into that."""
+        """What Transformer Engine multiplies by: of one parameter the e views, each with its part of main_grad where
+        gradients are added into that."""
         if self.weight is None:
             return super()._get_weight_tensors()
         if not torch.is_grad_enabled():

@@ -38,7 +38,8 @@ def core_attention(config: HunyuanConfig) -> CoreAttention:
 
 
 class PackedAttention:
-    """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is nobody's."""
+    """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is
+    nobody's."""
 
     name = "Transformer Engine"
 
@@ -61,10 +62,12 @@ class PackedAttention:
         documents = _documents(tuple(blocks), q_TNH.device)
         if documents.keys != ((0, k_SGH.shape[0]),):
             k_SGH, v_SGH = (torch.cat([x[start:end] for start, end in documents.keys]) for x in (k_SGH, v_SGH))
-        # Transformer Engine guesses a layout from offsets and from whether keys and values have the same strides; it asks neither which
-        # ones, nor how queries lie, and the kernel then has pointers and shapes. Contiguous tensors, at the start of their memory, are
-        # always taken for what they are.
-        qkv = handed_over("Transformer Engine's attention", q_TNH, k_SGH, v_SGH, dtype=torch.bfloat16, starts_memory=True)
+        # Transformer Engine guesses a layout from offsets and from whether keys and values have the same strides; it
+        # asks neither which ones, nor how queries lie, and the kernel then has pointers and shapes. Contiguous tensors,
+        # at the start of their memory, are always taken for what they are.
+        qkv = handed_over(
+            "Transformer Engine's attention", q_TNH, k_SGH, v_SGH, dtype=torch.bfloat16, starts_memory=True
+        )
         with without_fp8():
             output = self.kernel(
                 *qkv,
@@ -86,7 +89,8 @@ class _Documents(NamedTuple):
     longest_k: int
     mask: str
     keys: tuple[tuple[int, int], ...]
-    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that k_borders divides."""
+    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that k_borders
+    divides."""
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,5 @@
-"""What ranks do together where one of them may fail: all learn of it, and none is left in a collective that the others never enter."""
+"""What ranks do together where one of them may fail: all learn of it, and none is left in a collective that the others
+never enter."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ PATIENCE = timedelta(hours=12)
 def patience() -> Iterator[None]:
     """Within it, collectives of all ranks (the default group) wait up to PATIENCE, not runtime.distributed_timeout_s.
 
-    For work on files, whose length the time-out of a training step says nothing about. A rank that is gone is still noticed, on its node at
-    once by whoever started it, and by the others after the usual time (signs_of_life.py); one that works is waited for.
+    For work on files, whose length the time-out of a training step says nothing about. A rank that is gone is still
+    noticed, on its node at once by whoever started it, and by the others after the usual time (signs_of_life.py); one
+    that works is waited for.
     """
     usual = groups.collective_timeout()
     if usual is None or usual >= PATIENCE:
@@ -47,7 +49,8 @@ def patience() -> Iterator[None]:
 
 
 class Failures:
-    """Keeps the first error of several actions, so that a rank that failed still takes part in the collectives between them."""
+    """Keeps the first error of several actions, so that a rank that failed still takes part in the collectives between
+    them."""
 
     def __init__(self) -> None:
         self.first: BaseException | None = None
@@ -67,14 +70,18 @@ class Failures:
 
 
 def first_error(action: Callable[[], object]) -> str | None:
-    """Run `action` on every rank; on all of them one error message, the operating system's or else the first rank's, or None.
+    """Run `action` on every rank; on all of them one error message, the operating system's or else the first rank's, or
+    None.
 
     Communicates: all ranks, after the action.
     """
     try:
         action()
         mine = None
-    except (Exception, CheckpointException) as error:  # every failure has to reach the other ranks, which would wait for ever
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # every failure has to reach the other ranks, which would wait for ever
         mine = reason_of(error)
         if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
             torch.cuda.empty_cache()  # to tell the others takes a little
@@ -85,7 +92,8 @@ def first_error(action: Callable[[], object]) -> str | None:
 
 
 def error_of_rank_0(action: Callable[[], object]) -> str | None:
-    """Run `action` on rank 0 only; its error message on every rank, or None. Communicates: all ranks, after the action."""
+    """Run `action` on rank 0 only; its error message on every rank, or None. Communicates: all ranks, after the
+    action."""
 
     def run() -> None:  # what it returns may not be fit to be sent
         action()
@@ -94,7 +102,8 @@ def error_of_rank_0(action: Callable[[], object]) -> str | None:
 
 
 def from_rank_0(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run `action` on rank 0 only; what it returned, or its error message, on every rank. Communicates: all ranks, after the action."""
+    """Run `action` on rank 0 only; what it returned, or its error message, on every rank. Communicates: all ranks,
+    after the action."""
     found: list[Any] = [(None, None)]
     if dist.get_rank() == 0:
         try:

@@ -1,7 +1,8 @@
-"""The collectives that read and write whole tensors, with what they take of them said and checked (runtime/handover.py).
+"""The collectives that read and write whole tensors, with what they take of them said and checked
+(runtime/handover.py).
 
-NCCL moves bytes from one pointer to another. It is given one dtype and one number of elements, those of the input or of the output,
-whichever the call happens to read.
+NCCL moves bytes from one pointer to another. It is given one dtype and one number of elements, those of the input or of
+the output, whichever the call happens to read.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Tensor:
-    """(R * ranks, ...) -> (R, ...), contiguous: the sum of this rank's rows over all ranks, in x's dtype; into `out` where it is given.
+    """(R * ranks, ...) -> (R, ...), contiguous: the sum of this rank's rows over all ranks, in x's dtype; into `out`
+    where it is given.
 
-    Communicates: `group`, one reduce-scatter. Raises ValueError if the rows do not divide evenly, or `out` does not fit.
+    Communicates: `group`, one reduce-scatter. Raises ValueError if the rows do not divide evenly, or `out` does not
+    fit.
     """
     size = group.size()
     shape = (x.shape[0] // size, *x.shape[1:])
@@ -38,7 +41,8 @@ def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup, out: Tensor | None 
 
 
 def exchange_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(R * ranks, ...) -> the same shape, contiguous: the n-th part of the rows goes to rank n. Communicates: `group`, one all-to-all.
+    """(R * ranks, ...) -> the same shape, contiguous: the n-th part of the rows goes to rank n. Communicates: `group`,
+    one all-to-all.
 
     Raises ValueError if the rows do not divide evenly.
     """

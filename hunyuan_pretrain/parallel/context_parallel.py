@@ -1,13 +1,15 @@
-"""Context parallelism: which rows of a micro-batch a rank holds, and the communication that lets it attend to all of them.
+"""Context parallelism: which rows of a micro-batch a rank holds, and the communication that lets it attend to all of
+them.
 
-A micro-batch is packed sequences of equal length, one after the other, cut into documents that attend to themselves only. Each rank holds
-the same number of rows of every sequence, in chunks chosen so that all ranks have about the same number of query-key pairs; for one
-document that fills its sequence this is the zigzag of Llama 3 (arXiv 2407.21783, section 3.3.2). Two ways to attend:
-`all_gather` gives every rank the keys and values of all rows, once for all layers that share them; `all_to_all` gives it all rows of some
-heads (DeepSpeed-Ulysses, arXiv 2309.14509). The backward of each is its transpose.
+A micro-batch is packed sequences of equal length, one after the other, cut into documents that attend to themselves
+only. Each rank holds the same number of rows of every sequence, in chunks chosen so that all ranks have about the same
+number of query-key pairs; for one document that fills its sequence this is the zigzag of Llama 3 (arXiv 2407.21783,
+section 3.3.2). Two ways to attend: `all_gather` gives every rank the keys and values of all rows, once for all layers
+that share them; `all_to_all` gives it all rows of some heads (DeepSpeed-Ulysses, arXiv 2309.14509). The backward of
+each is its transpose.
 
-Shapes: T rows of this rank, S = T * cp rows of the micro-batch, N query heads, G key/value heads (both of this tensor-parallel rank),
-H head dim.
+Shapes: T rows of this rank, S = T * cp rows of the micro-batch, N query heads, G key/value heads (both of this
+tensor-parallel rank), H head dim.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Ranges = list[tuple[int, int]]
 Method = Literal["all_gather", "all_to_all"]
 
 MAX_CHUNKS = 8
-"""Chunks of a sequence that a rank is given at most: more chunks cut more documents, and each later piece of one is two kernel calls."""
+"""Chunks of a sequence that a rank is given at most: more chunks cut more documents, and each later piece of one is two
+kernel calls."""
 EVEN_ENOUGH = 1.05
 """Imbalance at which more chunks are not tried."""
 
@@ -37,14 +40,18 @@ EVEN_ENOUGH = 1.05
 def rows_of_ranks(borders: Sequence[int], num_sequences: int, cp_size: int, granule_tokens: int) -> list[Ranges]:
     """The row ranges of each context-parallel rank: whole granules, of every sequence the same number of rows.
 
-    `borders` are the cu_seqlens of the documents of a micro-batch of `num_sequences` sequences; every end of a sequence is one of them.
-    A pure function: all ranks compute the same. The smallest number of chunks a rank that is even enough, else the most even one.
-    Raises ValueError if a sequence is not a multiple of cp_size * granule_tokens tokens.
+    `borders` are the cu_seqlens of the documents of a micro-batch of `num_sequences` sequences; every end of a sequence
+    is one of them. A pure function: all ranks compute the same. The smallest number of chunks a rank that is even
+    enough, else the most even one. Raises ValueError if a sequence is not a multiple of cp_size * granule_tokens
+    tokens.
     """
     tokens, rest = divmod(borders[-1], num_sequences)
     granules, odd_tokens = divmod(tokens, cp_size * granule_tokens)
     if rest or odd_tokens or not granules:
-        sizes = f"{borders[-1]} tokens in {num_sequences} sequences, context_parallel_size {cp_size}, granules of {granule_tokens} tokens"
+        sizes = (
+            f"{borders[-1]} tokens in {num_sequences} sequences, context_parallel_size {cp_size}, granules of "
+            f"{granule_tokens} tokens"
+        )
         raise ValueError(f"{sizes}: every rank needs the same whole number of granules of each sequence")
     if cp_size == 1:
         return [[(0, borders[-1])]]
@@ -86,7 +93,8 @@ def _triangle(queries: int) -> int:
 
 
 def _deal_chunks(borders: Sequence[int], num_sequences: int, cp_size: int, chunk_tokens: int) -> list[Ranges]:
-    """Sequence after sequence, in rounds: of the cp_size costliest chunks left, the costliest goes to the rank with the least to do."""
+    """Sequence after sequence, in rounds: of the cp_size costliest chunks left, the costliest goes to the rank with the
+    least to do."""
     pairs_before = _pairs_before(borders)
     ranges: list[Ranges] = [[] for _ in range(cp_size)]
     load = [0] * cp_size
@@ -128,20 +136,29 @@ class ContextSlice(NamedTuple):
 
 
 def context_slice(
-    group: dist.ProcessGroup, method: Method, borders: Sequence[int], num_sequences: int, granule_tokens: int, device: torch.device | str
+    group: dist.ProcessGroup,
+    method: Method,
+    borders: Sequence[int],
+    num_sequences: int,
+    granule_tokens: int,
+    device: torch.device | str,
 ) -> ContextSlice:
-    """This rank's slice of a micro-batch; once for all layers. Arguments and errors as rows_of_ranks. Communicates nothing."""
+    """This rank's slice of a micro-batch; once for all layers. Arguments and errors as rows_of_ranks. Communicates
+    nothing."""
     ranges_of_ranks = rows_of_ranks(borders, num_sequences, group.size(), granule_tokens)
     rows_S = torch.cat([torch.arange(start, end) for ranges in ranges_of_ranks for start, end in ranges])
     place_S = torch.empty_like(rows_S)
     place_S[rows_S] = torch.arange(len(rows_S))
     rank = group.rank()
     rows_T = rows_S.chunk(group.size())[rank]
-    return ContextSlice(group, method, ranges_of_ranks[rank], *(to_device(rows, device) for rows in (rows_T, rows_S, place_S)))
+    return ContextSlice(
+        group, method, ranges_of_ranks[rank], *(to_device(rows, device) for rows in (rows_T, rows_S, place_S))
+    )
 
 
 def gather_keys_values(k_TGH: Tensor, v_TGH: Tensor, context: ContextSlice) -> tuple[Tensor, Tensor]:
-    """(S, G, H) keys and values of all rows, in the order of the micro-batch; call it once for all layers that share them.
+    """(S, G, H) keys and values of all rows, in the order of the micro-batch; call it once for all layers that share
+    them.
 
     Communicates: context-parallel group, one all-gather; backward one reduce-scatter, a sum in the gradient's dtype.
     """
@@ -151,10 +168,11 @@ def gather_keys_values(k_TGH: Tensor, v_TGH: Tensor, context: ContextSlice) -> t
 
 
 def sequence_to_heads(x_TNH: Tensor, context: ContextSlice) -> Tensor:
-    """(T, N, H), this rank's rows, to (S, N / cp, H): all rows in the order of the micro-batch, of the rank-th block of heads.
+    """(T, N, H), this rank's rows, to (S, N / cp, H): all rows in the order of the micro-batch, of the rank-th block of
+    heads.
 
-    N must be a multiple of cp. Query heads lie in the order of their key/value heads, so with both cut this way a rank gets the queries
-    of its keys. Communicates: context-parallel group, one all-to-all, and one in the backward.
+    N must be a multiple of cp. Query heads lie in the order of their key/value heads, so with both cut this way a rank
+    gets the queries of its keys. Communicates: context-parallel group, one all-to-all, and one in the backward.
     """
     return _SequenceToHeads.apply(x_TNH, context)
 
@@ -165,7 +183,8 @@ def heads_to_sequence(x_SNH: Tensor, context: ContextSlice) -> Tensor:
 
 
 def keys_values_to_heads(k_TGH: Tensor, v_TGH: Tensor, context: ContextSlice) -> tuple[Tensor, Tensor]:
-    """sequence_to_heads of keys and values, (S, G / cp, H) each, in one all-to-all; call it once for all layers that share them."""
+    """sequence_to_heads of keys and values, (S, G / cp, H) each, in one all-to-all; call it once for all layers that
+    share them."""
     k_SGH, v_SGH = sequence_to_heads(torch.cat((k_TGH, v_TGH), dim=-1), context).chunk(2, dim=-1)
     return k_SGH, v_SGH
 

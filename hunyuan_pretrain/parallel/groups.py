@@ -13,7 +13,8 @@ from hunyuan_pretrain.config.schema import ParallelConfig
 
 
 def initialize_distributed(backend: str, timeout_s: int) -> None:
-    """Join the ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them), or be a world of one.
+    """Join the ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them), or
+    be a world of one.
 
     Communicates: all ranks (rendezvous). A collective that waits longer than `timeout_s` seconds raises.
     """
@@ -50,8 +51,8 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, timeout_s // 60),
-        # core's second set of groups, for optimizers and checkpoints of the CPU that are not used here: each would hold sockets to all its
-        # ranks, on whatever network interface gloo takes for the right one
+        # core's second set of groups, for optimizers and checkpoints of the CPU that are not used here: each would hold
+        # sockets to all its ranks, on whatever network interface gloo takes for the right one
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -69,7 +70,10 @@ def _same_experts(groups: ProcessGroupCollection, timeout_s: int) -> dist.Proces
     ranks = parallel_state.RankGenerator(**sizes, cp=1, order="tp-cp-ep-dp-pp").get_ranks("tp-dp")
     # every rank has to take part in making each of them, and core's list has to know ours, see leave_layout
     timeout = timedelta(seconds=timeout_s)
-    made = [parallel_state.create_group(group, timeout, group_desc="EXPERT_TENSOR_AND_DATA_PARALLEL_GROUP") for group in ranks]
+    made = [
+        parallel_state.create_group(group, timeout, group_desc="EXPERT_TENSOR_AND_DATA_PARALLEL_GROUP")
+        for group in ranks
+    ]
     return next(group for group, members in zip(made, ranks, strict=True) if dist.get_rank() in members)
 
 
@@ -80,7 +84,8 @@ def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
 
 def leave_layout() -> None:
     """Leave the groups of a layout but not the job, whose ranks can build another layout's; communicates nothing."""
-    # core only forgets them, and each gloo group has threads of its own: a job of many layouts would end up with hundreds
+    # core only forgets them, and each gloo group has threads of its own: a job of many layouts would end up with
+    # hundreds
     for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for all ranks
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()

@@ -1,11 +1,14 @@
-"""Where a rank's part of each parameter lies in the whole one: the one answer for initialisation, checkpoints and comparisons.
+"""Where a rank's part of each parameter lies in the whole one: the one answer for initialisation, checkpoints and
+comparisons.
 
 A parameter says itself how it is divided, by attributes that its module sets:
-    tensor_model_parallel, partition_dim   divided over the tensor-parallel ranks along that dim (megatron-core's own names)
-    is_gated                               its partition_dim holds two halves, gate and up, each divided for itself
-    is_routed_expert                       its first dim is divided over the expert-parallel ranks, and partition_dim over the
+    tensor_model_parallel, partition_dim   divided over the tensor-parallel ranks along that dim (megatron-core's own
+    names) is_gated                               its partition_dim holds two halves, gate and up, each divided for
+    itself is_routed_expert                       its first dim is divided over the expert-parallel ranks, and
+    partition_dim over the
                                            expert-tensor-parallel ones
-    expert                                 it is that expert of the rank alone, without the first dim, out of such a parameter; its name is
+    expert                                 it is that expert of the rank alone, without the first dim, out of such a
+    parameter; its name is
                                            that of the whole one, and the number
 """
 
@@ -24,7 +27,8 @@ Offset = tuple[int, int, int]
 
 
 class Part(NamedTuple):
-    """A rectangle of a parameter: where it lies in this rank's tensor and in the whole one, its lengths, and of how many such it is."""
+    """A rectangle of a parameter: where it lies in this rank's tensor and in the whole one, its lengths, and of how
+    many such it is."""
 
     local: tuple[slice, ...]
     whole: tuple[slice, ...]
@@ -49,37 +53,46 @@ class Placement:
 
 
 def mark_divided(weight: Tensor, dim: int) -> None:
-    """Say that the ranks of a group (tensor-parallel, or expert-tensor-parallel for experts) hold different parts of `weight` along `dim`.
+    """Say that the ranks of a group (tensor-parallel, or expert-tensor-parallel for experts) hold different parts of
+    `weight` along `dim`.
 
-    megatron-core's gradient norm counts a weight without the mark on the first rank only. Core 0.16 marks a weight when it initialises it
-    itself, 0.19 always.
+    megatron-core's gradient norm counts a weight without the mark on the first rank only. Core 0.16 marks a weight when
+    it initialises it itself, 0.19 always.
     """
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
 
 
 def placement(name: str, parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
-    """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as its home."""
+    """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as
+    its home."""
     is_expert = getattr(parameter, "is_routed_expert", False)
     alone: int | None = getattr(parameter, "expert", None)
     is_divided = getattr(parameter, "tensor_model_parallel", False)
     group, data_group = (groups.expt_tp, groups.expt_dp) if is_expert else (groups.tp, groups.dp_cp)
     rank, size = group.rank(), group.size()
     experts = 1 if alone is None else parameter.num_experts  # type: ignore[attr-defined]
-    expert: tuple[Offset, ...] = ((0, groups.ep.rank() * experts + (alone or 0), groups.ep.size() * experts),) if is_expert else ()
+    expert: tuple[Offset, ...] = (
+        ((0, groups.ep.rank() * experts + (alone or 0), groups.ep.size() * experts),) if is_expert else ()
+    )
     local_shape = tuple(parameter.shape) if alone is None else (1, *parameter.shape)
     divisions: list[tuple[Offset, ...]] = [()]
     if is_divided and size > 1:
         dim = int(parameter.partition_dim) + len(local_shape) - parameter.dim()  # type: ignore[attr-defined]
         is_gated = getattr(parameter, "is_gated", False)
         divisions = [((dim, rank, 2 * size),), ((dim, size + rank, 2 * size),)] if is_gated else [((dim, rank, size),)]
-    parts = [_part(local_shape, (*expert, *division), number, len(divisions)) for number, division in enumerate(divisions)]
+    parts = [
+        _part(local_shape, (*expert, *division), number, len(divisions)) for number, division in enumerate(divisions)
+    ]
     whole_shape = [length * count for length, count in zip(parts[0].lengths, parts[0].counts, strict=True)]
     replica = (int(is_copy), 0 if is_divided or is_expert else rank, data_group.rank())
-    return Placement(name if alone is None else name.removesuffix(str(alone)), local_shape, tuple(whole_shape), tuple(parts), replica)
+    return Placement(
+        name if alone is None else name.removesuffix(str(alone)), local_shape, tuple(whole_shape), tuple(parts), replica
+    )
 
 
 def _part(shape: tuple[int, ...], offsets: tuple[Offset, ...], number: int, num_parts: int) -> Part:
-    """Part `number` of the `num_parts` equal ones that a local tensor of `shape` consists of, along the dim of its last offset."""
+    """Part `number` of the `num_parts` equal ones that a local tensor of `shape` consists of, along the dim of its last
+    offset."""
     indices, counts, lengths, starts = [0] * len(shape), [1] * len(shape), list(shape), [0] * len(shape)
     for dim, index, count in offsets:
         indices[dim], counts[dim] = index, count
@@ -93,7 +106,8 @@ def _part(shape: tuple[int, ...], offsets: tuple[Offset, ...], number: int, num_
 
 
 def sharded_tensor(prefix: str, data: Tensor, place: Placement) -> ShardedTensor | ShardedTensorFactory:
-    """`data`, which has the shape of the parameter placed at `place`, for megatron's distributed checkpoints, under prefix + its name.
+    """`data`, which has the shape of the parameter placed at `place`, for megatron's distributed checkpoints, under
+    prefix + its name.
 
     Read from one it has place.local_shape.
     """

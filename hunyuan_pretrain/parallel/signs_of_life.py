@@ -1,8 +1,9 @@
 """Signs of life: how ranks that wait long for each other learn that one is gone.
 
-Whoever started the ranks of a node notices a process that ends, and ends the others of that node. Nobody tells the other nodes: NCCL waits
-for a rank that is gone until a collective's time-out, and torchrun only looks after its own processes. So where that time-out is long
-because the work is, each rank counts in the store at which they all met, and watches others do so: rank 0 all of them, they rank 0.
+Whoever started the ranks of a node notices a process that ends, and ends the others of that node. Nobody tells the
+other nodes: NCCL waits for a rank that is gone until a collective's time-out, and torchrun only looks after its own
+processes. So where that time-out is long because the work is, each rank counts in the store at which they all met, and
+watches others do so: rank 0 all of them, they rank 0.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ class SignsOfLife:
         self._counts = dict.fromkeys(range(1, dist.get_world_size()) if self._rank == 0 else [0], 0)
         self._is_watching, self._end = False, threading.Event()
         # two, because a store whose machine is gone may never answer
-        self._threads = [threading.Thread(target=work, name="signs of life", daemon=True) for work in (self._count, self._watch)]
+        self._threads = [
+            threading.Thread(target=work, name="signs of life", daemon=True) for work in (self._count, self._watch)
+        ]
         for thread in self._threads:
             thread.start()
-        atexit.register(self.end)  # a thread that comes back from the store into a Python that is ending would abort the process
+        atexit.register(
+            self.end
+        )  # a thread that comes back from the store into a Python that is ending would abort the process
 
     def end(self) -> None:
         """Give none any more, and watch no others."""
@@ -75,7 +80,10 @@ class SignsOfLife:
                 before[rank] = count
             if gone := [rank for rank, seconds in silent_s.items() if seconds > self._limit_s]:
                 named = ", ".join(map(str, gone[:8])) + (f" and {len(gone) - 8} more" if len(gone) > 8 else "")
-                text = f"rank {self._rank} ends: no sign of life of rank {named} for {self._limit_s:g} s (runtime.distributed_timeout_s)\n"
+                text = (
+                    f"rank {self._rank} ends: no sign of life of rank {named} for {self._limit_s:g} s "
+                    "(runtime.distributed_timeout_s)\n"
+                )
                 os.write(2, text.encode())
                 os._exit(EXIT_ALONE)  # the main thread is in a collective that never ends
 

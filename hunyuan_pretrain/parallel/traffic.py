@@ -1,10 +1,12 @@
 """Counts what a rank communicates: every collective and message, by the axis of its process group and its kind.
 
-Counted where torch's dispatcher sees them: whatever function megatron-core or torch calls, and whatever name it bound it to on
-import, ends in one operator of torch's namespace `c10d`. An operator of it that this file does not know is an error, not a gap.
+Counted where torch's dispatcher sees them: whatever function megatron-core or torch calls, and whatever name it bound
+it to on import, ends in one operator of torch's namespace `c10d`. An operator of it that this file does not know is an
+error, not a gap.
 
-The bytes of a call are those that this rank has to send under the algorithm that needs the fewest (ring, pairwise exchange; Thakur et
-al. 2005, "Optimization of Collective Communication Operations in MPICH"), in a group of n ranks, rounded up to whole bytes:
+The bytes of a call are those that this rank has to send under the algorithm that needs the fewest (ring, pairwise
+exchange; Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH"), in a group of n ranks,
+rounded up to whole bytes:
 
     all_gather, reduce_scatter    (n - 1) / n of the whole tensor
     all_reduce                    2 (n - 1) / n of the tensor
@@ -53,15 +55,17 @@ AXES = {
     "expert_dp": ("expt_dp", "intra_expt_dp"),
     "embedding": ("embd", "pos_embd"),
 }
-"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which is dp here. Any other group, such as that of
-all ranks, is "other"; point-to-point messages over that one are the pipeline's (core sends half of them so where it has two ranks)."""
+"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which is dp here. Any other
+group, such as that of all ranks, is "other"; point-to-point messages over that one are the pipeline's (core sends half
+of them so where it has two ranks)."""
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, in backward passes too, which it slows down.
+    """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, in backward passes too,
+    which it slows down.
 
-    `counter.traffic` is what was counted so far. Raises NotImplementedError at an operator that this file does not know, ValueError at a
-    tensor that NCCL would misread, where gloo may not.
+    `counter.traffic` is what was counted so far. Raises NotImplementedError at an operator that this file does not
+    know, ValueError at a tensor that NCCL would misread, where gloo may not.
     """
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
@@ -75,8 +79,14 @@ class TrafficCounter(TorchDispatchMode):
                 if isinstance(group, dist.ProcessGroup):
                     self._axes.setdefault(group.group_name, axis)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        names = {argument.name for argument in func._schema.arguments} if func.namespace in ("c10d", "_c10d_functional") else set()
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        names = (
+            {argument.name for argument in func._schema.arguments}
+            if func.namespace in ("c10d", "_c10d_functional")
+            else set()
+        )
         if names & {"process_group", "group_name"}:
             self._count(func._schema, args, kwargs or {})
         return func(*args, **(kwargs or {}))

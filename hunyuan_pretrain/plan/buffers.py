@@ -1,7 +1,8 @@
 """The weights that one rank holds, and how megatron-core lays them and their gradients out in buffers and buckets.
 
-The order of the weights and core's rules for padding decide how many bytes a rank keeps and how many it reduces and gathers each step;
-both are computed from this. Sizes are in elements. Source of the rules: _ParamAndGradBuffer in megatron-core 0.16 to 0.19.
+The order of the weights and core's rules for padding decide how many bytes a rank keeps and how many it reduces and
+gathers each step; both are computed from this. Sizes are in elements. Source of the rules: _ParamAndGradBuffer in
+megatron-core 0.16 to 0.19.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from functools import partial
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, pipeline_stages
 
 SMALLEST_BUCKET = 40_000_000
-"""Elements from which on core closes a bucket where it overlaps the reduction: this, or 1,000,000 for each data-parallel rank if more."""
+"""Elements from which on core closes a bucket where it overlaps the reduction: this, or 1,000,000 for each
+data-parallel rank if more."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How many ranks share what, from the layout and the number of ranks; and which places a rank has (tp, cp, ep, dp, pp from inside)."""
+    """How many ranks share what, from the layout and the number of ranks; and which places a rank has (tp, cp, ep, dp,
+    pp from inside)."""
 
     tp: int
     cp: int
@@ -39,7 +42,8 @@ class Grid:
 
     @property
     def has_expert_buffers(self) -> bool:
-        """Whether routed experts are reduced over fewer or more ranks than the other weights; else core treats them like those."""
+        """Whether routed experts are reduced over fewer or more ranks than the other weights; else core treats them
+        like those."""
         return self.expert_dp != self.dp_cp
 
     def pipeline_rank(self, rank: int) -> int:
@@ -52,12 +56,17 @@ class Grid:
 
 def grid(parallel: ParallelConfig, world_size: int) -> Grid:
     """Raises ValueError where the layout does not divide the ranks."""
-    tp, cp, pp = parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.pipeline_model_parallel_size
+    tp, cp, pp = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
     ep, expert_tp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     dense, expert = tp * cp * pp, expert_tp * ep * pp
     if world_size % dense or world_size % expert:
         raise ValueError(
-            f"world_size={world_size} is not a multiple of TP*CP*PP={tp}*{cp}*{pp}={dense} and of ETP*EP*PP={expert_tp}*{ep}*{pp}={expert}"
+            f"world_size={world_size} is not a multiple of TP*CP*PP={tp}*{cp}*{pp}={dense} and of "
+            f"ETP*EP*PP={expert_tp}*{ep}*{pp}={expert}"
         )
     return Grid(tp, cp, pp, ep, expert_tp, world_size // dense, world_size // expert, world_size)
 
@@ -93,8 +102,16 @@ class Weight:
 
 def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Weight]:
     """Parameters of one stage in the order in which HunyuanModel registers them."""
-    tp, etp, ep = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size
-    stages, hidden, is_tied = pipeline_stages(model, parallel), model.hidden_size, model.share_embeddings_and_output_weights
+    tp, etp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    stages, hidden, is_tied = (
+        pipeline_stages(model, parallel),
+        model.hidden_size,
+        model.share_embeddings_and_output_weights,
+    )
     is_first, is_last = stage == 0, stage == len(stages) - 1
     vocabulary = model.padded_vocab_size * hidden // tp
     query = hidden * model.num_attention_heads * model.head_dim // tp
@@ -125,7 +142,8 @@ def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -
 
 @dataclass
 class Buffer:
-    """Weights of one number format that are reduced over the same ranks, one after the other from the last to the first."""
+    """Weights of one number format that are reduced over the same ranks, one after the other from the last to the
+    first."""
 
     axis: str
     """dp or expert_dp: over which ranks."""
@@ -150,7 +168,8 @@ class Buffer:
 
     @property
     def state_bytes(self) -> int:
-        """Optimizer state of one element: both Adam moments in fp32 and, where the weight is in bf16, its fp32 main copy."""
+        """Optimizer state of one element: both Adam moments in fp32 and, where the weight is in bf16, its fp32 main
+        copy."""
         return 8 if self.weight_bytes == 4 else 12
 
     def kept(self) -> list[int]:
@@ -158,9 +177,12 @@ class Buffer:
         return [sum(size for _, size in pieces) for pieces in self.pieces()]
 
     def pieces(self) -> list[list[tuple[Weight, int]]]:
-        """For each of the ranks the weights whose optimizer state it keeps, or keeps a part of, in order, and how many elements of each."""
+        """For each of the ranks the weights whose optimizer state it keeps, or keeps a part of, in order, and how many
+        elements of each."""
         if not self.is_sharded:
-            return [[(weight, end - start) for weight, (start, end) in zip(self.weights, self.places, strict=True)]] * self.num_ranks
+            return [
+                [(weight, end - start) for weight, (start, end) in zip(self.weights, self.places, strict=True)]
+            ] * self.num_ranks
         pieces: list[list[tuple[Weight, int]]] = [[] for _ in range(self.num_ranks)]
         for first, last in self.buckets:
             share = (last - first) // self.num_ranks
@@ -172,8 +194,11 @@ class Buffer:
         return pieces
 
 
-def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int) -> list[Buffer]:
-    """Buffers of one model chunk, each laid out as core does it. Raises ValueError where the layout does not divide the ranks.
+def buffers_of_stage(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int
+) -> list[Buffer]:
+    """Buffers of one model chunk, each laid out as core does it. Raises ValueError where the layout does not divide the
+    ranks.
 
     Parameters in FP8 only are counted so: of Transformer Engine, not of an emulation, which has them in bf16.
     """
@@ -184,7 +209,11 @@ def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: Pr
     found: dict[tuple[bool, int], list[Weight]] = {}
     for weight in weights_of_stage(model, parallel, stage):
         weight_bytes = 4 if weight.is_router or precision.dtype == "fp32" else 2
-        if precision.fp8_parameters and weight.product_of is not None and precision.is_fp8_layer(weight.product_of, model.num_layers):
+        if (
+            precision.fp8_parameters
+            and weight.product_of is not None
+            and precision.is_fp8_layer(weight.product_of, model.num_layers)
+        ):
             weight_bytes = 1
         found.setdefault((weight.is_routed_expert and ranks.has_expert_buffers, weight_bytes), []).append(weight)
     return [
@@ -204,8 +233,9 @@ def buffers_of_stage(model: ModelConfig, parallel: ParallelConfig, precision: Pr
 
 
 def _lay_out(weights: list[Weight], buffer: Buffer, limit: int | None) -> Buffer:
-    """Place the weights from the last to the first. Sharded: a weight begins at a multiple of 64 elements, a bucket ends at one of 128 and
-    of the number of ranks, and an embedding that two stages hold is a bucket of its own, which both stages divide alike."""
+    """Place the weights from the last to the first. Sharded: a weight begins at a multiple of 64 elements, a bucket
+    ends at one of 128 and of the number of ranks, and an embedding that two stages hold is a bucket of its own, which
+    both stages divide alike."""
 
     def padded(position: int, divisor: int) -> int:
         return -(-position // divisor) * divisor if buffer.is_sharded else position

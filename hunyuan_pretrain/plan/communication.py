@@ -1,8 +1,10 @@
 """What a rank communicates in one training step, in closed form: messages by axis and kind.
 
-Counted as parallel.traffic counts a real step, and a test holds the two equal: the bytes of a call are those that this rank has to send
-under the algorithm that needs the fewest (ring, pairwise exchange), in a group of n ranks, rounded up to whole bytes. all_gather and
-reduce_scatter: (n - 1) / n of the whole tensor; all_reduce: 2 (n - 1) / n of it; all_to_all: what goes to other ranks; send: the tensor;
+Counted as parallel.traffic counts a real step, and a test holds the two equal: the bytes of a call are those that this
+rank has to send under the algorithm that needs the fewest (ring, pairwise exchange), in a group of n ranks, rounded up
+to whole bytes. all_gather and
+reduce_scatter: (n - 1) / n of the whole tensor; all_reduce: 2 (n - 1) / n of it; all_to_all: what goes to other ranks;
+send: the tensor;
 recv: the tensor, which is left out of all sums.
 """
 
@@ -16,8 +18,9 @@ from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, Precisio
 from hunyuan_pretrain.plan.buffers import Grid, buffers_of_stage, grid, stages_of, weights_of_stage
 
 AXES = ("tp", "cp", "ep", "expert_tp", "pp", "dp", "expert_dp", "embedding", "other")
-"""Over which ranks: those that share a matrix, a sequence, the experts, an expert; neighbours in the pipeline; those that hold the same
-weights, the same experts, the tied embedding; any others, such as all of them. Ranks of cp count to dp where gradients are reduced."""
+"""Over which ranks: those that share a matrix, a sequence, the experts, an expert; neighbours in the pipeline; those
+that hold the same weights, the same experts, the tied embedding; any others, such as all of them. Ranks of cp count to
+dp where gradients are reduced."""
 
 LOSS_CHUNK_TOKENS = 2048
 """Tokens of a chunk of the output layer, of all tensor-parallel ranks, on a GPU: model.cross_entropy.CHUNK_TOKENS."""
@@ -40,12 +43,16 @@ class Communication:
     messages: dict[tuple[str, str], Messages]
     """(axis, kind) -> messages."""
     is_exact: bool
-    """False without a capacity and with expert parallelism: what a rank then sends depends on the routing, and the bytes are those of an
-    even one. The most that it can send is all of its tokens: n / (n - 1) of the bytes of ep."""
+    """False without a capacity and with expert parallelism: what a rank then sends depends on the routing, and the
+    bytes are those of an even one. The most that it can send is all of its tokens: n / (n - 1) of the bytes of ep."""
 
     def sent_bytes(self, axis: str | None = None) -> int:
         """Bytes that the rank sends, over all axes or one."""
-        return sum(messages.bytes for (over, kind), messages in self.messages.items() if kind != "recv" and axis in (None, over))
+        return sum(
+            messages.bytes
+            for (over, kind), messages in self.messages.items()
+            if kind != "recv" and axis in (None, over)
+        )
 
 
 class _Ledger:
@@ -55,7 +62,8 @@ class _Ledger:
         self.messages: dict[tuple[str, str], Messages] = {}
 
     def add(self, axis: str, kind: str, size_bytes: int, num_ranks: int, calls: int = 1) -> None:
-        """`calls` calls, each on a tensor of `size_bytes` (the whole one where ranks have parts) in a group of `num_ranks`."""
+        """`calls` calls, each on a tensor of `size_bytes` (the whole one where ranks have parts) in a group of
+        `num_ranks`."""
         if num_ranks == 1 or calls == 0:
             return
         if kind not in ("send", "recv"):
@@ -94,15 +102,17 @@ def communication_per_rank(
 ) -> Communication:
     """Messages of one training step of any rank at a place of the pipeline: train.step.train_step, with its optimizer.
 
-    Forward, backward and recomputed passes, reduction of gradients, update, statistics. Ranks at the same place send the same, except for
-    dropless routing (Communication.is_exact). `stage` says the batch; `loss_chunk_tokens`: see LOSS_CHUNK_TOKENS, 128 on a CPU.
-    Raises ValueError where layout or batch do not divide the ranks.
+    Forward, backward and recomputed passes, reduction of gradients, update, statistics. Ranks at the same place send
+    the same, except for dropless routing (Communication.is_exact). `stage` says the batch; `loss_chunk_tokens`: see
+    LOSS_CHUNK_TOKENS, 128 on a CPU. Raises ValueError where layout or batch do not divide the ranks.
     """
     ranks, ledger = grid(parallel, world_size), _Ledger()
     sequences = stage.micro_batch_sequences * ranks.dp
     tokens = stage.sequence_length * stage.micro_batch_sequences
     if stage.global_batch_sequences % sequences:
-        raise ValueError(f"global_batch_sequences={stage.global_batch_sequences} is not a multiple of {sequences} = micro-batch * DP")
+        raise ValueError(
+            f"global_batch_sequences={stage.global_batch_sequences} is not a multiple of {sequences} = micro-batch * DP"
+        )
     if tokens % (ranks.cp * ranks.tp):
         raise ValueError(f"a micro-batch of {tokens} tokens is not a multiple of CP*TP={ranks.cp}*{ranks.tp}")
     batch = _Batch(
@@ -126,16 +136,27 @@ def communication_per_rank(
 
 
 def _forwards(parallel: ParallelConfig, batch: _Batch, is_in_experts: bool = False) -> int:
-    """Forward passes of a layer in a step; what is inside the experts is computed again under selective recompute too."""
+    """Forward passes of a layer in a step; what is inside the experts is computed again under selective recompute
+    too."""
     is_again = parallel.recompute == "cla_group" or (is_in_experts and parallel.recompute == "selective")
     return batch.micro_batches * (2 if is_again else 1)
 
 
 def _ends(
-    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch, number: int, loss_chunk_tokens: int
+    ledger: _Ledger,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    ranks: Grid,
+    batch: _Batch,
+    number: int,
+    loss_chunk_tokens: int,
 ) -> None:
     """Embedding and output layer, divided along the vocabulary; and the messages to the stages before and after."""
-    last, times, width = len(pipeline_stages(model, parallel)) - 1, batch.micro_batches, model.hidden_size * batch.value_bytes
+    last, times, width = (
+        len(pipeline_stages(model, parallel)) - 1,
+        batch.micro_batches,
+        model.hidden_size * batch.value_bytes,
+    )
     for is_there in (number > 0, number < last):
         ledger.add("pp", "send", batch.local_tokens * width, ranks.pp, times * is_there)
         ledger.add("pp", "recv", batch.local_tokens * width, ranks.pp, times * is_there)
@@ -151,7 +172,8 @@ def _ends(
 
 
 def _divided_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, backwards: int) -> None:
-    """A column-parallel matrix and the row-parallel one after it, which all tokens pass and only a share of them comes out of.
+    """A column-parallel matrix and the row-parallel one after it, which all tokens pass and only a share of them comes
+    out of.
 
     Backward, the first gathers its input once more, for the gradient of its weight.
     """
@@ -160,7 +182,9 @@ def _divided_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, 
     ledger.transposed("tp", "reduce_scatter", size_bytes, ranks.tp, forwards, backwards)
 
 
-def _attention(ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch, is_owner: bool) -> None:
+def _attention(
+    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch, is_owner: bool
+) -> None:
     """Keys and values travel once for a CLA group, from the layer that owns them."""
     forwards, backwards = _forwards(parallel, batch), batch.micro_batches
     _divided_pair(ledger, batch.tokens * model.hidden_size * batch.value_bytes, ranks, forwards, backwards)
@@ -175,8 +199,11 @@ def _attention(ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ra
         ledger.transposed("cp", "all_to_all", size, ranks.cp, forwards, backwards)
 
 
-def _mixture_of_experts(ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch) -> None:
-    """Under a capacity every rank sends every expert all of its slots, filled or not; without, what the routing says, after its counts."""
+def _mixture_of_experts(
+    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch
+) -> None:
+    """Under a capacity every rank sends every expert all of its slots, filled or not; without, what the routing says,
+    after its counts."""
     times, row_bytes = batch.micro_batches, model.hidden_size * batch.value_bytes
     _divided_pair(ledger, batch.tokens * row_bytes, ranks, _forwards(parallel, batch, is_in_experts=True), times)
     forwards = _forwards(parallel, batch)
@@ -197,13 +224,24 @@ def _mixture_of_experts(ledger: _Ledger, model: ModelConfig, parallel: ParallelC
 def expert_capacity(model: ModelConfig) -> int:
     """Slots of one expert for one routing group, as model.router has them."""
     assert model.moe_expert_capacity_factor is not None
-    return math.ceil(model.moe_expert_capacity_factor * model.moe_routing_group_tokens * model.moe_router_topk / model.num_moe_experts)
+    return math.ceil(
+        model.moe_expert_capacity_factor
+        * model.moe_routing_group_tokens
+        * model.moe_router_topk
+        / model.num_moe_experts
+    )
 
 
 def _gradients(
-    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, ranks: Grid, chunks: list[int]
+    ledger: _Ledger,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    ranks: Grid,
+    chunks: list[int],
 ) -> None:
-    """Reduction over the ranks that hold the same weights, of every bucket with its padding; then what two of a kind add up."""
+    """Reduction over the ranks that hold the same weights, of every bucket with its padding; then what two of a kind
+    add up."""
     gradient_bytes = 4 if precision.grad_reduce_in_fp32 or precision.dtype == "fp32" else 2
     for chunk in chunks:
         for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
@@ -219,7 +257,12 @@ def _gradients(
 
 
 def _optimizer(
-    ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, ranks: Grid, chunks: list[int]
+    ledger: _Ledger,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    ranks: Grid,
+    chunks: list[int],
 ) -> None:
     """Gradient norm, in fp64; updated weights to the ranks that hold them too."""
     if not parallel.use_distributed_optimizer:

@@ -27,15 +27,24 @@ class ParameterCounts:
     shared_expert: int
     routed_experts: int
     norms: int
-    """Weights of every RMSNorm: two a layer, the final one, and a query and a key norm a layer where qk_layernorm is set."""
+    """Weights of every RMSNorm: two a layer, the final one, and a query and a key norm a layer where qk_layernorm is
+    set."""
     active: int
-    """Parameters that one token touches. Convention of the published 52B (51,318,800,640 exactly): everything except the routed
-    experts that it does not visit, so the whole embedding is counted, once where it is tied."""
+    """Parameters that one token touches. Convention of the published 52B (51,318,800,640 exactly): everything except
+    the routed experts that it does not visit, so the whole embedding is counted, once where it is tied."""
 
     @property
     def total(self) -> int:
         """All parameters; tied embedding and output head count once."""
-        return self.embedding + self.output_head + self.attention + self.router + self.shared_expert + self.routed_experts + self.norms
+        return (
+            self.embedding
+            + self.output_head
+            + self.attention
+            + self.router
+            + self.shared_expert
+            + self.routed_experts
+            + self.norms
+        )
 
     @property
     def dense(self) -> int:
@@ -87,19 +96,23 @@ class FlopsPerToken:
         return self.matmuls + self.attention_scores + self.attention_values
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int, document_lengths: Sequence[int] | None = None) -> FlopsPerToken:
+def flops_per_token(
+    model: ModelConfig, sequence_length: int, document_lengths: Sequence[int] | None = None
+) -> FlopsPerToken:
     """Model FLOPs per token, averaged over a packed sequence.
 
-    The matmul terms are 6 * weights (2 forward, 4 backward) of a token's path: the output head counts, the embedding lookup
-    and the norms do not. The attention terms count n * (n + 1) / 2 query-key pairs for a causal document of n tokens.
-    Recomputed activations are no model FLOPs, and a recycled token visits as many experts as any other.
+    The matmul terms are 6 * weights (2 forward, 4 backward) of a token's path: the output head counts, the embedding
+    lookup and the norms do not. The attention terms count n * (n + 1) / 2 query-key pairs for a causal document of n
+    tokens. Recomputed activations are no model FLOPs, and a recycled token visits as many experts as any other.
 
-    `sequence_length` in tokens; `document_lengths`: lengths of the documents packed into it, in tokens; None: one document
-    that fills it. Raises ValueError where the documents are longer than the sequence.
+    `sequence_length` in tokens; `document_lengths`: lengths of the documents packed into it, in tokens; None: one
+    document that fills it. Raises ValueError where the documents are longer than the sequence.
     """
     documents = [sequence_length] if document_lengths is None else list(document_lengths)
     if sum(documents) > sequence_length:
-        raise ValueError(f"document_lengths add up to {sum(documents)} tokens, more than sequence_length={sequence_length}")
+        raise ValueError(
+            f"document_lengths add up to {sum(documents)} tokens, more than sequence_length={sequence_length}"
+        )
     pairs_per_token = sum(n * (n + 1) / 2 for n in documents) / sequence_length
     count = parameters(model)
     visited = count.routed_experts // model.num_moe_experts * model.moe_router_topk
@@ -118,7 +131,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int, document_lengths: 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
     """Bytes of the key/value cache that serving keeps for one token, over all layers; only owner layers store (CLA).
 
-    Hunyuan-Large in bf16: 81,920; without CLA 163,840; with a key/value head for every query head 1,638,400 (report, table 1).
+    Hunyuan-Large in bf16: 81,920; without CLA 163,840; with a key/value head for every query head 1,638,400 (report,
+    table 1).
     """
     return 2 * model.num_layers // model.cla_share_factor * model.num_query_groups * model.head_dim * bytes_per_value
 
@@ -130,15 +144,16 @@ def logits_bytes(tokens: int, padded_vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that training keeps on one rank from step to step. Activations, communication buffers and the allocator come on top."""
+    """Bytes that training keeps on one rank from step to step. Activations, communication buffers and the allocator
+    come on top."""
 
     weights: int
     gradients: int
     optimizer: int
     """Both Adam moments in fp32 and, with bf16 weights, the fp32 main weights."""
     host: int = 0
-    """What the offloaded optimizer keeps in the host's memory, beside the device's: of each element both moments, weight and gradient,
-    in fp32."""
+    """What the offloaded optimizer keeps in the host's memory, beside the device's: of each element both moments,
+    weight and gradient, in fp32."""
 
     @property
     def total(self) -> int:
@@ -156,15 +171,18 @@ def memory_per_rank(
 ) -> RankMemory:
     """Bytes of the rank that keeps the most, of all ranks or of those at one place of the pipeline.
 
-    Router weights are fp32 in every precision; the last stage of a model with tied embeddings keeps a copy of them. The distributed
-    optimizer divides the optimizer state of the routed experts over the ranks that hold the same ones, of all else over data and context
-    parallel ranks; its buffers are padded, and the padding is counted. Left out: a counter of 4 bytes for each parameter.
+    Router weights are fp32 in every precision; the last stage of a model with tied embeddings keeps a copy of them. The
+    distributed optimizer divides the optimizer state of the routed experts over the ranks that hold the same ones, of
+    all else over data and context parallel ranks; its buffers are padded, and the padding is counted. Left out: a
+    counter of 4 bytes for each parameter.
     cpu_offload_fraction: optimizer.cpu_offload_fraction, of the state of the rank.
     Raises ValueError where the layout does not divide the ranks, or there is no such pipeline rank.
     """
     places = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
     parts = model, parallel, precision, world_size
-    return max((memory for place in places for memory in memory_of_ranks(*parts, place, cpu_offload_fraction)), key=_total)
+    return max(
+        (memory for place in places for memory in memory_of_ranks(*parts, place, cpu_offload_fraction)), key=_total
+    )
 
 
 def _total(memory: RankMemory) -> int:
@@ -186,20 +204,25 @@ def memory_of_ranks(
     weights = sum(buffer.size * buffer.weight_bytes for buffer in buffers)
     gradients = sum(buffer.size * buffer.gradient_bytes for buffer in buffers)
     states = {
-        axis: [_state_of_shard([buffer for buffer in buffers if buffer.axis == axis], shard, cpu_offload_fraction) for shard in range(size)]
+        axis: [
+            _state_of_shard([buffer for buffer in buffers if buffer.axis == axis], shard, cpu_offload_fraction)
+            for shard in range(size)
+        ]
         for axis, size in (("dp", ranks.dp_cp), ("expert_dp", ranks.expert_dp))
     }
     shards = [
-        (states["dp"][ranks.shard(rank, False)], states["expert_dp"][ranks.shard(rank, True)]) for rank in range(world_size // ranks.pp)
+        (states["dp"][ranks.shard(rank, False)], states["expert_dp"][ranks.shard(rank, True)])
+        for rank in range(world_size // ranks.pp)
     ]
     return [RankMemory(weights, gradients, dense[0] + expert[0], dense[1] + expert[1]) for dense, expert in shards]
 
 
 def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: float) -> tuple[int, int]:
-    """Bytes of optimizer state on (the device, the host) of one rank of those that share these buffers, which one optimizer updates.
+    """Bytes of optimizer state on (the device, the host) of one rank of those that share these buffers, which one
+    optimizer updates.
 
-    Core's offloaded optimizer (HybridDeviceOptimizer) takes weights in the order of parameter groups, in each group fp32 ones first, until
-    it has the wanted share of the elements.
+    Core's offloaded optimizer (HybridDeviceOptimizer) takes weights in the order of parameter groups, in each group
+    fp32 ones first, until it has the wanted share of the elements.
     """
     pieces = [(buffer, weight, size) for buffer in buffers for weight, size in buffer.pieces()[shard]]
     pieces.sort(key=lambda piece: (piece[1].parameter_group, piece[0].weight_bytes != 4))
@@ -218,8 +241,8 @@ def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: flo
 def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
     """eps_opt(B) / eps_max = 2 / (sqrt(B_noise / B) + sqrt(B / B_noise)), for optimizers of Adam's kind.
 
-    At most 1, reached at B = B_noise; both arguments in tokens. Source: Hunyuan-Large report (arXiv 2411.02265), section on
-    expert-specific learning rate scaling, after arXiv 2405.14578.
+    At most 1, reached at B = B_noise; both arguments in tokens. Source: Hunyuan-Large report (arXiv 2411.02265),
+    section on expert-specific learning rate scaling, after arXiv 2405.14578.
     """
     ratio = math.sqrt(noise_scale_tokens / batch_tokens)
     return 2 / (ratio + 1 / ratio)
@@ -228,10 +251,10 @@ def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
 def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int) -> float:
     """Learning rate of the routed experts over that of all other weights.
 
-    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B): a routed expert sees that share of the
-    batch B, in tokens. The report prints the inverse and calls it about 0.31 for 16 experts, with routed experts scaled down. As
-    printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up; this reading gives 0.31 at B = 0.26 B_noise,
-    and scales down.
+    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B): a routed expert sees that share
+    of the batch B, in tokens. The report prints the inverse and calls it about 0.31 for 16 experts, with routed experts
+    scaled down. As printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up; this reading gives 0.31
+    at B = 0.26 B_noise, and scales down.
     """
     noise = optimizer.expert_lr_noise_scale_tokens
     if noise is None:

@@ -1,4 +1,5 @@
-"""What an FP8 recipe moves to FP8 and what it keeps in memory, in closed form, on Transformer Engine's kernels: emulation saves nothing."""
+"""What an FP8 recipe moves to FP8 and what it keeps in memory, in closed form, on Transformer Engine's kernels:
+emulation saves nothing."""
 
 from __future__ import annotations
 
@@ -27,12 +28,20 @@ class LayerSizes:
 
 def layer_sizes(model: ModelConfig, layer: int) -> LayerSizes:
     """Of a layer, counted from 0; the first of a CLA group also projects keys and values."""
-    hidden, query, key = model.hidden_size, model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    hidden, query, key = (
+        model.hidden_size,
+        model.num_attention_heads * model.head_dim,
+        model.num_query_groups * model.head_dim,
+    )
     owns = layer % model.cla_share_factor == 0
     attention = hidden * (query + 2 * key * owns) + query * hidden
     shared, routed = 3 * hidden * model.ffn_hidden_size, 3 * hidden * model.expert_ffn_size
-    inputs = hidden + query + (hidden + model.ffn_hidden_size) + model.moe_router_topk * (hidden + model.expert_ffn_size)
-    return LayerSizes(attention + shared + model.num_moe_experts * routed, attention + shared + model.moe_router_topk * routed, inputs)
+    inputs = (
+        hidden + query + (hidden + model.ffn_hidden_size) + model.moe_router_topk * (hidden + model.expert_ffn_size)
+    )
+    return LayerSizes(
+        attention + shared + model.num_moe_experts * routed, attention + shared + model.moe_router_topk * routed, inputs
+    )
 
 
 def fp8_layers(model: ModelConfig, precision: PrecisionConfig) -> list[int]:
@@ -67,14 +76,15 @@ class Fp8Memory:
     inputs_without: int
     """The same in the dtype of the run."""
     weight_copies: int
-    """FP8 weights, by rows and by columns, kept from the first micro-batch of a step to the last, beside the weights themselves; of
-    parameters in FP8 only, which have the rows, the columns."""
+    """FP8 weights, by rows and by columns, kept from the first micro-batch of a step to the last, beside the weights
+    themselves; of parameters in FP8 only, which have the rows, the columns."""
 
 
 def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: int) -> Fp8Memory:
     """Memory that FP8 products take and save. Routing is taken as even.
 
-    Recomputed products leave no inputs: none with parallel.recompute cla_group, those of the attention projections only with selective.
+    Recomputed products leave no inputs: none with parallel.recompute cla_group, those of the attention projections only
+    with selective.
     """
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
     assert precision.fp8_recipe is not None
@@ -101,12 +111,16 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
 
 
 def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> int | None:
-    """Rows that an expert multiplies at a time: its capacity in every routing group of the ranks that send to it; None without a capacity.
+    """Rows that an expert multiplies at a time: its capacity in every routing group of the ranks that send to it; None
+    without a capacity.
 
-    Where they are a multiple of precision.fp8_alignment, as with a capacity that is, no row has to be padded, whatever tokens choose.
+    Where they are a multiple of precision.fp8_alignment, as with a capacity that is, no row has to be padded, whatever
+    tokens choose.
     """
     model, ranks = experiment.model, grid(experiment.parallel, world_size)
     if model.moe_expert_capacity_factor is None:
         return None
-    groups = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp // model.moe_routing_group_tokens
+    groups = (
+        stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp // model.moe_routing_group_tokens
+    )
     return expert_capacity(model) * groups * ranks.ep * ranks.expert_tp

@@ -19,8 +19,8 @@ PEAK_FLOPS_PER_S = (
     ("A40", 149.7e12),
     ("A10", 125e12),
 )
-"""(words of the device's name, dense bf16 products); the first whose words are all in the name counts. From NVIDIA's data sheets, without
-sparsity. The same number is taken for FP8, so that shares stay comparable."""
+"""(words of the device's name, dense bf16 products); the first whose words are all in the name counts. From NVIDIA's
+data sheets, without sparsity. The same number is taken for FP8, so that shares stay comparable."""
 
 
 def peak_flops_per_s(device_name: str) -> float | None:

@@ -32,8 +32,8 @@ class Row:
 def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row]:
     """The plan of a run.
 
-    `world_size`: ranks of the job; None: parallel.world_size, and without that the fewest that the layout allows. Raises
-    ConfigError with every violated rule.
+    `world_size`: ranks of the job; None: parallel.world_size, and without that the fewest that the layout allows.
+    Raises ConfigError with every violated rule.
     """
     rules.check(experiment, world_size)
     ranks = world_size or experiment.parallel.world_size or rules.smallest_world_size(experiment)
@@ -48,7 +48,10 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
 
 def model_rows(experiment: Experiment) -> list[Row]:
     model, count = experiment.model, parameters(experiment.model)
-    experts = f"{model.num_moe_experts} routed, top-{model.moe_router_topk}, and 1 shared, in each of {model.num_layers} layers"
+    experts = (
+        f"{model.num_moe_experts} routed, top-{model.moe_router_topk}, and 1 shared, in each of "
+        f"{model.num_layers} layers"
+    )
     return [
         Row("model", "parameters", f"{count.total:,}", "tied embedding counted once"),
         Row("model", "active per token", f"{count.active:,}", "all but the routed experts that a token does not visit"),
@@ -105,15 +108,26 @@ def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
     for stage in shapes.values():
         flops = fp8_flops_per_token(model, precision, stage.sequence_length)
         memory = fp8_memory_per_rank(experiment, stage, ranks)
-        share = f"{flops.quantised / flops.matmuls:.1%} of the products with weights, {flops.quantised / flops.total:.1%} with attention"
+        share = (
+            f"{flops.quantised / flops.matmuls:.1%} of the products with weights, "
+            f"{flops.quantised / flops.total:.1%} with attention"
+        )
         kept = f"{gib(memory.inputs)} instead of {gib(memory.inputs_without)}"
         rows.append(Row("FP8", f"FLOPs at {stage.sequence_length:,} tokens", f"{flops.quantised:.4g}/token", share))
         held, unit = expert_rows(experiment, stage, ranks), precision.fp8_alignment
-        padding = f"a multiple of {unit}: never padded" if held and held % unit == 0 else f"padded with zeros to a multiple of {unit}"
-        rows.append(Row("FP8", f"rows of an expert at {stage.sequence_length:,}", f"{held:,}" if held else "as chosen", padding))
+        padding = (
+            f"a multiple of {unit}: never padded"
+            if held and held % unit == 0
+            else f"padded with zeros to a multiple of {unit}"
+        )
+        rows.append(
+            Row("FP8", f"rows of an expert at {stage.sequence_length:,}", f"{held:,}" if held else "as chosen", padding)
+        )
         note = "inputs that a micro-batch leaves for the backward pass, on one rank"
         rows.append(Row("FP8", f"kept inputs at {stage.sequence_length:,}", kept, note))
-    note = "beside the weights, " + ("which are in FP8 only" if precision.fp8_parameters else "for the micro-batches of a step")
+    note = "beside the weights, " + (
+        "which are in FP8 only" if precision.fp8_parameters else "for the micro-batches of a step"
+    )
     rows.append(Row("FP8", "copies of weights", gib(memory.weight_copies), note))
     return rows
 
@@ -135,19 +149,33 @@ def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
     """Bytes that the rank which sends the most sends in one step, by axis; once for every shape of a batch."""
     shapes: dict[tuple[int, int, int], list[StageConfig]] = {}
     for stage in experiment.stages:
-        shapes.setdefault((stage.sequence_length, stage.global_batch_sequences, stage.micro_batch_sequences), []).append(stage)
+        shapes.setdefault(
+            (stage.sequence_length, stage.global_batch_sequences, stage.micro_batch_sequences), []
+        ).append(stage)
     rows = []
     for stages in shapes.values():
         group = "communication" if len(shapes) == 1 else f"communication, {', '.join(stage.name for stage in stages)}"
         parts = experiment.model, experiment.parallel, experiment.precision, stages[0], ranks
-        places = [communication_per_rank(*parts, place) for place in range(experiment.parallel.pipeline_model_parallel_size)]
+        places = [
+            communication_per_rank(*parts, place) for place in range(experiment.parallel.pipeline_model_parallel_size)
+        ]
         busiest = max(places, key=lambda place: place.sent_bytes())
         where = f"pipeline rank {places.index(busiest)}, " if len(places) > 1 else ""
         condition = "" if busiest.is_exact else "; with even routing"
-        rows.append(Row(group, "sent per step", size_text(busiest.sent_bytes()), f"by one rank, {where}with ring algorithms{condition}"))
+        rows.append(
+            Row(
+                group,
+                "sent per step",
+                size_text(busiest.sent_bytes()),
+                f"by one rank, {where}with ring algorithms{condition}",
+            )
+        )
         for axis in AXES:
             kinds = {kind: found for (over, kind), found in busiest.messages.items() if over == axis and kind != "recv"}
-            note = ", ".join(f"{kind.replace('_', '-')} {size_text(found.bytes)} in {found.calls:,} calls" for kind, found in kinds.items())
+            note = ", ".join(
+                f"{kind.replace('_', '-')} {size_text(found.bytes)} in {found.calls:,} calls"
+                for kind, found in kinds.items()
+            )
             if kinds:
                 rows.append(Row(group, AXIS_NAMES[axis], size_text(busiest.sent_bytes(axis)), note))
     return rows
@@ -162,14 +190,23 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
         tokens = stage.num_steps * stage.global_batch_tokens
         total_flops += tokens * flops.total
         ratio = expert_lr_ratio(model, optimizer, stage.global_batch_tokens)
-        begin, end = optimizer.lr * (stage.lr_end if stage.lr_shape == "constant" else start), optimizer.lr * stage.lr_end
+        begin, end = (
+            optimizer.lr * (stage.lr_end if stage.lr_shape == "constant" else start),
+            optimizer.lr * stage.lr_end,
+        )
         start = stage.lr_end
         group = f"stage {stage.name}"
         micro_batches = stage.global_batch_sequences // (stage.micro_batch_sequences * data_parallel)
-        batch = f"{stage.global_batch_sequences} sequences of {stage.sequence_length:,} tokens, {micro_batches} micro-batches a rank"
+        batch = (
+            f"{stage.global_batch_sequences} sequences of {stage.sequence_length:,} tokens, {micro_batches} "
+            "micro-batches a rank"
+        )
         micro_tokens = stage.sequence_length * stage.micro_batch_sequences
         base = rope_base(model.rotary_base, stage.rope_alpha, model.head_dim)
-        split = f"matmuls {flops.matmuls:.4g}, attention {flops.attention_scores + flops.attention_values:.4g}; one document a sequence"
+        split = (
+            f"matmuls {flops.matmuls:.4g}, attention {flops.attention_scores + flops.attention_values:.4g}; one "
+            "document a sequence"
+        )
         rows += [
             Row(group, "steps", f"{stage.num_steps:,}", batch),
             Row(group, "tokens", f"{tokens:,}"),

@@ -3,8 +3,8 @@
 Core's training paths compute nothing that needs a GPU; what stops them on a CPU are names: factory calls with
 device="cuda", torch.cuda functions, and checks of tensor type names. `install()` presents the CPU under those names. It
 must run before anything of megatron is imported, changes nothing where CUDA exists, and is the only place in this
-project that patches a library. The packages that import megatron call it in their __init__. Each patch carries its reason;
-tests/unit/runtime/test_cpu_megatron.py leaves each one out in turn and shows that training then fails.
+project that patches a library. The packages that import megatron call it in their __init__. Each patch carries its
+reason; tests/unit/runtime/test_cpu_megatron.py leaves each one out in turn and shows that training then fails.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _factories_on_cpu() -> None:
 
         return make
 
-    # `with torch.device("meta")` recognises factories by identity, in a set that torch fills on first use: it must hold the
-    # functions that the wrappers call
+    # `with torch.device("meta")` recognises factories by identity, in a set that torch fills on first use: it must hold
+    # the functions that the wrappers call
     _device_constructors()
     for name in ("empty", "zeros", "ones", "tensor", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -64,7 +64,9 @@ def _tensor_type_names() -> None:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
         # a subclass of Tensor may come here twice
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) and "cuda" not in result else result
+        return (
+            result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) and "cuda" not in result else result
+        )
 
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
 
@@ -129,10 +131,11 @@ def _pinned_memory() -> None:
 
 @contextmanager
 def weights_count_as_on_a_device() -> Iterator[None]:
-    """While this is open and there is no CUDA, tensors say is_cuda, except copies on the host: what pin_memory() returned.
+    """While this is open and there is no CUDA, tensors say is_cuda, except copies on the host: what pin_memory()
+    returned.
 
-    For the construction of core's offloaded optimizer, which divides weights by this property and fails in its first step where no weight
-    has it. Not for longer: torch asks for it too.
+    For the construction of core's offloaded optimizer, which divides weights by this property and fails in its first
+    step where no weight has it. Not for longer: torch asks for it too.
     """
     if not _installed:
         yield
@@ -189,13 +192,33 @@ def _no_gpu_packages() -> None:
 
 
 PATCHES = (
-    Patch("gpu_packages", "core takes the optimizers and norms of an installed Transformer Engine or Apex on a CPU too", _no_gpu_packages),
-    Patch("factories", 'core makes tensors with device="cuda" (schedules, gradient norm, optimizer)', _factories_on_cpu),
-    Patch("tensor_type", "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor", _tensor_type_names),
-    Patch("current_device", "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()", _current_device),
+    Patch(
+        "gpu_packages",
+        "core takes the optimizers and norms of an installed Transformer Engine or Apex on a CPU too",
+        _no_gpu_packages,
+    ),
+    Patch(
+        "factories", 'core makes tensors with device="cuda" (schedules, gradient norm, optimizer)', _factories_on_cpu
+    ),
+    Patch(
+        "tensor_type",
+        "the mixed-precision optimizers sort parameters by type names such as torch.cuda.FloatTensor",
+        _tensor_type_names,
+    ),
+    Patch(
+        "current_device",
+        "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()",
+        _current_device,
+    ),
     Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
-    Patch("streams", "the offloaded optimizer, and from 0.17 on gradient reduction, order their work on CUDA streams", _streams),
-    Patch("pinned_memory", "the offloaded optimizer pins its copies of weights and gradients on the host", _pinned_memory),
+    Patch(
+        "streams",
+        "the offloaded optimizer, and from 0.17 on gradient reduction, order their work on CUDA streams",
+        _streams,
+    ),
+    Patch(
+        "pinned_memory", "the offloaded optimizer pins its copies of weights and gradients on the host", _pinned_memory
+    ),
     Patch(
         "wgrad_accumulation",
         "core adds weight gradients into main_grad inside the GEMM only with Apex's extension, and refuses to without",
@@ -203,7 +226,8 @@ PATCHES = (
     ),
     Patch(
         "compile",
-        "core compiles its fusions on import: that loads torch's compiler, seconds of every process, for functions not called here",
+        "core compiles its fusions on import: that loads torch's compiler, seconds of every process, for "
+        "functions not called here",
         _compile_on_first_call,
     ),
 )
@@ -219,8 +243,9 @@ QUIET_WARNINGS = (
     ".*all_gather_into_tensor. is deprecated",
     ".*load_state_dict. is deprecated",
     "Warning: tp_group is None",
-    # of core's barriers in a save: the device is the one that train.setup has chosen. Naming it to init_process_group instead would start
-    # NCCL at once, and messages between stages that are not batched would share the communicator of their whole group
+    # of core's barriers in a save: the device is the one that train.setup has chosen. Naming it to init_process_group
+    # instead would start NCCL at once, and messages between stages that are not batched would share the communicator of
+    # their whole group
     r"barrier\(\): using the device under current context",
 )
 """Warnings of megatron-core about itself, on every machine."""

@@ -28,8 +28,8 @@ ApexState = Literal["nvidia", "wrong", "absent"]
 TRANSFORMER_ENGINE_VERSIONS = {(0, 16): ((2, 9), (2, 11)), (0, 17): ((2, 11), (2, 20))}
 """From this version of megatron-core on -> first and last version of Transformer Engine that it works with.
 
-0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the last is the newest whose Python part the model was
-built from, with 0.19.2, over stand-ins of the kernels.
+0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the last is the newest whose Python
+part the model was built from, with 0.19.2, over stand-ins of the kernels.
 """
 
 INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]"'
@@ -129,10 +129,17 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
     """Why this machine cannot train, or cannot run `ranks` ranks of this experiment; empty where it can."""
     found = []
     if machine.megatron_core is None:
-        found.append(Problem("megatron-core", Problem.NO_VALUE, "is not installed", 'pip install "megatron-core>=0.16.1,<0.20"'))
+        found.append(
+            Problem("megatron-core", Problem.NO_VALUE, "is not installed", 'pip install "megatron-core>=0.16.1,<0.20"')
+        )
     if machine.apex == "wrong":
-        rule = "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would take it for that"
-        found.append(Problem("apex", Problem.NO_VALUE, rule, "pip uninstall apex; NVIDIA's is built from its own repository"))
+        rule = (
+            "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would take it "
+            "for that"
+        )
+        found.append(
+            Problem("apex", Problem.NO_VALUE, rule, "pip uninstall apex; NVIDIA's is built from its own repository")
+        )
     if machine.transformer_engine_error:
         hint = f"{INSTALL_TRANSFORMER_ENGINE}, or pip uninstall transformer-engine"
         found.append(Problem("transformer-engine", machine.transformer_engine, machine.transformer_engine_error, hint))
@@ -156,7 +163,8 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
 def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
     """Whether the layers are Transformer Engine's; `obstacles` has said why not, where they have to be.
 
-    With fp32 they are this project's unless `required`, which the rules refuse: Transformer Engine multiplies fp32 matrices in TF32.
+    With fp32 they are this project's unless `required`, which the rules refuse: Transformer Engine multiplies fp32
+    matrices in TF32.
     """
     runtime = experiment.runtime
     if runtime.transformer_engine == "never" or runtime.device == "cpu":
@@ -186,16 +194,22 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
     for gpu in dict.fromkeys(machine.gpus) if recipe else ():
         need = missing_for_fp8(str(recipe), gpu.capability, machine.cuda)
         if need:
-            rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, torch CUDA {machine.cuda}; it needs {need}"
+            rule = (
+                f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, torch CUDA "
+                f"{machine.cuda}; it needs {need}"
+            )
             hint = "use another recipe, or runtime.transformer_engine=never, which emulates it slowly"
             found.append(Problem("precision.fp8_recipe", recipe, rule, hint))
     return found
 
 
 def transformer_engine_versions(megatron_core: str | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last version of Transformer Engine, as major and minor, that this version of megatron-core works with."""
+    """First and last version of Transformer Engine, as major and minor, that this version of megatron-core works
+    with."""
     version = major_minor(megatron_core or "0.16")
-    return TRANSFORMER_ENGINE_VERSIONS[max(first for first in TRANSFORMER_ENGINE_VERSIONS if first <= max(version, (0, 16)))]
+    return TRANSFORMER_ENGINE_VERSIONS[
+        max(first for first in TRANSFORMER_ENGINE_VERSIONS if first <= max(version, (0, 16)))
+    ]
 
 
 def major_minor(version: str) -> tuple[int, int]:
@@ -217,9 +231,11 @@ def missing_for_fp8(recipe: str, capability: tuple[int, int], cuda_version: str 
 
 
 def attends_to_packed_documents() -> bool:
-    """Whether Transformer Engine has an attention kernel for packed documents on this GPU: flash-attn's, or cuDNN's from Hopper on.
+    """Whether Transformer Engine has an attention kernel for packed documents on this GPU: flash-attn's, or cuDNN's
+    from Hopper on.
 
-    On Blackwell cuDNN's backward pass is not deterministic, and Transformer Engine does not take it where determinism is asked for.
+    On Blackwell cuDNN's backward pass is not deterministic, and Transformer Engine does not take it where determinism
+    is asked for.
     """
     if not torch.cuda.is_available():
         return False
@@ -229,7 +245,8 @@ def attends_to_packed_documents() -> bool:
 
 
 def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list[tuple[str, str]]:
-    """What training on this machine takes, as name and value; `experiment` may choose otherwise than the machine would."""
+    """What training on this machine takes, as name and value; `experiment` may choose otherwise than the machine
+    would."""
     setting = "auto" if experiment is None else experiment.runtime.device
     device = machine.device if setting == "auto" else setting
     rows: list[tuple[str, str]] = [("device", device), ("collectives", backend_of(device))]
@@ -241,7 +258,12 @@ def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list
     rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "own layers"))
     recipe = None if experiment is None else experiment.precision.fp8_recipe
     if recipe:
-        rows.append(("FP8", f"{recipe} on Transformer Engine" if is_engine else f"{recipe}, emulated (slow; numbers, not speed)"))
+        rows.append(
+            (
+                "FP8",
+                f"{recipe} on Transformer Engine" if is_engine else f"{recipe}, emulated (slow; numbers, not speed)",
+            )
+        )
     return rows
 
 
@@ -270,16 +292,22 @@ def transformer_engine_error(thorough: bool) -> str | None:
     package = PathFinder.find_spec("transformer_engine")  # which cpu_megatron may have hidden from an import
     if package is None or not package.submodule_search_locations:
         return "its distribution is installed without the package transformer_engine"
-    # The compiled part lies inside the package or, built from source, beside it, and is not importable by its own name before
-    # the package has loaded it: hence files, not find_spec.
+    # The compiled part lies inside the package or, built from source, beside it, and is not importable by its own name
+    # before the package has loaded it: hence files, not find_spec.
     folders = [Path(place) for place in package.submodule_search_locations]
     name = "transformer_engine_torch*.so"
     if not any([*folder.rglob(name), *folder.parent.glob(name)] for folder in folders):
         return "its compiled extension for torch is missing, and megatron-core fails on import with it in this state"
     if not thorough:
         return None
-    run = subprocess.run([sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True, timeout=300)
-    return None if run.returncode == 0 else f"it cannot be loaded: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+    run = subprocess.run(
+        [sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True, timeout=300
+    )
+    return (
+        None
+        if run.returncode == 0
+        else f"it cannot be loaded: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+    )
 
 
 def usable_cores() -> int:
@@ -305,10 +333,11 @@ def read_cgroup(name: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Make malloc keep freed blocks instead of giving them back to the system at once (glibc; elsewhere nothing happens).
+    """Make malloc keep freed blocks instead of giving them back to the system at once (glibc; elsewhere nothing
+    happens).
 
-    A training step on CPU frees and takes the same large blocks again and again, and fresh pages cost a fault each: measured about
-    6% of a step.
+    A training step on CPU frees and takes the same large blocks again and again, and fresh pages cost a fault each:
+    measured about 6% of a step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -318,9 +347,13 @@ def keep_freed_memory() -> None:
 
 
 def fuses_wgrad_accumulation(with_transformer_engine: bool = False) -> bool:
-    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA by Transformer Engine's
-    layers, and by core's with Apex's extension."""
-    return with_transformer_engine or not torch.cuda.is_available() or find_spec("fused_weight_gradient_mlp_cuda") is not None
+    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA by
+    Transformer Engine's layers, and by core's with Apex's extension."""
+    return (
+        with_transformer_engine
+        or not torch.cuda.is_available()
+        or find_spec("fused_weight_gradient_mlp_cuda") is not None
+    )
 
 
 def versions() -> dict[str, str]:

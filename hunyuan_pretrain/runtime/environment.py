@@ -1,7 +1,7 @@
 """Variables that libraries and drivers read once, when they are loaded: set in one place, before torch is imported.
 
-What a user has set stays, except that a command which computes on the CPU sees no GPU. `doctor` shows them and a run records them.
-Imports no torch.
+What a user has set stays, except that a command which computes on the CPU sees no GPU. `doctor` shows them and a run
+records them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ class Variable:
 
 
 ON_GPU = (
-    Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "tensor parallelism overlaps collectives with products: queued in the order of the calls"),
     Variable(
-        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "micro-batches of other lengths do not fragment memory", "PYTORCH_ALLOC_CONF"
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "1",
+        "tensor parallelism overlaps collectives with products: queued in the order of the calls",
+    ),
+    Variable(
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "expandable_segments:True",
+        "micro-batches of other lengths do not fragment memory",
+        "PYTORCH_ALLOC_CONF",
     ),
 )
 DETERMINISTIC = (
@@ -71,7 +78,9 @@ def compute_on_cpu() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         rule = "this process has a GPU already, and megatron-core takes it"
-        raise ConfigError("this machine", [Problem("runtime.device", "cpu", rule, f"set {HIDDEN_GPUS}= before Python starts")])
+        raise ConfigError(
+            "this machine", [Problem("runtime.device", "cpu", rule, f"set {HIDDEN_GPUS}= before Python starts")]
+        )
 
 
 def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -81,12 +90,16 @@ def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: environment[name] for name in sorted(environment) if name in ours or name.startswith(prefixes)}
 
 
-def variable_rows(experiment: Experiment | None, environment: Mapping[str, str] = os.environ) -> list[tuple[str, str, str]]:
+def variable_rows(
+    experiment: Experiment | None, environment: Mapping[str, str] = os.environ
+) -> list[tuple[str, str, str]]:
     """(name, value, who set it and why) of what a run will have."""
     found = recorded(environment)
     rows = []
     for variable in wanted_variables(experiment):
         given = next((name for name in variable.names if name in found and name != HIDDEN_GPUS), None)
-        rows.append((given, found[given], "as you set it") if given else (variable.name, variable.value, variable.reason))
+        rows.append(
+            (given, found[given], "as you set it") if given else (variable.name, variable.value, variable.reason)
+        )
     seen = {name for name, *_ in rows}
     return rows + [(name, value, "as you set it") for name, value in found.items() if name not in seen]

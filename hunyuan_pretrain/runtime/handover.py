@@ -1,7 +1,8 @@
 """What is handed to code that reads memory by a pointer and a shape: kernels of other libraries, and NCCL.
 
-Such a reader asks for no strides: a tensor that lies otherwise than its shape says is read wrongly, without an error. So whoever hands one
-over says here what the reader takes, and gets it. Tensors of torch's own operators need none of this; they know their strides.
+Such a reader asks for no strides: a tensor that lies otherwise than its shape says is read wrongly, without an error.
+So whoever hands one over says here what the reader takes, and gets it. Tensors of torch's own operators need none of
+this; they know their strides.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ def handed_over(
     knows_strides: bool = False,
     starts_memory: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The tensors as `reader` takes them: contiguous, on one device, of `dtype` (None: all of one); copied only if they lie otherwise.
+    """The tensors as `reader` takes them: contiguous, on one device, of `dtype` (None: all of one); copied only if they
+    lie otherwise.
 
-    knows_strides: the reader takes any strides but that of the last dim, which is 1. starts_memory: it guesses the layout from offsets, and
-    takes tensors with nothing before them in their memory. is_written: the reader writes them, so that no copy can stand for one: one that
-    lies otherwise is refused. Raises ValueError that names the reader and what does not fit.
+    knows_strides: the reader takes any strides but that of the last dim, which is 1. starts_memory: it guesses the
+    layout from offsets, and takes tensors with nothing before them in their memory. is_written: the reader writes them,
+    so that no copy can stand for one: one that lies otherwise is refused. Raises ValueError that names the reader and
+    what does not fit.
     """
     dtype = dtype or tensors[0].dtype
     taken: list[Tensor] = []
@@ -31,7 +34,11 @@ def handed_over(
             raise ValueError(f"{reader}: tensor {number} is {tensor.dtype}, and {dtype} is read")
         if tensor.device != tensors[0].device:
             raise ValueError(f"{reader}: tensor {number} is on {tensor.device}, the first one on {tensors[0].device}")
-        fits = tensor.stride(-1) == 1 or tensor.shape[-1] == 1 if knows_strides and tensor.dim() else tensor.is_contiguous()
+        fits = (
+            tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+            if knows_strides and tensor.dim()
+            else tensor.is_contiguous()
+        )
         if is_written and not fits:
             layout = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             raise ValueError(f"{reader}: tensor {number} is taken in place, and is not contiguous: {layout}")
@@ -41,7 +48,8 @@ def handed_over(
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on `device`; on a GPU from pinned memory, so that the host does not wait until the copy is made."""
+    """A tensor of the CPU on `device`; on a GPU from pinned memory, so that the host does not wait until the copy is
+    made."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,11 +1,12 @@
 """One process at a time trains in a run directory: a lock that survives crashes and is understood on every node.
 
-<run_dir>/lock.json is created exclusively and says who has it. Its time of change is the sign of life, renewed every HEARTBEAT_S seconds.
-It is compared with that of a file made at the same moment, so that only the file server's clock counts. Locks of the operating system are
-not used: not every network file system has them.
+<run_dir>/lock.json is created exclusively and says who has it. Its time of change is the sign of life, renewed every
+HEARTBEAT_S seconds. It is compared with that of a file made at the same moment, so that only the file server's clock
+counts. Locks of the operating system are not used: not every network file system has them.
 
 - the process ran on this machine and is gone: the lock is taken over at once;
-- it runs elsewhere: watched until it gives a sign of life, which refuses the start, or none for STALE_S seconds, which ends the lock.
+- it runs elsewhere: watched until it gives a sign of life, which refuses the start, or none for STALE_S seconds, which
+  ends the lock.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class RunLock:
     def take(cls, run_dir: Path, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S) -> RunLock:
         """Lock a run directory, which is made if need be.
 
-        May wait `stale_s` for the process of another machine. Raises ConfigError that names the process which has the lock, OSError if the
-        folder cannot be written.
+        May wait `stale_s` for the process of another machine. Raises ConfigError that names the process which has the
+        lock, OSError if the folder cannot be written.
         """
         path = (run_dir / LOCK).absolute()
         if path in _held:  # by this process, which has left that run
@@ -178,7 +179,8 @@ def _why_gone(holder: dict[str, Any], path: Path, stale_s: float) -> str | None:
 
 
 def _watch(holder: dict[str, Any], path: Path, heartbeat_s: float, stale_s: float) -> str | None:
-    """Wait for a sign of life of a process on another machine; None if there is one, else why it is taken to be gone."""
+    """Wait for a sign of life of a process on another machine; None if there is one, else why it is taken to be
+    gone."""
     if holder.get("pid_namespace") == _me()["pid_namespace"] and holder.get("host") == _me()["host"]:
         return None  # it was seen running
     print(f"{path}: waiting for a sign of life of {_who(holder)}, at most {stale_s:.0f} s", file=sys.stderr, flush=True)
@@ -222,7 +224,10 @@ def _set_aside(path: Path, token: str | None) -> bool:
 
 def _refusal(run_dir: Path, holder: dict[str, Any]) -> ConfigError:
     rule = f"{_who(holder)} trains in it"
-    hint = f"wait for it to end or stop it, choose another run_dir, or if there is no such process, remove {run_dir / LOCK}"
+    hint = (
+        "wait for it to end or stop it, choose another run_dir, or if there is no such process, remove "
+        f"{run_dir / LOCK}"
+    )
     return ConfigError(str(run_dir), [Problem("run_dir", Problem.NO_VALUE, rule, hint)])
 
 
@@ -234,7 +239,8 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since the machine did; None where there is none, or it has ended."""
+    """When a process of this machine began, in ticks since the machine did; None where there is none, or it has
+    ended."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -29,11 +29,13 @@ from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
 CLOCK_FIELDS = frozenset(
     "seconds data_wait_seconds tokens_per_s model_flops_per_s mfu time run_seconds process_seconds eta_seconds".split()  # noqa: SIM905
 ) | {"host_rss_bytes", "device_peak_bytes"}
-"""Fields of metrics.jsonl that a clock or the machine measured: all others are the same whenever and wherever a step is trained."""
+"""Fields of metrics.jsonl that a clock or the machine measured: all others are the same whenever and wherever a step is
+trained."""
 
 
 class Lines:
-    """A file of lines that grows. Where it cannot be written (a full disk), lines wait in memory for the next one that can.
+    """A file of lines that grows. Where it cannot be written (a full disk), lines wait in memory for the next one that
+    can.
 
     `warn` is told once when that begins, and once when it is over.
     """
@@ -87,8 +89,9 @@ class _Console(Console):
 class RunLog:
     """Human-readable lines on the console and in <run_dir>/log.txt, numbers in metrics.jsonl and the optional sinks.
 
-    metrics.jsonl holds one object a line. A run that resumes appends; lines of steps after the checkpoint that it resumed from
-    are removed first (`truncate_after`), so each step is there once. Once it is open, nothing that cannot be written ends the run.
+    metrics.jsonl holds one object a line. A run that resumes appends; lines of steps after the checkpoint that it
+    resumed from are removed first (`truncate_after`), so each step is there once. Once it is open, nothing that cannot
+    be written ends the run.
     """
 
     def __init__(self, run_dir: Path, logging: LoggingConfig, name: str, is_writer: bool) -> None:
@@ -118,13 +121,16 @@ class RunLog:
             os.close(silence)
 
     def truncate_after(self, step: int) -> None:
-        """Forget metrics of steps later than `step`, which a resumed run is about to compute again. Raises OSError if it cannot."""
+        """Forget metrics of steps later than `step`, which a resumed run is about to compute again. Raises OSError if
+        it cannot."""
         self._first_step = step + 1
         path = self.run_dir / "metrics.jsonl"
         if not self.is_writer or not path.exists():
             return
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line.rstrip(b"\n") + b"\n" for line in lines if _step_of(line) <= step]  # the last may have lost its end only
+        kept = [
+            line.rstrip(b"\n") + b"\n" for line in lines if _step_of(line) <= step
+        ]  # the last may have lost its end only
         if kept != lines:
             partial = path.with_suffix(".partial")
             partial.write_bytes(b"".join(kept))
@@ -151,13 +157,17 @@ class RunLog:
             except ImportError:
                 self.line("wandb is not installed: no Weights & Biases run")
             else:
-                self._open("Weights & Biases", partial(Wandb, wandb, self._settings, self._name, self.run_dir, resolved_experiment))
+                self._open(
+                    "Weights & Biases",
+                    partial(Wandb, wandb, self._settings, self._name, self.run_dir, resolved_experiment),
+                )
 
     def _open(self, name: str, open_sink: Callable[[], Sink]) -> None:
         self._sinks.append(GuardedSink(name, open_sink, self.line, self._settings.sink_timeout_s))
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one record; it must hold `step`. Numbers go to every sink under the same names, lists to metrics.jsonl only."""
+        """Append one record; it must hold `step`. Numbers go to every sink under the same names, lists to metrics.jsonl
+        only."""
         if self.is_writer:
             self._metrics.add(json.dumps({key: _json_number(value) for key, value in record.items()}))
             scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
@@ -167,13 +177,20 @@ class RunLog:
     def start_progress(self, num_steps: int, first_step: int) -> None:
         """A live progress line, on a terminal only."""
         if self.is_writer and self.console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._task = self._progress.add_task("", total=num_steps, completed=first_step)
             self._progress.start()
 
     def progress(self, step: int, description: str) -> bool:
-        """Move the progress line to `step`; returns False where there is none, so that the caller prints a plain line."""
+        """Move the progress line to `step`; returns False where there is none, so that the caller prints a plain
+        line."""
         if self._progress is None:
             return False
         self._progress.update(self._task, completed=step, description=description)
@@ -210,7 +227,8 @@ def check_writable(run_dir: Path) -> None:
 
 
 def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str, str]) -> None:
-    """Write what would be needed to repeat the run: resolved.yaml, and environment.json with command, commit and versions. Rank 0 only."""
+    """Write what would be needed to repeat the run: resolved.yaml, and environment.json with command, commit and
+    versions. Rank 0 only."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / "resolved.yaml", resolved_yaml)
     environment = {"command": sys.argv, **code_version(), **versions}
@@ -218,7 +236,8 @@ def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str,
 
 
 def code_version() -> dict[str, str | None]:
-    """`commit` of this code, with + behind it where files differ from it, None where the code is not in git; and `python`."""
+    """`commit` of this code, with + behind it where files differ from it, None where the code is not in git; and
+    `python`."""
     folder = Path(__file__).parent
     # a virtual environment may lie in somebody else's repository
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:

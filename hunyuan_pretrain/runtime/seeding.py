@@ -1,7 +1,7 @@
 """Seeds, determinism, and the state of random generators.
 
-Training itself draws nothing from a generator: weights, data order and recycle routing are keyed by the experiment's seed. The
-generators are seeded and checkpointed all the same, so that anything added later resumes too.
+Training itself draws nothing from a generator: weights, data order and recycle routing are keyed by the experiment's
+seed. The generators are seeded and checkpointed all the same, so that anything added later resumes too.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ def seed_generators(seed: int, rank: int) -> None:
 
 
 def use_deterministic_algorithms(enabled: bool) -> None:
-    """Make torch refuse operations whose result changes from run to run, and multiply fp32 as fp32, whatever the environment says."""
+    """Make torch refuse operations whose result changes from run to run, and multiply fp32 as fp32, whatever the
+    environment says."""
     torch.use_deterministic_algorithms(enabled)
     if enabled:
         # containers turn TF32 on by a variable: the same run would be another one there
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    # new memory is written before it is read here; filling it with NaN first, torch's default in this mode, costs a pass
+    # new memory is written before it is read here; filling it with NaN first, torch's default in this mode, costs a
+    # pass
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by torch at run time
 
 

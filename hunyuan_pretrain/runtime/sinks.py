@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases: services that a run can do without, so that none of them may end it or hold it up.
 
-Each works on a thread of its own, through a queue. One that raises, or falls far behind, is given up with one warning, and the run goes on;
-all of its numbers are in metrics.jsonl.
+Each works on a thread of its own, through a queue. One that raises, or falls far behind, is given up with one warning,
+and the run goes on; all of its numbers are in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Sink(Protocol):
 
 
 class GuardedSink:
-    """A sink on a thread of its own, which is begun at once: opening, writing and closing it neither raise nor wait for it.
+    """A sink on a thread of its own, which is begun at once: opening, writing and closing it neither raise nor wait for
+    it.
 
     `warn` is told once, by the caller's thread, if the sink is given up.
     """
@@ -83,7 +84,9 @@ class GuardedSink:
 
     def _give_up(self, reason: str) -> None:
         self._is_given_up = True
-        self._warn(f"WARNING: {self._name} {reason}; the run goes on without it, and all of its numbers are in metrics.jsonl")
+        self._warn(
+            f"WARNING: {self._name} {reason}; the run goes on without it, and all of its numbers are in metrics.jsonl"
+        )
 
     def _work(self) -> None:
         try:
@@ -99,7 +102,8 @@ class GuardedSink:
 
 
 class TensorBoard:
-    """Event files in <run_dir>/tensorboard. `first_step`: what earlier attempts of the run wrote of this and later steps is void."""
+    """Event files in <run_dir>/tensorboard. `first_step`: what earlier attempts of the run wrote of this and later
+    steps is void."""
 
     def __init__(self, writer: Any, run_dir: Path, first_step: int) -> None:
         self._writer = writer(str(run_dir / "tensorboard"), purge_step=first_step)
@@ -115,7 +119,9 @@ class TensorBoard:
 class Wandb:
     """A run in Weights & Biases, the same one each time that this run is resumed."""
 
-    def __init__(self, wandb: Any, settings: LoggingConfig, name: str, run_dir: Path, experiment: Mapping[str, Any]) -> None:
+    def __init__(
+        self, wandb: Any, settings: LoggingConfig, name: str, run_dir: Path, experiment: Mapping[str, Any]
+    ) -> None:
         offered = {
             "silent": True,
             "console": "off",
@@ -129,7 +135,9 @@ class Wandb:
                 project=settings.wandb_project,
                 name=name,
                 id=run_id(run_dir),
-                resume="allow" if settings.wandb == "online" else None,  # offline, there is nobody to ask; the id joins the parts at `sync`
+                resume="allow"
+                if settings.wandb == "online"
+                else None,  # offline, there is nobody to ask; the id joins the parts at `sync`
                 dir=str(run_dir),
                 mode=settings.wandb,
                 config=dict(experiment),

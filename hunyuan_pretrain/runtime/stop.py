@@ -23,7 +23,8 @@ STOPPED_BEFORE_FIRST_STEP = "stopped before the first step; nothing to save: the
 
 
 class StoppedBeforeFirstStepError(Exception):
-    """Raised on all ranks where a stop was asked for and no step of this start has been made, so that there is nothing to save."""
+    """Raised on all ranks where a stop was asked for and no step of this start has been made, so that there is nothing
+    to save."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED_BEFORE_FIRST_STEP)
@@ -38,14 +39,15 @@ class StopRequest:
         self._interrupts = 0
 
     def _listen(self) -> None:
-        # A thread reads the numbers of signals too, because Python runs handlers between two operations of the main thread only: one that
-        # waits in a collective for a rank that is gone would never see the second Ctrl-C.
+        # A thread reads the numbers of signals too, because Python runs handlers between two operations of the main
+        # thread only: one that waits in a collective for a rank that is gone would never see the second Ctrl-C.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # A terminal and torchrun send a signal to a rank and to all that it has forked, such as the writers of a checkpoint. These have the
-        # same pipe, where one Ctrl-C during a save would be read as several. They write to the end, as the rank does.
+        # A terminal and torchrun send a signal to a rank and to all that it has forked, such as the writers of a
+        # checkpoint. These have the same pipe, where one Ctrl-C during a save would be read as several. They write to
+        # the end, as the rank does.
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background of a script
@@ -62,7 +64,10 @@ class StopRequest:
                     if self._interrupts > 1:
                         os._exit(EXIT_INTERRUPTED)
                     if int(os.environ.get("RANK", "0")) == 0:
-                        _say("\nCtrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving\n")
+                        _say(
+                            "\nCtrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, "
+                            "without saving\n"
+                        )
 
 
 def _say(text: str) -> None:
@@ -71,7 +76,8 @@ def _say(text: str) -> None:
 
 
 def listen() -> StopRequest:
-    """The stop request of this process, listening from now on; the main thread calls it first. Signals that are ignored stay so."""
+    """The stop request of this process, listening from now on; the main thread calls it first. Signals that are ignored
+    stay so."""
     global _request
     if _request is None or _request._pid != os.getpid():
         _request = StopRequest()

@@ -29,9 +29,10 @@ def evaluate(
     groups: ProcessGroupCollection,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Mean cross-entropy (nats a target token), number of target tokens, bits per byte where the loader knows its bytes, and the load of
-    each layer's experts; positions use `stage`'s RoPE alpha. The load counts every token of the validation's sequences, and none of those
-    that only fill up the ranks' micro-batches. Bits per byte: all nats / ln 2 / the bytes of the text that the target tokens stand for.
+    """Mean cross-entropy (nats a target token), number of target tokens, bits per byte where the loader knows its
+    bytes, and the load of each layer's experts; positions use `stage`'s RoPE alpha. The load counts every token of the
+    validation's sequences, and none of those that only fill up the ranks' micro-batches. Bits per byte: all nats / ln 2
+    / the bytes of the text that the target tokens stand for.
 
     Communicates: all ranks (sums), and what the forward pass does.
     """
@@ -42,11 +43,17 @@ def evaluate(
         batch = next(batches)
         inputs = micro_batch_inputs(batch, groups, experiment, device)
         mask_T = inputs.pop("loss_mask_T")
-        sequence_n = to_device(batch.sequence_ids, device)[inputs.pop("group_n") // (loader.sequence_length // group_tokens)]
+        sequence_n = to_device(batch.sequence_ids, device)[
+            inputs.pop("group_n") // (loader.sequence_length // group_tokens)
+        ]
         key = CountedTokens((sequence_n < loader.num_sequences).repeat_interleave(group_tokens))
         output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=key)
         statistics.append(statistics_LX)
-        return output, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=device), torch.stack((loss, mask_T.sum())))
+        return output, lambda loss: (
+            loss,
+            torch.zeros((), dtype=torch.int, device=device),
+            torch.stack((loss, mask_T.sum())),
+        )
 
     for model in chunks:
         model.eval()

@@ -22,11 +22,12 @@ from hunyuan_pretrain.train.resume import history_of, present_piece
 def export_run(
     run_dir: Path, output: Path, *, step: int | None = None, dtype: str | None = None, format: Format = "hunyuan"
 ) -> dict[str, Any]:
-    """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the certificate.
+    """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the
+    certificate.
 
-    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. Positions and RoPE alpha
-    are those of the stage that the checkpoint was taken in. Raises CheckpointError if there is none, and as
-    `hf_export.export` does.
+    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. Positions
+    and RoPE alpha are those of the stage that the checkpoint was taken in. Raises CheckpointError if there is none, and
+    as `hf_export.export` does.
     """
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():

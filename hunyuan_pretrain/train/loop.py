@@ -39,7 +39,8 @@ EXIT_DONE = 0
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
-    """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM or Ctrl-C."""
+    """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM or
+    Ctrl-C."""
     stop = listen()
     try:
         run = setup.prepare(experiment, stop, accepted)
@@ -59,7 +60,9 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
         return EXIT_STOPPED
     if run.first_step == num_steps:
-        run.log.line(f"nothing to do: the run is finished ({num_steps} steps); a longer stage, or another one, goes on from here")
+        run.log.line(
+            f"nothing to do: the run is finished ({num_steps} steps); a longer stage, or another one, goes on from here"
+        )
         return EXIT_DONE
     meter = _meter(run)
     for step in range(run.first_step, num_steps):
@@ -75,7 +78,9 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         if done % experiment.logging.log_every_steps == 0 or done == num_steps:
-            record = step_record(experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started, waited)
+            record = step_record(
+                experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started, waited
+            )
             record |= meter.fields(done, record)
             run.log.metrics(record)
             if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
@@ -96,7 +101,10 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
 def _announce(run: setup.Run, num_steps: int) -> None:
     experiment = run.experiment
     next_stage = run.schedule.stage(min(run.first_step, num_steps - 1))
-    peak, ratio = experiment.optimizer.lr, expert_lr_ratio(experiment.model, experiment.optimizer, next_stage.global_batch_tokens)
+    peak, ratio = (
+        experiment.optimizer.lr,
+        expert_lr_ratio(experiment.model, experiment.optimizer, next_stage.global_batch_tokens),
+    )
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
     todo = f"; steps {run.first_step + 1} to {num_steps}" if run.first_step < num_steps else ""
     run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}{todo}")
@@ -129,22 +137,28 @@ def _meter(run: setup.Run) -> Meter:
 
 
 def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
-    """Validate on every set: numbers in one record, validation_* of evaluation.data and validation/<name>/* of each of evaluation.sets."""
+    """Validate on every set: numbers in one record, validation_* of evaluation.data and validation/<name>/* of each of
+    evaluation.sets."""
     record: dict[str, Any] = {"step": done}
     for prefix, loader in run.validations.items():
         found = evaluate(run.experiment, stage, run.wrapped, loader, run.groups, run.device)
         record |= {f"{prefix}{key}": value for key, value in found.items()}
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
         name = "" if prefix == "validation_" else f" {prefix.split('/')[1]}"
-        run.log.line(f"step {done}: validation{name} loss {found['loss']:.4f} over {found['target_tokens']:,} tokens{bits}")
+        run.log.line(
+            f"step {done}: validation{name} loss {found['loss']:.4f} over {found['target_tokens']:,} tokens{bits}"
+        )
     run.log.metrics(record)
 
 
 def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
-    """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more than the copy."""
+    """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more
+    than the copy."""
     gather_parameters(run.wrapped)
     try:
-        folder = save_load.save(run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last, run.record(done))
+        folder = save_load.save(
+            run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last, run.record(done)
+        )
         run.log.line(f"saved {folder}")
     except CheckpointError as error:
         if must_succeed:
@@ -158,7 +172,15 @@ def _way_back(run: setup.Run) -> str:
     found = save_load.find_checkpoints(run.run_dir)
     if not found:
         when = run.experiment.checkpoint.save_every_steps
-        saves = "only the end of the run is saved" if when is None else f"the first would have been saved after step {when}"
-        return f"there is no checkpoint of this run to go back to ({saves}, checkpoint.save_every_steps): {cure}, and start again"
+        saves = (
+            "only the end of the run is saved" if when is None else f"the first would have been saved after step {when}"
+        )
+        return (
+            f"there is no checkpoint of this run to go back to ({saves}, checkpoint.save_every_steps): {cure}, and "
+            "start again"
+        )
     step = save_load.read_marker(found[-1])["step"]
-    return f"the newest checkpoint is {found[-1]}, after step {step}; the same command goes on from it, into the same numbers: first {cure}"
+    return (
+        f"the newest checkpoint is {found[-1]}, after step {step}; the same command goes on from it, into the same "
+        f"numbers: first {cure}"
+    )

@@ -1,4 +1,5 @@
-"""Stage and learning rate of the steps of a run that never changes; `config.schedule` has the rules, and those of runs that do."""
+"""Stage and learning rate of the steps of a run that never changes; `config.schedule` has the rules, and those of runs
+that do."""
 
 from __future__ import annotations
 

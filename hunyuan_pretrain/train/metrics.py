@@ -21,9 +21,11 @@ from hunyuan_pretrain.train.step import StepResult
 
 
 def routing_record(model: ModelConfig, statistics_LX: Tensor, num_groups: int | None) -> dict[str, Any]:
-    """Per-layer expert load (share of choices before recycling) and shares of choices that overflowed, were recycled or dropped.
+    """Per-layer expert load (share of choices before recycling) and shares of choices that overflowed, were recycled or
+    dropped.
 
-    num_groups: routing groups of the global batch, over which the router losses are means; None where there were none (evaluation).
+    num_groups: routing groups of the global batch, over which the router losses are means; None where there were none
+    (evaluation).
     """
     E = model.num_moe_experts
     sums = dict(zip(STATISTICS, statistics_LX[:, E:].unbind(1), strict=True))
@@ -76,10 +78,14 @@ def step_record(
 
 
 class Meter:
-    """What a clock and the machine say of a run beside each step's own numbers, on rank 0: time, memory, MFU, and when it will be done."""
+    """What a clock and the machine say of a run beside each step's own numbers, on rank 0: time, memory, MFU, and when
+    it will be done."""
 
-    def __init__(self, schedule: Schedule, began: float | None, peak_flops_per_s: float | None, device: torch.device) -> None:
-        """`began`: seconds since 1970 of the first start of the run. `peak_flops_per_s`: of all ranks together, None where not known."""
+    def __init__(
+        self, schedule: Schedule, began: float | None, peak_flops_per_s: float | None, device: torch.device
+    ) -> None:
+        """`began`: seconds since 1970 of the first start of the run. `peak_flops_per_s`: of all ranks together, None
+        where not known."""
         self._schedule, self._peak, self._device = schedule, peak_flops_per_s, device
         self._process = psutil.Process()
         self._process_began = self._process.create_time()
@@ -89,9 +95,10 @@ class Meter:
     def fields(self, done: int, step: dict[str, Any]) -> dict[str, Any]:
         """More of the record of a step after which `done` are done.
 
-        cumulative_tokens: of the whole run, padding included. time: UTC. run_seconds and process_seconds: since the first start of the run,
-        breaks included, and since that of this process. eta_seconds: until the last step, at the mean speed of this process after its
-        first step, validations and checkpoints included. device_peak_bytes: most that tensors took on the GPU since the record before;
+        cumulative_tokens: of the whole run, padding included. time: UTC. run_seconds and process_seconds: since the
+        first start of the run, breaks included, and since that of this process. eta_seconds: until the last step, at
+        the mean speed of this process after its first step, validations and checkpoints included. device_peak_bytes:
+        most that tensors took on the GPU since the record before;
         host_rss_bytes: memory of the process; both of rank 0.
         """
         now, tokens = time.time(), self._schedule.tokens_after(done)
@@ -121,7 +128,8 @@ def step_line(record: dict[str, Any], num_steps: int) -> str:
     share = f" ({record['mfu']:.1%} MFU)" if "mfu" in record else ""
     left = f" ETA {timedelta(seconds=round(record['eta_seconds']))}" if record.get("eta_seconds") else ""
     return (
-        f"step {record['step']}/{num_steps} [{record['stage']}] loss {record['loss']:.4f} balance {record['balance_loss']:.3f} "
+        f"step {record['step']}/{num_steps} [{record['stage']}] loss {record['loss']:.4f} balance "
+        f"{record['balance_loss']:.3f} "
         f"grad norm {record['grad_norm']:.3f} lr {record['learning_rate']:.2e} load {record['max_expert_load']:.2f} "
         f"recycled {record['mean_recycled_share']:.1%} {record['tokens_per_s']:,.0f} tokens/s "
         f"{record['model_flops_per_s'] / 1e12:.3g} TFLOP/s{share}{left}"

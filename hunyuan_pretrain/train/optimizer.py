@@ -28,7 +28,9 @@ from hunyuan_pretrain.runtime.cpu_megatron import weights_count_as_on_a_device
 from hunyuan_pretrain.runtime.handover import handed_over
 
 
-def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    chunks: list[HunyuanModel], experiment: Experiment, groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
     """Core's gradient buffers and their reduction over the data-parallel ranks, for each model chunk."""
     parallel = experiment.parallel
     config = DistributedDataParallelConfig(
@@ -40,14 +42,16 @@ def wrap_data_parallel(chunks: list[HunyuanModel], experiment: Experiment, group
     )
     wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in chunks]
     if parallel.overlap_grad_reduce:
-        # core counts the gradients of a step to know when to reduce; without this it would learn the count in the first stage's steps
-        # and reduce too early in a stage that has more micro-batches
+        # core counts the gradients of a step to know when to reduce; without this it would learn the count in the first
+        # stage's steps and reduce too early in a stage that has more micro-batches
         no_sync = [model.no_sync for model in wrapped]
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experiment, groups: ProcessGroupCollection) -> MegatronOptimizer:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], experiment: Experiment, groups: ProcessGroupCollection
+) -> MegatronOptimizer:
     """AdamW over the wrapped chunks; routed experts are in groups marked `is_expert_lr`, norms have no weight decay.
 
     With optimizer.cpu_offload_fraction the inner optimizer of each part is core's HybridDeviceOptimizer.
@@ -73,14 +77,20 @@ def build_optimizer(chunks: list[DistributedDataParallel], experiment: Experimen
         fp8_recipe=experiment.precision.fp8_recipe if _has_fp8_parameters(chunks[0].module) else None,
     )
     if is_offloaded:
-        # the offloaded optimizer then keeps the fp32 main weights too, of which the distributed optimizer would have another copy on the
-        # device; set here, because OptimizerConfig grants it to a certain version of Transformer Engine only, which has no part in this
+        # the offloaded optimizer then keeps the fp32 main weights too, of which the distributed optimizer would have
+        # another copy on the device; set here, because OptimizerConfig grants it to a certain version of Transformer
+        # Engine only, which has no part in this
         config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-    is_routed_expert = ParamPredicate(name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False))
+    is_routed_expert = ParamPredicate(
+        name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False)
+    )
     overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True}}
-    # outside autograd: core's shards of fp32 weights (routers are) would be results of a view, over which torch builds no optimizer
+    # outside autograd: core's shards of fp32 weights (routers are) would be results of a view, over which torch builds
+    # no optimizer
     with torch.no_grad(), weights_count_as_on_a_device() if is_offloaded else nullcontext():
-        optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups)
+        optimizer = get_megatron_optimizer(
+            config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups
+        )
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
@@ -117,7 +127,8 @@ ROW = 4096
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """fp64 sum of the squares of all elements, on the device of the tensors; right to about 1e-6 however they are cut or ordered.
+    """fp64 sum of the squares of all elements, on the device of the tensors; right to about 1e-6 however they are cut
+    or ordered.
 
     Nothing is copied to fp64 but one number for each ROW elements or tensor.
     """
@@ -127,8 +138,8 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         # one launch for all; each thread adds some hundred numbers and the rest is a tree
         norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
         return norms.double().square().sum()
-    # on a CPU torch adds one number after the other in a few lanes: squares of a tensor's small elements are lost in a long sum of
-    # its others, 2e-3 of 4 million of them
+    # on a CPU torch adds one number after the other in a few lanes: squares of a tensor's small elements are lost in a
+    # long sum of its others, 2e-3 of 4 million of them
     found = torch.zeros((), dtype=torch.float64)
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
@@ -139,10 +150,12 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The L2 norm of the gradient of the whole model; each element counts once, whatever ranks hold copies or shards of it.
+    """The L2 norm of the gradient of the whole model; each element counts once, whatever ranks hold copies or shards of
+    it.
 
-    Core chooses the tensors and the ranks (of copies, shared weights and experts one counts); its own sum is not used, because on a CPU
-    it depends on how weights are cut, and where Transformer Engine or Apex can be imported it is theirs and runs on a GPU only.
+    Core chooses the tensors and the ranks (of copies, shared weights and experts one counts); its own sum is not used,
+    because on a CPU it depends on how weights are cut, and where Transformer Engine or Apex can be imported it is
+    theirs and runs on a GPU only.
     Communicates: all groups of the optimizer.
     """
     parts: dict[dist.ProcessGroup, list[Tensor]] = {}
@@ -165,10 +178,11 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> float:
-    """Clip by the global norm, update, and return the norm before clipping; if a gradient is not finite, that is nan and nothing changes.
+    """Clip by the global norm, update, and return the norm before clipping; if a gradient is not finite, that is nan
+    and nothing changes.
 
-    Where the update is torch's fused AdamW, that kernel divides the gradients itself, in the pass that reads them anyway; core would
-    copy and rewrite all of them first. Communicates: all groups of the optimizer.
+    Where the update is torch's fused AdamW, that kernel divides the gradients itself, in the pass that reads them
+    anyway; core would copy and rewrite all of them first. Communicates: all groups of the optimizer.
     """
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer)
@@ -198,23 +212,25 @@ def _gradients(part: MegatronOptimizer) -> list[Tensor]:
 
 
 def _hand_over_fp32_gradients(optimizer: HybridDeviceOptimizer) -> None:
-    """Give fp32 weights that stay on the device the gradient that their update reads: core hands on those of offloaded and of bf16 weights
-    only, and would leave them as they are, silently."""
+    """Give fp32 weights that stay on the device the gradient that their update reads: core hands on those of offloaded
+    and of bf16 weights only, and would leave them as they are, silently."""
     for weight, updated in optimizer.param_to_inner_param.items():
         if updated is weight:
             weight.grad = weight.decoupled_grad
 
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
-    """Complete this rank's weights after an update that left it to the next forward pass to gather them (overlap_param_gather).
+    """Complete this rank's weights after an update that left it to the next forward pass to gather them
+    (overlap_param_gather).
 
-    Whoever reads the weights between two steps calls this: of the other data-parallel ranks' shards the rank has the values before the
-    update. Communicates: data-parallel groups of the parameters.
+    Whoever reads the weights between two steps calls this: of the other data-parallel ranks' shards the rank has the
+    values before the update. Communicates: data-parallel groups of the parameters.
     """
     for model in chunks:
         if model.ddp_config.overlap_param_gather:
             model.start_param_sync(force_sync=True)
-            # core does this where it waits for a gather under way, and not after this one: backward passes would read what was before
+            # core does this where it waits for a gather under way, and not after this one: backward passes would read
+            # what was before
             if in_fp8 := [parameter for parameter in model.parameters() if is_float8tensor(parameter)]:
                 post_all_gather_processing(in_fp8)
 
@@ -226,12 +242,16 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float, expert_ratio: flo
 
 
 def describe_groups(optimizer: MegatronOptimizer, lr: float, expert_ratio: float) -> list[str]:
-    """A line for each parameter group of this rank: what is in it, how many elements, peak learning rate, weight decay."""
+    """A line for each parameter group of this rank: what is in it, how many elements, peak learning rate, weight
+    decay."""
     lines = []
     for group in optimizer.param_groups:
         is_expert = bool(group.get("is_expert_lr"))
         what = "routed experts" if is_expert else "norms" if group["wd_mult"] == 0 else "all other weights"
         size = sum(parameter.numel() for parameter in group["params"])
         rate = lr * (expert_ratio if is_expert else 1.0)
-        lines.append(f"{what}: {size:,} elements on this rank, peak learning rate {rate:.3g}, weight decay {group['weight_decay']:g}")
+        lines.append(
+            f"{what}: {size:,} elements on this rank, peak learning rate {rate:.3g}, weight decay "
+            f"{group['weight_decay']:g}"
+        )
     return lines

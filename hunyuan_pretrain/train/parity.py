@@ -1,11 +1,12 @@
 """Two layouts of one experiment, compared tensor by tensor: what `hunyuan-pretrain parity` and the equality tests run.
 
-Both layouts start from the same weights (a function of the seed) and read the same batches. Everything that a layout computes is put
-together to whole tensors and compared: losses, the gradient norm, every gradient before clipping, every parameter and moment after the
-update, and of every module's output a fingerprint of each token, by which the first module that differs is found.
+Both layouts start from the same weights (a function of the seed) and read the same batches. Everything that a layout
+computes is put together to whole tensors and compared: losses, the gradient norm, every gradient before clipping, every
+parameter and moment after the update, and of every module's output a fingerprint of each token, by which the first
+module that differs is found.
 
-What must be bitwise equal: the expert of every token, which is a decision and not a sum; and tensors that several ranks hold copies of.
-Everything else is a sum whose order depends on the layout, and is compared within TOLERANCE.
+What must be bitwise equal: the expert of every token, which is a decision and not a sum; and tensors that several ranks
+hold copies of. Everything else is a sum whose order depends on the layout, and is compared within TOLERANCE.
 """
 
 from __future__ import annotations
@@ -36,11 +37,22 @@ from hunyuan_pretrain.train.rounding import rounding_noise
 from hunyuan_pretrain.train.step import train_step
 
 TOLERANCE = 2e-5
-"""Largest difference in fp32, over the largest entry of a tensor: layouts differ in the order of their sums only. The one tolerance of all
-comparisons of layouts; 2e-5 is about 170 roundings of 2^-23, which a sum over a few thousand terms in another order makes."""
+"""Largest difference in fp32, over the largest entry of a tensor: layouts differ in the order of their sums only. The
+one tolerance of all comparisons of layouts; 2e-5 is about 170 roundings of 2^-23, which a sum over a few thousand terms
+in another order makes."""
 
 SCALARS = ("loss", "balance_loss", "z_loss", "grad_norm", "target_tokens")
-MODULES = ("embedding", "input_layernorm", "self_attention", "pre_mlp_layernorm", "router", "experts", "shared_experts", "layer", "final")
+MODULES = (
+    "embedding",
+    "input_layernorm",
+    "self_attention",
+    "pre_mlp_layernorm",
+    "router",
+    "experts",
+    "shared_experts",
+    "layer",
+    "final",
+)
 """Order of execution inside a layer; `layer` is its output."""
 WEIGHTS = ("linear_q", "q_layernorm", "k_layernorm", "linear_proj", "linear_fc1", "linear_fc2")
 """Order of execution inside a module."""
@@ -85,7 +97,8 @@ class Difference:
 
 
 def trace_steps(run: setup.Run, steps: range, choices: list[dict[str, np.ndarray]] | None = None) -> list[StepTrace]:
-    """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others. Communicates: all groups.
+    """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others.
+    Communicates: all groups.
 
     choices: of another run, for each step; its tokens go to the experts that they went to there.
     """
@@ -114,10 +127,14 @@ def trace_steps(run: setup.Run, steps: range, choices: list[dict[str, np.ndarray
         record = step_record(experiment.model, stage, step, result, lr, lr * ratio, 1.0)
         trace = StepTrace(
             scalars={name: float(record[name]) for name in SCALARS if name in record},
-            shares={name: record[name] for name in ("expert_load", "overflow_share", "recycled_share", "dropped_share")},
+            shares={
+                name: record[name] for name in ("expert_load", "overflow_share", "recycled_share", "dropped_share")
+            },
         )
         weights = [
-            piece for model, value, place in _parameters(run) for piece in _pieces(place.name, unquantised(value.detach()), place, model)
+            piece
+            for model, value, place in _parameters(run)
+            for piece in _pieces(place.name, unquantised(value.detach()), place, model)
         ]
         _assemble(trace, "gradients", gradients)
         _assemble(trace, "parameters", weights)
@@ -135,7 +152,8 @@ Measure = Callable[[str, Any, Any], float]
 
 
 def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measure | None = None) -> list[Difference]:
-    """Every compared quantity in order of execution: routing and activations forward, gradients backward, then the update.
+    """Every compared quantity in order of execution: routing and activations forward, gradients backward, then the
+    update.
 
     measure: by default the largest difference over the largest entry.
     """
@@ -153,7 +171,10 @@ def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measur
         backward = sorted(theirs.gradients, key=execution_order, reverse=True)
         rows += [("gradient", name, mine.gradients, theirs.gradients) for name in backward]
         rows += [row for row in scalars if row[1] == "grad_norm"]  # it is taken of the gradients
-        for kind, after, expected in (("moment", mine.moments, theirs.moments), ("parameter", mine.parameters, theirs.parameters)):
+        for kind, after, expected in (
+            ("moment", mine.moments, theirs.moments),
+            ("parameter", mine.parameters, theirs.parameters),
+        ):
             rows += [(kind, name, after, expected) for name in expected]
         for kind, name, ours, whole in rows:
             difference = measure(kind, ours.get(name), whole[name])
@@ -182,7 +203,7 @@ def _difference(actual: Any, reference: Any) -> float:
     return difference / largest if largest else (float("inf") if difference else 0.0)
 
 
-# --- collecting -----------------------------------------------------------------------------------------------------------------
+# --- collecting -------------------------------------------------------------------------------------------------------
 
 _Piece = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
 """(name, shape of the whole tensor, where this piece lies in it, its values)."""
@@ -190,7 +211,12 @@ _Piece = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
 
 def _pieces(name: str, tensor: Tensor, place: Placement, model: HunyuanModel) -> Iterator[_Piece]:
     for part in place.parts:
-        yield name, place.whole_shape, part.whole, tensor.view(place.local_shape)[part.local].float().cpu().numpy().copy()
+        yield (
+            name,
+            place.whole_shape,
+            part.whole,
+            tensor.view(place.local_shape)[part.local].float().cpu().numpy().copy(),
+        )
 
 
 def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, torch.nn.Parameter, Placement]]:
@@ -203,7 +229,11 @@ def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, torch.nn.Paramet
 def _keep_gradients(run: setup.Run, found: list[_Piece]) -> None:
     """Every gradient of this rank after its reduction."""
     complete_gradients(run.wrapped)
-    found += [piece for model, value, place in _parameters(run) for piece in _pieces(place.name, value.main_grad, place, model)]  # type: ignore[attr-defined]
+    found += [
+        piece
+        for model, value, place in _parameters(run)
+        for piece in _pieces(place.name, value.main_grad, place, model)
+    ]  # type: ignore[attr-defined]
 
 
 def _moments(run: setup.Run) -> Iterator[_Piece]:
@@ -213,7 +243,8 @@ def _moments(run: setup.Run) -> Iterator[_Piece]:
 
 
 class _Watch:
-    """Hooks that keep fingerprints of what the modules of this rank return, with the places of their tokens in the global batch."""
+    """Hooks that keep fingerprints of what the modules of this rank return, with the places of their tokens in the
+    global batch."""
 
     def __init__(self, run: setup.Run, forced: dict[str, np.ndarray] | None = None) -> None:
         self.choices: list[tuple[str, np.ndarray, np.ndarray]] = []
@@ -241,7 +272,8 @@ class _Watch:
             self._tokens_T = self._tokens_of(kwargs["key"].share(tp.rank(), tp.size()))
 
         def end(module: Any, args: Any, output: Any) -> None:
-            # layers that are computed again in the backward pass have been seen already, and their tokens are no longer known
+            # layers that are computed again in the backward pass have been seen already, and their tokens are no longer
+            # known
             self._tokens_T = None
 
         yield model.register_forward_pre_hook(begin, with_kwargs=True)
@@ -272,7 +304,11 @@ class _Watch:
             if self._tokens_T is not None:
                 self.choices.append((name, tokens_T, chosen_TK.cpu().numpy()))
             # those that another run gave these tokens, in a recomputation too
-            return chosen_TK if self._forced is None else torch.from_numpy(self._forced[name][tokens_T]).to(chosen_TK.device)
+            return (
+                chosen_TK
+                if self._forced is None
+                else torch.from_numpy(self._forced[name][tokens_T]).to(chosen_TK.device)
+            )
 
         return keep
 
@@ -295,11 +331,12 @@ class _Watch:
         return keep
 
 
-# --- putting together on rank 0 -----------------------------------------------------------------------------------------------------
+# --- putting together on rank 0 ---------------------------------------------------------------------------------------
 
 
 GATHERED_BYTES = 1 << 30
-"""Of all ranks at once: NCCL gathers in the memory of rank 0's GPU, as many bytes of each rank as the one has that sends most."""
+"""Of all ranks at once: NCCL gathers in the memory of rank 0's GPU, as many bytes of each rank as the one has that
+sends most."""
 
 
 def _gathered(mine: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
@@ -334,7 +371,9 @@ def _assemble(trace: StepTrace, kind: str, mine: list[_Piece]) -> None:
         assert places.all(), f"no rank holds all of {name}"
 
 
-def _assemble_tokens(whole: dict[str, np.ndarray], mine: list[tuple[str, np.ndarray, np.ndarray]], num_tokens: int) -> None:
+def _assemble_tokens(
+    whole: dict[str, np.ndarray], mine: list[tuple[str, np.ndarray, np.ndarray]], num_tokens: int
+) -> None:
     seen: dict[str, int] = {}
     for rows in _gathered(mine):
         for name, tokens, values in rows:

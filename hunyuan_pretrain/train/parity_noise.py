@@ -1,21 +1,25 @@
-"""Two layouts compared in bf16 or FP8, where a sum in another order is another number: is a difference larger than such noise?
+"""Two layouts compared in bf16 or FP8, where a sum in another order is another number: is a difference larger than such
+noise?
 
-In fp32 a difference is a handful of roundings and has one bound (parity.TOLERANCE). Below, each product is rounded to 8 bits, and a bound
-that holds for every model would hide faults. So the noise is measured: the reference runs again with other legal roundings
-(train.rounding), once for each of NOISE_SEEDS, and what a quantity moves by is what rounding does to it here.
+In fp32 a difference is a handful of roundings and has one bound (parity.TOLERANCE). Below, each product is rounded to 8
+bits, and a bound that holds for every model would hide faults. So the noise is measured: the reference runs again with
+other legal roundings (train.rounding), once for each of NOISE_SEEDS, and what a quantity moves by is what rounding does
+to it here.
 
-A token whose two likeliest experts are nearly equal may go to the other one, and everything that it touches is then another number. So in
-all runs tokens go where they went in the reference; what they would have chosen is compared by itself (`choice`), and what becomes of the
-choices, capacity and recycling, is bitwise equal (`routing`).
+A token whose two likeliest experts are nearly equal may go to the other one, and everything that it touches is then
+another number. So in all runs tokens go where they went in the reference; what they would have chosen is compared by
+itself (`choice`), and what becomes of the choices, capacity and recycling, is bitwise equal (`routing`).
 
-A layout passes where it differs from the reference by at most MARGIN times that. The noise has 0.7 units in the last place at every
-product. A layout has one rounding for each of its ranks, of a part sqrt(ranks) times smaller, 0.29 units in all, and one for each of the
-log2(ranks) sums of a reduction in bf16: up to 8 ranks 0.58 units. Another engine rounds inside a layer too, where this one does not
-(probabilities of the attention, the norm before a product): some 0.29 units each, a handful in a layer. MARGIN, 4, is 2.8 units,
-some 90 roundings; a fault that scales, drops or doubles a gradient is many times that.
+A layout passes where it differs from the reference by at most MARGIN times that. The noise has 0.7 units in the last
+place at every product. A layout has one rounding for each of its ranks, of a part sqrt(ranks) times smaller, 0.29 units
+in all, and one for each of the log2(ranks) sums of a reduction in bf16: up to 8 ranks 0.58 units. Another engine rounds
+inside a layer too, where this one does not (probabilities of the attention, the norm before a product): some 0.29 units
+each, a handful in a layer. MARGIN, 4, is 2.8 units, some 90 roundings; a fault that scales, drops or doubles a gradient
+is many times that.
 
-Quantities of one kind in one step share their noise, the largest of all layers and seeds: changed choices are few, and fall in one layer or
-another. Differences here are lengths: |actual - reference| / |reference| over all elements; of choices, the share.
+Quantities of one kind in one step share their noise, the largest of all layers and seeds: changed choices are few, and
+fall in one layer or another. Differences here are lengths: |actual - reference| / |reference| over all elements; of
+choices, the share.
 """
 
 from __future__ import annotations
@@ -32,13 +36,16 @@ from hunyuan_pretrain.train.parity import TOLERANCE, Difference, StepTrace, comp
 NOISE_SEEDS = (1, 2, 3)
 MARGIN = 4.0
 UNIT = 2.0**-7
-"""One unit in the last place of bf16: of two main weights that differ in a bit, the rounded ones may be neighbours. The main weights
-themselves are compared among the moments."""
+"""One unit in the last place of bf16: of two main weights that differ in a bit, the rounded ones may be neighbours. The
+main weights themselves are compared among the moments."""
 FLIPS = 3
-"""Choices of experts by which two counts of rare flips may differ beside the margin: with few tokens the noise may have had none."""
+"""Choices of experts by which two counts of rare flips may differ beside the margin: with few tokens the noise may have
+had none."""
 
 
-def compare_rounded(actual: list[StepTrace], reference: list[StepTrace], noisy: list[list[StepTrace]]) -> list[Difference]:
+def compare_rounded(
+    actual: list[StepTrace], reference: list[StepTrace], noisy: list[list[StepTrace]]
+) -> list[Difference]:
     """`parity.compare` by length, each difference with MARGIN times the noise of its like as its tolerance.
 
     Copies and routing are bitwise equal; `actual` and `noisy` took the reference's choices.

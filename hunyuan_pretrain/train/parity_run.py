@@ -1,7 +1,7 @@
 """`hunyuan-pretrain parity`: run two layouts of an experiment and say whether they train the same model.
 
-Without torchrun, the ranks of each layout are processes of this machine. Under torchrun both layouts run one after the other in the
-ranks of the job, which is how a cluster is checked: its own kernels and network.
+Without torchrun, the ranks of each layout are processes of this machine. Under torchrun both layouts run one after the
+other in the ranks of the job, which is how a cluster is checked: its own kernels and network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def run_parity(
     engine: Engine = "own",
     against_engine: Engine = "own",
 ) -> list[Difference]:
-    """Differences of `layout` from `against` after training `steps` steps each; under torchrun on rank 0 only, elsewhere an empty list.
+    """Differences of `layout` from `against` after training `steps` steps each; under torchrun on rank 0 only,
+    elsewhere an empty list.
 
     In bf16 and fp8 the reference runs again for each seed of rounding noise, see parity_noise. Raises ConfigError.
     """
@@ -48,7 +49,11 @@ def run_parity(
                 raise ConfigError("this machine", found)
 
         def trace(run: Experiment, ranks: int, *options: Any) -> list[StepTrace]:
-            return trace_layout(run, steps, *options) if in_job else in_processes(ranks, trace_layout, run, steps, *options)
+            return (
+                trace_layout(run, steps, *options)
+                if in_job
+                else in_processes(ranks, trace_layout, run, steps, *options)
+            )
 
         reference = trace(*runs[1])
         choices = None if precision == "fp32" else [step.choices for step in reference]
@@ -60,7 +65,8 @@ def run_parity(
 
 
 def in_processes(num_ranks: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments) in that many ranks, processes of this machine; what it returns on rank 0. A failure in one ends all."""
+    """function(*arguments) in that many ranks, processes of this machine; what it returns on rank 0. A failure in one
+    ends all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -98,7 +104,15 @@ def report(differences: list[Difference]) -> list[tuple[str, str, str, str, str]
             worst = max(found, key=lambda difference: (not difference.is_within, difference.relative))
             bitwise = sum(difference.relative == 0 for difference in found)
             verdict = "equal" if all(difference.is_within for difference in found) else "DIFFERENT"
-            rows.append((f"step {step + 1}: {kind}", f"{len(found)}", f"{bitwise}", f"{worst.relative:.2e} {worst.name}", verdict))
+            rows.append(
+                (
+                    f"step {step + 1}: {kind}",
+                    f"{len(found)}",
+                    f"{bitwise}",
+                    f"{worst.relative:.2e} {worst.name}",
+                    verdict,
+                )
+            )
     return rows
 
 
@@ -108,7 +122,10 @@ def conclusion(differences: list[Difference]) -> Iterator[str]:
     bounds = {difference.tolerance for difference in differences if difference.tolerance}
     if not outside:
         if len(bounds) == 1:
-            yield f"the layouts train the same model: every difference is within {bounds.pop():g} of the largest entry of its tensor"
+            yield (
+                f"the layouts train the same model: every difference is within {bounds.pop():g} of the largest entry "
+                "of its tensor"
+            )
         else:
             yield "the layouts train the same model: no difference is larger than rounding in another order makes"
         return

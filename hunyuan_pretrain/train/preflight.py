@@ -1,7 +1,9 @@
-"""What training would refuse before its first step, found in one process and without a model: `hunyuan-pretrain doctor CONFIG`.
+"""What training would refuse before its first step, found in one process and without a model: `hunyuan-pretrain doctor
+CONFIG`.
 
-By the functions that training calls, so that both say the same. Left to training: what only its ranks can tell (the data's SHA-256, which
-`hunyuan-data verify` compares too, the bytes of a checkpoint, and whether another process trains in the run directory).
+By the functions that training calls, so that both say the same. Left to training: what only its ranks can tell (the
+data's SHA-256, which `hunyuan-data verify` compares too, the bytes of a checkpoint, and whether another process trains
+in the run directory).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from hunyuan_pretrain.train import resume, setup
 
 
 def refusals(experiment: Experiment) -> list[str]:
-    """The message of every check that fails; none: training can begin, as far as one process can tell. Changes nothing."""
+    """The message of every check that fails; none: training can begin, as far as one process can tell. Changes
+    nothing."""
     experiment = with_absolute_paths(experiment)  # as they are in the history of a run
     found = [
         *_messages(lambda: check_writable(Path(experiment.run_dir))),

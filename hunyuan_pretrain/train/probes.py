@@ -1,9 +1,9 @@
-"""What is tried once before training: that attention is right, that documents do not see each other, and that every declared loss
-reaches the routers.
+"""What is tried once before training: that attention is right, that documents do not see each other, and that every
+declared loss reaches the routers.
 
-All run the model itself, under the layout in use, on one micro-batch. They cost a few seconds and catch what no loss curve shows: an
-attention backend that reads other numbers than it is given, or ignores document borders; a router loss that does nothing or whose strength
-depends on the layout.
+All run the model itself, under the layout in use, on one micro-batch. They cost a few seconds and catch what no loss
+curve shows: an attention backend that reads other numbers than it is given, or ignores document borders; a router loss
+that does nothing or whose strength depends on the layout.
 `runtime.probes: false` turns them off.
 """
 
@@ -36,28 +36,32 @@ COEFFICIENT_TOLERANCE = 1e-3
 
 
 def probe(run: Run) -> list[str]:
-    """Run the probes and return a line about each; raises TrainingError, on every rank, if one fails. Communicates: all groups."""
+    """Run the probes and return a line about each; raises TrainingError, on every rank, if one fails. Communicates: all
+    groups."""
     lines = [check_attention(run), check_leakage(run)]
     if run.experiment.model.num_moe_experts > 1:
         lines.append(check_liveness(run))
     return lines
 
 
-# --- attention is what another implementation computes ----------------------------------------------------------------------------------
+# --- attention is what another implementation computes ----------------------------------------------------------------
 
 ROUNDINGS = {"output": 5, "gradient of q": 10, "gradient of k": 10, "gradient of v": 10}
-"""How often a number on the way to each result is rounded to the dtype of the run, in both implementations together, each time by half of
-its eps at most. Output: the softmax's weights and the result; packed_attention the results of both parts of a document too. Gradients:
-those of the output, which they start from, the weights', the scores', and the result."""
+"""How often a number on the way to each result is rounded to the dtype of the run, in both implementations together,
+each time by half of its eps at most. Output: the softmax's weights and the result; packed_attention the results of both
+parts of a document too. Gradients: those of the output, which they start from, the weights', the scores', and the
+result."""
 REFERENCE_TOKENS = 256
 """Longest document where the reference holds all scores."""
 
 
 def check_attention(run: Run) -> str:
-    """Compare this stage's attention, forward and backward, with another implementation, on what its first CLA group hands over.
+    """Compare this stage's attention, forward and backward, with another implementation, on what its first CLA group
+    hands over.
 
-    A backend of its own is compared with `packed_attention`, on this rank's documents of the first micro-batch; that one with a plain
-    softmax, on short documents. Each row of the output may differ by its roundings, each gradient, as a whole, by its own.
+    A backend of its own is compared with `packed_attention`, on this rank's documents of the first micro-batch; that
+    one with a plain softmax, on short documents. Each row of the output may differ by its roundings, each gradient, as
+    a whole, by its own.
     """
     layers = list(run.chunks[0].decoder.layers)[: run.chunks[0].config.cla_share_factor]
     backend = layers[0].self_attention.core_attention
@@ -75,7 +79,9 @@ def check_attention(run: Run) -> str:
     mine_T, packed = _pack(run, positions_S, borders, num_sequences)
     dtype = run.chunks[0].config.params_dtype
     generator = torch.Generator(run.device).manual_seed(run.experiment.seed + dist.get_rank())
-    hidden_TD = torch.randn(len(mine_T), run.experiment.model.hidden_size, generator=generator, device=run.device).to(dtype)
+    hidden_TD = torch.randn(len(mine_T), run.experiment.model.hidden_size, generator=generator, device=run.device).to(
+        dtype
+    )
     kv = None
     with torch.no_grad():
         for layer in layers:
@@ -88,11 +94,17 @@ def check_attention(run: Run) -> str:
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     longest = max(end - start for start, end in pairwise(borders))
     found = dict(zip(compared.differences, worst.tolist(), strict=True))
-    allowed = {name: _allowed(roundings, dtype, longest + run.experiment.model.head_dim) for name, roundings in ROUNDINGS.items()}
+    allowed = {
+        name: _allowed(roundings, dtype, longest + run.experiment.model.head_dim)
+        for name, roundings in ROUNDINGS.items()
+    }
     if wrong := [name for name in found if not found[name] <= allowed[name]]:
-        differences = ", ".join(f"{name} by {found[name]:.2g} (rounding explains {allowed[name]:.2g})" for name in wrong)
+        differences = ", ".join(
+            f"{name} by {found[name]:.2g} (rounding explains {allowed[name]:.2g})" for name in wrong
+        )
         raise TrainingError(
-            f"attention by {names[0]} is not that of {names[1]} on the same queries, keys and values: {differences}, relative; "
+            f"attention by {names[0]} is not that of {names[1]} on the same queries, keys and values: "
+            f"{differences}, relative; "
             "do not train with this attention backend"
         )
     worst_of_all = f"largest relative difference {max(found.values()):.1e}"
@@ -114,7 +126,11 @@ class _Compared:
 
     def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
         # as gradients arrive: from a product, contiguous
-        grad_TNH = torch.sin(torch.arange(q_TNH.numel(), device=q_TNH.device, dtype=torch.float32)).view(q_TNH.shape).to(q_TNH.dtype)
+        grad_TNH = (
+            torch.sin(torch.arange(q_TNH.numel(), device=q_TNH.device, dtype=torch.float32))
+            .view(q_TNH.shape)
+            .to(q_TNH.dtype)
+        )
         results = []
         for attend in self.both:
             q, k, v = (x.detach().requires_grad_() for x in (q_TNH, k_SGH, v_SGH))  # with their strides
@@ -135,7 +151,8 @@ def _plain_softmax(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence
     for block in blocks:
         q_nNH = q_TNH[block.q_start : block.q_end].float()
         k_PNH, v_PNH = (
-            x[block.k_start : block.k_end].float().repeat_interleave(q_TNH.shape[1] // x.shape[1], dim=1) for x in (k_SGH, v_SGH)
+            x[block.k_start : block.k_end].float().repeat_interleave(q_TNH.shape[1] // x.shape[1], dim=1)
+            for x in (k_SGH, v_SGH)
         )
         n, P = len(q_nNH), len(k_PNH)
         is_hidden_nP = torch.ones(n, P, dtype=torch.bool, device=q_TNH.device).triu(1 + P - n)
@@ -144,11 +161,12 @@ def _plain_softmax(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence
     return torch.cat(outs).to(q_TNH.dtype)
 
 
-# --- documents do not see each other ---------------------------------------------------------------------------------------------
+# --- documents do not see each other ----------------------------------------------------------------------------------
 
 
 def check_leakage(run: Run) -> str:
-    """Change one document of a pack: attention's output and input gradient of all others must be bitwise what they were."""
+    """Change one document of a pack: attention's output and input gradient of all others must be bitwise what they
+    were."""
     num_tokens = _num_tokens(run)
     borders = [0, num_tokens // 8, num_tokens // 2 - 1, num_tokens - 3, num_tokens]
     changed = range(borders[1], borders[2])
@@ -165,18 +183,26 @@ def check_leakage(run: Run) -> str:
     dist.all_reduce(totals)
     if totals[0] or totals[1]:
         raise TrainingError(
-            f"documents of a pack see each other: changing one changed {int(totals[0])} rows of attention output and {int(totals[1])} of "
+            f"documents of a pack see each other: changing one changed {int(totals[0])} rows of attention output "
+            f"and {int(totals[1])} of "
             "its gradient in others; do not train with this attention backend"
         )
     if not totals[2]:
-        raise TrainingError("the leakage probe had no effect on the changed document itself: attention does not depend on its input")
+        raise TrainingError(
+            "the leakage probe had no effect on the changed document itself: attention does not depend on its input"
+        )
     parallel = run.experiment.parallel
-    mode = f", {parallel.context_parallel_method} over {parallel.context_parallel_size} ranks" if parallel.context_parallel_size > 1 else ""
+    mode = (
+        f", {parallel.context_parallel_method} over {parallel.context_parallel_size} ranks"
+        if parallel.context_parallel_size > 1
+        else ""
+    )
     return f"probe: documents of a pack do not see each other (attention forward and backward, bitwise{mode})"
 
 
 def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group, without their experts."""
+    """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group,
+    without their experts."""
     model = run.chunks[0]
     mine_T, packed = _pack(run, positions_S, borders, 1)
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
@@ -205,14 +231,14 @@ def _pack(run: Run, positions_S: Tensor, borders: list[int], num_sequences: int)
     return mine_T, packed_sequences(table, borders, context)
 
 
-# --- every declared loss reaches the routers -----------------------------------------------------------------------------------------
+# --- every declared loss reaches the routers --------------------------------------------------------------------------
 
 
 def check_liveness(run: Run) -> str:
     """Train on each declared loss alone: its gradient on every router is not zero, and has the declared strength.
 
-    The strength is measured at the last layer, whose router only its own loss reaches: gradient after all reductions, projected on the
-    gradient of the bare loss, computed from the router's input apart from the training path.
+    The strength is measured at the last layer, whose router only its own loss reaches: gradient after all reductions,
+    projected on the gradient of the bare loss, computed from the router's input apart from the training path.
     """
     model = run.experiment.model
     terms = {"cross-entropy": (True, 0.0, 0.0)}
@@ -225,19 +251,25 @@ def check_liveness(run: Run) -> str:
         norms_L, strength = _router_gradients(run, has_cross_entropy, balance, z)
         silent = [layer for layer, norm in enumerate(norms_L.tolist()) if not norm > 0]
         if silent:
-            raise TrainingError(f"the {name} has no gradient on the router of layer {silent[0]} ({len(silent)} of {len(norms_L)} layers)")
+            raise TrainingError(
+                f"the {name} has no gradient on the router of layer {silent[0]} ({len(silent)} of "
+                f"{len(norms_L)} layers)"
+            )
         if has_cross_entropy:
             heard.append(name)
             continue
         declared = balance or z
         if not abs(strength / declared - 1) < COEFFICIENT_TOLERANCE:
-            raise TrainingError(f"the {name} acts with coefficient {strength:.6g}, but {declared:g} is declared: this layout scales it")
+            raise TrainingError(
+                f"the {name} acts with coefficient {strength:.6g}, but {declared:g} is declared: this layout scales it"
+            )
         heard.append(f"{name} (coefficient {strength:.4g}, declared {declared:g})")
     return f"probe: every router hears {', '.join(heard)}"
 
 
 def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: float) -> tuple[Tensor, float]:
-    """(norm of the gradient of each router (L,), strength of the router loss at the last layer) after one step on these losses alone."""
+    """(norm of the gradient of each router (L,), strength of the router loss at the last layer) after one step on these
+    losses alone."""
     config, groups, device = run.chunks[0].config, run.groups, run.device
     num_tokens, group_tokens = _num_tokens(run), run.experiment.model.moe_routing_group_tokens
     num_micro_batches = run.experiment.parallel.pipeline_model_parallel_size
@@ -249,7 +281,9 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
         batch = next(batches)
         first = int(batch.sequence_ids[0]) * per_batch
         inputs = micro_batch_inputs(batch, groups, run.experiment, device)
-        weight_T = inputs.pop("loss_mask_T") * float(has_cross_entropy) / (num_tokens * num_micro_batches * groups.dp.size())
+        weight_T = (
+            inputs.pop("loss_mask_T") * float(has_cross_entropy) / (num_tokens * num_micro_batches * groups.dp.size())
+        )
         key = RoutingKey(run.experiment.seed, 0, inputs.pop("group_n") + first, num_global_groups)
         return wrapped(**inputs, loss_weight_T=weight_T, rope_alpha=1.0, key=key)[0], as_summed_loss
 
@@ -276,7 +310,8 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
 
 
 class _BareLoss:
-    """Gradient of the last layer's router loss without its coefficient, from the router's input, summed over all tokens."""
+    """Gradient of the last layer's router loss without its coefficient, from the router's input, summed over all
+    tokens."""
 
     def __init__(self, run: Run, num_global_groups: int, is_z_loss: bool) -> None:
         self.num_global_groups, self.is_z_loss, self.groups = num_global_groups, is_z_loss, run.groups
@@ -295,7 +330,9 @@ class _BareLoss:
             probs_TE = logits_TE.softmax(-1)
             chosen_TK = probs_TE.topk(router.config.moe_router_topk, dim=-1).indices
             balance_loss, z_loss = router.losses(logits_TE, probs_TE, chosen_TK)
-            self.grad_ED += torch.autograd.grad(z_loss if self.is_z_loss else balance_loss, weight_ED)[0] / self.num_global_groups
+            self.grad_ED += (
+                torch.autograd.grad(z_loss if self.is_z_loss else balance_loss, weight_ED)[0] / self.num_global_groups
+            )
 
     def strength(self) -> float:
         """<gradient of training, bare gradient> / <bare gradient, bare gradient>. Communicates: all ranks."""
@@ -321,7 +358,9 @@ def _num_tokens(run: Run) -> int:
 def _synthetic_batch(run: Run, number: int) -> MicroBatch:
     num_tokens, model = _num_tokens(run), run.experiment.model
     generator = torch.Generator().manual_seed(run.experiment.seed + number)
-    tokens_T, labels_T = (torch.randint(0, model.padded_vocab_size, (num_tokens,), generator=generator) for _ in range(2))
+    tokens_T, labels_T = (
+        torch.randint(0, model.padded_vocab_size, (num_tokens,), generator=generator) for _ in range(2)
+    )
     middle = num_tokens // 3
     place = number * run.groups.dp.size() + run.groups.dp.rank()
     return MicroBatch(

@@ -1,4 +1,5 @@
-"""How a run goes on: what is in its checkpoint, what has changed since, whether that is allowed, and what its history becomes."""
+"""How a run goes on: what is in its checkpoint, what has changed since, whether that is allowed, and what its history
+becomes."""
 
 from __future__ import annotations
 
@@ -59,17 +60,25 @@ class Start:
         return self.history[:-1]
 
 
-def begin(experiment: Experiment, met: Mapping[str, Any], lines: tuple[str, ...] = (), changes: tuple[str, ...] = ()) -> Start:
+def begin(
+    experiment: Experiment, met: Mapping[str, Any], lines: tuple[str, ...] = (), changes: tuple[str, ...] = ()
+) -> Start:
     """A run that has no checkpoint. `met`: as `what_is_met` has it."""
     segment = _segment(experiment, met, 0, Schedule.of(experiment.stages).position(0), changes)
     return Start((segment,), 0, True, lines)
 
 
-def go_on(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: Mapping[str, Any], accepted: Collection[str] = ()) -> Start:
+def go_on(
+    experiment: Experiment,
+    met: Mapping[str, Any],
+    folder: Path,
+    marker: Mapping[str, Any],
+    accepted: Collection[str] = (),
+) -> Start:
     """A run that goes on from a checkpoint, whose complete.json is `marker`.
 
-    `accepted`: keys of changes that are accepted by hand. Raises CheckpointError that names every difference which is not allowed, and
-    ConfigError where a stage would end before what is trained of it.
+    `accepted`: keys of changes that are accepted by hand. Raises CheckpointError that names every difference which is
+    not allowed, and ConfigError where a stage would end before what is trained of it.
     """
     check_accepted(accepted)
     step = int(marker["step"])
@@ -81,7 +90,9 @@ def go_on(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: 
     _refuse(folder, found, accepted, schedule, step, experiment)
     recorded = marker.get("position")
     if recorded is not None and recorded != schedule.position(step):
-        raise CheckpointError(f"{folder}: its position {recorded} is not the one that its history gives, {schedule.position(step)}")
+        raise CheckpointError(
+            f"{folder}: its position {recorded} is not the one that its history gives, {schedule.position(step)}"
+        )
     lines = [f"resumes from {folder}: {_where(schedule, step)}, saved by {_layout_of(past[-1], marker)}"]
     lines += _changes_lines(found, accepted)
     if not found:
@@ -96,8 +107,11 @@ def go_on(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: 
     return Start((*past, new), step, True, tuple(lines))
 
 
-def is_of_branch(experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: Mapping[str, Any], resume_from: str) -> bool:
-    """Whether a checkpoint is already of the branch that `resume_from` asks for, and nothing has changed since that would be another one.
+def is_of_branch(
+    experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: Mapping[str, Any], resume_from: str
+) -> bool:
+    """Whether a checkpoint is already of the branch that `resume_from` asks for, and nothing has changed since that
+    would be another one.
 
     Layout, ranks and versions may change without beginning it again, so that a job which is started again goes on.
     """
@@ -110,26 +124,40 @@ def is_of_branch(experiment: Experiment, met: Mapping[str, Any], folder: Path, m
     schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in past])
     new = _segment(experiment, met, int(marker["step"]), {}, ())
     found = all_differences(past[-1], new, present_piece(schedule, int(marker["step"]), folder))
-    return all(one.kind == Kind.harmless or one.key.startswith(("parallel.", "world_size", "versions.")) for one in found)
+    return all(
+        one.kind == Kind.harmless or one.key.startswith(("parallel.", "world_size", "versions.")) for one in found
+    )
 
 
 def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
     """A start as the beginning of a branch, which leaves `later` checkpoints behind."""
     step, last = start.first_step, start.history[-1]
-    what = f"branches off after step {step}" + (f", leaving {', '.join(folder.name for folder in later)}" if later else "")
-    position = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in start.history]).position(step)
+    what = f"branches off after step {step}" + (
+        f", leaving {', '.join(folder.name for folder in later)}" if later else ""
+    )
+    position = Schedule.of_segments(
+        [(segment.first_step, segment.config.stages) for segment in start.history]
+    ).position(step)
     fresh = {"first_step": step, "changes": [], "accepted": [], "position": position}
     new = last if start.is_new_segment else last.model_copy(update=fresh)
     new = new.model_copy(update={"resume_from": resume_from, "changes": [what, *new.changes]})
     past = start.past if start.is_new_segment else start.history
-    return replace(start, history=(*past, new), is_new_segment=True, leaves=tuple(later), lines=(*start.lines, f"  {what}"))
+    return replace(
+        start, history=(*past, new), is_new_segment=True, leaves=tuple(later), lines=(*start.lines, f"  {what}")
+    )
 
 
 def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(lines for the log, changes to record) of a run that begins with the weights of a checkpoint."""
     found = model_differences(marker["model"], experiment.model)
-    lines = [f"begins with the weights of {folder}, after step {marker['step']} of its run; optimizer, data and step begin anew"]
-    return lines + _changes_lines(found, ()), [f"checkpoint.init_from: {folder}, step {marker['step']}", *map(str, found)]
+    lines = [
+        f"begins with the weights of {folder}, after step {marker['step']} of its run; optimizer, data and step "
+        "begin anew"
+    ]
+    return lines + _changes_lines(found, ()), [
+        f"checkpoint.init_from: {folder}, step {marker['step']}",
+        *map(str, found),
+    ]
 
 
 def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) -> list[Segment]:
@@ -143,15 +171,21 @@ def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) 
             return segments_of(marker["history"])
         except ValueError as error:
             raise CheckpointError(f"{folder}: the history in it is damaged: {str(error).splitlines()[0]}") from None
-    found = [segment for segment in read_history(folder.resolve().parent.parent) if segment.first_step < int(marker["step"])]
+    found = [
+        segment for segment in read_history(folder.resolve().parent.parent) if segment.first_step < int(marker["step"])
+    ]
     if not found:
         raise CheckpointError(
-            f"{folder}: it has no history, and its run directory has no resolved.yaml, so what it was trained on is not known; "
+            f"{folder}: it has no history, and its run directory has no resolved.yaml, so what it was trained on "
+            "is not known; "
             "put resolved.yaml beside checkpoints/, or start another run with checkpoint.init_from"
         )
     if not with_data:
         return found
-    return [segment if segment.sources else segment.model_copy(update={"sources": _undigested(segment.config)}) for segment in found]
+    return [
+        segment if segment.sources else segment.model_copy(update={"sources": _undigested(segment.config)})
+        for segment in found
+    ]
 
 
 def what_is_met(
@@ -173,7 +207,8 @@ def what_is_met(
 
 
 def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
-    """Raise ConfigError, on every rank, where ranks have other settings, data or tokenizers than rank 0: each node reads its own files.
+    """Raise ConfigError, on every rank, where ranks have other settings, data or tokenizers than rank 0: each node
+    reads its own files.
 
     Paths may differ: copies lie elsewhere on another node, and a comparison of layouts has a run_dir for each rank.
     Communicates: all ranks.
@@ -190,7 +225,11 @@ def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
         if others := [str(rank) for rank, found in enumerate(of_rank) if found[name] != value]:
             named = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
             hint = "give every node the same files and the same command"
-            problems.append(Problem(name, Problem.NO_VALUE, f"not the same on all ranks: other than that of rank 0 on {named}", hint))
+            problems.append(
+                Problem(
+                    name, Problem.NO_VALUE, f"not the same on all ranks: other than that of rank 0 on {named}", hint
+                )
+            )
     if problems:
         raise ConfigError("ranks of this job", problems)
 
@@ -202,7 +241,8 @@ def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
-    """What an action of rank 0 returns, on every rank. Raises CheckpointError, on every rank, if it fails. Communicates: all ranks."""
+    """What an action of rank 0 returns, on every rank. Raises CheckpointError, on every rank, if it fails.
+    Communicates: all ranks."""
     found, error = from_rank_0(action)
     if error is not None:
         raise CheckpointError(error)
@@ -225,13 +265,28 @@ def layout(experiment: Experiment, world_size: int) -> str:
 
 
 def _segment(
-    experiment: Experiment, met: Mapping[str, Any], first_step: int, position: dict[str, int | str], changes: tuple[str, ...]
+    experiment: Experiment,
+    met: Mapping[str, Any],
+    first_step: int,
+    position: dict[str, int | str],
+    changes: tuple[str, ...],
 ) -> Segment:
-    return Segment(first_step=first_step, experiment=experiment.model_dump(mode="json"), position=position, changes=list(changes), **met)
+    return Segment(
+        first_step=first_step,
+        experiment=experiment.model_dump(mode="json"),
+        position=position,
+        changes=list(changes),
+        **met,
+    )
 
 
 def _refuse(
-    folder: Path, found: list[Difference], accepted: Collection[str], schedule: Schedule, step: int, experiment: Experiment
+    folder: Path,
+    found: list[Difference],
+    accepted: Collection[str],
+    schedule: Schedule,
+    step: int,
+    experiment: Experiment,
 ) -> None:
     stopping = refusal(found, accepted)
     problem: ConfigError | None = None
@@ -252,7 +307,8 @@ def present_piece(schedule: Schedule, step: int, folder: Path) -> Piece:
         return schedule.piece_of_step(max(step - 1, 0))
     except IndexError:
         raise CheckpointError(
-            f"{folder}: it was taken after {step} steps, but the configuration beside it, resolved.yaml, ends after {schedule.num_steps}: "
+            f"{folder}: it was taken after {step} steps, but the configuration beside it, resolved.yaml, ends "
+            f"after {schedule.num_steps}: "
             "a shorter start has written over it; put the run's own configuration there"
         ) from None
 
@@ -271,9 +327,15 @@ def _layout_of(segment: Segment, marker: Mapping[str, Any]) -> str:
 def _changes_lines(found: list[Difference], accepted: Collection[str]) -> list[str]:
     """Every difference, a line each."""
     lines = []
-    for kind, title in ((Kind.refused, "accepted by hand"), (Kind.recorded, "changed, and recorded"), (Kind.harmless, "changed, harmless")):
+    for kind, title in (
+        (Kind.refused, "accepted by hand"),
+        (Kind.recorded, "changed, and recorded"),
+        (Kind.harmless, "changed, harmless"),
+    ):
         lines += [f"  {title}: {one}" for one in found if one.kind == kind]
-    idle = [key for key in accepted if not any(one.kind == Kind.refused and is_accepted(one.key, [key]) for one in found)]
+    idle = [
+        key for key in accepted if not any(one.kind == Kind.refused and is_accepted(one.key, [key]) for one in found)
+    ]
     return lines + [f"  --accept-changes {key}: there is nothing to accept" for key in idle]
 
 

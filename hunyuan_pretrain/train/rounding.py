@@ -1,9 +1,9 @@
 """Rounding noise: a run whose products are rounded as another legal order of their sums would round them.
 
-What every product of the model returns, and the gradient that goes back into it, is moved by -1, 0 or +1 unit in the last place, with
-probabilities 1/4, 1/2, 1/4. That is the error of one bf16 sum of two rounded parts, such as a product divided over two ranks: its
-standard deviation, 0.7 units, is 2.4 times that of a single rounding. The draw is a function of the value and the seed, so that a
-recomputed activation is the same, and needs no state.
+What every product of the model returns, and the gradient that goes back into it, is moved by -1, 0 or +1 unit in the
+last place, with probabilities 1/4, 1/2, 1/4. That is the error of one bf16 sum of two rounded parts, such as a product
+divided over two ranks: its standard deviation, 0.7 units, is 2.4 times that of a single rounding. The draw is a
+function of the value and the seed, so that a recomputed activation is the same, and needs no state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ PRODUCTS = ("linear_qkv", "linear_q", "core_attention", "linear_proj", "linear_f
 
 
 def moved(x: Tensor, seed: int) -> Tensor:
-    """`x` in bf16 with about half of its values replaced by a neighbour; zeros, infinities, and other formats stay as they are."""
+    """`x` in bf16 with about half of its values replaced by a neighbour; zeros, infinities, and other formats stay as
+    they are."""
     if x.dtype != torch.bfloat16:
         return x
     bits = x.contiguous().view(torch.int16).int()
@@ -53,7 +54,12 @@ def rounding_noise(chunks: Sequence[torch.nn.Module], seed: int) -> Iterator[Non
             return (_Noise.apply(output[0], seed), *output[1:])
         return _Noise.apply(output, seed)
 
-    modules = [(name, module) for model in chunks for name, module in model.named_modules() if name.rpartition(".")[2] in PRODUCTS]
+    modules = [
+        (name, module)
+        for model in chunks
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in PRODUCTS
+    ]
     hooks = [module.register_forward_hook(disturb) for _, module in modules]
     try:
         yield

@@ -91,7 +91,10 @@ class Run:
     def record(self, num_steps: int) -> dict[str, Any]:
         """What a checkpoint after so many steps keeps of the run's identity: position and history."""
         history = self.start.history if self.start else ()
-        return {"position": self.schedule.position(num_steps), "history": [segment.model_dump(mode="json") for segment in history]}
+        return {
+            "position": self.schedule.position(num_steps),
+            "history": [segment.model_dump(mode="json") for segment in history],
+        }
 
     @property
     def run_dir(self) -> Path:
@@ -100,12 +103,13 @@ class Run:
 
 
 def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: Collection[str] = ()) -> Run:
-    """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if there is one.
+    """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if
+    there is one.
 
     `accepted`: keys of changes against the checkpoint that are accepted by hand (`config.changes`).
-    Its paths are absolute from here on. Raises ConfigError if the layout does not fit the world, DataFormatError or CheckpointError if the
-    data or a checkpoint is unfit; nothing is written before all of them are checked. Raises StoppedBeforeFirstStepError, on all ranks, if
-    `stop` was asked of any.
+    Its paths are absolute from here on. Raises ConfigError if the layout does not fit the world, DataFormatError or
+    CheckpointError if the data or a checkpoint is unfit; nothing is written before all of them are checked. Raises
+    StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
     """
     experiment = with_absolute_paths(experiment)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of many would leave the others waiting for it to meet them
@@ -126,7 +130,21 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         if lock is not None:
             lock.release(began=False)
         raise
-    return Run(experiment, device, groups, chunks, wrapped, optimizer, loader, evaluation, start.first_step, log, start, lock, sets)
+    return Run(
+        experiment,
+        device,
+        groups,
+        chunks,
+        wrapped,
+        optimizer,
+        loader,
+        evaluation,
+        start.first_step,
+        log,
+        start,
+        lock,
+        sets,
+    )
 
 
 def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:
@@ -142,7 +160,8 @@ def leave_if_asked(stop: StopRequest | None, device: torch.device | None = None)
 
 
 def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
-    """End a run but stay in the job, so that its ranks can begin another; the loop ends the job with it (`destroy_groups`)."""
+    """End a run but stay in the job, so that its ranks can begin another; the loop ends the job with it
+    (`destroy_groups`)."""
     run.log.close()
     run.loader.close()
     if run.lock is not None:
@@ -154,7 +173,8 @@ def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
 def left_at_the_end(run: Run, leave_groups: Callable[[], None] = leave_layout) -> Iterator[None]:
     """`leave` after the block; after an error in it only where there is no other rank.
 
-    Others may be waiting for this rank in a collective. To leave its groups would be to wait for them, and nobody would hear of the
+    Others may be waiting for this rank in a collective. To leave its groups would be to wait for them, and nobody would
+    hear of the
     error: it is for the command to print it and to end the process (cli.main).
     """
     try:
@@ -189,9 +209,13 @@ def _start_machine(experiment: Experiment) -> torch.device:
     return device
 
 
-def _build_model(experiment: Experiment, groups: ProcessGroupCollection) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
+def _build_model(
+    experiment: Experiment, groups: ProcessGroupCollection
+) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
     engine, kind = uses_transformer_engine(probe(), experiment), choose_device(experiment.runtime.device)
-    config = transformer_config(experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation(engine), engine, kind)
+    config = transformer_config(
+        experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation(engine), engine, kind
+    )
     chunks = build_model(config, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)
 
@@ -204,7 +228,9 @@ def _open_data(
     digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run goes on in its last segment, which is `experiment`
-    loader = StepLoader(experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0)
+    loader = StepLoader(
+        experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0
+    )
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened = [*([evaluation] if evaluation else []), *sets.values()]
     if experiment.runtime.verify_data == "digests":
@@ -220,8 +246,14 @@ def open_evaluation(
 ) -> tuple[EvaluationLoader | None, dict[str, EvaluationLoader]]:
     """Batches of evaluation.data and evaluation.sets for a data-parallel rank of `size`. Raises DataFormatError."""
     # the interleaved schedule wants whole rounds of micro-batches
-    rounds = experiment.parallel.pipeline_model_parallel_size if experiment.parallel.virtual_pipeline_model_parallel_size > 1 else 1
-    open_set = partial(EvaluationLoader, experiment, rank, size, tokenizer.digest, rounds, token_bytes=tokenizer.token_bytes)
+    rounds = (
+        experiment.parallel.pipeline_model_parallel_size
+        if experiment.parallel.virtual_pipeline_model_parallel_size > 1
+        else 1
+    )
+    open_set = partial(
+        EvaluationLoader, experiment, rank, size, tokenizer.digest, rounds, token_bytes=tokenizer.token_bytes
+    )
     evaluation = open_set() if experiment.evaluation.data else None
     sets = {named.name: open_set(named=named) for named in experiment.evaluation.sets}
     opened = [*([evaluation] if evaluation else []), *sets.values()]
@@ -229,7 +261,8 @@ def open_evaluation(
     for path, one in zip(experiment.evaluation.paths, opened, strict=True):
         if one.sequence_length % multiple:
             raise DataFormatError(
-                f"{path}: packed to sequences of {one.sequence_length} tokens, which are not whole routing groups of every "
+                f"{path}: packed to sequences of {one.sequence_length} tokens, which are not whole routing "
+                "groups of every "
                 f"context-parallel rank; pack it to a multiple of {multiple}"
             )
     return evaluation, sets
@@ -255,7 +288,10 @@ def _load_or_init(
         def accept(folder: Path, marker: dict[str, Any]) -> None:
             starts[folder] = resume.go_on(experiment, met, folder, marker, accepted)
 
-        if settings.resume_from is not None and (start := _branch(experiment, met, accepted, chunks, optimizer)) is not None:
+        if (
+            settings.resume_from is not None
+            and (start := _branch(experiment, met, accepted, chunks, optimizer)) is not None
+        ):
             return start
         resumed = save_load.load_newest(run_dir, chunks, optimizer, accept)
         if resumed is not None:
@@ -279,7 +315,9 @@ def _branch(
     """Resume from `checkpoint.resume_from`; None where the run is on that branch already. Communicates: all ranks."""
     wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
     found: list[Path] = resume.on_rank_0(lambda: save_load.find_checkpoints(run_dir))
-    if found and resume.is_of_branch(experiment, met, found[-1], resume.on_rank_0(lambda: save_load.read_marker(found[-1])), wanted):
+    if found and resume.is_of_branch(
+        experiment, met, found[-1], resume.on_rank_0(lambda: save_load.read_marker(found[-1])), wanted
+    ):
         return None
     folder = branch_folder(experiment, found)
     marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
@@ -290,14 +328,16 @@ def _branch(
 
 
 def branch_folder(experiment: Experiment, found: Sequence[Path]) -> Path:
-    """The checkpoint that checkpoint.resume_from means; ConfigError if the run has others, `found`, and it is none of them."""
+    """The checkpoint that checkpoint.resume_from means; ConfigError if the run has others, `found`, and it is none of
+    them."""
     wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
     folder = checkpoint_folder(run_dir, int(wanted)) if wanted.isdecimal() else Path(wanted)
     is_own = folder.absolute().parent == (run_dir / "checkpoints").absolute()
     if found and not is_own:
         rule = f"{run_dir} has checkpoints of its own, such as {found[-1].name}"
         raise ConfigError(
-            experiment.name, [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of its own checkpoints")]
+            experiment.name,
+            [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of its own checkpoints")],
         )
     return folder
 
@@ -311,13 +351,15 @@ def other_run_error(checkpoint: Path) -> CheckpointError:
 
 
 def _check_paths(experiment: Experiment) -> None:
-    """Refuse a run_dir that cannot be written and a tokenizer that is no folder, before anything takes time. Communicates: all ranks."""
+    """Refuse a run_dir that cannot be written and a tokenizer that is no folder, before anything takes time.
+    Communicates: all ranks."""
     _write_on_rank_0(experiment, lambda: check_writable(Path(experiment.run_dir)))
     check_tokenizer_folder(experiment.tokenizer)
 
 
 def _take_lock(experiment: Experiment) -> RunLock | None:
-    """Lock the run directory, on rank 0. Raises ConfigError, on all ranks, where another process trains in it. Communicates: all ranks."""
+    """Lock the run directory, on rank 0. Raises ConfigError, on all ranks, where another process trains in it.
+    Communicates: all ranks."""
     taken: list[RunLock] = []
 
     def take() -> Sequence[Problem]:
@@ -341,12 +383,20 @@ def check_tokenizer_folder(tokenizer: str) -> None:
     path = Path(tokenizer)
     if path.is_file():
         is_in_place = path.name == RANKS_FILE or (path.parent / RANKS_FILE).is_file()
-        hint = f"use {path.parent}" if is_in_place else f"put it into a folder of its own under the name {RANKS_FILE}, and give that"
-        raise ConfigError("tokenizer", [Problem("tokenizer", tokenizer, f"is a file; a tokenizer is a folder with {RANKS_FILE}", hint)])
+        hint = (
+            f"use {path.parent}"
+            if is_in_place
+            else f"put it into a folder of its own under the name {RANKS_FILE}, and give that"
+        )
+        raise ConfigError(
+            "tokenizer",
+            [Problem("tokenizer", tokenizer, f"is a file; a tokenizer is a folder with {RANKS_FILE}", hint)],
+        )
 
 
 def _write_on_rank_0(experiment: Experiment, job: Callable[[], None]) -> None:
-    """Run `job` on rank 0; raises ConfigError on all ranks where it fails, since the others would wait. Communicates: all ranks."""
+    """Run `job` on rank 0; raises ConfigError on all ranks where it fails, since the others would wait. Communicates:
+    all ranks."""
 
     def told() -> None:
         try:

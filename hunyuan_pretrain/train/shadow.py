@@ -1,13 +1,15 @@
 """`hunyuan-pretrain shadow`: the steps of an experiment in its own number format and under an FP8 recipe, side by side.
 
-Two questions, two passes over the same data from the same state. How does training go: the recipe trains for itself, and its losses stand
-beside those without it. What does the recipe do to a gradient: at the weights that training without it reaches, each batch's gradient is
-taken with the recipe and without, and the values that it saturates or flushes to zero are counted.
+Two questions, two passes over the same data from the same state. How does training go: the recipe trains for itself,
+and its losses stand beside those without it. What does the recipe do to a gradient: at the weights that training
+without it reaches, each batch's gradient is taken with the recipe and without, and the values that it saturates or
+flushes to zero are counted.
 
-An expert's gradient differs most, because rounding sends some tokens to other experts; their share is reported by layer.
+An expert's gradient differs most, because rounding sends some tokens to other experts; their share is reported by
+layer.
 
-A gradient is an estimate anyway, and differs from batch to batch. `batch_noise` is that difference, of consecutive batches: an error of
-the recipe that is small beside it is lost in it.
+A gradient is an estimate anyway, and differs from batch to batch. `batch_noise` is that difference, of consecutive
+batches: an error of the recipe that is small beside it is lost in it.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class WeightError:
 
 @dataclass
 class OperandLoss:
-    """What rounding to FP8 does to the values of one operand, over all steps and ranks, as shares of the values that are not zero."""
+    """What rounding to FP8 does to the values of one operand, over all steps and ranks, as shares of the values that
+    are not zero."""
 
     name: str
     operand: Operand
@@ -83,7 +86,8 @@ class Shadow:
 
 
 def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | None, folder: Path) -> Experiment:
-    """`experiment` under `recipe`, emulated, with its results in `folder`; it starts from the checkpoints that its own run_dir has.
+    """`experiment` under `recipe`, emulated, with its results in `folder`; it starts from the checkpoints that its own
+    run_dir has.
 
     Settings of the recipe are the experiment's where it has the same one. Raises ConfigError.
     """
@@ -105,14 +109,22 @@ def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | Non
     return changed
 
 
-def run_shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: int, output: Path | None) -> Shadow | None:
-    """`shadow` in the ranks of the job, under torchrun, or else in as many processes of this machine as the experiment needs.
+def run_shadow(
+    experiment: Experiment, recipe: str, fp8_format: str | None, steps: int, output: Path | None
+) -> Shadow | None:
+    """`shadow` in the ranks of the job, under torchrun, or else in as many processes of this machine as the experiment
+    needs.
 
-    The report on rank 0 (and in `output`, as JSON), None elsewhere. Raises ConfigError, before anything runs, where `output` has no folder.
+    The report on rank 0 (and in `output`, as JSON), None elsewhere. Raises ConfigError, before anything runs, where
+    `output` has no folder.
     """
     if output is not None and not output.parent.is_dir():
-        raise ConfigError("shadow", [Problem("--output", str(output), f"{output.parent} is not a folder", "choose another")])
-    shadow_experiment(experiment, recipe, fp8_format, Path(experiment.run_dir))  # refused here, before any process starts
+        raise ConfigError(
+            "shadow", [Problem("--output", str(output), f"{output.parent} is not a folder", "choose another")]
+        )
+    shadow_experiment(
+        experiment, recipe, fp8_format, Path(experiment.run_dir)
+    )  # refused here, before any process starts
     if "RANK" in os.environ:
         report = shadow(experiment, recipe, fp8_format, steps)
     else:
@@ -124,7 +136,8 @@ def run_shadow(experiment: Experiment, recipe: str, fp8_format: str | None, step
 
 
 def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: int) -> Shadow | None:
-    """Run both passes in the ranks of this job; the report on rank 0, None elsewhere. Nothing is written to the experiment's run_dir.
+    """Run both passes in the ranks of this job; the report on rank 0, None elsewhere. Nothing is written to the
+    experiment's run_dir.
 
     Communicates: all groups, in every step. Raises ConfigError, DataFormatError or CheckpointError as training does.
     """
@@ -137,7 +150,8 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
         if run.first_step >= run.loader.num_steps:
             rule = f"has no step left: {run.first_step} of {run.loader.num_steps} are done"
             raise ConfigError(
-                "shadow", [Problem("run_dir", experiment.run_dir, rule, "choose another run_dir to start from its beginning")]
+                "shadow",
+                [Problem("run_dir", experiment.run_dir, rule, "choose another run_dir to start from its beginning")],
             )
         numbers = range(run.first_step, min(run.first_step + steps, run.loader.num_steps))
         for step in numbers:
@@ -156,9 +170,11 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
 
 
 def borrow_checkpoints(run_dir: Path, folder: Path) -> None:
-    """Let a run in `folder` begin with the checkpoints of `run_dir`, of which it can neither rename nor remove anything.
+    """Let a run in `folder` begin with the checkpoints of `run_dir`, of which it can neither rename nor remove
+    anything.
 
-    Each for itself: what a training that is under way is writing beside them is not seen, and would be removed as left over.
+    Each for itself: what a training that is under way is writing beside them is not seen, and would be removed as left
+    over.
     """
     (folder / "checkpoints").mkdir()
     for found in named_checkpoints(run_dir.absolute()):
@@ -172,14 +188,24 @@ def _train(run: setup.Run, step: int, in_fp8: bool, before_update: Any = None) -
     set_learning_rate(run.optimizer, experiment.optimizer.lr * run.schedule.lr_fraction(step), ratio)
     batches = run.loader.micro_batches(step)
     result = train_step(
-        experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device, before_update=before_update, in_fp8=in_fp8
+        experiment,
+        stage,
+        step,
+        run.wrapped,
+        run.optimizer,
+        batches,
+        run.groups,
+        run.device,
+        before_update=before_update,
+        in_fp8=in_fp8,
     )
     gather_parameters(run.wrapped)
     return result.loss
 
 
 def count_lost(scaled: Tensor, values: Tensor) -> Tensor:
-    """float64 numbers of values that are not zero, that saturate, and that become zero; `values` are the FP8 form of `scaled`."""
+    """float64 numbers of values that are not zero, that saturate, and that become zero; `values` are the FP8 form of
+    `scaled`."""
     largest = torch.finfo(values.dtype).max
     # the largest value of E4M3 is 1.75 * 2^8, of E5M2 1.75 * 2^15, and half a step there 2^4 or 2^12
     half_step = largest / (28 if values.dtype == torch.float8_e4m3fn else 14)
@@ -227,7 +253,9 @@ class _Comparison:
         """Keep the gradients of a batch under the recipe; returns its loss. Nothing is updated."""
         run, experiment = self._run, self._run.experiment
         stage = run.schedule.stage(step)
-        found = compute_gradients(experiment, stage, step, run.wrapped, run.loader.micro_batches(step), run.groups, run.device)
+        found = compute_gradients(
+            experiment, stage, step, run.wrapped, run.loader.micro_batches(step), run.groups, run.device
+        )
         self._with_recipe, self._experts_with_recipe = self._gradients(), self._take_experts()
         return sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)[0].item()
 
@@ -236,13 +264,23 @@ class _Comparison:
         gradients = self._gradients()
         for layer, experts in self._take_experts().items():
             for plain_TK, with_recipe_TK in zip(experts, self._experts_with_recipe[layer], strict=True):
-                self._rerouted[layer] += torch.tensor([int((plain_TK != with_recipe_TK).sum()), plain_TK.numel()], dtype=torch.float64)
+                self._rerouted[layer] += torch.tensor(
+                    [int((plain_TK != with_recipe_TK).sum()), plain_TK.numel()], dtype=torch.float64
+                )
         step = {}
         for name, exact in gradients.items():
             with_recipe, before = self._with_recipe[name].double().flatten(), self._before.get(name)
             exact = exact.double().flatten()
-            noise = (exact - before.double().flatten()).square().sum() if before is not None else exact.new_tensor(math.nan)
-            sums = (exact @ with_recipe, exact @ exact, with_recipe @ with_recipe, (exact - with_recipe).square().sum(), noise)
+            noise = (
+                (exact - before.double().flatten()).square().sum() if before is not None else exact.new_tensor(math.nan)
+            )
+            sums = (
+                exact @ with_recipe,
+                exact @ exact,
+                with_recipe @ with_recipe,
+                (exact - with_recipe).square().sum(),
+                noise,
+            )
             step[name] = tuple(float(value) for value in sums)
         self._steps.append(step)
         self._before = gradients
@@ -282,7 +320,9 @@ class _Comparison:
 
     def rerouted(self) -> dict[int, float]:
         """Layer -> share of choices that differ. Communicates: all ranks."""
-        return {layer: (counts[0] / counts[1]).item() for layer, counts in sorted(_sum_over_ranks(self._rerouted).items())}
+        return {
+            layer: (counts[0] / counts[1]).item() for layer, counts in sorted(_sum_over_ranks(self._rerouted).items())
+        }
 
     def operands(self) -> list[OperandLoss]:
         """Of every quantised operand, the largest lost share first. Communicates: all ranks."""
@@ -307,14 +347,29 @@ def _sum_over_ranks(mine: dict[Any, Tensor]) -> dict[Any, Tensor]:
 def table(report: Shadow, longest: int = 12) -> list[tuple[str, list[tuple[str, ...]]]]:
     """The report as titled tables of text."""
     losses = [
-        (f"{report.first_step + number + 1}", f"{plain:.4f}", f"{trained:.4f}", f"{trained - plain:+.4f}", f"{same - plain:+.5f}")
-        for number, (plain, trained, same) in enumerate(zip(report.losses, report.recipe_losses, report.same_weight_losses, strict=True))
+        (
+            f"{report.first_step + number + 1}",
+            f"{plain:.4f}",
+            f"{trained:.4f}",
+            f"{trained - plain:+.4f}",
+            f"{same - plain:+.5f}",
+        )
+        for number, (plain, trained, same) in enumerate(
+            zip(report.losses, report.recipe_losses, report.same_weight_losses, strict=True)
+        )
     ]
     weights = [
-        (row.name, f"{row.cosine:.5f}", f"{row.relative_error:.4f}", f"{row.batch_noise:.3f}" if report.losses[1:] else "")
+        (
+            row.name,
+            f"{row.cosine:.5f}",
+            f"{row.relative_error:.4f}",
+            f"{row.batch_noise:.3f}" if report.losses[1:] else "",
+        )
         for row in report.weights[:longest]
     ]
-    operands = [(row.name, row.operand, f"{row.saturated:.3%}", f"{row.flushed:.3%}") for row in report.operands[:longest]]
+    operands = [
+        (row.name, row.operand, f"{row.saturated:.3%}", f"{row.flushed:.3%}") for row in report.operands[:longest]
+    ]
     header = ("step", report.dtype, report.recipe, "gap", "gap at the same weights")
     return [
         ("loss", [header, *losses]),
@@ -331,7 +386,11 @@ def conclusion(report: Shadow) -> str:
     """One sentence of figures; the judgement is the reader's."""
     gaps = [trained - plain for plain, trained in zip(report.losses, report.recipe_losses, strict=True)]
     worst, steps = report.weights[0], len(gaps)
-    noisiest = max((row.relative_error / row.batch_noise for row in report.weights if row.batch_noise > 0), default=math.nan)
+    noisiest = max(
+        (row.relative_error / row.batch_noise for row in report.weights if row.batch_noise > 0), default=math.nan
+    )
     text = f"{report.recipe} against {report.dtype}, {steps} steps: loss {gaps[-1]:+.4f} in the last step, "
     text += f"{sum(gaps) / steps:+.4f} on average; smallest gradient cosine {worst.cosine:.4f} ({worst.name})"
-    return text + ("" if math.isnan(noisiest) else f"; errors of gradients are at most {noisiest:.2f} of the noise of a batch")
+    return text + (
+        "" if math.isnan(noisiest) else f"; errors of gradients are at most {noisiest:.2f} of the noise of a batch"
+    )

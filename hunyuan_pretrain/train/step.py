@@ -1,8 +1,8 @@
 """One training step: micro-batches through megatron's schedule, losses, gradient reduction, optimizer.
 
-The loss of a step is the mean cross-entropy over all target tokens of the global batch plus the router losses. Each micro-batch
-contributes a sum already divided by the global number of target tokens, so gradients are added, over micro-batches and over ranks,
-and the result does not depend on how the batch is divided.
+The loss of a step is the mean cross-entropy over all target tokens of the global batch plus the router losses. Each
+micro-batch contributes a sum already divided by the global number of target tokens, so gradients are added, over
+micro-batches and over ranks, and the result does not depend on how the batch is divided.
 
 Shapes: T tokens of a micro-batch on this rank, L layers, X router statistics.
 """
@@ -42,7 +42,9 @@ class StepResult:
     statistics_LX: Tensor  # router statistics summed over the global batch, see model.router.STATISTICS
 
 
-def micro_batch_inputs(batch: MicroBatch, groups: ProcessGroupCollection, experiment: Experiment, device: torch.device) -> dict[str, Any]:
+def micro_batch_inputs(
+    batch: MicroBatch, groups: ProcessGroupCollection, experiment: Experiment, device: torch.device
+) -> dict[str, Any]:
     """What HunyuanModel.forward takes of the data, and loss_mask_T, for this context-parallel rank's tokens.
 
     And group_n: which routing groups of the micro-batch these tokens are, counted from its first.
@@ -62,21 +64,31 @@ def micro_batch_inputs(batch: MicroBatch, groups: ProcessGroupCollection, experi
     }
     mine = tensors if context is None else {name: tensor[rows_T] for name, tensor in tensors.items()}
     inputs: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in mine.items()}
-    return inputs | {"borders": borders, "context": context, "group_n": to_device(rows_T[::group_tokens] // group_tokens, device)}
+    return inputs | {
+        "borders": borders,
+        "context": context,
+        "group_n": to_device(rows_T[::group_tokens] // group_tokens, device),
+    }
 
 
-def routing_key(experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, group_n: Tensor) -> RoutingKey:
+def routing_key(
+    experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, group_n: Tensor
+) -> RoutingKey:
     """Key of these routing groups of the micro-batch: numbered through the global batch, whatever rank holds them."""
     per_sequence = stage.sequence_length // experiment.model.moe_routing_group_tokens
     sequence_n = to_device(batch.sequence_ids, group_n.device)[group_n // per_sequence]
     return RoutingKey(
-        experiment.seed, step, sequence_n * per_sequence + group_n % per_sequence, stage.global_batch_sequences * per_sequence
+        experiment.seed,
+        step,
+        sequence_n * per_sequence + group_n % per_sequence,
+        stage.global_batch_sequences * per_sequence,
     )
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one pass over the global batch left on this rank; the gradients themselves are in the model's buffers, reduced."""
+    """What one pass over the global batch left on this rank; the gradients themselves are in the model's buffers,
+    reduced."""
 
     losses: list[Tensor]  # of each micro-batch, on the last stage
     statistics: list[Tensor]  # router statistics (L, X) of each micro-batch
@@ -93,10 +105,11 @@ def compute_gradients(
     device: torch.device,
     in_fp8: bool = True,
 ) -> Gradients:
-    """Forward and backward over this rank's micro-batches of the global batch, and the reduction of the gradients, from zero.
+    """Forward and backward over this rank's micro-batches of the global batch, and the reduction of the gradients, from
+    zero.
 
-    in_fp8: False leaves out the FP8 recipe, if the experiment has one. Communicates: data-parallel group (token count, gradients), what
-    the model and the schedule do, and the recipe's scales.
+    in_fp8: False leaves out the FP8 recipe, if the experiment has one. Communicates: data-parallel group (token count,
+    gradients), what the model and the schedule do, and the recipe's scales.
     """
     mine = torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double()
     num_target_tokens = sum_over(groups.dp, to_device(mine, device))
@@ -181,24 +194,33 @@ def run_schedule(
 
 
 def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Core's three-part form of a loss that it must not divide: the loss, a token count it adds up (unused), what to keep."""
+    """Core's three-part form of a loss that it must not divide: the loss, a token count it adds up (unused), what to
+    keep."""
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
 
 
-def _finalize(model: list[Any], num_tokens: Tensor | None = None, *, groups: ProcessGroupCollection, **kwargs: Any) -> None:
+def _finalize(
+    model: list[Any], num_tokens: Tensor | None = None, *, groups: ProcessGroupCollection, **kwargs: Any
+) -> None:
     """Core's gradient reduction without its division by the token count, which the loss has already."""
     kwargs["pg_collection"] = groups
     finalize_model_grads(model, None, **kwargs)
 
 
-def sum_over_batch(groups: ProcessGroupCollection, losses: list[Tensor], width: int, statistics: list[Tensor]) -> Tensor:
-    """float64 sums over the global batch: those of `losses` (a vector of `width` numbers a micro-batch, on the last stage), the statistics.
+def sum_over_batch(
+    groups: ProcessGroupCollection, losses: list[Tensor], width: int, statistics: list[Tensor]
+) -> Tensor:
+    """float64 sums over the global batch: those of `losses` (a vector of `width` numbers a micro-batch, on the last
+    stage), the statistics.
 
-    Every rank of a stage has routed tokens that no other has; the loss is the same on all tensor-parallel ranks and counts on the first.
+    Every rank of a stage has routed tokens that no other has; the loss is the same on all tensor-parallel ranks and
+    counts on the first.
     Communicates: all ranks.
     """
     statistics_sum = torch.stack(statistics).double().sum(0).flatten()
-    loss_sum = torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else statistics_sum.new_zeros(width)
+    loss_sum = (
+        torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else statistics_sum.new_zeros(width)
+    )
     return sum_over(dist.group.WORLD, torch.cat([loss_sum, statistics_sum]))
 
 

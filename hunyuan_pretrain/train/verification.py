@@ -20,9 +20,10 @@ _SHOWN_PROBLEMS = 20
 def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = None) -> None:
     """Compare each file with its SHA-256, on one of the ranks; rank 0 says on stderr how far they are if it takes long.
 
-    Raises DataFormatError, the same on all ranks, that names the files found missing or different until then; others may be too. Raises
-    StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
-    Communicates: all ranks, now and then, so that none that has read its files waits longer for the others than a collective may.
+    Raises DataFormatError, the same on all ranks, that names the files found missing or different until then; others
+    may be too. Raises StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
+    Communicates: all ranks, now and then, so that none that has read its files waits longer for the others than a
+    collective may.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     # files of one kind are about equally long
@@ -67,4 +68,7 @@ def _raise_if_any(problems: list[str]) -> None:
 
 def _print_progress(done: int, files: Mapping[Path, str | None]) -> None:
     total = sum(file.stat().st_size for file in files if file.is_file())
-    print(f"verifying data: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB (runtime.verify_data=sizes leaves this out)", file=sys.stderr)
+    print(
+        f"verifying data: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB (runtime.verify_data=sizes leaves this out)",
+        file=sys.stderr,
+    )

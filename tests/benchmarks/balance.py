@@ -1,16 +1,19 @@
-"""How much longer a training step takes because ranks wait for each other, in a model of the step, with and without balancing.
+"""How much longer a training step takes because ranks wait for each other, in a model of the step, with and without
+balancing.
 
     python tests/benchmarks/balance.py LENGTHS.npy [--kinds KINDS.npy] [--config configs/model/hunyuan_large.yaml]
 
-LENGTHS.npy holds the tokens of each document of a corpus. They are packed to 32K and to 256K, and steps of 256 sequences, one a
-micro-batch, are drawn for 8 and 64 data-parallel ranks, from epochs of whole steps. A sequence costs its FLOPs (plan.counts), as if a FLOP
-of attention took as long as any other.
+LENGTHS.npy holds the tokens of each document of a corpus. They are packed to 32K and to 256K, and steps of 256
+sequences, one a micro-batch, are drawn for 8 and 64 data-parallel ranks, from epochs of whole steps. A sequence costs
+its FLOPs (plan.counts), as if a FLOP of attention took as long as any other.
 
-- `micro-batch`: sum over micro-batches of the dearest rank / of the mean rank: the slow-down where ranks meet in every micro-batch, as
-  they do where experts are spread over all of them.
-- `step`: dearest / mean rank over a whole step: the slow-down where they meet at its end only. Both are means over the steps.
-- `noise`: variance between steps of the mean cost of the step's sequences and, with KINDS.npy (a kind for each document, such as its
-  language), of the share of tokens of the commonest kind; as a multiple of that in random order: what balanced groups cost in randomness.
+- `micro-batch`: sum over micro-batches of the dearest rank / of the mean rank: the slow-down where ranks meet in every
+  micro-batch, as they do where experts are spread over all of them.
+- `step`: dearest / mean rank over a whole step: the slow-down where they meet at its end only. Both are means over the
+  steps.
+- `noise`: variance between steps of the mean cost of the step's sequences and, with KINDS.npy (a kind for each
+  document, such as its language), of the share of tokens of the commonest kind; as a multiple of that in random order:
+  what balanced groups cost in randomness.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ def share_of_commonest_kind(packing: Packing, kinds: np.ndarray, lengths: np.nda
 
 
 def compare(costs: np.ndarray, order: np.ndarray, ranks: int, kind: np.ndarray | None) -> None:
-    """A line for each way to order and to deal sequences of these costs, of whose tokens `kind` is the share of one kind."""
+    """A line for each way to order and to deal sequences of these costs, of whose tokens `kind` is the share of one
+    kind."""
 
     def random(position: np.ndarray, key: int) -> np.ndarray:
         return permuted(position, len(costs), key)
@@ -77,10 +81,17 @@ def compare(costs: np.ndarray, order: np.ndarray, ranks: int, kind: np.ndarray |
     in_random_order = [values[steps_of(len(costs), random)].mean(axis=1).var() for values in attributes]
     for name, walk, is_dealt in walks:
         steps = steps_of(len(costs), walk)
-        found = [imbalance((c[deal(c, ranks, 1)] if is_dealt else c.reshape(-1, ranks, 1)).sum(axis=2)) for c in costs[steps]]
-        noise = [values[steps].mean(axis=1).var() / one for values, one in zip(attributes, in_random_order, strict=True)]
+        found = [
+            imbalance((c[deal(c, ranks, 1)] if is_dealt else c.reshape(-1, ranks, 1)).sum(axis=2)) for c in costs[steps]
+        ]
+        noise = [
+            values[steps].mean(axis=1).var() / one for values, one in zip(attributes, in_random_order, strict=True)
+        ]
         slow, at_end = np.mean([each.slowdown for each in found]), np.mean([each.step for each in found])
-        print(f"{ranks:7}  {name:24} {slow:11.3f} {at_end:7.3f}   " + " ".join(f"{value:9.1f}" for value in noise), flush=True)
+        print(
+            f"{ranks:7}  {name:24} {slow:11.3f} {at_end:7.3f}   " + " ".join(f"{value:9.1f}" for value in noise),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -92,14 +103,18 @@ def main() -> None:
     lengths = np.load(arguments.lengths)
     balance_point = attention_cost_tokens(load_model(arguments.config))
     print(
-        f"{len(lengths):,} documents, {lengths.sum(dtype=np.int64):,} tokens; attention costs as much as all else at {balance_point:,.0f}"
+        f"{len(lengths):,} documents, {lengths.sum(dtype=np.int64):,} tokens; attention costs as much as all "
+        f"else at {balance_point:,.0f}"
     )
     for sequence_length in (32768, 262144):
         packing = pack_documents(lengths, sequence_length, 0)
         squares = squared_lengths(packing)
         costs = sequence_costs(squares, sequence_length, balance_point)
         quantiles = np.quantile(costs / sequence_length - 1, [0, 0.5, 0.9, 1]).round(3)
-        print(f"{len(costs):,} sequences of {sequence_length:,}; attention / all else: least, median, 90%, most {quantiles.tolist()}")
+        print(
+            f"{len(costs):,} sequences of {sequence_length:,}; attention / all else: least, median, 90%, most "
+            f"{quantiles.tolist()}"
+        )
         print(f"{'ranks':>7}  {'order':24} {'micro-batch':>11} {'step':>7}   noise of cost, of kind")
         kind = share_of_commonest_kind(packing, np.load(arguments.kinds), lengths) if arguments.kinds else None
         for ranks in (8, 64):

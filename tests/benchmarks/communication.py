@@ -1,11 +1,13 @@
-"""Bytes that a rank sends in one training step, counted: this trainer, with CLA and without, and megatron-core's GPTModel with MoE.
+"""Bytes that a rank sends in one training step, counted: this trainer, with CLA and without, and megatron-core's
+GPTModel with MoE.
 
     python tests/benchmarks/communication.py [--only tp2 ep2] [--json FILE]
 
-Two gloo ranks of one process each, fp32, no distributed optimizer, the model, tokens and steps of train_step.py. The second step of each is
-counted by parallel.traffic, which says what the bytes are; they do not depend on the machine or its load. Of two ranks the one that sends
-more counts. megatron-core has no context parallelism without Transformer Engine. Last, from the closed forms of the plan, which a test
-holds equal to the counted bytes: what cross-layer attention (CLA) and recycle routing save at the size of Hunyuan-Large.
+Two gloo ranks of one process each, fp32, no distributed optimizer, the model, tokens and steps of train_step.py. The
+second step of each is counted by parallel.traffic, which says what the bytes are; they do not depend on the machine or
+its load. Of two ranks the one that sends more counts. megatron-core has no context parallelism without Transformer
+Engine. Last, from the closed forms of the plan, which a test holds equal to the counted bytes: what cross-layer
+attention (CLA) and recycle routing save at the size of Hunyuan-Large.
 """
 
 from __future__ import annotations
@@ -69,7 +71,11 @@ def count(layout: str, contender: str) -> dict[tuple[str, str], tuple[int, int]]
     processes = []
     for rank in range(2):
         place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = (
+            os.environ
+            | {key: str(value) for key, value in place.items()}
+            | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        )
         command = [sys.executable, __file__, "--worker", layout, contender]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     answers = [process.communicate()[0].strip().splitlines() for process in processes]
@@ -99,21 +105,31 @@ def savings() -> None:
 
     def stage(length: int) -> StageConfig:
         return StageConfig(
-            name="s", tokens=1, sequence_length=length, global_batch_sequences=1, lr_end=1.0, data=(DataSource(path="none"),)
-        )  # fmt: skip
+            name="s",
+            tokens=1,
+            sequence_length=length,
+            global_batch_sequences=1,
+            lr_end=1.0,
+            data=(DataSource(path="none"),),
+        )
 
     def sends(axis: str, ranks: int, length: int, sizes: dict[str, Any], **changes: Any) -> str:
         model, parallel = ModelConfig.model_validate(large.model_dump() | changes), ParallelConfig(**sizes)
         data_parallel = ranks // sizes.get("context_parallel_size", 1)
         batch = stage(length).model_copy(update={"global_batch_sequences": data_parallel})
         found = communication_per_rank(model, parallel, PrecisionConfig(), batch, ranks)
-        calls = sum(messages.calls for (over, kind), messages in found.messages.items() if over == axis and kind != "recv")
+        calls = sum(
+            messages.calls for (over, kind), messages in found.messages.items() if over == axis and kind != "recv"
+        )
         return f"{found.sent_bytes(axis) / 2**30:.3g} in {calls} calls"
 
     context = {"context_parallel_size": 8, "context_parallel_method": "all_gather"}
     print("\nHunyuan-Large in bf16, GiB that a rank sends for one sequence, forward and backward")
     keys = "  keys and values, 8 context-parallel ranks, 32,768 tokens,"
-    print(f"{keys} with CLA: {sends('cp', 8, 32768, context)}; without: {sends('cp', 8, 32768, context, cla_share_factor=1)}")
+    print(
+        f"{keys} with CLA: {sends('cp', 8, 32768, context)}; without: "
+        f"{sends('cp', 8, 32768, context, cla_share_factor=1)}"
+    )
     fewer = parameters(large.model_copy(update={"cla_share_factor": 1})).total - parameters(large).total
     print(f"  weights to reduce and gather: {fewer:,} fewer of them by CLA")
     rows: dict[str, dict[str, Any]] = {
@@ -137,19 +153,31 @@ def main() -> None:
         worker(*arguments.worker)
         return
     report: dict[str, Any] = {}
-    print(f"{'MiB sent by a rank in a step':32}" + "".join(f"{name:>14}" for name in CONTENDERS) + f"{'ours/GPTModel':>16}")
+    print(
+        f"{'MiB sent by a rank in a step':32}"
+        + "".join(f"{name:>14}" for name in CONTENDERS)
+        + f"{'ours/GPTModel':>16}"
+    )
     for layout in arguments.only:
         contenders = [name for name in CONTENDERS if name != "GPTModel" or LAYOUTS[layout][2] is not None]
         found = {name: count(layout, name) for name in contenders}
-        report[layout] = {name: [[*key, *messages] for key, messages in traffic.items()] for name, traffic in found.items()}
+        report[layout] = {
+            name: [[*key, *messages] for key, messages in traffic.items()] for name, traffic in found.items()
+        }
         by_axis = {name: sent(traffic) for name, traffic in found.items()}
         totals = {name: sum(axes.values()) for name, axes in by_axis.items()}
         ratio = f"{totals['ours'] / totals['GPTModel']:16.2f}" if "GPTModel" in totals else f"{'-':>16}"
         print(f"{layout:32}" + columns(totals) + ratio)
         for axis in sorted({axis for axes in by_axis.values() for axis in axes}):
             print(f"  {axis:30}" + columns({name: axes.get(axis, 0) for name, axes in by_axis.items()}))
-        calls = {name: sum(number for (_, kind), (number, _) in traffic.items() if kind != "recv") for name, traffic in found.items()}
-        print(f"  {'calls':30}" + "".join(f"{calls[name]:14,}" if name in calls else f"{'-':>14}" for name in CONTENDERS), flush=True)
+        calls = {
+            name: sum(number for (_, kind), (number, _) in traffic.items() if kind != "recv")
+            for name, traffic in found.items()
+        }
+        print(
+            f"  {'calls':30}" + "".join(f"{calls[name]:14,}" if name in calls else f"{'-':>14}" for name in CONTENDERS),
+            flush=True,
+        )
     savings()
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -22,4 +22,7 @@ def seconds(code: str) -> float:
 
 if __name__ == "__main__":
     bare = seconds("pass")
-    print(f"import hunyuan_pretrain.config.load: {seconds('import hunyuan_pretrain.config.load') - bare:.3f} s over {bare:.3f} s")
+    print(
+        f"import hunyuan_pretrain.config.load: {seconds('import hunyuan_pretrain.config.load') - bare:.3f} s "
+        f"over {bare:.3f} s"
+    )

@@ -1,9 +1,12 @@
-"""The chain of the data on a corpus: text -> tokenizer -> shards -> packs of 4K, 32K and 256K -> mixtures of the published phases.
+"""The chain of the data on a corpus: text -> tokenizer -> shards -> packs of 4K, 32K and 256K -> mixtures of the
+published phases.
 
-    python tests/benchmarks/data_chain.py CORPUS.jsonl WORK [--base cl100k_base.tiktoken] [--vocab-size 32768] [--sample-fraction 0.25]
+    python tests/benchmarks/data_chain.py CORPUS.jsonl WORK [--base cl100k_base.tiktoken] [--vocab-size 32768]
+    [--sample-fraction 0.25]
 
-Runs the commands that a user runs, each as a process of its own; prints seconds, processor seconds, peak memory of the largest process and
-bytes written for each, then what each phase will read. WORK must be empty. Documents of at least an eighth of the sequence are "long".
+Runs the commands that a user runs, each as a process of its own; prints seconds, processor seconds, peak memory of the
+largest process and bytes written for each, then what each phase will read. WORK must be empty. Documents of at least an
+eighth of the sequence are "long".
 """
 
 from __future__ import annotations
@@ -43,9 +46,12 @@ def size_of(folder: Path) -> float:
 
 
 def phases(work: Path, vocab_size: int, tokens: int) -> dict:
-    """An experiment with the phases of Hunyuan-Large's report, scaled to the corpus: 90% of its tokens before the long context."""
+    """An experiment with the phases of Hunyuan-Large's report, scaled to the corpus: 90% of its tokens before the long
+    context."""
 
-    def stage(name: str, share: float, length: int, batch: int, lr_end: float, data: list[dict], alpha: float = 1.0) -> dict:
+    def stage(
+        name: str, share: float, length: int, batch: int, lr_end: float, data: list[dict], alpha: float = 1.0
+    ) -> dict:
         size = max(int(share * tokens), length * batch)
         fields = {"sequence_length": length, "global_batch_sequences": batch, "lr_end": lr_end, "rope_alpha": alpha}
         return {"name": name, "tokens": size, **fields, "data": data}
@@ -102,7 +108,17 @@ def main() -> None:
             ("normal", "--max-document-tokens", length // LONG_SHARE - 1),
         ):
             output = work / f"packed_{length}_{kind}"
-            run(f"pack {length:,}, {kind}", "pack", tokens, "--sequence-length", length, option, limit, "--output", output)
+            run(
+                f"pack {length:,}, {kind}",
+                "pack",
+                tokens,
+                "--sequence-length",
+                length,
+                option,
+                limit,
+                "--output",
+                output,
+            )
     manifest = yaml.safe_load((tokens / "manifest.json").read_text())
     (work / "phases.yaml").write_text(yaml.safe_dump(phases(work, options.vocab_size, manifest["tokens"])))
     run("mix", "mix", work / "phases.yaml", "--output", work / "mix")

@@ -3,9 +3,9 @@
     make demo                                   # its text, tokenizer and packed data
     python tests/benchmarks/fp8_recipes.py [--seeds 3] [--output fp8_out] [KEY=VALUE]...
 
-Trains configs/dev/fp8_comparison.yaml for every seed in BF16 and under each recipe; a seed decides the weights, the order of the data and
-the recycling, so runs of one seed differ in the recipe alone. Prints a table and writes it beside a plot of the gaps to BF16. A run whose
-result is there already is not repeated.
+Trains configs/dev/fp8_comparison.yaml for every seed in BF16 and under each recipe; a seed decides the weights, the
+order of the data and the recycling, so runs of one seed differ in the recipe alone. Prints a table and writes it beside
+a plot of the gaps to BF16. A run whose result is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -28,8 +28,17 @@ def train(recipe: str, seed: int, output: Path, overrides: list[str]) -> dict[st
     run_dir = output / f"{recipe}_{seed}"
     result = output / f"{recipe}_{seed}.json"
     if not result.exists():
-        settings = [f"seed={seed}", f"run_dir={run_dir}", f"precision.fp8_recipe={'null' if recipe == 'bf16' else recipe}", *overrides]
-        subprocess.run([sys.executable, "-m", "hunyuan_pretrain", "train", str(CONFIG), *settings], check=True, stdout=subprocess.DEVNULL)
+        settings = [
+            f"seed={seed}",
+            f"run_dir={run_dir}",
+            f"precision.fp8_recipe={'null' if recipe == 'bf16' else recipe}",
+            *overrides,
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "hunyuan_pretrain", "train", str(CONFIG), *settings],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if "loss" in record]
         heldout = next(record["validation_loss"] for record in reversed(records) if "validation_loss" in record)
@@ -57,7 +66,8 @@ def rows_of(results: dict[str, list[dict]]) -> list[tuple[str, ...]]:
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
-    """Gap of each recipe to BF16 by step, mean over the seeds; grey: how far BF16 runs of single seeds are from their mean."""
+    """Gap of each recipe to BF16 by step, mean over the seeds; grey: how far BF16 runs of single seeds are from their
+    mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,9 +77,14 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     steps = range(1, len(results["bf16"][0]["losses"]) + 1)
     by_step = list(zip(*(run["losses"] for run in results["bf16"]), strict=True))
     spread = [statistics.stdev(losses) if len(losses) > 1 else 0.0 for losses in by_step]
-    axes.fill_between(steps, [-value for value in spread], spread, color="0.85", label="bf16, standard deviation of seeds")
+    axes.fill_between(
+        steps, [-value for value in spread], spread, color="0.85", label="bf16, standard deviation of seeds"
+    )
     for recipe in RECIPES[1:]:
-        pairs = [zip(run["losses"], plain["losses"], strict=True) for run, plain in zip(results[recipe], results["bf16"], strict=True)]
+        pairs = [
+            zip(run["losses"], plain["losses"], strict=True)
+            for run, plain in zip(results[recipe], results["bf16"], strict=True)
+        ]
         gaps = [statistics.mean(row) for row in zip(*([a - b for a, b in pair] for pair in pairs), strict=True)]
         axes.plot(steps, gaps, label=recipe, linewidth=1)
     axes.set_xlabel("step")

@@ -1,11 +1,12 @@
-"""Tokens/s and TFLOP/s of a training step on one GPU in bf16 and in every FP8 recipe that it supports, beside megatron-core's GPTModel.
+"""Tokens/s and TFLOP/s of a training step on one GPU in bf16 and in every FP8 recipe that it supports, beside
+megatron-core's GPTModel.
 
     python tests/benchmarks/fp8_throughput.py [--steps 10] [--on-stand-ins]
 
-Both have Transformer Engine's layers, the same shapes, tokens and AdamW; each contender is a process of its own, one after the other, and
-the median step counts. TFLOP/s: 6 x active parameters x tokens, as if there were no attention. GPTModel has no CLA and no recycling, and
-drops no token. --on-stand-ins: tiny sizes with the stand-ins of the tests in place of kernels, to see that everything runs; its figures are
-void.
+Both have Transformer Engine's layers, the same shapes, tokens and AdamW; each contender is a process of its own, one
+after the other, and the median step counts. TFLOP/s: 6 x active parameters x tokens, as if there were no attention.
+GPTModel has no CLA and no recycling, and drops no token. --on-stand-ins: tiny sizes with the stand-ins of the tests in
+place of kernels, to see that everything runs; its figures are void.
 """
 
 from __future__ import annotations
@@ -28,8 +29,28 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 RECIPES = (None, "delayed", "tensorwise", "blockwise", "mxfp8")
-ON_GPU = {"layers": 4, "hidden": 2048, "heads": 16, "groups": 4, "ffn": 5632, "experts": 8, "vocab": 32768, "length": 4096, "sequences": 4}
-ON_STAND_INS = {"layers": 2, "hidden": 64, "heads": 4, "groups": 2, "ffn": 64, "experts": 4, "vocab": 128, "length": 64, "sequences": 2}
+ON_GPU = {
+    "layers": 4,
+    "hidden": 2048,
+    "heads": 16,
+    "groups": 4,
+    "ffn": 5632,
+    "experts": 8,
+    "vocab": 32768,
+    "length": 4096,
+    "sequences": 4,
+}
+ON_STAND_INS = {
+    "layers": 2,
+    "hidden": 64,
+    "heads": 4,
+    "groups": 2,
+    "ffn": 64,
+    "experts": 4,
+    "vocab": 128,
+    "length": 64,
+    "sequences": 2,
+}
 MICRO_BATCHES = 2
 Step = Callable[[], float]
 
@@ -38,7 +59,14 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
     """This project's step with every feature on; returns (step, active parameters)."""
     import torch
 
-    from hunyuan_pretrain.config.schema import DataSource, Experiment, ModelConfig, OptimizerConfig, PrecisionConfig, StageConfig
+    from hunyuan_pretrain.config.schema import (
+        DataSource,
+        Experiment,
+        ModelConfig,
+        OptimizerConfig,
+        PrecisionConfig,
+        StageConfig,
+    )
     from hunyuan_pretrain.data.loader import MicroBatch
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
@@ -49,17 +77,32 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
     from hunyuan_pretrain.train.step import train_step
 
     stage = StageConfig(
-        name="bench", tokens=10**9, sequence_length=size.length, global_batch_sequences=size.sequences,
-        micro_batch_sequences=size.sequences // MICRO_BATCHES, lr_end=1.0, data=(DataSource(path="none"),),
-    )  # fmt: skip
+        name="bench",
+        tokens=10**9,
+        sequence_length=size.length,
+        global_batch_sequences=size.sequences,
+        micro_batch_sequences=size.sequences // MICRO_BATCHES,
+        lr_end=1.0,
+        data=(DataSource(path="none"),),
+    )
     experiment = Experiment(
-        name="bench", run_dir="none", tokenizer="none", stages=(stage,),
+        name="bench",
+        run_dir="none",
+        tokenizer="none",
+        stages=(stage,),
         model=ModelConfig(
-            num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, num_query_groups=size.groups,
-            ffn_hidden_size=size.ffn, num_moe_experts=size.experts, padded_vocab_size=size.vocab, moe_routing_group_tokens=size.length,
+            num_layers=size.layers,
+            hidden_size=size.hidden,
+            num_attention_heads=size.heads,
+            num_query_groups=size.groups,
+            ffn_hidden_size=size.ffn,
+            num_moe_experts=size.experts,
+            padded_vocab_size=size.vocab,
+            moe_routing_group_tokens=size.length,
         ),
-        precision=PrecisionConfig(dtype="bf16", fp8_recipe=recipe), optimizer=OptimizerConfig(lr=1e-4),
-    )  # fmt: skip
+        precision=PrecisionConfig(dtype="bf16", fp8_recipe=recipe),
+        optimizer=OptimizerConfig(lr=1e-4),
+    )
     groups = build_groups(experiment.parallel, 600)
     config = transformer_config(experiment.model, experiment.parallel, experiment.precision, engine, engine)
     chunks = wrap_data_parallel(build_model(config, groups, 0), experiment, groups)
@@ -69,13 +112,16 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
     rows = size.sequences // MICRO_BATCHES * size.length
     batches = [
         MicroBatch(
-            tokens_T=tokens[start : start + rows], labels_T=labels[start : start + rows], loss_mask_T=torch.ones(rows),
-            positions_T=torch.arange(size.length).repeat(rows // size.length), max_seqlen=size.length,
+            tokens_T=tokens[start : start + rows],
+            labels_T=labels[start : start + rows],
+            loss_mask_T=torch.ones(rows),
+            positions_T=torch.arange(size.length).repeat(rows // size.length),
+            max_seqlen=size.length,
             sequence_ids=torch.arange(start, start + rows, size.length) // size.length,
             cu_seqlens=torch.arange(0, rows + 1, size.length, dtype=torch.int32),
         )
         for start in range(0, size.sequences * size.length, rows)
-    ]  # fmt: skip
+    ]
     steps = iter(range(1 << 30))
 
     def step() -> float:
@@ -101,20 +147,46 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
 
     groups = build_groups(ParallelConfig(), 600)
     model_parallel_cuda_manual_seed(1)
-    formats: dict[str, Any] = {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe} if recipe else {}
+    formats: dict[str, Any] = (
+        {"fp8": "e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid", "fp8_recipe": recipe} if recipe else {}
+    )
     if recipe == "delayed":
         formats |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     config = TransformerConfig(
-        num_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.heads, num_query_groups=size.groups,
-        ffn_hidden_size=size.ffn, moe_ffn_hidden_size=size.ffn, moe_shared_expert_intermediate_size=size.ffn,
-        num_moe_experts=size.experts, moe_router_topk=1, moe_router_pre_softmax=True, moe_router_dtype="fp32", moe_aux_loss_coeff=1e-3,
-        moe_router_load_balancing_type="aux_loss", moe_token_dispatcher_type="alltoall", moe_grouped_gemm=True, qk_layernorm=True,
-        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, bias_activation_fusion=False,
-        add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=True, bf16=True,
-        params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, moe_router_padding_for_quantization=recipe is not None,
-        use_cpu_initialization=device().type == "cpu", **formats,
-    )  # fmt: skip
-    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=size.experts, moe_grouped_gemm=True, qk_layernorm=True)
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        num_query_groups=size.groups,
+        ffn_hidden_size=size.ffn,
+        moe_ffn_hidden_size=size.ffn,
+        moe_shared_expert_intermediate_size=size.ffn,
+        num_moe_experts=size.experts,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        moe_router_dtype="fp32",
+        moe_aux_loss_coeff=1e-3,
+        moe_router_load_balancing_type="aux_loss",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=True,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        moe_router_padding_for_quantization=recipe is not None,
+        use_cpu_initialization=device().type == "cpu",
+        **formats,
+    )
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=size.experts, moe_grouped_gemm=True, qk_layernorm=True
+    )
     with output_layer_without_apex():
         gpt = GPTModel(
             config,
@@ -124,9 +196,17 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
             share_embeddings_and_output_weights=True,
             position_embedding_type="rope",
         ).to(device(), torch.bfloat16)
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), gpt)
+    model = DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), gpt
+    )
     settings = OptimizerConfig(
-        optimizer="adam", lr=1e-4, weight_decay=0.1, clip_grad=1.0, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+        optimizer="adam",
+        lr=1e-4,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=groups)
     config.finalize_model_grads_func = finalize_model_grads
@@ -135,15 +215,23 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
 
     def forward(numbers: Iterator[int], model: torch.nn.Module) -> tuple:
         number = next(numbers)
-        return model(tokens[number], position, None, labels=labels[number]), lambda losses: (losses.mean(), losses.mean().detach())
+        return model(tokens[number], position, None, labels=labels[number]), lambda losses: (
+            losses.mean(),
+            losses.mean().detach(),
+        )
 
     def step() -> float:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         losses = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter(range(MICRO_BATCHES)), model=[model], num_microbatches=MICRO_BATCHES,
-            seq_length=size.length, micro_batch_size=tokens.shape[1], forward_only=False,
-        )  # fmt: skip
+            forward_step_func=forward,
+            data_iterator=iter(range(MICRO_BATCHES)),
+            model=[model],
+            num_microbatches=MICRO_BATCHES,
+            seq_length=size.length,
+            micro_batch_size=tokens.shape[1],
+            forward_only=False,
+        )
         optimizer.step()
         return losses[0].item()
 
@@ -153,8 +241,8 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
 
 @contextmanager
 def output_layer_without_apex() -> Iterator[None]:
-    """GPTModel's output layer is core's own and adds its gradient inside the product by Apex' extension only: it does without; its other
-    layers, which are Transformer Engine's, do not."""
+    """GPTModel's output layer is core's own and adds its gradient inside the product by Apex' extension only: it does
+    without; its other layers, which are Transformer Engine's, do not."""
     from megatron.core.tensor_parallel import layers
 
     construct = layers.ColumnParallelLinear.__init__
@@ -173,7 +261,11 @@ def sample_tokens(size: SimpleNamespace) -> tuple:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    ids = (size.vocab ** torch.rand(size.sequences * size.length + 1, generator=generator)).long().clamp(max=size.vocab - 1)
+    ids = (
+        (size.vocab ** torch.rand(size.sequences * size.length + 1, generator=generator))
+        .long()
+        .clamp(max=size.vocab - 1)
+    )
     return ids[:-1].clone(), ids[1:].clone()
 
 
@@ -216,7 +308,10 @@ def worker(name: str, num_steps: int, on_stand_ins: bool) -> None:
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     tokens = size.sequences * size.length
-    print(json.dumps({"seconds": seconds[2:], "loss": loss, "active": active, "tokens": tokens, "peak_gib": peak}), flush=True)
+    print(
+        json.dumps({"seconds": seconds[2:], "loss": loss, "active": active, "tokens": tokens, "peak_gib": peak}),
+        flush=True,
+    )
     destroy_groups()
 
 

@@ -1,11 +1,13 @@
-"""What each layout costs on two ranks: tokens/s of this trainer and of megatron-core's GPTModel, same shapes, same layout, in one run.
+"""What each layout costs on two ranks: tokens/s of this trainer and of megatron-core's GPTModel, same shapes, same
+layout, in one run.
 
     python tests/benchmarks/layouts.py [--rounds 3] [--steps 2] [--only dp2 tp2]
 
-Two processes of one thread each over gloo, against one process of one thread; model, tokens and steps are those of train_step.py. The two
-trainers take turns, layout after layout, and the median over the rounds counts. On one machine the ranks share memory bandwidth, and gloo
-copies through the loopback device: the ratio between the two trainers says something about them, the speed-up over one rank little about a
-cluster. megatron-core has no context parallelism without Transformer Engine; for sequence parallelism it is given a norm that allows it.
+Two processes of one thread each over gloo, against one process of one thread; model, tokens and steps are those of
+train_step.py. The two trainers take turns, layout after layout, and the median over the rounds counts. On one machine
+the ranks share memory bandwidth, and gloo copies through the loopback device: the ratio between the two trainers says
+something about them, the speed-up over one rank little about a cluster. megatron-core has no context parallelism
+without Transformer Engine; for sequence parallelism it is given a norm that allows it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,15 @@ LAYOUTS: dict[str, tuple[int, Job, Job | None]] = {
     "tp2 ep2": (
         2,
         lambda: ours(2, sequence_parallel=True, expert_model_parallel_size=2, **TENSOR),
-        lambda: megatron_gpt(sequence_parallel=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1, **TENSOR),
+        lambda: megatron_gpt(
+            sequence_parallel=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1, **TENSOR
+        ),
     ),
-    "pp2": (2, lambda: ours(2, 2, pipeline_model_parallel_size=2), lambda: megatron_gpt(2, pipeline_model_parallel_size=2)),
+    "pp2": (
+        2,
+        lambda: ours(2, 2, pipeline_model_parallel_size=2),
+        lambda: megatron_gpt(2, pipeline_model_parallel_size=2),
+    ),
     "cp2 all_gather": (2, lambda: ours(2, context_parallel_size=2), None),
     "cp2 all_to_all": (2, lambda: ours(2, context_parallel_size=2, context_parallel_method="all_to_all"), None),
 }
@@ -76,9 +84,15 @@ def start(name: str, is_ours: bool) -> list[subprocess.Popen[str]]:
     ranks, processes = LAYOUTS[name][0], []
     for rank in range(ranks):
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = (
+            os.environ
+            | {key: str(value) for key, value in place.items()}
+            | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        )
         command = [sys.executable, __file__, "--worker", name, *(["--ours"] if is_ours else [])]
-        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment))
+        processes.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
     for process in processes:
         assert process.stdout is not None
         process.stdout.readline()
@@ -120,7 +134,9 @@ def main() -> None:
                 process.stdin.close()
             for process in processes:
                 process.wait()
-        mine, peer = (TOKENS / statistics.median(seconds[is_ours]) if is_ours in seconds else None for is_ours in (True, False))
+        mine, peer = (
+            TOKENS / statistics.median(seconds[is_ours]) if is_ours in seconds else None for is_ours in (True, False)
+        )
         assert mine is not None
         against = f"{peer:18,.0f} {mine / peer:6.2f}" if peer else f"{'-':>18} {'-':>6}"
         print(f"{name:16} {mine:14,.0f} {against}", flush=True)

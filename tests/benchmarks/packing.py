@@ -1,17 +1,21 @@
 """Packing beside its peers in one run: time, bins, documents cut, padding and memory, on the same lengths.
 
-    python tests/benchmarks/packing.py [LENGTHS.npy ...] [--documents 1e5 1e6 1e7] [--sequence-lengths 4096 32768 262144] [--rounds 3]
+    python tests/benchmarks/packing.py [LENGTHS.npy ...] [--documents 1e5 1e6 1e7] [--sequence-lengths 4096 32768
+    262144] [--rounds 3]
 
-LENGTHS.npy holds the tokens of each document of a real corpus; --documents adds made-up ones, log-normal with median 545 and mean 1,450.
-Each contender runs in a process of its own, several times; the least processor time counts, of all threads. A peer that is not installed is
-reported as absent. What the time covers:
+LENGTHS.npy holds the tokens of each document of a real corpus; --documents adds made-up ones, log-normal with median
+545 and mean 1,450. Each contender runs in a process of its own, several times; the least processor time counts, of all
+threads. A peer that is not installed is reported as absent. What the time covers:
 
-- ours: from the lengths to the arrays of a dataset (which piece of which document is where), cutting and shuffling included;
-- ours, bins alone: what lightbinpack's lists say, as arrays, from the lengths of the pieces: nothing is cut or shuffled, no dataset made;
-- lightbinpack: its quickest single-threaded best-fit decreasing, `obfd`, from a list of piece lengths to lists of pieces; then with
-  turning those lists into the same arrays;
-- TRL: its real `pack_dataset`, over the whole dataset at once, on documents of one-byte tokens: the loop that fills bins alone, and all
-  of it, which also copies the tokens. `bfd` throws away what does not fit, `bfd_split` does the same job as ours;
+- ours: from the lengths to the arrays of a dataset (which piece of which document is where), cutting and shuffling
+  included;
+- ours, bins alone: what lightbinpack's lists say, as arrays, from the lengths of the pieces: nothing is cut or
+  shuffled, no dataset made;
+- lightbinpack: its quickest single-threaded best-fit decreasing, `obfd`, from a list of piece lengths to lists of
+  pieces; then with turning those lists into the same arrays;
+- TRL: its real `pack_dataset`, over the whole dataset at once, on documents of one-byte tokens: the loop that fills
+  bins alone, and all of it, which also copies the tokens. `bfd` throws away what does not fit, `bfd_split` does the
+  same job as ours;
 - megatron-core: its `build_sample_idx`, which concatenates and cuts, with the shuffle of the documents before it.
 
 Padding is that of the whole result. "cut" are documents that are not in one piece, or of which a part was thrown away.
@@ -44,7 +48,11 @@ def ours(lengths: np.ndarray, sequence_length: int, method: str = "best_fit") ->
 
     def run() -> Report:
         packing = pack_documents(lengths, sequence_length, 0, method)  # type: ignore[arg-type]
-        return {"bins": packing.num_sequences, "cut": packing.cut_documents, "tokens": int(packing.piece_length.sum(dtype=np.int64))}
+        return {
+            "bins": packing.num_sequences,
+            "cut": packing.cut_documents,
+            "tokens": int(packing.piece_length.sum(dtype=np.int64)),
+        }
 
     return run
 
@@ -126,7 +134,9 @@ def trl(lengths: np.ndarray, sequence_length: int, strategy: str) -> Callable[[]
     data_utils._SegmentTree, data_utils.pc = TimedTree, TimedCompute()
 
     def run() -> Report:
-        packed = pack_dataset(dataset, sequence_length, strategy, map_kwargs={"batch_size": None, "writer_batch_size": 1000})
+        packed = pack_dataset(
+            dataset, sequence_length, strategy, map_kwargs={"batch_size": None, "writer_batch_size": 1000}
+        )
         cut = int(np.count_nonzero(lengths > sequence_length))
         tokens = sum(int(chunk.flatten().to_numpy().sum()) for chunk in packed.data["seq_lengths"].chunks)
         return {"bins": len(packed), "cut": cut, "tokens": tokens, "loop_s": ended[-1] - started[-1]}
@@ -135,7 +145,8 @@ def trl(lengths: np.ndarray, sequence_length: int, strategy: str) -> Callable[[]
 
 
 def megatron(lengths: np.ndarray, sequence_length: int) -> Callable[[], Report]:
-    """As GPTDataset does for one epoch; it lets a sequence share its last token with the next and drops the last, short one."""
+    """As GPTDataset does for one epoch; it lets a sequence share its last token with the next and drops the last, short
+    one."""
     from megatron.core.datasets import helpers
 
     total = int(lengths.sum(dtype=np.int64))
@@ -145,7 +156,11 @@ def megatron(lengths: np.ndarray, sequence_length: int) -> Callable[[], Report]:
         np.random.RandomState(0).shuffle(documents)
         index = helpers.build_sample_idx(lengths, documents, sequence_length, 1, total, True, 1)
         cut_at = np.flatnonzero(index[:-1, 1])
-        return {"bins": len(index) - 1, "cut": len(np.unique(index[cut_at, 0])), "tokens": (len(index) - 1) * sequence_length}
+        return {
+            "bins": len(index) - 1,
+            "cut": len(np.unique(index[cut_at, 0])),
+            "tokens": (len(index) - 1) * sequence_length,
+        }
 
     return run
 
@@ -191,17 +206,38 @@ def measure(source: str, sequence_length: int, rounds: int, only: list[str]) -> 
     lengths = sample_lengths(source)
     total = int(lengths.sum(dtype=np.int64))
     optimum = -(-total // sequence_length)
-    print(f"\n{source}: {len(lengths):,} documents, {total:,} tokens, sequences of {sequence_length:,}, at least {optimum:,} bins")
-    print(f"{'':30} {'seconds':>9} {'ours x':>8} {'bins':>10} {'/ optimum':>9} {'cut %':>7} {'padding %':>9} {'kept %':>7} {'MiB':>7}")
+    print(
+        f"\n{source}: {len(lengths):,} documents, {total:,} tokens, sequences of {sequence_length:,}, at least "
+        f"{optimum:,} bins"
+    )
+    print(
+        f"{'':30} {'seconds':>9} {'ours x':>8} {'bins':>10} {'/ optimum':>9} {'cut %':>7} {'padding %':>9} "
+        f"{'kept %':>7} {'MiB':>7}"
+    )
     ours_s: float | None = None
     for name in only:
         if len(lengths) > MOST_DOCUMENTS.get(name, len(lengths)):
             print(f"{name:30} not run on more than {MOST_DOCUMENTS[name]:,} documents")
             continue
-        command = [sys.executable, __file__, source, "--worker", name, "--rounds", str(rounds), "--sequence-lengths", str(sequence_length)]
-        process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        command = [
+            sys.executable,
+            __file__,
+            source,
+            "--worker",
+            name,
+            "--rounds",
+            str(rounds),
+            "--sequence-lengths",
+            str(sequence_length),
+        ]
+        process = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        )
         if process.returncode:
-            print(f"{name:30} failed: {process.stderr.strip().splitlines()[-1] if process.stderr.strip() else process.returncode}")
+            print(
+                f"{name:30} failed: "
+                f"{process.stderr.strip().splitlines()[-1] if process.stderr.strip() else process.returncode}"
+            )
             continue
         report = json.loads(process.stdout.splitlines()[-1])
         if "absent" in report:
@@ -210,11 +246,16 @@ def measure(source: str, sequence_length: int, rounds: int, only: list[str]) -> 
         ours_s = ours_s or report["s"]
         padding = 100 * (1 - report["tokens"] / (report["bins"] * sequence_length))
         print(
-            f"{name:30} {report['s']:9.3f} {report['s'] / ours_s:8.1f} {report['bins']:10,} {report['bins'] / optimum:9.5f} "
-            f"{100 * report['cut'] / len(lengths):7.2f} {padding:9.3f} {100 * report['tokens'] / total:7.2f} {report['over_mib']:7,.0f}"
+            f"{name:30} {report['s']:9.3f} {report['s'] / ours_s:8.1f} {report['bins']:10,} "
+            f"{report['bins'] / optimum:9.5f} "
+            f"{100 * report['cut'] / len(lengths):7.2f} {padding:9.3f} {100 * report['tokens'] / total:7.2f} "
+            f"{report['over_mib']:7,.0f}"
         )
         if report["loop_s"] is not None:
-            print(f"{'  its loop over bins alone':30} {report['loop_s']:9.3f} {report['loop_s'] / ours_s:8.1f}", flush=True)
+            print(
+                f"{'  its loop over bins alone':30} {report['loop_s']:9.3f} {report['loop_s'] / ours_s:8.1f}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -223,11 +264,15 @@ def main() -> None:
     parser.add_argument("--documents", nargs="*", default=["1e5", "1e6", "1e7"])
     parser.add_argument("--sequence-lengths", nargs="+", type=int, default=[4096, 32768, 262144])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS), help="ratios are to the first one")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS), help="ratios are to the first one"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker, arguments.lengths[0], arguments.sequence_lengths[0], arguments.rounds)))
+        print(
+            json.dumps(worker(arguments.worker, arguments.lengths[0], arguments.sequence_lengths[0], arguments.rounds))
+        )
         return
     for source in [*arguments.lengths, *arguments.documents]:
         for sequence_length in arguments.sequence_lengths:

@@ -1,10 +1,12 @@
-"""Samples per processor second of packed sequences against megatron-core's GPTDataset on the same shards, plain and with positions reset.
+"""Samples per processor second of packed sequences against megatron-core's GPTDataset on the same shards, plain and
+with positions reset.
 
 python tests/benchmarks/reading.py TOKENIZED PACKED...
 
-TOKENIZED is a folder of `hunyuan-data tokenize`, each PACKED one of `hunyuan-data pack` over it. GPTDataset reads the largest shard; it
-concatenates documents and cuts, so it has no borders to give; with reset_position_ids it restarts positions after each end of a document.
-Each side reads the same number of sequences in random order, in turns, twice; the second turn counts. Also: seconds to open.
+TOKENIZED is a folder of `hunyuan-data tokenize`, each PACKED one of `hunyuan-data pack` over it. GPTDataset reads the
+largest shard; it concatenates documents and cuts, so it has no borders to give; with reset_position_ids it restarts
+positions after each end of a document. Each side reads the same number of sequences in random order, in turns, twice;
+the second turn counts. Also: seconds to open.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def peer(dataset: TokenizedDataset, sequence_length: int, reset: bool, cache: st
     """megatron-core's dataset over the largest shard."""
     shard = max(dataset.shards, key=lambda shard: shard.num_tokens)
     end = int(shard.tokens[int(shard.lengths[0]) - 1])
-    tokenizer: Any = SimpleNamespace(eod=end, pad=dataset.pad_id, unique_identifiers={"class": "ids"}, vocab_size=dataset.vocab_size)
+    tokenizer: Any = SimpleNamespace(
+        eod=end, pad=dataset.pad_id, unique_identifiers={"class": "ids"}, vocab_size=dataset.vocab_size
+    )
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=sequence_length,
@@ -47,7 +51,14 @@ def peer(dataset: TokenizedDataset, sequence_length: int, reset: bool, cache: st
         mmap_bin_files=True,
     )
     indexed = IndexedDataset(str(dataset.folder / shard.name), mmap=True)
-    return GPTDataset(indexed, str(dataset.folder / shard.name), np.arange(shard.num_documents, dtype=np.int32), None, Split.train, config)
+    return GPTDataset(
+        indexed,
+        str(dataset.folder / shard.name),
+        np.arange(shard.num_documents, dtype=np.int32),
+        None,
+        Split.train,
+        config,
+    )
 
 
 def rate(read: Callable[[int], object], size: int) -> float:
@@ -64,7 +75,9 @@ def main() -> None:
     """Print a table."""
     torch.set_num_threads(1)
     tokenized = TokenizedDataset(sys.argv[1])
-    print(f"{'tokens':>8} {'open s':>8} {'packed/s':>10} {'GPTDataset':>11} {'ratio':>6} {'with reset':>11} {'ratio':>6}")
+    print(
+        f"{'tokens':>8} {'open s':>8} {'packed/s':>10} {'GPTDataset':>11} {'ratio':>6} {'with reset':>11} {'ratio':>6}"
+    )
     with tempfile.TemporaryDirectory() as cache:
         for folder in sys.argv[2:]:
             started = time.perf_counter()
@@ -73,7 +86,8 @@ def main() -> None:
             readers = [packed, *(peer(tokenized, packed.sequence_length, reset, cache) for reset in (False, True))]
             rates = [[rate(reader.__getitem__, len(reader)) for reader in readers] for _ in range(2)][-1]
             print(
-                f"{packed.sequence_length:>8,} {opening:>8.3f} {rates[0]:>10,.0f} {rates[1]:>11,.0f} {rates[0] / rates[1]:>6.2f} "
+                f"{packed.sequence_length:>8,} {opening:>8.3f} {rates[0]:>10,.0f} {rates[1]:>11,.0f} "
+                f"{rates[0] / rates[1]:>6.2f} "
                 f"{rates[2]:>11,.0f} {rates[0] / rates[2]:>6.2f}"
             )
 

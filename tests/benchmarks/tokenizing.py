@@ -2,15 +2,15 @@
 
     python tests/benchmarks/tokenizing.py CORPUS.jsonl [--rounds 3] [--sizes 20 100] [--ranks FILE] [--json FILE]
 
-Megatron-LM's tools/preprocess_data.py is in no package of PyPI. Its loop is written here after its published structure, on core's own
-tokenizer and dataset builder: lines go through `imap` of a pool in chunks of 32, each worker parses a line and encodes it with tiktoken,
-and the parent writes the lists of ids that come back. It spares the tool's import of megatron.training, so the tool starts later still.
-Both read the same lines with Hunyuan's split pattern over the ranks of cl100k_base (PyPI's litellm has them; or --ranks), and the ids are
-compared first.
+Megatron-LM's tools/preprocess_data.py is in no package of PyPI. Its loop is written here after its published structure,
+on core's own tokenizer and dataset builder: lines go through `imap` of a pool in chunks of 32, each worker parses a
+line and encodes it with tiktoken, and the parent writes the lists of ids that come back. It spares the tool's import of
+megatron.training, so the tool starts later still. Both read the same lines with Hunyuan's split pattern over the ranks
+of cl100k_base (PyPI's litellm has them; or --ranks), and the ids are compared first.
 
-Rates are those between the two sizes (MB of input), so that start-up does not count; start-up is the time for one short document. Memory is
-the greatest sum of the proportional set sizes of the process and its children, looked at five times a second. Every command runs alone, all
-take turns, and medians over the rounds count.
+Rates are those between the two sizes (MB of input), so that start-up does not count; start-up is the time for one short
+document. Memory is the greatest sum of the proportional set sizes of the process and its children, looked at five times
+a second. Every command runs alone, all take turns, and medians over the rounds count.
 """
 
 from __future__ import annotations
@@ -96,14 +96,19 @@ def write_vocabulary(ranks: Path, vocabulary: Path) -> np.ndarray:
     The class wants the 256 bytes first, in their order; the tokens that are made of them merge as before.
     """
     tokens = [line.split() for line in ranks.read_text().splitlines()]
-    tokens.sort(key=lambda token: (content, 0) if len(content := base64.b64decode(token[0])) == 1 else (b"\xff\xff", int(token[1])))
+    tokens.sort(
+        key=lambda token: (
+            (content, 0) if len(content := base64.b64decode(token[0])) == 1 else (b"\xff\xff", int(token[1]))
+        )
+    )
     entries = [{"rank": place, "token_bytes": token, "token_str": ""} for place, (token, _) in enumerate(tokens)]
     vocabulary.write_text(json.dumps(entries))
     return np.array([int(rank) for _, rank in tokens])
 
 
 def write_inputs(corpus: str, work: Path, sizes: list[float]) -> dict[float, str]:
-    """Files of the wanted sizes, in MB, from lines of the corpus in a seeded random order; one begins with what a smaller one holds."""
+    """Files of the wanted sizes, in MB, from lines of the corpus in a seeded random order; one begins with what a
+    smaller one holds."""
     places, place = [], 0
     with open(corpus, "rb") as lines:
         for line in lines:
@@ -165,8 +170,8 @@ def command_of(kind: str, workers: int, source: str, output: Path, tokenizer: Pa
 def compare(source: str, ours: Path, theirs: Path, order: np.ndarray) -> str:
     """How many documents have the same ids in both outputs; ends the benchmark at one that has not.
 
-    Passed over: texts that are not in NFC, which only ours makes, and texts that name one of Megatron's special tokens, such as <s>, which
-    its class takes for that token.
+    Passed over: texts that are not in NFC, which only ours makes, and texts that name one of Megatron's special tokens,
+    such as <s>, which its class takes for that token.
     """
     from hunyuan_pretrain.data.indexed import TokenizedDataset
     from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS
@@ -210,7 +215,9 @@ def main() -> None:
         inputs = write_inputs(options.corpus, work, options.sizes)
         inputs[0] = str(work / "short.jsonl")
         Path(inputs[0]).write_text('{"text": "one short document"}\n')
-        runs: dict[str, dict[float, list[dict[str, float]]]] = {name: {size: [] for size in inputs} for name in CONTENDERS}
+        runs: dict[str, dict[float, list[dict[str, float]]]] = {
+            name: {size: [] for size in inputs} for name in CONTENDERS
+        }
         for round_number in range(options.rounds):
             for size, source in inputs.items():
                 for name, (kind, workers) in CONTENDERS.items():
@@ -219,12 +226,18 @@ def main() -> None:
                     command = command_of(kind, workers, source, output, tokenizer, vocabulary)
                     runs[name][size].append(measured(command))
                 if round_number == 0 and size == options.sizes[0]:
-                    print(f"same ids: {compare(source, work / 'out_ours', work / 'out_loop', order)} documents", flush=True)
+                    print(
+                        f"same ids: {compare(source, work / 'out_ours', work / 'out_loop', order)} documents",
+                        flush=True,
+                    )
         report(runs, options.sizes, {size: os.path.getsize(path) / 1e6 for size, path in inputs.items()}, options.json)
 
 
 def report(
-    runs: dict[str, dict[float, list[dict[str, float]]]], sizes: list[float], megabytes: dict[float, float], file: str | None
+    runs: dict[str, dict[float, list[dict[str, float]]]],
+    sizes: list[float],
+    megabytes: dict[float, float],
+    file: str | None,
 ) -> None:
     """Print the table, and write it and what it is made of as JSON."""
     small, large = sizes
@@ -232,7 +245,10 @@ def report(
     rows: dict[str, Any] = {}
     print(f"\n{'':20} MB/s  MB/CPU s  wall of {small:g} MB  start-up  CPU of it  peak MB at {small:g}, {large:g}")
     for name, of_size in runs.items():
-        medians = {size: {key: statistics.median(run[key] for run in found) for key in found[0]} for size, found in of_size.items()}
+        medians = {
+            size: {key: statistics.median(run[key] for run in found) for key in found[0]}
+            for size, found in of_size.items()
+        }
         row = {
             "mb_per_s": between / (medians[large]["wall"] - medians[small]["wall"]),
             "mb_per_cpu_s": between / (medians[large]["cpu"] - medians[small]["cpu"]),
@@ -244,14 +260,17 @@ def report(
         rows[name] = row
         peaks = ", ".join(f"{peak:,.0f}" for peak in row["peak_mb"])
         print(
-            f"{name:20} {row['mb_per_s']:4.1f}  {row['mb_per_cpu_s']:8.1f}  {row['wall_small_s']:13.1f}  {row['start_s']:8.2f}  "
+            f"{name:20} {row['mb_per_s']:4.1f}  {row['mb_per_cpu_s']:8.1f}  {row['wall_small_s']:13.1f}  "
+            f"{row['start_s']:8.2f}  "
             f"{row['start_cpu_s']:9.2f}  {peaks}"
         )
     ratio = rows["ours, 1 worker"]["mb_per_cpu_s"] / rows["Megatron, 1 worker"]["mb_per_cpu_s"]
     print(f"ours / Megatron, MB per CPU second, one worker: {ratio:.2f}")
     if file:
         Path(file).write_text(
-            json.dumps({"table": rows, "runs": {name: {str(k): v for k, v in found.items()} for name, found in runs.items()}})
+            json.dumps(
+                {"table": rows, "runs": {name: {str(k): v for k, v in found.items()} for name, found in runs.items()}}
+            )
         )
 
 

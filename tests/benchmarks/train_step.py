@@ -1,10 +1,12 @@
-"""Tokens/s of one training step on CPU: this trainer, megatron-core's GPTModel, transformers' HunYuanMoEV1, and the machine's limit.
+"""Tokens/s of one training step on CPU: this trainer, megatron-core's GPTModel, transformers' HunYuanMoEV1, and the
+machine's limit.
 
     python tests/benchmarks/train_step.py [--rounds 5] [--steps 3] [--json FILE]
 
-Every contender is a process of its own with two threads, fp32, the same shapes (about 32M parameters), the same tokens and AdamW; they take
-turns in one run, and the median over the rounds counts. The limit takes its turns too: the step's matrix products alone (6 x active
-parameters x tokens floating-point operations, on the model's own shapes) and torch's fused AdamW over as many weights.
+Every contender is a process of its own with two threads, fp32, the same shapes (about 32M parameters), the same tokens
+and AdamW; they take turns in one run, and the median over the rounds counts. The limit takes its turns too: the step's
+matrix products alone (6 x active parameters x tokens floating-point operations, on the model's own shapes) and torch's
+fused AdamW over as many weights.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ Step = Callable[[], float]
 
 
 def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) -> tuple[Step, int, int]:
-    """This project's step with every feature on, in the ranks of this job; returns (step, parameters, active parameters)."""
+    """This project's step with every feature on, in the ranks of this job; returns (step, parameters, active
+    parameters)."""
     import torch
 
     from hunyuan_pretrain.config.schema import (
@@ -53,20 +56,34 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
     from hunyuan_pretrain.train.step import train_step
 
     stage = StageConfig(
-        name="bench", tokens=10**9, sequence_length=SEQUENCE_LENGTH, global_batch_sequences=SEQUENCES,
-        micro_batch_sequences=1, lr_end=1.0, data=(DataSource(path="none"),),
-    )  # fmt: skip
+        name="bench",
+        tokens=10**9,
+        sequence_length=SEQUENCE_LENGTH,
+        global_batch_sequences=SEQUENCES,
+        micro_batch_sequences=1,
+        lr_end=1.0,
+        data=(DataSource(path="none"),),
+    )
     experiment = Experiment(
-        name="bench", run_dir="none", tokenizer="none", stages=(stage,),
+        name="bench",
+        run_dir="none",
+        tokenizer="none",
+        stages=(stage,),
         model=ModelConfig(
-            num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN,
-            num_moe_experts=EXPERTS, padded_vocab_size=VOCAB, cla_share_factor=cla_share_factor,
+            num_layers=NUM_LAYERS,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            num_query_groups=GROUPS,
+            ffn_hidden_size=FFN,
+            num_moe_experts=EXPERTS,
+            padded_vocab_size=VOCAB,
+            cla_share_factor=cla_share_factor,
             moe_routing_group_tokens=SEQUENCE_LENGTH // 2,
         ),
         parallel=ParallelConfig(use_distributed_optimizer=False, **parallel),
         precision=PrecisionConfig(dtype="fp32"),
         optimizer=OptimizerConfig(lr=1e-3),
-    )  # fmt: skip
+    )
     keep_freed_memory()
     initialize_distributed("gloo", 60)
     groups = build_groups(experiment.parallel, 60)
@@ -78,25 +95,32 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
     tokens, labels = (x.view(SEQUENCES, SEQUENCE_LENGTH) for x in sample_tokens())
     batches = [
         MicroBatch(
-            tokens_T=tokens[ids].flatten(), labels_T=labels[ids].flatten(), loss_mask_T=torch.ones(len(ids) * SEQUENCE_LENGTH),
-            positions_T=torch.arange(SEQUENCE_LENGTH).repeat(len(ids)), max_seqlen=SEQUENCE_LENGTH, sequence_ids=ids,
+            tokens_T=tokens[ids].flatten(),
+            labels_T=labels[ids].flatten(),
+            loss_mask_T=torch.ones(len(ids) * SEQUENCE_LENGTH),
+            positions_T=torch.arange(SEQUENCE_LENGTH).repeat(len(ids)),
+            max_seqlen=SEQUENCE_LENGTH,
+            sequence_ids=ids,
             cu_seqlens=torch.arange(0, len(ids) * SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH, dtype=torch.int32),
         )
         for ids in sequences
-    ]  # fmt: skip
+    ]
     stage = stage.model_copy(update={"micro_batch_sequences": sequences.shape[1]})
     state = {"step": 0}
 
     def step() -> float:
         state["step"] += 1
-        return train_step(experiment, stage, state["step"], chunks, optimizer, batches, groups, torch.device("cpu")).loss
+        return train_step(
+            experiment, stage, state["step"], chunks, optimizer, batches, groups, torch.device("cpu")
+        ).loss
 
     counts = parameters(experiment.model)
     return step, counts.total, counts.active
 
 
 def megatron_gpt(num_micro_batches: int = 1, **parallel: int) -> tuple[Step, int, int]:
-    """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as Megatron uses them."""
+    """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as Megatron
+    uses them."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.helpers import gpt_on_cpu
 
@@ -118,19 +142,45 @@ def megatron_gpt(num_micro_batches: int = 1, **parallel: int) -> tuple[Step, int
     groups = build_groups(ParallelConfig(**parallel), 60)
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
-        num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, ffn_hidden_size=FFN,
-        moe_ffn_hidden_size=FFN, moe_shared_expert_intermediate_size=FFN, num_moe_experts=EXPERTS, moe_router_topk=1,
-        moe_router_pre_softmax=True, moe_router_dtype="fp32", moe_aux_loss_coeff=1e-3, moe_router_load_balancing_type="aux_loss",
-        moe_token_dispatcher_type="alltoall", qk_layernorm=True, normalization="RMSNorm", gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
-        bias_activation_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False, use_cpu_initialization=True,
-        pipeline_dtype=torch.float32, **parallel,
-    )  # fmt: skip
-    layer = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm")
+        num_layers=NUM_LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        ffn_hidden_size=FFN,
+        moe_ffn_hidden_size=FFN,
+        moe_shared_expert_intermediate_size=FFN,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=1,
+        moe_router_pre_softmax=True,
+        moe_router_dtype="fp32",
+        moe_aux_loss_coeff=1e-3,
+        moe_router_load_balancing_type="aux_loss",
+        moe_token_dispatcher_type="alltoall",
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        pipeline_dtype=torch.float32,
+        **parallel,
+    )
+    layer = get_gpt_layer_local_spec(
+        num_experts=EXPERTS, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+    )
     spec: Any = layer
-    if parallel.get("sequence_parallel"):  # which core's local norm refuses, and core wants for experts under tensor parallelism
+    if parallel.get(
+        "sequence_parallel"
+    ):  # which core's local norm refuses, and core wants for experts under tensor parallelism
         norm, attention = gpt_on_cpu.sequence_parallel_norm(), layer.submodules.self_attention.submodules
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = attention.q_layernorm = attention.k_layernorm = norm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = attention.q_layernorm = (
+            attention.k_layernorm
+        ) = norm
         spec = TransformerBlockSubmodules(layer_specs=[layer] * (NUM_LAYERS // groups.pp.size()), layer_norm=norm)
     gpt = GPTModel(
         config,
@@ -157,15 +207,23 @@ def megatron_gpt(num_micro_batches: int = 1, **parallel: int) -> tuple[Step, int
 
     def forward(micro_batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple:
         ids = next(micro_batches)
-        return model(inputs[0][ids], position, mask, labels=inputs[1][ids]), lambda losses: (losses.mean(), losses.mean().detach())
+        return model(inputs[0][ids], position, mask, labels=inputs[1][ids]), lambda losses: (
+            losses.mean(),
+            losses.mean().detach(),
+        )
 
     def step() -> float:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         losses = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter(sequences), model=[model], num_microbatches=num_micro_batches,
-            seq_length=SEQUENCE_LENGTH, micro_batch_size=sequences.shape[1], forward_only=False,
-        )  # fmt: skip
+            forward_step_func=forward,
+            data_iterator=iter(sequences),
+            model=[model],
+            num_microbatches=num_micro_batches,
+            seq_length=SEQUENCE_LENGTH,
+            micro_batch_size=sequences.shape[1],
+            forward_only=False,
+        )
         optimizer.step()
         return losses[0].item() if losses else 0.0
 
@@ -181,9 +239,17 @@ def transformers_hunyuan() -> tuple[Step, int, int]:
 
     torch.manual_seed(1)
     config = HunYuanMoEV1Config(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=NUM_LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS, head_dim=HIDDEN // HEADS, num_experts=EXPERTS, moe_topk=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        head_dim=HIDDEN // HEADS,
+        num_experts=EXPERTS,
+        moe_topk=1,
+        tie_word_embeddings=True,
+    )
     model = HunYuanMoEV1ForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     tokens_T, _ = sample_tokens()
@@ -202,7 +268,8 @@ def transformers_hunyuan() -> tuple[Step, int, int]:
 
 
 def limit() -> tuple[Step, int, int]:
-    """What no step can go below on this machine: the step's matrix products alone, and torch's fused AdamW over its weights."""
+    """What no step can go below on this machine: the step's matrix products alone, and torch's fused AdamW over its
+    weights."""
     import torch
 
     kv = 2 * GROUPS * HIDDEN // HEADS
@@ -212,7 +279,11 @@ def limit() -> tuple[Step, int, int]:
     shapes = [(1, TOKENS, *shape) for shape in dense] + [(EXPERTS, TOKENS // EXPERTS, *shape) for shape in routed]
     products = []
     for experts, rows, inner, outer in shapes:
-        x, w, y = torch.randn(experts, rows, inner), torch.randn(experts, inner, outer) * 0.02, torch.empty(experts, rows, outer)
+        x, w, y = (
+            torch.randn(experts, rows, inner),
+            torch.randn(experts, inner, outer) * 0.02,
+            torch.empty(experts, rows, outer),
+        )
         dx, dw = torch.empty_like(x), torch.empty_like(w)
         products += [(x, w, y), (y, w.transpose(1, 2), dx), (x.transpose(1, 2), y, dw)]
     total = sum(experts * inner * outer for experts, _, inner, outer in shapes)
@@ -255,7 +326,9 @@ def worker(name: str, started: float) -> None:
     torch.set_num_threads(THREADS)
     step, total, active = CONTENDERS[name]()
     loss = step()
-    print(json.dumps({"first_step_s": time.time() - started, "total": total, "active": active, "loss": loss}), flush=True)
+    print(
+        json.dumps({"first_step_s": time.time() - started, "total": total, "active": active, "loss": loss}), flush=True
+    )
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -282,7 +355,9 @@ def main() -> None:
     processes, reports = {}, {}
     for name in arguments.only:  # one after the other, so that start-up times do not disturb each other
         command = [sys.executable, __file__, "--worker", name, "--started", str(time.time())]
-        processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        processes[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         reports[name] = json.loads(processes[name].stdout.readline()) | {"seconds": []}
     for round_number in range(arguments.rounds + 1):  # the first round warms up
         for name, process in processes.items():

@@ -1,4 +1,5 @@
-"""Mistakes of a user, through the real commands: one message that says what is wrong, exit status 2, nothing half-written."""
+"""Mistakes of a user, through the real commands: one message that says what is wrong, exit status 2, nothing
+half-written."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ def json_without_the_field(folder: Path) -> tuple[Path, list[str]]:
     return folder / "other.jsonl", ["other.jsonl: line 1: no field 'text' (fields: content)"]
 
 
-@pytest.mark.parametrize("mistake", [missing_corpus, empty_corpus, binary_file, invalid_json_line, json_without_the_field])
+@pytest.mark.parametrize(
+    "mistake", [missing_corpus, empty_corpus, binary_file, invalid_json_line, json_without_the_field]
+)
 @pytest.mark.parametrize("command", ["train-tokenizer", "tokenize"])
 def test_unfit_corpus(corpus, tmp_path, command, mistake):
     inputs, words = mistake(tmp_path)
@@ -74,7 +77,9 @@ def test_unfit_packing(corpus, tmp_path):
     refused = data("pack", corpus / "texts", "--sequence-length", 64, "--output", tmp_path / "out")
     assert_refused(refused, corpus / "texts", "manifest.json")
     assert_refused(
-        data("pack", corpus / "tokenized", "--sequence-length", 64, "--output", corpus / "train"), "already there", "--overwrite"
+        data("pack", corpus / "tokenized", "--sequence-length", 64, "--output", corpus / "train"),
+        "already there",
+        "--overwrite",
     )
     assert names(tmp_path) == set()
 
@@ -97,7 +102,8 @@ CONFIG_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
             "parallel.expert_model_parallel_size=3: 4 experts, 4 % 3 != 0 (use 2 or 4)",
             "parallel.tensor_model_parallel_size=8: must divide the model: num_attention_heads 4 % 8 != 0, "
             "num_query_groups 2 % 8 != 0 (use 2)",
-            "parallel.sequence_parallel=false: 8 tensor-parallel ranks would route the same tokens to the experts (set true)",
+            "parallel.sequence_parallel=false: 8 tensor-parallel ranks would route the same tokens to the "
+            "experts (set true)",
             "parallel.pipeline_model_parallel_size=4: 4 layers in CLA groups of 2 = 2 groups, not divisible by 4 ranks "
             "(use 2 stages, or set parallel.pipeline_layout)",
             "stages.0.sequence_length=64: 3 context-parallel ranks cannot share 2 routing groups of 32 tokens evenly",
@@ -136,18 +142,24 @@ def test_missing_and_unreadable_experiment_file(tmp_path):
 def test_wrong_number_of_ranks_is_one_message_under_torchrun(corpus, tmp_path):
     code, _, err = run("train", config(tmp_path, corpus, parallel={"world_size": 4}), ranks=2)
     assert code != 0
-    assert err.count("parallel.world_size=4: the job has 2 ranks (start 4 ranks, or set parallel.world_size to 2 or null)") == 1, err
+    assert (
+        err.count("parallel.world_size=4: the job has 2 ranks (start 4 ranks, or set parallel.world_size to 2 or null)")
+        == 1
+    ), err
     assert "hunyuan_pretrain/" not in err, "no traceback of ours"
     assert names(tmp_path) == {"x.yaml"}
 
 
 @pytest.mark.slow
 class TestAfterTorchIsLoaded:
-    """Starting a training process takes long: one is started for each kind of start, alone and under torchrun; the others are forks."""
+    """Starting a training process takes long: one is started for each kind of start, alone and under torchrun; the
+    others are forks."""
 
     def test_data_packed_to_another_length(self, corpus, tmp_path):
         refused = run("train", config(tmp_path, corpus, stages__sequence_length=128))
-        assert_refused(refused, f"{corpus}/train: packed to sequences of 64 tokens", "sequence_length=128", "set it to 64")
+        assert_refused(
+            refused, f"{corpus}/train: packed to sequences of 64 tokens", "sequence_length=128", "set it to 64"
+        )
         assert names(tmp_path) == {"x.yaml"}
 
     def test_data_of_another_tokenizer_under_torchrun(self, corpus, tmp_path):
@@ -165,13 +177,17 @@ class TestAfterTorchIsLoaded:
             run_forked("train", config(tmp_path, corpus, stages__data=[{"path": "absent"}])),
             "absent: no such folder; write it with `hunyuan-data pack`",
         )
-        assert_refused(run_forked("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent")
+        assert_refused(
+            run_forked("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "absent"))), tmp_path / "absent"
+        )
         assert names(tmp_path) == {"x.yaml"}
 
     def test_a_changed_or_missing_file_of_the_data_is_named_before_training(self, corpus, tmp_path):
         data_folder = tmp_path / "data"
         shutil.copytree(corpus, data_folder)
-        fields = config(tmp_path, data_folder, steps=2, evaluation={"data": str(data_folder / "heldout"), "max_sequences": 2})
+        fields = config(
+            tmp_path, data_folder, steps=2, evaluation={"data": str(data_folder / "heldout"), "max_sequences": 2}
+        )
         changed, held_out = (data_folder / name / "shard_00000.bin" for name in ("tokenized", "tokenized_heldout"))
         flip_a_bit(changed)
         assert_refused(run_forked("train", fields), f"{changed}: SHA-256 ", "the file changed after it was written")
@@ -183,7 +199,9 @@ class TestAfterTorchIsLoaded:
         assert names(tmp_path) == {"x.yaml", "data"}, "nothing was written"
         assert run_forked("train", fields, "runtime.verify_data=sizes")[0] == 0
         held_out.unlink()
-        assert_refused(run_forked("train", fields, f"run_dir={tmp_path}/other"), f"{held_out}: missing; write the folder again")
+        assert_refused(
+            run_forked("train", fields, f"run_dir={tmp_path}/other"), f"{held_out}: missing; write the folder again"
+        )
 
     def test_checkpoint_of_another_model_and_a_fresh_start_over_an_old_run(self, corpus, tmp_path):
         assert run_forked("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0
@@ -191,22 +209,33 @@ class TestAfterTorchIsLoaded:
         assert_refused(fresh, "checkpoint.resume=false, but", "choose another run_dir, or remove the checkpoints")
         before = (tmp_path / "run" / "resolved.yaml").read_text()
         refused = run_forked("train", config(tmp_path, corpus, steps=3, model__num_layers=2, model__ffn_hidden_size=64))
-        assert_refused(refused, "a checkpoint of another model", "model.ffn_hidden_size: 48 in the checkpoint, 64 in the config")
-        assert (tmp_path / "run" / "resolved.yaml").read_text() == before, "the refused experiment is not recorded as the run's"
+        assert_refused(
+            refused, "a checkpoint of another model", "model.ffn_hidden_size: 48 in the checkpoint, 64 in the config"
+        )
+        assert (tmp_path / "run" / "resolved.yaml").read_text() == before, (
+            "the refused experiment is not recorded as the run's"
+        )
 
     def test_export_and_generate_of_the_wrong_folder(self, corpus, tmp_path):
-        assert_refused(run_forked("export", corpus, tmp_path / "out"), f"{corpus}: not a run directory (no resolved.yaml)")
+        assert_refused(
+            run_forked("export", corpus, tmp_path / "out"), f"{corpus}: not a run directory (no resolved.yaml)"
+        )
         assert_refused(run_forked("export", tmp_path / "nothing", tmp_path / "out"), "not a run directory")
         assert_refused(run_forked("generate", corpus, "--prompt", "x"), str(corpus))
         assert names(tmp_path) == set()
 
     def test_run_directory_that_cannot_be_written(self, corpus, tmp_path):
-        """A file where the folder, one around it or one of its files should be, which no permission of root's overrides."""
+        """A file where the folder, one around it or one of its files should be, which no permission of root's
+        overrides."""
         fields = config(tmp_path, corpus)
         (tmp_path / "run").write_text("in the way")
-        assert_refused(run_forked("train", fields), f"{tmp_path}/run: 1 problem", "run_dir: cannot be written: File exists")
+        assert_refused(
+            run_forked("train", fields), f"{tmp_path}/run: 1 problem", "run_dir: cannot be written: File exists"
+        )
         below = f"run_dir={tmp_path}/run/one"
-        assert_refused(run_forked("train", fields, below), f"run_dir: cannot be written: Not a directory ({tmp_path}/run)")
+        assert_refused(
+            run_forked("train", fields, below), f"run_dir: cannot be written: Not a directory ({tmp_path}/run)"
+        )
         assert (tmp_path / "run").read_text() == "in the way"
         (tmp_path / "other" / "log.txt").mkdir(parents=True)
         refused = run_forked("train", fields, f"run_dir={tmp_path}/other")
@@ -229,7 +258,9 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     """A folder that even root cannot write to."""
     folder = tmp_path / "read_only"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a read-only folder: {mounted.stderr.strip()}")
     yield folder

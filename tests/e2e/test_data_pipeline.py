@@ -23,7 +23,11 @@ pytestmark = pytest.mark.slow
 def documents() -> list[str]:
     """Prose of Python's reference, 8 paragraphs a document."""
     blocks = [block for text in pydoc_data.topics.topics.values() for block in text.split("\n\n")]
-    paragraphs = [" ".join(block.split()) for block in dict.fromkeys(blocks) if re.fullmatch(r"[A-Z][^=<>|_`\"*()\[\]]{80,}\.", block)]
+    paragraphs = [
+        " ".join(block.split())
+        for block in dict.fromkeys(blocks)
+        if re.fullmatch(r"[A-Z][^=<>|_`\"*()\[\]]{80,}\.", block)
+    ]
     return ["\n".join(paragraphs[start : start + 8]) for start in range(0, len(paragraphs), 8)]
 
 
@@ -46,7 +50,17 @@ def test_the_pipeline_cleans_and_tokenizes_and_goes_on_where_it_stopped(tmp_path
         lines = [json.dumps({"text": text, "id": f"{number}/{place}"}) for place, text in enumerate(part)]
         (tmp_path / "raw" / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
     work, out = tmp_path / "work", tmp_path / "out"
-    command = [sys.executable, "configs/data/clean_and_tokenize.py", tmp_path / "raw", "--words", "plain", "--tasks", "2", "--work", work]
+    command = [
+        sys.executable,
+        "configs/data/clean_and_tokenize.py",
+        tmp_path / "raw",
+        "--words",
+        "plain",
+        "--tasks",
+        "2",
+        "--work",
+        work,
+    ]
     command += ["--output", out, "--tokenizer"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     failed = subprocess.run([*command, tmp_path / "nowhere"], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -57,12 +71,17 @@ def test_the_pipeline_cleans_and_tokenizes_and_goes_on_where_it_stopped(tmp_path
     assert clean == {path: path.stat().st_mtime_ns for path in clean}, "cleaned twice"
 
     kept = [json.loads(line)["text"] for path in clean for line in path.open()]
-    reasons = {name: {record["text"] for record in removed(work, name)} for name in ("repetition", "gopher", "fineweb", "duplicates")}
+    reasons = {
+        name: {record["text"] for record in removed(work, name)}
+        for name in ("repetition", "gopher", "fineweb", "duplicates")
+    }
     assert planted["menu"] in reasons["repetition"]
     assert planted["numbers"] in reasons["gopher"] | reasons["repetition"]
     assert all((text in kept) != (twin in kept) for text, twin in twins.items() if {text, twin} & {*kept})
     assert len(kept) == len(reasons["duplicates"]) > 2
-    assert sorted([*kept, *(text for name in reasons for text in reasons[name])]) == sorted([*texts, *twins.values(), *planted.values()])
+    assert sorted([*kept, *(text for name in reasons for text in reasons[name])]) == sorted(
+        [*texts, *twins.values(), *planted.values()]
+    )
     (manifest,) = tokenize([str(work / "clean")], str(corpus / "tokenizer"), str(tmp_path / "plain"))
     assert manifest["documents"] == len(kept)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {

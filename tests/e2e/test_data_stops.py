@@ -34,7 +34,8 @@ cli.main()
 
 
 def stopped(moment: str, number: int, *arguments: object) -> tuple[int, str]:
-    """(exit status, stderr) of `hunyuan-data` that gets a signal when it flushes its first file, or gives the old folder another name."""
+    """(exit status, stderr) of `hunyuan-data` that gets a signal when it flushes its first file, or gives the old
+    folder another name."""
     program = PROGRAM.replace("NUMBER", str(int(number)))
     command = [sys.executable, "-c", program, moment, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
@@ -42,15 +43,25 @@ def stopped(moment: str, number: int, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_stop_has_a_status_and_leaves_nothing_half_written(corpus: Path, tmp_path: Path, number: int, status: int) -> None:
-    code, err = stopped("writing", number, "pack", corpus / "tokenized", "--sequence-length", 32, "--output", tmp_path / "out")
-    assert (code, err) == (status, "hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command\n")
+def test_a_stop_has_a_status_and_leaves_nothing_half_written(
+    corpus: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    code, err = stopped(
+        "writing", number, "pack", corpus / "tokenized", "--sequence-length", 32, "--output", tmp_path / "out"
+    )
+    assert (code, err) == (
+        status,
+        "hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command\n",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stop_while_a_folder_is_replaced_leaves_the_new_one_whole(corpus: Path, tmp_path: Path) -> None:
     arguments = ["pack", corpus / "tokenized", "--sequence-length", 32, "--output", tmp_path / "out"]
-    assert subprocess.run([sys.executable, "-m", "data_tools.cli", *map(str, arguments)], cwd=ROOT, check=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-m", "data_tools.cli", *map(str, arguments)], cwd=ROOT, check=True).returncode
+        == 0
+    )
     code, _ = stopped("replacing", signal.SIGTERM, *arguments, "--seed", 5, "--overwrite")
     assert code == 75
     assert '"seed": 5' in (tmp_path / "out" / "manifest.json").read_text()

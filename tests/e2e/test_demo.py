@@ -70,7 +70,11 @@ def test_demo_runs_from_text_to_speech(tmp_path: Path) -> None:
     assert 80 <= stopped_at < 200
     assert f"steps {stopped_at + 1} to 200" in log
     assert "done: 200 steps" in log
-    steps = [record["step"] for line in (output / "run/metrics.jsonl").read_text().splitlines() if "loss" in (record := json.loads(line))]
+    steps = [
+        record["step"]
+        for line in (output / "run/metrics.jsonl").read_text().splitlines()
+        if "loss" in (record := json.loads(line))
+    ]
     assert steps == list(range(1, 201))
 
     assert "HunYuanForCausalLM" in shown

@@ -86,7 +86,9 @@ CASES: list[tuple[Callable[[dict[str, Any], Path, Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("mistake", "words"), CASES, ids=[case.__name__ for case, _ in CASES])
-def test_doctor_finds_what_training_would_refuse(mistake: Callable[..., None], words: str, corpus: Path, tmp_path: Path) -> None:
+def test_doctor_finds_what_training_would_refuse(
+    mistake: Callable[..., None], words: str, corpus: Path, tmp_path: Path
+) -> None:
     fields = experiment_fields(corpus, tmp_path / "run")
     mistake(fields, tmp_path, corpus)
     (said,) = refusals(load_experiment(write_experiment(tmp_path / "x.yaml", fields)))
@@ -109,7 +111,9 @@ def test_doctor_says_no_where_a_run_cannot_go_on(trained: Path) -> None:
     assert "checkpoint.resume=false, but" in said
 
 
-def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_run(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_run(
+    trained: Path, corpus: Path, tmp_path: Path
+) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
     config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run", steps=2))
     (said,) = refusals(load_experiment(config, [f"checkpoint.resume_from={trained}/run/checkpoints/step_0000002"]))

@@ -1,4 +1,5 @@
-"""From a training run to folders that others load: every parameter maps once, logits are those of the training model."""
+"""From a training run to folders that others load: every parameter maps once, logits are those of the training
+model."""
 
 from tests.helpers import tiny  # noqa: I001
 
@@ -32,10 +33,17 @@ def plain(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"cla_share_factor": 1}, {"share_embeddings_and_output_weights": False}, {"qk_layernorm": False}, {"moe_ffn_hidden_size": None}],
+    [
+        {},
+        {"cla_share_factor": 1},
+        {"share_embeddings_and_output_weights": False},
+        {"qk_layernorm": False},
+        {"moe_ffn_hidden_size": None},
+    ],
 )
 def test_every_parameter_maps_to_hf_once(changes):
-    """The map's left side is exactly the training model's parameters, names and shapes; its right side has no name twice."""
+    """The map's left side is exactly the training model's parameters, names and shapes; its right side has no name
+    twice."""
     architecture = tiny.tiny_model(**changes)
     mine = {name: tuple(parameter.shape) for name, parameter in tiny.build(architecture).named_parameters()}
     table = weight_map(architecture)
@@ -46,7 +54,8 @@ def test_every_parameter_maps_to_hf_once(changes):
 
 
 def export_where_a_gpu_is(run_dir: str, output: str) -> dict[str, object]:
-    """An export in a process that sees a GPU, on which nothing can be put: what is made there without being told is on no device at all."""
+    """An export in a process that sees a GPU, on which nothing can be put: what is made there without being told is on
+    no device at all."""
     from hunyuan_pretrain.train.export_run import export_run
 
     torch.cuda.is_available = lambda: True
@@ -96,9 +105,16 @@ def test_native_format_of_a_run(plain, corpus, tmp_path):
     assert not (tmp_path / "out").exists()
 
     (tmp_path / "native").mkdir()
-    changes = {"model__cla_share_factor": 1, "model__moe_router_topk": 2, "model__moe_ffn_hidden_size": 48, "precision": {"dtype": "bf16"}}
+    changes = {
+        "model__cla_share_factor": 1,
+        "model__moe_router_topk": 2,
+        "model__moe_ffn_hidden_size": 48,
+        "precision": {"dtype": "bf16"},
+    }
     run_dir = trained(corpus, tmp_path / "native", **changes)
-    status, _, err = run_forked("export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe", "--dtype", "fp32")
+    status, _, err = run_forked(
+        "export", str(run_dir), str(tmp_path / "out"), "--format", "hunyuan_v1_moe", "--dtype", "fp32"
+    )
     assert status == 0, err
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["loaded_with"] == "HunYuanMoEV1ForCausalLM"

@@ -15,16 +15,29 @@ import pytest
 import yaml
 
 from tests.helpers.ranks import fork_ranks
-from tests.helpers.runs import SEQUENCE_LENGTH, experiment_fields, kill_when, metrics, run_forked, start, write_experiment
+from tests.helpers.runs import (
+    SEQUENCE_LENGTH,
+    experiment_fields,
+    kill_when,
+    metrics,
+    run_forked,
+    start,
+    write_experiment,
+)
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH = 20, 8
 
 
-def fields_of(corpus: Path, run_dir: Path, batch: int = BATCH, sequences: int = (STEPS - 1) * BATCH, **changes: Any) -> dict[str, Any]:
-    """20 steps of 8 sequences, saved after 10 and at the end; `batch` and `sequences` are those of the second stage, from step 2 on."""
+def fields_of(
+    corpus: Path, run_dir: Path, batch: int = BATCH, sequences: int = (STEPS - 1) * BATCH, **changes: Any
+) -> dict[str, Any]:
+    """20 steps of 8 sequences, saved after 10 and at the end; `batch` and `sequences` are those of the second stage,
+    from step 2 on."""
     quick = {"device": "cpu", "cpu_threads_per_rank": 1, "probes": False}
-    fields = experiment_fields(corpus, run_dir, STEPS, model__num_layers=2, checkpoint={"save_every_steps": 10}, runtime=quick)
+    fields = experiment_fields(
+        corpus, run_dir, STEPS, model__num_layers=2, checkpoint={"save_every_steps": 10}, runtime=quick
+    )
     fields["stages"][0]["micro_batch_sequences"] = fields["stages"][1]["micro_batch_sequences"] = 4
     fields["stages"][1] |= {"tokens": sequences * SEQUENCE_LENGTH, "global_batch_sequences": batch}
     for path, value in changes.items():
@@ -85,7 +98,9 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
         shutil.rmtree(base / name / "checkpoints/step_0000020")
         return base / name
 
-    def goes_on(name: str, start: Callable[[str], Path] = at_step_10, accepted: tuple[str, ...] = (), **changes: Any) -> None:
+    def goes_on(
+        name: str, start: Callable[[str], Path] = at_step_10, accepted: tuple[str, ...] = (), **changes: Any
+    ) -> None:
         told[name] = train_here(fields_of(corpus, start(name), **changes), accepted)
 
     goes_on("unchanged")
@@ -109,13 +124,19 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
     shutil.copytree(straight, base / "branch")
     told["branch"] = train_here(fields_of(corpus, base / "branch", sequences=80, checkpoint=branch))
     told["branch again"] = train_here(fields_of(corpus, base / "branch", sequences=80, checkpoint=branch))
-    told["branch anew"] = train_here(fields_of(corpus, base / "branch", sequences=80, checkpoint=branch, optimizer__lr=5e-3))
+    told["branch anew"] = train_here(
+        fields_of(corpus, base / "branch", sequences=80, checkpoint=branch, optimizer__lr=5e-3)
+    )
     told["no such step"] = train_here(fields_of(corpus, base / "branch", checkpoint={"resume_from": 7}))
     of_other = {"resume_from": str(straight / "checkpoints/step_0000010")}
     told["of another run"] = train_here(fields_of(corpus, base / "of_other", sequences=80, checkpoint=of_other))
-    told["mixed"] = train_here(fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH, checkpoint=of_other))
+    told["mixed"] = train_here(
+        fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH, checkpoint=of_other)
+    )
     weights = {"init_from": str(straight)}
-    told["weights"] = train_here(fields_of(corpus, base / "weights", sequences=8, checkpoint=weights, model__moe_z_loss_coeff=0.1))
+    told["weights"] = train_here(
+        fields_of(corpus, base / "weights", sequences=8, checkpoint=weights, model__moe_z_loss_coeff=0.1)
+    )
     experiment, stage = in_force(base / "branch/abandoned/001/checkpoints/step_0000020")
     told["in force at what was left"] = (experiment.seed, stage.name)
     told["export"] = export_here(base / "branch", base / "exported")
@@ -185,7 +206,9 @@ def told(corpus: Path, base: Path) -> dict[str, Any]:
 
 def test_an_unchanged_run_takes_exactly_what_it_would_have_taken(told: dict[str, Any], base: Path) -> None:
     names = ("step", "loss", "grad_norm", "learning_rate")
-    mine, other = ([[record[name] for name in names] for record in metrics(base / run)] for run in ("unchanged", "straight"))
+    mine, other = (
+        [[record[name] for name in names] for record in metrics(base / run)] for run in ("unchanged", "straight")
+    )
     assert mine == other
     line = next(line for line in told["unchanged"].splitlines() if line.startswith("resumes from"))
     assert line.endswith("step_0000010: step 10 of 20, 5,120 tokens, stage decay, saved by 1 rank (dp=1)")
@@ -193,7 +216,9 @@ def test_an_unchanged_run_takes_exactly_what_it_would_have_taken(told: dict[str,
 
 
 @pytest.mark.parametrize(("name", "batch", "steps"), [("twice", 16, 15), ("half", 4, 30)])
-def test_another_batch_trains_every_sequence_once(told: dict[str, Any], base: Path, name: str, batch: int, steps: int) -> None:
+def test_another_batch_trains_every_sequence_once(
+    told: dict[str, Any], base: Path, name: str, batch: int, steps: int
+) -> None:
     assert f"changed, and recorded: stages.1.global_batch_sequences: 8 -> {batch}" in told[name]
     assert [record["step"] for record in metrics(base / name)] == list(range(1, steps + 1))
     taken = [place for step in range(1, steps + 1) for place in documents(base / name, step)]
@@ -209,7 +234,9 @@ def test_another_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base
     assert "step_0000010: the run cannot go on with this configuration" in told["seed"]
     assert "seed: 7 in the checkpoint, 8 in the config" in told["seed"]
     assert told["seed"].endswith("go on all the same with --accept-changes seed")
-    assert json.loads((base / "seed/segments.json").read_text())["segments"][-1]["experiment"]["seed"] == 7, "nothing was written"
+    assert json.loads((base / "seed/segments.json").read_text())["segments"][-1]["experiment"]["seed"] == 7, (
+        "nothing was written"
+    )
 
 
 def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None:
@@ -217,13 +244,23 @@ def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None
     assert told["twice"].count("done: 15 steps") == 1
     segments = json.loads((base / "twice/segments.json").read_text())["segments"]
     assert [segment["first_step"] for segment in segments] == [0, 10]
-    assert segments[1]["position"] == {"step": 10, "stage": "decay", "tokens_of_stage": 4608, "next_sequence_of_stage": 72, "tokens": 5120}
+    assert segments[1]["position"] == {
+        "step": 10,
+        "stage": "decay",
+        "tokens_of_stage": 4608,
+        "next_sequence_of_stage": 72,
+        "tokens": 5120,
+    }
     marker = json.loads((base / "twice/checkpoints/step_0000015/complete.json").read_text())
     assert marker["history"] == segments, "a copied checkpoint has the history too"
 
 
 def test_one_message_has_everything_that_is_refused(told: dict[str, Any]) -> None:
-    for text in ("a checkpoint of another model:\n  model.hidden_size: 32", "seed: 7 in the checkpoint", "stages.1.tokens=512"):
+    for text in (
+        "a checkpoint of another model:\n  model.hidden_size: 32",
+        "seed: 7 in the checkpoint",
+        "stages.1.tokens=512",
+    ):
         assert text in told["world"]
 
 
@@ -269,11 +306,16 @@ def test_a_checkpoint_to_branch_from_must_be_there_and_not_another_runs(told: di
     assert "step_0000007: not a complete checkpoint" in told["no such step"]
     assert "longer has checkpoints of its own, such as step_0000039 (choose another run_dir" in told["mixed"]
     assert "steps 11 to 11" in told["of another run"]
-    assert documents(base / "of_other", 3) == documents(base / "straight", 3), "it has the history of the run it comes from"
+    assert documents(base / "of_other", 3) == documents(base / "straight", 3), (
+        "it has the history of the run it comes from"
+    )
 
 
 def test_the_weights_of_a_run_start_another(told: dict[str, Any], base: Path) -> None:
-    assert f"begins with the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run" in told["weights"]
+    assert (
+        f"begins with the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run"
+        in told["weights"]
+    )
     assert "changed, and recorded: model.moe_z_loss_coeff: 0 -> 0.1" in told["weights"]
     assert "steps 1 to 2" in told["weights"]
 
@@ -285,7 +327,10 @@ def test_a_run_from_before_histories_goes_on_with_another_batch(told: dict[str, 
 
 
 def test_a_checkpoint_beyond_its_configuration_says_why(told: dict[str, Any]) -> None:
-    assert "it was taken after 20 steps, but the configuration beside it, resolved.yaml, ends after 10" in told["written over"]
+    assert (
+        "it was taken after 20 steps, but the configuration beside it, resolved.yaml, ends after 10"
+        in told["written over"]
+    )
     assert "put the run's own configuration there" in told["written over"]
 
 
@@ -304,7 +349,9 @@ def test_where_reads_the_segment_that_was_in_force(told: dict[str, Any], base: P
     assert len(documents(base / "twice", 11)) == 16
 
 
-def test_two_trains_on_one_run_dir_do_not_mix_and_the_lock_of_a_killed_one_is_no_obstacle(corpus: Path, tmp_path: Path) -> None:
+def test_two_trains_on_one_run_dir_do_not_mix_and_the_lock_of_a_killed_one_is_no_obstacle(
+    corpus: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     config = write_experiment(tmp_path / "x.yaml", fields_of(corpus, run_dir, checkpoint={"save_every_steps": 2}))
     first = start("train", config)

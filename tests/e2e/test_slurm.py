@@ -1,6 +1,8 @@
-"""Training and tokenizing on a running Slurm cluster of two nodes or more that have this checkout; CPU ranks, one a node.
+"""Training and tokenizing on a running Slurm cluster of two nodes or more that have this checkout; CPU ranks, one a
+node.
 
-Every job must be able to read and write the folder that pytest makes: on a real cluster give --basetemp on a shared file system.
+Every job must be able to read and write the folder that pytest makes: on a real cluster give --basetemp on a shared
+file system.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ def idle_nodes() -> int:
     return sum(int(line) for line in done.stdout.split() if line.isdecimal()) if done.returncode == 0 else 0
 
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(idle_nodes() < 2, reason="no Slurm cluster with two idle nodes")]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(idle_nodes() < 2, reason="no Slurm cluster with two idle nodes"),
+]
 
 
 def submit(tmp_path: Path, config: Path, *options: str, **variables: str) -> str:
@@ -48,7 +54,9 @@ def submit(tmp_path: Path, config: Path, *options: str, **variables: str) -> str
 
 def state(job: str) -> tuple[str, str]:
     """(state, exit code as status:signal) of a job."""
-    shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True
+    ).stdout
     fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     return fields["JobState"], fields["ExitCode"]
 
@@ -62,7 +70,9 @@ def wait_for(condition, seconds: float = 240) -> None:
 
 def test_two_nodes_are_one_world_and_a_stop_is_status_75(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
-    config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, run_dir, steps=4000, parallel__world_size=2))
+    config = write_experiment(
+        tmp_path / "x.yaml", experiment_fields(corpus, run_dir, steps=4000, parallel__world_size=2)
+    )
     job = submit(tmp_path, config)
     metrics = run_dir / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
@@ -86,7 +96,15 @@ def test_a_world_that_does_not_fit_ends_before_srun(tmp_path: Path, corpus: Path
 
 def submit_tokenizing(corpus: Path, out: Path, **sbatch_args: str) -> list[str]:
     """Ids of the jobs that tokenize and join."""
-    command = [sys.executable, "-m", "data_tools.cli", "tokenize", str(corpus / "texts"), "--tokenizer", str(corpus / "tokenizer")]
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools.cli",
+        "tokenize",
+        str(corpus / "texts"),
+        "--tokenizer",
+        str(corpus / "tokenizer"),
+    ]
     command += ["--extension", ".txt", "--output", str(out), "--executor", "slurm", "--tasks", "4"]
     options = {"partition": default_partition(), "time": "00:10:00", "sbatch_args": json.dumps(sbatch_args)}
     command += [f"--executor-option={name}={value}" for name, value in options.items()]
@@ -95,7 +113,9 @@ def submit_tokenizing(corpus: Path, out: Path, **sbatch_args: str) -> list[str]:
 
 
 def default_partition() -> str:
-    shown = subprocess.run(["sinfo", "--noheader", "--format=%P"], check=True, capture_output=True, text=True).stdout.split()
+    shown = subprocess.run(
+        ["sinfo", "--noheader", "--format=%P"], check=True, capture_output=True, text=True
+    ).stdout.split()
     return next((name.removesuffix("*") for name in shown if name.endswith("*")), shown[0])
 
 
@@ -124,4 +144,6 @@ def test_tokenizing_goes_on_after_a_task_was_killed_and_gives_the_same_bytes(tmp
     nodes = subprocess.run(["scontrol", "show", "job", "--oneliner"], check=True, capture_output=True, text=True).stdout
     assert len(set(re.findall(rf"ArrayJobId={tasks} .* NodeList=(\S+)", nodes))) > 1
     tokenize([str(small / "texts")], str(small / "tokenizer"), str(plain), extensions=[".txt"])
-    assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == {path.name: path.read_bytes() for path in plain.iterdir()}
+    assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == {
+        path.name: path.read_bytes() for path in plain.iterdir()
+    }

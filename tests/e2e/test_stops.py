@@ -19,7 +19,9 @@ BEFORE_FIRST_STEP = "stopped before the first step; nothing to save: the same co
 
 def listens(process: subprocess.Popen[str]) -> bool:
     """Whether SIGTERM no longer ends the process."""
-    caught = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+    caught = next(
+        line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt")
+    )
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
@@ -61,7 +63,12 @@ def test_a_stop_of_the_launcher_while_its_ranks_start_ends_with_75(corpus, tmp_p
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for seconds in (0.5, 6.0):
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PATH": path}
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PATH": path},
         )
         time.sleep(seconds)
         code, out, err = stopped(process, signal.SIGTERM)

@@ -21,7 +21,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
 from tests.helpers.commands import run_data
-from tests.helpers.runs import ROOT, experiment_fields, kill_all, kill_when, metrics, run, run_forked, start, write_experiment
+from tests.helpers.runs import (
+    ROOT,
+    experiment_fields,
+    kill_all,
+    kill_when,
+    metrics,
+    run,
+    run_forked,
+    start,
+    write_experiment,
+)
 
 pytestmark = pytest.mark.slow
 EXPERT_PARALLEL = {"world_size": 2, "expert_model_parallel_size": 2}
@@ -49,7 +59,11 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def complete(run_dir: Path) -> list[str]:
-    return sorted(folder.parent.name for folder in (run_dir / "checkpoints").glob("step_*/complete.json") if folder.parent.suffix == "")
+    return sorted(
+        folder.parent.name
+        for folder in (run_dir / "checkpoints").glob("step_*/complete.json")
+        if folder.parent.suffix == ""
+    )
 
 
 def last_step(run_dir: Path) -> int:
@@ -78,7 +92,11 @@ def assert_bitwise_identical(run_dir: Path, other: Path) -> None:
     assert numbers(run_dir) == numbers(other)
     mine, theirs = (tensors(folder / "checkpoints" / "step_0000020") for folder in (run_dir, other))
     assert mine.keys() == theirs.keys()
-    assert sum(key.startswith("optimizer.exp_avg_sq.") for key in mine) == sum(not key.startswith("optimizer.") for key in mine) > 30
+    assert (
+        sum(key.startswith("optimizer.exp_avg_sq.") for key in mine)
+        == sum(not key.startswith("optimizer.") for key in mine)
+        > 30
+    )
     for key, tensor in theirs.items():
         assert torch.equal(mine[key], tensor), key
 
@@ -104,14 +122,18 @@ def test_kill_in_the_middle_of_writing_a_checkpoint_goes_on_from_the_older_one(s
     code, out, err = run("train", config, ranks=2)
     assert code == 0, out + err
     assert "steps 11 to 20" in out
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [f"step_{step:07d}" for step in (5, 10, 15, 20)]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        f"step_{step:07d}" for step in (5, 10, 15, 20)
+    ]
     assert_bitwise_identical(run_dir, straight)
 
 
 def test_metrics_and_log_of_a_run(straight):
     records = metrics(straight)
     assert [record["step"] for record in records] == list(range(1, 21))
-    promised = "loss balance_loss grad_norm learning_rate expert_learning_rate tokens_per_s model_flops_per_s expert_load"
+    promised = (
+        "loss balance_loss grad_norm learning_rate expert_learning_rate tokens_per_s model_flops_per_s expert_load"
+    )
     promised += " cumulative_tokens time run_seconds process_seconds eta_seconds host_rss_bytes"
     shares = "overflow_share recycled_share dropped_share"
     assert all(record.keys() >= {*promised.split(), *shares.split()} for record in records)
@@ -146,7 +168,9 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
 def test_a_run_of_relative_paths_is_found_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
     """Its resolved experiment has absolute ones: what step 1 read, and the validation of the next start."""
     run_dir = tmp_path / "run"
-    fields = experiment_fields(Path(os.path.relpath(corpus, ROOT)), Path(os.path.relpath(run_dir, ROOT)), 2, model__num_layers=2)
+    fields = experiment_fields(
+        Path(os.path.relpath(corpus, ROOT)), Path(os.path.relpath(run_dir, ROOT)), 2, model__num_layers=2
+    )
     code, out, err = run_forked("train", write_experiment(tmp_path / "run.yaml", fields))
     assert code == 0, out + err
     monkeypatch.chdir(tmp_path)
@@ -172,7 +196,9 @@ def disk_of(folder: Path, kib: int) -> Iterator[Path]:
 @pytest.fixture
 def small_disk(tmp_path: Path, straight: Path) -> Iterator[Path]:
     """Room for one and a half checkpoints of the run `straight`."""
-    checkpoint, rest = (sum(file.stat().st_size for file in (straight / name).rglob("*")) for name in ("checkpoints", "tokenizer"))
+    checkpoint, rest = (
+        sum(file.stat().st_size for file in (straight / name).rglob("*")) for name in ("checkpoints", "tokenizer")
+    )
     with disk_of(tmp_path / "disk", (3 * checkpoint // 2 + rest) // 1024 + 128) as disk:
         yield disk
 
@@ -217,7 +243,9 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(corpus, tmp_path):
 
 def test_a_full_disk_is_survived_in_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
     """The disk has room for the first checkpoint only; with more room the same command goes on from it."""
-    fields = experiment_fields(corpus, small_disk / "run", 6, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 2})
+    fields = experiment_fields(
+        corpus, small_disk / "run", 6, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 2}
+    )
     config, run_dir = write_experiment(tmp_path / "run.yaml", fields), small_disk / "run"
     code, out, err = run("train", config, ranks=2)
     assert code != 0

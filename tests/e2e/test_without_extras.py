@@ -1,4 +1,5 @@
-"""After a plain `pip install hunyuan-pretrain`: what needs no extra works, and what needs one says which, in one line."""
+"""After a plain `pip install hunyuan-pretrain`: what needs no extra works, and what needs one says which, in one
+line."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ for number, (name, *arguments) in enumerate(commands):
 ABSENT = sorted(name for names in EXTRAS.values() for name in names)
 
 
-DATA, HF = 'is not installed: pip install "hunyuan-pretrain[data', 'is not installed: pip install "hunyuan-pretrain[data,hf]'
+DATA, HF = (
+    'is not installed: pip install "hunyuan-pretrain[data',
+    'is not installed: pip install "hunyuan-pretrain[data,hf]',
+)
 
 
 def needs(module: str) -> str:
@@ -74,21 +78,31 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
         (["hunyuan-pretrain", "generate", str(tmp_path / "exported"), "--prompt", "x"], needs("transformers")),
         (["hunyuan-data", "train-tokenizer", str(text), "--vocab-size", "600", "--output", out], DATA),
         (["hunyuan-data", "tokenize", str(text), "--tokenizer", tokenizer, "--output", out], DATA),
-        (["hunyuan-data", "tokenize", str(text), "--tokenizer", tokenizer, "--output", out, "--executor", "local"], "is not installed: "),
+        (
+            ["hunyuan-data", "tokenize", str(text), "--tokenizer", tokenizer, "--output", out, "--executor", "local"],
+            "is not installed: ",
+        ),
         (["hunyuan-data", "pack", tokenized, "--sequence-length", "64", "--output", str(tmp_path / "packed")], None),
         (["hunyuan-data", "mix", config], None),
-        (["hunyuan-data", "mix", config, "--output", out], f"the picture needs matplotlib: {install_hint('matplotlib')}"),
+        (
+            ["hunyuan-data", "mix", config, "--output", out],
+            f"the picture needs matplotlib: {install_hint('matplotlib')}",
+        ),
         (["hunyuan-data", "where", config, "--step", "1"], None),
         (["hunyuan-data", "verify", tokenized], None),
         (["hunyuan-data", "inspect", str(corpus / "train")], None),
     ]
     command = [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps([ABSENT, [arguments for arguments, _ in expected]])]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=True
+    )
     wrong = []
     for number, ((arguments, message), status) in enumerate(zip(expected, done.stdout.split(), strict=True)):
         said = (tmp_path / f"{number}.err").read_text()
-        is_right = status == "0" if message is None else (status == "2" and message in said and len(said.splitlines()) == 1)
+        is_right = (
+            status == "0" if message is None else (status == "2" and message in said and len(said.splitlines()) == 1)
+        )
         if not is_right or "Traceback" in said:
             wrong.append((arguments, status, said))
     assert not wrong, "\n".join(map(str, wrong))

@@ -1,4 +1,5 @@
-"""The emulated recipes against Transformer Engine's own kernels, value by value and step by step. `make test-gpu` runs them."""
+"""The emulated recipes against Transformer Engine's own kernels, value by value and step by step. `make test-gpu` runs
+them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def skip_unless_supported(recipe: str) -> None:
 @pytest.mark.parametrize("operand", ["x", "w", "dy"])
 @pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_emulated_values_are_those_of_the_kernels(name: str, fp8_format: str, operand: Operand, along_rows: bool) -> None:
+def test_emulated_values_are_those_of_the_kernels(
+    name: str, fp8_format: str, operand: Operand, along_rows: bool
+) -> None:
     """Bit by bit, in bf16; shapes are whole blocks and not."""
     skip_unless_supported(name)
     recipe = Recipe.of(PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format))
@@ -42,7 +45,8 @@ def test_emulated_values_are_those_of_the_kernels(name: str, fp8_format: str, op
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
-    """One linear layer with equal inputs, output and gradients: what remains is the order of sums and the rounding to bf16."""
+    """One linear layer with equal inputs, output and gradients: what remains is the order of sums and the rounding to
+    bf16."""
     import transformer_engine.pytorch as te
 
     from hunyuan_pretrain.model.transformer_engine import te_recipe
@@ -51,7 +55,9 @@ def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     precision = PrecisionConfig(fp8_recipe=name)
     generator = torch.Generator().manual_seed(2)
     T, D, F = 256, 384, 512
-    x_TD, weight_FD, grad_TF = (torch.randn(shape, generator=generator).bfloat16().cuda() for shape in ((T, D), (F, D), (T, F)))
+    x_TD, weight_FD, grad_TF = (
+        torch.randn(shape, generator=generator).bfloat16().cuda() for shape in ((T, D), (F, D), (T, F))
+    )
     linear = te.Linear(D, F, bias=False, params_dtype=torch.bfloat16, device="cuda")
     linear.weight.data.copy_(weight_FD)
     product = Fp8Product(Recipe.of(precision), 1, False, False, "cuda")

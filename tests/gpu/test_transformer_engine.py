@@ -1,4 +1,5 @@
-"""Transformer Engine's own kernels on a GPU: against the local spec in bf16, and a step in every FP8 recipe. `make test-gpu` runs them."""
+"""Transformer Engine's own kernels on a GPU: against the local spec in bf16, and a step in every FP8 recipe. `make
+test-gpu` runs them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def groups() -> Any:
 
 
 def test_a_bf16_step_equals_that_of_the_local_spec() -> None:
-    (loss, gradients), (other_loss, others) = (step(built(groups(), engine), groups(), "cuda") for engine in (True, False))
+    (loss, gradients), (other_loss, others) = (
+        step(built(groups(), engine), groups(), "cuda") for engine in (True, False)
+    )
     assert loss == pytest.approx(other_loss, rel=2e-3)
     assert median_error(gradients, others) < 0.02
 
@@ -44,9 +47,12 @@ def skip_unless_supported(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: str) -> None:
-    """Kernels and emulation quantise to the same values; sums in another order round to others, and then single tokens go elsewhere."""
+    """Kernels and emulation quantise to the same values; sums in another order round to others, and then single tokens
+    go elsewhere."""
     skip_unless_supported(recipe)
-    (loss, error), (emulated_loss, emulated) = (error_of_fp8(groups(), engine, recipe, "cuda") for engine in (True, False))
+    (loss, error), (emulated_loss, emulated) = (
+        error_of_fp8(groups(), engine, recipe, "cuda") for engine in (True, False)
+    )
     assert max(loss, emulated_loss) < 0.02
     assert error == pytest.approx(emulated, rel=SPREAD)
 
@@ -59,8 +65,12 @@ def test_parameters_in_fp8_only_take_the_same_step(recipe: str) -> None:
     (loss, gradients), (other_loss, others) = (step(model, groups(), "cuda") for model in models)
     assert loss == other_loss
     for name, gradient in others.items():
-        experts = [gradients[f"{name}{expert}"] for expert in range(MODEL.num_moe_experts)] if f"{name}0" in gradients else []
-        torch.testing.assert_close(torch.stack(experts) if experts else gradients[name], gradient, rtol=0, atol=0, msg=name)
+        experts = (
+            [gradients[f"{name}{expert}"] for expert in range(MODEL.num_moe_experts)] if f"{name}0" in gradients else []
+        )
+        torch.testing.assert_close(
+            torch.stack(experts) if experts else gradients[name], gradient, rtol=0, atol=0, msg=name
+        )
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:3])
@@ -74,7 +84,8 @@ def test_parameters_in_fp8_only_have_gradients_outside_of_a_step(recipe: str) ->
 
 
 needs_attention = pytest.mark.skipif(
-    torch.cuda.is_available() and not attends_to_packed_documents(), reason="Transformer Engine has no attention for packed documents here"
+    torch.cuda.is_available() and not attends_to_packed_documents(),
+    reason="Transformer Engine has no attention for packed documents here",
 )
 BORDERS = [0, 100, 128, 188, 256]
 
@@ -82,8 +93,12 @@ BORDERS = [0, 100, 128, 188, 256]
 def attention_of(num_heads: int, num_groups: int, head_dim: int) -> PackedAttention:
     from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
 
-    model = MODEL.model_copy(update={"num_attention_heads": num_heads, "num_query_groups": num_groups, "kv_channels": head_dim})
-    return PackedAttention(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True))
+    model = MODEL.model_copy(
+        update={"num_attention_heads": num_heads, "num_query_groups": num_groups, "kv_channels": head_dim}
+    )
+    return PackedAttention(
+        transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
+    )
 
 
 @needs_attention

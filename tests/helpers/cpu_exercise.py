@@ -1,6 +1,8 @@
-"""All of megatron-core that a run on the CPU touches, with the shim and then without each PATCH: python cpu_exercise.py FOLDER [PATCH...].
+"""All of megatron-core that a run on the CPU touches, with the shim and then without each PATCH: python cpu_exercise.py
+FOLDER [PATCH...].
 
-Each exercise is a fork of this process, which has imported torch but not megatron; prints {patch left out or "": [status, what it said]}.
+Each exercise is a fork of this process, which has imported torch but not megatron; prints {patch left out or "":
+[status, what it said]}.
 """
 
 from __future__ import annotations
@@ -31,15 +33,17 @@ multi_tensor_l2norm = multi_tensor_scale = multi_tensor_applier = FusedAdam = Fu
 
 
 def exercise(folder: Path, left_out: str) -> None:
-    """Train, evaluate, save, load and train again in fp32 and bf16, with and without the distributed optimizer, overlap and offload of
-    the optimizer's state; one rank."""
+    """Train, evaluate, save, load and train again in fp32 and bf16, with and without the distributed optimizer, overlap
+    and offload of the optimizer's state; one rank."""
     sys.path.insert(0, str(packages_of_a_gpu(folder)))
     assert cpu_megatron.install(leave_out=[left_out])
     from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.train.loop import train
     from tests.helpers.runs import experiment_fields, metrics
 
-    assert "torch._inductor.lowering" not in sys.modules, "torch's compiler was loaded, which every process of a run would wait for"
+    assert "torch._inductor.lowering" not in sys.modules, (
+        "torch's compiler was loaded, which every process of a run would wait for"
+    )
 
     corpus, losses = folder / "data", []
     layouts = (
@@ -48,7 +52,9 @@ def exercise(folder: Path, left_out: str) -> None:
     )
     for dtype, offloaded, parallel in layouts:
         run_dir = folder / "runs" / f"{dtype}_{left_out or 'complete'}"
-        fields = experiment_fields(corpus, run_dir, steps=2, precision={"dtype": dtype}, parallel=parallel, model__num_layers=2)
+        fields = experiment_fields(
+            corpus, run_dir, steps=2, precision={"dtype": dtype}, parallel=parallel, model__num_layers=2
+        )
         fields["evaluation"] = {"data": str(corpus / "heldout"), "max_sequences": 2}
         fields["optimizer"]["cpu_offload_fraction"] = offloaded
         fields["checkpoint"] = {"save_every_steps": 1}
@@ -63,7 +69,9 @@ def exercise(folder: Path, left_out: str) -> None:
 def in_a_fork(folder: Path, left_out: str) -> tuple[int | None, str]:
     """Exit status of the exercise and all that it printed."""
     with tempfile.TemporaryFile("w+") as said:
-        process = multiprocessing.get_context("fork").Process(target=_in_this_fork, args=(said.fileno(), folder, left_out))
+        process = multiprocessing.get_context("fork").Process(
+            target=_in_this_fork, args=(said.fileno(), folder, left_out)
+        )
         process.start()
         process.join()
         said.seek(0)

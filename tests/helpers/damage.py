@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from hunyuan_pretrain.config.schema import ConfigError
 from hunyuan_pretrain.data.errors import DataFormatError
 
-_OVERWRITES = [b"\x00", b"\xff", b"\x00" * 8, b"\xff" * 8, (1 << 60).to_bytes(8, "little"), (1 << 31).to_bytes(8, "little"), b"9" * 40]
+_OVERWRITES = [
+    b"\x00",
+    b"\xff",
+    b"\x00" * 8,
+    b"\xff" * 8,
+    (1 << 60).to_bytes(8, "little"),
+    (1 << 31).to_bytes(8, "little"),
+    b"9" * 40,
+]
 _WRONG_VALUES: list[Any] = [
     None,
     True,
@@ -77,7 +85,8 @@ def damaged(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
-    """A JSON document that is damaged as any file is, or has a value dropped or of the wrong kind, or is nested without end."""
+    """A JSON document that is damaged as any file is, or has a value dropped or of the wrong kind, or is nested without
+    end."""
     if draw(st.integers(0, 3)) == 0:
         return draw(damaged(content, other))
     document = json.loads(content)
@@ -99,7 +108,8 @@ def damaged_json(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
 
 @contextmanager
 def in_place_of(file: Path, content: bytes) -> Iterator[None]:
-    """`content` in the file, and then again what it held; a new file each time, because the old one may still be mapped."""
+    """`content` in the file, and then again what it held; a new file each time, because the old one may still be
+    mapped."""
     before = file.read_bytes()
     try:
         file.unlink()

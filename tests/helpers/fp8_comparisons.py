@@ -1,4 +1,5 @@
-"""What tests on a GPU and their twins on a CPU compare of FP8: values of quantisers, and how far a step is from one in bf16."""
+"""What tests on a GPU and their twins on a CPU compare of FP8: values of quantisers, and how far a step is from one in
+bf16."""
 
 from __future__ import annotations
 
@@ -14,15 +15,19 @@ from tests.helpers.tiny import packed_inputs, tiny_model
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 DELAYED_SCALE = 0.37
-MODEL = tiny_model(hidden_size=128, ffn_hidden_size=256, moe_ffn_hidden_size=128, padded_vocab_size=512, moe_routing_group_tokens=128)
+MODEL = tiny_model(
+    hidden_size=128, ffn_hidden_size=256, moe_ffn_hidden_size=128, padded_vocab_size=512, moe_routing_group_tokens=128
+)
 LENGTHS = (100, 28, 60, 68)
 
 SPREAD = 0.15
-"""By how much, relative, the median error of one FP8 step of MODEL differs from that of another whose roundings fall otherwise.
+"""By how much, relative, the median error of one FP8 step of MODEL differs from that of another whose roundings fall
+otherwise.
 
-Emulated on a CPU, over three seeds of weights and tokens, the median error of the gradients is 0.349 to 0.384 in every recipe: 5 % around
-their mean. With two layers it is 0.24 to 0.29; with one expert, so that no token changes its own, 0.26 to 0.28: the roundings of a small
-random model, in which E4M3 keeps 4 bits of a number and E5M2 3, and a third as much again from tokens that go elsewhere.
+Emulated on a CPU, over three seeds of weights and tokens, the median error of the gradients is 0.349 to 0.384 in every
+recipe: 5 % around their mean. With two layers it is 0.24 to 0.29; with one expert, so that no token changes its own,
+0.26 to 0.28: the roundings of a small random model, in which E4M3 keeps 4 bits of a number and E5M2 3, and a third as
+much again from tokens that go elsewhere.
 """
 
 
@@ -56,13 +61,21 @@ def kernel_values(x_RC: torch.Tensor, recipe: Recipe, operand: Operand, along_ro
 def wide_numbers(generator: torch.Generator, shape: tuple[int, int]) -> torch.Tensor:
     """Over more powers of two than the formats have, some of them zero; bf16."""
     spread = torch.exp2(torch.randint(-20, 20, shape, generator=generator))
-    return (torch.randn(shape, generator=generator) * spread).masked_fill(torch.rand(shape, generator=generator) < 0.05, 0).bfloat16()
+    return (
+        (torch.randn(shape, generator=generator) * spread)
+        .masked_fill(torch.rand(shape, generator=generator) < 0.05, 0)
+        .bfloat16()
+    )
 
 
-def built(groups: Any, engine: bool, recipe: str | None = None, has_fp8_parameters: bool = False, seed: int = 1) -> HunyuanModel:
+def built(
+    groups: Any, engine: bool, recipe: str | None = None, has_fp8_parameters: bool = False, seed: int = 1
+) -> HunyuanModel:
     """MODEL in bf16, not wrapped; on the device of torch's defaults."""
     precision = PrecisionConfig(dtype="bf16", fp8_recipe=recipe, fp8_parameters=has_fp8_parameters)
-    (model,) = build_model(transformer_config(MODEL, ParallelConfig(), precision, use_transformer_engine=engine), groups, seed)
+    (model,) = build_model(
+        transformer_config(MODEL, ParallelConfig(), precision, use_transformer_engine=engine), groups, seed
+    )
     return model
 
 
@@ -85,12 +98,14 @@ def step(model: HunyuanModel, groups: Any, device: str, seed: int = 0) -> tuple[
 
 
 def median_error(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Of the gradients' relative errors the one in the middle: a token that goes to another expert moves single ones by more."""
+    """Of the gradients' relative errors the one in the middle: a token that goes to another expert moves single ones by
+    more."""
     return float(torch.stack([(mine[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs]).median())
 
 
 def error_of_fp8(groups: Any, engine: bool, recipe: str, device: str, seed: int = 1) -> tuple[float, float]:
-    """(relative difference of the loss, median error of the gradients) of a step in FP8 and one in bf16 of the same engine."""
+    """(relative difference of the loss, median error of the gradients) of a step in FP8 and one in bf16 of the same
+    engine."""
     model = built(groups, engine, recipe, seed=seed)
     for _ in range(2):  # scales of the delayed recipe are 1 in the first step
         loss, gradients = step(model, groups, device, seed - 1)

@@ -1,4 +1,5 @@
-"""What tests of parameters in FP8 only run in processes of their own, which have the stand-in for Transformer Engine."""
+"""What tests of parameters in FP8 only run in processes of their own, which have the stand-in for Transformer
+Engine."""
 
 from __future__ import annotations
 
@@ -72,11 +73,15 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     _gather_one_by_one()
     run = setup.prepare(experiment)
     assert run.first_step == steps.start
-    for step in steps[:-1]:  # as a run takes them: nothing is gathered between two steps but what they gather themselves
+    for step in steps[
+        :-1
+    ]:  # as a run takes them: nothing is gathered between two steps but what they gather themselves
         stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
         ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
         set_learning_rate(run.optimizer, experiment.optimizer.lr * lr_fraction(experiment.stages, step), ratio)
-        train_step(experiment, stage, step, run.wrapped, run.optimizer, run.loader.micro_batches(step), run.groups, run.device)
+        train_step(
+            experiment, stage, step, run.wrapped, run.optimizer, run.loader.micro_batches(step), run.groups, run.device
+        )
     (trace,) = trace_steps(run, steps[-1:])
     assert run.evaluation is not None
     validation = evaluate(experiment, experiment.stages[-1], run.wrapped, run.evaluation, run.groups, run.device)
@@ -97,8 +102,8 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
 
 
 def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Quantisers whose values are not those of the emulation; and parameters, in FP8 only, whose gradient outside of a step is not that of
-    the values that they stand for, in bf16."""
+    """Quantisers whose values are not those of the emulation; and parameters, in FP8 only, whose gradient outside of a
+    step is not that of the values that they stand for, in bf16."""
     transformer_engine_stub.install()
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 
@@ -128,7 +133,11 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
         def of(model_name: str, weights: dict[str, Any] = weights, take: Any = unquantised) -> torch.Tensor:
             experts = [f"{model_name}{expert}" for expert in range(fp8.MODEL.num_moe_experts)]
-            return take(weights[model_name]) if model_name in weights else torch.stack([take(weights[expert]) for expert in experts])
+            return (
+                take(weights[model_name])
+                if model_name in weights
+                else torch.stack([take(weights[expert]) for expert in experts])
+            )
 
         for key, parameter in plain.named_parameters():
             parameter.data = of(key).detach().clone()
@@ -136,7 +145,9 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
             loss, _ = model(**fp8.inputs("cpu"))
             loss.backward()
         for key, parameter in plain.named_parameters():
-            if any(weight.grad is None for weight in weights.values()) or not torch.equal(of(key, take=lambda w: w.grad), parameter.grad):
+            if any(weight.grad is None for weight in weights.values()) or not torch.equal(
+                of(key, take=lambda w: w.grad), parameter.grad
+            ):
                 wrong_gradients.append(f"{name} {key}")
     return wrong_values, wrong_gradients
 
@@ -150,8 +161,8 @@ class _Works(list[Any]):
 
 
 def _gather_one_by_one() -> None:
-    """Core gathers buffers of FP8, bf16 and fp32 weights in one coalesced call, which gloo (torch 2.13) carries out in the format of the
-    first, silently: the values of all are lost. NCCL groups calls and knows nothing of formats."""
+    """Core gathers buffers of FP8, bf16 and fp32 weights in one coalesced call, which gloo (torch 2.13) carries out in
+    the format of the first, silently: the values of all are lost. NCCL groups calls and knows nothing of formats."""
     from megatron.core.distributed import param_and_grad_buffer as core
 
     if core._coalescing_manager is _one_by_one:
@@ -196,7 +207,9 @@ def differences_of_files(pairs: Sequence[Sequence[Path]]) -> list[list[str]]:
         assert len(tensors[0]) > 100
         names = tensors[0].keys() | tensors[1].keys()
         pairs_of_tensors = {name: [one.get(name) for one in tensors] for name in names}
-        found.append(sorted(name for name, (a, b) in pairs_of_tensors.items() if a is None or b is None or not torch.equal(a, b)))
+        found.append(
+            sorted(name for name, (a, b) in pairs_of_tensors.items() if a is None or b is None or not torch.equal(a, b))
+        )
     return found
 
 
@@ -215,7 +228,10 @@ def differences_of_shards(builds: Sequence[Build]) -> list[str]:
             whole, alone = (_shards(build, rank, is_kept) for is_kept in (False, True))
             if whole != alone:
                 differing = [key for key in whole.keys() | alone.keys() if whole.get(key) != alone.get(key)]
-                found.append(f"{build}, rank {rank}: {differing[:5]}, e.g. {whole.get(differing[0])} and {alone.get(differing[0])}")
+                found.append(
+                    f"{build}, rank {rank}: {differing[:5]}, e.g. {whole.get(differing[0])} and "
+                    f"{alone.get(differing[0])}"
+                )
     return found
 
 
@@ -228,12 +244,20 @@ def _shards(build: Build, rank: int, is_kept: bool) -> dict[Any, Any]:
             places = chunk.placements()
             for name, parameter in chunk.named_parameters():
                 place = places[name]
-                marks = [getattr(parameter, mark, default) for mark, default in MARKS.items() if mark != "partition_dim"]
+                marks = [
+                    getattr(parameter, mark, default) for mark, default in MARKS.items() if mark != "partition_dim"
+                ]
                 dim = getattr(parameter, "partition_dim", -1) - parameter.dim()
                 is_expert = getattr(parameter, "is_routed_expert", False)
                 for part in place.parts:
                     offset = tuple(where.start for where in part.whole)
                     for expert in range(part.lengths[0] if is_expert else 1):
                         lengths = part.lengths[1:] if is_expert else part.lengths
-                        found[place.name, offset[0] + expert, *offset[1:]] = place.whole_shape, lengths, place.replica, marks, dim
+                        found[place.name, offset[0] + expert, *offset[1:]] = (
+                            place.whole_shape,
+                            lengths,
+                            place.replica,
+                            marks,
+                            dim,
+                        )
     return found

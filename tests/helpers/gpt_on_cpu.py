@@ -1,4 +1,5 @@
-"""What megatron-core's own GPTModel needs on a CPU beyond runtime.cpu_megatron, for benchmarks and comparisons against it."""
+"""What megatron-core's own GPTModel needs on a CPU beyond runtime.cpu_megatron, for benchmarks and comparisons against
+it."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def install() -> None:
 
 
 def sequence_parallel_norm() -> type:
-    """A local RMSNorm class that, unlike core's, takes sequence parallelism: its gradient is summed over the tensor-parallel ranks."""
+    """A local RMSNorm class that, unlike core's, takes sequence parallelism: its gradient is summed over the
+    tensor-parallel ranks."""
     import torch
 
     class Norm(torch.nn.RMSNorm):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 
 def killed_at(count: int, job: Callable[[], object]) -> bool:
-    """Run `job` in a process that dies, as by kill -9, at its `count`-th flush, renaming or removal; False if it ended before."""
+    """Run `job` in a process that dies, as by kill -9, at its `count`-th flush, renaming or removal; False if it ended
+    before."""
     child = os.fork()
     if child == 0:
         left = count

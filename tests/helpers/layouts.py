@@ -48,7 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "4 key/value heads": {"num_query_groups": 4},
     "bf16": {},
 }
-"""Changes of the model with every feature on: 8 layers, CLA of 2, 2 key/value heads, 4 experts, recycling, tied embeddings, QK norm."""
+"""Changes of the model with every feature on: 8 layers, CLA of 2, 2 key/value heads, 4 experts, recycling, tied
+embeddings, QK norm."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class Layout:
     """Layers of each pipeline stage; empty: divided evenly."""
 
     def __str__(self) -> str:
-        changed = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+        changed = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
         return ", ".join(f"{name} {value}" for name, value in changed.items()) or "one rank"
 
     @property
@@ -109,14 +114,20 @@ class Layout:
             "overlap_param_gather": self.overlap == "everything",
             "recompute": self.recompute,
         }
-        found = experiment_fields(corpus, run_dir, steps, parallel=parallel, **{f"model__{key}": value for key, value in changes.items()})
-        # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an update
+        found = experiment_fields(
+            corpus, run_dir, steps, parallel=parallel, **{f"model__{key}": value for key, value in changes.items()}
+        )
+        # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an
+        # update
         found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
         found["optimizer"]["cpu_offload_fraction"] = 0.5 if self.optimizer == "half offloaded" else 0.0
         found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may have two busy cores
         found["precision"]["dtype"] = "bf16" if self.model == "bf16" else "fp32"
         warmup, decay = found["stages"]
-        warmup["micro_batch_sequences"], decay["micro_batch_sequences"] = self.micro_batch, self.later_micro_batch or self.micro_batch
+        warmup["micro_batch_sequences"], decay["micro_batch_sequences"] = (
+            self.micro_batch,
+            self.later_micro_batch or self.micro_batch,
+        )
         return Experiment.model_validate(found)
 
     def problems(self) -> list[Problem]:
@@ -124,15 +135,17 @@ class Layout:
         return rules.find_problems(self.experiment(Path("corpus"), Path("run")), self.world_size)
 
 
-# --- which layouts there are ----------------------------------------------------------------------------------------------------------
+# --- which layouts there are ------------------------------------------------------------------------------------------
 
 
 def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]:
-    """All products of sizes of up to LARGEST_WORLD ranks, legal or not, each with a micro-batch that suits it if any does."""
+    """All products of sizes of up to LARGEST_WORLD ranks, legal or not, each with a micro-batch that suits it if any
+    does."""
     for values in product(*sizes.values()):
         layout = Layout(**dict(zip(sizes, values, strict=True)))
         if layout.world_size <= LARGEST_WORLD:
-            # 2 sequences leave room for 4 micro-batches; more data-parallel ranks or pipeline rounds than that need smaller ones
+            # 2 sequences leave room for 4 micro-batches; more data-parallel ranks or pipeline rounds than that need
+            # smaller ones
             if layout.tp == 4:
                 layout = replace(layout, model="4 key/value heads")
             yield next((small for small in (layout, replace(layout, micro_batch=1)) if not small.problems()), layout)
@@ -149,7 +162,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 
 
 def sparsely_crossed(products: Iterable[Layout]) -> list[Layout]:
-    """Each of these legal layouts once, with variants chosen such that nearly every legal pair of a size and a variant is met."""
+    """Each of these legal layouts once, with variants chosen such that nearly every legal pair of a size and a variant
+    is met."""
     draw = random.Random(1)
     met: set[tuple[Any, ...]] = set()
     chosen = []
@@ -182,10 +196,13 @@ def pairs(layout: Layout) -> set[tuple[Any, ...]]:
 
 
 def random_layout(seed: int, largest_world: int) -> Layout:
-    """A random small model under a random legal layout of 2 to `largest_world` ranks; a pure function of its arguments."""
+    """A random small model under a random legal layout of 2 to `largest_world` ranks; a pure function of its
+    arguments."""
     draw = random.Random(f"{seed}/{largest_world}")
     while True:
-        layout = Layout(**{name: draw.choice(values) for name, values in SIZES.items()}, model=f"random {draw.randrange(1 << 20)}")
+        layout = Layout(
+            **{name: draw.choice(values) for name, values in SIZES.items()}, model=f"random {draw.randrange(1 << 20)}"
+        )
         layout = replace(layout, **_draw_variant(draw, layout))
         if 1 < layout.world_size <= largest_world and not layout.problems():
             return layout
@@ -218,7 +235,7 @@ def _model_changes(model: str) -> dict[str, Any]:
     }
 
 
-# --- how they compare -----------------------------------------------------------------------------------------------------------------
+# --- how they compare -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -245,7 +262,8 @@ Outcome = list[Any] | str
 
 
 class Comparisons:
-    """Comparisons of layouts, made when one is asked for: up to JOB_SIZE of a world size in one job, whose start takes seconds."""
+    """Comparisons of layouts, made when one is asked for: up to JOB_SIZE of a world size in one job, whose start takes
+    seconds."""
 
     JOB_SIZE = 24
 
@@ -273,10 +291,16 @@ class Comparisons:
         return found
 
     def _run(self, layout: Layout) -> None:
-        same_size = [other for other in self._wanted if other.world_size == layout.world_size and other not in self._done]
-        layouts = list(dict.fromkeys([layout, *sorted(same_size, key=lambda other: other != other.reference)]))[: self.JOB_SIZE]
+        same_size = [
+            other for other in self._wanted if other.world_size == layout.world_size and other not in self._done
+        ]
+        layouts = list(dict.fromkeys([layout, *sorted(same_size, key=lambda other: other != other.reference)]))[
+            : self.JOB_SIZE
+        ]
         first = len(self._done)
-        experiments = [other.experiment(self._corpus, self._folder / f"{first}_{number}") for number, other in enumerate(layouts)]
+        experiments = [
+            other.experiment(self._corpus, self._folder / f"{first}_{number}") for number, other in enumerate(layouts)
+        ]
         for other, outcome in zip(layouts, trace_in_jobs(layout.world_size, trace_all, experiments), strict=True):
             self._done[other] = outcome if isinstance(outcome, str) else self._compared(other, outcome)
 
@@ -291,12 +315,16 @@ class Comparisons:
             compare(traces, self._traces[layout.reference]),
             [trace.scalars for trace in traces],
             [trace.shares for trace in traces],
-            [sqrt(sum(np.square(value, dtype=np.float64).sum() for value in trace.gradients.values())) for trace in traces],
+            [
+                sqrt(sum(np.square(value, dtype=np.float64).sum() for value in trace.gradients.values()))
+                for trace in traces
+            ],
         )
 
 
 def trace_all(experiments: list[Experiment]) -> list[Outcome]:
-    """In every rank: each experiment's outcome, up to the first that fails, after which the ranks are no longer of one mind."""
+    """In every rank: each experiment's outcome, up to the first that fails, after which the ranks are no longer of one
+    mind."""
     from hunyuan_pretrain.train.parity import trace_layout
 
     return until_failure(experiments, lambda experiment: trace_layout(experiment, STEPS))
@@ -306,7 +334,8 @@ def until_failure(jobs: list[Any], trace: Callable[[Any], list[Any]]) -> list[Ou
     """Outcomes of `trace` for each job, ending with the first traceback."""
     found: list[Outcome] = []
     for job in jobs:
-        gc.collect()  # the run before, whose modules and hooks know each other, holds process groups with threads of their own
+        # the run before, whose modules and hooks know each other, holds process groups with threads of their own
+        gc.collect()
         try:
             found.append(trace(job))
         except Exception:
@@ -330,4 +359,6 @@ def trace_in_jobs(world_size: int, function: Callable[[list[Any]], list[Outcome]
 
 def _agreed(outcomes: tuple[Any, ...]) -> Outcome:
     reports = [[(trace.scalars, trace.shares) for trace in traces] for traces in outcomes]
-    return outcomes[0] if all(report == reports[0] for report in reports) else f"ranks report different numbers: {reports}"
+    return (
+        outcomes[0] if all(report == reports[0] for report in reports) else f"ranks report different numbers: {reports}"
+    )

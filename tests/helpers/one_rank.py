@@ -19,7 +19,8 @@ def on_this_rank(fields: dict[str, Any]) -> setup.Run:
     """A run of one rank inside the test process, with fresh weights and a log that writes nothing."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    # core keeps this in the class; a backward pass outside its schedules, as tests of the model make, leaves it in another shape
+    # core keeps this in the class; a backward pass outside its schedules, as tests of the model make, leaves it in
+    # another shape
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     experiment, groups = Experiment.model_validate(fields), world_of_one()
     setup.use_deterministic_algorithms(True)
@@ -27,11 +28,24 @@ def on_this_rank(fields: dict[str, Any]) -> setup.Run:
     optimizer = setup.build_optimizer(wrapped, experiment, groups)
     loader, evaluation, sets = setup._open_data(experiment, groups)
     log = RunLog(Path(experiment.run_dir), experiment.logging, experiment.name, is_writer=False)
-    return setup.Run(experiment, torch.device("cpu"), groups, chunks, wrapped, optimizer, loader, evaluation, 0, log, evaluation_sets=sets)
+    return setup.Run(
+        experiment,
+        torch.device("cpu"),
+        groups,
+        chunks,
+        wrapped,
+        optimizer,
+        loader,
+        evaluation,
+        0,
+        log,
+        evaluation_sets=sets,
+    )
 
 
 def moments(run: setup.Run) -> dict[str, np.ndarray]:
-    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order; empty before the first step."""
+    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order; empty before the
+    first step."""
     found: dict[str, np.ndarray] = {}
     for part, optimizer in enumerate(run.optimizer.chained_optimizers):
         for number, parameter in enumerate(chain(*(group["params"] for group in optimizer.optimizer.param_groups))):

@@ -19,11 +19,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 
 def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
-    """`run_ranks`, but in forks of a process that has imported torch, megatron-core and this project and done nothing else.
+    """`run_ranks`, but in forks of a process that has imported torch, megatron-core and this project and done nothing
+    else.
 
-    Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed in it. Only what
-    must come before megatron is imported, such as a stand-in for a package that megatron looks for, needs `run_ranks`. What a fork prints
-    is shown with a failed test, but pytest's capfd does not see it: the process has the output of the test that first needed it.
+    Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed
+    in it. Only what must come before megatron is imported, such as a stand-in for a package that megatron looks for,
+    needs `run_ranks`. What a fork prints is shown with a failed test, but pytest's capfd does not see it: the process
+    has the output of the test that first needed it.
     """
     return _run(forking(), world_size, function, arguments, timeout_s)
 
@@ -35,14 +37,18 @@ def forking() -> ForkServerContext:
     return context
 
 
-def _run(context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
+def _run(
+    context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float
+) -> list[Any]:
     from torch.distributed import TCPStore
 
-    # kept here, as torchrun's agent does: a free port that is only looked up may be somebody else's when rank 0 has started
+    # kept here, as torchrun's agent does: a free port that is only looked up may be somebody else's when rank 0 has
+    # started
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments)) for rank in range(world_size)
+        context.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -60,7 +66,9 @@ def _run(context: BaseContext, world_size: int, function: Callable[..., Any], ar
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

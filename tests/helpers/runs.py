@@ -52,7 +52,8 @@ def make_corpus(folder: Path) -> Path:
 
 
 def experiment_fields(corpus: Path, run_dir: Path, steps: int = 4, **changes: Any) -> dict[str, Any]:
-    """A small experiment, every feature on, as its file's content; model__num_layers=2 changes model.num_layers, stages__x all stages."""
+    """A small experiment, every feature on, as its file's content; model__num_layers=2 changes model.num_layers,
+    stages__x all stages."""
     fields: dict[str, Any] = {
         "name": "tiny",
         "run_dir": str(run_dir),

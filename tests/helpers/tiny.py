@@ -19,7 +19,8 @@ GROUP_TOKENS = 32
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
-    """4 layers in CLA groups of 2, GQA, QK norm, 4 experts, recycling, tied embeddings; `changes` are fields of ModelConfig."""
+    """4 layers in CLA groups of 2, GQA, QK norm, 4 experts, recycling, tied embeddings; `changes` are fields of
+    ModelConfig."""
     fields: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 32,

@@ -1,4 +1,5 @@
-"""A tiny model with random weights, a tiny tokenizer, and their export, for tests of what happens to weights after training."""
+"""A tiny model with random weights, a tiny tokenizer, and their export, for tests of what happens to weights after
+training."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def random_tensors(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     return tensors
 
 
-def reference_logits(model: ModelConfig, megatron: dict[str, torch.Tensor], alpha: float = ALPHA) -> Callable[[torch.Tensor], torch.Tensor]:
+def reference_logits(
+    model: ModelConfig, megatron: dict[str, torch.Tensor], alpha: float = ALPHA
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A stand-in for the training model: token ids (B, S) -> logits (B, S, V)."""
     hf = dict(to_hf(model, megatron))
 

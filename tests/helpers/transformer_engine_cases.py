@@ -1,4 +1,5 @@
-"""What tests of Transformer Engine's spec run in processes of their own, which have its stand-in; each function starts such a process."""
+"""What tests of Transformer Engine's spec run in processes of their own, which have its stand-in; each function starts
+such a process."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MARKS = {
     "shared": False,
     "shared_embedding": False,
 }
-"""Attributes of a parameter that the optimizer, core's gradient buffers, checkpoints and weight map read, and what they are without."""
+"""Attributes of a parameter that the optimizer, core's gradient buffers, checkpoints and weight map read, and what they
+are without."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ def chosen(case: Case) -> Iterator[None]:
         if case.engine:
             from hunyuan_pretrain.model import transformer_engine_attention
 
-            stack.enter_context(patch.object(transformer_engine_attention, "attends_to_packed_documents", lambda: case.has_attention))
+            stack.enter_context(
+                patch.object(transformer_engine_attention, "attends_to_packed_documents", lambda: case.has_attention)
+            )
         yield
 
 
 def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
-    """What the probes say before the run of each case, and the names of weights with a gradient after them; or their refusal. With the bug,
-    attention is handed what the model made, as it is."""
+    """What the probes say before the run of each case, and the names of weights with a gradient after them; or their
+    refusal. With the bug, attention is handed what the model made, as it is."""
     transformer_engine_stub.install()
     from unittest.mock import patch
 
@@ -95,11 +99,15 @@ def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
         with ExitStack() as stack:
             stack.enter_context(chosen(case))
             if has_bug:
-                stack.enter_context(patch.object(transformer_engine_attention, "handed_over", lambda reader, *tensors, **_: tensors))
+                stack.enter_context(
+                    patch.object(transformer_engine_attention, "handed_over", lambda reader, *tensors, **_: tensors)
+                )
             run = setup.prepare(case.experiment)
             try:
                 lines = probe(run)
-                left = [name for model in run.chunks for name, weight in model.named_parameters() if weight.main_grad.any()]
+                left = [
+                    name for model in run.chunks for name, weight in model.named_parameters() if weight.main_grad.any()
+                ]
                 found.append((lines, left))
             except TrainingError as error:
                 found.append(str(error))
@@ -108,7 +116,7 @@ def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
     return found
 
 
-# --- what is built ----------------------------------------------------------------------------------------------------------------------
+# --- what is built ----------------------------------------------------------------------------------------------------
 
 
 def differences_of_builds(builds: Sequence[Build]) -> list[str]:
@@ -120,7 +128,9 @@ def differences_of_builds(builds: Sequence[Build]) -> list[str]:
             local, engine = (_describe(build, rank, use_engine) for use_engine in (False, True))
             if local != engine:
                 differing = [name for name in local.keys() | engine.keys() if local.get(name) != engine.get(name)]
-                found.append(f"{build}, rank {rank}: {differing}, e.g. {local.get(differing[0])} and {engine.get(differing[0])}")
+                found.append(
+                    f"{build}, rank {rank}: {differing}, e.g. {local.get(differing[0])} and {engine.get(differing[0])}"
+                )
     return found
 
 
@@ -133,7 +143,14 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
                 assert set(chunk.state_dict()) == set(places), set(chunk.state_dict()) ^ set(places)
             for name, parameter in chunk.named_parameters():
                 marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
-                facts = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad, marks, places[name], sharded[name].key)
+                facts = (
+                    tuple(parameter.shape),
+                    parameter.dtype,
+                    parameter.requires_grad,
+                    marks,
+                    places[name],
+                    sharded[name].key,
+                )
                 found[f"{number}.{name}"] = facts
             found[f"{number} order"] = list(places)
     return found
@@ -164,7 +181,7 @@ def chunks_on_meta(build: Build, rank: int, precision: dict[str, Any], use_engin
         destroy_groups()
 
 
-# --- FP8 --------------------------------------------------------------------------------------------------------------------------------
+# --- FP8 --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -223,7 +240,10 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         return pad(*args)
 
     products = {
-        f"{number}.{name}": m for number, chunk in enumerate(run.chunks) for name, m in chunk.named_modules() if isinstance(m, _Product)
+        f"{number}.{name}": m
+        for number, chunk in enumerate(run.chunks)
+        for name, m in chunk.named_modules()
+        if isinstance(m, _Product)
     }
     with (
         patch.object(FP8GlobalStateManager, "reduce_tensor_across_group_op_max", staticmethod(reduce_and_tell)),
@@ -235,7 +255,9 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
             sizes.clear()
             with training_step(run.wrapped, run.groups):
                 batches = run.loader.micro_batches(step)
-                step_result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
+                step_result = train_step(
+                    experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device
+                )
             result.losses.append(step_result.loss)
             result.calls.append(Counter(transformer_engine_stub.calls))
             result.reductions.append(list(sizes))
@@ -252,7 +274,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     return result
 
 
-# --- recipes, attention, checkpoints ----------------------------------------------------------------------------------------------------
+# --- recipes, attention, checkpoints ----------------------------------------------------------------------------------
 
 
 def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -271,9 +293,16 @@ def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-LAYOUTS = ("contiguous", "head by head", "halves of one tensor", "parts of a projection", "put together", "rows of a longer one")
-"""How keys and values may come to attention: copied; as norm.rope_norm writes on a CPU; as parallel.context_parallel leaves them; as the
-projection does; after torch.cat; as a narrow."""
+LAYOUTS = (
+    "contiguous",
+    "head by head",
+    "halves of one tensor",
+    "parts of a projection",
+    "put together",
+    "rows of a longer one",
+)
+"""How keys and values may come to attention: copied; as norm.rope_norm writes on a CPU; as parallel.context_parallel
+leaves them; as the projection does; after torch.cat; as a narrow."""
 
 
 def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
@@ -298,9 +327,12 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
     return [q, k, v]
 
 
-def attention_differences(borders: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]) -> list[Any]:
-    """For each (query heads, key/value heads, head dim), each of the row ranges of a rank (None: all rows) and each layout: the case, the
-    mask, and by how much output and gradients differ from those of `packed_attention`, of the largest entry; or the error."""
+def attention_differences(
+    borders: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]
+) -> list[Any]:
+    """For each (query heads, key/value heads, head dim), each of the row ranges of a rank (None: all rows) and each
+    layout: the case, the mask, and by how much output and gradients differ from those of `packed_attention`, of the
+    largest entry; or the error."""
     transformer_engine_stub.install()
     import torch
 
@@ -314,21 +346,31 @@ def attention_differences(borders: Sequence[int], works: Sequence[Any], heads: S
     generator, found = torch.Generator().manual_seed(1), []
     for num_heads, num_groups, head_dim in heads:
         model = tiny_model(num_attention_heads=num_heads, num_query_groups=num_groups, kv_channels=head_dim)
-        attention = PackedAttention(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True))
+        attention = PackedAttention(
+            transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
+        )
         for ranges in works:
             blocks = document_blocks(borders) if ranges is None else context_blocks(borders, ranges)
             T, S = blocks[-1].q_end, borders[-1]
-            qkv = [torch.randn(*shape, head_dim, generator=generator).bfloat16() for shape in ((T, num_heads), *[(S, num_groups)] * 2)]
+            qkv = [
+                torch.randn(*shape, head_dim, generator=generator).bfloat16()
+                for shape in ((T, num_heads), *[(S, num_groups)] * 2)
+            ]
             grad = torch.randn(qkv[0].shape, generator=generator).bfloat16()
             expected = _with_gradients(packed_attention, qkv, blocks, grad)
             for layout in LAYOUTS:
                 for is_q_by_head in (True, False):
                     try:
                         mine = _with_gradients(attention, laid_out(qkv, layout, is_q_by_head), blocks, grad)
-                        worst: Any = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, expected, strict=True))
+                        worst: Any = max(
+                            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(mine, expected, strict=True)
+                        )
                     except RuntimeError as error:
                         worst = str(error)
-                    case = f"{num_heads}/{num_groups} heads of {head_dim}, {T} of {S} rows, {layout}{', q head by head' * is_q_by_head}"
+                    case = (
+                        f"{num_heads}/{num_groups} heads of {head_dim}, {T} of {S} rows, "
+                        f"{layout}{', q head by head' * is_q_by_head}"
+                    )
                     found.append((case, str(transformer_engine_stub.calls[-1][1]), worst))
     return found
 
@@ -342,8 +384,9 @@ def _with_gradients(attend: Any, qkv: Sequence[Any], blocks: Sequence[Any], grad
 
 
 def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, list[str]]:
-    """What differs after a checkpoint of a run under one spec (the key: Transformer Engine's) was loaded under the other and saved again:
-    names of weights and moments, and of files of the exports of both checkpoints; those that are equal are not named."""
+    """What differs after a checkpoint of a run under one spec (the key: Transformer Engine's) was loaded under the
+    other and saved again: names of weights and moments, and of files of the exports of both checkpoints; those that are
+    equal are not named."""
     transformer_engine_stub.install()
     import shutil
     from pathlib import Path
@@ -375,7 +418,9 @@ def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, lis
         names = {path.name for export in exports for path in export.glob("*.safetensors")}
         assert names
         assert states[0]
-        found[first] = [name for name in states[0].keys() | states[1].keys() if not _equal(*(state.get(name) for state in states))]
+        found[first] = [
+            name for name in states[0].keys() | states[1].keys() if not _equal(*(state.get(name) for state in states))
+        ]
         found[first] += [name for name in names if len({(export / name).read_bytes() for export in exports}) > 1]
     return found
 
@@ -384,7 +429,11 @@ def _state(run: Any) -> dict[str, Any]:
     from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 
     weights = {name: p.detach().clone() for chunk in run.chunks for name, p in chunk.named_parameters()}
-    moments = {f"{kind}.{name}": t for name, tensors, _ in full_moments(run.chunks, run.optimizer) for kind, t in tensors.items()}
+    moments = {
+        f"{kind}.{name}": t
+        for name, tensors, _ in full_moments(run.chunks, run.optimizer)
+        for kind, t in tensors.items()
+    }
     return weights | moments
 
 

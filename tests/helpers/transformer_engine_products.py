@@ -1,4 +1,5 @@
-"""Transformer Engine's spec and the emulated one side by side, with the same weights and data, in processes that have its stand-ins."""
+"""Transformer Engine's spec and the emulated one side by side, with the same weights and data, in processes that have
+its stand-ins."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def _run(experiment: Any, use_engine: bool) -> Run:
 
 
 def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool) -> dict[str, Any]:
-    """Outputs and gradients of all micro-batches and steps, and delayed scales. A weight changes after each step, as in training."""
+    """Outputs and gradients of all micro-batches and steps, and delayed scales. A weight changes after each step, as in
+    training."""
     import torch
 
     from hunyuan_pretrain.config.schema import PrecisionConfig
@@ -87,7 +89,9 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     # incomplete blocks where that is allowed: what is gathered in FP8 is not
     T, I, O = (160, 192, 160) if ranks == 1 else (256, 256, 128 if kind == "row" else 256)  # noqa: E741
     splits = {"experts": 32, "unequal experts": [32, 64, 0, 96]}.get(kind)
-    precision = PrecisionConfig(dtype="bf16", fp8_recipe=recipe, fp8_amax_history_len=2 if recipe == "delayed" else None)
+    precision = PrecisionConfig(
+        dtype="bf16", fp8_recipe=recipe, fp8_amax_history_len=2 if recipe == "delayed" else None
+    )
     config = transformer_config(tiny_model(), parallel, precision, True, use_engine)
     spec = transformer_engine_spec(config, 0) if use_engine else emulated_fp8_spec()
     generator = torch.Generator().manual_seed(1)

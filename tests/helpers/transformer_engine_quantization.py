@@ -1,8 +1,9 @@
 """CPU stand-ins for the kernels that fill Transformer Engine's FP8 tensors and read them.
 
 Quantisers, tensors, layouts and their changes are Transformer Engine's own Python code. The numbers in them come from
-hunyuan_pretrain.model.fp8.quantize, which tests/reference/fp8_reference.py proves: here it is only asked for the blocks that each quantiser
-takes, and its results are laid out as the kernels lay them out. Imported after `transformer_engine_stub.install()` only.
+hunyuan_pretrain.model.fp8.quantize, which tests/reference/fp8_reference.py proves: here it is only asked for the blocks
+that each quantiser takes, and its results are laid out as the kernels lay them out. Imported after
+`transformer_engine_stub.install()` only.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BUFFERS = {
 }
 
 
-# --- to FP8 -----------------------------------------------------------------------------------------------------------------------------
+# --- to FP8 -----------------------------------------------------------------------------------------------------------
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
@@ -49,11 +50,19 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         return output
     calls.append(("quantize", type(quantizer).__name__, tuple(tensor.shape)))
     is_square = isinstance(quantizer, Float8BlockQuantizer) and quantizer.block_scaling_dim == 2
-    assert not is_square or quantizer.rowwise_usage, "the kernel makes the data along rows of a square from that along columns"
+    assert not is_square or quantizer.rowwise_usage, (
+        "the kernel makes the data along rows of a square from that along columns"
+    )
     empty = quantizer.make_empty(tuple(tensor.shape), dtype=tensor.dtype)
     storage = STORAGES[type(quantizer)]
-    if storage is Float8TensorStorage and is_non_tn_fp8_gemm_supported():  # its products read the data in either direction
-        empty._data, empty._transpose, empty._transpose_invalid = torch.empty(tensor.shape, dtype=torch.uint8), None, True
+    if (
+        storage is Float8TensorStorage and is_non_tn_fp8_gemm_supported()
+    ):  # its products read the data in either direction
+        empty._data, empty._transpose, empty._transpose_invalid = (
+            torch.empty(tensor.shape, dtype=torch.uint8),
+            None,
+            True,
+        )
     if output is None:
         output = storage(**empty.get_metadata()) if quantizer.internal else empty
     else:
@@ -81,8 +90,11 @@ def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[A
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(splits)), quantizers, strict=True)]
 
 
-def update_scales(largest: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: int) -> None:
-    """Of the delayed recipe, from the values of a step after their reduction. A history in which a step has none stays as it is."""
+def update_scales(
+    largest: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: int
+) -> None:
+    """Of the delayed recipe, from the values of a step after their reduction. A history in which a step has none stays
+    as it is."""
     calls.append(("update_scales", dtype.name, largest.numel()))
     top = torch.finfo(TE_DType_To_Torch[dtype]).max * 2.0**-margin
     for last, history, scale in zip(largest.split([scale.numel() for scale in scales]), histories, scales, strict=True):
@@ -104,7 +116,9 @@ def _fill_whole(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
             dist.all_reduce(quantizer.amax, op=dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
         largest = torch.finfo(TE_DType_To_Torch[quantizer.dtype]).max
         quantizer.scale.copy_(fp8.scale_from_amax(quantizer.amax, largest, power_of_two=quantizer.force_pow_2_scales))
-    elif amax is not None and quantizer.amax.numel():  # a weight that is cast in parts has its largest value from elsewhere
+    elif (
+        amax is not None and quantizer.amax.numel()
+    ):  # a weight that is cast in parts has its largest value from elsewhere
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
     codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "delayed", scale=quantizer.scale)
     output._scale_inv.copy_(inverse.view_as(output._scale_inv))
@@ -136,7 +150,9 @@ def _fill_mx_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
             codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "mxfp8", along_rows=along_rows)
             _write(data, codes_RC)
             exponent = torch.frexp(inverse.double())[1] - 1 + 127  # of a power of two
-            _write_padded(getattr(output, f"_{name}_scale_inv"), exponent.masked_fill(inverse.isnan(), 255).to(torch.uint8))
+            _write_padded(
+                getattr(output, f"_{name}_scale_inv"), exponent.masked_fill(inverse.isnan(), 255).to(torch.uint8)
+            )
 
 
 def _quantised(
@@ -162,16 +178,18 @@ def _write(target: Tensor | None, codes: Tensor) -> None:
 
 
 def _write_padded(target: Tensor, values: Tensor) -> None:
-    """Into the first rows and columns; what a kernel pads with is never read as a number, so nan shows a reader of it."""
+    """Into the first rows and columns; what a kernel pads with is never read as a number, so nan shows a reader of
+    it."""
     target.fill_(255 if target.dtype == torch.uint8 else torch.nan)
     target[: values.shape[0], : values.shape[1]] = values
 
 
-# --- from FP8 ---------------------------------------------------------------------------------------------------------------------------
+# --- from FP8 ---------------------------------------------------------------------------------------------------------
 
 
 def numbers(tensor: Any, is_rowwise: bool) -> Tensor:
-    """What a product reads: numbers as they are; of FP8 the (R, C) in fp32 that its data for sums over columns, or over rows, stand for."""
+    """What a product reads: numbers as they are; of FP8 the (R, C) in fp32 that its data for sums over columns, or over
+    rows, stand for."""
     if not isinstance(tensor, QuantizedTensorStorage):
         return tensor
     if isinstance(tensor, Float8TensorStorage):
@@ -221,7 +239,7 @@ def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor
     return transposed if out is None else out.copy_(transposed)
 
 
-# --- weights that are FP8 parameters, each rank casting its share -----------------------------------------------------------------------
+# --- weights that are FP8 parameters, each rank casting its share -----------------------------------------------------
 
 
 def compute_amax(tensor: Tensor, amax: Tensor) -> None:
@@ -229,7 +247,9 @@ def compute_amax(tensor: Tensor, amax: Tensor) -> None:
     amax.copy_(tensor.abs().max().float().view(1))
 
 
-def compute_scales(chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], largest: float, power_of_two: bool, epsilon: float) -> None:
+def compute_scales(
+    chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], largest: float, power_of_two: bool, epsilon: float
+) -> None:
     """Scales and their inverses from largest values."""
     assert epsilon == 0.0
     for amax, scale, inverse in zip(*lists, strict=True):
@@ -247,7 +267,9 @@ def partial_block_amax(share: Tensor, amax: Tensor, height: int, width: int, sta
     amax[:rows, :columns] = whole.view(rows, block, columns, block).amax((1, 3))
 
 
-def partial_block_cast(share: Tensor, codes: Tensor, scale: Tensor, height: int, width: int, start: int, block: int, dtype: Any) -> None:
+def partial_block_cast(
+    share: Tensor, codes: Tensor, scale: Tensor, height: int, width: int, start: int, block: int, dtype: Any
+) -> None:
     """The FP8 codes of these numbers."""
     scales = _spread(scale, torch.Size((height, width)), (block, block)).flatten()[start : start + share.numel()]
     number = TE_DType_To_Torch[dtype]

@@ -1,7 +1,8 @@
 """Transformer Engine's Python part on a machine without a GPU: a stand-in for its compiled module, kernels included.
 
-`install()` comes before anything that imports megatron or torch's users of it. The folder of the package (tests of this project find it
-in TE_FOLDER) stays out of the normal environment, because megatron-core changes its ways where it can import Transformer Engine.
+`install()` comes before anything that imports megatron or torch's users of it. The folder of the package (tests of this
+project find it in TE_FOLDER) stays out of the normal environment, because megatron-core changes its ways where it can
+import Transformer Engine.
 
 What the stand-ins prove: that modules are constructed, wired and called as they should be; and, with those of
 transformer_engine_quantization.py, that what is done in FP8 is done to the right numbers. No kernel's arithmetic.
@@ -29,7 +30,11 @@ TE_FOLDER = Path(os.environ.get("TRANSFORMER_ENGINE_FOLDER", Path(sys.prefix) / 
 """Where the Makefile installs the package, without what it depends on."""
 
 TE_VERSION = next(
-    (tuple(map(int, path.name.split("-")[1].split(".")[:2])) for path in TE_FOLDER.glob("transformer_engine-*.dist-info")), (0, 0)
+    (
+        tuple(map(int, path.name.split("-")[1].split(".")[:2]))
+        for path in TE_FOLDER.glob("transformer_engine-*.dist-info")
+    ),
+    (0, 0),
 )
 """Major and minor version of what is there."""
 
@@ -37,26 +42,33 @@ calls: list[tuple[Any, ...]] = []
 """What the stand-ins of quantisation were asked to do, in order."""
 
 ENUMS = {
-    "FP8FwdTensors": "GEMM1_INPUT GEMM1_WEIGHT GEMM1_OUTPUT GEMM2_INPUT GEMM2_WEIGHT GEMM2_OUTPUT GEMM3_INPUT GEMM3_WEIGHT GEMM3_OUTPUT",
+    "FP8FwdTensors": "GEMM1_INPUT GEMM1_WEIGHT GEMM1_OUTPUT GEMM2_INPUT GEMM2_WEIGHT GEMM2_OUTPUT GEMM3_INPUT "
+    "GEMM3_WEIGHT "
+    "GEMM3_OUTPUT",
     "FP8BwdTensors": "GRAD_OUTPUT1 GRAD_INPUT1 GRAD_OUTPUT2 GRAD_INPUT2 GRAD_OUTPUT3 GRAD_INPUT3",
     "Float8BlockScaleTensorFormat": "GEMM_READY COMPACT INVALID",
     "NVTERoutingMapFormat": "BYTEMAP BITMAP_U8",
     "NVTEQBHistogramMode": "TWO_KERNEL FUSED_ATOMIC",
     "NVTEScalingMode": "NVTE_DELAYED_TENSOR_SCALING NVTE_MXFP8_1D_SCALING",
     "CommOverlapType": "RS AG",
-    "CommOverlapAlgo": "BULK_OVERLAP_AG BULK_OVERLAP_RS SPLIT_PIPELINED_AG_P2P SPLIT_PIPELINED_RS SPLIT_PIPELINED_RS_P2P ATOMIC_GEMM_RS",
+    "CommOverlapAlgo": "BULK_OVERLAP_AG BULK_OVERLAP_RS SPLIT_PIPELINED_AG_P2P SPLIT_PIPELINED_RS "
+    "SPLIT_PIPELINED_RS_P2P "
+    "ATOMIC_GEMM_RS",
     "NVTE_Bias_Type": "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI",
-    "NVTE_Mask_Type": "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK NVTE_CAUSAL_BOTTOM_RIGHT_MASK "
+    "NVTE_Mask_Type": "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK "
+    "NVTE_CAUSAL_BOTTOM_RIGHT_MASK "
     "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
     "NVTE_Softmax_Type": "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX",
-    "NVTE_Fused_Attn_Backend": "NVTE_No_Backend NVTE_F16_arbitrary_seqlen NVTE_FP8" + " NVTE_F16_max512_seqlen" * (TE_VERSION < (2, 20)),
+    "NVTE_Fused_Attn_Backend": "NVTE_No_Backend NVTE_F16_arbitrary_seqlen NVTE_FP8"
+    + " NVTE_F16_max512_seqlen" * (TE_VERSION < (2, 20)),
     "NVTE_QKV_Format": "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_SBHD_2BSHD NVTE_BSHD_2SBHD NVTE_THD_2BSHD NVTE_THD_2SBHD "
     "NVTE_BHSD NVTE_QKV_Format_NOT_SET",
 }
 
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
-    """Make `import transformer_engine` work in this process, on a GPU of this compute capability, and megatron-core on the CPU."""
+    """Make `import transformer_engine` work in this process, on a GPU of this compute capability, and megatron-core on
+    the CPU."""
     from hunyuan_pretrain.runtime import cpu_megatron
 
     cpu_megatron.install(leave_out=["gpu_packages"])
@@ -78,18 +90,30 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     _gather_one_by_one()
 
 
-# --- the compiled module ----------------------------------------------------------------------------------------------------------------
+# --- the compiled module ----------------------------------------------------------------------------------------------
 
 
 def _compiled_module() -> types.ModuleType:
     module = types.ModuleType("transformer_engine_torch")
     names: dict[str, Any] = {name: enum.IntEnum(name, values.split(), start=0) for name, values in ENUMS.items()}
-    layouts = "SB3HD SBH3D SBHD_SB2HD SBHD_SBH2D SBHD_SBHD_SBHD BS3HD BSH3D BSHD_BS2HD BSHD_BSH2D BSHD_BSHD_BSHD T3HD TH3D THD_T2HD "
+    layouts = (
+        "SB3HD SBH3D SBHD_SB2HD SBHD_SBH2D SBHD_SBHD_SBHD BS3HD BSH3D BSHD_BS2HD BSHD_BSH2D BSHD_BSHD_BSHD T3HD TH3D "
+        "THD_T2HD "
+    )
     layouts += "THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD THD_BSHD_BSHD THD_SBHD_SBHD "
     layouts += "Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD "
     layouts += "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD QKV_Layout_NOT_SET"
     # only what the bindings show of the C++ enumeration: newer versions compare the names with a list of their own
-    numbers = {"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10}
+    numbers = {
+        "kByte": 0,
+        "kInt32": 2,
+        "kFloat32": 4,
+        "kFloat16": 5,
+        "kBFloat16": 6,
+        "kFloat8E4M3": 7,
+        "kFloat8E5M2": 8,
+        "kFloat4E2M1": 10,
+    }
     names["DType"] = enum.IntEnum("DType", numbers)
     names["NVTE_QKV_Layout"] = enum.IntEnum("NVTE_QKV_Layout", [f"NVTE_{name}" for name in layouts.split()], start=0)
     for name in ("CommOverlap", "CommOverlapP2P", "CommOverlapHelper", "CommOverlapBase", "FP8TensorMeta"):
@@ -123,7 +147,14 @@ def _compiled_module() -> types.ModuleType:
         "multi_tensor_scale": scale_all,
         "multi_tensor_l2norm": norm_of_all,
     }
-    by_pointer = {"generic_gemm", "te_general_grouped_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "fp8_transpose", "compute_amax"}
+    by_pointer = {
+        "generic_gemm",
+        "te_general_grouped_gemm",
+        "rmsnorm_fwd",
+        "rmsnorm_bwd",
+        "fp8_transpose",
+        "compute_amax",
+    }
     by_pointer |= {name for name in names if name.startswith(("multi_tensor_", "fp8_block_scaling_"))}
     module.__dict__.update(names | {name: _read_by_pointer(name, names[name]) for name in by_pointer})
     module.__getattr__ = _missing  # type: ignore[method-assign]
@@ -141,12 +172,15 @@ def _missing(name: str) -> Any:
 
 
 def _read_by_pointer(name: str, kernel: Any) -> Any:
-    """A stand-in that refuses what its kernel would misread: that one has a pointer and a shape, and asks for no strides."""
+    """A stand-in that refuses what its kernel would misread: that one has a pointer and a shape, and asks for no
+    strides."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for tensor in _plain_tensors([*args, *kwargs.values()]):
             strides = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            assert tensor.is_contiguous(), f"transformer_engine_torch.{name} reads its tensors as contiguous, and one is not: {strides}"
+            assert tensor.is_contiguous(), (
+                f"transformer_engine_torch.{name} reads its tensors as contiguous, and one is not: {strides}"
+            )
         return kernel(*args, **kwargs)
 
     return call
@@ -172,7 +206,15 @@ def _late(name: str) -> Any:
 
 
 def generic_gemm(
-    A: Any, transa: bool, B: Any, transb: bool, out: Tensor | None, quantizer: Any, out_dtype: Any, *args: Any, **kwargs: Any
+    A: Any,
+    transa: bool,
+    B: Any,
+    transb: bool,
+    out: Tensor | None,
+    quantizer: Any,
+    out_dtype: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None, None, None]:
     """Column-major: op(B) op(A) in rows."""
     accumulate = args[7]
@@ -184,7 +226,9 @@ def generic_gemm(
     return out, None, None, None
 
 
-def grouped_gemm(A: Sequence[Any], transa: bool, B: Sequence[Any], transb: bool, out: Sequence[Tensor], *args: Any) -> list[Tensor]:
+def grouped_gemm(
+    A: Sequence[Any], transa: bool, B: Sequence[Any], transb: bool, out: Sequence[Tensor], *args: Any
+) -> list[Tensor]:
     """One `generic_gemm` for each member; a single output holds them one after the other."""
     splits, bias, single, accumulate = args[1], args[2], args[4], args[9]
     parts = out[0].split(splits) if single else out
@@ -195,8 +239,8 @@ def grouped_gemm(A: Sequence[Any], transa: bool, B: Sequence[Any], transb: bool,
 
 
 def _product(A: Any, transa: bool, B: Any, transb: bool) -> Tensor:
-    """Of FP8 operands in fp32; of others in their own format. The kernels read FP8 along the dimension that is summed, for which a Hopper
-    needs the transposed data of an operand that is not summed over its last."""
+    """Of FP8 operands in fp32; of others in their own format. The kernels read FP8 along the dimension that is summed,
+    for which a Hopper needs the transposed data of an operand that is not summed over its last."""
     from tests.helpers.transformer_engine_quantization import numbers
 
     rows_A, rows_B = (x.flatten(0, -2) for x in (numbers(A, is_rowwise=transa), numbers(B, is_rowwise=not transb)))
@@ -204,17 +248,28 @@ def _product(A: Any, transa: bool, B: Any, transb: bool) -> Tensor:
 
 
 def rmsnorm_forward(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, dtype: Any, margin: int, zero_centered: bool
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    quantizer: Any,
+    dtype: Any,
+    margin: int,
+    zero_centered: bool,
 ) -> tuple[Any, None, Tensor]:
     """With the arithmetic of the local norm: no difference between the specs is the norm's."""
     from hunyuan_pretrain.model.norm import _RMSNormFunction
 
     saved: list[Tensor] = []
-    y = _RMSNormFunction.forward(types.SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors)), x, weight, eps)
+    y = _RMSNormFunction.forward(
+        types.SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors)), x, weight, eps
+    )
     return (y if quantizer is None else _late("quantize")(y, quantizer)), None, saved[2][:, 0]
 
 
-def rmsnorm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool) -> tuple[Any, Any]:
+def rmsnorm_backward(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool
+) -> tuple[Any, Any]:
     """The gradients of x and weight."""
     from hunyuan_pretrain.model.norm import _RMSNormFunction
 
@@ -242,14 +297,16 @@ NO_NUMBERS = str.maketrans("", "", "23")
 
 
 def _as_read(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """What the kernel takes q, k and v for: it has a pointer and a shape of each, and the strides that the name of the layout implies."""
+    """What the kernel takes q, k and v for: it has a pointer and a shape of each, and the strides that the name of the
+    layout implies."""
     parts = layout.name.removeprefix("NVTE_").split("_")
     parts = {1: parts * 3, 2: [parts[0], parts[1], parts[1]], 3: parts}[len(parts)]
     return [_read_by(part, x) for part, x in zip(parts, (q, k, v), strict=True)]
 
 
 def _read_by(part: str, x: Tensor) -> Tensor:
-    """`part`: THD, T3HD, TH2D, SBHD ...: the tensor's dims, outermost first, and where tensors of one buffer take turns."""
+    """`part`: THD, T3HD, TH2D, SBHD ...: the tensor's dims, outermost first, and where tensors of one buffer take
+    turns."""
     strides: list[int] = []
     stride, sizes = 1, list(x.shape)
     for letter in reversed(part):
@@ -262,12 +319,19 @@ def _read_by(part: str, x: Tensor) -> Tensor:
     return x.detach().as_strided(x.shape, strides[::-1])
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float
+) -> Tensor:
     if q.ndim == 4:  # SBHD, all sequences of one length
         length, sequences = q.shape[:2]
         borders = torch.arange(0, sequences * length + 1, length)
         rows = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
-        return _attention(*rows, borders, borders, mask, scale).unflatten(0, (sequences, length)).transpose(0, 1).contiguous()
+        return (
+            _attention(*rows, borders, borders, mask, scale)
+            .unflatten(0, (sequences, length))
+            .transpose(0, 1)
+            .contiguous()
+        )
     calls.append(("attention", mask.name))
     outs = []
     q_rows, k_rows = (list(pairwise(borders.tolist())) for borders in (q_borders, k_borders))
@@ -282,7 +346,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Te
 
 
 def adam(
-    chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], lr: float, beta1: float, beta2: float, eps: float, *args: Any
+    chunk: int,
+    overflow: Tensor,
+    lists: Sequence[Sequence[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *args: Any,
 ) -> None:
     """AdamW on gradients, weights, first and second moments."""
     step, mode, bias_correction, weight_decay = args
@@ -301,13 +372,15 @@ def scale_all(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], f
         target.copy_(source * factor)
 
 
-def norm_of_all(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool) -> tuple[Tensor, Tensor]:
+def norm_of_all(
+    chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], per_tensor: bool
+) -> tuple[Tensor, Tensor]:
     """The norm of all tensors together."""
     squares = torch.stack([tensor.float().square().sum() for tensor in lists[0]])
     return squares.sum().sqrt().reshape(1), squares.sqrt()
 
 
-# --- the surroundings -------------------------------------------------------------------------------------------------------------------
+# --- the surroundings -------------------------------------------------------------------------------------------------
 
 
 class _Anything(types.ModuleType):
@@ -335,7 +408,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     packages = ("triton", "onnxscript", "onnx", "einops")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.packages else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.packages else None
+        )
 
     def create_module(self, spec: Any) -> types.ModuleType:
         return _Anything(spec.name)

@@ -1,4 +1,5 @@
-"""Saving and resuming on two ranks where one is slow, out of memory, on a full disk, or reads a damaged file: what both then do."""
+"""Saving and resuming on two ranks where one is slow, out of memory, on a full disk, or reads a damaged file: what both
+then do."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
     from hunyuan_pretrain.train.parity import trace_steps
 
     torch.set_num_threads(1)
-    fields = experiment_fields(corpus, folder / "run", model__num_layers=2, precision={"dtype": "bf16"}, runtime__probes=False)
+    fields = experiment_fields(
+        corpus, folder / "run", model__num_layers=2, precision={"dtype": "bf16"}, runtime__probes=False
+    )
     run = setup.prepare(Experiment.model_validate(fields))
     trace_steps(run, range(1))
     cases = Cases(run, folder, dist.get_rank())
@@ -105,7 +108,10 @@ class Cases:
                 time.sleep(LONG_S)
             write(*arguments)
 
-        with mock.patch.object(folders, "digest", slow_digest), mock.patch.object(parallel_write, "_write_planned", slow_write):
+        with (
+            mock.patch.object(folders, "digest", slow_digest),
+            mock.patch.object(parallel_write, "_write_planned", slow_write),
+        ):
             with short_time_out():
                 saved = self.save("slow", 1)
             self.written, self.digested = self.digested, []
@@ -118,7 +124,8 @@ class Cases:
         return sorted(self.written), sorted(self.digested), sum(path.stat().st_size for path in own)
 
     def out_of_memory(self) -> Any:
-        """Rank 1 runs out of memory between two collectives: while it copies the state, and while it takes what was read."""
+        """Rank 1 runs out of memory between two collectives: while it copies the state, and while it takes what was
+        read."""
         import torch
 
         from hunyuan_pretrain.checkpoint import optimizer_state
@@ -179,9 +186,13 @@ class Cases:
         """Weights, moments and main weights of this rank."""
         from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 
-        weights = {name: value.detach().clone() for chunk in self.run.chunks for name, value in chunk.named_parameters()}
+        weights = {
+            name: value.detach().clone() for chunk in self.run.chunks for name, value in chunk.named_parameters()
+        }
         state = {
-            f"{kind} {name}": t for name, tensors, _ in full_moments(self.run.chunks, self.run.optimizer) for kind, t in tensors.items()
+            f"{kind} {name}": t
+            for name, tensors, _ in full_moments(self.run.chunks, self.run.optimizer)
+            for kind, t in tensors.items()
         }
         return weights | state
 
@@ -211,7 +222,9 @@ class Cases:
         from hunyuan_pretrain.checkpoint import save_load
 
         self.copy("unreadable", 1, 2)
-        with self.failing(save_load.dist_checkpointing, "load", OSError(errno.EIO, "Input/output error"), rank=1, after=0, once=True):
+        with self.failing(
+            save_load.dist_checkpointing, "load", OSError(errno.EIO, "Input/output error"), rank=1, after=0, once=True
+        ):
             return self.resume("unreadable")
 
     def all_bad(self) -> Any:
@@ -222,7 +235,9 @@ class Cases:
         return self.resume("bad"), self.complete("bad")
 
     @contextmanager
-    def failing(self, place: Any, name: str, error: BaseException, rank: int, after: int = 1, once: bool = False) -> Iterator[None]:
+    def failing(
+        self, place: Any, name: str, error: BaseException, rank: int, after: int = 1, once: bool = False
+    ) -> Iterator[None]:
         """A function that raises on one rank after so many calls; load fails on all ranks as core's own does."""
         original, calls = getattr(place, name), [0]
 
@@ -283,7 +298,9 @@ def test_data_parallel_ranks_share_the_writing_and_each_digests_what_it_wrote(fo
 def test_a_rank_out_of_memory_fails_the_save_on_all_and_hangs_none(found):
     kept, saving, loading, complete, later = same_on_both(found, "out_of_memory")
     assert kept == ""
-    assert saving.endswith("step_0000002: the checkpoint could not be written: CUDA out of memory; older checkpoints are untouched")
+    assert saving.endswith(
+        "step_0000002: the checkpoint could not be written: CUDA out of memory; older checkpoints are untouched"
+    )
     assert loading.endswith("step_0000001: CUDA out of memory")
     assert complete == ["step_0000001"]
     assert later == "", "the next save works"
@@ -327,7 +344,10 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_too(found):
 def test_where_every_checkpoint_is_bad_the_run_does_not_begin_anew(found):
     words, complete = same_on_both(found, "all_bad")
     lines = words.splitlines()
-    assert "checkpoints: no checkpoint is good (repair or remove them; without any the run starts from the beginning)" in lines[0]
+    assert (
+        "checkpoints: no checkpoint is good (repair or remove them; without any the run starts from the beginning)"
+        in lines[0]
+    )
     assert lines[1].startswith("  step_0000002: __0_0.distcp is missing or damaged")
     assert lines[2].startswith("  step_0000001: not a complete checkpoint (no complete.json)")
     assert complete == ["step_0000001", "step_0000002"]

@@ -25,7 +25,8 @@ from tests.helpers.ranks import fork_ranks
 BORDERS = [0, 1, 100, 128, 130, 190, 250, 256]
 NUM_SEQUENCES, GRANULE_TOKENS, NUM_HEADS, NUM_GROUPS, HEAD_DIM = 2, 8, 8, 4, 16
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
-"""Largest difference over the largest entry; bf16 rounds the parts of a document, and their gradients before the sum over ranks."""
+"""Largest difference over the largest entry; bf16 rounds the parts of a document, and their gradients before the sum
+over ranks."""
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 EXPECTED = {
     "all_gather": ({"all_gather_into_tensor": 1}, {"reduce_scatter_tensor": 1}),
@@ -53,7 +54,9 @@ def attend(queries: list[Tensor], k: Tensor, v: Tensor, context: ContextSlice | 
     return [heads_to_sequence(packed_attention(sequence_to_heads(q, context), k, v, blocks), context) for q in queries]
 
 
-def outputs_and_gradients(tensors: list[Tensor], context: ContextSlice | None, calls: Counter[str]) -> tuple[list[Tensor], Any]:
+def outputs_and_gradients(
+    tensors: list[Tensor], context: ContextSlice | None, calls: Counter[str]
+) -> tuple[list[Tensor], Any]:
     leaves = [x.clone().requires_grad_() for x in tensors[:4]]
     outputs = attend(leaves[:2], *leaves[2:], context)
     forward = dict(calls)
@@ -79,7 +82,9 @@ def compare_with_one_rank(cases: list[tuple[int, str, torch.dtype]]) -> list[Any
         actual, counts = outputs_and_gradients([x[context.rows_T] for x in tensors], context, calls)
         calls.clear()
         assert [x.dtype for x in actual] == [dtype] * 6
-        errors = [((x - y[context.rows_T]).abs().max() / y.abs().max()).item() for x, y in zip(actual, expected, strict=True)]
+        errors = [
+            ((x - y[context.rows_T]).abs().max() / y.abs().max()).item() for x, y in zip(actual, expected, strict=True)
+        ]
         found.append((counts, errors, context.rows_T.tolist()))
     dist.destroy_process_group()
     return found
@@ -104,7 +109,14 @@ def ranks() -> list[Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_over_context_ranks_equals_one_rank(ranks, case):
-    names = ("first output", "second output", "gradient of the first q", "gradient of the second q", "gradient of k", "gradient of v")
+    names = (
+        "first output",
+        "second output",
+        "gradient of the first q",
+        "gradient of the second q",
+        "gradient of k",
+        "gradient of v",
+    )
     for rank in ranks:
         _, errors, _ = rank[CASES.index(case)]
         for name, error in zip(names, errors, strict=True):

@@ -34,7 +34,8 @@ def wait_for_the_others(*arguments: Any) -> None:
 
 
 def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Path) -> None:
-    """`hunyuan-pretrain` as one of two ranks, of which the last breaks when it reduces the gradients of its second step."""
+    """`hunyuan-pretrain` as one of two ranks, of which the last breaks when it reduces the gradients of its second
+    step."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -65,7 +66,9 @@ def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [forking().Process(target=command, args=(rank, store.port, arguments, broken, folder)) for rank in range(2)]
+    processes = [
+        forking().Process(target=command, args=(rank, store.port, arguments, broken, folder)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     try:
@@ -84,10 +87,15 @@ def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "status", "says"),
-    [(fail_in_step_2, 1, "AssertionError: a bug in mid-step"), (refuse_in_step_2, 2, "rank 1: a mistake of the user's")],
+    [
+        (fail_in_step_2, 1, "AssertionError: a bug in mid-step"),
+        (refuse_in_step_2, 2, "rank 1: a mistake of the user's"),
+    ],
     ids=["a bug", "a user's error"],
 )
-def test_a_rank_that_fails_ends_with_its_error_and_does_not_leave_the_others_waiting(corpus, tmp_path, broken, status, says):
+def test_a_rank_that_fails_ends_with_its_error_and_does_not_leave_the_others_waiting(
+    corpus, tmp_path, broken, status, says
+):
     fields = experiment_fields(corpus, tmp_path / "run", model__num_layers=2)
     fields["runtime"]["probes"] = False
     statuses, said, waited = two_ranks(["train", str(write_experiment(tmp_path / "x.yaml", fields))], broken, tmp_path)
@@ -102,7 +110,9 @@ def test_a_rank_that_fails_ends_with_its_error_and_does_not_leave_the_others_wai
 def test_parity_ends_when_a_rank_fails(corpus, tmp_path):
     fields = experiment_fields(corpus, tmp_path / "run", model__num_layers=2)
     path = write_experiment(tmp_path / "x.yaml", fields)
-    statuses, said, _ = two_ranks(["parity", str(path), "--layout", "dp=2", "--against", "tp=2"], fail_in_step_2, tmp_path)
+    statuses, said, _ = two_ranks(
+        ["parity", str(path), "--layout", "dp=2", "--against", "tp=2"], fail_in_step_2, tmp_path
+    )
     assert statuses[1] == 1
     assert "rank 1 of 2 failed:\nTraceback" in said[1]
     assert "a bug in mid-step" in said[1]

@@ -1,8 +1,9 @@
 """FP8 recipes under parallel layouts: N ranks quantise as one rank does, and a run that stops goes on bit by bit.
 
-Rounding to FP8 is a step function. Where a layout adds up in another order, an operand differs in its last bit of fp32, one value in some
-ten thousand is rounded to the other side, and each layer makes that a hundred times worse until it is as large as the rounding itself.
-So whole models are compared only where the forward pass is the same bit by bit, and tensor parallelism layer by layer, with equal inputs.
+Rounding to FP8 is a step function. Where a layout adds up in another order, an operand differs in its last bit of fp32,
+one value in some ten thousand is rounded to the other side, and each layer makes that a hundred times worse until it is
+as large as the rounding itself. So whole models are compared only where the forward pass is the same bit by bit, and
+tensor parallelism layer by layer, with equal inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.helpers.runs import experiment_fields
 pytestmark = pytest.mark.slow
 
 SAVED = 2
-"""Steps before the one that is compared: a delayed scale is 1 in the first, and known of every tensor after the second."""
+"""Steps before the one that is compared: a delayed scale is 1 in the first, and known of every tensor after the
+second."""
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 EXPERTS = {"expert_model_parallel_size": 2}
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -33,9 +35,20 @@ SAME_FORWARD: dict[str, dict[str, Any]] = {
     "plain optimizer": {"use_distributed_optimizer": False},
 }
 CASES = [("delayed", layout) for layout in SAME_FORWARD]
-CASES += [(recipe, layout) for recipe in RECIPES[1:] for layout in ("dp", "ep", "pp") if (recipe, layout) != ("tensorwise", "ep")]
-"""Under EP an expert multiplies the rows of both ranks at once, of which tensorwise takes one scale, as Transformer Engine does."""
-OTHERS = {"tp": TENSOR, "tp ep": TENSOR | EXPERTS, "etp": {"expert_tensor_parallel_size": 2}, "cp": {"context_parallel_size": 2}}
+CASES += [
+    (recipe, layout)
+    for recipe in RECIPES[1:]
+    for layout in ("dp", "ep", "pp")
+    if (recipe, layout) != ("tensorwise", "ep")
+]
+"""Under EP an expert multiplies the rows of both ranks at once, of which tensorwise takes one scale, as Transformer
+Engine does."""
+OTHERS = {
+    "tp": TENSOR,
+    "tp ep": TENSOR | EXPERTS,
+    "etp": {"expert_tensor_parallel_size": 2},
+    "cp": {"context_parallel_size": 2},
+}
 
 
 def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> dict[str, Any]:
@@ -59,7 +72,8 @@ def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> d
 
 
 def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dict[str, np.ndarray]]]:
-    """Of each experiment the gradients of the step after SAVED, from its checkpoint or (saves) from the start, and its delayed scales."""
+    """Of each experiment the gradients of the step after SAVED, from its checkpoint or (saves) from the start, and its
+    delayed scales."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.train import setup
@@ -81,7 +95,8 @@ def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dic
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """recipe -> (trace, scales) of one rank without a break; (recipe, layout) -> [(trace, scales) of each rank], from its checkpoint."""
+    """recipe -> (trace, scales) of one rank without a break; (recipe, layout) -> [(trace, scales) of each rank], from
+    its checkpoint."""
     folder = tmp_path_factory.mktemp("runs")
     found: dict[Any, Any] = {}
     one = fork_ranks(1, steps_of_all, [(fields(corpus, folder / recipe, recipe), True) for recipe in RECIPES])[0]
@@ -108,7 +123,8 @@ def test_two_ranks_take_the_step_of_one(runs, recipe: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", [*SAME_FORWARD, *OTHERS])
 def test_delayed_scales_know_the_largest_values_of_all_ranks(runs, layout: str) -> None:
-    """Of the weights, and of what enters the first layer, bit by bit; deeper inputs differ as rounding makes them differ."""
+    """Of the weights, and of what enters the first layer, bit by bit; deeper inputs differ as rounding makes them
+    differ."""
     after: dict[str, np.ndarray] = {}
     for _, scales in runs["delayed", layout]:
         for name, scale in scales.items():
@@ -123,7 +139,8 @@ def test_delayed_scales_know_the_largest_values_of_all_ranks(runs, layout: str) 
 
 
 def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(what, found, expected) of a column- and a row-parallel layer, output and gradients, where each rank works out what to expect."""
+    """(what, found, expected) of a column- and a row-parallel layer, output and gradients, where each rank works out
+    what to expect."""
     import torch
 
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
@@ -142,7 +159,8 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
-        # over more powers of two than a format has, so that every scale matters; the second half of the rows and columns is larger
+        # over more powers of two than a format has, so that every scale matters; the second half of the rows and
+        # columns is larger
         x = torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-14, 14, shape, generator=generator))
         x[shape[0] // 2 :] *= 3
         x[:, shape[1] // 2 :] *= 5
@@ -151,7 +169,9 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
     T, D, F = 256, 128, 256
     found = []
     for kind in ("column", "row"):
-        make = emulated_fp8_spec().column_parallel_linear if kind == "column" else emulated_fp8_spec().row_parallel_linear
+        make = (
+            emulated_fp8_spec().column_parallel_linear if kind == "column" else emulated_fp8_spec().row_parallel_linear
+        )
         linear = make(config, D, F, groups) if kind == "column" else make(config, F, D, groups)
         whole_x, whole_weight, whole_grad = (
             (draw(T, D), draw(F, D), draw(T, F)) if kind == "column" else (draw(T, F), draw(D, F), draw(T, D))
@@ -199,7 +219,8 @@ def test_tensor_parallel_layers_quantise_what_they_gather(recipe: str) -> None:
 
 
 def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: dict[str, Any]) -> list[Any]:
-    """Gradients of the two steps after SAVED of a run of `saved`, and of `resumed` from its checkpoint; and the scales at their ends."""
+    """Gradients of the two steps after SAVED of a run of `saved`, and of `resumed` from its checkpoint; and the scales
+    at their ends."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.train import setup
@@ -221,7 +242,9 @@ def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: 
 
 def test_a_run_with_delayed_scales_goes_on_bit_by_bit(corpus, tmp_path) -> None:
     layout = TENSOR | EXPERTS
-    for (gradients, scales), (resumed_gradients, resumed_scales) in fork_ranks(2, train_and_go_on, corpus, tmp_path, layout, layout):
+    for (gradients, scales), (resumed_gradients, resumed_scales) in fork_ranks(
+        2, train_and_go_on, corpus, tmp_path, layout, layout
+    ):
         assert [*scales] == [*resumed_scales]
         assert any((scale != 1).all() for name, scale in scales.items() if name.endswith("scale"))
         for name, scale in scales.items():

@@ -18,7 +18,9 @@ ROWS, HIDDEN = 65536, 32
 
 
 def experiment(corpus: Path, folder: Path, ranks: int, **parallel: Any) -> Experiment:
-    fields = experiment_fields(corpus, folder, model__num_layers=2, model__hidden_size=HIDDEN, model__padded_vocab_size=ROWS)
+    fields = experiment_fields(
+        corpus, folder, model__num_layers=2, model__hidden_size=HIDDEN, model__padded_vocab_size=ROWS
+    )
     fields["parallel"] = {"world_size": ranks, **parallel}
     fields["optimizer"]["adam_eps"] = 1e-3
     return Experiment.model_validate(fields)

@@ -1,7 +1,8 @@
-"""N ranks equal one rank: losses, routing, activations, every gradient, the gradient norm, every parameter and moment, on gloo.
+"""N ranks equal one rank: losses, routing, activations, every gradient, the gradient norm, every parameter and moment,
+on gloo.
 
-A few layouts run always. `make test-layouts` runs them all: every legal product of sizes, crossed sparsely with everything else that must
-not change the result, and random models under random layouts.
+A few layouts run always. `make test-layouts` runs them all: every legal product of sizes, crossed sparsely with
+everything else that must not change the result, and random models under random layouts.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ RANDOM_ALL = [random_layout(seed, 4) for seed in range(24)]
 
 @pytest.fixture(scope="module")
 def comparisons(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparisons:
-    """Of every layout that a selected test of this file has as its parameter, so that those of one world size share a job."""
+    """Of every layout that a selected test of this file has as its parameter, so that those of one world size share a
+    job."""
     selected = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     layouts = [value for item in selected for value in item.callspec.params.values() if isinstance(value, Layout)]
     return Comparisons(corpus, tmp_path_factory.mktemp("layouts"), layouts)
@@ -98,7 +100,8 @@ def test_more_random_models_under_random_layouts_equal_one_rank(comparisons, lay
 
 @pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.later_micro_batch], ids=str)
 def test_a_later_stage_may_have_more_micro_batches(comparisons, layout):
-    """With gradients reduced during the backward pass: core must not take the first stage's number of micro-batches for that of all."""
+    """With gradients reduced during the backward pass: core must not take the first stage's number of micro-batches for
+    that of all."""
     assert layout.overlap != "nothing"
     assert layout.later_micro_batch < layout.micro_batch
     check(comparisons, layout)
@@ -115,8 +118,11 @@ def test_bf16_is_near_fp32(comparisons, layout):
 
 
 def test_the_comparison_meets_what_it_is_about(comparisons):
-    """Tokens are recycled and dropped, gradients are clipped, parameters move, and nothing that is compared is all zero."""
-    recycling, dropping, dropless = (comparisons.reference(Layout(model=model)) for model in ("recycling", "top 2", "dropless"))
+    """Tokens are recycled and dropped, gradients are clipped, parameters move, and nothing that is compared is all
+    zero."""
+    recycling, dropping, dropless = (
+        comparisons.reference(Layout(model=model)) for model in ("recycling", "top 2", "dropless")
+    )
     assert min(recycling[0].shares["recycled_share"]) > 0.01
     assert min(dropping[0].shares["dropped_share"]) > 0.01
     assert sum(dropless[0].shares["overflow_share"]) == 0
@@ -144,7 +150,8 @@ def test_gradient_norm_is_that_of_the_gradients(comparisons, layout):
 
 
 def legal(layout: Layout) -> bool:
-    """What the rules should let through, said again from the sizes of the model: 8 layers in 4 groups, 64 tokens in 8 routing groups."""
+    """What the rules should let through, said again from the sizes of the model: 8 layers in 4 groups, 64 tokens in 8
+    routing groups."""
     kv_heads = MODELS[layout.model].get("num_query_groups", 2)
     micro_batches, rest = divmod(8, layout.micro_batch * layout.dp)
     return (
@@ -176,7 +183,8 @@ def test_every_layout_runs_or_is_refused_with_a_reason():
 
 
 def test_the_sets_are_what_they_promise():
-    """Every size and variant is in the few that always run; every legal pair of a size and a variant is in all of them."""
+    """Every size and variant is in the few that always run; every legal pair of a size and a variant is in all of
+    them."""
     for name, values in (SIZES | VARIANTS).items():
         small = [value for value in values if name not in SIZES or value <= 2]
         wanted = {value for value in small if CONTEXT_PARALLEL_SIZES != (1,) or value != "all_to_all"}
@@ -186,14 +194,19 @@ def test_the_sets_are_what_they_promise():
     assert len(ALL) == len(set(ALL)) > 80
     met = set().union(*(pairs(layout) for layout in ALL))
     wanted = {
-        (s, size, v, choice) for s, sizes in SIZES.items() for v, choices in VARIANTS.items() for size in sizes[1:] for choice in choices
+        (s, size, v, choice)
+        for s, sizes in SIZES.items()
+        for v, choices in VARIANTS.items()
+        for size in sizes[1:]
+        for choice in choices
     }
     missing = {pair for pair in wanted - met if not is_impossible(*pair)}
     assert not missing
 
 
 def is_impossible(size: str, value: int, variant: str, choice: Any) -> bool:
-    """tp 4 needs 4 key/value heads; all_to_all needs context parallelism and a head for each of its ranks; a batch is 8 sequences."""
+    """tp 4 needs 4 key/value heads; all_to_all needs context parallelism and a head for each of its ranks; a batch is 8
+    sequences."""
     if variant == "model":
         return (size, value) == ("tp", 4) and choice != "4 key/value heads"
     if choice == "all_to_all":
@@ -208,7 +221,8 @@ def test_random_layouts_are_random():
 
 
 def test_a_single_wrong_number_is_a_complaint(comparisons):
-    """The comparison itself: one element off by more than the tolerance, one token at another expert, one copy that differs."""
+    """The comparison itself: one element off by more than the tolerance, one token at another expert, one copy that
+    differs."""
     from copy import deepcopy
 
     from hunyuan_pretrain.train.parity import TOLERANCE, compare
@@ -236,9 +250,15 @@ def test_a_single_wrong_number_is_a_complaint(comparisons):
     moment = f"exp_avg of {name}"
     assert first_complaint(lambda trace: off(trace.moments[moment], -2)) == ("moment", moment)
     router = "decoder.layers.3.router"
-    assert first_complaint(lambda trace: np.put(trace.routing[router], 5, 1 - trace.routing[router][5])) == ("routing", router)
+    assert first_complaint(lambda trace: np.put(trace.routing[router], 5, 1 - trace.routing[router][5])) == (
+        "routing",
+        router,
+    )
     assert first_complaint(lambda trace: trace.conflicts.append("x")) == ("copies", "x")
-    assert first_complaint(lambda trace: trace.scalars.update(grad_norm=trace.scalars["grad_norm"] * 1.0001)) == ("scalar", "grad_norm")
+    assert first_complaint(lambda trace: trace.scalars.update(grad_norm=trace.scalars["grad_norm"] * 1.0001)) == (
+        "scalar",
+        "grad_norm",
+    )
     within = deepcopy(reference)
     off(within[1].gradients[name], 0.5)
     assert all(difference.is_within for difference in compare(within, reference))

@@ -1,7 +1,8 @@
-"""The training loop itself on N ranks, validating and saving between the steps: the metrics of one rank, and bitwise the same resumed.
+"""The training loop itself on N ranks, validating and saving between the steps: the metrics of one rank, and bitwise
+the same resumed.
 
-What train.parity does for its comparison after every step (gradients, parameters put together) does not happen here, so communication
-that overlaps with the next step is left to overlap.
+What train.parity does for its comparison after every step (gradients, parameters put together) does not happen here, so
+communication that overlaps with the next step is left to overlap.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def train_all(jobs: list[Experiment]) -> list[Outcome]:
 
 
 def experiment(corpus: Path, run_dir: Path, layout: Layout) -> Experiment:
-    """Saved after step 3 and the last; validated after every second one, on 5 and on 3 sequences, which no layout divides."""
+    """Saved after step 3 and the last; validated after every second one, on 5 and on 3 sequences, which no layout
+    divides."""
     made = layout.experiment(corpus, run_dir, STEPS)
     evaluation = made.evaluation.model_copy(
         update={
@@ -64,7 +66,8 @@ def experiment(corpus: Path, run_dir: Path, layout: Layout) -> Experiment:
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, tuple[Path, Path]]:
-    """layout -> run directories of the run without a break and of one that goes on from its checkpoint after step SAVED."""
+    """layout -> run directories of the run without a break and of one that goes on from its checkpoint after step
+    SAVED."""
     folder = tmp_path_factory.mktemp("loop")
     layouts = list(dict.fromkeys([layout.reference for layout in LAYOUTS] + LAYOUTS))
     run_dirs = {layout: (folder / str(number), folder / f"{number}_resumed") for number, layout in enumerate(layouts)}
@@ -87,7 +90,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_metrics_equal_those_of_one_rank(runs, layout):
-    """Losses, norms, shares, and the validation losses over as many tokens and bytes; the load in validation does not count the padding."""
+    """Losses, norms, shares, and the validation losses over as many tokens and bytes; the load in validation does not
+    count the padding."""
     from hunyuan_pretrain.train.parity import TOLERANCE
 
     actual, expected = records(runs[layout][0]), records(runs[layout.reference][0])

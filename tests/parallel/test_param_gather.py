@@ -28,7 +28,12 @@ CASES: dict[str, Case] = {
     "untied, bf16": (PIPELINE, {"share_embeddings_and_output_weights": False}, "bf16", False),
     "interleaved": (PIPELINE | {"virtual_pipeline_model_parallel_size": 2}, {"num_layers": 8}, "fp32", False),
     "every weight alone": ({}, {}, "fp32", True),
-    "every weight alone, untied, bf16": ({"recompute": "cla_group"}, {"share_embeddings_and_output_weights": False}, "bf16", True),
+    "every weight alone, untied, bf16": (
+        {"recompute": "cla_group"},
+        {"share_embeddings_and_output_weights": False},
+        "bf16",
+        True,
+    ),
 }
 
 
@@ -41,8 +46,8 @@ def experiment(corpus: Path, folder: Path, name: str, overlap: bool) -> Experime
 
 
 def losses_of(jobs: list[tuple[str, bool, Experiment]]) -> list[list[float]]:
-    """Of every step of every job, in this rank; core's warning that a gather is out of order is an error, but in bf16, where routers are in
-    a buffer of their own and come out of order."""
+    """Of every step of every job, in this rank; core's warning that a gather is out of order is an error, but in bf16,
+    where routers are in a buffer of their own and come out of order."""
     from hunyuan_pretrain.train import optimizer, setup
     from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
     from hunyuan_pretrain.train.step import train_step
@@ -59,7 +64,9 @@ def losses_of(jobs: list[tuple[str, bool, Experiment]]) -> list[list[float]]:
                 stage = job.stages[stage_of_step(job.stages, step)[0]]
                 optimizer.set_learning_rate(run.optimizer, job.optimizer.lr * lr_fraction(job.stages, step), 1.0)
                 batches = run.loader.micro_batches(step)
-                losses.append(train_step(job, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device).loss)
+                losses.append(
+                    train_step(job, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device).loss
+                )
         setup.leave(run)
         found.append(losses)
     return found
@@ -71,7 +78,11 @@ def losses(corpus, tmp_path_factory) -> dict[str, tuple[list[float], list[float]
     folder = tmp_path_factory.mktemp("gather")
     found: dict[str, tuple[list[float], list[float]]] = {}
     for ranks in (2, 4):
-        names = [name for name, (parallel, *_) in CASES.items() if (4 if "pipeline_model_parallel_size" in parallel else 2) == ranks]
+        names = [
+            name
+            for name, (parallel, *_) in CASES.items()
+            if (4 if "pipeline_model_parallel_size" in parallel else 2) == ranks
+        ]
         jobs = [
             (name, overlap, experiment(corpus, folder / f"{number}_{overlap}", name, overlap))
             for number, name in enumerate(names)

@@ -1,6 +1,7 @@
 """The comparison of layouts catches the bugs that others had, and its first difference says where each is.
 
-The bugs are those of users' reports against Megatron-LM (issues 7452, 5916, 5956, 673, 1736), and what this code could get wrong itself.
+The bugs are those of users' reports against Megatron-LM (issues 7452, 5916, 5956, 673, 1736), and what this code could
+get wrong itself.
 """
 
 from __future__ import annotations
@@ -45,17 +46,22 @@ def softmax_over_the_own_part_of_the_vocabulary() -> AbstractContextManager[Any]
     from hunyuan_pretrain.model import cross_entropy
 
     right = cross_entropy._reduce
-    return patch.object(cross_entropy, "_reduce", lambda x, group, op: x if op == dist.ReduceOp.SUM else right(x, group, op))
+    return patch.object(
+        cross_entropy, "_reduce", lambda x, group, op: x if op == dist.ReduceOp.SUM else right(x, group, op)
+    )
 
 
 def loss_over_one_ranks_tokens() -> AbstractContextManager[Any]:
-    """The target tokens of one data-parallel rank, the mean of all, divide the loss: it is as many times too large as there are ranks."""
+    """The target tokens of one data-parallel rank, the mean of all, divide the loss: it is as many times too large as
+    there are ranks."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.train import step
 
     right = step.sum_over
-    return patch.object(step, "sum_over", lambda group, value: right(group, value) / (1 if group is dist.group.WORLD else group.size()))
+    return patch.object(
+        step, "sum_over", lambda group, value: right(group, value) / (1 if group is dist.group.WORLD else group.size())
+    )
 
 
 def recycling_numbers_the_groups_of_its_rank() -> AbstractContextManager[Any]:
@@ -94,12 +100,21 @@ def gradients_reduced_too_early() -> AbstractContextManager[Any]:
 
 
 Bug = Callable[[], AbstractContextManager[Any]]
-TP_EP, DATA, MORE_MICRO_BATCHES = Layout(tp=2, ep=2), Layout(dp=2), Layout(dp=2, micro_batch=4, later_micro_batch=1, overlap="gradients")
+TP_EP, DATA, MORE_MICRO_BATCHES = (
+    Layout(tp=2, ep=2),
+    Layout(dp=2),
+    Layout(dp=2, micro_batch=4, later_micro_batch=1, overlap="gradients"),
+)
 FORWARD = ("activation", "routing")
 BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
-    # bug: layout in which it shows, its first difference there (step, kind, name), kinds in which it does not show in that step
+    # bug: layout in which it shows, its first difference there (step, kind, name), kinds in which it does not show in
+    # that step
     experts_left_out_of_the_norm: (TP_EP, (0, "scalar", "grad_norm"), (*FORWARD, "gradient", "copies")),
-    expert_gradients_times_ep: (TP_EP, (0, "gradient", "decoder.layers.7.mlp.experts.linear_fc2.weight"), (*FORWARD, "copies")),
+    expert_gradients_times_ep: (
+        TP_EP,
+        (0, "gradient", "decoder.layers.7.mlp.experts.linear_fc2.weight"),
+        (*FORWARD, "copies"),
+    ),
     softmax_over_the_own_part_of_the_vocabulary: (TP_EP, (0, "scalar", "loss"), FORWARD),
     loss_over_one_ranks_tokens: (DATA, (0, "scalar", "loss"), (*FORWARD, "copies")),
     recycling_numbers_the_groups_of_its_rank: (DATA, (0, "routing", "decoder.layers.0.router"), ("copies",)),
@@ -127,7 +142,9 @@ def differences(corpus, tmp_path_factory) -> dict[Bug, list[Any] | str]:
     reference = Comparisons(corpus, folder / "reference", [Layout()]).reference(Layout())
     work = [(bug, layout.experiment(corpus, folder / bug.__name__)) for bug, (layout, *_) in BUGS.items()]
     return {
-        bug: traces if isinstance(traces, str) else [difference for difference in compare(traces, reference) if not difference.is_within]
+        bug: traces
+        if isinstance(traces, str)
+        else [difference for difference in compare(traces, reference) if not difference.is_within]
         for bug, traces in zip(BUGS, trace_in_jobs(2, trace_with_bugs, work), strict=True)
     }
 
@@ -143,9 +160,15 @@ def test_bug_is_caught_where_it_is(differences, bug):
 
 def test_of_scaled_expert_gradients_exactly_those_differ(differences):
     names = [
-        difference.name for difference in differences[expert_gradients_times_ep] if (difference.step, difference.kind) == (0, "gradient")
+        difference.name
+        for difference in differences[expert_gradients_times_ep]
+        if (difference.step, difference.kind) == (0, "gradient")
     ]
-    wanted = {f"decoder.layers.{layer}.mlp.experts.{part}.weight" for layer in range(8) for part in ("linear_fc1", "linear_fc2")}
+    wanted = {
+        f"decoder.layers.{layer}.mlp.experts.{part}.weight"
+        for layer in range(8)
+        for part in ("linear_fc1", "linear_fc2")
+    }
     assert len(names) == len(wanted)
     assert set(names) == wanted
     assert names[0].startswith("decoder.layers.7."), "the last layer's come first in the backward pass"

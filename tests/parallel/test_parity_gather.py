@@ -1,4 +1,5 @@
-"""Comparisons of layouts gather what the ranks have in parts: NCCL would take the memory for all of it on one GPU at once."""
+"""Comparisons of layouts gather what the ranks have in parts: NCCL would take the memory for all of it on one GPU at
+once."""
 
 from __future__ import annotations
 

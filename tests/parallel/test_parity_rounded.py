@@ -38,7 +38,9 @@ def experiment(corpus: Path, **precision: Any) -> Experiment:
 
 def under(corpus: Path, layout: str, number_format: str, folder: Path) -> tuple[Experiment, int]:
     precision, recipe = FORMATS[number_format]
-    return layout_experiment(experiment(corpus, **({"fp8_recipe": recipe} if recipe else {})), layout, None, folder, precision)
+    return layout_experiment(
+        experiment(corpus, **({"fp8_recipe": recipe} if recipe else {})), layout, None, folder, precision
+    )
 
 
 def traces(jobs: list[tuple[Experiment, int | None, Any, Any]]) -> list[Any]:
@@ -68,7 +70,9 @@ def compared(corpus, tmp_path_factory) -> dict[Any, list[Any]]:
         jobs += [(alone, None, None, None), *((alone, seed, None, first) for seed in NOISE_SEEDS)]
     traced = fork_ranks(1, traces, jobs)[0]
     width = 1 + len(NOISE_SEEDS)
-    references = {number_format: traced[number * width : (number + 1) * width] for number, number_format in enumerate(FORMATS)}
+    references = {
+        number_format: traced[number * width : (number + 1) * width] for number, number_format in enumerate(FORMATS)
+    }
     choices = {number_format: [step.choices for step in runs[0]] for number_format, runs in references.items()}
     jobs = [(layout, None, bug, choices[name]) for layout, (name, _, bug) in zip(layouts, wanted, strict=True)]
     found = {}

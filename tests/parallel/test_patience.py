@@ -1,4 +1,5 @@
-"""Ranks that wait for each other's share of reading or writing: for hours for one that works, not for one that is gone."""
+"""Ranks that wait for each other's share of reading or writing: for hours for one that works, not for one that is
+gone."""
 
 from __future__ import annotations
 

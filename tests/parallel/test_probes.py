@@ -1,4 +1,5 @@
-"""The probes before training: silent where all is well, under every kind of layout, and each planted bug stops the run with its reason."""
+"""The probes before training: silent where all is well, under every kind of layout, and each planted bug stops the run
+with its reason."""
 
 from __future__ import annotations
 
@@ -63,10 +64,15 @@ def rows_of_another_document() -> AbstractContextManager[Any]:
     from hunyuan_pretrain.model import packed_attention
 
     right = packed_attention._flash_cpu
-    return patch.object(packed_attention, "_flash_cpu", lambda q, k, v, is_causal: right(q, k.roll(1, 2), v.roll(1, 2), is_causal))
+    return patch.object(
+        packed_attention, "_flash_cpu", lambda q, k, v, is_causal: right(q, k.roll(1, 2), v.roll(1, 2), is_causal)
+    )
 
 
-RIGHT_ATTENTION = r"probe: attention by flash attention is that of a plain softmax, forward and backward \(largest .* difference .*e-07\)"
+RIGHT_ATTENTION = (
+    r"probe: attention by flash attention is that of a plain softmax, forward and backward \(largest .* difference "
+    r".*e-07\)"
+)
 HEALTHY = [
     Layout(),
     Layout(tp=2, ep=2, recompute="cla_group"),
@@ -76,12 +82,24 @@ HEALTHY = [
     Layout(dp=2, ep=2, overlap="everything", model="dropless"),
 ]
 BROKEN: dict[Bug, tuple[Layout, str]] = {
-    rows_of_another_document: (Layout(dp=2), "attention by flash attention is not that of a plain softmax on the same queries, keys and"),
+    rows_of_another_document: (
+        Layout(dp=2),
+        "attention by flash attention is not that of a plain softmax on the same queries, keys and",
+    ),
     attention_across_documents: (Layout(dp=2), "documents of a pack see each other: changing one changed"),
     gathered_attention_across_documents: (Layout(cp=2), "documents of a pack see each other: changing one changed"),
-    router_losses_times_two: (Layout(tp=2), "the balance loss acts with coefficient 0.02, but 0.01 is declared: this layout scales it"),
-    balance_loss_without_gradient: (Layout(dp=2), "the balance loss has no gradient on the router of layer 0 (8 of 8 layers)"),
-    combination_without_router: (Layout(pp=2), "the cross-entropy has no gradient on the router of layer 0 (8 of 8 layers)"),
+    router_losses_times_two: (
+        Layout(tp=2),
+        "the balance loss acts with coefficient 0.02, but 0.01 is declared: this layout scales it",
+    ),
+    balance_loss_without_gradient: (
+        Layout(dp=2),
+        "the balance loss has no gradient on the router of layer 0 (8 of 8 layers)",
+    ),
+    combination_without_router: (
+        Layout(pp=2),
+        "the cross-entropy has no gradient on the router of layer 0 (8 of 8 layers)",
+    ),
 }
 
 
@@ -96,7 +114,12 @@ def probe_all(work: list[tuple[Bug, Experiment]]) -> list[Any]:
             run = setup.prepare(experiment)
             try:
                 found = probe(run)
-                left = [name for model in run.chunks for name, parameter in model.named_parameters() if parameter.main_grad.any()]
+                left = [
+                    name
+                    for model in run.chunks
+                    for name, parameter in model.named_parameters()
+                    if parameter.main_grad.any()
+                ]
                 return found, left
             except TrainingError as error:
                 return str(error)
@@ -114,8 +137,13 @@ def answers(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
     cases += [(bug, bug, layout) for bug, (layout, _) in BROKEN.items()]
     for world_size in (1, 2):
         mine = [case for case in cases if case[2].world_size == world_size]
-        work = [(bug, layout.experiment(corpus, folder / f"{world_size}_{number}")) for number, (_, bug, layout) in enumerate(mine)]
-        found |= {key: answer for (key, _, _), answer in zip(mine, fork_ranks(world_size, probe_all, work)[0], strict=True)}
+        work = [
+            (bug, layout.experiment(corpus, folder / f"{world_size}_{number}"))
+            for number, (_, bug, layout) in enumerate(mine)
+        ]
+        found |= {
+            key: answer for (key, _, _), answer in zip(mine, fork_ranks(world_size, probe_all, work)[0], strict=True)
+        }
     return found
 
 
@@ -139,9 +167,11 @@ def test_a_planted_bug_stops_the_run(answers, bug):
     assert answers[bug].startswith(BROKEN[bug][1])
 
 
-# --- with Transformer Engine's own Python part and stand-ins for its kernels ------------------------------------------------------------
+# --- with Transformer Engine's own Python part and stand-ins for its kernels ------------------------------------------
 
-needs_package = pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make")
+needs_package = pytest.mark.skipif(
+    not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
+)
 
 
 def engine_case(corpus: Path, folder: Path, layout: Layout, **precision: Any) -> Case:
@@ -163,18 +193,29 @@ def test_attention_that_misreads_what_it_is_handed_stops_the_run(corpus: Path, t
     ]
     for gathered, misread, traded, traded_as_it_is in run_ranks(2, probed, cases):
         for lines, left in (gathered, traded, traded_as_it_is):  # what comes from an exchange of heads is contiguous
-            assert lines[0].startswith("probe: attention by Transformer Engine is that of packed_attention, forward and backward (largest")
+            assert lines[0].startswith(
+                "probe: attention by Transformer Engine is that of packed_attention, forward and backward (largest"
+            )
             assert left == []
-        refusal = "attention by Transformer Engine is not that of packed_attention on the same queries, keys and values: output by "
+        refusal = (
+            "attention by Transformer Engine is not that of packed_attention on the same queries, keys and values: "
+            "output by "
+        )
         assert misread.startswith(refusal)
         assert "do not train with this attention backend" in misread
 
 
 @needs_package
 def test_probes_run_with_parameters_in_fp8_only(corpus: Path, tmp_path: Path) -> None:
-    """Outside of a step in FP8 products take the values of such a weight, and its gradient arrives where all others do."""
+    """Outside of a step in FP8 products take the values of such a weight, and its gradient arrives where all others
+    do."""
     cases = [
-        (engine_case(corpus, tmp_path / recipe, Layout(optimizer="distributed"), fp8_recipe=recipe, fp8_parameters=True), False)
+        (
+            engine_case(
+                corpus, tmp_path / recipe, Layout(optimizer="distributed"), fp8_recipe=recipe, fp8_parameters=True
+            ),
+            False,
+        )
         for recipe in ("delayed", "tensorwise", "blockwise")
     ]
     (found,) = run_ranks(1, probed, cases)

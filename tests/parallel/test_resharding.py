@@ -43,7 +43,8 @@ CHANGES = [
     (BF16, BF16_OFFLOADED),
     (BF16_OFFLOADED, BF16),
 ]
-"""Of bf16 only the optimizer changes: under another layout the sums of bf16 numbers differ by more than fp32's tolerance."""
+"""Of bf16 only the optimizer changes: under another layout the sums of bf16 numbers differ by more than fp32's
+tolerance."""
 
 Work = list[tuple[bool, Experiment]]
 """(is it the run that saves, or one that resumes, its experiment)."""
@@ -54,7 +55,8 @@ def name_of(change: tuple[Layout, Layout]) -> str:
 
 
 def train_all(work: Work) -> list[Outcome]:
-    """Traces of the steps after SAVED: of a run without a break, which saves after SAVED, or of one that resumes there."""
+    """Traces of the steps after SAVED: of a run without a break, which saves after SAVED, or of one that resumes
+    there."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.parity import trace_steps
@@ -90,7 +92,11 @@ def traces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layou
         keys: list[Any] = [layout for layout in saving if saves and layout.world_size == world_size]
         keys += [change for change in CHANGES if resumes and change[1].world_size == world_size]
         work = [
-            (isinstance(key, Layout), (key if isinstance(key, Layout) else key[1]).experiment(corpus, run_dirs[key], STEPS)) for key in keys
+            (
+                isinstance(key, Layout),
+                (key if isinstance(key, Layout) else key[1]).experiment(corpus, run_dirs[key], STEPS),
+            )
+            for key in keys
         ]
         found.update(zip(keys, trace_in_jobs(world_size, train_all, work), strict=True))
 

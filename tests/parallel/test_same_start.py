@@ -1,4 +1,5 @@
-"""Every node reads its own copy of the configuration, the data and the tokenizer; ranks that would train something else do not begin."""
+"""Every node reads its own copy of the configuration, the data and the tokenizer; ranks that would train something else
+do not begin."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from tests.helpers.runs import experiment_fields
 
 
 def starts(fields: dict[str, Any]) -> list[str]:
-    """What is refused of: the same start, the same at another place, and starts of which something else differs on rank 1."""
+    """What is refused of: the same start, the same at another place, and starts of which something else differs on rank
+    1."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.config.history import SourceFacts
@@ -34,7 +36,10 @@ def starts(fields: dict[str, Any]) -> list[str]:
     ):
         if dist.get_rank() == 0:
             experiment, data, tokenizer = same, "a", "t"
-        met = {"sources": {"x": SourceFacts(digest=data, sequences=1, tokens=1, sequence_length=64)}, "tokenizer_digest": tokenizer}
+        met = {
+            "sources": {"x": SourceFacts(digest=data, sequences=1, tokens=1, sequence_length=64)},
+            "tokenizer_digest": tokenizer,
+        }
         try:
             refuse_other_starts(experiment, met)
             refused.append("")

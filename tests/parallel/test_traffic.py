@@ -26,7 +26,12 @@ ULYSSES = CP | {"context_parallel_method": "all_to_all"}
 PLAIN = {"use_distributed_optimizer": False}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
-DROPPING = {"moe_router_topk": 2, "moe_expert_capacity_factor": 1.3, "recycle_routing": False, "share_embeddings_and_output_weights": False}
+DROPPING = {
+    "moe_router_topk": 2,
+    "moe_expert_capacity_factor": 1.3,
+    "recycle_routing": False,
+    "share_embeddings_and_output_weights": False,
+}
 DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # name: ranks, fields of parallel, of model, of precision
@@ -57,11 +62,16 @@ LOSS_CHUNK_TOKENS = 48
 def layout_fields(corpus: Path, run_dir: Path, name: str) -> dict[str, Any]:
     _, parallel, model, precision = LAYOUTS[name]
     num_layers = 8 if "virtual_pipeline_model_parallel_size" in parallel or "pipeline_layout" in parallel else 4
-    changes = {f"model__{key}": value for key, value in ({"num_layers": num_layers, "moe_routing_group_tokens": 16} | model).items()}
+    changes = {
+        f"model__{key}": value
+        for key, value in ({"num_layers": num_layers, "moe_routing_group_tokens": 16} | model).items()
+    }
     changes |= {"stages__global_batch_sequences": 4, "stages__micro_batch_sequences": 1 if "data" in name else 2}
     fields = experiment_fields(corpus, run_dir, parallel=parallel, **changes)
     fields["precision"] |= precision
-    fields["optimizer"]["cpu_offload_fraction"] = 1.0 if "wholly offloaded" in name else 0.5 if "half offloaded" in name else 0.0
+    fields["optimizer"]["cpu_offload_fraction"] = (
+        1.0 if "wholly offloaded" in name else 0.5 if "half offloaded" in name else 0.0
+    )
     return fields
 
 
@@ -90,8 +100,8 @@ def one_step(run: Any) -> None:
 
 
 def kept_bytes(run: Any) -> RankMemory:
-    """Storage of the live tensors: of the parameters, of the gradient buffers, and of what the optimizer has beside those, on the device
-    and, of an offloaded one, on the host."""
+    """Storage of the live tensors: of the parameters, of the gradient buffers, and of what the optimizer has beside
+    those, on the device and, of an offloaded one, on the host."""
     buffers = [buffer for wrapped in run.wrapped for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
     weights = storages(parameter for model in run.chunks for parameter in model.parameters())
     gradients = storages(buffer.grad_data for buffer in buffers)
@@ -99,9 +109,15 @@ def kept_bytes(run: Any) -> RankMemory:
     for part in run.optimizer.chained_optimizers:
         part.optimizer.zero_grad()
         on_host += getattr(part.optimizer, "cpu_optimizers", [])
-        on_device += [part.optimizer] if not hasattr(part.optimizer, "cpu_optimizers") else [part.optimizer.gpu_optimizer]
+        on_device += (
+            [part.optimizer] if not hasattr(part.optimizer, "cpu_optimizers") else [part.optimizer.gpu_optimizer]
+        )
     state, host = (
-        sum(size for place, size in storages(tensors_of(optimizers)).items() if place not in weights and place not in gradients)
+        sum(
+            size
+            for place, size in storages(tensors_of(optimizers)).items()
+            if place not in weights and place not in gradients
+        )
         for optimizers in (on_device, on_host)
     )
     return RankMemory(sum(weights.values()), sum(gradients.values()), state, host)
@@ -124,7 +140,9 @@ def storages(tensors: Any) -> dict[int, int]:
 def count_all(layouts: list[dict[str, Any]], is_first_job: bool) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
     """Everything that this file asks of ranks, in one job, because starting it takes longer than all of its steps."""
     counted = count_layouts(layouts)
-    return (counted, count_each_function(), count_with_the_profiler(layouts[1])) if is_first_job else (counted, {}, (0, 0))
+    return (
+        (counted, count_each_function(), count_with_the_profiler(layouts[1])) if is_first_job else (counted, {}, (0, 0))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +151,10 @@ def jobs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, li
     folder = tmp_path_factory.mktemp("traffic")
     return {
         world_size: fork_ranks(
-            world_size, count_all, [layout_fields(corpus, folder / name, name) for name in names_of(world_size)], world_size == 2
+            world_size,
+            count_all,
+            [layout_fields(corpus, folder / name, name) for name in names_of(world_size)],
+            world_size == 2,
         )
         for world_size in (2, 4)
     }
@@ -174,7 +195,10 @@ def test_the_plan_has_every_byte_that_a_rank_sends(jobs: dict[int, list[Any]], c
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_plan_has_every_byte_that_a_rank_keeps(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
     experiment, world_size = planned(corpus, name)
-    parts, fraction = (experiment.model, experiment.parallel, experiment.precision, world_size), experiment.optimizer.cpu_offload_fraction
+    parts, fraction = (
+        (experiment.model, experiment.parallel, experiment.precision, world_size),
+        experiment.optimizer.cpu_offload_fraction,
+    )
     found = [memory for _, memory in counted(jobs, name)]
     places = range(experiment.parallel.pipeline_model_parallel_size)
     assert [memory for place in places for memory in memory_of_ranks(*parts, place, fraction)] == found
@@ -202,7 +226,9 @@ def count_each_function() -> dict[str, Any]:
             work.wait()
 
     def batched(other: int) -> Any:
-        return dist.batch_isend_irecv([dist.P2POp(dist.isend, x, other, tp), dist.P2POp(dist.irecv, torch.ones(6), other, tp)])
+        return dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, other, tp), dist.P2POp(dist.irecv, torch.ones(6), other, tp)]
+        )
 
     calls = {
         "all_reduce": lambda: dist.all_reduce(x, group=tp),
@@ -216,10 +242,16 @@ def count_each_function() -> dict[str, Any]:
         "broadcast": lambda: dist.broadcast(x, dist.get_global_rank(tp, 0), group=tp),
         "reduce": lambda: dist.reduce(x, dist.get_global_rank(tp, 0), group=tp),
         "gather": lambda: dist.gather(x, parts if rank == 0 else None, dist.get_global_rank(tp, 0), group=tp),
-        "scatter": lambda: dist.scatter(torch.ones(3), halves if rank == 0 else None, dist.get_global_rank(tp, 0), group=tp),
-        "isend, irecv": lambda: exchange(lambda other: [dist.isend(x, other, tp), dist.irecv(torch.ones(6), other, tp)]),
+        "scatter": lambda: dist.scatter(
+            torch.ones(3), halves if rank == 0 else None, dist.get_global_rank(tp, 0), group=tp
+        ),
+        "isend, irecv": lambda: exchange(
+            lambda other: [dist.isend(x, other, tp), dist.irecv(torch.ones(6), other, tp)]
+        ),
         "batch_isend_irecv": lambda: exchange(batched),
-        "isend, irecv over all ranks": lambda: exchange(lambda other: [dist.isend(x, other), dist.irecv(torch.ones(6), other)]),
+        "isend, irecv over all ranks": lambda: exchange(
+            lambda other: [dist.isend(x, other), dist.irecv(torch.ones(6), other)]
+        ),
         "barrier": lambda: dist.barrier(group=tp),
         "all_reduce over all ranks": lambda: dist.all_reduce(x),
         "all_reduce of one rank": lambda: dist.all_reduce(x, group=groups.dp),

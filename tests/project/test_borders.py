@@ -1,4 +1,5 @@
-"""What this project uses of other people's packages must still be there: every imported name, and the arguments that it passes by name.
+"""What this project uses of other people's packages must still be there: every imported name, and the arguments that it
+passes by name.
 
 `make test-latest` runs this, and the tests at the borders, with the newest version of everything.
 """
@@ -28,18 +29,26 @@ ARGUMENTS = {
     "distributed_timeout_minutes create_gloo_process_groups",
     "megatron.core.parallel_state:RankGenerator": "tp ep dp pp cp order",
     "megatron.core.optimizer:get_megatron_optimizer": "config model_chunks config_overrides",
-    "megatron.core.optimizer:OptimizerConfig": "optimizer lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad bf16 fp16 params_dtype "
+    "megatron.core.optimizer:OptimizerConfig": "optimizer lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
+    "bf16 fp16 "
+    "params_dtype "
     "use_distributed_optimizer overlap_param_gather optimizer_cpu_offload optimizer_offload_fraction",
-    "megatron.core.distributed:DistributedDataParallelConfig": "grad_reduce_in_fp32 overlap_grad_reduce overlap_param_gather "
+    "megatron.core.distributed:DistributedDataParallelConfig": "grad_reduce_in_fp32 overlap_grad_reduce "
+    "overlap_param_gather "
     "use_distributed_optimizer average_in_collective bucket_size",
     "megatron.core.distributed:DistributedDataParallel": "config ddp_config module disable_bucketing",
     "megatron.core.distributed:finalize_model_grads": "model num_tokens",
     "megatron.core.tensor_parallel:VocabParallelEmbedding": "num_embeddings embedding_dim init_method config tp_group",
-    "megatron.core.tensor_parallel:ColumnParallelLinear": "input_size output_size config init_method bias gather_output tp_group",
-    "megatron.core.tensor_parallel:RowParallelLinear": "input_size output_size config init_method bias input_is_parallel tp_group",
+    "megatron.core.tensor_parallel:ColumnParallelLinear": "input_size output_size config init_method bias "
+    "gather_output "
+    "tp_group",
+    "megatron.core.tensor_parallel:RowParallelLinear": "input_size output_size config init_method bias "
+    "input_is_parallel "
+    "tp_group",
     "megatron.core.dist_checkpointing:load": "sharded_state_dict checkpoint_dir",
     "megatron.core.dist_checkpointing.mapping:ShardedTensor.from_rank_offsets": "key data replica_id",
-    "megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining": "forward_step_func data_iterator model num_microbatches "
+    "megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining": "forward_step_func data_iterator model "
+    "num_microbatches "
     "seq_length micro_batch_size forward_only pg_collection",
     "torch.utils.checkpoint:checkpoint": "use_reentrant",
     "torch.distributed:init_process_group": "backend timeout store rank world_size",
@@ -52,16 +61,21 @@ ARGUMENTS = {
     "tokenizers.models:BPE": "vocab merges",
     "tokenizers.pre_tokenizers:Split": "pattern behavior invert",
     "datatrove.executor:LocalPipelineExecutor": "pipeline tasks workers logging_dir depends skip_completed",
-    "datatrove.executor:SlurmPipelineExecutor": "pipeline tasks time partition logging_dir job_name qos env_command sbatch_args depends",
+    "datatrove.executor:SlurmPipelineExecutor": "pipeline tasks time partition logging_dir job_name qos env_command "
+    "sbatch_args depends",
     "datatrove.executor:RayPipelineExecutor": "pipeline tasks workers logging_dir depends skip_completed",
 }
 """Module and name -> arguments that are passed by these names."""
 
 OPERATORS = {
     "_scaled_dot_product_flash_attention_for_cpu": "query key value dropout_p is_causal attn_mask scale",
-    "_scaled_dot_product_flash_attention_for_cpu_backward": "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "grad_out query key value out logsumexp dropout_p "
+    "is_causal "
+    "attn_mask scale",
     "_scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask scale",
-    "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
+    "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k "
+    "max_q max_k "
+    "dropout_p "
     "is_causal philox_seed philox_offset scale",
     "silu_backward": "grad_output self",
 }
@@ -69,7 +83,8 @@ OPERATORS = {
 
 
 def foreign_names() -> list[str]:
-    """module:name of every `from module import name`, and module of every `import module`, of a package that is not ours or Python's."""
+    """module:name of every `from module import name`, and module of every `import module`, of a package that is not
+    ours or Python's."""
     found = set()
     for folder in ("hunyuan_pretrain", "data_tools", "launch", "configs"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -84,7 +99,12 @@ def imports_of(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] not in ours)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level and node.module.partition(".")[0] not in ours:
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and not node.level
+            and node.module.partition(".")[0] not in ours
+        ):
             yield from (f"{node.module}:{alias.name}" for alias in node.names)
 
 
@@ -115,7 +135,11 @@ def test_arguments_that_are_passed_by_name_are_there(place: str) -> None:
     if isinstance(found, type) and issubclass(found, dict):
         names = set(found.__annotations__)
     else:
-        names = set(inspect.signature(found).parameters) if place.partition(":")[0] != "tokenizers" else rust_arguments(found)
+        names = (
+            set(inspect.signature(found).parameters)
+            if place.partition(":")[0] != "tokenizers"
+            else rust_arguments(found)
+        )
     assert set(ARGUMENTS[place].split()) <= names or "kwargs" in names
 
 

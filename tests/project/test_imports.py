@@ -67,7 +67,12 @@ def imports_of(text: str, module: str, is_package: bool) -> Iterator[tuple[int, 
             package = parts[: len(parts) - node.level + is_package] if node.level else []
             origin = ".".join([*package, *(node.module.split(".") if node.module else [])])
             yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+        elif (
+            isinstance(node, ast.Call)
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+        ):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
                 yield node.lineno, node.args[0].value
@@ -80,7 +85,9 @@ def is_under(name: str, module: str) -> bool:
 def violation(path: str, name: str) -> str | None:
     """Why a file may not import a module; None where it may."""
     for module, places in ONLY_IN.items():
-        covered_elsewhere = any(is_under(other, module) and other != module and is_under(name, other) for other in ONLY_IN)
+        covered_elsewhere = any(
+            is_under(other, module) and other != module and is_under(name, other) for other in ONLY_IN
+        )
         if is_under(name, module) and not covered_elsewhere and not any(path.startswith(place) for place in places):
             return f"{module} only in {', '.join(places) or 'no file'}"
     top, *rest = name.split(".")
@@ -128,7 +135,11 @@ def test_every_room_has_its_line() -> None:
     ("path", "text", "expected"),
     [
         ("hunyuan_pretrain/config/x.py", "def f():\n    import torch", "torch only in"),
-        ("hunyuan_pretrain/config/x.py", "from hunyuan_pretrain.plan import counts", "config may import no other room, not plan"),
+        (
+            "hunyuan_pretrain/config/x.py",
+            "from hunyuan_pretrain.plan import counts",
+            "config may import no other room, not plan",
+        ),
         ("hunyuan_pretrain/plan/x.py", "from ..runtime.device import probe", "plan may import config, not runtime"),
         ("hunyuan_pretrain/model/x.py", "from .. import data", "model may import config, parallel, runtime, not data"),
         (
@@ -156,7 +167,9 @@ def test_every_room_has_its_line() -> None:
 def test_the_walk_finds_what_it_should(path: str, text: str, expected: str | None) -> None:
     module = path.removesuffix(".py").replace("/", ".")
     reasons = [violation(path, name) for _, name in imports_of(text, module, is_package=False)]
-    assert [reason for reason in reasons if reason] == ([] if expected is None else [r for r in reasons if r and expected in r])
+    assert [reason for reason in reasons if reason] == (
+        [] if expected is None else [r for r in reasons if r and expected in r]
+    )
     assert any(reasons) == (expected is not None)
 
 
@@ -165,6 +178,8 @@ def test_collectives_on_whole_tensors_are_called_where_what_they_take_is_checked
     calls = ("all_gather_into_tensor(", "reduce_scatter_tensor(", "all_to_all_single(")
     callers = {path.relative_to(ROOT): path.read_text() for path in source_files()}
     unchecked = [
-        str(path) for path, text in callers.items() if any(f"dist.{call}" in text for call in calls) and "handed_over(" not in text
+        str(path)
+        for path, text in callers.items()
+        if any(f"dist.{call}" in text for call in calls) and "handed_over(" not in text
     ]
     assert unchecked == [], "use hunyuan_pretrain/parallel/collectives.py"

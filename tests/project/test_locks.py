@@ -1,4 +1,5 @@
-"""The locks fit pyproject.toml, need nothing that they do not hold, and name no host; an environment is made from them, or refused."""
+"""The locks fit pyproject.toml, need nothing that they do not hold, and name no host; an environment is made from them,
+or refused."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def test_locks_satisfy_the_ranges_and_cover_every_extra_of_dev(python: str) -> N
     locked = pins("torch-pypi.txt", python) | lock(python)
     project = PROJECT["project"]["dependencies"] + EXTRAS["dev"] + PROJECT["build-system"]["requires"]
     outside = [
-        str(each) for each in wanted(project, python) if not each.specifier.contains(str(locked.get(canonicalize_name(each.name), "0")))
+        str(each)
+        for each in wanted(project, python)
+        if not each.specifier.contains(str(locked.get(canonicalize_name(each.name), "0")))
     ]
     assert outside == []
     engine = pins("transformer-engine.txt", python)["transformer-engine"]
@@ -76,7 +79,9 @@ def test_locks_satisfy_the_ranges_and_cover_every_extra_of_dev(python: str) -> N
     first, last = transformer_engine_versions(str(locked["megatron-core"]))
     assert first <= (engine.major, engine.minor) <= (newest.major, newest.minor) == last
     (extra,) = wanted(EXTRAS["gpu"], python)
-    assert extra.specifier == SpecifierSet(f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"), "the extra takes what the code takes"
+    assert extra.specifier == SpecifierSet(f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"), (
+        "the extra takes what the code takes"
+    )
     assert extra.specifier.contains(engine)
 
 
@@ -122,13 +127,15 @@ def test_a_lock_has_digests_and_names_no_host(file: str) -> None:
         assert "--hash=sha256:" in requirement, requirement
 
 
-# --- making an environment --------------------------------------------------------------------------------------------------------------
+# --- making an environment --------------------------------------------------------------------------------------------
 
 
 def set_up(folder: Path, python: Path | str = sys.executable, **variables: str) -> subprocess.CompletedProcess[str]:
     """Nothing can be downloaded here: what is refused is refused before pip."""
     environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull} | variables
-    return subprocess.run([python, SCRIPT, "set-up", folder], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [python, SCRIPT, "set-up", folder], env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_an_environment_of_another_python_is_not_mixed(tmp_path: Path) -> None:
@@ -139,7 +146,10 @@ def test_an_environment_of_another_python_is_not_mixed(tmp_path: Path) -> None:
     done = set_up(folder)
     assert done.returncode == 2
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert f"{folder} is of Python 3.9, and {sys.executable} is {here}: remove it, or choose another with VENV=folder" in done.stderr
+    assert (
+        f"{folder} is of Python 3.9, and {sys.executable} is {here}: remove it, or choose another with VENV=folder"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("file", ["pyvenv.cfg", "thesis.tex"])
@@ -153,7 +163,9 @@ def test_a_folder_that_make_did_not_make_is_left_alone(tmp_path: Path, file: str
     assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
-def test_pip_sees_where_packages_come_from_and_nothing_that_changes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_sees_where_packages_come_from_and_nothing_that_changes_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(LOCKS))
     from environment import pip_environment  # type: ignore[import-not-found]
 

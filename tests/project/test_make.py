@@ -1,4 +1,5 @@
-"""Names in the environment have one meaning: make takes its settings from its command line, and hands none of them on."""
+"""Names in the environment have one meaning: make takes its settings from its command line, and hands none of them
+on."""
 
 from __future__ import annotations
 
@@ -25,8 +26,12 @@ HOSTILE = {
 
 
 def make(*arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", *HOSTILE)}
-    return subprocess.run(["make", *arguments], cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=120)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", *HOSTILE)
+    }
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "test-latest", "data-bench"])
@@ -46,7 +51,8 @@ def test_what_make_starts_does_not_see_its_settings(tmp_path: Path) -> None:
     for name in ("setter", "env/bin/python"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(
-            f"#!/bin/sh\nenv > {tmp_path}/seen.$(basename $0)\nprintf '%s\\n' \"$@\" > {tmp_path}/arguments.$(basename $0)\n"
+            f"#!/bin/sh\nenv > {tmp_path}/seen.$(basename $0)\nprintf '%s\\n' \"$@\" > "
+            f"{tmp_path}/arguments.$(basename $0)\n"
         )
         (tmp_path / name).chmod(0o755)
     text = 'it\'s "my" $HOME `text`; exit 3'

@@ -61,7 +61,11 @@ def test_every_path_of_the_tree_exists() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_file_of_a_package_is_in_the_tree(package: str) -> None:
     named = set(tree_paths())
-    files = [path for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".sh", ".sbatch") and path.name != "__init__.py"]
+    files = [
+        path
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".sh", ".sbatch") and path.name != "__init__.py"
+    ]
     missing = [name for path in files if (name := path.relative_to(ROOT).as_posix()) not in named]
     assert not missing
 

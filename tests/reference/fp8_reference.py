@@ -1,7 +1,8 @@
-"""FP8 quantisation written a second time, from the definition of the formats: integers, float64 and a table of all codes.
+"""FP8 quantisation written a second time, from the definition of the formats: integers, float64 and a table of all
+codes.
 
-Shares nothing with hunyuan_pretrain.model.fp8. Products and quotients of fp32 numbers are taken in float64 and rounded once to fp32:
-a product is exact there, and a quotient has enough digits for the second rounding not to matter.
+Shares nothing with hunyuan_pretrain.model.fp8. Products and quotients of fp32 numbers are taken in float64 and rounded
+once to fp32: a product is exact there, and a quotient has enough digits for the second rounding not to matter.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ E5M2 = _format(5, 2, 15, 124)  # code 124 is infinity, 125 to 127 are nan
 
 
 def round_to_fp8(value: float, fp8: Fp8) -> float:
-    """Nearest value of the format, the even code of two equally near ones; beyond the largest, that one; nan stays nan."""
+    """Nearest value of the format, the even code of two equally near ones; beyond the largest, that one; nan stays
+    nan."""
     if math.isnan(value):
         return value
     size = abs(value)
@@ -100,7 +102,9 @@ def quantize(x: np.ndarray, recipe: str, fp8: Fp8, block: tuple[int, int], large
         amax = math.nan if np.isnan(part).any() else float(np.abs(part).max())
         if recipe == "mxfp8":
             exponent = mx_exponent(amax, fp8)
-            scale, inverse = (math.ldexp(1.0, 127 - exponent), math.ldexp(1.0, exponent - 127)) if exponent > 0 else (1.0, 2.0**-127)
+            scale, inverse = (
+                (math.ldexp(1.0, 127 - exponent), math.ldexp(1.0, exponent - 127)) if exponent > 0 else (1.0, 2.0**-127)
+            )
             inverse = math.nan if exponent < 0 else inverse
             scale = math.ldexp(1.0, -127) if exponent == 254 else scale
         else:

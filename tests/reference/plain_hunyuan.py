@@ -1,8 +1,9 @@
 """Hunyuan-Large written as plainly as possible: the oracle for the training model and for the exported one.
 
-No cache, no folding, no batching of experts, no fused attention: one document at a time, one token at a time where it matters.
-Everything runs in the dtype of the tensors (fp64 for a sharp comparison); only RoPE's angles are fp32, because the model is
-defined by them. Sources: report arXiv 2411.02265; Tencent's release for the order RoPE, then norm, and for the raw top-1 weight.
+No cache, no folding, no batching of experts, no fused attention: one document at a time, one token at a time where it
+matters. Everything runs in the dtype of the tensors (fp64 for a sharp comparison); only RoPE's angles are fp32, because
+the model is defined by them. Sources: report arXiv 2411.02265; Tencent's release for the order RoPE, then norm, and for
+the raw top-1 weight.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import ModelConfig
 
 
-def plain_logits(model: ModelConfig, hf_tensors: Mapping[str, Tensor], tokens_S: Tensor, cu_seqlens: Tensor, rope_alpha: float) -> Tensor:
+def plain_logits(
+    model: ModelConfig, hf_tensors: Mapping[str, Tensor], tokens_S: Tensor, cu_seqlens: Tensor, rope_alpha: float
+) -> Tensor:
     """Logits (S, V) of one packed sequence, without gradient tricks of any kind (autograd works).
 
-    tokens_S: token ids (S,). cu_seqlens: (documents + 1,), first 0, last S; positions restart and attention ends at each.
+    tokens_S: token ids (S,). cu_seqlens: (documents + 1,), first 0, last S; positions restart and attention ends at
+    each.
     rope_alpha: the NTK-alpha of the stage. hf_tensors: names of the Hugging Face side, every dtype the same.
     """
     documents_S = torch.bucketize(torch.arange(len(tokens_S)), cu_seqlens[1:], right=True)
@@ -35,8 +39,12 @@ def plain_logits(model: ModelConfig, hf_tensors: Mapping[str, Tensor], tokens_S:
         }
         normed_SD = rms_norm(x_SD, weights["input_layernorm.weight"], model.layernorm_epsilon)
         if layer % model.cla_share_factor == 0:
-            raw_k_SGH = (normed_SD @ weights["self_attn.k_proj.weight"].T).unflatten(-1, (model.num_query_groups, model.head_dim))
-            v_SGH = (normed_SD @ weights["self_attn.v_proj.weight"].T).unflatten(-1, (model.num_query_groups, model.head_dim))
+            raw_k_SGH = (normed_SD @ weights["self_attn.k_proj.weight"].T).unflatten(
+                -1, (model.num_query_groups, model.head_dim)
+            )
+            v_SGH = (normed_SD @ weights["self_attn.v_proj.weight"].T).unflatten(
+                -1, (model.num_query_groups, model.head_dim)
+            )
         x_SD = x_SD + attention(model, weights, normed_SD, raw_k_SGH, v_SGH, positions_S, visible_SS, rope_alpha)
         normed_SD = rms_norm(x_SD, weights["post_attention_layernorm.weight"], model.layernorm_epsilon)
         x_SD = x_SD + torch.stack([mixture_of_experts(model, weights, token_D) for token_D in normed_SD])
@@ -56,7 +64,9 @@ def attention(
     rope_alpha: float,
 ) -> Tensor:
     """One layer's attention on its owner's raw keys and values: its own RoPE, its own norms, an explicit softmax."""
-    q_SNH = (normed_SD @ weights["self_attn.q_proj.weight"].T).unflatten(-1, (model.num_attention_heads, model.head_dim))
+    q_SNH = (normed_SD @ weights["self_attn.q_proj.weight"].T).unflatten(
+        -1, (model.num_attention_heads, model.head_dim)
+    )
     q_SNH = rope(model, q_SNH, positions_S, rope_alpha)
     k_SGH = rope(model, raw_k_SGH, positions_S, rope_alpha)
     if model.qk_layernorm:
@@ -99,4 +109,6 @@ def rope(model: ModelConfig, x_SxH: Tensor, positions_S: Tensor, alpha: float) -
     frequencies = 1.0 / (base ** (torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim))
     angles = (positions_S[:, None].to(torch.float32) * frequencies).to(x_SxH.dtype)[:, None, :]
     first, second = x_SxH[..., :half], x_SxH[..., half:]
-    return torch.cat((first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1)
+    return torch.cat(
+        (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
+    )

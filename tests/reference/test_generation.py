@@ -1,4 +1,5 @@
-"""Our Hugging Face model under the installed transformers: caches, batches, arguments, and what must still be there to be asked for."""
+"""Our Hugging Face model under the installed transformers: caches, batches, arguments, and what must still be there to
+be asked for."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def left_padded(*lengths: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.
     return prompts, torch.stack(rows), torch.stack(masks)
 
 
-# --- what transformers must still offer -------------------------------------------------------------------------------------------
+# --- what transformers must still offer -------------------------------------------------------------------------------
 
 
 def test_transformers_still_has_the_interface_that_the_model_code_uses() -> None:
@@ -60,7 +61,9 @@ def test_transformers_still_has_the_interface_that_the_model_code_uses() -> None
     assert "create_masks_for_generate" in inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
 
 
-def test_generate_hands_over_no_argument_that_the_model_does_not_know(exact: HunYuanForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_hands_over_no_argument_that_the_model_does_not_know(
+    exact: HunYuanForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it passes beyond the named parameters is listed one by one in HARMLESS_ARGUMENTS."""
     seen: set[str] = set()
     forward = type(exact).forward
@@ -80,7 +83,8 @@ def test_a_renamed_cache_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatc
     renamed = dataclasses.make_dataclass("CausalLMOutputWithPast", ["logits", "kv_store"])
     monkeypatch.setattr(modeling_hunyuan, "CausalLMOutputWithPast", renamed)
     with pytest.raises(
-        ImportError, match=r"calls the key/value cache neither `cache` nor `past_key_values` .*kv_store.*install transformers 5"
+        ImportError,
+        match=r"calls the key/value cache neither `cache` nor `past_key_values` .*kv_store.*install transformers 5",
     ):
         modeling_hunyuan._name_of_cache()
 
@@ -89,11 +93,13 @@ def test_a_renamed_cache_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_argument_is_refused(exact: HunYuanForCausalLM, name: str) -> None:
     """Swallowed, a renamed cache gives garbage, and the borders of a pack other documents."""
     for model in (exact, exact.model):
-        with pytest.raises(TypeError, match=rf"forward\(\) has no argument {name} \(transformers {transformers.__version__}\)"):
+        with pytest.raises(
+            TypeError, match=rf"forward\(\) has no argument {name} \(transformers {transformers.__version__}\)"
+        ):
             model(torch.randint(64, (1, 3)), **{name: torch.ones(1)})
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------------------
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -119,8 +125,15 @@ def test_cla_divides_the_cache_by_its_share_factor() -> None:
 
     def cache_bytes(share: int) -> int:
         loaded = hf_model(tiny_model(cla_share_factor=share))
-        out = loaded.generate(torch.randint(64, (1, 9)), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        return sum(tensor.nbytes for layer in out[CACHE_NAME].layers for tensor in (layer.keys, layer.values) if tensor is not None)
+        out = loaded.generate(
+            torch.randint(64, (1, 9)), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )
+        return sum(
+            tensor.nbytes
+            for layer in out[CACHE_NAME].layers
+            for tensor in (layer.keys, layer.values)
+            if tensor is not None
+        )
 
     model = tiny_model()
     one_layer = 2 * model.num_query_groups * model.head_dim * 4 * 12
@@ -130,7 +143,9 @@ def test_cla_divides_the_cache_by_its_share_factor() -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_equals_greedy_decoding_without_a_cache(cache: str, exact: HunYuanForCausalLM) -> None:
     tokens = torch.randint(64, (1, 5))
-    generated = exact.generate(tokens, max_new_tokens=8, do_sample=False, cache_implementation=None if cache == "dynamic" else cache)
+    generated = exact.generate(
+        tokens, max_new_tokens=8, do_sample=False, cache_implementation=None if cache == "dynamic" else cache
+    )
     assert generated.tolist() == greedy_without_a_cache(exact, tokens, 8)
 
 
@@ -162,8 +177,12 @@ def test_left_padding_keeps_positions_without_position_ids(exact: HunYuanForCaus
     prompts, padded, mask = left_padded(3, 8)
     counted = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
-        assert torch.equal(exact(padded, attention_mask=mask).logits, exact(padded, attention_mask=mask, position_ids=counted).logits)
-        torch.testing.assert_close(exact(padded, attention_mask=mask).logits[0, 5:], exact(prompts[0][None]).logits[0], rtol=0, atol=1e-12)
+        assert torch.equal(
+            exact(padded, attention_mask=mask).logits, exact(padded, attention_mask=mask, position_ids=counted).logits
+        )
+        torch.testing.assert_close(
+            exact(padded, attention_mask=mask).logits[0, 5:], exact(prompts[0][None]).logits[0], rtol=0, atol=1e-12
+        )
 
 
 def test_beams_and_samples_are_those_without_a_cache(exact: HunYuanForCausalLM) -> None:
@@ -173,7 +192,9 @@ def test_beams_and_samples_are_those_without_a_cache(exact: HunYuanForCausalLM) 
         results = []
         for use_cache in (True, False):
             torch.manual_seed(5)
-            results.append(exact.generate(padded, attention_mask=mask, max_new_tokens=5, use_cache=use_cache, **options).tolist())
+            results.append(
+                exact.generate(padded, attention_mask=mask, max_new_tokens=5, use_cache=use_cache, **options).tolist()
+            )
         assert results[0] == results[1]
 
 
@@ -188,7 +209,7 @@ def test_a_cache_in_a_recomputed_layer_is_refused() -> None:
     assert CACHE_NAME not in loaded(tokens)
 
 
-# --- masks and packs --------------------------------------------------------------------------------------------------------------
+# --- masks and packs --------------------------------------------------------------------------------------------------
 
 
 def test_documents_of_a_pack_do_not_see_each_other(exact: HunYuanForCausalLM) -> None:
@@ -220,7 +241,10 @@ def test_a_mask_of_four_dimensions_is_used_as_it_is(exact: HunYuanForCausalLM) -
         (torch.ones(1, 3), r"attention_mask \(1, 3\): 4 cached and 3 new tokens need \(batch, 7\)"),
         (torch.ones(1, 3, 7), r"need \(batch, 7\)"),
         (torch.ones(1, 1, 3, 3), r"its last dimensions must be \(3, 7\), new tokens and keys"),
-        (torch.ones(1, 1, 3, 7, dtype=torch.long), r"a 4-dimensional attention_mask is bool or floating, not torch\.int64"),
+        (
+            torch.ones(1, 1, 3, 7, dtype=torch.long),
+            r"a 4-dimensional attention_mask is bool or floating, not torch\.int64",
+        ),
     ],
 )
 def test_a_mask_for_other_lengths_is_refused(mask: torch.Tensor, message: str, exact: HunYuanForCausalLM) -> None:
@@ -229,7 +253,7 @@ def test_a_mask_for_other_lengths_is_refused(mask: torch.Tensor, message: str, e
         exact(tokens[:, 4:], cache=exact(tokens[:, :4])[CACHE_NAME], attention_mask=mask)
 
 
-# --- outputs ----------------------------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def test_attention_weights_are_those_that_are_used(exact: HunYuanForCausalLM) -> None:
@@ -248,7 +272,12 @@ def test_attention_weights_are_those_that_are_used(exact: HunYuanForCausalLM) ->
         weights = exact(padded[1:], output_attentions=True).attentions[0]
     torch.testing.assert_close(weights, out.attentions[0][1:], rtol=0, atol=1e-12)
     generated = exact.generate(
-        padded, attention_mask=mask, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
+        padded,
+        attention_mask=mask,
+        max_new_tokens=3,
+        do_sample=False,
+        output_attentions=True,
+        return_dict_in_generate=True,
     )
     assert [step[0].shape for step in generated.attentions] == [(2, 4, 7, 7), (2, 4, 1, 8), (2, 4, 1, 9)]
 
@@ -269,7 +298,9 @@ def test_loss_is_the_mean_or_the_sum_over_the_items_of_the_batch(exact: HunYuanF
     tokens = torch.randint(64, (1, 9))
     with torch.no_grad():
         mean = exact(tokens, labels=tokens).loss
-        torch.testing.assert_close(exact(tokens, labels=tokens, num_items_in_batch=torch.tensor(32)).loss, mean * 8 / 32)
+        torch.testing.assert_close(
+            exact(tokens, labels=tokens, num_items_in_batch=torch.tensor(32)).loss, mean * 8 / 32
+        )
 
 
 def test_a_saved_model_is_the_same_model(tmp_path) -> None:
@@ -279,4 +310,6 @@ def test_a_saved_model_is_the_same_model(tmp_path) -> None:
     tokens = torch.randint(64, (1, 6))
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
-    assert again.generate(tokens, max_new_tokens=5, do_sample=False).tolist() == greedy_without_a_cache(model, tokens, 5)
+    assert again.generate(tokens, max_new_tokens=5, do_sample=False).tolist() == greedy_without_a_cache(
+        model, tokens, 5
+    )

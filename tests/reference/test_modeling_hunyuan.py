@@ -31,7 +31,9 @@ def tiny_model(**changes: object) -> ModelConfig:
     return ModelConfig(**(base | changes))
 
 
-def hf_model(model: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **config_changes: object) -> HunYuanForCausalLM:
+def hf_model(
+    model: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **config_changes: object
+) -> HunYuanForCausalLM:
     """Random weights large enough that every part matters; norm weights are not 1."""
     torch.manual_seed(seed)
     config = hf_config(model, rope_alpha=ALPHA, max_position_embeddings=256, dtype=dtype) | config_changes
@@ -54,7 +56,9 @@ def tensors(loaded: HunYuanForCausalLM) -> dict[str, torch.Tensor]:
     [*itertools.product((1, 2, 4), (1, 2), (True, False), (True,)), (2, 1, True, False), (1, 3, False, False)],
 )
 def test_logits_equal_the_plain_formulation_in_fp64(share: int, topk: int, qk_norm: bool, is_tied: bool) -> None:
-    model = tiny_model(cla_share_factor=share, moe_router_topk=topk, qk_layernorm=qk_norm, share_embeddings_and_output_weights=is_tied)
+    model = tiny_model(
+        cla_share_factor=share, moe_router_topk=topk, qk_layernorm=qk_norm, share_embeddings_and_output_weights=is_tied
+    )
     loaded = hf_model(model, torch.float64)
     tokens = torch.randint(64, (23,))
     expected = plain_logits(model, tensors(loaded), tokens, torch.tensor([0, 23]), ALPHA)
@@ -69,7 +73,9 @@ def test_logits_equal_the_plain_formulation_in_fp32() -> None:
     tokens = torch.randint(64, (23,))
     with torch.no_grad():
         actual = loaded(tokens[None]).logits[0]
-    torch.testing.assert_close(actual, plain_logits(model, tensors(loaded), tokens, torch.tensor([0, 23]), ALPHA), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        actual, plain_logits(model, tensors(loaded), tokens, torch.tensor([0, 23]), ALPHA), rtol=0, atol=2e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
@@ -92,7 +98,9 @@ def test_gradients_equal_the_plain_formulation() -> None:
     for name, parameter in loaded.named_parameters():
         expected = torch.zeros_like(parameter) if leaves[name].grad is None else leaves[name].grad
         actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_plain_formulation_keeps_packed_documents_apart() -> None:
@@ -100,7 +108,9 @@ def test_plain_formulation_keeps_packed_documents_apart() -> None:
     weights = tensors(hf_model(model, torch.float64))
     tokens = torch.randint(64, (20,))
     packed = plain_logits(model, weights, tokens, torch.tensor([0, 7, 8, 20]), ALPHA)
-    alone = [plain_logits(model, weights, tokens[a:b], torch.tensor([0, b - a]), ALPHA) for a, b in ((0, 7), (7, 8), (8, 20))]
+    alone = [
+        plain_logits(model, weights, tokens[a:b], torch.tensor([0, b - a]), ALPHA) for a, b in ((0, 7), (7, 8), (8, 20))
+    ]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-12)
 
 

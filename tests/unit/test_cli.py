@@ -60,7 +60,10 @@ def test_config_show_prints_one_value_as_a_script_needs_it(command, monkeypatch:
     assert command("config", "show", DEMO, *overrides, "--value", "run_dir") == (0, "/scratch/a b/10 $x\n", "")
     assert command("config", "show", DEMO, *overrides, "--value", "parallel.world_size") == (0, "null\n", "")
     code, _, err = command("config", "show", DEMO, "--value", "parallel.world_siz")
-    assert (code, err) == (2, "config show --value: 1 problem\n  parallel.world_siz: not a setting (did you mean parallel.world_size?)\n")
+    assert (code, err) == (
+        2,
+        "config show --value: 1 problem\n  parallel.world_siz: not a setting (did you mean parallel.world_size?)\n",
+    )
 
 
 def test_config_diff(command, tmp_path: Path) -> None:
@@ -108,14 +111,19 @@ def test_doctor_refuses_what_cannot_run_here(command, monkeypatch: pytest.Monkey
     assert "pip uninstall apex" in err
 
 
-def test_train_hands_on_what_is_accepted_and_where_it_branches(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_train_hands_on_what_is_accepted_and_where_it_branches(
+    command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     given = []
     loop = types.ModuleType("hunyuan_pretrain.train.loop")
     loop.train = lambda experiment, accepted: given.append((experiment.checkpoint.resume_from, accepted)) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hunyuan_pretrain.train", types.ModuleType("hunyuan_pretrain.train"))
     monkeypatch.setitem(sys.modules, "hunyuan_pretrain.train.loop", loop)
     config = [DEMO, f"run_dir={tmp_path}/run", "parallel.world_size=null", "parallel.expert_model_parallel_size=1"]
-    assert command("train", *config, "--accept-changes", "seed,stages.0.data.digest", "--accept-changes", "tokenizer")[0] == 0
+    assert (
+        command("train", *config, "--accept-changes", "seed,stages.0.data.digest", "--accept-changes", "tokenizer")[0]
+        == 0
+    )
     assert command("train", *config, "--from-step", "40")[0] == 0
     assert given == [(None, ["seed", "stages.0.data.digest", "tokenizer"]), (40, [])]
 
@@ -164,7 +172,9 @@ def test_a_rank_leaves_rank_0_the_time_to_print_and_says_nothing_when_the_launch
     first, second = start_as_rank(0), start_as_rank(1)
     assert "absent.yaml" in first.communicate(timeout=60)[1]
     assert first.returncode == 2
-    with pytest.raises(subprocess.TimeoutExpired):  # a launcher that saw it fail would stop the job before rank 0 has printed
+    with pytest.raises(
+        subprocess.TimeoutExpired
+    ):  # a launcher that saw it fail would stop the job before rank 0 has printed
         second.wait(2)
     second.terminate()
     assert second.communicate(timeout=60)[1] == ""
@@ -186,7 +196,10 @@ def test_an_error_of_another_rank_alone_is_printed_after_a_while(command, monkey
 
 def test_the_module_is_the_command_and_explains_without_torch() -> None:
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "hunyuan_pretrain", "explain", "seed"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-m", "hunyuan_pretrain", "explain", "seed"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout.startswith("seed\n")
     assert "| torch\n" not in run.stderr
@@ -199,10 +212,13 @@ def test_names_of_another_job_in_the_environment_do_not_count() -> None:
     done = subprocess.run([*command, "train", "absent.yaml"], env=stray, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         2,
-        "the environment has RANK=3, WORLD_SIZE=8, but not MASTER_ADDR, MASTER_PORT: a launcher sets all of them for each rank; "
+        "the environment has RANK=3, WORLD_SIZE=8, but not MASTER_ADDR, MASTER_PORT: a launcher sets all of them "
+        "for each rank; "
         "start ranks with launch/train.sh, or unset RANK WORLD_SIZE\n",
     )
     complete = stray | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "3"}
-    done = subprocess.run([*command, "config", "show", "absent.yaml"], env=complete, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, "config", "show", "absent.yaml"], env=complete, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert not done.stderr.startswith("rank 3"), "and it did not wait for rank 0 either"

@@ -64,12 +64,16 @@ def test_never_draws_a_row_that_pads_the_vocabulary(exported: Path, monkeypatch:
     assert int(seen[0].max()) < 466
 
 
-def test_chat_uses_the_template_and_stops_at_the_end_of_an_answer(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_uses_the_template_and_stops_at_the_end_of_an_answer(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(exported)
     monkeypatch.setattr("hunyuan_pretrain.checkpoint.generate.load_model", lambda *_, **__: model)
     asked = {}
     sample = model.generate
-    monkeypatch.setattr(model, "generate", lambda ids, **options: asked.update(options, ids=ids) or sample(ids, **options))
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **options: asked.update(options, ids=ids) or sample(ids, **options)
+    )
     generate(exported, "a", chat=True, max_new_tokens=2, out=io.StringIO())
     start, end_of_document, end_of_answer, end_of_user = 258, 257, 260, 262
     assert asked["ids"].tolist() == [[start, ord("a"), end_of_user]]
@@ -77,12 +81,16 @@ def test_chat_uses_the_template_and_stops_at_the_end_of_an_answer(exported: Path
 
 
 def test_refuses_more_text_than_the_model_has_positions(exported: Path) -> None:
-    with pytest.raises(CheckpointError, match="max_new_tokens=5000 are more than the 4096 positions of this model; use at most 4091"):
+    with pytest.raises(
+        CheckpointError, match="max_new_tokens=5000 are more than the 4096 positions of this model; use at most 4091"
+    ):
         generate(exported, "hello", max_new_tokens=5000)
 
 
 def test_a_prompt_longer_than_the_model_is_told_by_its_length(exported: Path) -> None:
-    message = "the prompt has 5001 tokens, and this model knows 4096 positions.*shorten the prompt by at least 906 tokens"
+    message = (
+        "the prompt has 5001 tokens, and this model knows 4096 positions.*shorten the prompt by at least 906 tokens"
+    )
     with pytest.raises(CheckpointError, match=message):
         generate(exported, "x" * 5000)
 

@@ -25,10 +25,18 @@ from hunyuan_pretrain.checkpoint.hf_export import export
 from hunyuan_pretrain.checkpoint.modeling_hunyuan import CACHE_NAME, HunYuanForCausalLM
 from hunyuan_pretrain.checkpoint.weight_map import to_hf
 from hunyuan_pretrain.data.tokenizer import Tokenizer
-from tests.helpers.tiny_export import ALPHA, export_tiny, random_tensors, reference_logits, tiny_model, write_tiny_tokenizer
+from tests.helpers.tiny_export import (
+    ALPHA,
+    export_tiny,
+    random_tensors,
+    reference_logits,
+    tiny_model,
+    write_tiny_tokenizer,
+)
 
 native = pytest.mark.skipif(
-    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < NATIVE_SINCE, reason="this transformers computes another model"
+    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < NATIVE_SINCE,
+    reason="this transformers computes another model",
 )
 
 
@@ -113,8 +121,17 @@ with torch.inference_mode():
 generated = model.generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=5, do_sample=False)
 torch.save({"logits": logits, "generated": generated, "module": type(model).__module__}, out)
 """
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", script, str(exported), str(tmp_path / "out.pt")], check=True, env=environment, cwd=tmp_path)
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    subprocess.run(
+        [sys.executable, "-c", script, str(exported), str(tmp_path / "out.pt")],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
     result = torch.load(tmp_path / "out.pt")
     assert result["module"].startswith("transformers_modules")
     assert torch.equal(result["logits"], expected)
@@ -135,7 +152,9 @@ def test_shards_hold_every_tensor_once_and_load(tokenizer_folder: Path, tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_export_keeps_the_router_fp32(dtype: torch.dtype, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_half_precision_export_keeps_the_router_fp32(
+    dtype: torch.dtype, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     certificate = export_tiny(tiny_model(), tokenizer_folder, tmp_path / "half", dtype=dtype)
     assert 0 < certificate["median_relative_difference"] < certificate["tolerance"]["median"]
     with safe_open(tmp_path / "half" / "model.safetensors", "pt") as file:
@@ -145,15 +164,23 @@ def test_half_precision_export_keeps_the_router_fp32(dtype: torch.dtype, tokeniz
 
 @pytest.mark.parametrize(
     ("wrong", "dtype"),
-    [*((wrong, torch.float32) for wrong in ("alpha", "expert", "norm", "order")), ("alpha", torch.bfloat16), ("order", torch.bfloat16)],
+    [
+        *((wrong, torch.float32) for wrong in ("alpha", "expert", "norm", "order")),
+        ("alpha", torch.bfloat16),
+        ("order", torch.bfloat16),
+    ],
 )
-def test_a_mismatch_raises_and_leaves_nothing(wrong: str, dtype: torch.dtype, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_mismatch_raises_and_leaves_nothing(
+    wrong: str, dtype: torch.dtype, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     model = tiny_model()
     megatron = random_tensors(model)
     logits = reference_logits(model, megatron, alpha=1.0 if wrong == "alpha" else ALPHA)
     changed = dict(megatron)
     if wrong == "expert":
-        changed["decoder.layers.1.mlp.experts.linear_fc1.weight"] = megatron["decoder.layers.1.mlp.experts.linear_fc1.weight"].roll(1, 0)
+        changed["decoder.layers.1.mlp.experts.linear_fc1.weight"] = megatron[
+            "decoder.layers.1.mlp.experts.linear_fc1.weight"
+        ].roll(1, 0)
     if wrong == "norm":
         changed["decoder.layers.1.self_attention.k_layernorm.weight"] = torch.ones(model.head_dim)
     if wrong == "order":
@@ -178,7 +205,10 @@ def test_nan_is_a_mismatch(tokenizer_folder: Path, tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(CheckpointError, match="not finite"):
         export_tiny(
-            model, tokenizer_folder, tmp_path / "out", reference_logits=lambda tokens: torch.full((*tokens.shape, 480), float("nan"))
+            model,
+            tokenizer_folder,
+            tmp_path / "out",
+            reference_logits=lambda tokens: torch.full((*tokens.shape, 480), float("nan")),
         )
 
 
@@ -216,11 +246,19 @@ def test_refuses_a_tokenizer_larger_than_the_embedding(tokenizer_folder: Path, t
     [
         ({}, "cla_share_factor=2: it would fill the keys and values of borrowing layers with random numbers"),
         ({"cla_share_factor": 1}, "moe_router_topk=1: transformers renormalises the weight of the only expert to 1"),
-        ({"cla_share_factor": 1, "moe_router_topk": 2, "qk_layernorm": False}, "qk_layernorm=false: it always normalises"),
-        ({"cla_share_factor": 1, "moe_router_topk": 2, "moe_ffn_hidden_size": 20}, "moe_ffn_hidden_size=20: transformers gives"),
+        (
+            {"cla_share_factor": 1, "moe_router_topk": 2, "qk_layernorm": False},
+            "qk_layernorm=false: it always normalises",
+        ),
+        (
+            {"cla_share_factor": 1, "moe_router_topk": 2, "moe_ffn_hidden_size": 20},
+            "moe_ffn_hidden_size=20: transformers gives",
+        ),
     ],
 )
-def test_native_format_refuses_what_would_load_wrongly(change: dict, reason: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_native_format_refuses_what_would_load_wrongly(
+    change: dict, reason: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError) as error:
         export_tiny(tiny_model(**change), tokenizer_folder, tmp_path / "out", format="hunyuan_v1_moe")
     assert reason in str(error.value)
@@ -233,11 +271,15 @@ def test_native_format_loads_with_transformers_own_class(is_tied: bool, tokenize
     certificate = export_tiny(model, tokenizer_folder, tmp_path / "native", format="hunyuan_v1_moe")
     assert certificate["loaded_with"] == "HunYuanMoEV1ForCausalLM"
     assert certificate["max_abs_difference"] < 1e-4
-    assert [path.name for path in (tmp_path / "native").glob("*.py")] == ["tokenization_hy.py"], "for the release's scripts only"
+    assert [path.name for path in (tmp_path / "native").glob("*.py")] == ["tokenization_hy.py"], (
+        "for the release's scripts only"
+    )
 
 
 @native
-def test_native_class_is_wrong_where_it_is_refused(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_class_is_wrong_where_it_is_refused(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The refusal of top-1 is still needed: remove it when this test fails because the export succeeds."""
     monkeypatch.setattr("hunyuan_pretrain.checkpoint.hf_export.refuse_what_loads_wrongly", lambda *_: None)
     with pytest.raises(CheckpointError, match="computes something else"):
@@ -246,14 +288,18 @@ def test_native_class_is_wrong_where_it_is_refused(tokenizer_folder: Path, tmp_p
         export_tiny(tiny_model(moe_router_topk=2), tokenizer_folder, tmp_path / "cla", format="hunyuan_v1_moe")
 
 
-# --- text: the cache, padding, stops, rows that pad the vocabulary --------------------------------------------------------------------
+# --- text: the cache, padding, stops, rows that pad the vocabulary ----------------------------------------------------
 
 
 def test_certificate_covers_text_through_the_cache_and_a_padded_batch(exported: Path) -> None:
     generation = json.loads((exported / "certificate.json").read_text())["generation"]
     assert generation["tokens_other_than_without_a_cache"] == 0
     assert generation["median_relative_difference"] < 1e-4
-    assert list(generation["checks"]) == ["prompt 0, row 0", "prompt 1, row 0", *(f"left-padded batch, row {row}" for row in range(4))]
+    assert list(generation["checks"]) == [
+        "prompt 0, row 0",
+        "prompt 1, row 0",
+        *(f"left-padded batch, row {row}" for row in range(4)),
+    ]
     assert {check["positions"] for check in generation["checks"].values()} == {generation["new_tokens"]}
 
 
@@ -261,7 +307,8 @@ def test_certificate_covers_text_through_the_cache_and_a_padded_batch(exported: 
 def test_an_export_whose_generation_is_wrong_is_refused(
     fault: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is what a renamed argument does: each new token sees only itself, while logits of whole texts are right."""
+    """The first is what a renamed argument does: each new token sees only itself, while logits of whole texts are
+    right."""
     forward = HunYuanForCausalLM.forward
 
     def wrong(self: HunYuanForCausalLM, *args: Any, **options: Any) -> Any:
@@ -314,7 +361,8 @@ def test_a_chat_pipeline_stops_at_the_end_of_an_answer(exported: Path) -> None:
 
 
 def test_nobody_is_asked_whether_the_tokenizer_may_run_code(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AutoTokenizer looks at config.json first and asks about the model's code, if it is not told; without an answer it goes on."""
+    """AutoTokenizer looks at config.json first and asks about the model's code, if it is not told; without an answer it
+    goes on."""
     questions = []
 
     def nobody_is_there(question: str) -> str:
@@ -333,7 +381,7 @@ def test_nobody_is_asked_whether_the_tokenizer_may_run_code(exported: Path, monk
     assert foreign() == before
 
 
-# --- what else loads it, and whose files they are -------------------------------------------------------------------------------------
+# --- what else loads it, and whose files they are ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +413,9 @@ def test_native_format_is_not_certified_by_a_version_that_computes_something_els
 ) -> None:
     monkeypatch.setattr("hunyuan_pretrain.checkpoint.certificate.version", lambda _: installed)
     model = tiny_model(cla_share_factor=1, moe_router_topk=2)
-    with pytest.raises(CheckpointError, match=rf"transformers {installed} computes .*another RoPE.*install transformers>=5\.20"):
+    with pytest.raises(
+        CheckpointError, match=rf"transformers {installed} computes .*another RoPE.*install transformers>=5\.20"
+    ):
         export_tiny(model, tokenizer_folder, tmp_path / "out", format="hunyuan_v1_moe")
     assert list(tmp_path.iterdir()) == []
 
@@ -381,17 +431,28 @@ def test_native_format_is_this_model_past_its_positions(tokenizer_folder: Path, 
     torch.testing.assert_close(logits, reference_logits(model, random_tensors(model))(tokens), rtol=0, atol=1e-4)
 
 
-def test_the_scripts_of_the_release_find_their_tokenizer(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that they copy, ids by the names that they use, start and end of a document; and it is not the tokenizer of the export."""
+def test_the_scripts_of_the_release_find_their_tokenizer(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that they copy, ids by the names that they use, start and end of a document; and it is not the tokenizer of
+    the export."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert "auto_map" not in json.loads((exported / "tokenizer_config.json").read_text())
     for folder in (exported, exported / "release_tokenizer"):
         names = ("generation_config.json", "hy.tiktoken", "tokenizer_config.json", "tokenization_hy.py")
         assert [name for name in names if not (folder / name).is_file()] == []
-    ours, theirs = Tokenizer.load(exported), AutoTokenizer.from_pretrained(exported / "release_tokenizer", trust_remote_code=True)
+    ours, theirs = (
+        Tokenizer.load(exported),
+        AutoTokenizer.from_pretrained(exported / "release_tokenizer", trust_remote_code=True),
+    )
     assert type(theirs).__name__ == "HYTokenizer"
-    assert (theirs.bod_id, theirs.eod_id, theirs.pad_id, theirs.vocab_size) == (ours.start_id, ours.end_id, ours.pad_id, ours.vocab_size)
+    assert (theirs.bod_id, theirs.eod_id, theirs.pad_id, theirs.vocab_size) == (
+        ours.start_id,
+        ours.end_id,
+        ours.pad_id,
+        ours.vocab_size,
+    )
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (258, 257, 261, 466)
     for text in ("hello he", "caf\u00e9 e\u0301 \U0001f642 \u5e8a"):
         assert theirs(text)["input_ids"] == ours.encode_document(text).tolist()
@@ -410,4 +471,6 @@ def test_files_of_an_export_have_the_mode_of_the_umask(umask: int, tokenizer_fol
         os.umask(before)
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert modes == {0o666 & ~umask}
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out/release_tokenizer")} == {0o777 & ~umask}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out/release_tokenizer")} == {
+        0o777 & ~umask
+    }

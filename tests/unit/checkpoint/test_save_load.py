@@ -66,7 +66,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, changes):
-    """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last bit."""
+    """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last
+    bit."""
     first = on_this_rank(fields(corpus, tmp_path, dtype, **changes))
     trace_steps(first, range(2))
     folder = save_load.save(tmp_path, 2, first.chunks, first.optimizer, None)
@@ -80,7 +81,9 @@ def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, 
         assert (actual.scalars, actual.shares) == (expected.scalars, expected.shares)
         for name, parameter in expected.parameters.items():
             assert np.array_equal(actual.parameters[name], parameter), name
-    assert [group["lr"] for group in second.optimizer.param_groups] == [group["lr"] for group in first.optimizer.param_groups]
+    assert [group["lr"] for group in second.optimizer.param_groups] == [
+        group["lr"] for group in first.optimizer.param_groups
+    ]
 
 
 def test_generators_are_restored(run, saved):
@@ -103,7 +106,9 @@ def test_hyperparameters_are_those_of_the_experiment_not_of_the_checkpoint(corpu
 def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype, offloaded):
     """And the optimizer's own copy of them, which the first step would otherwise write over them."""
     settings = {"init_from": str(saved)}
-    fresh = on_this_rank(fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded}))
+    fresh = on_this_rank(
+        fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded})
+    )
     assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer).first_step == 0
     assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
     loaded = dict(fresh.chunks[0].named_parameters())
@@ -113,7 +118,9 @@ def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype, o
     rounding = 2**-7 if dtype == "bf16" else 0.0
     for name, parameter in run.chunks[0].named_parameters():
         difference = (loaded[name].detach().float() - parameter.detach()).abs()
-        assert difference.max() <= 3e-4 + rounding * parameter.abs().max(), f"{name} is not the loaded weight after one small step"
+        assert difference.max() <= 3e-4 + rounding * parameter.abs().max(), (
+            f"{name} is not the loaded weight after one small step"
+        )
 
 
 def truncate(folder: Path) -> None:
@@ -140,17 +147,33 @@ def edit_marker(folder: Path, old: str, new: str) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     # what happened: how, the words, is it found before its digests are compared
-    "truncated": (truncate, r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json", False),
-    "bit flipped": (flip_a_bit, r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json", True),
+    "truncated": (
+        truncate,
+        r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json",
+        False,
+    ),
+    "bit flipped": (
+        flip_a_bit,
+        r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json",
+        True,
+    ),
     "file lost": (lose_a_file, r"\.distcp is missing or damaged", False),
-    "no marker": (lambda folder: (folder / "complete.json").unlink(), r"not a complete checkpoint \(no complete.json\)", False),
+    "no marker": (
+        lambda folder: (folder / "complete.json").unlink(),
+        r"not a complete checkpoint \(no complete.json\)",
+        False,
+    ),
     "marker cut": (lambda folder: os.truncate(folder / "complete.json", 100), r"complete.json: damaged: ", False),
     "marker flipped": (
         lambda folder: edit_marker(folder, '"world_size": 1', '"world_size": 3'),
         "its content is not what was written",
         False,
     ),
-    "marker empty": (lambda folder: (folder / "complete.json").write_text("{}"), "damaged: files, model, step, world_size missing", False),
+    "marker empty": (
+        lambda folder: (folder / "complete.json").write_text("{}"),
+        "damaged: files, model, step, world_size missing",
+        False,
+    ),
 }
 
 
@@ -170,7 +193,9 @@ def test_an_unfinished_folder_is_never_found(checkpoint):
 
 
 def test_a_missing_checkpoint_is_told_with_those_that_are_there(run, checkpoint):
-    with pytest.raises(CheckpointError, match=r"step_0000009: not a complete checkpoint .*; complete ones there: step_0000001"):
+    with pytest.raises(
+        CheckpointError, match=r"step_0000009: not a complete checkpoint .*; complete ones there: step_0000001"
+    ):
         load_into(run, checkpoint.with_name("step_0000009"))
 
 
@@ -200,7 +225,10 @@ def test_the_marker_says_what_the_checkpoint_is(saved, run):
 
 
 def test_a_checkpoint_of_another_precision_is_refused(corpus, tmp_path, saved):
-    words = "its weights are torch.float32, those of this run torch.bfloat16; go on in that precision.dtype, or start a new run"
+    words = (
+        "its weights are torch.float32, those of this run torch.bfloat16; go on in that precision.dtype, or start "
+        "a new run"
+    )
     with pytest.raises(CheckpointError, match=words):
         load_into(on_this_rank(fields(corpus, tmp_path, "bf16")), saved)
 
@@ -212,8 +240,14 @@ FAILURES = {
         RuntimeError("writing failed\nOSError: [Errno 28] No space left on device\nin worker 3"),
         "No space left on device",
     ),
-    "a BaseException of torch": (CheckpointException("write", {0: _wrap_exception(NO_SPACE)}), "No space left on device"),
-    "a short write": (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), "No space left on device"),
+    "a BaseException of torch": (
+        CheckpointException("write", {0: _wrap_exception(NO_SPACE)}),
+        "No space left on device",
+    ),
+    "a short write": (
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        "No space left on device",
+    ),
     "something else": (RuntimeError("first\nthe reason"), "the reason"),
 }
 
@@ -236,8 +270,8 @@ def test_a_failed_save_leaves_nothing_and_older_checkpoints_alone(run, tmp_path,
 
 
 def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run, tmp_path):
-    """As every checkpoint was written before ranks shared the writing: core's own entry point, other groups of state, a marker without
-    the layout."""
+    """As every checkpoint was written before ranks shared the writing: core's own entry point, other groups of state, a
+    marker without the layout."""
     folder = tmp_path / "checkpoints" / "step_0000001"
     folder.mkdir(parents=True)
     state = {
@@ -251,9 +285,16 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
     }
     save_load.dist_checkpointing.save(state, str(folder))
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in folder.iterdir()
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.iterdir()
     }
-    marker = {"format_version": 1, "step": 1, "world_size": 1, "model": run.experiment.model.model_dump(), "dtype": "torch.float32"}
+    marker = {
+        "format_version": 1,
+        "step": 1,
+        "world_size": 1,
+        "model": run.experiment.model.model_dump(),
+        "dtype": "torch.float32",
+    }
     (folder / "complete.json").write_text(json.dumps(marker | {"fp8_scaling": None, "torch": "2.9.0", "files": files}))
     expected = moments(run)
     fresh = on_this_rank(fields(corpus, tmp_path / "fresh"))
@@ -269,7 +310,9 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
 def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
     marker = json.loads((checkpoint / "complete.json").read_text()) | {"format_version": 99}
     (checkpoint / "complete.json").write_text(json.dumps(marker))
-    with pytest.raises(CheckpointError, match="written by a newer program: format_version is 99, this program reads up to 1"):
+    with pytest.raises(
+        CheckpointError, match="written by a newer program: format_version is 99, this program reads up to 1"
+    ):
         load_into(run, checkpoint)
 
 
@@ -281,7 +324,9 @@ def test_a_marker_of_another_step_than_its_folder_is_refused(run, checkpoint):
 
 
 def test_what_the_caller_records_is_in_the_marker(run, tmp_path):
-    folder = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None, record={"position": {"tokens": 512}, "step": "not this"})
+    folder = save_load.save(
+        tmp_path, 1, run.chunks, run.optimizer, None, record={"position": {"tokens": 512}, "step": "not this"}
+    )
     marker = save_load.read_marker(folder)
     assert (marker["position"], marker["step"]) == ({"tokens": 512}, 1)
 
@@ -297,10 +342,18 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
         from torch.utils._pytree import tree_leaves
 
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((arguments, settings)) if isinstance(leaf, torch.Tensor)}
+        inputs = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((arguments, settings))
+            if isinstance(leaf, torch.Tensor)
+        }
         result = function(*arguments, **(settings or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta" and leaf.untyped_storage()._cdata not in inputs:
+            if (
+                isinstance(leaf, torch.Tensor)
+                and leaf.device.type != "meta"
+                and leaf.untyped_storage()._cdata not in inputs
+            ):
                 storage = leaf.untyped_storage()
                 self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.now)
@@ -314,7 +367,8 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_saving_and_resuming_hold_one_tensor_of_one_parameter_on_the_device(corpus, tmp_path, monkeypatch, dtype):
-    """Beside the model and the optimizer; a copy on the host is one on the meta device here, so that what is left is the device's."""
+    """Beside the model and the optimizer; a copy on the host is one on the meta device here, so that what is left is
+    the device's."""
     run = on_this_rank(fields(corpus, tmp_path, dtype))
     trace_steps(run, range(1))
     largest = max(4 * parameter.numel() for parameter in run.chunks[0].parameters())
@@ -379,7 +433,8 @@ def test_later_checkpoints_than_asked_for_are_left_alone(run, tmp_path):
 
 
 def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
-    """One that outlives a rank that leaves after an error keeps the job's output open, and whoever reads it waits for ever."""
+    """One that outlives a rank that leaves after an error keeps the job's output open, and whoever reads it waits for
+    ever."""
     monkeypatch.setattr(parallel_write.filesystem_async, "_results_queue", None)
     before = psutil.Process().children(recursive=True)
     save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
@@ -387,7 +442,8 @@ def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
 
 
 def test_a_stranger_in_the_folder_of_a_save_fails_it(run, tmp_path, monkeypatch):
-    """Two runs that save to one folder mix their files; what is committed is what the ranks of this one have written."""
+    """Two runs that save to one folder mix their files; what is committed is what the ranks of this one have
+    written."""
     real = folders.files_of_rank
 
     def with_stranger(folder: Path, rank: int) -> list[Path]:
@@ -395,5 +451,7 @@ def test_a_stranger_in_the_folder_of_a_save_fails_it(run, tmp_path, monkeypatch)
         return real(folder, rank)
 
     monkeypatch.setattr(folders, "files_of_rank", with_stranger)
-    with pytest.raises(CheckpointError, match=r"__7_0.distcp: not what the ranks have written; does another run write to this folder\?"):
+    with pytest.raises(
+        CheckpointError, match=r"__7_0.distcp: not what the ranks have written; does another run write to this folder\?"
+    ):
         save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)

@@ -76,7 +76,9 @@ def test_hf_names_are_the_state_dict_of_our_hf_model(model: ModelConfig) -> None
         state = HunYuanForCausalLM(config).state_dict()
     if model.share_embeddings_and_output_weights:
         del state["lm_head.weight"]  # the same tensor as the embedding, not stored
-    expected = {name: shape for row in weight_map(model) for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)}
+    expected = {
+        name: shape for row in weight_map(model) for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)
+    }
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
 
 
@@ -128,15 +130,22 @@ def test_refuses_a_missing_tensor_and_names_it() -> None:
     megatron["decoder.layers.1.mlp.routr.weight"] = megatron.pop("decoder.layers.1.mlp.router.weight")
     with pytest.raises(CheckpointError) as error:
         next(to_hf(model, megatron))
-    assert "decoder.layers.1.mlp.router.weight: missing (nearest: decoder.layers.1.mlp.routr.weight)" in str(error.value)
-    assert "decoder.layers.1.mlp.routr.weight: not a tensor of this model (nearest: decoder.layers.1.mlp.router.weight)" in str(error.value)
+    assert "decoder.layers.1.mlp.router.weight: missing (nearest: decoder.layers.1.mlp.routr.weight)" in str(
+        error.value
+    )
+    assert (
+        "decoder.layers.1.mlp.routr.weight: not a tensor of this model (nearest: decoder.layers.1.mlp.router.weight)"
+        in str(error.value)
+    )
 
 
 def test_refuses_an_unread_hf_tensor_and_names_it() -> None:
     model = small_model()
     hf = dict(to_hf(model, random_megatron_tensors(model)))
     hf["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight: not a tensor of this model"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight: not a tensor of this model"
+    ):
         dict(to_megatron(model, hf))
 
 

@@ -30,7 +30,11 @@ DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 def leaves() -> list[str]:
     """Every setting; those of a stage with the stage's number."""
     paths = list(all_paths(Experiment))
-    return [path.replace("stages.", "stages.0.", 1) for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
+    return [
+        path.replace("stages.", "stages.0.", 1)
+        for path in paths
+        if not any(other.startswith(f"{path}.") for other in paths)
+    ]
 
 
 def changed(**changes: Any) -> Experiment:
@@ -52,16 +56,28 @@ def found(new: Experiment, step: int = 30) -> dict[str, Difference]:
 
 @pytest.mark.parametrize("path", leaves())
 def test_every_setting_is_in_the_table(path: str) -> None:
-    assert sort(path)[1] != sort("no.such.setting")[1], f"{path}: say in config/changes.py what a change of it means for a run that goes on"
+    assert sort(path)[1] != sort("no.such.setting")[1], (
+        f"{path}: say in config/changes.py what a change of it means for a run that goes on"
+    )
     assert len(sort(path)[1]) > 3
 
 
 def test_every_line_of_the_table_is_of_a_setting() -> None:
-    met = ("tokenizer.digest", "stages.N.data.digest", "world_size", "versions.*", "stages", "stages.order", "stages.N.data")
+    met = (
+        "tokenizer.digest",
+        "stages.N.data.digest",
+        "world_size",
+        "versions.*",
+        "stages",
+        "stages.order",
+        "stages.N.data",
+    )
     settings = [path.replace("stages.0.", "stages.N.") for path in leaves()]
     for pattern, _, _ in TABLE:
         prefix = pattern.removesuffix("*")
-        assert pattern in met or any(path == pattern or (prefix != pattern and path.startswith(prefix)) for path in settings), pattern
+        assert pattern in met or any(
+            path == pattern or (prefix != pattern and path.startswith(prefix)) for path in settings
+        ), pattern
 
 
 def test_what_nobody_has_thought_of_is_refused() -> None:
@@ -72,7 +88,12 @@ def test_only_what_changes_shapes_or_the_meaning_of_weights_must_match() -> None
     losses = changed(model__moe_aux_loss_coeff=0.05, model__moe_z_loss_coeff=0.1, model__moe_expert_capacity_factor=2.0)
     assert {one.kind for one in found(losses).values()} == {Kind.recorded}
     old = load_experiment(DEMO).model
-    others = {"rotary_base": 5e5, "qk_layernorm": not old.qk_layernorm, "cla_share_factor": 1, "hidden_size": old.hidden_size * 2}
+    others = {
+        "rotary_base": 5e5,
+        "qk_layernorm": not old.qk_layernorm,
+        "cla_share_factor": 1,
+        "hidden_size": old.hidden_size * 2,
+    }
     for key, value in others.items():
         new = changed(**{f"model__{key}": value})
         assert found(new)[f"model.{key}"].kind == Kind.never
@@ -87,7 +108,10 @@ def test_two_spellings_of_one_shape_are_no_difference() -> None:
 
 
 def test_differences_are_sorted_into_harmless_recorded_and_refused() -> None:
-    kinds = {key: one.kind for key, one in found(changed(name="x", seed=5, optimizer__lr=1.0, logging__log_every_steps=7)).items()}
+    kinds = {
+        key: one.kind
+        for key, one in found(changed(name="x", seed=5, optimizer__lr=1.0, logging__log_every_steps=7)).items()
+    }
     assert kinds == {
         "name": Kind.harmless,
         "seed": Kind.refused,
@@ -99,11 +123,17 @@ def test_differences_are_sorted_into_harmless_recorded_and_refused() -> None:
 
 def test_a_stage_that_is_over_or_has_not_begun_is_not_the_present_one() -> None:
     first, *_, last = range(len(load_experiment(DEMO).stages))
-    of_first = found(changed(**{f"stages__{first}__tokens": 1000}), step=Schedule.of(load_experiment(DEMO).stages).num_steps - 1)
+    of_first = found(
+        changed(**{f"stages__{first}__tokens": 1000}), step=Schedule.of(load_experiment(DEMO).stages).num_steps - 1
+    )
     assert of_first[f"stages.{first}.tokens"].reason == "the stage is over: no effect"
     of_last = found(changed(**{f"stages__{last}__sequence_length": 1000}), step=0)
-    assert of_last[f"stages.{last}.sequence_length"].kind == Kind.recorded, "it can be packed to another length before it begins"
-    assert found(changed(**{"stages__0__sequence_length": 1000}), step=0)["stages.0.sequence_length"].kind == Kind.refused
+    assert of_last[f"stages.{last}.sequence_length"].kind == Kind.recorded, (
+        "it can be packed to another length before it begins"
+    )
+    assert (
+        found(changed(**{"stages__0__sequence_length": 1000}), step=0)["stages.0.sequence_length"].kind == Kind.refused
+    )
 
 
 def test_a_stage_that_changes_sides_of_the_present_one_is_refused() -> None:
@@ -117,14 +147,18 @@ def test_a_stage_that_changes_sides_of_the_present_one_is_refused() -> None:
         new = changed(stages=[fields[number] for number in numbers])
         return [(one.key, one.kind) for one in differences(four, new, Schedule.of(four.stages).piece_of_step(step))]
 
-    assert order(1, 0, 2, 3, step=30) == [("stages.order", Kind.refused)], "the warmup would be trained again after the decay"
+    assert order(1, 0, 2, 3, step=30) == [("stages.order", Kind.refused)], (
+        "the warmup would be trained again after the decay"
+    )
     assert order(0, 2, 1, 3, step=30) == [("stages.order", Kind.refused)], "the anneal would never be trained"
     assert order(0, 1, 3, 2, step=30) == [("stages.order", Kind.recorded)]
     assert order(1, 0, 2, 3, step=Schedule.of(four.stages).num_steps - 1) == []
     assert order(1, 2, 3, step=30) == [("stages", Kind.recorded)]
     swapped = changed(stages=[fields[1], fields[0]])
     (told, _) = differences(four, swapped, Schedule.of(four.stages).piece_of_step(30))[:2]
-    assert str(told).startswith('stages.order: ["warmup", "decay"] -> ["decay", "warmup"] (what is over would be trained again')
+    assert str(told).startswith(
+        'stages.order: ["warmup", "decay"] -> ["decay", "warmup"] (what is over would be trained again'
+    )
 
 
 def test_an_order_by_cost_has_groups_of_one_size() -> None:
@@ -134,38 +168,60 @@ def test_an_order_by_cost_has_groups_of_one_size() -> None:
     piece = Schedule.of(old.stages).piece_of_step(0)
     twice = changed(stages__0__balance_attention="group", stages__0__global_batch_sequences=2 * batch)
     kept = changed(
-        stages__0__balance_attention="group", stages__0__global_batch_sequences=2 * batch, stages__0__balance_group_sequences=batch
+        stages__0__balance_attention="group",
+        stages__0__global_batch_sequences=2 * batch,
+        stages__0__balance_group_sequences=batch,
     )
     assert [one.key for one in refusal(differences(old, twice, piece), ())] == ["stages.0.balance_group_sequences"]
     assert refusal(differences(old, kept, piece), ()) == []
 
 
 def test_one_message_names_every_refused_difference_and_how_to_accept_it() -> None:
-    stopping = refusal(list(found(changed(seed=5, model__hidden_size=64, stages__0__sequence_length=128), step=0).values()), ())
+    stopping = refusal(
+        list(found(changed(seed=5, model__hidden_size=64, stages__0__sequence_length=128), step=0).values()), ()
+    )
     lines = refusal_text("RUN", stopping).splitlines()
-    assert lines[:3] == ["RUN: the run cannot go on with this configuration", "a checkpoint of another model:", lines[2]]
+    assert lines[:3] == [
+        "RUN: the run cannot go on with this configuration",
+        "a checkpoint of another model:",
+        lines[2],
+    ]
     assert lines[2] == "  model.hidden_size: 256 in the checkpoint, 64 in the config: another shape of the weights"
     assert "  seed: 1234 in the checkpoint, 5 in the config: the data gets another order" in "\n".join(lines)
     assert lines[-1].endswith("go on all the same with --accept-changes seed,stages.0.sequence_length")
-    assert [one.key for one in refusal(stopping, ["seed", "stages.0"])] == ["model.hidden_size"], "no hand can accept another model"
+    assert [one.key for one in refusal(stopping, ["seed", "stages.0"])] == ["model.hidden_size"], (
+        "no hand can accept another model"
+    )
 
 
 def test_a_key_that_names_nothing_to_accept_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--accept-changes=sed: no change that has to be accepted \(did you mean seed\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"--accept-changes=sed: no change that has to be accepted \(did you mean seed\?\)"
+    ):
         check_accepted(["seed", "sed"])
 
 
 def test_data_is_known_by_what_is_in_it() -> None:
     def segment(path: str, digest: str, tokenizer: str = "t") -> Segment:
-        experiment = changed(stages=[{**load_experiment(DEMO).stages[0].model_dump(mode="json"), "data": [{"path": path}]}])
+        experiment = changed(
+            stages=[{**load_experiment(DEMO).stages[0].model_dump(mode="json"), "data": [{"path": path}]}]
+        )
         facts = {path: SourceFacts(digest=digest, sequences=9, tokens=90, sequence_length=10)}
-        return Segment(first_step=0, experiment=experiment.model_dump(mode="json"), sources=facts, tokenizer_digest=tokenizer)
+        return Segment(
+            first_step=0, experiment=experiment.model_dump(mode="json"), sources=facts, tokenizer_digest=tokenizer
+        )
 
     old = segment("a", "1")
     piece = Schedule.of(old.config.stages).piece_of_step(0)
-    assert [(one.key, one.kind) for one in all_differences(old, segment("b", "1"), piece)] == [("stages.0.data.path", Kind.harmless)]
-    assert [(one.key, one.kind) for one in all_differences(old, segment("a", "2"), piece)] == [("stages.0.data.digest", Kind.refused)]
-    assert {(one.key, one.kind) for one in all_differences(old, segment("b", "2"), piece)} == {("stages.0.data", Kind.recorded)}
+    assert [(one.key, one.kind) for one in all_differences(old, segment("b", "1"), piece)] == [
+        ("stages.0.data.path", Kind.harmless)
+    ]
+    assert [(one.key, one.kind) for one in all_differences(old, segment("a", "2"), piece)] == [
+        ("stages.0.data.digest", Kind.refused)
+    ]
+    assert {(one.key, one.kind) for one in all_differences(old, segment("b", "2"), piece)} == {
+        ("stages.0.data", Kind.recorded)
+    }
     assert [one.key for one in all_differences(old, segment("a", "1", "u"), piece)] == ["tokenizer.digest"]
 
 
@@ -173,8 +229,12 @@ def test_documents_that_the_present_stage_has_read_do_not_come_again_under_anoth
     """Packed again beside the old folder, they are in other sequences as much as packed again in its place."""
 
     def segment(path: str, digest: str, corpus: str) -> Segment:
-        experiment = changed(stages=[{**load_experiment(DEMO).stages[0].model_dump(mode="json"), "data": [{"path": path}]}])
-        facts = SourceFacts(digest=digest, sequences=9, tokens=90, sequence_length=10, documents=((corpus, "folder", 1, 9),))
+        experiment = changed(
+            stages=[{**load_experiment(DEMO).stages[0].model_dump(mode="json"), "data": [{"path": path}]}]
+        )
+        facts = SourceFacts(
+            digest=digest, sequences=9, tokens=90, sequence_length=10, documents=((corpus, "folder", 1, 9),)
+        )
         return Segment(first_step=0, experiment=experiment.model_dump(mode="json"), sources={path: facts})
 
     old = segment("a", "1", "c")

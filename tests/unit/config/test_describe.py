@@ -52,7 +52,10 @@ def test_without_a_key_every_setting_is_listed_under_its_section() -> None:
     assert "\n    num_layers  " in text
     assert "(integer > 0, unit layers)" in text
     assert "(integer > 0, unit tokens, default 512)" in text
-    assert "\n    data                     Packed datasets of the stage, mixed by weight (list of sections)\n      path " in text
+    assert (
+        "\n    data                     Packed datasets of the stage, mixed by weight (list of sections)\n      path "
+        in text
+    )
     assert "list of list" not in text
     assert "object" not in text
     assert "a suffix counts: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096." in text
@@ -64,7 +67,10 @@ def test_without_a_key_every_setting_is_listed_under_its_section() -> None:
         ("stages.skip_data_steps", "list of pairs [integer > 0, integer > 0]"),
         ("stages.tier_weights", "mapping of names to numbers > 0 or null"),
         ("parallel.pipeline_layout", "list of integers > 0 or null"),
-        ("stages.tokens", "integer > 0, also with a suffix: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096"),
+        (
+            "stages.tokens",
+            "integer > 0, also with a suffix: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096",
+        ),
         ("run_dir", "path; ~ and $NAME are expanded, and it is relative to the working directory"),
         ("checkpoint.init_from", "path or null; ~ and $NAME are expanded, and it is relative to the working directory"),
         ("seed", "integer >= 0 and <= 9223372036854775808"),
@@ -92,7 +98,10 @@ def test_every_setting_is_explained(path: str) -> None:
         ("stages.token", "did you mean stages.tokens?"),
         ("evaluation.set", "did you mean evaluation.sets?"),
         ("stages.data.weights", "did you mean stages.data.weight?"),
-        ("tensor_parallel", "did you mean parallel.tensor_model_parallel_size or parallel.expert_tensor_parallel_size?"),
+        (
+            "tensor_parallel",
+            "did you mean parallel.tensor_model_parallel_size or parallel.expert_tensor_parallel_size?",
+        ),
         ("zzz", "known here: name, run_dir"),
         ("data.qqq", "did you mean stages.data or evaluation.data?"),
     ],
@@ -106,7 +115,9 @@ def test_an_unknown_setting_names_the_nearest(path: str, expected: str) -> None:
 
 def test_diff_names_what_differs() -> None:
     a = load_experiment(DEMO)
-    b = load_experiment(DEMO, ["optimizer.lr=1e-3", "stages.0.data=[{path: x}, {path: y, weight: 2}]", "checkpoint.keep_last=null"])
+    b = load_experiment(
+        DEMO, ["optimizer.lr=1e-3", "stages.0.data=[{path: x}, {path: y, weight: 2}]", "checkpoint.keep_last=null"]
+    )
     assert diff(a, a) == []
     assert diff(a, b) == [
         "optimizer.lr: 0.002 -> 0.001",

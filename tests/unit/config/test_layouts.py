@@ -21,7 +21,11 @@ def experiment(**changes: Any) -> Experiment:
 @pytest.mark.parametrize(
     ("layout", "says"),
     [
-        ("ep=2", r"ep=2: 2 ranks of experts are taken from tp \* cp \* dp, which is 1 where the layout has no dp \(write dp=2,ep=2\)"),
+        (
+            "ep=2",
+            r"ep=2: 2 ranks of experts are taken from tp \* cp \* dp, which is 1 where the layout has no dp "
+            r"\(write dp=2,ep=2\)",
+        ),
         ("tp=2,ep=2,etp=2", r"4 ranks of experts.*which is 2.*\(write dp=2,tp=2,ep=2,etp=2\)"),
         ("xp=2", r"xp: no such part of a layout \(use tp, pp, "),
         ("tp=two", r"tp=two: not a number of at least 1"),
@@ -34,7 +38,9 @@ def test_a_layout_that_cannot_be_is_refused_with_the_one_that_can(layout, says):
 
 def test_precision_and_engine_are_those_asked_for():
     mine = experiment(
-        model__moe_ffn_hidden_size=48, precision={"dtype": "bf16", "fp8_recipe": "tensorwise"}, runtime={"transformer_engine": "required"}
+        model__moe_ffn_hidden_size=48,
+        precision={"dtype": "bf16", "fp8_recipe": "tensorwise"},
+        runtime={"transformer_engine": "required"},
     )
     made = {name: layout_experiment(mine, "dp=2", None, Path("run"), name)[0] for name in ("fp32", "bf16", "fp8")}
     assert [found.precision.dtype for found in made.values()] == ["fp32", "bf16", "bf16"]
@@ -42,7 +48,8 @@ def test_precision_and_engine_are_those_asked_for():
     assert {found.runtime.transformer_engine for found in made.values()} == {"never"}, "whatever the experiment says"
     assert layout_experiment(mine, "dp=2", None, Path("run"), "bf16", "te")[0].runtime.transformer_engine == "required"
     with pytest.raises(
-        ConfigError, match=r"precision\.fp8_recipe=null: the experiment has no recipe \(add precision\.fp8_recipe=blockwise"
+        ConfigError,
+        match=r"precision\.fp8_recipe=null: the experiment has no recipe \(add precision\.fp8_recipe=blockwise",
     ):
         layout_experiment(experiment(), "dp=2", None, Path("run"), "fp8")
 
@@ -50,5 +57,7 @@ def test_precision_and_engine_are_those_asked_for():
 def test_a_bad_layout_is_told_before_torch_is_imported(tmp_path):
     path = write_experiment(tmp_path / "x.yaml", experiment_fields(tmp_path, tmp_path / "run"))
     code = "import sys; sys.modules['torch'] = None; from hunyuan_pretrain.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "parity", str(path), "--layout", "ep=2"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "parity", str(path), "--layout", "ep=2"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.splitlines()[0]) == (2, "layout ep=2: 1 problem"), done.stderr

@@ -73,11 +73,16 @@ def test_overrides_beat_the_file_and_the_file_beats_its_base(folder: Path) -> No
     assert load_experiment(path).model.num_layers == 4
     assert load_experiment(path).model.hidden_size == 64
     assert load_experiment(path, ["model.num_layers=6"]).model.num_layers == 6
-    assert load_experiment(path, ["parallel.world_size=4", "parallel.expert_model_parallel_size=4"]).parallel.world_size == 4
+    assert (
+        load_experiment(path, ["parallel.world_size=4", "parallel.expert_model_parallel_size=4"]).parallel.world_size
+        == 4
+    )
 
 
 def test_later_bases_win_and_lists_are_replaced(folder: Path) -> None:
-    (folder / "more.yaml").write_text("model: {num_layers: 8}\nstages: [{name: a}, {name: b}]\noptimizer: {clip_grad: 0.5}\n")
+    (folder / "more.yaml").write_text(
+        "model: {num_layers: 8}\nstages: [{name: a}, {name: b}]\noptimizer: {clip_grad: 0.5}\n"
+    )
     (folder / "run.yaml").write_text(EXPERIMENT.replace("base: model.yaml", "base: [model.yaml, more.yaml]"))
     experiment = load_experiment(folder / "run.yaml")
     assert experiment.model.num_layers == 8
@@ -92,8 +97,9 @@ def test_bases_have_bases_relative_to_the_file_that_names_them(folder: Path) -> 
     experiment = load_experiment(folder / "grandchild.yaml")
     assert (experiment.name, experiment.seed, experiment.model.num_layers) == ("small", 5, 4)
     (folder / "run.yaml").write_text(EXPERIMENT.replace("  lr: 1e-4", "  lr: fast"))
-    assert f"optimizer.lr=fast: must be a valid number (typical: 1e-4 to 1e-3) [{folder}/deep/../run.yaml:6]" in refusal(
-        folder / "grandchild.yaml"
+    assert (
+        f"optimizer.lr=fast: must be a valid number (typical: 1e-4 to 1e-3) [{folder}/deep/../run.yaml:6]"
+        in refusal(folder / "grandchild.yaml")
     )
     (folder / "run.yaml").write_text("a: [1\nb: 2\n")
     assert f"[{folder}/deep/../run.yaml:2]" in refusal(folder / "grandchild.yaml")
@@ -108,7 +114,8 @@ def test_a_circle_of_bases_is_printed(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(f"# {name}\nbase: {base}.yaml\n")
     circle = " -> ".join(f"{folder}/{name}.yaml" for name in "bcb")
     assert refusal(folder / "a.yaml") == (
-        f"{folder}/c.yaml: 1 problem\n  base=b.yaml: goes round in a circle: {circle} (remove one of them) [{folder}/c.yaml:2]"
+        f"{folder}/c.yaml: 1 problem\n  base=b.yaml: goes round in a circle: {circle} (remove one of them) "
+        f"[{folder}/c.yaml:2]"
     )
     (folder / "a.yaml").write_text("base: a.yaml\n")
     assert f"goes round in a circle: {folder}/a.yaml -> {folder}/a.yaml" in refusal(folder / "a.yaml")
@@ -130,7 +137,10 @@ def test_a_base_that_is_no_path_is_refused(folder: Path, base: str) -> None:
 def test_an_unknown_key_names_line_and_nearest_key(folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_text(EXPERIMENT.replace("  lr: 1e-4", "  lr: 1e-4\n  weigth_decay: 0.1"))
-    expected = f"{path}: 1 problem\n  optimizer.weigth_decay=0.1: unknown key (did you mean optimizer.weight_decay?) [{path}:7]"
+    expected = (
+        f"{path}: 1 problem\n  optimizer.weigth_decay=0.1: unknown key (did you mean optimizer.weight_decay?) "
+        f"[{path}:7]"
+    )
     assert refusal(path) == expected
 
 
@@ -149,7 +159,10 @@ def test_an_unknown_key_like_nothing_lists_what_is_known(folder: Path) -> None:
 def test_an_unknown_override_names_the_nearest_key(folder: Path) -> None:
     text = refusal(folder / "run.yaml", "optimzer.lr=1", "parallel.expert_parallel_size=2")
     assert "optimzer={\"lr\": 1}: unknown key (did you mean optimizer?) [override 'optimzer.lr=1']" in text
-    assert "unknown key (did you mean parallel.expert_model_parallel_size?) [override 'parallel.expert_parallel_size=2']" in text
+    assert (
+        "unknown key (did you mean parallel.expert_model_parallel_size?) [override 'parallel.expert_parallel_size=2']"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +185,9 @@ def test_a_malformed_override_is_refused(folder: Path, override: str, expected: 
 def test_wrong_types_are_all_reported_with_their_lines(folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_text(EXPERIMENT.replace("name: small", "name: 12") + "precision: {dtype: bf61}\nparallel:\nseed: true\n")
-    text = refusal(path, "model.num_layers=2.5", 'model.hidden_size="64"', "stages.0.tokens=-1", "runtime.deterministic=1")
+    text = refusal(
+        path, "model.num_layers=2.5", 'model.hidden_size="64"', "stages.0.tokens=-1", "runtime.deterministic=1"
+    )
     assert text.startswith(f"{path}: 8 problems\n")
     for line in (
         f'name=12: must be a valid string (quote it: "12") [{path}:2]',
@@ -196,7 +211,10 @@ def test_missing_keys_say_what_they_are(folder: Path) -> None:
     path.write_text(EXPERIMENT.replace("    lr_end: 1.0\n", "").replace("name: small\n", ""))
     text = refusal(path)
     assert "  name: missing (Name of the experiment in logs)" in text
-    assert "stages.0.lr_end: missing (Learning rate at the end of the stage, as a fraction of optimizer.lr; typical: 1.0 after" in text
+    assert (
+        "stages.0.lr_end: missing (Learning rate at the end of the stage, as a fraction of optimizer.lr; "
+        "typical: 1.0 after" in text
+    )
     assert f"[{path}:7]" in text
 
 
@@ -236,13 +254,21 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 
 
 def test_an_architecture_file_is_no_experiment(folder: Path) -> None:
-    assert "file: holds only an architecture (model:) (make it the `base:` of an experiment" in refusal(folder / "model.yaml")
+    assert "file: holds only an architecture (model:) (make it the `base:` of an experiment" in refusal(
+        folder / "model.yaml"
+    )
 
 
 def test_load_model_takes_both_kinds_of_file(folder: Path) -> None:
-    assert load_model(folder / "model.yaml") == load_experiment(folder / "run.yaml").model == load_model(folder / "run.yaml")
+    assert (
+        load_model(folder / "model.yaml")
+        == load_experiment(folder / "run.yaml").model
+        == load_model(folder / "run.yaml")
+    )
     assert load_model(folder / "model.yaml", ["model.num_layers=4"]).num_layers == 4
-    with pytest.raises(ConfigError, match=r"model.num_layers=3: CLA groups of 2 layers, 3 % 2 != 0 .use 2 or 4, or cla_share_factor 1."):
+    with pytest.raises(
+        ConfigError, match=r"model.num_layers=3: CLA groups of 2 layers, 3 % 2 != 0 .use 2 or 4, or cla_share_factor 1."
+    ):
         load_model(folder / "model.yaml", ["model.num_layers=3"])
 
 
@@ -250,7 +276,8 @@ def test_rules_name_the_line_of_the_value(folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_text(EXPERIMENT.replace("lr_end: 1.0", "lr_end: 1.5"))
     assert refusal(path).endswith(
-        f"stages.0.lr_end=1.5: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr) [{path}:12]"
+        "stages.0.lr_end=1.5: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr) "
+        f"[{path}:12]"
     )
 
 

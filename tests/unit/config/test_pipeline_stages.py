@@ -43,7 +43,8 @@ def experiment(num_layers: int, share: int, ranks: int, chunks: int, layout: lis
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> tuple[int, int, int, int, list[int] | None]:
-    """(layers, layers of a CLA group, ranks, chunks, layout): no layout, one that divides the layers anywhere, or any numbers."""
+    """(layers, layers of a CLA group, ranks, chunks, layout): no layout, one that divides the layers anywhere, or any
+    numbers."""
     share, groups = draw(st.integers(1, 3)), draw(st.integers(1, 8))
     ranks, chunks = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     layers = groups * share
@@ -53,14 +54,17 @@ def pipelines(draw: st.DrawFn) -> tuple[int, int, int, int, list[int] | None]:
     if kind == "any":
         return layers, share, ranks, chunks, draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
     inner = ranks * chunks - 1
-    cuts = sorted(draw(st.lists(st.integers(1, layers - 1), min_size=inner, max_size=inner, unique=True))) if inner else []
+    cuts = (
+        sorted(draw(st.lists(st.integers(1, layers - 1), min_size=inner, max_size=inner, unique=True))) if inner else []
+    )
     return layers, share, ranks, chunks, [end - start for start, end in pairwise([0, *cuts, layers])]
 
 
 @settings(max_examples=300, deadline=None)
 @given(pipelines())
 def test_cla_group_is_never_cut(pipeline):
-    """Of every pipeline, even or given: either the rules refuse it, or each layer is in one stage with all of its group."""
+    """Of every pipeline, even or given: either the rules refuse it, or each layer is in one stage with all of its
+    group."""
     layers, share, ranks, chunks, _ = pipeline
     wanted = experiment(*pipeline)
     if rules.find_problems(wanted):

@@ -23,7 +23,14 @@ def experiment(precision: dict[str, Any], model: dict[str, Any] | None = None, *
         "padded_vocab_size": 512,
         "moe_routing_group_tokens": 32,
     }
-    stage = {"name": "a", "tokens": 4096, "sequence_length": 256, "global_batch_sequences": 4, "lr_end": 1.0, "data": [{"path": "x"}]}
+    stage = {
+        "name": "a",
+        "tokens": 4096,
+        "sequence_length": 256,
+        "global_batch_sequences": 4,
+        "lr_end": 1.0,
+        "data": [{"path": "x"}],
+    }
     return Experiment.model_validate(
         {
             "name": "test",
@@ -53,7 +60,10 @@ def test_settings_of_the_delayed_recipe_are_refused_with_another() -> None:
     precision = {"fp8_recipe": "blockwise", "fp8_margin": 1, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
     text = refusal(precision)
     for name in ("fp8_margin=1", "fp8_amax_history_len=16", "fp8_amax_compute_algo=max"):
-        assert f"precision.{name}: only the delayed recipe reads it (use null, or set precision.fp8_recipe to delayed)" in text
+        assert (
+            f"precision.{name}: only the delayed recipe reads it (use null, or set precision.fp8_recipe to delayed)"
+            in text
+        )
 
 
 def test_settings_of_fp8_are_refused_without_a_recipe() -> None:
@@ -66,10 +76,18 @@ def test_settings_of_fp8_are_refused_without_a_recipe() -> None:
     ("precision", "others", "reason"),
     [
         ({"fp8_recipe": None}, {}, "fp8_recipe is null: nothing is quantised (use false, or choose a recipe)"),
-        ({"fp8_recipe": "mxfp8"}, {}, "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered"),
+        (
+            {"fp8_recipe": "mxfp8"},
+            {},
+            "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered",
+        ),
         ({"dtype": "fp32"}, {}, "with precision.dtype=fp32 the weights are the optimizer's own"),
         ({}, {"parallel": {"use_distributed_optimizer": False}}, "only the distributed optimizer updates them"),
-        ({}, {"optimizer": {"lr": 1e-3, "cpu_offload_fraction": 0.5}}, "the offloaded optimizer writes weights in bf16"),
+        (
+            {},
+            {"optimizer": {"lr": 1e-3, "cpu_offload_fraction": 0.5}},
+            "the offloaded optimizer writes weights in bf16",
+        ),
     ],
 )
 def test_parameters_in_fp8_need_main_weights(precision: dict[str, Any], others: dict[str, Any], reason: str) -> None:
@@ -84,7 +102,9 @@ def test_parameters_in_fp8_need_main_weights(precision: dict[str, Any], others: 
 
 @pytest.mark.parametrize("margin", [-1, 9])
 def test_a_margin_leaves_a_scale(margin: int) -> None:
-    assert f"precision.fp8_margin={margin}: room for values to grow" in refusal({"fp8_recipe": "delayed", "fp8_margin": margin})
+    assert f"precision.fp8_margin={margin}: room for values to grow" in refusal(
+        {"fp8_recipe": "delayed", "fp8_margin": margin}
+    )
 
 
 def test_most_recent_has_no_use_for_a_history() -> None:
@@ -96,7 +116,10 @@ def test_most_recent_has_no_use_for_a_history() -> None:
 def test_blocks_that_sequence_parallelism_gathers_are_whole() -> None:
     parallel: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 192}, **parallel)
-    assert "precision.fp8_recipe=blockwise: sequence parallelism gathers blocks of 128 of each token, and hidden_size is 192" in text
+    assert (
+        "precision.fp8_recipe=blockwise: sequence parallelism gathers blocks of 128 of each token, and "
+        "hidden_size is 192" in text
+    )
     text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 128}, **parallel, context_parallel_size=4)
     assert "a rank has 32 tokens of a micro-batch, and sequence parallelism gathers blockwise in blocks of 128" in text
     assert "(use a multiple of 1024, or tensorwise)" in text
@@ -106,19 +129,30 @@ def test_blocks_that_sequence_parallelism_gathers_are_whole() -> None:
 
 def test_some_layer_is_left_for_fp8() -> None:
     text = refusal({"fp8_recipe": "blockwise", "num_layers_at_start_in_bf16": 3, "num_layers_at_end_in_bf16": 1})
-    assert "precision.num_layers_at_start_in_bf16=3: with num_layers_at_end_in_bf16=1 none of the 4 layers is left for FP8" in text
-    rules.check(experiment({"fp8_recipe": "blockwise", "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}))
+    assert (
+        "precision.num_layers_at_start_in_bf16=3: with num_layers_at_end_in_bf16=1 none of the 4 layers is left for FP8"
+        in text
+    )
+    rules.check(
+        experiment({"fp8_recipe": "blockwise", "num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1})
+    )
 
 
 def test_sizes_are_multiples_of_what_the_kernels_need() -> None:
     text = refusal({"fp8_recipe": "blockwise"}, {"moe_ffn_hidden_size": 40})
     assert (
-        "precision.fp8_recipe=blockwise: blockwise multiplies matrices whose sizes are multiples of 16, and moe_ffn_hidden_size 40 is 40"
-        in text
+        "precision.fp8_recipe=blockwise: blockwise multiplies matrices whose sizes are multiples of 16, and "
+        "moe_ffn_hidden_size 40 is 40" in text
     )
-    sharded = refusal({"fp8_recipe": "mxfp8"}, {"ffn_hidden_size": 96}, tensor_model_parallel_size=2, sequence_parallel=True)
+    sharded = refusal(
+        {"fp8_recipe": "mxfp8"}, {"ffn_hidden_size": 96}, tensor_model_parallel_size=2, sequence_parallel=True
+    )
     assert "ffn_hidden_size 96 over 2 ranks is 48 (use tensorwise or blockwise, which need multiples of 16)" in sharded
-    rules.check(experiment({"fp8_recipe": "tensorwise"}, {"ffn_hidden_size": 96}, tensor_model_parallel_size=2, sequence_parallel=True))
+    rules.check(
+        experiment(
+            {"fp8_recipe": "tensorwise"}, {"ffn_hidden_size": 96}, tensor_model_parallel_size=2, sequence_parallel=True
+        )
+    )
 
 
 def test_tokens_of_a_rank_are_multiples_too() -> None:

@@ -30,33 +30,46 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         (
             ["checkpoint.resume_from=40", "checkpoint.resume=false", "checkpoint.init_from=x"],
             "checkpoint.resume_from=40: checkpoint.resume is false, which refuses to go on (set one of them)\n"
-            "  checkpoint.resume_from=40: takes the whole state of a checkpoint, and checkpoint.init_from=x the weights only "
+            "  checkpoint.resume_from=40: takes the whole state of a checkpoint, and checkpoint.init_from=x the "
+            "weights only "
             "(set one of them, the other null)",
         ),
         (
             ["model.kv_channels=null", "model.hidden_size=260"],
-            "model.hidden_size=260: 8 heads, 260 % 8 != 0 and model.kv_channels is null (use 256 or 264, or set model.kv_channels)",
+            "model.hidden_size=260: 8 heads, 260 % 8 != 0 and model.kv_channels is null (use 256 or 264, or set "
+            "model.kv_channels)",
         ),
         (
             ["runtime.transformer_engine=required", "runtime.device=cpu", "precision.dtype=bf16"],
-            "runtime.transformer_engine=required: it runs on CUDA devices only, and runtime.device is cpu (use auto or never)",
+            "runtime.transformer_engine=required: it runs on CUDA devices only, and runtime.device is cpu (use "
+            "auto or never)",
         ),
         (
             ["runtime.transformer_engine=required", "precision.dtype=fp32"],
-            "runtime.transformer_engine=required: it multiplies fp32 matrices in TF32, of 10 bits of precision, and precision.dtype is "
+            "runtime.transformer_engine=required: it multiplies fp32 matrices in TF32, of 10 bits of precision, "
+            "and precision.dtype is "
             "fp32 (use precision.dtype=bf16, or auto, which takes own layers for fp32)",
         ),
         (["model.num_query_groups=3"], "model.num_query_groups=3: 8 heads, 8 % 3 != 0 (use 2 or 4)"),
         (["model.num_query_groups=16"], "model.num_query_groups=16: 8 heads, 8 % 16 != 0 (use 8)"),
-        (["model.kv_channels=33"], "model.kv_channels=33: head width 33 must be even and at least 4, since RoPE rotates pairs"),
+        (
+            ["model.kv_channels=33"],
+            "model.kv_channels=33: head width 33 must be even and at least 4, since RoPE rotates pairs",
+        ),
         (["model.kv_channels=2"], "(use a head width of 4)"),
         (
             ["model.kv_channels=null", "model.hidden_size=8"],
             "model.num_attention_heads=8: head width 1 must be even and at least 4",
         ),
-        (["model.num_layers=5"], "model.num_layers=5: CLA groups of 2 layers, 5 % 2 != 0 (use 4 or 6, or cla_share_factor 1)"),
+        (
+            ["model.num_layers=5"],
+            "model.num_layers=5: CLA groups of 2 layers, 5 % 2 != 0 (use 4 or 6, or cla_share_factor 1)",
+        ),
         (["model.num_layers=1"], "(use 2, or cla_share_factor 1)"),
-        (["model.moe_router_topk=9"], "model.moe_router_topk=9: more than the 8 experts of model.num_moe_experts (use 1 to 8)"),
+        (
+            ["model.moe_router_topk=9"],
+            "model.moe_router_topk=9: more than the 8 experts of model.num_moe_experts (use 1 to 8)",
+        ),
         (
             ["model.moe_expert_capacity_factor=null"],
             "model.recycle_routing=true: without a capacity no expert is ever full, so nothing can be recycled",
@@ -72,7 +85,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.tensor_model_parallel_size=2"],
-            "parallel.sequence_parallel=false: 2 tensor-parallel ranks would route the same tokens to the experts (set true)",
+            "parallel.sequence_parallel=false: 2 tensor-parallel ranks would route the same tokens to the "
+            "experts (set true)",
         ),
         (
             ["parallel.pipeline_model_parallel_size=3"],
@@ -85,7 +99,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
-            "parallel.virtual_pipeline_model_parallel_size=2: interleaves the chunks of several pipeline ranks, and there is only one "
+            "parallel.virtual_pipeline_model_parallel_size=2: interleaves the chunks of several pipeline ranks, "
+            "and there is only one "
             "(set parallel.pipeline_model_parallel_size above 1, or 1)",
         ),
         (
@@ -106,7 +121,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.context_parallel_size=4", "parallel.context_parallel_method=all_to_all"],
-            "parallel.context_parallel_size=4: each tensor-parallel rank has 2 key/value heads, 2 % 4 != 0, and all_to_all gives every "
+            "parallel.context_parallel_size=4: each tensor-parallel rank has 2 key/value heads, 2 % 4 != 0, and "
+            "all_to_all gives every "
             "rank whole heads (use 2, or parallel.context_parallel_method all_gather)",
         ),
         (
@@ -130,7 +146,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
                 "model.moe_routing_group_tokens=512",
                 "stages.1.micro_batch_sequences=1",
             ],
-            "stages.1.micro_batch_sequences=1: 2 tensor-parallel ranks cannot share a micro-batch of 1 routing groups of 512 tokens evenly "
+            "stages.1.micro_batch_sequences=1: 2 tensor-parallel ranks cannot share a micro-batch of 1 routing "
+            "groups of 512 tokens evenly "
             "(use 2, or a smaller model.moe_routing_group_tokens)",
         ),
         (
@@ -140,7 +157,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
                 "model.moe_routing_group_tokens=512",
                 "evaluation.micro_batch_sequences=3",
             ],
-            "evaluation.micro_batch_sequences=3: 2 tensor-parallel ranks cannot share a micro-batch of 3 routing groups of 512 tokens",
+            "evaluation.micro_batch_sequences=3: 2 tensor-parallel ranks cannot share a micro-batch of 3 routing "
+            "groups of 512 tokens",
         ),
         (
             ["parallel.tensor_model_parallel_size=4"],
@@ -152,7 +170,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.overlap_param_gather=true"],
-            "parallel.overlap_param_gather=true: needs parallel.overlap_grad_reduce (set parallel.overlap_grad_reduce to true",
+            "parallel.overlap_param_gather=true: needs parallel.overlap_grad_reduce (set "
+            "parallel.overlap_grad_reduce to true",
         ),
         (
             ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
@@ -164,7 +183,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["optimizer.cpu_offload_fraction=0.5", "parallel.use_distributed_optimizer=false"],
-            "optimizer.cpu_offload_fraction=0.5: core's offloaded optimizer takes its weights and gradients from the distributed optimizer "
+            "optimizer.cpu_offload_fraction=0.5: core's offloaded optimizer takes its weights and gradients from "
+            "the distributed optimizer "
             "(set parallel.use_distributed_optimizer to true, or this to 0)",
         ),
         (
@@ -176,16 +196,26 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             ["optimizer.expert_lr_ratio=null"],
             "optimizer.expert_lr_ratio=null: expert_lr_ratio and expert_lr_noise_scale_tokens are both null",
         ),
-        (["optimizer.expert_lr_noise_scale_tokens=1e6"], "optimizer.expert_lr_ratio=0.31: expert_lr_noise_scale_tokens=1e+06 is set too"),
+        (
+            ["optimizer.expert_lr_noise_scale_tokens=1e6"],
+            "optimizer.expert_lr_ratio=0.31: expert_lr_noise_scale_tokens=1e+06 is set too",
+        ),
         (["optimizer.adam_beta1=1.0"], "optimizer.adam_beta1=1: must be at least 0 and below 1 (use 0.9 or 0.95)"),
         (["optimizer.adam_beta2=-0.1"], "optimizer.adam_beta2=-0.1: must be at least 0 and below 1 (use 0)"),
         (["stages.2.name=warmup"], "stages.2.name=warmup: stages.0 has this name already (use warmup_2)"),
-        (["stages.0.lr_end=2"], "stages.0.lr_end=2: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr)"),
+        (
+            ["stages.0.lr_end=2"],
+            "stages.0.lr_end=2: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr)",
+        ),
         (["stages.0.lr_end=0"], "stages.0.lr_end=0: the learning rate is 0 throughout the stage"),
-        (["stages.1.lr_end=0", "stages.1.lr_shape=constant"], "stages.1.lr_end=0: the learning rate is 0 throughout the stage"),
+        (
+            ["stages.1.lr_end=0", "stages.1.lr_shape=constant"],
+            "stages.1.lr_end=0: the learning rate is 0 throughout the stage",
+        ),
         (
             ["stages.0.global_batch_sequences=12"],
-            "stages.0.global_batch_sequences=12: not a multiple of micro_batch_sequences 4 * 2 data-parallel ranks = 8 (use 8 or 16)",
+            "stages.0.global_batch_sequences=12: not a multiple of micro_batch_sequences 4 * 2 data-parallel "
+            "ranks = 8 (use 8 or 16)",
         ),
         (
             ["stages.0.global_batch_sequences=2", "parallel.world_size=null"],
@@ -198,13 +228,16 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
                 "parallel.virtual_pipeline_model_parallel_size=2",
                 "parallel.world_size=4",
             ],
-            "stages.0.global_batch_sequences=8: 1 micro-batches a rank; the interleaved schedule runs rounds of 2 (use 16)",
+            "stages.0.global_batch_sequences=8: 1 micro-batches a rank; the interleaved schedule runs rounds of "
+            "2 (use 16)",
         ),
         (["parallel.world_size=3"], "parallel.world_size=3: not a multiple of 2, which"),
         (
             ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=4", "parallel.world_size=6"],
-            "parallel.world_size=6: not a multiple of 4, which tensor_model_parallel_size * pipeline_model_parallel_size * "
-            "context_parallel_size and expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size must divide "
+            "parallel.world_size=6: not a multiple of 4, which tensor_model_parallel_size * "
+            "pipeline_model_parallel_size * "
+            "context_parallel_size and expert_tensor_parallel_size * expert_model_parallel_size * "
+            "pipeline_model_parallel_size must divide "
             "(use 4 or 8)",
         ),
     ],
@@ -222,13 +255,24 @@ def test_the_size_of_the_job_must_be_that_of_the_config() -> None:
     expected = "parallel.world_size=2: the job has 4 ranks (start 2 ranks, or set parallel.world_size to 4 or null)"
     assert expected in refusal(world_size=4)
     assert "parallel.world_size=3: not a multiple of 2" in refusal("parallel.world_size=null", world_size=3)
-    rules.check(experiment_with("parallel.world_size=null", *(f"stages.{i}.micro_batch_sequences=2" for i in range(3))), world_size=4)
+    rules.check(
+        experiment_with("parallel.world_size=null", *(f"stages.{i}.micro_batch_sequences=2" for i in range(3))),
+        world_size=4,
+    )
 
 
 def test_every_violation_is_in_one_message() -> None:
-    text = refusal("model.num_layers=5", "parallel.expert_model_parallel_size=3", "optimizer.adam_beta1=1", "stages.2.name=decay")
+    text = refusal(
+        "model.num_layers=5", "parallel.expert_model_parallel_size=3", "optimizer.adam_beta1=1", "stages.2.name=decay"
+    )
     assert text.startswith("demo_cpu: 5 problems\n")
-    for path in ("model.num_layers", "parallel.expert_model_parallel_size", "optimizer.adam_beta1", "stages.2.name", "parallel.world_size"):
+    for path in (
+        "model.num_layers",
+        "parallel.expert_model_parallel_size",
+        "optimizer.adam_beta1",
+        "stages.2.name",
+        "parallel.world_size",
+    ):
         assert f"\n  {path}=" in text
 
 
@@ -255,7 +299,10 @@ def test_every_violation_of_a_layout_is_in_one_message() -> None:
 def test_layouts_that_fit_are_let_through() -> None:
     fit = ["parallel.world_size=null", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     rules.check(experiment_with(*fit), world_size=4)
-    rules.check(experiment_with(*fit, "parallel.expert_tensor_parallel_size=2", "parallel.context_parallel_size=2"), world_size=4)
+    rules.check(
+        experiment_with(*fit, "parallel.expert_tensor_parallel_size=2", "parallel.context_parallel_size=2"),
+        world_size=4,
+    )
     pipeline = ["model.num_layers=8", "parallel.pipeline_model_parallel_size=2"]
     rules.check(experiment_with(*fit, *pipeline, "parallel.pipeline_layout=[2, 6]"), world_size=4)
     rules.check(experiment_with(*fit, *pipeline, "parallel.virtual_pipeline_model_parallel_size=2"), world_size=4)
@@ -271,7 +318,10 @@ def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
         ("model.moe_expert_capacity_factor=0.5", "the experts have room for 50% of the tokens; the others are dropped"),
         ("stages.0.lr_end=0.5", "optimizer.lr=0.002: no stage reaches it: the highest lr_end is 0.5"),
         ("checkpoint.save_every_steps=null", "checkpoint.keep_last=2: checkpoint.save_every_steps is null"),
-        ("checkpoint.save_every_steps=301", "checkpoint.save_every_steps=301: the run has 120 steps, so only its end is saved"),
+        (
+            "checkpoint.save_every_steps=301",
+            "checkpoint.save_every_steps=301: the run has 120 steps, so only its end is saved",
+        ),
     ],
 )
 def test_settings_that_take_little_effect_are_warned_of(override: str, expected: str) -> None:
@@ -281,7 +331,9 @@ def test_settings_that_take_little_effect_are_warned_of(override: str, expected:
 
 def test_offloading_from_the_cpu_to_the_cpu_is_warned_of() -> None:
     (warning,) = rules.find_warnings(experiment_with("optimizer.cpu_offload_fraction=0.5", "runtime.device=cpu"))
-    assert str(warning).startswith("optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in the host's memory anyway")
+    assert str(warning).startswith(
+        "optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in the host's memory anyway"
+    )
 
 
 def test_the_refused_value_is_never_its_own_suggestion() -> None:
@@ -302,7 +354,10 @@ def test_positions_follow_a_replaced_list() -> None:
 
 
 def test_validation_sets_have_names_that_metrics_can_have() -> None:
-    sets = "evaluation.sets=[{name: code, path: a}, {name: 'my books/2', path: b}, {name: code, path: c}, {name: '..', path: d}]"
+    sets = (
+        "evaluation.sets=[{name: code, path: a}, {name: 'my books/2', path: b}, {name: code, path: c}, {name: '..', "
+        "path: d}]"
+    )
     text = refusal(sets)
     rule = "a name of letters, digits, dots, hyphens and underscores, since metrics are called by it"
     assert f"evaluation.sets.1.name=my books/2: {rule} (use my_books_2)" in text

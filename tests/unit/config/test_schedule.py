@@ -17,7 +17,12 @@ LENGTH = 8
 
 
 def stage(name: str = "s", sequences: int = 160, batch: int = 8, **fields: Any) -> StageConfig:
-    given_fields = {"name": name, "tokens": sequences * LENGTH, "sequence_length": LENGTH, "global_batch_sequences": batch}
+    given_fields = {
+        "name": name,
+        "tokens": sequences * LENGTH,
+        "sequence_length": LENGTH,
+        "global_batch_sequences": batch,
+    }
     return StageConfig.model_validate({**given_fields, "lr_end": 0.1, "data": [{"path": "a"}], **fields})
 
 
@@ -47,7 +52,12 @@ def formula(stages: list[StageConfig], step: int) -> float:
 
 
 some_stages = st.lists(
-    st.tuples(st.integers(1, 60), st.integers(1, 9), st.sampled_from(["linear", "cosine", "constant"]), st.sampled_from([1.0, 0.3, 0.1])),
+    st.tuples(
+        st.integers(1, 60),
+        st.integers(1, 9),
+        st.sampled_from(["linear", "cosine", "constant"]),
+        st.sampled_from([1.0, 0.3, 0.1]),
+    ),
     min_size=1,
     max_size=3,
 ).map(lambda found: [stage(f"s{i}", n, b, lr_shape=shape, lr_end=end) for i, (n, b, shape, end) in enumerate(found)])
@@ -67,7 +77,11 @@ def test_a_run_that_does_not_change_has_the_rates_and_places_it_always_had_howev
         assert stopped.stage(step) == whole.stage(step)
         assert stopped.position(step + 1) == whole.position(step + 1)
     for lane in range(len(stages)):
-        assert places(stopped, lane) == places(whole, lane) == list(range(stages[lane].num_steps * stages[lane].global_batch_sequences))
+        assert (
+            places(stopped, lane)
+            == places(whole, lane)
+            == list(range(stages[lane].num_steps * stages[lane].global_batch_sequences))
+        )
 
 
 @given(
@@ -76,7 +90,9 @@ def test_a_run_that_does_not_change_has_the_rates_and_places_it_always_had_howev
     shares=st.lists(st.floats(0.05, 0.95), min_size=4, max_size=4),
 )
 @settings(max_examples=100, deadline=None)
-def test_any_sequence_of_batches_takes_each_place_of_a_stage_once(sequences: int, batches: list[int], shares: list[float]) -> None:
+def test_any_sequence_of_batches_takes_each_place_of_a_stage_once(
+    sequences: int, batches: list[int], shares: list[float]
+) -> None:
     segments = [(0, [stage("a", sequences, batches[0]), stage("b", 50, 5)])]
     for batch, share in zip(batches[1:], shares, strict=False):
         before = Schedule.of_segments(segments)
@@ -106,7 +122,9 @@ def test_another_batch_goes_on_at_the_token_it_has_come_to(batch: int, steps: in
     for step in range(20):
         tokens = whole.tokens_after(step + 1)
         if tokens in by_token and batch != 24:  # 14 steps of it end 32 sequences later
-            assert by_token[tokens] == pytest.approx(whole.lr_fraction(step), rel=1e-12), "the rate is a function of tokens"
+            assert by_token[tokens] == pytest.approx(whole.lr_fraction(step), rel=1e-12), (
+                "the rate is a function of tokens"
+            )
     assert schedule.lr_fraction(steps - 1) == 0.1
 
 
@@ -133,20 +151,28 @@ def test_a_finished_run_goes_on_at_its_last_rate() -> None:
 
 
 def test_a_stage_added_to_a_finished_run_starts_where_it_ended() -> None:
-    schedule = Schedule.of_segments([(0, [stage("a", 16)]), (2, [stage("a", 16), stage("b", 32, lr_end=1.0, lr_shape="linear")])])
+    schedule = Schedule.of_segments(
+        [(0, [stage("a", 16)]), (2, [stage("a", 16), stage("b", 32, lr_end=1.0, lr_shape="linear")])]
+    )
     assert [schedule.lr_fraction(step) for step in range(2, 6)] == pytest.approx([0.325, 0.55, 0.775, 1.0])
     assert places(schedule, 1) == list(range(32))
 
 
 def test_a_stage_cannot_end_before_what_is_trained_of_it() -> None:
-    with pytest.raises(ConfigError, match=r"stages\.1\.tokens=320: 640 tokens of stage s are trained after step 11, .*use at least 640"):
+    with pytest.raises(
+        ConfigError, match=r"stages\.1\.tokens=320: 640 tokens of stage s are trained after step 11, .*use at least 640"
+    ):
         Schedule.of_segments([(0, [stage("w", 8), stage()]), (11, [stage("w", 8), stage(sequences=40)])])
-    assert Schedule.of_segments([(0, [stage(sequences=157)]), (20, [stage(sequences=157, batch=3)])]).num_steps == 20, "160 were trained"
+    assert Schedule.of_segments([(0, [stage(sequences=157)]), (20, [stage(sequences=157, batch=3)])]).num_steps == 20, (
+        "160 were trained"
+    )
 
 
 def test_the_present_stage_is_found_by_its_name_or_else_by_its_number() -> None:
     stages = [stage("a", 16), stage("b", 32)]
-    assert Schedule.of_segments([(0, stages), (3, [stage("b", 32)])]).num_steps == 6, "a stage that is over may be left out"
+    assert Schedule.of_segments([(0, stages), (3, [stage("b", 32)])]).num_steps == 6, (
+        "a stage that is over may be left out"
+    )
     assert Schedule.of_segments([(0, stages), (3, [stages[0], stage("c", 32)])]).num_steps == 6
     with pytest.raises(ConfigError, match="taken in stage b, number 1, and the configuration has no such stage"):
         Schedule.of_segments([(0, stages), (3, [stage("a", 16)])])

@@ -54,7 +54,9 @@ def test_tokens_are_counted_with_suffixes_in_files_and_overrides(config: Path) -
     assert load_experiment(config, ["stages.0.tokens=10B"]).stages[0].tokens == 10**10
     noise = ["optimizer.expert_lr_ratio=null", "optimizer.expert_lr_noise_scale_tokens=1.5M"]
     assert load_experiment(config, noise).optimizer.expert_lr_noise_scale_tokens == 1.5e6
-    config.write_text(EXPERIMENT.replace("tokens: 7e6", "tokens: 300M").replace("sequence_length: 512", "sequence_length: 1Ki"))
+    config.write_text(
+        EXPERIMENT.replace("tokens: 7e6", "tokens: 300M").replace("sequence_length: 512", "sequence_length: 1Ki")
+    )
     stage = load_experiment(config).stages[0]
     assert (stage.tokens, stage.sequence_length) == (300_000_000, 1024)
 
@@ -72,8 +74,12 @@ def test_a_number_that_is_none_gets_the_right_hint(config: Path) -> None:
         ("1,000,000", "write 1_000_000"),
         ("1:30", "a number without colons"),
     ):
-        assert f"stages.0.tokens={text}: {rule} ({hint})".replace("=010", '="010"') in refusal(config, f"stages.0.tokens={text}"), text
-    text = refusal(config, "model.num_layers=1k", "runtime.deterministic=yes", "optimizer.lr=010", "stages.0.tokens=1.0001k")
+        assert f"stages.0.tokens={text}: {rule} ({hint})".replace("=010", '="010"') in refusal(
+            config, f"stages.0.tokens={text}"
+        ), text
+    text = refusal(
+        config, "model.num_layers=1k", "runtime.deterministic=yes", "optimizer.lr=010", "stages.0.tokens=1.0001k"
+    )
     assert f"model.num_layers=1k: {rule} (write 1000; suffixes are for counts of tokens)" in text
     assert "runtime.deterministic=yes: must be a valid boolean (write true)" in text
     assert 'optimizer.lr="010": must be a valid number (write 10; a leading zero' in text
@@ -82,7 +88,23 @@ def test_a_number_that_is_none_gets_the_right_hint(config: Path) -> None:
 
 
 def test_words_are_those_of_yaml_1_2(config: Path) -> None:
-    for word in ("no", "yes", "on", "off", "y", "N", "010", "1:30", "12:30:45", "2024-01-01", "2024-1-1", "0b11", "=", "1e", "1.5.2"):
+    for word in (
+        "no",
+        "yes",
+        "on",
+        "off",
+        "y",
+        "N",
+        "010",
+        "1:30",
+        "12:30:45",
+        "2024-01-01",
+        "2024-1-1",
+        "0b11",
+        "=",
+        "1e",
+        "1.5.2",
+    ):
         config.write_text(EXPERIMENT.replace("name: small", f"name: {word}"))
         experiment = load_experiment(config)
         assert experiment.name == word
@@ -97,7 +119,9 @@ def test_words_are_those_of_yaml_1_2(config: Path) -> None:
         assert load_experiment(config, [f"optimizer.lr={text}"]).optimizer.lr == value
 
 
-@pytest.mark.parametrize("name", ["1e9", "1_000", "true", "null", "~", "no", "0o17", "<<", "12", "1.5", ".inf", "a #b", "# a", "", " x"])
+@pytest.mark.parametrize(
+    "name", ["1e9", "1_000", "true", "null", "~", "no", "0o17", "<<", "12", "1.5", ".inf", "a #b", "# a", "", " x"]
+)
 def test_a_text_that_looks_like_something_else_survives_the_resolved_file(config: Path, name: str) -> None:
     experiment = load_experiment(config).model_copy(update={"name": name})
     (config.parent / "again.yaml").write_text(dump_resolved(experiment))
@@ -117,20 +141,28 @@ def test_no_part_of_an_override_is_taken_for_a_comment(config: Path) -> None:
 
 
 def test_sections_are_merged(config: Path) -> None:
-    """A section's own keys win, then the first of several; nothing is deeper than YAML has it; positions are those of what was written."""
+    """A section's own keys win, then the first of several; nothing is deeper than YAML has it; positions are those of
+    what was written."""
     config.write_text(
         EXPERIMENT.replace("  - name: only", "  - &first\n    name: only")
-        + "  - <<: *first\n    name: second\n    lr_end: 0.5\n  - {<<: [{lr_shape: linear, name: x}, *first], name: third}\n"
+        + "  - <<: *first\n    name: second\n    lr_end: 0.5\n  - {<<: [{lr_shape: linear, name: x}, *first], "
+        "name: third}\n"
     )
     only, second, third = load_experiment(config).stages
     assert (second.name, second.lr_end, second.tokens, second.data) == ("second", 0.5, only.tokens, only.data)
     assert (third.name, third.lr_shape, second.lr_shape) == ("third", "linear", "cosine")
     config.write_text(config.read_text().replace("    lr_end: 1.0", "    lr_end: high"))
-    assert f"stages.2.lr_end=high: must be a valid number (typical: 1.0 after warmup, 0.1 after anneal) [{config}:" in refusal(config)
+    assert (
+        f"stages.2.lr_end=high: must be a valid number (typical: 1.0 after warmup, 0.1 after anneal) [{config}:"
+        in refusal(config)
+    )
     for text, expected in (
         ("<<: 5", "<<: merges a section, or a list of sections (such as <<: *name of a section marked &name)"),
         ("<<: [1]", "<<: merges a section, or a list of sections"),
-        ("<<: {seed: 1}\n<<: {seed: 2}", "<<: written twice; the first is in line 14 (give it a list: <<: [*first, *second])"),
+        (
+            "<<: {seed: 1}\n<<: {seed: 2}",
+            "<<: written twice; the first is in line 14 (give it a list: <<: [*first, *second])",
+        ),
         ("seed: 1\nseed: 2", "seed: written twice; the first is in line 14 (keep one)"),
         ("parallel: &p {<<: *p}", "a value contains itself"),
         ("<<: *nobody", "is not valid YAML: found undefined alias 'nobody'"),
@@ -141,7 +173,9 @@ def test_sections_are_merged(config: Path) -> None:
 
 def test_a_tab_is_named(config: Path) -> None:
     config.write_text(EXPERIMENT.replace("  lr: 1e-4", "\tlr: 1e-4"))
-    assert refusal(config) == f"{config}: 1 problem\n  file: is not valid YAML: a tab where YAML wants spaces [{config}:6]"
+    assert (
+        refusal(config) == f"{config}: 1 problem\n  file: is not valid YAML: a tab where YAML wants spaces [{config}:6]"
+    )
 
 
 def test_paths_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,12 +205,19 @@ def test_paths_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_path_that_leads_nowhere_names_what_is_not_defined(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
     text = refusal(
-        config, "run_dir=$NOWHERE/x", "tokenizer=~nobody_of_this_name/x", "stages.0.data.0.path=", "evaluation.data=''", "seed=x"
+        config,
+        "run_dir=$NOWHERE/x",
+        "tokenizer=~nobody_of_this_name/x",
+        "stages.0.data.0.path=",
+        "evaluation.data=''",
+        "seed=x",
     )
     assert text.startswith(f"{config}: 5 problems\n")
     for line in (
-        "run_dir=$NOWHERE/x: the environment has no variable NOWHERE (set it, or write $$ for a dollar) [override 'run_dir=$NOWHERE/x']",
-        "tokenizer=~nobody_of_this_name/x: there is no user nobody_of_this_name, whose home ~nobody_of_this_name would be",
+        "run_dir=$NOWHERE/x: the environment has no variable NOWHERE (set it, or write $$ for a dollar) "
+        "[override 'run_dir=$NOWHERE/x']",
+        "tokenizer=~nobody_of_this_name/x: there is no user nobody_of_this_name, whose home ~nobody_of_this_name "
+        "would be",
         "stages.0.data.0.path=null: must be a valid string",
         'evaluation.data="": is empty, and would be the working directory (write . for that)',
     ):
@@ -206,6 +247,10 @@ def test_every_path_of_the_schema_is_marked() -> None:
         name = path.rpartition(".")[2]
         field = field_at(Experiment, tuple(path.split(".")))
         extra = field.json_schema_extra or {}
-        is_text = section_of(field.annotation) is None and (field.annotation is str or str in get_args(field.annotation))
-        is_path = name in ("tokenizer", "data", "path", "init_from", "resume_from") or name.endswith(("_dir", "_path", "_file", "_folder"))
+        is_text = section_of(field.annotation) is None and (
+            field.annotation is str or str in get_args(field.annotation)
+        )
+        is_path = name in ("tokenizer", "data", "path", "init_from", "resume_from") or name.endswith(
+            ("_dir", "_path", "_file", "_folder")
+        )
         assert bool(extra.get("is_path")) == (is_text and is_path), path

@@ -10,7 +10,13 @@ import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.folders import write_manifest
-from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, ShardWriter, TokenizedDataset, token_dtype
+from hunyuan_pretrain.data.indexed import (
+    TOKENIZED_FORMAT,
+    TOKENIZED_VERSION,
+    ShardWriter,
+    TokenizedDataset,
+    token_dtype,
+)
 from hunyuan_pretrain.data.packed_format import write_packed
 from hunyuan_pretrain.data.packing import pack_documents
 
@@ -20,7 +26,8 @@ VOCAB = 1000
 
 @pytest.fixture
 def tokenized(tmp_path: Path) -> Callable[..., Path]:
-    """tokenized(name, documents): a tokenized folder of the given lists of ids, in shards of so many documents (default: one shard)."""
+    """tokenized(name, documents): a tokenized folder of the given lists of ids, in shards of so many documents
+    (default: one shard)."""
 
     def write(
         name: str,
@@ -70,7 +77,9 @@ def packed(tmp_path: Path, tokenized: Callable[..., Path]) -> Callable[..., Path
         source = TokenizedDataset(tokenized(f"{name}_tokens", documents, **of_tokenized))
         folder = tmp_path / name
         folder.mkdir()
-        write_packed(folder, pack_documents(source.lengths, sequence_length, seed), [source], seed, materialize=materialize)
+        write_packed(
+            folder, pack_documents(source.lengths, sequence_length, seed), [source], seed, materialize=materialize
+        )
         return folder
 
     return write
@@ -91,7 +100,9 @@ def numbered_documents() -> Callable[..., list[list[int]]]:
 def experiment() -> Callable[..., Experiment]:
     """experiment(stages, evaluation): a small model; each stage is a dict of what differs from the defaults here."""
 
-    def make(stages: Sequence[dict], evaluation: dict | None = None, padded_vocab_size: int = 1024, seed: int = 5) -> Experiment:
+    def make(
+        stages: Sequence[dict], evaluation: dict | None = None, padded_vocab_size: int = 1024, seed: int = 5
+    ) -> Experiment:
         model = {
             "num_layers": 2,
             "hidden_size": 8,
@@ -100,7 +111,13 @@ def experiment() -> Callable[..., Experiment]:
             "ffn_hidden_size": 8,
             "num_moe_experts": 2,
         }
-        defaults = {"name": "s", "tokens": 16 * 8 * 5, "sequence_length": 16, "global_batch_sequences": 8, "lr_end": 1.0}
+        defaults = {
+            "name": "s",
+            "tokens": 16 * 8 * 5,
+            "sequence_length": 16,
+            "global_batch_sequences": 8,
+            "lr_end": 1.0,
+        }
         return Experiment.model_validate(
             {
                 "name": "test",

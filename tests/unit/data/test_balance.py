@@ -27,9 +27,16 @@ def test_a_document_of_attention_cost_tokens_costs_twice_its_tokens() -> None:
     assert sequence_costs(squares, 4096, attention_cost_tokens=4096.0).tolist() == [2 * 4096] * 10
 
 
-@given(num_sequences=st.integers(1, 300), group_sequences=st.integers(1, 40), key=st.integers(0, 2**64 - 1), seed=st.integers(0, 2**32 - 1))
+@given(
+    num_sequences=st.integers(1, 300),
+    group_sequences=st.integers(1, 40),
+    key=st.integers(0, 2**64 - 1),
+    seed=st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=200, deadline=None)
-def test_balanced_rows_take_every_row_once_in_groups_of_neighbours(num_sequences: int, group_sequences: int, key: int, seed: int) -> None:
+def test_balanced_rows_take_every_row_once_in_groups_of_neighbours(
+    num_sequences: int, group_sequences: int, key: int, seed: int
+) -> None:
     order = cost_order(np.random.default_rng(seed).integers(0, 50, num_sequences))
     rows = balanced_rows(np.arange(num_sequences), order, group_sequences, key)
     assert np.array_equal(np.sort(rows), np.arange(num_sequences))
@@ -52,7 +59,8 @@ def test_balanced_groups_come_in_another_order_and_with_other_borders_each_epoch
 
 BATCH = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4)).flatmap(
     lambda sizes: st.tuples(
-        st.just(sizes), st.lists(st.integers(1, 40), min_size=int(np.prod(sizes)), max_size=int(np.prod(sizes))).map(np.array)
+        st.just(sizes),
+        st.lists(st.integers(1, 40), min_size=int(np.prod(sizes)), max_size=int(np.prod(sizes))).map(np.array),
     )
 )
 
@@ -89,7 +97,9 @@ def test_dealt_micro_batches_and_rank_totals_are_nearly_equal(num_ranks: int, mi
 
 
 def test_groups_of_neighbours_leave_nothing_to_wait_for() -> None:
-    costs = 1 + 3 * np.random.default_rng(1).random(64 * 50) ** 4  # from none to three times as much attention as all else, mostly little
+    costs = (
+        1 + 3 * np.random.default_rng(1).random(64 * 50) ** 4
+    )  # from none to three times as much attention as all else, mostly little
     rows = balanced_rows(np.arange(len(costs)), cost_order(costs), 64, mixed_key(3, 0))
     for batch in costs[rows][:3072].reshape(-1, 256):
         assert imbalance(batch[deal(batch, 64, 1)].sum(axis=2)).slowdown < 1.05

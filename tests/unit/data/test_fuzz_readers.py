@@ -1,4 +1,5 @@
-"""Every reader of data on damaged files: it reads, or it raises DataFormatError that names them; never anything else."""
+"""Every reader of data on damaged files: it reads, or it raises DataFormatError that names them; never anything
+else."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ LENGTH = 16
 
 
 @pytest.fixture(params=[False, True], ids=["index", "materialized"])
-def folder(request: pytest.FixtureRequest, packed: Callable[..., Path], numbered_documents: Callable[..., list]) -> Path:
+def folder(
+    request: pytest.FixtureRequest, packed: Callable[..., Path], numbered_documents: Callable[..., list]
+) -> Path:
     """A packed folder `p` over its tokenized folder `p_tokens`; and `q` and `q_tokens` of other documents."""
     _, p = (
         packed(name, numbered_documents(30, seed), LENGTH, documents_per_shard=20, materialize=request.param)
@@ -91,7 +94,9 @@ def test_verify_names_whatever_changed(data: st.DataObject, folder: Path) -> Non
 
 @fuzzed(100)
 @given(data=st.data())
-def test_the_order_and_the_ledger(data: st.DataObject, folder: Path, tmp_path: Path, experiment: Callable[..., Experiment]) -> None:
+def test_the_order_and_the_ledger(
+    data: st.DataObject, folder: Path, tmp_path: Path, experiment: Callable[..., Experiment]
+) -> None:
     tokens = 6 * 4 * LENGTH
     common = {"data": [{"path": str(folder)}], "global_batch_sequences": 4, "sequence_length": LENGTH, "tokens": tokens}
     stages = experiment([{**common, "balance_attention": balance} for balance in ("group", "deal")])
@@ -109,7 +114,9 @@ def test_the_order_and_the_ledger(data: st.DataObject, folder: Path, tmp_path: P
 def test_tokenizers(data: st.DataObject, tmp_path: Path) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257}
     content = format_ranks(ranks)
-    at = data.draw(st.integers(0, len(content)))  # most damage is done to a byte; the rest of the file is as good as any
+    at = data.draw(
+        st.integers(0, len(content))
+    )  # most damage is done to a byte; the rest of the file is as good as any
     part = data.draw(damaged(content[at : at + 40], content[:40]))
     (tmp_path / RANKS_FILE).write_bytes(content[:at] + part + content[at + 40 :])
     with read_or_refused(tmp_path):

@@ -18,7 +18,9 @@ DOCUMENTS = [[1, 2, 3], [4], list(range(500)), [7, 8]]
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 128166])
-def test_files_are_byte_identical_to_megatrons_builder(tmp_path: Path, tokenized: Callable[..., Path], vocab_size: int) -> None:
+def test_files_are_byte_identical_to_megatrons_builder(
+    tmp_path: Path, tokenized: Callable[..., Path], vocab_size: int
+) -> None:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     ours = tokenized("ours", DOCUMENTS, vocab_size=vocab_size)
@@ -59,7 +61,9 @@ def test_documents_are_numbered_over_the_shards_and_know_where_they_come_from(to
 def test_the_bytes_do_not_depend_on_the_type_of_the_ids(tmp_path: Path, vocab_size: int) -> None:
     """Engines give 32 bits with or without a sign, and a choice of them need not lie in one piece."""
     ids, digests = np.arange(600, dtype=np.int64)[::2], []
-    for number, tokens in enumerate((ids, ids.astype(np.int32), ids.astype(np.uint32), np.repeat(ids.astype(np.uint32), 2)[::2])):
+    for number, tokens in enumerate(
+        (ids, ids.astype(np.int32), ids.astype(np.uint32), np.repeat(ids.astype(np.uint32), 2)[::2])
+    ):
         writer = ShardWriter(tmp_path, f"shard_{number}", vocab_size)
         writer.add(tokens, np.array([len(ids)]), np.array([[0, 0]]))
         digests.append(writer.finish()["sha256"][f"shard_{number}.bin"])
@@ -115,7 +119,10 @@ def test_an_idx_of_another_corpus_is_refused(tokenized: Callable[..., Path]) -> 
     with pytest.raises(DataFormatError, match=r"shard_00000\.bin: cut short"):
         TokenizedDataset(folder)
     (folder / "shard_00000.bin").write_bytes((other / "shard_00000.bin").read_bytes())
-    with pytest.raises(DataFormatError, match=r"shard_00000\.idx: describes 507 tokens, the manifest 506; the two do not belong together"):
+    with pytest.raises(
+        DataFormatError,
+        match=r"shard_00000\.idx: describes 507 tokens, the manifest 506; the two do not belong together",
+    ):
         TokenizedDataset(folder)
 
 
@@ -148,22 +155,45 @@ def test_ids_of_another_type_than_the_vocabulary_needs_are_refused(tokenized: Ca
     ("damage", "message"),
     [
         (lambda folder: (folder / "shard_00000.bin").unlink(), r"shard_00000\.bin: missing; write the folder again"),
-        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: missing; give a folder written by `hunyuan-data tokenize`"),
+        (
+            lambda folder: (folder / "manifest.json").unlink(),
+            r"manifest\.json: missing; give a folder written by `hunyuan-data tokenize`",
+        ),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: not valid JSON"),
         (lambda folder: change_manifest(folder, format="hunyuan-packed"), "hunyuan-packed, expected hunyuan-tokenized"),
         (lambda folder: change_manifest(folder, version=1), "version 1, this program reads version 2"),
         (lambda folder: change_manifest(folder, tokens="many"), r"tokens is 'many', expected a value of type int"),
         (lambda folder: change_manifest(folder, documents=0), "holds no document"),
-        (lambda folder: change_manifest(folder, documents=-1), r"documents is -1, expected a number from 0 to 2\^63 - 1"),
-        (lambda folder: change_manifest(folder, pad_id=1000), "pad_id is 1000, but the vocabulary has the ids 0 to 999"),
-        (lambda folder: change_manifest(folder, shards=[7]), r"manifest\.json: a JSON object with name is expected, found int"),
-        (lambda folder: change_manifest(folder, tokenizer_digest="\ud800"), r"manifest\.json: not valid JSON .*surrogates not allowed"),
-        (lambda folder: (folder / "manifest.json").write_text("[" * 9999), r"manifest\.json: not valid JSON .*recursion"),
-        (lambda folder: change_manifest(folder, documents=5), "its shards hold 4 documents and 506 tokens, its manifest says 5 and 506"),
+        (
+            lambda folder: change_manifest(folder, documents=-1),
+            r"documents is -1, expected a number from 0 to 2\^63 - 1",
+        ),
+        (
+            lambda folder: change_manifest(folder, pad_id=1000),
+            "pad_id is 1000, but the vocabulary has the ids 0 to 999",
+        ),
+        (
+            lambda folder: change_manifest(folder, shards=[7]),
+            r"manifest\.json: a JSON object with name is expected, found int",
+        ),
+        (
+            lambda folder: change_manifest(folder, tokenizer_digest="\ud800"),
+            r"manifest\.json: not valid JSON .*surrogates not allowed",
+        ),
+        (
+            lambda folder: (folder / "manifest.json").write_text("[" * 9999),
+            r"manifest\.json: not valid JSON .*recursion",
+        ),
+        (
+            lambda folder: change_manifest(folder, documents=5),
+            "its shards hold 4 documents and 506 tokens, its manifest says 5 and 506",
+        ),
         (lambda folder: change_manifest(folder, shards=[{"name": "shard_00000"}]), "documents is missing"),
     ],
 )
-def test_a_damaged_folder_is_refused(tokenized: Callable[..., Path], damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_folder_is_refused(
+    tokenized: Callable[..., Path], damage: Callable[[Path], object], message: str
+) -> None:
     folder = tokenized("t", DOCUMENTS)
     damage(folder)
     with pytest.raises(DataFormatError, match=message):

@@ -25,7 +25,13 @@ def stages(packed: Callable[..., Path], numbered_documents: Callable[..., list])
     c = str(packed("c", numbered_documents(50, 3), 32))
     return [
         {"name": "short", "data": [{"path": a, "weight": 2}, {"path": b}]},
-        {"name": "long", "sequence_length": 32, "tokens": 32 * 4 * 3, "global_batch_sequences": 4, "data": [{"path": c}]},
+        {
+            "name": "long",
+            "sequence_length": 32,
+            "tokens": 32 * 4 * 3,
+            "global_batch_sequences": 4,
+            "data": [{"path": c}],
+        },
     ]
 
 
@@ -64,7 +70,11 @@ def test_a_micro_batch_is_whole_sequences_one_after_the_other(experiment: Callab
     (batch,) = loader.micro_batches(0)
     assert batch.sequence_ids.tolist() == [4, 5, 6, 7]
     assert {len(column) for column in (batch.tokens_T, batch.labels_T, batch.loss_mask_T, batch.positions_T)} == {64}
-    assert (batch.tokens_T.dtype, batch.loss_mask_T.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.float32, torch.int32)
+    assert (batch.tokens_T.dtype, batch.loss_mask_T.dtype, batch.cu_seqlens.dtype) == (
+        torch.int64,
+        torch.float32,
+        torch.int32,
+    )
     assert {0, 16, 32, 48, 64} <= set(batch.cu_seqlens.tolist())
     sizes = batch.cu_seqlens.diff()
     assert (sizes > 0).all()
@@ -112,7 +122,8 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(
             {"sequence_length": 32},
             1,
             DIGEST,
-            r"a: packed to sequences of 16 tokens, but stages\[0\] \(short\) has sequence_length=32; set it to 16, or run "
+            r"a: packed to sequences of 16 tokens, but stages\[0\] \(short\) has sequence_length=32; set it to "
+            r"16, or run "
             r"`hunyuan-data pack --sequence-length 32`",
         ),
         ({}, 1, "e" * 64, r"a: tokenized with tokenizer dddddddddddd\.\.\., but this run has eeeeeeeeeeee"),
@@ -120,17 +131,22 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(
             {},
             3,
             DIGEST,
-            r"stages\[0\] \(short\): global_batch_sequences=8 is not a multiple of data-parallel size 3 x micro_batch_sequences 1 = 3",
+            r"stages\[0\] \(short\): global_batch_sequences=8 is not a multiple of data-parallel size 3 x "
+            r"micro_batch_sequences 1 = 3",
         ),
     ],
 )
-def test_opening_refuses(experiment: Callable, stages: list[dict], change: dict, dp_size: int, digest: str, message: str) -> None:
+def test_opening_refuses(
+    experiment: Callable, stages: list[dict], change: dict, dp_size: int, digest: str, message: str
+) -> None:
     with pytest.raises(DataFormatError, match=message):
         StepLoader(experiment([{**stages[0], **change}]), 0, dp_size, digest)
 
 
 def test_ids_beyond_the_embedding_are_refused(experiment: Callable, stages: list[dict]) -> None:
-    with pytest.raises(DataFormatError, match=r"vocabulary of 1000 ids, but model\.padded_vocab_size=512; set it to at least 1000"):
+    with pytest.raises(
+        DataFormatError, match=r"vocabulary of 1000 ids, but model\.padded_vocab_size=512; set it to at least 1000"
+    ):
         StepLoader(experiment(stages, padded_vocab_size=512), 0, 1, DIGEST)
 
 
@@ -163,7 +179,8 @@ def test_evaluation_takes_each_sequence_once_and_ranks_stay_in_step(
 def test_no_sample_is_lost_or_repeated_when_a_run_restarts_with_other_ranks(
     packed: Callable[..., Path], numbered_documents: Callable[..., list], experiment: Callable, balance: str
 ) -> None:
-    """Random restarts, each with another data-parallel size and micro-batch: together the steps take each sequence of the epoch once."""
+    """Random restarts, each with another data-parallel size and micro-batch: together the steps take each sequence of
+    the epoch once."""
     source = str(packed("a", numbered_documents(200, 1), 16))
     size = len(PackedDataset(source))
     batch = 8
@@ -200,7 +217,13 @@ def test_dealing_by_cost_evens_out_what_runs_side_by_side(
     source = str(packed("a", documents, 128))
     worst = {}
     for balance in ("off", "deal", "group"):
-        stage = {"name": "s", "sequence_length": 128, "tokens": 128 * 16 * 4, "global_batch_sequences": 16, "data": [{"path": source}]}
+        stage = {
+            "name": "s",
+            "sequence_length": 128,
+            "tokens": 128 * 16 * 4,
+            "global_batch_sequences": 16,
+            "data": [{"path": source}],
+        }
         if balance == "group":
             stage["balance_group_sequences"] = 4
         order = SampleOrder(experiment([{**stage, "balance_attention": balance}]), DIGEST)

@@ -20,7 +20,14 @@ from hunyuan_pretrain.data.mixture import DataSegment, Mixture, SourceSize
 def stage(weights: dict[str, float], sequences: int, name: str = "s") -> StageConfig:
     data = [{"path": path, "weight": weight} for path, weight in weights.items()]
     return StageConfig.model_validate(
-        {"name": name, "tokens": sequences * 8, "sequence_length": 8, "global_batch_sequences": 1, "lr_end": 1.0, "data": data}
+        {
+            "name": name,
+            "tokens": sequences * 8,
+            "sequence_length": 8,
+            "global_batch_sequences": 1,
+            "lr_end": 1.0,
+            "data": data,
+        }
     )
 
 
@@ -51,7 +58,9 @@ def test_mixture_is_exact_at_the_end_and_even_on_the_way(weights: Sequence[int],
 
 def test_largest_remainder_decides_what_is_left_over() -> None:
     mixture = Mixture(
-        [stage({"a": 0.47, "b": 0.16, "c": 0.158, "d": 0.12, "e": 0.061, "f": 0.031}, 100)], sizes(dict.fromkeys("abcdef", 9)), seed=0
+        [stage({"a": 0.47, "b": 0.16, "c": 0.158, "d": 0.12, "e": 0.061, "f": 0.031}, 100)],
+        sizes(dict.fromkeys("abcdef", 9)),
+        seed=0,
     )
     assert list(mixture.counts[0].values()) == [47, 16, 16, 12, 6, 3]
 
@@ -71,7 +80,11 @@ def test_each_epoch_takes_every_sequence_once_in_a_new_order() -> None:
 
 
 def test_a_source_goes_on_in_a_later_stage_where_it_stopped() -> None:
-    stages = [stage({"a": 1.0, "b": 1.0}, 12, "one"), stage({"b": 1.0, "c": 1.0}, 8, "two"), stage({"./b": 1.0}, 10, "three")]
+    stages = [
+        stage({"a": 1.0, "b": 1.0}, 12, "one"),
+        stage({"b": 1.0, "c": 1.0}, 8, "two"),
+        stage({"./b": 1.0}, 10, "three"),
+    ]
     mixture = Mixture(stages, sizes({"a": 7, "b": 20, "c": 3}), seed=2)
     rows = np.concatenate([order(mixture, i)[1][order(mixture, i)[0] == mixture.sources.index("b")] for i in range(3)])
     assert sorted(rows.tolist()) == list(range(20))
@@ -99,7 +112,10 @@ def test_a_full_size_run_needs_no_memory() -> None:
 
 
 def test_a_source_without_a_single_sequence_is_refused() -> None:
-    message = r"stage s: b has weight 0\.001 of 1\.001, which is none of the stage's 100 sequences; remove it or give it a share"
+    message = (
+        r"stage s: b has weight 0\.001 of 1\.001, which is none of the stage's 100 sequences; remove it or give "
+        r"it a share"
+    )
     with pytest.raises(DataFormatError, match=message):
         Mixture([stage({"a": 1.0, "b": 0.001}, 100)], sizes({"a": 5, "b": 5}), seed=0)
 
@@ -131,7 +147,8 @@ def test_a_source_is_not_read_more_often_than_it_may_be() -> None:
     mixture = Mixture([capped(1, "one"), capped(2, "two")], of_sources, seed=0)
     assert mixture.epochs(1)["a"] == 2.0
     message = (
-        r"stage two: a would have been read 2 times, max_epochs is 1.5; 40 tokens are left for the stage, which asks for 80\n"
+        r"stage two: a would have been read 2 times, max_epochs is 1.5; 40 tokens are left for the stage, which "
+        r"asks for 80\n"
         r"lower the weight or the stage's tokens, raise max_epochs, or give more data"
     )
     with pytest.raises(DataFormatError, match=message):
@@ -143,7 +160,9 @@ def test_a_source_is_not_read_more_often_than_it_may_be() -> None:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(ranges: list[tuple[int, int]], seed: int) -> None:
+def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(
+    ranges: list[tuple[int, int]], seed: int
+) -> None:
     skipped: list[list[int]] = []
     for first, more in sorted(ranges):
         if not skipped or first > skipped[-1][1]:
@@ -173,7 +192,9 @@ def test_a_later_stage_goes_on_after_what_made_up_for_skipped_steps() -> None:
 def over_one_corpus(*selections: tuple[int, int], sequences: int = 100) -> dict[str, SourceSize]:
     """Packs a, b, c... of 100 sequences, each of the documents of one corpus whose lengths are in a range."""
     documents = [(Selection("digest", "/tokens", shortest, longest),) for shortest, longest in selections]
-    return {name: SourceSize(sequences, sequences * 8, documents=held) for name, held in zip("abc", documents, strict=False)}
+    return {
+        name: SourceSize(sequences, sequences * 8, documents=held) for name, held in zip("abc", documents, strict=False)
+    }
 
 
 def two_stages(cap: float, first: str = "a", second: str = "b", sequences: int = 98) -> list[StageConfig]:
@@ -199,7 +220,10 @@ def test_documents_that_packs_of_two_lengths_share_are_counted_together() -> Non
 def test_documents_chosen_apart_by_length_are_not_counted_together() -> None:
     mixture = Mixture(two_stages(cap=1), over_one_corpus((1, 64), (65, NO_LIMIT)), seed=0)
     assert mixture.most_read(1, "b").epochs == 0.98  # type: ignore[union-attr]
-    other = {name: replace(size, documents=(Selection(name, name, 1, 9),)) for name, size in over_one_corpus((1, 9), (1, 9)).items()}
+    other = {
+        name: replace(size, documents=(Selection(name, name, 1, 9),))
+        for name, size in over_one_corpus((1, 9), (1, 9)).items()
+    }
     assert Mixture(two_stages(cap=1), other, seed=0).most_read(1, "b").epochs == 0.98  # type: ignore[union-attr]
 
 
@@ -211,7 +235,9 @@ def test_only_lengths_that_a_document_has_decide_where_selections_overlap() -> N
             for name, size in over_one_corpus((1, 64), (64, NO_LIMIT)).items()
         }
         if has_one:
-            with pytest.raises(DataFormatError, match=r"documents of 64 to 64 tokens of /tokens would have been read 1.96 times"):
+            with pytest.raises(
+                DataFormatError, match=r"documents of 64 to 64 tokens of /tokens would have been read 1.96 times"
+            ):
                 Mixture(two_stages(cap=1), of_sources, seed=0)
         else:
             Mixture(two_stages(cap=1), of_sources, seed=0)
@@ -227,9 +253,13 @@ def test_lengths_are_not_read_where_the_bound_is_enough() -> None:
 
 def test_a_pack_that_holds_a_part_of_another_counts_for_that_part() -> None:
     of_sources = over_one_corpus((1, NO_LIMIT), (100, 200))
-    with pytest.raises(DataFormatError, match=r"b: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"):
+    with pytest.raises(
+        DataFormatError, match=r"b: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"
+    ):
         Mixture(two_stages(cap=1), of_sources, seed=0)
-    with pytest.raises(DataFormatError, match=r"a: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"):
+    with pytest.raises(
+        DataFormatError, match=r"a: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"
+    ):
         Mixture(two_stages(cap=1, first="b", second="a"), of_sources, seed=0)
 
 
@@ -282,7 +312,9 @@ some_mixes = st.dictionaries(st.sampled_from("abc"), st.integers(20, 80).map(flo
     lengths=st.lists(st.integers(150, 260), min_size=4, max_size=4),
     stops=st.lists(st.integers(1, 90), min_size=3, max_size=3, unique=True),
 )
-@example([{"a": 20.0}, {"a": 20.0}], [8, 1, 1, 1], [153, 150, 150, 150], [19, 20, 21])  # the second segment ends the stage where it is
+@example(
+    [{"a": 20.0}, {"a": 20.0}], [8, 1, 1, 1], [153, 150, 150, 150], [19, 20, 21]
+)  # the second segment ends the stage where it is
 @settings(max_examples=100, deadline=None)
 def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_the_way(
     mixes: list[dict[str, float]], batches: list[int], lengths: list[int], stops: list[int]
@@ -297,7 +329,9 @@ def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_t
             Mixture([], of_sources, 1, [*segments, DataSegment(step, [with_batch(stage(mix, length), batch)], 1)])
         except ConfigError:
             continue  # shorter than what is trained
-        segments.append(DataSegment(step, [with_batch(stage(mix, length), batch), stage({"a": 1.0, "c": 2.0}, 30, "later")], 1))
+        segments.append(
+            DataSegment(step, [with_batch(stage(mix, length), batch), stage({"a": 1.0, "c": 2.0}, 30, "later")], 1)
+        )
     mixture = Mixture(segments[-1].stages, of_sources, 1, segments)
     found = trained(mixture)
     for number, name in enumerate(mixture.sources):
@@ -313,7 +347,8 @@ def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_t
 
 
 @given(
-    batches=st.lists(st.integers(1, 12), min_size=2, max_size=4), stops=st.lists(st.integers(1, 30), min_size=3, max_size=3, unique=True)
+    batches=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    stops=st.lists(st.integers(1, 30), min_size=3, max_size=3, unique=True),
 )
 @settings(max_examples=60, deadline=None)
 def test_another_batch_keeps_the_order_of_the_data(batches: list[int], stops: list[int]) -> None:
@@ -328,7 +363,10 @@ def test_another_batch_keeps_the_order_of_the_data(batches: list[int], stops: li
 
 def test_another_seed_orders_what_is_left_and_only_that() -> None:
     of_sources, stages = sizes({"a": 40}), [stage({"a": 1.0}, 40)]
-    one, both = Mixture(stages, of_sources, 1), Mixture(stages, of_sources, 2, [DataSegment(0, stages, 1), DataSegment(10, stages, 2)])
+    one, both = (
+        Mixture(stages, of_sources, 1),
+        Mixture(stages, of_sources, 2, [DataSegment(0, stages, 1), DataSegment(10, stages, 2)]),
+    )
     assert trained(both)[:10] == trained(one)[:10]
     assert trained(both)[10:] == trained(Mixture(stages, of_sources, 2))[10:]
 

@@ -32,7 +32,11 @@ def test_one_sequence_by_hand(packed: Callable[..., Path]) -> None:
     assert sequence.loss_mask.tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
     assert sequence.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert sequence.cu_seqlens.tolist() == [0, 3, 5, 8]
-    assert [str(a.dtype) for a in (sequence.tokens, sequence.loss_mask, sequence.cu_seqlens)] == ["int32", "bool", "int32"]
+    assert [str(a.dtype) for a in (sequence.tokens, sequence.loss_mask, sequence.cu_seqlens)] == [
+        "int32",
+        "bool",
+        "int32",
+    ]
 
 
 def test_a_cut_document_predicts_its_own_next_token_beyond_the_cut(packed: Callable[..., Path]) -> None:
@@ -73,7 +77,9 @@ def test_loss_never_crosses_documents_and_misses_no_token(
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
-def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(packed: Callable[..., Path], vocab_size: int) -> None:
+def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(
+    packed: Callable[..., Path], vocab_size: int
+) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 900, length).tolist() for length in (1, 2, 3, 5, 8, 13, 21, 40, 16, 15, 17, 33)]
     index = PackedDataset(packed("index", documents, 16, vocab_size=vocab_size, documents_per_shard=5))
@@ -89,7 +95,9 @@ def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(pac
             assert one.tolist() == other.tolist(), field.name
     copy.index.verify()
     assert origin.path == "corpus.jsonl"
-    with pytest.raises(DataFormatError, match="copy_tokens is not there; a packed folder moves together with what it was packed from"):
+    with pytest.raises(
+        DataFormatError, match="copy_tokens is not there; a packed folder moves together with what it was packed from"
+    ):
         copy.index.locate(3)
     (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
     with pytest.raises(DataFormatError, match=r"tokens\.bin: cut short"):
@@ -128,7 +136,9 @@ def test_a_dataset_can_be_moved_with_its_sources(tmp_path: Path, packed: Callabl
         ({"sha256": {}}, r"sequence_offsets\.npy: SHA-256 .*, the manifest says None"),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(packed: Callable[..., Path], changes: dict, message: str) -> None:
+def test_a_manifest_that_contradicts_itself_is_refused(
+    packed: Callable[..., Path], changes: dict, message: str
+) -> None:
     folder = packed("p", [[1, 2], [3]], 4)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
@@ -141,7 +151,9 @@ def test_pieces_that_point_elsewhere_are_refused(packed: Callable[..., Path], na
     folder = packed("p", [[1, 2, 3], [4]], 8)
     array = np.load(folder / f"{name}.npy")
     np.save(folder / f"{name}.npy", np.zeros_like(array) if name == "piece_length" else np.full_like(array, 60_000))
-    with pytest.raises(DataFormatError, match=r"sequence 0 cannot be read \(|sequence 0 has no piece, or one without a token"):
+    with pytest.raises(
+        DataFormatError, match=r"sequence 0 cannot be read \(|sequence 0 has no piece, or one without a token"
+    ):
         PackedDataset(folder)[0]
 
 
@@ -156,7 +168,9 @@ def test_sources_of_two_tokenizers_are_refused(tokenized: Callable[..., Path]) -
 def test_another_tokenizer_is_refused(packed: Callable[..., Path]) -> None:
     folder = packed("p", [[1, 2]], 4)
     assert len(PackedDataset(folder, "d" * 64)) == 1
-    with pytest.raises(DataFormatError, match=r"p: tokenized with tokenizer dddddddddddd\.\.\., but this run has 123456789012"):
+    with pytest.raises(
+        DataFormatError, match=r"p: tokenized with tokenizer dddddddddddd\.\.\., but this run has 123456789012"
+    ):
         PackedDataset(folder, "1234567890123")
 
 
@@ -168,14 +182,25 @@ def drop_pieces(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "piece_start.npy").unlink(), r"piece_start\.npy: missing; write the folder again"),
-        (lambda folder: (folder / "piece_start.npy").write_bytes(b"\x93NUMPY"), r"piece_start\.npy: not readable as a numpy array"),
-        (lambda folder: (folder / "piece_start.npy").write_bytes(b""), r"piece_start\.npy: not readable as a numpy array"),
+        (
+            lambda folder: (folder / "piece_start.npy").write_bytes(b"\x93NUMPY"),
+            r"piece_start\.npy: not readable as a numpy array",
+        ),
+        (
+            lambda folder: (folder / "piece_start.npy").write_bytes(b""),
+            r"piece_start\.npy: not readable as a numpy array",
+        ),
         (drop_pieces, r"piece_start\.npy: uint16 of shape \(1,\), the manifest describes 2 integers"),
-        (lambda folder: np.save(folder / "sequence_offsets.npy", np.array([0, 1])), r"sequence_offsets\.npy: does not belong"),
+        (
+            lambda folder: np.save(folder / "sequence_offsets.npy", np.array([0, 1])),
+            r"sequence_offsets\.npy: does not belong",
+        ),
         (lambda folder: shutil.rmtree(f"{folder}_tokens"), r"p_tokens is not there"),
     ],
 )
-def test_a_damaged_folder_is_refused(packed: Callable[..., Path], damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_folder_is_refused(
+    packed: Callable[..., Path], damage: Callable[[Path], object], message: str
+) -> None:
     folder = packed("p", [[1, 2], [3]], 4)
     damage(folder)
     with pytest.raises(DataFormatError, match=message):
@@ -186,7 +211,9 @@ def test_sources_tokenized_again_are_refused(packed: Callable[..., Path], tokeni
     folder = packed("p", [[1, 2], [3]], 4)
     shutil.rmtree(f"{folder}_tokens")
     tokenized("p_tokens", [[1, 2], [4]])
-    with pytest.raises(DataFormatError, match=r"p_tokens: was tokenized again after .*p was packed from it; pack again"):
+    with pytest.raises(
+        DataFormatError, match=r"p_tokens: was tokenized again after .*p was packed from it; pack again"
+    ):
         PackedDataset(folder)
 
 
@@ -194,7 +221,10 @@ def test_a_packed_folder_that_moved_alone_says_what_it_misses(packed: Callable[.
     folder = packed("p", [[1, 2], [3]], 4)
     moved = tmp_path / "elsewhere/q"
     shutil.copytree(folder, moved)
-    with pytest.raises(DataFormatError, match=r"q: packed from the tokenized folder \.\./p_tokens, and .*elsewhere/p_tokens is not there"):
+    with pytest.raises(
+        DataFormatError,
+        match=r"q: packed from the tokenized folder \.\./p_tokens, and .*elsewhere/p_tokens is not there",
+    ):
         PackedDataset(moved)
 
 
@@ -214,12 +244,17 @@ def test_pieces_that_overflow_a_sequence_are_refused(packed: Callable[..., Path]
 
 
 def test_a_pack_knows_which_lengths_of_which_folder_it_holds(packed: Callable[..., Path], tmp_path: Path) -> None:
-    """Where the lengths are not there any more, any range may hold a document: epochs are then counted too high, never too low."""
+    """Where the lengths are not there any more, any range may hold a document: epochs are then counted too high, never
+    too low."""
     documents = [[1] * length for length in (3, 5, 9)]
     for name, materialize in (("index", False), ("copy", True)):
         index = PackedIndex(packed(name, documents, 16, materialize=materialize))
         (selection,) = index.selections
-        assert (selection.folder, selection.shortest, selection.longest) == (str(tmp_path / f"{name}_tokens"), 1, NO_LIMIT)
+        assert (selection.folder, selection.shortest, selection.longest) == (
+            str(tmp_path / f"{name}_tokens"),
+            1,
+            NO_LIMIT,
+        )
         assert index.holds(selection)
         assert index.holds(dataclasses.replace(selection, shortest=4, longest=5))
         assert not index.holds(dataclasses.replace(selection, shortest=6, longest=8))

@@ -33,7 +33,9 @@ def _small_parts() -> Iterator[None]:
 
 def sequences(packing: Packing) -> list[list[tuple[int, int, int]]]:
     """(document, start, length) of the pieces of each sequence."""
-    pieces = list(zip(packing.piece_document.tolist(), packing.piece_start.tolist(), packing.piece_length.tolist(), strict=True))
+    pieces = list(
+        zip(packing.piece_document.tolist(), packing.piece_start.tolist(), packing.piece_length.tolist(), strict=True)
+    )
     borders = packing.sequence_offsets.tolist()
     assert (borders[0], borders[-1]) == (0, len(pieces))
     return [pieces[begin:end] for begin, end in itertools.pairwise(borders)]
@@ -67,9 +69,16 @@ def test_every_token_is_in_exactly_one_piece_or_in_a_counted_fragment(
     assert packing.dropped_tokens <= packing.dropped_fragments * (min_fragment - 1)
 
 
-@given(lengths=LENGTHS, sequence_length=st.sampled_from([2, 16, 33, 128]), method=METHODS, min_fragment=st.sampled_from([1, 2]))
+@given(
+    lengths=LENGTHS,
+    sequence_length=st.sampled_from([2, 16, 33, 128]),
+    method=METHODS,
+    min_fragment=st.sampled_from([1, 2]),
+)
 @settings(max_examples=200, deadline=None)
-def test_no_sequence_is_too_long_or_empty(lengths: np.ndarray, sequence_length: int, method: PackingMethod, min_fragment: int) -> None:
+def test_no_sequence_is_too_long_or_empty(
+    lengths: np.ndarray, sequence_length: int, method: PackingMethod, min_fragment: int
+) -> None:
     for pieces in sequences(pack_documents(lengths, sequence_length, 3, method, min_fragment)):
         assert 0 < sum(length for _, _, length in pieces) <= sequence_length
 
@@ -116,17 +125,30 @@ def test_settings_that_cannot_be_are_refused_together() -> None:
     with pytest.raises(DataFormatError) as error:
         pack_documents(np.array([1, 2]), 16, 0, "best", min_fragment_tokens=17)  # type: ignore[arg-type]
     assert str(error.value) == (
-        "method='best': must be one of best_fit, chop; min_fragment_tokens=17: must be from 1 (drop nothing) to the sequence length, 16"
+        "method='best': must be one of best_fit, chop; min_fragment_tokens=17: must be from 1 (drop nothing) to "
+        "the sequence length, 16"
     )
 
 
-@pytest.mark.parametrize(("longest", "sequence_length", "start", "length"), [
-    (65535, 65535, "uint16", "uint16"), (65536, 65535, "int32", "uint16"), (9, 65536, "uint16", "int32"), (200_000, 65536, "int32", "int32")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("longest", "sequence_length", "start", "length"),
+    [
+        (65535, 65535, "uint16", "uint16"),
+        (65536, 65535, "int32", "uint16"),
+        (9, 65536, "uint16", "int32"),
+        (200_000, 65536, "int32", "int32"),
+    ],
+)
 @pytest.mark.parametrize("method", ["best_fit", "chop"])
-def test_arrays_are_as_small_as_is_safe(longest: int, sequence_length: int, start: str, length: str, method: PackingMethod) -> None:
+def test_arrays_are_as_small_as_is_safe(
+    longest: int, sequence_length: int, start: str, length: str, method: PackingMethod
+) -> None:
     packing = pack_documents(np.array([longest, 5, longest], dtype=np.int64), sequence_length, 0, method)
-    assert (packing.piece_document.dtype, packing.piece_start.dtype, packing.piece_length.dtype) == (np.uint32, start, length)
+    assert (packing.piece_document.dtype, packing.piece_start.dtype, packing.piece_length.dtype) == (
+        np.uint32,
+        start,
+        length,
+    )
     ends = packing.piece_start.astype(np.int64) + packing.piece_length
     assert ends.max() == longest
     assert packing.piece_length.sum(dtype=np.int64) == 2 * longest + 5
@@ -145,7 +167,9 @@ def best_fit_by_the_book(lengths: np.ndarray, capacity: int) -> list[int]:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 40) | st.sampled_from([3, 7, 13]), max_size=150).map(lambda values: np.array(values, dtype=np.int32)),
+    lengths=st.lists(st.integers(1, 40) | st.sampled_from([3, 7, 13]), max_size=150).map(
+        lambda values: np.array(values, dtype=np.int32)
+    ),
     capacity=st.sampled_from([40, 41, 100]),
     part=st.integers(1, 50),
 )
@@ -175,7 +199,9 @@ def realistic_lengths(seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("sequence_length", [4096, 32768, 262144])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_bins_reach_the_optimum_on_realistic_lengths(sequence_length: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bins_reach_the_optimum_on_realistic_lengths(
+    sequence_length: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packing_module, "_AT_A_TIME", 2**16)
     lengths = realistic_lengths(seed)
     optimum = math.ceil(lengths.sum(dtype=np.int64) / sequence_length)
@@ -199,7 +225,10 @@ def test_packing_is_deterministic_and_the_seed_only_orders_sequences() -> None:
     assert packed[4:] == [[(4, 0, 10)], [(2, 0, 9)], [(1, 0, 9), (6, 0, 1)]]
 
     def contents(packing: Packing) -> set:
-        return {tuple(packing.piece_document[a:b]) for a, b in zip(packing.sequence_offsets, packing.sequence_offsets[1:], strict=False)}
+        return {
+            tuple(packing.piece_document[a:b])
+            for a, b in zip(packing.sequence_offsets, packing.sequence_offsets[1:], strict=False)
+        }
 
     assert contents(first) == contents(other)
 
@@ -215,7 +244,13 @@ def test_permutations_look_random() -> None:
     size = 10_000
     first, second = (permuted(np.arange(size), size, mixed_key(7, epoch)) for epoch in (0, 1))
     all_at_once = shuffled(size, 7)
-    pairs = [(first, np.arange(size)), (first, second), (first[1:], first[:-1]), (all_at_once, first), (all_at_once, np.arange(size))]
+    pairs = [
+        (first, np.arange(size)),
+        (first, second),
+        (first[1:], first[:-1]),
+        (all_at_once, first),
+        (all_at_once, np.arange(size)),
+    ]
     for left, right in [*pairs, (all_at_once[1:], all_at_once[:-1]), (all_at_once, shuffled(size, 8))]:
         assert abs(np.corrcoef(left, right)[0, 1]) < 0.04
     assert 2 * size < 5 * np.count_nonzero(np.diff(first) > 0) < 3 * size

@@ -140,7 +140,10 @@ BYTES = b"".join(line(bytes([byte]), byte) for byte in range(256))
         (BYTES + line(b"ab", 256) + line(b"ab", 257), r"line 258: token b'ab' occurs twice \(first on line 257\)"),
         (BYTES + line(b"ab", 7), r"line 257: rank 7 occurs twice \(first on line 8\)"),
         (BYTES + line(b"ab", 258), r"no token has rank 256; 257 tokens must have the ranks 0 to 256"),
-        (b"".join(line(bytes([byte]), byte) for byte in range(255)), r"no token for 1 of 256 single bytes, the first 0xff"),
+        (
+            b"".join(line(bytes([byte]), byte) for byte in range(255)),
+            r"no token for 1 of 256 single bytes, the first 0xff",
+        ),
         (b"", r"no token for 256 of 256 single bytes"),
     ],
 )
@@ -183,7 +186,11 @@ def test_auto_tokenizer_loads_without_remote_code(tokenizer: Tokenizer, hf_folde
 
     loaded = AutoTokenizer.from_pretrained(hf_folder)
     assert len(loaded) == tokenizer.vocab_size
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (
+        tokenizer.start_id,
+        tokenizer.end_id,
+        tokenizer.pad_id,
+    )
     text = "the thing's 中文 xyz"
     assert loaded(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
     assert loaded.decode(tokenizer.encode(text)) == text
@@ -201,8 +208,13 @@ def test_a_text_begins_as_a_document_and_does_not_end(tokenizer: Tokenizer, hf_f
     loaded = AutoTokenizer.from_pretrained(hf_folder)
     text = "the thing"
     assert loaded(text)["input_ids"] == tokenizer.encode_document(text).tolist()[:-1]
-    assert loaded("<|eos|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_id], "by name, as everywhere in Hugging Face"
-    assert loaded("a<|eos|>", split_special_tokens=True)["input_ids"] == [tokenizer.start_id, *tokenizer.encode("a<|eos|>")]
+    assert loaded("<|eos|>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_id], (
+        "by name, as everywhere in Hugging Face"
+    )
+    assert loaded("a<|eos|>", split_special_tokens=True)["input_ids"] == [
+        tokenizer.start_id,
+        *tokenizer.encode("a<|eos|>"),
+    ]
 
 
 def test_rows_of_a_batch_end_together(tokenizer: Tokenizer, hf_folder: Path) -> None:
@@ -221,7 +233,22 @@ def chat_template(hf_folder: Path):
     return lambda messages: loaded.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
 
 
-PIECES = ["<", "|", ">", "eos", GUARD, "<|eos|>", "<|extra_0|>", "<|startoftext|>", "<|", "\u0338", "{{ x }}", " ", "\n", "the"]
+PIECES = [
+    "<",
+    "|",
+    ">",
+    "eos",
+    GUARD,
+    "<|eos|>",
+    "<|extra_0|>",
+    "<|startoftext|>",
+    "<|",
+    "\u0338",
+    "{{ x }}",
+    " ",
+    "\n",
+    "the",
+]
 
 
 @given(text=st.lists(st.sampled_from(PIECES), max_size=9).map("".join) | st.text(max_size=6))
@@ -231,7 +258,11 @@ def test_no_text_of_a_message_becomes_a_control_token(text: str, tokenizer: Toke
     messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
     ids = chat_template(messages)
     assert ids == tokenizer.apply_chat(messages)
-    start, end_of_user, end_of_system = tokenizer.start_id, tokenizer.special_ids["<|extra_0|>"], tokenizer.special_ids["<|extra_4|>"]
+    start, end_of_user, end_of_system = (
+        tokenizer.start_id,
+        tokenizer.special_ids["<|extra_0|>"],
+        tokenizer.special_ids["<|extra_4|>"],
+    )
     turns = [start, end_of_user, tokenizer.eos_id, start, end_of_user]
     if text:
         turns.insert(1, end_of_system)
@@ -295,7 +326,9 @@ WORDS = st.sampled_from(
 TEXT = (
     st.lists(WORDS | st.text(max_size=8) | st.text(alphabet="abctheing' \n1", max_size=20), max_size=12)
     .map("".join)
-    .filter(lambda text: "<|" not in text)  # hypothesis tries strings of the program, and Hugging Face interprets special tokens in text
+    .filter(
+        lambda text: "<|" not in text
+    )  # hypothesis tries strings of the program, and Hugging Face interprets special tokens in text
 )
 
 
@@ -313,7 +346,9 @@ def test_decoding_gives_the_text_back_in_nfc(text: str, tokenizer: Tokenizer) ->
 
 def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, fast) -> None:
     """Both regular-expression engines put each character in the same class: letter, digit, white space or other."""
-    known = (chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co"))
+    known = (
+        chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")
+    )
     # Ideographs and Hangul are runs of one class; every 16th of them will do.
     chosen = [c for c in known if not ("\u3400" <= c <= "\ud7a3" or c >= "\U00017000") or ord(c) % 16 == 0]
     texts = [f"a{c}b 1{c} !{c}\n '{c} " for c in chosen]

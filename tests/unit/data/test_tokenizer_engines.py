@@ -67,7 +67,9 @@ def gigatoken(folder: Path) -> Encode:
 
 
 def quicktok(folder: Path) -> Encode:
-    core = pytest.importorskip("quicktok._import_core", reason="the package is quicktok-v1; quicktok on PyPI is another one")
+    core = pytest.importorskip(
+        "quicktok._import_core", reason="the package is quicktok-v1; quicktok on PyPI is another one"
+    )
     import quicktok
 
     data = folder / "quicktok"
@@ -89,7 +91,18 @@ def pair(request: pytest.FixtureRequest, folders: dict[str, Path]) -> tuple[Toke
     return Tokenizer.load(folders[kind]), make(folders[kind])
 
 
-CODE = ["def f(x):\n    return x**2", "/* ", "//----", "\t\tif (a != b) {\r\n", "0x1F", "'ll", "I'M", "'\u017f", "#!/bin/sh\n", "<br/>\n\n"]
+CODE = [
+    "def f(x):\n    return x**2",
+    "/* ",
+    "//----",
+    "\t\tif (a != b) {\r\n",
+    "0x1F",
+    "'ll",
+    "I'M",
+    "'\u017f",
+    "#!/bin/sh\n",
+    "<br/>\n\n",
+]
 MARKS = ["e\u0301", "\u0301\u0323a", "\u1100\u1161\u11a8", "क्षि", "\u0958", "ﬁ", "\u212b", "ｶﾞ", "\u200d", "\ufe0f"]
 SPACES = ["   ", "\n \n", "\r\n\r\n", "\t", "\u00a0", "\u3000", "\x85", "\x1c", " \u2028", "\ufeff", "\0"]
 WORDS = st.sampled_from(
@@ -122,7 +135,9 @@ def test_a_run_of_a_hundred_thousand_is_encoded_alike(unit: str, pair: tuple[Tok
 def test_a_whole_word_has_its_id_only_by_itself(folders: dict[str, Path]) -> None:
     tokenizer = Tokenizer.load(folders["whole words"])
     for word, longer in zip(
-        WHOLE_WORDS, ("xylophonics", " zyzzyvas", "見黃河入海流矣", "!?!?!?!!", " \u0950\u0950\u0950\u0950\u0950"), strict=True
+        WHOLE_WORDS,
+        ("xylophonics", " zyzzyvas", "見黃河入海流矣", "!?!?!?!!", " \u0950\u0950\u0950\u0950\u0950"),
+        strict=True,
     ):
         token = tokenizer.ranks[word.encode()]
         assert tokenizer.encode(word) == [token]
@@ -159,7 +174,9 @@ def test_the_released_layout_loads_unchanged(tmp_path: Path) -> None:
     assert len(tokenizer.ranks) == 127_957
     assert tokenizer.vocab_size == 128_166
     assert (tokenizer.end_id, tokenizer.start_id, tokenizer.special_ids["<|extra_203|>"]) == (127_957, 127_958, 128_165)
-    oracle = tiktoken.Encoding("release", pat_str=SPLIT_PATTERN, mergeable_ranks=load_tiktoken_bpe(str(file)), special_tokens={})
+    oracle = tiktoken.Encoding(
+        "release", pat_str=SPLIT_PATTERN, mergeable_ranks=load_tiktoken_bpe(str(file)), special_tokens={}
+    )
     whole = ["incomprehensibilities", " 不可達到的詞語", "？！？！？！？！"]
     assert [tokenizer.encode(word) for word in whole] == [[127_954], [127_955], [127_956]]
     for text in [TEXTS[0], "".join(whole), "，".join(whole) * 3, EMOJI, CHINESE]:

@@ -40,7 +40,8 @@ def zst(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".zst", zst), (".ZST", lambda c: zst(c[:9]) + zst(c[9:]))]
+    ("suffix", "compress"),
+    [("", bytes), (".gz", gzip.compress), (".zst", zst), (".ZST", lambda c: zst(c[:9]) + zst(c[9:]))],
 )
 def test_compressed_files_read_the_same(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     lines, text = json_lines({"text": "eins"}, {"text": "二"}), "a\r\nb 中".encode()
@@ -69,7 +70,11 @@ def test_lines_across_blocks_keep_their_numbers(tmp_path: Path, monkeypatch: pyt
             r"a\.jsonl: line 2: invalid JSON \(Expecting value at column 10\); one JSON object a line",
         ),
         ("a.jsonl", b'{"text": "x"}\n\n[1]\n', r"a\.jsonl: line 3: a JSON object is expected, found list"),
-        ("a.jsonl", b'{"body": "x", "id": 1}\n', r"a\.jsonl: line 1: no field 'text' \(fields: body, id\); choose with --text-field"),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 1}\n',
+            r"a\.jsonl: line 1: no field 'text' \(fields: body, id\); choose with --text-field",
+        ),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl: line 1: field 'text' holds int, text is expected"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: half of a surrogate pair"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: line 1: not UTF-8 \(byte 0xff at position 10\)"),
@@ -90,7 +95,9 @@ def test_what_is_not_text_is_refused_by_file_and_line(tmp_path: Path, name: str,
 def test_rejects_up_to_the_limit_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{\n{"text": "y"}\n{}\n')
     assert texts(tmp_path, max_rejects=2) == ["x", "y"]
-    with pytest.raises(DataFormatError, match=r"line 4: .* \(after 1 that --max-rejects allowed\); put it right, or .* --max-rejects 2"):
+    with pytest.raises(
+        DataFormatError, match=r"line 4: .* \(after 1 that --max-rejects allowed\); put it right, or .* --max-rejects 2"
+    ):
         texts(tmp_path, max_rejects=1)
 
 
@@ -98,7 +105,8 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
     with pytest.raises(DataFormatError, match="nowhere: no such file or folder"):
         find_files([tmp_path / "nowhere"])
     with pytest.raises(
-        DataFormatError, match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these with \.gz, .*; choose with --extension"
+        DataFormatError,
+        match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these with \.gz, .*; choose with --extension",
     ):
         find_files([tmp_path])
     (tmp_path / "a.txt").write_text("a")
@@ -159,7 +167,18 @@ def test_links_are_followed_each_real_file_once_and_circles_end(tmp_path: Path) 
 
 
 def test_what_a_folder_holds_beside_is_counted_and_named(tmp_path: Path) -> None:
-    corpus(tmp_path, "a.txt", "b.rst", "c.rst.gz", "README", ".hidden.txt", ".git/x.py", "tok/hy.tiktoken", "tok/x.txt", "d.log")
+    corpus(
+        tmp_path,
+        "a.txt",
+        "b.rst",
+        "c.rst.gz",
+        "README",
+        ".hidden.txt",
+        ".git/x.py",
+        "tok/hy.tiktoken",
+        "tok/x.txt",
+        "d.log",
+    )
     (tmp_path / "c.rst.gz").write_bytes(gzip.compress(b"c"))
     os.mkfifo(tmp_path / "pipe.txt")
     found = survey([tmp_path])
@@ -173,7 +192,9 @@ def test_what_a_folder_holds_beside_is_counted_and_named(tmp_path: Path) -> None
         "neither file nor folder": 1,
     }
     line = describe_skipped(found.skipped, found.examples)
-    assert line.startswith(f"not read: 2 .rst (such as '{tmp_path}/b.rst'), 2 hidden (the name begins with a dot) (such as")
+    assert line.startswith(
+        f"not read: 2 .rst (such as '{tmp_path}/b.rst'), 2 hidden (the name begins with a dot) (such as"
+    )
     more = survey([tmp_path], text_endings=[".rst", ""])
     assert [Path(file.path).name for file in more.files] == ["README", "a.txt", "b.rst", "c.rst.gz"]
     assert {file.kind for file in more.files} == {"text"}
@@ -181,7 +202,9 @@ def test_what_a_folder_holds_beside_is_counted_and_named(tmp_path: Path) -> None
 
 def test_a_corpus_from_which_nothing_is_read_is_an_error(tmp_path: Path) -> None:
     corpus(tmp_path, "in/b.rst", "in/.a.txt")
-    with pytest.raises(DataFormatError, match=r"read others as text with --text-ending \(not read: 1 \.rst .*, 1 hidden"):
+    with pytest.raises(
+        DataFormatError, match=r"read others as text with --text-ending \(not read: 1 \.rst .*, 1 hidden"
+    ):
         survey([tmp_path / "in"])
     (tmp_path / "link").symlink_to("missing")
     with pytest.raises(DataFormatError, match="link: a link to what is not there"):

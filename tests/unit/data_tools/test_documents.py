@@ -19,7 +19,9 @@ from data_tools.records import RecordForm, Reject, parse_conditions
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
-ALPHABET = st.sampled_from([*"aZ 0\n\r\t.,'\"\\\u00e9\u0302中文😀ﬁ½²Ⅷ\u3000\u00a0_-", "'s", "\r\n", "  ", "e\u0301", "\u1100\u1161", "가"])
+ALPHABET = st.sampled_from(
+    [*"aZ 0\n\r\t.,'\"\\\u00e9\u0302中文😀ﬁ½²Ⅷ\u3000\u00a0_-", "'s", "\r\n", "  ", "e\u0301", "\u1100\u1161", "가"]
+)
 TEXTS = st.lists(ALPHABET, max_size=60).map("".join)
 
 
@@ -29,11 +31,15 @@ def whole(document: Document | Reject) -> str:
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 40])
-def test_each_line_is_read_by_the_split_that_it_begins_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
+def test_each_line_is_read_by_the_split_that_it_begins_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_shards: int
+) -> None:
     monkeypatch.setattr(documents, "_BLOCK_BYTES", 50)
     path = tmp_path / "a.jsonl"
     expected = [f"{number} 中" + "x" * (number * 7 % 90) for number in range(60)]
-    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in expected).encode())
+    path.write_bytes(
+        b"\xef\xbb\xbf" + "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in expected).encode()
+    )
     shards = deal_out(find_files([path]), shard_bytes=path.stat().st_size // num_shards)
     assert num_shards - 1 <= len(shards) <= num_shards + 1
     read = [document for shard in shards for split in shard for document in read_split(split, RecordForm())]
@@ -45,7 +51,11 @@ def test_each_line_is_read_by_the_split_that_it_begins_in(tmp_path: Path, monkey
 
 
 def test_what_is_read_is_reported_as_bytes_on_disk(tmp_path: Path) -> None:
-    for name, content in (("a.jsonl", b'{"text": "x"}\n' * 500), ("b.txt.gz", gzip.compress(b"abc" * 9999)), ("c.txt", b"abc")):
+    for name, content in (
+        ("a.jsonl", b'{"text": "x"}\n' * 500),
+        ("b.txt.gz", gzip.compress(b"abc" * 9999)),
+        ("c.txt", b"abc"),
+    ):
         (tmp_path / name).write_bytes(content)
         seen: list[int] = []
         (file,) = find_files([tmp_path / name])
@@ -60,7 +70,12 @@ def test_what_is_read_is_reported_as_bytes_on_disk(tmp_path: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.text(max_size=3), st.recursive(st.none() | st.integers() | TEXTS, st.lists, max_leaves=4), max_size=4), st.data())
+@given(
+    st.dictionaries(
+        st.text(max_size=3), st.recursive(st.none() | st.integers() | TEXTS, st.lists, max_leaves=4), max_size=4
+    ),
+    st.data(),
+)
 @example({"text": "\\" * 9, "": '"'}, None)
 def test_a_long_line_is_parsed_as_json_does(record: dict[str, object], data: st.DataObject | None) -> None:
     name = data.draw(st.sampled_from([*record, "text"])) if data else "text"
@@ -110,7 +125,10 @@ def test_very_long_documents_come_in_parts_and_the_next_one_is_found(tmp_path: P
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
     (tmp_path / "b.txt").write_text("\ufeff" + texts[1])
     read = list(
-        map(lambda document: (isinstance(document, Document) and document.parts is not None, whole(document)), documents_of(tmp_path))
+        map(
+            lambda document: (isinstance(document, Document) and document.parts is not None, whole(document)),
+            documents_of(tmp_path),
+        )
     )
     assert read == [(len(text) > 100, text) for text in [*texts, texts[1]]]
 
@@ -168,9 +186,15 @@ def test_text_is_cut_where_it_can_be_and_not_where_it_cannot() -> None:
 
 
 def test_records_of_several_fields_and_those_chosen(tmp_path: Path) -> None:
-    records = [{"title": "T{x}", "body": "b", "lang": "zh"}, {"title": None, "body": "c", "lang": "en"}, {"title": "U", "lang": "zh"}]
+    records = [
+        {"title": "T{x}", "body": "b", "lang": "zh"},
+        {"title": None, "body": "c", "lang": "en"},
+        {"title": "U", "lang": "zh"},
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    read = list(documents_of(tmp_path, RecordForm(template="{title}\n\n{body} {{}}", where={"lang": frozenset({"zh"})})))
+    read = list(
+        documents_of(tmp_path, RecordForm(template="{title}\n\n{body} {{}}", where={"lang": frozenset({"zh"})}))
+    )
     assert whole(read[0]) == "T{x}\n\nb {}"
     assert "no field 'body' (fields: title, lang)" in str(read[1])
     assert len(read) == 2
@@ -222,7 +246,9 @@ def test_urls_and_patterns_are_inputs(tmp_path: Path) -> None:
 
 def test_files_are_dealt_out_by_size_alone() -> None:
     def file(name: str, size: int) -> CorpusFile:
-        return CorpusFile(name, 0, size, "", "jsonl" if "jsonl" in name else "text", "gzip" if name.endswith(".gz") else "")
+        return CorpusFile(
+            name, 0, size, "", "jsonl" if "jsonl" in name else "text", "gzip" if name.endswith(".gz") else ""
+        )
 
     def weights(files: list[CorpusFile]) -> list[int]:
         return [sum(split.weight for split in shard) for shard in deal_out(files)]
@@ -253,7 +279,10 @@ def test_a_template_means_what_a_user_writes_in_single_quotes(template: str, tex
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{} {text}", r"--template '\{\} \{text\}': character 1: \{\} names no field; write its name, such as \{text\}"),
+        (
+            "{} {text}",
+            r"--template '\{\} \{text\}': character 1: \{\} names no field; write its name, such as \{text\}",
+        ),
         ("{text!z}", r"character 1: \{text!z\} is more than the name of a field; write \{text\}"),
         ("ab {text:>10d}", r"character 4: \{text:>10d\} is more than the name of a field; write \{text\}"),
         ("{text", r"character 1: this \{ is never closed; write \{NAME\}, or write a brace of the text itself twice"),

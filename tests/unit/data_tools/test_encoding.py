@@ -77,7 +77,16 @@ def test_any_text(pair: tuple[Tokenizer, DocumentEncoder], texts: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["a" * 200_000, " " * 200_000, "\n" * 100_000 + "a", "中" * 100_000, "1" * 100_000, ".,-" * 50_000, "ab \n" * 50_000]
+    "text",
+    [
+        "a" * 200_000,
+        " " * 200_000,
+        "\n" * 100_000 + "a",
+        "中" * 100_000,
+        "1" * 100_000,
+        ".,-" * 50_000,
+        "ab \n" * 50_000,
+    ],
 )
 def test_very_long_runs(pair: tuple[Tokenizer, DocumentEncoder], text: str) -> None:
     tokenizer, encoder = pair
@@ -86,7 +95,11 @@ def test_very_long_runs(pair: tuple[Tokenizer, DocumentEncoder], text: str) -> N
 
 def test_every_character_alone_and_between_others(pair: tuple[Tokenizer, DocumentEncoder]) -> None:
     tokenizer, encoder = pair
-    characters = [chr(code) for code in range(1, 0x30000) if not 0xD800 <= code < 0xE000 and unicodedata.category(chr(code)) != "Cn"]
+    characters = [
+        chr(code)
+        for code in range(1, 0x30000)
+        if not 0xD800 <= code < 0xE000 and unicodedata.category(chr(code)) != "Cn"
+    ]
     for before, after in (("", " "), ("a", "b"), (" ", "1")):
         text = "".join(before + character + after for character in characters)
         assert np.array_equal(encoder.encode([text])[0], tokenizer.encode_document(text))

@@ -1,4 +1,5 @@
-"""What a file holds is told by its content: compression, JSON lines, arrays, parquet, text. And one bad record costs one record."""
+"""What a file holds is told by its content: compression, JSON lines, arrays, parquet, text. And one bad record costs
+one record."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ from data_tools.json_values import json_values
 from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.errors import DataFormatError
 
-RECORDS = [{"text": "eins", "n": 1}, {"text": '二 [}{]"\\', "n": {"a": [1, {"text": "inner"}]}}, {"text": "drei\nvier", "n": None}]
+RECORDS = [
+    {"text": "eins", "n": 1},
+    {"text": '二 [}{]"\\', "n": {"a": [1, {"text": "inner"}]}},
+    {"text": "drei\nvier", "n": None},
+]
 TEXTS = [record["text"] for record in RECORDS]
 
 
@@ -100,7 +105,10 @@ def test_a_window_of_two_gib_is_no_damage_and_a_missing_dictionary_is_named(tmp_
     assert formats.MAX_WINDOW_BYTES == 1 << 31
     dictionary = zstandard.train_dictionary(1024, [lines([{"text": f"text {n} of some"}]) for n in range(2000)])
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(lines(RECORDS)))
-    message = rf"a\.jsonl\.zst: compressed with zstd's dictionary {dictionary.dict_id()}, which is not there .* compress without -D"
+    message = (
+        rf"a\.jsonl\.zst: compressed with zstd's dictionary {dictionary.dict_id()}, which is not there .* compress "
+        rf"without -D"
+    )
     with pytest.raises(DataFormatError, match=message):
         read(tmp_path)
 
@@ -142,7 +150,9 @@ def zipped(path: Path) -> None:
         ("a.jsonl.bz2", bz2.compress(lines(RECORDS) * 9)[:30] + b"x" * 99, r"a\.jsonl\.bz2: damaged or cut short"),
     ],
 )
-def test_what_cannot_be_read_as_records_is_refused_by_what_it_is(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_cannot_be_read_as_records_is_refused_by_what_it_is(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataFormatError, match=message):
         read(tmp_path / name)
@@ -166,7 +176,9 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
-    with pytest.raises(DataFormatError, match=r"a\.parquet: two columns are named 'text'; give one of them another name"):
+    with pytest.raises(
+        DataFormatError, match=r"a\.parquet: two columns are named 'text'; give one of them another name"
+    ):
         read(tmp_path)
 
 
@@ -185,14 +197,24 @@ def values(content: bytes, width: int) -> list[object]:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3), max_leaves=5
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
 )
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=6)
 
 
 @settings(deadline=None)
-@given(records=OBJECTS, width=st.integers(1, 40), indent=st.none() | st.integers(0, 3), is_ascii=st.booleans(), is_array=st.booleans())
-def test_an_array_is_read_as_json_reads_it(records: list[dict], width: int, indent: int | None, is_ascii: bool, is_array: bool) -> None:
+@given(
+    records=OBJECTS,
+    width=st.integers(1, 40),
+    indent=st.none() | st.integers(0, 3),
+    is_ascii=st.booleans(),
+    is_array=st.booleans(),
+)
+def test_an_array_is_read_as_json_reads_it(
+    records: list[dict], width: int, indent: int | None, is_ascii: bool, is_array: bool
+) -> None:
     def dumped(value: object) -> str:
         return json.dumps(value, indent=indent, ensure_ascii=is_ascii)
 
@@ -214,11 +236,17 @@ BREAKS: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("damage", BREAKS.values(), ids=BREAKS)
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("width", [7, 10_000])
-def test_a_broken_record_of_an_array_costs_itself_alone(damage: Callable[[str], str], indent: int | None, width: int) -> None:
-    records = [{"text": "broken" if number == 3 else f"text {number}", "tags": [{"a": "b"}], "end": 1} for number in range(7)]
+def test_a_broken_record_of_an_array_costs_itself_alone(
+    damage: Callable[[str], str], indent: int | None, width: int
+) -> None:
+    records = [
+        {"text": "broken" if number == 3 else f"text {number}", "tags": [{"a": "b"}], "end": 1} for number in range(7)
+    ]
     content = damage(json.dumps(records, indent=indent)).encode("utf-8", "surrogateescape")
     found = values(content, width)
-    assert [value for value in found if isinstance(value, dict)] == [record for record in records if record["text"] != "broken"]
+    assert [value for value in found if isinstance(value, dict)] == [
+        record for record in records if record["text"] != "broken"
+    ]
     assert sum(isinstance(value, ValueError) for value in found) >= 1
 
 
@@ -264,7 +292,16 @@ def test_reading_an_array_takes_work_in_proportion_to_its_length(tmp_path: Path)
 
 def test_one_bad_line_of_each_kind_costs_one_line(tmp_path: Path) -> None:
     good = b'{"text": "good"}\n'
-    bad = [b'{"text": "\xff"}', b'{"text": }', b"{}", b'{"text": 7}', b'["text"]', b'{"text": "\\ud800"}', b"\x00", b'{"text": "a"} x']
+    bad = [
+        b'{"text": "\xff"}',
+        b'{"text": }',
+        b"{}",
+        b'{"text": 7}',
+        b'["text"]',
+        b'{"text": "\\ud800"}',
+        b"\x00",
+        b'{"text": "a"} x',
+    ]
     content = good + b"".join(line + b"\n" + good for line in bad)
     for name, compress in (("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zst)):
         (tmp_path / name).write_bytes(compress(content))
@@ -286,14 +323,18 @@ def test_a_text_file_has_no_field_that_a_condition_could_hold_for(tmp_path: Path
         document
         for shard in deal_out(find_files([tmp_path]))
         for split in shard
-        for document in read_split(split, RecordForm(where={"lang": frozenset({"zh"})}), pass_over=lambda: passed.append(1))
+        for document in read_split(
+            split, RecordForm(where={"lang": frozenset({"zh"})}), pass_over=lambda: passed.append(1)
+        )
     ]
     assert [document.text for document in found if isinstance(document, Document)] == ["x"]
     assert len(passed) == 2
     assert not any(isinstance(document, Reject) for document in found)
 
 
-@pytest.mark.parametrize("head", [b"", b"\x1f\x8b", b"(\xb5/\xfd", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"{", b"[", b"PAR1", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    "head", [b"", b"\x1f\x8b", b"(\xb5/\xfd", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"{", b"[", b"PAR1", b"\xef\xbb\xbf"]
+)
 @given(data=st.binary(max_size=60))
 @settings(deadline=None, max_examples=40)
 def test_any_beginning_is_told_or_refused(head: bytes, data: bytes) -> None:

@@ -1,4 +1,5 @@
-"""What `hunyuan-data` reads, damaged: it is read, or refused by one message that names it; nothing else, and nothing half written."""
+"""What `hunyuan-data` reads, damaged: it is read, or refused by one message that names it; nothing else, and nothing
+half written."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def corpus_file(draw: st.DrawFn) -> tuple[str, bytes]:
 @pytest.mark.parametrize("long_bytes", [documents.LONG_BYTES, 100], ids=["whole", "in parts"])
 @fuzzed()
 @given(file=corpus_file(), where=st.sampled_from([{}, {"lang": frozenset({"zh"})}]))
-def test_files_of_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_bytes: int, file: tuple[str, bytes], where: dict) -> None:
+def test_files_of_a_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_bytes: int, file: tuple[str, bytes], where: dict
+) -> None:
     monkeypatch.setattr(documents, "LONG_BYTES", long_bytes)
     monkeypatch.setattr(documents, "_BLOCK_BYTES", 64)
     name, content = file
@@ -94,7 +97,11 @@ def test_files_of_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long
             for shard in deal_out(find_files([tmp_path / name]), shard_bytes=200):
                 for document in (found for split in shard for found in read_split(split, RecordForm(where=where))):
                     with suppress(RejectedError):
-                        ("".join(document.parts or [document.text]) if isinstance(document, Document) else str(document)).encode()
+                        (
+                            "".join(document.parts or [document.text])
+                            if isinstance(document, Document)
+                            else str(document)
+                        ).encode()
     finally:
         (tmp_path / name).unlink()
 
@@ -115,13 +122,28 @@ def test_ranks_that_are_read_encode(data: st.DataObject, tmp_path: Path, tokeniz
 
 @pytest.fixture
 def run_folder(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> Path:
-    """tokens, packed (an index) and copy (materialized) of the corpus; x.yaml, an experiment; run, the directory of a run of it."""
+    """tokens, packed (an index) and copy (materialized) of the corpus; x.yaml, an experiment; run, the directory of a
+    run of it."""
     tokenize(corpus, tokenizer_folder, str(tmp_path / "tokens"), shard_bytes=1000)
     for name in ("packed", "copy"):
         pack([str(tmp_path / "tokens")], 16, str(tmp_path / name), seed=1, materialize=name == "copy")
     data = [{"path": str(tmp_path / name)} for name in ("packed", "copy")]
-    model = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1, "ffn_hidden_size": 8, "num_moe_experts": 2}
-    stage = {"name": "s", "tokens": 640, "sequence_length": 16, "global_batch_sequences": 4, "lr_end": 1.0, "data": data}
+    model = {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "ffn_hidden_size": 8,
+        "num_moe_experts": 2,
+    }
+    stage = {
+        "name": "s",
+        "tokens": 640,
+        "sequence_length": 16,
+        "global_batch_sequences": 4,
+        "lr_end": 1.0,
+        "data": data,
+    }
     fields = {
         "name": "x",
         "run_dir": "run",
@@ -154,7 +176,11 @@ def test_commands_on_damaged_folders(data: st.DataObject, run_folder: Path) -> N
             ("inspect", "packed", "--tokenizer", tokenizer, "--verify"),
             ("mix", "x.yaml", "--output", "out"),
         ],
-        "copy": [("inspect", "copy", "--tokenizer", tokenizer), ("verify", "copy"), ("where", "x.yaml", "--step", 3, "--json")],
+        "copy": [
+            ("inspect", "copy", "--tokenizer", tokenizer),
+            ("verify", "copy"),
+            ("where", "x.yaml", "--step", 3, "--json"),
+        ],
         "run": [("where", "run", "--step", 3), ("verify", "run"), ("mix", "run/resolved.yaml")],
         "tokenizer": [("inspect", "tokens", "--tokenizer", tokenizer)],
     }
@@ -163,7 +189,10 @@ def test_commands_on_damaged_folders(data: st.DataObject, run_folder: Path) -> N
     content = data.draw((damaged_json if file.suffix in (".json", ".yaml") else damaged)(file.read_bytes()))
     name, *arguments = data.draw(st.sampled_from(commands[damaged_folder]))
     before = {path.name for path in run_folder.iterdir()}
-    places = [run_folder / argument if str(argument) in (*before, "out", "run/resolved.yaml") else argument for argument in arguments]
+    places = [
+        run_folder / argument if str(argument) in (*before, "out", "run/resolved.yaml") else argument
+        for argument in arguments
+    ]
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with in_place_of(file, content), redirect_stdout(out), redirect_stderr(err):
         code = run_data(name, *places)
@@ -194,7 +223,9 @@ def test_what_an_interrupted_tokenize_left(
 ) -> None:
     """The shard that is not finished is written, and the others are taken as they are, or refused."""
     out, left = tmp_path / "out", tmp_path / ".out.partial"
-    file = data.draw(st.sampled_from(sorted(path for path in interrupted.iterdir() if path.suffix == ".json" or path.name == ".job")))
+    file = data.draw(
+        st.sampled_from(sorted(path for path in interrupted.iterdir() if path.suffix == ".json" or path.name == ".job"))
+    )
     content = data.draw((damaged_json if file.suffix else damaged)(file.read_bytes()))
     shutil.copytree(interrupted, left)
     (left / file.name).write_bytes(content)
@@ -214,7 +245,10 @@ def test_the_plan_of_tasks(data: st.DataObject, tmp_path: Path, corpus: list[str
     begin(corpus, tokenizer_folder, str(tmp_path / "out"), shard_bytes=1000)
     left = tmp_path / ".out.partial"
     try:
-        with in_place_of(left / ".plan", data.draw(damaged_json((left / ".plan").read_bytes()))), pytest.raises(DataFormatError) as refused:
+        with (
+            in_place_of(left / ".plan", data.draw(damaged_json((left / ".plan").read_bytes()))),
+            pytest.raises(DataFormatError) as refused,
+        ):
             JoinShards(str(tmp_path / "out")).run()
         assert f"{left}/.plan: not a plan" in str(refused.value) or "shards are not finished" in str(refused.value)
     finally:

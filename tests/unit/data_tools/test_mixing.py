@@ -42,7 +42,10 @@ def experiment(tmp_path: Path, tokenizer_folder: str) -> Path:
     tokenize([str(tmp_path / "corpus.jsonl")], tokenizer_folder, str(tmp_path / "tokens"), shard_bytes=5000)
     pack([str(tmp_path / "tokens")], LENGTH, str(tmp_path / "short"), seed=1, max_document_tokens=LENGTH)
     pack([str(tmp_path / "tokens")], LENGTH, str(tmp_path / "long"), seed=1, min_document_tokens=LENGTH + 1)
-    data = [{"path": str(tmp_path / "short"), "weight": 3}, {"path": str(tmp_path / "long"), "weight": 1, "max_epochs": 2}]
+    data = [
+        {"path": str(tmp_path / "short"), "weight": 3},
+        {"path": str(tmp_path / "long"), "weight": 1, "max_epochs": 2},
+    ]
     stage = {"sequence_length": LENGTH, "global_batch_sequences": 8, "lr_end": 1.0, "data": data}
     fields = {
         "name": "mixed",
@@ -60,7 +63,10 @@ def experiment(tmp_path: Path, tokenizer_folder: str) -> Path:
         },
         "optimizer": {"lr": 1e-3},
         "parallel": {"world_size": 2},
-        "stages": [{**stage, "name": "one", "tokens": LENGTH * 8 * 10}, {**stage, "name": "two", "tokens": LENGTH * 8 * 5}],
+        "stages": [
+            {**stage, "name": "one", "tokens": LENGTH * 8 * 10},
+            {**stage, "name": "two", "tokens": LENGTH * 8 * 5},
+        ],
     }
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(fields))
     return tmp_path / "x.yaml"
@@ -72,7 +78,13 @@ def test_packing_by_length_of_documents_shares_them_out(experiment: Path) -> Non
     assert short["cut_documents"] == 0
     assert long["cut_documents"] == 200 - long["options"]["left_out_documents"]
     with pytest.raises(DataFormatError, match=r"no document has 99999 to more tokens; they have \d+ to \d+"):
-        pack([str(experiment.parent / "tokens")], LENGTH, str(experiment.parent / "none"), seed=1, min_document_tokens=99999)
+        pack(
+            [str(experiment.parent / "tokens")],
+            LENGTH,
+            str(experiment.parent / "none"),
+            seed=1,
+            min_document_tokens=99999,
+        )
     with pytest.raises(DataFormatError, match="--max-document-tokens 5: less than --min-document-tokens 9"):
         pack([str(experiment.parent / "tokens")], LENGTH, "none", seed=1, min_document_tokens=9, max_document_tokens=5)
 
@@ -81,7 +93,12 @@ def test_context_is_counted_token_by_token() -> None:
     lengths = np.array([1, 5, 8, 8, 3], dtype=np.uint16)
     seen = np.concatenate([np.arange(length) for length in lengths])
     bins, total = context_of(lengths)
-    expected = [(seen == 0).sum(), (seen == 1).sum(), ((seen >= 2) & (seen < 4)).sum(), ((seen >= 4) & (seen < 8)).sum()]
+    expected = [
+        (seen == 0).sum(),
+        (seen == 1).sum(),
+        ((seen >= 2) & (seen < 4)).sum(),
+        ((seen >= 4) & (seen < 8)).sum(),
+    ]
     assert bins.tolist()[:4] == expected
     assert bins.sum() == len(seen)
     assert total == seen.sum()
@@ -119,11 +136,17 @@ def test_mix_says_what_the_steps_then_read(command: Any, experiment: Path) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.0.data.0.weight=0", "stages.0.data.0.weight=0: must be greater than 0 (typical: 0.1 to 1; a source that shall not be"),
+        (
+            "stages.0.data.0.weight=0",
+            "stages.0.data.0.weight=0: must be greater than 0 (typical: 0.1 to 1; a source that shall not be",
+        ),
         ("stages.0.data.1.weight=-1", "stages.0.data.1.weight=-1: must be greater than 0"),
         ("stages.0.data.1.weight=.nan", "stages.0.data.1.weight=nan: must be a finite number"),
         ("stages.0.data=[]", "stages.0.data=[]: must not be empty"),
-        ("stages.0.data.1.weight=1e-9", "long has weight 1e-09 of 3, which is none of the stage's 80 sequences; remove it or give it a"),
+        (
+            "stages.0.data.1.weight=1e-9",
+            "long has weight 1e-09 of 3, which is none of the stage's 80 sequences; remove it or give it a",
+        ),
         ("stages.0.tier_weights={a: 0}", "stages.0.tier_weights.a=0: must be greater than 0"),
         ("stages.0.tier_weights={a: 1}", "stages.0.data.0.tier=null: not in tier_weights (which has a)"),
         ("stages.0.data.1.max_epochs=0.01", "long would have been read 0."),
@@ -148,10 +171,14 @@ def test_unfit_mixtures_are_one_message(command: Any, experiment: Path, override
 def test_a_folder_that_is_no_run_is_refused(command: Any, experiment: Path) -> None:
     code, _, errors = command("where", experiment.parent / "short", "--step", 1)
     assert code == 2
-    assert errors.endswith("short: not a run directory (no resolved.yaml); give the run_dir of a run that has begun, or its YAML\n")
+    assert errors.endswith(
+        "short: not a run directory (no resolved.yaml); give the run_dir of a run that has begun, or its YAML\n"
+    )
 
 
-def test_where_names_the_documents_whose_tokens_were_in_the_batch(command: Any, experiment: Path, tokenizer_folder: str) -> None:
+def test_where_names_the_documents_whose_tokens_were_in_the_batch(
+    command: Any, experiment: Path, tokenizer_folder: str
+) -> None:
     from hunyuan_pretrain.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -200,7 +227,8 @@ def test_verify_names_every_file_that_differs_or_is_missing(command: Any, experi
 
 
 def test_epochs_of_documents_hold_where_lengths_grow(command: Any, experiment: Path) -> None:
-    """Two packs of one corpus, to 64 and to 128 tokens, hold the same documents; `mix` says so, and a cap counts both."""
+    """Two packs of one corpus, to 64 and to 128 tokens, hold the same documents; `mix` says so, and a cap counts
+    both."""
     folder = experiment.parent
     for length in (LENGTH, 2 * LENGTH):
         pack([str(folder / "tokens")], length, str(folder / f"all{length}"), seed=1, materialize=length == 128)
@@ -215,6 +243,8 @@ def test_epochs_of_documents_hold_where_lengths_grow(command: Any, experiment: P
     assert code == 2
     assert f"stage two: {folder}/all128: documents of {folder}/tokens would have been read 1.9" in errors
     assert "max_epochs is 1" in errors
-    code, printed, errors = command("mix", experiment, *overrides, f"stages.1.data=[{{path: {folder}/all128, max_epochs: 2}}]")
+    code, printed, errors = command(
+        "mix", experiment, *overrides, f"stages.1.data=[{{path: {folder}/all128, max_epochs: 2}}]"
+    )
     assert (code, errors) == (0, "")
     assert "of 2 (one at most 2)" in " ".join(printed.split())

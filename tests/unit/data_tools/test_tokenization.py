@@ -1,4 +1,5 @@
-"""Tokenizing in shards: the same bytes whatever the number of processes and however often it is killed; rejects; very long documents."""
+"""Tokenizing in shards: the same bytes whatever the number of processes and however often it is killed; rejects; very
+long documents."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 SHARDS: dict[str, Any] = {"shard_bytes": 400}
 
 
-def test_every_document_is_in_its_place_and_knows_its_origin(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_every_document_is_in_its_place_and_knows_its_origin(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     (manifest,) = tokenize(corpus, tokenizer_folder, str(tmp_path / "out"), **SHARDS)
     dataset, tokenizer = TokenizedDataset(tmp_path / "out"), Tokenizer.load(tokenizer_folder)
     expected = texts_of(corpus)
@@ -53,7 +56,9 @@ def test_every_document_is_in_its_place_and_knows_its_origin(tmp_path: Path, cor
     dataset.verify()
 
 
-def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_the_output_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     before = set(multiprocessing.active_children())  # other tests' processes
     for name, workers in (("one", 1), ("two", 2)):
         holdout = {"holdout_every": 5, "holdout_output": str(tmp_path / f"{name}_held")}
@@ -65,10 +70,19 @@ def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, c
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_killed_at_every_write_and_run_again_it_gives_the_same_bytes(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_killed_at_every_write_and_run_again_it_gives_the_same_bytes(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     def job(name: str) -> None:
         folder = tmp_path / name
-        tokenize(corpus, tokenizer_folder, str(folder / "train"), holdout_every=5, holdout_output=str(folder / "held"), shard_bytes=2500)
+        tokenize(
+            corpus,
+            tokenizer_folder,
+            str(folder / "train"),
+            holdout_every=5,
+            holdout_output=str(folder / "held"),
+            shard_bytes=2500,
+        )
 
     job("whole")
     kills = 0
@@ -93,7 +107,11 @@ def test_finished_shards_are_not_written_again(
     assert not out.exists()
     written = []
     write_shard = tokenization.write_shard
-    monkeypatch.setattr(tokenization, "write_shard", lambda job, number, *rest: written.append(number) or write_shard(job, number, *rest))
+    monkeypatch.setattr(
+        tokenization,
+        "write_shard",
+        lambda job, number, *rest: written.append(number) or write_shard(job, number, *rest),
+    )
     (manifest,) = tokenize(corpus, tokenizer_folder, str(out), max_rejects=Allowance(1), **SHARDS)
     assert len(written) == 1
     assert written[0] == len(manifest["shards"]) - 1
@@ -103,14 +121,18 @@ def test_finished_shards_are_not_written_again(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_unfinished_output_of_other_inputs_is_not_mixed_in(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_an_unfinished_output_of_other_inputs_is_not_mixed_in(
+    tmp_path: Path, corpus: list[str], tokenizer_folder: str
+) -> None:
     out = str(tmp_path / "out")
     (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")
     with pytest.raises(DataFormatError, match="binary file"):
         tokenize(corpus, tokenizer_folder, out, **SHARDS)
     Path(corpus[0]).write_text('{"text": "changed"}\n')
     allowed = {"max_rejects": Allowance(1), **SHARDS}
-    with pytest.raises(DataFormatError, match=r"\.out\.partial: left unfinished by a run with other inputs or options; .* --overwrite"):
+    with pytest.raises(
+        DataFormatError, match=r"\.out\.partial: left unfinished by a run with other inputs or options; .* --overwrite"
+    ):
         tokenize(corpus, tokenizer_folder, out, **allowed)
     (manifest,) = tokenize(corpus, tokenizer_folder, out, overwrite=True, **allowed)
     assert manifest["documents"] == 5
@@ -131,7 +153,9 @@ def test_a_damaged_report_of_a_shard_is_refused(tmp_path: Path, corpus: list[str
         tokenize(corpus, tokenizer_folder, out, **SHARDS)
     report = tmp_path / ".out.partial" / "shard_00000.json"
     report.write_text('{"outputs": []')
-    with pytest.raises(DataFormatError, match=r"shard_00000\.json: not the report of a shard of this version; remove it, and the same"):
+    with pytest.raises(
+        DataFormatError, match=r"shard_00000\.json: not the report of a shard of this version; remove it, and the same"
+    ):
         tokenize(corpus, tokenizer_folder, out, max_rejects=Allowance(1), **SHARDS)
     report.unlink()
     tokenize(corpus, tokenizer_folder, out, max_rejects=Allowance(1), **SHARDS)
@@ -139,7 +163,10 @@ def test_a_damaged_report_of_a_shard_is_refused(tmp_path: Path, corpus: list[str
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
     out = tmp_path / "out"
-    with unfinished_folder(out, marker="manifest.json", identity="x"), pytest.raises(DataFormatError, match="out: another process is"):
+    with (
+        unfinished_folder(out, marker="manifest.json", identity="x"),
+        pytest.raises(DataFormatError, match="out: another process is"),
+    ):
         tokenize(corpus, tokenizer_folder, str(out))
 
 
@@ -151,7 +178,10 @@ def test_too_many_rejects_are_one_error_with_the_first_of_them(
     with Path(corpus[0]).open("a") as file:
         file.write("\n{\n[]\n" + '{"text": "' + "x" * 900 + '"}\n')
     out = str(tmp_path / "out")
-    with pytest.raises(DataFormatError, match=r"lines\.jsonl: .* invalid JSON .* let it pass with --max-rejects 1 or more; 0 are allowed"):
+    with pytest.raises(
+        DataFormatError,
+        match=r"lines\.jsonl: .* invalid JSON .* let it pass with --max-rejects 1 or more; 0 are allowed",
+    ):
         tokenize(corpus, tokenizer_folder, out, workers=workers, **SHARDS)
     with pytest.raises(DataFormatError, match=r"\(and 1 more\); .* --max-rejects 2 or more; 1 are allowed"):
         tokenize(corpus, tokenizer_folder, out, workers=workers, max_rejects=Allowance(1), **SHARDS)
@@ -164,7 +194,9 @@ def test_too_many_rejects_are_one_error_with_the_first_of_them(
 
 @pytest.mark.parametrize("text", ["-1", "many", "x%", "101%"])
 def test_an_allowance_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(DataFormatError, match=f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%"):
+    with pytest.raises(
+        DataFormatError, match=f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%"
+    ):
         Allowance.parse(text)
 
 
@@ -189,7 +221,8 @@ def test_very_long_documents_are_encoded_in_parts_and_alike(
 
 @pytest.mark.slow
 def test_a_very_long_document_does_not_need_its_size_in_memory(tmp_path: Path, tokenizer_folder: str) -> None:
-    """Both as a text file and as one line of JSON, in processes of their own; the peak is that of a small file and a bounded rest."""
+    """Both as a text file and as one line of JSON, in processes of their own; the peak is that of a small file and a
+    bounded rest."""
     script = """
 import json, resource, sys
 from data_tools.tokenization import tokenize
@@ -229,7 +262,9 @@ def test_a_document_that_the_engine_cannot_split_costs_itself_alone(
     monkeypatch.setattr(DocumentEncoder, "encode", limited)
     texts = ["one", "two   ", "three"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    manifest = tokenize([str(tmp_path / "a.jsonl")], tokenizer_folder, str(tmp_path / "out"), max_rejects=Allowance(1))[0]
+    manifest = tokenize([str(tmp_path / "a.jsonl")], tokenizer_folder, str(tmp_path / "out"), max_rejects=Allowance(1))[
+        0
+    ]
     assert (manifest["documents"], manifest["rejects"]) == (2, 1)
     (reject,) = map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
     assert reject["where"].endswith("a.jsonl: byte 16")
@@ -241,7 +276,11 @@ def test_a_very_long_record_that_is_left_out_or_empty_is_no_document(
 ) -> None:
     monkeypatch.setattr(documents, "LONG_BYTES", 200)
     monkeypatch.setattr(documents, "_BLOCK_BYTES", 64)
-    records = [{"text": "a " * 300, "lang": "en"}, {"text": "b " * 300, "lang": "zh"}, {"text": "", "lang": "zh", "more": "x" * 900}]
+    records = [
+        {"text": "a " * 300, "lang": "en"},
+        {"text": "b " * 300, "lang": "zh"},
+        {"text": "", "lang": "zh", "more": "x" * 900},
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     form = RecordForm(where={"lang": frozenset({"zh"})})
     for name, chosen, expected in (("all", RecordForm(), (2, 1, 0)), ("zh", form, (1, 1, 1))):

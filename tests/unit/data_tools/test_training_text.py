@@ -19,7 +19,9 @@ from data_tools.training_text import TextSample, TrainingText
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import Tokenizer, format_ranks
 
-RECORDS = [{"text": f"number {i} of many words", "lang": ("en", "zh", "de")[i % 3], "good": i % 2 == 0} for i in range(300)]
+RECORDS = [
+    {"text": f"number {i} of many words", "lang": ("en", "zh", "de")[i % 3], "good": i % 2 == 0} for i in range(300)
+]
 
 
 def write(path: Path, records: list[dict[str, object]]) -> Path:
@@ -47,7 +49,9 @@ def test_held_out_documents_are_chosen_by_content_alone(tmp_path: Path) -> None:
         trained = {content for content, _ in text.read()}
         found.append((trained, text.held_out.groups()))
         held = {content for contents in text.held_out.groups().values() for content in contents}
-        assert held == {r["text"] for r in RECORDS if int(hashlib.sha256(str(r["text"]).encode()).hexdigest()[:16], 16) % 5 == 0}
+        assert held == {
+            r["text"] for r in RECORDS if int(hashlib.sha256(str(r["text"]).encode()).hexdigest()[:16], 16) % 5 == 0
+        }
         assert not held & trained
         assert not text.trained_on
     assert found[0] == found[1]
@@ -101,7 +105,9 @@ def test_holding_out_everything_is_refused(tmp_path: Path) -> None:
 
 
 def test_compression_counts_characters_bytes_and_tokens() -> None:
-    measured = measure({"zh": ["中文", "文"], "en": ["abcd"]}, encode=lambda text: [0] * len(text), base_encode=lambda text: [0] * 4)
+    measured = measure(
+        {"zh": ["中文", "文"], "en": ["abcd"]}, encode=lambda text: [0] * len(text), base_encode=lambda text: [0] * 4
+    )
     assert measured["zh"].as_json() == {
         "documents": 2,
         "characters": 3,
@@ -122,7 +128,13 @@ def test_the_report_compares_with_the_base_on_held_out_text(tmp_path: Path) -> N
     (tmp_path / "base.tiktoken").write_bytes(format_ranks(base.ranks))
     for name in ("one", "two"):
         tokenizer, report = train_tokenizer(
-            [str(path)], 480, str(tmp_path / name), base=str(tmp_path / "base.tiktoken"), base_size=259, holdout_every=5, **options
+            [str(path)],
+            480,
+            str(tmp_path / name),
+            base=str(tmp_path / "base.tiktoken"),
+            base_size=259,
+            holdout_every=5,
+            **options,
         )  # type: ignore[arg-type]
     written = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
     assert written == {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()}
@@ -145,7 +157,9 @@ def test_the_report_compares_with_the_base_on_held_out_text(tmp_path: Path) -> N
 
 def test_without_held_out_documents_the_report_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", RECORDS[:3])
-    _, report = train_tokenizer([str(path)], 470, str(tmp_path / "t"), text_field="text", extensions=[".jsonl"], holdout_every=1_000_000)
+    _, report = train_tokenizer(
+        [str(path)], 470, str(tmp_path / "t"), text_field="text", extensions=[".jsonl"], holdout_every=1_000_000
+    )
     assert report["measured_on"] == "documents trained on"
     assert report["groups"][ALL]["documents"] == 3
     assert report["base"] is None

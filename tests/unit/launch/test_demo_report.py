@@ -16,7 +16,15 @@ from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks
 from launch.demo import CONFIG
-from launch.demo_report import HeldOut, Metrics, measure_heldout, plot_losses, print_tables, token_bytes, unigram_log_probabilities
+from launch.demo_report import (
+    HeldOut,
+    Metrics,
+    measure_heldout,
+    plot_losses,
+    print_tables,
+    token_bytes,
+    unigram_log_probabilities,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +64,19 @@ def test_unigram_is_smoothed_and_sums_to_one(tokenizer: Tokenizer) -> None:
     log_probabilities = unigram_log_probabilities([tokenizer.encode_document("aab")], tokenizer)
     V = tokenizer.vocab_size
     assert np.exp(log_probabilities).sum() == pytest.approx(1)
-    assert math.exp(log_probabilities[ord("a")]) == pytest.approx(3 / (4 + V))  # a, a, b and the end are counted, the start is not
+    assert math.exp(log_probabilities[ord("a")]) == pytest.approx(
+        3 / (4 + V)
+    )  # a, a, b and the end are counted, the start is not
     assert math.exp(log_probabilities[tokenizer.start_id]) == pytest.approx(1 / (4 + V))
 
 
 def test_heldout_covers_every_byte_of_the_text(heldout_folders: tuple[Path, list[str]], tokenizer: Tokenizer) -> None:
     folder, texts = heldout_folders
-    overrides = [f"tokenizer={folder}/tokenizer", f"evaluation.data={folder}/packed/heldout", "evaluation.max_sequences=null"]
+    overrides = [
+        f"tokenizer={folder}/tokenizer",
+        f"evaluation.data={folder}/packed/heldout",
+        "evaluation.max_sequences=null",
+    ]
     found = measure_heldout(load_experiment(CONFIG, overrides), folder / "tokens/train")
     assert found.utf8_bytes == sum(len(text.encode()) for text in texts)
     documents = [tokenizer.encode_document(text) for text in texts]
@@ -74,7 +88,11 @@ def test_heldout_covers_every_byte_of_the_text(heldout_folders: tuple[Path, list
 
 def test_heldout_counts_only_the_sequences_that_validation_sees(heldout_folders: tuple[Path, list[str]]) -> None:
     folder, _ = heldout_folders
-    overrides = [f"tokenizer={folder}/tokenizer", f"evaluation.data={folder}/packed/heldout", "evaluation.max_sequences=1"]
+    overrides = [
+        f"tokenizer={folder}/tokenizer",
+        f"evaluation.data={folder}/packed/heldout",
+        "evaluation.max_sequences=1",
+    ]
     found = measure_heldout(load_experiment(CONFIG, overrides), folder / "tokens/train")
     assert found.target_tokens == int(PackedDataset(folder / "packed/heldout")[0].loss_mask.sum())
 
@@ -85,7 +103,9 @@ def metrics(tmp_path: Path) -> Metrics:
     for step in range(1, 21):
         load = [[0.5, 0.25, 0.25, 0.0], [0.25] * 4] if step > 18 else [[1.0, 0, 0, 0]] * 2
         shares = {"recycled_share": [0.25, 0.0], "dropped_share": [0.0, 0.0]}
-        records.append({"step": step, "loss": 8.0 - step / 10, "tokens_per_s": 100.0 * step, "expert_load": load, **shares})
+        records.append(
+            {"step": step, "loss": 8.0 - step / 10, "tokens_per_s": 100.0 * step, "expert_load": load, **shares}
+        )
     records.append({"step": 20, "validation_loss": 6.0, "validation_target_tokens": 10})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return Metrics.read(tmp_path)
@@ -101,7 +121,16 @@ def test_the_table_and_the_curve(metrics: Metrics, tmp_path: Path) -> None:
     heldout = HeldOut(10, 40, 70.0)
     print_tables(console, metrics, heldout, 8, [("train", 12.0), ("export", 3.0)])
     text = console.export_text()
-    for expected in ("7.900 nats", "6.000 nats", "2.164", "2.525 bits per byte", "after step 8", "1,050 tokens/s", "25.0%", "15"):
+    for expected in (
+        "7.900 nats",
+        "6.000 nats",
+        "2.164",
+        "2.525 bits per byte",
+        "after step 8",
+        "1,050 tokens/s",
+        "25.0%",
+        "15",
+    ):
         assert expected in text
     plot_losses(tmp_path / "loss.png", metrics, load_experiment(CONFIG), heldout, 8)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -58,7 +58,9 @@ def test_somebody_elses_folder_is_not_replaced(tmp_path: Path, capsys: pytest.Ca
     assert theirs.exists()
 
 
-def test_an_unknown_setting_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_setting_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert demo.main(["--output", str(tmp_path / "out"), "optimizer.lrr=1"]) == 2
     assert "did you mean optimizer.lr?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,16 @@ DEMO = "configs/dev/demo_cpu.yaml"
 
 
 def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "RDZV_ID", "HUNYUAN_PYTHON", "LOCAL_ADDR")
+    names = (
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NPROC_PER_NODE",
+        "RDZV_ID",
+        "HUNYUAN_PYTHON",
+        "LOCAL_ADDR",
+    )
     environment = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = ["bash", script, *arguments]
@@ -29,7 +38,14 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
 def test_help() -> None:
     done = run("launch/train.sh", "--help")
     assert done.returncode == 0
-    for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "75 stopped by SIGTERM or Ctrl-C after saving"):
+    for name in (
+        "NPROC_PER_NODE",
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "75 stopped by SIGTERM or Ctrl-C after saving",
+    ):
         assert name in done.stdout
 
 
@@ -54,8 +70,16 @@ def test_help() -> None:
         ([DEMO], {"NPROC_PER_NODE": "3"}, "parallel.world_size=2: the job has 3 ranks"),
         ([DEMO], {"NPROC_PER_NODE": "gpu"}, "NPROC_PER_NODE=gpu: must be a number of ranks"),
         ([DEMO, "--gpus"], {}, "--gpus: unknown option; settings are KEY=VALUE; see --help"),
-        ([DEMO], {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: must be a number from 0 to 1, for NNODES=2"),
-        ([DEMO], {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT=x: must be a port, 1 to 65535"),
+        (
+            [DEMO],
+            {"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"},
+            "NODE_RANK=2: must be a number from 0 to 1, for NNODES=2",
+        ),
+        (
+            [DEMO],
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"},
+            "MASTER_PORT=x: must be a port, 1 to 65535",
+        ),
     ],
 )
 def test_train_sh_refuses(arguments: list[str], variables: dict[str, str], message: str) -> None:
@@ -71,7 +95,14 @@ def test_help_after_config() -> None:
 
 def test_a_mistake_that_ranks_find_is_one_message_and_status_2(tmp_path: Path) -> None:
     """Whatever names of another launcher lie in the environment."""
-    stray = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_PORT": "1", "MASTER_ADDR": "nowhere", "PET_STANDALONE": "0"}
+    stray = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "3",
+        "MASTER_PORT": "1",
+        "MASTER_ADDR": "nowhere",
+        "PET_STANDALONE": "0",
+    }
     settings = (f"run_dir={tmp_path}/run", f"tokenizer={tmp_path}/none")
     done = run("launch/train.sh", DEMO, *settings, NPROC_PER_NODE="2", **stray)
     assert done.returncode == 2
@@ -86,7 +117,15 @@ def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        done = run("launch/train.sh", DEMO, NNODES="2", NPROC_PER_NODE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **meeting)
+        done = run(
+            "launch/train.sh",
+            DEMO,
+            NNODES="2",
+            NPROC_PER_NODE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            **meeting,
+        )
     said = f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes\n"
     assert (done.returncode, done.stderr) == (2, said)
 
@@ -98,7 +137,11 @@ def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
         ({0: 2, 1: 2}, 2, []),
         ({0: 1, 1: -15}, 1, ["rank 0 ended with status 1; what it said is above"]),
         ({0: -15, 3: -9}, 1, ["rank 3 was ended by SIGKILL (out of memory?)"]),
-        ({0: 2, 1: 1}, 1, ["rank 0 ended with status 2; what it said is above", "rank 1 ended with status 1; what it said is above"]),
+        (
+            {0: 2, 1: 1},
+            1,
+            ["rank 0 ended with status 2; what it said is above", "rank 1 ended with status 1; what it said is above"],
+        ),
         ({1: -15}, 1, ["rank 1 was ended by SIGTERM; what it said is above"]),
     ],
 )
@@ -109,14 +152,20 @@ def test_the_launcher_says_which_ranks_failed(
     assert capsys.readouterr().err.splitlines() == [f"launch/train.sh: {line}" for line in said]
 
 
-@pytest.mark.parametrize("variables", [{"RDZV_ID": "job", "SLURM_NODEID": "0"}, {"NODE_RANK": "0"}], ids=["meeting", "numbered"])
-def test_torchrun_is_told_the_nodes_address_because_its_name_may_not_resolve(tmp_path: Path, variables: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "variables", [{"RDZV_ID": "job", "SLURM_NODEID": "0"}, {"NODE_RANK": "0"}], ids=["meeting", "numbered"]
+)
+def test_torchrun_is_told_the_nodes_address_because_its_name_may_not_resolve(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ncase "$1" in */ranks.py) echo "$@" ;; *) exec {sys.executable} "$@" ;; esac\n')
     python.chmod(0o755)
     several = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "1", "HUNYUAN_PYTHON": str(python)}
     assert "--local-addr 127.0.0.1 " in run("launch/train.sh", DEMO, **several, **variables).stdout
-    assert "--local-addr 10.9.8.7 " in run("launch/train.sh", DEMO, **several, **variables, LOCAL_ADDR="10.9.8.7").stdout
+    assert (
+        "--local-addr 10.9.8.7 " in run("launch/train.sh", DEMO, **several, **variables, LOCAL_ADDR="10.9.8.7").stdout
+    )
     assert "--local-addr" not in run("launch/train.sh", DEMO, NPROC_PER_NODE="2", HUNYUAN_PYTHON=str(python)).stdout
 
 
@@ -127,7 +176,12 @@ def test_sbatch_does_not_fall_back_to_this_host() -> None:
 
 
 def test_sbatch_refuses_a_world_that_does_not_fit_before_srun() -> None:
-    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_JOB_NUM_NODES": "3", "SLURM_SUBMIT_DIR": str(ROOT)}
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "n[0-2]",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
     done = run("launch/train.sbatch", DEMO, **job)
     assert done.returncode == 2
     assert "parallel.world_size=2 does not divide over 3 nodes" in done.stderr
@@ -137,7 +191,8 @@ def test_sbatch_refuses_a_world_that_does_not_fit_before_srun() -> None:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "expected"), [([75, 75], True), ([75, -15], True), ([75, 1], False), ([-15, -15], False), ([75, -9], False), ([1], False)]
+    ("statuses", "expected"),
+    [([75, 75], True), ([75, -15], True), ([75, 1], False), ([-15, -15], False), ([75, -9], False), ([1], False)],
 )
 def test_a_stop_is_told_from_a_failure(statuses: list[int], expected: bool) -> None:
     assert was_stopped(statuses) is expected

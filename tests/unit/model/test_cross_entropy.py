@@ -22,7 +22,11 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        sizes = [
+            leaf.untyped_storage().nbytes() // leaf.element_size()
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, torch.Tensor)
+        ]
         self.elements = max([self.elements, *sizes])
         return result
 
@@ -31,12 +35,18 @@ def inputs(num_tokens: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(num_tokens)
     hidden_TD = torch.randn(num_tokens, HIDDEN, generator=generator).requires_grad_()
     weight_VD = torch.randn(VOCAB, HIDDEN, generator=generator).requires_grad_()
-    return hidden_TD, weight_VD, torch.randint(0, VOCAB, (num_tokens,), generator=generator), torch.rand(num_tokens, generator=generator)
+    return (
+        hidden_TD,
+        weight_VD,
+        torch.randint(0, VOCAB, (num_tokens,), generator=generator),
+        torch.rand(num_tokens, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("num_chunks", [2, 16])
 def test_the_logits_never_exist_as_a_whole(num_chunks):
-    """Beyond tensors of the inputs' sizes nothing is larger than one chunk of logits, forward and backward, however long the sequence."""
+    """Beyond tensors of the inputs' sizes nothing is larger than one chunk of logits, forward and backward, however
+    long the sequence."""
     hidden_TD, weight_VD, label_T, loss_weight_T = inputs(num_chunks * CHUNK)
     with LargestTensor() as largest:
         linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, world_of_one().tp).backward()

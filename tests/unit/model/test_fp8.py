@@ -116,8 +116,8 @@ def test_every_code_of_a_format_is_a_fixed_point() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_product_and_its_gradients_multiply_the_quantised_operands(name: str, dtype: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    # over more powers of two than a format has: within them a scale that is a power of two changes no value, and which block it comes from
-    # would not matter
+    # over more powers of two than a format has: within them a scale that is a power of two changes no value, and which
+    # block it comes from would not matter
     x_RI, weight_OI = numbers(generator, 48, 160, 20, DTYPES[dtype]), numbers(generator, 96, 160, 20, DTYPES[dtype])
     grad_RO = numbers(generator, 48, 96, 20, DTYPES[dtype])
     chosen = recipe(name, "hybrid")
@@ -177,7 +177,10 @@ def test_rows_of_zeros_at_the_end_of_an_expert_change_nothing(name: str) -> None
 
 def test_a_gradient_is_added_into_main_grad_in_its_dtype() -> None:
     generator = torch.Generator().manual_seed(7)
-    x_RI, weight = numbers(generator, 16, 32, 1, torch.bfloat16), numbers(generator, 48, 32, 1, torch.bfloat16).requires_grad_()
+    x_RI, weight = (
+        numbers(generator, 16, 32, 1, torch.bfloat16),
+        numbers(generator, 48, 32, 1, torch.bfloat16).requires_grad_(),
+    )
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(48, 32), False  # type: ignore[attr-defined]
     product_of(recipe("blockwise"), accumulate=True)(x_RI, weight).sum().backward()
     plain = weight.detach().clone().requires_grad_()
@@ -190,23 +193,30 @@ def test_a_gradient_is_added_into_main_grad_in_its_dtype() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "cla_group"])
 def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
-    """Outside, as in validation, it computes what it would without a recipe; inside, layers left out of FP8 are like others."""
+    """Outside, as in validation, it computes what it would without a recipe; inside, layers left out of FP8 are like
+    others."""
     model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
     inputs = tiny.packed_inputs(model)
     groups = tiny.world_of_one()
 
     def loss_and_gradients(quantises: bool, **precision: Any) -> tuple[float, dict[str, torch.Tensor]]:
-        config = transformer_config(model, ParallelConfig(recompute=recompute), PrecisionConfig(dtype="fp32", **precision))
+        config = transformer_config(
+            model, ParallelConfig(recompute=recompute), PrecisionConfig(dtype="fp32", **precision)
+        )
         (built,) = build_model(config, groups, 1)
         with training_step([built], groups) if quantises else nullcontext():
             loss, _ = built(**inputs)
             loss.backward()
-        return loss.item(), {name: parameter.grad for name, parameter in built.named_parameters() if parameter.grad is not None}
+        return loss.item(), {
+            name: parameter.grad for name, parameter in built.named_parameters() if parameter.grad is not None
+        }
 
     plain = loss_and_gradients(True)
     outside = loss_and_gradients(False, fp8_recipe="blockwise")
     inside = loss_and_gradients(True, fp8_recipe="blockwise")
-    left_out = loss_and_gradients(True, fp8_recipe="blockwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=3)
+    left_out = loss_and_gradients(
+        True, fp8_recipe="blockwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=3
+    )
     assert outside[0] == plain[0]
     for name, gradient in plain[1].items():
         torch.testing.assert_close(outside[1][name], gradient, rtol=0, atol=0, msg=name)
@@ -216,7 +226,8 @@ def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
 
 @pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise"])
 def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
-    """Training sees the same numbers; validation multiplies by what FP8 holds of the weights, and leaves them as they were."""
+    """Training sees the same numbers; validation multiplies by what FP8 holds of the weights, and leaves them as they
+    were."""
     model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
     inputs, groups = tiny.packed_inputs(model), tiny.world_of_one()
     in_fp8 = ("linear_qkv.weight", "linear_q.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
@@ -241,7 +252,9 @@ def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
                     matrices = parameter.detach().view(-1, *parameter.shape[-2:])
                     _, values, inverse = quantize(matrices, recipe(name), "w", False, scale)
                     b, num_r, r, num_c, c = values.shape
-                    whole = (values.float() * inverse).view(b, num_r * r, num_c * c)[:, : matrices.shape[1], : matrices.shape[2]]
+                    whole = (values.float() * inverse).view(b, num_r * r, num_c * c)[
+                        :, : matrices.shape[1], : matrices.shape[2]
+                    ]
                     parameter.data = whole.to(parameter.dtype).view_as(parameter)
             with torch.no_grad():
                 found, _ = built(**inputs)
@@ -252,7 +265,8 @@ def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
 
 
 def test_a_step_in_fp8_is_as_far_from_bf16_as_its_roundings_carry_it() -> None:
-    """The bound of the comparison on a GPU: a third of the gradients' norm in this model, whatever the recipe and the seed."""
+    """The bound of the comparison on a GPU: a third of the gradients' norm in this model, whatever the recipe and the
+    seed."""
     errors = [
         error_of_fp8(tiny.world_of_one(), False, name, "cpu", seed)[1]
         for name, seed in (("delayed", 1), ("blockwise", 1), ("blockwise", 3))
@@ -262,11 +276,14 @@ def test_a_step_in_fp8_is_as_far_from_bf16_as_its_roundings_carry_it() -> None:
     assert middle == pytest.approx(0.36, rel=SPREAD)
 
 
-# --- delayed scales -----------------------------------------------------------------------------------------------------------------
+# --- delayed scales ---------------------------------------------------------------------------------------------------
 
 
-def reference_history(amaxes: list[float], fp8: fp8_reference.Fp8, steps: int, takes_max: bool, margin: int) -> list[float]:
-    """Scale after each step: from the largest of the last `steps` amaxes that were not 0, or the last one; the first scale is 1."""
+def reference_history(
+    amaxes: list[float], fp8: fp8_reference.Fp8, steps: int, takes_max: bool, margin: int
+) -> list[float]:
+    """Scale after each step: from the largest of the last `steps` amaxes that were not 0, or the last one; the first
+    scale is 1."""
     seen: list[float] = []
     scale, scales = 1.0, []
     for amax in amaxes:
@@ -281,13 +298,17 @@ def reference_history(amaxes: list[float], fp8: fp8_reference.Fp8, steps: int, t
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(
-    amaxes=st.lists(st.sampled_from([0.0, 1.0, 3.7, 0.01, 1e-42, 3e38, 1e5, float("inf"), float("nan")]), min_size=1, max_size=20),
+    amaxes=st.lists(
+        st.sampled_from([0.0, 1.0, 3.7, 0.01, 1e-42, 3e38, 1e5, float("inf"), float("nan")]), min_size=1, max_size=20
+    ),
     steps=st.integers(1, 5),
     takes_max=st.booleans(),
     margin=st.integers(0, 3),
     operand=st.sampled_from(["x", "dy"]),
 )
-def test_a_delayed_scale_follows_its_history(amaxes: list[float], steps: int, takes_max: bool, margin: int, operand: Operand) -> None:
+def test_a_delayed_scale_follows_its_history(
+    amaxes: list[float], steps: int, takes_max: bool, margin: int, operand: Operand
+) -> None:
     algo = "max" if takes_max else "most_recent"
     chosen = recipe("delayed", fp8_margin=margin, fp8_amax_history_len=steps, fp8_amax_compute_algo=algo)
     delayed = DelayedScale(chosen, operand, 1, "cpu")
@@ -316,7 +337,9 @@ def test_a_delayed_product_quantises_by_the_scale_of_earlier_steps() -> None:
     second = product.operand(x_RI[None], "x", False, slice(0, 1), True)
     scale = fp8_reference.tensor_scale(1000.0, E4M3)
     expected = [
-        fp8_reference._fp32(fp8_reference.round_to_fp8(fp8_reference._fp32(v * scale), E4M3) * fp8_reference._fp32(1 / scale))
+        fp8_reference._fp32(
+            fp8_reference.round_to_fp8(fp8_reference._fp32(v * scale), E4M3) * fp8_reference._fp32(1 / scale)
+        )
         for v in (1000.0, fp8_reference._fp32(3.3))
     ]
     assert second[0, 0].tolist() == expected

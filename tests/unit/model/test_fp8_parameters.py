@@ -1,5 +1,5 @@
-"""Parameters in FP8 only, on Transformer Engine's Python code with CPU stand-ins for its kernels: the numbers are those of weights in bf16
-that are quantised in every step, and so are checkpoints."""
+"""Parameters in FP8 only, on Transformer Engine's Python code with CPU stand-ins for its kernels: the numbers are those
+of weights in bf16 that are quantised in every step, and so are checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.transformer_engine_cases import Build, Case
 from tests.helpers.transformer_engine_stub import TE_FOLDER
 
-needs_package = pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make")
+needs_package = pytest.mark.skipif(
+    not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
+)
 
 LAYOUTS = {
     "one rank": Layout(),
@@ -45,30 +47,51 @@ STEPS = 3
 def experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str, is_kept: bool) -> Experiment:
     """Sizes that FP8 takes; the first of 4 layers stays in bf16."""
     fields = layout.experiment(corpus, run_dir, STEPS + 1).model_dump(mode="json")
-    fields["precision"] |= {"dtype": "bf16", "fp8_recipe": recipe, "fp8_parameters": is_kept, "num_layers_at_start_in_bf16": 1}
+    fields["precision"] |= {
+        "dtype": "bf16",
+        "fp8_recipe": recipe,
+        "fp8_parameters": is_kept,
+        "num_layers_at_start_in_bf16": 1,
+    }
     fields["precision"] |= {"fp8_amax_history_len": 4 if recipe == "delayed" else None}
     sizes = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "kv_channels": 8}
     fields["model"] |= sizes | {"num_attention_heads": 8, "num_query_groups": 4, "moe_routing_group_tokens": 64}
-    fields["optimizer"]["clip_grad"] = 0.0  # the norm adds up experts in another order, and would change the last bit of every update
-    fields["evaluation"] = {"data": str(corpus / "heldout"), "every_steps": 100, "max_sequences": 8, "micro_batch_sequences": 4}
+    fields["optimizer"]["clip_grad"] = (
+        0.0  # the norm adds up experts in another order, and would change the last bit of every update
+    )
+    fields["evaluation"] = {
+        "data": str(corpus / "heldout"),
+        "every_steps": 100,
+        "max_sequences": 8,
+        "micro_batch_sequences": 4,
+    }
     return Experiment.model_validate(fields)
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, list[tuple[ParameterRun, ...]]]]:
-    """By recipe and layout: the folder of checkpoints, and for each rank what it saw with weights in bf16, and with weights in FP8 only."""
+def runs(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[Path, list[tuple[ParameterRun, ...]]]]:
+    """By recipe and layout: the folder of checkpoints, and for each rank what it saw with weights in bf16, and with
+    weights in FP8 only."""
     found: dict[tuple[str, str], Any] = {}
     for world_size in (1, 2):
         folder = tmp_path_factory.mktemp("fp8_parameters")
         work = [(recipe, name) for recipe, name in WORK if LAYOUTS[name].world_size == world_size]
         cases = [
-            Case(experiment(LAYOUTS[name], corpus, folder / f"{recipe} {name}" / str(is_kept), recipe, is_kept), engine=True)
+            Case(
+                experiment(LAYOUTS[name], corpus, folder / f"{recipe} {name}" / str(is_kept), recipe, is_kept),
+                engine=True,
+            )
             for recipe, name in work
             for is_kept in (False, True)
         ]
         ranks = run_ranks(world_size, parameter_runs, cases, range(STEPS), timeout_s=900)
         for number, (recipe, name) in enumerate(work):
-            found[recipe, name] = folder / f"{recipe} {name}", [tuple(rank[2 * number : 2 * number + 2]) for rank in ranks]
+            found[recipe, name] = (
+                folder / f"{recipe} {name}",
+                [tuple(rank[2 * number : 2 * number + 2]) for rank in ranks],
+            )
     return found
 
 
@@ -104,7 +127,9 @@ def test_training_does_not_notice_that_weights_are_in_fp8_only(recipe: str, name
 def test_checkpoints_are_the_same(runs: dict[Any, Any]) -> None:
     """Weights, main weights, moments and scales, bit by bit."""
     folders = [folder for folder, _ in runs.values()]
-    checkpoints = [[folder / str(is_kept) / f"checkpoints/step_{STEPS:07d}" for is_kept in (False, True)] for folder in folders]
+    checkpoints = [
+        [folder / str(is_kept) / f"checkpoints/step_{STEPS:07d}" for is_kept in (False, True)] for folder in folders
+    ]
     assert differences_of_files(checkpoints) == [[]] * len(folders)
 
 
@@ -122,13 +147,19 @@ def check_memory(plain: ParameterRun, kept: ParameterRun) -> None:
 @needs_package
 @pytest.mark.slow
 def test_a_run_goes_on_with_or_without(corpus: Path, tmp_path: Path, runs: dict[Any, Any]) -> None:
-    """With a checkpoint between the steps the last is bitwise that of a run without a break, however weights were kept before."""
+    """With a checkpoint between the steps the last is bitwise that of a run without a break, however weights were kept
+    before."""
     for recipe in ("delayed", "blockwise"):
         name = "one rank"
         cases = []
         for first, then in ((True, True), (True, False), (False, True)):
             folder = tmp_path / f"{recipe} {first} {then}"
-            cases.append([Case(experiment(LAYOUTS[name], corpus, folder, recipe, is_kept), engine=True) for is_kept in (first, then)])
+            cases.append(
+                [
+                    Case(experiment(LAYOUTS[name], corpus, folder, recipe, is_kept), engine=True)
+                    for is_kept in (first, then)
+                ]
+            )
         (found,) = run_ranks(1, broken_runs, cases, STEPS)
         for mine in found:
             assert_same_numbers(mine.trace, runs[recipe, name][1][0][0].trace)
@@ -140,8 +171,12 @@ def test_a_new_run_starts_from_the_weights_of_another(corpus: Path, tmp_path: Pa
     """From the bf16 weights of a checkpoint, not from what FP8 holds of them."""
     cases = []
     for is_kept in (False, True):
-        fields = experiment(LAYOUTS["one rank"], corpus, tmp_path / str(is_kept), "blockwise", is_kept).model_dump(mode="json")
-        fields["checkpoint"]["init_from"] = str(runs["blockwise", "one rank"][0] / f"False/checkpoints/step_{STEPS:07d}")
+        fields = experiment(LAYOUTS["one rank"], corpus, tmp_path / str(is_kept), "blockwise", is_kept).model_dump(
+            mode="json"
+        )
+        fields["checkpoint"]["init_from"] = str(
+            runs["blockwise", "one rank"][0] / f"False/checkpoints/step_{STEPS:07d}"
+        )
         cases.append(Case(Experiment.model_validate(fields), engine=True))
     ((plain, kept),) = run_ranks(1, parameter_runs, cases, range(2))
     assert_same_numbers(kept.trace, plain.trace)
@@ -163,7 +198,8 @@ def test_checkpoints_have_experts_of_their_own_where_they_have_one_parameter_for
 
 @needs_package
 def test_quantisers_have_the_emulated_values_and_weights_in_fp8_only_have_gradients_outside_of_a_step() -> None:
-    """In either direction and format; and, as the probes before training compute them, gradients of the values that a weight stands for."""
+    """In either direction and format; and, as the probes before training compute them, gradients of the values that a
+    weight stands for."""
     ((wrong_values, wrong_gradients),) = run_ranks(1, values_and_gradients, ("delayed", "tensorwise", "blockwise"))
     assert wrong_values == []
     assert wrong_gradients == []

@@ -1,5 +1,6 @@
-"""The host runs ahead of a GPU: no operation of a step looks at a tensor's numbers, but one in each layer without capacity; and no
-gradient of a gather has to sort what it adds up. Counted on the CPU, where nobody waits, by what is called."""
+"""The host runs ahead of a GPU: no operation of a step looks at a tensor's numbers, but one in each layer without
+capacity; and no gradient of a gather has to sort what it adds up. Counted on the CPU, where nobody waits, by what is
+called."""
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ from hunyuan_pretrain.model.router import CountedTokens
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.tiny import build, packed_inputs, tiny_model
 
-LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal", "histc")
+LOOKS = (
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "bincount",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "equal",
+    "histc",
+)
 METHODS = ("tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 ADDS = ("index_add_", "index_add", "scatter_add_", "scatter_add", "index_select_backward", "embedding_dense_backward")
 DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
@@ -39,7 +51,9 @@ class Operations(TorchDispatchMode):
         super().__exit__(*error)
         self._methods.__exit__(*error)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
         of_unknown_size = name == "repeat_interleave" and not kwargs.get("output_size")
         if name in LOOKS or of_unknown_size or (name.startswith("index") and self._has_mask(args)):
@@ -59,7 +73,9 @@ class _Methods(TorchFunctionMode):
         super().__init__()
         self.looks = looks
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if getattr(func, "__name__", "") in METHODS:
             self.looks[func.__name__] += 1
         return func(*args, **(kwargs or {}))
@@ -77,7 +93,9 @@ def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: An
     return operations.looks
 
 
-@pytest.mark.parametrize("changes", [{}, {"moe_router_topk": 2, "recycle_routing": False, "moe_z_loss_coeff": 0.1}], ids=["top 1", "top 2"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe_router_topk": 2, "recycle_routing": False, "moe_z_loss_coeff": 0.1}], ids=["top 1", "top 2"]
+)
 @pytest.mark.parametrize("recompute", ["none", "cla_group"])
 def test_a_step_with_capacity_never_waits_for_a_number(changes: dict[str, Any], recompute: str) -> None:
     assert looks_of_a_step(tiny_model(**changes), recompute=recompute) == {}
@@ -86,7 +104,9 @@ def test_a_step_with_capacity_never_waits_for_a_number(changes: dict[str, Any], 
 def test_a_layer_without_capacity_waits_once_for_the_rows_of_its_experts() -> None:
     model = tiny_model(**DROPLESS)
     assert looks_of_a_step(model) == {"tolist": model.num_layers}
-    assert looks_of_a_step(tiny_model(), is_counted=True) == {"tolist": model.num_layers}, "a validation has no capacity"
+    assert looks_of_a_step(tiny_model(), is_counted=True) == {"tolist": model.num_layers}, (
+        "a validation has no capacity"
+    )
 
 
 @pytest.mark.parametrize("count", ["bincount", "one_hot"])
@@ -99,8 +119,8 @@ def test_what_this_counts_is_seen(count: str) -> None:
 
 
 def exchange(kinds: list[dict[str, Any]]) -> list[Any]:
-    """In every rank: of the mixture of experts of a layer without capacity under each layout: looks, additions, and by how much output and
-    gradients differ from those of all experts on one rank."""
+    """In every rank: of the mixture of experts of a layer without capacity under each layout: looks, additions, and by
+    how much output and gradients differ from those of all experts on one rank."""
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
@@ -111,7 +131,10 @@ def exchange(kinds: list[dict[str, Any]]) -> list[Any]:
     found = []
     for kind in kinds:
         results, operations = [], Operations()
-        for layout in ({"tensor_model_parallel_size": kind.get("tensor_model_parallel_size", 1)} | _sequence_parallel(kind), kind):
+        for layout in (
+            {"tensor_model_parallel_size": kind.get("tensor_model_parallel_size", 1)} | _sequence_parallel(kind),
+            kind,
+        ):
             parallel = ParallelConfig(**layout)
             groups = build_groups(parallel, 60)
             config = transformer_config(tiny_model(**DROPLESS), parallel, PrecisionConfig(dtype="fp32"))

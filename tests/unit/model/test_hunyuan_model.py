@@ -33,7 +33,8 @@ def randomise_norms(model: HunyuanModel) -> None:
 
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_logits_equal_the_plain_formulation(changes):
-    """Each layer with its own K/V from the owner's raw projections, RoPE then its own key norm, loops over documents and experts."""
+    """Each layer with its own K/V from the owner's raw projections, RoPE then its own key norm, loops over documents
+    and experts."""
     architecture = tiny.tiny_model(**changes)
     model = tiny.build(architecture)
     randomise_norms(model)
@@ -41,7 +42,9 @@ def test_logits_equal_the_plain_formulation(changes):
     with torch.no_grad():
         logits, _ = model(inputs["tokens_T"], inputs["positions_T"], inputs["borders"], inputs["rope_alpha"])
     tensors = dict(to_hf(architecture, {name: parameter.detach() for name, parameter in model.named_parameters()}))
-    expected = plain_logits(architecture, tensors, inputs["tokens_T"], torch.tensor(inputs["borders"]), inputs["rope_alpha"])
+    expected = plain_logits(
+        architecture, tensors, inputs["tokens_T"], torch.tensor(inputs["borders"]), inputs["rope_alpha"]
+    )
     torch.testing.assert_close(logits, expected.float(), atol=2e-5, rtol=1e-5)
 
 
@@ -54,7 +57,8 @@ def gradients(model: HunyuanModel, inputs: dict) -> tuple[torch.Tensor, dict[str
 
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_gradients_equal_autograd_through_the_plain_formulation(changes):
-    """Every hand-written backward pass (norms, RoPE, SwiGLU, dispatch, grouped products, cross-entropy) at once, dropless."""
+    """Every hand-written backward pass (norms, RoPE, SwiGLU, dispatch, grouped products, cross-entropy) at once,
+    dropless."""
     architecture = tiny.tiny_model(**changes)
     model = tiny.build(architecture)
     randomise_norms(model)
@@ -62,17 +66,25 @@ def test_gradients_equal_autograd_through_the_plain_formulation(changes):
     loss, actual, _ = gradients(model, inputs)
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     logits = plain_logits(
-        architecture, dict(to_hf(architecture, weights)), inputs["tokens_T"], torch.tensor(inputs["borders"]), inputs["rope_alpha"]
+        architecture,
+        dict(to_hf(architecture, weights)),
+        inputs["tokens_T"],
+        torch.tensor(inputs["borders"]),
+        inputs["rope_alpha"],
     )
     expected_loss = torch.nn.functional.cross_entropy(logits.float(), inputs["label_T"])
     expected_loss.backward()
     torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-6, rtol=1e-6)
     for name, weight in weights.items():
         assert weight.grad.abs().max() > 0, name
-        torch.testing.assert_close(actual[name], weight.grad, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual[name], weight.grad, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("changes", [{}, {"moe_router_topk": 2}, {"recycle_routing": False}, {"moe_expert_capacity_factor": 1.5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe_router_topk": 2}, {"recycle_routing": False}, {"moe_expert_capacity_factor": 1.5}]
+)
 def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
     """Output and gradients of the routed experts for recycled, dropped and empty places."""
     architecture = tiny.tiny_model(**changes)
@@ -89,12 +101,17 @@ def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
                 expert = row // capacity_rows
                 gate, up = (mlp.experts.linear_fc1.weight[expert] @ hidden[token]).chunk(2)
                 output = mlp.experts.linear_fc2.weight[expert] @ (torch.nn.functional.silu(gate) * up)
-                expected = expected + torch.nn.functional.one_hot(torch.tensor(token), 96)[:, None] * output * plan.weight_TK[token, k]
+                expected = (
+                    expected
+                    + torch.nn.functional.one_hot(torch.tensor(token), 96)[:, None] * output * plan.weight_TK[token, k]
+                )
     actual = mlp.experts(hidden, plan)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     inputs = [hidden, mlp.experts.linear_fc1.weight, mlp.experts.linear_fc2.weight, mlp.router.weight]
     probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(6))
-    for got, wanted in zip(*(torch.autograd.grad((x * probe).sum(), inputs, retain_graph=True) for x in (actual, expected)), strict=True):
+    for got, wanted in zip(
+        *(torch.autograd.grad((x * probe).sum(), inputs, retain_graph=True) for x in (actual, expected)), strict=True
+    ):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -106,7 +123,9 @@ def test_documents_in_a_pack_do_not_attend_to_each_other():
     changed = inputs["tokens_T"].clone()
     changed[20:64] = (changed[20:64] + 1) % architecture.padded_vocab_size
     with torch.no_grad():
-        before, after = (model(tokens, inputs["positions_T"], inputs["borders"], 1.0)[0] for tokens in (inputs["tokens_T"], changed))
+        before, after = (
+            model(tokens, inputs["positions_T"], inputs["borders"], 1.0)[0] for tokens in (inputs["tokens_T"], changed)
+        )
     assert torch.equal(before[:20], after[:20])
     assert torch.equal(before[64:], after[64:])
     assert not torch.isclose(before[20:64], after[20:64]).all()
@@ -179,7 +198,8 @@ def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch):
 
 
 def test_hunyuan_large_has_the_published_number_of_parameters():
-    """Built for real, on the meta device; active: everything but the 15 routed experts that a token does not visit, per layer."""
+    """Built for real, on the meta device; active: everything but the 15 routed experts that a token does not visit, per
+    layer."""
     architecture = load_model("configs/model/hunyuan_large.yaml")
     groups = tiny.world_of_one()
     with torch.device("meta"):
@@ -191,8 +211,11 @@ def test_hunyuan_large_has_the_published_number_of_parameters():
 
 
 def test_initial_weights_do_not_depend_on_what_else_the_model_has():
-    """Keyed by name: the same layer of a deeper model starts from the same draw (but for the depth in the residual scale)."""
+    """Keyed by name: the same layer of a deeper model starts from the same draw (but for the depth in the residual
+    scale)."""
     shallow, deep = tiny.build(tiny.tiny_model(num_layers=2)), tiny.build(tiny.tiny_model(num_layers=4))
     name = "decoder.layers.1.mlp.experts.linear_fc1.weight"
     assert torch.equal(shallow.get_parameter(name), deep.get_parameter(name))
-    assert not torch.equal(shallow.get_parameter(name), tiny.build(tiny.tiny_model(num_layers=2), seed=2).get_parameter(name))
+    assert not torch.equal(
+        shallow.get_parameter(name), tiny.build(tiny.tiny_model(num_layers=2), seed=2).get_parameter(name)
+    )

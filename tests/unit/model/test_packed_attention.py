@@ -17,13 +17,17 @@ LENGTHS = [1, 37, 2, 88, 1, 63, 52, 12]
 BORDERS = [sum(LENGTHS[:number]) for number in range(len(LENGTHS) + 1)]
 TOKENS = BORDERS[-1]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
-"""Largest error over the largest entry. bf16 has 8 bits, and the CPU kernel adds up key gradients in it, query block after query block."""
+"""Largest error over the largest entry. bf16 has 8 bits, and the CPU kernel adds up key gradients in it, query block
+after query block."""
 
 
 def inputs(num_heads: int, num_groups: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """q, k, v and the gradient of the output, in the layouts of the model: q and k head by head, v a part of a wider projection."""
+    """q, k, v and the gradient of the output, in the layouts of the model: q and k head by head, v a part of a wider
+    projection."""
     generator = torch.Generator().manual_seed(seed)
-    q_NTH, k_GTH = (torch.randn(heads, TOKENS, 16, generator=generator, dtype=torch.float64) for heads in (num_heads, num_groups))
+    q_NTH, k_GTH = (
+        torch.randn(heads, TOKENS, 16, generator=generator, dtype=torch.float64) for heads in (num_heads, num_groups)
+    )
     qkv_TGXH = torch.randn(TOKENS, num_groups, 3, 16, generator=generator, dtype=torch.float64)
     grad_TNH = torch.randn(TOKENS, num_heads, 16, generator=generator, dtype=torch.float64)
     return [x.to(dtype) for x in (q_NTH.transpose(0, 1), k_GTH.transpose(0, 1), qkv_TGXH[:, :, 2], grad_TNH)]
@@ -50,7 +54,9 @@ def over_ranks(cp_size: int, granule_tokens: int, q: Tensor, k: Tensor, v: Tenso
     results = [torch.zeros_like(x) for x in (grad, q, k, v)]
     for ranges in rows_of_ranks(BORDERS, 2, cp_size, granule_tokens):
         rows = torch.cat([torch.arange(start, end) for start, end in ranges])
-        out, grad_q, *grads_kv = with_gradients(packed_attention, q[rows], k, v, grad[rows], context_blocks(BORDERS, ranges))
+        out, grad_q, *grads_kv = with_gradients(
+            packed_attention, q[rows], k, v, grad[rows], context_blocks(BORDERS, ranges)
+        )
         results[0][rows], results[1][rows] = out, grad_q
         for result, gradient in zip(results[2:], grads_kv, strict=True):
             result += gradient
@@ -58,7 +64,9 @@ def over_ranks(cp_size: int, granule_tokens: int, q: Tensor, k: Tensor, v: Tenso
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
-    for name, found, wanted in zip(("output", "gradient of q", "gradient of k", "gradient of v"), actual, expected, strict=True):
+    for name, found, wanted in zip(
+        ("output", "gradient of q", "gradient of k", "gradient of v"), actual, expected, strict=True
+    ):
         assert found.shape == wanted.shape
         assert found.dtype == dtype
         difference = (found.double() - wanted).abs().max() / wanted.abs().max()
@@ -98,7 +106,10 @@ def test_documents_in_a_pack_do_not_attend_to_each_other(dtype):
     noise = [x.clone() for x in tensors]
     for x, new in zip(noise, inputs(4, 2, dtype, seed=1), strict=True):
         x[changed.start : changed.stop] = 100 * new[changed.start : changed.stop]
-    for attend in (lambda *x: with_gradients(packed_attention, *x, document_blocks(BORDERS)), lambda *x: over_ranks(4, 8, *x)):
+    for attend in (
+        lambda *x: with_gradients(packed_attention, *x, document_blocks(BORDERS)),
+        lambda *x: over_ranks(4, 8, *x),
+    ):
         before, after = attend(*tensors), attend(*noise)
         assert all(torch.equal(x[others], y[others]) for x, y in zip(before, after, strict=True))
         assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.router import DROPPED, STATISTICS, Router, RoutingKey, assign_slots, expert_capacity, slot_priorities
+from hunyuan_pretrain.model.router import (
+    DROPPED,
+    STATISTICS,
+    Router,
+    RoutingKey,
+    assign_slots,
+    expert_capacity,
+    slot_priorities,
+)
 from tests.helpers import tiny
 
 GROUPS = st.integers(1, 3)
@@ -50,7 +58,8 @@ def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K,
     seed=st.integers(0, 99),
 )
 def test_first_choices_of_an_expert_keep_it(n, K, g, E, C, skew, seed):
-    """Against a loop: first choices before second ones, tokens in order; the first C of an expert stay, with or without recycling."""
+    """Against a loop: first choices before second ones, tokens in order; the first C of an expert stay, with or without
+    recycling."""
     chosen = random_choices(n, K, g, E, skew, seed)
     recycled = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
     dropping = assign_slots(chosen, E, C, None)
@@ -68,7 +77,8 @@ def test_first_choices_of_an_expert_keep_it(n, K, g, E, C, skew, seed):
 
 
 def test_draw_is_uniform_over_free_slots():
-    """Chi-squared over 24,000 draws: one overflowing token, five free slots of two experts (1 and 4 of them), other slots never."""
+    """Chi-squared over 24,000 draws: one overflowing token, five free slots of two experts (1 and 4 of them), other
+    slots never."""
     draws, E, C = 24_000, 3, 4
     # expert 0 has 5 takers for 4 slots, expert 1 three, expert 2 none
     chosen = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]).expand(draws, 1, 8)
@@ -84,7 +94,9 @@ def test_same_key_same_draw_and_any_other_key_another():
     group = torch.arange(4)
     draw = slot_priorities(1, 2, 3, group, 64)
     assert torch.equal(draw, slot_priorities(1, 2, 3, group, 64))
-    assert torch.equal(draw[2:], slot_priorities(1, 2, 3, group[2:], 64)), "a group's draw must not depend on its neighbours"
+    assert torch.equal(draw[2:], slot_priorities(1, 2, 3, group[2:], 64)), (
+        "a group's draw must not depend on its neighbours"
+    )
     others = [slot_priorities(*key, group, 64) for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3))]
     assert all((draw != other).all() for other in others)
     assert draw.min() >= 0
@@ -153,7 +165,8 @@ def test_balance_loss_is_that_of_the_choice_before_recycling():
 
 
 def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_loss():
-    """Each path alone gives a gradient, and together they give the sum; the balance loss enters with its coefficient."""
+    """Each path alone gives a gradient, and together they give the sum; the balance loss enters with its
+    coefficient."""
 
     def gradient(coefficient: float, through_weight: float) -> torch.Tensor:
         module, _, hidden, key = router(moe_aux_loss_coeff=coefficient)

@@ -1,4 +1,5 @@
-"""Transformer Engine's spec against the local one, with CPU stand-ins for its kernels: the wiring is proven, no kernel is."""
+"""Transformer Engine's spec against the local one, with CPU stand-ins for its kernels: the wiring is proven, no kernel
+is."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ from tests.helpers.transformer_engine_cases import (
 )
 from tests.helpers.transformer_engine_stub import TE_FOLDER
 
-needs_package = pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make")
+needs_package = pytest.mark.skipif(
+    not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
+)
 
 
 def tensor(size: int, **others: int) -> dict[str, Any]:
@@ -43,7 +46,12 @@ BUILDS = [
     Build({}, tensor(2, expert_model_parallel_size=2, expert_tensor_parallel_size=2), 8, (0, 5)),
     Build({"share_embeddings_and_output_weights": False}, tensor(2, pipeline_model_parallel_size=2), 4, (0, 1, 3)),
     Build({}, {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}, 8, (0, 5)),
-    Build({"num_layers": 8}, tensor(2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), 8, (0, 3, 6)),
+    Build(
+        {"num_layers": 8},
+        tensor(2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        8,
+        (0, 3, 6),
+    ),
     *(
         Build({}, precision={"fp8_recipe": recipe, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1})
         for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -58,7 +66,8 @@ NEWEST_FOLDER = TE_FOLDER.with_name("transformer_engine_newest")
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [TE_FOLDER, NEWEST_FOLDER], ids=lambda folder: folder.name)
 def test_parameters_are_those_of_the_local_spec(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, order, shapes, formats, marks, and where each lies in the whole one; of the rank of a world that is only imagined."""
+    """Names, order, shapes, formats, marks, and where each lies in the whole one; of the rank of a world that is only
+    imagined."""
     if not folder.is_dir():
         pytest.skip(f"needs Transformer Engine's Python part in {folder}: run make (the newest one: with Python 3.12)")
     monkeypatch.setenv("TRANSFORMER_ENGINE_FOLDER", str(folder))
@@ -69,7 +78,8 @@ def test_parameters_are_those_of_the_local_spec(folder: Path, monkeypatch: pytes
 @needs_package
 @pytest.mark.slow
 def test_steps_on_one_rank_equal_those_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
-    """Losses, every gradient, moment and weight of two fp32 steps, and the update itself: the reference has torch's AdamW."""
+    """Losses, every gradient, moment and weight of two fp32 steps, and the update itself: the reference has torch's
+    AdamW."""
     layouts = [
         Layout(),
         Layout(model="dropless", micro_batch=4),
@@ -93,7 +103,8 @@ def test_steps_on_two_ranks_equal_those_of_the_local_spec(corpus: Path, tmp_path
 
 
 def check(layouts: Sequence[Layout], corpus: Path, folder: Path, world_size: int, unfused: Sequence[int]) -> None:
-    """Within the tolerance of layouts; `unfused`: numbers of those whose weight gradients are not added in the product."""
+    """Within the tolerance of layouts; `unfused`: numbers of those whose weight gradients are not added in the
+    product."""
     references = Comparisons(corpus, folder / "references", layouts)
     cases = [
         Case(layout.experiment(corpus, folder / str(number)), engine=True, is_fused=number not in unfused)
@@ -121,9 +132,14 @@ def differing(mine: list[Any], theirs: list[Any], tolerance: float | None = None
 @needs_package
 @pytest.mark.slow
 def test_a_bf16_step_equals_that_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
-    """With Transformer Engine's attention too, which rounds otherwise: a token that goes to another expert for that changes gradients."""
+    """With Transformer Engine's attention too, which rounds otherwise: a token that goes to another expert for that
+    changes gradients."""
     experiment = Layout(model="bf16").experiment(corpus, tmp_path)
-    cases = [Case(experiment, engine=False), Case(experiment, engine=True), Case(experiment, engine=True, has_attention=True)]
+    cases = [
+        Case(experiment, engine=False),
+        Case(experiment, engine=True),
+        Case(experiment, engine=True, has_attention=True),
+    ]
     local, engine, attention = (steps[0] for steps in run_ranks(1, traces, cases, 1)[0])
     for name in ("loss", "grad_norm"):
         assert engine.scalars[name] == pytest.approx(local.scalars[name], rel=1e-4)
@@ -145,7 +161,13 @@ def test_a_checkpoint_of_one_spec_loads_under_the_other(corpus: Path, tmp_path: 
 def test_recipes_take_the_settings_and_leave_the_rest_to_transformer_engine() -> None:
     settings = [
         {"fp8_recipe": "delayed"},
-        {"fp8_recipe": "delayed", "fp8_format": "e4m3", "fp8_margin": 1, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"},
+        {
+            "fp8_recipe": "delayed",
+            "fp8_format": "e4m3",
+            "fp8_margin": 1,
+            "fp8_amax_history_len": 16,
+            "fp8_amax_compute_algo": "max",
+        },
         {"fp8_recipe": "tensorwise"},
         {"fp8_recipe": "blockwise"},
         {"fp8_recipe": "blockwise", "fp8_format": "hybrid"},
@@ -168,7 +190,8 @@ def test_recipes_take_the_settings_and_leave_the_rest_to_transformer_engine() ->
 
 @needs_package
 def test_attention_is_right_however_queries_keys_and_values_lie_in_memory() -> None:
-    """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory as the layout that Transformer Engine finds."""
+    """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory as the layout that
+    Transformer Engine finds."""
     # of the third the keys of the first document are nobody's
     works = [None, [(0, 24), (72, 96)], [(24, 72)]]
     heads = [(4, 2, 64), (2, 1, 80), (2, 2, 96), (4, 1, 128)]
@@ -180,7 +203,7 @@ def test_attention_is_right_however_queries_keys_and_values_lie_in_memory() -> N
     assert not wrong, "\n".join(wrong)
 
 
-# --- without the package ----------------------------------------------------------------------------------------------------------------
+# --- without the package ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [None, 0.75, 1.0])
@@ -191,7 +214,10 @@ def test_rows_of_zeros_change_nothing(factor: float | None, monkeypatch: pytest.
     for layer in padded.decoder.layers:
         layer.mlp.experts.row_multiple = lambda: 16
         forward = layer.mlp.experts.linear_fc1.forward
-        layer.mlp.experts.linear_fc1.forward = lambda x, splits, forward=forward: (asked.append(splits), forward(x, splits))[1]
+        layer.mlp.experts.linear_fc1.forward = lambda x, splits, forward=forward: (
+            asked.append(splits),
+            forward(x, splits),
+        )[1]
     losses = []
     for one in (whole, padded):
         loss, _ = one(**packed_inputs(model))

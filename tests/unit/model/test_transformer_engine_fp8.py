@@ -1,9 +1,10 @@
-"""FP8 under Transformer Engine's spec, on CPU stand-ins for its kernels: how it is wired, and that it computes what our emulation does.
+"""FP8 under Transformer Engine's spec, on CPU stand-ins for its kernels: how it is wired, and that it computes what our
+emulation does.
 
-The stand-ins quantise with the emulation's arithmetic, of which tests/unit/model/test_fp8.py proves every value. What is proven here is
-everything around it: which tensor is quantised in which direction and blocks, with a scale of when and of which ranks, what is kept for the
-backward pass, gathered in FP8 and multiplied with what. All of that is Transformer Engine's own Python code on one side and ours on the
-other, and they agree bit by bit.
+The stand-ins quantise with the emulation's arithmetic, of which tests/unit/model/test_fp8.py proves every value. What
+is proven here is everything around it: which tensor is quantised in which direction and blocks, with a scale of when
+and of which ranks, what is kept for the backward pass, gathered in FP8 and multiplied with what. All of that is
+Transformer Engine's own Python code on one side and ours on the other, and they agree bit by bit.
 """
 
 from __future__ import annotations
@@ -23,19 +24,34 @@ from tests.helpers.transformer_engine_stub import TE_FOLDER
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"),
+    pytest.mark.skipif(
+        not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
+    ),
 ]
 
 
-# --- how it is wired ---------------------------------------------------------------------------------------------------------------------
+# --- how it is wired --------------------------------------------------------------------------------------------------
 
 
-def fp8_experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str = "delayed", **precision: Any) -> Experiment:
+def fp8_experiment(
+    layout: Layout, corpus: Path, run_dir: Path, recipe: str = "delayed", **precision: Any
+) -> Experiment:
     """Sizes that FP8 takes; the first and the last of 8 layers stay in bf16."""
     fields = layout.experiment(corpus, run_dir).model_dump(mode="json")
-    fields["precision"] |= {"dtype": "bf16", "fp8_recipe": recipe, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    fields["precision"] |= {
+        "dtype": "bf16",
+        "fp8_recipe": recipe,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 1,
+    }
     fields["precision"] |= precision
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "num_attention_heads": 8, "num_query_groups": 4}
+    sizes = {
+        "hidden_size": 64,
+        "ffn_hidden_size": 64,
+        "moe_ffn_hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+    }
     fields["model"] |= sizes | {"kv_channels": 8, "moe_routing_group_tokens": 64}
     return Experiment.model_validate(fields)
 
@@ -79,7 +95,9 @@ def test_scales_change_once_a_step_whatever_the_micro_batches(delayed: dict[str,
                 assert sum(count for _, count in updates) == 4, (name, updates)
     (whole,), (parts,), (recomputed,) = (delayed[name] for name in ("whole batch", "4 micro-batches", "recompute"))
     for key, tensor in whole.state.items():
-        if key.endswith((".w.history", ".x.history")):  # gradients, and with them the second step, are rounded from sums in another order
+        if key.endswith(
+            (".w.history", ".x.history")
+        ):  # gradients, and with them the second step, are rounded from sums in another order
             np.testing.assert_allclose(parts.state[key][-2], tensor[-2], rtol=0.05)
         np.testing.assert_array_equal(recomputed.state[key], parts.state[key])
     for key, tensor in whole.state.items():
@@ -89,12 +107,15 @@ def test_scales_change_once_a_step_whatever_the_micro_batches(delayed: dict[str,
 
 
 def test_weights_are_quantised_once_a_step(delayed: dict[str, list[Fp8Run]]) -> None:
-    """Of 6 layers with 4 dense products and 2 of 4 experts each: inputs and gradients for every micro-batch, weights once."""
+    """Of 6 layers with 4 dense products and 2 of 4 experts each: inputs and gradients for every micro-batch, weights
+    once."""
     products = 6 * (4 + 2 * 4)
     for name, micro_batches in (("whole batch", 1), ("4 micro-batches", 4)):
         (run,) = delayed[name]
         for calls in run.calls:
-            assert sum(count for call, count in calls.items() if call[0] == "quantize") == products * (2 * micro_batches + 1)
+            assert sum(count for call, count in calls.items() if call[0] == "quantize") == products * (
+                2 * micro_batches + 1
+            )
 
 
 def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed: dict[str, list[Fp8Run]]) -> None:
@@ -104,7 +125,9 @@ def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed
             if "experts.linear" not in key or "shared" in key:
                 np.testing.assert_array_equal(first.state[key], second.state[key])
     ep, etp = delayed["ep"], delayed["etp"]
-    assert [run.reductions for run in ep] == [[[2, 2]] * 2] * 2, "experts are reduced over no other rank, which holds others"
+    assert [run.reductions for run in ep] == [[[2, 2]] * 2] * 2, (
+        "experts are reduced over no other rank, which holds others"
+    )
     assert [run.reductions for run in etp] == [[[2, 2, 2, 2]] * 2] * 2
     key = "decoder.layers.2.mlp.experts.linear_fc1.x.history"
     together = np.concatenate([run.state[key] for run in ep], axis=1)
@@ -113,7 +136,11 @@ def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed
 
 def test_rows_are_padded_only_where_the_capacity_is_no_multiple(delayed: dict[str, list[Fp8Run]]) -> None:
     """64 tokens of a routing group over 4 experts are 16 rows each; dropless, they are as the router likes."""
-    assert [run.padded for name in ("whole batch", "4 micro-batches", "recompute", "ep", "etp", "vpp") for run in delayed[name]] == [0] * 9
+    assert [
+        run.padded
+        for name in ("whole batch", "4 micro-batches", "recompute", "ep", "etp", "vpp")
+        for run in delayed[name]
+    ] == [0] * 9
     (dropless,) = delayed["dropless"]
     assert dropless.padded > 0
 
@@ -124,20 +151,28 @@ def test_other_recipes_keep_no_scales(recipe: str, capability: tuple[int, int], 
     ((run,),) = run_ranks(1, fp8_runs, [experiment], 1, capability)
     assert run.state == {}
     assert sum(run.in_fp8.values()) == 36
-    quantizer = {"tensorwise": "Float8CurrentScalingQuantizer", "blockwise": "Float8BlockQuantizer", "mxfp8": "MXFP8Quantizer"}[recipe]
+    quantizer = {
+        "tensorwise": "Float8CurrentScalingQuantizer",
+        "blockwise": "Float8BlockQuantizer",
+        "mxfp8": "MXFP8Quantizer",
+    }[recipe]
     assert {call[1] for call in run.calls[0] if call[0] == "quantize"} == {quantizer}
 
 
-# --- against the emulation --------------------------------------------------------------------------------------------------------------
+# --- against the emulation --------------------------------------------------------------------------------------------
 
 WORLDS = [(("delayed", "tensorwise", "blockwise"), (9, 0)), (("mxfp8",), (10, 0))]
-"""Recipes of which a process can see all, and the compute capability of its imagined GPU: products of a Blackwell read other data."""
+"""Recipes of which a process can see all, and the compute capability of its imagined GPU: products of a Blackwell read
+other data."""
 RECIPES = [recipe for recipes, _ in WORLDS for recipe in recipes]
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def compared(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[BothSpecs]]:
-    """What each rank computed under both specs, by recipe: one rank, dropless, so that rows are padded; tensor and sequence parallel."""
+def compared(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[BothSpecs]]:
+    """What each rank computed under both specs, by recipe: one rank, dropless, so that rows are padded; tensor and
+    sequence parallel."""
     ranks: int = request.param
     layout = Layout(model="dropless", micro_batch=4) if ranks == 1 else Layout(tp=2, micro_batch=4)
     found: dict[str, list[BothSpecs]] = {}
@@ -156,8 +191,8 @@ def compared(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pyt
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_product_equals_the_emulated_one(compared: dict[str, list[BothSpecs]], recipe: str) -> None:
-    """Bit by bit: outputs, gradients, and delayed scales of column- and row-parallel products, after a norm, and of experts with as many
-    rows each or not; over three steps of two micro-batches, in which weights change."""
+    """Bit by bit: outputs, gradients, and delayed scales of column- and row-parallel products, after a norm, and of
+    experts with as many rows each or not; over three steps of two micro-batches, in which weights change."""
     for rank in compared[recipe]:
         assert len(rank.products) == (5 if len(compared[recipe]) == 1 else 3)
         for kind, tensors in rank.products.items():
@@ -176,9 +211,14 @@ def test_steps_equal_the_emulated_ones(compared: dict[str, list[BothSpecs]], rec
     differences = compare(first.engine.traces, first.emulated.traces)
     assert len(differences) > 300
     # the output of the norm that is fused into the projection after it is nobody's
-    assert [d for d in differences if d.relative and not (d.kind == "activation" and d.name.endswith("input_layernorm"))] == []
+    assert [
+        d for d in differences if d.relative and not (d.kind == "activation" and d.name.endswith("input_layernorm"))
+    ] == []
     for rank in (first, *others):
-        assert (rank.engine.scales.keys(), len(rank.engine.scales)) == (rank.emulated.scales.keys(), 72 if recipe == "delayed" else 0)
+        assert (rank.engine.scales.keys(), len(rank.engine.scales)) == (
+            rank.emulated.scales.keys(),
+            72 if recipe == "delayed" else 0,
+        )
         for name, scale in rank.engine.scales.items():
             np.testing.assert_array_equal(scale, rank.emulated.scales[name], err_msg=name)
         assert rank.engine.num_quantised > 0

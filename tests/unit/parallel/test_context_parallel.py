@@ -14,7 +14,11 @@ from hunyuan_pretrain.parallel.context_parallel import EVEN_ENOUGH, Ranges, imba
 @st.composite
 def micro_batches(draw) -> tuple[list[int], int, int, int]:
     """(borders, sequences, cp_size, granule_tokens) of random packs."""
-    sequences, cp_size, granule = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 3, 4, 8))), draw(st.sampled_from((1, 4, 16)))
+    sequences, cp_size, granule = (
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from((1, 2, 3, 4, 8))),
+        draw(st.sampled_from((1, 4, 16))),
+    )
     tokens = cp_size * granule * draw(st.integers(1, 12))
     inner = draw(st.sets(st.integers(1, sequences * tokens - 1), max_size=30)) if sequences * tokens > 1 else set()
     return sorted(inner | {tokens * number for number in range(sequences + 1)}), sequences, cp_size, granule
@@ -23,7 +27,9 @@ def micro_batches(draw) -> tuple[list[int], int, int, int]:
 def contiguous(tokens: int, sequences: int, cp_size: int) -> list[Ranges]:
     """Each sequence cut into cp_size equal runs."""
     run = tokens // cp_size
-    return [[(s * tokens + rank * run, s * tokens + (rank + 1) * run) for s in range(sequences)] for rank in range(cp_size)]
+    return [
+        [(s * tokens + rank * run, s * tokens + (rank + 1) * run) for s in range(sequences)] for rank in range(cp_size)
+    ]
 
 
 @given(micro_batches())
@@ -32,7 +38,9 @@ def test_every_row_is_on_one_rank_in_whole_granules(batch):
     ranks = rows_of_ranks(*batch)
     tokens = borders[-1] // sequences
     assert len(ranks) == cp_size
-    assert sorted(row for ranges in ranks for start, end in ranges for row in range(start, end)) == list(range(borders[-1]))
+    assert sorted(row for ranges in ranks for start, end in ranges for row in range(start, end)) == list(
+        range(borders[-1])
+    )
     for ranges in ranks:
         assert all(start % granule == 0 and end % granule == 0 for start, end in ranges)
         assert all(before[1] < after[0] for before, after in pairwise(ranges)), "ascending, and merged where adjacent"
@@ -56,7 +64,12 @@ def test_one_long_document_is_even(cp_size, granules):
 
 
 def test_one_long_document_is_dealt_as_a_zigzag():
-    assert rows_of_ranks([0, 64], 1, 4, 8) == [[(0, 8), (56, 64)], [(8, 16), (48, 56)], [(16, 24), (40, 48)], [(24, 40)]]
+    assert rows_of_ranks([0, 64], 1, 4, 8) == [
+        [(0, 8), (56, 64)],
+        [(8, 16), (48, 56)],
+        [(16, 24), (40, 48)],
+        [(24, 40)],
+    ]
 
 
 def test_one_granule_a_rank_is_dealt_as_it_can_be():

@@ -1,4 +1,5 @@
-"""Where the ranks' parts of a parameter lie: together they are the whole one, and of the copies of a part exactly one is the first."""
+"""Where the ranks' parts of a parameter lie: together they are the whole one, and of the copies of a part exactly one
+is the first."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Group:
 
 
 def ranks_of(tp: int = 1, dp: int = 1, ep: int = 1, etp: int = 1) -> list[Any]:
-    """Groups of every rank. The two halves of the rank grid have the ranks in common but are divided each for itself, as in core."""
+    """Groups of every rank. The two halves of the rank grid have the ranks in common but are divided each for itself,
+    as in core."""
     world = tp * dp
     assert world % (ep * etp) == 0
     expert_dp = world // (ep * etp)
@@ -111,7 +113,11 @@ def test_experts_of_their_own_lie_where_they_would_in_one_parameter():
     """Local expert 1 of 2, with its halves of gate and up; the name in a checkpoint is that of all experts together."""
     for groups in ranks_of(dp=4, ep=2, etp=2):
         together = placement("fc1.weight", parameter_of((2, 4, 5), **EXPERT_FC1), groups)
-        alone = placement("fc1.weight1", parameter_of((4, 5), **EXPERT_FC1 | {"partition_dim": 0, "expert": 1, "num_experts": 2}), groups)
+        alone = placement(
+            "fc1.weight1",
+            parameter_of((4, 5), **EXPERT_FC1 | {"partition_dim": 0, "expert": 1, "num_experts": 2}),
+            groups,
+        )
         assert (alone.name, alone.whole_shape, alone.replica) == ("fc1.weight", together.whole_shape, together.replica)
         assert alone.local_shape == (1, 4, 5)
         for mine, theirs in zip(alone.parts, together.parts, strict=True):
@@ -152,5 +158,7 @@ def test_homes_are_unique_for_every_small_layout():
     for tp, dp, ep, etp in product((1, 2, 4), (1, 2, 4), (1, 2, 4), (1, 2)):
         if (tp * dp) % (ep * etp):
             continue
-        homes = [placement("weight", parameter_of((2, 4, 4), **EXPERT_FC1), groups) for groups in ranks_of(tp, dp, ep, etp)]
+        homes = [
+            placement("weight", parameter_of((2, 4, 4), **EXPERT_FC1), groups) for groups in ranks_of(tp, dp, ep, etp)
+        ]
         assert sum(place.replica == (0, 0, 0) for place in homes) == ep * etp

@@ -37,7 +37,9 @@ def test_a_shared_embedding_is_a_bucket_of_its_own() -> None:
     laid = buffers._lay_out([Weight(500, is_shared_embedding=True), Weight(70)], buffer(2, True), None)
     assert laid.buckets == [(0, 128), (128, 640)]
     assert laid.kept() == [64 + 256, 6 + 244]
-    assert buffers._lay_out([Weight(500, is_shared_embedding=True), Weight(70)], buffer(2, False), None).buckets == [(0, 570)]
+    assert buffers._lay_out([Weight(500, is_shared_embedding=True), Weight(70)], buffer(2, False), None).buckets == [
+        (0, 570)
+    ]
 
 
 def test_full_buckets_are_closed() -> None:
@@ -47,7 +49,9 @@ def test_full_buckets_are_closed() -> None:
 
 def test_only_the_first_pipeline_rank_has_buckets_to_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "SMALLEST_BUCKET", 1_000_000)
-    model = MODEL.model_copy(update={"hidden_size": 1024, "ffn_hidden_size": 1024, "share_embeddings_and_output_weights": False})
+    model = MODEL.model_copy(
+        update={"hidden_size": 1024, "ffn_hidden_size": 1024, "share_embeddings_and_output_weights": False}
+    )
     parallel = PIPELINE.model_copy(update={"overlap_grad_reduce": True})
     first, last = (buffers_of_stage(model, parallel, PrecisionConfig(dtype="fp32"), 2, stage)[0] for stage in (0, 1))
     assert len(first.buckets) > len(last.buckets) == 1
@@ -77,7 +81,11 @@ def test_router_weights_have_a_buffer_of_their_own_in_bf16() -> None:
 def test_experts_have_buffers_of_their_own_where_other_ranks_hold_them() -> None:
     for parallel, ranks, axes in (
         (ParallelConfig(expert_model_parallel_size=2), 4, {"dp": 4, "expert_dp": 2}),
-        (ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2), 4, {"dp": 2}),
+        (
+            ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
+            4,
+            {"dp": 2},
+        ),
         (ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True), 4, {"dp": 2, "expert_dp": 4}),
     ):
         found = buffers_of_stage(MODEL, parallel, PrecisionConfig(dtype="fp32"), ranks, 0)

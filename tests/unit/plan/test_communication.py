@@ -1,4 +1,5 @@
-"""What a step communicates, by hand and by what must follow; tests/parallel/test_traffic.py holds it against real steps."""
+"""What a step communicates, by hand and by what must follow; tests/parallel/test_traffic.py holds it against real
+steps."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from hunyuan_pretrain.plan.counts import parameters
 
 LARGE = load_model(Path(__file__).parents[3] / "configs/model/hunyuan_large.yaml")
 STAGE = StageConfig(
-    name="s", tokens=1, sequence_length=4096, global_batch_sequences=64, micro_batch_sequences=1, lr_end=1, data=(DataSource(path="x"),)
+    name="s",
+    tokens=1,
+    sequence_length=4096,
+    global_batch_sequences=64,
+    micro_batch_sequences=1,
+    lr_end=1,
+    data=(DataSource(path="x"),),
 )
 FP32 = PrecisionConfig(dtype="fp32")
 TENSOR = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
@@ -43,7 +50,9 @@ def test_tokens_travel_to_the_experts_and_back_forward_and_backward() -> None:
     micro_batches, layers = 4, 64
     assert found.calls == 4 * layers * micro_batches
     assert found.bytes == found.calls * 4096 * 6400 * 2 * 15 // 16
-    padded = of(16, model={"moe_expert_capacity_factor": 1.25}, expert_model_parallel_size=16).messages["ep", "all_to_all"]
+    padded = of(16, model={"moe_expert_capacity_factor": 1.25}, expert_model_parallel_size=16).messages[
+        "ep", "all_to_all"
+    ]
     assert padded == Messages(found.calls, found.bytes * 5 // 4)
 
 
@@ -62,7 +71,9 @@ def test_cross_layer_attention_halves_the_traffic_of_keys_and_values(method: str
     shared, own = (of(8, model={"cla_share_factor": factor}, **context) for factor in (2, 1))
     keys = 2 * 8 * 80 * 2 * 4096  # keys and values of a sequence, in bf16
     each = keys * 7 // 8 if method == "all_gather" else keys // 8 * 7 // 8
-    assert own.sent_bytes("cp") - shared.sent_bytes("cp") == 32 * 64 * 2 * each, "32 borrowers, 64 micro-batches, forward and backward"
+    assert own.sent_bytes("cp") - shared.sent_bytes("cp") == 32 * 64 * 2 * each, (
+        "32 borrowers, 64 micro-batches, forward and backward"
+    )
     if method == "all_gather":
         assert own.sent_bytes("cp") == 2 * shared.sent_bytes("cp")
 
@@ -92,7 +103,9 @@ def test_neighbours_in_the_pipeline_send_one_message_each_way_for_each_micro_bat
 
 def test_chunks_of_the_output_layer_change_the_calls_and_not_the_bytes() -> None:
     parallel = ParallelConfig(**TENSOR)
-    few, many = (communication_per_rank(LARGE, parallel, PrecisionConfig(), STAGE, 4, 0, chunk) for chunk in (4096, 128))
+    few, many = (
+        communication_per_rank(LARGE, parallel, PrecisionConfig(), STAGE, 4, 0, chunk) for chunk in (4096, 128)
+    )
     assert few.sent_bytes() == many.sent_bytes()
     assert many.messages["tp", "all_reduce"].calls - few.messages["tp", "all_reduce"].calls == 64 * 2 * 31
 

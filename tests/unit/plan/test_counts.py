@@ -33,13 +33,21 @@ def shapes(model: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     if not model.share_embeddings_and_output_weights:
         found["dense"].append((model.padded_vocab_size, hidden))
     for layer in range(model.num_layers):
-        found["dense"] += [(heads * width, hidden), (hidden, heads * width), (hidden,), (hidden,), (model.num_moe_experts, hidden)]
+        found["dense"] += [
+            (heads * width, hidden),
+            (hidden, heads * width),
+            (hidden,),
+            (hidden,),
+            (model.num_moe_experts, hidden),
+        ]
         if layer % model.cla_share_factor == 0:
             found["dense"] += [(model.num_query_groups * width, hidden)] * 2
         if model.qk_layernorm:
             found["dense"] += [(width,)] * 2
         found["dense"] += [(model.ffn_hidden_size, hidden)] * 2 + [(hidden, model.ffn_hidden_size)]
-        found["routed"] += ([(model.expert_ffn_size, hidden)] * 2 + [(hidden, model.expert_ffn_size)]) * model.num_moe_experts
+        found["routed"] += (
+            [(model.expert_ffn_size, hidden)] * 2 + [(hidden, model.expert_ffn_size)]
+        ) * model.num_moe_experts
     return found
 
 
@@ -76,12 +84,18 @@ def test_parameters_equal_the_sum_over_all_weights(changes: dict[str, object]) -
 def test_kv_cache_has_the_published_sizes() -> None:
     assert kv_cache_bytes_per_token(LARGE) == 81_920
     assert kv_cache_bytes_per_token(LARGE.model_copy(update={"cla_share_factor": 1})) == 163_840
-    assert kv_cache_bytes_per_token(LARGE.model_copy(update={"cla_share_factor": 1, "num_query_groups": 80})) == 1_638_400
+    assert (
+        kv_cache_bytes_per_token(LARGE.model_copy(update={"cla_share_factor": 1, "num_query_groups": 80})) == 1_638_400
+    )
     assert kv_cache_bytes_per_token(LARGE, bytes_per_value=1) == 40_960
 
 
 def test_matmul_flops_are_six_times_the_active_matrices() -> None:
-    for model in (LARGE, TINY, TINY.model_copy(update={"share_embeddings_and_output_weights": False, "moe_router_topk": 2})):
+    for model in (
+        LARGE,
+        TINY,
+        TINY.model_copy(update={"share_embeddings_and_output_weights": False, "moe_router_topk": 2}),
+    ):
         count, flops = parameters(model), flops_per_token(model, 4096)
         # A tied embedding is used twice, as a lookup and as the head, and only the head multiplies.
         assert flops.matmuls == 6 * (count.active - count.norms - count.output_head)
@@ -94,7 +108,9 @@ def test_attention_flops_count_the_pairs_that_the_mask_leaves(documents: list[in
     pairs = sum(1 for n in documents for query in range(n) for key in range(n) if key <= query)
     flops = flops_per_token(TINY, length, documents)
     # Forward 2 and backward 4 FLOPs for each pair, head channel and layer.
-    assert flops.attention_scores * length == pytest.approx(6 * pairs * TINY.num_attention_heads * TINY.head_dim * TINY.num_layers)
+    assert flops.attention_scores * length == pytest.approx(
+        6 * pairs * TINY.num_attention_heads * TINY.head_dim * TINY.num_layers
+    )
     assert flops.attention_values == flops.attention_scores
 
 
@@ -110,7 +126,11 @@ def test_memory_of_one_rank_holds_everything() -> None:
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * count.total, 4 * count.total, 8 * count.total)
     memory = memory_per_rank(TINY, plain_optimizer, PrecisionConfig(dtype="bf16"), 1)
     plain, router = count.total - count.router, count.router
-    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * plain + 4 * router, 4 * count.total, 12 * plain + 8 * router)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (
+        2 * plain + 4 * router,
+        4 * count.total,
+        12 * plain + 8 * router,
+    )
     memory = memory_per_rank(TINY, plain_optimizer, PrecisionConfig(dtype="bf16", grad_reduce_in_fp32=False), 1)
     assert memory.gradients == 2 * plain + 4 * router
 
@@ -135,29 +155,51 @@ def test_the_ranks_together_hold_each_share_as_often_as_they_should(
     assert sum(memory.optimizer for memory in ranks) == (once if is_distributed else often)
     assert sum(memory.weights for memory in ranks) == pytest.approx(weights, rel=2e-4 if is_distributed else 0)
     fullest = memory_per_rank(TINY, parallel, PrecisionConfig(dtype=dtype), world_size)
-    assert fullest.total == max(memory.total for memory in ranks) == fullest.weights + fullest.gradients + fullest.optimizer
+    assert (
+        fullest.total
+        == max(memory.total for memory in ranks)
+        == fullest.weights + fullest.gradients + fullest.optimizer
+    )
 
 
 LAYOUTS = st.builds(
     lambda tp, cp, pp, ep, etp, **others: ParallelConfig(
-        tensor_model_parallel_size=tp, sequence_parallel=tp > 1, context_parallel_size=cp, pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep, expert_tensor_parallel_size=etp, **others,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        **others,
     ),
-    *[st.sampled_from((1, 2))] * 3, st.sampled_from((1, 2, 4)), st.sampled_from((1, 2)),
-    virtual_pipeline_model_parallel_size=st.just(1), use_distributed_optimizer=st.booleans(),
-)  # fmt: skip
+    *[st.sampled_from((1, 2))] * 3,
+    st.sampled_from((1, 2, 4)),
+    st.sampled_from((1, 2)),
+    virtual_pipeline_model_parallel_size=st.just(1),
+    use_distributed_optimizer=st.booleans(),
+)
 
 
 @given(LAYOUTS, st.booleans(), st.sampled_from((1, 2)))
 def test_every_layout_divides_the_whole_model(parallel: ParallelConfig, is_tied: bool, times: int) -> None:
-    """Optimizer state with the distributed optimizer, weights without: once over the ranks that do not hold the same."""
+    """Optimizer state with the distributed optimizer, weights without: once over the ranks that do not hold the
+    same."""
     model = TINY.model_copy(update={"share_embeddings_and_output_weights": is_tied})
     count, world_size = parameters(model), 16 * times
     shares, places = grid(parallel, world_size), range(parallel.pipeline_model_parallel_size)
-    ranks = [memory for place in places for memory in memory_of_ranks(model, parallel, PrecisionConfig(dtype="fp32"), world_size, place)]
+    ranks = [
+        memory
+        for place in places
+        for memory in memory_of_ranks(model, parallel, PrecisionConfig(dtype="fp32"), world_size, place)
+    ]
     divided = parameters(model.model_copy(update={"num_layers": 2})).embedding  # the copy of the last stage
     replicated = count.norms + count.router
-    elements = count.total - count.routed_experts + (shares.tp - 1) * replicated + (divided if is_tied and shares.pp > 1 else 0)
+    elements = (
+        count.total
+        - count.routed_experts
+        + (shares.tp - 1) * replicated
+        + (divided if is_tied and shares.pp > 1 else 0)
+    )
     if parallel.use_distributed_optimizer:
         assert sum(memory.optimizer for memory in ranks) == 8 * (elements + count.routed_experts)
     else:
@@ -177,7 +219,9 @@ def test_the_fullest_rank_is_that_of_the_largest_stage() -> None:
 
 
 def test_memory_refuses_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"world_size=3 is not a multiple of TP\*CP\*PP=1\*1\*1=1 and of ETP\*EP\*PP=1\*2\*1=2"):
+    with pytest.raises(
+        ValueError, match=r"world_size=3 is not a multiple of TP\*CP\*PP=1\*1\*1=1 and of ETP\*EP\*PP=1\*2\*1=2"
+    ):
         memory_per_rank(TINY, ParallelConfig(expert_model_parallel_size=2), PrecisionConfig(), 3)
     with pytest.raises(ValueError, match="pipeline_rank=1, but there are pipeline ranks 0 to 0"):
         memory_per_rank(TINY, ParallelConfig(), PrecisionConfig(), 1, 1)

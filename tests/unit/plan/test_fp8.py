@@ -60,7 +60,9 @@ def test_the_products_are_those_that_the_model_quantises() -> None:
         sizes = layer_sizes(model, layer)
         assert sizes.weights == sum(weight.numel() for weight in weights)
         assert sizes.inputs == sum(weight.shape[-1] for weight in weights)
-        assert sizes.visited_weights == sum(weight[0].numel() if weight.dim() == 3 else weight.numel() for weight in weights)
+        assert sizes.visited_weights == sum(
+            weight[0].numel() if weight.dim() == 3 else weight.numel() for weight in weights
+        )
 
 
 def test_hunyuan_large_moves_nearly_all_products_to_fp8(tmp_path: Path) -> None:
@@ -68,7 +70,9 @@ def test_hunyuan_large_moves_nearly_all_products_to_fp8(tmp_path: Path) -> None:
     short = fp8_flops_per_token(experiment.model, experiment.precision, 4096)
     assert short.quantised / short.matmuls == pytest.approx(0.984, abs=5e-4)
     assert short.quantised / short.total == pytest.approx(0.953, abs=5e-4)
-    kept = fp8_flops_per_token(experiment.model, large(tmp_path, **{"precision.num_layers_at_end_in_bf16": 32}).precision, 4096)
+    kept = fp8_flops_per_token(
+        experiment.model, large(tmp_path, **{"precision.num_layers_at_end_in_bf16": 32}).precision, 4096
+    )
     assert kept.quantised == pytest.approx(short.quantised / 2)
 
 
@@ -79,14 +83,20 @@ def test_memory_of_kept_inputs_halves(tmp_path: Path) -> None:
     values = 8 * 512 * (6400 + 6400 + 2 * (6400 + 18304))
     assert memory.inputs_without == 2 * values
     assert memory.inputs == round(values * (1 + 4 / 128))
-    assert fp8_memory_per_rank(large(tmp_path, **{"parallel.recompute": "cla_group"}), experiment.stages[0], 512).inputs == 0
+    assert (
+        fp8_memory_per_rank(large(tmp_path, **{"parallel.recompute": "cla_group"}), experiment.stages[0], 512).inputs
+        == 0
+    )
     # layers alternate between owners and borrowers of keys and values; two experts a rank, whole
     attention = (8 * 2 * 6400 * 6400 + 4 * 2 * 6400 * 640) / 8
-    assert memory.weight_copies == round(2 * (attention + 8 * 3 * 6400 * 18304 / 8 + 8 * 2 * 3 * 6400 * 18304) * (1 + 4 / 128))
+    assert memory.weight_copies == round(
+        2 * (attention + 8 * 3 * 6400 * 18304 / 8 + 8 * 2 * 3 * 6400 * 18304) * (1 + 4 / 128)
+    )
 
 
 def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(tmp_path: Path) -> None:
-    """Of each quantised weight: the half of its bf16 value, and its FP8 rows beside that; of every gathered value the half."""
+    """Of each quantised weight: the half of its bf16 value, and its FP8 rows beside that; of every gathered value the
+    half."""
     plain, kept = (large(tmp_path, **{"precision.fp8_parameters": text}) for text in ("false", "true"))
     stage, weights = plain.stages[0], fp8_memory_per_rank(plain, plain.stages[0], 512).weight_copies / 2 / (1 + 4 / 128)
     copies = [fp8_memory_per_rank(experiment, stage, 512).weight_copies for experiment in (plain, kept)]
@@ -98,7 +108,9 @@ def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(t
     gathered = []
     for experiment in (plain, kept):
         buffers = buffers_of_stage(experiment.model, experiment.parallel, experiment.precision, 512, 1)
-        gathered.append({axis: sum(x.size * x.weight_bytes for x in buffers if x.axis == axis) for axis in ("dp", "expert_dp")})
+        gathered.append(
+            {axis: sum(x.size * x.weight_bytes for x in buffers if x.axis == axis) for axis in ("dp", "expert_dp")}
+        )
     assert gathered[0]["expert_dp"] == 2 * gathered[1]["expert_dp"], "routed experts are nothing but quantised weights"
     assert gathered[1]["dp"] < 0.52 * gathered[0]["dp"]
 

@@ -22,7 +22,9 @@ def test_the_plan_says_what_the_run_does_and_costs() -> None:
     assert rows["stage anneal", "learning rate"] == "0.0006 -> 0.0002"
     assert rows["stage decay", "routed experts' lr"] == "0.00062 -> 0.000186"
     assert (rows["run", "steps"], rows["run", "tokens"]) == ("120", "491,520")
-    assert rows["communication", "expert parallel"] == "16 MiB", "4 all-to-alls in 4 layers, of 2,048 tokens * 256 channels * 4 bytes / 2"
+    assert rows["communication", "expert parallel"] == "16 MiB", (
+        "4 all-to-alls in 4 layers, of 2,048 tokens * 256 channels * 4 bytes / 2"
+    )
     assert ("layout", "pipeline") not in rows
 
 
@@ -43,12 +45,16 @@ def test_the_last_stage_of_the_demo_is_five_percent() -> None:
 
 
 def test_a_constant_stage_starts_where_it_stays() -> None:
-    rows = {(row.group, row.name): row.value for row in summarise(load_experiment(DEMO, ["stages.1.lr_shape=constant"]))}
+    rows = {
+        (row.group, row.name): row.value for row in summarise(load_experiment(DEMO, ["stages.1.lr_shape=constant"]))
+    }
     assert rows["stage decay", "learning rate"] == "0.0006 -> 0.0006"
 
 
 def test_without_a_world_size_the_plan_takes_the_smallest() -> None:
-    smaller = [f"stages.{i}.micro_batch_sequences=2" for i in range(3)]  # 8 sequences a step are dealt out to 4 ranks too
+    smaller = [
+        f"stages.{i}.micro_batch_sequences=2" for i in range(3)
+    ]  # 8 sequences a step are dealt out to 4 ranks too
     experiment = load_experiment(DEMO, ["parallel.world_size=null", *smaller])
     assert {row.name: row.value for row in summarise(experiment)}["ranks"] == "2"
     assert {row.name: row.value for row in summarise(experiment, 4)}["ranks"] == "4"
@@ -58,23 +64,35 @@ def test_without_a_world_size_the_plan_takes_the_smallest() -> None:
 
 def test_a_pipeline_is_planned_by_its_fullest_and_its_busiest_rank() -> None:
     parallel = [
-        f"parallel.{field}" for field in ("pipeline_model_parallel_size=2", "tensor_model_parallel_size=2", "sequence_parallel=true")
+        f"parallel.{field}"
+        for field in ("pipeline_model_parallel_size=2", "tensor_model_parallel_size=2", "sequence_parallel=true")
     ]
     layout = ["parallel.world_size=8", *parallel, "parallel.use_distributed_optimizer=false"]
-    rows = {(row.group, row.name): row for row in summarise(load_experiment(DEMO, [*layout, "stages.2.micro_batch_sequences=2"]))}
+    rows = {
+        (row.group, row.name): row
+        for row in summarise(load_experiment(DEMO, [*layout, "stages.2.micro_batch_sequences=2"]))
+    }
     assert rows["layout", "ranks"].note == "data parallel 2, tensor parallel 2, pipeline parallel 2, expert parallel 2"
     assert (rows["layout", "pipeline"].value, rows["layout", "pipeline"].note) == ("2 stages", "2, 2 layers")
-    assert rows["layout", "memory by pipeline rank"].value.endswith(rows["layout", "memory per rank"].value), "with the final norm"
+    assert rows["layout", "memory by pipeline rank"].value.endswith(rows["layout", "memory per rank"].value), (
+        "with the final norm"
+    )
     for stages in ("warmup, decay", "anneal"):
         group = f"communication, {stages}"
-        assert "pipeline rank 1" in rows[group, "sent per step"].note, "the output layer is divided along the vocabulary"
+        assert "pipeline rank 1" in rows[group, "sent per step"].note, (
+            "the output layer is divided along the vocabulary"
+        )
         assert rows[group, "tied embedding"].value == "2 MiB"
         message, micro_batches = 2 if stages == "anneal" else 4, 2 if stages == "anneal" else 1
-        assert rows[group, "pipeline"].note == f"send {message * 256 * micro_batches / 1024:g} MiB in {micro_batches} calls"
+        assert (
+            rows[group, "pipeline"].note
+            == f"send {message * 256 * micro_batches / 1024:g} MiB in {micro_batches} calls"
+        )
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB"), (2**52, "4,096 TiB")]
+    ("size", "text"),
+    [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB"), (2**52, "4,096 TiB")],
 )
 def test_sizes_have_the_largest_unit_that_leaves_one(size: int, text: str) -> None:
     assert size_text(size) == text

@@ -1,4 +1,5 @@
-"""The shim that lets megatron-core run without CUDA: each patch is needed, all of them are enough, and CUDA switches it off."""
+"""The shim that lets megatron-core run without CUDA: each patch is needed, all of them are enough, and CUDA switches it
+off."""
 
 from __future__ import annotations
 
@@ -91,7 +92,10 @@ def test_tensors_say_is_cuda_only_while_asked_to():
 
     def answers() -> list[bool]:
         weight = torch.ones(2)
-        return [tensor.is_cuda for tensor in (weight, weight.view(1, 2), weight.pin_memory(), weight.bfloat16().pin_memory().float())]
+        return [
+            tensor.is_cuda
+            for tensor in (weight, weight.view(1, 2), weight.pin_memory(), weight.bfloat16().pin_memory().float())
+        ]
 
     assert answers() == [False] * 4
     with cpu_megatron.weights_count_as_on_a_device():

@@ -68,14 +68,19 @@ def test_probe_finds_this_machine() -> None:
 
 
 def test_probing_imports_no_megatron() -> None:
-    code = "import sys, hunyuan_pretrain.runtime.device as d; d.probe(); assert not {'megatron', 'apex', 'wandb'} & set(sys.modules)"
+    code = (
+        "import sys, hunyuan_pretrain.runtime.device as d; d.probe(); assert not {'megatron', 'apex', 'wandb'} & "
+        "set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_is_refused_where_there_is_none() -> None:
     assert choose_device("auto") == choose_device("cpu") == "cpu"
-    with pytest.raises(ConfigError, match=r"runtime.device=cuda: this machine has no usable CUDA: .*\(use auto or cpu\)"):
+    with pytest.raises(
+        ConfigError, match=r"runtime.device=cuda: this machine has no usable CUDA: .*\(use auto or cpu\)"
+    ):
         choose_device("cuda")
 
 
@@ -113,7 +118,9 @@ def test_a_containers_memory_limit_counts(monkeypatch: pytest.MonkeyPatch) -> No
     assert device.usable_memory_bytes() > 2**30
 
 
-def test_a_package_that_is_only_named_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_only_named_apex_is_told_from_nvidias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if device.apex_state() != "absent":
         pytest.skip("apex is installed")
     module_folder(tmp_path, "apex", monkeypatch)
@@ -128,7 +135,9 @@ def test_transformer_engine_without_its_extension_is_an_error(tmp_path: Path, mo
     assert probe(thorough=True).transformer_engine_error is None
     package = module_folder(tmp_path, "transformer_engine", monkeypatch)
     (tmp_path / "transformer_engine-2.11.0.dist-info").mkdir()
-    (tmp_path / "transformer_engine-2.11.0.dist-info/METADATA").write_text("Name: transformer-engine\nVersion: 2.11.0\n")
+    (tmp_path / "transformer_engine-2.11.0.dist-info/METADATA").write_text(
+        "Name: transformer-engine\nVersion: 2.11.0\n"
+    )
     assert (probe().transformer_engine, probe().has_transformer_engine) == ("2.11.0", False)
     assert "its compiled extension for torch is missing" in str(probe().transformer_engine_error)
     (package / "transformer_engine_torch.so").touch()
@@ -146,20 +155,30 @@ def test_a_good_machine_has_no_obstacles() -> None:
 
 def test_each_obstacle_says_what_to_do() -> None:
     assert texts(dataclasses.replace(MACHINE, gpus=()), "runtime.device=cuda") == (
-        "runtime.device=cuda: this machine has no usable CUDA: torch was built with CUDA 13.0, but sees no device (use auto or cpu)"
+        "runtime.device=cuda: this machine has no usable CUDA: torch was built with CUDA 13.0, but sees no "
+        "device (use auto or cpu)"
     )
     assert "is a CPU build (use auto or cpu)" in texts(CPU_MACHINE, "runtime.device=cuda")
-    assert "pip uninstall apex; NVIDIA's is built from its own repository" in texts(dataclasses.replace(MACHINE, apex="wrong"))
+    assert "pip uninstall apex; NVIDIA's is built from its own repository" in texts(
+        dataclasses.replace(MACHINE, apex="wrong")
+    )
     assert "megatron-core: is not installed (pip install" in texts(dataclasses.replace(MACHINE, megatron_core=None))
     broken = dataclasses.replace(MACHINE, transformer_engine_error="it cannot be loaded: OSError")
     assert "transformer-engine=2.11.0: it cannot be loaded: OSError (pip install --no-build-isolation" in texts(broken)
     old = dataclasses.replace(MACHINE, gpus=(Gpu("Tesla T4", (7, 5), 15.0),))
-    assert texts(old, "precision.dtype=bf16") == "precision.dtype=bf16: Tesla T4 has compute capability 7.5, and bf16 needs 8.0 (use fp32)"
+    assert (
+        texts(old, "precision.dtype=bf16")
+        == "precision.dtype=bf16: Tesla T4 has compute capability 7.5, and bf16 needs 8.0 (use fp32)"
+    )
     assert texts(old) == texts(old, "precision.dtype=bf16", "runtime.device=cpu") == ""
 
 
 def test_what_is_used_follows_the_experiment() -> None:
-    assert what_is_used(MACHINE) == [("device", "cuda"), ("collectives", "nccl"), ("linear layers", "Transformer Engine 2.11.0")]
+    assert what_is_used(MACHINE) == [
+        ("device", "cuda"),
+        ("collectives", "nccl"),
+        ("linear layers", "Transformer Engine 2.11.0"),
+    ]
     used = dict(what_is_used(MACHINE, load_experiment(DEMO, ["runtime.device=cpu", "runtime.cpu_threads_per_rank=3"])))
     assert used == {
         "device": "cpu",
@@ -176,7 +195,11 @@ BF16 = "precision.dtype=bf16"
     ("machine", "overrides", "expected"),
     [
         (MACHINE, [BF16], ("Transformer Engine 2.11.0", None)),
-        (MACHINE, [BF16, "precision.fp8_recipe=blockwise"], ("Transformer Engine 2.11.0", "blockwise on Transformer Engine")),
+        (
+            MACHINE,
+            [BF16, "precision.fp8_recipe=blockwise"],
+            ("Transformer Engine 2.11.0", "blockwise on Transformer Engine"),
+        ),
         (MACHINE, [], ("own layers", None)),  # fp32, which Transformer Engine multiplies in TF32
         (MACHINE, [BF16, "runtime.transformer_engine=never"], ("own layers", None)),
         (MACHINE, [BF16, "runtime.device=cpu"], ("own layers", None)),
@@ -199,7 +222,8 @@ def test_required_transformer_engine_that_cannot_be_used_says_why() -> None:
     assert texts(MACHINE, *required) == ""
     absent = dataclasses.replace(MACHINE, transformer_engine=None)
     assert texts(absent, *required) == (
-        'runtime.transformer_engine=required: it is not installed (pip install --no-build-isolation "hunyuan-pretrain[gpu]")'
+        "runtime.transformer_engine=required: it is not installed (pip install --no-build-isolation "
+        '"hunyuan-pretrain[gpu]")'
     )
     assert texts(absent, BF16) == ""
     broken = dataclasses.replace(MACHINE, transformer_engine_error="it cannot be loaded: OSError")
@@ -220,7 +244,9 @@ def test_required_transformer_engine_that_cannot_be_used_says_why() -> None:
         ("0.17.1", "3.0.1", "2.11 to 2.20"),
     ],
 )
-def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_used(core: str, version: str, fits: str) -> None:
+def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_used(
+    core: str, version: str, fits: str
+) -> None:
     other = dataclasses.replace(MACHINE, megatron_core=core, transformer_engine=version)
     first, last = fits.split(" to ")
     wanted = f">={first},<2.{int(last[2:]) + 1}"
@@ -233,7 +259,14 @@ def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_us
 
 @pytest.mark.parametrize(
     ("core", "version"),
-    [("0.16.1", "2.9.0"), ("0.16.1", "2.11.0"), ("0.17.0", "2.14.1"), ("0.19.2", "2.11.0"), ("0.19.2", "2.20.2"), ("0.19.2", "2.14.0+abc")],
+    [
+        ("0.16.1", "2.9.0"),
+        ("0.16.1", "2.11.0"),
+        ("0.17.0", "2.14.1"),
+        ("0.19.2", "2.11.0"),
+        ("0.19.2", "2.20.2"),
+        ("0.19.2", "2.14.0+abc"),
+    ],
 )
 def test_a_transformer_engine_that_fits_megatron_core_is_taken(core: str, version: str) -> None:
     assert texts(dataclasses.replace(MACHINE, megatron_core=core, transformer_engine=version), BF16) == ""
@@ -270,7 +303,13 @@ def test_fp8_recipes_need_their_hardware_only_on_transformer_engine(
 
 @pytest.mark.parametrize(
     ("major", "is_deterministic", "flash_attn", "expected"),
-    [(8, False, None, False), (8, True, "2.8.3", True), (9, True, None, True), (10, True, None, False), (10, False, None, True)],
+    [
+        (8, False, None, False),
+        (8, True, "2.8.3", True),
+        (9, True, None, True),
+        (10, True, None, False),
+        (10, False, None, True),
+    ],
 )
 def test_attention_of_packed_documents_needs_a_kernel(
     major: int, is_deterministic: bool, flash_attn: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
@@ -286,7 +325,8 @@ def test_more_ranks_than_gpus_are_refused_before_cuda_says_invalid_device_ordina
     experiment = load_experiment(DEMO)
     (problem,) = obstacles(MACHINE, experiment, ranks=4)
     assert str(problem) == (
-        "ranks: 4 ranks on this node, which has 1 GPUs, and a rank needs one of its own (start fewer ranks here, or use runtime.device=cpu)"
+        "ranks: 4 ranks on this node, which has 1 GPUs, and a rank needs one of its own (start fewer ranks here, "
+        "or use runtime.device=cpu)"
     )
     assert not obstacles(MACHINE, experiment, ranks=1)
     assert not obstacles(CPU_MACHINE, experiment, ranks=4)

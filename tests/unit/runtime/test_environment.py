@@ -64,7 +64,9 @@ def test_a_run_on_the_cpu_sees_no_gpu(monkeypatch, given):
 
 def test_a_process_that_has_a_gpu_already_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"this process has a GPU already.*set CUDA_VISIBLE_DEVICES= before Python starts"):
+    with pytest.raises(
+        ConfigError, match=r"this process has a GPU already.*set CUDA_VISIBLE_DEVICES= before Python starts"
+    ):
         environment.set_variables(experiment(device="cpu"))
 
 
@@ -77,12 +79,21 @@ assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
     for command in ("train", "parity", "shadow"):
-        text = (ROOT / "hunyuan_pretrain/cli.py").read_text(encoding="utf-8").split(f"def {command}(")[1].split("@app.command")[0]
+        text = (
+            (ROOT / "hunyuan_pretrain/cli.py")
+            .read_text(encoding="utf-8")
+            .split(f"def {command}(")[1]
+            .split("@app.command")[0]
+        )
         assert text.index("set_variables(experiment)") < text.index("from hunyuan_pretrain.train"), command
 
 
 def test_fp32_is_fp32_where_a_container_turns_tf32_on(monkeypatch):
-    was = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    was = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
         use_deterministic_algorithms(False)

@@ -14,13 +14,15 @@ from tests.helpers.transformer_engine_stub import TE_FOLDER
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"),
+    pytest.mark.skipif(
+        not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
+    ),
 ]
 
 
 def two_steps(fields: list[dict[str, Any]], is_installed: bool) -> list[tuple[list[str], list[tuple[float, float]]]]:
-    """Classes of the optimizers, and loss and norm of two steps, of each experiment; with the package where an installation would have
-    it, and something in place of its compiled part."""
+    """Classes of the optimizers, and loss and norm of two steps, of each experiment; with the package where an
+    installation would have it, and something in place of its compiled part."""
     from tests.helpers import transformer_engine_stub
 
     if is_installed:
@@ -37,7 +39,9 @@ def two_steps(fields: list[dict[str, Any]], is_installed: bool) -> list[tuple[li
     for one in fields:
         run = setup.prepare(Experiment.model_validate(one))
         kinds = [type(part.optimizer).__module__ for part in run.optimizer.chained_optimizers]
-        found.append((kinds, [(trace.scalars["loss"], trace.scalars["grad_norm"]) for trace in trace_steps(run, range(2))]))
+        found.append(
+            (kinds, [(trace.scalars["loss"], trace.scalars["grad_norm"]) for trace in trace_steps(run, range(2))])
+        )
         setup.leave(run)
     return found
 

@@ -32,7 +32,9 @@ time.sleep(60)
 
 def holder(run_dir: Path) -> subprocess.Popen[str]:
     """Another process that has the lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -71,7 +73,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("field", "why"), [("process_start", "the process is gone"), ("boot", "this machine was started since")])
+@pytest.mark.parametrize(
+    ("field", "why"), [("process_start", "the process is gone"), ("boot", "this machine was started since")]
+)
 def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path, field: str, why: str) -> None:
     first = RunLock.take(tmp_path)
     change(tmp_path, **{field: 1})

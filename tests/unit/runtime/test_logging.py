@@ -34,7 +34,9 @@ def log(tmp_path: Path) -> RunLog:
 
 def test_metrics_are_one_object_a_line_and_on_disk_at_once(log, tmp_path):
     log.metrics({"step": 1, "loss": 2.5, "expert_load": [[0.5, 0.5]], "stage": "warmup"})
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5, "expert_load": [[0.5, 0.5]], "stage": "warmup"}]
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 2.5, "expert_load": [[0.5, 0.5]], "stage": "warmup"}
+    ]
     log.metrics({"step": 2, "loss": 2.0})
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
@@ -42,7 +44,12 @@ def test_metrics_are_one_object_a_line_and_on_disk_at_once(log, tmp_path):
 def test_what_json_cannot_hold_becomes_null_in_lists_too(log, tmp_path):
     log.metrics({"step": 1, "loss": math.nan, "grad_norm": math.inf, "load": [[0.5, math.nan], [-math.inf]]})
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "grad_norm": None, "load": [[0.5, None], [None]]}
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "load": [[0.5, None], [None]],
+    }
 
 
 def test_truncate_after_forgets_later_steps_and_a_line_cut_short(log, tmp_path):
@@ -56,7 +63,12 @@ def test_truncate_after_forgets_later_steps_and_a_line_cut_short(log, tmp_path):
     again.truncate_after(2)
     again.open_sinks({})
     again.metrics({"step": 3})
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 2, "validation_loss": 1.0}, {"step": 3}]
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 2, "validation_loss": 1.0},
+        {"step": 3},
+    ]
 
 
 ENDS = {
@@ -140,7 +152,9 @@ def test_wandb_offline_writes_a_run_and_sends_nothing(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("package", "words"), [("wandb", "no Weights & Biases run"), ("tensorboard", "no TensorBoard events")])
+@pytest.mark.parametrize(
+    ("package", "words"), [("wandb", "no Weights & Biases run"), ("tensorboard", "no TensorBoard events")]
+)
 def test_a_missing_package_is_one_line_and_no_error(tmp_path, monkeypatch, capsys, package, words):
     real = builtins.__import__
 
@@ -150,7 +164,10 @@ def test_a_missing_package_is_one_line_and_no_error(tmp_path, monkeypatch, capsy
         return real(name, *rest)
 
     log = RunLog(
-        tmp_path, LoggingConfig(tensorboard=package == "tensorboard", wandb="offline" if package == "wandb" else "disabled"), "n", True
+        tmp_path,
+        LoggingConfig(tensorboard=package == "tensorboard", wandb="offline" if package == "wandb" else "disabled"),
+        "n",
+        True,
     )
     monkeypatch.setattr(builtins, "__import__", without)
     log.open_sinks({})
@@ -181,7 +198,8 @@ def no_room_beyond(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_ends_no_run_and_loses_no_line(log, tmp_path, capsys):
-    """Lines wait in memory; what has no room is not there by half; one warning when it begins, one line when it is over."""
+    """Lines wait in memory; what has no room is not there by half; one warning when it begins, one line when it is
+    over."""
     log.metrics({"step": 1, "loss": 2.5})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with no_room_beyond(size + 5):
@@ -197,7 +215,9 @@ def test_a_full_disk_ends_no_run_and_loses_no_line(log, tmp_path, capsys):
     log.metrics({"step": 5})
     assert f"{tmp_path}/metrics.jsonl: can be written again; nothing was lost" in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines() if line.endswith(" step 4")] == ["step 4"]
+    assert [line[20:] for line in (tmp_path / "log.txt").read_text().splitlines() if line.endswith(" step 4")] == [
+        "step 4"
+    ]
 
 
 def test_a_full_disk_at_the_end_says_how_much_is_lost(log, tmp_path, capsys):
@@ -223,7 +243,9 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path):
         "log = RunLog(Path(sys.argv[1]), LoggingConfig(tensorboard=False, wandb='disabled'), 'n', True)\n"
         "for step in range(20000): log.line(f'step {step}')\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert run.stdout is not None
     assert run.stdout.readline() == "step 0\n"
     run.stdout.close()

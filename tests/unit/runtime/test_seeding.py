@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state, seed_generators, use_deterministic_algorithms
+from hunyuan_pretrain.runtime.seeding import (
+    generator_state,
+    restore_generator_state,
+    seed_generators,
+    use_deterministic_algorithms,
+)
 
 
 def draw() -> tuple[float, float, float, float]:

@@ -91,7 +91,11 @@ log.line("trained")
 
 def online(run_dir: Path, seconds: float, home: Path, **variables: str) -> tuple[int, str]:
     """(exit status, stdout) of a run with wandb=online at a terminal that nobody sits at."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"HOME": str(home)} | variables
+    environment = (
+        {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+        | {"HOME": str(home)}
+        | variables
+    )
     terminal, child = pty.openpty()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(run_dir), str(seconds)],
@@ -131,7 +135,9 @@ def test_wandb_whose_server_never_answers_does_not_hold_up_the_run_nor_its_end(t
     pytest.importorskip("wandb")
     with black_hole() as port:
         started = time.monotonic()
-        code, out = online(tmp_path / "run", 0.01, tmp_path, WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+        code, out = online(
+            tmp_path / "run", 0.01, tmp_path, WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=f"http://127.0.0.1:{port}"
+        )
     assert code == 0, out
     first, last = out.splitlines()
     assert first.startswith("WARNING: Weights & Biases ")
@@ -159,7 +165,10 @@ def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path: Path) -> None:
 def test_tensorboard_has_each_step_once_after_a_kill(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = LoggingConfig(tensorboard=True, wandb="disabled")
-    for first, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):  # killed after step 4, resumed from the checkpoint of step 2
+    for first, steps in (
+        (0, (1, 2, 3, 4)),
+        (2, (3, 4, 5)),
+    ):  # killed after step 4, resumed from the checkpoint of step 2
         log = RunLog(tmp_path, settings, "name", is_writer=True)
         log.truncate_after(first)
         log.open_sinks({})
@@ -169,4 +178,10 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path: Path) -> None:
         time.sleep(1.1)  # the files' names have the second in them, which decides their order
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 4.0), (4, 5.0), (5, 6.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 4.0),
+        (4, 5.0),
+        (5, 6.0),
+    ]

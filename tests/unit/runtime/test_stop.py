@@ -70,9 +70,9 @@ def test_a_stop_is_remembered_until_there_is_a_place_to_stop() -> None:
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out) == (0, "saved\n"), err
-        assert err.strip() == ("Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving") * (
-            number == signal.SIGINT
-        )
+        assert err.strip() == (
+            "Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving"
+        ) * (number == signal.SIGINT)
 
 
 def test_one_ctrl_c_during_a_save_is_one_however_many_processes_write() -> None:

@@ -22,7 +22,9 @@ PREFIXES = ("validation_", "validation/all/")
 
 
 def validation(corpus, tmp_path, **evaluation):
-    fields = experiment_fields(corpus, tmp_path, evaluation={"data": str(corpus / "heldout"), **evaluation}, model__num_layers=2)
+    fields = experiment_fields(
+        corpus, tmp_path, evaluation={"data": str(corpus / "heldout"), **evaluation}, model__num_layers=2
+    )
     run = on_this_rank(fields)
     assert run.evaluation is not None
     return run, evaluate(run.experiment, run.experiment.stages[1], run.wrapped, run.evaluation, run.groups, run.device)
@@ -35,7 +37,9 @@ def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_pat
         borders = batch.cu_seqlens.tolist()
         for start, end in itertools.pairwise(borders):
             document = slice(start, end)
-            logits = dropless_logits(run.chunks[0], batch.tokens_T[None, document], run.experiment.stages[1].rope_alpha)[0]
+            logits = dropless_logits(
+                run.chunks[0], batch.tokens_T[None, document], run.experiment.stages[1].rope_alpha
+            )[0]
             loss = torch.nn.functional.cross_entropy(logits, batch.labels_T[document], reduction="none")
             losses.append(loss[batch.loss_mask_T[document] == 1])
     assert found["target_tokens"] == sum(len(loss) for loss in losses) > 64
@@ -64,7 +68,11 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
     """Together in one record, and in bits per byte of the text that the targets stand for, as the demo reports them."""
     path = str(corpus / "heldout")
     fields = experiment_fields(corpus, tmp_path / "run", 2, model__num_layers=2)
-    fields["evaluation"] = {"data": path, "max_sequences": 3, "sets": [{"name": "all", "path": path, "max_sequences": 4}]}
+    fields["evaluation"] = {
+        "data": path,
+        "max_sequences": 3,
+        "sets": [{"name": "all", "path": path, "max_sequences": 4}],
+    }
     fields["runtime"] |= {"probes": False}
     run = on_this_rank(fields)
     run.log = RunLog(tmp_path / "run", run.experiment.logging, "tiny", is_writer=True)
@@ -72,7 +80,10 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
     _evaluate(run, run.experiment.stages[0], 1)
     run.loader.close()
     (record,) = metrics(tmp_path / "run")
-    sets = [{name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)} for prefix in PREFIXES]
+    sets = [
+        {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+        for prefix in PREFIXES
+    ]
     assert [set(one) for one in sets] == [{"loss", "target_tokens", "bits_per_byte", "expert_load"}] * 2
     for prefix, found in zip(PREFIXES, sets, strict=True):
         loader = run.validations[prefix]
@@ -80,7 +91,9 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
         assert found == alone
         heldout = measure_heldout(
             run.experiment.model_copy(
-                update={"evaluation": run.experiment.evaluation.model_copy(update={"max_sequences": loader.num_sequences})}
+                update={
+                    "evaluation": run.experiment.evaluation.model_copy(update={"max_sequences": loader.num_sequences})
+                }
             ),
             corpus / "tokenized",
         )
@@ -93,6 +106,8 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
 
 
 def test_validation_data_that_is_not_whole_routing_groups_is_refused(corpus, tmp_path):
-    fields = experiment_fields(corpus, tmp_path, evaluation={"data": str(corpus / "heldout")}, model__moe_routing_group_tokens=48)
+    fields = experiment_fields(
+        corpus, tmp_path, evaluation={"data": str(corpus / "heldout")}, model__moe_routing_group_tokens=48
+    )
     with pytest.raises(DataFormatError, match=r"packed to sequences of 64 tokens, .*; pack it to a multiple of 48"):
         on_this_rank(fields)

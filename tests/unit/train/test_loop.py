@@ -24,16 +24,23 @@ def refusal(corpus, tmp_path, monkeypatch, **checkpoint) -> str:
     return str(caught.value)
 
 
-def test_a_loss_that_is_no_number_names_the_checkpoint_there_is_or_says_that_there_is_none(corpus, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_names_the_checkpoint_there_is_or_says_that_there_is_none(
+    corpus, tmp_path, monkeypatch
+):
     cure = "lower optimizer.lr or optimizer.clip_grad, or leave the data of this step out (stages.N.skip_data_steps)"
     none = "step 1: loss nan, gradient norm 1.0; there is no checkpoint of this run to go back to"
     assert refusal(corpus, tmp_path, monkeypatch) == (
         f"{none} (only the end of the run is saved, checkpoint.save_every_steps): {cure}, and start again"
     )
     first = "the first would have been saved after step 2"
-    assert f"{none} ({first}, checkpoint.save_every_steps)" in refusal(corpus, tmp_path, monkeypatch, save_every_steps=2)
+    assert f"{none} ({first}, checkpoint.save_every_steps)" in refusal(
+        corpus, tmp_path, monkeypatch, save_every_steps=2
+    )
     folder = tmp_path / "run" / "checkpoints" / "step_0000002"
     monkeypatch.setattr(loop.save_load, "find_checkpoints", lambda run_dir: [folder])
     monkeypatch.setattr(loop.save_load, "read_marker", lambda folder: {"step": 2})
-    words = f"the newest checkpoint is {folder}, after step 2; the same command goes on from it, into the same numbers: first {cure}"
+    words = (
+        f"the newest checkpoint is {folder}, after step 2; the same command goes on from it, into the same numbers: "
+        f"first {cure}"
+    )
     assert refusal(corpus, tmp_path, monkeypatch).endswith(words)

@@ -49,6 +49,13 @@ def test_constant_is_its_lr_end_from_the_first_step():
 
 
 def test_stage_of_step():
-    assert [stage_of_step(STAGES, step) for step in (0, 9, 10, 59, 60, 64)] == [(0, 0), (0, 9), (1, 0), (1, 49), (2, 0), (2, 4)]
+    assert [stage_of_step(STAGES, step) for step in (0, 9, 10, 59, 60, 64)] == [
+        (0, 0),
+        (0, 9),
+        (1, 0),
+        (1, 49),
+        (2, 0),
+        (2, 4),
+    ]
     with pytest.raises(IndexError):
         stage_of_step(STAGES, 65)

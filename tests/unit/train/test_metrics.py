@@ -18,7 +18,9 @@ from hunyuan_pretrain.train.metrics import Meter, routing_record, step_line, ste
 from hunyuan_pretrain.train.step import StepResult
 from tests.helpers.tiny import tiny_model
 
-STAGE = StageConfig(name="decay", tokens=640, sequence_length=64, global_batch_sequences=2, lr_end=1.0, data=({"path": "x"},))
+STAGE = StageConfig(
+    name="decay", tokens=640, sequence_length=64, global_batch_sequences=2, lr_end=1.0, data=({"path": "x"},)
+)
 PROMISED = {
     "step",
     "stage",
@@ -37,8 +39,16 @@ PROMISED = {
 
 
 def statistics(model: ModelConfig) -> torch.Tensor:
-    """Two layers of 128 tokens in 4 routing groups; in layer 0 32 choices overflow, of which 24 are recycled and 8 dropped."""
-    sums = {"overflow": [32, 0], "recycled": [24, 0], "dropped": [8, 0], "balance_loss": [8, 4], "z_loss": [12, 4], "tokens": [128, 128]}
+    """Two layers of 128 tokens in 4 routing groups; in layer 0 32 choices overflow, of which 24 are recycled and 8
+    dropped."""
+    sums = {
+        "overflow": [32, 0],
+        "recycled": [24, 0],
+        "dropped": [8, 0],
+        "balance_loss": [8, 4],
+        "z_loss": [12, 4],
+        "tokens": [128, 128],
+    }
     choices = torch.tensor([[64, 32, 32, 0], [32, 32, 32, 32]]) * model.moe_router_topk
     return torch.cat([choices, torch.tensor([sums[name] for name in STATISTICS]).T], dim=1).double()
 
@@ -51,7 +61,13 @@ def test_the_record_has_what_is_promised():
     model = tiny_model()
     found = record(model)
     assert found.keys() >= PROMISED
-    assert (found["step"], found["stage"], found["loss"], found["grad_norm"], found["target_tokens"]) == (5, "decay", 2.5, 0.7, 120)
+    assert (found["step"], found["stage"], found["loss"], found["grad_norm"], found["target_tokens"]) == (
+        5,
+        "decay",
+        2.5,
+        0.7,
+        120,
+    )
     assert (found["learning_rate"], found["expert_learning_rate"]) == (1e-3, 3.1e-4)
     assert found["tokens_per_s"] == 256
     assert found["model_flops_per_s"] == 256 * flops_per_token(model, 64).total
@@ -85,11 +101,14 @@ def test_evaluation_has_no_router_losses():
 
 def test_the_line_for_a_person():
     line = step_line(record(tiny_model()), 10)
-    assert line.startswith("step 5/10 [decay] loss 2.5000 balance 1.500 grad norm 0.700 lr 1.00e-03 load 2.00 recycled 9.4% 256 tokens/s ")
+    assert line.startswith(
+        "step 5/10 [decay] loss 2.5000 balance 1.500 grad norm 0.700 lr 1.00e-03 load 2.00 recycled 9.4% 256 tokens/s "
+    )
 
 
 def test_a_record_says_how_far_the_run_is_and_when_it_will_be_done(monkeypatch):
-    """Of 5 steps of 128 tokens: after 3, the rest at the speed since the first step of this process, whatever that one took."""
+    """Of 5 steps of 128 tokens: after 3, the rest at the speed since the first step of this process, whatever that one
+    took."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     meter = Meter(Schedule.of([STAGE]), now - 1000, None, torch.device("cpu"))
@@ -109,7 +128,9 @@ def test_a_record_says_how_far_the_run_is_and_when_it_will_be_done(monkeypatch):
 def test_mfu_is_there_only_where_a_peak_is_known():
     step = record(tiny_model())
     schedule, device = Schedule.of([STAGE]), torch.device("cpu")
-    assert not {"mfu", "device_peak_bytes"} & Meter(schedule, None, None, device).fields(1, step).keys(), "not 0: not known"
+    assert not {"mfu", "device_peak_bytes"} & Meter(schedule, None, None, device).fields(1, step).keys(), (
+        "not 0: not known"
+    )
     found = step | Meter(schedule, None, 4 * step["model_flops_per_s"], device).fields(1, step)
     assert found["mfu"] == 0.25
     assert step_line(found, 10).endswith(f"TFLOP/s (25.0% MFU) ETA 0:00:{round(4 * 128 / 256):02d}")

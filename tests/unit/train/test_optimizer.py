@@ -13,7 +13,13 @@ import torch
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
-from hunyuan_pretrain.train.optimizer import build_optimizer, describe_groups, optimizer_step, set_learning_rate, wrap_data_parallel
+from hunyuan_pretrain.train.optimizer import (
+    build_optimizer,
+    describe_groups,
+    optimizer_step,
+    set_learning_rate,
+    wrap_data_parallel,
+)
 from hunyuan_pretrain.train.parity import compare, trace_steps
 from tests.helpers import tiny
 from tests.helpers.one_rank import on_this_rank
@@ -31,7 +37,8 @@ def fields(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 
 def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.ndarray, np.ndarray]:
-    """Give the shared and every routed expert the same weights and gradients, make one real step, return both updates of fc1."""
+    """Give the shared and every routed expert the same weights and gradients, make one real step, return both updates
+    of fc1."""
     mlp = run.chunks[0].decoder.layers[1].mlp
     shared, routed = mlp.shared_experts.linear_fc1.weight, mlp.experts.linear_fc1.weight
     generator = torch.Generator().manual_seed(3)
@@ -50,11 +57,17 @@ def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.nda
 
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 @pytest.mark.parametrize(
-    ("parallel", "offloaded"), [*((layout, 0.0) for layout in LAYOUTS.values()), ({}, 0.5), ({}, 1.0)], ids=[*LAYOUTS, *list(OFFLOADED)[1:]]
+    ("parallel", "offloaded"),
+    [*((layout, 0.0) for layout in LAYOUTS.values()), ({}, 0.5), ({}, 1.0)],
+    ids=[*LAYOUTS, *list(OFFLOADED)[1:]],
 )
-def test_update_of_a_routed_expert_is_the_ratio_times_that_of_a_shared_one(corpus, tmp_path, parallel, offloaded, clip_grad):
+def test_update_of_a_routed_expert_is_the_ratio_times_that_of_a_shared_one(
+    corpus, tmp_path, parallel, offloaded, clip_grad
+):
     optimizer = {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": clip_grad, "cpu_offload_fraction": offloaded}
-    shared, routed = updates_of_equal_experts(on_this_rank(fields(corpus, tmp_path, parallel=parallel, optimizer=optimizer)))
+    shared, routed = updates_of_equal_experts(
+        on_this_rank(fields(corpus, tmp_path, parallel=parallel, optimizer=optimizer))
+    )
     assert np.abs(shared).min() > 1e-3
     for expert in routed:
         np.testing.assert_allclose(expert, RATIO * shared, rtol=1e-3, atol=1e-6)
@@ -88,7 +101,9 @@ def test_the_ratio_holds_under_expert_parallelism(corpus, tmp_path):
 def wrapped(corpus: Path, tmp_path: Path, **optimizer: Any):
     experiment = Experiment.model_validate(fields(corpus, tmp_path, optimizer={"lr": 1e-2} | optimizer))
     model = tiny.build(experiment.model)
-    return model, build_optimizer(wrap_data_parallel([model], experiment, tiny.world_of_one()), experiment, tiny.world_of_one())
+    return model, build_optimizer(
+        wrap_data_parallel([model], experiment, tiny.world_of_one()), experiment, tiny.world_of_one()
+    )
 
 
 def test_each_group_is_described_with_its_rate_and_weight_decay(corpus, tmp_path):
@@ -96,7 +111,9 @@ def test_each_group_is_described_with_its_rate_and_weight_decay(corpus, tmp_path
     lines = sorted(describe_groups(optimizer, 1e-2, RATIO))
     sizes = {"routed": 0, "norms": 0, "other": 0}
     for parameter in model.parameters():
-        kind = "routed" if getattr(parameter, "is_routed_expert", False) else "norms" if parameter.dim() == 1 else "other"
+        kind = (
+            "routed" if getattr(parameter, "is_routed_expert", False) else "norms" if parameter.dim() == 1 else "other"
+        )
         sizes[kind] += parameter.numel()
     assert lines == [
         f"all other weights: {sizes['other']:,} elements on this rank, peak learning rate 0.01, weight decay 0.1",
@@ -138,7 +155,8 @@ def test_clipping_divides_the_gradient_by_its_norm(corpus, tmp_path):
 
 
 def test_ratio_follows_the_formula_where_it_is_not_fixed(corpus, tmp_path):
-    """eps(B K / E) / eps(B), eps(B) = 2 / (sqrt(N / B) + sqrt(B / N)): sqrt(K / E) far below N, and 0.31 at B = 0.26 N for 16 experts."""
+    """eps(B K / E) / eps(B), eps(B) = 2 / (sqrt(N / B) + sqrt(B / N)): sqrt(K / E) far below N, and 0.31 at B = 0.26 N
+    for 16 experts."""
     settings = {"lr": 1e-2, "expert_lr_ratio": None, "expert_lr_noise_scale_tokens": 1e9}
     experiment = Experiment.model_validate(fields(corpus, tmp_path, optimizer=settings, model__num_moe_experts=16))
     assert expert_lr_ratio(experiment.model, experiment.optimizer, 1000) == pytest.approx(0.25, rel=1e-4)
@@ -155,15 +173,16 @@ def three_steps(corpus: Path, tmp_path: Path, dtype: str, fraction: float) -> tu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
 def test_training_with_offload_equals_training_without(corpus, tmp_path, dtype, fraction):
-    """Losses, clip norm, every gradient, moment and parameter; clipped in core's way, not in the kernel's, so up to rounding. Of 0.01 the
-    routers are on the host, of fp32 weights nearly all on the device."""
+    """Losses, clip norm, every gradient, moment and parameter; clipped in core's way, not in the kernel's, so up to
+    rounding. Of 0.01 the routers are on the host, of fp32 weights nearly all on the device."""
     _, expected = three_steps(corpus, tmp_path, dtype, 0.0)
     run, actual = three_steps(corpus, tmp_path, dtype, fraction)
     assert min(trace.scalars["grad_norm"] for trace in expected) > 0.5, "it is clipped"
     found = [difference for difference in compare(actual, expected) if not difference.is_within]
     if dtype == "bf16" and found:
-        # A weight is the nearest bf16 to its fp32 main weight, and of two main weights that differ in their last bit one may lie on the
-        # other side of the middle. Everything before is within the tolerance; a few weights are neighbours then, and the runs are two.
+        # A weight is the nearest bf16 to its fp32 main weight, and of two main weights that differ in their last bit
+        # one may lie on the other side of the middle. Everything before is within the tolerance; a few weights are
+        # neighbours then, and the runs are two.
         step = found[0].step
         assert {difference.kind for difference in found if difference.step == step} == {"parameter"}
         flipped = total = 0
@@ -173,7 +192,9 @@ def test_training_with_offload_equals_training_without(corpus, tmp_path, dtype, 
             flipped += int((difference > 1e-4 * np.abs(value) + 1e-6).sum())
             total += value.size
         assert flipped < 1e-3 * total
-        assert [trace.scalars["loss"] for trace in actual] == pytest.approx([trace.scalars["loss"] for trace in expected], rel=2e-3)
+        assert [trace.scalars["loss"] for trace in actual] == pytest.approx(
+            [trace.scalars["loss"] for trace in expected], rel=2e-3
+        )
     else:
         assert not found
     (inner,) = (part.optimizer for part in run.optimizer.chained_optimizers)

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from hunyuan_pretrain.config.schema import ConfigError, Experiment
-from hunyuan_pretrain.train.shadow import OperandLoss, Shadow, WeightError, conclusion, count_lost, shadow_experiment, table
+from hunyuan_pretrain.train.shadow import (
+    OperandLoss,
+    Shadow,
+    WeightError,
+    conclusion,
+    count_lost,
+    shadow_experiment,
+    table,
+)
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
@@ -48,7 +56,8 @@ def run_of_all(work: list[dict[str, Any]], recipe: str) -> Any:
 
 @pytest.mark.parametrize(("recipe", "ranks"), [("blockwise", 1), ("delayed", 2)])
 def test_figures_are_those_of_training(corpus: Path, tmp_path: Path, recipe: str, ranks: int) -> None:
-    """Losses are bit by bit those of runs with and without the recipe, and the first gradients differ as those of the runs do."""
+    """Losses are bit by bit those of runs with and without the recipe, and the first gradients differ as those of the
+    runs do."""
     changes: dict[str, Any] = {"parallel": {"expert_model_parallel_size": ranks}}
     work = [
         fields(corpus, tmp_path / "never", None, **changes),
@@ -74,7 +83,10 @@ def first_step(corpus: Path, folder: Path, recipe: str) -> Any:
     from hunyuan_pretrain.train.shadow import shadow
 
     report = shadow(Experiment.model_validate(fields(corpus, folder / "never")), recipe, None, 1)
-    traces = [trace_layout(Experiment.model_validate(fields(corpus, folder / str(name), name)), 1)[0] for name in (None, recipe)]
+    traces = [
+        trace_layout(Experiment.model_validate(fields(corpus, folder / str(name), name)), 1)[0]
+        for name in (None, recipe)
+    ]
     return report, [trace.gradients for trace in traces]
 
 
@@ -142,6 +154,7 @@ def test_the_report_is_readable() -> None:
     assert tables["quantised operands, worst first"][1] == ("a", "dy", "0.000%", "25.000%")
     assert tables["tokens sent to another expert"][1] == ("0", "1.000%")
     assert conclusion(report) == (
-        "blockwise against bf16, 2 steps: loss +0.1000 in the last step, +0.1000 on average; smallest gradient cosine 0.9000 (a); "
+        "blockwise against bf16, 2 steps: loss +0.1000 in the last step, +0.1000 on average; smallest gradient "
+        "cosine 0.9000 (a); "
         "errors of gradients are at most 0.50 of the noise of a batch"
     )

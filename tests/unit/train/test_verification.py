@@ -23,7 +23,9 @@ def verify_on_this_rank(*cases: dict[Path, str | None]) -> tuple[list[tuple[list
     found, said = [], StringIO()
     for files in cases:
         read: list[str] = []
-        verification.check_digest_in_steps = lambda file, digest, read=read: read.append(file.name) or check(file, digest)
+        verification.check_digest_in_steps = lambda file, digest, read=read: (
+            read.append(file.name) or check(file, digest)
+        )
         try:
             with redirect_stderr(said):
                 verification.verify_files(files)
