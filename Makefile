@@ -27,7 +27,7 @@ WORK ?= data_bench_out
 unexport $(SETTINGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest test-layouts test-gpu data-bench lint lock clean
+.PHONY: help demo test test-latest test-layouts test-gpu docs data-bench lint lock clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,7 +41,7 @@ demo: $(STAMP) ## Text -> tokenizer -> packed data -> pretraining on two CPU pro
 	$(PY) -m launch.demo $(if $(TEXT),--text $(call quote,TEXT))
 
 # Two files of tests at a time, the long ones (tests/e2e, tests/parallel) first: a test has up to four ranks, but mostly one is at work.
-test: lint ## Everything that CI checks: lint, types, all tests, two files at a time; PYTEST_ARGS="-n 0 -k words" goes to pytest
+test: lint docs ## Everything that CI checks: lint, types, the site of docs/, all tests, two files at a time; PYTEST_ARGS="-n 0 -k words" goes to pytest
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # What meets transformers, megatron-core, torch, pydantic, typer, datatrove and tokenizers.
@@ -65,6 +65,10 @@ test-gpu: $(STAMP) ## On a machine with a GPU and Transformer Engine in PY's env
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) tests/benchmarks/fp8_throughput.py
 
+# Not --quiet: it keeps warnings from --strict too.
+docs: $(STAMP) ## The documentation site, in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --config-file .ci/mkdocs.yml
+
 data-bench: $(STAMP) ## Tokenizer, shards, packs and mixtures of CORPUS=corpus.jsonl, with times, memory and sizes
 	@test -n $(call quote,CORPUS) || { echo "make data-bench: CORPUS=corpus.jsonl is missing" >&2; exit 2; }
 	$(PY) tests/benchmarks/data_chain.py $(call quote,CORPUS) $(call quote,WORK)
@@ -75,4 +79,4 @@ lint: $(STAMP) ## Style and types only
 	$(PY) -m mypy
 
 clean: ## Remove what the demo and the tests wrote; the environment stays
-	rm -rf demo_out data_bench_out .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf demo_out data_bench_out site .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

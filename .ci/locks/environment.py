@@ -2,8 +2,8 @@
 their SHA-256.
 
     python .ci/locks/environment.py set-up FOLDER             a virtual environment of this interpreter, from the locks
-    python .ci/locks/environment.py set-up FOLDER --latest    the same from the newest versions that pyproject.toml
-    allows python .ci/locks/environment.py lock                      write the locks anew; needs uv and packaging
+    python .ci/locks/environment.py set-up FOLDER --latest    the same from the newest that pyproject.toml allows
+    python .ci/locks/environment.py lock                      write the locks anew; needs uv and packaging
 
 py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, taken where this machine offers one
 (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL), and written by hand, because PyPI does not have that build; torch-pypi.txt is
@@ -152,7 +152,7 @@ def install_torch(python: Path) -> None:
         print(attempt.stderr, file=sys.stderr)
         raise subprocess.CalledProcessError(attempt.returncode, command)
     print(
-        "torch: no CPU build is offered here, so PyPI's; on Linux that is some GB of CUDA (README, Installation)",
+        "torch: no CPU build is offered here, so PyPI's; on Linux that is some GB of CUDA (docs/guide/installation.md)",
         flush=True,
     )
     pip(python, *arguments, LOCKS / "torch-pypi.txt")

@@ -7,8 +7,9 @@ dtype of x, as the FP8 kernels accumulate in fp32. Scales and rounding follow Tr
 kernels and their references in its tests):
   scale        fp8_max / amax in fp32; 1 where amax is 0, infinite or nan; blockwise cuts it to a power of two below
   rounding     nearest even of float(x) * scale, saturating at fp8_max (448, and 57344 in E5M2); nan stays nan
-  delayed      the scale of a tensor comes from its largest values in earlier steps; tensorwise: from the tensor (of one
-  expert) blockwise    x and dY in 1 x 128, along the summed dimension of each product; w in 128 x 128
+  delayed      the scale of a tensor comes from its largest values in earlier steps
+  tensorwise   from the tensor, or that of one expert
+  blockwise    x and dY in 1 x 128, along the summed dimension of each product; w in 128 x 128
   mxfp8        1 x 32 along the summed dimension, the inverse scale a power of two (E8M0), amax / fp8_max rounded up
 Not as there: the norm that Transformer Engine fuses into a projection is rounded to bf16 before it is quantised; its
 kernel for the delayed recipe leaves that rounding out.

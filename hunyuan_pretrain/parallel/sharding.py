@@ -2,14 +2,12 @@
 comparisons.
 
 A parameter says itself how it is divided, by attributes that its module sets:
-    tensor_model_parallel, partition_dim   divided over the tensor-parallel ranks along that dim (megatron-core's own
-    names) is_gated                               its partition_dim holds two halves, gate and up, each divided for
-    itself is_routed_expert                       its first dim is divided over the expert-parallel ranks, and
-    partition_dim over the
-                                           expert-tensor-parallel ones
+    tensor_model_parallel, partition_dim   sharded over the tensor-parallel ranks along that dim (core's own names)
+    is_gated                               its partition_dim holds two halves, gate and up, each sharded for itself
+    is_routed_expert                       its first dim is sharded over the expert-parallel ranks, and partition_dim
+                                           over the expert-tensor-parallel ones
     expert                                 it is that expert of the rank alone, without the first dim, out of such a
-    parameter; its name is
-                                           that of the whole one, and the number
+                                           parameter; its name is that of the whole one, and the number
 """
 
 from __future__ import annotations
