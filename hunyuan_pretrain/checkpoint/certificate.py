@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config.schema import ModelConfig
-from ..data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from . import CheckpointError
-from .generate import load_model, load_tokenizer, sha256_of
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.generate import load_model, load_tokenizer, sha256_of
+from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Format = Literal["hunyuan", "hunyuan_v1_moe"]
 

@@ -22,6 +22,7 @@ from typing import Any
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.config.changes import Kind, model_differences
 from hunyuan_pretrain.config.schema import ModelConfig, show_value
+from hunyuan_pretrain.data.folders import flush_to_disk
 
 FORMAT_VERSION = 1
 MARKER = "complete.json"
@@ -117,7 +118,7 @@ def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
         json.dump({**content, SELF: _self_digest(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
+    flush_to_disk(folder)
 
 
 def verify_files(folder: Path, marker: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -186,7 +187,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
-    sync_folder(folder.parent)
+    flush_to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -228,15 +229,6 @@ def set_aside(folder: Path) -> Path:
             folder.rename(aside)
             return aside
     raise CheckpointError(f"{folder}: too many folders named {folder.name}{DAMAGED}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _self_digest(marker: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from . import CheckpointError
+from hunyuan_pretrain.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def load_model(
     model_type = config.get("model_type")
     loader: Any
     if model_type == "hunyuan" and carries_our_code(folder):
-        from .modeling_hunyuan import HunYuanForCausalLM
+        from hunyuan_pretrain.checkpoint.modeling_hunyuan import HunYuanForCausalLM
 
         loader, options = HunYuanForCausalLM, {}
     elif model_type in CONFIG_MAPPING or trust_remote_code:

@@ -27,12 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config.schema import ModelConfig
-from ..data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
-from . import CheckpointError
-from .certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
-from .generate import MODEL_CODE, TOKENIZER_CODE
-from .weight_map import Mapping, to_hf, weight_map
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
+from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, TOKENIZER_CODE
+from hunyuan_pretrain.checkpoint.weight_map import Mapping, to_hf, weight_map
+from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 
 CANNOT_WRITE = (
     errno.ENOSPC,

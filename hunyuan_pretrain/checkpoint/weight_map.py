@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config.schema import ModelConfig
-from . import CheckpointError
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.config.schema import ModelConfig
 
 Shape = tuple[int, ...]
 

@@ -39,7 +39,7 @@ def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Ite
     try:
         yield temporary
         for file in sorted(temporary.iterdir()):
-            _flush_to_disk(file)
+            flush_to_disk(file)
         _take_name(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -172,7 +172,8 @@ def _take_name(temporary: Path, path: Path) -> None:
     shutil.rmtree(previous)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -185,7 +186,7 @@ def write_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         temporary.write_bytes(content)
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

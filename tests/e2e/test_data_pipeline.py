@@ -1,4 +1,4 @@
-"""configs/data/clean_and_tokenize.py on real text, with those of datatrove's steps that download nothing."""
+"""examples/clean_and_tokenize.py on real text, with those of datatrove's steps that download nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_pipeline_cleans_and_tokenizes_and_goes_on_where_it_stopped(tmp_path
     work, out = tmp_path / "work", tmp_path / "out"
     command = [
         sys.executable,
-        "configs/data/clean_and_tokenize.py",
+        "examples/clean_and_tokenize.py",
         tmp_path / "raw",
         "--words",
         "plain",

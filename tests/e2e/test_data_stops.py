@@ -16,7 +16,7 @@ import os, sys
 from data_tools import cli
 from hunyuan_pretrain.data import folders
 
-def killed(path, to_disk=folders._flush_to_disk):
+def killed(path, to_disk=folders.flush_to_disk):
     os.kill(os.getpid(), NUMBER)
     to_disk(path)
 
@@ -26,7 +26,7 @@ def named(self, target, rename=folders.Path.rename):
     return rename(self, target)
 
 if sys.argv.pop(1) == "writing":
-    folders._flush_to_disk = killed
+    folders.flush_to_disk = killed
 else:
     folders.Path.rename = named
 cli.main()

@@ -86,7 +86,7 @@ def foreign_names() -> list[str]:
     """module:name of every `from module import name`, and module of every `import module`, of a package that is not
     ours or Python's."""
     found = set()
-    for folder in ("hunyuan_pretrain", "data_tools", "launch", "configs"):
+    for folder in ("hunyuan_pretrain", "data_tools", "launch", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             found |= set(imports_of(ast.parse(path.read_text(encoding="utf-8"))))
     return sorted(found)

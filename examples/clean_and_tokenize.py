@@ -1,7 +1,7 @@
 """From raw JSON lines to tokens: language, quality and near-duplicates by datatrove's own steps, then the steps of
 `hunyuan-data tokenize`.
 
-    python configs/data/clean_and_tokenize.py raw/ --tokenizer data/tokenizer --output data/tokens --work data/work
+    python examples/clean_and_tokenize.py raw/ --tokenizer data/tokenizer --output data/tokens --work data/work
 
 A file to copy and change: the thresholds are datatrove's defaults, which are those of the papers that the filters come
 from, for English prose. Every stage leaves its result in --work, and the same command goes on after the last stage that
