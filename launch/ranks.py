@@ -26,7 +26,7 @@ EXIT_STOPPED = 75
 """Status of a rank that was told to stop and has lost nothing (hunyuan_pretrain.runtime.stop.EXIT_STOPPED)."""
 EXIT_INTERRUPTED = 130
 EXIT_MISTAKE = 2
-"""Status of a rank after a user's mistake, which it has told (hunyuan_pretrain.cli)."""
+"""Status of a rank after a user's mistake, which it has told (hunyuan_pretrain.cli.program)."""
 
 LINGER_S = 10
 STOPPED_BEFORE_START = "stopped before the first step; nothing to save: the same command starts again"

@@ -175,7 +175,7 @@ def left_at_the_end(run: Run, leave_groups: Callable[[], None] = leave_layout) -
 
     Others may be waiting for this rank in a collective. To leave its groups would be to wait for them, and nobody would
     hear of the
-    error: it is for the command to print it and to end the process (cli.main).
+    error: it is for the command to print it and to end the process (cli.program.main).
     """
     try:
         yield

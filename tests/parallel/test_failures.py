@@ -40,10 +40,10 @@ def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Pat
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    from hunyuan_pretrain import cli
+    from hunyuan_pretrain.cli import main, ranks
     from hunyuan_pretrain.train import optimizer, step
 
-    cli.SECONDS_FOR_RANK_0 = 1
+    ranks.SECONDS_FOR_RANK_0 = 1
     if rank == 1:
         import torch.distributed as dist
 
@@ -58,7 +58,7 @@ def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Pat
         right, optimizer.gradient_norm = optimizer.gradient_norm, norm
         assert step.optimizer_step is optimizer.optimizer_step
     sys.argv = ["hunyuan-pretrain", *arguments]
-    cli.main()
+    main()
 
 
 def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int], list[str], float]:

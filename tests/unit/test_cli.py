@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hunyuan_pretrain import cli
+from hunyuan_pretrain.cli import program, ranks
 from hunyuan_pretrain.config.schema import ConfigError, Problem
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(sys, "argv", ["hunyuan-pretrain", *arguments])
     code = 0
     try:
-        cli.main()
+        program.main()
     except SystemExit as stop:
         code = int(stop.code or 0)
     captured = capsys.readouterr()
@@ -144,7 +144,7 @@ def test_errors_of_the_user_are_told_from_errors_of_the_program(command, monkeyp
         def app() -> None:
             raise error
 
-        monkeypatch.setattr(cli, "app", app)
+        monkeypatch.setattr(program, "app", app)
 
     for error in (TornCheckpointError("torn"), CheckpointError("torn"), ConfigError("x", [Problem("a", 1, "b")])):
         raising(error)
@@ -184,7 +184,7 @@ def test_a_rank_leaves_rank_0_the_time_to_print_and_says_nothing_when_the_launch
 def test_an_error_of_another_rank_alone_is_printed_after_a_while(command, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "SECONDS_FOR_RANK_0", 0.01)
+    monkeypatch.setattr(ranks, "SECONDS_FOR_RANK_0", 0.01)
     before = signal.getsignal(signal.SIGTERM)
     try:
         code, out, err = command("train", "absent.yaml")

@@ -80,10 +80,10 @@ assert "torch" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
     for command in ("train", "parity", "shadow"):
         text = (
-            (ROOT / "hunyuan_pretrain/cli.py")
+            (ROOT / "hunyuan_pretrain/cli/training.py")
             .read_text(encoding="utf-8")
             .split(f"def {command}(")[1]
-            .split("@app.command")[0]
+            .split("\ndef ")[0]
         )
         assert text.index("set_variables(experiment)") < text.index("from hunyuan_pretrain.train"), command
 

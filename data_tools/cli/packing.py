@@ -1,0 +1,154 @@
+"""Commands about packed data: pack it, and say what a run will read, or has read, of it."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from data_tools.cli.options import Overwrite, path_of
+
+
+class Method(StrEnum):
+    """Ways to pack."""
+
+    best_fit = "best_fit"
+    chop = "chop"
+
+
+def pack(
+    tokenized: Annotated[
+        list[str],
+        typer.Argument(
+            callback=path_of, metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False
+        ),
+    ],
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
+    output: Annotated[str, typer.Option(callback=path_of, help="Folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of the sequences.")] = 1234,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as "
+            "others do."
+        ),
+    ] = Method.best_fit,
+    min_fragment_tokens: Annotated[
+        int, typer.Option(min=1, help="Leave out shorter pieces of documents that are cut.")
+    ] = 1,
+    min_document_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
+    max_document_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    materialize: Annotated[
+        bool,
+        typer.Option(
+            "--materialize", help="Copy the tokens, instead of pointing at them: each sequence is read in one stretch."
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pack documents into sequences; only documents longer than a sequence are cut."""
+    from data_tools.packed_output import pack as pack_folders
+
+    manifest = pack_folders(
+        tokenized,
+        sequence_length,
+        output,
+        seed=seed,
+        method=method.value,
+        min_fragment_tokens=min_fragment_tokens,
+        min_document_tokens=min_document_tokens,
+        max_document_tokens=max_document_tokens,
+        materialize=materialize,
+        overwrite=overwrite,
+    )
+    room = manifest["sequences"] * sequence_length
+    packed = manifest["documents"] - manifest["options"]["left_out_documents"]
+    print(
+        f"{output}: {manifest['sequences']:,} sequences of {sequence_length:,} tokens, padding "
+        f"{manifest['padding_tokens'] / room:.4%}, "
+        f"{manifest['cut_documents']:,} of {packed:,} documents cut"
+    )
+    if manifest["dropped_tokens"]:
+        print(f"left out {manifest['dropped_tokens']:,} tokens in {manifest['dropped_fragments']:,} short fragments")
+
+
+def inspect(
+    folder: Annotated[
+        str, typer.Argument(callback=path_of, help="Folder written by `tokenize` or `pack`.", show_default=False)
+    ],
+    samples: Annotated[int, typer.Option(min=0, help="Documents or sequences to show.")] = 2,
+    tokenizer: Annotated[
+        str | None, typer.Option(callback=path_of, help="Folder of the tokenizer; without it, ids are shown.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its SHA-256.")] = False,
+) -> None:
+    """Show counts, lengths and samples of a tokenized or packed folder."""
+    from rich.console import Console
+
+    from data_tools.inspection import inspect as inspect_folder
+
+    inspect_folder(folder, Console(highlight=False), num_samples=samples, tokenizer_path=tokenizer, verify=verify)
+
+
+def mix(
+    config: Annotated[
+        str, typer.Argument(callback=path_of, metavar="CONFIG", help="Experiment YAML.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for training.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(callback=path_of, help="Folder for mix.json and a picture; default: only print.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say what the stages of an experiment will read: tokens and epochs by source, padding, and the context that tokens
+    see."""
+    from rich.console import Console
+
+    from data_tools.mixing import mix as print_mix
+
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    print_mix(config, overrides or [], output, console, overwrite=overwrite)
+
+
+def where(
+    run: Annotated[
+        str,
+        typer.Argument(callback=path_of, metavar="RUN", help="Run directory, or experiment YAML.", show_default=False),
+    ],
+    step: Annotated[int, typer.Option(help="Step, as metrics.jsonl counts it.")],
+    place: Annotated[int | None, typer.Option(help="One place of the global batch; default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sequence and line.")] = False,
+) -> None:
+    """Say which documents were in the batch of a step, back to the files of the corpus."""
+    from rich.console import Console
+
+    from data_tools.where import where as print_where
+
+    print_where(
+        run,
+        step,
+        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160),
+        as_json=as_json,
+        place=place,
+    )
+
+
+def verify(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            callback=path_of,
+            metavar="PATH...",
+            help="Data folders, experiments or run directories.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Read every file of data folders, or of all the data of an experiment, and compare it with its SHA-256."""
+    from data_tools.where import verify as verify_files
+
+    print(f"{verify_files(paths)} files have the SHA-256 of their manifests")

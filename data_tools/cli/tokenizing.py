@@ -1,0 +1,190 @@
+"""Commands that read a corpus: train a tokenizer on it, and tokenize it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from data_tools.cli.options import (
+    Extensions,
+    Inputs,
+    MaxRejects,
+    Overwrite,
+    Template,
+    TextEndings,
+    TextField,
+    Where,
+    extensions_of,
+    path_of,
+    text_endings_of,
+)
+from hunyuan_pretrain.data.errors import DataFormatError
+
+
+class Executor(StrEnum):
+    """Executors of datatrove."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
+def train_tokenizer(
+    inputs: Inputs,
+    vocab_size: Annotated[int, typer.Option(help="Ids in all, the 209 special tokens included.")],
+    output: Annotated[str, typer.Option(callback=path_of, help="Folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            callback=path_of, help="Ranks file (tiktoken) or tokenizer folder whose tokens come first, with their ids."
+        ),
+    ] = None,
+    base_size: Annotated[int | None, typer.Option(help="Keep only the first so many ranks of the base.")] = None,
+    where: Where = None,
+    text_field: TextField = "text",
+    extension: Extensions = None,
+    text_ending: TextEndings = None,
+    sample_fraction: Annotated[float, typer.Option(help="Share of the documents to train on, spread evenly.")] = 1.0,
+    holdout_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure on one document in so many, by its content, and do not train on it; default 100 with "
+            "--base, else 0."
+        ),
+    ] = None,
+    report_by: Annotated[
+        str, typer.Option(metavar="FIELD", help="JSON field by which the report is divided.")
+    ] = "lang",
+    max_rejects: Annotated[
+        int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")
+    ] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a byte-level BPE tokenizer under Hunyuan's split pattern, from scratch or after the tokens of a base."""
+    from rich.console import Console
+
+    from data_tools.compression import ALL, print_report
+    from data_tools.tokenizer_training import train_tokenizer as train
+
+    tokenizer, report = train(
+        inputs,
+        vocab_size,
+        output,
+        text_field=text_field,
+        extensions=extensions_of(extension),
+        text_endings=text_endings_of(text_ending),
+        sample_fraction=sample_fraction,
+        max_rejects=max_rejects,
+        overwrite=overwrite,
+        base=base,
+        base_size=base_size,
+        where=where or (),
+        holdout_every=holdout_every,
+        report_by=report_by,
+    )
+    measured = report["groups"][ALL]
+    print(f"{output}: {tokenizer.vocab_size:,} ids, digest {tokenizer.digest[:12]}")
+    print(
+        f"{measured['characters_per_token']:.2f} characters/token, {measured['bytes_per_token']:.2f} bytes/token "
+        f"on {measured['bytes'] / 1e6:,.1f} MB of {report['measured_on']}"
+    )
+    if cut := report["trained_on"]["long_words_cut"]:
+        print(
+            f"{cut:,} words of more than {report['trained_on']['long_word_tokens']:,} tokens of the base were "
+            "cut for training"
+        )
+    left_out = report["left_out"]
+    if left_out["rejects"] or left_out["by_where"]:
+        print(f"left out: {left_out['rejects']:,} records rejected, {left_out['by_where']:,} by --where")
+    print_report(report, Console(highlight=False))
+
+
+def tokenize(
+    inputs: Inputs,
+    tokenizer: Annotated[str, typer.Option(callback=path_of, help="Folder of the tokenizer.")],
+    output: Annotated[str, typer.Option(callback=path_of, help="Folder to write.")],
+    text_field: TextField = "text",
+    template: Template = None,
+    where: Where = None,
+    extension: Extensions = None,
+    text_ending: TextEndings = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output."
+        ),
+    ] = None,
+    max_rejects: MaxRejects = "0",
+    holdout_every: Annotated[
+        int | None, typer.Option(min=2, max=2**63 - 1, help="Write one document in N to --holdout-output instead.")
+    ] = None,
+    holdout_output: Annotated[
+        str | None, typer.Option(callback=path_of, help="Folder for the documents held out.")
+    ] = None,
+    shard_megabytes: Annotated[
+        int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")
+    ] = None,
+    overwrite: Overwrite = False,
+    executor: Annotated[
+        Executor | None,
+        typer.Option(
+            help="Tokenize in tasks of datatrove: on this machine, a Slurm or a Ray cluster.", show_default=False
+        ),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Tasks of --executor, at most one a shard; default 64.")
+    ] = None,
+    executor_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
+    ] = None,
+    logs: Annotated[
+        str | None, typer.Option(callback=path_of, help="Folder for the logs of --executor; default OUTPUT.logs.")
+    ] = None,
+) -> None:
+    """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is
+    not finished."""
+    from data_tools import tokenization
+    from data_tools.records import RecordForm, parse_conditions
+    from data_tools.tokenized_shard import Allowance
+
+    settings: dict[str, Any] = {
+        "form": RecordForm(text_field, template, parse_conditions(where or [])),
+        "extensions": extensions_of(extension),
+        "text_endings": text_endings_of(text_ending),
+        "max_rejects": Allowance.parse(max_rejects),
+        "holdout_every": holdout_every,
+        "holdout_output": holdout_output,
+        "shard_bytes": shard_megabytes * 1_000_000 if shard_megabytes else None,
+        "overwrite": overwrite,
+    }
+    if executor is None:
+        for option, value in (("--tasks", tasks), ("--executor-option", executor_option), ("--logs", logs)):
+            if value is not None:
+                raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
+        manifests = tokenization.tokenize(
+            inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings
+        )
+    else:
+        from data_tools.datatrove_pipeline import parse_options, tokenize_on
+
+        options = parse_options(executor, executor_option or [])
+        of_executor: dict[str, Any] = {"tasks": tasks or 64, "workers": workers, "logs": logs, "options": options}
+        found = tokenize_on(executor, inputs, tokenizer, output, **of_executor, **settings)
+        if found is None:  # submitted
+            return
+        manifests = found
+    for folder, manifest in zip((output, holdout_output), manifests, strict=False):
+        bytes_per_token = manifest["bytes"] / manifest["tokens"]
+        print(
+            f"{folder}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens in "
+            f"{len(manifest['shards'])} shards, "
+            f"{bytes_per_token:.2f} bytes/token"
+        )
+    if manifests[0]["passed_over"]:
+        print(f"{manifests[0]['passed_over']:,} records left out by --where")
+    if manifests[0]["empty_documents"]:
+        print(f"{manifests[0]['empty_documents']:,} empty documents left out")
+    if manifests[0]["rejects"]:
+        print(f"{manifests[0]['rejects']:,} records rejected; see {output}/{tokenization.REJECTS}")

@@ -1,0 +1,81 @@
+"""Commands about exported models: write one, and let one continue a text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ExportDtype(StrEnum):
+    """Formats of exported weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ExportFormat(StrEnum):
+    """Layouts of an export."""
+
+    hunyuan = "hunyuan"
+    hunyuan_v1_moe = "hunyuan_v1_moe"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a training run.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint after this many steps; default: the newest.")] = None,
+    dtype: Annotated[ExportDtype | None, typer.Option(help="Format of the weights; default: that of training.")] = None,
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="hunyuan: with our own model code. hunyuan_v1_moe: what transformers and vLLM load natively."
+        ),
+    ] = ExportFormat.hunyuan,
+) -> None:
+    """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
+    from hunyuan_pretrain.runtime.environment import compute_on_cpu
+
+    compute_on_cpu()
+
+    from hunyuan_pretrain.train.export_run import export_run
+
+    certificate = export_run(run, output, step=step, dtype=dtype.value if dtype else None, format=format.value)
+    print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")
+    print(
+        f"logits against the training model: largest difference {certificate['max_abs_difference']:.3g}, see "
+        "certificate.json"
+    )
+
+
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by export.")],
+    prompt: Annotated[str, typer.Option(help="Beginning of the text, or with --chat the user's turn.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.6,
+    top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 20,
+    repetition_penalty: Annotated[float, typer.Option(min=0.1)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 1234,
+    chat: Annotated[bool, typer.Option(help="Use the chat template.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run model code that lies in DIR; our own exports do not need it.")
+    ] = False,
+) -> None:
+    """Continue a text with an exported model, streaming to standard output."""
+    from hunyuan_pretrain.checkpoint.generate import generate as stream
+
+    stream(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        chat=chat,
+        trust_remote_code=trust_remote_code,
+    )

@@ -1,0 +1,131 @@
+"""Commands that look at an experiment and at this machine, before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hunyuan_pretrain.cli.options import ConfigPath, Overrides
+from hunyuan_pretrain.cli.printing import print_table, print_warnings
+
+if TYPE_CHECKING:
+    from hunyuan_pretrain.runtime.device import Machine
+
+
+def explain(
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; none: every setting there is.")
+    ] = "",
+) -> None:
+    """Say what a setting means: unit, type, default, typical value."""
+    from hunyuan_pretrain.config.describe import explain as text_of
+
+    print(text_of(key))
+
+
+def show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    value: Annotated[
+        str, typer.Option(metavar="KEY", help="Print the value of this setting alone, as a script needs it.")
+    ] = "",
+) -> None:
+    """Print the resolved experiment as YAML: bases merged, overrides applied, every default filled in."""
+    from hunyuan_pretrain.config.describe import value_of
+    from hunyuan_pretrain.config.load import dump_resolved, load_experiment
+
+    experiment = load_experiment(config, overrides or [])
+    print(value_of(experiment, value) if value else dump_resolved(experiment), end="\n" if value else "")
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Experiment YAML.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Experiment YAML.")],
+) -> None:
+    """Print the settings in which two resolved experiments differ."""
+    from hunyuan_pretrain.config.describe import diff as lines_of
+    from hunyuan_pretrain.config.load import load_experiment
+
+    lines = lines_of(load_experiment(a), load_experiment(b))
+    print("\n".join(lines) if lines else "no difference")
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the job; default: parallel.world_size.")
+    ] = None,
+) -> None:
+    """Say what a run will do and cost, without running it."""
+    from hunyuan_pretrain.config.load import load_experiment
+    from hunyuan_pretrain.config.rules import find_warnings
+    from hunyuan_pretrain.plan.summary import summarise
+
+    experiment = load_experiment(config, overrides or [], world_size)
+    print_table(
+        experiment.name, [(row.group, row.name, row.value, row.note) for row in summarise(experiment, world_size)]
+    )
+    print_warnings(find_warnings(experiment))
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Experiment YAML to check against this machine.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has and what will be used; exit code 1 where it cannot run, or the experiment cannot begin
+    or go on."""
+    from hunyuan_pretrain.config.load import load_experiment
+    from hunyuan_pretrain.runtime.device import obstacles, probe, what_is_used
+    from hunyuan_pretrain.runtime.environment import variable_rows
+
+    experiment = load_experiment(config, overrides or []) if config else None
+    machine = probe(thorough=True)
+    print_table("found", machine_rows(machine))
+    print_table("will be used", what_is_used(machine, experiment))
+    print_table("environment", variable_rows(experiment))
+    found = [str(problem) for problem in obstacles(machine, experiment)]
+    if (
+        experiment is not None and machine.megatron_core is not None and machine.apex != "wrong"
+    ):  # megatron-core can be imported
+        from hunyuan_pretrain.train.preflight import refusals
+
+        found += refusals(experiment)
+    for problem in found:
+        print(f"cannot run: {problem}", file=sys.stderr)
+    if found:
+        raise typer.Exit(1)
+
+
+def machine_rows(machine: Machine) -> list[tuple[str, str]]:
+    """A probed machine as name and value."""
+    from hunyuan_pretrain.runtime.device import transformer_engine_versions
+
+    gpus = ", ".join(
+        f"{gpu.name} (compute {gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_gib:.0f} GiB)"
+        for gpu in machine.gpus
+    )
+    apex = {"nvidia": "NVIDIA's", "wrong": "a package of this name that is not NVIDIA's", "absent": "absent"}
+    engine = machine.transformer_engine or "absent"
+    fits = " to ".join(f"{major}.{minor}" for major, minor in transformer_engine_versions(machine.megatron_core))
+    return [
+        ("python", machine.python),
+        ("torch", f"{machine.torch}, {'CPU build' if machine.cuda is None else 'CUDA ' + machine.cuda}"),
+        ("GPUs", gpus or "none"),
+        ("cores", str(machine.cores)),
+        ("memory", f"{machine.memory_gib:.1f} GiB"),
+        ("megatron-core", f"{machine.megatron_core or 'absent'} (works with Transformer Engine {fits})"),
+        (
+            "Transformer Engine",
+            f"{engine}, but {machine.transformer_engine_error}" if machine.transformer_engine_error else engine,
+        ),
+        ("Apex", apex[machine.apex]),
+        ("flash-attn", machine.flash_attn or "absent"),
+        ("wandb", machine.wandb or "absent"),
+        ("tensorboard", machine.tensorboard or "absent"),
+    ]

@@ -1,0 +1,32 @@
+"""What several commands print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hunyuan_pretrain.config.schema import Problem
+
+
+def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    """Rows of text under a title; the first column is printed once for equal neighbours."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    previous = None
+    for row in rows:
+        table.add_row("" if row[0] == previous else row[0], *row[1:])
+        previous = row[0]
+    # A pipe or a log has no width: nothing may be cut or wrapped there.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    console.print()
+
+
+def print_warnings(warnings: list[Problem]) -> None:
+    """Settings that take effect only partly, to stderr."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -1,0 +1,64 @@
+"""The command `hunyuan-pretrain`: its menu, and how it ends. No logic: each command calls one function and prints what
+it returns.
+
+Imports of what needs torch are inside the commands, so that those which need none start at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hunyuan_pretrain.cli import exporting, planning, training
+from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
+from hunyuan_pretrain.config.extras import missing_package
+from hunyuan_pretrain.runtime.stop import listen
+
+USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
+"""Errors that a user can put right: the message says how, so a traceback would only hide it."""
+
+app = typer.Typer(
+    name="hunyuan-pretrain",
+    help="Pretraining of Hunyuan-Large style mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at experiment files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+for command in (
+    planning.explain,
+    planning.plan,
+    planning.doctor,
+    training.train,
+    training.parity,
+    training.shadow,
+    exporting.export,
+    exporting.generate,
+):
+    app.command()(command)
+for command in (planning.show, planning.diff):
+    config_app.command()(command)
+
+
+def main() -> None:
+    """Entry point; a user's error is one message on stderr and exit code 2, a failure a traceback and 1, an interrupt
+    is 130."""
+    if sys.argv[1:2] == ["train"]:
+        listen()  # a launcher may pass a stop on while torch is being imported
+    if (mistake := mistake_in_environment(next(iter(sys.argv[1:]), None))) is not None:
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
+    try:
+        app()
+    except KeyboardInterrupt:
+        leave(130)
+    except Exception as error:
+        missing = missing_package(error)
+        if missing is None and USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+            report_failure()
+            leave(1)
+        report_error(missing or error)
+        leave(2)
