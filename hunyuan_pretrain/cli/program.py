@@ -39,8 +39,8 @@ for command in (
     exporting.generate,
 ):
     app.command()(command)
-for command in (planning.show, planning.diff):
-    config_app.command()(command)
+config_app.command()(planning.show)
+config_app.command()(planning.diff)
 
 
 def main() -> None:
