@@ -25,9 +25,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.config.load import load_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 from launch.demo_report import Metrics, measure_heldout, plot_losses, print_tables
 from launch.demo_text import DemoError, read_text, write_text
 

@@ -57,7 +57,7 @@ def main() -> None:
         _fail(missing)
     except ValueError as error:
         # imported only when something failed, because it takes a tenth of a second here and in every worker
-        from hunyuan_pretrain.config.schema import ConfigError
+        from hunyuan_pretrain.config.errors import ConfigError
 
         if not isinstance(error, DataFormatError | ConfigError):
             raise

@@ -21,7 +21,8 @@ from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.config.changes import Kind, model_differences
-from hunyuan_pretrain.config.schema import ModelConfig, show_value
+from hunyuan_pretrain.config.errors import show_value
+from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.folders import flush_to_disk
 
 FORMAT_VERSION = 1

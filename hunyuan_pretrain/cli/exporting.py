@@ -40,7 +40,7 @@ def export(
 
     compute_on_cpu()
 
-    from hunyuan_pretrain.train.export_run import export_run
+    from hunyuan_pretrain.checkpoint.export_run import export_run
 
     certificate = export_run(run, output, step=step, dtype=dtype.value if dtype else None, format=format.value)
     print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")

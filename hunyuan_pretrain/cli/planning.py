@@ -81,8 +81,9 @@ def doctor(
     """Say what this machine has and what will be used; exit code 1 where it cannot run, or the experiment cannot begin
     or go on."""
     from hunyuan_pretrain.config.load import load_experiment
-    from hunyuan_pretrain.runtime.device import obstacles, probe, what_is_used
+    from hunyuan_pretrain.runtime.device import probe
     from hunyuan_pretrain.runtime.environment import variable_rows
+    from hunyuan_pretrain.runtime.policy import obstacles, what_is_used
 
     experiment = load_experiment(config, overrides or []) if config else None
     machine = probe(thorough=True)
@@ -104,7 +105,7 @@ def doctor(
 
 def machine_rows(machine: Machine) -> list[tuple[str, str]]:
     """A probed machine as name and value."""
-    from hunyuan_pretrain.runtime.device import transformer_engine_versions
+    from hunyuan_pretrain.runtime.policy import transformer_engine_versions
 
     gpus = ", ".join(
         f"{gpu.name} (compute {gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_gib:.0f} GiB)"

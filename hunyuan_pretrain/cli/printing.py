@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hunyuan_pretrain.config.schema import Problem
+    from hunyuan_pretrain.config.errors import Problem
 
 
 def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:

@@ -121,7 +121,7 @@ def parity(
         layout_experiment(experiment, text, ranks, Path(experiment.run_dir), precision.value, layers.value)
     set_variables(experiment)
 
-    from hunyuan_pretrain.train.parity_run import conclusion, report, run_parity
+    from hunyuan_pretrain.diagnostics.parity_run import conclusion, report, run_parity
 
     differences = run_parity(
         experiment, layout, against, steps, precision.value, *(layers.value for _, layers in sides)
@@ -161,7 +161,7 @@ def shadow(
     experiment = load_experiment(config, overrides or [])
     set_variables(experiment)
 
-    from hunyuan_pretrain.train.shadow import conclusion, run_shadow, table
+    from hunyuan_pretrain.diagnostics.shadow import conclusion, run_shadow, table
 
     report = run_shadow(experiment, recipe.value, fp8_format.value if fp8_format else None, steps, output)
     if report is None:

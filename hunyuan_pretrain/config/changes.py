@@ -15,9 +15,10 @@ from enum import StrEnum
 from typing import Any
 
 from hunyuan_pretrain.config.describe import flatten
+from hunyuan_pretrain.config.errors import ConfigError, Problem, show_value
 from hunyuan_pretrain.config.history import Segment, SourceFacts
 from hunyuan_pretrain.config.schedule import Piece, present_stage
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, Problem, StageConfig, show_value
+from hunyuan_pretrain.config.schema import Experiment, ModelConfig, StageConfig
 
 
 class Kind(StrEnum):

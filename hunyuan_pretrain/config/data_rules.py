@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from hunyuan_pretrain.config.schema import Experiment, Problem
+from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.schema import Experiment
 
 
 def tiers_are_whole(experiment: Experiment) -> Iterator[Problem]:

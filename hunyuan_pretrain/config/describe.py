@@ -6,8 +6,9 @@ import difflib
 import json
 from typing import Any
 
+from hunyuan_pretrain.config.errors import ConfigError, Problem, show_value
 from hunyuan_pretrain.config.load import all_paths, field_at, nearest_name
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem, show_value
+from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import SUFFIX_RULE, section_of
 
 NOTES = (

@@ -17,8 +17,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.load import dump_resolved, load_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import section_of
 
 INDEX = "segments.json"

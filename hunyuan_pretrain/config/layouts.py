@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, ParallelConfig, Problem
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import Experiment, ParallelConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Engine = Literal["own", "te"]

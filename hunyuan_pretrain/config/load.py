@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, Problem, Section, show_value
+from hunyuan_pretrain.config.errors import ConfigError, Problem, show_value
+from hunyuan_pretrain.config.schema import Experiment, ModelConfig, Section
 from hunyuan_pretrain.config.values import SUFFIX_RULE, change_paths, expand, fill_in, number_hint, section_of
 from hunyuan_pretrain.config.yaml_tree import Dumper, Keys, Tree, dotted, file_error, parse, reason_of, text_or_value
 

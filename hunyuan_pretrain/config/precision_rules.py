@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hunyuan_pretrain.config.schema import Experiment, Problem
+from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.schema import Experiment
 
 DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
 """Settings that every recipe but delayed would silently ignore."""

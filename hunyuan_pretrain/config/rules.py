@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterator
 
 from hunyuan_pretrain.config.data_rules import DATA_RULES
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, ModelConfig, ParallelConfig, Problem, StageConfig
+from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
 
 
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hunyuan_pretrain.config.schema import ConfigError, Problem, StageConfig
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import StageConfig
 
 
 @dataclass(frozen=True)

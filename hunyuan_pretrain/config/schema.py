@@ -7,72 +7,10 @@ what core lacks takes the name of the Hunyuan-Large report (arXiv 2411.02265). R
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-
-class _Nothing(Enum):
-    """A sentinel that stays itself when an error passes from one process to another."""
-
-    NO_VALUE = "no value"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong in a configuration: where, what, against which rule, and what would be right."""
-
-    path: str
-    """Dotted path of the field, such as parallel.expert_model_parallel_size."""
-    value: Any
-    """The offending value; `Problem.NO_VALUE` where there is none."""
-    rule: str
-    hint: str = ""
-    """What to write instead: the nearest legal values, or the nearest known name."""
-    where: str = ""
-    """File and line, or the override, that the value came from."""
-
-    NO_VALUE = _Nothing.NO_VALUE
-
-    def __str__(self) -> str:
-        value = "" if self.value is Problem.NO_VALUE else f"={show_value(self.value)}"
-        hint = f" ({self.hint})" if self.hint else ""
-        where = f" [{self.where}]" if self.where else ""
-        return f"{self.path}{value}: {self.rule}{hint}{where}"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; its text lists every problem at once and needs no traceback."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        """`source`: the file, or what was being configured; it heads the message."""
-        self.source = source
-        self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
-
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, tuple[Problem, ...]]]:
-        """Ranks that are processes of this machine hand their errors on to the command."""
-        return ConfigError, (self.source, self.problems)
-
-
-def show_value(value: Any, longest: int = 60) -> str:
-    """A value as YAML would spell it, on one line, cut after `longest` characters."""
-    if isinstance(value, float):
-        text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    elif isinstance(value, str):
-        # Quotes where YAML would need them, so that "3" does not look like the number 3 in a message about its type.
-        text = (
-            f'"{value}"' if value in ("", "true", "false", "null") or value.replace(".", "", 1).isdecimal() else value
-        )
-    else:
-        text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:

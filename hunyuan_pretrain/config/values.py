@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from hunyuan_pretrain.config.schema import Experiment, Problem
+from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.yaml_tree import Keys, Tree, dotted
 
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20}

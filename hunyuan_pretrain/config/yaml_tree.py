@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from hunyuan_pretrain.config.schema import ConfigError, Problem
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 
 Keys = tuple[str | int, ...]
 

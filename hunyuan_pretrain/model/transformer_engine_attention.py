@@ -19,8 +19,8 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.spec import CoreAttention
-from hunyuan_pretrain.runtime.device import attends_to_packed_documents
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
+from hunyuan_pretrain.runtime.policy import attends_to_packed_documents
 
 
 def without_fp8() -> AbstractContextManager[None]:

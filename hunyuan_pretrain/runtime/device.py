@@ -6,7 +6,6 @@ Transformer Engine, in a process of its own, because a broken one raises on impo
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
@@ -14,25 +13,13 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
-
 ApexState = Literal["nvidia", "wrong", "absent"]
-
-TRANSFORMER_ENGINE_VERSIONS = {(0, 16): ((2, 9), (2, 11)), (0, 17): ((2, 11), (2, 20))}
-"""From this version of megatron-core on -> first and last version of Transformer Engine that it works with.
-
-0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the last is the newest whose Python
-part the model was built from, with 0.19.2, over stand-ins of the kernels.
-"""
-
-INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]"'
 
 
 @dataclass(frozen=True)
@@ -106,170 +93,10 @@ def probe(thorough: bool = False) -> Machine:
     )
 
 
-def choose_device(setting: Literal["auto", "cuda", "cpu"]) -> Literal["cuda", "cpu"]:
-    """The device that runtime.device means on this machine; raises ConfigError for cuda where there is none."""
-    if setting == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("this machine", [no_cuda()])
-    return setting
-
-
-def backend_of(device: Literal["cuda", "cpu"]) -> Literal["nccl", "gloo"]:
-    """The torch.distributed backend for a device."""
-    return "nccl" if device == "cuda" else "gloo"
-
-
-def cpu_threads(ranks_per_node: int, setting: int | None = None) -> int:
-    """Threads of one rank on CPU: runtime.cpu_threads_per_rank, or an equal share of the usable cores, at least 1."""
-    return setting or max(1, usable_cores() // ranks_per_node)
-
-
-def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int = 1) -> list[Problem]:
-    """Why this machine cannot train, or cannot run `ranks` ranks of this experiment; empty where it can."""
-    found = []
-    if machine.megatron_core is None:
-        found.append(
-            Problem("megatron-core", Problem.NO_VALUE, "is not installed", 'pip install "megatron-core>=0.16.1,<0.20"')
-        )
-    if machine.apex == "wrong":
-        rule = (
-            "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would take it "
-            "for that"
-        )
-        found.append(
-            Problem("apex", Problem.NO_VALUE, rule, "pip uninstall apex; NVIDIA's is built from its own repository")
-        )
-    if machine.transformer_engine_error:
-        hint = f"{INSTALL_TRANSFORMER_ENGINE}, or pip uninstall transformer-engine"
-        found.append(Problem("transformer-engine", machine.transformer_engine, machine.transformer_engine_error, hint))
-    if experiment is None:
-        return found
-    if experiment.runtime.device == "cuda" and not machine.gpus:
-        found.append(no_cuda(machine.cuda))
-    uses_gpu = experiment.runtime.device != "cpu" and bool(machine.gpus)
-    if uses_gpu and experiment.precision.dtype == "bf16":
-        for gpu in machine.gpus:
-            if gpu.capability < (8, 0):
-                rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and bf16 needs 8.0"
-                found.append(Problem("precision.dtype", "bf16", rule, "use fp32"))
-    if uses_gpu and ranks > len(machine.gpus):
-        rule = f"{ranks} ranks on this node, which has {len(machine.gpus)} GPUs, and a rank needs one of its own"
-        hint = "start fewer ranks here, or use runtime.device=cpu"
-        found.append(Problem("ranks", Problem.NO_VALUE, rule, hint))
-    return found + _transformer_engine_obstacles(machine, experiment)
-
-
-def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
-    """Whether the layers are Transformer Engine's; `obstacles` has said why not, where they have to be.
-
-    With fp32 they are this project's unless `required`, which the rules refuse: Transformer Engine multiplies fp32
-    matrices in TF32.
-    """
-    runtime = experiment.runtime
-    if runtime.transformer_engine == "never" or runtime.device == "cpu":
-        return False
-    return machine.has_transformer_engine and experiment.precision.dtype == "bf16"
-
-
-def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> list[Problem]:
-    found = []
-    runtime, recipe = experiment.runtime, experiment.precision.fp8_recipe
-    if runtime.transformer_engine == "required" and not machine.has_transformer_engine:
-        if machine.transformer_engine is None:
-            rule, hint = "it is not installed", INSTALL_TRANSFORMER_ENGINE
-        elif machine.transformer_engine_error:
-            rule, hint = machine.transformer_engine_error, INSTALL_TRANSFORMER_ENGINE
-        else:
-            rule, hint = "it runs on a CUDA device, and this machine has none", "use auto or never"
-        found.append(Problem("runtime.transformer_engine", "required", rule, hint))
-    if not uses_transformer_engine(machine, experiment):
-        return found
-    first, last = transformer_engine_versions(machine.megatron_core)
-    if not first <= major_minor(str(machine.transformer_engine)) <= last:
-        rule = f"megatron-core {machine.megatron_core} works with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
-        wanted = f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
-        hint = f'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]{wanted}"'
-        found.append(Problem("transformer-engine", machine.transformer_engine, rule, hint))
-    for gpu in dict.fromkeys(machine.gpus) if recipe else ():
-        need = missing_for_fp8(str(recipe), gpu.capability, machine.cuda)
-        if need:
-            rule = (
-                f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, torch CUDA "
-                f"{machine.cuda}; it needs {need}"
-            )
-            hint = "use another recipe, or runtime.transformer_engine=never, which emulates it slowly"
-            found.append(Problem("precision.fp8_recipe", recipe, rule, hint))
-    return found
-
-
-def transformer_engine_versions(megatron_core: str | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last version of Transformer Engine, as major and minor, that this version of megatron-core works
-    with."""
-    version = major_minor(megatron_core or "0.16")
-    return TRANSFORMER_ENGINE_VERSIONS[
-        max(first for first in TRANSFORMER_ENGINE_VERSIONS if first <= max(version, (0, 16)))
-    ]
-
-
 def major_minor(version: str) -> tuple[int, int]:
     """(2, 11) of "2.11.0+abc"; what has no numbers is (0, 0)."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-
-
-def missing_for_fp8(recipe: str, capability: tuple[int, int], cuda_version: str | None) -> str | None:
-    """What Transformer Engine asks of a GPU, and of torch's CUDA, for a recipe, where these do not have it."""
-    cuda = tuple(int(part) for part in (cuda_version or "0").split(".")[:2])
-    if recipe == "mxfp8":
-        return None if (10, 0) <= capability < (12, 0) else "10.0 or more, and less than 12.0"
-    if recipe == "blockwise":
-        return None if capability >= (9, 0) and cuda >= (12, 9) else "9.0 or more, and CUDA 12.9 or more"
-    if capability >= (9, 0) or (capability == (8, 9) and cuda >= (12, 1)):
-        return None
-    return "9.0 or more, or 8.9 and CUDA 12.1 or more"
-
-
-def attends_to_packed_documents() -> bool:
-    """Whether Transformer Engine has an attention kernel for packed documents on this GPU: flash-attn's, or cuDNN's
-    from Hopper on.
-
-    On Blackwell cuDNN's backward pass is not deterministic, and Transformer Engine does not take it where determinism
-    is asked for.
-    """
-    if not torch.cuda.is_available():
-        return False
-    major = torch.cuda.get_device_capability()[0]
-    has_cudnn_kernel = major == 9 or (major > 9 and not torch.are_deterministic_algorithms_enabled())
-    return has_cudnn_kernel or version_of("flash-attn") is not None
-
-
-def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list[tuple[str, str]]:
-    """What training on this machine takes, as name and value; `experiment` may choose otherwise than the machine
-    would."""
-    setting = "auto" if experiment is None else experiment.runtime.device
-    device = machine.device if setting == "auto" else setting
-    rows: list[tuple[str, str]] = [("device", device), ("collectives", backend_of(device))]
-    if device == "cpu":
-        ranks = 1 if experiment is None or experiment.parallel.world_size is None else experiment.parallel.world_size
-        threads = cpu_threads(ranks, None if experiment is None else experiment.runtime.cpu_threads_per_rank)
-        rows.append(("threads per rank", f"{threads} (for {ranks} ranks on this node)"))
-    is_engine = machine.has_transformer_engine if experiment is None else uses_transformer_engine(machine, experiment)
-    rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "own layers"))
-    recipe = None if experiment is None else experiment.precision.fp8_recipe
-    if recipe:
-        rows.append(
-            (
-                "FP8",
-                f"{recipe} on Transformer Engine" if is_engine else f"{recipe}, emulated (slow; numbers, not speed)",
-            )
-        )
-    return rows
-
-
-def no_cuda(build: str | None = torch.version.cuda) -> Problem:
-    reason = "torch is a CPU build" if build is None else f"torch was built with CUDA {build}, but sees no device"
-    return Problem("runtime.device", "cuda", f"this machine has no usable CUDA: {reason}", "use auto or cpu")
 
 
 def version_of(distribution: str) -> str | None:
@@ -330,30 +157,6 @@ def read_cgroup(name: str) -> str:
         return (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:
         return ""
-
-
-def keep_freed_memory() -> None:
-    """Make malloc keep freed blocks instead of giving them back to the system at once (glibc; elsewhere nothing
-    happens).
-
-    A training step on CPU frees and takes the same large blocks again and again, and fresh pages cost a fault each:
-    measured about 6% of a step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
-        for name, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)):
-            mallopt(name, value)
-
-
-def fuses_wgrad_accumulation(with_transformer_engine: bool = False) -> bool:
-    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA by
-    Transformer Engine's layers, and by core's with Apex's extension."""
-    return (
-        with_transformer_engine
-        or not torch.cuda.is_available()
-        or find_spec("fused_weight_gradient_mlp_cuda") is not None
-    )
 
 
 def versions() -> dict[str, str]:

@@ -6,12 +6,14 @@ records them. Imports no torch.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import Experiment
 
 HIDDEN_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -103,3 +105,17 @@ def variable_rows(
         )
     seen = {name for name, *_ in rows}
     return rows + [(name, value, "as you set it") for name, value in found.items() if name not in seen]
+
+
+def keep_freed_memory() -> None:
+    """Make malloc keep freed blocks instead of giving them back to the system at once (glibc; elsewhere nothing
+    happens).
+
+    A training step on CPU frees and takes the same large blocks again and again, and fresh pages cost a fault each:
+    measured about 6% of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+        for name, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_TOP_PAD, 64 << 20)):
+            mallopt(name, value)

@@ -22,7 +22,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from hunyuan_pretrain.config.schema import ConfigError, Problem
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 
 LOCK = "lock.json"
 HEARTBEAT_S = 10.0

@@ -20,7 +20,7 @@ from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine
-from hunyuan_pretrain.runtime.device import what_is_used
+from hunyuan_pretrain.runtime.policy import what_is_used
 from hunyuan_pretrain.runtime.stop import (
     EXIT_STOPPED,
     STOPPED_BEFORE_FIRST_STEP,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.history import history_of, present_piece, sources_of
 from hunyuan_pretrain.config.changes import (
     Difference,
     Kind,
@@ -22,15 +23,13 @@ from hunyuan_pretrain.config.changes import (
     refusal,
     refusal_text,
 )
-from hunyuan_pretrain.config.history import Segment, SourceFacts, read_history, segments_of
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.rules import data_parallel_size
-from hunyuan_pretrain.config.schedule import Piece, Schedule
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.schedule import Schedule
+from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths
 from hunyuan_pretrain.data.indexed import digest_of
-from hunyuan_pretrain.data.mixture import source_path
-from hunyuan_pretrain.data.packed_dataset import PackedDataset
-from hunyuan_pretrain.data.sample_order import facts_of
 from hunyuan_pretrain.parallel.agreement import from_rank_0
 
 T = TypeVar("T")
@@ -160,34 +159,6 @@ def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]
     ]
 
 
-def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) -> list[Segment]:
-    """The segments of a run until a checkpoint; one from before they were recorded has those of its run directory.
-
-    with_data: open the data that such a run has read, whose sizes were not recorded.
-    Raises CheckpointError if the marker is damaged, DataFormatError if data that such a run has read is not there.
-    """
-    if marker.get("history"):
-        try:
-            return segments_of(marker["history"])
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: the history in it is damaged: {str(error).splitlines()[0]}") from None
-    found = [
-        segment for segment in read_history(folder.resolve().parent.parent) if segment.first_step < int(marker["step"])
-    ]
-    if not found:
-        raise CheckpointError(
-            f"{folder}: it has no history, and its run directory has no resolved.yaml, so what it was trained on "
-            "is not known; "
-            "put resolved.yaml beside checkpoints/, or start another run with checkpoint.init_from"
-        )
-    if not with_data:
-        return found
-    return [
-        segment if segment.sources else segment.model_copy(update={"sources": _undigested(segment.config)})
-        for segment in found
-    ]
-
-
 def what_is_met(
     experiment: Experiment, tokenizer_digest: str, versions: Mapping[str, str | None], world_size: int | None = None
 ) -> dict[str, Any]:
@@ -232,12 +203,6 @@ def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
             )
     if problems:
         raise ConfigError("ranks of this job", problems)
-
-
-def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:
-    """The packed datasets of all stages, by path. Raises DataFormatError."""
-    paths = dict.fromkeys(source_path(source.path) for stage in experiment.stages for source in stage.data)
-    return {path: facts_of(PackedDataset(path)) for path in paths}
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
@@ -301,18 +266,6 @@ def _refuse(
         raise problem
 
 
-def present_piece(schedule: Schedule, step: int, folder: Path) -> Piece:
-    """The piece of the last step of a checkpoint. Raises CheckpointError where the schedule is not the checkpoint's."""
-    try:
-        return schedule.piece_of_step(max(step - 1, 0))
-    except IndexError:
-        raise CheckpointError(
-            f"{folder}: it was taken after {step} steps, but the configuration beside it, resolved.yaml, ends "
-            f"after {schedule.num_steps}: "
-            "a shorter start has written over it; put the run's own configuration there"
-        ) from None
-
-
 def _where(schedule: Schedule, step: int) -> str:
     position = schedule.position(step)
     return f"step {step} of {schedule.num_steps}, {position['tokens']:,} tokens, stage {position['stage']}"
@@ -337,8 +290,3 @@ def _changes_lines(found: list[Difference], accepted: Collection[str]) -> list[s
         key for key in accepted if not any(one.kind == Kind.refused and is_accepted(one.key, [key]) for one in found)
     ]
     return lines + [f"  --accept-changes {key}: there is nothing to accept" for key in idle]
-
-
-def _undigested(experiment: Experiment) -> dict[str, SourceFacts]:
-    """What is there now under the paths of a configuration; what was there when it was in force is not known."""
-    return {path: facts.model_copy(update={"digest": None}) for path, facts in sources_of(experiment).items()}

@@ -20,10 +20,11 @@ from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, checkpoint_of, step_of
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import set_aside_later, write_history
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schedule import Schedule
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
@@ -32,20 +33,18 @@ from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, from_rank_0, patience
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
-from hunyuan_pretrain.runtime.device import (
+from hunyuan_pretrain.runtime.device import probe, versions
+from hunyuan_pretrain.runtime.environment import keep_freed_memory, recorded, set_variables
+from hunyuan_pretrain.runtime.lock import RunLock
+from hunyuan_pretrain.runtime.logging import RunLog, check_writable, code_version, record_environment
+from hunyuan_pretrain.runtime.policy import (
     backend_of,
     choose_device,
     cpu_threads,
     fuses_wgrad_accumulation,
-    keep_freed_memory,
     obstacles,
-    probe,
     uses_transformer_engine,
-    versions,
 )
-from hunyuan_pretrain.runtime.environment import recorded, set_variables
-from hunyuan_pretrain.runtime.lock import RunLock
-from hunyuan_pretrain.runtime.logging import RunLog, check_writable, code_version, record_environment
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train import resume

@@ -318,7 +318,8 @@ def worker(name: str, num_steps: int, on_stand_ins: bool) -> None:
 def supported(on_stand_ins: bool) -> list[str]:
     """Contenders that this GPU can run."""
     sys.path.insert(0, str(ROOT))
-    from hunyuan_pretrain.runtime.device import missing_for_fp8, probe
+    from hunyuan_pretrain.runtime.device import probe
+    from hunyuan_pretrain.runtime.policy import missing_for_fp8
 
     machine = probe()
     if not on_stand_ins and not machine.gpus:

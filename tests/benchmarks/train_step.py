@@ -50,7 +50,8 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
     from hunyuan_pretrain.model.hunyuan_model import build_model
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
     from hunyuan_pretrain.plan.counts import parameters
-    from hunyuan_pretrain.runtime.device import fuses_wgrad_accumulation, keep_freed_memory
+    from hunyuan_pretrain.runtime.environment import keep_freed_memory
+    from hunyuan_pretrain.runtime.policy import fuses_wgrad_accumulation
     from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
     from hunyuan_pretrain.train.step import train_step

@@ -56,7 +56,7 @@ def test_every_parameter_maps_to_hf_once(changes):
 def export_where_a_gpu_is(run_dir: str, output: str) -> dict[str, object]:
     """An export in a process that sees a GPU, on which nothing can be put: what is made there without being told is on
     no device at all."""
-    from hunyuan_pretrain.train.export_run import export_run
+    from hunyuan_pretrain.checkpoint.export_run import export_run
 
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: torch.device("meta")
@@ -134,7 +134,7 @@ def test_router_stays_fp32_in_a_bf16_export(corpus, tmp_path):
 def export_with_a_wrong_map(run_dir, output) -> str:
     """In a process of its own: the query rows of one layer are written rotated by one; the error that export raises."""
     from hunyuan_pretrain.checkpoint import CheckpointError, hf_export
-    from hunyuan_pretrain.train.export_run import export_run
+    from hunyuan_pretrain.checkpoint.export_run import export_run
 
     right = hf_export.to_hf
 

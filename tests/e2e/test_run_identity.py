@@ -49,7 +49,8 @@ def fields_of(
 def train_here(fields: dict[str, Any], accepted: tuple[str, ...] = ()) -> str:
     """Train in this process, which can train again; the log, or the text of what refused it."""
     from hunyuan_pretrain.checkpoint import CheckpointError
-    from hunyuan_pretrain.config.schema import ConfigError, Experiment
+    from hunyuan_pretrain.config.errors import ConfigError
+    from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.parallel.groups import leave_layout
     from hunyuan_pretrain.runtime.stop import listen
     from hunyuan_pretrain.train import loop, setup
@@ -86,7 +87,7 @@ def rates(run_dir: Path) -> list[float]:
 
 def stories(corpus: Path, base: Path) -> dict[str, Any]:
     """Everything that needs training, one after the other in one process."""
-    from hunyuan_pretrain.train.export_run import in_force
+    from hunyuan_pretrain.checkpoint.export_run import in_force
 
     told: dict[str, Any] = {}
     straight = base / "straight"
@@ -188,7 +189,7 @@ def refusal_of(action: Callable[..., Any], *arguments: Any, kind: type[Exception
 
 def export_here(run_dir: Path, output: Path) -> dict[str, Any]:
     """What the export of a run's newest checkpoint says it comes from. Ends the job of this process."""
-    from hunyuan_pretrain.train.export_run import export_run
+    from hunyuan_pretrain.checkpoint.export_run import export_run
 
     found: dict[str, Any] = export_run(run_dir, output)["source"]
     return found

@@ -10,7 +10,8 @@ import torch
 
 from hunyuan_pretrain.config.schema import PrecisionConfig
 from hunyuan_pretrain.model.fp8 import Fp8Product, Operand, Recipe
-from hunyuan_pretrain.runtime.device import missing_for_fp8, probe
+from hunyuan_pretrain.runtime.device import probe
+from hunyuan_pretrain.runtime.policy import missing_for_fp8
 from tests.helpers.fp8_comparisons import DELAYED_SCALE, RECIPES, kernel_values, wide_numbers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

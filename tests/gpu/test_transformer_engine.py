@@ -13,7 +13,8 @@ from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
-from hunyuan_pretrain.runtime.device import attends_to_packed_documents, missing_for_fp8, probe
+from hunyuan_pretrain.runtime.device import probe
+from hunyuan_pretrain.runtime.policy import attends_to_packed_documents, missing_for_fp8
 from hunyuan_pretrain.train.probes import ROUNDINGS, _allowed, _Compared, _plain_softmax
 from tests.helpers.fp8_comparisons import MODEL, RECIPES, SPREAD, built, error_of_fp8, inputs, median_error, step
 from tests.helpers.transformer_engine_cases import LAYOUTS, laid_out

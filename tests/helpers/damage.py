@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from hunyuan_pretrain.config.schema import ConfigError
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.data.errors import DataFormatError
 
 _OVERWRITES = [

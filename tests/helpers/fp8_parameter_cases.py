@@ -61,13 +61,13 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     from megatron.core.fp8_utils import is_float8tensor
 
     from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.plan.counts import expert_lr_ratio
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.evaluate import evaluate
     from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
     from hunyuan_pretrain.train.optimizer import set_learning_rate
-    from hunyuan_pretrain.train.parity import trace_steps
     from hunyuan_pretrain.train.step import train_step
 
     _gather_one_by_one()

@@ -2,7 +2,9 @@
 
 import pytest
 
-from hunyuan_pretrain.train import export_run, loop, parity, parity_run, probes, shadow
+from hunyuan_pretrain.checkpoint import export_run
+from hunyuan_pretrain.diagnostics import parity, parity_run, shadow
+from hunyuan_pretrain.train import loop, probes
 from tests.helpers import layouts
 
 __all__ = ["export_run", "layouts", "loop", "parity", "parity_run", "probes", "pytest", "shadow"]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import Experiment, Problem
+from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
@@ -243,7 +244,7 @@ class Comparison:
     """A layout against one rank; the tensors themselves are gone."""
 
     differences: list[Any]
-    """train.parity.Difference of every quantity of every step."""
+    """diagnostics.parity.Difference of every quantity of every step."""
     scalars: list[dict[str, float]]
     shares: list[dict[str, Any]]
     """Both by step."""
@@ -275,7 +276,7 @@ class Comparisons:
         self._done: dict[Layout, Comparison | str] = {}
 
     def reference(self, layout: Layout) -> list[Any]:
-        """Traces of one rank with the model of `layout`; list of train.parity.StepTrace."""
+        """Traces of one rank with the model of `layout`; list of diagnostics.parity.StepTrace."""
         if layout.reference not in self._done:
             self._run(layout.reference)
         found = self._done[layout.reference]
@@ -305,7 +306,7 @@ class Comparisons:
             self._done[other] = outcome if isinstance(outcome, str) else self._compared(other, outcome)
 
     def _compared(self, layout: Layout, traces: list[Any]) -> Comparison | str:
-        from hunyuan_pretrain.train.parity import compare
+        from hunyuan_pretrain.diagnostics.parity import compare
 
         if layout == layout.reference:
             self._traces[layout] = traces
@@ -325,7 +326,7 @@ class Comparisons:
 def trace_all(experiments: list[Experiment]) -> list[Outcome]:
     """In every rank: each experiment's outcome, up to the first that fails, after which the ranks are no longer of one
     mind."""
-    from hunyuan_pretrain.train.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
 
     return until_failure(experiments, lambda experiment: trace_layout(experiment, STEPS))
 

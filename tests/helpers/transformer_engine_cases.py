@@ -53,7 +53,7 @@ class Build:
 def traces(cases: Sequence[Case], steps: int) -> list[Any]:
     """In every rank: the traces of each case, one after the other."""
     transformer_engine_stub.install()
-    from hunyuan_pretrain.train.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
 
     found = []
     for case in cases:
@@ -392,8 +392,8 @@ def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, lis
     from pathlib import Path
 
     from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.checkpoint.export_run import export_run
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.export_run import export_run
     from hunyuan_pretrain.train.loop import train
 
     found: dict[bool, list[str]] = {}

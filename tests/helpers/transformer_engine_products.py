@@ -59,9 +59,9 @@ def both_specs(experiments: Mapping[str, Any], ranks: int, capability: tuple[int
 
 
 def _run(experiment: Any, use_engine: bool) -> Run:
+    from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.parity import trace_steps
 
     gc.collect()
     transformer_engine_stub.calls.clear()

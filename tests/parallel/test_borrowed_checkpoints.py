@@ -40,7 +40,7 @@ def test_rank_0_chooses_the_checkpoint_and_each_rank_reads_it_in_its_own_run_dir
 
 def test_a_shadow_run_changes_nothing_of_a_run_that_is_training(tmp_path: Path) -> None:
     from hunyuan_pretrain.checkpoint import folders
-    from hunyuan_pretrain.train.shadow import borrow_checkpoints
+    from hunyuan_pretrain.diagnostics.shadow import borrow_checkpoints
 
     run, shadow = tmp_path / "run", tmp_path / "shadow"
     shadow.mkdir()

@@ -28,8 +28,8 @@ def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
 
     from hunyuan_pretrain.config.schema import Experiment
+    from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.parity import trace_steps
 
     torch.set_num_threads(1)
     fields = experiment_fields(

@@ -75,9 +75,9 @@ def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dic
     """Of each experiment the gradients of the step after SAVED, from its checkpoint or (saves) from the start, and its
     delayed scales."""
     from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.parity import trace_steps
 
     found = []
     for one, saves in work:
@@ -114,7 +114,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, An
 
 @pytest.mark.parametrize(("recipe", "layout"), CASES)
 def test_two_ranks_take_the_step_of_one(runs, recipe: str, layout: str) -> None:
-    from hunyuan_pretrain.train.parity import compare
+    from hunyuan_pretrain.diagnostics.parity import compare
 
     differences = compare([runs[recipe, layout][0][0]], [runs[recipe][0]])
     assert len(differences) > 100
@@ -222,9 +222,9 @@ def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: 
     """Gradients of the two steps after SAVED of a run of `saved`, and of `resumed` from its checkpoint; and the scales
     at their ends."""
     from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.fp8 import scaling_state
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.parity import trace_steps
 
     found = []
     for parallel in (saved, resumed):

@@ -27,14 +27,14 @@ def experiment(corpus: Path, folder: Path, ranks: int, **parallel: Any) -> Exper
 
 
 def trace(layout: Experiment) -> Any:
-    from hunyuan_pretrain.train.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
 
     return trace_layout(layout, 1)
 
 
 @pytest.mark.parametrize("use_distributed_optimizer", [True, False], ids=["distributed optimizer", "plain optimizer"])
 def test_clip_norm_is_the_same_however_a_large_output_weight_is_cut(corpus, tmp_path, use_distributed_optimizer):
-    from hunyuan_pretrain.train.parity import compare
+    from hunyuan_pretrain.diagnostics.parity import compare
 
     settings = {"use_distributed_optimizer": use_distributed_optimizer}
     (alone,) = fork_ranks(1, trace, experiment(corpus, tmp_path / "one", 1, **settings))

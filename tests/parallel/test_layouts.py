@@ -225,7 +225,7 @@ def test_a_single_wrong_number_is_a_complaint(comparisons):
     differs."""
     from copy import deepcopy
 
-    from hunyuan_pretrain.train.parity import TOLERANCE, compare
+    from hunyuan_pretrain.diagnostics.parity import TOLERANCE, compare
 
     reference = comparisons.reference(Layout())
 

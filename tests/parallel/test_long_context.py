@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hunyuan_pretrain.train.parity import TOLERANCE
+from hunyuan_pretrain.diagnostics.parity import TOLERANCE
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import VOCAB_SIZE, experiment_fields
 

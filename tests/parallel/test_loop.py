@@ -1,8 +1,8 @@
 """The training loop itself on N ranks, validating and saving between the steps: the metrics of one rank, and bitwise
 the same resumed.
 
-What train.parity does for its comparison after every step (gradients, parameters put together) does not happen here, so
-communication that overlaps with the next step is left to overlap.
+What diagnostics.parity does for its comparison after every step (gradients, parameters put together) does not happen
+here, so communication that overlaps with the next step is left to overlap.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 def test_metrics_equal_those_of_one_rank(runs, layout):
     """Losses, norms, shares, and the validation losses over as many tokens and bytes; the load in validation does not
     count the padding."""
-    from hunyuan_pretrain.train.parity import TOLERANCE
+    from hunyuan_pretrain.diagnostics.parity import TOLERANCE
 
     actual, expected = records(runs[layout][0]), records(runs[layout.reference][0])
     assert [record["step"] for record in expected] == [1, 2, 2, 3, 4, 4], "two validations"

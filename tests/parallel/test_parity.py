@@ -124,7 +124,7 @@ BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
 
 
 def trace_with_bugs(work: list[tuple[Bug, Experiment]]) -> list[Outcome]:
-    from hunyuan_pretrain.train.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
 
     def trace(job: tuple[Bug, Experiment]) -> list[Any]:
         with job[0]():
@@ -136,7 +136,7 @@ def trace_with_bugs(work: list[tuple[Bug, Experiment]]) -> list[Outcome]:
 @pytest.fixture(scope="module")
 def differences(corpus, tmp_path_factory) -> dict[Bug, list[Any] | str]:
     """What each bug changes, in order of execution."""
-    from hunyuan_pretrain.train.parity import compare
+    from hunyuan_pretrain.diagnostics.parity import compare
 
     folder = tmp_path_factory.mktemp("bugs")
     reference = Comparisons(corpus, folder / "reference", [Layout()]).reference(Layout())

@@ -11,8 +11,8 @@ def gather() -> tuple[list[tuple[str, float]], int]:
     import numpy as np
     import torch.distributed as dist
 
+    from hunyuan_pretrain.diagnostics import parity
     from hunyuan_pretrain.parallel.groups import initialize_distributed
-    from hunyuan_pretrain.train import parity
 
     initialize_distributed("gloo", 60)
     sent: list[int] = []

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.layouts import layout_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 from tests.parallel.test_parity import copies_drift_apart, expert_gradients_times_ep, loss_over_one_ranks_tokens
@@ -44,7 +45,7 @@ def under(corpus: Path, layout: str, number_format: str, folder: Path) -> tuple[
 
 
 def traces(jobs: list[tuple[Experiment, int | None, Any, Any]]) -> list[Any]:
-    from hunyuan_pretrain.train.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
 
     found: list[Any] = []
     for layout, noise, bug, choices in jobs:
@@ -58,7 +59,7 @@ def traces(jobs: list[tuple[Experiment, int | None, Any, Any]]) -> list[Any]:
 @pytest.fixture(scope="module")
 def compared(corpus, tmp_path_factory) -> dict[Any, list[Any]]:
     """(format, layout) and bug -> differences."""
-    from hunyuan_pretrain.train.parity_noise import NOISE_SEEDS, compare_rounded
+    from hunyuan_pretrain.diagnostics.parity_noise import NOISE_SEEDS, compare_rounded
 
     folder = tmp_path_factory.mktemp("rounded")
     wanted = [(number_format, layout, None) for number_format, layout in LAYOUTS]
@@ -99,7 +100,7 @@ def test_a_bug_is_larger_than_rounding(compared, bug):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine may be usable")
 def test_layers_that_this_machine_has_not_got_are_refused_before_a_rank_starts(corpus):
-    from hunyuan_pretrain.train.parity_run import run_parity
+    from hunyuan_pretrain.diagnostics.parity_run import run_parity
 
     with pytest.raises(ConfigError, match=r"runtime\.transformer_engine=required"):
         run_parity(experiment(corpus), "dp=1", "dp=1", 1, "bf16", "te", "own")

@@ -58,8 +58,8 @@ def train_all(work: Work) -> list[Outcome]:
     """Traces of the steps after SAVED: of a run without a break, which saves after SAVED, or of one that resumes
     there."""
     from hunyuan_pretrain.checkpoint import save_load
+    from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.parity import trace_steps
 
     def train(job: tuple[bool, Experiment]) -> list[Any]:
         saves, experiment = job
@@ -111,7 +111,7 @@ def traces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layou
 
 def check(traces: dict[Any, Outcome], change: tuple[Layout, Layout]) -> None:
     """Losses, gradients, routing, moments and parameters of the next steps."""
-    from hunyuan_pretrain.train.parity import compare
+    from hunyuan_pretrain.diagnostics.parity import compare
 
     expected, actual = traces[change[0]], traces[change]
     assert not isinstance(expected, str), expected

@@ -15,8 +15,9 @@ def starts(fields: dict[str, Any]) -> list[str]:
     1."""
     import torch.distributed as dist
 
+    from hunyuan_pretrain.config.errors import ConfigError
     from hunyuan_pretrain.config.history import SourceFacts
-    from hunyuan_pretrain.config.schema import ConfigError, Experiment
+    from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.parallel.groups import initialize_distributed
     from hunyuan_pretrain.train.resume import refuse_other_starts
 

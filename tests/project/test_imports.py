@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "data": {"config", "runtime", "parallel"},
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
-    "cli": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
+    "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
+    "cli": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
     "__main__": {"cli"},
 }
 """Room of hunyuan_pretrain -> rooms that it may import beside itself."""
@@ -33,6 +34,7 @@ ONLY_IN = {
         "hunyuan_pretrain/model/",
         "hunyuan_pretrain/checkpoint/",
         "hunyuan_pretrain/train/",
+        "hunyuan_pretrain/diagnostics/",
     ],
     "megatron.training": [],
     "transformer_engine": [
@@ -47,7 +49,10 @@ ONLY_IN = {
         "hunyuan_pretrain/checkpoint/tokenization_hy.py",
         "hunyuan_pretrain/checkpoint/generate.py",
     ],
-    "torch": [f"hunyuan_pretrain/{room}/" for room in ("runtime", "parallel", "model", "data", "checkpoint", "train")]
+    "torch": [
+        f"hunyuan_pretrain/{room}/"
+        for room in ("runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics")
+    ]
     + ["data_tools/", "launch/ranks.py"],
 }
 """Module -> files and folders that may import it; a longer name is not covered by its parent's line."""

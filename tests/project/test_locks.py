@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from hunyuan_pretrain.runtime.device import transformer_engine_versions
+from hunyuan_pretrain.runtime.policy import transformer_engine_versions
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / ".ci" / "locks"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from hunyuan_pretrain.cli import program, ranks
-from hunyuan_pretrain.config.schema import ConfigError, Problem
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs/dev/demo_cpu.yaml")

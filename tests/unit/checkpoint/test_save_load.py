@@ -20,10 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_pretrain.checkpoint import CheckpointError, folders, optimizer_state, parallel_write, save_load
+from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
 from hunyuan_pretrain.runtime.seeding import generator_state
 from hunyuan_pretrain.train import setup
-from hunyuan_pretrain.train.parity import trace_steps
 from tests.helpers.one_rank import moments, on_this_rank
 from tests.helpers.runs import experiment_fields
 

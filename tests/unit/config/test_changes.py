@@ -19,10 +19,11 @@ from hunyuan_pretrain.config.changes import (
     refusal_text,
     sort,
 )
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.history import Segment, SourceFacts, experiment_of, read_history, write_history
 from hunyuan_pretrain.config.load import all_paths, load_experiment
 from hunyuan_pretrain.config.schedule import Schedule
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hunyuan_pretrain.config.describe import diff, explain
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import all_paths, load_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 

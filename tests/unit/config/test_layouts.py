@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.layouts import layout_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.runs import ROOT, experiment_fields, write_experiment
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, Problem
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import Experiment
 
 
 def experiment(precision: dict[str, Any], model: dict[str, Any] | None = None, **parallel: Any) -> Experiment:

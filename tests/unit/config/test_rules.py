@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_experiment, parse, read, validate
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.schedule import Schedule
-from hunyuan_pretrain.config.schema import ConfigError, StageConfig
+from hunyuan_pretrain.config.schema import StageConfig
 
 LENGTH = 8
 

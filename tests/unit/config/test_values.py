@@ -8,8 +8,9 @@ from typing import get_args
 
 import pytest
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import all_paths, dump_resolved, field_at, load_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
+from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import number_hint, section_of, token_count, with_absolute_paths
 from tests.unit.config.test_load import EXPERIMENT, MODEL
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hunyuan_pretrain.config.schema import ConfigError, StageConfig
+from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.mixture import DataSegment, Mixture, SourceSize

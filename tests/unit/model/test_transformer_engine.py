@@ -118,7 +118,7 @@ def check(layouts: Sequence[Layout], corpus: Path, folder: Path, world_size: int
 
 def differing(mine: list[Any], theirs: list[Any], tolerance: float | None = None) -> list[str]:
     """What differs; not the output of the norm that is fused into the projection after it, which nobody sees."""
-    from hunyuan_pretrain.train.parity import compare
+    from hunyuan_pretrain.diagnostics.parity import compare
 
     compared = [d for d in compare(mine, theirs) if not (d.kind == "activation" and d.name.endswith("input_layernorm"))]
     assert len(compared) > 500

@@ -205,7 +205,7 @@ def test_a_product_equals_the_emulated_one(compared: dict[str, list[BothSpecs]],
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_steps_equal_the_emulated_ones(compared: dict[str, list[BothSpecs]], recipe: str) -> None:
     """Two whole steps, bit by bit: loss, what every module returns, gradients, weights, moments and delayed scales."""
-    from hunyuan_pretrain.train.parity import compare
+    from hunyuan_pretrain.diagnostics.parity import compare
 
     first, *others = compared[recipe]
     differences = compare(first.engine.traces, first.emulated.traces)

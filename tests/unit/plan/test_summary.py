@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_experiment
-from hunyuan_pretrain.config.schema import ConfigError
 from hunyuan_pretrain.plan.summary import size_text, summarise
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"

@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_experiment
-from hunyuan_pretrain.config.schema import ConfigError
-from hunyuan_pretrain.runtime import device
-from hunyuan_pretrain.runtime.device import (
-    Gpu,
-    Machine,
+from hunyuan_pretrain.runtime import device, policy
+from hunyuan_pretrain.runtime.device import Gpu, Machine, probe
+from hunyuan_pretrain.runtime.policy import (
     backend_of,
     choose_device,
     cpu_threads,
     obstacles,
-    probe,
     uses_transformer_engine,
     what_is_used,
 )
@@ -97,7 +95,7 @@ def test_backend_follows_the_device() -> None:
 
 
 def test_threads_are_an_equal_share_or_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "usable_cores", lambda: 10)
+    monkeypatch.setattr(policy, "usable_cores", lambda: 10)
     assert [cpu_threads(ranks) for ranks in (1, 3, 10, 40)] == [10, 3, 1, 1]
     assert cpu_threads(40, 7) == 7
 
@@ -317,8 +315,8 @@ def test_attention_of_packed_documents_needs_a_kernel(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
-    monkeypatch.setattr(device, "version_of", lambda name: flash_attn)
-    assert device.attends_to_packed_documents() == expected
+    monkeypatch.setattr(policy, "version_of", lambda name: flash_attn)
+    assert policy.attends_to_packed_documents() == expected
 
 
 def test_more_ranks_than_gpus_are_refused_before_cuda_says_invalid_device_ordinal():

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hunyuan_pretrain.config.schema import ConfigError
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.runtime import lock
 from hunyuan_pretrain.runtime.lock import LOCK, RunLock
 

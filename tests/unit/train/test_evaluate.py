@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 
+from hunyuan_pretrain.checkpoint.export_run import dropless_logits
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader
+from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train.evaluate import evaluate
-from hunyuan_pretrain.train.export_run import dropless_logits
 from hunyuan_pretrain.train.loop import _evaluate
-from hunyuan_pretrain.train.parity import trace_steps
 from launch.demo_report import measure_heldout
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import experiment_fields, metrics

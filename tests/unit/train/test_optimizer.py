@@ -12,6 +12,7 @@ import torch
 
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.diagnostics.parity import compare, trace_steps
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train.optimizer import (
     build_optimizer,
@@ -20,7 +21,6 @@ from hunyuan_pretrain.train.optimizer import (
     set_learning_rate,
     wrap_data_parallel,
 )
-from hunyuan_pretrain.train.parity import compare, trace_steps
 from tests.helpers import tiny
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.ranks import fork_ranks

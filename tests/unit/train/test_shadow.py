@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
-from hunyuan_pretrain.train.shadow import (
+from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.diagnostics.shadow import (
     OperandLoss,
     Shadow,
     WeightError,
@@ -46,8 +47,8 @@ def test_lost_values_are_counted() -> None:
 
 def run_of_all(work: list[dict[str, Any]], recipe: str) -> Any:
     """(report of shadow on the first, traces of training the others)."""
-    from hunyuan_pretrain.train.parity import trace_layout
-    from hunyuan_pretrain.train.shadow import shadow
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.shadow import shadow
 
     first, *others = work
     report = shadow(Experiment.model_validate(first), recipe, None, STEPS)
@@ -79,8 +80,8 @@ def test_figures_are_those_of_training(corpus: Path, tmp_path: Path, recipe: str
 
 
 def first_step(corpus: Path, folder: Path, recipe: str) -> Any:
-    from hunyuan_pretrain.train.parity import trace_layout
-    from hunyuan_pretrain.train.shadow import shadow
+    from hunyuan_pretrain.diagnostics.parity import trace_layout
+    from hunyuan_pretrain.diagnostics.shadow import shadow
 
     report = shadow(Experiment.model_validate(fields(corpus, folder / "never")), recipe, None, 1)
     traces = [
@@ -102,8 +103,8 @@ def test_gradients_are_compared_with_those_of_the_same_weights(corpus: Path, tmp
 
 def after_its_end(corpus: Path, folder: Path) -> tuple[str, bool]:
     """What shadow says of a run that is done, and whether the run is as it was."""
+    from hunyuan_pretrain.diagnostics.shadow import shadow
     from hunyuan_pretrain.train.loop import train
-    from hunyuan_pretrain.train.shadow import shadow
 
     experiment = Experiment.model_validate(fields(corpus, folder))
     train(experiment)

@@ -29,12 +29,13 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.folders import named_checkpoints
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import ConfigError, Experiment, PrecisionConfig, Problem, RuntimeConfig
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import Experiment, PrecisionConfig, RuntimeConfig
+from hunyuan_pretrain.diagnostics.parity_run import in_processes
 from hunyuan_pretrain.model.fp8 import Operand, products, to_fp32
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
-from hunyuan_pretrain.train.parity_run import in_processes
 from hunyuan_pretrain.train.step import compute_gradients, sum_over_batch, train_step
 
 

@@ -15,11 +15,13 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.layouts import Engine, Precision, layout_experiment
-from hunyuan_pretrain.config.schema import ConfigError, Experiment
-from hunyuan_pretrain.runtime.device import obstacles, probe
-from hunyuan_pretrain.train.parity import Difference, StepTrace, compare, trace_layout
-from hunyuan_pretrain.train.parity_noise import NOISE_SEEDS, compare_rounded
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.diagnostics.parity import Difference, StepTrace, compare, trace_layout
+from hunyuan_pretrain.diagnostics.parity_noise import NOISE_SEEDS, compare_rounded
+from hunyuan_pretrain.runtime.device import probe
+from hunyuan_pretrain.runtime.policy import obstacles
 
 Result = TypeVar("Result")
 

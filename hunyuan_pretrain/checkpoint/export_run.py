@@ -11,12 +11,12 @@ from torch import Tensor
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.folders import faults_of, none_is_good
 from hunyuan_pretrain.checkpoint.hf_export import Format, export
+from hunyuan_pretrain.checkpoint.history import history_of, present_piece
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment, ParallelConfig, StageConfig
 from hunyuan_pretrain.model.hunyuan_config import DTYPES, transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
-from hunyuan_pretrain.train.resume import history_of, present_piece
 
 
 def export_run(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.diagnostics.rounding import rounding_noise
 from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.model.router import Router, RoutingKey
@@ -33,7 +34,6 @@ from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.metrics import step_record
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
-from hunyuan_pretrain.train.rounding import rounding_noise
 from hunyuan_pretrain.train.step import train_step
 
 TOLERANCE = 2e-5
@@ -229,11 +229,9 @@ def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, torch.nn.Paramet
 def _keep_gradients(run: setup.Run, found: list[_Piece]) -> None:
     """Every gradient of this rank after its reduction."""
     complete_gradients(run.wrapped)
-    found += [
-        piece
-        for model, value, place in _parameters(run)
-        for piece in _pieces(place.name, value.main_grad, place, model)
-    ]  # type: ignore[attr-defined]
+    for model, value, place in _parameters(run):
+        gradient: Tensor = value.main_grad  # type: ignore[attr-defined]  # of core's buffers
+        found += _pieces(place.name, gradient, place, model)
 
 
 def _moments(run: setup.Run) -> Iterator[_Piece]:

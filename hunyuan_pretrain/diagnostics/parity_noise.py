@@ -3,8 +3,8 @@ noise?
 
 In fp32 a difference is a handful of roundings and has one bound (parity.TOLERANCE). Below, each product is rounded to 8
 bits, and a bound that holds for every model would hide faults. So the noise is measured: the reference runs again with
-other legal roundings (train.rounding), once for each of NOISE_SEEDS, and what a quantity moves by is what rounding does
-to it here.
+other legal roundings (diagnostics.rounding), once for each of NOISE_SEEDS, and what a quantity moves by is what
+rounding does to it here.
 
 A token whose two likeliest experts are nearly equal may go to the other one, and everything that it touches is then
 another number. So in all runs tokens go where they went in the reference; what they would have chosen is compared by
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_pretrain.train.parity import TOLERANCE, Difference, StepTrace, compare
+from hunyuan_pretrain.diagnostics.parity import TOLERANCE, Difference, StepTrace, compare
 
 NOISE_SEEDS = (1, 2, 3)
 MARGIN = 4.0

@@ -1,0 +1,66 @@
+"""What a checkpoint knows of its run: the segments until it, and the piece of the schedule that it was taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.config.history import Segment, SourceFacts, read_history, segments_of
+from hunyuan_pretrain.config.schedule import Piece, Schedule
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.mixture import source_path
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.sample_order import facts_of
+
+
+def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) -> list[Segment]:
+    """The segments of a run until a checkpoint; one from before they were recorded has those of its run directory.
+
+    with_data: open the data that such a run has read, whose sizes were not recorded.
+    Raises CheckpointError if the marker is damaged, DataFormatError if data that such a run has read is not there.
+    """
+    if marker.get("history"):
+        try:
+            return segments_of(marker["history"])
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: the history in it is damaged: {str(error).splitlines()[0]}") from None
+    found = [
+        segment for segment in read_history(folder.resolve().parent.parent) if segment.first_step < int(marker["step"])
+    ]
+    if not found:
+        raise CheckpointError(
+            f"{folder}: it has no history, and its run directory has no resolved.yaml, so what it was trained on "
+            "is not known; "
+            "put resolved.yaml beside checkpoints/, or start another run with checkpoint.init_from"
+        )
+    if not with_data:
+        return found
+    return [
+        segment if segment.sources else segment.model_copy(update={"sources": _undigested(segment.config)})
+        for segment in found
+    ]
+
+
+def present_piece(schedule: Schedule, step: int, folder: Path) -> Piece:
+    """The piece of the last step of a checkpoint. Raises CheckpointError where the schedule is not the checkpoint's."""
+    try:
+        return schedule.piece_of_step(max(step - 1, 0))
+    except IndexError:
+        raise CheckpointError(
+            f"{folder}: it was taken after {step} steps, but the configuration beside it, resolved.yaml, ends "
+            f"after {schedule.num_steps}: "
+            "a shorter start has written over it; put the run's own configuration there"
+        ) from None
+
+
+def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:
+    """The packed datasets of all stages, by path. Raises DataFormatError."""
+    paths = dict.fromkeys(source_path(source.path) for stage in experiment.stages for source in stage.data)
+    return {path: facts_of(PackedDataset(path)) for path in paths}
+
+
+def _undigested(experiment: Experiment) -> dict[str, SourceFacts]:
+    """What is there now under the paths of a configuration; what was there when it was in force is not known."""
+    return {path: facts.model_copy(update={"digest": None}) for path, facts in sources_of(experiment).items()}
