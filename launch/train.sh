@@ -5,10 +5,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
     cat <<'TEXT'
-Usage: launch/train.sh CONFIG [KEY=VALUE]...
+Usage: launch/train.sh CONFIG [KEY=VALUE]... [--accept-changes KEY[,KEY]...]... [--from-step STEP]
 
-Starts the ranks of one training run on this node, each with `hunyuan-pretrain train CONFIG [KEY=VALUE]...`.
-The same command goes on from the newest checkpoint.
+Starts the ranks of one training run on this node, each with `hunyuan-pretrain train` and these arguments, which
+`hunyuan-pretrain train --help` explains. The same command goes on from the newest checkpoint.
 
 Exit status: 0 done; 75 stopped by SIGTERM or Ctrl-C after saving, start it again; 130 a second Ctrl-C; 2 a mistake in CONFIG, an override,
 the data or here; 1 another failure.
@@ -31,18 +31,30 @@ fail() {
     exit 2
 }
 
-for argument in "$@"; do
-    case "$argument" in
+settings=() options=()
+while (($# > 0)); do
+    case "$1" in
     -h | --help)
         usage
         exit 0
         ;;
-    -*) fail "$argument: unknown option; settings are KEY=VALUE; see --help" ;;
+    --accept-changes | --from-step)
+        (($# > 1)) || fail "$1: no value; see --help"
+        options+=("$1=$2")
+        shift
+        ;;
+    --accept-changes=* | --from-step=*) options+=("$1") ;;
+    -*) fail "$1: unknown option; settings are KEY=VALUE; see --help" ;;
+    *) settings+=("$1") ;;
     esac
+    shift
 done
-(($# > 0)) || fail "no CONFIG; see --help"
-config=$1
-[[ -f $config ]] || fail "$config: no such file"
+((${#settings[@]} > 0)) || fail "no CONFIG; see --help"
+for option in ${options[@]+"${options[@]}"}; do
+    [[ $option != --from-step=* || $option =~ =[1-9][0-9]*$ ]] || fail "$option: must be a number of steps"
+done
+config=${settings[0]}
+[[ -f $config ]] || fail "$config: $([[ -e $config ]] && echo "not a file" || echo "no such file")"
 
 # The first line of a console script names its interpreter; one beside it need not be it (~/.local/bin, /usr/local/bin).
 if [[ -n ${HUNYUAN_PYTHON:-} ]]; then
@@ -71,7 +83,7 @@ fi
 
 trap 'echo "stopped before the first step; nothing to save: the same command starts again"; exit 75' TERM INT HUP
 # Checked here, so that a mistake is told once and not by every rank.
-NPROC_PER_NODE=$("$python" - "$nnodes" "${NPROC_PER_NODE:-}" "$@" <<'CODE'
+NPROC_PER_NODE=$("$python" - "$nnodes" "${NPROC_PER_NODE:-}" "${settings[@]}" <<'CODE'
 import signal
 import sys
 
@@ -132,4 +144,4 @@ unset "${!PET_@}"  # torchrun's defaults, meant for a torchrun that somebody els
 # Unset, torchrun sets it to 1 and says so in a banner; ranks on CPU choose their own number of threads anyway.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" "$here/ranks.py" --nnodes "$nnodes" --nproc-per-node "$NPROC_PER_NODE" ${address[@]+"${address[@]}"} \
-    "${rendezvous[@]}" -m hunyuan_pretrain train "$@"
+    "${rendezvous[@]}" -m hunyuan_pretrain train "${settings[@]}" ${options[@]+"${options[@]}"}

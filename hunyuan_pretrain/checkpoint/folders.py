@@ -96,20 +96,25 @@ def read_marker(folder: Path) -> dict[str, Any]:
             raise ValueError(f"its content is not what was written: {SELF} is of another")
         if step_of(folder) not in (None, marker["step"]):
             raise ValueError(f"it is of step {marker['step']}")
-    except FileNotFoundError:
-        others = [
-            path.name for path in named_checkpoints(folder.parent.parent) if path != folder and (path / MARKER).exists()
-        ]
-        near = ", ".join(others) or "none"
-        raise CheckpointError(
-            f"{folder}: not a complete checkpoint (no {MARKER}); complete ones there: {near}"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder}: {_not_a_checkpoint(folder)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder / MARKER}: cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / MARKER}: damaged: {error}") from None
     if marker.get("format_version", 1) > FORMAT_VERSION:
         newer = f"format_version is {marker['format_version']}, this program reads up to {FORMAT_VERSION}"
         raise CheckpointError(f"{folder / MARKER}: written by a newer program: {newer}")
     return marker
+
+
+def _not_a_checkpoint(folder: Path) -> str:
+    """What a path without a marker is instead, and which checkpoints could have been meant."""
+    what, run_dir = f"not a complete checkpoint (no {MARKER}); complete ones there", folder.parent.parent
+    if (folder / "checkpoints").is_dir():
+        what, run_dir = "a run directory; name one of its checkpoints: complete ones there", folder
+    others = [path.name for path in named_checkpoints(run_dir) if path != folder and (path / MARKER).exists()]
+    return f"{what}: {', '.join(others) or 'none'}"
 
 
 def write_marker(folder: Path, content: Mapping[str, Any]) -> None:

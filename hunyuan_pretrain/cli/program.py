@@ -58,7 +58,7 @@ def main() -> None:
     except Exception as error:
         missing = missing_package(error)
         if missing is None and USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
-            report_failure()
+            report_failure(error)
             leave(1)
         report_error(missing or error)
         leave(2)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -33,12 +34,30 @@ def report_error(error: Exception | str) -> None:
         print(error, file=sys.stderr)
 
 
-def report_failure() -> None:
-    """Print the traceback of the error being handled, and of which rank it is."""
-    text = traceback.format_exc()
+def report_failure(error: Exception) -> None:
+    """Print the traceback of an error, and of which rank it is; one line where all that happened is that another rank
+    has ended, for what matters is said there."""
+    text = "".join(traceback.format_exception(error))
     if "RANK" in os.environ:
-        text = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')} failed:\n{text}"
+        rank = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}"
+        text = f"{rank} ends: {lost}\n" if (lost := loss_of_a_rank(error)) else f"{rank} failed:\n{text}"
     print(text, end="", file=sys.stderr, flush=True)  # in one piece, for several ranks write to the same place
+
+
+def loss_of_a_rank(error: Exception) -> str | None:
+    """Where this rank was when it noticed that another one has ended; None for any other error."""
+    if "torch.distributed" not in sys.modules:
+        return None
+    from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
+
+    if not is_loss_of_a_rank(error):
+        return None
+    package = str(Path(__file__).parents[1])
+    place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)][-1]
+    return (
+        f"another rank has ended ({place.name}, {Path(place.filename).name}:{place.lineno}, got no answer from it); "
+        "the same command goes on from the newest checkpoint"
+    )
 
 
 def leave(status: int) -> NoReturn:

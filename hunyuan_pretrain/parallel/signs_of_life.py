@@ -18,6 +18,15 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 EXIT_ALONE = 1
+GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection was likely closed",
+    "remote process exited",
+)
+"""What gloo, NCCL and the store say where the rank at the other end of a connection has ended."""
+
 SECONDS_BETWEEN = 10.0
 LEAST_SECONDS = 10.0
 """A process may have so long no turn on a machine that has too much to do."""
@@ -43,9 +52,8 @@ class SignsOfLife:
         ]
         for thread in self._threads:
             thread.start()
-        atexit.register(
-            self.end
-        )  # a thread that comes back from the store into a Python that is ending would abort the process
+        # a thread that comes back from the store into a Python that is ending would abort the process
+        atexit.register(self.end)
 
     def end(self) -> None:
         """Give none any more, and watch no others."""
@@ -100,3 +108,10 @@ def signs_of_life(limit_s: float) -> SignsOfLife:
 
 
 _signs: tuple[dist.Store, SignsOfLife] | None = None
+
+
+def is_loss_of_a_rank(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank has ended: a connection of a collective or of the store that
+    broke."""
+    is_from_torch = isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's are plain RuntimeErrors
+    return isinstance(error, RuntimeError) and is_from_torch and any(words in str(error) for words in GONE)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.folders import refuse_other_model
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, sources_of
 from hunyuan_pretrain.config.changes import (
     Difference,
@@ -147,7 +148,11 @@ def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
 
 
 def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(lines for the log, changes to record) of a run that begins with the weights of a checkpoint."""
+    """(lines for the log, changes to record) of a run that begins with the weights of a checkpoint.
+
+    Raises CheckpointError if they are of another model.
+    """
+    refuse_other_model(folder, marker, experiment.model)
     found = model_differences(marker["model"], experiment.model)
     lines = [
         f"begins with the weights of {folder}, after step {marker['step']} of its run; optimizer, data and step "

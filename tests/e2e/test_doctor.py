@@ -127,6 +127,26 @@ def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_r
     assert (code, "step_0000002: __0_0.distcp is missing or damaged" in err) == (2, True)
 
 
+def test_doctor_says_no_to_weights_of_another_model_and_to_what_is_no_checkpoint(
+    trained: Path, corpus: Path, tmp_path: Path
+) -> None:
+    fields = experiment_fields(
+        corpus, tmp_path / "run", model__num_layers=2, checkpoint__init_from=str(trained / "run")
+    )
+    config = write_experiment(tmp_path / "x.yaml", fields)
+    said = refusals(load_experiment(config))
+    assert run("train", config)[::2] == (2, "".join(f"{text}\n" for text in said))
+    assert said[0].splitlines()[1] == "  model.num_layers: 4 in the checkpoint, 2 in the config"
+    for path, words in (
+        (trained / "run", "a run directory; name one of its checkpoints: complete ones there: step_0000002"),
+        (config, "not a complete checkpoint (no complete.json)"),
+    ):
+        (said,) = refusals(
+            load_experiment(trained / "x.yaml", [f"run_dir={tmp_path}", f"checkpoint.resume_from={path}"])
+        )
+        assert said.startswith(f"{path}: {words}")
+
+
 def test_doctor_says_no_to_a_full_disk(corpus: Path, tmp_path: Path) -> None:
     experiment = load_experiment(write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run")))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.runs import ROOT, experiment_fields, kill_all, metrics, start, write_experiment
@@ -91,3 +93,29 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(corpus, tmp_path):
     code, out, _ = stopped(process, signal.SIGINT, signal.SIGINT)
     assert code == 130
     assert "told to stop" not in out
+
+
+def test_the_others_of_a_killed_rank_end_with_one_line_each(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    fields = experiment_fields(corpus, run_dir, 4000, parallel={"world_size": 2}, checkpoint={"save_every_steps": 2})
+    config = write_experiment(tmp_path / "x.yaml", fields)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command, piped = ["bash", "launch/train.sh", str(config)], subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=piped, stderr=piped, text=True, env=os.environ | {"PATH": path}
+    )
+    until(process, lambda: len(metrics(run_dir)) > 4)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+    ranks["1"].kill()
+    code, _, err = stopped(process)
+    assert code == 1
+    lines = err.strip().splitlines()
+    assert re.fullmatch(
+        r"rank 0 of 2 ends: another rank has ended \(\w+, \w+\.py:\d+, got no answer from it\); the same command "
+        r"goes on from the newest checkpoint",
+        lines[0],
+    ), err
+    assert lines[1:] == [
+        "launch/train.sh: rank 0 ended with status 1; what it said is above",
+        "launch/train.sh: rank 1 was ended by SIGKILL (out of memory?)",
+    ]

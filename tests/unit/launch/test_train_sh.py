@@ -55,6 +55,9 @@ def test_help() -> None:
         ([], {}, "no CONFIG; see --help"),
         (["--gpus"], {}, "--gpus: unknown option"),
         (["no.yaml"], {}, "no.yaml: no such file"),
+        (["configs"], {}, "configs: not a file"),
+        ([DEMO, "--from-step"], {}, "--from-step: no value; see --help"),
+        ([DEMO, "--from-step", "0"], {}, "--from-step=0: must be a number of steps"),
         ([DEMO], {"NNODES": "2"}, "NNODES=2, but MASTER_ADDR does not name the first node"),
         ([DEMO], {"NNODES": "2", "MASTER_ADDR": "a"}, "neither NODE_RANK nor RDZV_ID says which node this is"),
         (
@@ -87,6 +90,19 @@ def test_train_sh_refuses(arguments: list[str], variables: dict[str, str], messa
     assert done.returncode == 2
     assert message in done.stderr
     assert not {"Traceback", "torchrun", "elastic"} & set(done.stderr.split())
+
+
+def test_options_of_train_reach_the_ranks(tmp_path: Path) -> None:
+    """The message that refuses a change names --accept-changes, so it must work where runs are started."""
+    recorder = tmp_path / "python"
+    program = f'exec {sys.executable} "$@"'
+    recorder.write_text(f'#!/bin/sh\ncase "$1" in *ranks.py) printf "%s\\n" "$@" ;; *) {program} ;; esac\n')
+    recorder.chmod(0o755)
+    options = ("--from-step", "5", "--accept-changes=seed", "--accept-changes", "model.x,b")
+    done = run("launch/train.sh", DEMO, *options, "seed=5", HUNYUAN_PYTHON=str(recorder), NPROC_PER_NODE="2")
+    assert done.returncode == 0, done.stderr
+    given = [DEMO, "seed=5", "--from-step=5", "--accept-changes=seed", "--accept-changes=model.x,b"]
+    assert done.stdout.splitlines()[-7:] == ["hunyuan_pretrain", "train", *given]
 
 
 def test_help_after_config() -> None:
@@ -185,9 +201,12 @@ def test_sbatch_refuses_a_world_that_does_not_fit_before_srun() -> None:
     done = run("launch/train.sbatch", DEMO, **job)
     assert done.returncode == 2
     assert "parallel.world_size=2 does not divide over 3 nodes" in done.stderr
-    done = run("launch/train.sbatch", DEMO, **job, NPROC_PER_NODE="1")
+    done = run("launch/train.sbatch", DEMO, "--accept-changes", "seed", "--from-step=4", **job, NPROC_PER_NODE="1")
     assert done.returncode == 2
     assert "the job has 3 ranks" in done.stderr
+    done = run("launch/train.sbatch", DEMO, "--gpus", **job)
+    assert done.returncode == 2
+    assert "--gpus: unknown option" in done.stderr
 
 
 @pytest.mark.parametrize(
