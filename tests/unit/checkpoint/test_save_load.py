@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -215,6 +216,13 @@ def test_keep_last_removes_older_ones_after_the_newer_is_complete(run, tmp_path)
         save_load.save(tmp_path, step, run.chunks, run.optimizer, keep_last=2)
     assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
+
+
+def test_a_save_says_nothing_of_another_writer_of_core(run, tmp_path, caplog):
+    """Core 0.19 has another one, and says so."""
+    save_load.save(tmp_path, 5, run.chunks, run.optimizer, None)
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").warning("MCore's async save is deprecated")
+    assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
 
 
 def test_the_marker_says_what_the_checkpoint_is(saved, run):
