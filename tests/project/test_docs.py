@@ -35,7 +35,7 @@ GROUPS: dict[str, Any] = {
     "hunyuan-data": typer.main.get_command(data_tools.cli.app),
 }
 OTHER_PROGRAMS = ("make", "pip", "python", "python3.12", "sbatch", "scancel", "source", "tensorboard", "torchrun")
-FILE = r"(?:hunyuan_pretrain|data_tools|launch|configs|tests|docs|\.ci)/[\w./-]+"
+FILE = r"(?:hunyuan_pretrain|data_tools|launch|configs|examples|tests|docs|\.ci)/[\w./-]+"
 SECTIONS = tuple(
     name for name, field in Experiment.model_fields.items() if name not in ("name", "run_dir", "seed", "tokenizer")
 )
@@ -132,7 +132,7 @@ def test_every_shown_command_exists_with_its_options(page: str, line: str) -> No
         words = words[1:]
     name, *rest = words
     for word in rest:
-        if word.startswith(("configs/", "launch/", "tests/")):
+        if word.startswith(("configs/", "examples/", "launch/", "tests/")):
             assert (ROOT / word).exists(), word
     if name not in GROUPS:
         assert name in OTHER_PROGRAMS or (ROOT / name).exists(), name

@@ -1,0 +1,86 @@
+"""What `make docs` makes of the source: the page of all settings, and docstrings as Markdown.
+
+.ci/mkdocs.yml names both: `on_page_markdown` as a hook of MkDocs, `PlainDocstrings` as an extension of griffe, which
+reads the source without importing it. Only config/, which needs no torch, is imported, for the settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+
+from hunyuan_pretrain.config.describe import first_line, is_list, more_of_type, property_of, type_of
+from hunyuan_pretrain.config.errors import show_value
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.values import section_of
+
+SETTINGS = "<!-- settings -->"
+"""Where the tables of settings go."""
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Put the tables of all settings where a page asks for them."""
+    return markdown.replace(SETTINGS, "\n".join(settings(Experiment))) if SETTINGS in markdown else markdown
+
+
+def settings(section: Any, path: str = "") -> Iterator[str]:
+    """A heading and a table for a section, then those of the sections in it."""
+    schema = section.model_json_schema()
+    rows, inner_sections = [], []
+    for name, field in section.model_fields.items():
+        node = property_of(schema, (name,))
+        inner = section_of(field.annotation)
+        if inner is None:
+            default = show_value(node["default"]) if "default" in node else "must be given"
+            meaning = f"{field.description} Typical: {node['typical']}." if node.get("typical") else field.description
+            rows.append((f"`{name}`", type_of(node) + more_of_type(node), node.get("unit", ""), default, meaning))
+        else:
+            inner_sections.append((f"{path}{name}.{'N.' if is_list(node) else ''}", inner))
+    yield f"\n## {f'`{path[:-1]}`' if path else 'The experiment'}\n\n{escaped(first_line(section.__doc__))}\n"
+    yield "| setting | type | unit | default | meaning |\n|---|---|---|---|---|"
+    yield from (f"| {' | '.join(escaped(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    for inner_path, inner in inner_sections:
+        yield from settings(inner, inner_path)
+
+
+class PlainDocstrings(griffe.Extension):
+    """Docstrings are plain text: signs of HTML and Markdown in them mean themselves, and columns stay columns."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Rewrite every docstring of a package that has been read."""
+        for thing in everything_in(pkg):
+            if thing.docstring is not None:
+                thing.docstring.value = as_markdown(thing.docstring.value)
+
+
+def everything_in(module: Any) -> Iterator[Any]:
+    """A module or class and all that it defines, at any depth."""
+    yield module
+    for member in module.members.values():
+        if not member.is_alias:
+            yield from everything_in(member)
+
+
+def as_markdown(text: str) -> str:
+    """A docstring as Markdown: lines that are indented or have columns become blocks of code."""
+    lines: list[str] = []
+    is_code = False
+    for line in text.splitlines():
+        is_laid_out = bool(re.match(r"\s{2,}\S", line) or re.search(r"\S {3,}\S", line))
+        if is_laid_out != is_code:
+            lines += ["", "```text"] if is_laid_out else ["```", ""]
+        is_code = is_laid_out
+        lines.append(line if is_code else escaped(line))
+    return "\n".join([*lines, "```"] if is_code else lines)
+
+
+def escaped(line: str) -> str:
+    """A line in which only `code` is Markdown."""
+    parts = line.split("`")
+    if len(parts) % 2 == 0:  # a backtick of its own
+        return re.sub(r"([`*_<|\\])", r"\\\1", line).replace(r"\<", "&lt;")
+    plain = (re.sub(r"([*_\\])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2])
+    return "`".join(piece for pair in zip(plain, [*parts[1::2], ""], strict=True) for piece in pair)[:-1]
