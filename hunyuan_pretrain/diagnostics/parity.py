@@ -28,7 +28,8 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.rounding import rounding_noise
 from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.model.router import Router, RoutingKey
+from hunyuan_pretrain.model.router import Router
+from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.sharding import Placement
 from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
@@ -267,7 +268,7 @@ class _Watch:
         tp = model.groups.tp
 
         def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self._tokens_T = self._tokens_of(kwargs["key"].share(tp.rank(), tp.size()))
+            self._tokens_T = self._tokens_of(kwargs["routing"].share(tp.rank(), tp.size()))
 
         def end(module: Any, args: Any, output: Any) -> None:
             # layers that are computed again in the backward pass have been seen already, and their tokens are no longer
@@ -292,13 +293,13 @@ class _Watch:
             yield model.decoder.final_layernorm.register_forward_hook(self._keep("final"))
         yield model.register_forward_hook(end)
 
-    def _tokens_of(self, key: RoutingKey) -> Tensor:
-        offsets = torch.arange(self._group_tokens, device=key.group_n.device)
-        return (key.group_n[:, None] * self._group_tokens + offsets).reshape(-1)
+    def _tokens_of(self, routing: TrainingRouting) -> Tensor:
+        offsets = torch.arange(self._group_tokens, device=routing.group_n.device)
+        return (routing.group_n[:, None] * self._group_tokens + offsets).reshape(-1)
 
     def _choose(self, name: str, choose: Any) -> Any:
-        def keep(probs_TE: Tensor, key: RoutingKey) -> Tensor:
-            chosen_TK, tokens_T = choose(probs_TE, key), self._tokens_of(key).cpu().numpy()
+        def keep(probs_TE: Tensor, routing: TrainingRouting) -> Tensor:
+            chosen_TK, tokens_T = choose(probs_TE, routing), self._tokens_of(routing).cpu().numpy()
             if self._tokens_T is not None:
                 self.choices.append((name, tokens_T, chosen_TK.cpu().numpy()))
             # those that another run gave these tokens, in a recomputation too
@@ -324,7 +325,7 @@ class _Watch:
         def keep(module: Any, args: Any, output: Any) -> None:
             if self._tokens_T is None:
                 return
-            self.routing.append((name, self._tokens_T.cpu().numpy(), output[0].experts_TK(self._num_experts).numpy()))
+            self.routing.append((name, self._tokens_T.cpu().numpy(), output.plan.experts_TK(self._num_experts).numpy()))
 
         return keep
 

@@ -235,7 +235,7 @@ class _Comparison:
 
     def _keep_experts_of(self, layer: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            self._experts[layer].append(output[0].experts_TK(self._run.experiment.model.num_moe_experts))
+            self._experts[layer].append(output.plan.experts_TK(self._run.experiment.model.num_moe_experts))
 
         return keep
 
@@ -258,7 +258,8 @@ class _Comparison:
             experiment, stage, step, run.wrapped, run.loader.micro_batches(step), run.groups, run.device
         )
         self._with_recipe, self._experts_with_recipe = self._gradients(), self._take_experts()
-        return sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)[0].item()
+        losses, _ = sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
+        return losses[0].item()
 
     def take_without(self) -> None:
         """Compare them with the gradients that are in the buffers now."""

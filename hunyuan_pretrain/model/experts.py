@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
-from hunyuan_pretrain.model.router import RoutingPlan
+from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows
 from hunyuan_pretrain.parallel.sharding import mark_divided
 from hunyuan_pretrain.runtime.handover import to_device
@@ -298,11 +298,10 @@ class RoutedExperts(torch.nn.Module):
         reduce-scatter of what those brought.
         """
         rows_RD = _Dispatch.apply(hidden_TD, plan)
-        rows_E = plan.rows_E
         output_RD = (
-            self._exchange_fixed(rows_RD, rows_E)
-            if isinstance(rows_E, int)
-            else self._exchange_counted(rows_RD, rows_E)
+            self._exchange_fixed(rows_RD, plan.num_rows // self.num_experts)
+            if plan.rows_E is None
+            else self._exchange_counted(rows_RD, plan.rows_E)
         )
         return _Combine.apply(output_RD, plan.weight_TK, plan)
 

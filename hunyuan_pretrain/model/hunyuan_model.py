@@ -1,7 +1,7 @@
 """The model: embedding -> CLA groups of layers -> final norm -> loss or logits.
 
 Shapes: T tokens of this rank (all sequences of a micro-batch, one after the other), D hidden, V padded vocabulary, n
-routing groups, L layers of this rank, X router statistics.
+routing groups, L layers of this rank, X numbers of packed router statistics (model.routing.RouterStatistics).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hunyuan_pretrain.model.fp8_parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import rope_table
-from hunyuan_pretrain.model.router import STATISTICS, Routing
+from hunyuan_pretrain.model.routing import EVALUATION, RouterStatistics, Routing
 from hunyuan_pretrain.model.spec import Spec, choose_spec
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
 from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
@@ -181,22 +181,22 @@ class HunyuanModel(MegatronModule):
         rope_alpha: float,
         label_T: Tensor | None = None,
         loss_weight_T: Tensor | None = None,
-        key: Routing = None,
+        routing: Routing = EVALUATION,
         context: ContextSlice | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are
-        given, of the last stage, activations (T, 1, D) of any other; and router statistics (all layers, X), zero for
-        layers of other stages.
+        given, of the last stage, activations (T, 1, D) of any other; and packed router statistics (all layers, X), zero
+        for layers of other stages.
 
         T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their
         router statistics, and logits' rows are those of this tensor-parallel rank's share of them.
         borders: cu_seqlens of the documents as Python ints, over the tokens of all context-parallel ranks, of which
-        `context` says which are this rank's; positions restart at each. With a RoutingKey (training)
-        experts have their capacity and the router its losses, otherwise (evaluation) routing is dropless.
+        `context` says which are this rank's; positions restart at each. In training experts have their capacity and the
+        router its losses, in evaluation routing is dropless.
         """
         config, tp = self.config, self.groups.tp
-        if config.sequence_parallel and key is not None:
-            key = key.share(tp.rank(), tp.size())
+        if config.sequence_parallel:
+            routing = routing.share(tp.rank(), tp.size())
         table = rope_table(
             positions_T, rope_base(config.rotary_base, rope_alpha, config.kv_channels), config.kv_channels
         )
@@ -207,12 +207,11 @@ class HunyuanModel(MegatronModule):
             assert self.input_TBD is not None, "a later stage needs the activations of the one before"
             hidden_TD = self.input_TBD.squeeze(1)
         layers = list(self.decoder.layers)
-        statistics = hidden_TD.new_zeros(
-            config.num_layers, config.num_moe_experts + len(STATISTICS), dtype=torch.float32
-        )
+        size = RouterStatistics.packed_size(config.num_moe_experts)
+        statistics = hidden_TD.new_zeros(config.num_layers, size, dtype=torch.float32)
         for start in range(0, len(layers), config.cla_share_factor):
             group = layers[start : start + config.cla_share_factor]
-            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, packed, key, config.recompute_cla_groups)
+            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, packed, routing, config.recompute_cla_groups)
             statistics[group[0].layer : group[-1].layer + 1] = statistics_LX.detach()
         if not self.post_process:
             return hidden_TD[:, None], statistics

@@ -1,6 +1,7 @@
 """One transformer layer, and the CLA group: the unit of recompute.
 
-Shapes: T tokens of this rank, D hidden, L layers of the group, X router statistics.
+Shapes: T tokens of this rank, D hidden, L layers of the group, X numbers of packed
+router statistics (model.routing.RouterStatistics).
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_pretrain.model.attention import PackedSequences, SelfAttention, SharedKV
 from hunyuan_pretrain.model.experts import RoutedExperts, SharedExpert
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.router import Router, Routing
+from hunyuan_pretrain.model.router import Router
+from hunyuan_pretrain.model.routing import RouterStatistics, Routing
 from hunyuan_pretrain.model.spec import Spec
 
 
@@ -28,10 +31,15 @@ class MixtureOfExperts(torch.nn.Module):
         self.experts = RoutedExperts(config, spec, groups)
         self.shared_experts = SharedExpert(config, spec, groups)
 
-    def forward(self, hidden_TD: Tensor, key: Routing) -> tuple[Tensor, Tensor]:
-        """Returns ((T, D), router statistics (X,))."""
-        plan, statistics_X = self.router(hidden_TD, key)
-        return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics_X
+    def forward(self, hidden_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
+        """Returns ((T, D), router statistics)."""
+        plan, loss, statistics = self.router(hidden_TD, routing)
+        if loss is not None and torch.is_grad_enabled():
+            # Only the last pipeline stage computes a loss, and the others hand on activations alone. So that the router
+            # loss of every layer counts, core's scaler lets its gradient begin here, where the backward pass comes by
+            # the combine weights, with the scale that the schedule gives the loss.
+            plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
+        return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics
 
 
 class TransformerLayer(torch.nn.Module):
@@ -46,19 +54,19 @@ class TransformerLayer(torch.nn.Module):
         self.mlp = MixtureOfExperts(config, layer, spec, groups)
 
     def forward(
-        self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, key: Routing
-    ) -> tuple[Tensor, SharedKV, Tensor]:
-        """Returns ((T, D), keys and values of the group, router statistics (X,))."""
+        self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, routing: Routing
+    ) -> tuple[Tensor, SharedKV, RouterStatistics]:
+        """Returns ((T, D), keys and values of the group, router statistics)."""
         attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, packed)
         hidden_TD = hidden_TD + attention_TD
-        moe_TD, statistics_X = self.mlp(self.pre_mlp_layernorm(hidden_TD), key)
-        return hidden_TD + moe_TD, kv, statistics_X
+        moe_TD, statistics = self.mlp(self.pre_mlp_layernorm(hidden_TD), routing)
+        return hidden_TD + moe_TD, kv, statistics
 
 
 def run_cla_group(
-    layers: Sequence[TransformerLayer], hidden_TD: Tensor, packed: PackedSequences, key: Routing, recompute: bool
+    layers: Sequence[TransformerLayer], hidden_TD: Tensor, packed: PackedSequences, routing: Routing, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """Pass hidden_TD through the layers of one CLA group; returns ((T, D), router statistics (L, X)).
+    """Pass hidden_TD through the layers of one CLA group; returns ((T, D), packed router statistics (L, X)).
 
     With `recompute`, only hidden_TD is kept for the backward pass. Nothing in a layer draws from a generator (recycle
     routing is keyed), so no random state has to be kept either.
@@ -67,8 +75,8 @@ def run_cla_group(
     def run(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         kv, statistics = None, []
         for layer in layers:
-            hidden_TD, kv, statistics_X = layer(hidden_TD, kv, packed, key)
-            statistics.append(statistics_X)
+            hidden_TD, kv, of_layer = layer(hidden_TD, kv, packed, routing)
+            statistics.append(of_layer.packed())
         return hidden_TD, torch.stack(statistics)
 
     if recompute and torch.is_grad_enabled():

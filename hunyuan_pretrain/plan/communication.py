@@ -26,7 +26,7 @@ LOSS_CHUNK_TOKENS = 2048
 """Tokens of a chunk of the output layer, of all tensor-parallel ranks, on a GPU: model.cross_entropy.CHUNK_TOKENS."""
 
 STATISTICS_BESIDE_LOAD = 6
-"""Numbers of a layer's router statistics beside the load of each expert: model.router.STATISTICS."""
+"""Numbers of a layer's router statistics beside the load of each expert: model.routing.RouterStatistics."""
 
 
 class Messages(NamedTuple):
@@ -222,7 +222,7 @@ def _mixture_of_experts(
 
 
 def expert_capacity(model: ModelConfig) -> int:
-    """Slots of one expert for one routing group, as model.router has them."""
+    """Slots of one expert for one routing group, as model.recycle_routing has them."""
     assert model.moe_expert_capacity_factor is not None
     return math.ceil(
         model.moe_expert_capacity_factor

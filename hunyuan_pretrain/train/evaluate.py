@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
-from hunyuan_pretrain.model.router import CountedTokens
+from hunyuan_pretrain.model.routing import EvaluationRouting
 from hunyuan_pretrain.runtime.handover import to_device
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over, sum_over_batch
@@ -46,8 +46,8 @@ def evaluate(
         sequence_n = to_device(batch.sequence_ids, device)[
             inputs.pop("group_n") // (loader.sequence_length // group_tokens)
         ]
-        key = CountedTokens((sequence_n < loader.num_sequences).repeat_interleave(group_tokens))
-        output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, key=key)
+        routing = EvaluationRouting((sequence_n < loader.num_sequences).repeat_interleave(group_tokens))
+        output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, routing=routing)
         statistics.append(statistics_LX)
         return output, lambda loss: (
             loss,
@@ -61,8 +61,7 @@ def evaluate(
     sums = run_schedule(forward, chunks, list(loader), tokens, groups, forward_only=True)
     for model in chunks:
         model.train()
-    totals = sum_over_batch(groups, sums, 2, statistics)
-    routing = routing_record(experiment.model, totals[2:].view(statistics[0].shape).cpu(), None)
+    totals, routed = sum_over_batch(groups, sums, 2, statistics)
     nats, target_tokens = totals[0].item(), int(totals[1].item())
     found = {"loss": nats / target_tokens, "target_tokens": target_tokens}
     if loader.target_bytes is not None:
@@ -70,4 +69,4 @@ def evaluate(
         replicas = dist.get_world_size() // groups.dp.size()
         num_bytes = sum_over(dist.group.WORLD, torch.tensor(loader.target_bytes, device=device)).item() // replicas
         found |= {"bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
-    return {**found, "expert_load": routing["expert_load"]}
+    return {**found, "expert_load": routing_record(experiment.model, routed, None)["expert_load"]}

@@ -1,6 +1,6 @@
 """What a step's numbers become: one record for metrics.jsonl and one line for a person.
 
-Shapes: L layers, E experts, X router statistics (model.router.STATISTICS after the E expert counts).
+Shapes: L layers, E experts.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
-from hunyuan_pretrain.model.router import STATISTICS
+from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.train.step import StepResult
 
 
-def routing_record(model: ModelConfig, statistics_LX: Tensor, num_groups: int | None) -> dict[str, Any]:
+def routing_record(model: ModelConfig, sums: RouterStatistics, num_groups: int | None) -> dict[str, Any]:
     """Per-layer expert load (share of choices before recycling) and shares of choices that overflowed, were recycled or
     dropped.
 
-    num_groups: routing groups of the global batch, over which the router losses are means; None where there were none
-    (evaluation).
+    sums: of all layers, over the global batch. num_groups: routing groups of the global batch, over which the router
+    losses are means; None where there were none (evaluation).
     """
-    E = model.num_moe_experts
-    sums = dict(zip(STATISTICS, statistics_LX[:, E:].unbind(1), strict=True))
-    choices_L = sums["tokens"] * model.moe_router_topk
-    record: dict[str, Any] = {"expert_load": (statistics_LX[:, :E] / choices_L[:, None]).tolist()}
-    for name in ("overflow", "recycled", "dropped"):
-        record[f"{name}_share"] = (sums[name] / choices_L).tolist()
+    choices_L = sums.tokens * model.moe_router_topk
+    record: dict[str, Any] = {
+        "expert_load": (sums.chosen_E / choices_L[:, None]).tolist(),
+        "overflow_share": (sums.overflow / choices_L).tolist(),
+        "recycled_share": (sums.recycled / choices_L).tolist(),
+        "dropped_share": (sums.dropped / choices_L).tolist(),
+    }
     if num_groups is not None:
-        record["balance_loss"] = (sums["balance_loss"] / num_groups).mean().item()
+        record["balance_loss"] = (sums.balance_loss / num_groups).mean().item()
         if model.moe_z_loss_coeff:
-            record["z_loss"] = (sums["z_loss"] / num_groups).mean().item()
+            record["z_loss"] = (sums.z_loss / num_groups).mean().item()
     return record
 
 
@@ -56,7 +56,7 @@ def step_record(
     """
     tokens_per_s = stage.global_batch_tokens / seconds
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
-    routing = routing_record(model, result.statistics_LX, num_groups)
+    routing = routing_record(model, result.statistics, num_groups)
     E = model.num_moe_experts
     return {
         "step": step + 1,

@@ -23,7 +23,8 @@ from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.attention import PackedSequences, packed_sequences
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
-from hunyuan_pretrain.model.router import Router, RoutingKey
+from hunyuan_pretrain.model.router import Router, balance_loss, z_loss
+from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.model.spec import CoreAttention
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError
@@ -284,8 +285,8 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
         weight_T = (
             inputs.pop("loss_mask_T") * float(has_cross_entropy) / (num_tokens * num_micro_batches * groups.dp.size())
         )
-        key = RoutingKey(run.experiment.seed, 0, inputs.pop("group_n") + first, num_global_groups)
-        return wrapped(**inputs, loss_weight_T=weight_T, rope_alpha=1.0, key=key)[0], as_summed_loss
+        routing = TrainingRouting(run.experiment.seed, 0, inputs.pop("group_n") + first, num_global_groups)
+        return wrapped(**inputs, loss_weight_T=weight_T, rope_alpha=1.0, routing=routing)[0], as_summed_loss
 
     declared = config.moe_aux_loss_coeff, config.moe_z_loss_coeff
     try:
@@ -329,10 +330,11 @@ class _BareLoss:
             logits_TE = F.linear(inputs[0].detach().float(), weight_ED)
             probs_TE = logits_TE.softmax(-1)
             chosen_TK = probs_TE.topk(router.config.moe_router_topk, dim=-1).indices
-            balance_loss, z_loss = router.losses(logits_TE, probs_TE, chosen_TK)
-            self.grad_ED += (
-                torch.autograd.grad(z_loss if self.is_z_loss else balance_loss, weight_ED)[0] / self.num_global_groups
+            group_tokens = router.config.moe_routing_group_tokens
+            loss = (
+                z_loss(logits_TE, group_tokens) if self.is_z_loss else balance_loss(probs_TE, chosen_TK, group_tokens)
             )
+            self.grad_ED += torch.autograd.grad(loss, weight_ED)[0] / self.num_global_groups
 
     def strength(self) -> float:
         """<gradient of training, bare gradient> / <bare gradient, bare gradient>. Communicates: all ranks."""

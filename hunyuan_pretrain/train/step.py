@@ -4,7 +4,8 @@ The loss of a step is the mean cross-entropy over all target tokens of the globa
 micro-batch contributes a sum already divided by the global number of target tokens, so gradients are added, over
 micro-batches and over ranks, and the result does not depend on how the batch is divided.
 
-Shapes: T tokens of a micro-batch on this rank, L layers, X router statistics.
+Shapes: T tokens of a micro-batch on this rank, L layers, X numbers of packed router statistics
+(model.routing.RouterStatistics).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.fp8 import training_step
-from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.model.routing import RouterStatistics, TrainingRouting
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.train.optimizer import optimizer_step
@@ -39,7 +40,7 @@ class StepResult:
     loss: float  # mean cross-entropy of the target tokens, nats
     grad_norm: float  # global, before clipping
     num_target_tokens: int
-    statistics_LX: Tensor  # router statistics summed over the global batch, see model.router.STATISTICS
+    statistics: RouterStatistics  # of all layers, summed over the global batch, on the CPU
 
 
 def micro_batch_inputs(
@@ -71,13 +72,13 @@ def micro_batch_inputs(
     }
 
 
-def routing_key(
+def training_routing(
     experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, group_n: Tensor
-) -> RoutingKey:
-    """Key of these routing groups of the micro-batch: numbered through the global batch, whatever rank holds them."""
+) -> TrainingRouting:
+    """Routing of these routing groups of the micro-batch: numbered through the global batch, whatever rank has them."""
     per_sequence = stage.sequence_length // experiment.model.moe_routing_group_tokens
     sequence_n = to_device(batch.sequence_ids, group_n.device)[group_n // per_sequence]
-    return RoutingKey(
+    return TrainingRouting(
         experiment.seed,
         step,
         sequence_n * per_sequence + group_n % per_sequence,
@@ -91,7 +92,7 @@ class Gradients:
     reduced."""
 
     losses: list[Tensor]  # of each micro-batch, on the last stage
-    statistics: list[Tensor]  # router statistics (L, X) of each micro-batch
+    statistics: list[Tensor]  # packed router statistics (L, X) of each micro-batch
     num_target_tokens: int
 
 
@@ -119,12 +120,12 @@ def compute_gradients(
         batch = next(batches)
         inputs = micro_batch_inputs(batch, groups, experiment, device)
         loss_weight_T = inputs.pop("loss_mask_T") / num_target_tokens.float()
-        key = routing_key(experiment, stage, step, batch, inputs.pop("group_n"))
+        routing = training_routing(experiment, stage, step, batch, inputs.pop("group_n"))
         output, statistics_LX = model(
             **inputs,
             loss_weight_T=loss_weight_T,
             rope_alpha=stage.rope_alpha,
-            key=key,
+            routing=routing,
         )
         statistics.append(statistics_LX)
         return output, as_summed_loss
@@ -160,13 +161,8 @@ def train_step(
     if before_update is not None:
         before_update()
     grad_norm = optimizer_step(optimizer)
-    totals = sum_over_batch(groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
-    return StepResult(
-        loss=totals[0].item(),
-        grad_norm=grad_norm,
-        num_target_tokens=found.num_target_tokens,
-        statistics_LX=totals[1:].view(found.statistics[0].shape).cpu(),
-    )
+    losses, statistics = sum_over_batch(groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
+    return StepResult(losses[0].item(), grad_norm, found.num_target_tokens, statistics)
 
 
 def run_schedule(
@@ -209,9 +205,9 @@ def _finalize(
 
 def sum_over_batch(
     groups: ProcessGroupCollection, losses: list[Tensor], width: int, statistics: list[Tensor]
-) -> Tensor:
-    """float64 sums over the global batch: those of `losses` (a vector of `width` numbers a micro-batch, on the last
-    stage), the statistics.
+) -> tuple[Tensor, RouterStatistics]:
+    """float64 sums over the global batch, on the CPU: those of `losses` (a vector of `width` numbers a micro-batch, on
+    the last stage), and the statistics of all layers.
 
     Every rank of a stage has routed tokens that no other has; the loss is the same on all tensor-parallel ranks and
     counts on the first.
@@ -221,7 +217,8 @@ def sum_over_batch(
     loss_sum = (
         torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else statistics_sum.new_zeros(width)
     )
-    return sum_over(dist.group.WORLD, torch.cat([loss_sum, statistics_sum]))
+    totals = sum_over(dist.group.WORLD, torch.cat([loss_sum, statistics_sum])).cpu()
+    return totals[:width], RouterStatistics.unpacked(totals[width:].view(statistics[0].shape))
 
 
 def sum_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def built(
 def inputs(device: str, seed: int = 0) -> dict[str, Any]:
     """One micro-batch of MODEL."""
     found = packed_inputs(MODEL, LENGTHS, seed)
-    found["key"] = found["key"]._replace(group_n=torch.arange(2, device=device), num_global_groups=2)
+    found["routing"] = found["routing"]._replace(group_n=torch.arange(2, device=device), num_global_groups=2)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
-from hunyuan_pretrain.model.router import RoutingKey
+from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
 
 if TYPE_CHECKING:  # importing this module must work before megatron is importable
@@ -57,7 +57,7 @@ def build(model: ModelConfig, seed: int = 1, dtype: str = "fp32", **parallel: An
 
 
 def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25), seed: int = 0) -> dict[str, Any]:
-    """Arguments of HunyuanModel.forward for documents of these lengths; equal loss weights, and a routing key."""
+    """Arguments of HunyuanModel.forward for documents of these lengths; equal loss weights, in training."""
     T = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     borders = [0]
@@ -70,5 +70,5 @@ def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25)
         "borders": borders,
         "rope_alpha": 10.0,
         "loss_weight_T": torch.full((T,), 1.0 / T),
-        "key": RoutingKey(seed=3, step=5, group_n=torch.arange(T // GROUP_TOKENS), num_global_groups=T // GROUP_TOKENS),
+        "routing": TrainingRouting(3, 5, group_n=torch.arange(T // GROUP_TOKENS), num_global_groups=T // GROUP_TOKENS),
     }

@@ -68,14 +68,14 @@ def recycling_numbers_the_groups_of_its_rank() -> AbstractContextManager[Any]:
     """The random draw of recycling knows the layout."""
     import torch
 
-    from hunyuan_pretrain.model import router
+    from hunyuan_pretrain.model import recycle_routing
 
-    right = router.slot_priorities
+    right = recycle_routing.slot_priorities
 
     def wrong(seed: int, step: int, layer: int, group_n: torch.Tensor, num_slots: int) -> torch.Tensor:
         return right(seed, step, layer, torch.arange(len(group_n)), num_slots)
 
-    return patch.object(router, "slot_priorities", wrong)
+    return patch.object(recycle_routing, "slot_priorities", wrong)
 
 
 def copies_drift_apart() -> AbstractContextManager[Any]:

@@ -46,7 +46,7 @@ def router_losses_times_two() -> AbstractContextManager[Any]:
 
 
 def balance_loss_without_gradient() -> AbstractContextManager[Any]:
-    from hunyuan_pretrain.model.router import MoEAuxLossAutoScaler
+    from hunyuan_pretrain.model.layer import MoEAuxLossAutoScaler
 
     return patch.object(MoEAuxLossAutoScaler, "apply", lambda weight, loss: weight)
 

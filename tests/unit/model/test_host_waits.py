@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_pretrain.config.schema import ModelConfig
-from hunyuan_pretrain.model.router import CountedTokens
+from hunyuan_pretrain.model.routing import EVALUATION, EvaluationRouting
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.tiny import build, packed_inputs, tiny_model
 
@@ -85,7 +85,7 @@ def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: An
     """Of a forward pass, and a backward pass where there is one."""
     whole, inputs = build(model, **parallel), packed_inputs(model)
     if is_counted:
-        inputs["key"] = CountedTokens(torch.arange(len(inputs["tokens_T"])) % 3 > 0)
+        inputs["routing"] = EvaluationRouting(torch.arange(len(inputs["tokens_T"])) % 3 > 0)
     with Operations() as operations, torch.set_grad_enabled(not is_counted):
         loss, _ = whole(**inputs)
         if not is_counted:
@@ -142,7 +142,7 @@ def exchange(kinds: list[dict[str, Any]]) -> list[Any]:
             moe = model.decoder.layers[0].mlp
             generator = torch.Generator().manual_seed(torch.distributed.get_rank())
             x_TD = torch.randn(48, config.hidden_size, generator=generator).requires_grad_()
-            plan, _ = moe.router(x_TD, None)
+            plan = moe.router(x_TD, EVALUATION).plan
             with operations if layout is kind else Operations():
                 output_TD = moe.experts(x_TD, plan)
                 output_TD.backward(torch.ones_like(output_TD).cumsum(0))

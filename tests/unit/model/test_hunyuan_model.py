@@ -9,6 +9,7 @@ from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.model.routing import EVALUATION
 from tests.helpers import tiny
 from tests.reference.plain_hunyuan import plain_logits
 
@@ -62,7 +63,7 @@ def test_gradients_equal_autograd_through_the_plain_formulation(changes):
     architecture = tiny.tiny_model(**changes)
     model = tiny.build(architecture)
     randomise_norms(model)
-    inputs = tiny.packed_inputs(architecture) | {"key": None}
+    inputs = tiny.packed_inputs(architecture) | {"routing": EVALUATION}
     loss, actual, _ = gradients(model, inputs)
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     logits = plain_logits(
@@ -89,10 +90,10 @@ def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
     """Output and gradients of the routed experts for recycled, dropped and empty places."""
     architecture = tiny.tiny_model(**changes)
     mlp = tiny.build(architecture).decoder.layers[1].mlp
-    key = tiny.packed_inputs(architecture)["key"]
+    routing = tiny.packed_inputs(architecture)["routing"]
     hidden = torch.randn(96, architecture.hidden_size, generator=torch.Generator().manual_seed(4), requires_grad=True)
-    plan, _ = mlp.router(hidden, key)
-    capacity_rows = plan.rows_E
+    plan = mlp.router(hidden, routing).plan
+    capacity_rows = plan.num_rows // architecture.num_moe_experts
     expected = torch.zeros_like(hidden)
     for k in range(architecture.moe_router_topk):
         for token in range(96):

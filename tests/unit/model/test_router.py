@@ -6,15 +6,9 @@ from hypothesis import strategies as st
 
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.router import (
-    DROPPED,
-    STATISTICS,
-    Router,
-    RoutingKey,
-    assign_slots,
-    expert_capacity,
-    slot_priorities,
-)
+from hunyuan_pretrain.model.recycle_routing import assign_slots, expert_capacity, slot_priorities
+from hunyuan_pretrain.model.router import Router
+from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, TrainingRouting
 from tests.helpers import tiny
 
 GROUPS = st.integers(1, 3)
@@ -109,8 +103,7 @@ def router(**changes):
     module = Router(config, layer=1)
     torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(96, model.hidden_size, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    key = RoutingKey(3, 5, torch.arange(3), 3)
-    return module, config, hidden, key
+    return module, config, hidden, TrainingRouting(3, 5, torch.arange(3), 3)
 
 
 def expert_of_row(plan, config, n=3):
@@ -118,50 +111,50 @@ def expert_of_row(plan, config, n=3):
 
 
 def test_combine_weight_is_the_probability_at_the_new_expert():
-    module, config, hidden, key = router()
-    plan, statistics = module(hidden, key)
+    module, config, hidden, routing = router()
+    plan, _, statistics = module(hidden, routing)
     probs = (hidden @ module.weight.t()).softmax(-1)
     expert = expert_of_row(plan, config)
-    assert statistics[config.num_moe_experts + STATISTICS.index("recycled")] > 0
+    assert statistics.recycled > 0
     assert not torch.equal(expert, probs.topk(1).indices)
     torch.testing.assert_close(plan.weight_TK, probs.gather(1, expert))
 
 
 def test_topk_weights_are_renormalised_and_top1_is_the_raw_probability():
     module, _, hidden, _ = router(moe_router_topk=2)
-    weights = module(hidden, None)[0].weight_TK
+    weights = module(hidden, EVALUATION).plan.weight_TK
     torch.testing.assert_close(weights.sum(-1), torch.ones(96))
     module, _, hidden, _ = router()
     probs = (hidden @ module.weight.t()).softmax(-1)
-    torch.testing.assert_close(module(hidden, None)[0].weight_TK, probs.max(-1, keepdim=True).values)
+    torch.testing.assert_close(module(hidden, EVALUATION).plan.weight_TK, probs.max(-1, keepdim=True).values)
 
 
 def test_without_recycling_overflow_is_dropped_with_weight_zero():
-    module, config, hidden, key = router(recycle_routing=False)
-    plan, statistics = module(hidden, key)
-    dropped = plan.row_TK == config.num_moe_experts * plan.rows_E
-    assert dropped.sum() == statistics[config.num_moe_experts + STATISTICS.index("dropped")] > 0
+    module, _, hidden, routing = router(recycle_routing=False)
+    plan, _, statistics = module(hidden, routing)
+    dropped = plan.row_TK == plan.num_rows
+    assert dropped.sum() == statistics.dropped > 0
     assert (plan.weight_TK[dropped] == 0).all()
     assert (plan.weight_TK[~dropped] > 0).all()
 
 
 def test_with_factor_one_and_recycling_every_expert_gets_exactly_its_capacity():
-    module, config, hidden, key = router()
-    plan, statistics = module(hidden, key)
+    module, config, hidden, routing = router()
+    plan, _, statistics = module(hidden, routing)
     assert plan.is_permutation
     assert torch.equal(plan.token_R.sort().values, torch.arange(96))
     assert expert_of_row(plan, config).flatten().bincount().tolist() == [24] * 4
-    assert statistics[config.num_moe_experts + STATISTICS.index("dropped")] == 0
+    assert statistics.dropped == 0
 
 
 def test_balance_loss_is_that_of_the_choice_before_recycling():
-    module, _, hidden, key = router()
-    _, statistics = module(hidden, key)
+    module, _, hidden, routing = router()
+    statistics = module(hidden, routing).statistics
     probs = (hidden @ module.weight.t()).softmax(-1).view(3, 32, 4)
     chosen = torch.nn.functional.one_hot(probs.argmax(-1), 4).float()
     expected = 4 * (probs.mean(1) * chosen.mean(1)).sum(-1)
-    torch.testing.assert_close(statistics[4 + STATISTICS.index("balance_loss")], expected.sum().detach())
-    assert torch.equal(statistics[:4], chosen.sum((0, 1)))
+    torch.testing.assert_close(statistics.balance_loss, expected.sum().detach())
+    assert torch.equal(statistics.chosen_E, chosen.sum((0, 1)))
 
 
 def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_loss():
@@ -169,8 +162,9 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
     coefficient."""
 
     def gradient(coefficient: float, through_weight: float) -> torch.Tensor:
-        module, _, hidden, key = router(moe_aux_loss_coeff=coefficient)
-        (module(hidden.detach(), key)[0].weight_TK.sum() * through_weight).backward()
+        module, _, hidden, routing = router(moe_aux_loss_coeff=coefficient)
+        plan, loss, _ = module(hidden.detach(), routing)
+        (plan.weight_TK.sum() * through_weight + loss).backward()
         return module.weight.grad
 
     weight_only, balance_only, both = gradient(0.0, 1.0), gradient(0.5, 0.0), gradient(0.5, 1.0)
@@ -181,12 +175,12 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
 
 
 def test_z_loss():
-    module, _, hidden, key = router(moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.0)
-    plan, statistics = module(hidden, key)
+    module, _, hidden, routing = router(moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.0)
+    _, loss, statistics = module(hidden, routing)
     logits = hidden.detach() @ module.weight.t()
     expected = logits.logsumexp(-1).square().mean()
-    torch.testing.assert_close(statistics[4 + STATISTICS.index("z_loss")] / 3, expected.detach())
-    (gradient,) = torch.autograd.grad(plan.weight_TK.sum() * 0, module.weight, retain_graph=True)
+    torch.testing.assert_close(statistics.z_loss / 3, expected.detach())
+    (gradient,) = torch.autograd.grad(loss, module.weight, retain_graph=True)
     torch.testing.assert_close(gradient, torch.autograd.grad(0.1 * expected, module.weight)[0])
 
 

@@ -119,7 +119,7 @@ def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(t
 def test_rows_of_an_expert_are_those_of_the_router(factor: float, topk: int, micro: int) -> None:
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.router import expert_capacity
+    from hunyuan_pretrain.model.recycle_routing import expert_capacity
     from tests.helpers import tiny
     from tests.helpers.runs import experiment_fields
 

@@ -10,7 +10,7 @@ import torch
 
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
-from hunyuan_pretrain.model.router import STATISTICS
+from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
@@ -38,7 +38,7 @@ PROMISED = {
 }
 
 
-def statistics(model: ModelConfig) -> torch.Tensor:
+def statistics(model: ModelConfig) -> RouterStatistics:
     """Two layers of 128 tokens in 4 routing groups; in layer 0 32 choices overflow, of which 24 are recycled and 8
     dropped."""
     sums = {
@@ -50,7 +50,7 @@ def statistics(model: ModelConfig) -> torch.Tensor:
         "tokens": [128, 128],
     }
     choices = torch.tensor([[64, 32, 32, 0], [32, 32, 32, 32]]) * model.moe_router_topk
-    return torch.cat([choices, torch.tensor([sums[name] for name in STATISTICS]).T], dim=1).double()
+    return RouterStatistics(choices.double(), **{name: torch.tensor(sum_L).double() for name, sum_L in sums.items()})
 
 
 def record(model: ModelConfig) -> dict:
