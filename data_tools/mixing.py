@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from hunyuan_pretrain.config.derived import data_parallel_size
 from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.config.load import load_experiment
-from hunyuan_pretrain.config.rules import data_parallel_size
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.balance import deal, imbalance, sequence_costs
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -114,7 +114,7 @@ def describe_balance(experiment: Experiment, order: SampleOrder, number: int, nu
     flops = flops_per_token(experiment.model, stage.sequence_length)
     of_attention = (flops.attention_scores + flops.attention_values) / stage.sequence_length
     attention_cost_tokens = (flops.total - of_attention * stage.sequence_length) / of_attention
-    first = int(order.first_steps[number])
+    first = order.schedule.first_steps[number]
     steps = np.unique(np.linspace(0, stage.num_steps - 1, _MEASURED_STEPS).astype(int))
     slowdowns: dict[str, list[float]] = {"as it stands": [], "dealt": []}
     for step in steps.tolist():

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_STOPPED
 from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
@@ -39,7 +40,6 @@ VOCAB_SIZE = 4096
 HOLDOUT_EVERY = 40
 STOP_AT = 0.4
 """Part of the steps after which the run is told to stop."""
-EXIT_STOPPED = 75
 LAUNCH_SETTINGS = (
     *("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "LOCAL_ADDR"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Demo(options.text, Path(options.output), options.overrides).run()
     except (DemoError, ConfigError) as error:
         print(f"demo: {error}", file=sys.stderr)
-        return 2
+        return EXIT_MISTAKE
     except KeyboardInterrupt:
-        return 130
-    return 0
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
 
 
 class Demo:

@@ -22,14 +22,9 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-EXIT_STOPPED = 75
-"""Status of a rank that was told to stop and has lost nothing (hunyuan_pretrain.runtime.stop.EXIT_STOPPED)."""
-EXIT_INTERRUPTED = 130
-EXIT_MISTAKE = 2
-"""Status of a rank after a user's mistake, which it has told (hunyuan_pretrain.cli.program)."""
+from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
 
 LINGER_S = 10
-STOPPED_BEFORE_START = "stopped before the first step; nothing to save: the same command starts again"
 
 
 class Stop:
@@ -55,7 +50,7 @@ class Stop:
             os._exit(EXIT_INTERRUPTED)
         if not ranks:
             if self.children:  # torchrun waits for other nodes
-                print(STOPPED_BEFORE_START, flush=True)
+                print(STOPPED_BEFORE_FIRST_STEP, flush=True)
                 sys.exit(EXIT_STOPPED)
             return
         if number == signal.SIGINT:
@@ -80,7 +75,7 @@ def main(arguments: list[str], stop: Stop) -> int:
     settings.signals_to_handle = "SIGQUIT"
     stop.children = psutil.Process().children
     if stop.asked:
-        print(STOPPED_BEFORE_START, flush=True)
+        print(STOPPED_BEFORE_FIRST_STEP, flush=True)
         return EXIT_STOPPED
     if (port := meeting_port(settings)) is not None and is_taken(port):
         print(

@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from data_tools.cli import packing, tokenizing
+from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_STOPPED
 from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.data.errors import DataFormatError
 
@@ -50,7 +51,7 @@ def main() -> None:
             "hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command",
             file=sys.stderr,
         )
-        sys.exit(75 if stopped.args == (signal.SIGTERM,) else 130)
+        sys.exit(EXIT_STOPPED if stopped.args == (signal.SIGTERM,) else EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
         if (missing := missing_package(error)) is None:
             raise
@@ -76,4 +77,4 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     print(f"hunyuan-data: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(EXIT_MISTAKE)

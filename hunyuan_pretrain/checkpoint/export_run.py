@@ -16,6 +16,7 @@ from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment, ParallelConfig, StageConfig
 from hunyuan_pretrain.model.hunyuan_config import DTYPES, transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
 
 
@@ -58,7 +59,7 @@ def dropless_logits(model: HunyuanModel, tokens_BS: Tensor, rope_alpha: float) -
     """Logits (B, S, V) of B sequences that do not see each other, routed without capacity; on one rank."""
     B, S = tokens_BS.shape
     positions_T = torch.arange(S).repeat(B)
-    logits_TV, _ = model(tokens_BS.reshape(-1), positions_T, list(range(0, B * S + 1, S)), rope_alpha)
+    logits_TV, _ = model(ModelInputs(tokens_BS.reshape(-1), positions_T, list(range(0, B * S + 1, S)), rope_alpha))
     return logits_TV.view(B, S, -1)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from hunyuan_pretrain.cli import exporting, planning, training
 from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
+from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
 from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.runtime.stop import listen
 
@@ -50,15 +51,15 @@ def main() -> None:
         listen()  # a launcher may pass a stop on while torch is being imported
     if (mistake := mistake_in_environment(next(iter(sys.argv[1:]), None))) is not None:
         print(mistake, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     try:
         app()
     except KeyboardInterrupt:
-        leave(130)
+        leave(EXIT_INTERRUPTED)
     except Exception as error:
         missing = missing_package(error)
         if missing is None and USER_ERRORS.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             report_failure(error)
             leave(1)
         report_error(missing or error)
-        leave(2)
+        leave(EXIT_MISTAKE)

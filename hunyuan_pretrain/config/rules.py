@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from hunyuan_pretrain.config.data_rules import DATA_RULES
+from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
@@ -45,26 +46,6 @@ def find_problems(experiment: Experiment, world_size: int | None = None) -> list
 def find_warnings(experiment: Experiment) -> list[Problem]:
     """Settings that are legal but take effect only partly; the run prints them once and keeps them in its folder."""
     return [problem for rule in WARNING_RULES for problem in rule(experiment)]
-
-
-def data_parallel_size(experiment: Experiment, world_size: int) -> int:
-    """Ranks that hold different sequences: world_size / (TP * PP * CP)."""
-    parallel = experiment.parallel
-    return world_size // (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
-
-
-def smallest_world_size(experiment: Experiment) -> int:
-    """Fewest ranks that the layout divides: the least common multiple of TP*PP*CP and ETP*EP*PP."""
-    parallel = experiment.parallel
-    dense = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    expert = (
-        parallel.expert_tensor_parallel_size
-        * parallel.expert_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-    )
-    return math.lcm(dense, expert)
 
 
 def nearest_multiples(value: int, step: int) -> str:

@@ -121,6 +121,8 @@ class Schedule:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = tuple(pieces)
         self._ends = [piece.end_step for piece in self.pieces]
+        self.first_steps = {piece.lane: piece.first_step for piece in reversed(self.pieces)}
+        """First step of each stage of the run."""
 
     @classmethod
     def of(cls, stages: Sequence[StageConfig]) -> Schedule:
@@ -149,6 +151,12 @@ class Schedule:
     def stage(self, step: int) -> StageConfig:
         """The stage of a step, as it was configured when the step was trained."""
         return self.piece_of_step(step).stage
+
+    def stage_of_step(self, step: int) -> tuple[int, int]:
+        """(stage of the run, step within it) of a step, both from 0, however often the run was changed in the stage.
+        Raises IndexError past the end."""
+        lane = self.piece_of_step(step).lane
+        return lane, step - self.first_steps[lane]
 
     def lr_fraction(self, step: int) -> float:
         """Learning rate of a step as a fraction of optimizer.lr."""

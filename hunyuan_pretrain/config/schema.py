@@ -7,21 +7,9 @@ what core lacks takes the name of the Hunyuan-Large report (arXiv 2411.02265). R
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-
-def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
-    """RoPE base after NTK-alpha scaling: rotary_base * alpha^(d / (d - 2)), d = head_dim in channels.
-
-    Hunyuan-Large at 256K: base 1e4, alpha 1e5, d = 80 give about 1.34e9 (the report rounds to 1e9).
-    Raises ValueError where head_dim is below 4: with d = 2 there is one frequency, which no base changes.
-    """
-    if head_dim < 4:
-        raise ValueError(f"head_dim={head_dim}: NTK-alpha scaling needs at least 4 channels")
-    return rotary_base * alpha ** (head_dim / (head_dim - 2))
 
 
 def setting(
@@ -37,15 +25,6 @@ def setting(
     (config/values.py)."""
     extra: dict[str, Any] = {"unit": unit, "typical": typical} | ({"is_path": True} if is_path else {})
     return Field(default, description=description, min_length=min_length, json_schema_extra=extra)
-
-
-def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
-    """Layers of every stage in the order in which a token passes them; stage i is chunk i // PP of pipeline rank i %
-    PP."""
-    num_stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
-    sizes = parallel.pipeline_layout or (model.num_layers // num_stages,) * num_stages
-    ends = list(accumulate(sizes))
-    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
 class Section(BaseModel):

@@ -84,13 +84,10 @@ class StepLoader:
         """Steps of all stages together."""
         return self.order.num_steps
 
-    def stage_of_step(self, step: int) -> tuple[int, int]:
-        """(stage, step within it) of a global step, both from 0."""
-        return self.order.stage_of_step(step)
-
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a global step, in the order in which they run."""
-        self.stage_of_step(step)
+        """This rank's micro-batches of a global step, in the order in which they run. Raises IndexError if there is no
+        such step."""
+        self.order.stage(step)
         prefetched, self._next = self._next, None
         batches = prefetched[1].result() if prefetched and prefetched[0] == step else self._read(step)
         if step + 1 < self.num_steps:

@@ -66,8 +66,6 @@ class SampleOrder:
         self._open = {segments[-1].name(path): dataset for path, dataset in self.datasets.items()}
         self.mixture = Mixture(experiment.stages, sizes, experiment.seed, segments)
         self.schedule = self.mixture.schedule
-        first_of_lane = {piece.lane: piece.first_step for piece in reversed(self.schedule.pieces)}
-        self.first_steps = np.array([*(first_of_lane[lane] for lane in sorted(first_of_lane)), self.num_steps])
 
     @property
     def num_steps(self) -> int:
@@ -77,11 +75,6 @@ class SampleOrder:
     def stage(self, step: int) -> StageConfig:
         """The stage of a global step, counted from 0. Raises IndexError if there is no such step."""
         return self.schedule.stage(step)
-
-    def stage_of_step(self, step: int) -> tuple[int, int]:
-        """(stage, step within it) of a global step, both from 0; stages of the run, where it has changed."""
-        lane = self.schedule.piece_of_step(step).lane
-        return lane, step - int(self.first_steps[lane])
 
     def places_of_stage(self, step: int, places: np.ndarray) -> np.ndarray:
         """Which sequences of the stage's data some places of the global batch of a step are, both from 0."""

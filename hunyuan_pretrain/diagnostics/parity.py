@@ -28,13 +28,15 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.rounding import rounding_noise
 from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.sharding import Placement
-from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
 from hunyuan_pretrain.train.metrics import step_record
-from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
+from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters
+from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import train_step
 
 TOLERANCE = 2e-5
@@ -97,7 +99,7 @@ class Difference:
         return self.relative <= self.tolerance
 
 
-def trace_steps(run: setup.Run, steps: range, choices: list[dict[str, np.ndarray]] | None = None) -> list[StepTrace]:
+def trace_steps(run: Run, steps: range, choices: list[dict[str, np.ndarray]] | None = None) -> list[StepTrace]:
     """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others.
     Communicates: all groups.
 
@@ -107,25 +109,13 @@ def trace_steps(run: setup.Run, steps: range, choices: list[dict[str, np.ndarray
     for number, step in enumerate(steps):
         experiment = run.experiment
         stage = run.schedule.stage(step)
-        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-        lr = experiment.optimizer.lr * run.schedule.lr_fraction(step)
-        set_learning_rate(run.optimizer, lr, ratio)
+        rates = apply_learning_rate(run, step)
         gradients: list[_Piece] = []
         watch = _Watch(run, choices[number] if choices else None)
-        result = train_step(
-            experiment,
-            stage,
-            step,
-            run.wrapped,
-            run.optimizer,
-            run.loader.micro_batches(step),
-            run.groups,
-            run.device,
-            before_update=partial(_keep_gradients, run, gradients),
-        )
+        result = train_step(run, stage, step, before_update=partial(_keep_gradients, run, gradients))
         watch.close()
         gather_parameters(run.wrapped)
-        record = step_record(experiment.model, stage, step, result, lr, lr * ratio, 1.0)
+        record = step_record(experiment.model, stage, step, result, *rates, 1.0)
         trace = StepTrace(
             scalars={name: float(record[name]) for name in SCALARS if name in record},
             shares={
@@ -220,14 +210,14 @@ def _pieces(name: str, tensor: Tensor, place: Placement, model: HunyuanModel) ->
         )
 
 
-def _parameters(run: setup.Run) -> Iterator[tuple[HunyuanModel, torch.nn.Parameter, Placement]]:
+def _parameters(run: Run) -> Iterator[tuple[HunyuanModel, torch.nn.Parameter, Placement]]:
     for model in run.chunks:
         places = model.placements()
         for name, parameter in model.named_parameters():
             yield model, parameter, places[name]
 
 
-def _keep_gradients(run: setup.Run, found: list[_Piece]) -> None:
+def _keep_gradients(run: Run, found: list[_Piece]) -> None:
     """Every gradient of this rank after its reduction."""
     complete_gradients(run.wrapped)
     for model, value, place in _parameters(run):
@@ -235,7 +225,7 @@ def _keep_gradients(run: setup.Run, found: list[_Piece]) -> None:
         found += _pieces(place.name, gradient, place, model)
 
 
-def _moments(run: setup.Run) -> Iterator[_Piece]:
+def _moments(run: Run) -> Iterator[_Piece]:
     for _, tensors, place in full_moments(run.chunks, run.optimizer):
         for kind, tensor in tensors.items():
             yield from _pieces(f"{kind} of {place.name}", tensor, place, run.chunks[0])
@@ -245,7 +235,7 @@ class _Watch:
     """Hooks that keep fingerprints of what the modules of this rank return, with the places of their tokens in the
     global batch."""
 
-    def __init__(self, run: setup.Run, forced: dict[str, np.ndarray] | None = None) -> None:
+    def __init__(self, run: Run, forced: dict[str, np.ndarray] | None = None) -> None:
         self.choices: list[tuple[str, np.ndarray, np.ndarray]] = []
         self._forced = forced
         self._routers: list[Router] = []
@@ -267,15 +257,17 @@ class _Watch:
     def _register(self, model: HunyuanModel) -> Iterator[Any]:
         tp = model.groups.tp
 
-        def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self._tokens_T = self._tokens_of(kwargs["routing"].share(tp.rank(), tp.size()))
+        def begin(module: Any, args: tuple[ModelInputs]) -> None:
+            routing = args[0].routing
+            assert isinstance(routing, TrainingRouting)
+            self._tokens_T = self._tokens_of(routing.share(tp.rank(), tp.size()))
 
         def end(module: Any, args: Any, output: Any) -> None:
             # layers that are computed again in the backward pass have been seen already, and their tokens are no longer
             # known
             self._tokens_T = None
 
-        yield model.register_forward_pre_hook(begin, with_kwargs=True)
+        yield model.register_forward_pre_hook(begin)
         if model.pre_process:
             yield model.embedding.register_forward_hook(self._keep("embedding"))
         for layer in model.decoder.layers:

@@ -29,13 +29,15 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.folders import named_checkpoints
 from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.derived import smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, PrecisionConfig, RuntimeConfig
 from hunyuan_pretrain.diagnostics.parity_run import in_processes
 from hunyuan_pretrain.model.fp8 import Operand, products, to_fp32
-from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train import setup
-from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters, set_learning_rate
+from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
+from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters
+from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import compute_gradients, sum_over_batch, train_step
 
 
@@ -129,7 +131,7 @@ def run_shadow(
     if "RANK" in os.environ:
         report = shadow(experiment, recipe, fp8_format, steps)
     else:
-        ranks = experiment.parallel.world_size or rules.smallest_world_size(experiment)
+        ranks = experiment.parallel.world_size or smallest_world_size(experiment)
         report = in_processes(ranks, shadow, experiment, recipe, fp8_format, steps)
     if report is not None and output is not None:
         output.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
@@ -182,24 +184,9 @@ def borrow_checkpoints(run_dir: Path, folder: Path) -> None:
         (folder / "checkpoints" / found.name).symlink_to(found)
 
 
-def _train(run: setup.Run, step: int, in_fp8: bool, before_update: Any = None) -> float:
-    experiment = run.experiment
-    stage = run.schedule.stage(step)
-    ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-    set_learning_rate(run.optimizer, experiment.optimizer.lr * run.schedule.lr_fraction(step), ratio)
-    batches = run.loader.micro_batches(step)
-    result = train_step(
-        experiment,
-        stage,
-        step,
-        run.wrapped,
-        run.optimizer,
-        batches,
-        run.groups,
-        run.device,
-        before_update=before_update,
-        in_fp8=in_fp8,
-    )
+def _train(run: Run, step: int, in_fp8: bool, before_update: Any = None) -> float:
+    apply_learning_rate(run, step)
+    result = train_step(run, run.schedule.stage(step), step, before_update=before_update, in_fp8=in_fp8)
     gather_parameters(run.wrapped)
     return result.loss
 
@@ -218,7 +205,7 @@ def count_lost(scaled: Tensor, values: Tensor) -> Tensor:
 class _Comparison:
     """Gradients with the recipe beside those without, at the same weights and of the same batches."""
 
-    def __init__(self, run: setup.Run) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._with_recipe: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
@@ -252,11 +239,8 @@ class _Comparison:
 
     def take_with_recipe(self, step: int) -> float:
         """Keep the gradients of a batch under the recipe; returns its loss. Nothing is updated."""
-        run, experiment = self._run, self._run.experiment
-        stage = run.schedule.stage(step)
-        found = compute_gradients(
-            experiment, stage, step, run.wrapped, run.loader.micro_batches(step), run.groups, run.device
-        )
+        run = self._run
+        found = compute_gradients(run, run.schedule.stage(step), step)
         self._with_recipe, self._experts_with_recipe = self._gradients(), self._take_experts()
         losses, _ = sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
         return losses[0].item()

@@ -44,21 +44,21 @@ class SharedKV(NamedTuple):
     v_SGH: Tensor
 
 
-class PackedSequences(NamedTuple):
-    """Positions and documents of one micro-batch, the same for every layer."""
+class AttentionPlan(NamedTuple):
+    """Where the tokens of one micro-batch are and which of them see each other, the same for every layer."""
 
     rope_table: tuple[Tensor, Tensor]  # from norm.rope_table, of this rank's tokens
     blocks: Sequence[Block]
     context: ContextSlice | None
 
 
-def packed_sequences(
+def attention_plan(
     rope_table: tuple[Tensor, Tensor], borders: Sequence[int], context: ContextSlice | None
-) -> PackedSequences:
+) -> AttentionPlan:
     """`borders`: cu_seqlens over the tokens of all context-parallel ranks."""
     if context is None or context.method == "all_to_all":  # every rank has all tokens, of some heads
-        return PackedSequences(rope_table, document_blocks(borders), context)
-    return PackedSequences(rope_table, context_blocks(borders, context.ranges), context)
+        return AttentionPlan(rope_table, document_blocks(borders), context)
+    return AttentionPlan(rope_table, context_blocks(borders, context.ranges), context)
 
 
 class SelfAttention(torch.nn.Module):
@@ -86,12 +86,12 @@ class SelfAttention(torch.nn.Module):
         self.core_attention = spec.core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
-    def forward(self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences) -> tuple[Tensor, SharedKV]:
+    def forward(self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan) -> tuple[Tensor, SharedKV]:
         """Attend; `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv).
 
         Communicates: tensor-parallel group; context-parallel group, keys and values in the owner only.
         """
-        context = packed.context
+        context = plan.context
         eps = self.config.layernorm_epsilon if self.config.qk_layernorm else None
         if self.is_owner:
             # megatron's interleaving: for each key/value head its query heads, its key, its value
@@ -99,7 +99,7 @@ class SelfAttention(torch.nn.Module):
             qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, queries_of_group + 2, self.head_dim)
             q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((queries_of_group, 1, 1), dim=2)
             q_TNH = q_TGRH.reshape(-1, self.num_heads, self.head_dim)
-            k_hat_TGH, v_TGH = rope_norm(k_TG1H.squeeze(2), packed.rope_table, None, eps), v_TG1H.squeeze(2)
+            k_hat_TGH, v_TGH = rope_norm(k_TG1H.squeeze(2), plan.rope_table, None, eps), v_TG1H.squeeze(2)
             if context is not None:
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
@@ -112,12 +112,10 @@ class SelfAttention(torch.nn.Module):
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
         weight_H = self.q_layernorm().float() * self.k_layernorm().float() if self.config.qk_layernorm else None
-        q_TNH = rope_norm(q_TNH, packed.rope_table, weight_H, eps)
+        q_TNH = rope_norm(q_TNH, plan.rope_table, weight_H, eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
-            output_TNH = heads_to_sequence(
-                self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks), context
-            )
+            output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks), context)
         else:
-            output_TNH = self.core_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, packed.blocks)
+            output_TNH = self.core_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks)
         return self.linear_proj(output_TNH.flatten(1))[0], kv

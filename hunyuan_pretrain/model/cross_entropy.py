@@ -19,12 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
 from hunyuan_pretrain.parallel.collectives import all_gather_rows, reduce_scatter_rows
 from hunyuan_pretrain.runtime.handover import handed_over
-
-CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
-"""Tokens of one chunk: on a CPU its logits stay in the cache, on a GPU the products stay efficient."""
-
 
 Accumulation = Literal["only use", "one of two uses"]
 
@@ -49,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )  # thousands of chunks, whose number depends on the layout
         tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
         label_PT, loss_weight_PT = label_U.view(tp, -1), loss_weight_U.view(tp, -1)
-        chunk = max(CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
+        chunk = max(LOSS_CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
         for start in range(0, hidden_TD.shape[0], chunk):
             piece = slice(start, start + chunk)
             hidden_cD = all_gather_rows(hidden_TD[piece], tp_group) if tp > 1 else hidden_TD[piece]

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, pipeline_stages
-from hunyuan_pretrain.parallel.groups import virtual_pipeline_size
+from hunyuan_pretrain.config.derived import pipeline_stages, virtual_pipeline_size
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -21,16 +21,16 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hunyuan_pretrain.config.schema import rope_base
-from hunyuan_pretrain.model.attention import packed_sequences
+from hunyuan_pretrain.config.derived import rope_base
+from hunyuan_pretrain.model.attention import attention_plan
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
 from hunyuan_pretrain.model.fp8_parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
+from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import rope_table
-from hunyuan_pretrain.model.routing import EVALUATION, RouterStatistics, Routing
+from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.model.spec import Spec, choose_spec
-from hunyuan_pretrain.parallel.context_parallel import ContextSlice
 from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
 
 SpecChoice = Callable[[HunyuanConfig, int], Spec]
@@ -173,63 +173,61 @@ class HunyuanModel(MegatronModule):
         """The same, complete, where a forward pass reads it."""
         return self.embedding.word_embeddings() if self.share_embeddings_and_output_weights else self.output_layer()
 
-    def forward(
-        self,
-        tokens_T: Tensor,
-        positions_T: Tensor,
-        borders: list[int],
-        rope_alpha: float,
-        label_T: Tensor | None = None,
-        loss_weight_T: Tensor | None = None,
-        routing: Routing = EVALUATION,
-        context: ContextSlice | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are
         given, of the last stage, activations (T, 1, D) of any other; and packed router statistics (all layers, X), zero
         for layers of other stages.
 
         T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their
         router statistics, and logits' rows are those of this tensor-parallel rank's share of them.
-        borders: cu_seqlens of the documents as Python ints, over the tokens of all context-parallel ranks, of which
-        `context` says which are this rank's; positions restart at each. In training experts have their capacity and the
-        router its losses, in evaluation routing is dropless.
         """
-        config, tp = self.config, self.groups.tp
-        if config.sequence_parallel:
-            routing = routing.share(tp.rank(), tp.size())
-        table = rope_table(
-            positions_T, rope_base(config.rotary_base, rope_alpha, config.kv_channels), config.kv_channels
-        )
-        packed = packed_sequences(table, borders, context)
         if self.pre_process:
-            hidden_TD = self.embedding(tokens_T)
+            hidden_TD = self.embedding(inputs.tokens_T)
         else:
             assert self.input_TBD is not None, "a later stage needs the activations of the one before"
             hidden_TD = self.input_TBD.squeeze(1)
+        hidden_TD, statistics = self._through_layers(hidden_TD, inputs)
+        if not self.post_process:
+            return hidden_TD[:, None], statistics
+        hidden_TD = self.decoder.final_layernorm(hidden_TD)
+        return (self._logits(hidden_TD) if inputs.labels_T is None else self._loss(hidden_TD, inputs)), statistics
+
+    def _through_layers(self, hidden_TD: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """(T, D) after this stage's CLA groups, and packed router statistics (all layers, X)."""
+        config, tp, routing = self.config, self.groups.tp, inputs.routing
+        if config.sequence_parallel:
+            routing = routing.share(tp.rank(), tp.size())
+        base = rope_base(config.rotary_base, inputs.rope_alpha, config.kv_channels)
+        table = rope_table(inputs.positions_T, base, config.kv_channels)
+        plan = attention_plan(table, inputs.borders, inputs.context)
         layers = list(self.decoder.layers)
         size = RouterStatistics.packed_size(config.num_moe_experts)
         statistics = hidden_TD.new_zeros(config.num_layers, size, dtype=torch.float32)
         for start in range(0, len(layers), config.cla_share_factor):
             group = layers[start : start + config.cla_share_factor]
-            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, packed, routing, config.recompute_cla_groups)
+            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, plan, routing, config.recompute_cla_groups)
             statistics[group[0].layer : group[-1].layer + 1] = statistics_LX.detach()
-        if not self.post_process:
-            return hidden_TD[:, None], statistics
-        hidden_TD = self.decoder.final_layernorm(hidden_TD)
+        return hidden_TD, statistics
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        """fp32 (T, V / tensor-parallel ranks)."""
+        if self.config.sequence_parallel:
+            hidden_TD = gather_from_sequence_parallel_region(hidden_TD, group=self.groups.tp)
+        return F.linear(hidden_TD, self._output_weight()).float()
+
+    def _loss(self, hidden_TD: Tensor, inputs: ModelInputs) -> Tensor:
+        """The weighted sum of cross-entropies, nats."""
+        assert inputs.labels_T is not None
+        assert inputs.loss_weight_T is not None
         weight_VD = self._output_weight()
-        if label_T is None:
-            whole_TD = (
-                gather_from_sequence_parallel_region(hidden_TD, group=tp) if config.sequence_parallel else hidden_TD
-            )
-            return F.linear(whole_TD, weight_VD).float(), statistics
-        assert loss_weight_T is not None
-        accumulates = config.gradient_accumulation_fusion and hasattr(weight_VD, "main_grad")
         accumulate: Accumulation | None = None
-        if accumulates:
+        if self.config.gradient_accumulation_fusion and hasattr(weight_VD, "main_grad"):
             accumulate = (
                 "one of two uses" if self.pre_process and self.share_embeddings_and_output_weights else "only use"
             )
-        return linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, tp, accumulate), statistics
+        return linear_cross_entropy(
+            hidden_TD, weight_VD, inputs.labels_T, inputs.loss_weight_T, self.groups.tp, accumulate
+        )
 
     def placements(self) -> dict[str, Placement]:
         """Where this rank's part of each of its parameters lies in the whole one, by the parameter's name."""

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hunyuan_pretrain.model.attention import PackedSequences, SelfAttention, SharedKV
+from hunyuan_pretrain.model.attention import AttentionPlan, SelfAttention, SharedKV
 from hunyuan_pretrain.model.experts import RoutedExperts, SharedExpert
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.router import Router
@@ -54,17 +54,17 @@ class TransformerLayer(torch.nn.Module):
         self.mlp = MixtureOfExperts(config, layer, spec, groups)
 
     def forward(
-        self, hidden_TD: Tensor, kv: SharedKV | None, packed: PackedSequences, routing: Routing
+        self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan, routing: Routing
     ) -> tuple[Tensor, SharedKV, RouterStatistics]:
         """Returns ((T, D), keys and values of the group, router statistics)."""
-        attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, packed)
+        attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, plan)
         hidden_TD = hidden_TD + attention_TD
         moe_TD, statistics = self.mlp(self.pre_mlp_layernorm(hidden_TD), routing)
         return hidden_TD + moe_TD, kv, statistics
 
 
 def run_cla_group(
-    layers: Sequence[TransformerLayer], hidden_TD: Tensor, packed: PackedSequences, routing: Routing, recompute: bool
+    layers: Sequence[TransformerLayer], hidden_TD: Tensor, plan: AttentionPlan, routing: Routing, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     """Pass hidden_TD through the layers of one CLA group; returns ((T, D), packed router statistics (L, X)).
 
@@ -75,7 +75,7 @@ def run_cla_group(
     def run(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         kv, statistics = None, []
         for layer in layers:
-            hidden_TD, kv, of_layer = layer(hidden_TD, kv, packed, routing)
+            hidden_TD, kv, of_layer = layer(hidden_TD, kv, plan, routing)
             statistics.append(of_layer.packed())
         return hidden_TD, torch.stack(statistics)
 

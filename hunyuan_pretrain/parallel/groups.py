@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hunyuan_pretrain.config.derived import virtual_pipeline_size
 from hunyuan_pretrain.config.schema import ParallelConfig
 
 
@@ -75,11 +76,6 @@ def _same_experts(groups: ProcessGroupCollection, timeout_s: int) -> dist.Proces
         for group in ranks
     ]
     return next(group for group, members in zip(made, ranks, strict=True) if dist.get_rank() in members)
-
-
-def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
-    """Model chunks of each pipeline rank as megatron-core wants it said: None where there is one."""
-    return parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
 
 
 def leave_layout() -> None:

@@ -12,71 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, pipeline_stages
+from hunyuan_pretrain.config.derived import grid, pipeline_stages
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
 SMALLEST_BUCKET = 40_000_000
 """Elements from which on core closes a bucket where it overlaps the reduction: this, or 1,000,000 for each
 data-parallel rank if more."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How many ranks share what, from the layout and the number of ranks; and which places a rank has (tp, cp, ep, dp,
-    pp from inside)."""
-
-    tp: int
-    cp: int
-    pp: int
-    ep: int
-    expert_tp: int
-    dp: int
-    """Ranks that hold different sequences."""
-    expert_dp: int
-    """Ranks that hold the same routed experts."""
-    world_size: int
-
-    @property
-    def dp_cp(self) -> int:
-        """Ranks that hold the same weights other than routed experts: gradients are reduced over them."""
-        return self.dp * self.cp
-
-    @property
-    def has_expert_buffers(self) -> bool:
-        """Whether routed experts are reduced over fewer or more ranks than the other weights; else core treats them
-        like those."""
-        return self.expert_dp != self.dp_cp
-
-    def pipeline_rank(self, rank: int) -> int:
-        return rank // (self.world_size // self.pp)
-
-    def shard(self, rank: int, is_expert: bool) -> int:
-        """Place of a rank in the group over which its weights' optimizer state is divided."""
-        return rank % (self.world_size // self.pp) // (self.expert_tp * self.ep if is_expert else self.tp)
-
-
-def grid(parallel: ParallelConfig, world_size: int) -> Grid:
-    """Raises ValueError where the layout does not divide the ranks."""
-    tp, cp, pp = (
-        parallel.tensor_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
-    ep, expert_tp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    dense, expert = tp * cp * pp, expert_tp * ep * pp
-    if world_size % dense or world_size % expert:
-        raise ValueError(
-            f"world_size={world_size} is not a multiple of TP*CP*PP={tp}*{cp}*{pp}={dense} and of "
-            f"ETP*EP*PP={expert_tp}*{ep}*{pp}={expert}"
-        )
-    return Grid(tp, cp, pp, ep, expert_tp, world_size // dense, world_size // expert, world_size)
-
-
-def stages_of(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) -> dict[int, range]:
-    """Stage number -> its layers, for the stages of one pipeline rank, in the order of its chunks."""
-    stages, ranks = pipeline_stages(model, parallel), parallel.pipeline_model_parallel_size
-    if not 0 <= pipeline_rank < ranks:
-        raise ValueError(f"pipeline_rank={pipeline_rank}, but there are pipeline ranks 0 to {ranks - 1}")
-    return {number: stages[number] for number in range(pipeline_rank, len(stages), ranks)}
 
 
 @dataclass(frozen=True)

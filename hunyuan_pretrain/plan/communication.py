@@ -10,20 +10,24 @@ recv: the tensor, which is left out of all sums.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, pipeline_stages
-from hunyuan_pretrain.plan.buffers import Grid, buffers_of_stage, grid, stages_of, weights_of_stage
+from hunyuan_pretrain.config.derived import (
+    LOSS_CHUNK_TOKENS,
+    Grid,
+    expert_capacity,
+    grid,
+    pipeline_stages,
+    stages_of,
+)
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig
+from hunyuan_pretrain.plan.buffers import buffers_of_stage, weights_of_stage
 
 AXES = ("tp", "cp", "ep", "expert_tp", "pp", "dp", "expert_dp", "embedding", "other")
 """Over which ranks: those that share a matrix, a sequence, the experts, an expert; neighbours in the pipeline; those
 that hold the same weights, the same experts, the tied embedding; any others, such as all of them. Ranks of cp count to
 dp where gradients are reduced."""
-
-LOSS_CHUNK_TOKENS = 2048
-"""Tokens of a chunk of the output layer, of all tensor-parallel ranks, on a GPU: model.cross_entropy.CHUNK_TOKENS."""
 
 STATISTICS_BESIDE_LOAD = 6
 """Numbers of a layer's router statistics beside the load of each expert: model.routing.RouterStatistics."""
@@ -98,13 +102,13 @@ def communication_per_rank(
     stage: StageConfig,
     world_size: int,
     pipeline_rank: int = 0,
-    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
+    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS["cuda"],
 ) -> Communication:
     """Messages of one training step of any rank at a place of the pipeline: train.step.train_step, with its optimizer.
 
     Forward, backward and recomputed passes, reduction of gradients, update, statistics. Ranks at the same place send
-    the same, except for dropless routing (Communication.is_exact). `stage` says the batch; `loss_chunk_tokens`: see
-    LOSS_CHUNK_TOKENS, 128 on a CPU. Raises ValueError where layout or batch do not divide the ranks.
+    the same, except for dropless routing (Communication.is_exact). `stage` says the batch; `loss_chunk_tokens`:
+    LOSS_CHUNK_TOKENS of the device. Raises ValueError where layout or batch do not divide the ranks.
     """
     ranks, ledger = grid(parallel, world_size), _Ledger()
     sequences = stage.micro_batch_sequences * ranks.dp
@@ -219,17 +223,6 @@ def _mixture_of_experts(
     whole = ranks.expert_tp * rows * row_bytes
     ledger.transposed("expert_tp", "all_gather", whole, ranks.expert_tp, forwards, times)
     ledger.transposed("expert_tp", "reduce_scatter", whole, ranks.expert_tp, forwards, times)
-
-
-def expert_capacity(model: ModelConfig) -> int:
-    """Slots of one expert for one routing group, as model.recycle_routing has them."""
-    assert model.moe_expert_capacity_factor is not None
-    return math.ceil(
-        model.moe_expert_capacity_factor
-        * model.moe_routing_group_tokens
-        * model.moe_router_topk
-        / model.num_moe_experts
-    )
 
 
 def _gradients(

@@ -1,16 +1,16 @@
-"""What a model costs, in closed form: parameters, FLOPs, bytes, and the learning rate of its routed experts.
+"""What a model costs, in closed form: parameters, FLOPs and bytes.
 
 Pure arithmetic on the configuration, without torch. The runtime builds the same model and asserts these numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage, grid, stages_of
+from hunyuan_pretrain.config.derived import grid, stages_of
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage
 
 
 @dataclass(frozen=True)
@@ -236,29 +236,3 @@ def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: flo
             copied = 4 if cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
             on_device += size * (buffer.state_bytes + copied)
     return on_device, 16 * offloaded
-
-
-def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
-    """eps_opt(B) / eps_max = 2 / (sqrt(B_noise / B) + sqrt(B / B_noise)), for optimizers of Adam's kind.
-
-    At most 1, reached at B = B_noise; both arguments in tokens. Source: Hunyuan-Large report (arXiv 2411.02265),
-    section on expert-specific learning rate scaling, after arXiv 2405.14578.
-    """
-    ratio = math.sqrt(noise_scale_tokens / batch_tokens)
-    return 2 / (ratio + 1 / ratio)
-
-
-def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int) -> float:
-    """Learning rate of the routed experts over that of all other weights.
-
-    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B): a routed expert sees that share
-    of the batch B, in tokens. The report prints the inverse and calls it about 0.31 for 16 experts, with routed experts
-    scaled down. As printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up; this reading gives 0.31
-    at B = 0.26 B_noise, and scales down.
-    """
-    noise = optimizer.expert_lr_noise_scale_tokens
-    if noise is None:
-        assert optimizer.expert_lr_ratio is not None, "config.rules refuses an experiment with neither"
-        return optimizer.expert_lr_ratio
-    expert_tokens = global_batch_tokens * model.moe_router_topk / model.num_moe_experts
-    return optimal_lr_factor(expert_tokens, noise) / optimal_lr_factor(global_batch_tokens, noise)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hunyuan_pretrain.config.derived import grid, stages_of
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, PrecisionConfig, StageConfig
-from hunyuan_pretrain.plan.buffers import grid, stages_of
-from hunyuan_pretrain.plan.communication import expert_capacity
 from hunyuan_pretrain.plan.counts import flops_per_token
 
 SCALE_BYTES_PER_VALUE = {"delayed": 0.0, "tensorwise": 0.0, "blockwise": 4 / 128, "mxfp8": 1 / 32}
@@ -108,19 +107,3 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
         memory = Fp8Memory(round(values * (1 + scale_bytes)), round(values * dtype_bytes), round(copies))
         most = max(most, memory, key=lambda memory: memory.weight_copies)
     return most
-
-
-def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> int | None:
-    """Rows that an expert multiplies at a time: its capacity in every routing group of the ranks that send to it; None
-    without a capacity.
-
-    Where they are a multiple of precision.fp8_alignment, as with a capacity that is, no row has to be padded, whatever
-    tokens choose.
-    """
-    model, ranks = experiment.model, grid(experiment.parallel, world_size)
-    if model.moe_expert_capacity_factor is None:
-        return None
-    groups = (
-        stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp // model.moe_routing_group_tokens
-    )
-    return expert_capacity(model) * groups * ranks.ep * ranks.expert_tp

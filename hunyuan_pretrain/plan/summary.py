@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import Experiment, StageConfig, pipeline_stages, rope_base
-from hunyuan_pretrain.plan.buffers import grid
+from hunyuan_pretrain.config.derived import (
+    data_parallel_size,
+    expert_lr_ratio,
+    expert_rows,
+    grid,
+    pipeline_stages,
+    rope_base,
+    smallest_world_size,
+)
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.communication import AXES, communication_per_rank
 from hunyuan_pretrain.plan.counts import (
-    expert_lr_ratio,
     flops_per_token,
     kv_cache_bytes_per_token,
     logits_bytes,
     memory_per_rank,
     parameters,
 )
-from hunyuan_pretrain.plan.fp8 import expert_rows, fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
+from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
     Raises ConfigError with every violated rule.
     """
     rules.check(experiment, world_size)
-    ranks = world_size or experiment.parallel.world_size or rules.smallest_world_size(experiment)
+    ranks = world_size or experiment.parallel.world_size or smallest_world_size(experiment)
     return [
         *model_rows(experiment),
         *layout_rows(experiment, ranks),
@@ -183,7 +190,7 @@ def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
 
 def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
     model, optimizer, rows = experiment.model, experiment.optimizer, []
-    data_parallel = rules.data_parallel_size(experiment, ranks)
+    data_parallel = data_parallel_size(experiment, ranks)
     total_flops, start = 0.0, 0.0
     for stage in experiment.stages:
         flops = flops_per_token(model, stage.sequence_length)

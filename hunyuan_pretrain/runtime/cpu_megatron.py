@@ -3,8 +3,12 @@
 Core's training paths compute nothing that needs a GPU; what stops them on a CPU are names: factory calls with
 device="cuda", torch.cuda functions, and checks of tensor type names. `install()` presents the CPU under those names. It
 must run before anything of megatron is imported, changes nothing where CUDA exists, and is the only place in this
-project that patches a library. The packages that import megatron call it in their __init__. Each patch carries its
-reason; tests/unit/runtime/test_cpu_megatron.py leaves each one out in turn and shows that training then fails.
+project that patches a library. Each patch carries its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one
+out in turn and shows that training then fails.
+
+The packages that import megatron call it in their __init__, and entry points do not: their modules import megatron at
+the top, and core decides there and then which optimizers, extensions and compiled functions it has. Whoever imports one
+of them, a script, a test, a spawned rank that unpickles a function, would have to know of the call before.
 """
 
 from __future__ import annotations

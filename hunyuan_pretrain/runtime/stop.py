@@ -1,6 +1,6 @@
 """A stop that was asked for: SIGTERM, Ctrl-C, or a terminal that closes, remembered until there is a place to stop.
 
-Needs the standard library only, so that a command listens from its first moments, before torch is imported.
+Needs little more than the standard library, so that a command listens from its first moments, before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ import threading
 from functools import partial
 from types import FrameType
 
-EXIT_STOPPED = 75
-"""The run was told to stop, lost nothing, and goes on by the same command; EX_TEMPFAIL."""
-EXIT_INTERRUPTED = 130
+from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, STOPPED_BEFORE_FIRST_STEP
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-STOPPED_BEFORE_FIRST_STEP = "stopped before the first step; nothing to save: the same command starts again"
 
 
 class StoppedBeforeFirstStepError(Exception):

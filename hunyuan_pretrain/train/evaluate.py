@@ -9,26 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
 from hunyuan_pretrain.model.routing import EvaluationRouting
-from hunyuan_pretrain.runtime.handover import to_device
 from hunyuan_pretrain.train.metrics import routing_record
-from hunyuan_pretrain.train.step import micro_batch_inputs, run_schedule, sum_over, sum_over_batch
+from hunyuan_pretrain.train.run import Run
+from hunyuan_pretrain.train.step import model_inputs, run_schedule, sum_over, sum_over_batch
 
 
 @torch.no_grad()
-def evaluate(
-    experiment: Experiment,
-    stage: StageConfig,
-    chunks: list[DistributedDataParallel],
-    loader: EvaluationLoader,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-) -> dict[str, Any]:
+def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str, Any]:
     """Mean cross-entropy (nats a target token), number of target tokens, bits per byte where the loader knows its
     bytes, and the load of each layer's experts; positions use `stage`'s RoPE alpha. The load counts every token of the
     validation's sequences, and none of those that only fill up the ranks' micro-batches. Bits per byte: all nats / ln 2
@@ -36,30 +28,31 @@ def evaluate(
 
     Communicates: all ranks (sums), and what the forward pass does.
     """
+    experiment, groups, device = run.experiment, run.groups, run.device
     statistics: list[Tensor] = []
     group_tokens = experiment.model.moe_routing_group_tokens
 
+    def counted(group_n: Tensor) -> EvaluationRouting:
+        is_counted_n = group_n // (loader.sequence_length // group_tokens) < loader.num_sequences
+        return EvaluationRouting(is_counted_n.repeat_interleave(group_tokens))
+
     def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        inputs = micro_batch_inputs(batch, groups, experiment, device)
-        mask_T = inputs.pop("loss_mask_T")
-        sequence_n = to_device(batch.sequence_ids, device)[
-            inputs.pop("group_n") // (loader.sequence_length // group_tokens)
-        ]
-        routing = EvaluationRouting((sequence_n < loader.num_sequences).repeat_interleave(group_tokens))
-        output, statistics_LX = model(**inputs, loss_weight_T=mask_T, rope_alpha=stage.rope_alpha, routing=routing)
+        inputs = model_inputs(run, next(batches), rope_alpha=stage.rope_alpha, loss_tokens=1.0, route=counted)
+        output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
+        mask_T = inputs.loss_weight_T
+        assert mask_T is not None
         return output, lambda loss: (
             loss,
             torch.zeros((), dtype=torch.int, device=device),
             torch.stack((loss, mask_T.sum())),
         )
 
-    for model in chunks:
+    for model in run.wrapped:
         model.eval()
     tokens = loader.sequence_length * experiment.evaluation.micro_batch_sequences
-    sums = run_schedule(forward, chunks, list(loader), tokens, groups, forward_only=True)
-    for model in chunks:
+    sums = run_schedule(run, forward, list(loader), tokens, forward_only=True)
+    for model in run.wrapped:
         model.train()
     totals, routed = sum_over_batch(groups, sums, 2, statistics)
     nats, target_tokens = totals[0].item(), int(totals[1].item())

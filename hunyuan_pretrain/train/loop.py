@@ -13,29 +13,28 @@ import torch
 import torch.distributed as dist
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.config.derived import expert_lr_ratio
+from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
 from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.fp8 import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
-from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.policy import what_is_used
 from hunyuan_pretrain.runtime.stop import (
-    EXIT_STOPPED,
-    STOPPED_BEFORE_FIRST_STEP,
     StoppedBeforeFirstStepError,
     StopRequest,
     listen,
 )
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
+from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
 from hunyuan_pretrain.train.metrics import Meter, step_line, step_record
-from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters, set_learning_rate
+from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters
 from hunyuan_pretrain.train.probes import probe
+from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import train_step
-
-EXIT_DONE = 0
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
@@ -53,7 +52,7 @@ def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
         return _train(run, stop)
 
 
-def _train(run: setup.Run, stop: StopRequest) -> int:
+def _train(run: Run, stop: StopRequest) -> int:
     experiment, num_steps = run.experiment, run.loader.num_steps
     _announce(run, num_steps)
     if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
@@ -67,20 +66,14 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
     meter = _meter(run)
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
-        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-        lr = experiment.optimizer.lr * run.schedule.lr_fraction(step)
         started = time.perf_counter()
-        set_learning_rate(run.optimizer, lr, ratio)
-        batches = run.loader.micro_batches(step)
-        waited = time.perf_counter() - started
-        result = train_step(experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device)
+        rates = apply_learning_rate(run, step)
+        result = train_step(run, stage, step)
         done = step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         if done % experiment.logging.log_every_steps == 0 or done == num_steps:
-            record = step_record(
-                experiment.model, stage, step, result, lr, lr * ratio, time.perf_counter() - started, waited
-            )
+            record = step_record(experiment.model, stage, step, result, *rates, time.perf_counter() - started)
             record |= meter.fields(done, record)
             run.log.metrics(record)
             if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
@@ -98,7 +91,7 @@ def _train(run: setup.Run, stop: StopRequest) -> int:
     return EXIT_DONE
 
 
-def _announce(run: setup.Run, num_steps: int) -> None:
+def _announce(run: Run, num_steps: int) -> None:
     experiment = run.experiment
     next_stage = run.schedule.stage(min(run.first_step, num_steps - 1))
     peak, ratio = (
@@ -126,7 +119,7 @@ def _announce(run: setup.Run, num_steps: int) -> None:
     run.log.start_progress(num_steps, run.first_step)
 
 
-def _meter(run: setup.Run) -> Meter:
+def _meter(run: Run) -> Meter:
     experiment, began = run.experiment, None
     if run.start and run.start.history and (text := run.start.history[0].started):
         began = calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
@@ -136,12 +129,12 @@ def _meter(run: setup.Run) -> Meter:
     return Meter(run.schedule, began, peak and peak * dist.get_world_size(), run.device)
 
 
-def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
+def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
     """Validate on every set: numbers in one record, validation_* of evaluation.data and validation/<name>/* of each of
     evaluation.sets."""
     record: dict[str, Any] = {"step": done}
     for prefix, loader in run.validations.items():
-        found = evaluate(run.experiment, stage, run.wrapped, loader, run.groups, run.device)
+        found = evaluate(run, stage, loader)
         record |= {f"{prefix}{key}": value for key, value in found.items()}
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
         name = "" if prefix == "validation_" else f" {prefix.split('/')[1]}"
@@ -151,7 +144,7 @@ def _evaluate(run: setup.Run, stage: StageConfig, done: int) -> None:
     run.log.metrics(record)
 
 
-def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
+def _save(run: Run, done: int, must_succeed: bool) -> None:
     """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more
     than the copy."""
     gather_parameters(run.wrapped)
@@ -166,7 +159,7 @@ def _save(run: setup.Run, done: int, must_succeed: bool) -> None:
         run.log.line(f"WARNING: {error}")
 
 
-def _way_back(run: setup.Run) -> str:
+def _way_back(run: Run) -> str:
     """What is left of a run whose numbers are no longer finite, and what can be done."""
     cure = "lower optimizer.lr or optimizer.clip_grad, or leave the data of this step out (stages.N.skip_data_steps)"
     found = save_load.find_checkpoints(run.run_dir)

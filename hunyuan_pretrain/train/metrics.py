@@ -48,11 +48,10 @@ def step_record(
     lr: float,
     expert_lr: float,
     seconds: float,
-    data_wait_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The metrics.jsonl record of global step `step` (counted from 1 there: the number of steps done).
 
-    `data_wait_seconds` of its `seconds` the trainer waited for the batch, which is read while the step before runs.
+    Of its `seconds` the trainer waited `data_wait_seconds` for the batch, which is read while the step before runs.
     """
     tokens_per_s = stage.global_batch_tokens / seconds
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
@@ -67,7 +66,7 @@ def step_record(
         "expert_learning_rate": expert_lr,
         "target_tokens": result.num_target_tokens,
         "seconds": seconds,
-        "data_wait_seconds": data_wait_seconds,
+        "data_wait_seconds": result.data_wait_seconds,
         "tokens_per_s": tokens_per_s,
         "model_flops_per_s": tokens_per_s * flops_per_token(model, stage.sequence_length).total,
         "max_expert_load": max(max(loads) for loads in routing["expert_load"]) * E,

@@ -1,6 +1,6 @@
 """AdamW through megatron-core, with the routed experts in parameter groups of their own learning rate.
 
-The ratio of the two rates is plan.counts.expert_lr_ratio, which gives its source.
+The ratio of the two rates is config.derived.expert_lr_ratio, which gives its source.
 """
 
 from __future__ import annotations

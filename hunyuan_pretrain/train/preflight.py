@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.folders import WITHOUT_ANY, checkpoint_of, faults_of, none_is_good
+from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError
-from hunyuan_pretrain.config.rules import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError

@@ -9,6 +9,7 @@ that does nothing or whose strength depends on the layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from hunyuan_pretrain.data.loader import MicroBatch
-from hunyuan_pretrain.model.attention import PackedSequences, packed_sequences
+from hunyuan_pretrain.model.attention import AttentionPlan, attention_plan
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.router import Router, balance_loss, z_loss
@@ -29,8 +30,8 @@ from hunyuan_pretrain.model.spec import CoreAttention
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.optimizer import complete_gradients
-from hunyuan_pretrain.train.setup import Run
-from hunyuan_pretrain.train.step import as_summed_loss, micro_batch_inputs, run_schedule
+from hunyuan_pretrain.train.run import Run
+from hunyuan_pretrain.train.step import as_summed_loss, model_inputs, run_schedule
 
 COEFFICIENT_TOLERANCE = 1e-3
 """Relative; the same sums in another order differ by less than 1e-5, a factor of a layout by 2 or more."""
@@ -77,7 +78,7 @@ def check_attention(run: Run) -> str:
         borders, positions_S, num_sequences = batch.cu_seqlens.tolist(), batch.positions_T, len(batch.sequence_ids)
         reference, names = packed_attention, (getattr(backend, "name", type(backend).__name__), "packed_attention")
     compared = _Compared(backend, reference)
-    mine_T, packed = _pack(run, positions_S, borders, num_sequences)
+    mine_T, plan = _pack(run, positions_S, borders, num_sequences)
     dtype = run.chunks[0].config.params_dtype
     generator = torch.Generator(run.device).manual_seed(run.experiment.seed + dist.get_rank())
     hidden_TD = torch.randn(len(mine_T), run.experiment.model.hidden_size, generator=generator, device=run.device).to(
@@ -88,7 +89,7 @@ def check_attention(run: Run) -> str:
         for layer in layers:
             layer.self_attention.core_attention = compared
             try:
-                _, kv = layer.self_attention(layer.input_layernorm(hidden_TD), kv, packed)
+                _, kv = layer.self_attention(layer.input_layernorm(hidden_TD), kv, plan)
             finally:
                 layer.self_attention.core_attention = backend
     worst = torch.stack([*compared.differences.values()]).nan_to_num(nan=torch.inf)
@@ -205,11 +206,11 @@ def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]
     """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group,
     without their experts."""
     model = run.chunks[0]
-    mine_T, packed = _pack(run, positions_S, borders, 1)
+    mine_T, plan = _pack(run, positions_S, borders, 1)
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
     output_TD, kv = input_TD, None
     for layer in list(model.decoder.layers)[: model.config.cla_share_factor]:
-        attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, packed)
+        attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, plan)
         output_TD = output_TD + attention_TD
     # the same pull on both runs, another on every row
     pull_SD = torch.sin(torch.arange(hidden_SD.numel(), dtype=torch.float32)).view_as(hidden_SD)
@@ -219,7 +220,7 @@ def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]
     return mine_T, output_TD.detach(), grad_TD
 
 
-def _pack(run: Run, positions_S: Tensor, borders: list[int], num_sequences: int) -> tuple[Tensor, PackedSequences]:
+def _pack(run: Run, positions_S: Tensor, borders: list[int], num_sequences: int) -> tuple[Tensor, AttentionPlan]:
     """(rows whose hidden states this rank holds, what its layers get) of a pack, given as a micro-batch has it."""
     groups, experiment = run.groups, run.experiment
     rows_T, context = torch.arange(len(positions_S), device=run.device), None
@@ -229,7 +230,7 @@ def _pack(run: Run, positions_S: Tensor, borders: list[int], num_sequences: int)
         rows_T = context.rows_T
     table = rope_table(positions_S.to(run.device)[rows_T], experiment.model.rotary_base, experiment.model.head_dim)
     mine_T = rows_T.view(groups.tp.size(), -1)[groups.tp.rank()] if run.chunks[0].config.sequence_parallel else rows_T
-    return mine_T, packed_sequences(table, borders, context)
+    return mine_T, attention_plan(table, borders, context)
 
 
 # --- every declared loss reaches the routers --------------------------------------------------------------------------
@@ -274,19 +275,18 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
     config, groups, device = run.chunks[0].config, run.groups, run.device
     num_tokens, group_tokens = _num_tokens(run), run.experiment.model.moe_routing_group_tokens
     num_micro_batches = run.experiment.parallel.pipeline_model_parallel_size
-    per_batch = num_tokens // group_tokens
-    num_global_groups = per_batch * num_micro_batches * groups.dp.size()
+    num_global_groups = num_tokens // group_tokens * num_micro_batches * groups.dp.size()
     bare = _BareLoss(run, num_global_groups, is_z_loss=bool(z))
 
     def forward(batches: Iterator[MicroBatch], wrapped: DistributedDataParallel) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        first = int(batch.sequence_ids[0]) * per_batch
-        inputs = micro_batch_inputs(batch, groups, run.experiment, device)
-        weight_T = (
-            inputs.pop("loss_mask_T") * float(has_cross_entropy) / (num_tokens * num_micro_batches * groups.dp.size())
+        inputs = model_inputs(
+            run,
+            next(batches),
+            rope_alpha=1.0,
+            loss_tokens=num_tokens * num_micro_batches * groups.dp.size() if has_cross_entropy else math.inf,
+            route=lambda group_n: TrainingRouting(run.experiment.seed, 0, group_n, num_global_groups),
         )
-        routing = TrainingRouting(run.experiment.seed, 0, inputs.pop("group_n") + first, num_global_groups)
-        return wrapped(**inputs, loss_weight_T=weight_T, rope_alpha=1.0, routing=routing)[0], as_summed_loss
+        return wrapped(inputs)[0], as_summed_loss
 
     declared = config.moe_aux_loss_coeff, config.moe_z_loss_coeff
     try:
@@ -294,7 +294,7 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
         for wrapped in run.wrapped:
             wrapped.zero_grad_buffer()
         batches = [_synthetic_batch(run, number) for number in range(num_micro_batches)]
-        run_schedule(forward, run.wrapped, batches, num_tokens, groups, forward_only=False)
+        run_schedule(run, forward, batches, num_tokens, forward_only=False)
         complete_gradients(run.wrapped)
     finally:
         config.moe_aux_loss_coeff, config.moe_z_loss_coeff = declared

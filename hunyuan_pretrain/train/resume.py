@@ -24,9 +24,9 @@ from hunyuan_pretrain.config.changes import (
     refusal,
     refusal_text,
 )
+from hunyuan_pretrain.config.derived import data_parallel_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import Segment
-from hunyuan_pretrain.config.rules import data_parallel_size
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths

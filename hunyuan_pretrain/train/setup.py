@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import set_aside_later, write_history
 from hunyuan_pretrain.config.load import dump_resolved
-from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -50,55 +48,9 @@ from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopReque
 from hunyuan_pretrain.train import resume
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.resume import Start
+from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import sum_over
 from hunyuan_pretrain.train.verification import verify_files
-
-
-@dataclass
-class Run:
-    """One rank's view of a run that is ready to train."""
-
-    experiment: Experiment
-    device: torch.device
-    groups: ProcessGroupCollection
-    chunks: list[HunyuanModel]
-    """The model of this rank: one chunk, or several where the pipeline is interleaved."""
-    wrapped: list[DistributedDataParallel]
-    optimizer: MegatronOptimizer
-    loader: StepLoader
-    evaluation: EvaluationLoader | None
-    first_step: int
-    log: RunLog
-    start: Start | None = None
-    """How it began or went on; None where nothing is kept of the run."""
-    lock: RunLock | None = None
-    """Of the run directory, on rank 0."""
-    evaluation_sets: dict[str, EvaluationLoader] = field(default_factory=dict)
-    """evaluation.sets by name."""
-
-    @property
-    def validations(self) -> dict[str, EvaluationLoader]:
-        """Every validation set, by what the names of its metrics begin with."""
-        unnamed = {} if self.evaluation is None else {"validation_": self.evaluation}
-        return unnamed | {f"validation/{name}/": loader for name, loader in self.evaluation_sets.items()}
-
-    @property
-    def schedule(self) -> Schedule:
-        """What each step does, of the segments before too."""
-        return self.loader.order.schedule
-
-    def record(self, num_steps: int) -> dict[str, Any]:
-        """What a checkpoint after so many steps keeps of the run's identity: position and history."""
-        history = self.start.history if self.start else ()
-        return {
-            "position": self.schedule.position(num_steps),
-            "history": [segment.model_dump(mode="json") for segment in history],
-        }
-
-    @property
-    def run_dir(self) -> Path:
-        """Folder of everything that the run writes."""
-        return Path(self.experiment.run_dir)
 
 
 def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: Collection[str] = ()) -> Run:

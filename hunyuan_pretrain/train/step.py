@@ -10,6 +10,7 @@ Shapes: T tokens of a micro-batch on this rank, L layers, X numbers of packed ro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,70 +20,70 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.fp8 import training_step
-from hunyuan_pretrain.model.routing import RouterStatistics, TrainingRouting
+from hunyuan_pretrain.model.inputs import ModelInputs
+from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.train.optimizer import optimizer_step
+from hunyuan_pretrain.train.run import Run
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured, the same on every rank."""
+    """What one step measured, the same on every rank but for the wait."""
 
     loss: float  # mean cross-entropy of the target tokens, nats
     grad_norm: float  # global, before clipping
     num_target_tokens: int
     statistics: RouterStatistics  # of all layers, summed over the global batch, on the CPU
+    data_wait_seconds: float = 0.0  # of this rank, for the batch
 
 
-def micro_batch_inputs(
-    batch: MicroBatch, groups: ProcessGroupCollection, experiment: Experiment, device: torch.device
-) -> dict[str, Any]:
-    """What HunyuanModel.forward takes of the data, and loss_mask_T, for this context-parallel rank's tokens.
+def model_inputs(
+    run: Run,
+    batch: MicroBatch,
+    *,
+    rope_alpha: float,
+    loss_tokens: Tensor | float,
+    route: Callable[[Tensor], Routing],
+) -> ModelInputs:
+    """This context-parallel rank's share of a micro-batch, on the run's device.
 
-    And group_n: which routing groups of the micro-batch these tokens are, counted from its first.
+    loss_tokens: the loss is the sum of the target tokens' cross-entropies over this; infinity leaves it out. route: how
+    tokens are routed, from the numbers (n,) of their routing groups, which are counted through the sequences of the
+    global batch and so are the same whatever rank holds them.
     """
-    borders, group_tokens = batch.cu_seqlens.tolist(), experiment.model.moe_routing_group_tokens
-    context = None
+    experiment, cp, device = run.experiment, run.groups.cp, run.device
+    group_tokens = experiment.model.moe_routing_group_tokens
+    context, borders = None, batch.cu_seqlens.tolist()
     rows_T = torch.arange(len(batch.tokens_T))
-    if groups.cp.size() > 1:
+    if cp.size() > 1:
         method = experiment.parallel.context_parallel_method
-        context = context_slice(groups.cp, method, borders, len(batch.sequence_ids), group_tokens, device)
+        context = context_slice(cp, method, borders, len(batch.sequence_ids), group_tokens, device)
         rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
-    tensors = {
-        "tokens_T": batch.tokens_T,
-        "positions_T": batch.positions_T,
-        "label_T": batch.labels_T,
-        "loss_mask_T": batch.loss_mask_T,
-    }
-    mine = tensors if context is None else {name: tensor[rows_T] for name, tensor in tensors.items()}
-    inputs: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in mine.items()}
-    return inputs | {
-        "borders": borders,
-        "context": context,
-        "group_n": to_device(rows_T[::group_tokens] // group_tokens, device),
-    }
 
+    def mine(tensor: Tensor) -> Tensor:
+        return to_device(tensor if context is None else tensor[rows_T], device)
 
-def training_routing(
-    experiment: Experiment, stage: StageConfig, step: int, batch: MicroBatch, group_n: Tensor
-) -> TrainingRouting:
-    """Routing of these routing groups of the micro-batch: numbered through the global batch, whatever rank has them."""
-    per_sequence = stage.sequence_length // experiment.model.moe_routing_group_tokens
-    sequence_n = to_device(batch.sequence_ids, group_n.device)[group_n // per_sequence]
-    return TrainingRouting(
-        experiment.seed,
-        step,
-        sequence_n * per_sequence + group_n % per_sequence,
-        stage.global_batch_sequences * per_sequence,
+    per_sequence = len(batch.tokens_T) // len(batch.sequence_ids) // group_tokens
+    group_n = rows_T[::group_tokens] // group_tokens  # of the micro-batch
+    group_n = batch.sequence_ids[group_n // per_sequence] * per_sequence + group_n % per_sequence
+    return ModelInputs(
+        tokens_T=mine(batch.tokens_T),
+        positions_T=mine(batch.positions_T),
+        borders=borders,
+        rope_alpha=rope_alpha,
+        labels_T=mine(batch.labels_T),
+        loss_weight_T=mine(batch.loss_mask_T) / loss_tokens,
+        routing=route(to_device(group_n, device)),
+        context=context,
     )
 
 
@@ -94,90 +95,77 @@ class Gradients:
     losses: list[Tensor]  # of each micro-batch, on the last stage
     statistics: list[Tensor]  # packed router statistics (L, X) of each micro-batch
     num_target_tokens: int
+    data_wait_seconds: float  # of this rank, for batches that are read while the step before runs
 
 
-def compute_gradients(
-    experiment: Experiment,
-    stage: StageConfig,
-    step: int,
-    chunks: list[DistributedDataParallel],
-    batches: list[MicroBatch],
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    in_fp8: bool = True,
-) -> Gradients:
+def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool = True) -> Gradients:
     """Forward and backward over this rank's micro-batches of the global batch, and the reduction of the gradients, from
     zero.
 
-    in_fp8: False leaves out the FP8 recipe, if the experiment has one. Communicates: data-parallel group (token count,
-    gradients), what the model and the schedule do, and the recipe's scales.
+    stage: that of global step `step`, counted from 0. in_fp8: False leaves out the FP8 recipe, if the experiment has
+    one. Communicates: data-parallel group (token count, gradients), what the model and the schedule do, and the
+    recipe's scales.
     """
+    experiment, groups, started = run.experiment, run.groups, time.perf_counter()
+    batches = run.loader.micro_batches(step)
+    data_wait_seconds = time.perf_counter() - started
     mine = torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double()
-    num_target_tokens = sum_over(groups.dp, to_device(mine, device))
+    num_target_tokens = sum_over(groups.dp, to_device(mine, run.device))
+    num_global_groups = stage.global_batch_tokens // experiment.model.moe_routing_group_tokens
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        inputs = micro_batch_inputs(batch, groups, experiment, device)
-        loss_weight_T = inputs.pop("loss_mask_T") / num_target_tokens.float()
-        routing = training_routing(experiment, stage, step, batch, inputs.pop("group_n"))
-        output, statistics_LX = model(
-            **inputs,
-            loss_weight_T=loss_weight_T,
+        inputs = model_inputs(
+            run,
+            next(batches),
             rope_alpha=stage.rope_alpha,
-            routing=routing,
+            loss_tokens=num_target_tokens.float(),
+            route=lambda group_n: TrainingRouting(experiment.seed, step, group_n, num_global_groups),
         )
+        output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
         return output, as_summed_loss
 
-    for model in chunks:
+    for model in run.wrapped:
         model.zero_grad_buffer()
     tokens = stage.sequence_length * stage.micro_batch_sequences
-    with training_step([model.module for model in chunks], groups) if in_fp8 else nullcontext():
-        losses = run_schedule(forward, chunks, batches, tokens, groups, forward_only=False)
-    return Gradients(losses, statistics, int(num_target_tokens.item()))
+    with training_step([model.module for model in run.wrapped], groups) if in_fp8 else nullcontext():
+        losses = run_schedule(run, forward, batches, tokens, forward_only=False)
+    return Gradients(losses, statistics, int(num_target_tokens.item()), data_wait_seconds)
 
 
 def train_step(
-    experiment: Experiment,
+    run: Run,
     stage: StageConfig,
     step: int,
-    chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    batches: list[MicroBatch],
-    groups: ProcessGroupCollection,
-    device: torch.device,
+    *,
     before_update: Callable[[], None] | None = None,
     in_fp8: bool = True,
 ) -> StepResult:
-    """Run one optimizer step over this rank's micro-batches of the global batch.
+    """Run one optimizer step over this rank's micro-batches of the global batch, at the learning rates that are set.
 
     before_update: called when all gradients are reduced, before they are clipped. in_fp8: as of `compute_gradients`.
 
     Communicates: what `compute_gradients` does, all ranks (statistics), all groups of the optimizer.
     """
-    optimizer.zero_grad()
-    found = compute_gradients(experiment, stage, step, chunks, batches, groups, device, in_fp8)
+    run.optimizer.zero_grad()
+    found = compute_gradients(run, stage, step, in_fp8=in_fp8)
     if before_update is not None:
         before_update()
-    grad_norm = optimizer_step(optimizer)
-    losses, statistics = sum_over_batch(groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
-    return StepResult(losses[0].item(), grad_norm, found.num_target_tokens, statistics)
+    grad_norm = optimizer_step(run.optimizer)
+    losses, statistics = sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
+    return StepResult(losses[0].item(), grad_norm, found.num_target_tokens, statistics, found.data_wait_seconds)
 
 
 def run_schedule(
-    forward: Any,
-    chunks: list[DistributedDataParallel],
-    batches: list[MicroBatch],
-    num_tokens: int,
-    groups: ProcessGroupCollection,
-    forward_only: bool,
+    run: Run, forward: Any, batches: list[MicroBatch], num_tokens: int, forward_only: bool
 ) -> list[Tensor]:
     """Pass micro-batches of `num_tokens` tokens (of all context-parallel ranks) through megatron's pipeline schedule.
 
     Returns what the loss function keeps of each, on the last stage; an empty list on the others.
     """
-    chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=groups)
+    chunks = run.wrapped
+    chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups)
     return get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(batches) for _ in chunks],

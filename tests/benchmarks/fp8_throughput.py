@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -74,6 +75,7 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
     from hunyuan_pretrain.parallel.groups import build_groups
     from hunyuan_pretrain.plan.counts import parameters
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+    from hunyuan_pretrain.train.run import Run
     from hunyuan_pretrain.train.step import train_step
 
     stage = StageConfig(
@@ -122,11 +124,14 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
         )
         for start in range(0, size.sequences * size.length, rows)
     ]
-    steps = iter(range(1 << 30))
+    # of a run, what a step takes: no data on disk, no log
+    loader: Any = SimpleNamespace(micro_batches=lambda step: batches)
+    run = Run(experiment, device(), groups, [], chunks, optimizer, loader, None, 0, log=None)
+    steps = itertools.count()
 
     def step() -> float:
         with training_step(chunks, groups):
-            return train_step(experiment, stage, next(steps), chunks, optimizer, batches, groups, device()).loss
+            return train_step(run, stage, next(steps)).loss
 
     return step, parameters(experiment.model).active
 

@@ -12,6 +12,7 @@ fused AdamW over as many weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 NUM_LAYERS, HIDDEN, HEADS, GROUPS, FFN, EXPERTS, VOCAB = 8, 256, 8, 2, 512, 8, 8192
@@ -54,6 +56,7 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
     from hunyuan_pretrain.runtime.policy import fuses_wgrad_accumulation
     from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+    from hunyuan_pretrain.train.run import Run
     from hunyuan_pretrain.train.step import train_step
 
     stage = StageConfig(
@@ -107,13 +110,13 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
         for ids in sequences
     ]
     stage = stage.model_copy(update={"micro_batch_sequences": sequences.shape[1]})
-    state = {"step": 0}
+    # of a run, what a step takes: no data on disk, no log
+    loader: Any = SimpleNamespace(micro_batches=lambda step: batches)
+    run = Run(experiment, torch.device("cpu"), groups, [], chunks, optimizer, loader, None, 0, log=None)
+    steps = itertools.count(1)
 
     def step() -> float:
-        state["step"] += 1
-        return train_step(
-            experiment, stage, state["step"], chunks, optimizer, batches, groups, torch.device("cpu")
-        ).loss
+        return train_step(run, stage, next(steps)).loss
 
     counts = parameters(experiment.model)
     return step, counts.total, counts.active

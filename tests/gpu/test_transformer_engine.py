@@ -79,7 +79,7 @@ def test_parameters_in_fp8_only_have_gradients_outside_of_a_step(recipe: str) ->
     """As the probes before training compute them."""
     skip_unless_supported(recipe)
     model = built(groups(), True, recipe, True)
-    loss, _ = model(**inputs("cuda"))
+    loss, _ = model(inputs("cuda"))
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -139,7 +139,7 @@ def test_the_host_waits_for_nothing_in_a_step_with_capacity(engine: bool) -> Non
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            loss, _ = model(**micro_batch)
+            loss, _ = model(micro_batch)
             loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

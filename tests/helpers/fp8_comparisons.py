@@ -3,6 +3,7 @@ bf16."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.fp8 import Operand, Recipe
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.model.inputs import ModelInputs
 from tests.helpers.tiny import packed_inputs, tiny_model
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -79,11 +81,12 @@ def built(
     return model
 
 
-def inputs(device: str, seed: int = 0) -> dict[str, Any]:
+def inputs(device: str, seed: int = 0) -> ModelInputs:
     """One micro-batch of MODEL."""
     found = packed_inputs(MODEL, LENGTHS, seed)
-    found["routing"] = found["routing"]._replace(group_n=torch.arange(2, device=device), num_global_groups=2)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+    routing = found.routing._replace(group_n=torch.arange(2, device=device), num_global_groups=2)
+    tensors = {name: value.to(device) for name, value in vars(found).items() if isinstance(value, torch.Tensor)}
+    return replace(found, routing=routing, **tensors)
 
 
 def step(model: HunyuanModel, groups: Any, device: str, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
@@ -92,7 +95,7 @@ def step(model: HunyuanModel, groups: Any, device: str, seed: int = 0) -> tuple[
 
     model.zero_grad()
     with training_step([model], groups):
-        loss, _ = model(**inputs(device, seed))
+        loss, _ = model(inputs(device, seed))
         loss.backward()
     return loss.item(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 

@@ -63,11 +63,9 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.fp8 import scaling_state
-    from hunyuan_pretrain.plan.counts import expert_lr_ratio
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.evaluate import evaluate
-    from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
-    from hunyuan_pretrain.train.optimizer import set_learning_rate
+    from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
     from hunyuan_pretrain.train.step import train_step
 
     _gather_one_by_one()
@@ -76,15 +74,11 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     for step in steps[
         :-1
     ]:  # as a run takes them: nothing is gathered between two steps but what they gather themselves
-        stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
-        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens)
-        set_learning_rate(run.optimizer, experiment.optimizer.lr * lr_fraction(experiment.stages, step), ratio)
-        train_step(
-            experiment, stage, step, run.wrapped, run.optimizer, run.loader.micro_batches(step), run.groups, run.device
-        )
+        apply_learning_rate(run, step)
+        train_step(run, run.schedule.stage(step), step)
     (trace,) = trace_steps(run, steps[-1:])
     assert run.evaluation is not None
-    validation = evaluate(experiment, experiment.stages[-1], run.wrapped, run.evaluation, run.groups, run.device)
+    validation = evaluate(run, experiment.stages[-1], run.evaluation)
     save_load.save(run.run_dir, steps.stop, run.chunks, run.optimizer, None)
     buffers: dict[str, int] = {}
     for model in run.wrapped:
@@ -142,7 +136,7 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
         for key, parameter in plain.named_parameters():
             parameter.data = of(key).detach().clone()
         for model in (kept, plain):
-            loss, _ = model(**fp8.inputs("cpu"))
+            loss, _ = model(fp8.inputs("cpu"))
             loss.backward()
         for key, parameter in plain.named_parameters():
             if any(weight.grad is None for weight in weights.values()) or not torch.equal(

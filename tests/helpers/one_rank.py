@@ -12,10 +12,11 @@ import torch
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.run import Run
 from tests.helpers.tiny import world_of_one
 
 
-def on_this_rank(fields: dict[str, Any]) -> setup.Run:
+def on_this_rank(fields: dict[str, Any]) -> Run:
     """A run of one rank inside the test process, with fresh weights and a log that writes nothing."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -28,7 +29,7 @@ def on_this_rank(fields: dict[str, Any]) -> setup.Run:
     optimizer = setup.build_optimizer(wrapped, experiment, groups)
     loader, evaluation, sets = setup._open_data(experiment, groups)
     log = RunLog(Path(experiment.run_dir), experiment.logging, experiment.name, is_writer=False)
-    return setup.Run(
+    return Run(
         experiment,
         torch.device("cpu"),
         groups,
@@ -43,7 +44,7 @@ def on_this_rank(fields: dict[str, Any]) -> setup.Run:
     )
 
 
-def moments(run: setup.Run) -> dict[str, np.ndarray]:
+def moments(run: Run) -> dict[str, np.ndarray]:
     """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order; empty before the
     first step."""
     found: dict[str, np.ndarray] = {}

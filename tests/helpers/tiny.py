@@ -9,6 +9,7 @@ import torch
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
 
@@ -56,19 +57,20 @@ def build(model: ModelConfig, seed: int = 1, dtype: str = "fp32", **parallel: An
     return whole
 
 
-def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25), seed: int = 0) -> dict[str, Any]:
-    """Arguments of HunyuanModel.forward for documents of these lengths; equal loss weights, in training."""
+def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25), seed: int = 0) -> ModelInputs:
+    """A micro-batch of documents of these lengths; equal loss weights, in training."""
     T = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     borders = [0]
     for length in lengths:
         borders.append(borders[-1] + length)
-    return {
-        "tokens_T": torch.randint(0, model.padded_vocab_size, (T,), generator=generator),
-        "label_T": torch.randint(0, model.padded_vocab_size, (T,), generator=generator),
-        "positions_T": torch.cat([torch.arange(length) for length in lengths]),
-        "borders": borders,
-        "rope_alpha": 10.0,
-        "loss_weight_T": torch.full((T,), 1.0 / T),
-        "routing": TrainingRouting(3, 5, group_n=torch.arange(T // GROUP_TOKENS), num_global_groups=T // GROUP_TOKENS),
-    }
+    groups = T // GROUP_TOKENS
+    return ModelInputs(
+        tokens_T=torch.randint(0, model.padded_vocab_size, (T,), generator=generator),
+        labels_T=torch.randint(0, model.padded_vocab_size, (T,), generator=generator),
+        positions_T=torch.cat([torch.arange(length) for length in lengths]),
+        borders=borders,
+        rope_alpha=10.0,
+        loss_weight_T=torch.full((T,), 1.0 / T),
+        routing=TrainingRouting(seed=3, step=5, group_n=torch.arange(groups), num_global_groups=groups),
+    )

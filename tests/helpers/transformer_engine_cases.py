@@ -223,7 +223,6 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     from hunyuan_pretrain.model import experts
     from hunyuan_pretrain.model.transformer_engine import _Product, load_scaling_state, scaling_state, training_step
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.lr_schedule import stage_of_step
     from hunyuan_pretrain.train.step import train_step
 
     run = setup.prepare(experiment)
@@ -250,14 +249,10 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         patch.object(experts, "row_padding", pad_and_count),
     ):
         for step in range(steps):
-            stage = experiment.stages[stage_of_step(experiment.stages, step)[0]]
             transformer_engine_stub.calls.clear()
             sizes.clear()
             with training_step(run.wrapped, run.groups):
-                batches = run.loader.micro_batches(step)
-                step_result = train_step(
-                    experiment, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device
-                )
+                step_result = train_step(run, run.schedule.stage(step), step)
             result.losses.append(step_result.loss)
             result.calls.append(Counter(transformer_engine_stub.calls))
             result.reductions.append(list(sizes))

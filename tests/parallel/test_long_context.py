@@ -56,13 +56,11 @@ def one_step(fields: dict[str, Any]) -> tuple[float, float, int, float, float]:
     from hunyuan_pretrain.train.step import train_step
 
     run = setup.prepare(Experiment.model_validate(fields))
-    (batch,) = batches = run.loader.micro_batches(0)
+    (batch,) = run.loader.micro_batches(0)
     # not ru_maxrss, which begins with the size of the process that started this one
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = status_mib("VmRSS")
-    result = train_step(
-        run.experiment, run.experiment.stages[0], 0, run.wrapped, run.optimizer, batches, run.groups, run.device
-    )
+    result = train_step(run, run.experiment.stages[0], 0)
     peak = status_mib("VmHWM")
     run.loader.close()
     return result.loss, result.grad_norm, len(batch.cu_seqlens) - 1, before, peak

@@ -49,7 +49,6 @@ def losses_of(jobs: list[tuple[str, bool, Experiment]]) -> list[list[float]]:
     """Of every step of every job, in this rank; core's warning that a gather is out of order is an error, but in bf16,
     where routers are in a buffer of their own and come out of order."""
     from hunyuan_pretrain.train import optimizer, setup
-    from hunyuan_pretrain.train.lr_schedule import lr_fraction, stage_of_step
     from hunyuan_pretrain.train.step import train_step
 
     found, config = [], optimizer.DistributedDataParallelConfig
@@ -61,12 +60,8 @@ def losses_of(jobs: list[tuple[str, bool, Experiment]]) -> list[list[float]]:
             if job.precision.dtype == "fp32":
                 warnings.filterwarnings("error", message="The next bucket's parameter all-gather")
             for step in range(STEPS):
-                stage = job.stages[stage_of_step(job.stages, step)[0]]
-                optimizer.set_learning_rate(run.optimizer, job.optimizer.lr * lr_fraction(job.stages, step), 1.0)
-                batches = run.loader.micro_batches(step)
-                losses.append(
-                    train_step(job, stage, step, run.wrapped, run.optimizer, batches, run.groups, run.device).loss
-                )
+                optimizer.set_learning_rate(run.optimizer, job.optimizer.lr * run.schedule.lr_fraction(step), 1.0)
+                losses.append(train_step(run, run.schedule.stage(step), step).loss)
         setup.leave(run)
         found.append(losses)
     return found

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.plan.buffers import grid
 from hunyuan_pretrain.plan.communication import communication_per_rank
 from hunyuan_pretrain.plan.counts import RankMemory, memory_of_ranks, memory_per_rank
 from tests.helpers.ranks import fork_ranks
@@ -81,7 +81,7 @@ def count_layouts(layouts: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, s
     from hunyuan_pretrain.parallel.traffic import TrafficCounter
     from hunyuan_pretrain.train import setup
 
-    cross_entropy.CHUNK_TOKENS["cpu"] = LOSS_CHUNK_TOKENS
+    cross_entropy.LOSS_CHUNK_TOKENS["cpu"] = LOSS_CHUNK_TOKENS
     found = []
     for fields in layouts:
         run = setup.prepare(Experiment.model_validate(fields))
@@ -95,8 +95,7 @@ def count_layouts(layouts: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, s
 def one_step(run: Any) -> None:
     from hunyuan_pretrain.train.step import train_step
 
-    experiment, batches = run.experiment, run.loader.micro_batches(0)
-    train_step(experiment, experiment.stages[0], 0, run.wrapped, run.optimizer, batches, run.groups, run.device)
+    train_step(run, run.experiment.stages[0], 0)
 
 
 def kept_bytes(run: Any) -> RankMemory:

@@ -25,6 +25,7 @@ from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
 from hunyuan_pretrain.runtime.seeding import generator_state
 from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.run import Run
 from tests.helpers.one_rank import moments, on_this_rank
 from tests.helpers.runs import experiment_fields
 
@@ -34,7 +35,7 @@ def fields(corpus: Path, run_dir: Path, dtype: str = "fp32", **changes: Any) -> 
 
 
 @pytest.fixture(scope="module")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> setup.Run:
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run after one step."""
     run = on_this_rank(fields(corpus, tmp_path_factory.mktemp("run")))
     trace_steps(run, range(1))
@@ -42,7 +43,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> setup.Run:
 
 
 @pytest.fixture(scope="module")
-def saved(run: setup.Run) -> Path:
+def saved(run: Run) -> Path:
     return save_load.save(run.run_dir, 1, run.chunks, run.optimizer, None)
 
 
@@ -52,7 +53,7 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints" / saved.name))
 
 
-def load_into(run: setup.Run, folder: Path) -> int:
+def load_into(run: Run, folder: Path) -> int:
     return save_load.load(folder, run.chunks, run.optimizer)
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hunyuan_pretrain.config.derived import rope_base
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import dump_resolved, load_experiment, load_model
-from hunyuan_pretrain.config.schema import rope_base
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs/dev/demo_cpu.yaml"

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hunyuan_pretrain.config import rules
-from hunyuan_pretrain.config.schema import Experiment, ParallelConfig, pipeline_stages
+from hunyuan_pretrain.config.derived import pipeline_stages
+from hunyuan_pretrain.config.schema import Experiment, ParallelConfig
 
 
 def experiment(num_layers: int, share: int, ranks: int, chunks: int, layout: list[int] | None) -> Experiment:

@@ -54,7 +54,7 @@ def test_batch_order_is_independent_of_dp_size_and_micro_batch(experiment: Calla
         loaders = [StepLoader(run, rank, dp_size, DIGEST) for rank in range(dp_size)]
         steps = []
         for step in range(loaders[0].num_steps):
-            length = run.stages[loaders[0].stage_of_step(step)[0]].sequence_length
+            length = run.stages[loaders[0].order.schedule.stage_of_step(step)[0]].sequence_length
             ranks = [loader.micro_batches(step) for loader in loaders]
             assert len({len(batches) for batches in ranks}) == 1
             steps.append(by_place([batch for batches in ranks for batch in batches], length))
@@ -92,7 +92,7 @@ def test_steps_can_be_asked_for_in_any_order(experiment: Callable, stages: list[
 
 def test_steps_run_through_the_stages(experiment: Callable, stages: list[dict]) -> None:
     loader = StepLoader(experiment(stages), 0, 1, DIGEST)
-    assert [loader.stage_of_step(step) for step in (0, 4, 5, 7)] == [(0, 0), (0, 4), (1, 0), (1, 2)]
+    assert [loader.order.schedule.stage_of_step(step) for step in (0, 4, 5, 7)] == [(0, 0), (0, 4), (1, 0), (1, 2)]
     with pytest.raises(IndexError, match="step 8 of 8"):
         loader.micro_batches(8)
 

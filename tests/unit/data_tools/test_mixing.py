@@ -115,7 +115,7 @@ def test_mix_says_what_the_steps_then_read(command: Any, experiment: Path) -> No
         for number, stage in enumerate(report["stages"]):
             counted = {source["path"]: 0 for source in stage["sources"]}
             for step in range(15):
-                if loader.stage_of_step(step)[0] == number:
+                if loader.order.schedule.stage_of_step(step)[0] == number:
                     for dataset, _ in loader.order.sequences(step, np.arange(8)):
                         counted[str(dataset.index.folder)] += 1
             assert counted == {source["path"]: source["sequences"] for source in stage["sources"]}

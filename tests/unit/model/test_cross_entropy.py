@@ -7,10 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hunyuan_pretrain.model.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
+from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
+from hunyuan_pretrain.model.cross_entropy import linear_cross_entropy
 from tests.helpers.tiny import world_of_one
 
-CHUNK, VOCAB, HIDDEN = CHUNK_TOKENS["cpu"], 1024, 16
+CHUNK, VOCAB, HIDDEN = LOSS_CHUNK_TOKENS["cpu"], 1024, 16
 
 
 class LargestTensor(TorchDispatchMode):
@@ -59,4 +60,4 @@ def test_bytes_avoided_at_256k_tokens_of_hunyuan_large():
     from hunyuan_pretrain.plan.counts import logits_bytes
 
     assert logits_bytes(262_144, 128_512) == 134_754_598_912
-    assert logits_bytes(CHUNK_TOKENS["cuda"], 128_512) == 1_052_770_304
+    assert logits_bytes(LOSS_CHUNK_TOKENS["cuda"], 128_512) == 1_052_770_304

@@ -205,7 +205,7 @@ def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
         )
         (built,) = build_model(config, groups, 1)
         with training_step([built], groups) if quantises else nullcontext():
-            loss, _ = built(**inputs)
+            loss, _ = built(inputs)
             loss.backward()
         return loss.item(), {
             name: parameter.grad for name, parameter in built.named_parameters() if parameter.grad is not None
@@ -238,11 +238,11 @@ def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
         before = {key: parameter.detach().clone() for key, parameter in built.named_parameters()}
         if is_kept:
             with torch.no_grad():
-                found, _ = built(**inputs)
+                found, _ = built(inputs)
             assert all(torch.equal(parameter, before[key]) for key, parameter in built.named_parameters())
             validation.append(found)
         with training_step([built], groups):
-            loss, _ = built(**inputs)
+            loss, _ = built(inputs)
             loss.backward()
         training.append([loss, *(parameter.grad for parameter in built.parameters())])
         if not is_kept:  # the same model with weights that FP8 can hold
@@ -257,7 +257,7 @@ def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
                     ]
                     parameter.data = whole.to(parameter.dtype).view_as(parameter)
             with torch.no_grad():
-                found, _ = built(**inputs)
+                found, _ = built(inputs)
             validation.append(found)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*training, strict=True))
     assert torch.equal(*validation)

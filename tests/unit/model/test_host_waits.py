@@ -5,6 +5,7 @@ called."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,9 +86,9 @@ def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: An
     """Of a forward pass, and a backward pass where there is one."""
     whole, inputs = build(model, **parallel), packed_inputs(model)
     if is_counted:
-        inputs["routing"] = EvaluationRouting(torch.arange(len(inputs["tokens_T"])) % 3 > 0)
+        inputs = replace(inputs, routing=EvaluationRouting(torch.arange(len(inputs.tokens_T)) % 3 > 0))
     with Operations() as operations, torch.set_grad_enabled(not is_counted):
-        loss, _ = whole(**inputs)
+        loss, _ = whole(inputs)
         if not is_counted:
             loss.backward()
     return operations.looks

@@ -1,14 +1,19 @@
 """The model against the plain formulation, packing, recompute, and the published sizes."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from hunyuan_pretrain.checkpoint.weight_map import to_hf
+from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
 from hunyuan_pretrain.config.load import load_model
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model.cross_entropy import CHUNK_TOKENS, linear_cross_entropy
+from hunyuan_pretrain.model.cross_entropy import linear_cross_entropy
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.routing import EVALUATION
 from tests.helpers import tiny
 from tests.reference.plain_hunyuan import plain_logits
@@ -22,6 +27,11 @@ FEATURES = {
     "untied": {"share_embeddings_and_output_weights": False},
     "one group a head": {"num_query_groups": 4},
 }
+
+
+def without_labels(inputs: ModelInputs, **changes: Any) -> ModelInputs:
+    """For logits, routed without capacity."""
+    return replace(inputs, labels_T=None, loss_weight_T=None, routing=EVALUATION, **changes)
 
 
 def randomise_norms(model: HunyuanModel) -> None:
@@ -41,17 +51,15 @@ def test_logits_equal_the_plain_formulation(changes):
     randomise_norms(model)
     inputs = tiny.packed_inputs(architecture)
     with torch.no_grad():
-        logits, _ = model(inputs["tokens_T"], inputs["positions_T"], inputs["borders"], inputs["rope_alpha"])
+        logits, _ = model(without_labels(inputs))
     tensors = dict(to_hf(architecture, {name: parameter.detach() for name, parameter in model.named_parameters()}))
-    expected = plain_logits(
-        architecture, tensors, inputs["tokens_T"], torch.tensor(inputs["borders"]), inputs["rope_alpha"]
-    )
+    expected = plain_logits(architecture, tensors, inputs.tokens_T, torch.tensor(inputs.borders), inputs.rope_alpha)
     torch.testing.assert_close(logits, expected.float(), atol=2e-5, rtol=1e-5)
 
 
-def gradients(model: HunyuanModel, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+def gradients(model: HunyuanModel, inputs: ModelInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     model.zero_grad()
-    loss, statistics = model(**inputs)
+    loss, statistics = model(inputs)
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, statistics
 
@@ -63,17 +71,17 @@ def test_gradients_equal_autograd_through_the_plain_formulation(changes):
     architecture = tiny.tiny_model(**changes)
     model = tiny.build(architecture)
     randomise_norms(model)
-    inputs = tiny.packed_inputs(architecture) | {"routing": EVALUATION}
+    inputs = replace(tiny.packed_inputs(architecture), routing=EVALUATION)
     loss, actual, _ = gradients(model, inputs)
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     logits = plain_logits(
         architecture,
         dict(to_hf(architecture, weights)),
-        inputs["tokens_T"],
-        torch.tensor(inputs["borders"]),
-        inputs["rope_alpha"],
+        inputs.tokens_T,
+        torch.tensor(inputs.borders),
+        inputs.rope_alpha,
     )
-    expected_loss = torch.nn.functional.cross_entropy(logits.float(), inputs["label_T"])
+    expected_loss = torch.nn.functional.cross_entropy(logits.float(), inputs.labels_T)
     expected_loss.backward()
     torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-6, rtol=1e-6)
     for name, weight in weights.items():
@@ -90,7 +98,7 @@ def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
     """Output and gradients of the routed experts for recycled, dropped and empty places."""
     architecture = tiny.tiny_model(**changes)
     mlp = tiny.build(architecture).decoder.layers[1].mlp
-    routing = tiny.packed_inputs(architecture)["routing"]
+    routing = tiny.packed_inputs(architecture).routing
     hidden = torch.randn(96, architecture.hidden_size, generator=torch.Generator().manual_seed(4), requires_grad=True)
     plan = mlp.router(hidden, routing).plan
     capacity_rows = plan.num_rows // architecture.num_moe_experts
@@ -121,11 +129,11 @@ def test_documents_in_a_pack_do_not_attend_to_each_other():
     architecture = tiny.tiny_model()
     model = tiny.build(architecture)
     inputs = tiny.packed_inputs(architecture)
-    changed = inputs["tokens_T"].clone()
+    changed = inputs.tokens_T.clone()
     changed[20:64] = (changed[20:64] + 1) % architecture.padded_vocab_size
     with torch.no_grad():
         before, after = (
-            model(tokens, inputs["positions_T"], inputs["borders"], 1.0)[0] for tokens in (inputs["tokens_T"], changed)
+            model(without_labels(inputs, tokens_T=tokens, rope_alpha=1.0))[0] for tokens in (inputs.tokens_T, changed)
         )
     assert torch.equal(before[:20], after[:20])
     assert torch.equal(before[64:], after[64:])
@@ -137,8 +145,8 @@ def test_a_document_gives_the_same_alone_and_in_a_pack():
     model = tiny.build(architecture)
     inputs = tiny.packed_inputs(architecture)
     with torch.no_grad():
-        packed = model(inputs["tokens_T"], inputs["positions_T"], inputs["borders"], 1.0)[0]
-        alone = model(inputs["tokens_T"][20:64], torch.arange(44), [0, 44], 1.0)[0]
+        packed = model(without_labels(inputs, rope_alpha=1.0))[0]
+        alone = model(ModelInputs(inputs.tokens_T[20:64], torch.arange(44), [0, 44]))[0]
     torch.testing.assert_close(packed[20:64], alone)
 
 
@@ -171,7 +179,7 @@ def test_recompute_keeps_less():
         model = tiny.build(architecture, recompute=recompute)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss, _ = model(**inputs)
+            loss, _ = model(inputs)
         del loss
         return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
@@ -181,7 +189,7 @@ def test_recompute_keeps_less():
 
 
 def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch):
-    monkeypatch.setitem(CHUNK_TOKENS, "cpu", 7)
+    monkeypatch.setitem(LOSS_CHUNK_TOKENS, "cpu", 7)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(30, 16, generator=generator), torch.randn(96, 16, generator=generator)
     label, loss_weight = torch.randint(0, 96, (30,), generator=generator), torch.rand(30, generator=generator)

@@ -220,7 +220,7 @@ def test_rows_of_zeros_change_nothing(factor: float | None, monkeypatch: pytest.
         )[1]
     losses = []
     for one in (whole, padded):
-        loss, _ = one(**packed_inputs(model))
+        loss, _ = one(packed_inputs(model))
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

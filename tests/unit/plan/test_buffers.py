@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from hunyuan_pretrain.config.derived import grid, stages_of
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.plan import buffers
-from hunyuan_pretrain.plan.buffers import Buffer, Weight, buffers_of_stage, grid, stages_of, weights_of_stage
+from hunyuan_pretrain.plan.buffers import Buffer, Weight, buffers_of_stage, weights_of_stage
 from hunyuan_pretrain.plan.counts import parameters
 
 MODEL = ModelConfig(

@@ -111,11 +111,9 @@ def test_chunks_of_the_output_layer_change_the_calls_and_not_the_bytes() -> None
 
 
 def test_the_numbers_of_the_model_are_the_models() -> None:
-    from hunyuan_pretrain.model import cross_entropy
     from hunyuan_pretrain.model.routing import RouterStatistics
 
     assert RouterStatistics.packed_size(0) == communication.STATISTICS_BESIDE_LOAD
-    assert cross_entropy.CHUNK_TOKENS["cuda"] == communication.LOSS_CHUNK_TOKENS
 
 
 def test_what_does_not_divide_is_refused() -> None:

@@ -8,16 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hunyuan_pretrain.config.derived import expert_lr_ratio, grid, optimal_lr_factor
 from hunyuan_pretrain.config.load import load_experiment, load_model
 from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.plan.buffers import grid
 from hunyuan_pretrain.plan.counts import (
-    expert_lr_ratio,
     flops_per_token,
     kv_cache_bytes_per_token,
     memory_of_ranks,
     memory_per_rank,
-    optimal_lr_factor,
     parameters,
 )
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from hunyuan_pretrain.config.derived import expert_rows
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.plan.buffers import buffers_of_stage
 from hunyuan_pretrain.plan.counts import memory_of_ranks
-from hunyuan_pretrain.plan.fp8 import expert_rows, fp8_flops_per_token, fp8_memory_per_rank, layer_sizes
+from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_memory_per_rank, layer_sizes
 from hunyuan_pretrain.plan.summary import summarise
 
 ROOT = Path(__file__).parents[3]

@@ -27,7 +27,7 @@ def validation(corpus, tmp_path, **evaluation):
     )
     run = on_this_rank(fields)
     assert run.evaluation is not None
-    return run, evaluate(run.experiment, run.experiment.stages[1], run.wrapped, run.evaluation, run.groups, run.device)
+    return run, evaluate(run, run.experiment.stages[1], run.evaluation)
 
 
 def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_path):
@@ -87,7 +87,7 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
     assert [set(one) for one in sets] == [{"loss", "target_tokens", "bits_per_byte", "expert_load"}] * 2
     for prefix, found in zip(PREFIXES, sets, strict=True):
         loader = run.validations[prefix]
-        alone = evaluate(run.experiment, run.experiment.stages[0], run.wrapped, loader, run.groups, run.device)
+        alone = evaluate(run, run.experiment.stages[0], loader)
         assert found == alone
         heldout = measure_heldout(
             run.experiment.model_copy(

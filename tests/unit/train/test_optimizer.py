@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
+from hunyuan_pretrain.config.derived import expert_lr_ratio
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.parity import compare, trace_steps
-from hunyuan_pretrain.plan.counts import expert_lr_ratio
 from hunyuan_pretrain.train.optimizer import (
     build_optimizer,
     describe_groups,

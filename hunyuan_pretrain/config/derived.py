@@ -1,0 +1,188 @@
+"""What follows from the settings by arithmetic: sizes of the rank grid, layers of pipeline stages, slots of experts,
+learning rate of the routed experts. Plan, training and model take it from here, so that a plan speaks of what runs. No
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+from hunyuan_pretrain.config.schema import (
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    StageConfig,
+)
+
+# --- the rank grid ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How many ranks share what, from the layout and the number of ranks; and which places a rank has (tp, cp, ep, dp,
+    pp from inside)."""
+
+    tp: int
+    cp: int
+    pp: int
+    ep: int
+    expert_tp: int
+    dp: int
+    """Ranks that hold different sequences."""
+    expert_dp: int
+    """Ranks that hold the same routed experts."""
+    world_size: int
+
+    @property
+    def dp_cp(self) -> int:
+        """Ranks that hold the same weights other than routed experts: gradients are reduced over them."""
+        return self.dp * self.cp
+
+    @property
+    def has_expert_buffers(self) -> bool:
+        """Whether routed experts are reduced over fewer or more ranks than the other weights; else core treats them
+        like those."""
+        return self.expert_dp != self.dp_cp
+
+    def pipeline_rank(self, rank: int) -> int:
+        return rank // (self.world_size // self.pp)
+
+    def shard(self, rank: int, is_expert: bool) -> int:
+        """Place of a rank in the group over which its weights' optimizer state is divided."""
+        return rank % (self.world_size // self.pp) // (self.expert_tp * self.ep if is_expert else self.tp)
+
+
+def grid(parallel: ParallelConfig, world_size: int) -> Grid:
+    """Raises ValueError where the layout does not divide the ranks."""
+    tp, cp, pp = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    ep, expert_tp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    dense, expert = _ranks_of_one_copy(parallel)
+    if world_size % dense or world_size % expert:
+        raise ValueError(
+            f"world_size={world_size} is not a multiple of TP*CP*PP={tp}*{cp}*{pp}={dense} and of "
+            f"ETP*EP*PP={expert_tp}*{ep}*{pp}={expert}"
+        )
+    return Grid(tp, cp, pp, ep, expert_tp, world_size // dense, world_size // expert, world_size)
+
+
+def _ranks_of_one_copy(parallel: ParallelConfig) -> tuple[int, int]:
+    """(TP*CP*PP, ETP*EP*PP): ranks that share the tokens of a sequence and the weights outside the routed experts, and
+    ranks that hold each routed expert once."""
+    pp = parallel.pipeline_model_parallel_size
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size * pp
+    return dense, parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size * pp
+
+
+def data_parallel_size(experiment: Experiment, world_size: int) -> int:
+    """Ranks that hold different sequences: world_size / (TP * PP * CP)."""
+    return world_size // _ranks_of_one_copy(experiment.parallel)[0]
+
+
+def smallest_world_size(experiment: Experiment) -> int:
+    """Fewest ranks that the layout divides: the least common multiple of TP*PP*CP and ETP*EP*PP."""
+    return math.lcm(*_ranks_of_one_copy(experiment.parallel))
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
+    """Layers of every stage in the order in which a token passes them; stage i is chunk i // PP of pipeline rank i %
+    PP."""
+    num_stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    sizes = parallel.pipeline_layout or (model.num_layers // num_stages,) * num_stages
+    ends = list(accumulate(sizes))
+    return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def stages_of(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) -> dict[int, range]:
+    """Stage number -> its layers, for the stages of one pipeline rank, in the order of its chunks."""
+    stages, ranks = pipeline_stages(model, parallel), parallel.pipeline_model_parallel_size
+    if not 0 <= pipeline_rank < ranks:
+        raise ValueError(f"pipeline_rank={pipeline_rank}, but there are pipeline ranks 0 to {ranks - 1}")
+    return {number: stages[number] for number in range(pipeline_rank, len(stages), ranks)}
+
+
+def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
+    """Model chunks of each pipeline rank as megatron-core wants it said: None where there is one."""
+    return parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+LOSS_CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
+"""Tokens of a chunk of the output layer, of all tensor-parallel ranks, by kind of device: logits are held of a chunk at
+a time (model.cross_entropy), which on a CPU stay in the cache, and on a GPU make efficient products."""
+
+
+def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
+    """RoPE base after NTK-alpha scaling: rotary_base * alpha^(d / (d - 2)), d = head_dim in channels.
+
+    Hunyuan-Large at 256K: base 1e4, alpha 1e5, d = 80 give about 1.34e9 (the report rounds to 1e9).
+    Raises ValueError where head_dim is below 4: with d = 2 there is one frequency, which no base changes.
+    """
+    if head_dim < 4:
+        raise ValueError(f"head_dim={head_dim}: NTK-alpha scaling needs at least 4 channels")
+    return rotary_base * alpha ** (head_dim / (head_dim - 2))
+
+
+def expert_capacity(model: ModelConfig) -> int:
+    """Slots of one expert for one routing group: ceil(factor * tokens * topk / experts). The model has a capacity."""
+    assert model.moe_expert_capacity_factor is not None
+    return math.ceil(
+        model.moe_expert_capacity_factor
+        * model.moe_routing_group_tokens
+        * model.moe_router_topk
+        / model.num_moe_experts
+    )
+
+
+def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> int | None:
+    """Rows that an expert multiplies at a time: its capacity in every routing group of the ranks that send to it; None
+    without a capacity.
+
+    Where they are a multiple of precision.fp8_alignment, as with a capacity that is, no row has to be padded, whatever
+    tokens choose.
+    """
+    model, ranks = experiment.model, grid(experiment.parallel, world_size)
+    if model.moe_expert_capacity_factor is None:
+        return None
+    tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
+    groups = tokens // model.moe_routing_group_tokens
+    return expert_capacity(model) * groups * ranks.ep * ranks.expert_tp
+
+
+# --- the learning rate ------------------------------------------------------------------------------------------------
+
+
+def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
+    """eps_opt(B) / eps_max = 2 / (sqrt(B_noise / B) + sqrt(B / B_noise)), for optimizers of Adam's kind.
+
+    At most 1, reached at B = B_noise; both arguments in tokens. Source: Hunyuan-Large report (arXiv 2411.02265),
+    section on expert-specific learning rate scaling, after arXiv 2405.14578.
+    """
+    ratio = math.sqrt(noise_scale_tokens / batch_tokens)
+    return 2 / (ratio + 1 / ratio)
+
+
+def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int) -> float:
+    """Learning rate of the routed experts over that of all other weights.
+
+    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B): a routed expert sees that share
+    of the batch B, in tokens. The report prints the inverse and calls it about 0.31 for 16 experts, with routed experts
+    scaled down. As printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up; this reading gives 0.31
+    at B = 0.26 B_noise, and scales down.
+    """
+    noise = optimizer.expert_lr_noise_scale_tokens
+    if noise is None:
+        assert optimizer.expert_lr_ratio is not None, "config.rules refuses an experiment with neither"
+        return optimizer.expert_lr_ratio
+    expert_tokens = global_batch_tokens * model.moe_router_topk / model.num_moe_experts
+    return optimal_lr_factor(expert_tokens, noise) / optimal_lr_factor(global_batch_tokens, noise)

@@ -1,0 +1,67 @@
+"""A run that is ready: what `train.setup` has put together, and every step of training takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hunyuan_pretrain.config.schedule import Schedule
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.runtime.lock import RunLock
+from hunyuan_pretrain.runtime.logging import RunLog
+from hunyuan_pretrain.train.resume import Start
+
+
+@dataclass
+class Run:
+    """One rank's view of a run that is ready to train."""
+
+    experiment: Experiment
+    device: torch.device
+    groups: ProcessGroupCollection
+    chunks: list[HunyuanModel]
+    """The model of this rank: one chunk, or several where the pipeline is interleaved."""
+    wrapped: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    loader: StepLoader
+    evaluation: EvaluationLoader | None
+    first_step: int
+    log: RunLog
+    start: Start | None = None
+    """How it began or went on; None where nothing is kept of the run."""
+    lock: RunLock | None = None
+    """Of the run directory, on rank 0."""
+    evaluation_sets: dict[str, EvaluationLoader] = field(default_factory=dict)
+    """evaluation.sets by name."""
+
+    @property
+    def validations(self) -> dict[str, EvaluationLoader]:
+        """Every validation set, by what the names of its metrics begin with."""
+        unnamed = {} if self.evaluation is None else {"validation_": self.evaluation}
+        return unnamed | {f"validation/{name}/": loader for name, loader in self.evaluation_sets.items()}
+
+    @property
+    def schedule(self) -> Schedule:
+        """What each step does, of the segments before too."""
+        return self.loader.order.schedule
+
+    def record(self, num_steps: int) -> dict[str, Any]:
+        """What a checkpoint after so many steps keeps of the run's identity: position and history."""
+        history = self.start.history if self.start else ()
+        return {
+            "position": self.schedule.position(num_steps),
+            "history": [segment.model_dump(mode="json") for segment in history],
+        }
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything that the run writes."""
+        return Path(self.experiment.run_dir)
