@@ -35,7 +35,15 @@ from datatrove.pipeline.base import PipelineStep
 from pydantic import TypeAdapter, ValidationError
 
 from data_tools.encoding import DocumentEncoder
-from data_tools.tokenization import checked_outputs, default_workers, finish, name_outputs, plan_job, remove_shards
+from data_tools.tokenization import (
+    TOKENIZED_FILES,
+    checked_outputs,
+    default_workers,
+    finish,
+    name_outputs,
+    plan_job,
+    remove_shards,
+)
 from data_tools.tokenized_shard import TokenizeJob, is_finished, shard_name, write_shard
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import (
@@ -80,7 +88,7 @@ def begin(
 
         def open_folder(path: str) -> Path:
             return stack.enter_context(
-                unfinished_folder(path, marker=MANIFEST, identity=job.identity, overwrite=overwrite)
+                unfinished_folder(path, files=TOKENIZED_FILES, identity=job.identity, overwrite=overwrite)
             )
 
         folder = open_folder(output)

@@ -21,7 +21,7 @@ from hunyuan_pretrain.data.mixture import source_path
 from hunyuan_pretrain.data.sample_order import SampleOrder
 from hunyuan_pretrain.plan.counts import flops_per_token
 
-REPORT = "mix.json"
+REPORT, PICTURE = "mix.json", "mix.png"
 _MEASURED_STEPS = 50
 
 
@@ -40,10 +40,10 @@ def mix(
     for stage in stages:
         _print_stage(stage, console)
     if output is not None:
-        with new_folder(output, marker=REPORT, overwrite=overwrite) as folder:
-            draw(stages, folder / "mix.png")
+        with new_folder(output, files=(REPORT, PICTURE), overwrite=overwrite) as folder:
+            draw(stages, folder / PICTURE)
             write_file(folder / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
-        console.print(f"{output}: {REPORT} and mix.png")
+        console.print(f"{output}: {REPORT} and {PICTURE}")
     return report
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from data_tools.progress import ProgressReport
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import MANIFEST, new_folder
+from hunyuan_pretrain.data.folders import new_folder
 from hunyuan_pretrain.data.indexed import TokenizedDataset
-from hunyuan_pretrain.data.packed_format import MAX_SEQUENCE_LENGTH, check_sources, write_packed
+from hunyuan_pretrain.data.packed_format import MAX_SEQUENCE_LENGTH, PACKED_FILES, check_sources, write_packed
 from hunyuan_pretrain.data.packing import PackingMethod, pack_documents
 
 
@@ -57,12 +57,12 @@ def pack(
         is_wanted &= lengths <= max_document_tokens
     if not is_wanted.any():
         raise DataFormatError(
-            f"{', '.join(map(str, tokenized))}: no document has {min_document_tokens} to "
-            f"{max_document_tokens or 'more'} tokens; they have "
+            f"{', '.join(map(str, tokenized))}: no document has {min_document_tokens} "
+            f"{f'to {max_document_tokens}' if max_document_tokens else 'or more'} tokens; they have "
             f"{lengths.min()} to {lengths.max()}"
         )
     lengths[~is_wanted] = 0  # what has no token is not packed
-    with new_folder(output, marker=MANIFEST, overwrite=overwrite) as folder:
+    with new_folder(output, files=PACKED_FILES, overwrite=overwrite) as folder:
         packing = pack_documents(lengths, sequence_length, seed, method, min_fragment_tokens)
         options = {
             "method": method,

@@ -45,6 +45,8 @@ from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, s
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
 REJECTS = "rejects.jsonl"
+TOKENIZED_FILES = (MANIFEST, REJECTS, *shard_files("shard_*"))
+"""Patterns of the names in a tokenized folder."""
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -185,13 +187,15 @@ def tokenize(
     outputs = checked_outputs(output, job.holdout_every, holdout_output)
     with ExitStack() as stack:
         folders = [
-            stack.enter_context(unfinished_folder(output, marker=MANIFEST, identity=job.identity, overwrite=overwrite))
+            stack.enter_context(
+                unfinished_folder(output, files=TOKENIZED_FILES, identity=job.identity, overwrite=overwrite)
+            )
         ]
         if not (folders[0] / MANIFEST).is_file():
             for other in outputs[1:]:
                 folders.append(
                     stack.enter_context(
-                        unfinished_folder(other, marker=MANIFEST, identity=job.identity, overwrite=overwrite)
+                        unfinished_folder(other, files=TOKENIZED_FILES, identity=job.identity, overwrite=overwrite)
                     )
                 )
             write_shards(job, folders, workers)

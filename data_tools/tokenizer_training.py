@@ -22,8 +22,15 @@ from data_tools.vocabulary import (
     load_base,
 )
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import new_folder
-from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, format_ranks, write_hf_tokenizer
+from hunyuan_pretrain.data.folders import is_inside, new_folder
+from hunyuan_pretrain.data.tokenizer import (
+    HF_FILES,
+    RANKS_FILE,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    format_ranks,
+    write_hf_tokenizer,
+)
 
 REPORT_FILE = "report.json"
 DEFAULT_HOLDOUT_EVERY = 100
@@ -67,6 +74,8 @@ def train_tokenizer(
     if holdout_every < 0 or holdout_every == 1:
         raise DataFormatError(f"--holdout-every {holdout_every}: must be 2 or more, or 0 to hold out nothing")
     continued = None if base is None else load_base(base, base_size)
+    if base is not None and is_inside(base, output):
+        raise DataFormatError(f"--output {output}: holds the base; choose another output")
     ranks = continued.kept if continued else byte_vocabulary()
     if vocab_size < len(ranks) + len(SPECIAL_TOKENS):
         held = f"{len(ranks)} ranks of the base" if continued else "256 bytes"
@@ -82,7 +91,7 @@ def train_tokenizer(
     text = TrainingText(
         inputs, found.files, text_field, sample_fraction, max_rejects, parse_conditions(where), holdout_every, report_by
     )
-    with new_folder(output, marker=RANKS_FILE, overwrite=overwrite) as folder:
+    with new_folder(output, files=(RANKS_FILE, REPORT_FILE, *HF_FILES), overwrite=overwrite) as folder:
         long_words = LongWords()
         tokenizer = Tokenizer(extend(ranks, _with_progress(text), vocab_size - len(SPECIAL_TOKENS), long_words))
         if tokenizer.vocab_size < vocab_size:

@@ -8,8 +8,9 @@ import os
 import reprlib
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, *, files: Sequence[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `path` that takes its name when the block ends, and is removed if the block raises.
 
-    `marker` is a file that every folder of this kind holds: with `overwrite` an existing folder is replaced only if it
-    has one, so that a mistyped output never removes somebody's files. Raises DataFormatError if `path` is there and may
-    not be replaced.
+    `files` are patterns of the names that a folder of this kind holds, the first one of which is always there: with
+    `overwrite` an existing folder is replaced only if it holds that one and no others, so that a mistyped output never
+    removes somebody's files, nor what another command has made. Raises DataFormatError if `path` is there and may not
+    be replaced.
     """
     path = Path(path)
-    _check_replaceable(path, marker, overwrite)
+    _check_replaceable(path, files, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
     # A leftover of a killed process that had the same number.
@@ -47,7 +49,9 @@ def new_folder(path: str | Path, *, marker: str, overwrite: bool = False) -> Ite
 
 
 @contextmanager
-def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite: bool = False) -> Iterator[Path]:
+def unfinished_folder(
+    path: str | Path, *, files: Sequence[str], identity: str, overwrite: bool = False
+) -> Iterator[Path]:
     """The place where the folder `path` grows, over several runs of a command if one is interrupted; `finish_folder`
     gives it its name.
 
@@ -58,7 +62,7 @@ def unfinished_folder(path: str | Path, *, marker: str, identity: str, overwrite
     work, or if an unfinished folder of another identity is there; with `overwrite` that one is removed.
     """
     path = Path(path)
-    _check_replaceable(path, marker, overwrite)
+    _check_replaceable(path, files, overwrite)
     partial = _partial(path)
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(path, fcntl.LOCK_EX):
@@ -146,15 +150,27 @@ def _partial(path: Path) -> Path:
     return path.parent / f".{path.name}.partial"
 
 
-def _check_replaceable(path: Path, marker: str, overwrite: bool) -> None:
+def _check_replaceable(path: Path, files: Sequence[str], overwrite: bool) -> None:
     is_empty_folder = path.is_dir() and not any(path.iterdir())
     if path.exists() and not is_empty_folder:
         if not overwrite:
             raise DataFormatError(f"{path}: already there; choose another output, or pass --overwrite to replace it")
-        if not (path / marker).is_file():
+        if not (path / files[0]).is_file():
             raise DataFormatError(
-                f"{path}: not replaced, because it holds no {marker} and so was not written by this command"
+                f"{path}: not replaced, because it holds no {files[0]} and so was not written by this command"
             )
+        names = sorted(entry.name for entry in path.iterdir())
+        if others := [name for name in names if not any(fnmatchcase(name, pattern) for pattern in files)]:
+            raise DataFormatError(
+                f"{path}: not replaced, because it holds {others[0]}, which this command does not write; choose "
+                "another output, or remove the folder"
+            )
+
+
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path leads to something in a folder, or to the folder itself, by whatever links."""
+    there = Path(folder).resolve()
+    return there in (Path(path).resolve(), *Path(path).resolve().parents)
 
 
 def _take_name(temporary: Path, path: Path) -> None:

@@ -44,6 +44,8 @@ PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 3
 ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
 ARRAYS_OF_COSTS = ("squared_lengths", "cost_order")
 ARRAYS_OF_TOKENS = ("sequence_starts", "next_tokens")
+PACKED_FILES = (MANIFEST, TOKENS, *(f"{name}.npy" for name in (*ARRAYS, *ARRAYS_OF_COSTS, *ARRAYS_OF_TOKENS)))
+"""Names of all that is in a packed folder."""
 MAX_SEQUENCE_LENGTH = 1 << 24
 
 

@@ -25,6 +25,7 @@ from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
 
 RANKS_FILE = "hy.tiktoken"
+HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -317,9 +318,9 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
     }
     if model_max_length is not None:
         config["model_max_length"] = model_max_length
-    write_file(folder / "tokenizer.json", fast.to_str(pretty=False).encode())
-    write_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_file(folder / "special_tokens_map.json", (json.dumps(roles, indent=2) + "\n").encode())
+    contents = (fast.to_str(pretty=False), json.dumps(config, indent=2) + "\n", json.dumps(roles, indent=2) + "\n")
+    for name, content in zip(HF_FILES, contents, strict=True):
+        write_file(folder / name, content.encode())
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

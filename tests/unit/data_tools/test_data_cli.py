@@ -331,6 +331,35 @@ def test_an_output_is_replaced_only_when_told_to_and_only_if_it_is_ours(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_overwrite_never_replaces_what_another_command_has_written_nor_what_is_read(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenized, tokenizer, packed = tmp_path / "tokenized", tmp_path / "tokenizer", tmp_path / "packed"
+    shutil.copytree(work / "train", tokenized)
+    shutil.copytree(work / "tok", tokenizer)
+    assert run("pack", tokenized, "--sequence-length", 64, "--output", packed) == 0
+    (tokenizer / "model.safetensors").write_text("weights beside a tokenizer, as in a release")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    train = ("train-tokenizer", CORPUS[2], "--vocab-size", 480)
+    for command, held in (
+        (("pack", tokenized, "--sequence-length", 64, "--output", tokenized), "shard_00000.bin"),
+        (("pack", work / "train", "--sequence-length", 64, "--output", tokenized), "shard_00000.bin"),
+        (("tokenize", CORPUS[2], "--tokenizer", tokenizer, "--output", packed), "cost_order.npy"),
+        ((*train, "--output", tokenizer), "model.safetensors"),
+    ):
+        said = f"not replaced, because it holds {held}, which this command does not write"
+        assert said in fails(capsys, *command, "--overwrite")
+    (tokenizer / "model.safetensors").unlink()
+    del before[tokenizer / "model.safetensors"]
+    for base in (tokenizer, tokenizer / "hy.tiktoken"):
+        command = (*train, "--base", base, "--output", tokenizer, "--overwrite")
+        assert f"--output {tokenizer}: holds the base" in fails(capsys, *command)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run("pack", tokenized, "--sequence-length", 32, "--output", packed, "--overwrite") == 0
+    assert run(*train, "--output", tokenizer, "--overwrite") == 0
+
+
 def test_a_full_disk_is_one_message_and_leaves_nothing(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,7 +159,7 @@ def test_tasks_share_the_folder_with_tasks_only(tmp_path: Path, corpus: list[str
     TokenizeShards(out)()
     assert written == {path: path.stat().st_mtime_ns for path in written}  # finished shards are not written again
     with (
-        unfinished_folder(out, marker="manifest.json", identity=identity),
+        unfinished_folder(out, files=["manifest.json"], identity=identity),
         pytest.raises(DataFormatError, match="another process"),
     ):
         TokenizeShards(out)()

@@ -164,7 +164,7 @@ def test_a_damaged_report_of_a_shard_is_refused(tmp_path: Path, corpus: list[str
 def test_two_processes_do_not_write_one_output(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
     out = tmp_path / "out"
     with (
-        unfinished_folder(out, marker="manifest.json", identity="x"),
+        unfinished_folder(out, files=["manifest.json"], identity="x"),
         pytest.raises(DataFormatError, match="out: another process is"),
     ):
         tokenize(corpus, tokenizer_folder, str(out))
