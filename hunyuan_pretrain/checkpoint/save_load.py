@@ -34,7 +34,7 @@ from hunyuan_pretrain.checkpoint.folders import (
 )
 from hunyuan_pretrain.checkpoint.optimizer_state import Stage, restore_state, state_on_host, wanted_state
 from hunyuan_pretrain.checkpoint.parallel_write import forget_plan, write_state
-from hunyuan_pretrain.model.fp8 import Recipe, load_scaling_state, scaling_state
+from hunyuan_pretrain.model.fp8 import dtype_of, load_scaling_state, scaling_state
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, from_rank_0, patience
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
@@ -302,10 +302,11 @@ def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
     """What must be equal for the scales of a checkpoint to be those of a run; None where a run has none that outlive a
     step."""
     formats = model.config.number_formats
-    if formats.fp8_recipe != "delayed":
+    recipe = formats.recipe
+    if recipe is None or not recipe.is_delayed:
         return None
-    recipe = Recipe.of(formats)
-    return [recipe.margin, recipe.history_steps, recipe.takes_max, str(recipe.backward_dtype), *formats.layers_in_bf16]
+    backward_dtype = str(dtype_of(recipe, "dy"))
+    return [recipe.margin, recipe.history_steps, recipe.takes_max, backward_dtype, *formats.layers_in_bf16]
 
 
 def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:

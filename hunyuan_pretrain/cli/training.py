@@ -11,6 +11,7 @@ import typer
 
 from hunyuan_pretrain.cli.options import ConfigPath, Overrides
 from hunyuan_pretrain.cli.printing import print_table
+from hunyuan_pretrain.config.recipe import RECIPES
 
 
 class ParityPrecision(StrEnum):
@@ -28,13 +29,7 @@ class LayerEngine(StrEnum):
     te = "te"
 
 
-class Fp8Recipe(StrEnum):
-    """FP8 recipes."""
-
-    delayed = "delayed"
-    tensorwise = "tensorwise"
-    blockwise = "blockwise"
-    mxfp8 = "mxfp8"
+Fp8Recipe = StrEnum("Fp8Recipe", list(RECIPES))  # type: ignore[misc]
 
 
 class Fp8Format(StrEnum):
@@ -140,7 +135,7 @@ def parity(
 def shadow(
     config: ConfigPath,
     overrides: Overrides = None,
-    recipe: Annotated[Fp8Recipe, typer.Option(help="FP8 recipe to try, emulated.")] = Fp8Recipe.blockwise,
+    recipe: Annotated[Fp8Recipe, typer.Option(help="FP8 recipe to try, emulated.")] = Fp8Recipe["blockwise"],
     fp8_format: Annotated[
         Fp8Format | None, typer.Option("--format", help="Default: Transformer Engine's for the recipe.")
     ] = None,

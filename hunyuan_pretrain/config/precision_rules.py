@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.recipe import RECIPES
 from hunyuan_pretrain.config.schema import Experiment
 
 DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
@@ -14,19 +15,13 @@ DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
 def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
     """Settings of FP8 without a recipe, or of the delayed recipe with another one, are refused: nothing would read
     them."""
-    precision = experiment.precision
-    names = (
-        ("fp8_format", *DELAYED_ONLY)
-        if precision.fp8_recipe is None
-        else DELAYED_ONLY
-        if precision.fp8_recipe != "delayed"
-        else ()
-    )
-    reason = (
-        "fp8_recipe is null: nothing is quantised"
-        if precision.fp8_recipe is None
-        else "only the delayed recipe reads it"
-    )
+    precision, recipe = experiment.precision, experiment.precision.recipe
+    names: tuple[str, ...] = ()
+    reason = ""
+    if recipe is None:
+        names, reason = ("fp8_format", *DELAYED_ONLY), "fp8_recipe is null: nothing is quantised"
+    elif not recipe.is_delayed:
+        names, reason = DELAYED_ONLY, "only the delayed recipe reads it"
     for name in names:
         if getattr(precision, name) is not None:
             yield Problem(
@@ -35,7 +30,7 @@ def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
                 reason,
                 "use null, or set precision.fp8_recipe to delayed",
             )
-    if precision.fp8_recipe is None:
+    if recipe is None:
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             if getattr(precision, name):
                 yield Problem(
@@ -45,18 +40,13 @@ def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
 
 def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem]:
     """Parameters in FP8 need the optimizer that keeps their fp32 weights elsewhere, and a format that it can gather."""
-    precision = experiment.precision
+    precision, recipe = experiment.precision, experiment.precision.recipe
     if not precision.fp8_parameters:
         return
-    if precision.fp8_recipe is None:
+    if recipe is None:
         reason, hint = "fp8_recipe is null: nothing is quantised", "use false, or choose a recipe"
-    elif precision.fp8_recipe == "mxfp8":
-        reason = (
-            "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered: they are "
-            "quantised by rows and by "
-            "columns, each from the unquantised values"
-        )
-        hint = "use false, or another recipe"
+    elif recipe.no_parameters is not None:
+        reason, hint = recipe.no_parameters, "use false, or another recipe"
     elif precision.dtype == "fp32":
         reason, hint = (
             "with precision.dtype=fp32 the weights are the optimizer's own, which has no others",
@@ -107,18 +97,18 @@ def some_layer_is_in_fp8(experiment: Experiment) -> Iterator[Problem]:
 
 
 def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
-    """FP8 matrix products need both sizes of each operand to be multiples of 16, of 32 with mxfp8, on every rank.
+    """FP8 matrix products need both sizes of each operand to be multiples of `Recipe.size_multiple` on every rank.
 
     Rows of routed experts are no matter of this rule: they are padded where they have to be.
     """
-    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    model, parallel, recipe = experiment.model, experiment.parallel, experiment.precision.recipe
+    if recipe is None:
+        return
     unit, tensor, expert_tensor = (
-        precision.fp8_alignment,
+        recipe.size_multiple,
         parallel.tensor_model_parallel_size,
         parallel.expert_tensor_parallel_size,
     )
-    if precision.fp8_recipe is None:
-        return
     sizes = {
         "hidden_size": (model.hidden_size, 1),
         "num_attention_heads * head width": (model.num_attention_heads * model.head_dim, tensor),
@@ -135,20 +125,18 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
         if size % ranks == 0 and size // ranks % unit
     ]
     if broken:
-        rule = (
-            f"{precision.fp8_recipe} multiplies matrices whose sizes are multiples of {unit}, and {'; '.join(broken)}"
-        )
-        hint = (
-            "use tensorwise or blockwise, which need multiples of 16"
-            if unit == 32
-            else "choose other sizes or fewer ranks, or null"
-        )
-        yield Problem("precision.fp8_recipe", precision.fp8_recipe, rule, hint)
+        rule = f"{recipe.name} multiplies matrices whose sizes are multiples of {unit}, and {'; '.join(broken)}"
+        others = [other for other in RECIPES.values() if other.size_multiple < unit and not other.is_delayed]
+        hint = "choose other sizes or fewer ranks, or null"
+        if others:
+            names = " or ".join(other.name for other in others)
+            hint = f"use {names}, which need multiples of {others[0].size_multiple}"
+        yield Problem("precision.fp8_recipe", recipe.name, rule, hint)
     for index, stage in enumerate(experiment.stages):
         tokens, ranks = stage.sequence_length * stage.micro_batch_sequences, parallel.context_parallel_size * tensor
         if tokens % ranks == 0 and tokens // ranks % unit:
             rule = (
-                f"a rank has {tokens // ranks} tokens of a micro-batch, and {precision.fp8_recipe} multiplies rows "
+                f"a rank has {tokens // ranks} tokens of a micro-batch, and {recipe.name} multiplies rows "
                 f"in multiples of {unit}"
             )
             yield Problem(
@@ -157,31 +145,30 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
 
 
 def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
-    """Under sequence parallelism Transformer Engine gathers the blocks of 128 of blockwise with their scales, and no
-    parts of them."""
-    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    """Under sequence parallelism Transformer Engine gathers the blocks of blockwise with their scales, and no parts of
+    them."""
+    model, parallel, recipe = experiment.model, experiment.parallel, experiment.precision.recipe
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    if (
-        precision.fp8_recipe != "blockwise"
-        or not parallel.sequence_parallel
-        or parallel.tensor_model_parallel_size == 1
-    ):
+    if recipe is None or recipe.block is None or not recipe.gathers_whole_blocks:
         return
-    if model.hidden_size % 128:
-        rule = f"sequence parallelism gathers blocks of 128 of each token, and hidden_size is {model.hidden_size}"
-        yield Problem("precision.fp8_recipe", "blockwise", rule, "use tensorwise, or a multiple of 128")
+    if not parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1:
+        return
+    block = recipe.block
+    if model.hidden_size % block:
+        rule = f"sequence parallelism gathers blocks of {block} of each token, and hidden_size is {model.hidden_size}"
+        yield Problem("precision.fp8_recipe", recipe.name, rule, f"use tensorwise, or a multiple of {block}")
     for index, stage in enumerate(experiment.stages):
         tokens = stage.sequence_length * stage.micro_batch_sequences
-        if tokens % ranks == 0 and tokens // ranks % 128:
+        if tokens % ranks == 0 and tokens // ranks % block:
             rule = (
-                f"a rank has {tokens // ranks} tokens of a micro-batch, and sequence parallelism gathers blockwise "
-                "in blocks of 128"
+                f"a rank has {tokens // ranks} tokens of a micro-batch, and sequence parallelism gathers {recipe.name} "
+                f"in blocks of {block}"
             )
             yield Problem(
                 f"stages.{index}.sequence_length",
                 stage.sequence_length,
                 rule,
-                f"use a multiple of {128 * ranks}, or tensorwise",
+                f"use a multiple of {block * ranks}, or tensorwise",
             )
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from hunyuan_pretrain.config.recipe import RECIPES, Recipe, RecipeName
+
 
 def setting(
     description: str,
@@ -181,14 +183,11 @@ class PrecisionConfig(Section):
         "Format of weights and activations; with bf16 the optimizer keeps fp32 main weights.", "bf16", typical="bf16"
     )
     grad_reduce_in_fp32: bool = setting("Accumulate and reduce gradients in fp32.", True, typical="true")
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = setting(
-        "Quantise the operands of the linear layers and experts to FP8. delayed: one scale a tensor, from the "
-        "largest values of earlier "
-        "steps; tensorwise: from the tensor itself; blockwise: one for 1 x 128 values, 128 x 128 of a weight; "
-        "mxfp8: a power of two for "
-        "32 values. Router, norms, embedding, output layer and attention itself stay in dtype. Runs on "
-        "Transformer Engine's kernels, or "
-        "emulated, see runtime.transformer_engine. null: no FP8.",
+    fp8_recipe: RecipeName | None = setting(
+        "Quantise the operands of the linear layers and experts to FP8. "
+        + "; ".join(f"{recipe.name}: {recipe.meaning}" for recipe in RECIPES.values())
+        + ". Router, norms, embedding, output layer and attention itself stay in dtype. Runs on Transformer Engine's "
+        "kernels, or emulated, see runtime.transformer_engine. null: no FP8.",
         None,
         typical="blockwise on Hopper, mxfp8 on Blackwell",
     )
@@ -237,9 +236,13 @@ class PrecisionConfig(Section):
         return self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
 
     @property
-    def fp8_alignment(self) -> int:
-        """What the sizes of a quantised matrix product must be multiples of: 32 with mxfp8, else 16."""
-        return 32 if self.fp8_recipe == "mxfp8" else 16
+    def recipe(self) -> Recipe | None:
+        """`fp8_recipe` under the other settings of FP8, Transformer Engine's defaults filled in; None: no FP8."""
+        if self.fp8_recipe is None:
+            return None
+        return RECIPES[self.fp8_recipe].with_settings(
+            self.fp8_format, self.fp8_margin, self.fp8_amax_history_len, self.fp8_amax_compute_algo
+        )
 
 
 class OptimizerConfig(Section):

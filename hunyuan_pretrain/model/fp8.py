@@ -24,63 +24,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hunyuan_pretrain.config.schema import PrecisionConfig
+from hunyuan_pretrain.config.recipe import OPERANDS, NumberFormat, Operand, Recipe
 from hunyuan_pretrain.runtime.handover import handed_over
 
-Operand = Literal["x", "w", "dy"]
-OPERANDS: tuple[Operand, ...] = ("x", "w", "dy")
 Watch = Callable[[str, Operand, Tensor, Tensor], None]
 """Called with (module, operand, scaled values before rounding, FP8 values) of every quantised tensor."""
 
 
-class Recipe(NamedTuple):
-    """precision.fp8_* with every default of Transformer Engine filled in."""
+DTYPES: dict[NumberFormat, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
-    name: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
-    forward_dtype: torch.dtype
-    """Of x and w."""
-    backward_dtype: torch.dtype
-    """Of dY."""
-    margin: int
-    history_steps: int
-    takes_max: bool
-    """The delayed scale takes the largest value of the history; else that of the last step."""
 
-    @classmethod
-    def of(cls, precision: PrecisionConfig) -> Recipe:
-        """The recipe of a configuration that has one."""
-        assert precision.fp8_recipe is not None
-        per_tensor = precision.fp8_recipe in ("delayed", "tensorwise")
-        is_hybrid = precision.fp8_format == "hybrid" or (precision.fp8_format is None and per_tensor)
-        takes_max = precision.fp8_amax_compute_algo != "most_recent"
-        return cls(
-            precision.fp8_recipe,
-            torch.float8_e4m3fn,
-            torch.float8_e5m2 if is_hybrid else torch.float8_e4m3fn,
-            precision.fp8_margin or 0,
-            precision.fp8_amax_history_len or (1024 if takes_max else 1),
-            takes_max,
-        )
-
-    def dtype(self, operand: Operand) -> torch.dtype:
-        return self.backward_dtype if operand == "dy" else self.forward_dtype
-
-    def block(self, operand: Operand, along_rows: bool) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, for a product that sums over columns, or (along_rows) over rows; None:
-        the whole matrix."""
-        if self.name in ("delayed", "tensorwise"):
-            return None
-        if self.name == "blockwise" and operand == "w":
-            return 128, 128
-        size = 32 if self.name == "mxfp8" else 128
-        return (size, 1) if along_rows else (1, size)
+def dtype_of(recipe: Recipe, operand: Operand) -> torch.dtype:
+    return DTYPES[recipe.number_format(operand)]
 
 
 class Scales(NamedTuple):
@@ -125,12 +87,12 @@ def quantize(
     `scale_b`: scales from earlier steps, of the delayed recipe.
     """
     b, R, C = x_bRC.shape
-    rows, columns = recipe.block(operand, along_rows) or (max(R, 1), max(C, 1))
+    rows, columns = recipe.block_shape(operand, along_rows) or (max(R, 1), max(C, 1))
     x = x_bRC.float()
     if R % rows or C % columns:
         x = torch.nn.functional.pad(x, (0, -C % columns, 0, -R % rows))
     x = x.view(b, -(-R // rows), rows, -(-C // columns), columns)
-    dtype = recipe.dtype(operand)
+    dtype = dtype_of(recipe, operand)
     fp8_max = torch.finfo(dtype).max
     if scale_b is not None:
         scale = scale_b.view(b, 1, 1, 1, 1)
@@ -157,11 +119,11 @@ def to_fp32(values: Tensor) -> Tensor:
 
 
 def _scales(amax: Tensor, recipe: Recipe, fp8_max: float, largest: float) -> Scales:
-    if recipe.name == "mxfp8":
+    if recipe.scale_form == "e8m0":
         return e8m0_scales(amax, fp8_max)
     scale = (
         scale_from_amax(amax, fp8_max, largest, power_of_two=True)
-        if recipe.name == "blockwise"
+        if recipe.scale_form == "fp32 power of two"
         else scale_from_amax(amax, fp8_max)
     )
     return Scales(scale, scale.reciprocal())
@@ -175,7 +137,7 @@ class DelayedScale(torch.nn.Module):
 
     def __init__(self, recipe: Recipe, operand: Operand, num_experts: int, device: torch.device | str) -> None:
         super().__init__()
-        self.recipe, self.fp8_max = recipe, torch.finfo(recipe.dtype(operand)).max
+        self.recipe, self.fp8_max = recipe, torch.finfo(dtype_of(recipe, operand)).max
         self.register_buffer(
             "history_He", torch.zeros(recipe.history_steps, num_experts, device=device), persistent=False
         )
@@ -226,7 +188,7 @@ class Fp8Product(torch.nn.Module):
         self.is_active = False
         self._weights: dict[Any, Tensor] = {}
         self.watch: Callable[[Operand, Tensor, Tensor], None] | None = None
-        if recipe.name == "delayed":
+        if recipe.is_delayed:
             self.delayed: Any = torch.nn.ModuleDict(
                 {operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS}
             )
@@ -256,11 +218,12 @@ class Fp8Product(torch.nn.Module):
         """x_bRC with the values that its FP8 numbers stand for, fp32, to be summed over columns, or (along_rows) over
         rows."""
         # weights stay the same during a step, and those of square blocks, or of one scale, in both directions
-        key = (experts.start, along_rows and self.recipe.name == "mxfp8")
+        is_same_both_ways = self.recipe.block_shape("w", False) == self.recipe.block_shape("w", True)
+        key = (experts.start, along_rows and not is_same_both_ways)
         if operand == "w" and key in self._weights:
             return self._weights[key]
         scale_b = None
-        if self.recipe.name == "delayed":
+        if self.recipe.is_delayed:
             delayed = self.delayed[operand]
             if is_first_use:
                 delayed.observe(x_bRC, experts)
@@ -367,7 +330,7 @@ def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
     return {
         f"{layer}.{operand}.{kind}": tensor
         for layer, product in products(models)
-        if product.recipe.name == "delayed"
+        if product.recipe.is_delayed
         for operand, scale in product.delayed.items()
         for kind, tensor in (("history", scale.history_He), ("scale", scale.scale_e))
     }
@@ -418,7 +381,7 @@ def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollect
 
 def _update_scales(found: list[Fp8Product], groups: ProcessGroupCollection) -> None:
     for is_expert, shared_by in ((False, groups.tp_dp_cp), (True, groups.expt_tp_dp)):
-        mine = [product for product in found if product.is_expert == is_expert and product.recipe.name == "delayed"]
+        mine = [product for product in found if product.is_expert == is_expert and product.recipe.is_delayed]
         delayed: list[Any] = [scale for product in mine for scale in product.delayed.values()]
         if not delayed:
             continue

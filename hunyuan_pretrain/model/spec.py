@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from hunyuan_pretrain.model.experts import GroupedLinear, Splits
-from hunyuan_pretrain.model.fp8 import Fp8Product, Recipe
+from hunyuan_pretrain.model.fp8 import Fp8Product
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.norm import RMSNorm
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
@@ -188,7 +188,8 @@ def _in_fp8(make: LinearFactory, is_expert: bool) -> LinearFactory:
         num_experts = config.num_moe_experts // groups.ep.size() if is_expert else 1
         formats = config.number_formats
         accumulate, device = config.gradient_accumulation_fusion, weight_device(config)
-        linear.fp8 = Fp8Product(Recipe.of(formats), num_experts, is_expert, accumulate, device, formats.fp8_parameters)
+        assert formats.recipe is not None
+        linear.fp8 = Fp8Product(formats.recipe, num_experts, is_expert, accumulate, device, formats.fp8_parameters)
         return linear
 
     return make_in_fp8

@@ -45,7 +45,7 @@ from transformer_engine.common import recipe as recipes
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from hunyuan_pretrain.config.schema import PrecisionConfig
+from hunyuan_pretrain.config.recipe import Recipe
 from hunyuan_pretrain.model.experts import Splits, grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.fp8_parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
@@ -64,6 +64,7 @@ each product."""
 
 def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
     """The spec of one layer, counted from 0 over the whole model."""
+    recipe = config.number_formats.recipe
     is_fp8 = config.number_formats.is_fp8_layer(layer, config.num_layers)
     return Spec(
         column_parallel_linear=partial(ColumnParallelLinear, is_fp8=is_fp8),
@@ -74,29 +75,23 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
         input_norm=FusedNorm,
         column_parallel_linear_after_norm=partial(NormAndColumnParallelLinear, is_fp8=is_fp8),
         core_attention=core_attention,
-        row_multiple=partial(_row_multiple, config.number_formats.fp8_alignment if is_fp8 else 1),
+        row_multiple=partial(_row_multiple, recipe.size_multiple if recipe is not None and is_fp8 else 1),
     )
 
 
 # --- FP8 --------------------------------------------------------------------------------------------------------------
 
 
-def te_recipe(formats: PrecisionConfig) -> recipes.Recipe:
-    """Transformer Engine's recipe of these number formats; what they leave open is its own default."""
-    options: dict[str, Any] = {
-        "fp8_format": None if formats.fp8_format is None else recipes.Format[formats.fp8_format.upper()],
-        "margin": formats.fp8_margin,
-        "amax_history_len": formats.fp8_amax_history_len,
-        "amax_compute_algo": formats.fp8_amax_compute_algo,
-    }
-    kinds = {
-        "delayed": recipes.DelayedScaling,
-        "tensorwise": recipes.Float8CurrentScaling,
-        "blockwise": recipes.Float8BlockScaling,
-        "mxfp8": recipes.MXFP8BlockScaling,
-    }
-    assert formats.fp8_recipe is not None, "no FP8 recipe"
-    return kinds[formats.fp8_recipe](**{name: value for name, value in options.items() if value is not None})
+def te_recipe(recipe: Recipe) -> recipes.Recipe:
+    """The same recipe as Transformer Engine has it."""
+    options: dict[str, Any] = {"fp8_format": recipes.Format.HYBRID if recipe.is_hybrid else recipes.Format.E4M3}
+    if recipe.is_delayed:
+        options |= {
+            "margin": recipe.margin,
+            "amax_history_len": recipe.history_steps,
+            "amax_compute_algo": "max" if recipe.takes_max else "most_recent",
+        }
+    return getattr(recipes, recipe.engine_class)(**options)
 
 
 @contextmanager
@@ -111,8 +106,8 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
     Communicates at the end, with the delayed recipe: each operand's largest value over the tensor-, context- and
     data-parallel ranks of the stage; those of routed experts over the ranks that hold the same experts only.
     """
-    formats = models[0].config.number_formats
-    if formats.fp8_recipe is None or FP8GlobalStateManager.is_fp8_enabled():
+    recipe = models[0].config.number_formats.recipe
+    if recipe is None or FP8GlobalStateManager.is_fp8_enabled():
         yield
         return
     products = [
@@ -123,7 +118,7 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
         for product in products:
             product.is_first_microbatch = True
         # leaving it updates the scales of inputs and weights
-        with te.autocast(enabled=True, recipe=te_recipe(formats), amax_reduction_group=groups.tp_dp_cp):
+        with te.autocast(enabled=True, recipe=te_recipe(recipe), amax_reduction_group=groups.tp_dp_cp):
             # the first module to ask would update the scales of gradients in its backward pass, which is that of one
             # micro-batch
             FP8GlobalStateManager.is_first_fp8_module()
@@ -156,13 +151,12 @@ def load_scaling_state(model: Any, state: dict[str, Tensor]) -> None:
 
 
 def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    formats = model.config.number_formats
-    if formats.fp8_recipe != "delayed":
+    recipe = model.config.number_formats.recipe
+    if recipe is None or not recipe.is_delayed:
         return
-    recipe = te_recipe(formats)
     for module_name, product in model.named_modules():
         if isinstance(product, _Product) and product.is_fp8:
-            product.allocate_scales(recipe)
+            product.allocate_scales(te_recipe(recipe))
             for operand, (key, column, step) in OPERANDS.items():
                 scales = product.fp8_meta[key]
                 yield f"{module_name}.{operand}.history", scales.amax_history[:, column::step]
@@ -267,8 +261,9 @@ class _Unquantised(torch.autograd.Function):
 def _weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManager[None]:
     """Modules made inside keep their weights as the configuration says: in FP8 only, or not."""
     formats = config.number_formats
-    is_kept = is_fp8 and formats.fp8_parameters
-    return te.quantized_model_init(enabled=True, recipe=te_recipe(formats)) if is_kept else nullcontext()
+    if not is_fp8 or not formats.fp8_parameters or formats.recipe is None:
+        return nullcontext()
+    return te.quantized_model_init(enabled=True, recipe=te_recipe(formats.recipe))
 
 
 class _DenseProduct(_Product):
@@ -431,7 +426,7 @@ class GroupedLinear(_Product, te.GroupedLinear):
             weight.expert, weight.num_experts = expert, e
 
     def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
-        """(R, I) -> (R, O), rows sorted by expert; in FP8 each expert has a multiple of `fp8_alignment` rows."""
+        """(R, I) -> (R, O), rows sorted by expert; in FP8 each expert has a multiple of `Recipe.size_multiple` rows."""
         rows_e = [splits] * self.num_products if isinstance(splits, int) else splits
         assert sum(rows_e) == x_RI.shape[0], f"{sum(rows_e)} rows of experts, {x_RI.shape[0]} are there"
         (x_RI,) = handed_over("Transformer Engine's grouped linear", x_RI, dtype=self.activations)

@@ -9,9 +9,6 @@ from hunyuan_pretrain.config.derived import grid, stages_of
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, PrecisionConfig, StageConfig
 from hunyuan_pretrain.plan.counts import flops_per_token
 
-SCALE_BYTES_PER_VALUE = {"delayed": 0.0, "tensorwise": 0.0, "blockwise": 4 / 128, "mxfp8": 1 / 32}
-"""fp32 for 128 values, E8M0 for 32; one for a whole tensor counts nothing."""
-
 
 @dataclass(frozen=True)
 class LayerSizes:
@@ -86,10 +83,10 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
     with selective.
     """
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
-    assert precision.fp8_recipe is not None
+    assert precision.recipe is not None
     ranks = grid(parallel, world_size)
     tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp / ranks.tp
-    scale_bytes = SCALE_BYTES_PER_VALUE[precision.fp8_recipe]
+    scale_bytes = precision.recipe.scale_bytes_per_value
     expert_weights = 3 * model.hidden_size * model.expert_ffn_size * model.num_moe_experts
     most = Fp8Memory(0, 0, 0)
     for place in range(ranks.pp):

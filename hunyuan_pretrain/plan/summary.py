@@ -105,10 +105,11 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
 def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
     """What the FP8 recipe moves and keeps; none without a recipe."""
     model, precision = experiment.model, experiment.precision
-    if precision.fp8_recipe is None:
+    recipe = precision.recipe
+    if recipe is None:
         return []
     layers = len(fp8_layers(model, precision))
-    rows = [Row("FP8", "recipe", precision.fp8_recipe, f"in {layers} of {model.num_layers} layers")]
+    rows = [Row("FP8", "recipe", recipe.name, f"in {layers} of {model.num_layers} layers")]
     shapes: dict[tuple[int, int], StageConfig] = {}
     for stage in experiment.stages:
         shapes.setdefault((stage.sequence_length, stage.micro_batch_sequences), stage)
@@ -121,7 +122,7 @@ def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
         )
         kept = f"{gib(memory.inputs)} instead of {gib(memory.inputs_without)}"
         rows.append(Row("FP8", f"FLOPs at {stage.sequence_length:,} tokens", f"{flops.quantised:.4g}/token", share))
-        held, unit = expert_rows(experiment, stage, ranks), precision.fp8_alignment
+        held, unit = expert_rows(experiment, stage, ranks), recipe.size_multiple
         padding = (
             f"a multiple of {unit}: never padded"
             if held and held % unit == 0

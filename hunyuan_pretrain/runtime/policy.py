@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.recipe import Recipe
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.runtime.device import Machine, major_minor, usable_cores, version_of
 
@@ -89,7 +90,7 @@ def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
 
 def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> list[Problem]:
     found = []
-    runtime, recipe = experiment.runtime, experiment.precision.fp8_recipe
+    runtime, recipe = experiment.runtime, experiment.precision.recipe
     if runtime.transformer_engine == "required" and not machine.has_transformer_engine:
         if machine.transformer_engine is None:
             rule, hint = "it is not installed", INSTALL_TRANSFORMER_ENGINE
@@ -106,15 +107,17 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
         wanted = f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
         hint = f'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]{wanted}"'
         found.append(Problem("transformer-engine", machine.transformer_engine, rule, hint))
-    for gpu in dict.fromkeys(machine.gpus) if recipe else ():
-        need = missing_for_fp8(str(recipe), gpu.capability, machine.cuda)
+    if recipe is None:
+        return found
+    for gpu in dict.fromkeys(machine.gpus):
+        need = missing_for_fp8(recipe, gpu.capability, machine.cuda)
         if need:
             rule = (
                 f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, torch CUDA "
                 f"{machine.cuda}; it needs {need}"
             )
             hint = "use another recipe, or runtime.transformer_engine=never, which emulates it slowly"
-            found.append(Problem("precision.fp8_recipe", recipe, rule, hint))
+            found.append(Problem("precision.fp8_recipe", recipe.name, rule, hint))
     return found
 
 
@@ -127,16 +130,9 @@ def transformer_engine_versions(megatron_core: str | None) -> tuple[tuple[int, i
     ]
 
 
-def missing_for_fp8(recipe: str, capability: tuple[int, int], cuda_version: str | None) -> str | None:
+def missing_for_fp8(recipe: Recipe, capability: tuple[int, int], cuda_version: str | None) -> str | None:
     """What Transformer Engine asks of a GPU, and of torch's CUDA, for a recipe, where these do not have it."""
-    cuda = tuple(int(part) for part in (cuda_version or "0").split(".")[:2])
-    if recipe == "mxfp8":
-        return None if (10, 0) <= capability < (12, 0) else "10.0 or more, and less than 12.0"
-    if recipe == "blockwise":
-        return None if capability >= (9, 0) and cuda >= (12, 9) else "9.0 or more, and CUDA 12.9 or more"
-    if capability >= (9, 0) or (capability == (8, 9) and cuda >= (12, 1)):
-        return None
-    return "9.0 or more, or 8.9 and CUDA 12.1 or more"
+    return recipe.missing(capability, tuple(int(part) for part in (cuda_version or "0").split(".")[:2]))
 
 
 def attends_to_packed_documents() -> bool:

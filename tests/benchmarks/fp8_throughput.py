@@ -323,6 +323,7 @@ def worker(name: str, num_steps: int, on_stand_ins: bool) -> None:
 def supported(on_stand_ins: bool) -> list[str]:
     """Contenders that this GPU can run."""
     sys.path.insert(0, str(ROOT))
+    from hunyuan_pretrain.config import recipe as recipes
     from hunyuan_pretrain.runtime.device import probe
     from hunyuan_pretrain.runtime.policy import missing_for_fp8
 
@@ -330,9 +331,9 @@ def supported(on_stand_ins: bool) -> list[str]:
     if not on_stand_ins and not machine.gpus:
         sys.exit("fp8_throughput.py: this machine has no usable CUDA device")
     names = list(CONTENDERS)
-    for recipe in RECIPES[1:]:
-        if machine.gpus and missing_for_fp8(str(recipe), machine.gpus[0].capability, machine.cuda):
-            names = [name for name in names if not name.endswith(f", {recipe}")]
+    for name, recipe in recipes.RECIPES.items():
+        if machine.gpus and missing_for_fp8(recipe, machine.gpus[0].capability, machine.cuda):
+            names = [contender for contender in names if not contender.endswith(f", {name}")]
     return names
 
 

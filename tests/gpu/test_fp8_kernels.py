@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from hunyuan_pretrain.config.recipe import RECIPES, Operand, RecipeName
 from hunyuan_pretrain.config.schema import PrecisionConfig
-from hunyuan_pretrain.model.fp8 import Fp8Product, Operand, Recipe
+from hunyuan_pretrain.model.fp8 import Fp8Product
 from hunyuan_pretrain.runtime.device import probe
 from hunyuan_pretrain.runtime.policy import missing_for_fp8
-from tests.helpers.fp8_comparisons import DELAYED_SCALE, RECIPES, kernel_values, wide_numbers
+from tests.helpers.fp8_comparisons import DELAYED_SCALE, kernel_values, wide_numbers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def skip_unless_supported(recipe: str) -> None:
+def skip_unless_supported(recipe: RecipeName) -> None:
     machine = probe()
-    need = missing_for_fp8(recipe, machine.gpus[0].capability, machine.cuda)
+    need = missing_for_fp8(RECIPES[recipe], machine.gpus[0].capability, machine.cuda)
     if need:
         pytest.skip(f"{recipe} needs {need}")
 
@@ -33,7 +34,8 @@ def test_emulated_values_are_those_of_the_kernels(
 ) -> None:
     """Bit by bit, in bf16; shapes are whole blocks and not."""
     skip_unless_supported(name)
-    recipe = Recipe.of(PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format))
+    recipe = PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format).recipe
+    assert recipe is not None
     generator = torch.Generator().manual_seed(1)
     for shape in ((256, 384), (160, 96)):
         x_RC = wide_numbers(generator, shape).cuda()
@@ -53,7 +55,7 @@ def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     from hunyuan_pretrain.model.transformer_engine import te_recipe
 
     skip_unless_supported(name)
-    precision = PrecisionConfig(fp8_recipe=name)
+    recipe = RECIPES[name]
     generator = torch.Generator().manual_seed(2)
     T, D, F = 256, 384, 512
     x_TD, weight_FD, grad_TF = (
@@ -61,11 +63,11 @@ def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     )
     linear = te.Linear(D, F, bias=False, params_dtype=torch.bfloat16, device="cuda")
     linear.weight.data.copy_(weight_FD)
-    product = Fp8Product(Recipe.of(precision), 1, False, False, "cuda")
+    product = Fp8Product(recipe, 1, False, False, "cuda")
 
     def results(multiply: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         x = x_TD.clone().requires_grad_()
-        with te.autocast(enabled=True, recipe=te_recipe(precision)):
+        with te.autocast(enabled=True, recipe=te_recipe(recipe)):
             output = multiply(x)
         return [output, *torch.autograd.grad(output, (x, weight), grad_TF)]
 

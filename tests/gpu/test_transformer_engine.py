@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from hunyuan_pretrain.config.recipe import RECIPES, RecipeName
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
@@ -16,7 +17,7 @@ from hunyuan_pretrain.parallel.groups import build_groups, initialize_distribute
 from hunyuan_pretrain.runtime.device import probe
 from hunyuan_pretrain.runtime.policy import attends_to_packed_documents, missing_for_fp8
 from hunyuan_pretrain.train.probes import ROUNDINGS, _allowed, _Compared, _plain_softmax
-from tests.helpers.fp8_comparisons import MODEL, RECIPES, SPREAD, built, error_of_fp8, inputs, median_error, step
+from tests.helpers.fp8_comparisons import MODEL, SPREAD, built, error_of_fp8, inputs, median_error, step
 from tests.helpers.transformer_engine_cases import LAYOUTS, laid_out
 
 if TYPE_CHECKING:
@@ -39,15 +40,15 @@ def test_a_bf16_step_equals_that_of_the_local_spec() -> None:
     assert median_error(gradients, others) < 0.02
 
 
-def skip_unless_supported(recipe: str) -> None:
+def skip_unless_supported(recipe: RecipeName) -> None:
     machine = probe()
-    need = missing_for_fp8(recipe, machine.gpus[0].capability, machine.cuda)
+    need = missing_for_fp8(RECIPES[recipe], machine.gpus[0].capability, machine.cuda)
     if need:
         pytest.skip(f"{recipe} needs {need}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: str) -> None:
+def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: RecipeName) -> None:
     """Kernels and emulation quantise to the same values; sums in another order round to others, and then single tokens
     go elsewhere."""
     skip_unless_supported(recipe)
@@ -58,8 +59,8 @@ def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: str) -> Non
     assert error == pytest.approx(emulated, rel=SPREAD)
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:3])
-def test_parameters_in_fp8_only_take_the_same_step(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", list(RECIPES)[:3])
+def test_parameters_in_fp8_only_take_the_same_step(recipe: RecipeName) -> None:
     """Experts, which are a parameter each then, put together again."""
     skip_unless_supported(recipe)
     models = (built(groups(), True, recipe, is_kept) for is_kept in (True, False))
@@ -74,8 +75,8 @@ def test_parameters_in_fp8_only_take_the_same_step(recipe: str) -> None:
         )
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:3])
-def test_parameters_in_fp8_only_have_gradients_outside_of_a_step(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", list(RECIPES)[:3])
+def test_parameters_in_fp8_only_have_gradients_outside_of_a_step(recipe: RecipeName) -> None:
     """As the probes before training compute them."""
     skip_unless_supported(recipe)
     model = built(groups(), True, recipe, True)

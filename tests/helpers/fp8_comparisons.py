@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model.fp8 import Operand, Recipe
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.model.inputs import ModelInputs
@@ -40,7 +40,7 @@ def kernel_values(x_RC: torch.Tensor, recipe: Recipe, operand: Operand, along_ro
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
     from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
-    dtype = tex.DType.kFloat8E4M3 if recipe.dtype(operand) == torch.float8_e4m3fn else tex.DType.kFloat8E5M2
+    dtype = tex.DType.kFloat8E4M3 if recipe.number_format(operand) == "e4m3" else tex.DType.kFloat8E5M2
     direction = {"rowwise": not along_rows, "columnwise": along_rows}
     if recipe.name == "delayed":
         scale, amax = torch.full((1,), DELAYED_SCALE, device=x_RC.device), torch.zeros(1, device=x_RC.device)

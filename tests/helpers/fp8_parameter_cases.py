@@ -105,7 +105,7 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
     import torch
 
     from hunyuan_pretrain.config.schema import PrecisionConfig
-    from hunyuan_pretrain.model.fp8 import OPERANDS, Fp8Product, Recipe
+    from hunyuan_pretrain.model.fp8 import OPERANDS, Fp8Product
     from hunyuan_pretrain.model.fp8_parameters import unquantised
     from tests.helpers import fp8_comparisons as fp8
     from tests.helpers.tiny import world_of_one
@@ -113,7 +113,7 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
     wrong_values, wrong_gradients = [], []
     generator = torch.Generator().manual_seed(1)
     for name, fp8_format, operand, along_rows in product(fp8.RECIPES, ("e4m3", "hybrid"), OPERANDS, (False, True)):
-        recipe = Recipe.of(PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format))
+        recipe = PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format).recipe
         x_RC = fp8.wide_numbers(generator, (160, 96))
         emulated = Fp8Product(recipe, 1, False, False, "cpu")
         if name == "delayed":

@@ -283,7 +283,9 @@ def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     found = []
     for fields in settings:
-        recipe = te_recipe(PrecisionConfig(**fields))
+        chosen = PrecisionConfig(**fields).recipe
+        assert chosen is not None
+        recipe = te_recipe(chosen)
         found.append(asdict(recipe) | {"fp8_format": recipe.fp8_format.name, "class": type(recipe).__name__})
     return found
 

@@ -9,6 +9,7 @@ that each quantiser takes, and its results are laid out as the kernels lay them 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Floa
 from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8TensorStorage
 from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
+from hunyuan_pretrain.config.recipe import RECIPES, Operand, Recipe, RecipeName
 from hunyuan_pretrain.model import fp8
 from tests.helpers.transformer_engine_stub import calls
 
@@ -131,7 +133,7 @@ def _fill_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
     assert quantizer.force_pow_2_scales
     assert quantizer.amax_epsilon == 0.0
     is_compact, is_square = quantizer.all_gather_usage, quantizer.block_scaling_dim == 2
-    operand: fp8.Operand = "w" if is_square else "x"
+    operand: Operand = "w" if is_square else "x"
     if output._rowwise_data is not None:
         codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "blockwise", operand)
         _write(output._rowwise_data, codes_RC)
@@ -155,18 +157,23 @@ def _fill_mx_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
             )
 
 
+def _in_format(name: RecipeName, dtype: torch.dtype) -> Recipe:
+    """The recipe with all operands in one format."""
+    number_format = {dtype: name for name, dtype in fp8.DTYPES.items()}[dtype]
+    return replace(RECIPES[name], forward_format=number_format, backward_format=number_format)
+
+
 def _quantised(
     rows_RC: Tensor,
     dtype: Any,
     kind: Any,
-    operand: fp8.Operand = "x",
+    operand: Operand = "x",
     along_rows: bool = False,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """FP8 codes (R, C) as bytes, and the inverse scales of their blocks (blocks of rows, blocks of columns)."""
     number = TE_DType_To_Torch[dtype]
-    recipe = fp8.Recipe(kind, number, number, margin=0, history_steps=1, takes_max=False)
-    _, values, inverse = fp8.quantize(rows_RC[None], recipe, operand, along_rows, scale)
+    _, values, inverse = fp8.quantize(rows_RC[None], _in_format(kind, number), operand, along_rows, scale)
     _, num_r, r, num_c, c = values.shape
     codes = values.view(torch.uint8).reshape(num_r * r, num_c * c)[: rows_RC.shape[0], : rows_RC.shape[1]]
     return codes, inverse.view(inverse.shape[1], inverse.shape[3])
@@ -273,6 +280,5 @@ def partial_block_cast(
     """The FP8 codes of these numbers."""
     scales = _spread(scale, torch.Size((height, width)), (block, block)).flatten()[start : start + share.numel()]
     number = TE_DType_To_Torch[dtype]
-    recipe = fp8.Recipe("delayed", number, number, margin=0, history_steps=1, takes_max=False)
-    _, values, _ = fp8.quantize(share.detach().view(-1, 1, 1), recipe, "x", False, scales)
+    _, values, _ = fp8.quantize(share.detach().view(-1, 1, 1), _in_format("delayed", number), "x", False, scales)
     codes.copy_(values.view(torch.uint8).flatten())

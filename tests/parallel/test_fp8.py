@@ -144,7 +144,7 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
     import torch
 
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.fp8 import Fp8Product, Recipe, training_step
+    from hunyuan_pretrain.model.fp8 import Fp8Product, training_step
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.spec import emulated_fp8_spec
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
@@ -180,7 +180,7 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
         linear.weight.data.copy_(weights[rank])
         x = whole_x.chunk(2, dim=0 if kind == "column" else 1)[rank].clone().requires_grad_()
         grad = whole_grad.chunk(2, dim=1 if kind == "column" else 0)[rank]
-        products = [Fp8Product(Recipe.of(precision), 1, False, False, "cpu") for _ in range(2)]
+        products = [Fp8Product(precision.recipe, 1, False, False, "cpu") for _ in range(2)]
         if recipe == "delayed":
             for product in (linear.fp8, *products):
                 for operand, scale in (("x", 0.37), ("w", 0.11), ("dy", 0.013)):

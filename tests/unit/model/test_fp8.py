@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model.fp8 import DelayedScale, Fp8Product, Operand, Recipe, quantize, training_step
+from hunyuan_pretrain.model.fp8 import DelayedScale, Fp8Product, dtype_of, quantize, training_step
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import build_model
 from tests.helpers import tiny
@@ -25,7 +26,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def recipe(name: str, fp8_format: str | None = None, **fields: Any) -> Recipe:
-    return Recipe.of(PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format, **fields))
+    found = PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format, **fields).recipe
+    assert found is not None
+    return found
 
 
 def product_of(chosen: Recipe, num_experts: int = 1, accumulate: bool = False) -> Fp8Product:
@@ -37,7 +40,7 @@ def values_of(x_RC: torch.Tensor, chosen: Recipe, operand: Operand, along_rows: 
 
 
 def reference_of(x_RC: torch.Tensor, chosen: Recipe, operand: Operand, along_rows: bool) -> np.ndarray:
-    fp8 = E5M2 if chosen.dtype(operand) == torch.float8_e5m2 else E4M3
+    fp8 = E5M2 if chosen.number_format(operand) == "e5m2" else E4M3
     block = {
         ("tensorwise", False): x_RC.shape,
         ("tensorwise", True): x_RC.shape,
@@ -346,16 +349,15 @@ def test_a_delayed_product_quantises_by_the_scale_of_earlier_steps() -> None:
 
 
 def test_the_formats_of_a_recipe_are_transformer_engines() -> None:
-    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     chosen = {name: recipe(name) for name in ("delayed", *RECIPES)}
-    assert {name: one.backward_dtype for name, one in chosen.items()} == {
-        "delayed": e5m2,
-        "tensorwise": e5m2,
-        "blockwise": e4m3,
-        "mxfp8": e4m3,
+    assert {name: dtype_of(one, "dy") for name, one in chosen.items()} == {
+        "delayed": torch.float8_e5m2,
+        "tensorwise": torch.float8_e5m2,
+        "blockwise": torch.float8_e4m3fn,
+        "mxfp8": torch.float8_e4m3fn,
     }
-    assert {one.forward_dtype for one in chosen.values()} == {e4m3}
-    assert recipe("mxfp8", "hybrid").backward_dtype == e5m2
+    assert {dtype_of(one, operand) for one in chosen.values() for operand in ("x", "w")} == {torch.float8_e4m3fn}
+    assert dtype_of(recipe("mxfp8", "hybrid"), "dy") == torch.float8_e5m2
     assert (chosen["delayed"].history_steps, chosen["delayed"].takes_max, chosen["delayed"].margin) == (1024, True, 0)
 
 
