@@ -32,7 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
-from hunyuan_pretrain.model.fp8_parameters import write, written_values
+from hunyuan_pretrain.model.fp8.parameters import write, written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import Failures
 from hunyuan_pretrain.parallel.sharding import Placement, sharded_tensor

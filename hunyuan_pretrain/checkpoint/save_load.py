@@ -34,7 +34,8 @@ from hunyuan_pretrain.checkpoint.folders import (
 )
 from hunyuan_pretrain.checkpoint.optimizer_state import Stage, restore_state, state_on_host, wanted_state
 from hunyuan_pretrain.checkpoint.parallel_write import forget_plan, write_state
-from hunyuan_pretrain.model.fp8 import dtype_of, load_scaling_state, scaling_state
+from hunyuan_pretrain.model.engines import load_scaling_state, scaling_state
+from hunyuan_pretrain.model.fp8.quantise import dtype_of
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, from_rank_0, patience
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state

@@ -26,7 +26,7 @@ from torch import Tensor
 from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.rounding import rounding_noise
-from hunyuan_pretrain.model.fp8_parameters import unquantised
+from hunyuan_pretrain.model.fp8.parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.router import Router

@@ -34,7 +34,8 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.recipe import Operand
 from hunyuan_pretrain.config.schema import Experiment, PrecisionConfig, RuntimeConfig
 from hunyuan_pretrain.diagnostics.parity_run import in_processes
-from hunyuan_pretrain.model.fp8 import products, to_fp32
+from hunyuan_pretrain.model.fp8.quantise import to_fp32
+from hunyuan_pretrain.model.fp8.session import products
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters

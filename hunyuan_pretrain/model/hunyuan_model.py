@@ -24,13 +24,14 @@ from torch import Tensor
 from hunyuan_pretrain.config.derived import rope_base
 from hunyuan_pretrain.model.attention import attention_plan
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
-from hunyuan_pretrain.model.fp8_parameters import unquantised, write
+from hunyuan_pretrain.model.engines import choose_spec
+from hunyuan_pretrain.model.fp8.parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.routing import RouterStatistics
-from hunyuan_pretrain.model.spec import Spec, choose_spec
+from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
 
 SpecChoice = Callable[[HunyuanConfig, int], Spec]

@@ -17,7 +17,7 @@ from hunyuan_pretrain.config.derived import expert_lr_ratio
 from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
 from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
-from hunyuan_pretrain.model.fp8 import scaling_state
+from hunyuan_pretrain.model.engines import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
-from hunyuan_pretrain.model.fp8 import training_step
+from hunyuan_pretrain.model.engines import training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
 from hunyuan_pretrain.parallel.context_parallel import context_slice

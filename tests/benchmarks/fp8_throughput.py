@@ -69,9 +69,9 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
         StageConfig,
     )
     from hunyuan_pretrain.data.loader import MicroBatch
+    from hunyuan_pretrain.model.engine.fp8 import training_step
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
-    from hunyuan_pretrain.model.transformer_engine import training_step
     from hunyuan_pretrain.parallel.groups import build_groups
     from hunyuan_pretrain.plan.counts import parameters
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel

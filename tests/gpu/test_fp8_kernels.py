@@ -10,7 +10,7 @@ import torch
 
 from hunyuan_pretrain.config.recipe import RECIPES, Operand, RecipeName
 from hunyuan_pretrain.config.schema import PrecisionConfig
-from hunyuan_pretrain.model.fp8 import Fp8Product
+from hunyuan_pretrain.model.fp8.emulated import Fp8Product
 from hunyuan_pretrain.runtime.device import probe
 from hunyuan_pretrain.runtime.policy import missing_for_fp8
 from tests.helpers.fp8_comparisons import DELAYED_SCALE, kernel_values, wide_numbers
@@ -52,7 +52,7 @@ def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     bf16."""
     import transformer_engine.pytorch as te
 
-    from hunyuan_pretrain.model.transformer_engine import te_recipe
+    from hunyuan_pretrain.model.engine.fp8 import te_recipe
 
     skip_unless_supported(name)
     recipe = RECIPES[name]

@@ -21,7 +21,7 @@ from tests.helpers.fp8_comparisons import MODEL, SPREAD, built, error_of_fp8, in
 from tests.helpers.transformer_engine_cases import LAYOUTS, laid_out
 
 if TYPE_CHECKING:
-    from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
+    from hunyuan_pretrain.model.engine.attention import PackedAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -93,7 +93,7 @@ BORDERS = [0, 100, 128, 188, 256]
 
 
 def attention_of(num_heads: int, num_groups: int, head_dim: int) -> PackedAttention:
-    from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
+    from hunyuan_pretrain.model.engine.attention import PackedAttention
 
     model = MODEL.model_copy(
         update={"num_attention_heads": num_heads, "num_query_groups": num_groups, "kv_channels": head_dim}

@@ -91,7 +91,7 @@ def inputs(device: str, seed: int = 0) -> ModelInputs:
 
 def step(model: HunyuanModel, groups: Any, device: str, seed: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of one step."""
-    from hunyuan_pretrain.model.fp8 import training_step
+    from hunyuan_pretrain.model.engines import training_step
 
     model.zero_grad()
     with training_step([model], groups):

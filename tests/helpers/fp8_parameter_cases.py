@@ -62,7 +62,7 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
 
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
-    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.model.engines import scaling_state
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.evaluate import evaluate
     from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
@@ -104,9 +104,10 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
     # isort: split
     import torch
 
+    from hunyuan_pretrain.config.recipe import OPERANDS
     from hunyuan_pretrain.config.schema import PrecisionConfig
-    from hunyuan_pretrain.model.fp8 import OPERANDS, Fp8Product
-    from hunyuan_pretrain.model.fp8_parameters import unquantised
+    from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+    from hunyuan_pretrain.model.fp8.parameters import unquantised
     from tests.helpers import fp8_comparisons as fp8
     from tests.helpers.tiny import world_of_one
 

@@ -75,11 +75,9 @@ def chosen(case: Case) -> Iterator[None]:
         stack.enter_context(patch.object(setup, "obstacles", lambda *_: []))
         stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda *_: case.is_fused))
         if case.engine:
-            from hunyuan_pretrain.model import transformer_engine_attention
+            from hunyuan_pretrain.model.engine import attention
 
-            stack.enter_context(
-                patch.object(transformer_engine_attention, "attends_to_packed_documents", lambda: case.has_attention)
-            )
+            stack.enter_context(patch.object(attention, "attends_to_packed_documents", lambda: case.has_attention))
         yield
 
 
@@ -89,7 +87,7 @@ def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
     transformer_engine_stub.install()
     from unittest.mock import patch
 
-    from hunyuan_pretrain.model import transformer_engine_attention
+    from hunyuan_pretrain.model.engine import attention
     from hunyuan_pretrain.train import TrainingError, setup
     from hunyuan_pretrain.train.probes import probe
 
@@ -99,9 +97,7 @@ def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
         with ExitStack() as stack:
             stack.enter_context(chosen(case))
             if has_bug:
-                stack.enter_context(
-                    patch.object(transformer_engine_attention, "handed_over", lambda reader, *tensors, **_: tensors)
-                )
+                stack.enter_context(patch.object(attention, "handed_over", lambda reader, *tensors, **_: tensors))
             run = setup.prepare(case.experiment)
             try:
                 lines = probe(run)
@@ -221,7 +217,8 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from hunyuan_pretrain.model import experts
-    from hunyuan_pretrain.model.transformer_engine import _Product, load_scaling_state, scaling_state, training_step
+    from hunyuan_pretrain.model.engine.fp8 import Product
+    from hunyuan_pretrain.model.engines import load_scaling_state, scaling_state, training_step
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.step import train_step
 
@@ -242,7 +239,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         f"{number}.{name}": m
         for number, chunk in enumerate(run.chunks)
         for name, m in chunk.named_modules()
-        if isinstance(m, _Product)
+        if isinstance(m, Product)
     }
     with (
         patch.object(FP8GlobalStateManager, "reduce_tensor_across_group_op_max", staticmethod(reduce_and_tell)),
@@ -258,10 +255,10 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
             result.reductions.append(list(sizes))
         result.in_fp8 = {name: product.fp8 for name, product in products.items()}
     for chunk in run.chunks:
-        state = scaling_state(chunk)
+        state = scaling_state([chunk])
         result.state |= {name: tensor.numpy().copy() for name, tensor in state.items()}
-        load_scaling_state(chunk, {name: tensor * 3 for name, tensor in state.items()})
-        again = scaling_state(chunk)
+        load_scaling_state([chunk], {name: tensor * 3 for name, tensor in state.items()})
+        again = scaling_state([chunk])
         assert all(torch.equal(again[name], tensor * 3) for name, tensor in state.items())
     assert not FP8GlobalStateManager.is_fp8_enabled()
     assert FP8GlobalStateManager.AUTOCAST_DEPTH == 0
@@ -279,7 +276,7 @@ def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
     from hunyuan_pretrain.config.schema import PrecisionConfig
-    from hunyuan_pretrain.model.transformer_engine import te_recipe
+    from hunyuan_pretrain.model.engine.fp8 import te_recipe
 
     found = []
     for fields in settings:
@@ -335,9 +332,9 @@ def attention_differences(
 
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.engine.attention import PackedAttention
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
-    from hunyuan_pretrain.model.transformer_engine_attention import PackedAttention
     from tests.helpers.tiny import tiny_model
 
     generator, found = torch.Generator().manual_seed(1), []

@@ -60,7 +60,7 @@ def both_specs(experiments: Mapping[str, Any], ranks: int, capability: tuple[int
 
 def _run(experiment: Any, use_engine: bool) -> Run:
     from hunyuan_pretrain.diagnostics.parity import trace_steps
-    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.model.engines import scaling_state
     from hunyuan_pretrain.train import setup
 
     gc.collect()
@@ -79,10 +79,10 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     import torch
 
     from hunyuan_pretrain.config.schema import PrecisionConfig
-    from hunyuan_pretrain.model.fp8 import scaling_state, training_step
+    from hunyuan_pretrain.model.engine.layers import transformer_engine_spec
+    from hunyuan_pretrain.model.engines import scaling_state, training_step
+    from hunyuan_pretrain.model.fp8.emulated import emulated_fp8_spec
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.spec import emulated_fp8_spec
-    from hunyuan_pretrain.model.transformer_engine import transformer_engine_spec
     from tests.helpers.tiny import tiny_model
 
     ranks, rank = groups.tp.size(), groups.tp.rank()

@@ -1,7 +1,7 @@
 """CPU stand-ins for the kernels that fill Transformer Engine's FP8 tensors and read them.
 
 Quantisers, tensors, layouts and their changes are Transformer Engine's own Python code. The numbers in them come from
-hunyuan_pretrain.model.fp8.quantize, which tests/reference/fp8_reference.py proves: here it is only asked for the blocks
+hunyuan_pretrain.model.fp8.quantise, which tests/reference/fp8_reference.py proves: here it is only asked for the blocks
 that each quantiser takes, and its results are laid out as the kernels lay them out. Imported after
 `transformer_engine_stub.install()` only.
 """
@@ -26,7 +26,7 @@ from transformer_engine.pytorch.tensor.storage.mxfp8_tensor_storage import MXFP8
 from transformer_engine.pytorch.utils import is_non_tn_fp8_gemm_supported
 
 from hunyuan_pretrain.config.recipe import RECIPES, Operand, Recipe, RecipeName
-from hunyuan_pretrain.model import fp8
+from hunyuan_pretrain.model.fp8 import quantise as fp8
 from tests.helpers.transformer_engine_stub import calls
 
 STORAGES = {

@@ -76,7 +76,7 @@ def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dic
     delayed scales."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
-    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.model.engines import scaling_state
     from hunyuan_pretrain.train import setup
 
     found = []
@@ -144,9 +144,9 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
     import torch
 
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.fp8 import Fp8Product, training_step
+    from hunyuan_pretrain.model.engines import training_step
+    from hunyuan_pretrain.model.fp8.emulated import Fp8Product, emulated_fp8_spec
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.spec import emulated_fp8_spec
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
     from tests.helpers.tiny import tiny_model
 
@@ -223,7 +223,7 @@ def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: 
     at their ends."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
-    from hunyuan_pretrain.model.fp8 import scaling_state
+    from hunyuan_pretrain.model.engines import scaling_state
     from hunyuan_pretrain.train import setup
 
     found = []

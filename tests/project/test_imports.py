@@ -39,8 +39,7 @@ ONLY_IN = {
     "megatron.training": [],
     "transformer_engine": [
         "hunyuan_pretrain/runtime/device.py",
-        "hunyuan_pretrain/model/transformer_engine.py",
-        "hunyuan_pretrain/model/transformer_engine_attention.py",
+        "hunyuan_pretrain/model/engine/",
     ],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [

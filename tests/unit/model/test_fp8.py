@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model.fp8 import DelayedScale, Fp8Product, dtype_of, quantize, training_step
+from hunyuan_pretrain.model.engines import training_step
+from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+from hunyuan_pretrain.model.fp8.quantise import DelayedScale, dtype_of, quantize
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import build_model
 from tests.helpers import tiny

@@ -45,7 +45,7 @@ stages:
 def test_the_products_are_those_that_the_model_quantises() -> None:
     """Weights and kept inputs of a built model, layer by layer."""
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.fp8 import products
+    from hunyuan_pretrain.model.fp8.session import products
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
     from tests.helpers import tiny

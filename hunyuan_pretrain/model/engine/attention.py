@@ -1,4 +1,4 @@
-"""Transformer Engine's attention for packed documents, in place of model/packed_attention.py where it has a kernel.
+"""Its attention for packed documents, in place of model/packed_attention.py where it has a kernel.
 
 Shapes: T tokens, S key rows, N query heads, G key/value heads, H head dim.
 """
@@ -7,27 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import transformer_engine.pytorch as te
 from torch import Tensor
-from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+from hunyuan_pretrain.model.engine.fp8 import without_fp8
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.spec import CoreAttention
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.policy import attends_to_packed_documents
-
-
-def without_fp8() -> AbstractContextManager[None]:
-    """Inside, a training step in FP8 computes in the dtype of the run."""
-    if not FP8GlobalStateManager.is_fp8_enabled():
-        return nullcontext()
-    return te.autocast(enabled=False, recipe=FP8GlobalStateManager.get_fp8_recipe())
 
 
 def core_attention(config: HunyuanConfig) -> CoreAttention:

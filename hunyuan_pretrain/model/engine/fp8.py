@@ -1,0 +1,232 @@
+"""Training in FP8 on Transformer Engine's kernels.
+
+Scales of the delayed recipe change once for each optimizer step, from the largest values of all its micro-batches, and
+a weight is quantised once for each. What is open during a step is Transformer Engine's own state of the process, which
+only `training_step` sets, and what each `Product` knows of the step that it is part of.
+
+Shapes: e experts of this rank (1 for a linear layer), L steps of a history.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from transformer_engine.common import recipe as recipes
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+from hunyuan_pretrain.config.recipe import Operand, Recipe
+from hunyuan_pretrain.model.fp8.parameters import unquantised
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+
+# parameters in FP8 only, outside of a training step: meant so
+warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
+
+SCALES: dict[Operand, tuple[str, int, int]] = {
+    "x": ("scaling_fwd", 0, 3),
+    "w": ("scaling_fwd", 1, 3),
+    "dy": ("scaling_bwd", 0, 2),
+}
+"""Operand of a product -> which of Transformer Engine's tensors of scales has its own, at which column, of how many for
+each product."""
+
+
+def te_recipe(recipe: Recipe) -> recipes.Recipe:
+    """The same recipe as Transformer Engine has it."""
+    options: dict[str, Any] = {"fp8_format": recipes.Format.HYBRID if recipe.is_hybrid else recipes.Format.E4M3}
+    if recipe.is_delayed:
+        options |= {
+            "margin": recipe.margin,
+            "amax_history_len": recipe.history_steps,
+            "amax_compute_algo": "max" if recipe.takes_max else "most_recent",
+        }
+    return getattr(recipes, recipe.engine_class)(**options)
+
+
+@contextmanager
+def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iterator[None]:
+    """As of model/engines.py, through model chunks that are in core's DistributedDataParallel or not.
+
+    Without a recipe, and inside another one, nothing happens. With the delayed recipe the scales of the next step are
+    computed at the end: Transformer Engine's kernels take the maximum of a tensor's values over all its uses since the
+    last update.
+    """
+    recipe = models[0].config.number_formats.recipe
+    if recipe is None or FP8GlobalStateManager.is_fp8_enabled():
+        yield
+        return
+    products = [
+        module for model in models for module in model.modules() if isinstance(module, Product) and module.is_fp8
+    ]
+    _forget_last_step(products)
+    engine_recipe = te_recipe(recipe)
+    try:
+        for product in products:
+            product.open_step = OpenStep(engine_recipe)
+        # leaving it updates the scales of inputs and weights
+        with te.autocast(enabled=True, recipe=engine_recipe, amax_reduction_group=groups.tp_dp_cp):
+            # the first module to ask would update the scales of gradients in its backward pass, which is that of one
+            # micro-batch
+            FP8GlobalStateManager.is_first_fp8_module()
+            yield
+    finally:
+        for product in products:
+            product.open_step = None
+    FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
+
+
+def scaling_state(models: Sequence[Any]) -> dict[str, Tensor]:
+    """As of model/engines.py: "{module}.{operand}.history" (L, e) and ".scale" (e,).
+
+    `module` is the name of a product within its model. Row 0 of a history collects the running step and is 0 between
+    steps; the last row is the newest step. Copies.
+    """
+    state = {name: tensor.clone() for model in models for name, tensor in _scaling_tensors(model)}
+    for name, tensor in state.items():
+        if name.endswith(".history"):  # parameters in FP8 only are quantised, and seen, before the step that uses them
+            tensor[0] = 0
+    return state
+
+
+def load_scaling_state(models: Sequence[Any], state: dict[str, Tensor]) -> None:
+    """As of model/engines.py."""
+    for model in models:
+        for name, tensor in _scaling_tensors(model):
+            tensor.copy_(state[name])
+
+
+def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    recipe = model.config.number_formats.recipe
+    if recipe is None or not recipe.is_delayed:
+        return
+    for module_name, product in model.named_modules():
+        if isinstance(product, Product) and product.is_fp8:
+            product.allocate_scales(te_recipe(recipe))
+            for operand, (key, column, step) in SCALES.items():
+                scales = product.fp8_meta[key]
+                yield f"{module_name}.{operand}.history", scales.amax_history[:, column::step]
+                yield f"{module_name}.{operand}.scale", scales.scale[column::step]
+
+
+def _forget_last_step(products: Sequence[Product]) -> None:
+    """Empty Transformer Engine's lists of the tensors that an update reduces, into which each product puts its own when
+    it is first used.
+
+    Nothing else ever takes one out: a second model in the process would reduce those of the first too, over groups that
+    may be gone.
+    """
+    state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # of its own in newer versions
+    for lists in ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer"):
+        getattr(state, lists).clear()
+    for product in products:
+        product.fp8_meta.pop(FP8GlobalStateManager.get_buffer_info(), None)
+
+
+def without_fp8() -> AbstractContextManager[None]:
+    """Inside, a training step in FP8 computes in the dtype of the run."""
+    if not FP8GlobalStateManager.is_fp8_enabled():
+        return nullcontext()
+    return te.autocast(enabled=False, recipe=FP8GlobalStateManager.get_fp8_recipe())
+
+
+def weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManager[None]:
+    """Modules made inside keep their weights as the configuration says: in FP8 only, or not."""
+    formats = config.number_formats
+    if not is_fp8 or not formats.fp8_parameters or formats.recipe is None:
+        return nullcontext()
+    return te.quantized_model_init(enabled=True, recipe=te_recipe(formats.recipe))
+
+
+@dataclass
+class OpenStep:
+    """What a product knows of the training step in FP8 that it is part of."""
+
+    recipe: recipes.Recipe
+    is_first_microbatch: bool = True
+    """The next forward pass is the first one: it quantises the weight, for the later ones too."""
+
+
+class Product(TransformerEngineBaseModule):
+    """What every matrix product adds to Transformer Engine's module of its kind."""
+
+    is_fp8: bool
+    amax_group: ProcessGroup | None
+    """Over which ranks to take the largest values; None: those of the step."""
+    num_products = 1
+    open_step: OpenStep | None
+
+    # Transformer Engine would add its own pickled state to every state_dict
+    get_extra_state = torch.nn.Module.get_extra_state
+    set_extra_state = torch.nn.Module.set_extra_state
+
+    def complete(self, config: HunyuanConfig, is_fp8: bool, amax_group: ProcessGroup | None = None) -> None:
+        """Set what is set here, once Transformer Engine's constructor has run."""
+        self.is_fp8, self.amax_group, self.open_step = is_fp8, amax_group, None
+        self.activations = config.params_dtype
+
+    def region(self) -> AbstractContextManager[None]:
+        """The number formats of this product, inside `training_step` and outside."""
+        if not self.is_fp8:
+            return without_fp8()
+        if self.open_step is None or self.amax_group is None:
+            return nullcontext()
+        return te.autocast(enabled=True, recipe=self.open_step.recipe, amax_reduction_group=self.amax_group)
+
+    def allocate_scales(self, recipe: recipes.Recipe) -> None:
+        """Make the scales of the delayed recipe if no forward pass has made them yet."""
+        # Transformer Engine updates all scales where a region ends that may have a backward pass
+        with torch.no_grad(), te.autocast(enabled=True, recipe=recipe, amax_reduction_group=self.amax_group):
+            self.init_fp8_metadata(num_gemms=self.num_products)
+
+    def _get_weight_tensors(self) -> list[Tensor]:
+        """What Transformer Engine multiplies by; outside of a step in FP8 the values of weights in FP8 only.
+
+        Its own form of those has no main_grad in some recipes, which its backward pass asks for, and in others no
+        gradient at all.
+        """
+        weights: list[Any] = [weight for weight in self.parameters() if is_float8tensor(weight)]
+        if self.fp8 or not weights:
+            return super()._get_weight_tensors()
+        if not torch.is_grad_enabled():
+            return [unquantised(weight) for weight in weights]
+        values = [_Unquantised.apply(weight, self.fuse_wgrad_accumulation) for weight in weights]
+        for weight, value in zip(weights, values, strict=True):
+            if self.fuse_wgrad_accumulation:
+                value.main_grad = weight.main_grad
+        return values
+
+    def take_turn(self) -> bool | None:
+        """What to tell Transformer Engine of the micro-batch: whether it is the first of the step; None: no step in
+        FP8."""
+        if self.open_step is None:
+            return None
+        is_first, self.open_step.is_first_microbatch = self.open_step.is_first_microbatch, False
+        return is_first
+
+
+class _Unquantised(torch.autograd.Function):
+    """A weight in FP8 only -> its values in bf16, whose gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, is_in_main_grad: bool) -> Tensor:
+        ctx.weight, ctx.is_in_main_grad = weight, is_in_main_grad
+        ctx.set_materialize_grads(False)
+        return unquantised(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if ctx.is_in_main_grad:
+            # core's hook then skips its own addition; the returned tensor is never read
+            ctx.weight.grad_added_to_main_grad = True
+            return torch.empty(ctx.weight.shape, dtype=ctx.weight.dtype, device=ctx.weight.device), None
+        return grad, None

@@ -1,0 +1,76 @@
+"""Which engine computes the linear layers, experts, norms and attention: the only place that chooses.
+
+Transformer Engine's kernels (model/engine/), else the layers that run everywhere (model/local_layers.py), which compute
+a layer in FP8 by emulation (model/fp8/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from hunyuan_pretrain.model.fp8 import session
+from hunyuan_pretrain.model.fp8.emulated import emulated_fp8_spec
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.local_layers import local_spec
+from hunyuan_pretrain.model.spec import Spec
+
+Models = Sequence[torch.nn.Module]
+"""The model chunks of this rank."""
+
+
+class Fp8Session(Protocol):
+    """What an engine has for training in FP8: a module of these functions."""
+
+    def training_step(self, models: Models, groups: ProcessGroupCollection) -> AbstractContextManager[None]: ...
+
+    def scaling_state(self, models: Models) -> dict[str, Tensor]: ...
+
+    def load_scaling_state(self, models: Models, state: dict[str, Tensor]) -> None: ...
+
+
+def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
+    """The spec of a layer, counted from 0 over the whole model."""
+    if config.uses_transformer_engine:
+        # imported where it is used only: it is an optional package, and loading it takes seconds
+        from hunyuan_pretrain.model.engine.layers import transformer_engine_spec
+
+        return transformer_engine_spec(config, layer)
+    return emulated_fp8_spec() if config.number_formats.is_fp8_layer(layer, config.num_layers) else local_spec()
+
+
+def _session(models: Models) -> Fp8Session:
+    config: Any = models[0].config
+    if config.uses_transformer_engine:
+        from hunyuan_pretrain.model.engine import fp8
+
+        return fp8
+    return session
+
+
+def training_step(models: Models, groups: ProcessGroupCollection) -> AbstractContextManager[None]:
+    """Inside it layers with a recipe compute in FP8; outside, as in validation, in the dtype of the run. At its end
+    delayed scales move on.
+
+    Holds all micro-batches of one optimizer step, forward and backward. Communicates at the end, with the delayed
+    recipe: the largest values, over tensor, context and data parallel ranks; those of experts over the ranks that hold
+    the same ones.
+    """
+    return _session(models).training_step(models, groups)
+
+
+def scaling_state(models: Models) -> dict[str, Tensor]:
+    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,), fp32, of the
+    operands x, w and dy, for H steps and e experts of this rank (1 for a linear layer). Not to be changed; {} under
+    other recipes."""
+    return _session(models).scaling_state(models)
+
+
+def load_scaling_state(models: Models, state: dict[str, Tensor]) -> None:
+    """Write what `scaling_state` of the same layers returned. Raises KeyError where something is missing."""
+    _session(models).load_scaling_state(models, state)

@@ -1,0 +1,75 @@
+"""What is open during a training step in emulated FP8, and what the delayed recipe remembers between two.
+
+Nothing is kept here: each product of the model knows whether a step is open, and has its own scales. Of
+model/engine/fp8.py the same three functions; model/engines.py chooses.
+
+Shapes: e experts of this rank (1 for a linear layer), H steps of history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+from hunyuan_pretrain.runtime.handover import handed_over
+
+
+def products(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Product]]:
+    """The emulated products of this rank's model chunks, by the name of the layer that has them."""
+    for model in models:
+        for name, module in model.named_modules():
+            if isinstance(module, Fp8Product):
+                yield name.rpartition(".")[0], module
+
+
+def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
+    """As of model/engines.py: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not to be changed."""
+    return {
+        f"{layer}.{operand}.{kind}": tensor
+        for layer, product in products(models)
+        if product.recipe.is_delayed
+        for operand, scale in product.delayed.items()
+        for kind, tensor in (("history", scale.history_He), ("scale", scale.scale_e))
+    }
+
+
+def load_scaling_state(models: Sequence[torch.nn.Module], state: dict[str, Tensor]) -> None:
+    """Write what `scaling_state` of the same layers returned. Raises KeyError where something is missing."""
+    for name, tensor in scaling_state(models).items():
+        tensor.copy_(state[name])
+
+
+@contextmanager
+def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[None]:
+    """As of model/engines.py: opens a step in every product, and closes it; then delayed scales move on."""
+    found = [product for _, product in products(models)]
+    for product in found:
+        product.begin_step()
+    try:
+        yield
+    finally:
+        for product in found:
+            product.end_step()
+    _update_scales(found, groups)
+
+
+def _update_scales(found: list[Fp8Product], groups: ProcessGroupCollection) -> None:
+    for is_expert, shared_by in ((False, groups.tp_dp_cp), (True, groups.expt_tp_dp)):
+        mine = [product for product in found if product.is_expert == is_expert and product.recipe.is_delayed]
+        delayed: list[Any] = [scale for product in mine for scale in product.delayed.values()]
+        if not delayed:
+            continue
+        current = torch.cat([scale.history_He[0] for scale in delayed])
+        if shared_by.size() > 1:
+            handed_over("all_reduce", current, is_written=True)
+            dist.all_reduce(current, op=dist.ReduceOp.MAX, group=shared_by)
+        for scale, amax_e in zip(delayed, current.split([scale.scale_e.numel() for scale in delayed]), strict=True):
+            scale.history_He[0] = amax_e
+            scale.update()
