@@ -10,6 +10,7 @@ import glob
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import Any
 
 from data_tools.formats import HEAD_BYTES, PARQUET_ENDING, RECORD_ENDINGS, TEXT_ENDINGS, extension_of, format_of
 from data_tools.progress import describe_skipped
+from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.data.errors import DataFormatError
 
 DEFAULT_EXTENSIONS = (*TEXT_ENDINGS, *RECORD_ENDINGS, PARQUET_ENDING)
@@ -171,8 +173,6 @@ def deal_out(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> lis
 
 def _splits(file: CorpusFile, number: int, wanted: int) -> Iterator[Split]:
     if file.kind == "parquet":
-        from data_tools.documents import open_parquet
-
         with open_parquet(file) as parquet:
             sizes = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
         for group, size in enumerate(sizes):
@@ -378,3 +378,20 @@ def open_file(file: CorpusFile) -> Any:
     import fsspec
 
     return fsspec.open(file.path, "rb").open()
+
+
+@contextmanager
+def open_parquet(file: CorpusFile) -> Iterator[Any]:
+    """A pyarrow ParquetFile. Raises DataFormatError if the file is damaged, or pyarrow is missing."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise DataFormatError(f"{file.path}: reading parquet needs pyarrow: {install_hint('pyarrow')}") from None
+    with open_file(file) as raw:
+        try:
+            yield pq.ParquetFile(raw)
+        except DataFormatError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataFormatError(f"{file.path}: damaged, or not a parquet file ({error}); write it again") from None

@@ -7,17 +7,15 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.corpus import CorpusFile, Split, open_file
+from data_tools.corpus import CorpusFile, Split, open_file, open_parquet
 from data_tools.formats import BYTE_ORDER_MARK, other_encoding, plain_blocks
 from data_tools.formats import DamagedError as DamagedError
 from data_tools.json_values import json_values
 from data_tools.long_json import InvalidJson, stream_fields
 from data_tools.records import RecordForm, Reject
-from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.data.errors import DataFormatError
 
 LONG_BYTES = 32 << 20
@@ -370,23 +368,6 @@ def _last_border(text: str) -> int:
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_parquet(file: CorpusFile) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises DataFormatError if the file is damaged, or pyarrow is missing."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DataFormatError(f"{file.path}: reading parquet needs pyarrow: {install_hint('pyarrow')}") from None
-    with open_file(file) as raw:
-        try:
-            yield pq.ParquetFile(raw)
-        except DataFormatError:
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataFormatError(f"{file.path}: damaged, or not a parquet file ({error}); write it again") from None
 
 
 def _rows(

@@ -56,13 +56,13 @@ class Recipe:
     name: RecipeName
     meaning: str
     """As the documentation of precision.fp8_recipe says it."""
-    engine_class: str
-    """Of transformer_engine.common.recipe."""
-    hardware: tuple[Hardware, ...]
-    """Any of them has Transformer Engine's kernels."""
     scale_form: ScaleForm
     block: int | None
     """Values along the summed dimension of a product that share a scale; None: the whole tensor, of one expert."""
+    engine_class: str | None = None
+    """Of transformer_engine.common.recipe; None: there is none, it can be emulated only."""
+    hardware: tuple[Hardware, ...] = ()
+    """Any of them has Transformer Engine's kernels."""
     square_weight_blocks: bool = False
     """Blocks of a weight are as high as they are wide: it is quantised once for both products that read it."""
     is_delayed: bool = False
@@ -124,7 +124,7 @@ class Recipe:
         """What its kernels ask of a GPU's compute capability, and of torch's CUDA, where these do not have it."""
         if any(hardware.has(capability, cuda) for hardware in self.hardware):
             return None
-        return ", or ".join(map(str, self.hardware))
+        return ", or ".join(map(str, self.hardware)) or "kernels, and Transformer Engine has none for it"
 
 
 _PER_TENSOR = (Hardware((9, 0)), Hardware((8, 9), below=(8, 10), cuda=(12, 1)))

@@ -1,9 +1,11 @@
-"""Who may import whom. Walks the syntax tree of every file, so imports inside functions count too."""
+"""Who may import whom, room by room and file by file. Walks the syntax tree of every file, so imports inside functions
+count too."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,57 @@ def imports_of(text: str, module: str, is_package: bool) -> Iterator[tuple[int, 
                 yield node.lineno, node.args[0].value
 
 
+def module_of(path: Path) -> str:
+    """Dotted name of a file of the project; of an __init__.py that of its package."""
+    relative = path.relative_to(ROOT)
+    return ".".join((relative.parent if path.name == "__init__.py" else relative.with_suffix("")).parts)
+
+
+def when_run(tree: ast.Module) -> ast.Module:
+    """The tree without what stands under `if TYPE_CHECKING`, which no interpreter imports."""
+
+    class Without(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+            self.generic_visit(node)
+            name = node.test.attr if isinstance(node.test, ast.Attribute) else getattr(node.test, "id", "")
+            return node.orelse if name == "TYPE_CHECKING" else node
+
+    return Without().visit(tree)
+
+
+def imported_files(texts: dict[str, str], packages: set[str]) -> dict[str, set[str]]:
+    """Module -> modules of the project that it imports. Of `a.b.c` also a.b, which Python runs before it, unless the
+    file is in that package itself."""
+    found: dict[str, set[str]] = {}
+    for module, text in texts.items():
+        tree = ast.unparse(when_run(ast.parse(text)))
+        found[module] = set()
+        for _, name in imports_of(tree, module, module in packages):
+            parts = name.split(".")
+            known = [other for other in accumulate(parts, "{}.{}".format) if other in texts]
+            found[module] |= {other for other in known if other == known[-1] or not is_under(module, other)}
+        found[module].discard(module)
+    return found
+
+
+def circle_of(imports: dict[str, set[str]]) -> list[str] | None:
+    """Modules each of which imports the next, the last the first; None where there are none."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str] | None:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return None
+        for other in sorted(imports[module]):
+            if circle := walk(other, [*way, module]):
+                return circle
+        done.add(module)
+        return None
+
+    return next((circle for module in sorted(imports) if (circle := walk(module, []))), None)
+
+
 def is_under(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
@@ -119,14 +172,38 @@ def violation(path: str, name: str) -> str | None:
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     relative = path.relative_to(ROOT)
-    is_package = relative.name == "__init__.py"
-    module = ".".join((relative.parent if is_package else relative.with_suffix("")).parts)
     found = []
-    for line, name in imports_of(path.read_text(encoding="utf-8"), module, is_package):
+    for line, name in imports_of(path.read_text(encoding="utf-8"), module_of(path), path.name == "__init__.py"):
         reason = violation(relative.as_posix(), name)
         if reason:
             found.append(f"{relative}:{line} imports {name}: {reason}")
     assert not found, "\n".join(found)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    paths = source_files()
+    packages = {module_of(path) for path in paths if path.name == "__init__.py"}
+    texts = {module_of(path): path.read_text(encoding="utf-8") for path in paths}
+    circle = circle_of(imported_files(texts, packages))
+    assert circle is None, " -> ".join(circle)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"p.a": "from p import b", "p.b": "def f():\n    from p.a import g"}, ["p.a", "p.b", "p.a"]),
+        ({"p.a": "import p.b", "p.b": "from .c import x", "p.c": "from . import a"}, ["p.a", "p.b", "p.c", "p.a"]),
+        ({"p": "from p.a import x", "p.a": "from p.b import x", "p.b": "from p import y"}, ["p", "p.a", "p.b", "p"]),
+        ({"q": "import p.a", "p": "import q", "p.a": ""}, ["p", "q", "p"]),
+        ({"p.a": "from p.b import x", "p.b": "if TYPE_CHECKING:\n    from p.a import X"}, None),
+        ({"p.a": "import typing, p.b", "p.b": "if typing.TYPE_CHECKING:\n    import p.a\nelse:\n    import p.c"}, None),
+        ({"p.a": "from p.b import x\nfrom p.c import y", "p.b": "from p.c import y", "p.c": "import os"}, None),
+        ({"p": "from p.a import x", "p.a": "from p.b import x", "p.b": ""}, None),
+    ],
+)
+def test_the_walk_finds_circles(texts: dict[str, str], expected: list[str] | None) -> None:
+    everything = {"p": "", "p.c": ""} | texts
+    assert circle_of(imported_files(everything, {"p"})) == expected
 
 
 def test_every_room_has_its_line() -> None:

@@ -50,6 +50,7 @@ def te_recipe(recipe: Recipe) -> recipes.Recipe:
             "amax_history_len": recipe.history_steps,
             "amax_compute_algo": "max" if recipe.takes_max else "most_recent",
         }
+    assert recipe.engine_class is not None, f"{recipe.name} has no kernels"
     return getattr(recipes, recipe.engine_class)(**options)
 
 
