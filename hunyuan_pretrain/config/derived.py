@@ -148,7 +148,7 @@ def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> 
     """Rows that an expert multiplies at a time: its capacity in every routing group of the ranks that send to it; None
     without a capacity.
 
-    Where they are a multiple of precision.fp8_alignment, as with a capacity that is, no row has to be padded, whatever
+    Where they are a multiple of `Recipe.size_multiple`, as with a capacity that is, no row has to be padded, whatever
     tokens choose.
     """
     model, ranks = experiment.model, grid(experiment.parallel, world_size)
