@@ -169,7 +169,7 @@ def load_newest(
 def _refuse(
     folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
 ) -> None:
-    refuse_other_model(folder, marker, chunks[0].config.architecture)
+    refuse_other_model(folder, marker, chunks[0].config.model)
     mine, theirs = str(chunks[0].config.params_dtype), marker.get("dtype")
     if optimizer is not None and theirs != mine:
         hint = "go on in that precision.dtype, or start a new run from its weights with checkpoint.init_from"
@@ -285,7 +285,7 @@ def _description(step: int, model: HunyuanModel) -> dict[str, Any]:
         "step": step,
         "world_size": dist.get_world_size(),
         "layout": _layout(model),
-        "model": model.config.architecture.model_dump(),
+        "model": model.config.model.model_dump(),
         "dtype": str(model.config.params_dtype),
         "fp8_scaling": scaling_recipe(model),
         "torch": torch.__version__,

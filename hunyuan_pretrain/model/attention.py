@@ -70,7 +70,7 @@ class SelfAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.is_owner = layer % config.cla_share_factor == 0
+        self.is_owner = layer % config.model.cla_share_factor == 0
         tp_size = groups.tp.size()
         self.head_dim = config.kv_channels
         self.num_heads = config.num_attention_heads // tp_size

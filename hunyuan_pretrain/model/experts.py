@@ -253,7 +253,7 @@ class SharedExpert(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, spec: Any, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.recompute = config.recompute_experts
+        self.recompute = config.parallel.recompute == "selective"
         self.linear_fc1 = spec.column_parallel_linear(config, config.hidden_size, 2 * config.ffn_hidden_size, groups)
         self.linear_fc1.weight.is_gated = True
         self.linear_fc2 = spec.row_parallel_linear(config, config.ffn_hidden_size, config.hidden_size, groups)
@@ -280,7 +280,7 @@ class RoutedExperts(torch.nn.Module):
         super().__init__()
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
         self.num_experts = config.num_moe_experts
-        self.recompute = config.recompute_experts
+        self.recompute = config.parallel.recompute == "selective"
         self.row_multiple = spec.row_multiple
         self.linear_fc1 = spec.column_parallel_grouped_linear(
             config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -16,20 +16,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class HunyuanConfig(TransformerConfig):
-    """TransformerConfig with what core has no field for; names and meanings are those of config.schema."""
+    """TransformerConfig, and beside it the settings it was made from: what core has no field for is read there."""
 
-    cla_share_factor: int = 1
-    recycle_routing: bool = False
-    moe_routing_group_tokens: int = 512
-    rotary_base: float = 10000.0
-    padded_vocab_size: int = 0
-    share_embeddings_and_output_weights: bool = True
-    recompute_cla_groups: bool = False
-    recompute_experts: bool = False
-    context_parallel_method: str = "all_gather"
-    stages: tuple[range, ...] = ()  # layers of each pipeline stage, in the order of the forward pass
-    architecture: ModelConfig | None = None  # what all of this was made from
-    number_formats: PrecisionConfig = field(default_factory=PrecisionConfig)
+    model: ModelConfig = field(kw_only=True)
+    parallel: ParallelConfig = field(kw_only=True)
+    number_formats: PrecisionConfig = field(kw_only=True)
+    stages: tuple[range, ...] = ()
+    """Layers of each pipeline stage, in the order of the forward pass."""
     uses_transformer_engine: bool = False
 
 
@@ -51,38 +44,10 @@ def transformer_config(
     over ranks and micro-batches, not average them: `calculate_per_token_loss`.
     """
     dtype = DTYPES[precision.dtype]
-    is_interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     return HunyuanConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.ffn_hidden_size,
-        moe_ffn_hidden_size=model.expert_ffn_size,
-        num_moe_experts=model.num_moe_experts,
-        moe_router_topk=model.moe_router_topk,
-        moe_router_pre_softmax=True,
-        moe_expert_capacity_factor=model.moe_expert_capacity_factor,
-        moe_token_dispatcher_type="alltoall",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_z_loss_coeff=model.moe_z_loss_coeff or None,
-        moe_routing_group_tokens=model.moe_routing_group_tokens,
-        recycle_routing=model.recycle_routing,
-        cla_share_factor=model.cla_share_factor,
-        qk_layernorm=model.qk_layernorm,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.layernorm_epsilon,
-        rotary_base=model.rotary_base,
-        padded_vocab_size=model.padded_vocab_size,
-        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        init_method_std=model.init_method_std,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        **_architecture(model),
+        **_layout(parallel),
+        stages=pipeline_stages(model, parallel),
         # weights are written by initialize_weights, which does not depend on the layout
         perform_initialization=False,
         use_cpu_initialization=device == "cpu" or (device is None and not torch.cuda.is_available()),
@@ -91,28 +56,62 @@ def transformer_config(
         bf16=precision.dtype == "bf16",
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fuse_wgrad_accumulation,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_size(parallel),
-        stages=pipeline_stages(model, parallel),
-        # batched messages of the interleaved schedule would be taken for one another where next and previous rank are
-        # the same
-        overlap_p2p_comm=is_interleaved,
-        batch_p2p_comm=not is_interleaved,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        context_parallel_method=parallel.context_parallel_method,
-        recompute_cla_groups=parallel.recompute == "cla_group",
-        recompute_experts=parallel.recompute == "selective",
-        architecture=model,
+        deterministic_mode=False,
+        model=model,
+        parallel=parallel,
         number_formats=precision,
         uses_transformer_engine=use_transformer_engine,
-        # NCCL's wait orders the streams of a device by itself; the host need not wait for each message
-        batch_p2p_sync=False,
-        deterministic_mode=False,
     )
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """What core reads of the model itself, for checks of its own and in modules that are its."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.ffn_hidden_size,
+        "moe_ffn_hidden_size": model.expert_ffn_size,
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": True,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        "qk_layernorm": model.qk_layernorm,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "init_method_std": model.init_method_std,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    """What core's linears and pipeline schedules read of the layout."""
+    is_interleaved = virtual_pipeline_size(parallel) is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_pipeline_size(parallel),
+        # batched messages of the interleaved schedule would be taken for one another where next and previous rank are
+        # the same
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
+        # NCCL's wait orders the streams of a device by itself; the host need not wait for each message
+        "batch_p2p_sync": False,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
 
 
 def weight_device(config: HunyuanConfig) -> torch.device | str:

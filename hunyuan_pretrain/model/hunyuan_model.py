@@ -55,7 +55,7 @@ class Embedding(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.word_embeddings = TokenEmbedding(
-            config.padded_vocab_size,
+            config.model.padded_vocab_size,
             config.hidden_size,
             init_method=config.init_method,
             reduce_scatter_embeddings=config.sequence_parallel,
@@ -109,7 +109,7 @@ class OutputLayer(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        shape = (config.padded_vocab_size // groups.tp.size(), config.hidden_size)
+        shape = (config.model.padded_vocab_size // groups.tp.size(), config.hidden_size)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
         mark_divided(self.weight, 0)
 
@@ -135,14 +135,14 @@ class HunyuanModel(MegatronModule):
         # read by core's schedules and gradient finalisation
         self.pre_process, self.post_process = stage == 0, stage == len(config.stages) - 1
         self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
-        self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
+        self.share_embeddings_and_output_weights = config.model.share_embeddings_and_output_weights  # read by core
         self.input_TBD: Tensor | None = None
         # weights are registered in the order of the forward pass, in which core gathers and the reverse of which it
         # reduces them
         if self.pre_process:
             self.embedding = self._build_embedding()
         self.decoder = Decoder(config, spec, groups, config.stages[stage], self.post_process)
-        if self.post_process and not config.share_embeddings_and_output_weights:
+        if self.post_process and not self.share_embeddings_and_output_weights:
             self.output_layer = OutputLayer(config, groups)
         elif self.post_process and not self.pre_process:
             self.embedding = self._build_embedding()
@@ -154,7 +154,7 @@ class HunyuanModel(MegatronModule):
         weight.shared = not self.pre_process
         # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a
         # rank of the first and one of the last stage add up the same, completely reduced elements
-        weight.shared_embedding = self.config.share_embeddings_and_output_weights and len(self.config.stages) > 1
+        weight.shared_embedding = self.share_embeddings_and_output_weights and len(self.config.stages) > 1
         return embedding
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -198,15 +198,15 @@ class HunyuanModel(MegatronModule):
         config, tp, routing = self.config, self.groups.tp, inputs.routing
         if config.sequence_parallel:
             routing = routing.share(tp.rank(), tp.size())
-        base = rope_base(config.rotary_base, inputs.rope_alpha, config.kv_channels)
+        base = rope_base(config.model.rotary_base, inputs.rope_alpha, config.kv_channels)
         table = rope_table(inputs.positions_T, base, config.kv_channels)
         plan = attention_plan(table, inputs.borders, inputs.context)
-        layers = list(self.decoder.layers)
+        layers, recompute = list(self.decoder.layers), config.parallel.recompute == "cla_group"
         size = RouterStatistics.packed_size(config.num_moe_experts)
         statistics = hidden_TD.new_zeros(config.num_layers, size, dtype=torch.float32)
-        for start in range(0, len(layers), config.cla_share_factor):
-            group = layers[start : start + config.cla_share_factor]
-            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, plan, routing, config.recompute_cla_groups)
+        for start in range(0, len(layers), config.model.cla_share_factor):
+            group = layers[start : start + config.model.cla_share_factor]
+            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, plan, routing, recompute)
             statistics[group[0].layer : group[-1].layer + 1] = statistics_LX.detach()
         return hidden_TD, statistics
 

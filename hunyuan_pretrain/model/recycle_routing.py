@@ -16,23 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hunyuan_pretrain.config.derived import expert_capacity
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.routing import DROPPED, TrainingRouting, marked
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
-def expert_capacity(config: HunyuanConfig) -> int:
-    """Slots of one expert for one routing group: ceil(factor * tokens * topk / experts)."""
-    slots = (
-        config.moe_expert_capacity_factor
-        * config.moe_routing_group_tokens
-        * config.moe_router_topk
-        / config.num_moe_experts
-    )
-    return -int(-slots // 1)
 
 
 # --- the draw ---------------------------------------------------------------------------------------------------------
@@ -118,15 +108,15 @@ class Places(NamedTuple):
 
 @torch.no_grad()
 def places_within_capacity(chosen_TK: Tensor, config: HunyuanConfig, layer: int, routing: TrainingRouting) -> Places:
-    """Each expert has expert_capacity(config) rows for each routing group, group after group; what overflows is
-    recycled, or dropped where config.recycle_routing is off."""
+    """Each expert has expert_capacity rows for each routing group, group after group; what overflows is
+    recycled, or dropped where config.model.recycle_routing is off."""
     T, K = chosen_TK.shape
-    E, g = config.num_moe_experts, config.moe_routing_group_tokens
-    n, capacity = T // g, expert_capacity(config)
+    E, g = config.num_moe_experts, config.model.moe_routing_group_tokens
+    n, capacity = T // g, expert_capacity(config.model)
     chosen_nKg = chosen_TK.view(n, g, K).transpose(1, 2)
     priority_nS = (
         slot_priorities(routing.seed, routing.step, layer, routing.group_n, E * capacity)
-        if config.recycle_routing
+        if config.model.recycle_routing
         else None
     )
     slots_nKg = assign_slots(chosen_nKg, E, capacity, priority_nS)
@@ -140,7 +130,7 @@ def places_within_capacity(chosen_TK: Tensor, config: HunyuanConfig, layer: int,
     expert_TK, row_TK = (x.transpose(1, 2).reshape(T, K) for x in (expert_nKg, row_nKg))
     token_R = torch.full((num_rows + 1,), T, dtype=torch.int64, device=chosen_TK.device)
     token_R[row_TK] = torch.arange(T, device=chosen_TK.device)[:, None].expand(T, K)
-    is_permutation = K == 1 and config.recycle_routing and capacity * E == g
+    is_permutation = K == 1 and config.model.recycle_routing and capacity * E == g
     return Places(expert_TK, row_TK, token_R[:num_rows], None, is_permutation)
 
 

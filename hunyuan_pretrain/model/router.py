@@ -60,8 +60,9 @@ class Router(torch.nn.Module):
         plan = RoutingPlan(_combine_weights(probs_TE, places), *places[1:])
         if isinstance(routing, EvaluationRouting):
             return Routed(plan, None, _statistics(chosen_TK, places, config.num_moe_experts, routing.is_counted_T))
-        balance = balance_loss(probs_TE, chosen_TK, config.moe_routing_group_tokens)
-        z = z_loss(logits_TE, config.moe_routing_group_tokens) if config.moe_z_loss_coeff else balance.new_zeros(())
+        group_tokens = config.model.moe_routing_group_tokens
+        balance = balance_loss(probs_TE, chosen_TK, group_tokens)
+        z = z_loss(logits_TE, group_tokens) if config.moe_z_loss_coeff else balance.new_zeros(())
         loss = config.moe_aux_loss_coeff * balance + (config.moe_z_loss_coeff or 0.0) * z
         statistics = _statistics(chosen_TK, places, config.num_moe_experts)
         statistics = statistics._replace(balance_loss=balance.detach(), z_loss=z.detach())

@@ -65,7 +65,7 @@ def check_attention(run: Run) -> str:
     one with a plain softmax, on short documents. Each row of the output may differ by its roundings, each gradient, as
     a whole, by its own.
     """
-    layers = list(run.chunks[0].decoder.layers)[: run.chunks[0].config.cla_share_factor]
+    layers = list(run.chunks[0].decoder.layers)[: run.chunks[0].config.model.cla_share_factor]
     backend = layers[0].self_attention.core_attention
     if backend is packed_attention:
         num_tokens, num_sequences, names = _num_tokens(run), 1, ("flash attention", "a plain softmax")
@@ -209,7 +209,7 @@ def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]
     mine_T, plan = _pack(run, positions_S, borders, 1)
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
     output_TD, kv = input_TD, None
-    for layer in list(model.decoder.layers)[: model.config.cla_share_factor]:
+    for layer in list(model.decoder.layers)[: model.config.model.cla_share_factor]:
         attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, plan)
         output_TD = output_TD + attention_TD
     # the same pull on both runs, another on every row
@@ -323,7 +323,7 @@ class _BareLoss:
         self._hook = self.router.register_forward_hook(self._add) if self.router is not None else None
 
     def _add(self, router: Router, inputs: tuple[Tensor, Any], output: Any) -> None:
-        if torch.is_grad_enabled() and router.config.recompute_cla_groups:
+        if torch.is_grad_enabled() and router.config.parallel.recompute == "cla_group":
             return  # the second pass over a recomputed layer
         with torch.enable_grad():
             weight_ED = router.weight.detach().clone().requires_grad_()

@@ -39,8 +39,8 @@ class PackedAttention:
         # without a kernel it would, silently, hold the scores of all queries and keys; now it fails instead
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         ranks = config.tensor_model_parallel_size
-        if config.context_parallel_method == "all_to_all":  # ranks trade tokens for heads
-            ranks *= config.context_parallel_size
+        if config.parallel.context_parallel_method == "all_to_all":  # ranks trade tokens for heads
+            ranks *= config.parallel.context_parallel_size
         self.kernel = te.DotProductAttention(
             config.num_attention_heads // ranks,
             config.kv_channels,

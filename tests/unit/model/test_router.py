@@ -4,9 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hunyuan_pretrain.config.derived import expert_capacity
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.recycle_routing import assign_slots, expert_capacity, slot_priorities
+from hunyuan_pretrain.model.recycle_routing import assign_slots, slot_priorities
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, TrainingRouting
 from tests.helpers import tiny
@@ -107,7 +108,7 @@ def router(**changes):
 
 
 def expert_of_row(plan, config, n=3):
-    return plan.row_TK // (n * expert_capacity(config))
+    return plan.row_TK // (n * expert_capacity(config.model))
 
 
 def test_combine_weight_is_the_probability_at_the_new_expert():

@@ -118,9 +118,9 @@ def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(t
 
 @pytest.mark.parametrize(("factor", "topk", "micro"), [(1.0, 1, 1), (1.25, 1, 2), (0.7, 2, 1)])
 def test_rows_of_an_expert_are_those_of_the_router(factor: float, topk: int, micro: int) -> None:
-    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from hunyuan_pretrain.model.recycle_routing import expert_capacity
+    import torch
+
+    from hunyuan_pretrain.model.routing import TrainingRouting
     from tests.helpers import tiny
     from tests.helpers.runs import experiment_fields
 
@@ -130,8 +130,10 @@ def test_rows_of_an_expert_are_those_of_the_router(factor: float, topk: int, mic
     experiment = Experiment.model_validate(found)
     stage = experiment.stages[0].model_copy(update={"micro_batch_sequences": micro})
     groups = stage.sequence_length * micro // model.moe_routing_group_tokens
-    expected = expert_capacity(transformer_config(model, ParallelConfig(), PrecisionConfig())) * groups
-    assert expert_rows(experiment, stage, 1) == expected
+    router = tiny.build(model).decoder.layers[0].mlp.router
+    hidden_TD = torch.randn(groups * model.moe_routing_group_tokens, model.hidden_size)
+    plan = router(hidden_TD, TrainingRouting(1, 0, torch.arange(groups), groups)).plan
+    assert expert_rows(experiment, stage, 1) == len(plan.token_R) / model.num_moe_experts
 
 
 def test_the_plan_says_what_fp8_does(tmp_path: Path) -> None:
