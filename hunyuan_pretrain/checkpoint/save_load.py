@@ -302,7 +302,7 @@ def _layout(model: HunyuanModel) -> str:
 def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
     """What must be equal for the scales of a checkpoint to be those of a run; None where a run has none that outlive a
     step."""
-    formats = model.config.number_formats
+    formats = model.config.precision
     recipe = formats.recipe
     if recipe is None or not recipe.is_delayed:
         return None

@@ -41,7 +41,7 @@ def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
         from hunyuan_pretrain.model.engine.layers import transformer_engine_spec
 
         return transformer_engine_spec(config, layer)
-    return emulated_fp8_spec() if config.number_formats.is_fp8_layer(layer, config.num_layers) else local_spec()
+    return emulated_fp8_spec() if config.precision.is_fp8_layer(layer, config.num_layers) else local_spec()
 
 
 def _session(models: Models) -> Fp8Session:

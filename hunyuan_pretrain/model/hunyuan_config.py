@@ -20,7 +20,7 @@ class HunyuanConfig(TransformerConfig):
 
     model: ModelConfig = field(kw_only=True)
     parallel: ParallelConfig = field(kw_only=True)
-    number_formats: PrecisionConfig = field(kw_only=True)
+    precision: PrecisionConfig = field(kw_only=True)
     stages: tuple[range, ...] = ()
     """Layers of each pipeline stage, in the order of the forward pass."""
     uses_transformer_engine: bool = False
@@ -59,7 +59,7 @@ def transformer_config(
         deterministic_mode=False,
         model=model,
         parallel=parallel,
-        number_formats=precision,
+        precision=precision,
         uses_transformer_engine=use_transformer_engine,
     )
 

@@ -103,7 +103,7 @@ def build_optimizer(
 
 def _has_fp8_parameters(model: HunyuanModel) -> bool:
     """Whether weights are in FP8 only; an emulation has them in the dtype of the run, and only computes as if."""
-    return model.config.uses_transformer_engine and model.config.number_formats.fp8_parameters
+    return model.config.uses_transformer_engine and model.config.precision.fp8_parameters
 
 
 def complete_gradients(chunks: list[DistributedDataParallel]) -> None:

@@ -330,7 +330,7 @@ class _BareLoss:
             logits_TE = F.linear(inputs[0].detach().float(), weight_ED)
             probs_TE = logits_TE.softmax(-1)
             chosen_TK = probs_TE.topk(router.config.moe_router_topk, dim=-1).indices
-            group_tokens = router.config.moe_routing_group_tokens
+            group_tokens = router.config.model.moe_routing_group_tokens
             loss = (
                 z_loss(logits_TE, group_tokens) if self.is_z_loss else balance_loss(probs_TE, chosen_TK, group_tokens)
             )

@@ -62,7 +62,7 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
     computed at the end: Transformer Engine's kernels take the maximum of a tensor's values over all its uses since the
     last update.
     """
-    recipe = models[0].config.number_formats.recipe
+    recipe = models[0].config.precision.recipe
     if recipe is None or FP8GlobalStateManager.is_fp8_enabled():
         yield
         return
@@ -107,7 +107,7 @@ def load_scaling_state(models: Sequence[Any], state: dict[str, Tensor]) -> None:
 
 
 def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    recipe = model.config.number_formats.recipe
+    recipe = model.config.precision.recipe
     if recipe is None or not recipe.is_delayed:
         return
     for module_name, product in model.named_modules():
@@ -142,7 +142,7 @@ def without_fp8() -> AbstractContextManager[None]:
 
 def weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManager[None]:
     """Modules made inside keep their weights as the configuration says: in FP8 only, or not."""
-    formats = config.number_formats
+    formats = config.precision
     if not is_fp8 or not formats.fp8_parameters or formats.recipe is None:
         return nullcontext()
     return te.quantized_model_init(enabled=True, recipe=te_recipe(formats.recipe))

@@ -42,8 +42,8 @@ from hunyuan_pretrain.runtime.handover import handed_over
 
 def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
     """The spec of one layer, counted from 0 over the whole model."""
-    recipe = config.number_formats.recipe
-    is_fp8 = config.number_formats.is_fp8_layer(layer, config.num_layers)
+    recipe = config.precision.recipe
+    is_fp8 = config.precision.is_fp8_layer(layer, config.num_layers)
     return Spec(
         column_parallel_linear=partial(ColumnParallelLinear, is_fp8=is_fp8),
         row_parallel_linear=partial(RowParallelLinear, is_fp8=is_fp8),
@@ -136,7 +136,7 @@ def _options(config: HunyuanConfig, groups: ProcessGroupCollection) -> dict[str,
 def _init_method(config: HunyuanConfig) -> Any:
     """What writes new weights before `initialize_weights` or a checkpoint does, which do not depend on the layout:
     nothing, or zeros where weights are quantised at once, which is no good for whatever was in the memory."""
-    return torch.nn.init.zeros_ if config.number_formats.fp8_parameters else _leave_as_it_is
+    return torch.nn.init.zeros_ if config.precision.fp8_parameters else _leave_as_it_is
 
 
 def _leave_as_it_is(weight: Tensor) -> None:
@@ -194,7 +194,7 @@ class GroupedLinear(Product, te.GroupedLinear):
         is_fp8: bool,
     ) -> None:
         e, rows, columns = grouped_shape(config, input_size, output_size, groups, partition_dim)
-        is_one = not (is_fp8 and config.number_formats.fp8_parameters)
+        is_one = not (is_fp8 and config.precision.fp8_parameters)
         with weights_in_fp8(config, is_fp8):
             super().__init__(
                 e,

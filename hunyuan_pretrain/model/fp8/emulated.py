@@ -240,7 +240,7 @@ class Fp8GroupedLinear(GroupedLinear):
 
 
 def emulated_fp8_spec() -> Spec:
-    """The same layers, computing in the FP8 recipe of config.number_formats during a training step."""
+    """The same layers, computing in the FP8 recipe of config.precision during a training step."""
     column = partial(column_parallel_linear, linear_class=Fp8ColumnParallelLinear)
     row = partial(row_parallel_linear, linear_class=Fp8RowParallelLinear)
     return replace(
@@ -258,7 +258,7 @@ def _in_fp8(make: LinearFactory, is_expert: bool) -> LinearFactory:
     ) -> torch.nn.Module:
         linear = make(config, input_size, output_size, groups)
         num_experts = config.num_moe_experts // groups.ep.size() if is_expert else 1
-        formats = config.number_formats
+        formats = config.precision
         accumulate, device = config.gradient_accumulation_fusion, weight_device(config)
         assert formats.recipe is not None
         linear.fp8 = Fp8Product(formats.recipe, num_experts, is_expert, accumulate, device, formats.fp8_parameters)
