@@ -1,4 +1,4 @@
-"""torchrun, except that a stop that was asked for is told apart from a failure. Takes torchrun's arguments.
+"""torchrun, except that a stop that was asked for is told apart from a failure.
 
 torchrun answers a SIGTERM by passing it on, killing what has not ended after 30 seconds, and ending with a traceback
 and status 1, as after a crash. Here a SIGTERM, a Ctrl-C or the end of the terminal is passed on as SIGTERM and the
@@ -43,16 +43,17 @@ class Stop:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
-        ranks = self.children() if self.children else []
+        if self.children is None:
+            print(STOPPED_BEFORE_FIRST_STEP, flush=True)
+            os._exit(EXIT_STOPPED)  # an import that is under way could swallow an exception
+        ranks = self.children()
         if self.asked.count(signal.SIGINT) > 1:
             for rank in ranks:
                 rank.kill()
             os._exit(EXIT_INTERRUPTED)
-        if not ranks:
-            if self.children:  # torchrun waits for other nodes
-                print(STOPPED_BEFORE_FIRST_STEP, flush=True)
-                sys.exit(EXIT_STOPPED)
-            return
+        if not ranks:  # torchrun waits for other nodes
+            print(STOPPED_BEFORE_FIRST_STEP, flush=True)
+            sys.exit(EXIT_STOPPED)
         if number == signal.SIGINT:
             print(
                 "\nCtrl-C: the ranks stop after this step, which is saved; Ctrl-C again ends at once, without saving",
@@ -62,8 +63,9 @@ class Stop:
             rank.send_signal(signal.SIGTERM)
 
 
-def main(arguments: list[str], stop: Stop) -> int:
-    """Run the ranks; returns 0, 75 if they were stopped and saved, 2 after a user's mistake, or 1 if one failed."""
+def run_ranks(arguments: list[str], stop: Stop) -> int:
+    """Run the ranks that torchrun's arguments ask for; returns 0, 75 if they were stopped and saved, 2 after a user's
+    mistake, or 1 if one failed."""
     import psutil
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -74,9 +76,6 @@ def main(arguments: list[str], stop: Stop) -> int:
     # torchrun's own handler would shut the ranks down instead of waiting for them.
     settings.signals_to_handle = "SIGQUIT"
     stop.children = psutil.Process().children
-    if stop.asked:
-        print(STOPPED_BEFORE_FIRST_STEP, flush=True)
-        return EXIT_STOPPED
     if (port := meeting_port(settings)) is not None and is_taken(port):
         print(
             f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes",
@@ -154,9 +153,3 @@ def was_stopped(statuses: Iterable[int], is_asked: bool = False) -> bool:
     """
     found = set(statuses)
     return (EXIT_STOPPED in found or is_asked) and found <= {EXIT_STOPPED, -signal.SIGTERM}
-
-
-if __name__ == "__main__":
-    _stop = Stop()
-    _stop.listen()
-    sys.exit(main(sys.argv[1:], _stop))

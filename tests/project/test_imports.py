@@ -54,7 +54,7 @@ ONLY_IN = {
         f"hunyuan_pretrain/{room}/"
         for room in ("runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics")
     ]
-    + ["data_tools/", "launch/ranks.py"],
+    + ["data_tools/", "launch/node.py", "launch/ranks.py"],
 }
 """Module -> files and folders that may import it; a longer name is not covered by its parent's line."""
 

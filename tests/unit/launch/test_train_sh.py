@@ -92,19 +92,6 @@ def test_train_sh_refuses(arguments: list[str], variables: dict[str, str], messa
     assert not {"Traceback", "torchrun", "elastic"} & set(done.stderr.split())
 
 
-def test_options_of_train_reach_the_ranks(tmp_path: Path) -> None:
-    """The message that refuses a change names --accept-changes, so it must work where runs are started."""
-    recorder = tmp_path / "python"
-    program = f'exec {sys.executable} "$@"'
-    recorder.write_text(f'#!/bin/sh\ncase "$1" in *ranks.py) printf "%s\\n" "$@" ;; *) {program} ;; esac\n')
-    recorder.chmod(0o755)
-    options = ("--from-step", "5", "--accept-changes=seed", "--accept-changes", "model.x,b")
-    done = run("launch/train.sh", DEMO, *options, "seed=5", HUNYUAN_PYTHON=str(recorder), NPROC_PER_NODE="2")
-    assert done.returncode == 0, done.stderr
-    given = [DEMO, "seed=5", "--from-step=5", "--accept-changes=seed", "--accept-changes=model.x,b"]
-    assert done.stdout.splitlines()[-7:] == ["hunyuan_pretrain", "train", *given]
-
-
 def test_help_after_config() -> None:
     assert run("launch/train.sh", DEMO, "--help").stdout == run("launch/train.sh", "--help").stdout
 
@@ -166,23 +153,6 @@ def test_the_launcher_says_which_ranks_failed(
 ) -> None:
     assert report(statuses) == code
     assert capsys.readouterr().err.splitlines() == [f"launch/train.sh: {line}" for line in said]
-
-
-@pytest.mark.parametrize(
-    "variables", [{"RDZV_ID": "job", "SLURM_NODEID": "0"}, {"NODE_RANK": "0"}], ids=["meeting", "numbered"]
-)
-def test_torchrun_is_told_the_nodes_address_because_its_name_may_not_resolve(
-    tmp_path: Path, variables: dict[str, str]
-) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$1" in */ranks.py) echo "$@" ;; *) exec {sys.executable} "$@" ;; esac\n')
-    python.chmod(0o755)
-    several = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "1", "HUNYUAN_PYTHON": str(python)}
-    assert "--local-addr 127.0.0.1 " in run("launch/train.sh", DEMO, **several, **variables).stdout
-    assert (
-        "--local-addr 10.9.8.7 " in run("launch/train.sh", DEMO, **several, **variables, LOCAL_ADDR="10.9.8.7").stdout
-    )
-    assert "--local-addr" not in run("launch/train.sh", DEMO, NPROC_PER_NODE="2", HUNYUAN_PYTHON=str(python)).stdout
 
 
 def test_sbatch_does_not_fall_back_to_this_host() -> None:

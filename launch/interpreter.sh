@@ -1,0 +1,23 @@
+# For launch/train.sh and launch/train.sbatch, which set `here` to this folder and `program` to their name.
+
+fail() {
+    echo "$program: $1" >&2
+    exit 2
+}
+
+# Sets `python` to HUNYUAN_PYTHON, else to that of the hunyuan-pretrain on PATH, else to .venv of this checkout.
+find_interpreter() {
+    local command
+    if [[ -n ${HUNYUAN_PYTHON:-} ]]; then
+        python=$HUNYUAN_PYTHON
+    elif command=$(command -v hunyuan-pretrain); then
+        # The first line of a console script names its interpreter; one beside it need not be it (~/.local/bin, /usr/local/bin).
+        python=$(dirname "$command")/python
+        [[ -x $python ]] || python=$(sed -n '1s/^#! *//p' "$command")
+    else
+        python=$here/../.venv/bin/python
+    fi
+    "$python" -c "" 2>/dev/null || fail "$python: no such interpreter; install the project (README, Installation) or set HUNYUAN_PYTHON"
+    "$python" -c "from importlib.util import find_spec; exit(not all(map(find_spec, ('launch', 'hunyuan_pretrain', 'torch', 'megatron'))))" ||
+        fail "$python has not got the project, or not what it needs; install it there (README, Installation) or set HUNYUAN_PYTHON"
+}
