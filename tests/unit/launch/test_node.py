@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from launch import node
 from launch.node import (
     Job,
     MistakeError,
