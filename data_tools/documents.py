@@ -15,6 +15,7 @@ from data_tools.formats import BYTE_ORDER_MARK, other_encoding, plain_blocks
 from data_tools.formats import DamagedError as DamagedError
 from data_tools.json_values import json_values
 from data_tools.long_json import InvalidJson, stream_fields
+from data_tools.parquet import read_rows
 from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.errors import DataFormatError
 
@@ -373,40 +374,10 @@ def _last_border(text: str) -> int:
 def _rows(
     split: Split, form: RecordForm, advance: Callable[[int], None], pass_over: Callable[[], None]
 ) -> Iterator[Document | Reject]:
-    with open_parquet(split.file) as parquet:
-        missing = [name for name in form.fields if name not in parquet.schema_arrow.names]
-        if missing:
-            columns = ", ".join(parquet.schema_arrow.names[:8])
-            raise DataFormatError(
-                f"{split.file.path}: no column {missing[0]!r} (columns: {columns}); choose with --text-field or "
-                "--template"
-            )
-        for name in form.fields:
-            if parquet.schema_arrow.names.count(name) > 1:
-                raise DataFormatError(
-                    f"{split.file.path}: two columns are named {name!r}; give one of them another name"
-                )
-        for group in range(split.start, split.end):
-            row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
-            for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=form.fields):
-                for record in _records_of_batch(batch):
-                    where = f"{split.file.path}: row {row}"
-                    if isinstance(record, str):
-                        yield Reject(where, record)
-                    else:
-                        text = form.text_of(where, record)
-                        yield from _of_record(row, (text, record) if isinstance(text, str) else text, pass_over)
-                    row += 1
-            advance(split.file.size // max(parquet.num_row_groups, 1))
-
-
-def _records_of_batch(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Rows as records; in place of one that holds bytes which are no text, the reason why it is none."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for number in range(len(batch)):
-            try:
-                yield from batch.slice(number, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})"
+    for row, record in read_rows(split, form.fields, advance):
+        where = f"{split.file.path}: row {row}"
+        if isinstance(record, str):
+            yield Reject(where, record)
+        else:
+            text = form.text_of(where, record)
+            yield from _of_record(row, (text, record) if isinstance(text, str) else text, pass_over)

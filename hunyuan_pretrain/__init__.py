@@ -1,0 +1,7 @@
+"""Pretraining of Hunyuan-Large style mixture-of-experts models on megatron-core.
+
+Importing this imports nothing else; docs/reference/ names the modules to import from.
+"""
+
+__all__ = ["__version__"]
+__version__ = "0.1.0"

@@ -19,6 +19,8 @@ from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
 
+__all__ = ["export_run"]
+
 
 def export_run(
     run_dir: Path, output: Path, *, step: int | None = None, dtype: str | None = None, format: Format = "hunyuan"

@@ -19,6 +19,8 @@ from hunyuan_pretrain.checkpoint import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["generate", "load_model", "load_tokenizer"]
+
 MODEL_CODE = ("configuration_hunyuan.py", "modeling_hunyuan.py")
 """Files of this package that an export carries."""
 TOKENIZER_CODE = "tokenization_hy.py"

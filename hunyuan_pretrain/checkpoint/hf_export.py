@@ -34,6 +34,8 @@ from hunyuan_pretrain.checkpoint.weight_map import Mapping, to_hf, weight_map
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 
+__all__ = ["export", "generation_config", "hf_config"]
+
 CANNOT_WRITE = (
     errno.ENOSPC,
     errno.EDQUOT,

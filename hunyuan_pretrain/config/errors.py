@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+__all__ = ["ConfigError", "Problem"]
+
 
 class _Nothing(Enum):
     """A sentinel that stays itself when an error passes from one process to another."""

@@ -23,6 +23,8 @@ from hunyuan_pretrain.config.schema import Experiment, ModelConfig, Section
 from hunyuan_pretrain.config.values import SUFFIX_RULE, change_paths, expand, fill_in, number_hint, section_of
 from hunyuan_pretrain.config.yaml_tree import Dumper, Keys, Tree, dotted, file_error, parse, reason_of, text_or_value
 
+__all__ = ["dump_resolved", "load_experiment", "load_model"]
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 

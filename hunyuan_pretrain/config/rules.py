@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from hunyuan_pretrain.config.data_rules import DATA_RULES
 from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.model_rules import MODEL_RULES
+from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
 from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
+from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
 
 
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
@@ -46,88 +49,6 @@ def find_problems(experiment: Experiment, world_size: int | None = None) -> list
 def find_warnings(experiment: Experiment) -> list[Problem]:
     """Settings that are legal but take effect only partly; the run prints them once and keeps them in its folder."""
     return [problem for rule in WARNING_RULES for problem in rule(experiment)]
-
-
-def nearest_multiples(value: int, step: int) -> str:
-    """The multiples of `step` on both sides of `value`, as a hint."""
-    below = value // step * step
-    return f"use {below} or {below + step}" if below else f"use {step}"
-
-
-def nearest_divisors(value: int, number: int) -> str:
-    """The divisors of `number` on both sides of `value`, as a hint."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < value][-1:]
-    above = [d for d in divisors if d > value][:1]
-    return "use " + " or ".join(str(d) for d in below + above)
-
-
-# --- the architecture -------------------------------------------------------------------------------------------------
-
-
-def hidden_size_splits_into_heads(model: ModelConfig) -> Iterator[Problem]:
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    if model.kv_channels is None and hidden % heads:
-        hint = f"{nearest_multiples(hidden, heads)}, or set model.kv_channels"
-        yield Problem(
-            "model.hidden_size", hidden, f"{heads} heads, {hidden} % {heads} != 0 and model.kv_channels is null", hint
-        )
-
-
-def heads_split_into_query_groups(model: ModelConfig) -> Iterator[Problem]:
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    if heads % groups:
-        yield Problem(
-            "model.num_query_groups", groups, f"{heads} heads, {heads} % {groups} != 0", nearest_divisors(groups, heads)
-        )
-
-
-def head_dim_is_even(model: ModelConfig) -> Iterator[Problem]:
-    width = model.head_dim
-    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
-        return
-    if width < 4 or width % 2:
-        path = "model.kv_channels" if model.kv_channels else "model.num_attention_heads"
-        value = model.kv_channels or model.num_attention_heads
-        yield Problem(
-            path,
-            value,
-            f"head width {width} must be even and at least 4, since RoPE rotates pairs",
-            nearest_even(width),
-        )
-
-
-def nearest_even(width: int) -> str:
-    return "use a head width of 4" if width < 4 else f"use a head width of {width - 1} or {width + 1}"
-
-
-def layers_split_into_cla_groups(model: ModelConfig) -> Iterator[Problem]:
-    layers, share = model.num_layers, model.cla_share_factor
-    if layers % share:
-        hint = f"{nearest_multiples(layers, share)}, or cla_share_factor 1"
-        yield Problem("model.num_layers", layers, f"CLA groups of {share} layers, {layers} % {share} != 0", hint)
-
-
-def topk_is_within_experts(model: ModelConfig) -> Iterator[Problem]:
-    topk, experts = model.moe_router_topk, model.num_moe_experts
-    if topk > experts:
-        yield Problem(
-            "model.moe_router_topk",
-            topk,
-            f"more than the {experts} experts of model.num_moe_experts",
-            f"use 1 to {experts}",
-        )
-
-
-def recycling_needs_a_capacity(model: ModelConfig) -> Iterator[Problem]:
-    if model.recycle_routing and model.moe_expert_capacity_factor is None:
-        rule = "without a capacity no expert is ever full, so nothing can be recycled"
-        yield Problem(
-            "model.recycle_routing",
-            True,
-            rule,
-            "set model.moe_expert_capacity_factor, such as 1.0, or recycle_routing false",
-        )
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
@@ -300,164 +221,6 @@ def batch_splits(parallel: ParallelConfig, index: int, stage: StageConfig, data_
         )
 
 
-# --- the recipe -------------------------------------------------------------------------------------------------------
-
-
-def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]:
-    """A rank routes T / (CP * SP) tokens of a micro-batch, and capacity and recycling are those of whole groups."""
-    parallel, group = experiment.parallel, experiment.model.moe_routing_group_tokens
-    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    for path, length, sequences in token_counts(experiment):
-        if length % group:
-            continue  # routing_group_divides_sequences speaks
-        if length % (context * group):
-            rule = (
-                f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} "
-                "tokens evenly"
-            )
-            hint = (
-                f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or a smaller routing group"
-            )
-            yield Problem(f"{path}.sequence_length" if path != "evaluation" else path, length, rule, hint)
-        elif length * sequences // context % (tensor * group):
-            share = length * sequences // context
-            rule = (
-                f"{tensor} tensor-parallel ranks cannot share a micro-batch of {share // group} routing groups of "
-                f"{group} tokens evenly"
-            )
-            hint = f"use {sequences * tensor}, or a smaller model.moe_routing_group_tokens"
-            yield Problem(f"{path}.micro_batch_sequences", sequences, rule, hint)
-
-
-def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:
-    """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's
-    length."""
-    for index, stage in enumerate(experiment.stages):
-        yield f"stages.{index}", stage.sequence_length, stage.micro_batch_sequences
-    if experiment.evaluation.paths:
-        yield "evaluation", experiment.stages[0].sequence_length, experiment.evaluation.micro_batch_sequences
-
-
-def routing_group_divides_sequences(experiment: Experiment) -> Iterator[Problem]:
-    group = experiment.model.moe_routing_group_tokens
-    for index, stage in enumerate(experiment.stages):
-        length = stage.sequence_length
-        if length % group:
-            rule = f"not a multiple of model.moe_routing_group_tokens {group}"
-            hint = f"{nearest_multiples(length, group)}, or a routing group of {math.gcd(length, group)}"
-            yield Problem(f"stages.{index}.sequence_length", length, rule, hint)
-
-
-def one_source_of_the_expert_lr(experiment: Experiment) -> Iterator[Problem]:
-    ratio, noise = experiment.optimizer.expert_lr_ratio, experiment.optimizer.expert_lr_noise_scale_tokens
-    if ratio is None and noise is None:
-        rule = "expert_lr_ratio and expert_lr_noise_scale_tokens are both null"
-        yield Problem("optimizer.expert_lr_ratio", None, rule, "set exactly one, such as expert_lr_ratio 0.31")
-    elif ratio is not None and noise is not None:
-        rule = f"expert_lr_noise_scale_tokens={noise:g} is set too, and the ratio would be computed from it"
-        yield Problem("optimizer.expert_lr_ratio", ratio, rule, "set exactly one, the other null")
-
-
-def betas_are_decays(experiment: Experiment) -> Iterator[Problem]:
-    for name in ("adam_beta1", "adam_beta2"):
-        beta = getattr(experiment.optimizer, name)
-        if not 0 <= beta < 1:
-            yield Problem(
-                f"optimizer.{name}", beta, "must be at least 0 and below 1", "use 0.9 or 0.95" if beta >= 1 else "use 0"
-            )
-
-
-def stage_names_are_unique(experiment: Experiment) -> Iterator[Problem]:
-    first: dict[str, int] = {}
-    for index, stage in enumerate(experiment.stages):
-        if stage.name in first:
-            rule = f"stages.{first[stage.name]} has this name already"
-            yield Problem(f"stages.{index}.name", stage.name, rule, f"use {stage.name}_{index}")
-        first.setdefault(stage.name, index)
-
-
-def stages_have_a_learning_rate(experiment: Experiment) -> Iterator[Problem]:
-    start = 0.0
-    for index, stage in enumerate(experiment.stages):
-        if stage.lr_end > 1:
-            rule = "a fraction of optimizer.lr, which is the peak"
-            yield Problem(f"stages.{index}.lr_end", stage.lr_end, rule, "use 1.0, or raise optimizer.lr")
-        elif stage.lr_end == 0 and (start == 0 or stage.lr_shape == "constant"):
-            rule = "the learning rate is 0 throughout the stage, which would train nothing"
-            yield Problem(f"stages.{index}.lr_end", stage.lr_end, rule, "use a value above 0")
-        start = stage.lr_end
-
-
-def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
-    checkpoint = experiment.checkpoint
-    if checkpoint.resume_from is None:
-        return
-    path = "checkpoint.resume_from"
-    if not checkpoint.resume:
-        yield Problem(
-            path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to go on", "set one of them"
-        )
-    if checkpoint.init_from is not None:
-        rule = (
-            f"takes the whole state of a checkpoint, and checkpoint.init_from={checkpoint.init_from} the weights only"
-        )
-        yield Problem(path, checkpoint.resume_from, rule, "set one of them, the other null")
-
-
-# --- warnings ---------------------------------------------------------------------------------------------------------
-
-
-def capacity_below_one_drops(experiment: Experiment) -> Iterator[Problem]:
-    factor = experiment.model.moe_expert_capacity_factor
-    if factor is not None and factor < 1:
-        rule = f"the experts have room for {factor:.0%} of the tokens; the others are dropped even with recycle_routing"
-        yield Problem("model.moe_expert_capacity_factor", factor, rule, "use 1.0")
-
-
-def peak_is_reached(experiment: Experiment) -> Iterator[Problem]:
-    highest = max(stage.lr_end for stage in experiment.stages)
-    if highest < 1:
-        rule = f"no stage reaches it: the highest lr_end is {highest:g}"
-        yield Problem(
-            "optimizer.lr", experiment.optimizer.lr, rule, "set lr_end 1.0 in the stage that reaches the peak"
-        )
-
-
-def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Problem]:
-    checkpoint = experiment.checkpoint
-    if checkpoint.keep_last is not None and checkpoint.save_every_steps is None:
-        rule = (
-            "checkpoint.save_every_steps is null: there is one checkpoint a job, so only resumed jobs leave any "
-            "to remove"
-        )
-        yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, "set checkpoint.save_every_steps")
-    elif checkpoint.save_every_steps is not None and checkpoint.save_every_steps > total_steps(experiment):
-        rule = f"the run has {total_steps(experiment)} steps, so only its end is saved"
-        yield Problem("checkpoint.save_every_steps", checkpoint.save_every_steps, rule, "use fewer steps")
-
-
-def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]:
-    fraction = experiment.optimizer.cpu_offload_fraction
-    if fraction and experiment.runtime.device == "cpu":
-        rule = (
-            "runtime.device is cpu: the state is in the host's memory anyway, and copies of the weights are added to it"
-        )
-        yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "use 0")
-
-
-def total_steps(experiment: Experiment) -> int:
-    """Steps of all stages together."""
-    return sum(stage.num_steps for stage in experiment.stages)
-
-
-MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
-    hidden_size_splits_into_heads,
-    heads_split_into_query_groups,
-    head_dim_is_even,
-    layers_split_into_cla_groups,
-    topk_is_within_experts,
-    recycling_needs_a_capacity,
-)
 EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     experts_split_over_ranks,
     tensor_parallel_divides,
@@ -467,19 +230,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     heads_trade_for_tokens,
     param_gather_overlap_needs_its_base,
     offload_needs_the_distributed_optimizer,
-    routing_group_divides_sequences,
-    ranks_hold_whole_routing_groups,
-    one_source_of_the_expert_lr,
-    betas_are_decays,
-    stage_names_are_unique,
-    stages_have_a_learning_rate,
-    one_way_to_begin,
+    *TRAINING_RULES,
     *DATA_RULES,
     *PRECISION_RULES,
-)
-WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
-    capacity_below_one_drops,
-    peak_is_reached,
-    keep_last_has_something_to_remove,
-    offload_has_a_device_to_relieve,
 )

@@ -13,6 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from hunyuan_pretrain.config.recipe import RECIPES, Recipe, RecipeName
 
+__all__ = [
+    "CheckpointConfig",
+    "DataSource",
+    "EvaluationConfig",
+    "EvaluationSet",
+    "Experiment",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RuntimeConfig",
+    "StageConfig",
+]
+
 
 def setting(
     description: str,

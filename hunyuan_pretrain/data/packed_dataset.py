@@ -18,6 +18,8 @@ import numpy as np
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.packed_format import PackedIndex
 
+__all__ = ["PackedDataset", "PackedSequence"]
+
 
 @dataclass(frozen=True)
 class PackedSequence:

@@ -24,6 +24,8 @@ import tiktoken
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
 
+__all__ = ["Tokenizer", "UnknownIdError", "write_hf_tokenizer"]
+
 RANKS_FILE = "hy.tiktoken"
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SPLIT_PATTERN = (

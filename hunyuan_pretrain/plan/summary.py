@@ -15,6 +15,7 @@ from hunyuan_pretrain.config.derived import (
     smallest_world_size,
 )
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.config.training_rules import total_steps
 from hunyuan_pretrain.plan.communication import AXES, communication_per_rank
 from hunyuan_pretrain.plan.counts import (
     flops_per_token,
@@ -231,7 +232,7 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
         ]
     tokens = sum(stage.num_steps * stage.global_batch_tokens for stage in experiment.stages)
     rows += [
-        Row("run", "steps", f"{rules.total_steps(experiment):,}"),
+        Row("run", "steps", f"{total_steps(experiment):,}"),
         Row("run", "tokens", f"{tokens:,}"),
         Row("run", "FLOPs", f"{total_flops:.4g}", "forward and backward, model FLOPs"),
     ]

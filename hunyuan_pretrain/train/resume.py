@@ -14,16 +14,8 @@ import torch.distributed as dist
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.folders import refuse_other_model
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, sources_of
-from hunyuan_pretrain.config.changes import (
-    Difference,
-    Kind,
-    all_differences,
-    check_accepted,
-    is_accepted,
-    model_differences,
-    refusal,
-    refusal_text,
-)
+from hunyuan_pretrain.config.acceptance import check_accepted, is_accepted, refusal, refusal_text
+from hunyuan_pretrain.config.changes import Difference, Kind, all_differences, model_differences
 from hunyuan_pretrain.config.derived import data_parallel_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import Segment

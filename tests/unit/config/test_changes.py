@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 
+from hunyuan_pretrain.config.acceptance import check_accepted, refusal, refusal_text
 from hunyuan_pretrain.config.changes import (
     TABLE,
     Difference,
     Kind,
     all_differences,
-    check_accepted,
     differences,
     model_differences,
-    refusal,
-    refusal_text,
     sort,
 )
 from hunyuan_pretrain.config.errors import ConfigError

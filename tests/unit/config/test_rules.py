@@ -9,6 +9,7 @@ import pytest
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_experiment, parse, read, validate
+from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
 from hunyuan_pretrain.config.schema import Experiment
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
@@ -341,10 +342,10 @@ def test_the_refused_value_is_never_its_own_suggestion() -> None:
     for value in range(1, 40):
         for number in (1, 8, 12, 37):
             if number % value:
-                assert str(value) not in rules.nearest_divisors(value, number).split()
+                assert str(value) not in nearest_divisors(value, number).split()
         for step in range(1, 12):
             if value % step:
-                assert str(value) not in rules.nearest_multiples(value, step).split()
+                assert str(value) not in nearest_multiples(value, step).split()
 
 
 def test_positions_follow_a_replaced_list() -> None:

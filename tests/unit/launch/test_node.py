@@ -76,8 +76,8 @@ def test_a_port_is_a_port(port: str) -> None:
     [
         (0, [], {}, 2),
         (0, ["parallel.world_size=null", "parallel.expert_model_parallel_size=1"], {}, 1),
-        (0, ["parallel.world_size=4"], {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0"}, 2),
-        (4, ["parallel.world_size=null"], {}, 4),
+        (0, [], {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0"}, 1),
+        (2, ["parallel.world_size=null"], {}, 2),
         (4, ["runtime.device=cpu"], {}, 2),
         (4, [], {"NPROC_PER_NODE": "2"}, 2),
     ],

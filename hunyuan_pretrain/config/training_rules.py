@@ -1,0 +1,175 @@
+"""Rules of what is trained how: routing groups, learning rates, stages, checkpoints; and what is legal but takes effect
+only partly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.nearest import nearest_multiples
+from hunyuan_pretrain.config.schema import Experiment
+
+
+def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]:
+    """A rank routes T / (CP * SP) tokens of a micro-batch, and capacity and recycling are those of whole groups."""
+    parallel, group = experiment.parallel, experiment.model.moe_routing_group_tokens
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    for path, length, sequences in token_counts(experiment):
+        if length % group:
+            continue  # routing_group_divides_sequences speaks
+        if length % (context * group):
+            rule = (
+                f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} "
+                "tokens evenly"
+            )
+            hint = (
+                f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or a smaller routing group"
+            )
+            yield Problem(f"{path}.sequence_length" if path != "evaluation" else path, length, rule, hint)
+        elif length * sequences // context % (tensor * group):
+            share = length * sequences // context
+            rule = (
+                f"{tensor} tensor-parallel ranks cannot share a micro-batch of {share // group} routing groups of "
+                f"{group} tokens evenly"
+            )
+            hint = f"use {sequences * tensor}, or a smaller model.moe_routing_group_tokens"
+            yield Problem(f"{path}.micro_batch_sequences", sequences, rule, hint)
+
+
+def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:
+    """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's
+    length."""
+    for index, stage in enumerate(experiment.stages):
+        yield f"stages.{index}", stage.sequence_length, stage.micro_batch_sequences
+    if experiment.evaluation.paths:
+        yield "evaluation", experiment.stages[0].sequence_length, experiment.evaluation.micro_batch_sequences
+
+
+def routing_group_divides_sequences(experiment: Experiment) -> Iterator[Problem]:
+    group = experiment.model.moe_routing_group_tokens
+    for index, stage in enumerate(experiment.stages):
+        length = stage.sequence_length
+        if length % group:
+            rule = f"not a multiple of model.moe_routing_group_tokens {group}"
+            hint = f"{nearest_multiples(length, group)}, or a routing group of {math.gcd(length, group)}"
+            yield Problem(f"stages.{index}.sequence_length", length, rule, hint)
+
+
+def one_source_of_the_expert_lr(experiment: Experiment) -> Iterator[Problem]:
+    ratio, noise = experiment.optimizer.expert_lr_ratio, experiment.optimizer.expert_lr_noise_scale_tokens
+    if ratio is None and noise is None:
+        rule = "expert_lr_ratio and expert_lr_noise_scale_tokens are both null"
+        yield Problem("optimizer.expert_lr_ratio", None, rule, "set exactly one, such as expert_lr_ratio 0.31")
+    elif ratio is not None and noise is not None:
+        rule = f"expert_lr_noise_scale_tokens={noise:g} is set too, and the ratio would be computed from it"
+        yield Problem("optimizer.expert_lr_ratio", ratio, rule, "set exactly one, the other null")
+
+
+def betas_are_decays(experiment: Experiment) -> Iterator[Problem]:
+    for name in ("adam_beta1", "adam_beta2"):
+        beta = getattr(experiment.optimizer, name)
+        if not 0 <= beta < 1:
+            yield Problem(
+                f"optimizer.{name}", beta, "must be at least 0 and below 1", "use 0.9 or 0.95" if beta >= 1 else "use 0"
+            )
+
+
+def stage_names_are_unique(experiment: Experiment) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, stage in enumerate(experiment.stages):
+        if stage.name in first:
+            rule = f"stages.{first[stage.name]} has this name already"
+            yield Problem(f"stages.{index}.name", stage.name, rule, f"use {stage.name}_{index}")
+        first.setdefault(stage.name, index)
+
+
+def stages_have_a_learning_rate(experiment: Experiment) -> Iterator[Problem]:
+    start = 0.0
+    for index, stage in enumerate(experiment.stages):
+        if stage.lr_end > 1:
+            rule = "a fraction of optimizer.lr, which is the peak"
+            yield Problem(f"stages.{index}.lr_end", stage.lr_end, rule, "use 1.0, or raise optimizer.lr")
+        elif stage.lr_end == 0 and (start == 0 or stage.lr_shape == "constant"):
+            rule = "the learning rate is 0 throughout the stage, which would train nothing"
+            yield Problem(f"stages.{index}.lr_end", stage.lr_end, rule, "use a value above 0")
+        start = stage.lr_end
+
+
+def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
+    checkpoint = experiment.checkpoint
+    if checkpoint.resume_from is None:
+        return
+    path = "checkpoint.resume_from"
+    if not checkpoint.resume:
+        yield Problem(
+            path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to go on", "set one of them"
+        )
+    if checkpoint.init_from is not None:
+        rule = (
+            f"takes the whole state of a checkpoint, and checkpoint.init_from={checkpoint.init_from} the weights only"
+        )
+        yield Problem(path, checkpoint.resume_from, rule, "set one of them, the other null")
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def capacity_below_one_drops(experiment: Experiment) -> Iterator[Problem]:
+    factor = experiment.model.moe_expert_capacity_factor
+    if factor is not None and factor < 1:
+        rule = f"the experts have room for {factor:.0%} of the tokens; the others are dropped even with recycle_routing"
+        yield Problem("model.moe_expert_capacity_factor", factor, rule, "use 1.0")
+
+
+def peak_is_reached(experiment: Experiment) -> Iterator[Problem]:
+    highest = max(stage.lr_end for stage in experiment.stages)
+    if highest < 1:
+        rule = f"no stage reaches it: the highest lr_end is {highest:g}"
+        yield Problem(
+            "optimizer.lr", experiment.optimizer.lr, rule, "set lr_end 1.0 in the stage that reaches the peak"
+        )
+
+
+def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Problem]:
+    checkpoint = experiment.checkpoint
+    if checkpoint.keep_last is not None and checkpoint.save_every_steps is None:
+        rule = (
+            "checkpoint.save_every_steps is null: there is one checkpoint a job, so only resumed jobs leave any "
+            "to remove"
+        )
+        yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, "set checkpoint.save_every_steps")
+    elif checkpoint.save_every_steps is not None and checkpoint.save_every_steps > total_steps(experiment):
+        rule = f"the run has {total_steps(experiment)} steps, so only its end is saved"
+        yield Problem("checkpoint.save_every_steps", checkpoint.save_every_steps, rule, "use fewer steps")
+
+
+def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]:
+    fraction = experiment.optimizer.cpu_offload_fraction
+    if fraction and experiment.runtime.device == "cpu":
+        rule = (
+            "runtime.device is cpu: the state is in the host's memory anyway, and copies of the weights are added to it"
+        )
+        yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "use 0")
+
+
+def total_steps(experiment: Experiment) -> int:
+    """Steps of all stages together."""
+    return sum(stage.num_steps for stage in experiment.stages)
+
+
+TRAINING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
+    routing_group_divides_sequences,
+    ranks_hold_whole_routing_groups,
+    one_source_of_the_expert_lr,
+    betas_are_decays,
+    stage_names_are_unique,
+    stages_have_a_learning_rate,
+    one_way_to_begin,
+)
+WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
+    capacity_below_one_drops,
+    peak_is_reached,
+    keep_last_has_something_to_remove,
+    offload_has_a_device_to_relieve,
+)
