@@ -17,11 +17,8 @@ LONG_FUNCTIONS = {
 }
 LONG_FILES = {
     "hunyuan_pretrain/checkpoint/modeling_hunyuan.py": 552,  # an export's model code is one file
-    "hunyuan_pretrain/config/schema.py": 556,  # every setting there is, in one place
+    "hunyuan_pretrain/config/schema.py": 553,  # every setting there is, in one place
     "hunyuan_pretrain/data/indexed.py": 406,
-    "hunyuan_pretrain/model/fp8.py": 431,
-    "hunyuan_pretrain/model/transformer_engine.py": 476,
-    "hunyuan_pretrain/train/setup.py": 431,
 }
 """Exceptions and the most that they may have; they only become fewer and shorter."""
 
