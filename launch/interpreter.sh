@@ -17,7 +17,7 @@ find_interpreter() {
     else
         python=$here/../.venv/bin/python
     fi
-    "$python" -c "" 2>/dev/null || fail "$python: no such interpreter; install the project (README, Installation) or set HUNYUAN_PYTHON"
+    "$python" -c "" 2>/dev/null || fail "$python: no such interpreter; install the project (docs/guide/installation.md) or set HUNYUAN_PYTHON"
     "$python" -c "from importlib.util import find_spec; exit(not all(map(find_spec, ('launch', 'hunyuan_pretrain', 'torch', 'megatron'))))" ||
-        fail "$python has not got the project, or not what it needs; install it there (README, Installation) or set HUNYUAN_PYTHON"
+        fail "$python has not got the project, or not what it needs; install it there (docs/guide/installation.md) or set HUNYUAN_PYTHON"
 }
