@@ -16,9 +16,10 @@ from data_tools.progress import ProgressReport
 from hunyuan_pretrain.config.history import RESOLVED, read_history
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.digests import check_digest
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import manifest_format
-from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset, check_digest
+from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
 from hunyuan_pretrain.data.ledger import LedgerSequence, sequences_of_step
 from hunyuan_pretrain.data.packed_format import PACKED_FORMAT, PackedIndex
 from hunyuan_pretrain.data.sample_order import SampleOrder

@@ -20,7 +20,7 @@ import re
 import reprlib
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from hunyuan_pretrain.data.digests import check_digest, check_size, file_digest
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
 
 TOKENIZED_FORMAT, TOKENIZED_VERSION = "hunyuan-tokenized", 2
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 
-_BLOCK_BYTES = 8 << 20
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8 + 8
 _DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -348,50 +348,6 @@ def check_pad_id(folder: Path, pad_id: int, vocab_size: int) -> None:
         raise DataFormatError(
             f"{folder / MANIFEST}: pad_id is {pad_id}, but the vocabulary has the ids 0 to {vocab_size - 1}; "
             "write it again"
-        )
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_digest(path: Path, expected: str | None) -> None:
-    """Raise DataFormatError unless the file can be read and its SHA-256 is `expected`."""
-    for _ in check_digest_in_steps(path, expected):
-        pass
-
-
-def check_digest_in_steps(path: Path, expected: str | None) -> Iterator[int]:
-    """As `check_digest`, with a yield of the number of bytes after each block read."""
-    if not path.is_file():
-        raise DataFormatError(f"{path}: missing; write the folder again")
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-                yield len(block)
-    except OSError as error:
-        raise DataFormatError(f"{path}: cannot be read ({error.strerror})") from None
-    found = digest.hexdigest()
-    if found != expected:
-        raise DataFormatError(
-            f"{path}: SHA-256 {found[:12]}..., the manifest says {str(expected)[:12]}...; the file changed after "
-            "it was written"
-        )
-
-
-def check_size(path: Path, expected: int, described_by: str) -> None:
-    """Raise DataFormatError unless a file is there and has as many bytes as expected."""
-    if not path.is_file():
-        raise DataFormatError(f"{path}: missing; write the folder again")
-    size = path.stat().st_size
-    if size != expected:
-        state = "cut short" if size < expected else "too long"
-        raise DataFormatError(
-            f"{path}: {state}, {size:,} bytes where {expected:,} are expected for {described_by}; write it again"
         )
 
 

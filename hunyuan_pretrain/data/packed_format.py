@@ -23,19 +23,11 @@ from typing import Any
 import numpy as np
 
 from hunyuan_pretrain.data.balance import cost_order, squared_lengths
+from hunyuan_pretrain.data.digests import check_digest, check_size, file_digest
 from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
-from hunyuan_pretrain.data.indexed import (
-    TokenizedDataset,
-    TokenizedShard,
-    check_digest,
-    check_pad_id,
-    check_size,
-    file_digest,
-    load_array,
-    token_dtype,
-)
+from hunyuan_pretrain.data.indexed import TokenizedDataset, TokenizedShard, check_pad_id, load_array, token_dtype
 from hunyuan_pretrain.data.packing import Packing
 
 TOKENS = "tokens.bin"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hunyuan_pretrain.data.digests import check_digest_in_steps
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.indexed import check_digest_in_steps
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 
 _SECONDS_BETWEEN_MEETINGS = 10.0

@@ -12,13 +12,10 @@ LONGEST_FUNCTION = 60
 """Lines from the first statement after the docstring: a command's options are a list, and a docstring is to be read."""
 LONGEST_FILE = 400
 
-LONG_FUNCTIONS = {
-    "hunyuan_pretrain/model/hunyuan_config.py transformer_config": 63,  # one field of core's config a line
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 LONG_FILES = {
     "hunyuan_pretrain/checkpoint/modeling_hunyuan.py": 552,  # an export's model code is one file
     "hunyuan_pretrain/config/schema.py": 553,  # every setting there is, in one place
-    "hunyuan_pretrain/data/indexed.py": 406,
 }
 """Exceptions and the most that they may have; they only become fewer and shorter."""
 
