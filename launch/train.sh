@@ -34,5 +34,6 @@ for argument in "$@"; do
         exit 0
     fi
 done
+trap 'echo "stopped before the first step; nothing to save: the same command starts again"; exit 75' TERM INT HUP
 find_interpreter
 exec "$python" -m launch.node "$@"
