@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hunyuan_pretrain.data import indexed
+from hunyuan_pretrain.data import digests
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.train import verification
 from tests.helpers.ranks import fork_ranks
@@ -18,7 +18,7 @@ from tests.helpers.ranks import fork_ranks
 def verify_on_this_rank(*cases: dict[Path, str | None]) -> tuple[list[tuple[list[str], str]], str]:
     """Of each case, the names of the files that this rank reads, and its error; and what this rank says on stderr."""
     dist.init_process_group("gloo")
-    indexed._BLOCK_BYTES, verification._SECONDS_BETWEEN_MEETINGS = 10, -1.0  # a meeting after each block
+    digests._BLOCK_BYTES, verification._SECONDS_BETWEEN_MEETINGS = 10, -1.0  # a meeting after each block
     check = verification.check_digest_in_steps
     found, said = [], StringIO()
     for files in cases:
