@@ -10,36 +10,14 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hunyuan_pretrain.model.attention import AttentionPlan, SelfAttention, SharedKV
-from hunyuan_pretrain.model.experts import RoutedExperts, SharedExpert
+from hunyuan_pretrain.model.experts import MixtureOfExperts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing
 from hunyuan_pretrain.model.spec import Spec
-
-
-class MixtureOfExperts(torch.nn.Module):
-    """shared_expert(x) + combine(routed experts of x)."""
-
-    def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
-        super().__init__()
-        self.router = Router(config, layer)
-        self.experts = RoutedExperts(config, spec, groups)
-        self.shared_experts = SharedExpert(config, spec, groups)
-
-    def forward(self, hidden_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
-        """Returns ((T, D), router statistics)."""
-        plan, loss, statistics = self.router(hidden_TD, routing)
-        if loss is not None and torch.is_grad_enabled():
-            # Only the last pipeline stage computes a loss, and the others hand on activations alone. So that the router
-            # loss of every layer counts, core's scaler lets its gradient begin here, where the backward pass comes by
-            # the combine weights, with the scale that the schedule gives the loss.
-            plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
-        return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics
 
 
 class TransformerLayer(torch.nn.Module):

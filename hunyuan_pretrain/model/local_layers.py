@@ -12,7 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from hunyuan_pretrain.model.experts import GroupedLinear
+from hunyuan_pretrain.model.grouped_linear import GroupedLinear
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm
 from hunyuan_pretrain.model.packed_attention import packed_attention

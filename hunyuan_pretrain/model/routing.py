@@ -97,7 +97,7 @@ class RouterStatistics(NamedTuple):
 
 
 def marked(choice: Tensor, num_experts: int) -> Tensor:
-    """(..., C) expert numbers -> (..., E) bool, whether an expert is among the C.
+    """(..., K) expert numbers -> (..., E) bool, whether an expert is among the K.
 
     torch's one_hot and bincount look at the numbers first, for which the host waits on a GPU or for the whole tensor on
     a CPU.

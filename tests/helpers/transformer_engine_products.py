@@ -81,6 +81,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     from hunyuan_pretrain.config.schema import PrecisionConfig
     from hunyuan_pretrain.model.engine.layers import transformer_engine_spec
     from hunyuan_pretrain.model.engines import scaling_state, training_step
+    from hunyuan_pretrain.model.expert_rows import RowSplits
     from hunyuan_pretrain.model.fp8.emulated import emulated_fp8_spec
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from tests.helpers.tiny import tiny_model
@@ -88,7 +89,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     ranks, rank = groups.tp.size(), groups.tp.rank()
     # incomplete blocks where that is allowed: what is gathered in FP8 is not
     T, I, O = (160, 192, 160) if ranks == 1 else (256, 256, 128 if kind == "row" else 256)  # noqa: E741
-    splits = {"experts": 32, "unequal experts": [32, 64, 0, 96]}.get(kind)
+    splits = {"experts": RowSplits.equal(4, 32), "unequal experts": RowSplits((32, 64, 0, 96))}.get(kind)
     precision = PrecisionConfig(
         dtype="bf16", fp8_recipe=recipe, fp8_amax_history_len=2 if recipe == "delayed" else None
     )
@@ -130,7 +131,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     model = Model()
     weight = model.product.weight
     if splits is not None:
-        T = sum(splits) if isinstance(splits, list) else splits * weight.shape[0]
+        T = splits.num_rows
     if model.norm is not None:
         model.norm.weight.data.copy_(draw(1, I)[0])
     found: dict[str, torch.Tensor] = {}

@@ -46,17 +46,17 @@ def router_losses_times_two() -> AbstractContextManager[Any]:
 
 
 def balance_loss_without_gradient() -> AbstractContextManager[Any]:
-    from hunyuan_pretrain.model.layer import MoEAuxLossAutoScaler
+    from hunyuan_pretrain.model.experts import MoEAuxLossAutoScaler
 
     return patch.object(MoEAuxLossAutoScaler, "apply", lambda weight, loss: weight)
 
 
 def combination_without_router() -> AbstractContextManager[Any]:
     """The experts' output is weighted by a constant: the cross-entropy never reaches the router."""
-    from hunyuan_pretrain.model import experts
+    from hunyuan_pretrain.model import dispatch
 
-    right = experts._Combine.apply
-    return patch.object(experts._Combine, "apply", lambda rows, weight, plan: right(rows, weight.detach(), plan))
+    right = dispatch._Combine.apply
+    return patch.object(dispatch._Combine, "apply", lambda rows, weight, plan: right(rows, weight.detach(), plan))
 
 
 def rows_of_another_document() -> AbstractContextManager[Any]:

@@ -33,7 +33,8 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from hunyuan_pretrain.model.engine.attention import core_attention
 from hunyuan_pretrain.model.engine.fp8 import Product, weights_in_fp8
-from hunyuan_pretrain.model.experts import Splits, grouped_shape, grouped_weight, mark_experts
+from hunyuan_pretrain.model.expert_rows import RowSplits
+from hunyuan_pretrain.model.grouped_linear import grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.sharding import mark_divided
@@ -219,14 +220,13 @@ class GroupedLinear(Product, te.GroupedLinear):
             mark_experts(weight, groups, partition_dim - 1)
             weight.expert, weight.num_experts = expert, e
 
-    def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
+    def forward(self, x_RI: Tensor, splits: RowSplits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert; in FP8 each expert has a multiple of `Recipe.size_multiple` rows."""
-        rows_e = [splits] * self.num_products if isinstance(splits, int) else splits
-        assert sum(rows_e) == x_RI.shape[0], f"{sum(rows_e)} rows of experts, {x_RI.shape[0]} are there"
+        assert splits.num_rows == x_RI.shape[0], f"{splits.num_rows} rows of experts, {x_RI.shape[0]} are there"
         (x_RI,) = handed_over("Transformer Engine's grouped linear", x_RI, dtype=self.activations)
         self.fuse_wgrad_accumulation = self.accumulate and hasattr(next(self.parameters()), "main_grad")
         with self.region():
-            return super().forward(x_RI, rows_e, is_first_microbatch=self.take_turn())
+            return super().forward(x_RI, list(splits.rows_e), is_first_microbatch=self.take_turn())
 
     def _get_weight_tensors(self) -> list[Tensor]:
         """What Transformer Engine multiplies by: of one parameter the e views, each with its part of main_grad where

@@ -31,8 +31,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from hunyuan_pretrain.config.recipe import OPERANDS, Operand, Recipe
-from hunyuan_pretrain.model.experts import GroupedLinear, Splits
+from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.fp8.quantise import DelayedScale, quantize, to_fp32
+from hunyuan_pretrain.model.grouped_linear import GroupedLinear
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.local_layers import column_parallel_linear, local_spec, row_parallel_linear
 from hunyuan_pretrain.model.spec import LinearFactory, Spec
@@ -69,10 +70,9 @@ class Fp8Product(torch.nn.Module):
                 {operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS}
             )
 
-    def forward(self, x_RI: Tensor, weight: Tensor, splits: int | list[int] | None = None) -> Tensor:
+    def forward(self, x_RI: Tensor, weight: Tensor, splits: RowSplits | None = None) -> Tensor:
         """(R, I) -> (R, O), in the dtype of x. Communicates nothing."""
-        rows = x_RI.shape[0] if splits is None else splits
-        return _Fp8ProductFunction.apply(x_RI, weight, rows, self)
+        return _Fp8ProductFunction.apply(x_RI, weight, splits or RowSplits.equal(1, x_RI.shape[0]), self)
 
     @contextmanager
     def as_kept(self, weight: torch.nn.Parameter) -> Iterator[None]:
@@ -128,14 +128,15 @@ class Fp8Product(torch.nn.Module):
         self._weights = None
 
 
-def _pieces(rows: int | list[int], num_experts: int) -> Iterator[tuple[slice, slice, int]]:
+def _pieces(splits: RowSplits) -> Iterator[tuple[slice, slice, int]]:
     """(experts, rows of x, matrices) that can be computed together: all experts where they have as many rows each, else
     one by one."""
-    if isinstance(rows, int):
-        yield slice(0, num_experts), slice(0, rows * num_experts), num_experts
+    num_experts = len(splits.rows_e)
+    if splits.are_equal:
+        yield slice(0, num_experts), slice(0, splits.num_rows), num_experts
         return
     start = 0
-    for expert, count in enumerate(rows):
+    for expert, count in enumerate(splits.rows_e):
         yield slice(expert, expert + 1), slice(start, start + count), 1
         start += count
 
@@ -147,13 +148,13 @@ def _matrices(rows_RC: Tensor, b: int) -> Tensor:
 
 class _Fp8ProductFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, rows: int | list[int], product: Fp8Product) -> Tensor:
-        ctx.rows, ctx.product, ctx.weight = rows, product, weight
+    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, splits: RowSplits, product: Fp8Product) -> Tensor:
+        ctx.splits, ctx.product, ctx.weight = splits, product, weight
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, weight)
         weight_eOI = weight if weight.dim() == 3 else weight[None]
         y_RO = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
-        for experts, part, b in _pieces(rows, len(weight_eOI)):
+        for experts, part, b in _pieces(splits):
             x_bRI = product.operand(_matrices(x_RI[part], b), "x", False, experts, True)
             w_bOI = product.operand(weight_eOI[experts], "w", False, experts, True)
             y_RO[part] = _matmul(x_bRI, w_bOI.transpose(1, 2), x_RI.dtype).flatten(0, 1)
@@ -168,7 +169,7 @@ class _Fp8ProductFunction(torch.autograd.Function):
         target = main_grad if main_grad is not None else torch.zeros_like(weight)
         target_eOI = target if target.dim() == 3 else target[None]
         grad_RO, grad_x_RI = grad_RO.contiguous(), torch.empty_like(x_RI)
-        for experts, part, b in _pieces(ctx.rows, len(weight_eOI)):
+        for experts, part, b in _pieces(ctx.splits):
             x_bRI, grad_bRO = (_matrices(rows[part], b) for rows in (x_RI, grad_RO))
             dy_bRO = product.operand(grad_bRO, "dy", False, experts, True)
             w_bOI = product.operand(weight_eOI[experts], "w", True, experts, False)
@@ -231,7 +232,7 @@ class Fp8GroupedLinear(GroupedLinear):
 
     fp8: Fp8Product
 
-    def forward(self, x_RI: Tensor, splits: Splits) -> Tensor:
+    def forward(self, x_RI: Tensor, splits: RowSplits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
         if not self.fp8.is_in_step:
             with self.fp8.as_kept(self.weight):

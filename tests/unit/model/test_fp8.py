@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.engines import training_step
+from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.fp8.emulated import Fp8Product
 from hunyuan_pretrain.model.fp8.quantise import DelayedScale, dtype_of, quantize
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
@@ -144,16 +145,16 @@ def test_a_product_and_its_gradients_multiply_the_quantised_operands(name: str, 
         torch.testing.assert_close(found.detach(), product.to(DTYPES[dtype]), rtol=0, atol=0, msg=what)
 
 
-@pytest.mark.parametrize("rows", [32, [32, 0, 40, 8]])
+@pytest.mark.parametrize("splits", [RowSplits.equal(4, 32), RowSplits((32, 0, 40, 8))])
 @pytest.mark.parametrize("name", ["delayed", *RECIPES])
-def test_experts_are_quantised_each_for_itself(name: str, rows: int | list[int]) -> None:
+def test_experts_are_quantised_each_for_itself(name: str, splits: RowSplits) -> None:
     """The experts together give bit by bit what four linear layers give, gradients included."""
     generator = torch.Generator().manual_seed(5)
-    counts = [rows] * 4 if isinstance(rows, int) else rows
+    counts = list(splits.rows_e)
     weight_eOI = numbers(generator, 4 * 48, 64, 2, torch.float32).view(4, 48, 64).requires_grad_()
     x_RI = numbers(generator, sum(counts), 64, 3, torch.float32).requires_grad_()
     grad_RO = numbers(generator, sum(counts), 48, 3, torch.float32)
-    product_of(recipe(name), 4)(x_RI, weight_eOI, rows).backward(grad_RO)
+    product_of(recipe(name), 4)(x_RI, weight_eOI, splits).backward(grad_RO)
     assert x_RI.grad is not None
     assert weight_eOI.grad is not None
     for expert, (x, grad) in enumerate(zip(x_RI.detach().split(counts), grad_RO.split(counts), strict=True)):

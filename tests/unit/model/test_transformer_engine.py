@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hunyuan_pretrain.model.expert_rows import RowSplits
 from tests.helpers.layouts import STEPS, Comparisons, Layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import build, packed_inputs, tiny_model
@@ -210,7 +211,7 @@ def test_attention_is_right_however_queries_keys_and_values_lie_in_memory() -> N
 def test_rows_of_zeros_change_nothing(factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(moe_expert_capacity_factor=factor, recycle_routing=False)
     whole, padded = build(model), build(model)
-    asked: list[tuple[int, ...]] = []
+    asked: list[RowSplits] = []
     for layer in padded.decoder.layers:
         layer.mlp.experts.row_multiple = lambda: 16
         forward = layer.mlp.experts.linear_fc1.forward
@@ -224,6 +225,6 @@ def test_rows_of_zeros_change_nothing(factor: float | None, monkeypatch: pytest.
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert all(rows % 16 == 0 for splits in asked for rows in ([splits] if isinstance(splits, int) else splits))
+    assert all(rows % 16 == 0 for splits in asked for rows in splits.rows_e)
     for (name, mine), (_, theirs) in zip(padded.named_parameters(), whole.named_parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7, msg=name)

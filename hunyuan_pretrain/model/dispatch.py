@@ -1,0 +1,177 @@
+"""Dispatch of tokens to the routed experts of all ranks, and the combination of what comes back.
+
+Tokens are permuted into rows, expert after expert, by the index maps of the RoutingPlan; rows travel to the ranks that
+hold their experts (expert parallelism), which put them together where they share experts (expert-tensor parallelism);
+then everything goes back the same way, and a token adds up its rows with their combine weights. All of it is gathers
+in both directions, forward and backward: no scatter adds into a row, so the result does not depend on the order of
+threads.
+
+Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (places in experts), p ranks
+of a group, P places in all rows of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+from hunyuan_pretrain.model.expert_rows import RowSplits, inverse, moved, taken
+from hunyuan_pretrain.model.routing import RoutingPlan
+from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows
+from hunyuan_pretrain.runtime.handover import to_device
+
+Experts = Callable[[Tensor, RowSplits], Tensor]
+"""What the experts of this rank compute: (R, D), rows sorted by expert -> (R, D)."""
+
+
+class Dispatch:
+    """The way of tokens to the experts of a layer and back."""
+
+    def __init__(self, num_experts: int, groups: ProcessGroupCollection) -> None:
+        self.num_experts = num_experts
+        self.ep_group, self.etp_group = groups.ep, groups.expt_tp
+
+    def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+        """Combined output (T, D) of the experts that `plan` names, for tokens that no other rank of this stage holds.
+
+        `experts` computes those of this rank. Communicates: expert-parallel group, two all-to-alls each way;
+        expert-tensor-parallel group, an all-gather and a reduce-scatter of what those brought.
+        """
+        rows_RD = _Permute.apply(hidden_TD, plan)
+        output_RD = (
+            self._exchange_equal(rows_RD, experts)
+            if plan.rows_E is None
+            else self._exchange_counted(rows_RD, plan.rows_E, experts)
+        )
+        return _Combine.apply(output_RD, plan.weight_TK, plan)
+
+    # --- over expert-parallel ranks -----------------------------------------------------------------------------------
+
+    def _exchange_equal(self, rows_RD: Tensor, experts: Experts) -> Tensor:
+        """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""
+        ep, rows = self.ep_group.size(), rows_RD.shape[0] // self.num_experts
+        e, D = self.num_experts // ep, rows_RD.shape[1]
+        splits = RowSplits.equal(e, ep * rows)
+        if ep == 1:
+            return self._over_tensor_ranks(rows_RD, splits, experts)
+        received = all_to_all(self.ep_group, rows_RD).view(ep, e, rows, D).transpose(0, 1).reshape(-1, D)
+        output = self._over_tensor_ranks(received, splits, experts)
+        return all_to_all(self.ep_group, output.view(e, ep, rows, D).transpose(0, 1).reshape(-1, D))
+
+    def _exchange_counted(self, rows_RD: Tensor, rows_E: Tensor, experts: Experts) -> Tensor:
+        """Without a capacity the ranks first tell each other how many rows they send to each expert."""
+        ep = self.ep_group.size()
+        if ep == 1:
+            return self._over_tensor_ranks(rows_RD, RowSplits(tuple(rows_E.tolist())), experts)
+        e = self.num_experts // ep
+        sent_pe = rows_E.view(ep, e)
+        received_pe = exchange_rows(sent_pe, self.ep_group)
+        # the one time that the host waits for this layer: sizes of the exchange and of the products are in its hands
+        sent, received = torch.stack((sent_pe, received_pe)).tolist()
+        sent_p, received_p = ([sum(rows_e) for rows_e in rows_pe] for rows_pe in (sent, received))
+        by_rank = all_to_all(self.ep_group, rows_RD, received_p, sent_p)
+        # rows arrive rank after rank, each sorted by expert; the experts want expert after expert
+        expert_pe = torch.arange(e, device=rows_RD.device).repeat(ep)
+        order_R = expert_pe.repeat_interleave(received_pe.reshape(-1), output_size=sum(received_p)).argsort(stable=True)
+        back_R = inverse(order_R, order_R.shape[0])
+        splits = RowSplits(tuple(sum(rows_p) for rows_p in zip(*received, strict=True)))
+        output = self._over_tensor_ranks(moved(by_rank, order_R, back_R, False), splits, experts)
+        return all_to_all(self.ep_group, moved(output, back_R, order_R, False), sent_p, received_p)
+
+    # --- over expert-tensor-parallel ranks ----------------------------------------------------------------------------
+
+    def _over_tensor_ranks(self, rows_RD: Tensor, splits: RowSplits, experts: Experts) -> Tensor:
+        """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the
+        sums of its own."""
+        if self.etp_group.size() == 1:
+            return experts(rows_RD, splits)
+        if splits.are_equal:
+            return self._share_equal(rows_RD, splits, experts)
+        return self._share_counted(rows_RD, splits, experts)
+
+    def _share_equal(self, rows_RD: Tensor, splits: RowSplits, experts: Experts) -> Tensor:
+        """Every rank has the same number of rows for every expert."""
+        etp, e, rows, D = self.etp_group.size(), len(splits.rows_e), splits.rows_e[0], rows_RD.shape[1]
+        whole = (
+            gather_from_sequence_parallel_region(rows_RD, group=self.etp_group).view(etp, e, rows, D).transpose(0, 1)
+        )
+        output = experts(whole.reshape(-1, D), RowSplits.equal(e, etp * rows)).view(e, etp, rows, D).transpose(0, 1)
+        return reduce_scatter_to_sequence_parallel_region(output.reshape(-1, D), group=self.etp_group)
+
+    def _share_counted(self, rows_RD: Tensor, splits: RowSplits, experts: Experts) -> Tensor:
+        """Without a capacity the ranks' rows differ in number, so each sends as many as the longest, the rest zeros."""
+        etp, e, R = self.etp_group.size(), len(splits.rows_e), rows_RD.shape[0]
+        mine_1e = to_device(torch.tensor([splits.rows_e]), rows_RD.device)
+        counts_pe: list[list[int]] = all_gather_rows(mine_1e, self.etp_group).tolist()
+        longest = max(sum(counts_e) for counts_e in counts_pe)
+        padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - R))
+        whole_PD = gather_from_sequence_parallel_region(padded, group=self.etp_group)
+        # where each rank's rows of each expert lie in `whole`; the experts want expert after expert
+        places = torch.arange(etp * longest).view(etp, longest)
+        by_rank = [row[: sum(counts_e)].split(counts_e) for row, counts_e in zip(places, counts_pe, strict=True)]
+        order_R = to_device(
+            torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)]), rows_RD.device
+        )
+        back_P = inverse(order_R, etp * longest)
+        together = RowSplits(tuple(sum(counts_p) for counts_p in zip(*counts_pe, strict=True)))
+        output = experts(moved(whole_PD, order_R, back_P, True), together)
+        return reduce_scatter_to_sequence_parallel_region(moved(output, back_P, order_R, True), group=self.etp_group)[
+            :R
+        ]
+
+
+# --- permutation and combination --------------------------------------------------------------------------------------
+
+
+class _Permute(torch.autograd.Function):
+    """(T, D) -> (R, D), rows of zeros where a slot stayed empty; backward, a token adds up its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        ctx.plan = plan
+        return taken(hidden_TD, plan.token_R, not plan.is_permutation)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        row_TK = ctx.plan.row_TK
+        grad_TKD = taken(grad_RD, row_TK.reshape(-1), not ctx.plan.is_permutation).view(*row_TK.shape, -1)
+        return (grad_TKD.squeeze(1) if row_TK.shape[1] == 1 else grad_TKD.sum(1)), None
+
+
+class _Combine(torch.autograd.Function):
+    """(R, D) -> (T, D), the sum of a token's rows, each by its combine weight."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
+        taken_TKD = taken(rows_RD, plan.row_TK.reshape(-1), not plan.is_permutation).view(*weight_TK.shape, -1)
+        ctx.plan = plan
+        ctx.save_for_backward(taken_TKD, weight_TK)
+        output_TKD = taken_TKD * weight_TK[..., None].to(rows_RD.dtype)
+        return output_TKD.squeeze(1) if weight_TK.shape[1] == 1 else output_TKD.sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        taken_TKD, weight_TK = ctx.saved_tensors
+        T, K = weight_TK.shape
+        grad_weight_TK = torch.matmul(taken_TKD.float(), grad_TD.float()[..., None]).squeeze(-1)
+        grad_TKD = grad_TD[:, None] * weight_TK[..., None].to(grad_TD.dtype)
+        choice_R = _choice_of_row(ctx.plan, T, K)
+        return taken(grad_TKD.view(T * K, -1), choice_R, not ctx.plan.is_permutation), grad_weight_TK, None
+
+
+def _choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
+    """(R,) index into the T * K choices of the one that each row serves; T * K where the row stayed empty."""
+    if K == 1:
+        return plan.token_R
+    choice_R = torch.full((plan.num_rows + 1,), T * K, dtype=torch.int64, device=plan.token_R.device)
+    choice_R[plan.row_TK.reshape(-1)] = torch.arange(T * K, device=plan.token_R.device)
+    return choice_R[:-1]
