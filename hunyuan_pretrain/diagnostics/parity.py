@@ -73,7 +73,8 @@ class StepTrace:
     choices: dict[str, np.ndarray] = field(default_factory=dict)
     """layer -> (tokens of the global batch, K) likeliest experts, whether they were taken or those of another run."""
     activations: dict[str, np.ndarray] = field(default_factory=dict)
-    """module -> (tokens of the global batch, 2): norm and a random projection of its output."""
+    """module -> (tokens of the global batch, 2): norm and a random projection of its output; (tokens, 0) where the engine
+    has it inside a kernel only."""
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     parameters: dict[str, np.ndarray] = field(default_factory=dict)
     """After the update."""
@@ -153,7 +154,8 @@ def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measur
     for step, (mine, theirs) in enumerate(zip(actual, reference, strict=True)):
         found += [Difference(step, "copies", name, float("inf"), 0.0) for name in mine.conflicts]
         forward: list[tuple[str, str, dict[str, Any], dict[str, Any]]]
-        forward = [("activation", name, mine.activations, theirs.activations) for name in theirs.activations]
+        seen = [name for name in theirs.activations if not (_is_unseen(mine, name) or _is_unseen(theirs, name))]
+        forward = [("activation", name, mine.activations, theirs.activations) for name in seen]
         forward += [("choice", name, mine.choices, theirs.choices) for name in theirs.choices]
         forward += [("routing", name, mine.routing, theirs.routing) for name in theirs.routing]
         rows = sorted(forward, key=lambda row: execution_order(row[1]))
@@ -182,6 +184,10 @@ def execution_order(name: str) -> tuple[int, int, int]:
     inside = [number for number, module in enumerate(MODULES) if f".{module}" in name]
     weights = [number for number, weight in enumerate(WEIGHTS) if f".{weight}" in name]
     return int(layer[1]), inside[0] if inside else MODULES.index("layer"), weights[0] if weights else 0
+
+
+def _is_unseen(trace: StepTrace, module: str) -> bool:
+    return np.shape(trace.activations.get(module))[1:] == (0,)
 
 
 def _difference(actual: Any, reference: Any) -> float:
@@ -309,6 +315,8 @@ class _Watch:
                 return
             hidden_TD = (output[0] if isinstance(output, tuple) else output).detach().float()
             fingerprint_T2 = torch.stack((hidden_TD.norm(dim=1), hidden_TD @ self._direction_D), dim=1)
+            if getattr(module, "is_fused", False):  # into the product that follows; what came out here is its input
+                fingerprint_T2 = fingerprint_T2[:, :0]
             self.activations.append((name, self._tokens_T.cpu().numpy(), fingerprint_T2.cpu().numpy()))
 
         return keep

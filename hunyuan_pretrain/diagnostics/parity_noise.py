@@ -14,12 +14,13 @@ A layout passes where it differs from the reference by at most MARGIN times that
 place at every product. A layout has one rounding for each of its ranks, of a part sqrt(ranks) times smaller, 0.29 units
 in all, and one for each of the log2(ranks) sums of a reduction in bf16: up to 8 ranks 0.58 units. Another engine rounds
 inside a layer too, where this one does not (probabilities of the attention, the norm before a product): some 0.29 units
-each, a handful in a layer. MARGIN, 4, is 2.8 units, some 90 roundings; a fault that scales, drops or doubles a gradient
-is many times that.
+each, a handful in a layer. MARGIN, 4, is 2.8 units, some 90 roundings; a fault that drops or doubles a gradient is many
+times that. One that scales a tensor by a per cent or two is not, but roundings do not scale: of n of them a part of
+1/sqrt(n) has the tensor's own direction. So that part has no margin: it may be as large as the noise.
 
 Quantities of one kind in one step share their noise, the largest of all layers and seeds: changed choices are few, and
-fall in one layer or another. Differences here are lengths: |actual - reference| / |reference| over all elements; of
-choices, the share.
+fall in one layer or another. Differences here are lengths: |actual - reference| / |reference| over all elements, or the
+part that scales, where that is further from its tolerance; of choices, the share.
 """
 
 from __future__ import annotations
@@ -53,23 +54,26 @@ def compare_rounded(
     noise: dict[tuple[int, str, str], float] = defaultdict(float)
     for trace in noisy:
         for difference in compare(trace, reference, _length):
-            key = (difference.step, difference.kind, _like(difference))
-            noise[key] = max(noise[key], difference.relative)
+            noise[_like(difference)] = max(noise[_like(difference)], difference.relative)
     found = []
-    for difference in compare(actual, reference, _length):
+    for difference, scaling in zip(*(compare(actual, reference, by) for by in (_length, _scaling)), strict=True):
         if difference.kind not in ("copies", "routing"):
-            floor = UNIT if difference.kind == "parameter" else TOLERANCE
-            tolerance = max(MARGIN * noise[difference.step, difference.kind, _like(difference)], floor)
+            like, floor = noise[_like(difference)], UNIT if difference.kind == "parameter" else TOLERANCE
+            tolerance = max(MARGIN * like, floor)
             if difference.kind == "choice":
                 tolerance += FLIPS / reference[difference.step].choices[difference.name].size
             difference = replace(difference, tolerance=0.0 if difference.name == "target_tokens" else tolerance)
+            if difference.kind not in ("choice", "scalar"):  # of one number both are the same
+                scaling = replace(scaling, tolerance=max(like, floor))
+                difference = max(difference, scaling, key=lambda one: one.relative / one.tolerance)
         found.append(difference)
     return found
 
 
-def _like(difference: Difference) -> str:
-    """The name without its layer; all scalars are like each other."""
-    return "" if difference.kind == "scalar" else re.sub(r"layers\.\d+", "layers", difference.name)
+def _like(difference: Difference) -> tuple[int, str, str]:
+    """Step, kind, and the name without its layer; all scalars are like each other."""
+    name = "" if difference.kind == "scalar" else re.sub(r"layers\.\d+", "layers", difference.name)
+    return difference.step, difference.kind, name
 
 
 def _length(kind: str, actual: Any, reference: Any) -> float:
@@ -82,3 +86,12 @@ def _length(kind: str, actual: Any, reference: Any) -> float:
     if not np.isfinite(difference):
         return float("inf")
     return difference / length if length else (float("inf") if difference else 0.0)
+
+
+def _scaling(kind: str, actual: Any, reference: Any) -> float:
+    """Of the length the part in the direction of the reference: by how much `actual` is larger or smaller as a whole."""
+    length = _length(kind, actual, reference)
+    if kind in ("choice", "routing") or not 0 < length < float("inf"):
+        return length
+    mine, theirs = (np.asarray(x, np.float64).ravel() for x in (actual, reference))
+    return abs(float((mine - theirs) @ theirs) / float(theirs @ theirs))

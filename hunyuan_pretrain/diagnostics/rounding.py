@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-PRODUCTS = ("linear_qkv", "linear_q", "core_attention", "linear_proj", "linear_fc1", "linear_fc2")
-"""Modules whose outputs are rounded sums."""
+from hunyuan_pretrain.model.attention import SelfAttention
+from hunyuan_pretrain.model.spec import CoreAttention
+
+PRODUCTS = ("linear_qkv", "linear_q", "linear_proj", "linear_fc1", "linear_fc2")
+"""Modules whose outputs are rounded sums, as is what core attention returns, which is a function."""
 
 
 def moved(x: Tensor, seed: int) -> Tensor:
@@ -54,15 +58,19 @@ def rounding_noise(chunks: Sequence[torch.nn.Module], seed: int) -> Iterator[Non
             return (_Noise.apply(output[0], seed), *output[1:])
         return _Noise.apply(output, seed)
 
-    modules = [
-        (name, module)
-        for model in chunks
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in PRODUCTS
-    ]
-    hooks = [module.register_forward_hook(disturb) for _, module in modules]
+    modules = [(name.rpartition(".")[2], module) for model in chunks for name, module in model.named_modules()]
+    attentions = [(module, module.core_attention) for _, module in modules if isinstance(module, SelfAttention)]
+    hooks = [module.register_forward_hook(disturb) for name, module in modules if name in PRODUCTS]
+    for module, attend in attentions:
+        module.core_attention = partial(_disturbed, attend, seed)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for module, attend in attentions:
+            module.core_attention = attend
+
+
+def _disturbed(attend: CoreAttention, seed: int, *inputs: Any) -> Tensor:
+    return cast(Tensor, _Noise.apply(attend(*inputs), seed))

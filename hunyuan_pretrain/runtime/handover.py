@@ -23,9 +23,9 @@ def handed_over(
     lie otherwise.
 
     knows_strides: the reader takes any strides but that of the last dim, which is 1. starts_memory: it guesses the
-    layout from offsets, and takes tensors with nothing before them in their memory. is_written: the reader writes them,
-    so that no copy can stand for one: one that lies otherwise is refused. Raises ValueError that names the reader and
-    what does not fit.
+    layout from offsets and strides, and takes tensors with nothing before them in their memory. is_written: the reader
+    writes them, so that no copy can stand for one: one that lies otherwise is refused. Raises ValueError that names the
+    reader and what does not fit.
     """
     dtype = dtype or tensors[0].dtype
     taken: list[Tensor] = []
@@ -43,7 +43,9 @@ def handed_over(
             layout = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             raise ValueError(f"{reader}: tensor {number} is taken in place, and is not contiguous: {layout}")
         fits = fits and not (starts_memory and tensor.storage_offset())
-        taken.append(tensor if fits else tensor.clone(memory_format=torch.contiguous_format))
+        tensor = tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+        # a dim of size 1 may have any stride in a contiguous tensor, and whoever compares strides finds another layout
+        taken.append(tensor.flatten().view(tensor.shape) if starts_memory and 1 in tensor.shape else tensor)
     return tuple(taken)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,11 @@ class Case:
     """Weight gradients go into main_grad inside the product."""
     has_attention: bool = False
     """Attention is Transformer Engine's."""
+    noise: int | None = None
+    """The seed of rounding noise, see diagnostics.rounding."""
+    choices: Any = None
+    """Tokens go to the experts of another run, by step; or to those of the case of this number."""
+    bug: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass
@@ -58,8 +63,9 @@ def traces(cases: Sequence[Case], steps: int) -> list[Any]:
     found = []
     for case in cases:
         gc.collect()
-        with chosen(case):
-            found.append(trace_layout(case.experiment, steps))
+        choices = [step.choices for step in found[case.choices]] if isinstance(case.choices, int) else case.choices
+        with chosen(case), case.bug():
+            found.append(trace_layout(case.experiment, steps, case.noise, choices))
     return found
 
 
@@ -261,7 +267,6 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         again = scaling_state([chunk])
         assert all(torch.equal(again[name], tensor * 3) for name, tensor in state.items())
     assert not FP8GlobalStateManager.is_fp8_enabled()
-    assert FP8GlobalStateManager.AUTOCAST_DEPTH == 0
     setup.leave(run)
     return result
 
@@ -289,14 +294,15 @@ def recipe_fields(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 LAYOUTS = (
     "contiguous",
+    "keys head by head",
     "head by head",
     "halves of one tensor",
     "parts of a projection",
     "put together",
     "rows of a longer one",
 )
-"""How keys and values may come to attention: copied; as norm.rope_norm writes on a CPU; as parallel.context_parallel
-leaves them; as the projection does; after torch.cat; as a narrow."""
+"""How keys and values may come to attention: copied; the keys, or both, as norm.rope_norm writes on a CPU; as
+parallel.context_parallel leaves them; as the projection does; after torch.cat; as a narrow."""
 
 
 def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
@@ -308,8 +314,8 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
 
     q, k, v = (x.clone() for x in qkv)
     q = by_head(q) if is_q_by_head else q
-    if layout == "head by head":
-        return [q, by_head(k), by_head(v)]
+    if "head by head" in layout:
+        return [q, by_head(k), v if layout.startswith("keys") else by_head(v)]
     if layout == "halves of one tensor":
         return [q, *torch.cat((k, v), -1).chunk(2, -1)]
     if layout == "parts of a projection":

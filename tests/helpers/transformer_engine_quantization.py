@@ -86,7 +86,25 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     return output
 
 
-def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any]) -> list[Any]:
+def create_empty(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, is_pinned: bool) -> Any:
+    """What the quantiser makes of a tensor of this shape, without values; since 2.20, where it is described in Python."""
+    # of the two that make the same tensors, one is
+    described = Float8CurrentScalingQuantizer if type(quantizer) is Float8Quantizer else type(quantizer)
+    made = described.storage_metadata(quantizer, dtype) | {"is_tensor": not quantizer.internal, "requires_grad": False}
+    buffers = {
+        name: torch.empty(size, dtype=number, device=device)
+        for name, (size, number) in described.inner_tensor_specs(quantizer, shape).items()
+    }
+    return made["cls"].__tensor_unflatten__(buffers, made, shape, None)
+
+
+def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
+    """(A, B, ...) -> (B, A, ...)."""
+    swapped = tensor.transpose(0, 1)
+    return swapped.contiguous() if out is None else out.copy_(swapped)
+
+
+def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any], **options: Any) -> list[Any]:
     """Each expert's rows by its own quantiser."""
     calls.append(("split_quantize", tuple(splits)))
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(splits)), quantizers, strict=True)]
@@ -109,20 +127,19 @@ def update_scales(
 
 def _fill_whole(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
     """One scale: of earlier steps, or from the largest value of now."""
-    amax = rows_RC.abs().max().float().view(1) if rows_RC.numel() else None
+    amax = rows_RC.abs().max().float().view(1) if rows_RC.numel() else torch.zeros(1)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
         assert quantizer.amax_epsilon == 0.0
-        if not quantizer.use_existing_amax:
-            quantizer.amax.copy_(torch.zeros(1) if amax is None else amax)
+        assert not getattr(quantizer, "use_existing_amax", False)  # which 2.20 has no more
         if quantizer.with_amax_reduction:
-            dist.all_reduce(quantizer.amax, op=dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
         largest = torch.finfo(TE_DType_To_Torch[quantizer.dtype]).max
-        quantizer.scale.copy_(fp8.scale_from_amax(quantizer.amax, largest, power_of_two=quantizer.force_pow_2_scales))
-    elif (
-        amax is not None and quantizer.amax.numel()
-    ):  # a weight that is cast in parts has its largest value from elsewhere
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
-    codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "delayed", scale=quantizer.scale)
+        scale = fp8.scale_from_amax(amax, largest, power_of_two=quantizer.force_pow_2_scales)
+    else:
+        scale = quantizer.scale
+        if quantizer.amax.numel():  # a weight that is cast in parts has its largest value from elsewhere
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+    codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "delayed", scale=scale)
     output._scale_inv.copy_(inverse.view_as(output._scale_inv))
     _write(output._data, codes_RC)
     _write(output._transpose, codes_RC.t())
@@ -132,7 +149,8 @@ def _fill_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
     """1 x 128 along rows and along columns, or 128 x 128; scales of 1 x 128 lie column by column, but for gathering."""
     assert quantizer.force_pow_2_scales
     assert quantizer.amax_epsilon == 0.0
-    is_compact, is_square = quantizer.all_gather_usage, quantizer.block_scaling_dim == 2
+    is_square = quantizer.block_scaling_dim == 2
+    is_compact = getattr(quantizer, "all_gather_usage", False)  # 2.20 gathers what its products read
     operand: Operand = "w" if is_square else "x"
     if output._rowwise_data is not None:
         codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "blockwise", operand)
@@ -212,7 +230,8 @@ def numbers(tensor: Any, is_rowwise: bool) -> Tensor:
         values = _rows(values)
         inverse = torch.exp2(scale_inv.double() - 127).masked_fill(scale_inv == 255, torch.nan).float()
         return values * _spread(inverse, values.shape, (1, 32) if is_rowwise else (32, 1))
-    assert tensor._is_gemm_ready_format(), "a product of data that is only laid out for gathering"
+    is_ready = getattr(tensor, "_is_gemm_ready_format", lambda: True)()
+    assert is_ready, "a product of data that is only laid out for gathering"
     values = _rows(values) if is_rowwise else values.flatten(1)  # (R, C), or (C, R)
     if tensor._is_2D_scaled:
         found = values * _spread(scale_inv, values.shape, (128, 128))

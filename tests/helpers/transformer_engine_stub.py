@@ -116,6 +116,7 @@ def _compiled_module() -> types.ModuleType:
     }
     names["DType"] = enum.IntEnum("DType", numbers)
     names["NVTE_QKV_Layout"] = enum.IntEnum("NVTE_QKV_Layout", [f"NVTE_{name}" for name in layouts.split()], start=0)
+    backend = names["NVTE_Fused_Attn_Backend"].NVTE_F16_arbitrary_seqlen
     for name in ("CommOverlap", "CommOverlapP2P", "CommOverlapHelper", "CommOverlapBase", "FP8TensorMeta"):
         names[name] = type(name, (), {})
     names |= {
@@ -134,13 +135,15 @@ def _compiled_module() -> types.ModuleType:
         "quantize": _late("quantize"),
         "split_quantize": _late("split_quantize"),
         "dequantize": _late("dequantize"),
+        "create_empty_quantized_tensor": _late("create_empty"),
         "fp8_transpose": _late("fp8_transpose"),
+        "swap_first_dims": _late("swap_first_dims"),
         "compute_amax": _late("compute_amax"),
         "multi_tensor_compute_scale_and_scale_inv": _late("compute_scales"),
         "fp8_block_scaling_compute_partial_amax": _late("partial_block_amax"),
         "fp8_block_scaling_partial_cast": _late("partial_block_cast"),
         "fused_amax_and_scale_update_after_reduction": _late("update_scales"),
-        "get_fused_attn_backend": lambda *args: names["NVTE_Fused_Attn_Backend"].NVTE_F16_arbitrary_seqlen,
+        "get_fused_attn_backend": lambda *args: backend if TE_VERSION < (2, 20) else (backend, ""),
         "fused_attn_fwd": attention_forward,
         "fused_attn_bwd": attention_backward,
         "multi_tensor_adam": adam,
@@ -278,19 +281,26 @@ def rmsnorm_backward(
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
     """Of packed documents (THD), or of sequences of one length (SBHD)."""
-    layout, mask, q_borders, k_borders, *qkv = args[2], args[4], *args[7:12]
-    out = _attention(*_as_read(layout, *qkv), q_borders, k_borders, mask, scale)
+    layout, mask, q_borders, k_borders, *tensors = _attention_arguments(args)
+    out = _attention(*_as_read(layout, *tensors[:3]), q_borders, k_borders, mask, scale)
     return [out.detach(), torch.zeros(1), torch.zeros(2)]
 
 
 def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any) -> list[Tensor]:
     """By autograd through the forward pass."""
-    layout, mask, q_borders, k_borders, grad = args[2], args[4], args[8], args[9], args[14]
-    leaves = [x.detach().requires_grad_() for x in _as_read(layout, *args[10:13])]
+    layout, mask, q_borders, k_borders, q, k, v, _, grad, *_ = _attention_arguments(args)
+    leaves = [x.detach().requires_grad_() for x in _as_read(layout, q, k, v)]
     output_format = layout.name.removeprefix("NVTE_").split("_")[0].translate(NO_NUMBERS)
     with torch.enable_grad():
         out = _attention(*leaves, q_borders, k_borders, mask, scale)
         return list(torch.autograd.grad(out, leaves, _read_by(output_format, grad)))
+
+
+def _attention_arguments(args: Sequence[Any]) -> list[Any]:
+    """Layout of q, k and v, mask, and the tensors: borders of q and k, then q, k, v, output and its gradient. By type, because versions
+    have other arguments between them, and these in the same order."""
+    first = [next(x for x in args if type(x).__name__ == name) for name in ("NVTE_QKV_Layout", "NVTE_Mask_Type")]
+    return [*first, *(x for x in args if isinstance(x, Tensor))]
 
 
 NO_NUMBERS = str.maketrans("", "", "23")
@@ -434,51 +444,20 @@ def _absent_packages() -> Iterator[None]:
 
 def _count_cpu_tensors_as_cuda() -> None:
     """Its modules check for CUDA where they are constructed and where a forward pass begins."""
-    from transformer_engine.pytorch.attention import DotProductAttention
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    attend = DotProductAttention.forward
-    construct, prepare = TransformerEngineBaseModule.__init__, TransformerEngineBaseModule.prepare_forward
+    construct = TransformerEngineBaseModule.__init__
 
-    def init(self: Any, *names: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         available = torch.cuda.is_available
         torch.cuda.is_available = lambda: True
         try:
-            construct(self, *names)
+            construct(self, *args, **kwargs)
         finally:
             torch.cuda.is_available = available
 
-    @contextmanager
-    def prepare_forward(self: Any, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
-        context = prepare(self, *args, **kwargs)
-        with _tensors_are_cuda():
-            inputs = context.__enter__()
-        try:
-            yield inputs
-        except BaseException:
-            context.__exit__(*sys.exc_info())
-            raise
-        context.__exit__(None, None, None)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with _tensors_are_cuda():
-            return attend(self, *args, **kwargs)
-
-    DotProductAttention.forward = forward
     TransformerEngineBaseModule.__init__ = init
-    TransformerEngineBaseModule.prepare_forward = prepare_forward
-
-
-@contextmanager
-def _tensors_are_cuda() -> Iterator[None]:
-    if "is_cuda" in vars(torch.Tensor):  # inside another one
-        yield
-        return
     torch.Tensor.is_cuda = True  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        del torch.Tensor.is_cuda
 
 
 def _gather_one_by_one() -> None:

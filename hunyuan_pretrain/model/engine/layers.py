@@ -166,7 +166,9 @@ class RMSNorm(te.RMSNorm):
 
 
 class FusedNorm(torch.nn.Module):
-    """The weight of a norm that the next product computes."""
+    """The weight of a norm that the next product computes; passes its input through."""
+
+    is_fused = True
 
     def __init__(self, config: HunyuanConfig, size: int) -> None:
         super().__init__()

@@ -25,6 +25,15 @@ def test_a_reader_of_strides_takes_all_but_a_strided_last_dim() -> None:
     assert handed_over("a kernel", by_head.mT, knows_strides=True)[0].is_contiguous()
 
 
+def test_a_reader_that_compares_strides_gets_those_of_the_shape() -> None:
+    """A contiguous tensor may have any in a dim of size 1, as keys of one head have that were written head by head."""
+    one_head = torch.zeros(1, 3, 4).transpose(0, 1)
+    assert one_head.is_contiguous()
+    (taken,) = handed_over("a kernel", one_head, starts_memory=True)
+    assert (one_head.stride(), taken.stride()) == ((4, 12, 1), (4, 4, 1))
+    assert taken.data_ptr() == one_head.data_ptr()
+
+
 def test_gradients_pass_through_a_copy() -> None:
     x = torch.arange(6.0).view(2, 3).requires_grad_()
     handed_over("a kernel", x.t())[0].sum().backward()
