@@ -39,6 +39,18 @@ def groups_left_at_the_end() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module", params=["transformer_engine", "transformer_engine_newest"])
+def transformer_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Processes that are started meanwhile find this version of Transformer Engine's Python part: that of the extra
+    `dev` of megatron-core 0.16, or the newest that works with the newest megatron-core (.ci/locks)."""
+    folder = Path(sys.prefix) / request.param
+    if not folder.is_dir():
+        pytest.skip(f"needs Transformer Engine's Python part in {folder}: run make (the newest one: with Python 3.12)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRANSFORMER_ENGINE_FOLDER", str(folder))
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with tokenizer/, train/ and heldout/ of about 500 short sequences."""

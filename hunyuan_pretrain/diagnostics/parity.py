@@ -73,8 +73,8 @@ class StepTrace:
     choices: dict[str, np.ndarray] = field(default_factory=dict)
     """layer -> (tokens of the global batch, K) likeliest experts, whether they were taken or those of another run."""
     activations: dict[str, np.ndarray] = field(default_factory=dict)
-    """module -> (tokens of the global batch, 2): norm and a random projection of its output; (tokens, 0) where the engine
-    has it inside a kernel only."""
+    """module -> (tokens of the global batch, 2): norm and a random projection of its output; (tokens, 0) where only a
+    kernel of the engine sees it."""
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     parameters: dict[str, np.ndarray] = field(default_factory=dict)
     """After the update."""

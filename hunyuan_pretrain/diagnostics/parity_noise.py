@@ -89,7 +89,7 @@ def _length(kind: str, actual: Any, reference: Any) -> float:
 
 
 def _scaling(kind: str, actual: Any, reference: Any) -> float:
-    """Of the length the part in the direction of the reference: by how much `actual` is larger or smaller as a whole."""
+    """Of the length the part in the direction of the reference: by how much `actual` is larger or smaller in all."""
     length = _length(kind, actual, reference)
     if kind in ("choice", "routing") or not 0 < length < float("inf"):
         return length

@@ -143,6 +143,7 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
             places, sharded = chunk.placements(), chunk.sharded_state_dict()
             if use_engine:  # core's own linears have an empty state each
                 assert set(chunk.state_dict()) == set(places), set(chunk.state_dict()) ^ set(places)
+                chunk.load_state_dict(chunk.state_dict())  # or it raises
             for name, parameter in chunk.named_parameters():
                 marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
                 facts = (
@@ -336,19 +337,11 @@ def attention_differences(
     transformer_engine_stub.install()
     import torch
 
-    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
-    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.engine.attention import PackedAttention
-    from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
-    from tests.helpers.tiny import tiny_model
 
     generator, found = torch.Generator().manual_seed(1), []
     for num_heads, num_groups, head_dim in heads:
-        model = tiny_model(num_attention_heads=num_heads, num_query_groups=num_groups, kv_channels=head_dim)
-        attention = PackedAttention(
-            transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
-        )
+        attention = _attention(num_heads, num_groups, head_dim)
         for ranges in works:
             blocks = document_blocks(borders) if ranges is None else context_blocks(borders, ranges)
             T, S = blocks[-1].q_end, borders[-1]
@@ -373,6 +366,52 @@ def attention_differences(
                     )
                     found.append((case, str(transformer_engine_stub.calls[-1][1]), worst))
     return found
+
+
+def attention_at_the_bound() -> tuple[tuple[int, ...], list[bool], list[tuple[int, int]]]:
+    """With deterministic algorithms and 4 heads: the version; whether Transformer Engine refuses a document of one token
+    less than 2^14, and of as many, told by its length alone; and of this project's call, below the bound and at it, how
+    often Transformer Engine computed and how many warnings there were."""
+    transformer_engine_stub.install()
+    import warnings
+    from unittest.mock import patch
+
+    import torch
+
+    from hunyuan_pretrain.model.engine import attention as engine_attention
+    from hunyuan_pretrain.model.packed_attention import document_blocks
+
+    torch.use_deterministic_algorithms(True)
+    attention = _attention(4, 2, 8)
+    q, k, v = (torch.randn(96, heads, 8).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    borders, refused, computed = torch.tensor([0, 96], dtype=torch.int32), [], []
+    for longest in ((1 << 14) - 1, 1 << 14):
+        try:
+            attention.kernel(q, k, v, None, "thd", borders, borders, max_seqlen_q=longest, max_seqlen_kv=longest)
+            refused.append(False)
+        except ValueError as error:
+            refused.append(str(error).startswith("No dot product attention backend"))
+    for bound in (4 * 96 * 96 + 1, 4 * 96 * 96):
+        transformer_engine_stub.calls.clear()
+        with (
+            patch.object(engine_attention, "DETERMINISTIC_SCORES", bound),
+            warnings.catch_warnings(record=True) as heard,
+        ):
+            attention(q, k, v, document_blocks([0, 96])).sum().backward()
+        told = [warning for warning in heard if "no deterministic attention" in str(warning.message)]
+        computed.append((len(transformer_engine_stub.calls), len(told)))
+    return transformer_engine_stub.TE_VERSION, refused, computed
+
+
+def _attention(num_heads: int, num_groups: int, head_dim: int) -> Any:
+    import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.engine.attention import PackedAttention
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from tests.helpers.tiny import tiny_model
+
+    model = tiny_model(num_attention_heads=num_heads, num_query_groups=num_groups, kv_channels=head_dim)
+    return PackedAttention(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), True, True))
 
 
 def _with_gradients(attend: Any, qkv: Sequence[Any], blocks: Sequence[Any], grad: Any) -> list[Any]:

@@ -87,8 +87,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def create_empty(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, is_pinned: bool) -> Any:
-    """What the quantiser makes of a tensor of this shape, without values; since 2.20, where it is described in Python."""
-    # of the two that make the same tensors, one is
+    """What the quantiser makes of a tensor of this shape, without values; asked for by versions that describe it."""
+    # of two that make the same tensors, one is described
     described = Float8CurrentScalingQuantizer if type(quantizer) is Float8Quantizer else type(quantizer)
     made = described.storage_metadata(quantizer, dtype) | {"is_tensor": not quantizer.internal, "requires_grad": False}
     buffers = {

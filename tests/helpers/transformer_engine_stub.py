@@ -297,8 +297,10 @@ def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any)
 
 
 def _attention_arguments(args: Sequence[Any]) -> list[Any]:
-    """Layout of q, k and v, mask, and the tensors: borders of q and k, then q, k, v, output and its gradient. By type, because versions
-    have other arguments between them, and these in the same order."""
+    """Layout of q, k and v, mask, and the tensors: borders of q and k, then q, k, v, the output and its gradient.
+
+    Told by their types: versions have other arguments between them, and these in the same order.
+    """
     first = [next(x for x in args if type(x).__name__ == name) for name in ("NVTE_QKV_Layout", "NVTE_Mask_Type")]
     return [*first, *(x for x in args if isinstance(x, Tensor))]
 

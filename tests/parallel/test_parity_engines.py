@@ -14,12 +14,10 @@ import pytest
 from hunyuan_pretrain.config.layouts import layout_experiment
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transformer_engine_cases import Case, traces
-from tests.helpers.transformer_engine_stub import TE_FOLDER
 from tests.parallel.test_parity import expert_gradients_times_ep
 from tests.parallel.test_parity_rounded import STEPS, experiment
 
-needs_package = pytest.mark.skipif(not TE_FOLDER.is_dir(), reason="x")
-pytestmark = [pytest.mark.slow, needs_package]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("transformer_engine")]
 
 
 def output_of_a_linear_times_1_02() -> AbstractContextManager[Any]:
@@ -34,9 +32,7 @@ def keys_are_seen_from_the_start_of_a_block() -> AbstractContextManager[Any]:
     from hunyuan_pretrain.model.engine import attention
 
     right = attention._documents
-    return patch.object(
-        attention, "_documents", lambda *args: right(*args)._replace(mask="padding_causal")
-    )
+    return patch.object(attention, "_documents", lambda *args: right(*args)._replace(mask="padding_causal"))
 
 
 def queries_are_read_in_another_layout() -> AbstractContextManager[Any]:
@@ -64,7 +60,7 @@ BUGS: dict[Callable[[], AbstractContextManager[Any]], tuple[str, tuple[str, str]
 
 
 @pytest.fixture(scope="module")
-def compared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
+def compared(transformer_engine: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
     """Layout and bug -> differences of Transformer Engine's from one rank of this project's layers."""
     from hunyuan_pretrain.diagnostics.parity_noise import NOISE_SEEDS, compare_rounded
 

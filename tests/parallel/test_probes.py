@@ -16,7 +16,6 @@ from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout
 from tests.helpers.ranks import fork_ranks, run_ranks
 from tests.helpers.transformer_engine_cases import Case, probed
-from tests.helpers.transformer_engine_stub import TE_FOLDER
 
 pytestmark = pytest.mark.slow
 Bug = Callable[[], AbstractContextManager[Any]]
@@ -169,9 +168,7 @@ def test_a_planted_bug_stops_the_run(answers, bug):
 
 # --- with Transformer Engine's own Python part and stand-ins for its kernels ------------------------------------------
 
-needs_package = pytest.mark.skipif(
-    not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
-)
+needs_package = pytest.mark.usefixtures("transformer_engine")
 
 
 def engine_case(corpus: Path, folder: Path, layout: Layout, **precision: Any) -> Case:

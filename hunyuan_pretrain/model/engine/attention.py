@@ -6,6 +6,7 @@ Shapes: T tokens, S key rows, N query heads, G key/value heads, H head dim.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,13 +14,24 @@ from typing import NamedTuple
 import torch
 import transformer_engine.pytorch as te
 from torch import Tensor
+from transformer_engine.pytorch.utils import get_device_compute_capability
 
 from hunyuan_pretrain.model.engine.fp8 import without_fp8
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.packed_attention import Block, packed_attention
 from hunyuan_pretrain.model.spec import CoreAttention
+from hunyuan_pretrain.runtime.device import major_minor, version_of
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.policy import attends_to_packed_documents
+
+DETERMINISTIC_SCORES = 1 << 30
+"""Documents x heads x longest queries x longest keys of a call, from which newer versions of Transformer Engine have no
+deterministic attention of packed documents on Hopper without flash-attn: the backward pass of cuDNN takes some 128
+bytes for each. 2.20 refuses such a call, 2.11 did not."""
+NO_KERNEL = (
+    "Transformer Engine has no deterministic attention for documents as long as some here on this GPU: they get this "
+    "project's own (runtime.deterministic=false, or flash-attn, lets Transformer Engine take them)"
+)
 
 
 def core_attention(config: HunyuanConfig) -> CoreAttention:
@@ -48,10 +60,20 @@ class PackedAttention:
             qkv_format="thd",
             attn_mask_type="padding_causal",
         )
+        self.has_bound = (
+            self.kernel.deterministic
+            and get_device_compute_capability() == (9, 0)
+            and major_minor(version_of("transformer-engine") or "") > (2, 11)
+            and version_of("flash-attn") is None
+        )
 
     def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
         """(T, N, H), contiguous; blocks as `packed_attention` has them. Communicates nothing."""
         documents = _documents(tuple(blocks), q_TNH.device)
+        num_scores = len(blocks) * q_TNH.shape[1] * documents.longest_q * documents.longest_k
+        if self.has_bound and num_scores >= DETERMINISTIC_SCORES:
+            warnings.warn(NO_KERNEL, stacklevel=1)
+            return packed_attention(q_TNH, k_SGH, v_SGH, blocks)
         if documents.keys != ((0, k_SGH.shape[0]),):
             k_SGH, v_SGH = (torch.cat([x[start:end] for start, end in documents.keys]) for x in (k_SGH, v_SGH))
         # Transformer Engine guesses a layout from offsets and from whether keys and values have the same strides; it

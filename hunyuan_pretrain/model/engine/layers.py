@@ -187,6 +187,10 @@ class GroupedLinear(Product, te.GroupedLinear):
     """y = x W_i^T for the rows of each local expert; W is one (e, O, I) parameter, or, in FP8 only, e parameters (O,
     I)."""
 
+    # newer versions of Transformer Engine would make e weights of the one in a state_dict
+    load_state_dict = torch.nn.Module.load_state_dict
+    _load_from_state_dict = torch.nn.Module._load_from_state_dict
+
     def __init__(
         self,
         config: HunyuanConfig,

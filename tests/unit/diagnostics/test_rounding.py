@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hunyuan_pretrain.model.packed_attention import document_blocks
 from hunyuan_pretrain.diagnostics.rounding import PRODUCTS, rounding_noise
+from hunyuan_pretrain.model.packed_attention import document_blocks
 from tests.helpers.tiny import build, tiny_model
 
 

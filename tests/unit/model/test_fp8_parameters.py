@@ -21,11 +21,8 @@ from tests.helpers.fp8_parameter_cases import (
 from tests.helpers.layouts import Layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transformer_engine_cases import Build, Case
-from tests.helpers.transformer_engine_stub import TE_FOLDER
 
-needs_package = pytest.mark.skipif(
-    not TE_FOLDER.is_dir(), reason=f"needs Transformer Engine's Python part in {TE_FOLDER}: run make"
-)
+needs_package = pytest.mark.usefixtures("transformer_engine")
 
 LAYOUTS = {
     "one rank": Layout(),
@@ -70,7 +67,7 @@ def experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str, is_kept
 
 @pytest.fixture(scope="module")
 def runs(
-    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+    transformer_engine: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[Path, list[tuple[ParameterRun, ...]]]]:
     """By recipe and layout: the folder of checkpoints, and for each rank what it saw with weights in bf16, and with
     weights in FP8 only."""
