@@ -369,9 +369,9 @@ def attention_differences(
 
 
 def attention_at_the_bound() -> tuple[tuple[int, ...], list[bool], list[tuple[int, int]]]:
-    """With deterministic algorithms and 4 heads: the version; whether Transformer Engine refuses a document of one token
-    less than 2^14, and of as many, told by its length alone; and of this project's call, below the bound and at it, how
-    often Transformer Engine computed and how many warnings there were."""
+    """With deterministic algorithms and 4 heads: the version; whether Transformer Engine refuses a document of one
+    token less than 2^14, and of as many, told by its length alone; and of this project's call, below the bound and at
+    it, how often Transformer Engine computed and how many warnings there were."""
     transformer_engine_stub.install()
     import warnings
     from unittest.mock import patch
