@@ -187,7 +187,7 @@ def execution_order(name: str) -> tuple[int, int, int]:
 
 
 def _is_unseen(trace: StepTrace, module: str) -> bool:
-    return np.shape(trace.activations.get(module))[1:] == (0,)
+    return module in trace.activations and trace.activations[module].shape[1] == 0
 
 
 def _difference(actual: Any, reference: Any) -> float:

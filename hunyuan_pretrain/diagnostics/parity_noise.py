@@ -16,7 +16,8 @@ in all, and one for each of the log2(ranks) sums of a reduction in bf16: up to 8
 inside a layer too, where this one does not (probabilities of the attention, the norm before a product): some 0.29 units
 each, a handful in a layer. MARGIN, 4, is 2.8 units, some 90 roundings; a fault that drops or doubles a gradient is many
 times that. One that scales a tensor by a per cent or two is not, but roundings do not scale: of n of them a part of
-1/sqrt(n) has the tensor's own direction. So that part has no margin: it may be as large as the noise.
+1/sqrt(n) has the tensor's own direction. So that part of activations and gradients has no margin: it may be as large as
+the noise, where that is SMALL. Squares of larger ones, as FP8 makes them, have a direction too.
 
 Quantities of one kind in one step share their noise, the largest of all layers and seeds: changed choices are few, and
 fall in one layer or another. Differences here are lengths: |actual - reference| / |reference| over all elements, or the
@@ -36,6 +37,8 @@ from hunyuan_pretrain.diagnostics.parity import TOLERANCE, Difference, StepTrace
 
 NOISE_SEEDS = (1, 2, 3)
 MARGIN = 4.0
+SMALL = 2.0**-5
+"""Noise, relative, up to which it is a sum of many roundings that do not scale a tensor."""
 UNIT = 2.0**-7
 """One unit in the last place of bf16: of two main weights that differ in a bit, the rounded ones may be neighbours. The
 main weights themselves are compared among the moments."""
@@ -63,7 +66,7 @@ def compare_rounded(
             if difference.kind == "choice":
                 tolerance += FLIPS / reference[difference.step].choices[difference.name].size
             difference = replace(difference, tolerance=0.0 if difference.name == "target_tokens" else tolerance)
-            if difference.kind not in ("choice", "scalar"):  # of one number both are the same
+            if difference.kind in ("activation", "gradient") and like < SMALL:  # moments and weights follow these
                 scaling = replace(scaling, tolerance=max(like, floor))
                 difference = max(difference, scaling, key=lambda one: one.relative / one.tolerance)
         found.append(difference)
