@@ -198,8 +198,6 @@ class Fp8Run:
     """By step: sizes of the groups over which largest values were reduced."""
     in_fp8: dict[str, bool]
     """By product: whether its last forward pass in training was in FP8."""
-    outside: dict[str, bool]
-    """The same of a forward pass outside of the step."""
     state: dict[str, Any]
     """Scales of the delayed recipe at the end."""
     padded: int
@@ -232,7 +230,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     run = setup.prepare(experiment)
     reduce, pad = FP8GlobalStateManager.reduce_tensor_across_group_op_max, experts.row_padding
     sizes: list[int] = []
-    result = Fp8Run([], [], [], {}, {}, {}, 0)
+    result = Fp8Run([], [], [], {}, {}, 0)
 
     def reduce_and_tell(tensor: torch.Tensor, group: Any) -> None:
         sizes.append(group.size())
