@@ -72,8 +72,9 @@ def test_templates_are_forms_with_a_title() -> None:
             assert [part["type"] for part in form["body"]]
 
 
-def test_quick_tests_are_there() -> None:
-    quick = re.search(r"^QUICK := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert quick is not None
-    missing = [word for word in quick[1].replace("\\\n", " ").split() if not (ROOT / word).exists()]
+@pytest.mark.parametrize("name", ["QUICK", "BORDERS"])
+def test_the_tests_that_the_makefile_names_are_there(name: str) -> None:
+    named = re.search(rf"^{name} := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named is not None
+    missing = [word for word in named[1].replace("\\\n", " ").split() if not (ROOT / word).exists()]
     assert not missing

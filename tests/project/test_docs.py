@@ -225,6 +225,17 @@ def test_every_named_setting_exists(page: Path) -> None:
     assert not unknown
 
 
+@pytest.mark.parametrize("page", [page for page in PRESENT if "\n::: " in read(page)], ids=name_of)
+def test_every_module_of_the_reference_is_there(page: Path) -> None:
+    modules = re.findall(r"^::: ([\w.]+)$", read(page), re.MULTILINE)
+    paths = {module: ROOT / module.replace(".", "/") for module in modules}
+    assert not [
+        name
+        for name, path in paths.items()
+        if not path.with_suffix(".py").exists() and not (path / "__init__.py").exists()
+    ]
+
+
 @pytest.mark.parametrize("page", [page for page in PRESENT if blocks(page, "pycon")], ids=name_of)
 def test_examples_give_what_the_page_says(page: Path) -> None:
     lines = "".join(blocks(page, "pycon"))
