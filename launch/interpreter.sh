@@ -18,6 +18,12 @@ find_interpreter() {
         python=$here/../.venv/bin/python
     fi
     "$python" -c "" 2>/dev/null || fail "$python: no such interpreter; install the project (docs/guide/installation.md) or set HUNYUAN_PYTHON"
-    "$python" -c "from importlib.util import find_spec; exit(not all(map(find_spec, ('launch', 'hunyuan_pretrain', 'torch', 'megatron'))))" ||
-        fail "$python has not got the project, or not what it needs; install it there (docs/guide/installation.md) or set HUNYUAN_PYTHON"
+    local missing
+    missing=$("$python" -c "
+from importlib.util import find_spec
+if not (find_spec('hunyuan_pretrain') and find_spec('launch')):
+    raise SystemExit('the project')
+from hunyuan_pretrain.config.extras import REQUIRED
+raise SystemExit(', '.join(package for name, package in REQUIRED.items() if not find_spec(name)) or 0)" 2>&1) ||
+        fail "$python has not got $missing; install the project there (docs/guide/installation.md) or set HUNYUAN_PYTHON"
 }

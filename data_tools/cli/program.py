@@ -13,6 +13,7 @@ import typer
 from data_tools.cli import packing, tokenizing
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_STOPPED
 from hunyuan_pretrain.config.extras import missing_package
+from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.data.errors import DataFormatError
 
 app = typer.Typer(
@@ -20,11 +21,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=HELP,
 )
+add_version(app)
 
-app.command("train-tokenizer")(tokenizing.train_tokenizer)
-for command in (tokenizing.tokenize, packing.pack, packing.inspect, packing.mix, packing.where, packing.verify):
-    app.command()(command)
+add_commands(app, tokenizing.train_tokenizer, name="train-tokenizer")
+add_commands(app, tokenizing.tokenize, packing.pack, packing.inspect, packing.mix, packing.where, packing.verify)
 
 
 class _StoppedError(BaseException):

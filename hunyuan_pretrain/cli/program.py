@@ -14,6 +14,7 @@ from hunyuan_pretrain.cli import exporting, planning, training
 from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
 from hunyuan_pretrain.config.extras import missing_package
+from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.runtime.stop import listen
 
 USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
@@ -25,11 +26,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=HELP,
 )
+add_version(app)
 config_app = typer.Typer(help="Look at experiment files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-for command in (
+add_commands(
+    app,
     planning.explain,
     planning.plan,
     planning.doctor,
@@ -38,10 +42,8 @@ for command in (
     training.shadow,
     exporting.export,
     exporting.generate,
-):
-    app.command()(command)
-config_app.command()(planning.show)
-config_app.command()(planning.diff)
+)
+add_commands(config_app, planning.show, planning.diff)
 
 
 def main() -> None:

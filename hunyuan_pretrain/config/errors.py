@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -55,15 +56,17 @@ class ConfigError(ValueError):
         return ConfigError, (self.source, self.problems)
 
 
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+"""Texts that YAML reads as a number where they are not in quotes."""
+
+
 def show_value(value: Any, longest: int = 60) -> str:
     """A value as YAML would spell it, on one line, cut after `longest` characters."""
     if isinstance(value, float):
         text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
     elif isinstance(value, str):
         # Quotes where YAML would need them, so that "3" does not look like the number 3 in a message about its type.
-        text = (
-            f'"{value}"' if value in ("", "true", "false", "null") or value.replace(".", "", 1).isdecimal() else value
-        )
+        text = f'"{value}"' if value in ("", "true", "false", "null") or NUMBER.fullmatch(value) else value
     else:
         text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= longest else text[: longest - 3] + "..."

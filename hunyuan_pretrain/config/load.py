@@ -217,6 +217,8 @@ def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> P
             else number_hint(item["input"], is_tokens)
         )
         hints = [hint] if hint else [*hints, *([SUFFIX_RULE] if is_tokens else [])]
+    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+        hints = [f"write {item['input']:.0f}, without a decimal point"]
     if item["type"] == "string_type" and isinstance(item["input"], (int, float)):
         hints = [f'quote it: "{show_value(item["input"])}"']
     known = {

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from hunyuan_pretrain.config.errors import Problem
+from hunyuan_pretrain.config.errors import NUMBER, Problem
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.yaml_tree import Keys, Tree, dotted
 
@@ -72,6 +72,8 @@ def number_hint(text: str, is_tokens: bool) -> str:
             return f"write {whole}; suffixes are for counts of tokens"
     if re.fullmatch(r"[-+]?0\d+", text):
         return f"write {int(text)}; a leading zero means octal to some readers of YAML"
+    if NUMBER.fullmatch(text):
+        return "without quotes"
     if re.fullmatch(r"[-+]?\d{1,3}([, ]\d{3})+", text):
         return f"write {re.sub('[, ]', '_', text)}"
     if re.fullmatch(r"\d+(:\d+)+", text):

@@ -107,7 +107,7 @@ def yaml_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
         node = loader.get_single_node()
         return None if node is None else convert(loader, node, (), tree, problems)
     except RecursionError:
-        raise yaml.YAMLError("a value contains itself") from None
+        raise yaml.YAMLError("a value contains itself, or is hundreds of levels deep") from None
     finally:
         loader.dispose()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_pretrain.config.extras import EXTRAS, install_hint, missing_package
+from hunyuan_pretrain.config.extras import EXTRAS, REQUIRED, install_hint, missing_package
 from tests.helpers.runs import ROOT, experiment_fields, write_experiment
 
 WITHOUT_EXTRAS = """
@@ -109,6 +109,35 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
     assert not Path(out).exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "program", "arguments"),
+    [
+        ("typer", "hunyuan_pretrain", ["explain"]),
+        ("typer", "data_tools", ["inspect", "x"]),
+        ("pydantic", "hunyuan_pretrain", ["explain"]),
+        ("yaml", "hunyuan_pretrain", ["config", "show", "configs/dev/demo_cpu.yaml"]),
+        ("torch", "hunyuan_pretrain", ["doctor"]),
+        ("numpy", "data_tools", ["inspect", "x"]),
+    ],
+)
+def test_a_package_that_every_installation_brings_is_named_where_it_is_absent(
+    module: str, program: str, arguments: list[str]
+) -> None:
+    """`pip install --no-deps`, in a container whose torch shall stay."""
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['x', *{arguments}]; "
+        f"from {program}.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = f'{REQUIRED[module].partition(">")[0]} is not installed: pip install "{REQUIRED[module]}"\n'
+    assert (done.returncode, done.stderr.removeprefix("hunyuan-data: ")) == (2, said)
+
+
+def test_required_packages_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert sorted(REQUIRED.values()) == sorted(project["dependencies"])
+
+
 def test_every_optional_package_of_the_project_is_known() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     of = {"fasttext": "fasttext-numpy2-wheel", "transformer_engine": "transformer-engine"}
@@ -125,6 +154,11 @@ def test_every_optional_package_of_the_project_is_known() -> None:
     ("error", "said"),
     [
         (ModuleNotFoundError("", name="zstandard"), 'zstandard is not installed: pip install "hunyuan-pretrain[data]"'),
+        (
+            ModuleNotFoundError("", name="megatron.core"),
+            'megatron-core is not installed: pip install "megatron-core>=0.16.1,<0.20"',
+        ),
+        (ModuleNotFoundError("", name="torch.gone"), None),
         (ModuleNotFoundError("", name="hunyuan_pretrain.model.gone"), None),  # a bug of ours stays a traceback
         (ModuleNotFoundError("", name="transformers.gone"), None),  # of another version: not an absent package
         (ImportError("broken", name="zstandard"), None),

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import types
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,24 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.parametrize("program", ["hunyuan_pretrain", "data_tools.cli"])
+def test_menus_say_the_version_and_wrap_help_at_the_width_of_the_terminal(program: str) -> None:
+    def said(*arguments: str) -> str:
+        environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
+        command = [sys.executable, "-m", program, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert said("--version").split() == ["hunyuan-pretrain", version("hunyuan-pretrain")]
+    menu = said("-h")
+    assert menu == said("--help")
+    assert "\x1b" not in menu
+    commands = menu[menu.index("Commands") :].splitlines()
+    for line, following in pairwise(commands):
+        if line.startswith("│ ") and following.startswith("│   "):  # goes on: no room was left for the next word
+            first = following.strip("│ ").split()[0]
+            assert len(line.rstrip("│ ")) + len(first) + 1 > 97, menu
 
 
 def test_explain(command) -> None:

@@ -187,16 +187,24 @@ def test_wrong_types_are_all_reported_with_their_lines(folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_text(EXPERIMENT.replace("name: small", "name: 12") + "precision: {dtype: bf61}\nparallel:\nseed: true\n")
     text = refusal(
-        path, "model.num_layers=2.5", 'model.hidden_size="64"', "stages.0.tokens=-1", "runtime.deterministic=1"
+        path,
+        "model.num_layers=2.5",
+        'model.hidden_size="64"',
+        'optimizer.lr="1e-3"',
+        "model.ffn_hidden_size=64.0",
+        "stages.0.tokens=-1",
+        "runtime.deterministic=1",
     )
-    assert text.startswith(f"{path}: 8 problems\n")
+    assert text.startswith(f"{path}: 10 problems\n")
     for line in (
         f'name=12: must be a valid string (quote it: "12") [{path}:2]',
         f"precision.dtype=bf61: must be bf16 or fp32 (did you mean bf16?) [{path}:14]",
         f"parallel=null: must be a section of `key: value` lines [{path}:15]",
         f"seed=true: must be a valid integer [{path}:16]",
         "model.num_layers=2.5: must be a valid integer (typical: 64) [override 'model.num_layers=2.5']",
-        'model.hidden_size="64": must be a valid integer (typical: 6400)',
+        'model.hidden_size="64": must be a valid integer (without quotes)',
+        'optimizer.lr="1e-3": must be a valid number (without quotes)',
+        "model.ffn_hidden_size=64: must be a valid integer (write 64, without a decimal point)",
         "stages.0.tokens=-1: must be greater than 0",
         "runtime.deterministic=1: must be a valid boolean",
     ):

@@ -67,7 +67,7 @@ def test_help() -> None:
         ),
         ([DEMO], {"NNODES": "two"}, "NNODES=two: must be a number of nodes"),
         ([DEMO], {"HUNYUAN_PYTHON": "/no/python"}, "/no/python: no such interpreter"),
-        ([DEMO], {"HUNYUAN_PYTHON": str(BARE)}, "has not got the project, or not what it needs; install it there"),
+        ([DEMO], {"HUNYUAN_PYTHON": str(BARE)}, "; install the project there"),
         ([DEMO, "optimizer.lrr=1"], {}, "did you mean optimizer.lr?"),
         ([DEMO, "optimizer.lrr=1"], {"NPROC_PER_NODE": "2"}, "did you mean optimizer.lr?"),
         ([DEMO], {"NPROC_PER_NODE": "3"}, "parallel.world_size=2: the job has 3 ranks"),
