@@ -151,7 +151,7 @@ def _nothing(found: Survey, extensions: Sequence[str]) -> str:
     )
 
 
-def deal_out(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> list[list[Split]]:
+def split_evenly(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> list[list[Split]]:
     """The splits of each shard, in the order of the corpus: a function of the files alone.
 
     A shard holds about `shard_bytes` of text; by default a 64th of the corpus, but at least 8 MB and at most 512 MB.
@@ -179,8 +179,8 @@ def _splits(file: CorpusFile, number: int, wanted: int) -> Iterator[Split]:
             yield Split(file, number, group, group + 1, size)
     elif file.kind == "jsonl" and not file.is_compressed:
         num_parts = max(1, round(file.size / wanted))
-        borders = [file.size * part // num_parts for part in range(num_parts + 1)]
-        for start, end in pairwise(borders):
+        bounds = [file.size * part // num_parts for part in range(num_parts + 1)]
+        for start, end in pairwise(bounds):
             yield Split(file, number, start, end, end - start)
     else:
         yield Split(file, number, 0, file.size, file.size * (_EXPANSION if file.is_compressed else 1))

@@ -35,7 +35,7 @@ class Document:
     """One text of the corpus: `text`, or where it is very long `parts`, which must be read before the next document is
     asked for."""
 
-    place: int
+    position: int
     """Byte offset of its line (before compression), row, or 0."""
     text: str = ""
     parts: Iterator[str] | None = None
@@ -104,7 +104,7 @@ def read_documents(
             elif isinstance(document, Document) and document.parts is not None:
                 try:
                     for part in document.parts:
-                        yield Document(document.place, part)
+                        yield Document(document.position, part)
                 except RejectedError as error:
                     rejected = Reject(file.path, str(error))
             if rejected is not None:
@@ -129,12 +129,12 @@ def check_rejects(rejects: Sequence[Reject], max_rejects: int) -> None:
 def _documents_of_values(
     split: Split, blocks: Iterator[bytes], form: RecordForm, pass_over: Callable[[], None]
 ) -> Iterator[Document | Reject]:
-    for number, (place, value, begin) in enumerate(json_values(split.file.path, blocks), start=1):
+    for number, (position, value, begin) in enumerate(json_values(split.file.path, blocks), start=1):
         where = f"{split.file.path}: record {number}"
         found = Reject(where, str(value)) if isinstance(value, Exception) else _from_value(where, value, form)
         if isinstance(found, Reject):
             found = Reject(found.where, found.reason, begin.encode("utf-8", "replace").decode())
-        yield from _of_record(place, found, pass_over)
+        yield from _of_record(position, found, pass_over)
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------
@@ -143,26 +143,26 @@ def _documents_of_values(
 def _documents_of_lines(
     split: Split, blocks: Iterator[bytes], form: RecordForm, pass_over: Callable[[], None]
 ) -> Iterator[Document | Reject]:
-    for number, (place, line) in enumerate(_lines(split, blocks), start=1):
+    for number, (position, line) in enumerate(_lines(split, blocks), start=1):
         # in the middle of a file nobody knows how many lines stand before
-        where = f"{split.file.path}: line {number}" if split.start == 0 else f"{split.file.path}: byte {place:,}"
+        where = f"{split.file.path}: line {number}" if split.start == 0 else f"{split.file.path}: byte {position:,}"
         if not isinstance(line, bytes) and (form.template is not None or form.where):
             line = b"".join(line)  # several fields, which may come in any order, are needed whole
         if not isinstance(line, bytes):
-            yield Document(place, parts=_long_text(line, form))
+            yield Document(position, parts=_long_text(line, form))
         elif line.strip():
-            yield from _of_record(place, _text_of_line(where, line, form), pass_over)
+            yield from _of_record(position, _text_of_line(where, line, form), pass_over)
 
 
 def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
     """(offset, line) of each line that begins in the split; of a line longer than LONG_BYTES the blocks, which must be
     read at once."""
     limit = split.end if not split.file.is_compressed else None
-    place, pending = max(split.start - 1, 0), b""
+    position, pending = max(split.start - 1, 0), b""
     if split.start == 0:
         pending = next(blocks, b"")
         if pending.startswith(BYTE_ORDER_MARK):
-            place, pending = len(BYTE_ORDER_MARK), pending[len(BYTE_ORDER_MARK) :]
+            position, pending = len(BYTE_ORDER_MARK), pending[len(BYTE_ORDER_MARK) :]
     else:
         # The line that the split begins in belongs to the split before; one that begins with the split follows the
         # newline before it.
@@ -172,34 +172,34 @@ def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes |
                 return
             found = block.find(b"\n")
             if found >= 0:
-                place, pending = place + found + 1, block[found + 1 :]
+                position, pending = position + found + 1, block[found + 1 :]
                 break
-            place += len(block)
+            position += len(block)
     chunks = [pending]
     size = len(pending)
     while True:
         head, newline, rest = chunks[-1].rpartition(b"\n")
         if newline:
             for line in b"".join([*chunks[:-1], head]).split(b"\n"):
-                if limit is not None and place >= limit:
+                if limit is not None and position >= limit:
                     return
-                yield place, line
-                place += len(line) + 1
+                yield position, line
+                position += len(line) + 1
             chunks, size = [rest], len(rest)
-        if limit is not None and place >= limit:
+        if limit is not None and position >= limit:
             return
         if size > LONG_BYTES:
             long = _LongLine(chunks, blocks)
-            yield place, iter(long)
+            yield position, iter(long)
             assert long.is_read, "a long line was left unread"
-            place += long.size
+            position += long.size
             chunks, size = [long.rest], len(long.rest)
             continue
         block = next(blocks, None)
         if block is None:
             last = b"".join(chunks)
             if last:
-                yield place, last
+                yield position, last
             return
         chunks.append(block)
         size += len(block)
@@ -235,12 +235,12 @@ def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
 
 
 def _of_record(
-    place: int, found: tuple[str, Mapping[str, Any]] | Reject | None, pass_over: Callable[[], None]
+    position: int, found: tuple[str, Mapping[str, Any]] | Reject | None, pass_over: Callable[[], None]
 ) -> Iterator[Document | Reject]:
     if isinstance(found, Reject):
         yield found
     elif found is not None:
-        yield Document(place, found[0], record=found[1])
+        yield Document(position, found[0], record=found[1])
     else:
         pass_over()
 
@@ -345,7 +345,7 @@ def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[st
         if size < wanted:
             continue
         text = "".join(waiting)
-        cut = _last_border(text)
+        cut = _last_boundary(text)
         if cut:
             yield text[:cut]
         waiting, size = [text[cut:]], len(text) - cut
@@ -358,7 +358,7 @@ def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[st
 _BORDER = re.compile(r"[^\W_](?=[\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f])")
 
 
-def _last_border(text: str) -> int:
+def _last_boundary(text: str) -> int:
     """The last place where `text` may be cut, 0 if there is none in its last megabyte."""
     for width in (1 << 10, 1 << 20):
         begin = max(len(text) - width, 0)

@@ -39,7 +39,7 @@ class _Reader:
     def __init__(self, path: str, blocks: Iterable[bytes]) -> None:
         self._path, self._blocks = path, iter(blocks)
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._text, self._begin, self._place, self._is_whole = "", 0, 0, False
+        self._text, self._begin, self._position, self._is_whole = "", 0, 0, False
         self._first_key: str | None = None
 
     def values(self) -> Iterator[tuple[int, Any, str]]:
@@ -52,10 +52,10 @@ class _Reader:
                 is_in_array = not is_in_array
                 self._pass_to(self._begin + 1)
                 continue
-            place, begin = self._place, self._text[self._begin : self._begin + 200]
-            yield place, self._value(), begin
+            position, begin = self._position, self._text[self._begin : self._begin + 200]
+            yield position, self._value(), begin
         if is_in_array:
-            yield self._place, ValueError("the array has no end; the file is cut short"), ""
+            yield self._position, ValueError("the array has no end; the file is cut short"), ""
 
     def _value(self) -> Any:
         """The value that stands next, or a ValueError; what stands next is then what follows it."""
@@ -137,7 +137,7 @@ class _Reader:
                     break
                 return len(self._text)
         raise DamagedError(
-            f"{self._path}: byte {self._place:,}: JSON that is broken so that it is not clear where the next "
+            f"{self._path}: byte {self._position:,}: JSON that is broken so that it is not clear where the next "
             "record begins "
             f"({self._text[self._begin : self._begin + 60]!r}...); put it right, or write one object a line"
         )
@@ -154,14 +154,14 @@ class _Reader:
                 return self._text[self._begin : self._begin + 1]
 
     def _pass_to(self, end: int) -> None:
-        self._place += len(self._text[self._begin : end].encode("utf-8", "surrogateescape"))
+        self._position += len(self._text[self._begin : end].encode("utf-8", "surrogateescape"))
         self._begin = end
 
     def _read_more(self) -> bool:
         """Read on: as much as is held, so that a long value is not copied again and again. False at the end."""
         if len(self._text) - self._begin > MAX_CHARACTERS and not self._is_whole:
             raise DamagedError(
-                f"{self._path}: byte {self._place:,}: a record of more than {MAX_CHARACTERS:,} characters; write "
+                f"{self._path}: byte {self._position:,}: a record of more than {MAX_CHARACTERS:,} characters; write "
                 "one a line"
             )
         parts, size = [self._text], 0

@@ -120,8 +120,11 @@ def describe_balance(experiment: Experiment, order: SampleOrder, number: int, nu
     for step in steps.tolist():
         costs = sequence_costs(order.costs(first + step), stage.sequence_length, attention_cost_tokens)
         plain = np.arange(len(costs)).reshape(-1, num_ranks, stage.micro_batch_sequences)
-        for name, places in (("as it stands", plain), ("dealt", deal(costs, num_ranks, stage.micro_batch_sequences))):
-            slowdowns[name].append(imbalance(costs[places].sum(axis=2)).slowdown)
+        for name, positions in (
+            ("as it stands", plain),
+            ("dealt", deal(costs, num_ranks, stage.micro_batch_sequences)),
+        ):
+            slowdowns[name].append(imbalance(costs[positions].sum(axis=2)).slowdown)
     return {
         "data_parallel_size": num_ranks,
         "balance_attention": stage.balance_attention,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.corpus import DEFAULT_EXTENSIONS, deal_out, survey
+from data_tools.corpus import DEFAULT_EXTENSIONS, split_evenly, survey
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport, describe_skipped
 from data_tools.records import RecordForm
@@ -75,7 +75,7 @@ def plan_job(
     return TokenizeJob(
         inputs=[str(path) for path in inputs],
         files=files,
-        shards=deal_out(files, shard_bytes),
+        shards=split_evenly(files, shard_bytes),
         encoder=EncoderSource.of(tokenizer_path, tokenizer),
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,

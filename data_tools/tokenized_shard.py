@@ -212,7 +212,9 @@ class _Shard:
         except DataFormatError as error:
             self._reject(
                 Reject(
-                    f"{self._split.file.path}: byte {document.place:,}", str(error), document.text[:_SHOWN_CHARACTERS]
+                    f"{self._split.file.path}: byte {document.position:,}",
+                    str(error),
+                    document.text[:_SHOWN_CHARACTERS],
                 )
             )
 
@@ -220,7 +222,7 @@ class _Shard:
         texts = [document.text for document in documents]
         ids, lengths = self._encoder.encode(texts)
         utf8_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
-        origins = np.array([[self._split.file_number, document.place] for document in documents], dtype=np.int64)
+        origins = np.array([[self._split.file_number, document.position] for document in documents], dtype=np.int64)
         held_out = self._held_out(len(documents))
         for number, (writer, chosen) in enumerate(zip(self._writers, (~held_out, held_out), strict=False)):
             if chosen.any():
@@ -242,7 +244,7 @@ class _Shard:
 
         try:
             ids = self._encoder.encode_parts(counted())
-            tokens = self._writers[number].add_in_parts(ids, (self._split.file_number, document.place))
+            tokens = self._writers[number].add_in_parts(ids, (self._split.file_number, document.position))
             self._count(number, 1, utf8_bytes, tokens)
         except DamagedError:
             raise
@@ -252,7 +254,7 @@ class _Shard:
             with suppress(RejectedError):
                 for _ in parts:  # the reader stands at the next document only when this one has been read
                     pass
-            self._reject(Reject(f"{self._split.file.path}: byte {document.place:,}", str(error)))
+            self._reject(Reject(f"{self._split.file.path}: byte {document.position:,}", str(error)))
 
     def _held_out(self, count: int) -> np.ndarray:
         """(count,) bool, which of the next documents are held out: every N-th, from another one on in each shard.

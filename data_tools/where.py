@@ -56,7 +56,7 @@ def where(run: str, step: int, console: Console, *, as_json: bool = False, place
         raise DataFormatError(
             f"--place {place}: the global batch has the places 0 to {stage.global_batch_sequences - 1}"
         )
-    in_stage = order.places_of_stage(step - 1, np.arange(stage.global_batch_sequences))
+    in_stage = order.positions_of_stage(step - 1, np.arange(stage.global_batch_sequences))
     first, last = (int(number) // stage.global_batch_sequences + 1 for number in (in_stage[0], in_stage[-1]))
     data_step = str(first) if first == last else f"{first} to {last}"  # after another batch a step may lie across two
     if not as_json:

@@ -57,7 +57,7 @@ def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> It
     for home in _homes(chunks):
         tensors = {kind: source.whole(home, kind, stage, failures).clone() for kind in _kinds(home.parameter)}
         failures.raise_first()
-        yield home.name, tensors, home.place
+        yield home.name, tensors, home.placement
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stag
         if home.is_written_here:
             on_host = _to_host(tensor)
             state.setdefault(home.name, {})[kind] = sharded_tensor(
-                home.prefix(kind), on_host.to(dtype or on_host.dtype), home.shared_place
+                home.prefix(kind), on_host.to(dtype or on_host.dtype), home.shared_placement
             )
 
     for home in _homes(chunks):
@@ -98,7 +98,8 @@ def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> State:
         if home.is_here:
             kinds = (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,)
             state[home.name] = {
-                kind: sharded_tensor(home.prefix(kind), _host_buffer(home, kind), home.shared_place) for kind in kinds
+                kind: sharded_tensor(home.prefix(kind), _host_buffer(home, kind), home.shared_placement)
+                for kind in kinds
             }
     return state
 
@@ -197,7 +198,7 @@ class _Home(NamedTuple):
 
     name: str
     parameter: torch.nn.Parameter
-    place: Placement
+    placement: Placement
     group: dist.ProcessGroup
     rank: int
     """In the group."""
@@ -207,14 +208,14 @@ class _Home(NamedTuple):
         return self.group.rank() == self.rank
 
     @property
-    def shared_place(self) -> Placement:
-        """`place`, with this rank's number counted from the home."""
-        copy, divided, rank = self.place.replica
-        return replace(self.place, replica=(copy, divided, (rank - self.rank) % self.group.size()))
+    def shared_placement(self) -> Placement:
+        """`placement`, with this rank's number counted from the home."""
+        copy, sharded, rank = self.placement.replica
+        return replace(self.placement, replica=(copy, sharded, (rank - self.rank) % self.group.size()))
 
     @property
     def is_written_here(self) -> bool:
-        return self.shared_place.replica == (0, 0, 0)
+        return self.shared_placement.replica == (0, 0, 0)
 
     def prefix(self, kind: str) -> str:
         """What stands before the parameter's name in a checkpoint."""
@@ -226,14 +227,14 @@ def _homes(chunks: list[HunyuanModel]) -> Iterator[_Home]:
     reckon alike."""
     loads: dict[bool, list[int]] = {}
     for model in chunks:
-        places = model.placements()
+        placements = model.placements()
         for name, parameter in model.named_parameters():
             is_expert = getattr(parameter, "is_routed_expert", False)
             group = model.groups.expt_dp if is_expert else model.groups.dp_cp
             load = loads.setdefault(is_expert, [0] * group.size())
             home = load.index(min(load))
             load[home] += parameter.numel()
-            yield _Home(name, parameter, places[name], group, home)
+            yield _Home(name, parameter, placements[name], group, home)
 
 
 class Stage:
@@ -257,13 +258,13 @@ class _Source:
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
         self._pieces = {piece.parameter: piece for piece in _pieces(optimizer)}
-        self._is_divided = any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
+        self._is_sharded = any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
 
     def whole(self, home: _Home, kind: str, stage: Stage, failures: Failures) -> Tensor:
         """One tensor of a parameter, until the next one is asked for; communicates whatever has failed."""
         tensor = stage.tensor(home.parameter, torch.float32).zero_()
         failures.run(lambda: self._fill(tensor, self._pieces.get(home.parameter), kind))
-        if self._is_divided and home.group.size() > 1:
+        if self._is_sharded and home.group.size() > 1:
             dist.all_reduce(tensor, group=home.group)  # every element is on one rank, the others add zero
         return tensor
 

@@ -66,9 +66,9 @@ class Piece:
     first_step: int
     num_steps: int
     """As trained, or as planned where nothing has come of it yet."""
-    first_place: int
+    first_position: int
     """Of the stage's data, in sequences, skipped ones counted."""
-    end_place: int
+    end_position: int
     """Where the stage's data ends, as planned when the piece began; skipped ones counted."""
     tokens_before: int
     """Of the stage, trained before the piece."""
@@ -77,7 +77,7 @@ class Piece:
     @property
     def num_planned_sequences(self) -> int:
         """Sequences of the rest of the stage, as planned when the piece began, without skipped ones."""
-        return self.end_place - self.first_place - skipped_after(self.stage, self.first_place)
+        return self.end_position - self.first_position - skipped_after(self.stage, self.first_position)
 
     @property
     def end_step(self) -> int:
@@ -88,31 +88,31 @@ class Piece:
         """Tokens of the stage that are trained after so many steps of the piece."""
         return self.tokens_before + num_steps * self.stage.global_batch_tokens
 
-    def place(self, number: Any) -> Any:
+    def position_of(self, number: Any) -> Any:
         """Place in the stage's data of the piece's `number`-th sequence that is not skipped, both from 0; an int or an
         array of numpy."""
-        place = number + self.first_place
-        for first, end in skipped_places(self.stage):
-            begin = max(first, self.first_place)
+        position = number + self.first_position
+        for first, end in skipped_positions(self.stage):
+            begin = max(first, self.first_position)
             if end > begin:
-                place = place + (place >= begin) * (end - begin)
-        return place
+                position = position + (position >= begin) * (end - begin)
+        return position
 
-    def next_place(self, num_steps: int) -> int:
+    def next_position(self, num_steps: int) -> int:
         """Place that follows the last one read after so many steps of the piece."""
         number = num_steps * self.stage.global_batch_sequences
-        return int(self.place(number - 1)) + 1 if number else self.first_place
+        return int(self.position_of(number - 1)) + 1 if number else self.first_position
 
 
-def skipped_places(stage: StageConfig) -> list[tuple[int, int]]:
+def skipped_positions(stage: StageConfig) -> list[tuple[int, int]]:
     """[first, end) of the places of a stage's data that are not trained on."""
     batch = stage.global_batch_sequences
     return [((first - 1) * batch, last * batch) for first, last in stage.skip_data_steps]
 
 
-def skipped_after(stage: StageConfig, place: int) -> int:
+def skipped_after(stage: StageConfig, position: int) -> int:
     """Sequences of a stage's data, from a place on, that are not trained on."""
-    return sum(max(end - max(first, place), 0) for first, end in skipped_places(stage))
+    return sum(max(end - max(first, position), 0) for first, end in skipped_positions(stage))
 
 
 class Schedule:
@@ -134,7 +134,7 @@ class Schedule:
         """The schedule after (first step, stages) of each segment, the first from step 0."""
         schedule = cls.of(segments[0][1])
         for number, (first_step, stages) in enumerate(segments[1:], start=1):
-            schedule = schedule.goes_on(first_step, stages, segment=number)
+            schedule = schedule.resumed(first_step, stages, segment=number)
         return schedule
 
     @property
@@ -177,11 +177,11 @@ class Schedule:
             "step": num_steps,
             "stage": piece.stage.name,
             "tokens_of_stage": piece.tokens_after(local),
-            "next_sequence_of_stage": piece.next_place(local),
+            "next_sequence_of_stage": piece.next_position(local),
             "tokens": self.tokens_after(num_steps),
         }
 
-    def goes_on(self, step: int, stages: Sequence[StageConfig], segment: int) -> Schedule:
+    def resumed(self, step: int, stages: Sequence[StageConfig], segment: int) -> Schedule:
         """The schedule where, after `step` steps, a configuration with these stages takes over.
 
         The present stage is found by its name, or where it has a new name by its number. Raises ConfigError if it is
@@ -210,9 +210,9 @@ class Schedule:
                 if same
                 else LrCurve(new.lr_shape, fraction, new.lr_end, tokens, end)
             )
-            place = last.next_place(last.num_steps)
-            end_place = place + left * new.global_batch_sequences + skipped_after(new, place)
-            pieces.append(Piece(segment, index, new, last.lane, step, left, place, end_place, tokens, curve))
+            position = last.next_position(last.num_steps)
+            end_position = position + left * new.global_batch_sequences + skipped_after(new, position)
+            pieces.append(Piece(segment, index, new, last.lane, step, left, position, end_position, tokens, curve))
         # exactly lr_end after a stage that has ended, whatever rounding made of its last step
         start = new.lr_end if left else last.curve.end if tokens == last.curve.last_token else fraction
         return Schedule(
@@ -248,8 +248,8 @@ def _plan(
     for index, stage in enumerate(stages[first:], start=first):
         steps = stage.num_steps
         curve = LrCurve(stage.lr_shape, start, stage.lr_end, 0, steps * stage.global_batch_tokens)
-        end_place = steps * stage.global_batch_sequences + skipped_after(stage, 0)
-        pieces.append(Piece(segment, index, stage, lane + index - first, first_step, steps, 0, end_place, 0, curve))
+        end_position = steps * stage.global_batch_sequences + skipped_after(stage, 0)
+        pieces.append(Piece(segment, index, stage, lane + index - first, first_step, steps, 0, end_position, 0, curve))
         first_step, start = first_step + steps, stage.lr_end
     return pieces
 

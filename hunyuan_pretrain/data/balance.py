@@ -73,8 +73,8 @@ def balanced_rows(position: np.ndarray, order: np.ndarray, group_sequences: int,
     group, within = np.divmod(np.asarray(position, dtype=np.int64), group_sequences)
     is_rest = group == num_groups
     group = np.where(is_rest, gap, permuted(np.where(is_rest, 0, group), num_groups, key))
-    place = group * group_sequences + within + np.where(~is_rest & (group >= gap), rest, 0)
-    rows: np.ndarray = order[place].astype(np.int64)
+    slot = group * group_sequences + within + np.where(~is_rest & (group >= gap), rest, 0)
+    rows: np.ndarray = order[slot].astype(np.int64)
     return rows
 
 
@@ -99,12 +99,12 @@ def deal(costs: np.ndarray, num_ranks: int, micro_batch_sequences: int) -> np.nd
     # Neighbours in cost run side by side, the dearest on the rank that has had the least.
     rows = np.argsort(-totals, kind="stable").reshape(num_rows, num_ranks)
     rank_totals = np.zeros(num_ranks)
-    places = np.empty((num_rows, num_ranks, micro_batch_sequences), dtype=np.int64)
+    positions = np.empty((num_rows, num_ranks, micro_batch_sequences), dtype=np.int64)
     for row, micro_batches in enumerate(rows):
         ranks = np.argsort(rank_totals, kind="stable")
-        places[row, ranks] = members.T[micro_batches]
+        positions[row, ranks] = members.T[micro_batches]
         rank_totals[ranks] += totals[micro_batches]
-    return places
+    return positions
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Imbalance:
     micro-batch, as they do with expert parallelism."""
 
 
-def imbalance(costs_by_place: np.ndarray) -> Imbalance:
+def imbalance(costs_by_position: np.ndarray) -> Imbalance:
     """The imbalance of a step from the costs of its micro-batches: (micro-batches, ranks)."""
-    dearest, mean, totals = costs_by_place.max(axis=1), costs_by_place.mean(axis=1), costs_by_place.sum(axis=0)
+    dearest, mean, totals = costs_by_position.max(axis=1), costs_by_position.mean(axis=1), costs_by_position.sum(axis=0)
     return Imbalance(dearest / mean, float(totals.max() / totals.mean()), float(dearest.sum() / mean.sum()))

@@ -80,12 +80,12 @@ def _of_selection(
     others = [
         (pack, other) for pack in epochs for other in selections.get(pack, ()) if other.corpus == selection.corpus
     ]
-    borders = {selection.shortest, selection.longest + 1}
+    bounds = {selection.shortest, selection.longest + 1}
     for _, other in others:
-        borders |= {
-            border for border in (other.shortest, other.longest + 1) if selection.shortest < border <= selection.longest
+        bounds |= {
+            bound for bound in (other.shortest, other.longest + 1) if selection.shortest < bound <= selection.longest
         }
-    ordered = sorted(borders)
+    ordered = sorted(bounds)
     for shortest, end in pairwise(ordered):
         by_pack: dict[str, Fraction] = {}
         for pack, other in others:

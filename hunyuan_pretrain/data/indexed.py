@@ -114,10 +114,10 @@ class ShardWriter:
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:], dtype=np.int64)
         offsets *= self.dtype.itemsize
-        borders = np.arange(len(lengths) + 1, dtype=np.int64)
-        header = _MAGIC + struct.pack("<QBQQ", 1, _DTYPE_CODES[self.dtype], len(lengths), len(borders))
+        boundaries = np.arange(len(lengths) + 1, dtype=np.int64)
+        header = _MAGIC + struct.pack("<QBQQ", 1, _DTYPE_CODES[self.dtype], len(lengths), len(boundaries))
         idx = (self._folder / idx_name).open("wb")
-        for part in (header, lengths.data, offsets.data, borders.data):
+        for part in (header, lengths.data, offsets.data, boundaries.data):
             idx.write(part)
         _flush_and_close(idx)
         origins = (self._folder / origin_name).open("wb")
@@ -192,8 +192,8 @@ class TokenizedShard:
         """(file by its number in the manifest's `files`, byte offset of a line or row in it) that a document comes
         from."""
         origins = load_array(self.folder / self._origin_name, (self.num_documents, 2), np.int64)
-        file, place = origins[document].tolist()
-        return file, place
+        file, position = origins[document].tolist()
+        return file, position
 
     def check_index(self) -> None:
         """Compare the index with its SHA-256. Raises DataFormatError if it differs."""
@@ -211,13 +211,13 @@ class TokenizedShard:
             f"{self.num_documents} documents",
         )
         content = _map(path)
-        version, code, num_sequences, num_borders = struct.unpack_from("<QBQQ", content, len(_MAGIC))
+        version, code, num_sequences, num_boundaries = struct.unpack_from("<QBQQ", content, len(_MAGIC))
         dtype: np.dtype | None = next((dtype for dtype, known in _DTYPE_CODES.items() if known == code), None)
         if content[: len(_MAGIC)] != _MAGIC or version != 1 or dtype is None:
             raise DataFormatError(f"{path}: not an index of version 1 with uint16 or int32 ids")
-        if (num_sequences, num_borders) != (self.num_documents, self.num_documents + 1):
+        if (num_sequences, num_boundaries) != (self.num_documents, self.num_documents + 1):
             raise DataFormatError(
-                f"{path}: describes {num_sequences} sequences in {num_borders - 1} documents, the manifest "
+                f"{path}: describes {num_sequences} sequences in {num_boundaries - 1} documents, the manifest "
                 f"{self.num_documents} documents "
                 "of one sequence each; the two do not belong together"
             )
@@ -237,7 +237,7 @@ class Origin:
 
     path: str
     """File of the corpus."""
-    place: int
+    position: int
     """Byte offset of its line in a JSON lines file (before compression), row in a parquet file, else 0."""
 
 
@@ -297,13 +297,13 @@ class TokenizedDataset:
     def origin(self, document: int) -> Origin:
         """Where a document comes from."""
         shard, within = self.locate(document)
-        file, place = shard.origin(within)
+        file, position = shard.origin(within)
         files = self._field("files", list)
         if not 0 <= file < len(files):
             raise DataFormatError(
                 f"{self.folder}: document {document} comes from file {file}, but the manifest lists {len(files)}"
             )
-        return Origin(str(files[file]), place)
+        return Origin(str(files[file]), position)
 
     def digests(self) -> dict[Path, str | None]:
         """SHA-256 of every file as the manifest has them."""

@@ -60,6 +60,7 @@ def pieces_of(dataset: PackedDataset, sequence: int) -> list[LedgerPiece]:
     for document, first_token, tokens in dataset.documents(sequence):
         source, within = dataset.index.locate(document)
         origin = source.origin(within)
-        pieces.append(LedgerPiece(position, tokens, str(source.folder), within, first_token, origin.path, origin.place))
+        folder = str(source.folder)
+        pieces.append(LedgerPiece(position, tokens, folder, within, first_token, origin.path, origin.position))
         position += tokens
     return pieces

@@ -23,7 +23,7 @@ from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schema import EvaluationSet, Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.packed_dataset import PackedSequence
-from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, places_of_rank
+from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, positions_of_rank
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class StepLoader:
 
     def _read(self, step: int) -> list[MicroBatch]:
         stage = self.order.stage(step)
-        places = places_of_rank(self.order, step, self.dp_rank, self.dp_size)
-        sequences = self.order.sequences(step, places.ravel())
+        positions = positions_of_rank(self.order, step, self.dp_rank, self.dp_size)
+        sequences = self.order.sequences(step, positions.ravel())
         width = stage.micro_batch_sequences
         return [
-            _collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], places[m])
-            for m in range(len(places))
+            _collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], positions[m])
+            for m in range(len(positions))
         ]
 
 
@@ -148,7 +148,7 @@ class EvaluationLoader:
         self.num_sequences = min(len(self._dataset), limit or len(self._dataset))
         self._token_bytes = token_bytes
         at_a_time = dp_size * evaluation.micro_batch_sequences * micro_batch_multiple
-        self._places = _places_of_rank(
+        self._positions = _positions_of_rank(
             -(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size
         )
 
@@ -162,34 +162,38 @@ class EvaluationLoader:
         not known."""
         if self._token_bytes is None:
             return None
-        sequences = [self._sequence(place) for place in self._places.ravel().tolist() if place < self.num_sequences]
+        sequences = [
+            self._sequence(position) for position in self._positions.ravel().tolist() if position < self.num_sequences
+        ]
         return sum(int(self._token_bytes[sequence.labels[sequence.loss_mask]].sum()) for sequence in sequences)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for places in self._places:
-            yield _collate([self._sequence(place) for place in places.tolist()], places)
+        for positions in self._positions:
+            yield _collate([self._sequence(position) for position in positions.tolist()], positions)
 
-    def _sequence(self, place: int) -> PackedSequence:
-        if place < self.num_sequences:
-            return self._dataset[place]
+    def _sequence(self, position: int) -> PackedSequence:
+        if position < self.num_sequences:
+            return self._dataset[position]
         size = self.sequence_length
         padding = np.full(size, self._dataset.index.pad_id, dtype=np.int32)
-        border = np.array([0, size], dtype=np.int32)
-        return PackedSequence(padding, padding, np.zeros(size, dtype=np.bool_), np.arange(size, dtype=np.int32), border)
+        cu_seqlens = np.array([0, size], dtype=np.int32)
+        return PackedSequence(
+            padding, padding, np.zeros(size, dtype=np.bool_), np.arange(size, dtype=np.int32), cu_seqlens
+        )
 
 
-def _places_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> np.ndarray:
+def _positions_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> np.ndarray:
     """Places of a rank's sequences in the global batch: (micro-batches, micro_batch) int64."""
     return np.arange(global_batch).reshape(-1, dp_size, micro_batch)[:, dp_rank]
 
 
-def _collate(sequences: list[PackedSequence], places: np.ndarray) -> MicroBatch:
+def _collate(sequences: list[PackedSequence], positions: np.ndarray) -> MicroBatch:
     size = len(sequences[0].tokens)
     # The end of each sequence is the start of the next, so it is written once.
-    borders = [np.zeros(1, dtype=np.int32)] + [
+    parts = [np.zeros(1, dtype=np.int32)] + [
         sequence.cu_seqlens[1:] + np.int32(i * size) for i, sequence in enumerate(sequences)
     ]
     return MicroBatch(
@@ -197,9 +201,9 @@ def _collate(sequences: list[PackedSequence], places: np.ndarray) -> MicroBatch:
         labels_T=_joined([sequence.labels for sequence in sequences], torch.int64),
         loss_mask_T=_joined([sequence.loss_mask for sequence in sequences], torch.float32),
         positions_T=_joined([sequence.positions for sequence in sequences], torch.int64),
-        cu_seqlens=torch.from_numpy(np.concatenate(borders)),
+        cu_seqlens=torch.from_numpy(np.concatenate(parts)),
         max_seqlen=max(int(np.diff(sequence.cu_seqlens).max()) for sequence in sequences),
-        sequence_ids=torch.from_numpy(places.copy()),
+        sequence_ids=torch.from_numpy(positions.copy()),
     )
 
 

@@ -77,7 +77,7 @@ class Mixture:
     `sources` are the sources in the order of their first use. `segments`: the configurations of a run that has changed,
     the last being that of `stages` and `seed`; a stage's number is then that of `Piece.lane`. Raises DataFormatError if
     a source's weight gives it no sequence at all, or if documents of a source would have been read more often than its
-    max_epochs at the end of a stage, in whichever sources; ConfigError as `Schedule.goes_on`.
+    max_epochs at the end of a stage, in whichever sources; ConfigError as `Schedule.resumed`.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class Mixture:
             segment = self._segments[piece.segment]
             walk = _Walk(tuple(sorted(self._weights(stage, segment).items())), segment.seed, _group_of(stage))
             if parts and parts[-1].walk != walk:
-                size = min(size, piece.first_place)
-            parts = _cut(parts, min(size, piece.end_place))
+                size = min(size, piece.first_position)
+            parts = _cut(parts, min(size, piece.end_position))
             # Its own data, and what makes up for its skipped steps, so that skipping changes nothing before it.
-            own = piece.num_planned_sequences if not parts else piece.end_place - size
-            for total in (own, piece.end_place - size - own):
+            own = piece.num_planned_sequences if not parts else piece.end_position - size
+            for total in (own, piece.end_position - size - own):
                 if total > 0:
                     counts = self._share_out(stage, segment, total, is_whole_stage=not parts)
                     parts.append(_Part(total, _interleaving(counts), (), counts, walk))
@@ -133,7 +133,7 @@ class Mixture:
         if last.num_steps * last.stage.global_batch_sequences < last.num_planned_sequences:
             # a later segment ended the stage earlier and read nothing of it; the next stage begins with what was not
             # read
-            parts = _cut(parts, last.next_place(last.num_steps))
+            parts = _cut(parts, last.next_position(last.num_steps))
         return parts
 
     def num_sequences(self, stage: int) -> int:

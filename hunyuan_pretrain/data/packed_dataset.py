@@ -67,23 +67,23 @@ class PackedDataset:
         pieces = self._pieces(number)
         # lists, because most sequences have a few pieces and numpy takes longer to begin than to do so little
         lengths = index.piece_length[pieces].tolist()
-        borders = list(accumulate(lengths, initial=0))
-        if borders[-1] > size:
+        bounds = list(accumulate(lengths, initial=0))
+        if bounds[-1] > size:
             raise DataFormatError(
-                f"{index.folder}: sequence {number} holds {borders[-1]} tokens, more than {size}; pack again"
+                f"{index.folder}: sequence {number} holds {bounds[-1]} tokens, more than {size}; pack again"
             )
         if min(lengths, default=0) < 1:
             raise DataFormatError(f"{index.folder}: sequence {number} has no piece, or one without a token; pack again")
         try:
-            return self._read(number, pieces, borders)
+            return self._read(number, pieces, bounds)
         except (IndexError, ValueError) as error:  # numpy's, of offsets that are not those that were written
             raise DataFormatError(
                 f"{index.folder}: sequence {number} cannot be read ({error}); a file changed after it was written, "
                 f"`hunyuan-data verify {index.folder}` says which"
             ) from None
 
-    def _read(self, number: int, pieces: slice, borders: list[int]) -> PackedSequence:
-        index, size, filled = self.index, self.sequence_length, borders[-1]
+    def _read(self, number: int, pieces: slice, bounds: list[int]) -> PackedSequence:
+        index, size, filled = self.index, self.sequence_length, bounds[-1]
         # 32 bits are enough for any id, and half the bytes to write: at 256K this function is as fast as memory
         tokens, labels, positions = (np.empty(size, dtype=np.int32) for _ in range(3))
         loss_mask = np.ones(size, dtype=np.bool_)
@@ -91,19 +91,19 @@ class PackedDataset:
             tokens[filled:] = labels[filled:] = index.pad_id
             positions[filled:] = self._ramp[: size - filled]
             loss_mask[filled:] = False
-        cu_seqlens = np.array(borders if filled == size else [*borders, size], dtype=np.int32)
+        cu_seqlens = np.array(bounds if filled == size else [*bounds, size], dtype=np.int32)
         sequence = PackedSequence(tokens, labels, loss_mask, positions, cu_seqlens)
         if index.is_materialized:
-            self._read_stretch(sequence, number, pieces, cu_seqlens[: len(borders)])
+            self._read_stretch(sequence, number, pieces, cu_seqlens[: len(bounds)])
         else:
-            self._read_pieces(sequence, pieces, borders)
+            self._read_pieces(sequence, pieces, bounds)
         return sequence
 
-    def _read_pieces(self, sequence: PackedSequence, pieces: slice, borders: list[int]) -> None:
+    def _read_pieces(self, sequence: PackedSequence, pieces: slice, bounds: list[int]) -> None:
         """Fill in what the pieces of a sequence take, from their documents."""
         index, first_documents = self.index, self._first_documents
         tokens, labels, loss_mask, positions = sequence.tokens, sequence.labels, sequence.loss_mask, sequence.positions
-        columns = (index.piece_document[pieces].tolist(), index.piece_start[pieces].tolist(), borders, borders[1:])
+        columns = (index.piece_document[pieces].tolist(), index.piece_start[pieces].tolist(), bounds, bounds[1:])
         for document, start, begin, end in zip(*columns, strict=False):
             number = bisect_right(first_documents, document) - 1
             shard, within, length = index.shards[number], document - first_documents[number], end - begin
@@ -117,16 +117,16 @@ class PackedDataset:
                 labels[begin : end - 1] = stream[1:length]
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
 
-    def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, borders: np.ndarray) -> None:
-        """Fill in what the pieces of a sequence take, from its copy; `borders` (pieces + 1,) are where they begin and
+    def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, bounds: np.ndarray) -> None:
+        """Fill in what the pieces of a sequence take, from its copy; `bounds` (pieces + 1,) are where they begin and
         end."""
-        index, filled = self.index, int(borders[-1])
+        index, filled = self.index, int(bounds[-1])
         start = int(index.sequence_starts[number])
         sequence.tokens[:filled] = index.tokens[start : start + filled]
         sequence.labels[: filled - 1] = sequence.tokens[1:filled]
-        sequence.positions[:filled] = self._ramp[:filled] - np.repeat(borders[:-1], np.diff(borders))
+        sequence.positions[:filled] = self._ramp[:filled] - np.repeat(bounds[:-1], np.diff(bounds))
         following = index.next_tokens[pieces]
-        ends = borders[1:] - 1
+        ends = bounds[1:] - 1
         sequence.loss_mask[ends] = following >= 0
         sequence.labels[ends] = np.where(following >= 0, following, index.pad_id)
 

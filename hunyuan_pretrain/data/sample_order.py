@@ -24,7 +24,7 @@ class SampleOrder:
     `past`: the segments of the run before `first_step`, from which `experiment` takes over; without, the whole run is
     that of `experiment`. Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another
     sequence length than the stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked),
-    has ids beyond the embedding, or cannot give what the mixture asks of it; ConfigError as `Schedule.goes_on`.
+    has ids beyond the embedding, or cannot give what the mixture asks of it; ConfigError as `Schedule.resumed`.
     """
 
     def __init__(
@@ -76,16 +76,18 @@ class SampleOrder:
         """The stage of a global step, counted from 0. Raises IndexError if there is no such step."""
         return self.schedule.stage(step)
 
-    def places_of_stage(self, step: int, places: np.ndarray) -> np.ndarray:
+    def positions_of_stage(self, step: int, positions: np.ndarray) -> np.ndarray:
         """Which sequences of the stage's data some places of the global batch of a step are, both from 0."""
         piece = self.schedule.piece_of_step(step)
-        found: np.ndarray = piece.place((step - piece.first_step) * piece.stage.global_batch_sequences + places)
+        found: np.ndarray = piece.position_of(
+            (step - piece.first_step) * piece.stage.global_batch_sequences + positions
+        )
         return found
 
-    def sequences(self, step: int, places: np.ndarray) -> list[tuple[PackedDataset, int]]:
+    def sequences(self, step: int, positions: np.ndarray) -> list[tuple[PackedDataset, int]]:
         """(dataset, sequence) of some places of the global batch of a global step, counted from 0."""
         piece = self.schedule.piece_of_step(step)
-        sources, rows = self.mixture.lookup(piece.lane, self.places_of_stage(step, places))
+        sources, rows = self.mixture.lookup(piece.lane, self.positions_of_stage(step, positions))
         return [(self._dataset(source), row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
 
     def costs(self, step: int) -> np.ndarray:
@@ -150,7 +152,7 @@ def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceF
     return found
 
 
-def places_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) -> np.ndarray:
+def positions_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) -> np.ndarray:
     """Places in the global batch of a step that a data-parallel rank takes: (micro-batches, micro_batch_sequences)
     int64.
 

@@ -125,8 +125,8 @@ def trace_steps(run: Run, steps: range, choices: list[dict[str, np.ndarray]] | N
         )
         weights = [
             piece
-            for model, value, place in _parameters(run)
-            for piece in _pieces(place.name, unquantised(value.detach()), place, model)
+            for model, value, placement in _parameters(run)
+            for piece in _pieces(placement.name, unquantised(value.detach()), placement, model)
         ]
         _assemble(trace, "gradients", gradients)
         _assemble(trace, "parameters", weights)
@@ -206,35 +206,35 @@ _Piece = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
 """(name, shape of the whole tensor, where this piece lies in it, its values)."""
 
 
-def _pieces(name: str, tensor: Tensor, place: Placement, model: HunyuanModel) -> Iterator[_Piece]:
-    for part in place.parts:
+def _pieces(name: str, tensor: Tensor, placement: Placement, model: HunyuanModel) -> Iterator[_Piece]:
+    for part in placement.parts:
         yield (
             name,
-            place.whole_shape,
+            placement.whole_shape,
             part.whole,
-            tensor.view(place.local_shape)[part.local].float().cpu().numpy().copy(),
+            tensor.view(placement.local_shape)[part.local].float().cpu().numpy().copy(),
         )
 
 
 def _parameters(run: Run) -> Iterator[tuple[HunyuanModel, torch.nn.Parameter, Placement]]:
     for model in run.chunks:
-        places = model.placements()
+        placements = model.placements()
         for name, parameter in model.named_parameters():
-            yield model, parameter, places[name]
+            yield model, parameter, placements[name]
 
 
 def _keep_gradients(run: Run, found: list[_Piece]) -> None:
     """Every gradient of this rank after its reduction."""
     complete_gradients(run.wrapped)
-    for model, value, place in _parameters(run):
+    for model, value, placement in _parameters(run):
         gradient: Tensor = value.main_grad  # type: ignore[attr-defined]  # of core's buffers
-        found += _pieces(place.name, gradient, place, model)
+        found += _pieces(placement.name, gradient, placement, model)
 
 
 def _moments(run: Run) -> Iterator[_Piece]:
-    for _, tensors, place in full_moments(run.chunks, run.optimizer):
+    for _, tensors, placement in full_moments(run.chunks, run.optimizer):
         for kind, tensor in tensors.items():
-            yield from _pieces(f"{kind} of {place.name}", tensor, place, run.chunks[0])
+            yield from _pieces(f"{kind} of {placement.name}", tensor, placement, run.chunks[0])
 
 
 class _Watch:
@@ -366,8 +366,8 @@ def _assemble(trace: StepTrace, kind: str, mine: list[_Piece]) -> None:
             if seen[name][where].any() and not np.array_equal(whole[name][where], values):
                 trace.conflicts.append(f"{kind} of {name}")
             whole[name][where], seen[name][where] = values, True
-    for name, places in seen.items():
-        assert places.all(), f"no rank holds all of {name}"
+    for name, is_seen in seen.items():
+        assert is_seen.all(), f"no rank holds all of {name}"
 
 
 def _assemble_tokens(

@@ -35,7 +35,7 @@ from hunyuan_pretrain.config.recipe import Operand
 from hunyuan_pretrain.config.schema import Experiment, PrecisionConfig, RuntimeConfig
 from hunyuan_pretrain.diagnostics.parity_run import in_processes
 from hunyuan_pretrain.model.fp8.quantise import to_fp32
-from hunyuan_pretrain.model.fp8.session import products
+from hunyuan_pretrain.model.fp8.session import matmuls
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
 from hunyuan_pretrain.train.optimizer import complete_gradients, gather_parameters
@@ -216,8 +216,8 @@ class _Comparison:
         self._experts: dict[int, list[Tensor]] = defaultdict(list)
         self._experts_with_recipe: dict[int, list[Tensor]] = {}
         self._rerouted: dict[int, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        for name, product in products(run.chunks):
-            product.watch = self._count_of(name)
+        for name, matmul in matmuls(run.chunks):
+            matmul.watch = self._count_of(name)
         for model in run.chunks:
             for layer in model.decoder.layers:
                 layer.mlp.router.register_forward_hook(self._keep_experts_of(layer.layer))
@@ -278,9 +278,9 @@ class _Comparison:
         complete_gradients(self._run.wrapped)
         found = {}
         for model in self._run.chunks:
-            places = model.placements()
+            placements = model.placements()
             for name, parameter in model.named_parameters():
-                if places[name].replica == (0, 0, 0):
+                if placements[name].replica == (0, 0, 0):
                     found[name] = parameter.main_grad.clone()
         return found
 

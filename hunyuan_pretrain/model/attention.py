@@ -53,12 +53,12 @@ class AttentionPlan(NamedTuple):
 
 
 def attention_plan(
-    rope_table: tuple[Tensor, Tensor], borders: Sequence[int], context: ContextSlice | None
+    rope_table: tuple[Tensor, Tensor], cu_seqlens: Sequence[int], context: ContextSlice | None
 ) -> AttentionPlan:
-    """`borders`: cu_seqlens over the tokens of all context-parallel ranks."""
+    """`cu_seqlens`: over the tokens of all context-parallel ranks."""
     if context is None or context.method == "all_to_all":  # every rank has all tokens, of some heads
-        return AttentionPlan(rope_table, document_blocks(borders), context)
-    return AttentionPlan(rope_table, context_blocks(borders, context.ranges), context)
+        return AttentionPlan(rope_table, document_blocks(cu_seqlens), context)
+    return AttentionPlan(rope_table, context_blocks(cu_seqlens, context.ranges), context)
 
 
 class SelfAttention(torch.nn.Module):

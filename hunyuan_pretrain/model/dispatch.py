@@ -116,8 +116,8 @@ class Dispatch:
         padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - R))
         whole_PD = gather_from_sequence_parallel_region(padded, group=self.etp_group)
         # where each rank's rows of each expert lie in `whole`; the experts want expert after expert
-        places = torch.arange(etp * longest).view(etp, longest)
-        by_rank = [row[: sum(counts_e)].split(counts_e) for row, counts_e in zip(places, counts_pe, strict=True)]
+        positions = torch.arange(etp * longest).view(etp, longest)
+        by_rank = [row[: sum(counts_e)].split(counts_e) for row, counts_e in zip(positions, counts_pe, strict=True)]
         order_R = to_device(
             torch.cat([by_rank[rank][expert] for expert in range(e) for rank in range(etp)]), rows_RD.device
         )

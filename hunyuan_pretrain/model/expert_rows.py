@@ -83,7 +83,7 @@ class RowPadding(NamedTuple):
 
     splits: RowSplits  # with them
     row_P: Tensor  # row at each place, R where it is a row of zeros
-    place_R: Tensor  # place of each row
+    position_R: Tensor  # place of each row
 
 
 def row_padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPadding:
@@ -92,7 +92,7 @@ def row_padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPa
     padded_e = tuple(-(-rows // multiple) * multiple for rows in rows_e)
     shifts_e = [sum(padded_e[:expert]) - sum(rows_e[:expert]) for expert in range(len(rows_e))]
     shift_R = to_device(torch.tensor(shifts_e, dtype=torch.int64).repeat_interleave(torch.tensor(rows_e)), device)
-    place_R = torch.arange(num_rows, device=device) + shift_R
+    position_R = torch.arange(num_rows, device=device) + shift_R
     row_P = torch.full((sum(padded_e),), num_rows, dtype=torch.int64, device=device)
-    row_P[place_R] = torch.arange(num_rows, device=device)
-    return RowPadding(RowSplits(padded_e, splits.are_equal), row_P, place_R)
+    row_P[position_R] = torch.arange(num_rows, device=device)
+    return RowPadding(RowSplits(padded_e, splits.are_equal), row_P, position_R)

@@ -74,9 +74,9 @@ class RoutedExperts(torch.nn.Module):
         if all(rows % multiple == 0 for rows in splits.rows_e):
             return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
         padding = row_padding(splits, multiple, rows_RD.device)
-        padded_PD = moved(rows_RD, padding.row_P, padding.place_R, True)
+        padded_PD = moved(rows_RD, padding.row_P, padding.position_R, True)
         output_PD = self.linear_fc2(swiglu(self.linear_fc1(padded_PD, padding.splits)), padding.splits)
-        return moved(output_PD, padding.place_R, padding.row_P, True)
+        return moved(output_PD, padding.position_R, padding.row_P, True)
 
 
 class SharedExpert(torch.nn.Module):

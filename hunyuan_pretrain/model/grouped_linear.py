@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
-from hunyuan_pretrain.parallel.sharding import mark_divided
+from hunyuan_pretrain.parallel.sharding import mark_sharded
 
 
 class GroupedLinear(torch.nn.Module):
@@ -35,10 +35,10 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x_RI: Tensor, splits: RowSplits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
-        return _GroupedProduct.apply(x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad"))
+        return _GroupedMatmul.apply(x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad"))
 
 
-class _GroupedProduct(torch.autograd.Function):
+class _GroupedMatmul(torch.autograd.Function):
     """y = x W_i^T for the rows of each expert; with a main_grad the weight gradient is added into it by the product
     itself. Of equal splits all experts are one batched product."""
 
@@ -121,4 +121,4 @@ def mark_experts(weight: Any, groups: ProcessGroupCollection, partition_dim: int
     weight.is_routed_expert = True
     # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other
     # experts or other shards, and not only on the first
-    mark_divided(weight, partition_dim)
+    mark_sharded(weight, partition_dim)

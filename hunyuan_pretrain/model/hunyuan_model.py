@@ -32,7 +32,7 @@ from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.model.spec import Spec
-from hunyuan_pretrain.parallel.sharding import Placement, mark_divided, placement, sharded_tensor
+from hunyuan_pretrain.parallel.sharding import Placement, mark_sharded, placement_of, sharded_tensor
 
 SpecChoice = Callable[[HunyuanConfig, int], Spec]
 """The spec of a layer, counted from 0 over the whole model."""
@@ -62,7 +62,7 @@ class Embedding(torch.nn.Module):
             config=config,
             tp_group=groups.tp,
         )
-        mark_divided(self.word_embeddings.weight, 0)
+        mark_sharded(self.word_embeddings.weight, 0)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         # where it scatters the tokens over the ranks, core takes (B, T) and returns (T, B, D): one sequence
@@ -111,7 +111,7 @@ class OutputLayer(torch.nn.Module):
         super().__init__()
         shape = (config.model.padded_vocab_size // groups.tp.size(), config.hidden_size)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
-        mark_divided(self.weight, 0)
+        mark_sharded(self.weight, 0)
 
     def forward(self) -> Tensor:
         """The weight, complete; see TokenEmbedding."""
@@ -200,7 +200,7 @@ class HunyuanModel(MegatronModule):
             routing = routing.share(tp.rank(), tp.size())
         base = rope_base(config.model.rotary_base, inputs.rope_alpha, config.kv_channels)
         table = rope_table(inputs.positions_T, base, config.kv_channels)
-        plan = attention_plan(table, inputs.borders, inputs.context)
+        plan = attention_plan(table, inputs.cu_seqlens, inputs.context)
         layers, recompute = list(self.decoder.layers), config.parallel.recompute == "cla_group"
         size = RouterStatistics.packed_size(config.num_moe_experts)
         statistics = hidden_TD.new_zeros(config.num_layers, size, dtype=torch.float32)
@@ -233,7 +233,7 @@ class HunyuanModel(MegatronModule):
     def placements(self) -> dict[str, Placement]:
         """Where this rank's part of each of its parameters lies in the whole one, by the parameter's name."""
         return {
-            name: placement(name, parameter, self.groups, is_copy=getattr(parameter, "shared", False))
+            name: placement_of(name, parameter, self.groups, is_copy=getattr(parameter, "shared", False))
             for name, parameter in self.named_parameters()
         }
 
@@ -242,9 +242,9 @@ class HunyuanModel(MegatronModule):
     ) -> ShardedStateDict:
         """Every parameter for megatron's distributed checkpoints: its global name, this rank's part, and which replica
         of it this is."""
-        places = self.placements()
+        placements = self.placements()
         return {
-            prefix + name: sharded_tensor(prefix, unquantised(parameter), places[name])
+            prefix + name: sharded_tensor(prefix, unquantised(parameter), placements[name])
             for name, parameter in self.named_parameters()
         }
 
@@ -275,22 +275,22 @@ def initialize_weights(model: HunyuanModel, seed: int) -> None:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.empty(shape).normal_(0.0, std, generator=generator)
 
-    places = model.placements()
+    placements = model.placements()
     for local_name, parameter in model.named_parameters():
-        place, std = places[local_name], config.init_method_std
-        values = torch.empty(place.local_shape, dtype=parameter.dtype, device=parameter.device)
-        if place.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        placement, std = placements[local_name], config.init_method_std
+        values = torch.empty(placement.local_shape, dtype=parameter.dtype, device=parameter.device)
+        if placement.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
         if parameter.dim() == 1:
             values.fill_(1.0)
         elif getattr(parameter, "is_routed_expert", False):
-            first = place.parts[0].whole[0].start
+            first = placement.parts[0].whole[0].start
             for local, expert in enumerate(values):
-                whole = draw(f"{place.name}/{first + local}", place.whole_shape[1:], std)
-                for part in place.parts:
+                whole = draw(f"{placement.name}/{first + local}", placement.whole_shape[1:], std)
+                for part in placement.parts:
                     expert[part.local[1:]] = whole[part.whole[1:]]
         else:
-            whole = draw(place.name, place.whole_shape, std)
-            for part in place.parts:
+            whole = draw(placement.name, placement.whole_shape, std)
+            for part in placement.parts:
                 values[part.local] = whole[part.whole]
         write(parameter, values.view(parameter.shape))

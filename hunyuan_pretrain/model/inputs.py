@@ -21,7 +21,7 @@ class ModelInputs:
     """int64."""
     positions_T: Tensor
     """int64, from 0 in each piece of a document."""
-    borders: list[int]
+    cu_seqlens: list[int]
     """cu_seqlens of the pieces, over the tokens of all context-parallel ranks; as Python ints, so that no layer waits
     for the device to learn them."""
     rope_alpha: float = 1.0

@@ -17,7 +17,7 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm
 from hunyuan_pretrain.model.packed_attention import packed_attention
 from hunyuan_pretrain.model.spec import Spec
-from hunyuan_pretrain.parallel.sharding import mark_divided
+from hunyuan_pretrain.parallel.sharding import mark_sharded
 
 
 def local_spec() -> Spec:
@@ -51,7 +51,7 @@ def column_parallel_linear(
         gather_output=False,
         tp_group=groups.tp,
     )
-    mark_divided(linear.weight, 0)
+    mark_sharded(linear.weight, 0)
     return linear
 
 
@@ -75,5 +75,5 @@ def row_parallel_linear(
         skip_bias_add=False,
         tp_group=groups.tp,
     )
-    mark_divided(linear.weight, 1)
+    mark_sharded(linear.weight, 1)
     return linear

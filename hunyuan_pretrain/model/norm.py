@@ -35,8 +35,8 @@ class _RMSNormFunction(torch.autograd.Function):
         product_TD = grad_TD * x_TD
         grad_weight_D = (rstd_T1.t() @ product_TD).squeeze(0).to(weight_D.dtype)
         # d rstd / d x = -rstd^3 x / D
-        pull_T1 = (product_TD @ weight_D.float())[:, None].mul_(rstd_T1**3).div_(-x_TD.shape[-1])
-        grad_x_TD = torch.mul(grad_TD, weight_D.float(), out=product_TD).mul_(rstd_T1).addcmul_(x_TD, pull_T1)
+        shift_T1 = (product_TD @ weight_D.float())[:, None].mul_(rstd_T1**3).div_(-x_TD.shape[-1])
+        grad_x_TD = torch.mul(grad_TD, weight_D.float(), out=product_TD).mul_(rstd_T1).addcmul_(x_TD, shift_T1)
         return grad_x_TD.to(saved_TD.dtype), grad_weight_D, None
 
 

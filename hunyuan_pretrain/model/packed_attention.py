@@ -33,21 +33,21 @@ class Block(NamedTuple):
     k_end: int
 
 
-def document_blocks(borders: Sequence[int]) -> list[Block]:
-    """One block a document, where queries and keys both have all rows. `borders` are cu_seqlens."""
-    return [Block(start, end, start, end) for start, end in pairwise(borders)]
+def document_blocks(cu_seqlens: Sequence[int]) -> list[Block]:
+    """One block a document, where queries and keys both have all rows."""
+    return [Block(start, end, start, end) for start, end in pairwise(cu_seqlens)]
 
 
-def context_blocks(borders: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[Block]:
+def context_blocks(cu_seqlens: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[Block]:
     """The blocks of a rank whose queries are the rows of these (start, end) ranges, one after the other, and whose keys
     are all rows."""
     blocks: list[Block] = []
     row = 0
     for start, end in ranges:
-        document = bisect_right(borders, start) - 1
+        document = bisect_right(cu_seqlens, start) - 1
         while start < end:
-            stop = min(end, borders[document + 1])
-            blocks.append(Block(row, row + stop - start, borders[document], stop))
+            stop = min(end, cu_seqlens[document + 1])
+            blocks.append(Block(row, row + stop - start, cu_seqlens[document], stop))
             row, start, document = row + stop - start, stop, document + 1
     return blocks
 
@@ -95,25 +95,25 @@ class _PackedAttention(torch.autograd.Function):
         is_sum = ends != [*(block.k_start for block in ctx.blocks), k_SGH.shape[0]]
         sum_dtype = torch.promote_types(k_SGH.dtype, torch.float32)
         sums_kv = [torch.zeros(x.shape, dtype=sum_dtype, device=x.device) for x in (k_SGH, v_SGH)] if is_sum else []
-        pulls_q: list[Tensor] = []
-        pulls_kv: list[list[Tensor]] = [[], []]
+        grads_q: list[Tensor] = []
+        grads_kv: list[list[Tensor]] = [[], []]
         for block, logsumexp_1Nn in zip(ctx.blocks, logsumexps, strict=True):
             grad_1NnH, q_1NnH, out_1NnH = (x.narrow(2, *_queries(block)) for x in (grad_1NTH, q_1NTH, out_1NTH))
-            pull_q_nNH: Tensor | None = None
+            grad_q_nNH: Tensor | None = None
             for keys, causal in _parts(block):
                 kv_1GPH = k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys)
-                pulls = kernel.backward(grad_1NnH, q_1NnH, *kv_1GPH, out_1NnH, logsumexp_1Nn, causal)
-                pull_nNH, *pull_kv_PGH = (x[0].transpose(0, 1) for x in pulls)
-                pull_q_nNH = pull_nNH if pull_q_nNH is None else pull_q_nNH + pull_nNH
-                for number, pull_PGH in enumerate(pull_kv_PGH):
+                grads = kernel.backward(grad_1NnH, q_1NnH, *kv_1GPH, out_1NnH, logsumexp_1Nn, causal)
+                grad_nNH, *grad_kv_PGH = (x[0].transpose(0, 1) for x in grads)
+                grad_q_nNH = grad_nNH if grad_q_nNH is None else grad_q_nNH + grad_nNH
+                for number, grad_PGH in enumerate(grad_kv_PGH):
                     if is_sum:
-                        sums_kv[number].narrow(0, *keys).add_(pull_PGH)
+                        sums_kv[number].narrow(0, *keys).add_(grad_PGH)
                     else:
-                        pulls_kv[number].append(pull_PGH)
-            assert pull_q_nNH is not None
-            pulls_q.append(pull_q_nNH)
-        grad_k_SGH, grad_v_SGH = (x.to(k_SGH.dtype) for x in sums_kv) if is_sum else (torch.cat(x) for x in pulls_kv)
-        return torch.cat(pulls_q), grad_k_SGH, grad_v_SGH, None
+                        grads_kv[number].append(grad_PGH)
+            assert grad_q_nNH is not None
+            grads_q.append(grad_q_nNH)
+        grad_k_SGH, grad_v_SGH = (x.to(k_SGH.dtype) for x in sums_kv) if is_sum else (torch.cat(x) for x in grads_kv)
+        return torch.cat(grads_q), grad_k_SGH, grad_v_SGH, None
 
 
 def _by_head(*tensors_TNH: Tensor) -> list[Tensor]:
@@ -202,12 +202,12 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = (_plain_scores(q, k, is_causal) - logsumexp[..., None]).exp()
     grad, out, wide_q = (x.to(weights.dtype) for x in (grad, out, q))
-    pull = grad @ _for_every_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)
-    pull = pull * weights * q.shape[-1] ** -0.5
-    pull_k, pull_v = (
-        x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (pull.mT @ wide_q, weights.mT @ grad)
+    grad_scores = grad @ _for_every_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)
+    grad_scores = grad_scores * weights * q.shape[-1] ** -0.5
+    grad_k, grad_v = (
+        x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (grad_scores.mT @ wide_q, weights.mT @ grad)
     )
-    return (pull @ _for_every_query_head(k, q)).to(q.dtype), pull_k, pull_v
+    return (grad_scores @ _for_every_query_head(k, q)).to(q.dtype), grad_k, grad_v
 
 
 def _plain_scores(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:

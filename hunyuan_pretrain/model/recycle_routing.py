@@ -73,16 +73,16 @@ def assign_slots(chosen_nKg: Tensor, num_experts: int, capacity: int, priority_n
 
 def _keep_within_capacity(choice_nc: Tensor, is_chosen_ncE: Tensor, capacity: int) -> Tensor:
     """(n, c) slots of the choices among the first `capacity` of their expert, DROPPED for the others."""
-    place_nc = is_chosen_ncE.cumsum(1, dtype=torch.int32).gather(2, choice_nc[..., None]).squeeze(2) - 1
-    return torch.where(place_nc < capacity, choice_nc * capacity + place_nc, DROPPED)
+    slot_nc = is_chosen_ncE.cumsum(1, dtype=torch.int32).gather(2, choice_nc[..., None]).squeeze(2) - 1
+    return torch.where(slot_nc < capacity, choice_nc * capacity + slot_nc, DROPPED)
 
 
 def _recycle(slots_nc: Tensor, num_chosen_nE: Tensor, capacity: int, priority_nS: Tensor) -> Tensor:
     """Recycle routing: choices without a slot take, in order, the group's free slots sorted by priority: uniform over
     free slots if the priorities are random. slots_nc with those filled in; DROPPED stays where none was left."""
     used_nE = num_chosen_nE.clamp(max=capacity)
-    place_C = torch.arange(capacity, device=slots_nc.device)
-    is_free_nS = (place_C >= used_nE[..., None]).flatten(1)
+    slot_C = torch.arange(capacity, device=slots_nc.device)
+    is_free_nS = (slot_C >= used_nE[..., None]).flatten(1)
     num_free_n = is_free_nS.sum(1, keepdim=True)
     never = torch.iinfo(torch.int64).max
     free_slots_nS = torch.where(is_free_nS, priority_nS, never).argsort(dim=1, stable=True)
@@ -96,7 +96,7 @@ def _recycle(slots_nc: Tensor, num_chosen_nE: Tensor, capacity: int, priority_nS
 # --- rows of the experts ----------------------------------------------------------------------------------------------
 
 
-class Places(NamedTuple):
+class Assignment(NamedTuple):
     """The expert and the row of each choice; what model.routing.RoutingPlan has beside the combine weights."""
 
     expert_TK: Tensor  # that computes the choice; the chosen one where the choice is dropped
@@ -107,7 +107,9 @@ class Places(NamedTuple):
 
 
 @torch.no_grad()
-def places_within_capacity(chosen_TK: Tensor, config: HunyuanConfig, layer: int, routing: TrainingRouting) -> Places:
+def assign_within_capacity(
+    chosen_TK: Tensor, config: HunyuanConfig, layer: int, routing: TrainingRouting
+) -> Assignment:
     """Each expert has expert_capacity rows for each routing group, group after group; what overflows is
     recycled, or dropped where config.model.recycle_routing is off."""
     T, K = chosen_TK.shape
@@ -131,11 +133,11 @@ def places_within_capacity(chosen_TK: Tensor, config: HunyuanConfig, layer: int,
     token_R = torch.full((num_rows + 1,), T, dtype=torch.int64, device=chosen_TK.device)
     token_R[row_TK] = torch.arange(T, device=chosen_TK.device)[:, None].expand(T, K)
     is_permutation = K == 1 and config.model.recycle_routing and capacity * E == g
-    return Places(expert_TK, row_TK, token_R[:num_rows], None, is_permutation)
+    return Assignment(expert_TK, row_TK, token_R[:num_rows], None, is_permutation)
 
 
 @torch.no_grad()
-def places_without_capacity(chosen_TK: Tensor, num_experts: int) -> Places:
+def assign_without_capacity(chosen_TK: Tensor, num_experts: int) -> Assignment:
     """Dropless: every choice where it is, rows sorted by expert, tokens of an expert in order."""
     T, K = chosen_TK.shape
     choice_c = chosen_TK.reshape(-1)
@@ -143,4 +145,4 @@ def places_without_capacity(chosen_TK: Tensor, num_experts: int) -> Places:
     row_c = torch.empty_like(order_R)
     row_c[order_R] = torch.arange(T * K, device=chosen_TK.device)
     rows_E = marked(chosen_TK, num_experts).sum(0)
-    return Places(chosen_TK, row_c.view(T, K), order_R.div(K, rounding_mode="floor"), rows_E, K == 1)
+    return Assignment(chosen_TK, row_c.view(T, K), order_R.div(K, rounding_mode="floor"), rows_E, K == 1)

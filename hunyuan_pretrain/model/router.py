@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
-from hunyuan_pretrain.model.recycle_routing import Places, places_within_capacity, places_without_capacity
+from hunyuan_pretrain.model.recycle_routing import Assignment, assign_within_capacity, assign_without_capacity
 from hunyuan_pretrain.model.routing import (
     EvaluationRouting,
     RouterStatistics,
@@ -56,22 +56,22 @@ class Router(torch.nn.Module):
         logits_TE = F.linear(hidden_TD.float(), self.weight)
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = self.choose(probs_TE, routing)
-        places = self._places(chosen_TK, routing)
-        plan = RoutingPlan(_combine_weights(probs_TE, places), *places[1:])
+        assigned = self._assign(chosen_TK, routing)
+        plan = RoutingPlan(_combine_weights(probs_TE, assigned), *assigned[1:])
         if isinstance(routing, EvaluationRouting):
-            return Routed(plan, None, _statistics(chosen_TK, places, config.num_moe_experts, routing.is_counted_T))
+            return Routed(plan, None, _statistics(chosen_TK, assigned, config.num_moe_experts, routing.is_counted_T))
         group_tokens = config.model.moe_routing_group_tokens
         balance = balance_loss(probs_TE, chosen_TK, group_tokens)
         z = z_loss(logits_TE, group_tokens) if config.moe_z_loss_coeff else balance.new_zeros(())
         loss = config.moe_aux_loss_coeff * balance + (config.moe_z_loss_coeff or 0.0) * z
-        statistics = _statistics(chosen_TK, places, config.num_moe_experts)
+        statistics = _statistics(chosen_TK, assigned, config.num_moe_experts)
         statistics = statistics._replace(balance_loss=balance.detach(), z_loss=z.detach())
         return Routed(plan, loss / routing.num_global_groups, statistics)
 
-    def _places(self, chosen_TK: Tensor, routing: Routing) -> Places:
+    def _assign(self, chosen_TK: Tensor, routing: Routing) -> Assignment:
         if isinstance(routing, EvaluationRouting) or self.config.moe_expert_capacity_factor is None:
-            return places_without_capacity(chosen_TK, self.config.num_moe_experts)
-        return places_within_capacity(chosen_TK, self.config, self.layer, routing)
+            return assign_without_capacity(chosen_TK, self.config.num_moe_experts)
+        return assign_within_capacity(chosen_TK, self.config, self.layer, routing)
 
     def choose(self, probs_TE: Tensor, routing: Routing) -> Tensor:
         """The K experts of the highest probability of each token; a comparison of roundings puts those of another run
@@ -97,18 +97,18 @@ class _ProbabilitiesOf(torch.autograd.Function):
         return torch.where(is_of_TKE, grad_TK[..., None], 0.0).sum(1), None
 
 
-def _combine_weights(probs_TE: Tensor, places: Places) -> Tensor:
+def _combine_weights(probs_TE: Tensor, assigned: Assignment) -> Tensor:
     """(T, K) probability of the expert that computes a choice: of one choice as it is, of several over their sum; 0 of
     a dropped one."""
-    weight_TK = _ProbabilitiesOf.apply(probs_TE, places.expert_TK)
+    weight_TK = _ProbabilitiesOf.apply(probs_TE, assigned.expert_TK)
     if weight_TK.shape[1] > 1:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-    can_drop = places.rows_E is None and not places.is_permutation
-    return weight_TK.masked_fill(_is_dropped(places), 0.0) if can_drop else weight_TK
+    can_drop = assigned.rows_E is None and not assigned.is_permutation
+    return weight_TK.masked_fill(_is_dropped(assigned), 0.0) if can_drop else weight_TK
 
 
-def _is_dropped(places: Places) -> Tensor:
-    return places.row_TK == places.token_R.shape[0]
+def _is_dropped(assigned: Assignment) -> Tensor:
+    return assigned.row_TK == assigned.token_R.shape[0]
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def z_loss(logits_TE: Tensor, group_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def _statistics(
-    chosen_TK: Tensor, places: Places, num_experts: int, is_counted_T: Tensor | None = None
+    chosen_TK: Tensor, assigned: Assignment, num_experts: int, is_counted_T: Tensor | None = None
 ) -> RouterStatistics:
     """Of the tokens of is_counted_T (None: of all), with losses of zero."""
     zero = torch.zeros((), device=chosen_TK.device)
@@ -143,8 +143,8 @@ def _statistics(
     if is_counted_T is not None:
         is_chosen_TE = is_chosen_TE & is_counted_T[:, None]
     recycled = dropped = zero
-    if places.rows_E is None:
-        recycled, dropped = (places.expert_TK != chosen_TK).sum().float(), _is_dropped(places).sum().float()
+    if assigned.rows_E is None:
+        recycled, dropped = (assigned.expert_TK != chosen_TK).sum().float(), _is_dropped(assigned).sum().float()
     return RouterStatistics(
         chosen_E=is_chosen_TE.sum(0).float(),
         overflow=recycled + dropped,

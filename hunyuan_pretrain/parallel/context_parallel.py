@@ -37,32 +37,32 @@ EVEN_ENOUGH = 1.05
 """Imbalance at which more chunks are not tried."""
 
 
-def rows_of_ranks(borders: Sequence[int], num_sequences: int, cp_size: int, granule_tokens: int) -> list[Ranges]:
-    """The row ranges of each context-parallel rank: whole granules, of every sequence the same number of rows.
+def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, unit_tokens: int) -> list[Ranges]:
+    """The row ranges of each context-parallel rank: whole units, as many rows of every sequence.
 
-    `borders` are the cu_seqlens of the documents of a micro-batch of `num_sequences` sequences; every end of a sequence
-    is one of them. A pure function: all ranks compute the same. The smallest number of chunks a rank that is even
-    enough, else the most even one. Raises ValueError if a sequence is not a multiple of cp_size * granule_tokens
-    tokens.
+    `cu_seqlens` are those of the documents of a micro-batch of `num_sequences` sequences; every end of a
+    sequence is one of them. A pure function, so all ranks compute the same. Each rank gets the smallest number of chunks
+    that is even enough, else the most even one. Raises ValueError if a sequence is not a multiple of
+    cp_size * unit_tokens tokens.
     """
-    tokens, rest = divmod(borders[-1], num_sequences)
-    granules, odd_tokens = divmod(tokens, cp_size * granule_tokens)
-    if rest or odd_tokens or not granules:
+    tokens, rest = divmod(cu_seqlens[-1], num_sequences)
+    units, odd_tokens = divmod(tokens, cp_size * unit_tokens)
+    if rest or odd_tokens or not units:
         sizes = (
-            f"{borders[-1]} tokens in {num_sequences} sequences, context_parallel_size {cp_size}, granules of "
-            f"{granule_tokens} tokens"
+            f"{cu_seqlens[-1]} tokens in {num_sequences} sequences, context_parallel_size {cp_size}, units of "
+            f"{unit_tokens} tokens"
         )
-        raise ValueError(f"{sizes}: every rank needs the same whole number of granules of each sequence")
+        raise ValueError(f"{sizes}: every rank needs the same whole number of units of each sequence")
     if cp_size == 1:
-        return [[(0, borders[-1])]]
-    chunks = [number for number in range(1, granules + 1) if granules % number == 0]
-    # one chunk a rank is the worst of all for long documents: a prime number of granules may exceed the limit
+        return [[(0, cu_seqlens[-1])]]
+    chunks = [number for number in range(1, units + 1) if units % number == 0]
+    # one chunk a rank is the worst of all for long documents: a prime number of units may exceed the limit
     chunks = [number for number in chunks if number <= max([MAX_CHUNKS, *chunks[1:2]])]
     best: list[Ranges] = []
     least = float("inf")
     for number in chunks:
-        found = _deal_chunks(borders, num_sequences, cp_size, tokens // (cp_size * number))
-        found_imbalance = imbalance(borders, found)
+        found = _assign_chunks(cu_seqlens, num_sequences, cp_size, tokens // (cp_size * number))
+        found_imbalance = imbalance(cu_seqlens, found)
         if found_imbalance < least:
             best, least = found, found_imbalance
         if least <= EVEN_ENOUGH:
@@ -70,20 +70,20 @@ def rows_of_ranks(borders: Sequence[int], num_sequences: int, cp_size: int, gran
     return best
 
 
-def imbalance(borders: Sequence[int], ranges_of_ranks: Sequence[Ranges]) -> float:
+def imbalance(cu_seqlens: Sequence[int], ranges_of_ranks: Sequence[Ranges]) -> float:
     """Query-key pairs of the rank that has the most, over their mean; 1 is even."""
-    pairs_before = _pairs_before(borders)
+    pairs_before = _pairs_before(cu_seqlens)
     pairs = [sum(pairs_before(end) - pairs_before(start) for start, end in ranges) for ranges in ranges_of_ranks]
     return max(pairs) * len(pairs) / sum(pairs)
 
 
-def _pairs_before(borders: Sequence[int]) -> Callable[[int], int]:
+def _pairs_before(cu_seqlens: Sequence[int]) -> Callable[[int], int]:
     """row -> query-key pairs of all queries before it."""
-    before_document = list(accumulate((_triangle(end - start) for start, end in pairwise(borders)), initial=0))
+    before_document = list(accumulate((_triangle(end - start) for start, end in pairwise(cu_seqlens)), initial=0))
 
     def pairs_before(row: int) -> int:
-        document = bisect_right(borders, row) - 1
-        return before_document[document] + _triangle(row - borders[document])
+        document = bisect_right(cu_seqlens, row) - 1
+        return before_document[document] + _triangle(row - cu_seqlens[document])
 
     return pairs_before
 
@@ -92,13 +92,13 @@ def _triangle(queries: int) -> int:
     return queries * (queries + 1) // 2
 
 
-def _deal_chunks(borders: Sequence[int], num_sequences: int, cp_size: int, chunk_tokens: int) -> list[Ranges]:
+def _assign_chunks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, chunk_tokens: int) -> list[Ranges]:
     """Sequence after sequence, in rounds: of the cp_size costliest chunks left, the costliest goes to the rank with the
     least to do."""
-    pairs_before = _pairs_before(borders)
+    pairs_before = _pairs_before(cu_seqlens)
     ranges: list[Ranges] = [[] for _ in range(cp_size)]
     load = [0] * cp_size
-    tokens = borders[-1] // num_sequences
+    tokens = cu_seqlens[-1] // num_sequences
     for sequence in range(num_sequences):
         starts = range(sequence * tokens, (sequence + 1) * tokens, chunk_tokens)
         cost = {start: pairs_before(start + chunk_tokens) - pairs_before(start) for start in starts}
@@ -131,28 +131,28 @@ class ContextSlice(NamedTuple):
     """int64 rows of the micro-batch that this rank holds, ascending: the index for tokens, labels, positions."""
     rows_S: Tensor
     """int64 rows of all ranks, rank after rank."""
-    place_S: Tensor
+    position_S: Tensor
     """int64 place in rows_S of each row of the micro-batch."""
 
 
 def context_slice(
     group: dist.ProcessGroup,
     method: Method,
-    borders: Sequence[int],
+    cu_seqlens: Sequence[int],
     num_sequences: int,
-    granule_tokens: int,
+    unit_tokens: int,
     device: torch.device | str,
 ) -> ContextSlice:
     """This rank's slice of a micro-batch; once for all layers. Arguments and errors as rows_of_ranks. Communicates
     nothing."""
-    ranges_of_ranks = rows_of_ranks(borders, num_sequences, group.size(), granule_tokens)
+    ranges_of_ranks = rows_of_ranks(cu_seqlens, num_sequences, group.size(), unit_tokens)
     rows_S = torch.cat([torch.arange(start, end) for ranges in ranges_of_ranks for start, end in ranges])
-    place_S = torch.empty_like(rows_S)
-    place_S[rows_S] = torch.arange(len(rows_S))
+    position_S = torch.empty_like(rows_S)
+    position_S[rows_S] = torch.arange(len(rows_S))
     rank = group.rank()
     rows_T = rows_S.chunk(group.size())[rank]
     return ContextSlice(
-        group, method, ranges_of_ranks[rank], *(to_device(rows, device) for rows in (rows_T, rows_S, place_S))
+        group, method, ranges_of_ranks[rank], *(to_device(rows, device) for rows in (rows_T, rows_S, position_S))
     )
 
 
@@ -193,7 +193,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TGH: Tensor, context: ContextSlice) -> Tensor:
         ctx.context = context
-        return all_gather_rows(x_TGH, context.group).index_select(0, context.place_S)
+        return all_gather_rows(x_TGH, context.group).index_select(0, context.position_S)
 
     @staticmethod
     def backward(ctx: Any, grad_SGH: Tensor) -> tuple[Tensor, None]:
@@ -225,7 +225,7 @@ class _HeadsToSequence(torch.autograd.Function):
 
 def _to_heads(x_TNH: Tensor, context: ContextSlice) -> Tensor:
     by_receiver = x_TNH.unflatten(1, (context.group.size(), -1)).transpose(0, 1)
-    return exchange_rows(by_receiver, context.group).flatten(0, 1).index_select(0, context.place_S)
+    return exchange_rows(by_receiver, context.group).flatten(0, 1).index_select(0, context.position_S)
 
 
 def _to_sequence(x_SNH: Tensor, context: ContextSlice) -> Tensor:

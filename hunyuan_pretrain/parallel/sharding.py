@@ -50,7 +50,7 @@ class Placement:
     """All zero on exactly one of the ranks that hold the same part."""
 
 
-def mark_divided(weight: Tensor, dim: int) -> None:
+def mark_sharded(weight: Tensor, dim: int) -> None:
     """Say that the ranks of a group (tensor-parallel, or expert-tensor-parallel for experts) hold different parts of
     `weight` along `dim`.
 
@@ -60,12 +60,12 @@ def mark_divided(weight: Tensor, dim: int) -> None:
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
 
 
-def placement(name: str, parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
+def placement_of(name: str, parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
     """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as
     its home."""
     is_expert = getattr(parameter, "is_routed_expert", False)
     alone: int | None = getattr(parameter, "expert", None)
-    is_divided = getattr(parameter, "tensor_model_parallel", False)
+    is_sharded = getattr(parameter, "tensor_model_parallel", False)
     group, data_group = (groups.expt_tp, groups.expt_dp) if is_expert else (groups.tp, groups.dp_cp)
     rank, size = group.rank(), group.size()
     experts = 1 if alone is None else parameter.num_experts  # type: ignore[attr-defined]
@@ -73,16 +73,14 @@ def placement(name: str, parameter: Tensor, groups: ProcessGroupCollection, is_c
         ((0, groups.ep.rank() * experts + (alone or 0), groups.ep.size() * experts),) if is_expert else ()
     )
     local_shape = tuple(parameter.shape) if alone is None else (1, *parameter.shape)
-    divisions: list[tuple[Offset, ...]] = [()]
-    if is_divided and size > 1:
+    cuts: list[tuple[Offset, ...]] = [()]
+    if is_sharded and size > 1:
         dim = int(parameter.partition_dim) + len(local_shape) - parameter.dim()  # type: ignore[attr-defined]
         is_gated = getattr(parameter, "is_gated", False)
-        divisions = [((dim, rank, 2 * size),), ((dim, size + rank, 2 * size),)] if is_gated else [((dim, rank, size),)]
-    parts = [
-        _part(local_shape, (*expert, *division), number, len(divisions)) for number, division in enumerate(divisions)
-    ]
+        cuts = [((dim, rank, 2 * size),), ((dim, size + rank, 2 * size),)] if is_gated else [((dim, rank, size),)]
+    parts = [_part(local_shape, (*expert, *cut), number, len(cuts)) for number, cut in enumerate(cuts)]
     whole_shape = [length * count for length, count in zip(parts[0].lengths, parts[0].counts, strict=True)]
-    replica = (int(is_copy), 0 if is_divided or is_expert else rank, data_group.rank())
+    replica = (int(is_copy), 0 if is_sharded or is_expert else rank, data_group.rank())
     return Placement(
         name if alone is None else name.removesuffix(str(alone)), local_shape, tuple(whole_shape), tuple(parts), replica
     )
@@ -103,22 +101,22 @@ def _part(shape: tuple[int, ...], offsets: tuple[Offset, ...], number: int, num_
     return Part(local, whole, offsets, tuple(lengths), tuple(counts))
 
 
-def sharded_tensor(prefix: str, data: Tensor, place: Placement) -> ShardedTensor | ShardedTensorFactory:
-    """`data`, which has the shape of the parameter placed at `place`, for megatron's distributed checkpoints, under
+def sharded_tensor(prefix: str, data: Tensor, placement: Placement) -> ShardedTensor | ShardedTensorFactory:
+    """`data`, which has the shape of the parameter placed at `placement`, for megatron's distributed checkpoints, under
     prefix + its name.
 
     Read from one it has place.local_shape.
     """
-    key, data = prefix + place.name, data.view(place.local_shape)
+    key, data = prefix + placement.name, data.view(placement.local_shape)
 
     def build(key: str, data: Tensor, replica_id: Any, flattened_range: slice | None) -> list[ShardedTensor]:
         assert flattened_range is None
         return [
             ShardedTensor.from_rank_offsets(key, data[part.local].contiguous(), *part.offsets, replica_id=replica_id)
-            for part in place.parts
+            for part in placement.parts
         ]
 
-    if len(place.parts) == 1:
-        return build(key, data, place.replica, None)[0]
-    dim = place.parts[0].offsets[-1][0]
-    return ShardedTensorFactory(key, data, build, lambda parts: torch.cat(parts, dim=dim), place.replica)
+    if len(placement.parts) == 1:
+        return build(key, data, placement.replica, None)[0]
+    dim = placement.parts[0].offsets[-1][0]
+    return ShardedTensorFactory(key, data, build, lambda parts: torch.cat(parts, dim=dim), placement.replica)

@@ -32,7 +32,7 @@ class Weight:
     """The same on all tensor-parallel ranks, which see different tokens and add up its gradient: norms and routers."""
     is_shared_embedding: bool = False
     """Also on another pipeline stage."""
-    product_of: int | None = None
+    fp8_layer: int | None = None
     """The layer whose linear layers and experts it belongs to: what an FP8 recipe quantises."""
 
     @property
@@ -62,15 +62,15 @@ def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     norm = partial(Weight, is_replicated=True)
 
     def layer(number: int) -> Iterator[Weight]:
-        product = partial(Weight, product_of=number)
-        routed = partial(product, is_routed_expert=True)
+        linear = partial(Weight, fp8_layer=number)
+        routed = partial(linear, is_routed_expert=True)
         yield norm(hidden)
-        yield product(query + (key_value if number % model.cla_share_factor == 0 else 0))
+        yield linear(query + (key_value if number % model.cla_share_factor == 0 else 0))
         if model.qk_layernorm:
             yield from (norm(model.head_dim), norm(model.head_dim))
-        yield from (product(query), norm(hidden))
+        yield from (linear(query), norm(hidden))
         yield Weight(model.num_moe_experts * hidden, is_router=True, is_replicated=True)
-        yield from (routed(2 * expert), routed(expert), product(2 * shared), product(shared))
+        yield from (routed(2 * expert), routed(expert), linear(2 * shared), linear(shared))
 
     embedding = Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1)
     weights = [embedding] if is_first else []
@@ -95,7 +95,7 @@ class Buffer:
     """Of one element."""
     is_sharded: bool
     """Whether the optimizer state is divided over the ranks (distributed optimizer); elements are then padded."""
-    places: list[tuple[int, int]] = field(default_factory=list)
+    positions: list[tuple[int, int]] = field(default_factory=list)
     """(start, end) of each weight."""
     weights: list[Weight] = field(default_factory=list)
     """The weight at each place."""
@@ -122,12 +122,12 @@ class Buffer:
         elements of each."""
         if not self.is_sharded:
             return [
-                [(weight, end - start) for weight, (start, end) in zip(self.weights, self.places, strict=True)]
+                [(weight, end - start) for weight, (start, end) in zip(self.weights, self.positions, strict=True)]
             ] * self.num_ranks
         pieces: list[list[tuple[Weight, int]]] = [[] for _ in range(self.num_ranks)]
         for first, last in self.buckets:
             share = (last - first) // self.num_ranks
-            for weight, (start, end) in zip(self.weights, self.places, strict=True):
+            for weight, (start, end) in zip(self.weights, self.positions, strict=True):
                 if first <= start < last:
                     for rank in range((start - first) // share, -(-(end - first) // share)):
                         size = min(end - first, (rank + 1) * share) - max(start - first, rank * share)
@@ -152,8 +152,8 @@ def buffers_of_stage(
         weight_bytes = 4 if weight.is_router or precision.dtype == "fp32" else 2
         if (
             precision.fp8_parameters
-            and weight.product_of is not None
-            and precision.is_fp8_layer(weight.product_of, model.num_layers)
+            and weight.fp8_layer is not None
+            and precision.is_fp8_layer(weight.fp8_layer, model.num_layers)
         ):
             weight_bytes = 1
         found.setdefault((weight.is_routed_expert and ranks.has_expert_buffers, weight_bytes), []).append(weight)
@@ -191,7 +191,7 @@ def _lay_out(weights: list[Weight], buffer: Buffer, limit: int | None) -> Buffer
         is_alone = weight.is_shared_embedding and buffer.is_sharded
         if is_alone and position > first:
             first = position = close(position)
-        buffer.places.append((position, position + weight.size))
+        buffer.positions.append((position, position + weight.size))
         buffer.weights.append(weight)
         position += weight.size
         if is_alone or (limit is not None and position - first >= limit):

@@ -175,7 +175,7 @@ def _ends(
             ledger.add("tp", "all_reduce", tokens * 8, ranks.tp, times)  # the label's logit, sum of exponentials
 
 
-def _divided_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, backwards: int) -> None:
+def _sharded_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, backwards: int) -> None:
     """A column-parallel matrix and the row-parallel one after it, which all tokens pass and only a share of them comes
     out of.
 
@@ -191,7 +191,7 @@ def _attention(
 ) -> None:
     """Keys and values travel once for a CLA group, from the layer that owns them."""
     forwards, backwards = _forwards(parallel, batch), batch.micro_batches
-    _divided_pair(ledger, batch.tokens * model.hidden_size * batch.value_bytes, ranks, forwards, backwards)
+    _sharded_pair(ledger, batch.tokens * model.hidden_size * batch.value_bytes, ranks, forwards, backwards)
     head_bytes = batch.tokens * model.head_dim * batch.value_bytes
     key_value = 2 * model.num_query_groups // ranks.tp * head_bytes
     if parallel.context_parallel_method == "all_gather":
@@ -209,7 +209,7 @@ def _mixture_of_experts(
     """Under a capacity every rank sends every expert all of its slots, filled or not; without, what the routing says,
     after its counts."""
     times, row_bytes = batch.micro_batches, model.hidden_size * batch.value_bytes
-    _divided_pair(ledger, batch.tokens * row_bytes, ranks, _forwards(parallel, batch, is_in_experts=True), times)
+    _sharded_pair(ledger, batch.tokens * row_bytes, ranks, _forwards(parallel, batch, is_in_experts=True), times)
     forwards = _forwards(parallel, batch)
     if model.moe_expert_capacity_factor is None:
         rows = batch.local_tokens * model.moe_router_topk

@@ -178,10 +178,15 @@ def memory_per_rank(
     cpu_offload_fraction: optimizer.cpu_offload_fraction, of the state of the rank.
     Raises ValueError where the layout does not divide the ranks, or there is no such pipeline rank.
     """
-    places = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
+    pipeline_ranks = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
     parts = model, parallel, precision, world_size
     return max(
-        (memory for place in places for memory in memory_of_ranks(*parts, place, cpu_offload_fraction)), key=_total
+        (
+            memory
+            for pipeline_rank in pipeline_ranks
+            for memory in memory_of_ranks(*parts, pipeline_rank, cpu_offload_fraction)
+        ),
+        key=_total,
     )
 
 

@@ -89,8 +89,8 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
     scale_bytes = precision.recipe.scale_bytes_per_value
     expert_weights = 3 * model.hidden_size * model.expert_ffn_size * model.num_moe_experts
     most = Fp8Memory(0, 0, 0)
-    for place in range(ranks.pp):
-        mine = [layer for layers in stages_of(model, parallel, place).values() for layer in layers]
+    for pipeline_rank in range(ranks.pp):
+        mine = [layer for layers in stages_of(model, parallel, pipeline_rank).values() for layer in layers]
         values = weights = 0.0
         for layer in mine:
             if not precision.is_fp8_layer(layer, model.num_layers):

@@ -71,7 +71,7 @@ def model_rows(experiment: Experiment) -> list[Row]:
 
 def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     parallel, model = experiment.parallel, experiment.model
-    shares, places = grid(parallel, ranks), range(parallel.pipeline_model_parallel_size)
+    shares, pipeline_ranks = grid(parallel, ranks), range(parallel.pipeline_model_parallel_size)
     sizes = {
         "data": shares.dp,
         "tensor": shares.tp,
@@ -82,7 +82,10 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     }
     held = f"{model.num_moe_experts // shares.ep} experts of each layer on a rank"
     fraction = experiment.optimizer.cpu_offload_fraction
-    memories = [memory_per_rank(model, parallel, experiment.precision, ranks, place, fraction) for place in places]
+    memories = [
+        memory_per_rank(model, parallel, experiment.precision, ranks, pipeline_rank, fraction)
+        for pipeline_rank in pipeline_ranks
+    ]
     memory = max(memories, key=lambda memory: memory.total)
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     note = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
@@ -98,8 +101,8 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     if shares.pp > 1:
         layers = ", ".join(str(len(stage)) for stage in pipeline_stages(model, parallel))
         rows.insert(1, Row("layout", "pipeline", f"{len(pipeline_stages(model, parallel))} stages", f"{layers} layers"))
-        by_place = ", ".join(gib(memory.total) for memory in memories)
-        rows.append(Row("layout", "memory by pipeline rank", by_place, "of the rank that keeps the most at each place"))
+        by_rank = ", ".join(gib(memory.total) for memory in memories)
+        rows.append(Row("layout", "memory by pipeline rank", by_rank, "of the rank that keeps the most at each place"))
     return rows
 
 
@@ -165,11 +168,12 @@ def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
     for stages in shapes.values():
         group = "communication" if len(shapes) == 1 else f"communication, {', '.join(stage.name for stage in stages)}"
         parts = experiment.model, experiment.parallel, experiment.precision, stages[0], ranks
-        places = [
-            communication_per_rank(*parts, place) for place in range(experiment.parallel.pipeline_model_parallel_size)
+        pipeline_ranks = [
+            communication_per_rank(*parts, pipeline_rank)
+            for pipeline_rank in range(experiment.parallel.pipeline_model_parallel_size)
         ]
-        busiest = max(places, key=lambda place: place.sent_bytes())
-        where = f"pipeline rank {places.index(busiest)}, " if len(places) > 1 else ""
+        busiest = max(pipeline_ranks, key=lambda pipeline_rank: pipeline_rank.sent_bytes())
+        where = f"pipeline rank {pipeline_ranks.index(busiest)}, " if len(pipeline_ranks) > 1 else ""
         condition = "" if busiest.is_exact else "; with even routing"
         rows.append(
             Row(

@@ -69,16 +69,16 @@ def check_attention(run: Run) -> str:
     backend = layers[0].self_attention.core_attention
     if backend is packed_attention:
         num_tokens, num_sequences, names = _num_tokens(run), 1, ("flash attention", "a plain softmax")
-        borders = [*range(0, num_tokens, REFERENCE_TOKENS), num_tokens]
-        borders.insert(1, 1)
-        positions_S = torch.cat([torch.arange(end - start) for start, end in pairwise(borders)])
+        cu_seqlens = [*range(0, num_tokens, REFERENCE_TOKENS), num_tokens]
+        cu_seqlens.insert(1, 1)
+        positions_S = torch.cat([torch.arange(end - start) for start, end in pairwise(cu_seqlens)])
         reference: CoreAttention = _plain_softmax
     else:
         batch = run.loader.micro_batches(min(run.first_step, run.loader.num_steps - 1))[0]
-        borders, positions_S, num_sequences = batch.cu_seqlens.tolist(), batch.positions_T, len(batch.sequence_ids)
+        cu_seqlens, positions_S, num_sequences = batch.cu_seqlens.tolist(), batch.positions_T, len(batch.sequence_ids)
         reference, names = packed_attention, (getattr(backend, "name", type(backend).__name__), "packed_attention")
     compared = _Compared(backend, reference)
-    mine_T, plan = _pack(run, positions_S, borders, num_sequences)
+    mine_T, plan = _pack(run, positions_S, cu_seqlens, num_sequences)
     dtype = run.chunks[0].config.params_dtype
     generator = torch.Generator(run.device).manual_seed(run.experiment.seed + dist.get_rank())
     hidden_TD = torch.randn(len(mine_T), run.experiment.model.hidden_size, generator=generator, device=run.device).to(
@@ -94,7 +94,7 @@ def check_attention(run: Run) -> str:
                 layer.self_attention.core_attention = backend
     worst = torch.stack([*compared.differences.values()]).nan_to_num(nan=torch.inf)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    longest = max(end - start for start, end in pairwise(borders))
+    longest = max(end - start for start, end in pairwise(cu_seqlens))
     found = dict(zip(compared.differences, worst.tolist(), strict=True))
     allowed = {
         name: _allowed(roundings, dtype, longest + run.experiment.model.head_dim)
@@ -170,15 +170,15 @@ def check_leakage(run: Run) -> str:
     """Change one document of a pack: attention's output and input gradient of all others must be bitwise what they
     were."""
     num_tokens = _num_tokens(run)
-    borders = [0, num_tokens // 8, num_tokens // 2 - 1, num_tokens - 3, num_tokens]
-    changed = range(borders[1], borders[2])
+    cu_seqlens = [0, num_tokens // 8, num_tokens // 2 - 1, num_tokens - 3, num_tokens]
+    changed = range(cu_seqlens[1], cu_seqlens[2])
     generator = torch.Generator().manual_seed(run.experiment.seed)
     hidden_TD = torch.randn(num_tokens, run.experiment.model.hidden_size, generator=generator)
     other_TD = hidden_TD.clone()
     other_TD[changed.start : changed.stop] = torch.randn(len(changed), hidden_TD.shape[1], generator=generator)
-    positions_T = torch.cat([torch.arange(end - start) for start, end in pairwise(borders)])
-    rows_T, *before = _attend(run, hidden_TD, positions_T, borders)
-    _, *after = _attend(run, other_TD, positions_T, borders)
+    positions_T = torch.cat([torch.arange(end - start) for start, end in pairwise(cu_seqlens)])
+    rows_T, *before = _attend(run, hidden_TD, positions_T, cu_seqlens)
+    _, *after = _attend(run, other_TD, positions_T, cu_seqlens)
     is_changed_T = (rows_T >= changed.start) & (rows_T < changed.stop)
     differs_2T = torch.stack([(a != b).any(dim=1) for a, b in zip(before, after, strict=True)])
     totals = torch.stack([*differs_2T[:, ~is_changed_T].sum(1), differs_2T[0, is_changed_T].sum()])
@@ -202,35 +202,35 @@ def check_leakage(run: Run) -> str:
     return f"probe: documents of a pack do not see each other (attention forward and backward, bitwise{mode})"
 
 
-def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, borders: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group,
     without their experts."""
     model = run.chunks[0]
-    mine_T, plan = _pack(run, positions_S, borders, 1)
+    mine_T, plan = _pack(run, positions_S, cu_seqlens, 1)
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
     output_TD, kv = input_TD, None
     for layer in list(model.decoder.layers)[: model.config.model.cla_share_factor]:
         attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, plan)
         output_TD = output_TD + attention_TD
     # the same pull on both runs, another on every row
-    pull_SD = torch.sin(torch.arange(hidden_SD.numel(), dtype=torch.float32)).view_as(hidden_SD)
-    (grad_TD,) = torch.autograd.grad(output_TD, input_TD, pull_SD.to(output_TD)[mine_T])
+    grad_output_SD = torch.sin(torch.arange(hidden_SD.numel(), dtype=torch.float32)).view_as(hidden_SD)
+    (grad_TD,) = torch.autograd.grad(output_TD, input_TD, grad_output_SD.to(output_TD)[mine_T])
     for wrapped in run.wrapped:
         wrapped.zero_grad_buffer()  # linears that accumulate into main_grad have done so
     return mine_T, output_TD.detach(), grad_TD
 
 
-def _pack(run: Run, positions_S: Tensor, borders: list[int], num_sequences: int) -> tuple[Tensor, AttentionPlan]:
+def _pack(run: Run, positions_S: Tensor, cu_seqlens: list[int], num_sequences: int) -> tuple[Tensor, AttentionPlan]:
     """(rows whose hidden states this rank holds, what its layers get) of a pack, given as a micro-batch has it."""
     groups, experiment = run.groups, run.experiment
     rows_T, context = torch.arange(len(positions_S), device=run.device), None
     if groups.cp.size() > 1:
-        method, granule = experiment.parallel.context_parallel_method, experiment.model.moe_routing_group_tokens
-        context = context_slice(groups.cp, method, borders, num_sequences, granule, run.device)
+        method, group_tokens = experiment.parallel.context_parallel_method, experiment.model.moe_routing_group_tokens
+        context = context_slice(groups.cp, method, cu_seqlens, num_sequences, group_tokens, run.device)
         rows_T = context.rows_T
     table = rope_table(positions_S.to(run.device)[rows_T], experiment.model.rotary_base, experiment.model.head_dim)
     mine_T = rows_T.view(groups.tp.size(), -1)[groups.tp.rank()] if run.chunks[0].config.sequence_parallel else rows_T
-    return mine_T, attention_plan(table, borders, context)
+    return mine_T, attention_plan(table, cu_seqlens, context)
 
 
 # --- every declared loss reaches the routers --------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def _synthetic_batch(run: Run, number: int) -> MicroBatch:
         torch.randint(0, model.padded_vocab_size, (num_tokens,), generator=generator) for _ in range(2)
     )
     middle = num_tokens // 3
-    place = number * run.groups.dp.size() + run.groups.dp.rank()
+    position = number * run.groups.dp.size() + run.groups.dp.rank()
     return MicroBatch(
         tokens_T=tokens_T,
         labels_T=labels_T,
@@ -372,5 +372,5 @@ def _synthetic_batch(run: Run, number: int) -> MicroBatch:
         positions_T=torch.cat([torch.arange(middle), torch.arange(num_tokens - middle)]),
         cu_seqlens=torch.tensor([0, middle, num_tokens], dtype=torch.int32),
         max_seqlen=num_tokens - middle,
-        sequence_ids=torch.tensor([place]),
+        sequence_ids=torch.tensor([position]),
     )

@@ -253,7 +253,7 @@ def _refuse(
     stopping = refusal(found, accepted)
     problem: ConfigError | None = None
     try:
-        schedule.goes_on(step, experiment.stages, segment=0)
+        schedule.resumed(step, experiment.stages, segment=0)
     except ConfigError as error:
         problem = error
     if stopping:

@@ -62,11 +62,11 @@ def model_inputs(
     """
     experiment, cp, device = run.experiment, run.groups.cp, run.device
     group_tokens = experiment.model.moe_routing_group_tokens
-    context, borders = None, batch.cu_seqlens.tolist()
+    context, cu_seqlens = None, batch.cu_seqlens.tolist()
     rows_T = torch.arange(len(batch.tokens_T))
     if cp.size() > 1:
         method = experiment.parallel.context_parallel_method
-        context = context_slice(cp, method, borders, len(batch.sequence_ids), group_tokens, device)
+        context = context_slice(cp, method, cu_seqlens, len(batch.sequence_ids), group_tokens, device)
         rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
 
     def mine(tensor: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def model_inputs(
     return ModelInputs(
         tokens_T=mine(batch.tokens_T),
         positions_T=mine(batch.positions_T),
-        borders=borders,
+        cu_seqlens=cu_seqlens,
         rope_alpha=rope_alpha,
         labels_T=mine(batch.labels_T),
         loss_weight_T=mine(batch.loss_mask_T) / loss_tokens,

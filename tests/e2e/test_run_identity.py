@@ -99,22 +99,22 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
         shutil.rmtree(base / name / "checkpoints/step_0000020")
         return base / name
 
-    def goes_on(
+    def resumed(
         name: str, start: Callable[[str], Path] = at_step_10, accepted: tuple[str, ...] = (), **changes: Any
     ) -> None:
         told[name] = train_here(fields_of(corpus, start(name), **changes), accepted)
 
-    goes_on("unchanged")
-    goes_on("twice", batch=16, model__moe_aux_loss_coeff=0.05, model__moe_expert_capacity_factor=2.0)
-    goes_on("half", batch=4)
-    goes_on("seed", seed=8)
-    goes_on("world", model__hidden_size=64, seed=9, sequences=8)
+    resumed("unchanged")
+    resumed("twice", batch=16, model__moe_aux_loss_coeff=0.05, model__moe_expert_capacity_factor=2.0)
+    resumed("half", batch=4)
+    resumed("seed", seed=8)
+    resumed("world", model__hidden_size=64, seed=9, sequences=8)
     shutil.copytree(straight, base / "longer")
     told["again"] = train_here(fields_of(corpus, base / "longer"))
     told["longer"] = train_here(fields_of(corpus, base / "longer", sequences=2 * (STEPS - 1) * BATCH))
     told["shorter"] = train_here(fields_of(corpus, base / "longer", sequences=80))
 
-    goes_on("from before histories", lambda name: without_history(at_step_10(name), 10), batch=16)
+    resumed("from before histories", lambda name: without_history(at_step_10(name), 10), batch=16)
     without_history(base / "unchanged", 20)
     shorter = experiment_fields(corpus, base / "unchanged", 10)
     (base / "unchanged/resolved.yaml").write_text(yaml.safe_dump(shorter), encoding="utf-8")

@@ -130,7 +130,7 @@ def test_tokenizing_goes_on_after_a_task_was_killed_and_gives_the_same_bytes(tmp
     plain, out = tmp_path / "plain", tmp_path / "out"
     for text in (small / "texts").iterdir():  # several shards
         text.write_text(text.read_text() * (5_000_000 // text.stat().st_size))
-    assert len(corpus_files.deal_out(corpus_files.find_files([small / "texts"], [".txt"]))) >= 4
+    assert len(corpus_files.split_evenly(corpus_files.find_files([small / "texts"], [".txt"]))) >= 4
     tasks, join = submit_tokenizing(small, out, hold="")
     subprocess.run(["scancel", f"{tasks}_1"], check=True)
     subprocess.run(["scontrol", "release", tasks], check=True)

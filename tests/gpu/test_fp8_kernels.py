@@ -10,7 +10,7 @@ import torch
 
 from hunyuan_pretrain.config.recipe import RECIPES, Operand, RecipeName
 from hunyuan_pretrain.config.schema import PrecisionConfig
-from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+from hunyuan_pretrain.model.fp8.emulated import Fp8Matmul
 from hunyuan_pretrain.runtime.device import probe
 from hunyuan_pretrain.runtime.policy import missing_for_fp8
 from tests.helpers.fp8_comparisons import DELAYED_SCALE, kernel_values, wide_numbers
@@ -39,7 +39,7 @@ def test_emulated_values_are_those_of_the_kernels(
     generator = torch.Generator().manual_seed(1)
     for shape in ((256, 384), (160, 96)):
         x_RC = wide_numbers(generator, shape).cuda()
-        product = Fp8Product(recipe, 1, False, False, "cuda")
+        product = Fp8Matmul(recipe, 1, False, False, "cuda")
         if name == "delayed":
             product.delayed[operand].scale_e.fill_(DELAYED_SCALE)
         emulated = product.operand(x_RC[None], operand, along_rows, slice(0, 1), True)[0]
@@ -63,7 +63,7 @@ def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
     )
     linear = te.Linear(D, F, bias=False, params_dtype=torch.bfloat16, device="cuda")
     linear.weight.data.copy_(weight_FD)
-    product = Fp8Product(recipe, 1, False, False, "cuda")
+    product = Fp8Matmul(recipe, 1, False, False, "cuda")
 
     def results(multiply: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         x = x_TD.clone().requires_grad_()

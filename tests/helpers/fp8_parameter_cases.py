@@ -106,7 +106,7 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
     from hunyuan_pretrain.config.recipe import OPERANDS
     from hunyuan_pretrain.config.schema import PrecisionConfig
-    from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+    from hunyuan_pretrain.model.fp8.emulated import Fp8Matmul
     from hunyuan_pretrain.model.fp8.parameters import unquantised
     from tests.helpers import fp8_comparisons as fp8
     from tests.helpers.tiny import world_of_one
@@ -116,7 +116,7 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
     for name, fp8_format, operand, along_rows in product(fp8.RECIPES, ("e4m3", "hybrid"), OPERANDS, (False, True)):
         recipe = PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format).recipe
         x_RC = fp8.wide_numbers(generator, (160, 96))
-        emulated = Fp8Product(recipe, 1, False, False, "cpu")
+        emulated = Fp8Matmul(recipe, 1, False, False, "cpu")
         if name == "delayed":
             emulated.delayed[operand].scale_e.fill_(fp8.DELAYED_SCALE)
         expected = emulated.operand(x_RC[None], operand, along_rows, slice(0, 1), True)[0]
@@ -236,22 +236,22 @@ def _shards(build: Build, rank: int, is_kept: bool) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     with chunks_on_meta(build, rank, formats, True) as chunks:
         for chunk in chunks:
-            places = chunk.placements()
+            placements = chunk.placements()
             for name, parameter in chunk.named_parameters():
-                place = places[name]
+                placement = placements[name]
                 marks = [
                     getattr(parameter, mark, default) for mark, default in MARKS.items() if mark != "partition_dim"
                 ]
                 dim = getattr(parameter, "partition_dim", -1) - parameter.dim()
                 is_expert = getattr(parameter, "is_routed_expert", False)
-                for part in place.parts:
+                for part in placement.parts:
                     offset = tuple(where.start for where in part.whole)
                     for expert in range(part.lengths[0] if is_expert else 1):
                         lengths = part.lengths[1:] if is_expert else part.lengths
-                        found[place.name, offset[0] + expert, *offset[1:]] = (
-                            place.whole_shape,
+                        found[placement.name, offset[0] + expert, *offset[1:]] = (
+                            placement.whole_shape,
                             lengths,
-                            place.replica,
+                            placement.replica,
                             marks,
                             dim,
                         )

@@ -61,15 +61,15 @@ def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25)
     """A micro-batch of documents of these lengths; equal loss weights, in training."""
     T = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
-    borders = [0]
+    cu_seqlens = [0]
     for length in lengths:
-        borders.append(borders[-1] + length)
+        cu_seqlens.append(cu_seqlens[-1] + length)
     groups = T // GROUP_TOKENS
     return ModelInputs(
         tokens_T=torch.randint(0, model.padded_vocab_size, (T,), generator=generator),
         labels_T=torch.randint(0, model.padded_vocab_size, (T,), generator=generator),
         positions_T=torch.cat([torch.arange(length) for length in lengths]),
-        borders=borders,
+        cu_seqlens=cu_seqlens,
         rope_alpha=10.0,
         loss_weight_T=torch.full((T,), 1.0 / T),
         routing=TrainingRouting(seed=3, step=5, group_n=torch.arange(groups), num_global_groups=groups),

@@ -140,9 +140,9 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with chunks_on_meta(build, rank, {"dtype": "bf16"} | build.precision, use_engine) as chunks:
         for number, chunk in enumerate(chunks):
-            places, sharded = chunk.placements(), chunk.sharded_state_dict()
+            placements, sharded = chunk.placements(), chunk.sharded_state_dict()
             if use_engine:  # core's own linears have an empty state each
-                assert set(chunk.state_dict()) == set(places), set(chunk.state_dict()) ^ set(places)
+                assert set(chunk.state_dict()) == set(placements), set(chunk.state_dict()) ^ set(placements)
                 chunk.load_state_dict(chunk.state_dict())  # or it raises
             for name, parameter in chunk.named_parameters():
                 marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
@@ -151,11 +151,11 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
                     parameter.dtype,
                     parameter.requires_grad,
                     marks,
-                    places[name],
+                    placements[name],
                     sharded[name].key,
                 )
                 found[f"{number}.{name}"] = facts
-            found[f"{number} order"] = list(places)
+            found[f"{number} order"] = list(placements)
     return found
 
 
@@ -222,7 +222,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     from hunyuan_pretrain.model import experts
-    from hunyuan_pretrain.model.engine.fp8 import Product
+    from hunyuan_pretrain.model.engine.fp8 import Fp8Module
     from hunyuan_pretrain.model.engines import load_scaling_state, scaling_state, training_step
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.step import train_step
@@ -244,7 +244,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         f"{number}.{name}": m
         for number, chunk in enumerate(run.chunks)
         for name, m in chunk.named_modules()
-        if isinstance(m, Product)
+        if isinstance(m, Fp8Module)
     }
     with (
         patch.object(FP8GlobalStateManager, "reduce_tensor_across_group_op_max", staticmethod(reduce_and_tell)),
@@ -327,7 +327,7 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
 
 
 def attention_differences(
-    borders: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]
+    cu_seqlens: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]
 ) -> list[Any]:
     """For each (query heads, key/value heads, head dim), each of the row ranges of a rank (None: all rows) and each
     layout: the case, the mask, and by how much output and gradients differ from those of `packed_attention`, of the
@@ -341,8 +341,8 @@ def attention_differences(
     for num_heads, num_groups, head_dim in heads:
         attention = _attention(num_heads, num_groups, head_dim)
         for ranges in works:
-            blocks = document_blocks(borders) if ranges is None else context_blocks(borders, ranges)
-            T, S = blocks[-1].q_end, borders[-1]
+            blocks = document_blocks(cu_seqlens) if ranges is None else context_blocks(cu_seqlens, ranges)
+            T, S = blocks[-1].q_end, cu_seqlens[-1]
             qkv = [
                 torch.randn(*shape, head_dim, generator=generator).bfloat16()
                 for shape in ((T, num_heads), *[(S, num_groups)] * 2)
@@ -382,10 +382,10 @@ def attention_at_the_bound() -> tuple[tuple[int, ...], list[bool], list[tuple[in
     torch.use_deterministic_algorithms(True)
     attention = _attention(4, 2, 8)
     q, k, v = (torch.randn(96, heads, 8).bfloat16().requires_grad_() for heads in (4, 2, 2))
-    borders, refused, computed = torch.tensor([0, 96], dtype=torch.int32), [], []
+    cu_seqlens, refused, computed = torch.tensor([0, 96], dtype=torch.int32), [], []
     for longest in ((1 << 14) - 1, 1 << 14):
         try:
-            attention.kernel(q, k, v, None, "thd", borders, borders, max_seqlen_q=longest, max_seqlen_kv=longest)
+            attention.kernel(q, k, v, None, "thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
             refused.append(False)
         except ValueError as error:
             refused.append(str(error).startswith("No dot product attention backend"))

@@ -281,18 +281,18 @@ def rmsnorm_backward(
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
     """Of packed documents (THD), or of sequences of one length (SBHD)."""
-    layout, mask, q_borders, k_borders, *tensors = _attention_arguments(args)
-    out = _attention(*_as_read(layout, *tensors[:3]), q_borders, k_borders, mask, scale)
+    layout, mask, cu_seqlens_q, cu_seqlens_k, *tensors = _attention_arguments(args)
+    out = _attention(*_as_read(layout, *tensors[:3]), cu_seqlens_q, cu_seqlens_k, mask, scale)
     return [out.detach(), torch.zeros(1), torch.zeros(2)]
 
 
 def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any) -> list[Tensor]:
     """By autograd through the forward pass."""
-    layout, mask, q_borders, k_borders, q, k, v, _, grad, *_ = _attention_arguments(args)
+    layout, mask, cu_seqlens_q, cu_seqlens_k, q, k, v, _, grad, *_ = _attention_arguments(args)
     leaves = [x.detach().requires_grad_() for x in _as_read(layout, q, k, v)]
     output_format = layout.name.removeprefix("NVTE_").split("_")[0].translate(NO_NUMBERS)
     with torch.enable_grad():
-        out = _attention(*leaves, q_borders, k_borders, mask, scale)
+        out = _attention(*leaves, cu_seqlens_q, cu_seqlens_k, mask, scale)
         return list(torch.autograd.grad(out, leaves, _read_by(output_format, grad)))
 
 
@@ -332,21 +332,21 @@ def _read_by(part: str, x: Tensor) -> Tensor:
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, q_borders: Tensor, k_borders: Tensor, mask: Any, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Any, scale: float
 ) -> Tensor:
     if q.ndim == 4:  # SBHD, all sequences of one length
         length, sequences = q.shape[:2]
-        borders = torch.arange(0, sequences * length + 1, length)
+        cu_seqlens = torch.arange(0, sequences * length + 1, length)
         rows = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
         return (
-            _attention(*rows, borders, borders, mask, scale)
+            _attention(*rows, cu_seqlens, cu_seqlens, mask, scale)
             .unflatten(0, (sequences, length))
             .transpose(0, 1)
             .contiguous()
         )
     calls.append(("attention", mask.name))
     outs = []
-    q_rows, k_rows = (list(pairwise(borders.tolist())) for borders in (q_borders, k_borders))
+    q_rows, k_rows = (list(pairwise(cu_seqlens.tolist())) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
     for (q_start, q_end), (k_start, k_end) in zip(q_rows, k_rows, strict=True):
         n, P = q_end - q_start, k_end - k_start
         is_hidden = torch.ones(n, P, dtype=torch.bool).triu(1 + (P - n if "BOTTOM_RIGHT" in mask.name else 0))

@@ -128,8 +128,8 @@ def test_delayed_scales_know_the_largest_values_of_all_ranks(runs, layout: str) 
     after: dict[str, np.ndarray] = {}
     for _, scales in runs["delayed", layout]:
         for name, scale in scales.items():
-            is_divided = ".experts." in name and "ep" in layout.split()
-            after[name] = np.concatenate([after[name], scale], axis=-1) if is_divided and name in after else scale
+            is_sharded = ".experts." in name and "ep" in layout.split()
+            after[name] = np.concatenate([after[name], scale], axis=-1) if is_sharded and name in after else scale
     _, one = runs["delayed"]
     assert set(after) == set(one)
     for name, scale in one.items():
@@ -145,7 +145,7 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
 
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.engines import training_step
-    from hunyuan_pretrain.model.fp8.emulated import Fp8Product, emulated_fp8_spec
+    from hunyuan_pretrain.model.fp8.emulated import Fp8Matmul, emulated_fp8_spec
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
     from tests.helpers.tiny import tiny_model
@@ -180,7 +180,7 @@ def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, 
         linear.weight.data.copy_(weights[rank])
         x = whole_x.chunk(2, dim=0 if kind == "column" else 1)[rank].clone().requires_grad_()
         grad = whole_grad.chunk(2, dim=1 if kind == "column" else 0)[rank]
-        products = [Fp8Product(precision.recipe, 1, False, False, "cpu") for _ in range(2)]
+        products = [Fp8Matmul(precision.recipe, 1, False, False, "cpu") for _ in range(2)]
         if recipe == "delayed":
             for product in (linear.fp8, *products):
                 for operand, scale in (("x", 0.37), ("w", 0.11), ("dy", 0.013)):

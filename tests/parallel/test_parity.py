@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 def experts_left_out_of_the_norm() -> AbstractContextManager[Any]:
     """Under TP and EP the gradient norm has the experts of the first tensor-parallel rank only."""
-    return patch("hunyuan_pretrain.model.grouped_linear.mark_divided", lambda *arguments: None)
+    return patch("hunyuan_pretrain.model.grouped_linear.mark_sharded", lambda *arguments: None)
 
 
 def expert_gradients_times_ep() -> AbstractContextManager[Any]:

@@ -26,14 +26,16 @@ def attention_across_documents() -> AbstractContextManager[Any]:
     from hunyuan_pretrain.model import attention
 
     right = attention.document_blocks
-    return patch.object(attention, "document_blocks", lambda borders: right([borders[0], borders[-1]]))
+    return patch.object(attention, "document_blocks", lambda cu_seqlens: right([cu_seqlens[0], cu_seqlens[-1]]))
 
 
 def gathered_attention_across_documents() -> AbstractContextManager[Any]:
     from hunyuan_pretrain.model import attention
 
     right = attention.context_blocks
-    return patch.object(attention, "context_blocks", lambda borders, ranges: right([borders[0], borders[-1]], ranges))
+    return patch.object(
+        attention, "context_blocks", lambda cu_seqlens, ranges: right([cu_seqlens[0], cu_seqlens[-1]], ranges)
+    )
 
 
 def router_losses_times_two() -> AbstractContextManager[Any]:

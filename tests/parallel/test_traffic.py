@@ -114,8 +114,8 @@ def kept_bytes(run: Any) -> RankMemory:
     state, host = (
         sum(
             size
-            for place, size in storages(tensors_of(optimizers)).items()
-            if place not in weights and place not in gradients
+            for pipeline_rank, size in storages(tensors_of(optimizers)).items()
+            if pipeline_rank not in weights and pipeline_rank not in gradients
         )
         for optimizers in (on_device, on_host)
     )
@@ -176,10 +176,10 @@ def planned(corpus: Path, name: str) -> tuple[Experiment, int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_plan_has_every_byte_that_a_rank_sends(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
     experiment, world_size = planned(corpus, name)
-    place = grid(experiment.parallel, world_size).pipeline_rank
+    pipeline_rank = grid(experiment.parallel, world_size).pipeline_rank
     for rank, (traffic, _) in enumerate(counted(jobs, name)):
         parts = experiment.model, experiment.parallel, experiment.precision, experiment.stages[0]
-        plan = communication_per_rank(*parts, world_size, place(rank), LOSS_CHUNK_TOKENS)
+        plan = communication_per_rank(*parts, world_size, pipeline_rank(rank), LOSS_CHUNK_TOKENS)
         if plan.is_exact:
             assert plan.messages == traffic
             continue
@@ -199,8 +199,10 @@ def test_the_plan_has_every_byte_that_a_rank_keeps(jobs: dict[int, list[Any]], c
         experiment.optimizer.cpu_offload_fraction,
     )
     found = [memory for _, memory in counted(jobs, name)]
-    places = range(experiment.parallel.pipeline_model_parallel_size)
-    assert [memory for place in places for memory in memory_of_ranks(*parts, place, fraction)] == found
+    pipeline_ranks = range(experiment.parallel.pipeline_model_parallel_size)
+    assert [
+        memory for pipeline_rank in pipeline_ranks for memory in memory_of_ranks(*parts, pipeline_rank, fraction)
+    ] == found
     assert memory_per_rank(*parts, cpu_offload_fraction=fraction).total == max(memory.total for memory in found)
 
 

@@ -85,8 +85,8 @@ class PackedAttention:
         with without_fp8():
             output = self.kernel(
                 *qkv,
-                cu_seqlens_q=documents.q_borders,
-                cu_seqlens_kv=documents.k_borders,
+                cu_seqlens_q=documents.cu_seqlens_q,
+                cu_seqlens_kv=documents.cu_seqlens_k,
                 max_seqlen_q=documents.longest_q,
                 max_seqlen_kv=documents.longest_k,
                 attn_mask_type=documents.mask,
@@ -97,32 +97,32 @@ class PackedAttention:
 class _Documents(NamedTuple):
     """Blocks as the kernel takes them: queries and keys of a block follow those of the block before."""
 
-    q_borders: Tensor  # int32 (blocks + 1,)
-    k_borders: Tensor
+    cu_seqlens_q: Tensor  # int32 (blocks + 1,)
+    cu_seqlens_k: Tensor
     longest_q: int
     longest_k: int
     mask: str
     keys: tuple[tuple[int, int], ...]
-    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that k_borders
+    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that cu_seqlens_k
     divides."""
 
 
 @lru_cache(maxsize=4)
 def _documents(blocks: tuple[Block, ...], device: torch.device) -> _Documents:
     """Once for a micro-batch, whose layers have the same blocks."""
-    q_borders, k_borders = [0], [0]
+    cu_seqlens_q, cu_seqlens_k = [0], [0]
     keys: list[tuple[int, int]] = []
     for block in blocks:
-        q_borders.append(block.q_end)
-        k_borders.append(k_borders[-1] + block.k_end - block.k_start)
+        cu_seqlens_q.append(block.q_end)
+        cu_seqlens_k.append(cu_seqlens_k[-1] + block.k_end - block.k_start)
         if keys and keys[-1][1] == block.k_start:
             keys[-1] = keys[-1][0], block.k_end
         else:
             keys.append((block.k_start, block.k_end))
-    is_square = q_borders == k_borders
+    is_square = cu_seqlens_q == cu_seqlens_k
     return _Documents(
-        to_device(torch.tensor(q_borders, dtype=torch.int32), device),
-        to_device(torch.tensor(k_borders, dtype=torch.int32), device),
+        to_device(torch.tensor(cu_seqlens_q, dtype=torch.int32), device),
+        to_device(torch.tensor(cu_seqlens_k, dtype=torch.int32), device),
         max(block.q_end - block.q_start for block in blocks),
         max(block.k_end - block.k_start for block in blocks),
         "padding_causal" if is_square else "padding_causal_bottom_right",

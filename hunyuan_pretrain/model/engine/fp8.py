@@ -2,7 +2,7 @@
 
 Scales of the delayed recipe change once for each optimizer step, from the largest values of all its micro-batches, and
 a weight is quantised once for each. What is open during a step is Transformer Engine's own state of the process, which
-only `training_step` sets, and what each `Product` knows of the step that it is part of.
+only `training_step` sets, and what each `Fp8Module` knows of the step that it is part of.
 
 Shapes: e experts of this rank (1 for a linear layer), L steps of a history.
 """
@@ -66,14 +66,14 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
     if recipe is None or FP8GlobalStateManager.is_fp8_enabled():
         yield
         return
-    products = [
-        module for model in models for module in model.modules() if isinstance(module, Product) and module.is_fp8
+    matmuls = [
+        module for model in models for module in model.modules() if isinstance(module, Fp8Module) and module.is_fp8
     ]
-    _forget_last_step(products)
+    _forget_last_step(matmuls)
     engine_recipe = te_recipe(recipe)
     try:
-        for product in products:
-            product.open_step = OpenStep(engine_recipe)
+        for matmul in matmuls:
+            matmul.open_step = OpenStep(engine_recipe)
         # leaving it updates the scales of inputs and weights
         with te.autocast(enabled=True, recipe=engine_recipe, amax_reduction_group=groups.tp_dp_cp):
             # the first module to ask would update the scales of gradients in its backward pass, which is that of one
@@ -81,8 +81,8 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
             FP8GlobalStateManager.is_first_fp8_module()
             yield
     finally:
-        for product in products:
-            product.open_step = None
+        for matmul in matmuls:
+            matmul.open_step = None
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
 
 
@@ -110,16 +110,16 @@ def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     recipe = model.config.precision.recipe
     if recipe is None or not recipe.is_delayed:
         return
-    for module_name, product in model.named_modules():
-        if isinstance(product, Product) and product.is_fp8:
-            product.allocate_scales(te_recipe(recipe))
+    for module_name, matmul in model.named_modules():
+        if isinstance(matmul, Fp8Module) and matmul.is_fp8:
+            matmul.allocate_scales(te_recipe(recipe))
             for operand, (key, column, step) in SCALES.items():
-                scales = product.fp8_meta[key]
+                scales = matmul.fp8_meta[key]
                 yield f"{module_name}.{operand}.history", scales.amax_history[:, column::step]
                 yield f"{module_name}.{operand}.scale", scales.scale[column::step]
 
 
-def _forget_last_step(products: Sequence[Product]) -> None:
+def _forget_last_step(matmuls: Sequence[Fp8Module]) -> None:
     """Empty Transformer Engine's lists of the tensors that an update reduces, into which each product puts its own when
     it is first used.
 
@@ -129,8 +129,8 @@ def _forget_last_step(products: Sequence[Product]) -> None:
     state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # of its own in newer versions
     for lists in ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer"):
         getattr(state, lists).clear()
-    for product in products:
-        product.fp8_meta.pop(FP8GlobalStateManager.get_buffer_info(), None)
+    for matmul in matmuls:
+        matmul.fp8_meta.pop(FP8GlobalStateManager.get_buffer_info(), None)
 
 
 def without_fp8() -> AbstractContextManager[None]:
@@ -157,13 +157,13 @@ class OpenStep:
     """The next forward pass is the first one: it quantises the weight, for the later ones too."""
 
 
-class Product(TransformerEngineBaseModule):
+class Fp8Module(TransformerEngineBaseModule):
     """What every matrix product adds to Transformer Engine's module of its kind."""
 
     is_fp8: bool
     amax_group: ProcessGroup | None
     """Over which ranks to take the largest values; None: those of the step."""
-    num_products = 1
+    num_matmuls = 1
     open_step: OpenStep | None
 
     # Transformer Engine would add its own pickled state to every state_dict
@@ -187,7 +187,7 @@ class Product(TransformerEngineBaseModule):
         """Make the scales of the delayed recipe if no forward pass has made them yet."""
         # Transformer Engine updates all scales where a region ends that may have a backward pass
         with torch.no_grad(), te.autocast(enabled=True, recipe=recipe, amax_reduction_group=self.amax_group):
-            self.init_fp8_metadata(num_gemms=self.num_products)
+            self.init_fp8_metadata(num_gemms=self.num_matmuls)
 
     def _get_weight_tensors(self) -> list[Tensor]:
         """What Transformer Engine multiplies by; outside of a step in FP8 the values of weights in FP8 only.

@@ -32,12 +32,12 @@ from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from hunyuan_pretrain.model.engine.attention import core_attention
-from hunyuan_pretrain.model.engine.fp8 import Product, weights_in_fp8
+from hunyuan_pretrain.model.engine.fp8 import Fp8Module, weights_in_fp8
 from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.grouped_linear import grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.spec import Spec
-from hunyuan_pretrain.parallel.sharding import mark_divided
+from hunyuan_pretrain.parallel.sharding import mark_sharded
 from hunyuan_pretrain.runtime.handover import handed_over
 
 
@@ -61,7 +61,7 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
 # --- dense products ---------------------------------------------------------------------------------------------------
 
 
-class _DenseProduct(Product):
+class _DenseLinear(Fp8Module):
     def forward(self, x_TI: Tensor) -> tuple[Tensor, None]:
         """(T, I) -> ((T, O), None), as core's linears return a bias that they have not added."""
         (x_TI,) = handed_over("Transformer Engine's linear", x_TI, dtype=self.activations)
@@ -69,7 +69,7 @@ class _DenseProduct(Product):
             return super().forward(x_TI, is_first_microbatch=self.take_turn()), None
 
 
-class ColumnParallelLinear(_DenseProduct, te.Linear):
+class ColumnParallelLinear(_DenseLinear, te.Linear):
     """y = x W^T with W divided over the tensor-parallel ranks along its output; gathers the sequence first where that
     is divided too."""
 
@@ -79,10 +79,10 @@ class ColumnParallelLinear(_DenseProduct, te.Linear):
         with weights_in_fp8(config, is_fp8):
             super().__init__(input_size, output_size, parallel_mode="column", **_options(config, groups))
         self.complete(config, is_fp8)
-        mark_divided(self.weight, 0)
+        mark_sharded(self.weight, 0)
 
 
-class RowParallelLinear(_DenseProduct, te.Linear):
+class RowParallelLinear(_DenseLinear, te.Linear):
     """y = x W^T with W divided over the tensor-parallel ranks along its input; sums the results over them."""
 
     def __init__(
@@ -91,10 +91,10 @@ class RowParallelLinear(_DenseProduct, te.Linear):
         with weights_in_fp8(config, is_fp8):
             super().__init__(input_size, output_size, parallel_mode="row", **_options(config, groups))
         self.complete(config, is_fp8)
-        mark_divided(self.weight, 1)
+        mark_sharded(self.weight, 1)
 
 
-class NormAndColumnParallelLinear(_DenseProduct, te.LayerNormLinear):
+class NormAndColumnParallelLinear(_DenseLinear, te.LayerNormLinear):
     """RMSNorm and `ColumnParallelLinear` in one; the norm's weight belongs to `norm`, a FusedNorm."""
 
     def __init__(
@@ -116,7 +116,7 @@ class NormAndColumnParallelLinear(_DenseProduct, te.LayerNormLinear):
                 **_options(config, groups),
             )
         self.complete(config, is_fp8)
-        mark_divided(self.weight, 0)
+        mark_sharded(self.weight, 0)
         del self.layer_norm_weight
         # not registered here: it is one parameter, under the name of the norm
         object.__setattr__(self, "layer_norm_weight", norm.weight)
@@ -183,7 +183,7 @@ class FusedNorm(torch.nn.Module):
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
-class GroupedLinear(Product, te.GroupedLinear):
+class GroupedLinear(Fp8Module, te.GroupedLinear):
     """y = x W_i^T for the rows of each local expert; W is one (e, O, I) parameter, or, in FP8 only, e parameters (O,
     I)."""
 
@@ -214,7 +214,7 @@ class GroupedLinear(Product, te.GroupedLinear):
                 device="meta" if is_one else _device(config),
             )
         self.complete(config, is_fp8, groups.expt_tp_dp)
-        self.num_products = e
+        self.num_matmuls = e
         self.accumulate = config.gradient_accumulation_fusion
         self.weight = grouped_weight(config, input_size, output_size, groups, partition_dim) if is_one else None
         for expert in range(e):

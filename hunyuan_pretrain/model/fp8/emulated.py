@@ -39,7 +39,7 @@ from hunyuan_pretrain.model.local_layers import column_parallel_linear, local_sp
 from hunyuan_pretrain.model.spec import LinearFactory, Spec
 
 
-class Fp8Product(torch.nn.Module):
+class Fp8Matmul(torch.nn.Module):
     """y = x W^T of one linear layer or of the experts of this rank, with quantised operands; holds no weight.
 
     `weight` is (O, I), or (e, O, I) with the rows of each expert in `splits`.
@@ -72,7 +72,7 @@ class Fp8Product(torch.nn.Module):
 
     def forward(self, x_RI: Tensor, weight: Tensor, splits: RowSplits | None = None) -> Tensor:
         """(R, I) -> (R, O), in the dtype of x. Communicates nothing."""
-        return _Fp8ProductFunction.apply(x_RI, weight, splits or RowSplits.equal(1, x_RI.shape[0]), self)
+        return _Fp8MatmulFunction.apply(x_RI, weight, splits or RowSplits.equal(1, x_RI.shape[0]), self)
 
     @contextmanager
     def as_kept(self, weight: torch.nn.Parameter) -> Iterator[None]:
@@ -146,36 +146,36 @@ def _matrices(rows_RC: Tensor, b: int) -> Tensor:
     return rows_RC.view(b, rows_RC.shape[0] // b, rows_RC.shape[1])
 
 
-class _Fp8ProductFunction(torch.autograd.Function):
+class _Fp8MatmulFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, splits: RowSplits, product: Fp8Product) -> Tensor:
-        ctx.splits, ctx.product, ctx.weight = splits, product, weight
+    def forward(ctx: Any, x_RI: Tensor, weight: Tensor, splits: RowSplits, matmul: Fp8Matmul) -> Tensor:
+        ctx.splits, ctx.matmul, ctx.weight = splits, matmul, weight
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, weight)
         weight_eOI = weight if weight.dim() == 3 else weight[None]
         y_RO = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
         for experts, part, b in _pieces(splits):
-            x_bRI = product.operand(_matrices(x_RI[part], b), "x", False, experts, True)
-            w_bOI = product.operand(weight_eOI[experts], "w", False, experts, True)
+            x_bRI = matmul.operand(_matrices(x_RI[part], b), "x", False, experts, True)
+            w_bOI = matmul.operand(weight_eOI[experts], "w", False, experts, True)
             y_RO[part] = _matmul(x_bRI, w_bOI.transpose(1, 2), x_RI.dtype).flatten(0, 1)
         return y_RO
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_RI, weight = ctx.saved_tensors
-        product: Fp8Product = ctx.product
+        matmul: Fp8Matmul = ctx.matmul
         weight_eOI = weight if weight.dim() == 3 else weight[None]
-        main_grad: Tensor | None = getattr(ctx.weight, "main_grad", None) if product.accumulate else None
+        main_grad: Tensor | None = getattr(ctx.weight, "main_grad", None) if matmul.accumulate else None
         target = main_grad if main_grad is not None else torch.zeros_like(weight)
         target_eOI = target if target.dim() == 3 else target[None]
         grad_RO, grad_x_RI = grad_RO.contiguous(), torch.empty_like(x_RI)
         for experts, part, b in _pieces(ctx.splits):
             x_bRI, grad_bRO = (_matrices(rows[part], b) for rows in (x_RI, grad_RO))
-            dy_bRO = product.operand(grad_bRO, "dy", False, experts, True)
-            w_bOI = product.operand(weight_eOI[experts], "w", True, experts, False)
+            dy_bRO = matmul.operand(grad_bRO, "dy", False, experts, True)
+            w_bOI = matmul.operand(weight_eOI[experts], "w", True, experts, False)
             grad_x_RI[part] = _matmul(dy_bRO, w_bOI, x_RI.dtype).flatten(0, 1)
-            dy_bRO = product.operand(grad_bRO, "dy", True, experts, False)
-            x_bRI = product.operand(x_bRI, "x", True, experts, False)
+            dy_bRO = matmul.operand(grad_bRO, "dy", True, experts, False)
+            x_bRI = matmul.operand(x_bRI, "x", True, experts, False)
             # into an fp32 main_grad the kernels add in fp32, without rounding to the dtype of x
             target_eOI[experts] += _matmul(dy_bRO.transpose(1, 2), x_bRI, target.dtype)
         if main_grad is None:
@@ -196,7 +196,7 @@ def _matmul(a_bXY: Tensor, b_bYZ: Tensor, dtype: torch.dtype) -> Tensor:
 class Fp8ColumnParallelLinear(ColumnParallelLinear):
     """Core's column-parallel linear; in emulated FP8 during a training step."""
 
-    fp8: Fp8Product
+    fp8: Fp8Matmul
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(T, D) of this rank's tokens -> (whole T, O / ranks), None."""
@@ -214,7 +214,7 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
 class Fp8RowParallelLinear(RowParallelLinear):
     """Core's row-parallel linear; in emulated FP8 during a training step."""
 
-    fp8: Fp8Product
+    fp8: Fp8Matmul
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, I / ranks) -> (this rank's share of T, D), None."""
@@ -230,7 +230,7 @@ class Fp8RowParallelLinear(RowParallelLinear):
 class Fp8GroupedLinear(GroupedLinear):
     """The grouped linear; in emulated FP8 during a training step."""
 
-    fp8: Fp8Product
+    fp8: Fp8Matmul
 
     def forward(self, x_RI: Tensor, splits: RowSplits) -> Tensor:
         """(R, I) -> (R, O), rows sorted by expert."""
@@ -262,7 +262,7 @@ def _in_fp8(make: LinearFactory, is_expert: bool) -> LinearFactory:
         formats = config.precision
         accumulate, device = config.gradient_accumulation_fusion, weight_device(config)
         assert formats.recipe is not None
-        linear.fp8 = Fp8Product(formats.recipe, num_experts, is_expert, accumulate, device, formats.fp8_parameters)
+        linear.fp8 = Fp8Matmul(formats.recipe, num_experts, is_expert, accumulate, device, formats.fp8_parameters)
         return linear
 
     return make_in_fp8

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+from hunyuan_pretrain.model.fp8.emulated import Fp8Matmul
 from hunyuan_pretrain.runtime.handover import handed_over
 
 
-def products(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Product]]:
+def matmuls(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Matmul]]:
     """The emulated products of this rank's model chunks, by the name of the layer that has them."""
     for model in models:
         for name, module in model.named_modules():
-            if isinstance(module, Fp8Product):
+            if isinstance(module, Fp8Matmul):
                 yield name.rpartition(".")[0], module
 
 
@@ -33,9 +33,9 @@ def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
     """As of model/engines.py: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not to be changed."""
     return {
         f"{layer}.{operand}.{kind}": tensor
-        for layer, product in products(models)
-        if product.recipe.is_delayed
-        for operand, scale in product.delayed.items()
+        for layer, matmul in matmuls(models)
+        if matmul.recipe.is_delayed
+        for operand, scale in matmul.delayed.items()
         for kind, tensor in (("history", scale.history_He), ("scale", scale.scale_e))
     }
 
@@ -49,21 +49,21 @@ def load_scaling_state(models: Sequence[torch.nn.Module], state: dict[str, Tenso
 @contextmanager
 def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[None]:
     """As of model/engines.py: opens a step in every product, and closes it; then delayed scales move on."""
-    found = [product for _, product in products(models)]
-    for product in found:
-        product.begin_step()
+    found = [matmul for _, matmul in matmuls(models)]
+    for matmul in found:
+        matmul.begin_step()
     try:
         yield
     finally:
-        for product in found:
-            product.end_step()
+        for matmul in found:
+            matmul.end_step()
     _update_scales(found, groups)
 
 
-def _update_scales(found: list[Fp8Product], groups: ProcessGroupCollection) -> None:
+def _update_scales(found: list[Fp8Matmul], groups: ProcessGroupCollection) -> None:
     for is_expert, shared_by in ((False, groups.tp_dp_cp), (True, groups.expt_tp_dp)):
-        mine = [product for product in found if product.is_expert == is_expert and product.recipe.is_delayed]
-        delayed: list[Any] = [scale for product in mine for scale in product.delayed.values()]
+        mine = [matmul for matmul in found if matmul.is_expert == is_expert and matmul.recipe.is_delayed]
+        delayed: list[Any] = [scale for matmul in mine for scale in matmul.delayed.values()]
         if not delayed:
             continue
         current = torch.cat([scale.history_He[0] for scale in delayed])

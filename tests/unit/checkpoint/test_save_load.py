@@ -286,8 +286,8 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
     state = {
         "model": {name: tensor for model in run.chunks for name, tensor in model.sharded_state_dict().items()},
         "optimizer": {
-            name: {kind: sharded_tensor(f"optimizer.{kind}.", tensor, place) for kind, tensor in tensors.items()}
-            for name, tensors, place in optimizer_state.full_moments(run.chunks, run.optimizer)
+            name: {kind: sharded_tensor(f"optimizer.{kind}.", tensor, placement) for kind, tensor in tensors.items()}
+            for name, tensors, placement in optimizer_state.full_moments(run.chunks, run.optimizer)
         },
         "generators": save_load.ShardedObject("generators", generator_state(), (1,), (0,), replica_id=0),
         "fp8": {},

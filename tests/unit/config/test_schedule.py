@@ -27,10 +27,10 @@ def stage(name: str = "s", sequences: int = 160, batch: int = 8, **fields: Any) 
     return StageConfig.model_validate({**given_fields, "lr_end": 0.1, "data": [{"path": "a"}], **fields})
 
 
-def places(schedule: Schedule, lane: int) -> list[int]:
+def positions(schedule: Schedule, lane: int) -> list[int]:
     """Sequences of a stage's data that the steps take, in their order."""
     return [
-        int(piece.place(number))
+        int(piece.position_of(number))
         for piece in schedule.pieces
         if piece.lane == lane
         for number in range(piece.num_steps * piece.stage.global_batch_sequences)
@@ -79,8 +79,8 @@ def test_a_run_that_does_not_change_has_the_rates_and_places_it_always_had_howev
         assert stopped.position(step + 1) == whole.position(step + 1)
     for lane in range(len(stages)):
         assert (
-            places(stopped, lane)
-            == places(whole, lane)
+            positions(stopped, lane)
+            == positions(whole, lane)
             == list(range(stages[lane].num_steps * stages[lane].global_batch_sequences))
         )
 
@@ -104,10 +104,10 @@ def test_any_sequence_of_batches_takes_each_place_of_a_stage_once(
             continue
         segments.append((step, [stage("a", sequences, batch), stage("b", 50, 5)]))
     schedule = Schedule.of_segments(segments)
-    taken = places(schedule, 0)
+    taken = positions(schedule, 0)
     assert taken == list(range(len(taken)))
     assert sequences <= len(taken) < sequences + max(batches), "nothing is left out, and no more than a batch is added"
-    assert places(schedule, 1) == list(range(50))
+    assert positions(schedule, 1) == list(range(50))
     assert schedule.tokens_after(schedule.num_steps) == (len(taken) + 50) * LENGTH
     assert [piece.first_step for piece in schedule.pieces[1:]] == [piece.end_step for piece in schedule.pieces[:-1]]
 
@@ -117,7 +117,7 @@ def test_another_batch_goes_on_at_the_token_it_has_come_to(batch: int, steps: in
     """Stopped at step 10 of 20 with 8 sequences a step: 80 of 160 sequences are left."""
     schedule = Schedule.of_segments([(0, [stage()]), (10, [stage(batch=batch)])])
     assert schedule.num_steps == steps
-    assert places(schedule, 0)[:160] == list(range(160))
+    assert positions(schedule, 0)[:160] == list(range(160))
     by_token = {schedule.tokens_after(step + 1): schedule.lr_fraction(step) for step in range(steps)}
     whole = Schedule.of([stage()])
     for step in range(20):
@@ -156,7 +156,7 @@ def test_a_stage_added_to_a_finished_run_starts_where_it_ended() -> None:
         [(0, [stage("a", 16)]), (2, [stage("a", 16), stage("b", 32, lr_end=1.0, lr_shape="linear")])]
     )
     assert [schedule.lr_fraction(step) for step in range(2, 6)] == pytest.approx([0.325, 0.55, 0.775, 1.0])
-    assert places(schedule, 1) == list(range(32))
+    assert positions(schedule, 1) == list(range(32))
 
 
 def test_a_stage_cannot_end_before_what_is_trained_of_it() -> None:
@@ -182,5 +182,5 @@ def test_the_present_stage_is_found_by_its_name_or_else_by_its_number() -> None:
 def test_skipped_data_is_left_out_after_another_batch_too() -> None:
     skipping = stage(sequences=32, batch=4, skip_data_steps=[[6, 7]])
     schedule = Schedule.of_segments([(0, [stage(sequences=32)]), (1, [skipping])])
-    assert places(schedule, 0) == [*range(20), *range(28, 40)], "steps 6 and 7 of 4 sequences are 20 to 27"
-    assert schedule.pieces[-1].end_place == 40
+    assert positions(schedule, 0) == [*range(20), *range(28, 40)], "steps 6 and 7 of 4 sequences are 20 to 27"
+    assert schedule.pieces[-1].end_position == 40

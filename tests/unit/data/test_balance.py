@@ -40,9 +40,9 @@ def test_balanced_rows_take_every_row_once_in_groups_of_neighbours(
     order = cost_order(np.random.default_rng(seed).integers(0, 50, num_sequences))
     rows = balanced_rows(np.arange(num_sequences), order, group_sequences, key)
     assert np.array_equal(np.sort(rows), np.arange(num_sequences))
-    place = np.argsort(order, kind="stable")[rows]
+    position = np.argsort(order, kind="stable")[rows]
     for begin in range(0, num_sequences, group_sequences):
-        assert (np.diff(place[begin : begin + group_sequences]) == 1).all()
+        assert (np.diff(position[begin : begin + group_sequences]) == 1).all()
     # Computed for the positions asked for, and no others.
     some = np.random.default_rng(seed).integers(0, num_sequences, (2, 3))
     assert np.array_equal(balanced_rows(some, order, group_sequences, key), rows[some])
@@ -69,10 +69,10 @@ BATCH = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4)).flatm
 @settings(max_examples=200, deadline=None)
 def test_dealing_keeps_the_batch(batch: tuple) -> None:
     (num_rows, num_ranks, micro_batch), costs = batch
-    places = deal(costs, num_ranks, micro_batch)
-    assert places.shape == (num_rows, num_ranks, micro_batch)
-    assert sorted(places.ravel().tolist()) == list(range(len(costs)))
-    assert np.array_equal(places, deal(costs.astype(np.float64), num_ranks, micro_batch))
+    positions = deal(costs, num_ranks, micro_batch)
+    assert positions.shape == (num_rows, num_ranks, micro_batch)
+    assert sorted(positions.ravel().tolist()) == list(range(len(costs)))
+    assert np.array_equal(positions, deal(costs.astype(np.float64), num_ranks, micro_batch))
 
 
 @given(batch=BATCH)
@@ -114,5 +114,5 @@ def test_imbalance_by_hand() -> None:
 
 def test_micro_batches_of_near_cost_run_side_by_side() -> None:
     costs = np.array([10, 9, 9, 8, 5, 4, 1, 1])
-    by_place = costs[deal(costs, 2, 2)].sum(axis=2)
-    assert by_place.tolist() == [[13, 13], [11, 10]]
+    by_rank = costs[deal(costs, 2, 2)].sum(axis=2)
+    assert by_rank.tolist() == [[13, 13], [11, 10]]

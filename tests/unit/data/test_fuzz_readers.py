@@ -17,7 +17,7 @@ from hunyuan_pretrain.data.folders import MANIFEST
 from hunyuan_pretrain.data.indexed import TokenizedDataset
 from hunyuan_pretrain.data.ledger import sequences_of_step
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
-from hunyuan_pretrain.data.sample_order import SampleOrder, places_of_rank
+from hunyuan_pretrain.data.sample_order import SampleOrder, positions_of_rank
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks
 from tests.helpers.damage import damaged, damaged_json, fuzzed, in_place_of, read_or_refused
 
@@ -103,7 +103,7 @@ def test_the_order_and_the_ledger(
     with in_place_of(*data.draw(damaged_file(folder, folder.with_name("p_tokens")))), read_or_refused(tmp_path):
         order = SampleOrder(stages, None)
         for step in range(order.num_steps):
-            places_of_rank(order, step, 0, 2)
+            positions_of_rank(order, step, 0, 2)
             for dataset, row in order.sequences(step, np.arange(4)):
                 dataset[row]
             list(sequences_of_step(order, step))

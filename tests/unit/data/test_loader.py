@@ -13,7 +13,7 @@ from hunyuan_pretrain.data.balance import imbalance
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
-from hunyuan_pretrain.data.sample_order import SampleOrder, places_of_rank
+from hunyuan_pretrain.data.sample_order import SampleOrder, positions_of_rank
 
 DIGEST = "d" * 64
 
@@ -35,15 +35,15 @@ def stages(packed: Callable[..., Path], numbered_documents: Callable[..., list])
     ]
 
 
-def by_place(batches: list[MicroBatch], sequence_length: int) -> dict[int, tuple]:
+def by_rank(batches: list[MicroBatch], sequence_length: int) -> dict[int, tuple]:
     """Each sequence of some micro-batches: its tensors, and its borders counted from its own start."""
     found = {}
     for batch in batches:
-        for i, place in enumerate(batch.sequence_ids.tolist()):
+        for i, position in enumerate(batch.sequence_ids.tolist()):
             part = slice(i * sequence_length, (i + 1) * sequence_length)
-            borders = [b - part.start for b in batch.cu_seqlens.tolist() if part.start <= b <= part.stop]
+            cu_seqlens = [b - part.start for b in batch.cu_seqlens.tolist() if part.start <= b <= part.stop]
             columns = (batch.tokens_T, batch.labels_T, batch.loss_mask_T, batch.positions_T)
-            found[place] = (*(tuple(column[part].tolist()) for column in columns), tuple(borders))
+            found[position] = (*(tuple(column[part].tolist()) for column in columns), tuple(cu_seqlens))
     return found
 
 
@@ -57,7 +57,7 @@ def test_batch_order_is_independent_of_dp_size_and_micro_batch(experiment: Calla
             length = run.stages[loaders[0].order.schedule.stage_of_step(step)[0]].sequence_length
             ranks = [loader.micro_batches(step) for loader in loaders]
             assert len({len(batches) for batches in ranks}) == 1
-            steps.append(by_place([batch for batches in ranks for batch in batches], length))
+            steps.append(by_rank([batch for batches in ranks for batch in batches], length))
         reference = reference or steps
         assert steps == reference
         for loader in loaders:
@@ -85,9 +85,9 @@ def test_a_micro_batch_is_whole_sequences_one_after_the_other(experiment: Callab
 def test_steps_can_be_asked_for_in_any_order(experiment: Callable, stages: list[dict]) -> None:
     """A run that resumes at step 4, or goes back, gets the batches that a run from the start gets."""
     straight, jumping = (StepLoader(experiment(stages), 0, 1, DIGEST) for _ in range(2))
-    expected = [by_place(straight.micro_batches(step), 16) for step in range(5)]
+    expected = [by_rank(straight.micro_batches(step), 16) for step in range(5)]
     for step in (4, 0, 1, 3):
-        assert by_place(jumping.micro_batches(step), 16) == expected[step]
+        assert by_rank(jumping.micro_batches(step), 16) == expected[step]
 
 
 def test_steps_run_through_the_stages(experiment: Callable, stages: list[dict]) -> None:
@@ -165,14 +165,14 @@ def test_evaluation_takes_each_sequence_once_and_ranks_stay_in_step(
     loaders = [EvaluationLoader(run, rank, dp_size, DIGEST) for rank in range(dp_size)]
     assert len({len(loader) for loader in loaders}) == 1
     assert loaders[0].num_sequences == (limit or len(loaders[0]._dataset))
-    found = by_place([batch for loader in loaders for batch in loader], 16)
-    real = {place: value for place, value in found.items() if place < loaders[0].num_sequences}
+    found = by_rank([batch for loader in loaders for batch in loader], 16)
+    real = {position: value for position, value in found.items() if position < loaders[0].num_sequences}
     assert sorted(found) == list(range(len(loaders[0]) * dp_size * micro_batch))
-    for place, (tokens, *_rest) in real.items():
-        assert list(tokens) == loaders[0]._dataset[place].tokens.tolist()
-    for place in found.keys() - real.keys():
-        assert np.sum(found[place][2]) == 0
-        assert found[place][4] == (0, 16)
+    for position, (tokens, *_rest) in real.items():
+        assert list(tokens) == loaders[0]._dataset[position].tokens.tolist()
+    for position in found.keys() - real.keys():
+        assert np.sum(found[position][2]) == 0
+        assert found[position][4] == (0, 16)
 
 
 @pytest.mark.parametrize("balance", ["off", "deal", "group"])
@@ -195,12 +195,14 @@ def test_no_sample_is_lost_or_repeated_when_a_run_restarts_with_other_ranks(
         loaders = [StepLoader(run, rank, dp_size, DIGEST) for rank in range(dp_size)]
         for _ in range(min(int(rng.integers(1, 4)), steps - step)):
             micro_batches = [loader.micro_batches(step) for loader in loaders]
-            places = sorted(int(place) for batches in micro_batches for one in batches for place in one.sequence_ids)
-            assert places == list(range(batch))
+            positions = sorted(
+                int(position) for batches in micro_batches for one in batches for position in one.sequence_ids
+            )
+            assert positions == list(range(batch))
             rows = [row for _, row in whole.sequences(step, np.arange(batch))]
             for batches in micro_batches:
                 for one in batches:
-                    expected = [whole.datasets[source][rows[place]].tokens for place in one.sequence_ids.tolist()]
+                    expected = [whole.datasets[source][rows[position]].tokens for position in one.sequence_ids.tolist()]
                     assert one.tokens_T.tolist() == np.concatenate(expected).tolist()
             seen += rows
             step += 1
@@ -230,7 +232,9 @@ def test_dealing_by_cost_evens_out_what_runs_side_by_side(
         slowdowns = []
         for step in range(order.num_steps):
             costs = order.costs(step)
-            of_ranks = np.stack([costs[places_of_rank(order, step, rank, 4)].sum(axis=1) for rank in range(4)], axis=1)
+            of_ranks = np.stack(
+                [costs[positions_of_rank(order, step, rank, 4)].sum(axis=1) for rank in range(4)], axis=1
+            )
             slowdowns.append(imbalance(of_ranks).slowdown)
         worst[balance] = max(slowdowns)
     assert worst["deal"] < worst["off"]

@@ -175,7 +175,7 @@ def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(
     one, other = Mixture([plain], of_sources, seed), Mixture([with_skips], of_sources, seed)
     assert plain.num_steps == with_skips.num_steps == 40
     (piece,) = other.schedule.pieces
-    steps = [piece.place(3 * step) // 3 for step in range(40)]
+    steps = [piece.position_of(3 * step) // 3 for step in range(40)]
     left_out = {step for first, last in skipped for step in range(first - 1, last)}
     assert steps == [step for step in range(200) if step not in left_out][:40]
     before = np.arange(min([step for step in left_out if step < 40], default=40) * 3)
@@ -295,7 +295,7 @@ def trained(mixture: Mixture) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     for piece in mixture.schedule.pieces:
         numbers = np.arange(piece.num_steps * piece.stage.global_batch_sequences)
-        sources, rows = mixture.lookup(piece.lane, piece.place(numbers))
+        sources, rows = mixture.lookup(piece.lane, piece.position_of(numbers))
         found += zip(sources.tolist(), rows.tolist(), strict=True)
     return found
 

@@ -36,9 +36,9 @@ def sequences(packing: Packing) -> list[list[tuple[int, int, int]]]:
     pieces = list(
         zip(packing.piece_document.tolist(), packing.piece_start.tolist(), packing.piece_length.tolist(), strict=True)
     )
-    borders = packing.sequence_offsets.tolist()
-    assert (borders[0], borders[-1]) == (0, len(pieces))
-    return [pieces[begin:end] for begin, end in itertools.pairwise(borders)]
+    bounds = packing.sequence_offsets.tolist()
+    assert (bounds[0], bounds[-1]) == (0, len(pieces))
+    return [pieces[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 @given(

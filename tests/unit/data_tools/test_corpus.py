@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from data_tools import documents
-from data_tools.corpus import deal_out, find_files, survey
+from data_tools.corpus import find_files, split_evenly, survey
 from data_tools.documents import read_documents
 from data_tools.progress import describe_skipped
 from data_tools.records import RecordForm
@@ -117,7 +117,7 @@ def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> 
 def test_an_empty_file_may_come_first(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl").write_bytes(json_lines({"text": "x"}))
-    assert [len(shard) for shard in deal_out(find_files([tmp_path]), shard_bytes=1000)] == [2]
+    assert [len(shard) for shard in split_evenly(find_files([tmp_path]), shard_bytes=1000)] == [2]
     assert texts(tmp_path) == ["x"]
 
 

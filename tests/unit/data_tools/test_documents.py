@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_tools import documents
-from data_tools.corpus import CorpusFile, Split, deal_out, find_files
+from data_tools.corpus import CorpusFile, Split, find_files, split_evenly
 from data_tools.documents import Document, cut_between_words, read_documents, read_split
 from data_tools.long_json import InvalidJson, stream_fields
 from data_tools.records import RecordForm, Reject, parse_conditions
@@ -40,14 +40,14 @@ def test_each_line_is_read_by_the_split_that_it_begins_in(
     path.write_bytes(
         b"\xef\xbb\xbf" + "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in expected).encode()
     )
-    shards = deal_out(find_files([path]), shard_bytes=path.stat().st_size // num_shards)
+    shards = split_evenly(find_files([path]), shard_bytes=path.stat().st_size // num_shards)
     assert num_shards - 1 <= len(shards) <= num_shards + 1
     read = [document for shard in shards for split in shard for document in read_split(split, RecordForm())]
     assert [whole(document) for document in read] == expected
     content = path.read_bytes()
     for document, text in zip(read, expected, strict=True):
         assert isinstance(document, Document)
-        assert json.loads(content[document.place :].split(b"\n")[0])["text"] == text
+        assert json.loads(content[document.position :].split(b"\n")[0])["text"] == text
 
 
 def test_what_is_read_is_reported_as_bytes_on_disk(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_what_is_read_is_reported_as_bytes_on_disk(tmp_path: Path) -> None:
         assert sum(seen) == file.size
     whole = tmp_path / "a.jsonl"
     seen = []
-    for shard in deal_out(find_files([whole]), shard_bytes=1000):
+    for shard in split_evenly(find_files([whole]), shard_bytes=1000):
         for split in shard:
             list(read_split(split, RecordForm(), seen.append))
     assert sum(seen) == whole.stat().st_size
@@ -158,7 +158,7 @@ def test_damage_within_a_very_long_line_is_that_of_the_file(tmp_path: Path) -> N
 
 
 def documents_of(folder: Path, form: RecordForm | None = None) -> Iterator[Document | Reject]:
-    for shard in deal_out(find_files([folder])):
+    for shard in split_evenly(find_files([folder])):
         for split in shard:
             yield from read_split(split, form or RecordForm())
 
@@ -210,10 +210,10 @@ def test_parquet_reads_the_same_by_row_groups(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(1000)] + [None]
     pq.write_table(pa.table({"text": texts, "n": list(range(1001))}), tmp_path / "a.parquet", row_group_size=300)
     files = find_files([tmp_path])
-    shards = deal_out(files, shard_bytes=1)
+    shards = split_evenly(files, shard_bytes=1)
     assert [(split.start, split.end) for shard in shards for split in shard] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     read = list(documents_of(tmp_path))
-    assert [(document.place, whole(document)) for document in read if isinstance(document, Document)] == [
+    assert [(document.position, whole(document)) for document in read if isinstance(document, Document)] == [
         (number, text or "") for number, text in enumerate(texts)
     ]
     assert [document.text for document in read_documents(files, RecordForm())] == [text or "" for text in texts]
@@ -221,7 +221,7 @@ def test_parquet_reads_the_same_by_row_groups(tmp_path: Path) -> None:
         list(documents_of(tmp_path, RecordForm("body")))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(DataFormatError, match=r"a\.parquet: damaged, or not a parquet file"):
-        deal_out(find_files([tmp_path]))
+        split_evenly(find_files([tmp_path]))
 
 
 def test_urls_and_patterns_are_inputs(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_files_are_dealt_out_by_size_alone() -> None:
         )
 
     def weights(files: list[CorpusFile]) -> list[int]:
-        return [sum(split.weight for split in shard) for shard in deal_out(files)]
+        return [sum(split.weight for split in shard) for shard in split_evenly(files)]
 
     assert weights([file("a.jsonl", 100)]) == [100]
     many = weights([file(f"{number}.txt", 1_000_000) for number in range(100)])
@@ -335,9 +335,9 @@ def test_a_document_without_a_border_is_not_copied_again_and_again() -> None:
         looked.append(len(text))
         return 0
 
-    original, documents._last_border = documents._last_border, counted
+    original, documents._last_boundary = documents._last_boundary, counted
     try:
         assert "".join(cut_between_words(["a" * 100] * 1000, 100)) == "a" * 100_000
     finally:
-        documents._last_border = original
+        documents._last_boundary = original
     assert sum(looked) < 3 * 100_000

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import formats
-from data_tools.corpus import deal_out, find_files, survey
+from data_tools.corpus import find_files, split_evenly, survey
 from data_tools.documents import Document, read_documents, read_split
 from data_tools.json_values import json_values
 from data_tools.records import RecordForm, Reject
@@ -50,7 +50,7 @@ def read(*paths: Path, form: RecordForm | None = None) -> list[str]:
     """Texts of documents and reasons of rejects in their order."""
     return [
         document.text if isinstance(document, Document) else document.reason
-        for shard in deal_out(find_files(paths))
+        for shard in split_evenly(find_files(paths))
         for split in shard
         for document in read_split(split, form or RecordForm())
     ]
@@ -321,7 +321,7 @@ def test_a_text_file_has_no_field_that_a_condition_could_hold_for(tmp_path: Path
     passed = []
     found = [
         document
-        for shard in deal_out(find_files([tmp_path]))
+        for shard in split_evenly(find_files([tmp_path]))
         for split in shard
         for document in read_split(
             split, RecordForm(where={"lang": frozenset({"zh"})}), pass_over=lambda: passed.append(1)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import documents
-from data_tools.corpus import deal_out, find_files
+from data_tools.corpus import find_files, split_evenly
 from data_tools.documents import Document, RejectedError, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.packed_output import pack
@@ -94,7 +94,7 @@ def test_files_of_a_corpus(
     (tmp_path / name).write_bytes(content)
     try:
         with read_or_refused(tmp_path / name):
-            for shard in deal_out(find_files([tmp_path / name]), shard_bytes=200):
+            for shard in split_evenly(find_files([tmp_path / name]), shard_bytes=200):
                 for document in (found for split in shard for found in read_split(split, RecordForm(where=where))):
                     with suppress(RejectedError):
                         (

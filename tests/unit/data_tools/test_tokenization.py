@@ -51,7 +51,7 @@ def test_every_document_is_in_its_place_and_knows_its_origin(
     assert manifest["bytes"] == sum(len(text.encode()) for text in expected)
     assert [source["documents"] for source in manifest["sources"]] == [40, 4]
     origin = dataset.origin(17)
-    assert json.loads(Path(origin.path).read_bytes()[origin.place :].split(b"\n")[0])["text"] == expected[17]
+    assert json.loads(Path(origin.path).read_bytes()[origin.position :].split(b"\n")[0])["text"] == expected[17]
     assert dataset.origin(42) == Origin(f"{corpus[1]}/2.txt", 0)
     dataset.verify()
 

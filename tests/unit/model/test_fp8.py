@@ -15,7 +15,7 @@ from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.engines import training_step
 from hunyuan_pretrain.model.expert_rows import RowSplits
-from hunyuan_pretrain.model.fp8.emulated import Fp8Product
+from hunyuan_pretrain.model.fp8.emulated import Fp8Matmul
 from hunyuan_pretrain.model.fp8.quantise import DelayedScale, dtype_of, quantize
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import build_model
@@ -34,8 +34,8 @@ def recipe(name: str, fp8_format: str | None = None, **fields: Any) -> Recipe:
     return found
 
 
-def product_of(chosen: Recipe, num_experts: int = 1, accumulate: bool = False) -> Fp8Product:
-    return Fp8Product(chosen, num_experts, num_experts > 1, accumulate, "cpu")
+def product_of(chosen: Recipe, num_experts: int = 1, accumulate: bool = False) -> Fp8Matmul:
+    return Fp8Matmul(chosen, num_experts, num_experts > 1, accumulate, "cpu")
 
 
 def values_of(x_RC: torch.Tensor, chosen: Recipe, operand: Operand, along_rows: bool) -> np.ndarray:

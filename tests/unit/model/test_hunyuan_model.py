@@ -53,7 +53,7 @@ def test_logits_equal_the_plain_formulation(changes):
     with torch.no_grad():
         logits, _ = model(without_labels(inputs))
     tensors = dict(to_hf(architecture, {name: parameter.detach() for name, parameter in model.named_parameters()}))
-    expected = plain_logits(architecture, tensors, inputs.tokens_T, torch.tensor(inputs.borders), inputs.rope_alpha)
+    expected = plain_logits(architecture, tensors, inputs.tokens_T, torch.tensor(inputs.cu_seqlens), inputs.rope_alpha)
     torch.testing.assert_close(logits, expected.float(), atol=2e-5, rtol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_gradients_equal_autograd_through_the_plain_formulation(changes):
         architecture,
         dict(to_hf(architecture, weights)),
         inputs.tokens_T,
-        torch.tensor(inputs.borders),
+        torch.tensor(inputs.cu_seqlens),
         inputs.rope_alpha,
     )
     expected_loss = torch.nn.functional.cross_entropy(logits.float(), inputs.labels_T)

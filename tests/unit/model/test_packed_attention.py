@@ -49,10 +49,10 @@ def with_gradients(function, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *arg
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def over_ranks(cp_size: int, granule_tokens: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+def over_ranks(cp_size: int, unit_tokens: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     """[output, gradients] of all ranks together: rows put where they belong, key gradients added up."""
     results = [torch.zeros_like(x) for x in (grad, q, k, v)]
-    for ranges in rows_of_ranks(BORDERS, 2, cp_size, granule_tokens):
+    for ranges in rows_of_ranks(BORDERS, 2, cp_size, unit_tokens):
         rows = torch.cat([torch.arange(start, end) for start, end in ranges])
         out, grad_q, *grads_kv = with_gradients(
             packed_attention, q[rows], k, v, grad[rows], context_blocks(BORDERS, ranges)
@@ -82,11 +82,11 @@ def test_packed_attention_is_softmax_attention_in_each_document(num_heads, num_g
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("cp_size", "granule_tokens"), [(2, 64), (2, 8), (4, 8), (4, 32)])
-def test_context_ranks_together_are_one_rank(cp_size, granule_tokens, dtype):
+@pytest.mark.parametrize(("cp_size", "unit_tokens"), [(2, 64), (2, 8), (4, 8), (4, 32)])
+def test_context_ranks_together_are_one_rank(cp_size, unit_tokens, dtype):
     tensors = inputs(4, 2, dtype)
     expected = with_gradients(plain_attention, *(x.double() for x in tensors))
-    assert_close(over_ranks(cp_size, granule_tokens, *tensors), expected, dtype)
+    assert_close(over_ranks(cp_size, unit_tokens, *tensors), expected, dtype)
 
 
 def test_plain_kernel_is_softmax_attention_too(monkeypatch):

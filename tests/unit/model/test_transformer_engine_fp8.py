@@ -19,7 +19,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transformer_engine_cases import Fp8Run, fp8_runs
-from tests.helpers.transformer_engine_products import BothSpecs, both_specs
+from tests.helpers.transformer_engine_matmuls import BothSpecs, both_specs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("transformer_engine")]
 

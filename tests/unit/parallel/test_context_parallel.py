@@ -13,15 +13,15 @@ from hunyuan_pretrain.parallel.context_parallel import EVEN_ENOUGH, Ranges, imba
 
 @st.composite
 def micro_batches(draw) -> tuple[list[int], int, int, int]:
-    """(borders, sequences, cp_size, granule_tokens) of random packs."""
-    sequences, cp_size, granule = (
+    """(cu_seqlens, sequences, cp_size, unit_tokens) of random packs."""
+    sequences, cp_size, unit = (
         draw(st.integers(1, 3)),
         draw(st.sampled_from((1, 2, 3, 4, 8))),
         draw(st.sampled_from((1, 4, 16))),
     )
-    tokens = cp_size * granule * draw(st.integers(1, 12))
+    tokens = cp_size * unit * draw(st.integers(1, 12))
     inner = draw(st.sets(st.integers(1, sequences * tokens - 1), max_size=30)) if sequences * tokens > 1 else set()
-    return sorted(inner | {tokens * number for number in range(sequences + 1)}), sequences, cp_size, granule
+    return sorted(inner | {tokens * number for number in range(sequences + 1)}), sequences, cp_size, unit
 
 
 def contiguous(tokens: int, sequences: int, cp_size: int) -> list[Ranges]:
@@ -33,16 +33,16 @@ def contiguous(tokens: int, sequences: int, cp_size: int) -> list[Ranges]:
 
 
 @given(micro_batches())
-def test_every_row_is_on_one_rank_in_whole_granules(batch):
-    borders, sequences, cp_size, granule = batch
+def test_every_row_is_on_one_rank_in_whole_units(batch):
+    cu_seqlens, sequences, cp_size, unit = batch
     ranks = rows_of_ranks(*batch)
-    tokens = borders[-1] // sequences
+    tokens = cu_seqlens[-1] // sequences
     assert len(ranks) == cp_size
     assert sorted(row for ranges in ranks for start, end in ranges for row in range(start, end)) == list(
-        range(borders[-1])
+        range(cu_seqlens[-1])
     )
     for ranges in ranks:
-        assert all(start % granule == 0 and end % granule == 0 for start, end in ranges)
+        assert all(start % unit == 0 and end % unit == 0 for start, end in ranges)
         assert all(before[1] < after[0] for before, after in pairwise(ranges)), "ascending, and merged where adjacent"
         rows = [row // tokens for start, end in ranges for row in range(start, end)]
         assert [rows.count(sequence) for sequence in range(sequences)] == [tokens // cp_size] * sequences
@@ -50,17 +50,17 @@ def test_every_row_is_on_one_rank_in_whole_granules(batch):
 
 @given(micro_batches())
 def test_packs_are_no_less_even_than_contiguous_runs(batch):
-    borders, sequences, cp_size, _ = batch
-    runs = imbalance(borders, contiguous(borders[-1] // sequences, sequences, cp_size))
-    assert imbalance(borders, rows_of_ranks(*batch)) <= max(runs, EVEN_ENOUGH)
+    cu_seqlens, sequences, cp_size, _ = batch
+    runs = imbalance(cu_seqlens, contiguous(cu_seqlens[-1] // sequences, sequences, cp_size))
+    assert imbalance(cu_seqlens, rows_of_ranks(*batch)) <= max(runs, EVEN_ENOUGH)
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
-@pytest.mark.parametrize("granules", [2, 4, 5, 8, 11])
-def test_one_long_document_is_even(cp_size, granules):
-    borders = [0, cp_size * granules * 64]
-    assert imbalance(borders, contiguous(borders[1], 1, cp_size)) == pytest.approx(2 - 1 / cp_size, rel=0.01)
-    assert imbalance(borders, rows_of_ranks(borders, 1, cp_size, 64)) < EVEN_ENOUGH
+@pytest.mark.parametrize("units", [2, 4, 5, 8, 11])
+def test_one_long_document_is_even(cp_size, units):
+    cu_seqlens = [0, cp_size * units * 64]
+    assert imbalance(cu_seqlens, contiguous(cu_seqlens[1], 1, cp_size)) == pytest.approx(2 - 1 / cp_size, rel=0.01)
+    assert imbalance(cu_seqlens, rows_of_ranks(cu_seqlens, 1, cp_size, 64)) < EVEN_ENOUGH
 
 
 def test_one_long_document_is_dealt_as_a_zigzag():
@@ -72,7 +72,7 @@ def test_one_long_document_is_dealt_as_a_zigzag():
     ]
 
 
-def test_one_granule_a_rank_is_dealt_as_it_can_be():
+def test_one_unit_a_rank_is_dealt_as_it_can_be():
     ranks = rows_of_ranks([0, 32], 1, 4, 8)
     assert sorted(ranks) == [[(0, 8)], [(8, 16)], [(16, 24)], [(24, 32)]]
 
@@ -84,13 +84,13 @@ def test_short_documents_are_not_cut_for_evenness_that_is_there():
 
 
 def test_a_rank_that_had_more_of_one_sequence_gets_less_of_the_next():
-    """One granule a rank: only the next sequence can make up for it."""
-    borders = [0, 64, 128]
-    assert rows_of_ranks(borders, 2, 2, 32) == [[(32, 96)], [(0, 32), (96, 128)]]
-    assert imbalance(borders, rows_of_ranks(borders, 2, 2, 32)) == 1
+    """One unit a rank: only the next sequence can make up for it."""
+    cu_seqlens = [0, 64, 128]
+    assert rows_of_ranks(cu_seqlens, 2, 2, 32) == [[(32, 96)], [(0, 32), (96, 128)]]
+    assert imbalance(cu_seqlens, rows_of_ranks(cu_seqlens, 2, 2, 32)) == 1
 
 
-@pytest.mark.parametrize(("borders", "sequences"), [([0, 60], 1), ([0, 16], 1), ([0, 64, 97], 2)])
-def test_sequences_that_ranks_cannot_share_are_refused(borders, sequences):
-    with pytest.raises(ValueError, match="every rank needs the same whole number of granules of each sequence"):
-        rows_of_ranks(borders, sequences, 2, 16)
+@pytest.mark.parametrize(("cu_seqlens", "sequences"), [([0, 60], 1), ([0, 16], 1), ([0, 64, 97], 2)])
+def test_sequences_that_ranks_cannot_share_are_refused(cu_seqlens, sequences):
+    with pytest.raises(ValueError, match="every rank needs the same whole number of units of each sequence"):
+        rows_of_ranks(cu_seqlens, sequences, 2, 16)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from hunyuan_pretrain.parallel.sharding import placement, sharded_tensor
+from hunyuan_pretrain.parallel.sharding import placement_of, sharded_tensor
 
 
 class Group:
-    """What `placement` asks of a process group."""
+    """What `placement_of` asks of a process group."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -81,15 +81,15 @@ def test_the_parts_of_all_ranks_are_the_whole_tensor(marks, shape, layout, whole
     whole = np.arange(np.prod(whole_shape)).reshape(whole_shape)
     found, homes = np.full(whole_shape, -1), np.zeros(whole_shape, int)
     for groups in ranks_of(**layout):
-        place = placement("weight", parameter_of(shape, **marks), groups)
-        assert place.whole_shape == whole_shape
+        placement = placement_of("weight", parameter_of(shape, **marks), groups)
+        assert placement.whole_shape == whole_shape
         local = np.full(shape, -1)
-        for part in place.parts:
+        for part in placement.parts:
             local[part.local] = whole[part.whole]
         assert (local >= 0).all(), "every element of a rank's tensor has its place"
-        for part in place.parts:
+        for part in placement.parts:
             found[part.whole] = local[part.local]
-            homes[part.whole] += place.replica == (0, 0, 0)
+            homes[part.whole] += placement.replica == (0, 0, 0)
     assert np.array_equal(found, whole)
     assert (homes == 1).all(), "each element has one rank whose copy is written to a checkpoint"
 
@@ -97,7 +97,7 @@ def test_the_parts_of_all_ranks_are_the_whole_tensor(marks, shape, layout, whole
 def test_each_rank_has_its_half_of_gate_and_of_up():
     """Rank 1 of 2: rows 2 to 3 are its gate, of the upper half of the whole; rows 6 to 7 its up."""
     _, groups = ranks_of(tp=2)
-    gate, up = placement("weight", parameter_of((4, 5), **GATED), groups).parts
+    gate, up = placement_of("weight", parameter_of((4, 5), **GATED), groups).parts
     assert (gate.local[0], gate.whole[0]) == (slice(0, 2), slice(2, 4))
     assert (up.local[0], up.whole[0]) == (slice(2, 4), slice(6, 8))
 
@@ -105,15 +105,15 @@ def test_each_rank_has_its_half_of_gate_and_of_up():
 def test_experts_are_divided_by_number_and_inside():
     """Rank 3 of expert parallelism 2 times expert-tensor parallelism 2: experts 2 and 3, second half of each input."""
     groups = ranks_of(dp=4, ep=2, etp=2)[3]
-    (part,) = placement("weight", parameter_of((2, 4, 5), **EXPERT_FC2), groups).parts
+    (part,) = placement_of("weight", parameter_of((2, 4, 5), **EXPERT_FC2), groups).parts
     assert part.whole == (slice(2, 4), slice(0, 4), slice(5, 10))
 
 
 def test_experts_of_their_own_lie_where_they_would_in_one_parameter():
     """Local expert 1 of 2, with its halves of gate and up; the name in a checkpoint is that of all experts together."""
     for groups in ranks_of(dp=4, ep=2, etp=2):
-        together = placement("fc1.weight", parameter_of((2, 4, 5), **EXPERT_FC1), groups)
-        alone = placement(
+        together = placement_of("fc1.weight", parameter_of((2, 4, 5), **EXPERT_FC1), groups)
+        alone = placement_of(
             "fc1.weight1",
             parameter_of((4, 5), **EXPERT_FC1 | {"partition_dim": 0, "expert": 1, "num_experts": 2}),
             groups,
@@ -133,7 +133,7 @@ def test_experts_of_their_own_lie_where_they_would_in_one_parameter():
 
 def test_a_copy_on_another_stage_is_never_the_home():
     for groups in ranks_of(tp=2, dp=2):
-        assert placement("weight", parameter_of((3, 5), **COLUMN), groups, is_copy=True).replica[0] == 1
+        assert placement_of("weight", parameter_of((3, 5), **COLUMN), groups, is_copy=True).replica[0] == 1
 
 
 @pytest.mark.parametrize(("marks", "shape", "layout", "whole_shape"), CASES.values(), ids=CASES)
@@ -141,15 +141,15 @@ def test_checkpoints_get_the_same_places(marks, shape, layout, whole_shape):
     """What megatron is told of each part: global shape and offset; and two parts come back as one tensor."""
     for groups, fill in zip(ranks_of(**layout), range(100), strict=False):
         parameter = parameter_of(shape, **marks)
-        place = placement("weight", parameter, groups)
+        placement = placement_of("weight", parameter, groups)
         data = torch.arange(parameter.numel()).view(shape) + 1000.0 * fill
-        entry = sharded_tensor("", data, place)
+        entry = sharded_tensor("", data, placement)
         pieces = entry.build() if hasattr(entry, "build") else [entry]
-        for piece, part in zip(pieces, place.parts, strict=True):
+        for piece, part in zip(pieces, placement.parts, strict=True):
             assert piece.global_shape == whole_shape
             assert piece.global_offset == tuple(where.start for where in part.whole)
             assert torch.equal(piece.data, data[part.local])
-            assert piece.replica_id == place.replica
+            assert piece.replica_id == placement.replica
         if len(pieces) > 1:
             assert torch.equal(entry.merge_fn([piece.data for piece in pieces]), data)
 
@@ -159,6 +159,7 @@ def test_homes_are_unique_for_every_small_layout():
         if (tp * dp) % (ep * etp):
             continue
         homes = [
-            placement("weight", parameter_of((2, 4, 4), **EXPERT_FC1), groups) for groups in ranks_of(tp, dp, ep, etp)
+            placement_of("weight", parameter_of((2, 4, 4), **EXPERT_FC1), groups)
+            for groups in ranks_of(tp, dp, ep, etp)
         ]
-        assert sum(place.replica == (0, 0, 0) for place in homes) == ep * etp
+        assert sum(placement.replica == (0, 0, 0) for placement in homes) == ep * etp

@@ -23,14 +23,14 @@ def buffer(num_ranks: int, is_sharded: bool) -> Buffer:
 
 def test_weights_lie_from_the_last_to_the_first_at_multiples_of_64() -> None:
     laid = buffers._lay_out([Weight(100), Weight(70), Weight(1)], buffer(3, True), None)
-    assert laid.places == [(0, 1), (64, 134), (192, 292)]
+    assert laid.positions == [(0, 1), (64, 134), (192, 292)]
     assert laid.buckets == [(0, 384)], "292 to the next multiple of 3 and 128"
     assert laid.kept() == [1 + 64, 6 + 64, 36]
 
 
 def test_without_the_distributed_optimizer_nothing_is_padded_and_everyone_keeps_all() -> None:
     laid = buffers._lay_out([Weight(100), Weight(70), Weight(1)], buffer(3, False), None)
-    assert (laid.places, laid.buckets) == ([(0, 1), (1, 71), (71, 171)], [(0, 171)])
+    assert (laid.positions, laid.buckets) == ([(0, 1), (1, 71), (71, 171)], [(0, 171)])
     assert laid.kept() == [171] * 3
 
 

@@ -28,9 +28,11 @@ FP32 = PrecisionConfig(dtype="fp32")
 TENSOR = {"tensor_model_parallel_size": 4, "sequence_parallel": True}
 
 
-def of(world_size: int, place: int = 0, model: dict[str, Any] | None = None, **parallel: Any) -> Communication:
+def of(world_size: int, pipeline_rank: int = 0, model: dict[str, Any] | None = None, **parallel: Any) -> Communication:
     changed = LARGE.model_copy(update=model or {})
-    return communication_per_rank(changed, ParallelConfig(**parallel), PrecisionConfig(), STAGE, world_size, place)
+    return communication_per_rank(
+        changed, ParallelConfig(**parallel), PrecisionConfig(), STAGE, world_size, pipeline_rank
+    )
 
 
 def test_one_rank_sends_nothing() -> None:
@@ -90,10 +92,10 @@ def test_recompute_repeats_the_forward_pass_only() -> None:
 def test_neighbours_in_the_pipeline_send_one_message_each_way_for_each_micro_batch() -> None:
     pipeline = {"pipeline_model_parallel_size": 4}
     message = 4096 * 6400 * 2
-    assert [of(4, place, **pipeline).messages["pp", "send"] for place in range(4)] == [
+    assert [of(4, pipeline_rank, **pipeline).messages["pp", "send"] for pipeline_rank in range(4)] == [
         Messages(64 * neighbours, 64 * neighbours * message) for neighbours in (1, 2, 2, 1)
     ]
-    ends = [("embedding", "all_reduce") in of(4, place, **pipeline).messages for place in range(4)]
+    ends = [("embedding", "all_reduce") in of(4, pipeline_rank, **pipeline).messages for pipeline_rank in range(4)]
     assert ends == [True, False, False, True]
     interleaved = of(4, 0, virtual_pipeline_model_parallel_size=2, **pipeline)
     assert interleaved.messages["pp", "send"].calls == 64 * 3

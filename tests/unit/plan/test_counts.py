@@ -184,11 +184,11 @@ def test_every_layout_divides_the_whole_model(parallel: ParallelConfig, is_tied:
     same."""
     model = TINY.model_copy(update={"share_embeddings_and_output_weights": is_tied})
     count, world_size = parameters(model), 16 * times
-    shares, places = grid(parallel, world_size), range(parallel.pipeline_model_parallel_size)
+    shares, pipeline_ranks = grid(parallel, world_size), range(parallel.pipeline_model_parallel_size)
     ranks = [
         memory
-        for place in places
-        for memory in memory_of_ranks(model, parallel, PrecisionConfig(dtype="fp32"), world_size, place)
+        for pipeline_rank in pipeline_ranks
+        for memory in memory_of_ranks(model, parallel, PrecisionConfig(dtype="fp32"), world_size, pipeline_rank)
     ]
     divided = parameters(model.model_copy(update={"num_layers": 2})).embedding  # the copy of the last stage
     replicated = count.norms + count.router
@@ -208,7 +208,7 @@ def test_every_layout_divides_the_whole_model(parallel: ParallelConfig, is_tied:
 def test_the_fullest_rank_is_that_of_the_largest_stage() -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layout=(2, 2), use_distributed_optimizer=False)
     precision, count = PrecisionConfig(dtype="fp32"), parameters(TINY)
-    first, last = (memory_per_rank(TINY, parallel, precision, 2, place) for place in (0, 1))
+    first, last = (memory_per_rank(TINY, parallel, precision, 2, pipeline_rank) for pipeline_rank in (0, 1))
     assert last.weights - first.weights == 4 * TINY.hidden_size, "the final norm; both stages hold the embedding"
     assert first.weights + last.weights == 4 * (count.total + count.embedding)
     assert memory_per_rank(TINY, parallel, precision, 2) == last

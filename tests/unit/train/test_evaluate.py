@@ -34,8 +34,8 @@ def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_pat
     run, found = validation(corpus, tmp_path, max_sequences=3)
     losses = []
     for batch in EvaluationLoader(run.experiment, 0, 1, None):
-        borders = batch.cu_seqlens.tolist()
-        for start, end in itertools.pairwise(borders):
+        cu_seqlens = batch.cu_seqlens.tolist()
+        for start, end in itertools.pairwise(cu_seqlens):
             document = slice(start, end)
             logits = dropless_logits(
                 run.chunks[0], batch.tokens_T[None, document], run.experiment.stages[1].rope_alpha
