@@ -41,8 +41,8 @@ def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, u
     """The row ranges of each context-parallel rank: whole units, as many rows of every sequence.
 
     `cu_seqlens` are those of the documents of a micro-batch of `num_sequences` sequences; every end of a
-    sequence is one of them. A pure function, so all ranks compute the same. Each rank gets the smallest number of chunks
-    that is even enough, else the most even one. Raises ValueError if a sequence is not a multiple of
+    sequence is one of them. A pure function, so all ranks compute the same. Each rank gets the smallest number of
+    chunks that is even enough, else the most even one. Raises ValueError if a sequence is not a multiple of
     cp_size * unit_tokens tokens.
     """
     tokens, rest = divmod(cu_seqlens[-1], num_sequences)
