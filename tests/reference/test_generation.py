@@ -307,9 +307,12 @@ def test_a_saved_model_is_the_same_model(tmp_path) -> None:
     model = hf_model(tiny_model())
     model.save_pretrained(tmp_path)
     again = HunYuanForCausalLM.from_pretrained(tmp_path)
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     tokens = torch.randint(64, (1, 6))
     with torch.no_grad():
-        assert torch.equal(again(tokens).logits, model(tokens).logits)
+        # Not bitwise: loaded tensors are not aligned as allocated ones are, and some CPUs then sum in another order.
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
     assert again.generate(tokens, max_new_tokens=5, do_sample=False).tolist() == greedy_without_a_cache(
         model, tokens, 5
     )

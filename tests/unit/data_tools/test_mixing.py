@@ -77,7 +77,7 @@ def test_packing_by_length_of_documents_shares_them_out(experiment: Path) -> Non
     assert short["options"]["left_out_documents"] + long["options"]["left_out_documents"] == 200
     assert short["cut_documents"] == 0
     assert long["cut_documents"] == 200 - long["options"]["left_out_documents"]
-    with pytest.raises(DataFormatError, match=r"no document has 99999 to more tokens; they have \d+ to \d+"):
+    with pytest.raises(DataFormatError, match=r"no document has 99999 or more tokens; they have \d+ to \d+"):
         pack(
             [str(experiment.parent / "tokens")],
             LENGTH,

@@ -131,9 +131,15 @@ def test_large_scores_do_not_overflow_where_parts_are_merged():
     q, k, v, grad = inputs(4, 2, torch.float32)
     q, k = 100 * q, 100 * k
     expected = with_gradients(packed_attention, q, k, v, grad, document_blocks(BORDERS))
-    for found, wanted in zip(over_ranks(4, 8, q, k, v, grad), expected, strict=True):
+    # Where one key takes all the weight, gradients of q and k are differences of equal terms: what is left is rounding
+    # of the terms, and another CPU rounds them otherwise.
+    terms = (
+        grad.abs().amax() * v.abs().amax() * q.shape[-1] ** 0.5 * torch.maximum(q.abs().amax(), k.abs().amax())
+    ).item()
+    scales = [expected[0].abs().max().item(), terms, terms, expected[3].abs().max().item()]
+    for found, wanted, scale in zip(over_ranks(4, 8, q, k, v, grad), expected, scales, strict=True):
         assert found.isfinite().all()
-        assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max(), "scores near 1e4 have errors near 1e-3"
+        assert (found - wanted).abs().max() <= 1e-6 * scale
 
 
 def test_blocks_of_a_rank():
