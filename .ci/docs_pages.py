@@ -1,7 +1,7 @@
-"""What `make docs` makes of the source: the page of all settings, and docstrings as Markdown.
+"""Pages that `make docs` generates from the source: the table of all settings, and docstrings as Markdown.
 
-.ci/mkdocs.yml names both: `on_page_markdown` as a hook of MkDocs, `PlainDocstrings` as an extension of griffe, which
-reads the source without importing it. Only config/, which needs no torch, is imported, for the settings.
+.ci/mkdocs.yml registers both: `on_page_markdown` as an MkDocs hook, `PlainDocstrings` as an extension of griffe, which
+reads the source without importing it. Only config/ is imported, for the settings; it does not need torch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import section_of
 
 SETTINGS = "<!-- settings -->"
-"""Where the tables of settings go."""
+"""Placeholder for the tables of settings."""
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Put the tables of all settings where a page asks for them."""
+    """Replace the placeholder in a page with the tables of all settings."""
     return markdown.replace(SETTINGS, "\n".join(settings(Experiment))) if SETTINGS in markdown else markdown
 
 
 def settings(section: Any, path: str = "") -> Iterator[str]:
-    """A heading and a table for a section, then those of the sections in it."""
+    """Yield a heading and a table for a section, then the same for each nested section."""
     schema = section.model_json_schema()
     rows, inner_sections = [], []
     for name, field in section.model_fields.items():
@@ -47,17 +47,17 @@ def settings(section: Any, path: str = "") -> Iterator[str]:
 
 
 class PlainDocstrings(griffe.Extension):
-    """Docstrings are plain text: signs of HTML and Markdown in them mean themselves, and columns stay columns."""
+    """Treats docstrings as plain text: HTML and Markdown characters are shown literally, and columns stay aligned."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Rewrite every docstring of a package that has been read."""
+        """Rewrite every docstring of a package that griffe has read."""
         for thing in everything_in(pkg):
             if thing.docstring is not None:
                 thing.docstring.value = as_markdown(thing.docstring.value)
 
 
 def everything_in(module: Any) -> Iterator[Any]:
-    """A module or class and all that it defines, at any depth."""
+    """Yield a module or class and everything it defines, at any depth."""
     yield module
     for member in module.members.values():
         if not member.is_alias:
@@ -65,7 +65,7 @@ def everything_in(module: Any) -> Iterator[Any]:
 
 
 def as_markdown(text: str) -> str:
-    """A docstring as Markdown: lines that are indented or have columns become blocks of code."""
+    """A docstring as Markdown: indented lines and lines with columns become code blocks."""
     lines: list[str] = []
     is_code = False
     for line in text.splitlines():
@@ -78,9 +78,9 @@ def as_markdown(text: str) -> str:
 
 
 def escaped(line: str) -> str:
-    """A line in which only `code` is Markdown."""
+    """Escape all Markdown in a line except `code`."""
     parts = line.split("`")
-    if len(parts) % 2 == 0:  # a backtick of its own
+    if len(parts) % 2 == 0:  # an unpaired backtick
         return re.sub(r"([`*_<|\\])", r"\\\1", line).replace(r"\<", "&lt;")
     plain = (re.sub(r"([*_\\])", r"\\\1", part).replace("<", "&lt;") for part in parts[::2])
     return "`".join(piece for pair in zip(plain, [*parts[1::2], ""], strict=True) for piece in pair)[:-1]

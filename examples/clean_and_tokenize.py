@@ -1,11 +1,11 @@
-"""From raw JSON lines to tokens: language, quality and near-duplicates by datatrove's own steps, then the steps of
-`hunyuan-data tokenize`.
+"""From raw JSON lines to tokens: datatrove's language and quality filters and its near-duplicate removal, then the
+steps of `hunyuan-data tokenize`.
 
     python examples/clean_and_tokenize.py raw/ --tokenizer data/tokenizer --output data/tokens --work data/work
 
-A file to copy and change: the thresholds are datatrove's defaults, which are those of the papers that the filters come
-from, for English prose. Every stage leaves its result in --work, and the same command goes on after the last stage that
-ended; after a change of the filters give another --work. docs/data_pipeline.md says what each stage needs.
+Copy this file and change it: the thresholds are datatrove's defaults, taken from the papers behind the filters, and
+meant for English prose. Every stage writes its result to --work, and the same command resumes after the last finished
+stage; after changing the filters, use another --work. docs/data_pipeline.md says what each stage needs.
 """
 
 from __future__ import annotations
@@ -43,34 +43,35 @@ except ModuleNotFoundError as error:
 
 
 class PlainWords(WordTokenizer):
-    """Words and marks by a regular expression, where spaCy is not installed; good enough for languages with spaces."""
+    """Splits words and punctuation with a regular expression, for use without spaCy; good enough for languages with
+    spaces."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        """Runs of letters and digits, and single marks."""
+        """Runs of letters and digits, and single punctuation marks."""
         return re.findall(r"\w+|[^\w\s]", text)
 
     def sent_tokenize(self, text: str) -> list[str]:
-        """Up to a full stop, question or exclamation mark."""
+        """Sentences, each ending with a full stop, question mark or exclamation mark."""
         return [text[start:end] for start, end in self.span_tokenize(text)]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        """Beginning and end of each sentence."""
+        """(start, end) of each sentence."""
         return [match.span() for match in re.finditer(r"\S[^.!?]*[.!?]*", text)]
 
 
 @dataclass
 class Stage:
-    """Steps that run in the same tasks, each task on its share of the files."""
+    """Steps that run together in the same tasks; each task takes its share of the files."""
 
     name: str
     steps: list[PipelineStep]
     tasks: int
     can_be_skipped: bool = True
-    """Whether datatrove's marks of finished tasks may be believed; the steps of tokenizing look for themselves."""
+    """Whether to trust datatrove's markers of finished tasks; the tokenizing steps check for themselves."""
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
-    """What is done, in order."""
+    """All stages, in order."""
     work, tasks, num_buckets = Path(options.work), options.tasks, MinhashConfig().num_buckets
     words = PlainWords() if options.words == "plain" else options.words
 
@@ -96,7 +97,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         Stage(
             "deduplicate",
             [
-                JsonlReader(f"{work}/filtered"),  # as many tasks as for the signatures, so that each meets its own
+                JsonlReader(f"{work}/filtered"),  # as many tasks as for the signatures, so that each finds its own
                 MinhashDedupFilter(f"{work}/duplicates", exclusion_writer=removed("duplicates")),
                 JsonlWriter(f"{work}/clean", compression=None),  # plain lines can be cut into shards
             ],
@@ -131,9 +132,9 @@ def run(options: argparse.Namespace) -> None:
             stage.steps, tasks=stage.tasks, logging_dir=logs, skip_completed=stage.can_be_skipped, **of_executor
         )
         executor.run()
-        # Ray's executor does not say so when a task has failed
+        # Ray's executor does not report a failed task
         if options.executor != "slurm" and executor.get_incomplete_ranks(skip_completed=True):
-            raise SystemExit(f"{stage.name}: not finished; {logs}/logs says why, and the same command goes on")
+            raise SystemExit(f"{stage.name}: not finished; {logs}/logs says why, and the same command resumes")
         last = executor
 
 
@@ -144,10 +145,10 @@ def main() -> None:
         "input", help="folder of .jsonl files, compressed or not, with a field `text`; one task reads whole files"
     )
     parser.add_argument("--tokenizer", required=True, help="folder of the tokenizer")
-    parser.add_argument("--output", required=True, help="folder of tokens to write")
-    parser.add_argument("--work", required=True, help="folder for what the stages leave to one another, and for logs")
+    parser.add_argument("--output", required=True, help="folder to write the tokens to")
+    parser.add_argument("--work", required=True, help="folder for intermediate results and logs")
     parser.add_argument(
-        "--languages", nargs="*", default=[], help="keep these, such as en; downloads fastText's lid.176.bin"
+        "--languages", nargs="*", default=[], help="languages to keep, such as en; downloads fastText's lid.176.bin"
     )
     parser.add_argument(
         "--words", default="eng", help="language whose words spaCy finds, such as eng or zho, or `plain` without spaCy"
@@ -155,8 +156,8 @@ def main() -> None:
     parser.add_argument("--executor", choices=EXECUTORS, default="local")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1, help="tasks at a time, for local and ray; -1: all")
-    parser.add_argument("--partition", help="of Slurm")
-    parser.add_argument("--time", default="24:00:00", help="limit of a Slurm task")
+    parser.add_argument("--partition", help="Slurm partition")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm task")
     run(parser.parse_args())
 
 

@@ -13,16 +13,16 @@ from hunyuan_pretrain.data.tokenizer import Tokenizer
 
 
 def main(data: str, tokenizer_folder: str, number: str = "0") -> None:
-    """Print one sequence, a line for each piece of a document in it."""
+    """Print one sequence, one line per piece of a document."""
     tokenizer = Tokenizer.load(tokenizer_folder)
-    # The digest of the tokenizer is in the data: another one is refused here, not noticed in the loss.
+    # The data records its tokenizer's digest: a wrong tokenizer is refused here instead of showing up in the loss.
     dataset = PackedDataset(data, tokenizer.digest)
     sequence = dataset[int(number)]
     print(
         f"sequence {number} of {len(dataset)}: {dataset.sequence_length} positions, "
         f"{int(sequence.loss_mask.sum())} of them predict a token"
     )
-    # Attention stays between the borders; behind the last document there may be padding.
+    # Attention does not cross cu_seqlens; padding may follow the last document.
     for begin, end in pairwise(sequence.cu_seqlens.tolist()):
         if sequence.loss_mask[begin:end].any():
             text = tokenizer.decode(sequence.tokens[begin:end])

@@ -2,7 +2,7 @@
 
     python examples/train.py configs/dev/demo_cpu.yaml parallel.world_size=1 parallel.expert_model_parallel_size=1
 
-For several ranks start it with torchrun; each of them then runs this file.
+For several ranks, start it with torchrun; each rank then runs this file.
 """
 
 from __future__ import annotations

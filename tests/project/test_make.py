@@ -41,7 +41,7 @@ def test_settings_in_the_environment_change_nothing(target: str) -> None:
     said = [line for line in hostile.stdout.splitlines() if not line.startswith("make: ")]
     assert plain.returncode == hostile.returncode == 0, plain.stderr + hostile.stderr
     assert said == plain.stdout.splitlines()
-    assert "make: PYTHON in the environment does not count here; if it is meant: make PYTHON=..." in hostile.stdout
+    assert "make: PYTHON in the environment is ignored; to set it: make PYTHON=..." in hostile.stdout
 
 
 def test_what_make_starts_does_not_see_its_settings(tmp_path: Path) -> None:
