@@ -1,1 +1,1 @@
-"""Starting runs: ranks on one node or many, Slurm, and the demo."""
+"""Starts runs: ranks on one or several nodes, Slurm jobs, and the demo."""

@@ -1,9 +1,9 @@
-"""The demo: from text to a trained, stopped, resumed, exported and speaking model, with the commands that a user would
-type.
+"""The demo: train a model on text, stop it, resume it, export it and generate from it, with the commands that a user
+would type.
 
     python -m launch.demo [--text FILE_OR_FOLDER] [--output FOLDER] [KEY=VALUE]...
 
-Each command line is printed before it runs. Settings as KEY=VALUE override those of configs/dev/demo_cpu.yaml.
+Each command line is printed before it runs. KEY=VALUE settings override those in configs/dev/demo_cpu.yaml.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MARKER = ".hunyuan_demo"
 VOCAB_SIZE = 4096
 HOLDOUT_EVERY = 40
 STOP_AT = 0.4
-"""Part of the steps after which the run is told to stop."""
+"""Fraction of the steps after which the run is told to stop."""
 LAUNCH_SETTINGS = (
     *("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "LOCAL_ADDR"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 )
-"""Where somebody set them, they were meant for another run."""
+"""Variables that are removed from the environment: if they are set, they were meant for another run."""
 PROMPT = "class Reader:\n    def __init__(self"
 SAMPLING = ("--max-new-tokens", "80", "--temperature", "0.8", "--top-p", "0.9", "--repetition-penalty", "1.15")
 
@@ -69,14 +69,14 @@ print("greedy, without a cache:", json.dumps(tokenizer.decode(ids[0, length:], s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.demo", description="Text to trained, exported model, on two CPU processes."
+        prog="python -m launch.demo", description="From text to a trained and exported model, on two CPU processes."
     )
     parser.add_argument(
         "--text",
         help="your own text: a file, or a folder of .txt, .md, .rst and .py; default: Python's standard library",
     )
     parser.add_argument(
-        "--output", default="demo_out", help="folder to write; an earlier demo's is replaced (default: demo_out)"
+        "--output", default="demo_out", help="output folder; replaces an earlier demo's output (default: demo_out)"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, such as optimizer.lr=1e-3")
     options = parser.parse_intermixed_args(arguments)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Demo:
-    """One demo. Raises DemoError or ConfigError, before anything is written, if it cannot be done."""
+    """One demo. The constructor raises DemoError or ConfigError, before anything is written, if it cannot run."""
 
     def __init__(self, text: str | None, output: Path, overrides: Sequence[str]) -> None:
         self.output = output
@@ -101,14 +101,14 @@ class Demo:
         self.experiment = load_experiment(CONFIG, self.overrides)
         self.seconds: list[tuple[str, float]] = []
         if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
-            raise DemoError(f"{output}: already there, and not written by the demo; choose another --output")
+            raise DemoError(f"{output}: already exists, and was not written by the demo; choose another --output")
         for module in ("tokenizers", "zstandard", "transformers", "matplotlib"):
             if find_spec(module) is None:
                 raise DemoError(f"{module} is not installed: {install_hint(module)}")
         self.text = read_text(text)
 
     def run(self) -> None:
-        """Every part in order."""
+        """Run all parts in order. Raises DemoError if one fails."""
         with self._part("text and tokenizer"):
             self._prepare_output()
             self._run(
@@ -170,7 +170,7 @@ class Demo:
         return [_short(ROOT / "launch/train.sh"), self.config, *self.overrides]
 
     def _train_and_stop(self) -> int:
-        """Train until STOP_AT of the steps, send SIGTERM as a cluster would, and return the step that was saved."""
+        """Train for STOP_AT of the steps, send SIGTERM as a cluster would, and return the saved step."""
         command = self._train_command()
         self._announce(command)
         num_steps = _num_steps(self.experiment)
@@ -183,7 +183,7 @@ class Demo:
         finally:
             _end(process)
         if status != EXIT_STOPPED:
-            raise DemoError(f"the run that was told to stop ended with status {status}, not {EXIT_STOPPED}")
+            raise DemoError(f"the run that was told to stop exited with status {status}, not {EXIT_STOPPED}")
         stopped_at = _last_checkpoint(Path(self.experiment.run_dir))
         self.console.print(
             f"[bold]status {status}: stopped by SIGTERM, saved after step {stopped_at}.[/bold] Now the same "
@@ -196,7 +196,7 @@ class Demo:
         log = (Path(self.experiment.run_dir) / "log.txt").read_text(encoding="utf-8")
         if f"steps {stopped_at + 1} to" not in log:
             raise DemoError(
-                f"the second run did not go on from step {stopped_at}; see {self.experiment.run_dir}/log.txt"
+                f"the second run did not resume from step {stopped_at}; see {self.experiment.run_dir}/log.txt"
             )
         if _last_checkpoint(Path(self.experiment.run_dir)) != _num_steps(self.experiment):
             raise DemoError("the second run did not save its last step")
@@ -217,11 +217,11 @@ class Demo:
         self.console.rule("report", align="left")
         print_tables(self.console, metrics, heldout, stopped_at, self.seconds)
         self.console.print(
-            "[bold]sample[/bold] (a small model after minutes of training: the shape of Python, not its sense)"
+            "[bold]sample[/bold] (a small model after minutes of training: it looks like Python but makes no sense)"
         )
         self.console.print(escape(PROMPT + sample.rstrip()), style="cyan")
         self.console.print(
-            f"\nloss curve: {self.output}/loss.png    everything of the run: "
+            f"\nloss curve: {self.output}/loss.png    all files of the run: "
             f"{self.experiment.run_dir}\n\n[bold]next[/bold]"
         )
         for line in (
@@ -243,7 +243,7 @@ class Demo:
         self.seconds.append((name, time.perf_counter() - started))
 
     def _run(self, *command: object, capture: bool = False) -> str:
-        """Print a command line and run it; with `capture`, return what it printed. Raises DemoError if it fails."""
+        """Print a command line and run it; with `capture`, return its stdout. Raises DemoError if it fails."""
         words = [str(word) for word in command]
         self._announce(words)
         if words[0] == "python":
@@ -258,7 +258,7 @@ class Demo:
         finally:
             _end(process)
         if status != 0:
-            raise DemoError(f"{words[0]} {words[1]} ended with status {status}; what it said is above")
+            raise DemoError(f"{words[0]} {words[1]} exited with status {status}; see its output above")
         return "".join(printed)
 
     def _announce(self, command: Sequence[str]) -> None:
@@ -269,7 +269,8 @@ class Demo:
         return str(self.output / name)
 
     def _moved_paths(self) -> list[str]:
-        """Overrides that move what configs/dev/demo_cpu.yaml reads and writes into another folder than demo_out."""
+        """Overrides for an output folder other than demo_out: they move what configs/dev/demo_cpu.yaml reads and
+        writes."""
         if str(self.output) == "demo_out":
             return []
         stages = range(len(load_experiment(CONFIG).stages))
@@ -281,7 +282,7 @@ class Demo:
         ]
 
     def _last_step(self) -> int:
-        """Steps done according to metrics.jsonl."""
+        """The last step in metrics.jsonl; 0 before the first."""
         path = Path(self.experiment.run_dir) / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in reversed(lines):
@@ -293,17 +294,17 @@ class Demo:
 
 
 def check_greedy(without_a_cache: str, generated: str) -> None:
-    """Compare the likeliest continuation of `generate` with that of the model in transformers, token by token without a
+    """Compare the greedy continuation by `generate` with the one by transformers, computed token by token without a
     cache.
 
-    without_a_cache: what LOAD_BACK printed. Raises DemoError if they differ: then the sample would be no sample of this
-    model.
+    without_a_cache: the output of LOAD_BACK. Raises DemoError if they differ, because a sample from `generate` would
+    then not come from this model.
     """
     expected = json.loads(without_a_cache.splitlines()[-1].partition(": ")[2])
     if generated.removesuffix("\n") != expected:
         raise DemoError(
-            f"the likeliest continuation of the prompt is {generated!r} by `generate`, which keeps a cache, and "
-            f"{expected!r} without one; "
+            f"the greedy continuation of the prompt is {generated!r} by `generate`, which keeps a cache, but "
+            f"{expected!r} without a cache; "
             "one of them is not what the model computes"
         )
 
@@ -313,7 +314,7 @@ def _num_steps(experiment: Experiment) -> int:
 
 
 def _last_checkpoint(run_dir: Path) -> int:
-    """Step of the newest complete checkpoint."""
+    """Step of the newest complete checkpoint. Raises DemoError if there is none."""
     markers = sorted((run_dir / "checkpoints").glob("step_*/complete.json"))
     if not markers:
         raise DemoError(f"{run_dir}: no complete checkpoint")
@@ -321,8 +322,8 @@ def _last_checkpoint(run_dir: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """The commands of this interpreter's environment first; nothing fetched; bars of libraries left out; nothing of
-    another job."""
+    """The environment of the commands: this interpreter's scripts come first on PATH, Hugging Face libraries are
+    offline and show no progress bars, and another job's variables are removed."""
     others = {name: value for name, value in os.environ.items() if name not in LAUNCH_SETTINGS}
     environment = {
         "HF_HUB_OFFLINE": "1",
@@ -335,14 +336,14 @@ def _environment() -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    """End a command that an exception left running."""
+    """Terminate a command that an exception left running."""
     if process.poll() is None:
         process.terminate()
         process.wait()
 
 
 def _short(path: Path) -> str:
-    """A path as a user would type it from here."""
+    """A path as a user would type it in the current folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 

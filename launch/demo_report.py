@@ -1,4 +1,4 @@
-"""The figures of the demo: bits per byte against a unigram model, the table, the loss curve."""
+"""The demo's report: bits per byte compared with a unigram model, tables, and the loss curve."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from hunyuan_pretrain.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What validation predicts, and what it costs to predict that from the frequencies of the tokens alone."""
+    """The target tokens of validation, and their cost under a unigram model."""
 
     target_tokens: int
     utf8_bytes: int
-    """Bytes of the text that the target tokens stand for; <|endoftext|> is a target and has none."""
+    """UTF-8 bytes of the text that the target tokens stand for; <|endoftext|> is a target and counts 0 bytes."""
     unigram_nats: float
     """-log p summed over the target tokens."""
 
     def bits_per_byte(self, loss: float) -> float:
-        """Of a model with this mean loss (nats a target token): its nats over all targets / ln 2 / the bytes of their
-        text."""
+        """Bits per byte of a model with this mean loss (nats per target token): its nats summed over all targets / ln 2
+        / utf8_bytes."""
         return loss * self.target_tokens / math.log(2) / self.utf8_bytes
 
     @property
@@ -42,12 +42,12 @@ class HeldOut:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """(V,) int64: bytes of text that each id stands for; 0 for special tokens."""
+    """(V,) int64: bytes of text of each id; 0 for special tokens."""
     return tokenizer.token_bytes
 
 
 def unigram_log_probabilities(shards: Iterable[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
-    """(V,) natural logarithms of (count + 1) / (total + V). <|startoftext|> is not counted: it is never predicted."""
+    """(V,) ln((count + 1) / (total + V)) per id; <|startoftext|> is not counted, because it is never predicted."""
     counts = np.zeros(tokenizer.vocab_size)
     for tokens in shards:
         counts += np.bincount(tokens, minlength=tokenizer.vocab_size)
@@ -57,8 +57,8 @@ def unigram_log_probabilities(shards: Iterable[np.ndarray], tokenizer: Tokenizer
 
 
 def measure_heldout(experiment: Experiment, training_tokens: Path) -> HeldOut:
-    """Targets of the experiment's validation, their bytes, and their cost under the unigram model of the tokenized
-    folder."""
+    """Measure the validation targets of an experiment: their number, their bytes, and their cost under a unigram model
+    of the tokenized folder `training_tokens`."""
     assert experiment.evaluation.data is not None
     tokenizer = Tokenizer.load(experiment.tokenizer)
     heldout = PackedDataset(experiment.evaluation.data, tokenizer.digest)
@@ -79,7 +79,7 @@ class Metrics:
 
     @classmethod
     def read(cls, run_dir: Path) -> Metrics:
-        """The records of training steps and of validations, in order."""
+        """Read the records of training steps and of validations, in order."""
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return cls([r for r in records if "loss" in r], [r for r in records if "validation_loss" in r])
 
@@ -89,8 +89,8 @@ class Metrics:
         return statistics.median(record["tokens_per_s"] for record in self.steps)
 
     def layers(self) -> list[tuple[float, float, float]]:
-        """(load, recycled, dropped) of each layer, the mean of the last tenth of the records: the busiest expert's
-        choices over the even share; shares of choices."""
+        """(load, recycled, dropped) per layer, averaged over the last tenth of the records. load: the busiest expert's
+        choices over the even share; recycled, dropped: shares of all choices."""
         last = self.steps[-max(1, len(self.steps) // 10) :]
         load_LE = np.mean([record["expert_load"] for record in last], axis=0)
         recycled_L, dropped_L = (
@@ -103,7 +103,7 @@ class Metrics:
 def print_tables(
     console: Console, metrics: Metrics, heldout: HeldOut, stopped_at: int, seconds: Sequence[tuple[str, float]]
 ) -> None:
-    """Losses and bits per byte; routing by layer; time of each part."""
+    """Print losses and bits per byte, routing per layer, and the time of each part."""
     first, last, validation = metrics.steps[0], metrics.steps[-1], metrics.validations[-1]
     table = Table("figure", "value", title="result", title_justify="left")
     table.add_row(f"loss, step {first['step']}", f"{first['loss']:.3f} nats/token")
@@ -130,7 +130,7 @@ def print_tables(
 
 
 def plot_losses(path: Path, metrics: Metrics, experiment: Experiment, heldout: HeldOut, stopped_at: int) -> None:
-    """Training and validation loss by step, with the borders of the stages and the place of the stop, as a PNG."""
+    """Plot training and validation loss by step as a PNG, with stage boundaries and the step of the stop."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,7 +162,7 @@ def plot_losses(path: Path, metrics: Metrics, experiment: Experiment, heldout: H
             rotation=20,
         )
         begin += stage.num_steps
-    axes.set(xlabel="step", ylabel="loss, nats a token", xlim=(0, begin))
+    axes.set(xlabel="step", ylabel="loss, nats per token", xlim=(0, begin))
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

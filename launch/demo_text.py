@@ -1,6 +1,6 @@
-"""The text of the demo: the standard library's own Python sources, or the user's files, as JSON lines.
+"""The text of the demo: the Python sources of the standard library, or the user's files, as JSON lines.
 
-Everything is read and judged before anything is written.
+Everything is read and checked before anything is written.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from pathlib import Path
 
 EXTENSIONS = (".txt", ".md", ".rst", ".py")
 MAX_BYTES = 12_000_000
-"""About what the demo can learn from in a few minutes; more only makes tokenizing longer."""
+"""About as much as the demo can train on in a few minutes; more text only makes tokenizing slower."""
 MIN_BYTES = 200_000
-"""A vocabulary of 4,096 needs about this much text, and held-out documents need some besides."""
+"""A vocabulary of 4,096 ids needs about this much text, including some for held-out documents."""
 MANY_FILES = 100
-"""With fewer files than this, long ones become several documents, so that one large file has held-out documents too.
-Otherwise a document is a whole file, so that a held-out one has no other part in the training text."""
+"""With fewer files than this, long files are split into several documents, so that even one large file yields held-out
+documents. Otherwise each file is one document, so that no part of a held-out file is trained on."""
 LONGEST_DOCUMENT = 32_000
-"""Characters of such a part."""
+"""Maximum number of characters of each part of a split file."""
 
 NOT_OURS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "ensurepip"}
 LEFT_OUT_OF_LIBRARY = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
-"""Tests, of which some are not UTF-8 on purpose, and tables of characters and of help texts, which are no code."""
+"""Tests, some of which are deliberately not UTF-8, and tables of characters and help texts, which are not code."""
 
 
 class DemoError(Exception):
-    """Something that the user of the demo can put right; the message says how."""
+    """Something that the user can fix; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Text:
 
 
 def read_text(given: str | None) -> Text:
-    """The documents of a file or a folder (by default the standard library), evenly sampled down to about MAX_BYTES.
+    """The documents of a file or folder (default: the standard library), evenly sampled down to about MAX_BYTES.
 
-    Raises DemoError if there is no such file, no text in it, too little of it, or something that is not UTF-8 text.
+    Raises DemoError if the path does not exist, a file is not UTF-8 text, or there is no text or too little.
     """
     root = Path(given) if given else Path(sysconfig.get_paths()["stdlib"])
     files = [root] if root.is_file() else sorted(_text_files(root, is_library=given is None)) if root.is_dir() else None
@@ -84,7 +84,7 @@ def _text_files(root: Path, is_library: bool) -> Iterator[Path]:
 
 
 def _sample(files: list[Path]) -> list[Path]:
-    """Every nth file, so that what is read is not much more than MAX_BYTES."""
+    """Every nth file, so that at most a few times MAX_BYTES are read."""
     total = sum(path.stat().st_size for path in files)
     return files[:: max(1, total // (2 * MAX_BYTES))]
 
@@ -105,7 +105,7 @@ def _read(path: Path) -> str:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Whole lines up to about LONGEST_DOCUMENT characters; a longer line is cut."""
+    """Split a text at line ends into parts of at most LONGEST_DOCUMENT characters; a longer line is cut."""
     begin = 0
     while begin < len(text):
         end = begin + LONGEST_DOCUMENT
@@ -116,7 +116,7 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _cap(documents: list[str]) -> list[str]:
-    """An even sample of the documents of about MAX_BYTES."""
+    """An evenly spaced sample of the documents, about MAX_BYTES in total."""
     total = sum(len(document.encode()) for document in documents)
     if total <= MAX_BYTES:
         return documents

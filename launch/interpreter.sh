@@ -1,17 +1,17 @@
-# For launch/train.sh and launch/train.sbatch, which set `here` to this folder and `program` to their name.
+# Sourced by launch/train.sh and launch/train.sbatch, which set `here` to this folder and `program` to their name.
 
 fail() {
     echo "$program: $1" >&2
     exit 2
 }
 
-# Sets `python` to HUNYUAN_PYTHON, else to that of the hunyuan-pretrain on PATH, else to .venv of this checkout.
+# Sets `python` to HUNYUAN_PYTHON, else to the interpreter of the hunyuan-pretrain on PATH, else to .venv of this checkout.
 find_interpreter() {
     local command
     if [[ -n ${HUNYUAN_PYTHON:-} ]]; then
         python=$HUNYUAN_PYTHON
     elif command=$(command -v hunyuan-pretrain); then
-        # The first line of a console script names its interpreter; one beside it need not be it (~/.local/bin, /usr/local/bin).
+        # A console script need not have its python beside it (~/.local/bin); its first line names the interpreter.
         python=$(dirname "$command")/python
         [[ -x $python ]] || python=$(sed -n '1s/^#! *//p' "$command")
     else
@@ -25,5 +25,5 @@ if not (find_spec('hunyuan_pretrain') and find_spec('launch')):
     raise SystemExit('the project')
 from hunyuan_pretrain.config.extras import REQUIRED
 raise SystemExit(', '.join(package for name, package in REQUIRED.items() if not find_spec(name)) or 0)" 2>&1) ||
-        fail "$python has not got $missing; install the project there (docs/guide/installation.md) or set HUNYUAN_PYTHON"
+        fail "$python lacks $missing; install the project there (docs/guide/installation.md) or set HUNYUAN_PYTHON"
 }

@@ -1,7 +1,7 @@
-"""The ranks of this node: what launch/train.sh runs once it has found the interpreter.
+"""Starts the ranks of this node: launch/train.sh runs this once it has found the interpreter.
 
-CONFIG, its overrides and the environment (launch/train.sh --help) are checked here, so that a mistake is told once and
-not by every rank. Then they become the arguments of torchrun (launch/ranks.py).
+CONFIG, its overrides and the environment (launch/train.sh --help) are checked here, so that a mistake is reported once
+and not by every rank. They then become the arguments of torchrun (launch/ranks.py).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DEFAULT_PORT = "29500"
 
 
 OPTIONS = ("--accept-changes", "--from-step")
-"""Options of `hunyuan-pretrain train` that are handed on to the ranks; each has a value."""
+"""Options of `hunyuan-pretrain train` that are passed on to the ranks; each takes a value."""
 
 
 class MistakeError(Exception):
-    """Something in the arguments or the environment that cannot be; the message says what."""
+    """The arguments or the environment are invalid; the message says why."""
 
 
 def read_arguments(arguments: Sequence[str], hint: str = "see --help") -> tuple[list[str], list[str]]:
-    """(CONFIG and its overrides, options as NAME=VALUE), in the order in which they are given. Raises MistakeError."""
+    """(CONFIG and its overrides, options as NAME=VALUE), each in the order given. Raises MistakeError."""
     settings, options = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -53,7 +53,7 @@ def read_arguments(arguments: Sequence[str], hint: str = "see --help") -> tuple[
 
 @dataclass(frozen=True)
 class Job:
-    """The job as its environment describes it to this node; "" where it does not say."""
+    """The job as the environment of this node describes it; "" for a variable that is not set."""
 
     num_nodes: int
     ranks_per_node: int | None
@@ -63,11 +63,11 @@ class Job:
     master_port: str
     local_addr: str
     rendezvous: str
-    """Name of the job, under which its nodes meet and agree on their numbers."""
+    """Name of the job, under which its nodes rendezvous and agree on their ranks."""
 
 
 def read_job(environment: Mapping[str, str]) -> Job:
-    """What the environment says; a name with nothing behind it counts as absent. Raises MistakeError."""
+    """The job from the environment; an empty variable counts as unset. Raises MistakeError."""
     nodes, ranks = environment.get("NNODES") or "1", environment.get("NPROC_PER_NODE", "")
     if not is_count(nodes):
         raise MistakeError(f"NNODES={nodes}: must be a number of nodes")
@@ -89,7 +89,7 @@ def read_job(environment: Mapping[str, str]) -> Job:
 
 
 def check_meeting(job: Job) -> None:
-    """Refuse several nodes that would not find one another; raises MistakeError."""
+    """Raise MistakeError if several nodes could not find each other."""
     nodes, port, number = job.num_nodes, job.master_port, job.node_rank
     if not is_count(port) or int(port) > 65535:
         raise MistakeError(f"MASTER_PORT={port}: must be a port, 1 to 65535")
@@ -102,14 +102,14 @@ def check_meeting(job: Job) -> None:
 
 
 def is_count(text: str) -> bool:
-    """Whether a text is a whole number above 0, as a shell writes it."""
+    """Whether a text is a positive integer without leading zeros."""
     return re.fullmatch("[1-9][0-9]*", text) is not None
 
 
 def count_ranks(config: str, overrides: Sequence[str], job: Job) -> int:
-    """Ranks of this node: as told, else its GPUs, else its share of parallel.world_size.
+    """Ranks on this node: NPROC_PER_NODE, else its number of GPUs, else its share of parallel.world_size.
 
-    Raises ValueError (ConfigError) where the experiment is wrong, or does not fit so many ranks.
+    Raises ValueError (ConfigError) if the experiment is invalid or does not fit this number of ranks.
     """
     from hunyuan_pretrain.config.load import load_experiment
 
@@ -131,8 +131,7 @@ def count_ranks(config: str, overrides: Sequence[str], job: Job) -> int:
 
 
 def address_towards(master: str) -> str:
-    """The address of this node in the network that leads to the first node; asking for it sends nothing. Raises
-    MistakeError."""
+    """The address of this node on the network that reaches the first node; no packet is sent. Raises MistakeError."""
     try:
         family, kind, protocol, _, peer = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -144,16 +143,16 @@ def address_towards(master: str) -> str:
 
 
 def torchrun_arguments(job: Job, ranks: int) -> list[str]:
-    """How torchrun is told of the job. Raises MistakeError where the first node cannot be reached."""
+    """torchrun's arguments for the job. Raises MistakeError if the first node cannot be reached."""
     found = ["--nnodes", str(job.num_nodes), "--nproc-per-node", str(ranks)]
     if job.num_nodes > 1:
-        # The ranks of all nodes meet at what torchrun says of the first node: its name, which is not always one that
-        # resolves, if not told.
+        # All ranks rendezvous at the address that torchrun reports for the first node. By default that is its host
+        # name, which does not always resolve.
         found += ["--local-addr", job.local_addr or address_towards(job.master_addr)]
     if job.rendezvous:
         endpoint = f"{job.master_addr or 'localhost'}:{job.master_port}"
         found += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job.rendezvous]
-        # Left to itself torchrun compares names and addresses, and on some clusters no node takes itself for the first.
+        # By default torchrun compares names and addresses; on some clusters no node then considers itself the host.
         if place := job.node_rank or job.slurm_node:
             found += ["--rdzv-conf", f"is_host={'true' if place == '0' else 'false'}"]
     elif job.num_nodes > 1:
@@ -164,15 +163,15 @@ def torchrun_arguments(job: Job, ranks: int) -> list[str]:
 
 
 def prepare_environment() -> None:
-    """What the ranks find in their environment."""
+    """Set the environment that the ranks inherit."""
     for name in [name for name in os.environ if name.startswith("PET_")]:
-        del os.environ[name]  # torchrun's defaults, meant for a torchrun that somebody else starts
-    # Unset, torchrun sets it to 1 and says so in a banner; ranks on CPU choose their own number of threads anyway.
+        del os.environ[name]  # defaults for another torchrun
+    # If it is unset, torchrun sets it to 1 and prints a banner; ranks on CPU choose their own number of threads anyway.
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 
 
 def main(arguments: Sequence[str], stop: Stop) -> int:
-    """Start the ranks of `hunyuan-pretrain train` with these arguments and wait for them; returns the exit status."""
+    """Run `hunyuan-pretrain train` with these arguments on all ranks of this node; returns the exit status."""
     try:
         settings, options = read_arguments(arguments)
         job = read_job(os.environ)

@@ -1,12 +1,12 @@
-"""torchrun, except that a stop that was asked for is told apart from a failure.
+"""torchrun, but with a requested stop distinguished from a failure.
 
-torchrun answers a SIGTERM by passing it on, killing what has not ended after 30 seconds, and ending with a traceback
-and status 1, as after a crash. Here a SIGTERM, a Ctrl-C or the end of the terminal is passed on as SIGTERM and the
-ranks are given all the time that a checkpoint takes; if they saved and left with status 75, so does this program. A
-second Ctrl-C kills the ranks and ends with 130.
+On SIGTERM, torchrun forwards the signal, kills the ranks that are still alive after 30 seconds, and exits with a
+traceback and status 1, as after a crash. Here a SIGTERM, a Ctrl-C or a hangup of the terminal is forwarded as SIGTERM,
+and the ranks get all the time that a checkpoint takes. If they save and exit with status 75, so does this program. A
+second Ctrl-C kills the ranks and exits with 130.
 
-Whatever else ends the ranks, they have said themselves: this adds a line on which they were, instead of torchrun's
-account, and nothing to a user's mistake (status 2).
+For any other failure the ranks have already printed the reason. This program only adds a line per failed rank, instead
+of torchrun's report, and adds nothing after a user's mistake (status 2).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ LINGER_S = 10
 
 
 class Stop:
-    """Passes on what asks for a stop. Listens before torch is imported, which takes seconds; until `children` is set
-    there are no ranks."""
+    """Forwards requests to stop to the ranks. It listens before torch is imported, which takes seconds; until
+    `children` is set there are no ranks."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.children: Callable[[], list[Any]] | None = None
 
     def listen(self) -> None:
-        """From now on; signals that are ignored (nohup) stay so."""
+        """Install the signal handlers; ignored signals (nohup) stay ignored."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._pass_on)
@@ -45,7 +45,7 @@ class Stop:
         self.asked.append(number)
         if self.children is None:
             print(STOPPED_BEFORE_FIRST_STEP, flush=True)
-            os._exit(EXIT_STOPPED)  # an import that is under way could swallow an exception
+            os._exit(EXIT_STOPPED)  # an import in progress could swallow an exception
         ranks = self.children()
         if self.asked.count(signal.SIGINT) > 1:
             for rank in ranks:
@@ -56,7 +56,7 @@ class Stop:
             sys.exit(EXIT_STOPPED)
         if number == signal.SIGINT:
             print(
-                "\nCtrl-C: the ranks stop after this step, which is saved; Ctrl-C again ends at once, without saving",
+                "\nCtrl-C: the ranks save after this step and stop; Ctrl-C again kills them at once, without saving",
                 file=sys.stderr,
             )
         for rank in ranks:
@@ -64,8 +64,8 @@ class Stop:
 
 
 def run_ranks(arguments: list[str], stop: Stop) -> int:
-    """Run the ranks that torchrun's arguments ask for; returns 0, 75 if they were stopped and saved, 2 after a user's
-    mistake, or 1 if one failed."""
+    """Run the ranks described by torchrun's arguments. Returns 0, 75 if they were stopped and saved, 2 after a user's
+    mistake, 1 if a rank failed, or 128 + N if torchrun itself got signal N."""
     import psutil
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -73,16 +73,16 @@ def run_ranks(arguments: list[str], stop: Stop) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     settings = run.parse_args(arguments)
-    # torchrun's own handler would shut the ranks down instead of waiting for them.
+    # torchrun's own handlers would shut the ranks down instead of waiting for them
     settings.signals_to_handle = "SIGQUIT"
     stop.children = psutil.Process().children
     if (port := meeting_port(settings)) is not None and is_taken(port):
         print(
-            f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes",
+            f"launch/train.sh: MASTER_PORT={port} is in use on this node: set it to a free port, the same on all nodes",
             file=sys.stderr,
         )
         return EXIT_MISTAKE
-    # how ranks ended is said below
+    # `report` prints how the ranks ended
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run.run(settings)
@@ -92,38 +92,38 @@ def run_ranks(arguments: list[str], stop: Stop) -> int:
         reason = str(error.__cause__ or error).splitlines()[0]
         place = settings.rdzv_endpoint or f"{settings.master_addr}:{settings.master_port}"
         print(
-            f"launch/train.sh: this node did not meet the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}",
+            f"launch/train.sh: no rendezvous with the other nodes at {place} (MASTER_ADDR, MASTER_PORT): {reason}",
             file=sys.stderr,
         )
         return 1
     except ChildFailedError as error:
         if not was_stopped((failure.exitcode for failure in error.failures.values()), bool(stop.asked)):
             return report({rank: failure.exitcode for rank, failure in error.failures.items()})
-        print("the ranks were told to stop and have lost nothing: the same command goes on from there", flush=True)
+        print("the ranks were told to stop and have lost nothing: the same command resumes from there", flush=True)
         if settings.nnodes != "1":
-            # This node may hold the store that the other nodes' launchers ask for news until their own ranks have left;
-            # `error` keeps it.
+            # This node may host the store that the other nodes' launchers poll until their own ranks have exited;
+            # `error` keeps it alive.
             time.sleep(LINGER_S)
         return EXIT_STOPPED
     return 0
 
 
 def report(statuses: dict[int, int]) -> int:
-    """Say how the ranks ended that did not end with 0; returns this program's status."""
-    # torchrun ended these after the first of the others
+    """Print how each failed rank ended; returns this program's exit status."""
+    # torchrun terminated the ranks with SIGTERM after another one had failed
     own = {rank: status for rank, status in statuses.items() if status != -signal.SIGTERM} or statuses
     if set(own.values()) == {EXIT_MISTAKE}:
         return EXIT_MISTAKE
     for rank, status in sorted(own.items()):
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        hint = " (out of memory?)" if status == -signal.SIGKILL else "; what it said is above"
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        hint = " (out of memory?)" if status == -signal.SIGKILL else "; see its output above"
         print(f"launch/train.sh: rank {rank} {how}{hint}", file=sys.stderr)
     return 1
 
 
 def meeting_port(settings: Any) -> int | None:
-    """The port at which this node waits for the others; None where another does, and for a single node, which takes a
-    free one."""
+    """The port on which this node waits for the others; None if another node hosts the rendezvous, and for a single
+    node, which takes any free port."""
     if settings.standalone:
         return None
     if settings.rdzv_backend == "static":
@@ -132,7 +132,7 @@ def meeting_port(settings: Any) -> int | None:
 
 
 def is_taken(port: int) -> bool:
-    """Whether a program of this machine listens at a port."""
+    """Whether a program on this machine listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -144,12 +144,10 @@ def is_taken(port: int) -> bool:
 
 
 def was_stopped(statuses: Iterable[int], is_asked: bool = False) -> bool:
-    """Whether the statuses of the ranks that did not end with 0 mean a stop: a rank leaves with 75 only after all ranks
-    have saved.
+    """Whether the nonzero exit statuses of the ranks mean a stop: a rank exits with 75 only after all ranks have saved.
 
-    The others may still be on their way out when the first has left; torchrun then ends them, and their status is -15.
-    All have that status if a stop that this launcher was asked for (`is_asked`) reached them before they were programs
-    that listen.
+    Other ranks may still be shutting down when the first has exited; torchrun then terminates them, with status -15.
+    All have that status if a requested stop (`is_asked`) reached them before they had installed their handlers.
     """
     found = set(statuses)
     return (EXIT_STOPPED in found or is_asked) and found <= {EXIT_STOPPED, -signal.SIGTERM}

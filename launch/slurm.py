@@ -1,6 +1,7 @@
-"""A training run as a Slurm job: what launch/train.sbatch runs on the first node once it has found the interpreter.
+"""A training run as a Slurm job: launch/train.sbatch runs this on the first node once it has found the interpreter.
 
-Checks the experiment before any node starts, starts one launch/train.sh a node with srun, and says how they ended.
+It checks the experiment before any node starts, starts one launch/train.sh per node with srun, and reports how they
+ended.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ NEEDED = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES")
 
 
 def count_ranks(config: str, world_size: int | None, environment: Mapping[str, str]) -> int:
-    """Ranks of each node: as told, else its GPUs, else its share of parallel.world_size. Raises MistakeError."""
+    """Ranks per node: NPROC_PER_NODE, else the GPUs of a node, else its share of parallel.world_size. Raises
+    MistakeError."""
     nodes = int(environment["SLURM_JOB_NUM_NODES"])
     if told := environment.get("NPROC_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE"):
         if not is_count(told):
@@ -27,7 +29,7 @@ def count_ranks(config: str, world_size: int | None, environment: Mapping[str, s
         return int(told)
     if world_size is None:
         raise MistakeError(
-            f"no GPUs on this node and no parallel.world_size in {config}: say the ranks of a node with NPROC_PER_NODE"
+            f"no GPUs on this node and no parallel.world_size in {config}: set the ranks per node with NPROC_PER_NODE"
         )
     if world_size % nodes:
         raise MistakeError(f"parallel.world_size={world_size} does not divide over {nodes} nodes")
@@ -35,28 +37,29 @@ def count_ranks(config: str, world_size: int | None, environment: Mapping[str, s
 
 
 def first_address(nodelist: str) -> str:
-    """The address of the first node, asked of Slurm: a node's name need not be a name that resolves. Raises
-    MistakeError, CalledProcessError."""
+    """The address of the first node according to Slurm, because a node's name need not resolve. Raises MistakeError,
+    CalledProcessError."""
     names = said_by("scontrol", "show", "hostnames", nodelist).split()
     found = re.search(r" NodeAddr=(\S+)", said_by("scontrol", "show", "node", names[0], "--oneliner"))
     if found is None:
-        raise MistakeError(f"Slurm does not say the address of {names[0]}")
+        raise MistakeError(f"Slurm does not report the address of {names[0]}")
     return found[1]
 
 
 def said_by(*command: str) -> str:
-    """What a program prints; raises CalledProcessError if it fails, which has said why on stderr."""
+    """The stdout of a command. Raises CalledProcessError if it fails; its stderr has then shown the reason."""
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def meeting(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which the nodes' launchers know the job (launch/train.sh --help). Raises as `first_address`."""
+    """The variables that describe the job to each node's launcher (launch/train.sh --help). Raises as `first_address`
+    does."""
     job = environment["SLURM_JOB_ID"]
     return {
         "NNODES": environment["SLURM_JOB_NUM_NODES"],
         "NPROC_PER_NODE": str(ranks),
         "MASTER_ADDR": first_address(environment["SLURM_JOB_NODELIST"]),
-        # jobs that share a first node have ports of their own
+        # jobs that share a first node use different ports
         "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(job) % 20000),
         "RDZV_ID": f"{job}.{environment.get('SLURM_RESTART_COUNT') or 0}",
     }
@@ -73,7 +76,7 @@ def start(script: str, arguments: Sequence[str]) -> int:
     settings, _ = read_arguments(arguments, "sbatch launch/train.sbatch CONFIG [KEY=VALUE]...")
     experiment = load_experiment(settings[0], settings[1:])
     ranks = count_ranks(settings[0], experiment.parallel.world_size, os.environ)
-    # refuses, before any node starts, a world that the layout does not fit
+    # refuses a world size that does not fit the layout before any node starts
     world_size = ranks * int(os.environ["SLURM_JOB_NUM_NODES"])
     plan = [sys.executable, "-m", "hunyuan_pretrain", "plan", *settings, "--world-size", str(world_size)]
     subprocess.run(plan, check=True)
@@ -83,7 +86,7 @@ def start(script: str, arguments: Sequence[str]) -> int:
     number, nodes = os.environ["SLURM_JOB_ID"], job["NNODES"]
     place = f"{job['MASTER_ADDR']}:{job['MASTER_PORT']}"
     print(
-        f"job {number}: {nodes} nodes x {ranks} ranks, meeting at {place}; logs: {logs}/{number}.*.log",
+        f"job {number}: {nodes} nodes x {ranks} ranks, rendezvous at {place}; logs: {logs}/{number}.*.log",
         flush=True,
     )
     srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=0"]
@@ -93,12 +96,11 @@ def start(script: str, arguments: Sequence[str]) -> int:
 
 
 def end(status: int, job: str, logs: Path) -> int:
-    """Say how the nodes ended, and put a job that was stopped back into the queue if HUNYUAN_REQUEUE=1; returns the
-    job's status."""
+    """Print how the nodes ended, and requeue a stopped job if HUNYUAN_REQUEUE=1; returns the job's status."""
     if status == 0:
         print("done", flush=True)
     elif status == EXIT_STOPPED:
-        print("stopped after saving (status 75): the same job goes on from there", flush=True)
+        print("stopped after saving (status 75): the same job resumes from there", flush=True)
         if os.environ.get("HUNYUAN_REQUEUE") == "1":
             subprocess.run(["scontrol", "requeue", job], check=True)
     else:
@@ -107,7 +109,7 @@ def end(status: int, job: str, logs: Path) -> int:
 
 
 def main(script: str, arguments: Sequence[str]) -> int:
-    """The job, and what is wrong with it in one message; returns the exit status."""
+    """Run the job and print a mistake as one message; returns the exit status."""
     try:
         return start(script, arguments)
     except MistakeError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts the ranks of a training run on this node: finds the interpreter; launch/node.py does the rest.
+# Starts the ranks of a training run on this node. This script finds the interpreter; launch/node.py does the rest.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 program=launch/train.sh
@@ -9,22 +9,22 @@ usage() {
     cat <<'TEXT'
 Usage: launch/train.sh CONFIG [KEY=VALUE]... [--accept-changes KEY[,KEY]...]... [--from-step STEP]
 
-Starts the ranks of one training run on this node, each with `hunyuan-pretrain train` and these arguments, which
-`hunyuan-pretrain train --help` explains. The same command goes on from the newest checkpoint.
+Starts the ranks of one training run on this node. Each rank runs `hunyuan-pretrain train` with these arguments, which
+`hunyuan-pretrain train --help` explains. The same command resumes from the newest checkpoint.
 
 Exit status: 0 done; 75 stopped by SIGTERM or Ctrl-C after saving, start it again; 130 a second Ctrl-C; 2 a mistake in CONFIG, an override,
-the data or here; 1 another failure.
+the data or this command; 1 any other failure.
 
-Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* do not count: this sets them for the ranks that it starts):
-  NPROC_PER_NODE   ranks on this node; default: its GPUs, else parallel.world_size of CONFIG / NNODES, else 1
-  NNODES           nodes, default 1
-  NODE_RANK        number of this node from 0, default 0; not needed with RDZV_ID
-  MASTER_ADDR      first node, needed for NNODES > 1, without meaning for one node
-  MASTER_PORT      a free port of it, the same on all nodes, default 29500; one node takes any port that is free
-  LOCAL_ADDR       address of this node for the others, default: that from which it reaches MASTER_ADDR
-  RDZV_ID          name of the job: the nodes then meet at MASTER_ADDR:MASTER_PORT (c10d) and agree on their numbers; the node with
-                   NODE_RANK (else SLURM_NODEID) 0 is the meeting place
-  HUNYUAN_PYTHON   interpreter, default: that of the hunyuan-pretrain on PATH, else .venv of this checkout
+Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* are ignored; the launcher sets them for the ranks that it starts):
+  NPROC_PER_NODE   ranks on this node; default: its number of GPUs, else parallel.world_size of CONFIG / NNODES, else 1
+  NNODES           number of nodes, default 1
+  NODE_RANK        index of this node from 0, required for NNODES > 1; not needed with RDZV_ID
+  MASTER_ADDR      address of the first node, required for NNODES > 1, ignored for one node
+  MASTER_PORT      a free port on the first node, the same on all nodes, default 29500; a single node takes any free port
+  LOCAL_ADDR       address of this node for the others, default: the one from which it reaches MASTER_ADDR
+  RDZV_ID          name of the job: the nodes then rendezvous at MASTER_ADDR:MASTER_PORT (c10d) and agree on their ranks; the node with
+                   NODE_RANK (else SLURM_NODEID) 0 hosts the rendezvous
+  HUNYUAN_PYTHON   interpreter, default: the one behind hunyuan-pretrain on PATH, else .venv of this checkout
 TEXT
 }
 

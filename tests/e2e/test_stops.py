@@ -116,6 +116,6 @@ def test_the_others_of_a_killed_rank_end_with_one_line_each(corpus, tmp_path):
         lines[0],
     ), err
     assert lines[1:] == [
-        "launch/train.sh: rank 0 ended with status 1; what it said is above",
-        "launch/train.sh: rank 1 was ended by SIGKILL (out of memory?)",
+        "launch/train.sh: rank 0 exited with status 1; see its output above",
+        "launch/train.sh: rank 1 was killed by SIGKILL (out of memory?)",
     ]

@@ -18,7 +18,7 @@ def printed(text: str) -> str:
 def test_a_sample_that_is_not_what_the_model_computes_fails_the_demo() -> None:
     check_greedy(printed(" = 1\n"), " = 1\n\n")
     with pytest.raises(
-        DemoError, match="is 'def def def\\\\n' by `generate`, which keeps a cache, and ': Reader' without one"
+        DemoError, match="is 'def def def\\\\n' by `generate`, which keeps a cache, but ': Reader' without a cache"
     ):
         check_greedy(printed(": Reader"), "def def def\n")
 

@@ -54,7 +54,7 @@ def test_a_folder_without_text_files_is_refused(tmp_path: Path) -> None:
 def test_somebody_elses_folder_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = write(tmp_path / "out/thesis.txt", "x" * 500)
     assert demo.main(["--text", str(theirs), "--output", str(tmp_path / "out")]) == 2
-    assert "already there, and not written by the demo" in capsys.readouterr().err
+    assert "already exists, and was not written by the demo" in capsys.readouterr().err
     assert theirs.exists()
 
 

@@ -47,7 +47,7 @@ def test_every_node_gets_the_same_job(tmp_path: Path) -> None:
     done = submit(tmp_path)
     assert done.returncode == 0, done.stderr
     logs = f"{tmp_path}/run/slurm"
-    line = f"job 20007: 2 nodes x 1 ranks, meeting at 10.0.0.n1:20007; logs: {logs}/20007.*.log"
+    line = f"job 20007: 2 nodes x 1 ranks, rendezvous at 10.0.0.n1:20007; logs: {logs}/20007.*.log"
     assert done.stdout.splitlines()[-2:] == [line, "done"]
     assert "15,804,928" in done.stdout, "the plan"
     arguments, variables = json.loads((tmp_path / "said/srun").read_text())
@@ -64,7 +64,7 @@ def test_every_node_gets_the_same_job(tmp_path: Path) -> None:
 def test_a_stop_goes_back_into_the_queue_where_that_was_asked_for(tmp_path: Path, requeue: str) -> None:
     done = submit(tmp_path, 75, HUNYUAN_REQUEUE=requeue)
     assert done.returncode == 75
-    assert done.stdout.endswith("stopped after saving (status 75): the same job goes on from there\n")
+    assert done.stdout.endswith("stopped after saving (status 75): the same job resumes from there\n")
     assert ("requeue 20007\n" in (tmp_path / "said/scontrol").read_text()) == (requeue == "1")
 
 

@@ -129,7 +129,7 @@ def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
             MASTER_PORT=port,
             **meeting,
         )
-    said = f"launch/train.sh: MASTER_PORT={port} is taken on this node: set it to a free port, the same on all nodes\n"
+    said = f"launch/train.sh: MASTER_PORT={port} is in use on this node: set it to a free port, the same on all nodes\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 
@@ -138,14 +138,14 @@ def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
     [
         ({0: 2, 1: -15}, 2, []),
         ({0: 2, 1: 2}, 2, []),
-        ({0: 1, 1: -15}, 1, ["rank 0 ended with status 1; what it said is above"]),
-        ({0: -15, 3: -9}, 1, ["rank 3 was ended by SIGKILL (out of memory?)"]),
+        ({0: 1, 1: -15}, 1, ["rank 0 exited with status 1; see its output above"]),
+        ({0: -15, 3: -9}, 1, ["rank 3 was killed by SIGKILL (out of memory?)"]),
         (
             {0: 2, 1: 1},
             1,
-            ["rank 0 ended with status 2; what it said is above", "rank 1 ended with status 1; what it said is above"],
+            ["rank 0 exited with status 2; see its output above", "rank 1 exited with status 1; see its output above"],
         ),
-        ({1: -15}, 1, ["rank 1 was ended by SIGTERM; what it said is above"]),
+        ({1: -15}, 1, ["rank 1 was killed by SIGTERM; see its output above"]),
     ],
 )
 def test_the_launcher_says_which_ranks_failed(
