@@ -1,7 +1,7 @@
-"""What may change between two segments of a run: one table, and the comparison that it sorts.
+"""What may change between two segments of a run: a table of settings, and the comparison that uses it.
 
-Every setting of the schema has one line that covers it; what nobody has thought of counts as refused until it is
-accepted by hand.
+Every setting of the schema is covered by a line of the table. A change that no line covers is refused until the user
+accepts it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from hunyuan_pretrain.config.schema import Experiment, ModelConfig, StageConfig
 
 
 class Kind(StrEnum):
-    """What a change means for a run that goes on."""
+    """What a change means for a run that resumes."""
 
     harmless = "harmless"
-    """Changes nothing of what is trained."""
+    """Does not affect training."""
     recorded = "recorded"
-    """Allowed; it is in the history of the run from then on."""
+    """Allowed, and recorded in the run's history."""
     refused = "refused"
-    """Only with --accept-changes."""
+    """Allowed only with --accept-changes."""
     never = "never"
-    """The weights would be those of another model."""
+    """Never allowed: the weights would be those of another model."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that is not what it was in the segment before."""
+    """A setting that differs from the previous segment."""
 
     key: str
     old: Any
@@ -49,125 +49,125 @@ class Difference:
 
 ABSENT = "(absent)"
 LONGEST = 500
-"""Characters of a value that are shown: a path and a digest must be whole."""
+"""Characters of a value that are shown; paths and digests must not be cut."""
 
-MEANING = "the weights mean something else with it"
-LOSS = "a setting of the losses or of routing while training; the weights stay what they are"
+MEANING = "changes what the weights mean"
+LOSS = "affects the losses or routing in training; the weights keep their meaning"
 LAYOUT = "the layout"
 OPTIMIZER = "takes effect from the next step"
 
 TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("name", Kind.harmless, "a label"),
-    ("run_dir", Kind.harmless, "where the run lies"),
+    ("run_dir", Kind.harmless, "where the run is stored"),
     (
         "seed",
         Kind.refused,
-        "the data gets another order: some sequences of the present epoch would be read twice, others not at all",
+        "changes the order of the data: some sequences of the current epoch would be read twice, others not at all",
     ),
-    ("tokenizer", Kind.harmless, "where the tokenizer lies; what is in it is compared by its digest"),
-    ("tokenizer.digest", Kind.refused, "ids mean other text than those that were trained on"),
+    ("tokenizer", Kind.harmless, "where the tokenizer is stored; its content is compared by digest"),
+    ("tokenizer.digest", Kind.refused, "token ids would stand for other text than in training so far"),
     ("model.moe_aux_loss_coeff", Kind.recorded, LOSS),
     ("model.moe_z_loss_coeff", Kind.recorded, LOSS),
     ("model.moe_expert_capacity_factor", Kind.recorded, LOSS),
     ("model.recycle_routing", Kind.recorded, LOSS),
     ("model.moe_routing_group_tokens", Kind.recorded, LOSS),
-    ("model.init_method_std", Kind.harmless, "only weights that begin anew are drawn with it"),
-    ("model.num_layers", Kind.never, "another number of weights"),
-    ("model.hidden_size", Kind.never, "another shape of the weights"),
-    ("model.num_attention_heads", Kind.never, "another shape of the weights"),
-    ("model.num_query_groups", Kind.never, "another shape of the weights"),
-    ("model.kv_channels", Kind.never, "another shape of the weights"),
-    ("model.ffn_hidden_size", Kind.never, "another shape of the weights"),
-    ("model.moe_ffn_hidden_size", Kind.never, "another shape of the weights"),
-    ("model.num_moe_experts", Kind.never, "another number of weights"),
+    ("model.init_method_std", Kind.harmless, "only newly initialised weights depend on it"),
+    ("model.num_layers", Kind.never, "changes the number of weights"),
+    ("model.hidden_size", Kind.never, "changes the shape of the weights"),
+    ("model.num_attention_heads", Kind.never, "changes the shape of the weights"),
+    ("model.num_query_groups", Kind.never, "changes the shape of the weights"),
+    ("model.kv_channels", Kind.never, "changes the shape of the weights"),
+    ("model.ffn_hidden_size", Kind.never, "changes the shape of the weights"),
+    ("model.moe_ffn_hidden_size", Kind.never, "changes the shape of the weights"),
+    ("model.num_moe_experts", Kind.never, "changes the number of weights"),
     ("model.moe_router_topk", Kind.never, MEANING),
-    ("model.cla_share_factor", Kind.never, "another number of weights"),
-    ("model.qk_layernorm", Kind.never, "another number of weights"),
+    ("model.cla_share_factor", Kind.never, "changes the number of weights"),
+    ("model.qk_layernorm", Kind.never, "changes the number of weights"),
     ("model.layernorm_epsilon", Kind.never, MEANING),
     ("model.rotary_base", Kind.never, MEANING),
-    ("model.padded_vocab_size", Kind.never, "another shape of the weights"),
-    ("model.share_embeddings_and_output_weights", Kind.never, "another number of weights"),
+    ("model.padded_vocab_size", Kind.never, "changes the shape of the weights"),
+    ("model.share_embeddings_and_output_weights", Kind.never, "changes the number of weights"),
     ("parallel.*", Kind.recorded, LAYOUT),
     (
         "precision.dtype",
         Kind.never,
-        "the optimizer's state is that of another format; a new run can take the weights: checkpoint.init_from",
+        "the optimizer state is for another format; a new run can start from the weights: checkpoint.init_from",
     ),
-    ("precision.*", Kind.recorded, "number formats of the products"),
-    ("optimizer.lr", Kind.recorded, "the learning rate is multiplied from the next step on"),
+    ("precision.*", Kind.recorded, "number formats of the matmuls"),
+    ("optimizer.lr", Kind.recorded, "scales the learning rate from the next step on"),
     ("optimizer.*", Kind.recorded, OPTIMIZER),
     ("stages", Kind.recorded, "stages that begin later"),
     (
         "stages.order",
         Kind.refused,
-        "what is over would be trained again, or what was to come never",
+        "stages that have ended would be trained again, or stages still to come would be left out",
     ),
     ("stages.N.name", Kind.harmless, "a label"),
-    ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate goes on from the present one"),
-    ("stages.N.sequence_length", Kind.refused, "the present stage would go on with other sequences than it began with"),
-    ("stages.N.global_batch_sequences", Kind.recorded, "the stage goes on at the sequence that it has come to"),
+    ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate continues from the current value"),
+    ("stages.N.sequence_length", Kind.refused, "the current stage would continue with different sequences"),
+    ("stages.N.global_batch_sequences", Kind.recorded, "the stage continues at the sequence that it has reached"),
     ("stages.N.micro_batch_sequences", Kind.recorded, LAYOUT),
-    ("stages.N.rope_alpha", Kind.recorded, "positions are seen otherwise from the next step on"),
-    ("stages.N.lr_end", Kind.recorded, "the learning rate goes there from the present one"),
-    ("stages.N.lr_shape", Kind.recorded, "the learning rate goes on from the present one"),
-    ("stages.N.data", Kind.recorded, "the mix is another one from here on; each source goes on where it stopped"),
-    ("stages.N.data.path", Kind.harmless, "the same data lies somewhere else"),
+    ("stages.N.rope_alpha", Kind.recorded, "positions are encoded differently from the next step on"),
+    ("stages.N.lr_end", Kind.recorded, "the learning rate goes there from its current value"),
+    ("stages.N.lr_shape", Kind.recorded, "the learning rate continues from its current value"),
+    ("stages.N.data", Kind.recorded, "the mixture changes from here on; each source continues where it stopped"),
+    ("stages.N.data.path", Kind.harmless, "the same data, stored elsewhere"),
     (
         "stages.N.data.digest",
         Kind.refused,
-        "packed again since it was read: what was read of it may come again in other sequences",
+        "packed again since it was read: what was already read may come again in other sequences",
     ),
     (
         "stages.N.data.weight",
         Kind.recorded,
-        "the mix is another one from here on; each source goes on where it stopped",
+        "the mixture changes from here on; each source continues where it stopped",
     ),
-    ("stages.N.data.tier", Kind.recorded, "the mix is another one from here on; each source goes on where it stopped"),
+    ("stages.N.data.tier", Kind.recorded, "the mixture changes from here on; each source continues where it stopped"),
     ("stages.N.data.max_epochs", Kind.recorded, "a limit on what is read"),
     (
         "stages.N.tier_weights",
         Kind.recorded,
-        "the mix is another one from here on; each source goes on where it stopped",
+        "the mixture changes from here on; each source continues where it stopped",
     ),
-    ("stages.N.balance_attention", Kind.recorded, "who takes which sequence of a batch"),
+    ("stages.N.balance_attention", Kind.recorded, "which rank takes which sequence of a batch"),
     (
         "stages.N.balance_group_sequences",
         Kind.refused,
-        "another order of the data: sequences of the present epoch would be read twice or not at all; set it to "
-        "what it was",
+        "changes the order of the data: sequences of the current epoch would be read twice or not at all; restore the "
+        "old value",
     ),
-    ("stages.N.skip_data_steps", Kind.recorded, "other data is left out"),
+    ("stages.N.skip_data_steps", Kind.recorded, "which data is skipped"),
     ("world_size", Kind.recorded, LAYOUT),
     ("versions.*", Kind.recorded, "the program"),
     ("evaluation.*", Kind.harmless, "what is validated; compare validation losses before and after with care"),
     ("checkpoint.*", Kind.harmless, "what is saved"),
     ("logging.*", Kind.harmless, "what is logged"),
-    ("runtime.deterministic", Kind.recorded, "whether the same start gives the same numbers"),
+    ("runtime.deterministic", Kind.recorded, "whether a rerun gives the same numbers"),
     ("runtime.transformer_engine", Kind.recorded, "which kernels compute"),
     ("runtime.*", Kind.harmless, "the machine"),
 )
-"""(pattern of dotted keys, kind, reason); the first that fits counts. N is the number of any stage. Besides settings
-there are what a run
-meets: digests of data and tokenizer, the number of ranks, versions."""
+"""(pattern of dotted keys, kind, reason); the first match counts. N is the number of any stage. Besides settings, the
+table covers what a run finds: digests of data and tokenizer, the number of ranks, versions."""
 
 OVER = "the stage is over: no effect"
 LATER = "the stage begins later"
 
 
 def sort(key: str) -> tuple[Kind, str]:
-    """The kind of a change of a setting, and why; a setting that is not in the table is refused."""
+    """(kind, reason) of a change to a setting; a setting that is not in the table is refused."""
     general = ".".join("N" if name.isdecimal() else name for name in key.split("."))
     for pattern, kind, reason in TABLE:
         if fnmatch.fnmatchcase(general, pattern):
             return kind, reason
-    return Kind.refused, "nobody has said what it changes"
+    return Kind.refused, "its effect has not been classified"
 
 
 def differences(old: Experiment, new: Experiment, present: Piece) -> list[Difference]:
-    """Settings in which a run that goes on differs from its segment before; `present`: the piece of its last step.
+    """Settings that changed from the previous segment to the one that resumes it. `present`: the piece of the last
+    step.
 
-    The present stage is compared with the stage of its name, or where that is gone, of its number; raises ConfigError
-    if there is none.
+    The current stage is compared with the new stage of the same name, or of the same number if the name is gone. Raises
+    ConfigError if there is neither.
     """
     left, right = (flatten(_without_stages(*pair)) for pair in ((old, new), (new, old)))
     found = [
@@ -179,7 +179,7 @@ def differences(old: Experiment, new: Experiment, present: Piece) -> list[Differ
         if index == here:
             found += _stage_differences(index, present.stage, stage)
         elif before is None:
-            reason = "a stage before the present one: no effect" if index < here else LATER
+            reason = "a stage before the current one: no effect" if index < here else LATER
             found.append(Difference(f"stages.{index}", ABSENT, stage.name, Kind.recorded, reason))
         else:
             reason, kind = (OVER, Kind.harmless) if index < here else (LATER, Kind.recorded)
@@ -201,7 +201,8 @@ def differences(old: Experiment, new: Experiment, present: Piece) -> list[Differ
 
 
 def _order_differences(old: Experiment, new: Experiment, present: Piece, here: int) -> list[Difference]:
-    """Another order of the stages that both have; refused where a stage was on the other side of the present one."""
+    """A changed order of the stages that both have; refused if a stage moves from before the current one to after it,
+    or the reverse."""
     before = {stage.name: number for number, stage in enumerate(old.stages) if stage.name != present.stage.name}
     now = {stage.name: index for index, stage in enumerate(new.stages) if stage.name in before and index != here}
     if any((before[name] > present.index) != (index > here) for name, index in now.items()):
@@ -214,8 +215,8 @@ def _order_differences(old: Experiment, new: Experiment, present: Piece, here: i
 
 
 def model_differences(old: Mapping[str, Any], new: ModelConfig) -> list[Difference]:
-    """Settings of the architecture in which the model of a checkpoint differs, sorted; two spellings of one shape are
-    no difference."""
+    """Architecture settings that differ from a checkpoint's model, each with its kind. Two spellings of the same shape
+    are not a difference."""
     theirs = ModelConfig.model_validate({key: value for key, value in old.items() if key in ModelConfig.model_fields})
     before, now = _spelled_out(theirs, new), _spelled_out(new, theirs)
     return [_difference(f"model.{key}", before[key], now[key]) for key in now if before[key] != now[key]]
@@ -224,8 +225,8 @@ def model_differences(old: Mapping[str, Any], new: ModelConfig) -> list[Differen
 def source_differences(
     old: Mapping[str, SourceFacts], new: Mapping[str, SourceFacts], experiment: Experiment
 ) -> list[Difference]:
-    """Data that is not what the segment before met under the same path, and data that has moved, which its digest
-    tells."""
+    """Data whose content changed under the same path since the previous segment, and data that moved, recognised by its
+    digest."""
     found = []
     digests = {facts.digest: path for path, facts in old.items() if facts.digest}
     for path, facts in new.items():
@@ -242,8 +243,8 @@ def source_differences(
 
 
 def _packed_again(old: Segment, new: Segment, present: Piece) -> list[Difference]:
-    """Data that the present stage reads instead of other data that held some of the same documents, under another
-    path."""
+    """Data that the current stage reads from a new path, in place of data at another path with some of the same
+    documents."""
     here = present_stage(present, new.config.stages)
     left, right = ([_norm(source.path) for source in stage.data] for stage in (present.stage, new.config.stages[here]))
     gone = [path for path in left if path in old.sources and path not in right]
@@ -260,8 +261,8 @@ def _packed_again(old: Segment, new: Segment, present: Piece) -> list[Difference
 
 
 def all_differences(old: Segment, new: Segment, present: Piece) -> list[Difference]:
-    """Everything in which a segment differs from the one before it; `present`: the piece of the last step. Raises as
-    `differences`."""
+    """All differences between a segment and the previous one; `present`: the piece of the last step. Raises
+    ConfigError as `differences` does."""
     of_data = source_differences(old.sources, new.sources, new.config)
     of_data += _packed_again(old, new, present)
     moved = {path for one in of_data if one.key.endswith(".data.path") for path in (one.old, one.new)}
@@ -294,14 +295,14 @@ def _without_stages(experiment: Experiment, other: Experiment) -> dict[str, Any]
 
 
 def _whole_lists(content: Any) -> Any:
-    """Lists as one value each, since an element has no meaning of its own."""
+    """Lists become tuples and so count as one value: a single element has no meaning."""
     if isinstance(content, dict):
         return {key: _whole_lists(value) for key, value in content.items()}
     return tuple(content) if isinstance(content, list) else content
 
 
 def _spelled_out(model: ModelConfig, other: ModelConfig) -> dict[str, Any]:
-    """Settings of a model; those that are null in one of the two only, as what null stands for."""
+    """Settings of a model. A setting that is null in only one of the two models gets the value that null stands for."""
     derived = {"kv_channels": model.head_dim, "moe_ffn_hidden_size": model.expert_ffn_size}
     return model.model_dump() | {
         key: value for key, value in derived.items() if (getattr(model, key) is None) != (getattr(other, key) is None)
@@ -320,7 +321,7 @@ def _stage_differences(index: int, old: StageConfig, new: StageConfig) -> list[D
 
 
 def _effective(stage: StageConfig, name: str) -> Any:
-    if name == "balance_group_sequences":  # what decides the order of the data
+    if name == "balance_group_sequences":  # the value that decides the order of the data
         return (
             (stage.balance_group_sequences or stage.global_batch_sequences)
             if stage.balance_attention == "group"

@@ -1,4 +1,4 @@
-"""Rules of what a stage reads."""
+"""Rules for the data of stages and of validation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiers_are_whole(experiment: Experiment) -> Iterator[Problem]:
 
 
 def skipped_steps_are_in_order(experiment: Experiment) -> Iterator[Problem]:
-    """Ranges of skip_data_steps follow one another and do not overlap."""
+    """Ranges of skip_data_steps are in ascending order and do not overlap."""
     for number, stage in enumerate(experiment.stages):
         end = 0
         for first, last in stage.skip_data_steps:
@@ -50,14 +50,14 @@ def skipped_steps_are_in_order(experiment: Experiment) -> Iterator[Problem]:
                 yield Problem(
                     where,
                     [first, last],
-                    "begins before the range before it ends",
+                    "begins before the previous range ends",
                     f"use {end + 1} or more, or join them",
                 )
             end = max(end, last)
 
 
 def groups_fill_the_batch(experiment: Experiment) -> Iterator[Problem]:
-    """balance_group_sequences belongs to balance_attention=group and divides the batch."""
+    """balance_group_sequences needs balance_attention=group and divides the batch."""
     for number, stage in enumerate(experiment.stages):
         group = stage.balance_group_sequences
         where = f"stages.{number}.balance_group_sequences"
@@ -76,18 +76,18 @@ def groups_fill_the_batch(experiment: Experiment) -> Iterator[Problem]:
 
 
 def validation_sets_have_names_of_their_own(experiment: Experiment) -> Iterator[Problem]:
-    """The names of evaluation.sets are parts of the names of metrics: one set each, and nothing that a sink reads as a
-    border."""
+    """Names of evaluation.sets become parts of metric names: they must be unique, without characters that a sink takes
+    for a separator."""
     first: dict[str, int] = {}
     for number, one in enumerate(experiment.evaluation.sets):
         where = f"evaluation.sets.{number}.name"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", one.name):
-            rule = "a name of letters, digits, dots, hyphens and underscores, since metrics are called by it"
+            rule = "must consist of letters, digits, dots, hyphens and underscores: it becomes part of metric names"
             fitting = re.sub(r"[^A-Za-z0-9._-]+", "_", one.name).strip("._-")
             yield Problem(where, one.name, rule, f"use {fitting or f'set{number}'}")
         elif one.name in first:
             yield Problem(
-                where, one.name, f"evaluation.sets.{first[one.name]} has this name already", f"use {one.name}_{number}"
+                where, one.name, f"evaluation.sets.{first[one.name]} already has this name", f"use {one.name}_{number}"
             )
         first.setdefault(one.name, number)
 

@@ -1,6 +1,5 @@
-"""What follows from the settings by arithmetic: sizes of the rank grid, layers of pipeline stages, slots of experts,
-learning rate of the routed experts. Plan, training and model take it from here, so that a plan speaks of what runs. No
-torch.
+"""Values computed from the settings: rank grid, layers per pipeline stage, expert capacity, learning rate of the routed
+experts. The plan, training and the model all use these functions, so a plan describes what runs. No torch.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from hunyuan_pretrain.config.schema import (
 
 @dataclass(frozen=True)
 class Grid:
-    """How many ranks share what, from the layout and the number of ranks; and which places a rank has (tp, cp, ep, dp,
-    pp from inside)."""
+    """Sizes of the rank groups, from the layout and the number of ranks, and the position of a rank in them. Ranks are
+    ordered tp, cp, ep, dp, pp, with tp varying fastest."""
 
     tp: int
     cp: int
@@ -38,25 +37,25 @@ class Grid:
 
     @property
     def dp_cp(self) -> int:
-        """Ranks that hold the same weights other than routed experts: gradients are reduced over them."""
+        """Ranks that hold the same weights other than routed experts; gradients are reduced over them."""
         return self.dp * self.cp
 
     @property
     def has_expert_buffers(self) -> bool:
-        """Whether routed experts are reduced over fewer or more ranks than the other weights; else core treats them
-        like those."""
+        """Whether routed experts are reduced over another number of ranks than the other weights. If not, core puts
+        both into the same buffers."""
         return self.expert_dp != self.dp_cp
 
     def pipeline_rank(self, rank: int) -> int:
         return rank // (self.world_size // self.pp)
 
     def shard(self, rank: int, is_expert: bool) -> int:
-        """Place of a rank in the group over which its weights' optimizer state is divided."""
+        """Index of a rank in the group over which the optimizer state of its weights is sharded."""
         return rank % (self.world_size // self.pp) // (self.expert_tp * self.ep if is_expert else self.tp)
 
 
 def grid(parallel: ParallelConfig, world_size: int) -> Grid:
-    """Raises ValueError where the layout does not divide the ranks."""
+    """The rank grid of a layout. Raises ValueError if the layout does not fit the number of ranks."""
     tp, cp, pp = (
         parallel.tensor_model_parallel_size,
         parallel.context_parallel_size,
@@ -73,8 +72,8 @@ def grid(parallel: ParallelConfig, world_size: int) -> Grid:
 
 
 def _ranks_of_one_copy(parallel: ParallelConfig) -> tuple[int, int]:
-    """(TP*CP*PP, ETP*EP*PP): ranks that share the tokens of a sequence and the weights outside the routed experts, and
-    ranks that hold each routed expert once."""
+    """(TP*CP*PP, ETP*EP*PP): ranks that share a sequence and one copy of the weights outside the routed experts; ranks
+    that hold one copy of every routed expert."""
     pp = parallel.pipeline_model_parallel_size
     dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size * pp
     return dense, parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size * pp
@@ -86,7 +85,7 @@ def data_parallel_size(experiment: Experiment, world_size: int) -> int:
 
 
 def smallest_world_size(experiment: Experiment) -> int:
-    """Fewest ranks that the layout divides: the least common multiple of TP*PP*CP and ETP*EP*PP."""
+    """Smallest number of ranks that fits the layout: the least common multiple of TP*PP*CP and ETP*EP*PP."""
     return math.lcm(*_ranks_of_one_copy(experiment.parallel))
 
 
@@ -94,8 +93,8 @@ def smallest_world_size(experiment: Experiment) -> int:
 
 
 def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range, ...]:
-    """Layers of every stage in the order in which a token passes them; stage i is chunk i // PP of pipeline rank i %
-    PP."""
+    """Layers of every stage, in the order in which a token passes them. Stage i is chunk i // PP of pipeline rank
+    i % PP."""
     num_stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     sizes = parallel.pipeline_layout or (model.num_layers // num_stages,) * num_stages
     ends = list(accumulate(sizes))
@@ -103,7 +102,8 @@ def pipeline_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[range
 
 
 def stages_of(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) -> dict[int, range]:
-    """Stage number -> its layers, for the stages of one pipeline rank, in the order of its chunks."""
+    """Stage number -> layers, for the stages of one pipeline rank, in the order of its chunks. Raises ValueError if
+    there is no such rank."""
     stages, ranks = pipeline_stages(model, parallel), parallel.pipeline_model_parallel_size
     if not 0 <= pipeline_rank < ranks:
         raise ValueError(f"pipeline_rank={pipeline_rank}, but there are pipeline ranks 0 to {ranks - 1}")
@@ -111,22 +111,22 @@ def stages_of(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) 
 
 
 def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
-    """Model chunks of each pipeline rank as megatron-core wants it said: None where there is one."""
+    """Model chunks per pipeline rank, in megatron-core's form: None if there is one."""
     return parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 LOSS_CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
-"""Tokens of a chunk of the output layer, of all tensor-parallel ranks, by kind of device: logits are held of a chunk at
-a time (model.cross_entropy), which on a CPU stay in the cache, and on a GPU make efficient products."""
+"""Device type -> tokens per chunk of the output layer, over all tensor-parallel ranks. Only the logits of one chunk
+exist at a time (model.cross_entropy): on a CPU they stay in cache, on a GPU the matmuls are large enough to be fast."""
 
 
 def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
     """RoPE base after NTK-alpha scaling: rotary_base * alpha^(d / (d - 2)), d = head_dim in channels.
 
     Hunyuan-Large at 256K: base 1e4, alpha 1e5, d = 80 give about 1.34e9 (the report rounds to 1e9).
-    Raises ValueError where head_dim is below 4: with d = 2 there is one frequency, which no base changes.
+    Raises ValueError if head_dim is below 4: with d = 2 there is one frequency, and it does not depend on the base.
     """
     if head_dim < 4:
         raise ValueError(f"head_dim={head_dim}: NTK-alpha scaling needs at least 4 channels")
@@ -134,7 +134,7 @@ def rope_base(rotary_base: float, alpha: float, head_dim: int) -> float:
 
 
 def expert_capacity(model: ModelConfig) -> int:
-    """Slots of one expert for one routing group: ceil(factor * tokens * topk / experts). The model has a capacity."""
+    """Slots of one expert per routing group: ceil(factor * tokens * topk / experts). The model must have a capacity."""
     assert model.moe_expert_capacity_factor is not None
     return math.ceil(
         model.moe_expert_capacity_factor
@@ -145,11 +145,10 @@ def expert_capacity(model: ModelConfig) -> int:
 
 
 def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> int | None:
-    """Rows that an expert multiplies at a time: its capacity in every routing group of the ranks that send to it; None
-    without a capacity.
+    """Rows in one matmul of an expert: its capacity in every routing group of the ranks that send to it. None without a
+    capacity.
 
-    Where they are a multiple of `Recipe.size_multiple`, as with a capacity that is, no row has to be padded, whatever
-    tokens choose.
+    If this is a multiple of `Recipe.size_multiple`, for example because the capacity is, no rows are ever padded.
     """
     model, ranks = experiment.model, grid(experiment.parallel, world_size)
     if model.moe_expert_capacity_factor is None:
@@ -163,9 +162,9 @@ def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> 
 
 
 def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
-    """eps_opt(B) / eps_max = 2 / (sqrt(B_noise / B) + sqrt(B / B_noise)), for optimizers of Adam's kind.
+    """eps_opt(B) / eps_max = 2 / (sqrt(B_noise / B) + sqrt(B / B_noise)), for Adam-like optimizers.
 
-    At most 1, reached at B = B_noise; both arguments in tokens. Source: Hunyuan-Large report (arXiv 2411.02265),
+    At most 1, reached at B = B_noise. Both arguments are in tokens. Source: Hunyuan-Large report (arXiv 2411.02265),
     section on expert-specific learning rate scaling, after arXiv 2405.14578.
     """
     ratio = math.sqrt(noise_scale_tokens / batch_tokens)
@@ -173,12 +172,12 @@ def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
 
 
 def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int) -> float:
-    """Learning rate of the routed experts over that of all other weights.
+    """Learning rate of the routed experts divided by that of all other weights.
 
-    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B): a routed expert sees that share
-    of the batch B, in tokens. The report prints the inverse and calls it about 0.31 for 16 experts, with routed experts
-    scaled down. As printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up; this reading gives 0.31
-    at B = 0.26 B_noise, and scales down.
+    Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B), because a routed expert sees
+    B * topk / E of a batch of B tokens. The report prints the inverse, gives about 0.31 for 16 experts, and says that
+    routed experts are scaled down. As printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up. This
+    reading gives 0.31 at B = 0.26 B_noise and scales them down.
     """
     noise = optimizer.expert_lr_noise_scale_tokens
     if noise is None:

@@ -1,21 +1,20 @@
-"""What each step of a run does: which stage, how large a batch, which places of the stage's data, and what learning
-rate.
+"""What each step of a run does: its stage, batch size, positions in the stage's data, and learning rate.
 
-A run is a list of segments: configurations that were in force one after the other, each from some step on. The schedule
-that follows is cut into pieces of one stage of one segment. Position within a stage is counted in tokens and sequences,
-never in steps, so that another batch goes on where the data and the learning rate were. Pure functions of the
-configurations and their first steps; no torch.
+A run is a list of segments: configurations that took effect one after another, each from a certain step. The schedule
+is a list of pieces; each piece belongs to one stage of one segment. Position within a stage is counted in tokens and
+sequences, never in steps, so a run that resumes with another batch size continues at the same data and learning rate.
+Everything here is a pure function of the configurations and their first steps; no torch.
 
-Learning rate. Within a stage it is a function of the tokens trained there, from the fraction of optimizer.lr at which
-the stage before ended (0 at the start of a run) to lr_end, by lr_shape; the last step has exactly lr_end. When a run
-goes on with a changed configuration:
+Learning rate. Within a stage it is a function of the tokens trained in that stage. It goes from the fraction of
+optimizer.lr at which the previous stage ended (0 at the start of a run) to lr_end, by lr_shape; the last step has
+exactly lr_end. When a run resumes with a changed configuration:
 
-- another batch only: the same function goes on, the steps are other ones;
-- another length, lr_end or lr_shape of the present stage: the rest of the stage goes from the fraction of the last step
-  that was trained to lr_end over the tokens that are left, by lr_shape; so a run whose end is moved has no jump, and
-  one that had ended goes on at lr_end;
-- stages that have ended are over: changes of theirs have no effect;
-- another optimizer.lr multiplies all of it.
+- batch size only: the function stays the same; only the steps at which it is evaluated change;
+- length, lr_end or lr_shape of the current stage: the rest of the stage goes from the fraction of the last trained step
+  to lr_end over the remaining tokens, by lr_shape. Moving the end of a run therefore causes no jump, and a run that had
+  ended continues at lr_end;
+- stages that have ended: changes to them have no effect;
+- optimizer.lr: the new value scales the whole curve.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from hunyuan_pretrain.config.schema import StageConfig
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Fractions of optimizer.lr between two numbers of tokens of a stage."""
+    """Learning rate, as a fraction of optimizer.lr, between two token counts of a stage."""
 
     shape: str
     start: float
@@ -41,7 +40,7 @@ class LrCurve:
     last_token: int
 
     def at(self, tokens: int) -> float:
-        """Fraction of the step after which `tokens` of the stage are trained."""
+        """Fraction for the step after which `tokens` tokens of the stage are trained."""
         progress = (tokens - self.first_token) / (self.last_token - self.first_token)
         match self.shape:
             case "constant":
@@ -54,7 +53,7 @@ class LrCurve:
 
 @dataclass(frozen=True)
 class Piece:
-    """Steps that follow one another in one stage of one segment."""
+    """Consecutive steps in one stage of one segment."""
 
     segment: int
     """Number of the segment, from 0."""
@@ -62,35 +61,35 @@ class Piece:
     """Of the stage in the segment's configuration."""
     stage: StageConfig
     lane: int
-    """Which stage of the run it is, from 0: pieces of one stage have the same."""
+    """Which stage of the run it is, from 0; all pieces of one stage have the same value."""
     first_step: int
     num_steps: int
-    """As trained, or as planned where nothing has come of it yet."""
+    """As trained; as planned if the piece has not been trained yet."""
     first_position: int
-    """Of the stage's data, in sequences, skipped ones counted."""
+    """Where the piece starts in the stage's data, in sequences, counting skipped ones."""
     end_position: int
-    """Where the stage's data ends, as planned when the piece began; skipped ones counted."""
+    """Where the stage's data ends, as planned when the piece began, counting skipped sequences."""
     tokens_before: int
-    """Of the stage, trained before the piece."""
+    """Tokens of the stage trained before the piece."""
     curve: LrCurve
 
     @property
     def num_planned_sequences(self) -> int:
-        """Sequences of the rest of the stage, as planned when the piece began, without skipped ones."""
+        """Remaining sequences of the stage, as planned when the piece began, without skipped ones."""
         return self.end_position - self.first_position - skipped_after(self.stage, self.first_position)
 
     @property
     def end_step(self) -> int:
-        """The step after its last."""
+        """The step after the piece's last step."""
         return self.first_step + self.num_steps
 
     def tokens_after(self, num_steps: int) -> int:
-        """Tokens of the stage that are trained after so many steps of the piece."""
+        """Tokens of the stage that are trained after `num_steps` steps of the piece."""
         return self.tokens_before + num_steps * self.stage.global_batch_tokens
 
     def position_of(self, number: Any) -> Any:
-        """Place in the stage's data of the piece's `number`-th sequence that is not skipped, both from 0; an int or an
-        array of numpy."""
+        """Position in the stage's data of the piece's `number`-th sequence that is not skipped. Both count from 0;
+        `number` is an int or a NumPy array."""
         position = number + self.first_position
         for first, end in skipped_positions(self.stage):
             begin = max(first, self.first_position)
@@ -99,24 +98,24 @@ class Piece:
         return position
 
     def next_position(self, num_steps: int) -> int:
-        """Place that follows the last one read after so many steps of the piece."""
+        """Position after the last sequence that `num_steps` steps of the piece have read."""
         number = num_steps * self.stage.global_batch_sequences
         return int(self.position_of(number - 1)) + 1 if number else self.first_position
 
 
 def skipped_positions(stage: StageConfig) -> list[tuple[int, int]]:
-    """[first, end) of the places of a stage's data that are not trained on."""
+    """[first, end) ranges of positions in a stage's data that are not trained on."""
     batch = stage.global_batch_sequences
     return [((first - 1) * batch, last * batch) for first, last in stage.skip_data_steps]
 
 
 def skipped_after(stage: StageConfig, position: int) -> int:
-    """Sequences of a stage's data, from a place on, that are not trained on."""
+    """Number of sequences in a stage's data, from `position` on, that are not trained on."""
     return sum(max(end - max(first, position), 0) for first, end in skipped_positions(stage))
 
 
 class Schedule:
-    """All steps of a run; steps are counted from 0 over all its stages."""
+    """All steps of a run, counted from 0 over all stages."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = tuple(pieces)
@@ -126,12 +125,12 @@ class Schedule:
 
     @classmethod
     def of(cls, stages: Sequence[StageConfig]) -> Schedule:
-        """The schedule of a run that begins."""
+        """The schedule of a new run."""
         return cls(_plan(stages, 0, segment=0, lane=0, first_step=0, start=0.0))
 
     @classmethod
     def of_segments(cls, segments: Sequence[tuple[int, Sequence[StageConfig]]]) -> Schedule:
-        """The schedule after (first step, stages) of each segment, the first from step 0."""
+        """The schedule of a run with these segments, each (first step, stages); the first starts at step 0."""
         schedule = cls.of(segments[0][1])
         for number, (first_step, stages) in enumerate(segments[1:], start=1):
             schedule = schedule.resumed(first_step, stages, segment=number)
@@ -139,7 +138,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all stages together."""
+        """Total steps of all stages."""
         return self._ends[-1] if self._ends else 0
 
     def piece_of_step(self, step: int) -> Piece:
@@ -153,8 +152,8 @@ class Schedule:
         return self.piece_of_step(step).stage
 
     def stage_of_step(self, step: int) -> tuple[int, int]:
-        """(stage of the run, step within it) of a step, both from 0, however often the run was changed in the stage.
-        Raises IndexError past the end."""
+        """(stage of the run, step within that stage) of a step, both from 0. Changes to the run within the stage do not
+        restart the count. Raises IndexError past the end."""
         lane = self.piece_of_step(step).lane
         return lane, step - self.first_steps[lane]
 
@@ -164,13 +163,13 @@ class Schedule:
         return piece.curve.at(piece.tokens_after(step - piece.first_step + 1))
 
     def tokens_after(self, num_steps: int) -> int:
-        """Tokens of the whole run that are trained after so many steps."""
+        """Tokens of the whole run that are trained after `num_steps` steps."""
         lengths = ((piece, min(num_steps, piece.end_step) - piece.first_step) for piece in self.pieces)
         return sum(length * piece.stage.global_batch_tokens for piece, length in lengths if length > 0)
 
     def position(self, num_steps: int) -> dict[str, int | str]:
-        """Where a run is after so many steps: stage, sequences and tokens trained in it, next place of its data, tokens
-        of the run."""
+        """Where a run is after `num_steps` steps: step, stage, tokens trained in the stage, next position in its data,
+        tokens of the run."""
         piece = self.piece_of_step(max(num_steps - 1, 0))
         local = num_steps - piece.first_step
         return {
@@ -182,10 +181,10 @@ class Schedule:
         }
 
     def resumed(self, step: int, stages: Sequence[StageConfig], segment: int) -> Schedule:
-        """The schedule where, after `step` steps, a configuration with these stages takes over.
+        """The schedule of a run that resumes after `step` steps with a configuration of these stages.
 
-        The present stage is found by its name, or where it has a new name by its number. Raises ConfigError if it is
-        not there, or ends before what is trained.
+        The current stage is found by its name, or by its number if it was renamed. Raises ConfigError if the stage is
+        missing, or if it now ends before the tokens already trained.
         """
         if step == 0:
             return Schedule(_plan(stages, 0, segment=segment, lane=0, first_step=0, start=0.0))
@@ -213,7 +212,7 @@ class Schedule:
             position = last.next_position(last.num_steps)
             end_position = position + left * new.global_batch_sequences + skipped_after(new, position)
             pieces.append(Piece(segment, index, new, last.lane, step, left, position, end_position, tokens, curve))
-        # exactly lr_end after a stage that has ended, whatever rounding made of its last step
+        # exactly lr_end after a stage that has ended, despite rounding in its last step
         start = new.lr_end if left else last.curve.end if tokens == last.curve.last_token else fraction
         return Schedule(
             [
@@ -226,7 +225,7 @@ class Schedule:
 
 
 def present_stage(piece: Piece, stages: Sequence[StageConfig]) -> int:
-    """Number of a piece's stage in another configuration; raises ConfigError where it is not there."""
+    """Index of a piece's stage in another configuration. Raises ConfigError if that has no such stage."""
     names = [stage.name for stage in stages]
     if piece.stage.name in names:
         return names.index(piece.stage.name)
@@ -242,7 +241,7 @@ def present_stage(piece: Piece, stages: Sequence[StageConfig]) -> int:
 def _plan(
     stages: Sequence[StageConfig], first: int, *, segment: int, lane: int, first_step: int, start: float
 ) -> list[Piece]:
-    """Stages that have not begun, from number `first` on; `start`: fraction of the learning rate at which they
+    """Pieces of the stages that have not begun, from number `first` on; `start`: learning rate fraction at which they
     begin."""
     pieces = []
     for index, stage in enumerate(stages[first:], start=first):
@@ -255,8 +254,8 @@ def _plan(
 
 
 def _refuse_shorter(index: int, old: StageConfig, new: StageConfig, tokens: int, step: int) -> None:
-    """Raise ConfigError where a stage is made to end before what is trained of it."""
+    """Raise ConfigError if the new stage ends before the tokens already trained in it."""
     if new.tokens < old.tokens and -(-new.tokens // old.global_batch_tokens) * old.global_batch_tokens < tokens:
         rule = f"{tokens:,} tokens of stage {new.name} are trained after step {step}, so it cannot end before them"
         hint = f"use at least {tokens}, or branch from an earlier checkpoint with --from-step"
-        raise ConfigError("the run cannot go on", [Problem(f"stages.{index}.tokens", new.tokens, rule, hint)])
+        raise ConfigError("the run cannot continue", [Problem(f"stages.{index}.tokens", new.tokens, rule, hint)])

@@ -1,7 +1,7 @@
-"""The typed experiment: every key of an experiment YAML, with its unit, its meaning and its default.
+"""The typed experiment: every key of an experiment YAML, with its meaning, unit and default.
 
-`Experiment` is what `config.load.load_experiment` returns: frozen, every default filled in. Names follow megatron-core;
-what core lacks takes the name of the Hunyuan-Large report (arXiv 2411.02265). Rules that span several fields are in
+`config.load.load_experiment` returns an `Experiment`: frozen, with every default filled in. Names follow megatron-core,
+or the Hunyuan-Large report (arXiv 2411.02265) for settings that core lacks. Rules that span several fields are in
 `config/rules.py`. This module must stay cheap to import: no torch.
 """
 
@@ -38,30 +38,30 @@ def setting(
     min_length: int | None = None,
     is_path: bool = False,
 ) -> Any:
-    """A schema field with what `hunyuan-pretrain explain` prints beside its default. Unit "tokens" takes suffixes
+    """A schema field, with what `hunyuan-pretrain explain` prints about it. Unit "tokens" accepts suffixes
     (config/values.py)."""
     extra: dict[str, Any] = {"unit": unit, "typical": typical} | ({"is_path": True} if is_path else {})
     return Field(default, description=description, min_length=min_length, json_schema_extra=extra)
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values cannot be changed after loading."""
+    """Base of every section: unknown keys are refused, and values are frozen after loading."""
 
-    # defer_build, and default_factory in Experiment: validators are built at first use, which keeps the import under
+    # defer_build, and default_factory in Experiment: validators are built at first use, which keeps the import below
     # 200 ms.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelConfig(Section):
-    """Architecture. Everything here changes what the weights mean; nothing here depends on the machine."""
+    """Architecture. Every setting here changes what the weights mean; none depends on the machine."""
 
     num_layers: PositiveInt = setting(
         "Transformer layers; each is attention followed by a mixture-of-experts FFN.", unit="layers", typical="64"
     )
     hidden_size: PositiveInt = setting("Width of the residual stream.", unit="channels", typical="6400")
-    num_attention_heads: PositiveInt = setting("Query heads of each layer.", unit="heads", typical="80")
+    num_attention_heads: PositiveInt = setting("Query heads per layer.", unit="heads", typical="80")
     num_query_groups: PositiveInt = setting(
-        "Key/value heads of each layer (grouped-query attention).", unit="heads", typical="8"
+        "Key/value heads per layer (grouped-query attention).", unit="heads", typical="8"
     )
     kv_channels: PositiveInt | None = setting(
         "Width of one head; null means hidden_size / num_attention_heads.", None, unit="channels", typical="80"
@@ -70,39 +70,38 @@ class ModelConfig(Section):
     moe_ffn_hidden_size: PositiveInt | None = setting(
         "SwiGLU width of each routed expert; null means ffn_hidden_size.", None, unit="channels", typical="18304"
     )
-    num_moe_experts: PositiveInt = setting("Routed experts of each layer.", unit="experts", typical="16")
+    num_moe_experts: PositiveInt = setting("Routed experts per layer.", unit="experts", typical="16")
     moe_router_topk: PositiveInt = setting(
-        "Routed experts that each token visits. With 1 the combine weight is the raw softmax probability; with "
-        "more, the weights are "
-        "renormalised to sum to 1.",
+        "Routed experts per token. With 1, the combine weight is the raw softmax probability; with more, the weights "
+        "are renormalised to sum to 1.",
         1,
         unit="experts",
         typical="1",
     )
     moe_expert_capacity_factor: PositiveFloat | None = setting(
-        "Slots of an expert in training: ceil(factor * tokens * topk / experts) for each routing group. null: no "
-        "limit (dropless, and no "
-        "recycling). Evaluation and export never limit. The pretraining value of Hunyuan-Large is unpublished.",
+        "Sets the capacity of an expert in training: ceil(factor * tokens * topk / experts) slots per routing group. "
+        "null: no limit (dropless); recycle_routing must then be false. Evaluation and export never limit. The value "
+        "used to pretrain Hunyuan-Large is unpublished.",
         1.0,
         unit="ratio",
         typical="1.0",
     )
     recycle_routing: bool = setting(
-        "Give a token whose expert is full to a random free slot of another expert instead of dropping it.",
+        "Send a token whose expert is full to a random free slot of another expert instead of dropping it.",
         True,
         typical="true",
     )
     moe_routing_group_tokens: PositiveInt = setting(
-        "Routing group: this many consecutive tokens of one sequence share the experts' capacity and one term of "
-        "the balance loss. "
-        "Must divide every stage's sequence_length. Small groups let every parallel layout hold whole groups.",
+        "Size of a routing group: consecutive tokens of one sequence that share the experts' capacity and form one "
+        "term of the balance loss. Must divide sequence_length of every stage. With small groups, a rank holds whole "
+        "groups under every parallel layout.",
         512,
         unit="tokens",
         typical="512 to 4096",
     )
     moe_aux_loss_coeff: NonNegativeFloat = setting(
-        "Coefficient of the balance loss E * sum_e mean(p_e) * mean(chosen_e), on the choice before recycling. "
-        "Unpublished.",
+        "Coefficient of the balance loss E * sum_e mean(p_e) * mean(chosen_e), computed on the router's choices "
+        "before recycling. Unpublished.",
         0.001,
         unit="ratio",
         typical="0.001 to 0.01",
@@ -111,9 +110,8 @@ class ModelConfig(Section):
         "Coefficient of the router z-loss mean(logsumexp(logits)^2).", 0.0, unit="ratio", typical="0 or 0.001"
     )
     cla_share_factor: PositiveInt = setting(
-        "Cross-layer attention: consecutive layers that share one key and value projection; the first of each "
-        "group owns it. "
-        "1 turns it off.",
+        "Cross-layer attention: number of consecutive layers that share one key and value projection. The first "
+        "layer of each group owns it. 1 turns it off.",
         2,
         unit="layers",
         typical="2",
@@ -121,15 +119,13 @@ class ModelConfig(Section):
     qk_layernorm: bool = setting("RMSNorm of each query and key head, after RoPE.", True, typical="true")
     layernorm_epsilon: PositiveFloat = setting("Epsilon of every RMSNorm.", 1e-5, typical="1e-5")
     rotary_base: PositiveFloat = setting(
-        "RoPE base before the NTK-alpha scaling of the stage.", 10000.0, typical="10000"
+        "RoPE base before the stage's NTK-alpha scaling (rope_alpha).", 10000.0, typical="10000"
     )
     padded_vocab_size: PositiveInt = setting(
         "Rows of the embedding: the tokenizer's vocabulary plus padding.", unit="tokens", typical="128512"
     )
     share_embeddings_and_output_weights: bool = setting("Tie the output layer to the embedding.", True, typical="true")
-    init_method_std: PositiveFloat = setting(
-        "Standard deviation of the weights at initialisation.", 0.02, typical="0.02"
-    )
+    init_method_std: PositiveFloat = setting("Standard deviation of the initial weights.", 0.02, typical="0.02")
 
     @property
     def head_dim(self) -> int:
@@ -143,50 +139,52 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the ranks divide the work. The data-parallel size is what is left of the world size."""
+    """How the ranks split the work. The data-parallel size is the rest of the world size."""
 
     world_size: PositiveInt | None = setting(
-        "Ranks that the job must have; null accepts every number that the layout divides.", None, unit="ranks"
+        "Number of ranks that the job must have; null accepts any number that fits the layout.", None, unit="ranks"
     )
     tensor_model_parallel_size: PositiveInt = setting(
-        "Ranks that share each weight matrix.", 1, unit="ranks", typical="1 to 8"
+        "Ranks over which each weight matrix is sharded.", 1, unit="ranks", typical="1 to 8"
     )
     sequence_parallel: bool = setting(
-        "Split norms, residuals and the tokens of the experts over the tensor-parallel ranks too; required with them.",
+        "Also split norms, residuals and the experts' tokens over the tensor-parallel ranks. Must be true if there "
+        "are several, false if there is one.",
         False,
     )
-    pipeline_model_parallel_size: PositiveInt = setting("Ranks of the pipeline.", 1, unit="ranks", typical="1 to 16")
+    pipeline_model_parallel_size: PositiveInt = setting("Pipeline-parallel ranks.", 1, unit="ranks", typical="1 to 16")
     virtual_pipeline_model_parallel_size: PositiveInt = setting(
-        "Model chunks of each pipeline rank: above 1, the interleaved schedule.", 1, unit="chunks", typical="1 to 4"
+        "Model chunks per pipeline rank; above 1 selects the interleaved schedule.", 1, unit="chunks", typical="1 to 4"
     )
     pipeline_layout: tuple[PositiveInt, ...] | None = setting(
-        "Layers of each stage, in the order in which a token passes them; stage i is on pipeline rank i % "
-        "pipeline_model_parallel_size. "
-        "No stage may cut a CLA group. null divides the layers evenly.",
+        "Number of layers in each stage, in the order in which a token passes them; stage i is on pipeline rank i % "
+        "pipeline_model_parallel_size. No stage may split a CLA group. null splits the layers evenly.",
         None,
         unit="layers",
         typical="[14, 16, 16, 18]",
     )
-    context_parallel_size: PositiveInt = setting("Ranks that share each sequence.", 1, unit="ranks", typical="1 to 8")
+    context_parallel_size: PositiveInt = setting(
+        "Ranks over which each sequence is split.", 1, unit="ranks", typical="1 to 8"
+    )
     context_parallel_method: Literal["all_gather", "all_to_all"] = setting(
-        "How attention sees the whole sequence: all_gather collects keys and values, once for each CLA group, "
-        "and works for any number of "
-        "ranks; all_to_all (Ulysses) trades tokens for heads and needs at least as many key/value heads as ranks.",
+        "How attention sees the whole sequence: all_gather or all_to_all (Ulysses). all_gather collects keys and "
+        "values, once per CLA group, and works with any number of ranks. all_to_all trades tokens for heads; the "
+        "key/value heads of a tensor-parallel rank must divide evenly among the context-parallel ranks.",
         "all_gather",
     )
     expert_model_parallel_size: PositiveInt = setting(
-        "Ranks that share the routed experts of each layer.", 1, unit="ranks", typical="8 to 16"
+        "Ranks over which the routed experts of each layer are distributed.", 1, unit="ranks", typical="8 to 16"
     )
     expert_tensor_parallel_size: PositiveInt = setting(
-        "Ranks that share each routed expert.", 1, unit="ranks", typical="1"
+        "Ranks over which each routed expert is sharded.", 1, unit="ranks", typical="1"
     )
     use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
     overlap_grad_reduce: bool = setting("Reduce gradients while the backward pass still runs.", False)
     overlap_param_gather: bool = setting("Gather updated parameters while the next forward pass runs.", False)
     recompute: Literal["none", "selective", "cla_group"] = setting(
-        "Activations kept for the backward pass: all of them; all but those inside the experts, shared and "
-        "routed (selective); or only the "
-        "input of each CLA group (full recompute). The rest is computed again.",
+        "Which activations the backward pass recomputes instead of keeping them. none: keep all. selective: "
+        "recompute those inside the experts, shared and routed. cla_group: keep only the input of each CLA group "
+        "(full recompute).",
         "none",
     )
 
@@ -201,42 +199,49 @@ class PrecisionConfig(Section):
     fp8_recipe: RecipeName | None = setting(
         "Quantise the operands of the linear layers and experts to FP8. "
         + "; ".join(f"{recipe.name}: {recipe.meaning}" for recipe in RECIPES.values())
-        + ". Router, norms, embedding, output layer and attention itself stay in dtype. Runs on Transformer Engine's "
-        "kernels, or emulated, see runtime.transformer_engine. null: no FP8.",
+        + ". The router, norms, embedding, output layer and attention itself are not quantised. Runs on Transformer "
+        "Engine's kernels, or emulated: see runtime.transformer_engine. null: no FP8.",
         None,
         typical="blockwise on Hopper, mxfp8 on Blackwell",
     )
     fp8_format: Literal["e4m3", "hybrid"] | None = setting(
-        "Format of the quantised values; hybrid is E4M3 for inputs and weights, and E5M2, of more range and less "
-        "precision, for gradients. "
-        "null: Transformer Engine's choice for the recipe, hybrid with delayed and tensorwise, e4m3 with the others.",
+        "Format of the quantised values. e4m3: E4M3 for all of them. hybrid: E4M3 for inputs and weights, and E5M2, "
+        "with more range and less precision, for gradients. null: Transformer Engine's default for the recipe, which "
+        "is hybrid for delayed and tensorwise, e4m3 for the others.",
         None,
     )
     fp8_margin: int | None = setting(
-        "Scales of fp8_recipe=delayed are divided by 2^margin, room for values to grow. null: 0.",
+        "Headroom of fp8_recipe=delayed: scales are divided by 2^margin, so that values can grow. null: 0.",
         None,
         unit="powers of two",
         typical="0",
     )
     fp8_amax_history_len: PositiveInt | None = setting(
-        "Steps whose largest values fp8_recipe=delayed remembers. null: 1024.", None, unit="steps", typical="16 to 1024"
+        "Number of steps whose amax (largest absolute value) fp8_recipe=delayed remembers. null: 1024, or 1 with "
+        "fp8_amax_compute_algo=most_recent.",
+        None,
+        unit="steps",
+        typical="16 to 1024",
     )
     fp8_amax_compute_algo: Literal["max", "most_recent"] | None = setting(
-        "What fp8_recipe=delayed takes of its history: the largest value, or that of the last step. null: max.", None
+        "What fp8_recipe=delayed takes from its amax history: max, the largest value; most_recent, the value of the "
+        "last step. null: max.",
+        None,
     )
     fp8_parameters: bool = setting(
-        "Keep the weights of layers in FP8 in that format only, without a copy in bf16, and gather them so over "
-        "the data-parallel ranks. "
-        "The optimizer's fp32 main weights stay, and every number of the training; validation multiplies by the "
-        "FP8 weights. Checkpoints "
-        "and exports have bf16 weights, rounded from the main ones.",
+        "Keep the weights of FP8 layers in FP8 only, without a bf16 copy, and all-gather them in FP8 over the "
+        "data-parallel ranks. The optimizer keeps its fp32 main weights, so training gives the same numbers. "
+        "Validation multiplies by the FP8 weights. Checkpoints and exports have bf16 weights, rounded from the main "
+        "weights.",
         False,
-        typical="true where memory is short",
+        typical="true if memory is short",
     )
     num_layers_at_start_in_bf16: NonNegativeInt = setting(
-        "Layers at the input whose linear layers and experts stay out of FP8.", 0, unit="layers", typical="0 to 2"
+        "Layers at the input whose linear layers and experts are not quantised.", 0, unit="layers", typical="0 to 2"
     )
-    num_layers_at_end_in_bf16: NonNegativeInt = setting("The same at the output.", 0, unit="layers", typical="0 to 2")
+    num_layers_at_end_in_bf16: NonNegativeInt = setting(
+        "Layers at the output whose linear layers and experts are not quantised.", 0, unit="layers", typical="0 to 2"
+    )
 
     def is_fp8_layer(self, layer: int, num_layers: int) -> bool:
         """Whether layer `layer`, counted from 0 over the whole model, computes in FP8."""
@@ -247,12 +252,12 @@ class PrecisionConfig(Section):
 
     @property
     def layers_in_bf16(self) -> tuple[int, int]:
-        """Layers at the input and at the output that stay out of FP8."""
+        """(layers at the input, layers at the output) that are not quantised."""
         return self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
 
     @property
     def recipe(self) -> Recipe | None:
-        """`fp8_recipe` under the other settings of FP8, Transformer Engine's defaults filled in; None: no FP8."""
+        """The recipe with the other fp8_* settings applied and Transformer Engine's defaults filled in, or None."""
         if self.fp8_recipe is None:
             return None
         return RECIPES[self.fp8_recipe].with_settings(
@@ -264,38 +269,38 @@ class OptimizerConfig(Section):
     """AdamW, and the learning rate of the routed experts relative to everything else."""
 
     lr: PositiveFloat = setting(
-        "Peak learning rate; each stage moves it by a fraction of this. Unpublished for Hunyuan-Large.",
+        "Peak learning rate; stages set theirs as a fraction of it. Unpublished for Hunyuan-Large.",
         unit="1/step",
         typical="1e-4 to 1e-3",
     )
     adam_beta1: float = setting("Decay of the first moment.", 0.9, typical="0.9")
     adam_beta2: float = setting("Decay of the second moment.", 0.95, typical="0.95")
-    adam_eps: PositiveFloat = setting("Added to the root of the second moment.", 1e-8, typical="1e-8")
+    adam_eps: PositiveFloat = setting("Added to the square root of the second moment.", 1e-8, typical="1e-8")
     weight_decay: NonNegativeFloat = setting(
-        "Decoupled weight decay of matrices; norm weights have none.", 0.1, typical="0.1"
+        "Decoupled weight decay of the weight matrices; norm weights are not decayed.", 0.1, typical="0.1"
     )
     clip_grad: NonNegativeFloat = setting(
-        "Global gradient norm is clipped to this; 0 turns clipping off.", 1.0, typical="1.0"
+        "Global gradient norm above which gradients are clipped; 0 turns clipping off.", 1.0, typical="1.0"
     )
     cpu_offload_fraction: NonNegativeFloat = setting(
-        "Share of a rank's optimizer state (both moments and the fp32 main weights) that is kept in the host's "
-        "memory and updated by the "
-        "CPU, from 0 to 1; whole tensors, so a little more. Gradients and new weights travel between the two in "
-        "every step.",
+        "Fraction of a rank's optimizer state (both moments and the fp32 main weights) that is kept in host memory "
+        "and updated by the CPU, from 0 to 1. Whole tensors are offloaded, so the actual fraction is slightly "
+        "higher. Gradients and new weights are copied between device and host in every step.",
         0.0,
         unit="fraction of the elements",
-        typical="0, or 1 where the memory of the GPU does not suffice",
+        typical="0, or 1 if GPU memory is short",
     )
     expert_lr_ratio: PositiveFloat | None = setting(
-        "Learning rate of routed experts over that of all other weights. null: computed from "
+        "Learning rate of the routed experts divided by that of all other weights. null: computed from "
         "expert_lr_noise_scale_tokens.",
         0.31,
         unit="ratio",
         typical="0.31",
     )
     expert_lr_noise_scale_tokens: PositiveFloat | None = setting(
-        "Gradient noise scale B_noise. Given (with expert_lr_ratio null), the ratio is eps(B*topk/E) / eps(B) with "
-        "eps(B) = 2 eps_max / (sqrt(B_noise/B) + sqrt(B/B_noise)), B the tokens of a global batch.",
+        "Gradient noise scale B_noise. If it is set, and expert_lr_ratio is null, the ratio is eps(B*topk/E) / "
+        "eps(B) with eps(B) = 2 eps_max / (sqrt(B_noise/B) + sqrt(B/B_noise)), where B is the number of tokens in a "
+        "global batch.",
         None,
         unit="tokens",
         typical="1e6 to 1e8",
@@ -307,88 +312,83 @@ class DataSource(Section):
 
     path: str = setting("Folder written by `hunyuan-data pack`.", is_path=True)
     weight: PositiveFloat = setting(
-        "Share of the stage's tokens (padding not counted), relative to the other sources of the stage, or of "
-        "its tier.",
+        "Share of the stage's tokens (padding not counted), relative to the stage's other sources, or with "
+        "tier_weights to those of the same tier.",
         1.0,
         unit="ratio",
-        typical="0.1 to 1; a source that shall not be read is left out",
+        typical="0.1 to 1; leave out a source that should not be read",
     )
     max_epochs: PositiveFloat | None = setting(
-        "How often the source's documents may have been read on average when the stage ends, earlier stages "
-        "included and whichever sources "
-        "hold them: packs of two lengths over one tokenized folder count together. A mixture that needs more is "
-        "refused.",
+        "Limit on how often the source's documents may have been read, on average, by the end of the stage. Earlier "
+        "stages count, and so do other sources with the same documents: packs of two lengths made from one tokenized "
+        "folder count together. A mixture that needs more is refused.",
         None,
         unit="epochs",
         typical="1 for web text, 4 for books",
     )
-    tier: str | None = setting(
-        "Quality tier, whose share the stage's tier_weights gives.", None, typical="high, medium"
-    )
+    tier: str | None = setting("Quality tier; the stage's tier_weights sets its share.", None, typical="high, medium")
 
 
 class StageConfig(Section):
-    """One phase of training: its length, its data, its positions and where it takes the learning rate."""
+    """One phase of training: its length, data, RoPE scaling and learning rate."""
 
     name: str = setting("Name in logs and reports.", typical="warmup, decay, anneal, long_32k")
     tokens: PositiveInt = setting("Length of the stage, rounded up to whole steps.", unit="tokens")
     sequence_length: PositiveInt = setting(
-        "Length of a packed sequence; the stage's data must be packed to it.",
+        "Length of a packed sequence; the stage's data must be packed to this length.",
         unit="tokens",
         typical="4096, 32768, 262144",
     )
-    global_batch_sequences: PositiveInt = setting("Sequences of one step, over all ranks.", unit="sequences")
+    global_batch_sequences: PositiveInt = setting("Sequences per step, over all ranks.", unit="sequences")
     micro_batch_sequences: PositiveInt = setting(
-        "Sequences that one rank passes through the model at a time.", 1, unit="sequences", typical="1"
+        "Sequences per micro-batch on each data-parallel rank.", 1, unit="sequences", typical="1"
     )
     rope_alpha: PositiveFloat = setting(
-        "NTK-alpha of this stage: the RoPE base becomes rotary_base * alpha^(d/(d-2)), d the head width.",
+        "NTK-alpha of this stage: the RoPE base becomes rotary_base * alpha^(d/(d-2)), where d is the head width.",
         1.0,
         typical="1 at 4K, 1e5 at 256K",
     )
     lr_end: NonNegativeFloat = setting(
-        "Learning rate at the end of the stage, as a fraction of optimizer.lr. It starts where the stage before ended; "
-        "the first starts at 0.",
+        "Learning rate at the end of the stage, as a fraction of optimizer.lr. A stage starts at the end value of "
+        "the stage before; the first starts at 0.",
         unit="fraction of optimizer.lr",
         typical="1.0 after warmup, 0.1 after anneal",
     )
     lr_shape: Literal["linear", "cosine", "constant"] = setting(
-        "Path of the learning rate; constant stays at lr_end from the first step.", "cosine"
+        "Shape of the learning rate curve up to lr_end; constant stays at lr_end from the first step.", "cosine"
     )
     data: tuple[DataSource, ...] = setting("Packed datasets of the stage, mixed by weight.", min_length=1)
     tier_weights: dict[str, PositiveFloat] | None = setting(
-        "Share of the stage's tokens by tier; within a tier the sources' weights decide. null: the weights "
-        "alone decide.",
+        "Share of the stage's tokens per tier; the sources' weights split it within a tier. null: only the sources' "
+        "weights count.",
         None,
         unit="ratio",
         typical="{high: 0.7, medium: 0.3} while annealing",
     )
     balance_attention: Literal["off", "deal", "group"] = setting(
-        "Equal attention work for the ranks, which wait for the slowest. deal: decide by cost which rank takes "
-        "which sequence of a batch. "
-        "group: besides, fill batches with groups of balance_group_sequences sequences of nearly equal cost; the "
-        "batches are other ones "
-        "than without, and less varied.",
+        "Equalise attention work across ranks, because all of them wait for the slowest. deal: assign the sequences "
+        "of a batch to ranks by cost. group: in addition, fill batches with groups of balance_group_sequences "
+        "sequences of nearly equal cost. Batches then differ from those without it and are less varied.",
         "off",
         typical="deal at 32K, group at 256K",
     )
     balance_group_sequences: PositiveInt | None = setting(
-        "Sequences in a group of balance_attention=group; keep it for the whole run. null: global_batch_sequences.",
+        "Sequences per group with balance_attention=group; keep it for the whole run. null: global_batch_sequences.",
         None,
         unit="sequences",
         typical="data-parallel size x micro_batch_sequences",
     )
     skip_data_steps: tuple[tuple[PositiveInt, PositiveInt], ...] = setting(
-        "Ranges [first, last] of the stage's data, in steps from 1 as `hunyuan-data where` prints them, that are "
-        "not trained on. The stage "
-        "is as long as without; it takes as much data beyond its own. Later stages go on after that.",
+        "Ranges [first, last] of the stage's data that are not trained on, in steps counted from 1 as `hunyuan-data "
+        "where` prints them. The length of the stage does not change: it reads as much additional data beyond its "
+        "own. Later stages continue after that data.",
         (),
         unit="steps",
     )
 
     @property
     def global_batch_tokens(self) -> int:
-        """Tokens of one step over all ranks."""
+        """Tokens per step, over all ranks."""
         return self.global_batch_sequences * self.sequence_length
 
     @property
@@ -398,31 +398,31 @@ class StageConfig(Section):
 
 
 class EvaluationSet(Section):
-    """A validation set with a name."""
+    """A named validation set."""
 
-    name: str = setting("Name in logs: its loss is validation/<name>/loss.", typical="code, books, zh")
-    path: str = setting("Folder written by `hunyuan-data pack`, which no stage trains on.", is_path=True)
+    name: str = setting("Name in logs: the loss is validation/<name>/loss.", typical="code, books, zh")
+    path: str = setting("Folder written by `hunyuan-data pack` that no stage trains on.", is_path=True)
     max_sequences: PositiveInt | None = setting(
-        "Sequences of one validation; null: evaluation.max_sequences.", None, unit="sequences", typical="256"
+        "Sequences per validation; null: evaluation.max_sequences.", None, unit="sequences", typical="256"
     )
 
 
 class EvaluationConfig(Section):
-    """Validation during training, dropless, as the exported model will run."""
+    """Validation during training: dropless, as the exported model will run."""
 
     data: str | None = setting(
-        "Packed dataset that no stage trains on; its loss is validation_loss. null: only those of sets, if there "
+        "Packed dataset that no stage trains on; its loss is validation_loss. null: validate only on sets, if there "
         "are any.",
         None,
         is_path=True,
     )
-    sets: tuple[EvaluationSet, ...] = setting("More validation sets, each with a name and losses of its own.", ())
+    sets: tuple[EvaluationSet, ...] = setting("More validation sets, each with its own name and losses.", ())
     every_steps: PositiveInt = setting(
         "Steps between validations; the last step is always validated.", 100, unit="steps"
     )
-    max_sequences: PositiveInt | None = setting("Sequences of one validation; null takes all.", None, unit="sequences")
+    max_sequences: PositiveInt | None = setting("Sequences per validation; null: all.", None, unit="sequences")
     micro_batch_sequences: PositiveInt = setting(
-        "Sequences that one rank passes through the model at a time.", 1, unit="sequences"
+        "Sequences per micro-batch on each data-parallel rank.", 1, unit="sequences"
     )
 
     @property
@@ -435,29 +435,30 @@ class CheckpointConfig(Section):
     """Saving and resuming. Checkpoints are in <run_dir>/checkpoints/step_NNNNNNN."""
 
     save_every_steps: PositiveInt | None = setting(
-        "Steps between checkpoints; null saves only at the end or when the job is told to stop.", None, unit="steps"
+        "Steps between checkpoints; null saves only at the end, or when the job is told to stop.", None, unit="steps"
     )
     keep_last: PositiveInt | None = setting(
-        "Complete checkpoints kept; older ones are removed after a newer one is complete. null keeps all.", None
+        "Number of complete checkpoints to keep; older ones are removed once a newer one is complete. null keeps all.",
+        None,
     )
     resume: bool = setting(
-        "Go on from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has one.",
+        "Continue from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has "
+        "one.",
         True,
     )
     resume_from: PositiveInt | str | None = setting(
-        "Branch off from this checkpoint of run_dir, a step or a folder, instead of going on from the newest. "
-        "What came after is moved to "
-        "<run_dir>/abandoned/NNN, itself a run directory. A folder of another run begins run_dir as a branch of "
-        "that run. The same start "
-        "again goes on with the branch. null: the newest.",
+        "Branch off from this checkpoint of run_dir, a step or a folder, instead of continuing from the newest. "
+        "Later checkpoints are moved to <run_dir>/abandoned/NNN, which is itself a run directory. With a folder of "
+        "another run, run_dir starts as a branch of that run. Starting again with the same setting continues the "
+        "branch. null: the newest.",
         None,
         unit="steps",
-        typical="the step before a spike of the loss",
+        typical="the step before a loss spike",
         is_path=True,
     )
     init_from: str | None = setting(
-        "Checkpoint, or run directory (its newest one), whose weights a fresh run starts from; not its "
-        "optimizer, step or data position.",
+        "Checkpoint, or run directory (its newest checkpoint), whose weights a new run starts from. Its optimizer "
+        "state, step and data position are not used.",
         None,
         is_path=True,
     )
@@ -466,27 +467,24 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Where metrics go. <run_dir>/metrics.jsonl is always written."""
 
-    log_every_steps: PositiveInt = setting("Steps between lines of the log and of metrics.jsonl.", 1, unit="steps")
+    log_every_steps: PositiveInt = setting("Steps between lines in the log and in metrics.jsonl.", 1, unit="steps")
     tensorboard: bool = setting("Write TensorBoard events to <run_dir>/tensorboard, if tensorboard is installed.", True)
     wandb: Literal["disabled", "offline", "online"] = setting(
-        "Weights & Biases; offline writes to <run_dir>/wandb and sends nothing. A run that is resumed goes on in "
-        "the same one, whose id is "
-        "in <run_dir>/wandb_id; online needs `wandb login` before.",
+        "Weights & Biases; offline writes to <run_dir>/wandb and sends nothing. A resumed run continues the same W&B "
+        "run, whose id is in <run_dir>/wandb_id. online needs `wandb login` first.",
         "offline",
     )
     wandb_project: str = setting("Project name in Weights & Biases.", "hunyuan-pretrain")
     peak_flops_per_s: PositiveFloat | None = setting(
-        "Peak of one rank's device in dense bf16 products, of which `mfu` is a share, under FP8 too. null: "
-        "looked up by the GPU's name; "
-        "where that is not known, and on CPU, there is no `mfu`.",
+        "Peak dense bf16 matmul speed of one rank's device; `mfu` is relative to it, with FP8 too. null: looked up "
+        "by the GPU's name. For unknown GPUs and on CPU there is no `mfu`.",
         None,
         unit="FLOP/s",
         typical="989e12 for an H100 SXM",
     )
     sink_timeout_s: PositiveInt = setting(
-        "TensorBoard or Weights & Biases that takes longer than this to open, or to finish after the run, is "
-        "given up with a warning; one "
-        "that fails is too. Neither ends the run.",
+        "Time limit for TensorBoard or Weights & Biases to open, and to finish after the run. One that takes longer, "
+        "or fails, is dropped with a warning. Neither ends the run.",
         60,
         unit="seconds",
         typical="60",
@@ -494,40 +492,36 @@ class LoggingConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """The machine."""
+    """The machine: device, kernels, threads, and checks at the start."""
 
     device: Literal["auto", "cuda", "cpu"] = setting(
-        "auto takes CUDA if there is one; cuda is an error where there is none.", "auto"
+        "auto uses CUDA if it is available; cuda is an error if it is not.", "auto"
     )
     transformer_engine: Literal["auto", "required", "never"] = setting(
-        "Layers of Transformer Engine, with its FP8 kernels. auto: where it is installed and there is a CUDA "
-        "device, and elsewhere this "
-        "project's own layers, which emulate FP8 recipes; required: an error where it cannot be used; never: own "
-        "layers everywhere.",
+        "Whether to use Transformer Engine's layers, with its FP8 kernels. auto: where it is installed and there is "
+        "a CUDA device; elsewhere, and with dtype=fp32, this project's own layers, which emulate FP8 recipes. "
+        "required: an error where it cannot be used. never: this project's own layers everywhere.",
         "auto",
     )
     cpu_threads_per_rank: PositiveInt | None = setting(
-        "Threads of one rank on CPU; null divides the cores by the ranks of the node.", None, unit="threads"
+        "CPU threads per rank when training on CPU; null divides the node's cores by its ranks.", None, unit="threads"
     )
-    deterministic: bool = setting("Refuse operations whose result changes from run to run.", True)
+    deterministic: bool = setting("Refuse operations whose results vary from run to run.", True)
     verify_data: Literal["digests", "sizes"] = setting(
-        "What is checked of the data, that of validation too, at each start. digests: every file against its "
-        "SHA-256; the ranks share the "
-        "files, each reading about 1 GB/s where the file system gives that, so copies on the disks of several "
-        "nodes are not all read. "
-        "sizes: that all files are there and as long as they should be. digests is the default because a changed "
-        "token is found by nothing "
-        "else; take sizes where a start would take too long, and run `hunyuan-data verify` once.",
+        "How training and validation data are checked at each start. digests: every file against its SHA-256. The "
+        "ranks share the files, and each reads about 1 GB/s if the file system is fast enough; if several nodes have "
+        "copies on their own disks, not every copy is read. sizes: all files exist and have the right length. "
+        "digests is the default because nothing else detects a changed token. Use sizes if starting would take too "
+        "long, and run `hunyuan-data verify` once.",
         "digests",
     )
     probes: bool = setting(
-        "Before training, check on a short synthetic micro-batch that documents of a pack do not see each other "
-        "and that every declared "
-        "loss reaches the routers with its declared strength.",
+        "Before training, check on a short synthetic micro-batch that packed documents do not see each other, and "
+        "that every declared loss reaches the routers with its declared strength.",
         True,
     )
     distributed_timeout_s: PositiveInt = setting(
-        "A collective that waits longer than this ends the job.", 600, unit="seconds"
+        "Time limit for a collective; one that waits longer ends the job.", 600, unit="seconds"
     )
 
 
@@ -535,12 +529,12 @@ class Experiment(Section):
     """One training run, from the first step to the last."""
 
     name: str = setting("Name of the experiment in logs.")
-    run_dir: str = setting("Folder of everything the run writes.", is_path=True)
+    run_dir: str = setting("Folder for everything the run writes.", is_path=True)
     seed: Annotated[int, Field(ge=0, le=2**63)] = setting(
-        "Seed of initialisation, data order and recycle routing.", 1234
+        "Seed for initialisation, data order and recycle routing.", 1234
     )
     tokenizer: str = setting(
-        "Folder of the tokenizer that the data was tokenized with (`hunyuan-data train-tokenizer`).", is_path=True
+        "Folder of the tokenizer that tokenized the data (`hunyuan-data train-tokenizer`).", is_path=True
     )
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

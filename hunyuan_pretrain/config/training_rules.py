@@ -79,7 +79,7 @@ def stage_names_are_unique(experiment: Experiment) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, stage in enumerate(experiment.stages):
         if stage.name in first:
-            rule = f"stages.{first[stage.name]} has this name already"
+            rule = f"stages.{first[stage.name]} already has this name"
             yield Problem(f"stages.{index}.name", stage.name, rule, f"use {stage.name}_{index}")
         first.setdefault(stage.name, index)
 

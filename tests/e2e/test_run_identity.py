@@ -232,9 +232,9 @@ def test_another_batch_trains_every_sequence_once(
 
 
 def test_another_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base: Path) -> None:
-    assert "step_0000010: the run cannot go on with this configuration" in told["seed"]
+    assert "step_0000010: the run cannot continue with this configuration" in told["seed"]
     assert "seed: 7 in the checkpoint, 8 in the config" in told["seed"]
-    assert told["seed"].endswith("go on all the same with --accept-changes seed")
+    assert told["seed"].endswith("continue anyway with --accept-changes seed")
     assert json.loads((base / "seed/segments.json").read_text())["segments"][-1]["experiment"]["seed"] == 7, (
         "nothing was written"
     )

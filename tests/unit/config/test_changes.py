@@ -156,7 +156,7 @@ def test_a_stage_that_changes_sides_of_the_present_one_is_refused() -> None:
     swapped = changed(stages=[fields[1], fields[0]])
     (told, _) = differences(four, swapped, Schedule.of(four.stages).piece_of_step(30))[:2]
     assert str(told).startswith(
-        'stages.order: ["warmup", "decay"] -> ["decay", "warmup"] (what is over would be trained again'
+        'stages.order: ["warmup", "decay"] -> ["decay", "warmup"] (stages that have ended would be trained again'
     )
 
 
@@ -181,13 +181,13 @@ def test_one_message_names_every_refused_difference_and_how_to_accept_it() -> No
     )
     lines = refusal_text("RUN", stopping).splitlines()
     assert lines[:3] == [
-        "RUN: the run cannot go on with this configuration",
+        "RUN: the run cannot continue with this configuration",
         "a checkpoint of another model:",
         lines[2],
     ]
-    assert lines[2] == "  model.hidden_size: 256 in the checkpoint, 64 in the config: another shape of the weights"
-    assert "  seed: 1234 in the checkpoint, 5 in the config: the data gets another order" in "\n".join(lines)
-    assert lines[-1].endswith("go on all the same with --accept-changes seed,stages.0.sequence_length")
+    assert lines[2] == "  model.hidden_size: 256 in the checkpoint, 64 in the config: changes the shape of the weights"
+    assert "  seed: 1234 in the checkpoint, 5 in the config: changes the order of the data" in "\n".join(lines)
+    assert lines[-1].endswith("continue anyway with --accept-changes seed,stages.0.sequence_length")
     assert [one.key for one in refusal(stopping, ["seed", "stages.0"])] == ["model.hidden_size"], (
         "no hand can accept another model"
     )
@@ -195,7 +195,7 @@ def test_one_message_names_every_refused_difference_and_how_to_accept_it() -> No
 
 def test_a_key_that_names_nothing_to_accept_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"--accept-changes=sed: no change that has to be accepted \(did you mean seed\?\)"
+        ConfigError, match=r"--accept-changes=sed: not a change that needs to be accepted \(did you mean seed\?\)"
     ):
         check_accepted(["seed", "sed"])
 

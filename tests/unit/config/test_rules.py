@@ -204,7 +204,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (["optimizer.adam_beta1=1.0"], "optimizer.adam_beta1=1: must be at least 0 and below 1 (use 0.9 or 0.95)"),
         (["optimizer.adam_beta2=-0.1"], "optimizer.adam_beta2=-0.1: must be at least 0 and below 1 (use 0)"),
-        (["stages.2.name=warmup"], "stages.2.name=warmup: stages.0 has this name already (use warmup_2)"),
+        (["stages.2.name=warmup"], "stages.2.name=warmup: stages.0 already has this name (use warmup_2)"),
         (
             ["stages.0.lr_end=2"],
             "stages.0.lr_end=2: a fraction of optimizer.lr, which is the peak (use 1.0, or raise optimizer.lr)",
@@ -361,9 +361,9 @@ def test_validation_sets_have_names_that_metrics_can_have() -> None:
         "path: d}]"
     )
     text = refusal(sets)
-    rule = "a name of letters, digits, dots, hyphens and underscores, since metrics are called by it"
+    rule = "must consist of letters, digits, dots, hyphens and underscores: it becomes part of metric names"
     assert f"evaluation.sets.1.name=my books/2: {rule} (use my_books_2)" in text
-    assert "evaluation.sets.2.name=code: evaluation.sets.0 has this name already (use code_2)" in text
+    assert "evaluation.sets.2.name=code: evaluation.sets.0 already has this name (use code_2)" in text
     assert f"evaluation.sets.3.name=..: {rule} (use set3)" in text
     made = experiment_with("evaluation.sets=[{name: zh-2.1_x, path: a, max_sequences: 4}]", "evaluation.data=b")
     assert made.evaluation.paths == ("b", "a")

@@ -1,4 +1,4 @@
-"""The loop's messages where a run cannot go on."""
+"""The loop's messages when a run cannot continue."""
 
 from __future__ import annotations
 
