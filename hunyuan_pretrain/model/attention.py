@@ -1,14 +1,14 @@
 """Grouped-query attention with cross-layer attention (CLA) over packed documents.
 
-Source: hunyuan_large architecture (arXiv 2411.02265 section 2.1.3; order of RoPE and QK norm from the released model
-code). A CLA group is `cla_share_factor` consecutive layers; the first owns the key and value projection. A borrower
-applies RoPE and its own key norm to the owner's raw keys. RoPE keeps the norm of a head, so RoPE and normalisation of
-the keys are the same for the whole group, and only the elementwise key norm weight differs; that weight moves to the
-query side: (w_q q_hat) . (w_k k_hat) = (w_q w_k q_hat) . k_hat. So the owner computes one k_hat and one v for all its
-layers.
+Source: the Hunyuan-Large paper (arXiv 2411.02265, section 2.1.3); the order of RoPE and QK norm follows the released
+model code. A CLA group is `cla_share_factor` consecutive layers. The first one, the owner, projects keys and values;
+the others, the borrowers, reuse them. A borrower's keys are the owner's raw keys after RoPE and the borrower's own key
+norm. RoPE preserves the norm of a head, so the rotated, normalised keys of a group differ only in the elementwise key
+norm weight. That weight moves to the query side: (w_q q_hat) . (w_k k_hat) = (w_q w_k q_hat) . k_hat. So the owner
+computes k_hat and v once for the whole group.
 
-Shapes: T tokens of this rank, S those of all context-parallel ranks, D hidden, N query heads, G key/value heads (both
-of this tensor-parallel rank), H head dim.
+Shapes: T tokens of this rank, S tokens of all context-parallel ranks, D hidden, N query heads and G key/value heads (of
+this tensor-parallel rank), H head dim, R query heads per key/value head, X = R + 2.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from hunyuan_pretrain.parallel.context_parallel import (
 
 
 class SharedKV(NamedTuple):
-    """What one CLA group attends to: normalised, rotated keys without norm weight, and values; (S, G, H) each.
+    """What the layers of one CLA group attend to: rotated, normalised keys without the norm weight, and values; (S, G,
+    H) each.
 
-    Under context parallelism they have been communicated once for the group: all_gather leaves every rank all tokens of
-    all heads, all_to_all all tokens of some heads.
+    Under context parallelism they are communicated once per group: with all_gather every rank gets all tokens of all
+    heads, with all_to_all all tokens of some heads.
     """
 
     k_hat_SGH: Tensor
@@ -45,9 +46,9 @@ class SharedKV(NamedTuple):
 
 
 class AttentionPlan(NamedTuple):
-    """Where the tokens of one micro-batch are and which of them see each other, the same for every layer."""
+    """Where the tokens of one micro-batch are and which of them attend to each other; the same for every layer."""
 
-    rope_table: tuple[Tensor, Tensor]  # from norm.rope_table, of this rank's tokens
+    rope_table: tuple[Tensor, Tensor]  # from norm.rope_table, for this rank's tokens
     blocks: Sequence[Block]
     context: ContextSlice | None
 
@@ -55,15 +56,15 @@ class AttentionPlan(NamedTuple):
 def attention_plan(
     rope_table: tuple[Tensor, Tensor], cu_seqlens: Sequence[int], context: ContextSlice | None
 ) -> AttentionPlan:
-    """`cu_seqlens`: over the tokens of all context-parallel ranks."""
-    if context is None or context.method == "all_to_all":  # every rank has all tokens, of some heads
+    """`cu_seqlens` covers the tokens of all context-parallel ranks."""
+    if context is None or context.method == "all_to_all":  # every rank has all tokens of some heads
         return AttentionPlan(rope_table, document_blocks(cu_seqlens), context)
     return AttentionPlan(rope_table, context_blocks(cu_seqlens, context.ranges), context)
 
 
 class SelfAttention(torch.nn.Module):
-    """Attention of one layer; `linear_qkv` if it owns its group's keys and values, else `linear_q`. `norm` is that of
-    its input."""
+    """Self-attention of one layer. An owner has `linear_qkv`, a borrower `linear_q`. `norm` normalises the layer's
+    input."""
 
     def __init__(
         self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection, norm: torch.nn.Module
@@ -87,14 +88,15 @@ class SelfAttention(torch.nn.Module):
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan) -> tuple[Tensor, SharedKV]:
-        """Attend; `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv).
+        """Attend. `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv).
 
-        Communicates: tensor-parallel group; context-parallel group, keys and values in the owner only.
+        Communicates: tensor-parallel group; context-parallel group: keys and values in the owner only, and with
+        all_to_all the queries and outputs of every layer.
         """
         context = plan.context
         eps = self.config.layernorm_epsilon if self.config.qk_layernorm else None
         if self.is_owner:
-            # megatron's interleaving: for each key/value head its query heads, its key, its value
+            # megatron's interleaving: per key/value head, its query heads, then its key and value
             queries_of_group = self.num_heads // self.num_groups
             qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, queries_of_group + 2, self.head_dim)
             q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((queries_of_group, 1, 1), dim=2)
@@ -104,8 +106,8 @@ class SelfAttention(torch.nn.Module):
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
             if v_TGH.device.type != "cpu":
-                # parts of wider tensors, which the kernels would copy in every layer of the group, and which would stay
-                # in memory with it
+                # slices of wider tensors: the kernels would copy them in every layer of the group, and the wider
+                # tensors would stay in memory
                 k_hat_TGH, v_TGH = k_hat_TGH.contiguous(), v_TGH.contiguous()
             kv = SharedKV(k_hat_TGH, v_TGH)
         else:

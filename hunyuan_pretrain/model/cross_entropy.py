@@ -1,13 +1,13 @@
-"""Cross-entropy of a linear output layer in chunks of tokens: the (T, V) logits never exist as a whole.
+"""Cross-entropy of a linear output layer in chunks of tokens: the (T, V) logits are never materialised as a whole.
 
-The gradient of a chunk's logits is known as soon as its softmax is, so forward computes the gradients too and backward
-only scales them. Memory beyond the inputs: one chunk of logits, the gradient of the hidden states, the gradient of the
-weight.
+The gradient of a chunk's logits is known as soon as its softmax is, so the forward pass computes the gradients and the
+backward pass only scales them. Memory beyond the inputs: one chunk of logits, and the gradients of the hidden states
+and the weight.
 
-With tensor parallelism the vocabulary is divided over the ranks: each has its columns of the logits, and the softmax
-needs two small reductions a chunk.
+With tensor parallelism the vocabulary is sharded over the ranks: each rank computes its columns of the logits, and the
+softmax takes two small reductions per chunk.
 
-Shapes: T tokens of this rank, U those of all P tensor-parallel ranks, D hidden, V rows of the weight on this rank, c
+Shapes: T tokens of this rank, U tokens of all P tensor-parallel ranks, D hidden, V rows of the weight on this rank, c
 tokens of a chunk (of all ranks).
 """
 
@@ -38,12 +38,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accumulate: Accumulation | None,
     ) -> Tensor:
         needs_grad = any(ctx.needs_input_grad[:2])
-        # a reduce-scatter writes rows of it: contiguous, however hidden_TD lies
+        # reduce-scatter writes into its rows: contiguous, whatever the strides of hidden_TD
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
         grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros(
             (), dtype=torch.float64, device=hidden_TD.device
-        )  # thousands of chunks, whose number depends on the layout
+        )  # a sum over thousands of chunks, whose number depends on the layout
         tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
         label_PT, loss_weight_PT = label_U.view(tp, -1), loss_weight_U.view(tp, -1)
         chunk = max(LOSS_CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
@@ -103,21 +103,21 @@ def linear_cross_entropy(
     tp_group: dist.ProcessGroup,
     accumulate: Accumulation | None = None,
 ) -> Tensor:
-    """sum_u loss_weight_U[u] * -log softmax(W hidden[u])[label_U[u]], a fp32 scalar, the same on every rank of
+    """sum_u loss_weight_U[u] * -log softmax(W hidden[u])[label_U[u]], an fp32 scalar, the same on every rank of
     `tp_group`.
 
-    W is divided over the ranks of `tp_group` by rows, hidden by tokens (sequence parallelism); labels and loss weights
-    are those of all tokens. With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`; whether
-    autograd has another use of the weight to wait for (the tied embedding) decides who tells core that the gradient is
-    there.
-    Communicates: tp_group, for each chunk its hidden states, two rows of numbers, and the gradient of the hidden
-    states.
+    W is sharded over `tp_group` by rows, hidden by tokens (sequence parallelism); labels and loss weights cover all
+    tokens. With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`. As the "only use" of the
+    weight, the backward pass also tells core that the gradient is there; as "one of two uses" (tied embedding) it
+    leaves that to the other use.
+    Communicates: tp_group, per chunk: an all-gather of hidden states, two all-reduces of one and two numbers per token,
+    and a reduce-scatter of the hidden states' gradient.
     """
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate)
 
 
 def _reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """x reduced over the ranks of `group`, in place."""
+    """Reduce x over `group` in place, and return it."""
     if group.size() > 1:
         handed_over("all_reduce", x, is_written=True)
         dist.all_reduce(x, op=op, group=group)

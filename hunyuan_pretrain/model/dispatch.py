@@ -1,13 +1,12 @@
-"""Dispatch of tokens to the routed experts of all ranks, and the combination of what comes back.
+"""Dispatch of tokens to the routed experts of all ranks, and the combination of their outputs.
 
-Tokens are permuted into rows, expert after expert, by the index maps of the RoutingPlan; rows travel to the ranks that
-hold their experts (expert parallelism), which put them together where they share experts (expert-tensor parallelism);
-then everything goes back the same way, and a token adds up its rows with their combine weights. All of it is gathers
-in both directions, forward and backward: no scatter adds into a row, so the result does not depend on the order of
-threads.
+The index maps of the RoutingPlan permute tokens into rows sorted by expert. With expert parallelism, rows travel to the
+ranks that hold their experts. With expert-tensor parallelism, the ranks that share experts gather each other's rows.
+Outputs return the same way, and a token sums its rows, weighted by the combine weights. All of this is gathers, forward
+and backward: no scatter adds into a row, so the result does not depend on the order of threads.
 
-Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (places in experts), p ranks
-of a group, P places in all rows of a group.
+Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (slots of experts), p ranks
+of a group, P rows of all ranks of a group, padding included.
 """
 
 from __future__ import annotations
@@ -30,21 +29,22 @@ from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows
 from hunyuan_pretrain.runtime.handover import to_device
 
 Experts = Callable[[Tensor, RowSplits], Tensor]
-"""What the experts of this rank compute: (R, D), rows sorted by expert -> (R, D)."""
+"""Computes the experts of this rank: (R, D), rows sorted by expert -> (R, D)."""
 
 
 class Dispatch:
-    """The way of tokens to the experts of a layer and back."""
+    """Sends tokens to the experts of a layer and combines the outputs."""
 
     def __init__(self, num_experts: int, groups: ProcessGroupCollection) -> None:
         self.num_experts = num_experts
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
 
     def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        """Combined output (T, D) of the experts that `plan` names, for tokens that no other rank of this stage holds.
+        """Combined output (T, D) of the experts in `plan`, for tokens that no other rank of this stage holds.
 
-        `experts` computes those of this rank. Communicates: expert-parallel group, two all-to-alls each way;
-        expert-tensor-parallel group, an all-gather and a reduce-scatter of what those brought.
+        `experts` computes those of this rank. Communicates: expert-parallel group, two all-to-alls in each direction
+        (forward, backward); expert-tensor-parallel group, an all-gather and a reduce-scatter of the rows from those.
+        Without a capacity, row counts too.
         """
         rows_RD = _Permute.apply(hidden_TD, plan)
         output_RD = (
@@ -57,7 +57,7 @@ class Dispatch:
     # --- over expert-parallel ranks -----------------------------------------------------------------------------------
 
     def _exchange_equal(self, rows_RD: Tensor, experts: Experts) -> Tensor:
-        """Every rank sends the same number of rows to every expert: shapes are known, no counts travel."""
+        """Every rank sends the same number of rows to every expert: shapes are known, and no counts are exchanged."""
         ep, rows = self.ep_group.size(), rows_RD.shape[0] // self.num_experts
         e, D = self.num_experts // ep, rows_RD.shape[1]
         splits = RowSplits.equal(e, ep * rows)
@@ -68,18 +68,18 @@ class Dispatch:
         return all_to_all(self.ep_group, output.view(e, ep, rows, D).transpose(0, 1).reshape(-1, D))
 
     def _exchange_counted(self, rows_RD: Tensor, rows_E: Tensor, experts: Experts) -> Tensor:
-        """Without a capacity the ranks first tell each other how many rows they send to each expert."""
+        """Without a capacity the ranks first exchange how many rows they send to each expert."""
         ep = self.ep_group.size()
         if ep == 1:
             return self._over_tensor_ranks(rows_RD, RowSplits(tuple(rows_E.tolist())), experts)
         e = self.num_experts // ep
         sent_pe = rows_E.view(ep, e)
         received_pe = exchange_rows(sent_pe, self.ep_group)
-        # the one time that the host waits for this layer: sizes of the exchange and of the products are in its hands
+        # the host waits here: it needs the sizes of the exchange and of the matmuls
         sent, received = torch.stack((sent_pe, received_pe)).tolist()
         sent_p, received_p = ([sum(rows_e) for rows_e in rows_pe] for rows_pe in (sent, received))
         by_rank = all_to_all(self.ep_group, rows_RD, received_p, sent_p)
-        # rows arrive rank after rank, each sorted by expert; the experts want expert after expert
+        # rows arrive in rank order, each rank's sorted by expert; the experts need all of them sorted by expert
         expert_pe = torch.arange(e, device=rows_RD.device).repeat(ep)
         order_R = expert_pe.repeat_interleave(received_pe.reshape(-1), output_size=sum(received_p)).argsort(stable=True)
         back_R = inverse(order_R, order_R.shape[0])
@@ -90,8 +90,8 @@ class Dispatch:
     # --- over expert-tensor-parallel ranks ----------------------------------------------------------------------------
 
     def _over_tensor_ranks(self, rows_RD: Tensor, splits: RowSplits, experts: Experts) -> Tensor:
-        """Ranks that share experts put their rows together, compute partial sums of them all, and each gets back the
-        sums of its own."""
+        """Ranks that share experts gather their rows and compute partial sums for all of them; each gets back the sums
+        of its own rows."""
         if self.etp_group.size() == 1:
             return experts(rows_RD, splits)
         if splits.are_equal:
@@ -108,14 +108,14 @@ class Dispatch:
         return reduce_scatter_to_sequence_parallel_region(output.reshape(-1, D), group=self.etp_group)
 
     def _share_counted(self, rows_RD: Tensor, splits: RowSplits, experts: Experts) -> Tensor:
-        """Without a capacity the ranks' rows differ in number, so each sends as many as the longest, the rest zeros."""
+        """Without a capacity row counts differ between ranks, so each pads its rows with zeros to the longest."""
         etp, e, R = self.etp_group.size(), len(splits.rows_e), rows_RD.shape[0]
         mine_1e = to_device(torch.tensor([splits.rows_e]), rows_RD.device)
         counts_pe: list[list[int]] = all_gather_rows(mine_1e, self.etp_group).tolist()
         longest = max(sum(counts_e) for counts_e in counts_pe)
         padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - R))
         whole_PD = gather_from_sequence_parallel_region(padded, group=self.etp_group)
-        # where each rank's rows of each expert lie in `whole`; the experts want expert after expert
+        # positions in whole_PD of each rank's rows of each expert; the experts need them sorted by expert
         positions = torch.arange(etp * longest).view(etp, longest)
         by_rank = [row[: sum(counts_e)].split(counts_e) for row, counts_e in zip(positions, counts_pe, strict=True)]
         order_R = to_device(
@@ -133,7 +133,7 @@ class Dispatch:
 
 
 class _Permute(torch.autograd.Function):
-    """(T, D) -> (R, D), rows of zeros where a slot stayed empty; backward, a token adds up its rows."""
+    """(T, D) -> (R, D), rows of zeros for empty slots; the gradient of a token is the sum over its rows."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
@@ -148,7 +148,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """(R, D) -> (T, D), the sum of a token's rows, each by its combine weight."""
+    """(R, D) -> (T, D), the sum of a token's rows, weighted by the combine weights."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
@@ -169,7 +169,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
-    """(R,) index into the T * K choices of the one that each row serves; T * K where the row stayed empty."""
+    """(R,) which of the T * K choices each row serves; T * K for an empty row."""
     if K == 1:
         return plan.token_R
     choice_R = torch.full((plan.num_rows + 1,), T * K, dtype=torch.int64, device=plan.token_R.device)

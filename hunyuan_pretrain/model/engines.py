@@ -1,7 +1,7 @@
-"""Which engine computes the linear layers, experts, norms and attention: the only place that chooses.
+"""Chooses the engine that computes linear layers, experts, norms and attention: the only place that does.
 
-Transformer Engine's kernels (model/engine/), else the layers that run everywhere (model/local_layers.py), which compute
-a layer in FP8 by emulation (model/fp8/).
+Either Transformer Engine's kernels (model/engine/), or the layers that run everywhere (model/local_layers.py), with FP8
+emulated (model/fp8/).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Models = Sequence[torch.nn.Module]
 
 
 class Fp8Session(Protocol):
-    """What an engine has for training in FP8: a module of these functions."""
+    """What an engine provides for training in FP8: a module with these functions."""
 
     def training_step(self, models: Models, groups: ProcessGroupCollection) -> AbstractContextManager[None]: ...
 
@@ -37,7 +37,7 @@ class Fp8Session(Protocol):
 def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
     """The spec of a layer, counted from 0 over the whole model."""
     if config.uses_transformer_engine:
-        # imported where it is used only: it is an optional package, and loading it takes seconds
+        # imported only when used: it is an optional package, and loading it takes seconds
         from hunyuan_pretrain.model.engine.layers import transformer_engine_spec
 
         return transformer_engine_spec(config, layer)
@@ -54,23 +54,23 @@ def _session(models: Models) -> Fp8Session:
 
 
 def training_step(models: Models, groups: ProcessGroupCollection) -> AbstractContextManager[None]:
-    """Inside it layers with a recipe compute in FP8; outside, as in validation, in the dtype of the run. At its end
-    delayed scales move on.
+    """A context for one optimizer step. Inside, layers with a recipe compute in FP8; outside, as in validation, in the
+    dtype of the run. Delayed scales are updated at the end.
 
-    Holds all micro-batches of one optimizer step, forward and backward. Communicates at the end, with the delayed
-    recipe: the largest values, over tensor, context and data parallel ranks; those of experts over the ranks that hold
-    the same ones.
+    It covers all micro-batches of the step, forward and backward. Communicates at the end, with the delayed recipe: the
+    largest values, over the tensor-, context- and data-parallel ranks; for experts, over the ranks that hold the same
+    ones.
     """
     return _session(models).training_step(models, groups)
 
 
 def scaling_state(models: Models) -> dict[str, Tensor]:
-    """What the delayed recipe remembers: "layer.operand.history" (H, e) and "layer.operand.scale" (e,), fp32, of the
-    operands x, w and dy, for H steps and e experts of this rank (1 for a linear layer). Not to be changed; {} under
-    other recipes."""
+    """State of the delayed recipe: "layer.operand.history" (H, e) and "layer.operand.scale" (e,), fp32, for the
+    operands x, w and dy, H steps and e experts of this rank (1 for a linear layer). Do not modify it. {} under other
+    recipes."""
     return _session(models).scaling_state(models)
 
 
 def load_scaling_state(models: Models, state: dict[str, Tensor]) -> None:
-    """Write what `scaling_state` of the same layers returned. Raises KeyError where something is missing."""
+    """Write what `scaling_state` of the same layers returned. Raises KeyError if an entry is missing."""
     _session(models).load_scaling_state(models, state)

@@ -1,9 +1,9 @@
-"""Rows of the experts of a rank: how many each has, rows of zeros between them, and gathers that move rows.
+"""Rows of a rank's experts: how many each expert has, zero rows that pad them, and gathers that move rows.
 
-A gather goes by an index map forward and by the inverse map backward; no scatter adds into a row, so the result does
-not depend on the order of threads.
+A gather uses an index map in the forward pass and its inverse in the backward pass. No scatter adds into a row, so the
+result does not depend on the order of threads.
 
-Shapes: R rows of experts, P rows with padding, D hidden, e experts of this rank.
+Shapes: R rows of experts, P rows after a gather (with padding, where there is some), D hidden, e experts of this rank.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hunyuan_pretrain.runtime.handover import to_device
 
 @dataclass(frozen=True)
 class RowSplits:
-    """Rows of each expert of this rank; they lie expert after expert."""
+    """Row count of each expert of this rank; rows are sorted by expert."""
 
     rows_e: tuple[int, ...]
     are_equal: bool = False
-    """By construction, as under a capacity: all experts can be computed together. Numbers that are equal by chance do
-    not count, so that where tokens went never decides which kernel computes them."""
+    """By construction, as under a capacity: all experts can be computed together. Counts that are equal by chance do
+    not qualify, so the choice of kernel never depends on where tokens went."""
 
     @classmethod
     def equal(cls, num_experts: int, rows: int) -> RowSplits:
@@ -33,7 +33,7 @@ class RowSplits:
 
     @property
     def num_rows(self) -> int:
-        """R: of all experts together."""
+        """R, over all experts."""
         return sum(self.rows_e)
 
 
@@ -41,7 +41,7 @@ class RowSplits:
 
 
 def taken(rows_RD: Tensor, index_P: Tensor, has_gaps: bool) -> Tensor:
-    """rows_RD[index_P]; with gaps, an index of R means a row of zeros."""
+    """rows_RD[index_P]; with gaps, an index of R gives a row of zeros."""
     if not has_gaps:
         return rows_RD.index_select(0, index_P)
     taken_PD = rows_RD.index_select(0, index_P.clamp(max=rows_RD.shape[0] - 1))
@@ -49,15 +49,16 @@ def taken(rows_RD: Tensor, index_P: Tensor, has_gaps: bool) -> Tensor:
 
 
 def inverse(index_P: Tensor, num_rows: int) -> Tensor:
-    """(num_rows,) the place of each row in an index without repetitions; len(index_P) for a row that is not in it."""
+    """(num_rows,) the position of each row in index_P, which has no repeats; len(index_P) for a row that is not in
+    it."""
     back_R = index_P.new_full((num_rows,), index_P.shape[0])
     back_R[index_P] = torch.arange(index_P.shape[0], device=index_P.device)
     return back_R
 
 
 class _Moved(torch.autograd.Function):
-    """torch's own gradient of a gather adds into rows, in an order that it has to sort for where it must be the same
-    every time."""
+    """A gather whose gradient is a gather. torch's own gradient adds into rows, and has to sort them first to be
+    deterministic."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, index_P: Tensor, back_R: Tensor, has_gaps: bool) -> Tensor:
@@ -70,8 +71,8 @@ class _Moved(torch.autograd.Function):
 
 
 def moved(rows_RD: Tensor, index_P: Tensor, back_R: Tensor, has_gaps: bool) -> Tensor:
-    """rows_RD[index_P], differentiable; `back_R` is the inverse map, by which the gradient is gathered. With gaps, an
-    index of one past the end of either map is a row of zeros."""
+    """rows_RD[index_P], differentiable; the inverse map `back_R` gathers the gradient. With gaps, R in index_P and P in
+    back_R stand for a row of zeros."""
     return _Moved.apply(rows_RD, index_P, back_R, has_gaps)
 
 
@@ -79,15 +80,15 @@ def moved(rows_RD: Tensor, index_P: Tensor, back_R: Tensor, has_gaps: bool) -> T
 
 
 class RowPadding(NamedTuple):
-    """Rows of zeros after those of each expert."""
+    """Zero rows after the rows of each expert."""
 
-    splits: RowSplits  # with them
-    row_P: Tensor  # row at each place, R where it is a row of zeros
-    position_R: Tensor  # place of each row
+    splits: RowSplits  # padding included
+    row_P: Tensor  # row at each padded position, R for a zero row
+    position_R: Tensor  # padded position of each row
 
 
 def row_padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPadding:
-    """Each expert's rows filled up to a multiple of `multiple`."""
+    """Pad each expert's rows to a multiple of `multiple`."""
     rows_e, num_rows = splits.rows_e, splits.num_rows
     padded_e = tuple(-(-rows // multiple) * multiple for rows in rows_e)
     shifts_e = [sum(padded_e[:expert]) - sum(rows_e[:expert]) for expert in range(len(rows_e))]

@@ -1,6 +1,7 @@
 """The mixture-of-experts FFN of a layer: router, routed experts and the shared expert.
 
-Shapes: T tokens of this rank, D hidden, R rows of experts, P rows with padding, F twice an expert's ffn (gate and up).
+Shapes: T tokens of this rank, D hidden, K top-k, e experts of this rank, R rows of experts, P rows with padding, F
+twice an expert's FFN size (gate and up).
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class MixtureOfExperts(torch.nn.Module):
         """Returns ((T, D), router statistics)."""
         plan, loss, statistics = self.router(hidden_TD, routing)
         if loss is not None and torch.is_grad_enabled():
-            # Only the last pipeline stage computes a loss, and the others hand on activations alone. So that the router
-            # loss of every layer counts, core's scaler lets its gradient begin here, where the backward pass comes by
-            # the combine weights, with the scale that the schedule gives the loss.
+            # Only the last pipeline stage computes a loss; the others pass on activations alone. So core's scaler
+            # injects the gradient of each layer's router loss here, where the backward pass reaches the combine
+            # weights, with the scale that the schedule gives the loss.
             plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
         return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics
 
@@ -54,15 +55,15 @@ class RoutedExperts(torch.nn.Module):
             config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups
         )
         for weight in self.linear_fc1.parameters():
-            weight.is_gated = True  # type: ignore[attr-defined]  # a mark for checkpoints
+            weight.is_gated = True  # type: ignore[attr-defined]  # for checkpoints
         self.linear_fc2 = spec.row_parallel_grouped_linear(
             config, config.moe_ffn_hidden_size, config.hidden_size, groups
         )
 
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """Combined output (T, D) of the experts that `plan` names, for tokens that no other rank of this stage holds.
+        """Combined output (T, D) of the experts in `plan`, for tokens that no other rank of this stage holds.
 
-        Communicates: what Dispatch does.
+        Communicates: as Dispatch.
         """
         return self.dispatch(hidden_TD, plan, self._ffn_or_recomputed)
 
@@ -80,7 +81,7 @@ class RoutedExperts(torch.nn.Module):
 
 
 class SharedExpert(torch.nn.Module):
-    """The expert that every token visits: SwiGLU FFN, gate and up projection in one matrix."""
+    """The expert that every token visits: a SwiGLU FFN with gate and up projection in one matrix."""
 
     def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
@@ -98,15 +99,15 @@ class SharedExpert(torch.nn.Module):
 
 
 def _kept_input_only(ffn: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """ffn(*inputs), of which the backward pass keeps the inputs and computes the rest again; not under
-    torch.no_grad."""
+    """ffn(*inputs). With gradients enabled, only the inputs are kept for the backward pass, which recomputes the
+    rest."""
     if not torch.is_grad_enabled():
         return ffn(*inputs)
     return checkpoint(ffn, *inputs, use_reentrant=True, preserve_rng_state=False)
 
 
 class _SwigluFunction(torch.autograd.Function):
-    """silu(gate) * up of [gate, up] along the last dim; keeps its input only."""
+    """silu(gate) * up of [gate, up] along the last dim; saves only its input."""
 
     @staticmethod
     def forward(ctx: Any, x_TF: Tensor) -> Tensor:

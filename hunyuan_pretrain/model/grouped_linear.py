@@ -1,6 +1,6 @@
 """The grouped linear layer: one weight matrix for each expert of this rank, applied to the rows of that expert.
 
-Shapes: R rows of experts, I input and O output of a product, e experts of this rank.
+Shapes: R rows of experts, I input size, O output size, e experts of this rank.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hunyuan_pretrain.parallel.sharding import mark_sharded
 
 
 class GroupedLinear(torch.nn.Module):
-    """One weight matrix for each expert of this rank, (e, O, I), of which expert-tensor ranks share O (partition_dim 1)
-    or I (2)."""
+    """One weight matrix for each expert of this rank, (e, O, I). Expert-tensor ranks shard O (partition_dim 1) or I
+    (2)."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class GroupedLinear(torch.nn.Module):
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """y = x W_i^T for the rows of each expert; with a main_grad the weight gradient is added into it by the product
-    itself. Of equal splits all experts are one batched product."""
+    """y = x W_i^T for the rows of each expert. With equal splits all experts are one batched GEMM. A weight gradient
+    for a main_grad is added into it, by the GEMM where their dtypes agree."""
 
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits, accumulate: bool) -> Tensor:
@@ -75,7 +75,7 @@ class _GroupedMatmul(torch.autograd.Function):
 def _add_gradients(
     grad_RO: Tensor, x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits, weight_grad_eOI: Tensor
 ) -> Tensor:
-    """Gradient (R, I) of x; that of the weight is added into weight_grad_eOI."""
+    """Returns the gradient (R, I) of x; adds the weight's into weight_grad_eOI."""
     e, _, input_size = weight_eOI.shape
     if splits.are_equal:
         grad_eRO, x_eRI = grad_RO.view(e, splits.rows_e[0], -1), x_RI.view(e, splits.rows_e[0], -1)
@@ -96,7 +96,7 @@ def _add_gradients(
 def grouped_weight(
     config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int
 ) -> Any:
-    """This rank's part of the weights of all experts as one parameter, uninitialised."""
+    """This rank's shard of all expert weights as one parameter, uninitialised."""
     shape = grouped_shape(config, input_size, output_size, groups, partition_dim)
     weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=weight_device(config)))
     mark_experts(weight, groups, partition_dim)
@@ -106,19 +106,17 @@ def grouped_weight(
 def grouped_shape(
     config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, partition_dim: int
 ) -> tuple[int, int, int]:
-    """(e, O, I) of this rank's part of the weights of all experts; partition_dim is divided over the expert-tensor
-    ranks."""
+    """(e, O, I) of this rank's shard of all expert weights; partition_dim is sharded over the expert-tensor ranks."""
     shape = [config.num_moe_experts // groups.ep.size(), output_size, input_size]
     shape[partition_dim] //= groups.expt_tp.size()
     return shape[0], shape[1], shape[2]
 
 
 def mark_experts(weight: Any, groups: ProcessGroupCollection, partition_dim: int) -> None:
-    """Say of a weight that it is of routed experts, and divided along partition_dim if there are expert-tensor
-    ranks."""
+    """Mark a weight as one of routed experts, sharded along partition_dim over the expert-tensor ranks."""
     # core reduces the gradients of such weights over the expert-data-parallel group
     weight.allreduce = groups.expt_dp.size() == groups.dp_cp.size()
     weight.is_routed_expert = True
-    # true of a whole expert too: its gradient norm is to be counted on every tensor-parallel rank, which holds other
-    # experts or other shards, and not only on the first
+    # unsharded experts too: every tensor-parallel rank holds other experts or shards, so the gradient norm has to count
+    # them on every rank, not on the first only
     mark_sharded(weight, partition_dim)

@@ -1,4 +1,4 @@
-"""The schema's model, layout and precision as one megatron-core TransformerConfig, derived values computed once."""
+"""The schema's model, layout and precision as one megatron-core TransformerConfig; derived values are computed once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class HunyuanConfig(TransformerConfig):
-    """TransformerConfig, and beside it the settings it was made from: what core has no field for is read there."""
+    """TransformerConfig plus the settings it was built from, which hold whatever core has no field for."""
 
     model: ModelConfig = field(kw_only=True)
     parallel: ParallelConfig = field(kw_only=True)
@@ -36,11 +36,11 @@ def transformer_config(
 ) -> HunyuanConfig:
     """Build the config that every module of the model reads.
 
-    device: where the weights are made; None: on a GPU if there is one.
-    fuse_wgrad_accumulation: add weight gradients into main_grad inside the GEMM; needs the model in core's
-    DistributedDataParallel.
+    device: where the weights are created; None: on a GPU if there is one.
+    fuse_wgrad_accumulation: accumulate weight gradients into main_grad inside the GEMM; needs the model wrapped in
+    core's DistributedDataParallel.
 
-    Losses are sums already divided by the global number of target tokens (train/step.py), so core must add gradients
+    Losses are sums already divided by the global number of target tokens (train/step.py), so core must sum gradients
     over ranks and micro-batches, not average them: `calculate_per_token_loss`.
     """
     dtype = DTYPES[precision.dtype]
@@ -65,7 +65,7 @@ def transformer_config(
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """What core reads of the model itself, for checks of its own and in modules that are its."""
+    """Model fields that core reads, in its own checks and modules."""
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -95,18 +95,18 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def _layout(parallel: ParallelConfig) -> dict[str, Any]:
-    """What core's linears and pipeline schedules read of the layout."""
+    """Layout fields that core's linears and pipeline schedules read."""
     is_interleaved = virtual_pipeline_size(parallel) is not None
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_pipeline_size(parallel),
-        # batched messages of the interleaved schedule would be taken for one another where next and previous rank are
-        # the same
+        # batched, the interleaved schedule's messages would be mistaken for one another where next and previous rank
+        # are the same
         "overlap_p2p_comm": is_interleaved,
         "batch_p2p_comm": not is_interleaved,
-        # NCCL's wait orders the streams of a device by itself; the host need not wait for each message
+        # NCCL's wait orders the streams of a device; the host need not wait for each message
         "batch_p2p_sync": False,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
@@ -115,7 +115,7 @@ def _layout(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def weight_device(config: HunyuanConfig) -> torch.device | str:
-    """Device on which modules make their weights: torch's default (meta inside `with torch.device("meta")`), or the
+    """Device on which modules create their weights: torch's default (meta inside `with torch.device("meta")`), or the
     GPU."""
     return (
         torch.get_default_device()

@@ -1,7 +1,7 @@
 """The model: embedding -> CLA groups of layers -> final norm -> loss or logits.
 
-Shapes: T tokens of this rank (all sequences of a micro-batch, one after the other), D hidden, V padded vocabulary, n
-routing groups, L layers of this rank, X numbers of packed router statistics (model.routing.RouterStatistics).
+Shapes: T tokens of this rank (all sequences of a micro-batch, concatenated), B = 1 (core's batch dim), D hidden, V
+padded vocabulary, L layers of a CLA group, X numbers of packed router statistics (model.routing.RouterStatistics).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.sharding import Placement, mark_sharded, placement_of, sharded_tensor
 
 SpecChoice = Callable[[HunyuanConfig, int], Spec]
-"""The spec of a layer, counted from 0 over the whole model."""
+"""(config, layer) -> spec of that layer, counted from 0 over the whole model."""
 
 
 class TokenEmbedding(VocabParallelEmbedding):
-    """Core's, which called without tokens returns its weight (V / ranks, D), for the output layer.
+    """Core's embedding. Called without tokens, it returns its weight (V / ranks, D), for the output layer.
 
-    Where the gather of updated weights overlaps the forward pass, core completes those of a module when the module is
-    called: whoever reads a weight outside of its module calls that.
+    When the all-gather of updated weights overlaps the forward pass, core waits for a module's weights when that module
+    is called. So read a weight only by calling its module.
     """
 
     def forward(self, tokens: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ class TokenEmbedding(VocabParallelEmbedding):
 
 
 class Embedding(torch.nn.Module):
-    """Token embedding, and the output weight where the two are tied."""
+    """Token embedding; also the output weight if the two are tied."""
 
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Embedding(torch.nn.Module):
         mark_sharded(self.word_embeddings.weight, 0)
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        # where it scatters the tokens over the ranks, core takes (B, T) and returns (T, B, D): one sequence
+        # with reduce_scatter_embeddings core takes (B, T) and returns (T, B, D); B is 1 here
         if self.word_embeddings.reduce_scatter_embeddings:
             return self.word_embeddings(tokens_T[None])[:, 0]
         return self.word_embeddings(tokens_T)
@@ -87,7 +87,7 @@ class Layers(torch.nn.Module):
 
 
 class Decoder(torch.nn.Module):
-    """The layers of this stage, and the final norm where the model ends."""
+    """The layers of this stage, and on the last stage the final norm."""
 
     def __init__(
         self,
@@ -104,8 +104,7 @@ class Decoder(torch.nn.Module):
 
 
 class OutputLayer(torch.nn.Module):
-    """Output weight (V, D), divided over the tensor-parallel ranks along V, of a model that does not tie it to the
-    embedding."""
+    """Output weight (V, D) of a model with untied embeddings, sharded along V over the tensor-parallel ranks."""
 
     def __init__(self, config: HunyuanConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
@@ -114,15 +113,15 @@ class OutputLayer(torch.nn.Module):
         mark_sharded(self.weight, 0)
 
     def forward(self) -> Tensor:
-        """The weight, complete; see TokenEmbedding."""
+        """The complete weight; see TokenEmbedding."""
         return self.weight
 
 
 class HunyuanModel(MegatronModule):
-    """One pipeline stage of Hunyuan for pretraining; all of it where there is one stage.
+    """One pipeline stage of Hunyuan for pretraining; the whole model if there is only one stage.
 
-    Weights are uninitialised until `initialize_weights` or a checkpoint writes them. The last stage of a model with
-    tied embeddings has a copy of the embedding, under the same name.
+    Weights are uninitialised until `initialize_weights` or a checkpoint writes them. With tied embeddings, the last of
+    several stages has a copy of the embedding under the same name.
     """
 
     def __init__(
@@ -137,8 +136,7 @@ class HunyuanModel(MegatronModule):
         self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
         self.share_embeddings_and_output_weights = config.model.share_embeddings_and_output_weights  # read by core
         self.input_TBD: Tensor | None = None
-        # weights are registered in the order of the forward pass, in which core gathers and the reverse of which it
-        # reduces them
+        # weights are registered in forward order: core gathers them in this order and reduces gradients in reverse
         if self.pre_process:
             self.embedding = self._build_embedding()
         self.decoder = Decoder(config, spec, groups, config.stages[stage], self.post_process)
@@ -152,18 +150,17 @@ class HunyuanModel(MegatronModule):
         weight: Any = embedding.word_embeddings.weight
         # the gradient norm counts the weight on the first stage only
         weight.shared = not self.pre_process
-        # a bucket of its own in core's buffers: the distributed optimizer then divides both copies alike, so that a
-        # rank of the first and one of the last stage add up the same, completely reduced elements
+        # a separate bucket in core's buffers: the distributed optimizer then shards both copies the same way, so the
+        # ranks of the first and last stage that sum their gradients hold the same, fully reduced elements
         weight.shared_embedding = self.share_embeddings_and_output_weights and len(self.config.stages) > 1
         return embedding
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """Called by core's schedules with the activations (T, 1, D) of the stage before; the first stage has none."""
+        """Called by core's schedules with the activations (T, 1, D) of the previous stage; the first stage has none."""
         self.input_TBD = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """Weight of the output layer on the last stage, of the embedding on the first where they are tied; (V / ranks,
-        D)."""
+        """The output layer's weight, (V / ranks, D); with tied embeddings, the embedding's."""
         return (
             self.embedding.word_embeddings.weight
             if self.share_embeddings_and_output_weights
@@ -171,16 +168,17 @@ class HunyuanModel(MegatronModule):
         )
 
     def _output_weight(self) -> Tensor:
-        """The same, complete, where a forward pass reads it."""
+        """The same, complete, for the forward pass; see TokenEmbedding."""
         return self.embedding.word_embeddings() if self.share_embeddings_and_output_weights else self.output_layer()
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
-        """Loss sum_t loss_weight_T[t] * cross_entropy[t], or logits (T, V / tensor-parallel ranks) where no labels are
-        given, of the last stage, activations (T, 1, D) of any other; and packed router statistics (all layers, X), zero
-        for layers of other stages.
+        """Returns (output, packed router statistics (all layers, X), zero for layers of other stages).
 
-        T here: tokens of this context-parallel rank; with sequence parallelism the activations between layers, their
-        router statistics, and logits' rows are those of this tensor-parallel rank's share of them.
+        The output of the last stage is the loss sum_t loss_weight_T[t] * cross_entropy[t], or without labels the logits
+        (T, V / tensor-parallel ranks). That of any other stage is activations (T, 1, D).
+
+        T here is the tokens of this context-parallel rank. With sequence parallelism, activations between layers and
+        their router statistics cover only this tensor-parallel rank's share of them.
         """
         if self.pre_process:
             hidden_TD = self.embedding(inputs.tokens_T)
@@ -217,7 +215,7 @@ class HunyuanModel(MegatronModule):
         return F.linear(hidden_TD, self._output_weight()).float()
 
     def _loss(self, hidden_TD: Tensor, inputs: ModelInputs) -> Tensor:
-        """The weighted sum of cross-entropies, nats."""
+        """The weighted sum of cross-entropies, in nats."""
         assert inputs.labels_T is not None
         assert inputs.loss_weight_T is not None
         weight_VD = self._output_weight()
@@ -231,7 +229,7 @@ class HunyuanModel(MegatronModule):
         )
 
     def placements(self) -> dict[str, Placement]:
-        """Where this rank's part of each of its parameters lies in the whole one, by the parameter's name."""
+        """The placement of each of this rank's parameters in the whole one, by parameter name."""
         return {
             name: placement_of(name, parameter, self.groups, is_copy=getattr(parameter, "shared", False))
             for name, parameter in self.named_parameters()
@@ -240,8 +238,8 @@ class HunyuanModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Every parameter for megatron's distributed checkpoints: its global name, this rank's part, and which replica
-        of it this is."""
+        """Every parameter for megatron's distributed checkpoints: global name, this rank's part, and which replica it
+        is."""
         placements = self.placements()
         return {
             prefix + name: sharded_tensor(prefix, unquantised(parameter), placements[name])
@@ -252,7 +250,7 @@ class HunyuanModel(MegatronModule):
 def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int | None) -> list[HunyuanModel]:
     """The model chunks of this rank, one unless the pipeline is interleaved.
 
-    With `seed` None their weights are left uninitialised (for loading, or on the meta device).
+    With `seed` None, weights are left uninitialised (for loading, or on the meta device).
     """
     chunks = [HunyuanModel(config, groups, chunk) for chunk in range(config.virtual_pipeline_model_parallel_size or 1)]
     for model in chunks if seed is not None else []:
@@ -262,11 +260,11 @@ def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int
 
 @torch.no_grad()
 def initialize_weights(model: HunyuanModel, seed: int) -> None:
-    """Write every weight: ones for norms, else a normal of init_method_std, over sqrt(2 * num_layers) where a layer
-    writes its residual.
+    """Write every weight: ones for norms, else a normal with standard deviation init_method_std, divided by sqrt(2 *
+    num_layers) for projections into the residual stream.
 
-    Each whole matrix (each expert's its own) is drawn on the CPU from a generator keyed by (seed, its global name), and
-    a rank takes its part of it, so every layout starts from the same weights.
+    Each whole matrix (one per expert) is drawn on the CPU from a generator keyed by (seed, global name), and each rank
+    takes its part, so every layout starts from the same weights.
     """
     config = model.config
 

@@ -1,6 +1,6 @@
-"""What a model is given of one micro-batch.
+"""The model's input for one micro-batch.
 
-Shapes: T tokens of this context-parallel rank, all sequences of the micro-batch one after the other.
+Shapes: T tokens of this context-parallel rank, all sequences of the micro-batch concatenated.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class ModelInputs:
     positions_T: Tensor
     """int64, from 0 in each piece of a document."""
     cu_seqlens: list[int]
-    """cu_seqlens of the pieces, over the tokens of all context-parallel ranks; as Python ints, so that no layer waits
-    for the device to learn them."""
+    """Of the pieces, over the tokens of all context-parallel ranks; Python ints, so that no layer waits for the device
+    to read them."""
     rope_alpha: float = 1.0
-    """Of the stage: stretches the RoPE base for long contexts."""
+    """Of the training stage; stretches the RoPE base for long contexts."""
     labels_T: Tensor | None = None
     """int64, the token to predict at each position; None: the model returns logits."""
     loss_weight_T: Tensor | None = None
-    """fp32 factor of each cross-entropy in the sum that is the loss; wanted where there are labels."""
+    """fp32 weight of each cross-entropy in the loss, a sum; required with labels."""
     routing: Routing = EVALUATION
-    """In training experts have their capacity and the router its losses; in evaluation and export routing is
+    """In training, the capacity of experts and the router losses apply; in evaluation and export, routing is
     dropless."""
     context: ContextSlice | None = None
-    """Which of all context-parallel ranks' tokens these are; None where there is one rank."""
+    """Which of the tokens of all context-parallel ranks these are; None with one rank."""

@@ -1,7 +1,7 @@
 """One transformer layer, and the CLA group: the unit of recompute.
 
-Shapes: T tokens of this rank, D hidden, L layers of the group, X numbers of packed
-router statistics (model.routing.RouterStatistics).
+Shapes: T tokens of this rank, D hidden, L layers of the group, X numbers of packed router statistics
+(model.routing.RouterStatistics).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class TransformerLayer(torch.nn.Module):
 def run_cla_group(
     layers: Sequence[TransformerLayer], hidden_TD: Tensor, plan: AttentionPlan, routing: Routing, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """Pass hidden_TD through the layers of one CLA group; returns ((T, D), packed router statistics (L, X)).
+    """Run hidden_TD through the layers of one CLA group; returns ((T, D), packed router statistics (L, X)).
 
-    With `recompute`, only hidden_TD is kept for the backward pass. Nothing in a layer draws from a generator (recycle
-    routing is keyed), so no random state has to be kept either.
+    With `recompute`, only hidden_TD is kept for the backward pass. No layer draws from a random generator (recycle
+    routing is keyed), so no RNG state has to be kept either.
     """
 
     def run(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def run_cla_group(
         return hidden_TD, torch.stack(statistics)
 
     if recompute and torch.is_grad_enabled():
-        # not reentrant, core's linears would meet copies of their weights in the backward pass, without core's mark
-        # that a gradient is in main_grad already, and overlap_grad_reduce then refuses the missing one
+        # without use_reentrant, core's linears would see copies of their weights in the backward pass, without core's
+        # mark that a gradient is already in main_grad, and overlap_grad_reduce would reject the missing gradient
         return checkpoint(run, hidden_TD, use_reentrant=True, preserve_rng_state=False)
     return run(hidden_TD)

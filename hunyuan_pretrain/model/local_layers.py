@@ -41,7 +41,7 @@ def column_parallel_linear(
     *,
     linear_class: type[ColumnParallelLinear] = ColumnParallelLinear,
 ) -> torch.nn.Module:
-    """(T, I) -> (T, O / ranks): core's linear, of which each tensor-parallel rank has a part of the output."""
+    """(T, I) -> (T, O / ranks): core's linear, its output sharded over the tensor-parallel ranks."""
     linear = linear_class(
         input_size,
         output_size,
@@ -63,8 +63,7 @@ def row_parallel_linear(
     *,
     linear_class: type[RowParallelLinear] = RowParallelLinear,
 ) -> torch.nn.Module:
-    """(T, I / ranks) -> (T, O): core's linear, of which each tensor-parallel rank has a part of the input; sums the
-    results over them."""
+    """(T, I / ranks) -> (T, O): core's linear, its input sharded over the tensor-parallel ranks; sums their results."""
     linear = linear_class(
         input_size,
         output_size,

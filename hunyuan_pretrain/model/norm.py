@@ -1,7 +1,7 @@
-"""RMSNorm, and RoPE followed by per-head RMSNorm, as autograd functions that keep only their input and one number a
+"""RMSNorm, and RoPE followed by per-head RMSNorm, as autograd functions that save one activation and one number per
 row.
 
-Shapes: T tokens, D channels of a norm, N heads, H head dim.
+Shapes: T tokens, D channels of a norm, N heads, H head dim, h = H / 2.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class _RMSNormFunction(torch.autograd.Function):
 class RMSNorm(torch.nn.Module):
     """x / rms(x) * weight over the last dim, computed in fp32, returned in x's dtype.
 
-    Core's own local norm refuses sequence parallelism; this one marks its weight so that core sums its gradient over
-    the tensor-parallel ranks.
+    Core's local norm rejects sequence parallelism. This one marks its weight so that core sums the weight's gradient
+    over the tensor-parallel ranks.
     """
 
     def __init__(self, config: HunyuanConfig, size: int) -> None:
@@ -57,10 +57,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class HeadNorm(torch.nn.Module):
-    """The weight (H,) of an RMSNorm of heads, which attention folds into its queries.
+    """The weight (H,) of a per-head RMSNorm, which attention folds into its queries.
 
-    Called, it returns the weight: where the gather of updated weights overlaps the forward pass, core completes those
-    of a module when the module is called.
+    Call it to read the weight: when the all-gather of updated weights overlaps the forward pass, core waits for a
+    module's weights when that module is called.
     """
 
     def __init__(self, config: HunyuanConfig) -> None:
@@ -80,8 +80,8 @@ def _norm_weight(config: HunyuanConfig, size: int) -> torch.nn.Parameter:
 def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor, Tensor]:
     """fp32 (cos, sin), each (T, 1, H/2), of positions under the given RoPE base (NTK-alpha already applied).
 
-    Frequencies are computed on the CPU by the expression of the exported model code: at position 262,143 their last bit
-    shows.
+    Frequencies are computed on the CPU with the same expression as in the exported model code: at position 262,143
+    their last bit matters.
     """
     frequency_h = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
     angle_Th = positions_T.float()[:, None] * to_device(frequency_h, positions_T.device)
@@ -91,7 +91,7 @@ def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor,
 def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:
     """Rotate-half (neox) rotation in fp32; a negative sine rotates back.
 
-    Laid out as attention reads it: head by head on a CPU; elsewhere token by token, which kernels take that know of no
+    The memory layout is what attention reads: head-major on a CPU; token-major elsewhere, for kernels that ignore
     strides.
     """
     first, second = x_TNH.float().chunk(2, dim=-1)
@@ -116,7 +116,7 @@ class _RopeNormFunction(torch.autograd.Function):
             rstd_TN1 = _reciprocal_rms(x_TNH, eps)
             y_TNH.mul_(rstd_TN1)
         y_hat_TNH = y_TNH.to(x_TNH.dtype)
-        # kept instead of the input, which nothing else needs
+        # saved instead of the input, which nothing else needs
         ctx.save_for_backward(y_hat_TNH if eps is not None else None, cos_T1h, sin_T1h, weight_H, rstd_TN1)
         return y_hat_TNH if weight_H is None else (y_TNH * weight_H).to(x_TNH.dtype)
 
@@ -141,6 +141,6 @@ def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | No
     """RoPE, then RMSNorm of each head with `eps` (None: no norm), then the fp32 `weight_H` (None: no weight; only with
     a norm).
 
-    The statistic is taken before the rotation, which keeps the norm of a head. Returns (T, N, H) in x's dtype.
+    The RMS is computed before the rotation, which preserves it. Returns (T, N, H) in x's dtype.
     """
     return _RopeNormFunction.apply(x_TNH, *table, weight_H, eps)

@@ -1,13 +1,13 @@
-"""Causal attention inside packed documents, for all rows of a micro-batch or for the rows of one context-parallel rank.
+"""Causal attention within packed documents, for all rows of a micro-batch or for those of one context-parallel rank.
 
-The work is a list of blocks: some consecutive queries of one document, which see its keys up to themselves. A causal
-flash kernel takes as many queries as keys, so a block whose document begins before its first query is two calls:
-without a mask on the earlier keys, causal on the block's own. The two are merged by their logsumexp; the backward pass
-hands the merged output and logsumexp to the backward kernel of each part, which then yields that part of the exact
-gradient (Ring Attention, arXiv 2310.01889).
+The work is a list of blocks. The queries of a block are consecutive tokens of one document; each sees the document's
+keys up to itself. A causal flash kernel takes as many queries as keys, so a block whose document begins before its
+first query needs two calls: unmasked on the earlier keys, causal on the block's own. Their results are merged by
+logsumexp. The backward pass gives the merged output and logsumexp to the backward kernel of each part, which then
+returns that part of the exact gradient (Ring Attention, arXiv 2310.01889).
 
 Shapes: T query rows of this rank, S key rows (T without context parallelism), N query heads, G key/value heads, H head
-dim, n queries of a block, P keys of a kernel call. The leading 1 is the batch dim of the kernels.
+dim, n queries of a block, P keys of a kernel call. The leading 1 is the kernels' batch dim.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from hunyuan_pretrain.runtime.handover import handed_over
 
 
 class Block(NamedTuple):
-    """The queries [q_start, q_end) belong to the last q_end - q_start of the keys [k_start, k_end); each sees the keys
-    up to its own."""
+    """The queries [q_start, q_end) are the tokens of the last q_end - q_start keys of [k_start, k_end); each sees the
+    keys up to its own."""
 
     q_start: int
     q_end: int
@@ -34,13 +34,13 @@ class Block(NamedTuple):
 
 
 def document_blocks(cu_seqlens: Sequence[int]) -> list[Block]:
-    """One block a document, where queries and keys both have all rows."""
+    """One block per document, where queries and keys both cover all rows."""
     return [Block(start, end, start, end) for start, end in pairwise(cu_seqlens)]
 
 
 def context_blocks(cu_seqlens: Sequence[int], ranges: Sequence[tuple[int, int]]) -> list[Block]:
-    """The blocks of a rank whose queries are the rows of these (start, end) ranges, one after the other, and whose keys
-    are all rows."""
+    """The blocks of a rank whose queries are the rows of these (start, end) ranges, concatenated, and whose keys are
+    all rows."""
     blocks: list[Block] = []
     row = 0
     for start, end in ranges:
@@ -53,11 +53,12 @@ def context_blocks(cu_seqlens: Sequence[int], ranges: Sequence[tuple[int, int]])
 
 
 def packed_attention(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v of each block; no mask is built. Returns (T, N, H), contiguous. Communicates nothing.
+    """softmax(q k^T / sqrt(H)) v of each block, without a (T, S) mask. Returns (T, N, H), contiguous. Communicates
+    nothing.
 
-    Blocks come in the order of their queries and leave none out. Query head n reads key/value head n // (N / G). Keys
-    that no query sees get a gradient of zero. Any strides will do; tensors in which a head's numbers do not lie
-    together are copied. Raises ValueError if dtypes or devices differ.
+    Blocks are in query order and cover every query. Query head n reads key/value head n // (N / G). Keys that no query
+    sees get a zero gradient. Any strides are accepted, but tensors whose last dim is not contiguous are copied. Raises
+    ValueError if dtypes or devices differ.
     """
     assert [*(block.q_start for block in blocks), q_TNH.shape[0]] == [0, *(block.q_end for block in blocks)], (
         "blocks leave queries out"
@@ -90,7 +91,7 @@ class _PackedAttention(torch.autograd.Function):
         q_TNH, k_SGH, v_SGH, out_TNH, *logsumexps = ctx.saved_tensors
         kernel = _kernel(q_TNH)
         grad_1NTH, q_1NTH, k_1GSH, v_1GSH, out_1NTH = _by_head(grad_TNH.contiguous(), q_TNH, k_SGH, v_SGH, out_TNH)
-        # blocks that cover the keys one after the other need no sum; others share keys or skip some
+        # blocks that cover all keys in order need no sum; others share keys or skip some
         ends = [0, *(block.k_end for block in ctx.blocks)]
         is_sum = ends != [*(block.k_start for block in ctx.blocks), k_SGH.shape[0]]
         sum_dtype = torch.promote_types(k_SGH.dtype, torch.float32)
@@ -126,7 +127,7 @@ def _queries(block: Block) -> tuple[int, int]:
 
 
 def _parts(block: Block) -> Iterator[tuple[tuple[int, int], bool]]:
-    """((first key, number of keys), is_causal) of the kernel calls of a block."""
+    """Yields ((first key, number of keys), is_causal) for each kernel call of a block."""
     own = block.q_end - block.q_start
     earlier = block.k_end - block.k_start - own
     if earlier:
@@ -135,8 +136,7 @@ def _parts(block: Block) -> Iterator[tuple[tuple[int, int], bool]]:
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(output, logsumexp) of attention to the keys of both, combined in the dtype of the logsumexp, which is fp32 or
-    wider."""
+    """(output, logsumexp) of attention to the keys of both parts, combined in the logsumexp's dtype, fp32 or wider."""
     (first_1NnH, first_1Nn), (second_1NnH, second_1Nn) = first, second
     logsumexp_1Nn = torch.logaddexp(first_1Nn, second_1Nn)
     out_1NnH = first_1NnH * (first_1Nn - logsumexp_1Nn).exp()[..., None]
@@ -162,7 +162,7 @@ def _kernel(q_TNH: Tensor) -> _Kernel:
     return _Kernel(_flash_cuda, _flash_cuda_backward) if has_flash else _Kernel(_plain, _plain_backward)
 
 
-# Flash kernels take grouped queries as they are; the CPU's since pytorch pull request 157893 of July 2025.
+# Flash kernels support grouped queries natively; the CPU's since pytorch pull request 157893 of July 2025.
 
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -184,13 +184,14 @@ def _flash_cuda(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tenso
 def _flash_cuda_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # for dropout, which is off
     saved = (grad, q, k, v, out, logsumexp.contiguous(), None, None, q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(*saved, 0.0, is_causal, seed, seed)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """For what flash kernels do not take, as fp32 on a GPU: holds all scores of a call, and a mask of its own rows."""
+    """For inputs that flash kernels reject, such as fp32 on a GPU; holds all scores of a call, and a causal mask for
+    them."""
     scores = _plain_scores(q, k, is_causal)
     logsumexp = scores.logsumexp(-1)
     weights = (scores - logsumexp[..., None]).exp()

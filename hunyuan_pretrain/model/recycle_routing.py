@@ -1,12 +1,12 @@
-"""Capacity and recycle routing: which expert computes each choice, and in which of its places.
+"""Capacity and recycle routing: which expert computes each choice, and in which slot.
 
-Source: arXiv 2411.02265 section 2.3.1 and the released model code, which holds recycle routing as code that never
-triggers. Capacity and the random draw are those of a *routing group*: `moe_routing_group_tokens` consecutive tokens of
-one sequence. The draw is a hash of (seed, step, layer, group, slot), so it is the same when a layer is recomputed and
-under every parallel layout that keeps groups whole.
+Source: arXiv 2411.02265 section 2.3.1 and the released model code, whose recycle routing never triggers. Capacity and
+the random draw are per *routing group*: `moe_routing_group_tokens` consecutive tokens of one sequence. The draw is a
+hash of (seed, step, layer, group, slot), so it is the same when a layer is recomputed and under every parallel layout
+that keeps groups whole.
 
-Shapes: T tokens of this rank, n routing groups, g tokens of a group, E experts, K top-k, c = K * g choices of a group,
-C slots of an expert for one group, S = E * C slots of a group, R rows (places in experts).
+Shapes: T tokens of this rank, n routing groups, g tokens of a group, E experts, K top-k, c choices (K * g of a group,
+or all T * K), C slots of an expert for one group, S = E * C slots of a group, R rows (slots of all groups).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _signed(value: int) -> int:
 
 
 def _mix(keys: Tensor) -> Tensor:
-    """splitmix64's finaliser over int64 tensors, whose products wrap as unsigned ones do; any shape."""
+    """splitmix64's finaliser for int64 tensors of any shape; int64 multiplication wraps as unsigned does."""
     for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
         keys = (keys ^ ((keys >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return keys ^ ((keys >> 31) & ((1 << 33) - 1))
@@ -55,12 +55,12 @@ def slot_priorities(seed: int, step: int, layer: int, group_n: Tensor, num_slots
 
 
 def assign_slots(chosen_nKg: Tensor, num_experts: int, capacity: int, priority_nS: Tensor | None) -> Tensor:
-    """Give each choice of an expert a slot, S = num_experts * capacity slots a group; slot s belongs to expert s //
+    """Assign each choice a slot; a group has S = num_experts * capacity slots, and slot s belongs to expert s //
     capacity.
 
-    chosen_nKg holds expert numbers. The first `capacity` choices of an expert keep it, all first choices of a group
-    before all second ones, tokens in order. With `priority_nS`, choices that found their expert full are recycled.
-    Returns slots_nKg with DROPPED where no slot was left (or, without priorities, where the expert was full).
+    chosen_nKg holds expert numbers. The first `capacity` choices of an expert keep it, where all first choices of a
+    group come before all second ones, and tokens are in order. With `priority_nS`, choices whose expert is full are
+    recycled. Returns slots_nKg, DROPPED where no slot was left (or, without priorities, where the expert was full).
     """
     n, K, g = chosen_nKg.shape
     choice_nc = chosen_nKg.reshape(n, K * g)
@@ -72,14 +72,15 @@ def assign_slots(chosen_nKg: Tensor, num_experts: int, capacity: int, priority_n
 
 
 def _keep_within_capacity(choice_nc: Tensor, is_chosen_ncE: Tensor, capacity: int) -> Tensor:
-    """(n, c) slots of the choices among the first `capacity` of their expert, DROPPED for the others."""
+    """(n, c) slots of the choices among the first `capacity` of their expert; DROPPED for all others."""
     slot_nc = is_chosen_ncE.cumsum(1, dtype=torch.int32).gather(2, choice_nc[..., None]).squeeze(2) - 1
     return torch.where(slot_nc < capacity, choice_nc * capacity + slot_nc, DROPPED)
 
 
 def _recycle(slots_nc: Tensor, num_chosen_nE: Tensor, capacity: int, priority_nS: Tensor) -> Tensor:
-    """Recycle routing: choices without a slot take, in order, the group's free slots sorted by priority: uniform over
-    free slots if the priorities are random. slots_nc with those filled in; DROPPED stays where none was left."""
+    """Recycle routing: choices without a slot take, in order, the group's free slots sorted by priority. The draw is
+    uniform over free slots if the priorities are random. Returns slots_nc with those filled in; DROPPED remains where
+    none was left."""
     used_nE = num_chosen_nE.clamp(max=capacity)
     slot_C = torch.arange(capacity, device=slots_nc.device)
     is_free_nS = (slot_C >= used_nE[..., None]).flatten(1)
@@ -97,9 +98,9 @@ def _recycle(slots_nc: Tensor, num_chosen_nE: Tensor, capacity: int, priority_nS
 
 
 class Assignment(NamedTuple):
-    """The expert and the row of each choice; what model.routing.RoutingPlan has beside the combine weights."""
+    """The expert of each choice, and the fields of model.routing.RoutingPlan other than the combine weights."""
 
-    expert_TK: Tensor  # that computes the choice; the chosen one where the choice is dropped
+    expert_TK: Tensor  # that computes the choice; the chosen one if the choice is dropped
     row_TK: Tensor
     token_R: Tensor
     rows_E: Tensor | None
@@ -110,8 +111,8 @@ class Assignment(NamedTuple):
 def assign_within_capacity(
     chosen_TK: Tensor, config: HunyuanConfig, layer: int, routing: TrainingRouting
 ) -> Assignment:
-    """Each expert has expert_capacity rows for each routing group, group after group; what overflows is
-    recycled, or dropped where config.model.recycle_routing is off."""
+    """Assign choices to experts of limited capacity: expert_capacity rows per expert and routing group, sorted by
+    expert, then group. Overflowing choices are recycled, or dropped if config.model.recycle_routing is off."""
     T, K = chosen_TK.shape
     E, g = config.num_moe_experts, config.model.moe_routing_group_tokens
     n, capacity = T // g, expert_capacity(config.model)
@@ -138,7 +139,7 @@ def assign_within_capacity(
 
 @torch.no_grad()
 def assign_without_capacity(chosen_TK: Tensor, num_experts: int) -> Assignment:
-    """Dropless: every choice where it is, rows sorted by expert, tokens of an expert in order."""
+    """Assign every choice to the expert it chose (dropless); rows are sorted by expert, then by token."""
     T, K = chosen_TK.shape
     choice_c = chosen_TK.reshape(-1)
     order_R = choice_c.argsort(stable=True)

@@ -1,8 +1,8 @@
-"""The router of a layer: the experts that each token chooses, combine weights, balance loss and z-loss.
+"""The router of a layer: each token's chosen experts, combine weights, balance loss and z-loss.
 
-Where the choices go, within the experts' capacity, is in model/recycle_routing.py.
+model/recycle_routing.py assigns the choices to experts and rows, within the capacity.
 
-Shapes: T tokens of this rank, n routing groups, D hidden, E experts, K top-k.
+Shapes: T tokens of this rank, n routing groups, D hidden, E experts, K top-k, R rows (slots of experts).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hunyuan_pretrain.model.routing import (
 
 
 class Routed(NamedTuple):
-    """What a router returns of this rank's tokens."""
+    """What a router returns for this rank's tokens."""
 
     plan: RoutingPlan
     loss: Tensor | None
-    """The router losses with their coefficients, this rank's part of their mean over the routing groups of the global
-    batch, (); None in evaluation."""
+    """(): the router losses times their coefficients, this rank's part of the mean over the routing groups of the
+    global batch; None in evaluation."""
     statistics: RouterStatistics
 
 
@@ -47,9 +47,9 @@ class Router(torch.nn.Module):
         self.weight = weight
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Routed:
-        """Route this rank's tokens, whole routing groups in order. Nobody but the caller adds the loss to anything.
+        """Route this rank's tokens, whole routing groups in order. The caller has to apply the returned loss.
 
-        In training the capacity, recycling and losses of the config apply; in evaluation every token goes where it
+        In training the config's capacity, recycling and losses apply; in evaluation every token goes to the experts it
         chose. Communicates nothing.
         """
         config = self.config
@@ -74,8 +74,8 @@ class Router(torch.nn.Module):
         return assign_within_capacity(chosen_TK, self.config, self.layer, routing)
 
     def choose(self, probs_TE: Tensor, routing: Routing) -> Tensor:
-        """The K experts of the highest probability of each token; a comparison of roundings puts those of another run
-        in their place."""
+        """(T, K) the most probable experts of each token. A comparison of two runs (diagnostics/parity.py) replaces
+        this method by the other run's choices."""
         return probs_TE.topk(self.config.moe_router_topk, dim=-1).indices
 
 
@@ -83,8 +83,8 @@ class Router(torch.nn.Module):
 
 
 class _ProbabilitiesOf(torch.autograd.Function):
-    """probs_TE[t, expert_TK[t, k]]; torch's own gradient of it adds at places that it sorts first, where it must be the
-    same every time."""
+    """probs_TE[t, expert_TK[t, k]]. torch's own gradient adds by index, and has to sort the index first to be
+    deterministic."""
 
     @staticmethod
     def forward(ctx: Any, probs_TE: Tensor, expert_TK: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ class _ProbabilitiesOf(torch.autograd.Function):
 
 
 def _combine_weights(probs_TE: Tensor, assigned: Assignment) -> Tensor:
-    """(T, K) probability of the expert that computes a choice: of one choice as it is, of several over their sum; 0 of
-    a dropped one."""
+    """(T, K) probability of the expert that computes each choice, divided by a token's sum if K > 1; 0 for a dropped
+    choice."""
     weight_TK = _ProbabilitiesOf.apply(probs_TE, assigned.expert_TK)
     if weight_TK.shape[1] > 1:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
@@ -115,8 +115,8 @@ def _is_dropped(assigned: Assignment) -> Tensor:
 
 
 def balance_loss(probs_TE: Tensor, chosen_TK: Tensor, group_tokens: int) -> Tensor:
-    """E * sum_e mean(p_e) * mean(chosen_e), means within a routing group of `group_tokens` tokens, summed over the
-    groups, (). `chosen_TK`: before recycling. Source: Switch Transformer, arXiv 2101.03961, equation 4."""
+    """(): E * sum_e mean(p_e) * mean(chosen_e), with means within a routing group of `group_tokens` tokens, summed over
+    the groups. `chosen_TK`: before recycling. Source: Switch Transformer, arXiv 2101.03961, equation 4."""
     E = probs_TE.shape[1]
     n = chosen_TK.shape[0] // group_tokens
     with torch.no_grad():
@@ -125,7 +125,7 @@ def balance_loss(probs_TE: Tensor, chosen_TK: Tensor, group_tokens: int) -> Tens
 
 
 def z_loss(logits_TE: Tensor, group_tokens: int) -> Tensor:
-    """Mean of logsumexp(logits)^2 within a routing group of `group_tokens` tokens, summed over the groups, ()."""
+    """(): the mean of logsumexp(logits)^2 within a routing group of `group_tokens` tokens, summed over the groups."""
     n = logits_TE.shape[0] // group_tokens
     return logits_TE.logsumexp(-1).square().view(n, -1).mean(1).sum()
 
@@ -137,7 +137,7 @@ def z_loss(logits_TE: Tensor, group_tokens: int) -> Tensor:
 def _statistics(
     chosen_TK: Tensor, assigned: Assignment, num_experts: int, is_counted_T: Tensor | None = None
 ) -> RouterStatistics:
-    """Of the tokens of is_counted_T (None: of all), with losses of zero."""
+    """Statistics of the tokens in is_counted_T (None: all), with zero losses."""
     zero = torch.zeros((), device=chosen_TK.device)
     is_chosen_TE = marked(chosen_TK, num_experts)
     if is_counted_T is not None:

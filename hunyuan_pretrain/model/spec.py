@@ -1,7 +1,7 @@
-"""The slots of the model that an engine fills; model/engines.py chooses which.
+"""The layers that an engine provides for the model; model/engines.py chooses the engine.
 
-A `Spec` holds constructors: of the layers that run everywhere (model/local_layers.py), of the same ones that compute in
-emulated FP8 during a training step (model/fp8/emulated.py), or of Transformer Engine's (model/engine/layers.py).
+A `Spec` holds constructors: of the layers that run everywhere (model/local_layers.py), of the same layers in emulated
+FP8 during a training step (model/fp8/emulated.py), or of Transformer Engine's (model/engine/layers.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ CoreAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Block]], Tensor]
 
 @dataclass(frozen=True)
 class Spec:
-    """Constructors (config, input size, output size, groups) of the model's matrix products; sizes are those of the
-    whole weight.
+    """Constructors of the model's linear layers, norms and attention.
 
-    And of what else an engine may have kernels of its own for.
+    Those of linear layers take (config, input size, output size, groups), with the sizes of the whole weight.
     """
 
     column_parallel_linear: LinearFactory
@@ -36,13 +35,13 @@ class Spec:
     norm: NormFactory
     """(config, size)."""
     input_norm: NormFactory
-    """The norm whose output nothing but the projection of the attention reads."""
+    """The norm whose output only the input projection of the attention reads."""
     core_attention: Callable[[HunyuanConfig], CoreAttention]
     column_parallel_linear_after_norm: Callable[..., torch.nn.Module] | None = None
-    """That projection, constructed with the norm as last argument; None: column_parallel_linear, which has no part in
-    the norm."""
+    """That projection, with the norm as last argument of its constructor; None: column_parallel_linear, with the norm
+    left as a separate layer."""
     row_multiple: Callable[[], int] = lambda: 1
-    """Returns what the number of rows of each expert has to be a multiple of at this time."""
+    """Returns the number that the row count of each expert must currently be a multiple of."""
 
     def linear_after(
         self,
@@ -52,7 +51,7 @@ class Spec:
         output_size: int,
         groups: ProcessGroupCollection,
     ) -> torch.nn.Module:
-        """The column-parallel linear that alone reads the output of `norm`."""
+        """The column-parallel linear that is the only reader of `norm`'s output."""
         if self.column_parallel_linear_after_norm is None:
             return self.column_parallel_linear(config, input_size, output_size, groups)
         return self.column_parallel_linear_after_norm(config, input_size, output_size, groups, norm)
