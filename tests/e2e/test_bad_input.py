@@ -203,7 +203,7 @@ class TestAfterTorchIsLoaded:
             run_forked("train", fields, f"run_dir={tmp_path}/other"), f"{held_out}: missing; write the folder again"
         )
 
-    def test_checkpoint_of_another_model_and_a_fresh_start_over_an_old_run(self, corpus, tmp_path):
+    def test_a_checkpoint_of_another_model_and_a_fresh_start_over_an_old_run(self, corpus, tmp_path):
         assert run_forked("train", config(tmp_path, corpus, steps=2, model__num_layers=2))[0] == 0
         fresh = run_forked("train", config(tmp_path, corpus, steps=2, model__num_layers=2), "checkpoint.resume=false")
         assert_refused(fresh, "checkpoint.resume=false, but", "choose another run_dir, or remove the checkpoints")

@@ -36,7 +36,7 @@ def removed(work: Path, name: str) -> list[dict]:
     return [json.loads(line) for content in contents for line in content.splitlines()]
 
 
-def test_the_pipeline_cleans_and_tokenizes_and_goes_on_where_it_stopped(tmp_path: Path, corpus: Path) -> None:
+def test_the_pipeline_cleans_and_tokenizes_and_resumes_where_it_stopped(tmp_path: Path, corpus: Path) -> None:
     for package in ("datatrove", "orjson"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'hunyuan-pretrain[cluster]'")
     texts = documents()

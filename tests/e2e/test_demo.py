@@ -33,7 +33,7 @@ SMALLER = [
 
 
 @pytest.mark.slow
-def test_demo_runs_from_text_to_speech(tmp_path: Path) -> None:
+def test_demo_runs_from_text_to_generation(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -96,7 +96,7 @@ def test_doctor_finds_what_training_would_refuse(
     assert not (tmp_path / "run").exists()
 
 
-def test_doctor_says_yes_where_training_goes_on(trained: Path, corpus: Path) -> None:
+def test_doctor_says_yes_where_training_resumes(trained: Path, corpus: Path) -> None:
     before = sorted((trained / "run").rglob("*"))
     assert refusals(load_experiment(trained / "x.yaml")) == []
     fields = experiment_fields(corpus, trained / "second", steps=2, checkpoint__init_from=str(trained / "run"))
@@ -104,14 +104,14 @@ def test_doctor_says_yes_where_training_goes_on(trained: Path, corpus: Path) -> 
     assert sorted((trained / "run").rglob("*")) == before
 
 
-def test_doctor_says_no_where_a_run_cannot_go_on(trained: Path) -> None:
+def test_doctor_says_no_where_a_run_cannot_resume(trained: Path) -> None:
     (said,) = refusals(load_experiment(trained / "x.yaml", ["seed=8"]))
     assert "seed" in said
     (said,) = refusals(load_experiment(trained / "x.yaml", ["checkpoint.resume=false"]))
     assert "checkpoint.resume=false, but" in said
 
 
-def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_run(
+def test_doctor_says_no_if_no_checkpoint_is_intact_or_a_branch_is_of_another_run(
     trained: Path, corpus: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
@@ -127,7 +127,7 @@ def test_doctor_says_no_where_no_checkpoint_is_whole_or_a_branch_is_of_another_r
     assert (code, "step_0000002: __0_0.distcp is missing or damaged" in err) == (2, True)
 
 
-def test_doctor_says_no_to_weights_of_another_model_and_to_what_is_no_checkpoint(
+def test_doctor_says_no_to_weights_of_another_model_and_to_folders_without_a_checkpoint(
     trained: Path, corpus: Path, tmp_path: Path
 ) -> None:
     fields = experiment_fields(
@@ -160,12 +160,12 @@ def test_doctor_says_no_to_a_full_disk(corpus: Path, tmp_path: Path) -> None:
     assert said == [f"{tmp_path}: File too large"]
 
 
-def test_doctor_says_yes_to_a_run_whose_paths_are_relative(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_yes_to_a_run_with_relative_paths(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     assert refusals(load_experiment(Path("x.yaml"), ["run_dir=run"])) == []
 
 
-def test_doctor_and_train_say_the_same(corpus: Path, tmp_path: Path) -> None:
+def test_doctor_and_train_report_the_same(corpus: Path, tmp_path: Path) -> None:
     fields = experiment_fields(corpus, tmp_path / "run")
     no_data_of_the_last_stage(fields, tmp_path, corpus)
     config = write_experiment(tmp_path / "x.yaml", fields)

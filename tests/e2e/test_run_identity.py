@@ -205,7 +205,7 @@ def told(corpus: Path, base: Path) -> dict[str, Any]:
     return fork_ranks(1, stories, corpus, base, timeout_s=900)[0]
 
 
-def test_an_unchanged_run_takes_exactly_what_it_would_have_taken(told: dict[str, Any], base: Path) -> None:
+def test_an_unchanged_resumed_run_reads_exactly_what_it_would_have_read(told: dict[str, Any], base: Path) -> None:
     names = ("step", "loss", "grad_norm", "learning_rate")
     mine, other = (
         [[record[name] for name in names] for record in metrics(base / run)] for run in ("unchanged", "straight")
@@ -217,7 +217,7 @@ def test_an_unchanged_run_takes_exactly_what_it_would_have_taken(told: dict[str,
 
 
 @pytest.mark.parametrize(("name", "batch", "steps"), [("twice", 16, 15), ("half", 4, 30)])
-def test_another_batch_trains_every_sequence_once(
+def test_a_new_batch_size_trains_every_sequence_once(
     told: dict[str, Any], base: Path, name: str, batch: int, steps: int
 ) -> None:
     assert f"changed, and recorded: stages.1.global_batch_sequences: 8 -> {batch}" in told[name]
@@ -231,7 +231,7 @@ def test_another_batch_trains_every_sequence_once(
             assert rate == pytest.approx(per_token[tokens], rel=1e-9), "the learning rate is a function of the tokens"
 
 
-def test_another_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base: Path) -> None:
+def test_a_new_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base: Path) -> None:
     assert "step_0000010: the run cannot continue with this configuration" in told["seed"]
     assert "seed: 7 in the checkpoint, 8 in the config" in told["seed"]
     assert told["seed"].endswith("continue anyway with --accept-changes seed")
@@ -256,7 +256,7 @@ def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None
     assert marker["history"] == segments, "a copied checkpoint has the history too"
 
 
-def test_one_message_has_everything_that_is_refused(told: dict[str, Any]) -> None:
+def test_one_message_lists_everything_that_is_refused(told: dict[str, Any]) -> None:
     for text in (
         "a checkpoint of another model:\n  model.hidden_size: 32",
         "seed: 7 in the checkpoint",
@@ -270,18 +270,18 @@ def test_a_finished_run_has_nothing_to_do(told: dict[str, Any]) -> None:
     assert "steps 21 to 20" not in told["again"]
 
 
-def test_a_run_whose_tokens_are_doubled_goes_on_at_the_present_rate(told: dict[str, Any], base: Path) -> None:
+def test_a_run_with_doubled_tokens_continues_at_the_current_rate(told: dict[str, Any], base: Path) -> None:
     assert "steps 21 to 39" in told["longer"]
     assert rates(base / "longer")[19:] == pytest.approx([1e-3] * 20)
 
 
-def test_a_run_shorter_than_what_is_trained_is_refused_and_exports_work(told: dict[str, Any], base: Path) -> None:
+def test_a_run_shorter_than_what_is_trained_is_refused_and_exports_still_work(told: dict[str, Any], base: Path) -> None:
     assert "stages.1.tokens=5120: 19,456 tokens of stage decay are trained after step 39" in told["shorter"]
     assert told["export"]["step"] == 11
     assert "use at least 19456, or branch from an earlier checkpoint with --from-step" in told["shorter"]
 
 
-def test_a_branch_leaves_what_came_after_in_a_run_directory_of_its_own(told: dict[str, Any], base: Path) -> None:
+def test_a_branch_moves_later_steps_to_a_run_directory_of_their_own(told: dict[str, Any], base: Path) -> None:
     run_dir = base / "branch"
     assert "branches off after step 10, leaving step_0000020" in told["branch"]
     assert "done: 11 steps" in told["branch"], "shorter than what was trained: the branch may be"
@@ -293,7 +293,9 @@ def test_a_branch_leaves_what_came_after_in_a_run_directory_of_its_own(told: dic
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, 12))
 
 
-def test_the_same_start_goes_on_with_its_branch_and_another_branches_anew(told: dict[str, Any], base: Path) -> None:
+def test_the_same_command_continues_its_branch_and_a_changed_one_branches_again(
+    told: dict[str, Any], base: Path
+) -> None:
     assert "nothing to do: the run is finished (11 steps)" in told["branch again"]
     assert "branches off after step 10, leaving step_0000011" in told["branch anew"]
     assert [record["step"] for record in metrics(base / "branch/abandoned/002")] == list(range(1, 12))
@@ -303,7 +305,7 @@ def test_the_same_start_goes_on_with_its_branch_and_another_branches_anew(told: 
     assert segments[1]["changes"][0].startswith("branches off after step 10")
 
 
-def test_a_checkpoint_to_branch_from_must_be_there_and_not_another_runs(told: dict[str, Any], base: Path) -> None:
+def test_a_checkpoint_to_branch_from_must_exist_and_belong_to_the_run(told: dict[str, Any], base: Path) -> None:
     assert "step_0000007: not a complete checkpoint" in told["no such step"]
     assert "longer has checkpoints of its own, such as step_0000039 (choose another run_dir" in told["mixed"]
     assert "steps 11 to 11" in told["of another run"]
@@ -312,7 +314,7 @@ def test_a_checkpoint_to_branch_from_must_be_there_and_not_another_runs(told: di
     )
 
 
-def test_the_weights_of_a_run_start_another(told: dict[str, Any], base: Path) -> None:
+def test_a_run_can_start_from_the_weights_of_another(told: dict[str, Any], base: Path) -> None:
     assert (
         f"begins with the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run"
         in told["weights"]
@@ -321,13 +323,13 @@ def test_the_weights_of_a_run_start_another(told: dict[str, Any], base: Path) ->
     assert "steps 1 to 2" in told["weights"]
 
 
-def test_a_run_from_before_histories_goes_on_with_another_batch(told: dict[str, Any], base: Path) -> None:
+def test_a_run_without_a_recorded_history_resumes_with_a_new_batch_size(told: dict[str, Any], base: Path) -> None:
     assert "steps 11 to 15" in told["from before histories"]
     for step in (3, 11, 15):
         assert documents(base / "from before histories", step) == documents(base / "twice", step)
 
 
-def test_a_checkpoint_beyond_its_configuration_says_why(told: dict[str, Any]) -> None:
+def test_a_checkpoint_beyond_the_end_of_its_configuration_is_explained(told: dict[str, Any]) -> None:
     assert (
         "it was taken after 20 steps, but the configuration beside it, resolved.yaml, ends after 10"
         in told["written over"]
@@ -344,13 +346,13 @@ def test_repacked_data_is_refused_until_it_is_accepted(told: dict[str, Any], bas
     assert len(told["where in what is there"]) == BATCH
 
 
-def test_where_reads_the_segment_that_was_in_force(told: dict[str, Any], base: Path) -> None:
+def test_where_uses_the_segment_that_was_in_force(told: dict[str, Any], base: Path) -> None:
     assert told["twice"]
     assert len(documents(base / "twice", 3)) == 8
     assert len(documents(base / "twice", 11)) == 16
 
 
-def test_two_trains_on_one_run_dir_do_not_mix_and_the_lock_of_a_killed_one_is_no_obstacle(
+def test_two_runs_on_one_run_dir_do_not_mix_and_the_lock_of_a_killed_run_does_not_block(
     corpus: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

@@ -119,7 +119,7 @@ def default_partition() -> str:
     return next((name.removesuffix("*") for name in shown if name.endswith("*")), shown[0])
 
 
-def test_tokenizing_goes_on_after_a_task_was_killed_and_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+def test_tokenizing_resumes_after_a_killed_task_and_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
     pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'hunyuan-pretrain[cluster]'")
     from data_tools import corpus as corpus_files
     from data_tools.tokenization import tokenize

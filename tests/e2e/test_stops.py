@@ -95,7 +95,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(corpus, tmp_path):
     assert "told to stop" not in out
 
 
-def test_the_others_of_a_killed_rank_end_with_one_line_each(corpus, tmp_path):
+def test_when_a_rank_is_killed_the_others_exit_with_one_line_each(corpus, tmp_path):
     run_dir = tmp_path / "run"
     fields = experiment_fields(corpus, run_dir, 4000, parallel={"world_size": 2}, checkpoint={"save_every_steps": 2})
     config = write_experiment(tmp_path / "x.yaml", fields)

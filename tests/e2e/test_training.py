@@ -113,7 +113,7 @@ def test_resume_is_bitwise_identical(straight, corpus, tmp_path):
     assert_bitwise_identical(run_dir, straight)
 
 
-def test_kill_in_the_middle_of_writing_a_checkpoint_goes_on_from_the_older_one(straight, corpus, tmp_path):
+def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_older_one(straight, corpus, tmp_path):
     config, run_dir = write(tmp_path, corpus, "run", 20, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 5})
     half_written = run_dir / "checkpoints" / "step_0000015.partial"
     kill_when(start("train", config, ranks=2), half_written.exists)
@@ -165,7 +165,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
     assert [record["step"] for record in metrics(run_dir)][: stopped + 1] == list(range(1, stopped + 2))
 
 
-def test_a_run_of_relative_paths_is_found_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
+def test_a_run_with_relative_paths_is_found_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
     """Its resolved experiment has absolute ones: what step 1 read, and the validation of the next start."""
     run_dir = tmp_path / "run"
     fields = experiment_fields(
@@ -214,7 +214,7 @@ def fill(disk: Path) -> Path:
     return path
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(corpus, tmp_path):
+def test_a_temporarily_full_disk_costs_a_run_nothing(corpus, tmp_path):
     """Nothing but checkpoints needs room: numbers and lines wait in memory, and are there when it is over."""
     steps, waits = 100, "metrics.jsonl: No space left on device; its lines wait in memory until it can be written"
     with disk_of(tmp_path / "disk", 8 * 1024) as disk:
@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(corpus, tmp_path):
         assert all(log.count(f" step {step}/{steps} ") == 1 for step in range(1, steps + 1))
 
 
-def test_a_full_disk_is_survived_in_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
+def test_a_full_disk_is_survived_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
     """The disk has room for the first checkpoint only; with more room the same command goes on from it."""
     fields = experiment_fields(
         corpus, small_disk / "run", 6, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 2}

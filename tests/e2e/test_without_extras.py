@@ -120,9 +120,7 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
         ("numpy", "data_tools", ["inspect", "x"]),
     ],
 )
-def test_a_package_that_every_installation_brings_is_named_where_it_is_absent(
-    module: str, program: str, arguments: list[str]
-) -> None:
+def test_a_required_package_that_is_absent_is_named(module: str, program: str, arguments: list[str]) -> None:
     """`pip install --no-deps`, in a container whose torch shall stay."""
     code = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv = ['x', *{arguments}]; "
@@ -165,5 +163,5 @@ def test_every_optional_package_of_the_project_is_known() -> None:
         (ValueError(), None),
     ],
 )
-def test_only_an_absent_package_counts_as_one(error: BaseException, said: str | None) -> None:
+def test_only_an_absent_package_counts_as_absent(error: BaseException, said: str | None) -> None:
     assert missing_package(error) == said

@@ -29,9 +29,7 @@ def skip_unless_supported(recipe: RecipeName) -> None:
 @pytest.mark.parametrize("operand", ["x", "w", "dy"])
 @pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_emulated_values_are_those_of_the_kernels(
-    name: str, fp8_format: str, operand: Operand, along_rows: bool
-) -> None:
+def test_emulated_values_match_the_kernels(name: str, fp8_format: str, operand: Operand, along_rows: bool) -> None:
     """Bit by bit, in bf16; shapes are whole blocks and not."""
     skip_unless_supported(name)
     recipe = PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format).recipe
@@ -47,7 +45,7 @@ def test_emulated_values_are_those_of_the_kernels(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_an_emulated_step_is_that_of_the_kernels(name: str) -> None:
+def test_an_emulated_step_matches_the_kernels(name: str) -> None:
     """One linear layer with equal inputs, output and gradients: what remains is the order of sums and the rounding to
     bf16."""
     import transformer_engine.pytorch as te

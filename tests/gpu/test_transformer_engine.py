@@ -32,7 +32,7 @@ def groups() -> Any:
     return build_groups(ParallelConfig(), 60)
 
 
-def test_a_bf16_step_equals_that_of_the_local_spec() -> None:
+def test_a_bf16_step_matches_the_local_spec() -> None:
     (loss, gradients), (other_loss, others) = (
         step(built(groups(), engine), groups(), "cuda") for engine in (True, False)
     )
@@ -60,7 +60,7 @@ def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: RecipeName)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES)[:3])
-def test_parameters_in_fp8_only_take_the_same_step(recipe: RecipeName) -> None:
+def test_fp8_only_parameters_take_the_same_step(recipe: RecipeName) -> None:
     """Experts, which are a parameter each then, put together again."""
     skip_unless_supported(recipe)
     models = (built(groups(), True, recipe, is_kept) for is_kept in (True, False))
@@ -76,7 +76,7 @@ def test_parameters_in_fp8_only_take_the_same_step(recipe: RecipeName) -> None:
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES)[:3])
-def test_parameters_in_fp8_only_have_gradients_outside_of_a_step(recipe: RecipeName) -> None:
+def test_fp8_only_parameters_have_gradients_outside_a_step(recipe: RecipeName) -> None:
     """As the probes before training compute them."""
     skip_unless_supported(recipe)
     model = built(groups(), True, recipe, True)
@@ -133,7 +133,7 @@ def test_the_local_attention_is_a_softmax(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("engine", [False, True])
-def test_the_host_waits_for_nothing_in_a_step_with_capacity(engine: bool) -> None:
+def test_the_host_never_waits_in_a_step_with_capacity(engine: bool) -> None:
     """The twin on a CPU counts what is called; here the driver tells."""
     model, micro_batch = built(groups(), engine), inputs("cuda")
     for mode in ("default", "error"):  # the first step compiles and allocates

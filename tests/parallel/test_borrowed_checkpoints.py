@@ -31,14 +31,14 @@ def tried(folder: Path) -> list[str]:
     return []
 
 
-def test_rank_0_chooses_the_checkpoint_and_each_rank_reads_it_in_its_own_run_directory(tmp_path: Path) -> None:
+def test_rank_0_chooses_the_checkpoint_and_each_rank_reads_it_from_its_own_run_directory(tmp_path: Path) -> None:
     for rank, steps in ((0, [3]), (1, [3, 4])):
         for step in steps:
             (tmp_path / str(rank) / "checkpoints" / f"step_{step:07d}").mkdir(parents=True)
     assert fork_ranks(2, tried, tmp_path) == [[str(tmp_path / rank / "checkpoints/step_0000003")] for rank in "01"]
 
 
-def test_a_shadow_run_changes_nothing_of_a_run_that_is_training(tmp_path: Path) -> None:
+def test_a_shadow_run_leaves_a_training_run_unchanged(tmp_path: Path) -> None:
     from hunyuan_pretrain.checkpoint import folders
     from hunyuan_pretrain.diagnostics.shadow import borrow_checkpoints
 

@@ -280,13 +280,13 @@ def same_on_both(found: list[dict[str, Any]], case: str) -> Any:
     return found[0][case]
 
 
-def test_work_on_files_may_take_longer_than_a_collective(found):
+def test_file_work_may_outlast_the_collective_timeout(found):
     saved, resumed = same_on_both(found, "slow")
     assert saved == ""
     assert resumed == ("step_0000001", [], "dp=2")
 
 
-def test_data_parallel_ranks_share_the_writing_and_each_digests_what_it_wrote(found):
+def test_data_parallel_ranks_split_the_writing_and_each_digests_what_it_wrote(found):
     (written_0, read_0, bytes_0), (written_1, read_1, bytes_1) = (rank["shares"] for rank in found)
     assert all(name.startswith("__1_") for name in written_1)
     assert {".metadata", "common.pt", "metadata.json"} == {name for name in written_0 if not name.startswith("__0_")}
@@ -295,7 +295,7 @@ def test_data_parallel_ranks_share_the_writing_and_each_digests_what_it_wrote(fo
     assert 0.8 < bytes_0 / bytes_1 < 1.25, "of everything that both have"
 
 
-def test_a_rank_out_of_memory_fails_the_save_on_all_and_hangs_none(found):
+def test_a_rank_out_of_memory_fails_the_save_on_all_ranks_and_none_hangs(found):
     kept, saving, loading, complete, later = same_on_both(found, "out_of_memory")
     assert kept == ""
     assert saving.endswith(
@@ -306,7 +306,7 @@ def test_a_rank_out_of_memory_fails_the_save_on_all_and_hangs_none(found):
     assert later == "", "the next save works"
 
 
-def test_a_disk_full_for_rank_0_fails_the_save_on_all_and_hangs_none(found):
+def test_a_full_disk_on_rank_0_fails_the_save_on_all_ranks_and_none_hangs(found):
     failed, complete, later, resumed = same_on_both(found, "full_disk")
     assert [name for name, _ in failed] == ["save_config", "finish", "write_marker"]
     for name, words in failed:
@@ -316,13 +316,13 @@ def test_a_disk_full_for_rank_0_fails_the_save_on_all_and_hangs_none(found):
     assert resumed[0] == "step_0000001"
 
 
-def test_plans_are_exchanged_and_checked_in_the_first_saves_only(found):
+def test_plans_are_exchanged_and_checked_only_in_the_first_saves(found):
     saves, resumed, different = same_on_both(found, "plans")
     assert saves == [("", 1, 1), ("", 0, 1), ("", 0, 0), ("", 0, 0)]
     assert (resumed, different) == ("step_0000004", [])
 
 
-def test_the_newest_good_checkpoint_is_taken_and_every_bad_one_named(found):
+def test_the_newest_good_checkpoint_is_loaded_and_every_bad_one_is_named(found):
     first, complete, again, second = same_on_both(found, "fall_back")
     damaged = "__1_0.distcp is missing or damaged: its size or sha256 is not the one in complete.json"
     assert first[0] == "step_0000001"
@@ -335,13 +335,13 @@ def test_the_newest_good_checkpoint_is_taken_and_every_bad_one_named(found):
     assert second[:2] == ("step_0000003", [])
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over_too(found):
+def test_an_unreadable_checkpoint_is_skipped_too(found):
     folder, notes, _ = same_on_both(found, "unreadable")
     assert folder == "step_0000001"
     assert "step_0000002 is not used: cannot be read: [Errno 5] Input/output error" in notes[0]
 
 
-def test_where_every_checkpoint_is_bad_the_run_does_not_begin_anew(found):
+def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(found):
     words, complete = same_on_both(found, "all_bad")
     lines = words.splitlines()
     assert (

@@ -124,7 +124,7 @@ def test_attention_over_context_ranks_equals_one_rank(ranks, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_keys_and_values_travel_once_for_the_layers_that_share_them(ranks, case):
+def test_layers_that_share_keys_and_values_communicate_them_once(ranks, case):
     assert [rank[CASES.index(case)][0] for rank in ranks] == [EXPECTED[case[1]]] * 4
 
 

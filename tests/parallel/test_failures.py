@@ -93,9 +93,7 @@ def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int
     ],
     ids=["a bug", "a user's error"],
 )
-def test_a_rank_that_fails_ends_with_its_error_and_does_not_leave_the_others_waiting(
-    corpus, tmp_path, broken, status, says
-):
+def test_a_failing_rank_exits_with_its_error_and_leaves_no_rank_waiting(corpus, tmp_path, broken, status, says):
     fields = experiment_fields(corpus, tmp_path / "run", model__num_layers=2)
     fields["runtime"]["probes"] = False
     statuses, said, waited = two_ranks(["train", str(write_experiment(tmp_path / "x.yaml", fields))], broken, tmp_path)

@@ -113,7 +113,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, An
 
 
 @pytest.mark.parametrize(("recipe", "layout"), CASES)
-def test_two_ranks_take_the_step_of_one(runs, recipe: str, layout: str) -> None:
+def test_two_ranks_take_the_same_step_as_one(runs, recipe: str, layout: str) -> None:
     from hunyuan_pretrain.diagnostics.parity import compare
 
     differences = compare([runs[recipe, layout][0][0]], [runs[recipe][0]])
@@ -122,7 +122,7 @@ def test_two_ranks_take_the_step_of_one(runs, recipe: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [*SAME_FORWARD, *OTHERS])
-def test_delayed_scales_know_the_largest_values_of_all_ranks(runs, layout: str) -> None:
+def test_delayed_scales_use_the_amax_over_all_ranks(runs, layout: str) -> None:
     """Of the weights, and of what enters the first layer, bit by bit; deeper inputs differ as rounding makes them
     differ."""
     after: dict[str, np.ndarray] = {}
@@ -240,7 +240,7 @@ def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: 
     return found
 
 
-def test_a_run_with_delayed_scales_goes_on_bit_by_bit(corpus, tmp_path) -> None:
+def test_a_resumed_run_with_delayed_scales_is_bitwise_identical(corpus, tmp_path) -> None:
     layout = TENSOR | EXPERTS
     for (gradients, scales), (resumed_gradients, resumed_scales) in fork_ranks(
         2, train_and_go_on, corpus, tmp_path, layout, layout
@@ -282,7 +282,7 @@ def train_with_histories(corpus: Path, folder: Path, lengths: list[int]) -> None
 
 
 @pytest.mark.parametrize(("lengths", "times"), [([4, 4], 0), ([4, 8], 1)])
-def test_a_run_says_that_its_scales_begin_anew(corpus, tmp_path, lengths: list[int], times: int) -> None:
+def test_a_run_reports_that_its_scales_start_over(corpus, tmp_path, lengths: list[int], times: int) -> None:
     fork_ranks(1, train_with_histories, corpus, tmp_path / "run", lengths)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("the checkpoint has no scales of this recipe; they begin anew") == times

@@ -33,7 +33,7 @@ def trace(layout: Experiment) -> Any:
 
 
 @pytest.mark.parametrize("use_distributed_optimizer", [True, False], ids=["distributed optimizer", "plain optimizer"])
-def test_clip_norm_is_the_same_however_a_large_output_weight_is_cut(corpus, tmp_path, use_distributed_optimizer):
+def test_clip_norm_does_not_depend_on_how_a_large_output_weight_is_sharded(corpus, tmp_path, use_distributed_optimizer):
     from hunyuan_pretrain.diagnostics.parity import compare
 
     settings = {"use_distributed_optimizer": use_distributed_optimizer}

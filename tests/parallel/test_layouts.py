@@ -108,7 +108,7 @@ def test_a_later_stage_may_have_more_micro_batches(comparisons, layout):
 
 
 @pytest.mark.parametrize("layout", BF16, ids=str)
-def test_bf16_is_near_fp32(comparisons, layout):
+def test_bf16_is_close_to_fp32(comparisons, layout):
     """Smoke: weights in bf16, gradients and main weights in fp32. Ranks that hold copies agree bitwise even so."""
     compared, fp32 = comparisons[layout], comparisons.reference(Layout())
     for step, allowed in enumerate((0.01, 0.03)):
@@ -117,7 +117,7 @@ def test_bf16_is_near_fp32(comparisons, layout):
     assert not [difference.name for difference in compared.differences if difference.kind == "copies"]
 
 
-def test_the_comparison_meets_what_it_is_about(comparisons):
+def test_the_compared_runs_exercise_what_is_compared(comparisons):
     """Tokens are recycled and dropped, gradients are clipped, parameters move, and nothing that is compared is all
     zero."""
     recycling, dropping, dropless = (
@@ -142,7 +142,7 @@ def test_the_comparison_meets_what_it_is_about(comparisons):
 
 
 @pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.world_size > 1], ids=str)
-def test_gradient_norm_is_that_of_the_gradients(comparisons, layout):
+def test_gradient_norm_counts_every_shard_exactly_once(comparisons, layout):
     """Each shard and each expert counted once, each copy never: a rank knows a part of them only."""
     compared = comparisons[layout]
     for scalars, norm in zip(compared.scalars, compared.norms, strict=True):
@@ -182,7 +182,7 @@ def test_every_layout_runs_or_is_refused_with_a_reason():
             assert problem.hint, problem
 
 
-def test_the_sets_are_what_they_promise():
+def test_the_layout_sets_cover_every_size_and_variant():
     """Every size and variant is in the few that always run; every legal pair of a size and a variant is in all of
     them."""
     for name, values in (SIZES | VARIANTS).items():
@@ -214,13 +214,13 @@ def is_impossible(size: str, value: int, variant: str, choice: Any) -> bool:
     return variant == "micro_batch" and size == "dp" and value * choice > 8
 
 
-def test_random_layouts_are_random():
+def test_random_layouts_differ_and_are_reproducible():
     assert len({layout.model for layout in RANDOM_ALL}) == len(RANDOM_ALL)
     assert {layout.world_size for layout in RANDOM_ALL} == {2, 4}
     assert [random_layout(seed, 4) for seed in range(3)] == RANDOM_ALL[:3]
 
 
-def test_a_single_wrong_number_is_a_complaint(comparisons):
+def test_a_single_wrong_number_is_reported(comparisons):
     """The comparison itself: one element off by more than the tolerance, one token at another expert, one copy that
     differs."""
     from copy import deepcopy

@@ -89,7 +89,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_metrics_equal_those_of_one_rank(runs, layout):
+def test_metrics_match_one_rank(runs, layout):
     """Losses, norms, shares, and the validation losses over as many tokens and bytes; the load in validation does not
     count the padding."""
     from hunyuan_pretrain.diagnostics.parity import TOLERANCE
@@ -104,7 +104,7 @@ def test_metrics_equal_those_of_one_rank(runs, layout):
 
 
 @pytest.mark.parametrize("layout", RESUMED, ids=str)
-def test_a_resumed_run_goes_on_bitwise(runs, layout):
+def test_a_resumed_run_is_bitwise_identical(runs, layout):
     """From a checkpoint that was saved right after a step, with no validation between the two."""
     straight, resumed = (records(run_dir) for run_dir in runs[layout])
     assert [record["step"] for record in resumed] == [STEPS, STEPS], "training and validation"

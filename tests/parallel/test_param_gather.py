@@ -89,7 +89,7 @@ def losses(corpus, tmp_path_factory) -> dict[str, tuple[list[float], list[float]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_are_bitwise_those_without_the_overlap(losses, name):
+def test_losses_with_and_without_the_overlap_are_bitwise_identical(losses, name):
     without, overlapped = losses[name]
     assert overlapped == without
     assert len(set(without)) == STEPS

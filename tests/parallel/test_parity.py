@@ -150,7 +150,7 @@ def differences(corpus, tmp_path_factory) -> dict[Bug, list[Any] | str]:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_bug_is_caught_where_it_is(differences, bug):
+def test_a_bug_is_caught_and_localised(differences, bug):
     found, (_, expected, untouched) = differences[bug], BUGS[bug]
     assert not isinstance(found, str), found
     assert found, "not caught"
@@ -158,7 +158,7 @@ def test_bug_is_caught_where_it_is(differences, bug):
     assert not [difference for difference in found if difference.step == found[0].step and difference.kind in untouched]
 
 
-def test_of_scaled_expert_gradients_exactly_those_differ(differences):
+def test_scaled_expert_gradients_are_exactly_the_ones_that_differ(differences):
     names = [
         difference.name
         for difference in differences[expert_gradients_times_ep]

@@ -92,7 +92,7 @@ def test_transformer_engine_trains_the_same_model(compared: dict[Any, list[Any]]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_bug_in_an_engine_is_caught_where_it_is(compared: dict[Any, list[Any]], bug: Any) -> None:
+def test_a_bug_in_an_engine_is_caught_and_localised(compared: dict[Any, list[Any]], bug: Any) -> None:
     outside = [difference for difference in compared[bug] if not difference.is_within]
     assert outside, "not caught"
     assert (outside[0].kind, outside[0].name) == BUGS[bug][1]

@@ -29,7 +29,7 @@ def gather() -> tuple[list[tuple[str, float]], int]:
     return sorted(found), max(sent)
 
 
-def test_no_rank_sends_more_at_once_than_its_share_of_the_memory() -> None:
+def test_no_rank_sends_more_at_once_than_its_memory_budget() -> None:
     (found, first), (elsewhere, second) = fork_ranks(2, gather)
     assert found == [("rank 0", float(n)) for n in range(5)] + [("rank 1", float(n)) for n in range(2)]
     assert elsewhere == []

@@ -83,7 +83,7 @@ def compared(corpus, tmp_path_factory) -> dict[Any, list[Any]]:
 
 
 @pytest.mark.parametrize(("number_format", "layout"), LAYOUTS)
-def test_layouts_that_train_the_same_model_are_within_its_rounding(compared, number_format, layout):
+def test_layouts_that_train_the_same_model_differ_only_by_rounding(compared, number_format, layout):
     found = compared[number_format, layout]
     assert not [difference for difference in found if not difference.is_within]
     tolerances = sorted(difference.tolerance for difference in found if difference.kind == "gradient")
@@ -92,14 +92,14 @@ def test_layouts_that_train_the_same_model_are_within_its_rounding(compared, num
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
-def test_a_bug_is_larger_than_rounding(compared, bug):
+def test_a_bug_exceeds_rounding(compared, bug):
     outside = [difference for difference in compared[bug] if not difference.is_within]
     assert outside, "not caught"
     assert outside[0].kind == BUGS[bug][1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine may be usable")
-def test_layers_that_this_machine_has_not_got_are_refused_before_a_rank_starts(corpus):
+def test_layers_that_this_machine_lacks_are_refused_before_a_rank_starts(corpus):
     from hunyuan_pretrain.diagnostics.parity_run import run_parity
 
     with pytest.raises(ConfigError, match=r"runtime\.transformer_engine=required"):

@@ -41,11 +41,11 @@ def frozen(rank: int, port: int, errors: Path) -> None:
     wait_for_rank_1(is_frozen=True)
 
 
-def test_a_rank_that_works_longer_than_the_time_out_is_waited_for() -> None:
+def test_a_rank_that_works_past_the_timeout_is_waited_for() -> None:
     assert min(fork_ranks(2, wait_for_rank_1, False)) > 2 * TIMEOUT_S
 
 
-def test_a_rank_that_is_gone_ends_the_others_though_they_are_patient(tmp_path: Path) -> None:
+def test_a_dead_rank_ends_the_others_despite_their_patience(tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [forking().Process(target=frozen, args=(rank, store.port, tmp_path / "errors")) for rank in range(2)]
     for rank in ranks:

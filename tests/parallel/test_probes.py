@@ -149,7 +149,7 @@ def answers(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any,
 
 
 @pytest.mark.parametrize("layout", HEALTHY, ids=str)
-def test_probes_say_what_they_found_and_leave_no_gradient(answers, layout):
+def test_probes_report_what_they_found_and_leave_no_gradient(answers, layout):
     assert not isinstance(answers[layout], str), answers[layout]
     lines, left = answers[layout]
     mode = f", {layout.attention} over 2 ranks" if layout.cp == 2 else ""
@@ -183,7 +183,7 @@ def engine_case(corpus: Path, folder: Path, layout: Layout, **precision: Any) ->
 
 
 @needs_package
-def test_attention_that_misreads_what_it_is_handed_stops_the_run(corpus: Path, tmp_path: Path) -> None:
+def test_attention_that_misreads_its_inputs_stops_the_run(corpus: Path, tmp_path: Path) -> None:
     """Under context parallelism keys and values come gathered, and queries head by head."""
     cases = [
         (engine_case(corpus, tmp_path / f"{method}{has_bug}", Layout(cp=2, attention=method)), has_bug)
@@ -205,7 +205,7 @@ def test_attention_that_misreads_what_it_is_handed_stops_the_run(corpus: Path, t
 
 
 @needs_package
-def test_probes_run_with_parameters_in_fp8_only(corpus: Path, tmp_path: Path) -> None:
+def test_probes_run_with_fp8_only_parameters(corpus: Path, tmp_path: Path) -> None:
     """Outside of a step in FP8 products take the values of such a weight, and its gradient arrives where all others
     do."""
     cases = [

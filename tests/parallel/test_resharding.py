@@ -131,7 +131,7 @@ def test_reshard_tp2pp1_to_tp1pp2(traces):
     check(traces, (TENSOR, INTERLEAVED))
 
 
-def test_the_changes_meet_every_axis():
+def test_the_changes_cover_every_axis():
     """Each size is lost by some change and gained by another, and so is the distributed optimizer."""
     for axis in ("tp", "pp", "vpp", "ep", "etp", "dp"):
         steps = {getattr(resumed, axis) - getattr(saved, axis) for saved, resumed in CHANGES}

@@ -49,7 +49,7 @@ def starts(fields: dict[str, Any]) -> list[str]:
     return refused
 
 
-def test_ranks_with_other_settings_data_or_tokenizers_do_not_begin(tmp_path: Path) -> None:
+def test_ranks_with_different_settings_data_or_tokenizers_do_not_start(tmp_path: Path) -> None:
     ranks = fork_ranks(2, starts, experiment_fields(tmp_path, tmp_path / "run"))
     assert ranks[0] == ranks[1]
     assert ranks[0][:2] == ["", ""]

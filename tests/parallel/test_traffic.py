@@ -174,7 +174,9 @@ def planned(corpus: Path, name: str) -> tuple[Experiment, int]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_plan_has_every_byte_that_a_rank_sends(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
+def test_the_plan_accounts_for_every_byte_that_a_rank_sends(
+    jobs: dict[int, list[Any]], corpus: Path, name: str
+) -> None:
     experiment, world_size = planned(corpus, name)
     pipeline_rank = grid(experiment.parallel, world_size).pipeline_rank
     for rank, (traffic, _) in enumerate(counted(jobs, name)):
@@ -192,7 +194,9 @@ def test_the_plan_has_every_byte_that_a_rank_sends(jobs: dict[int, list[Any]], c
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_plan_has_every_byte_that_a_rank_keeps(jobs: dict[int, list[Any]], corpus: Path, name: str) -> None:
+def test_the_plan_accounts_for_every_byte_that_a_rank_holds(
+    jobs: dict[int, list[Any]], corpus: Path, name: str
+) -> None:
     experiment, world_size = planned(corpus, name)
     parts, fraction = (
         (experiment.model, experiment.parallel, experiment.precision, world_size),
@@ -271,7 +275,7 @@ def count_each_function() -> dict[str, Any]:
     return found
 
 
-def test_every_function_of_torch_is_counted_by_axis_kind_and_bytes(jobs: dict[int, list[Any]]) -> None:
+def test_every_torch_distributed_function_is_counted_by_axis_kind_and_bytes(jobs: dict[int, list[Any]]) -> None:
     for rank, (_, found, _) in enumerate(jobs[2]):
         message = {"send": (1, 24), "recv": (1, 24)}
         expected = {
@@ -313,6 +317,6 @@ def count_with_the_profiler(fields: dict[str, Any]) -> tuple[int, int]:
     return counter.num_calls, sum(event.name.startswith("gloo:") for event in profiler.events())
 
 
-def test_the_backend_made_as_many_calls_as_were_counted(jobs: dict[int, list[Any]]) -> None:
+def test_the_backend_made_as_many_calls_as_we_counted(jobs: dict[int, list[Any]]) -> None:
     for _, _, (counted_calls, profiled_calls) in jobs[2]:
         assert counted_calls == profiled_calls > 50

@@ -119,7 +119,7 @@ def find(place: str) -> Any:
     return found
 
 
-def test_every_name_that_is_imported_is_there() -> None:
+def test_every_imported_name_exists() -> None:
     gone = []
     for place in foreign_names():
         try:
@@ -130,7 +130,7 @@ def test_every_name_that_is_imported_is_there() -> None:
 
 
 @pytest.mark.parametrize("place", ARGUMENTS)
-def test_arguments_that_are_passed_by_name_are_there(place: str) -> None:
+def test_every_argument_passed_by_name_exists(place: str) -> None:
     found = find(place)
     if isinstance(found, type) and issubclass(found, dict):
         names = set(found.__annotations__)
@@ -150,6 +150,6 @@ def rust_arguments(found: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_private_operators_of_torch_take_what_they_took(name: str) -> None:
+def test_private_operators_of_torch_have_unchanged_arguments(name: str) -> None:
     schema = getattr(torch.ops.aten, name).default._schema
     assert [argument.name for argument in schema.arguments] == OPERATORS[name].split()

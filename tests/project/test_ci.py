@@ -26,7 +26,7 @@ def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_reads_only_and_runs_what_anyone_runs(path: Path) -> None:
+def test_a_workflow_is_read_only_and_runs_make_targets(path: Path) -> None:
     workflow = load(path)
     assert workflow["permissions"] == {"contents": "read"}
     assert not [job for job in workflow["jobs"].values() if "permissions" in job or "timeout-minutes" not in job]
@@ -51,7 +51,7 @@ def test_the_gpu_job_is_started_by_hand() -> None:
     assert [step["run"].split()[:2] for step in steps(workflow) if "run" in step] == [["make", "test-gpu"]]
 
 
-def test_hooks_fetch_nothing_and_call_what_is_there() -> None:
+def test_hooks_fetch_nothing_and_call_what_exists() -> None:
     for repository in load(ROOT / ".pre-commit-config.yaml")["repos"]:
         assert repository["repo"] == "local"
         for hook in repository["hooks"]:
@@ -73,7 +73,7 @@ def test_templates_are_forms_with_a_title() -> None:
 
 
 @pytest.mark.parametrize("name", ["QUICK", "BORDERS"])
-def test_the_tests_that_the_makefile_names_are_there(name: str) -> None:
+def test_the_tests_that_the_makefile_names_exist(name: str) -> None:
     named = re.search(rf"^{name} := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert named is not None
     missing = [word for word in named[1].replace("\\\n", " ").split() if not (ROOT / word).exists()]

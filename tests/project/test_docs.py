@@ -162,7 +162,7 @@ def test_the_guide_shows_every_command() -> None:
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=name_of)
-def test_every_named_file_is_there(page: Path) -> None:
+def test_every_named_file_exists(page: Path) -> None:
     named = {found for span in spans(page) for found in re.findall(rf"(?<![\w/]){FILE}", span) if "NAME" not in found}
     missing = sorted(path for path in named if not (ROOT / path.rstrip(".,:")).exists())
     assert not missing
@@ -226,7 +226,7 @@ def test_every_named_setting_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PRESENT if "\n::: " in read(page)], ids=name_of)
-def test_every_module_of_the_reference_is_there(page: Path) -> None:
+def test_every_module_of_the_reference_exists(page: Path) -> None:
     modules = re.findall(r"^::: ([\w.]+)$", read(page), re.MULTILINE)
     paths = {module: ROOT / module.replace(".", "/") for module in modules}
     assert not [
@@ -237,7 +237,7 @@ def test_every_module_of_the_reference_is_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PRESENT if blocks(page, "pycon")], ids=name_of)
-def test_examples_give_what_the_page_says(page: Path) -> None:
+def test_examples_print_what_the_page_shows(page: Path) -> None:
     lines = "".join(blocks(page, "pycon"))
     example = doctest.DocTestParser().get_doctest(lines, {}, name_of(page), str(page), 0)
     assert doctest.DocTestRunner().run(example).failed == 0
@@ -254,7 +254,7 @@ def slugs(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_relative_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_resolves(page: Path) -> None:
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+://", target):

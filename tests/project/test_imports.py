@@ -180,7 +180,7 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not found, "\n".join(found)
 
 
-def test_no_files_import_each_other_in_a_circle() -> None:
+def test_imports_have_no_cycles() -> None:
     paths = source_files()
     packages = {module_of(path) for path in paths if path.name == "__init__.py"}
     texts = {module_of(path): path.read_text(encoding="utf-8") for path in paths}
@@ -201,12 +201,12 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         ({"p": "from p.a import x", "p.a": "from p.b import x", "p.b": ""}, None),
     ],
 )
-def test_the_walk_finds_circles(texts: dict[str, str], expected: list[str] | None) -> None:
+def test_the_walk_finds_cycles(texts: dict[str, str], expected: list[str] | None) -> None:
     everything = {"p": "", "p.c": ""} | texts
     assert circle_of(imported_files(everything, {"p"})) == expected
 
 
-def test_every_room_has_its_line() -> None:
+def test_every_room_has_its_line_in_the_table() -> None:
     package = ROOT / "hunyuan_pretrain"
     rooms = {path.name for path in package.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
     assert rooms <= set(MAY_IMPORT)
@@ -254,7 +254,7 @@ def test_the_walk_finds_what_it_should(path: str, text: str, expected: str | Non
     assert any(reasons) == (expected is not None)
 
 
-def test_collectives_on_whole_tensors_are_called_where_what_they_take_is_checked() -> None:
+def test_collectives_on_whole_tensors_are_called_only_where_their_inputs_are_checked() -> None:
     """NCCL reads by a pointer and one number of elements."""
     calls = ("all_gather_into_tensor(", "reduce_scatter_tensor(", "all_to_all_single(")
     callers = {path.relative_to(ROOT): path.read_text() for path in source_files()}

@@ -91,7 +91,7 @@ def test_both_builds_of_torch_are_the_same_version(python: str) -> None:
     assert "torch" not in lock(python)
 
 
-def test_what_a_locked_package_needs_is_locked() -> None:
+def test_the_dependencies_of_a_locked_package_are_locked() -> None:
     """By the metadata of what is installed here, as far as it has the locked versions."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     locked = lock(python) | {"torch": pins("torch-cpu.txt", python)["torch"]}
@@ -138,7 +138,7 @@ def set_up(folder: Path, python: Path | str = sys.executable, **variables: str) 
     )
 
 
-def test_an_environment_of_another_python_is_not_mixed(tmp_path: Path) -> None:
+def test_an_environment_of_another_python_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "env"
     folder.mkdir()
     (folder / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.9.1\n")
@@ -153,7 +153,7 @@ def test_an_environment_of_another_python_is_not_mixed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["pyvenv.cfg", "thesis.tex"])
-def test_a_folder_that_make_did_not_make_is_left_alone(tmp_path: Path, file: str) -> None:
+def test_a_folder_that_make_did_not_create_is_left_alone(tmp_path: Path, file: str) -> None:
     (tmp_path / file).write_text(f"version = {sys.version_info.major}.{sys.version_info.minor}.1\n")
     done = set_up(tmp_path)
     assert (done.returncode, done.stderr) == (
@@ -163,7 +163,7 @@ def test_a_folder_that_make_did_not_make_is_left_alone(tmp_path: Path, file: str
     assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
-def test_pip_sees_where_packages_come_from_and_nothing_that_changes_what_is_installed(
+def test_pip_sees_settings_for_package_sources_but_none_that_change_what_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(LOCKS))

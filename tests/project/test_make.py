@@ -35,7 +35,7 @@ def make(*arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.C
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "test-latest", "data-bench"])
-def test_settings_in_the_environment_change_nothing(target: str) -> None:
+def test_make_ignores_settings_in_the_environment(target: str) -> None:
     arguments = ("-n", "-B", target)
     plain, hostile = make(*arguments), make(*arguments, **HOSTILE)
     said = [line for line in hostile.stdout.splitlines() if not line.startswith("make: ")]
@@ -44,7 +44,7 @@ def test_settings_in_the_environment_change_nothing(target: str) -> None:
     assert "make: PYTHON in the environment is ignored; to set it: make PYTHON=..." in hostile.stdout
 
 
-def test_what_make_starts_does_not_see_its_settings(tmp_path: Path) -> None:
+def test_programs_that_make_starts_do_not_see_its_settings(tmp_path: Path) -> None:
     """The real recipes, with an interpreter and an environment that write down how they were called."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
@@ -65,7 +65,7 @@ def test_what_make_starts_does_not_see_its_settings(tmp_path: Path) -> None:
         assert not seen & {"PYTHON", "VENV", "TEXT", "CORPUS", "WORK"}
 
 
-def test_a_folder_of_the_environment_has_no_spaces() -> None:
+def test_an_environment_folder_with_spaces_is_refused() -> None:
     done = make("-n", "demo", "VENV=my env")
     assert done.returncode == 2
     assert 'VENV: a folder without spaces in its name, not "my env"' in done.stderr

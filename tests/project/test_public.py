@@ -28,14 +28,14 @@ MODULES = (
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_public_names_are_there_and_say_what_they_do(name: str) -> None:
+def test_public_names_exist_and_are_documented(name: str) -> None:
     module = importlib.import_module(f"hunyuan_pretrain.{name}")
     assert module.__all__
     for public in module.__all__:
         assert inspect.getdoc(getattr(module, public)), public
 
 
-def test_the_version_is_said_once() -> None:
+def test_the_version_is_defined_once() -> None:
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "hunyuan_pretrain.__version__"}
     assert hunyuan_pretrain.__version__.count(".") == 2
@@ -43,7 +43,7 @@ def test_the_version_is_said_once() -> None:
     assert f'__version__ = "{hunyuan_pretrain.__version__}"' in text, "a literal: setup reads it without importing"
 
 
-def test_types_travel_with_the_packages() -> None:
+def test_types_ship_with_the_packages() -> None:
     for package in ("hunyuan_pretrain", "data_tools"):
         assert (ROOT / package / "py.typed").is_file()
         assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"][package]

@@ -50,19 +50,19 @@ def test_files_and_functions_are_short(path: str) -> None:
         check(f"{path} {name}", lines, LONGEST_FUNCTION, LONG_FUNCTIONS)
 
 
-def test_every_exception_is_there() -> None:
+def test_every_exception_names_an_existing_file() -> None:
     paths = source_files()
     assert set(LONG_FILES) <= set(paths)
     assert {place.split()[0] for place in LONG_FUNCTIONS} <= set(paths)
 
 
-def test_lines_of_a_function_are_those_of_its_code() -> None:
+def test_only_the_code_of_a_function_counts_towards_its_length() -> None:
     with_docstring = 'def f(\n    a,\n    b,\n):\n    """Doc.\n\n    More.\n    """\n    x = 1\n    return x\n'
     text = f"{with_docstring}class C:\n    def g(self):\n        pass\n"
     assert functions(text) == {"f": 2, "g": 1}
 
 
-def test_a_long_one_is_refused() -> None:
+def test_a_long_function_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"x\.py f: 61 lines, at most 60"):
         check("x.py f", 61, 60, {})
     with pytest.raises(AssertionError, match=r"x\.py f: 63 lines, at most 62"):

@@ -61,7 +61,7 @@ def test_transformers_still_has_the_interface_that_the_model_code_uses() -> None
     assert "create_masks_for_generate" in inspect.getsource(GenerationMixin.prepare_inputs_for_generation)
 
 
-def test_generate_hands_over_no_argument_that_the_model_does_not_know(
+def test_generate_passes_no_argument_that_the_model_does_not_know(
     exact: HunYuanForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it passes beyond the named parameters is listed one by one in HARMLESS_ARGUMENTS."""
@@ -103,7 +103,7 @@ def test_an_unknown_argument_is_refused(exact: HunYuanForCausalLM, name: str) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_both_names_of_the_cache_are_taken_and_the_installed_one_is_returned(exact: HunYuanForCausalLM) -> None:
+def test_both_names_of_the_cache_are_accepted_and_the_installed_one_is_returned(exact: HunYuanForCausalLM) -> None:
     tokens = torch.randint(64, (1, 7))
     with torch.no_grad():
         expected = exact(tokens, use_cache=False).logits[:, 5:]
@@ -149,7 +149,7 @@ def test_generation_equals_greedy_decoding_without_a_cache(cache: str, exact: Hu
     assert generated.tolist() == greedy_without_a_cache(exact, tokens, 8)
 
 
-def test_logits_with_a_static_cache_equal_those_without(exact: HunYuanForCausalLM) -> None:
+def test_logits_with_and_without_a_static_cache_are_equal(exact: HunYuanForCausalLM) -> None:
     """Handed over by the user, without a mask: its unused slots are no keys."""
     tokens = torch.randint(64, (2, 9))
     cache = StaticCache(config=exact.config, max_cache_len=16)
@@ -185,7 +185,7 @@ def test_left_padding_keeps_positions_without_position_ids(exact: HunYuanForCaus
         )
 
 
-def test_beams_and_samples_are_those_without_a_cache(exact: HunYuanForCausalLM) -> None:
+def test_beams_and_samples_equal_those_without_a_cache(exact: HunYuanForCausalLM) -> None:
     """Both rearrange the cache along the batch, borrowers without storage included."""
     _, padded, mask = left_padded(3, 5)
     for options in ({"num_beams": 3, "do_sample": False}, {"num_return_sequences": 3, "do_sample": True, "top_k": 0}):
@@ -225,7 +225,7 @@ def test_documents_of_a_pack_do_not_see_each_other(exact: HunYuanForCausalLM) ->
             exact(tokens, position_ids=positions, cache=cache)
 
 
-def test_a_mask_of_four_dimensions_is_used_as_it_is(exact: HunYuanForCausalLM) -> None:
+def test_a_mask_of_four_dimensions_is_used_as_is(exact: HunYuanForCausalLM) -> None:
     tokens = torch.randint(64, (2, 6))
     seen = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].expand(2, 1, 6, 6)
     added = torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(~seen, -torch.inf)
@@ -256,7 +256,7 @@ def test_a_mask_for_other_lengths_is_refused(mask: torch.Tensor, message: str, e
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_attention_weights_are_those_that_are_used(exact: HunYuanForCausalLM) -> None:
+def test_returned_attention_weights_are_the_ones_used(exact: HunYuanForCausalLM) -> None:
     """They change nothing, sum to 1, see no later token and no padding, and come out of generate() too."""
     _, padded, mask = left_padded(3, 7)
     with torch.no_grad():

@@ -172,5 +172,5 @@ def test_refuses_a_config_it_does_not_implement(change: dict, message: str) -> N
     assert message in str(error.value)
 
 
-def test_reads_one_value_a_layer_as_one_value() -> None:
+def test_reads_one_value_per_layer_as_one_value() -> None:
     assert HunYuanConfig(moe_topk=[1] * 64, num_experts=[16] * 64).moe_topk == 1

@@ -39,7 +39,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("program", ["hunyuan_pretrain", "data_tools.cli"])
-def test_menus_say_the_version_and_wrap_help_at_the_width_of_the_terminal(program: str) -> None:
+def test_menus_show_the_version_and_wrap_help_to_the_terminal_width(program: str) -> None:
     def said(*arguments: str) -> str:
         environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
         command = [sys.executable, "-m", program, *arguments]
@@ -67,14 +67,14 @@ def test_explain(command) -> None:
     )
 
 
-def test_config_show_prints_what_loads_back(command) -> None:
+def test_config_show_output_loads_back(command) -> None:
     code, out, _ = command("config", "show", DEMO, "optimizer.lr=3e-4")
     assert code == 0
     assert yaml.safe_load(out)["optimizer"]["lr"] == 3e-4
     assert yaml.safe_load(out)["runtime"]["device"] == "auto"
 
 
-def test_config_show_prints_one_value_as_a_script_needs_it(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_show_prints_one_value_for_scripts(command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "/scratch/a b")
     overrides = ["run_dir=$PLACE/10 $$x", "parallel.world_size=null"]
     assert command("config", "show", DEMO, *overrides, "--value", "run_dir") == (0, "/scratch/a b/10 $x\n", "")
@@ -101,7 +101,7 @@ def test_plan(command) -> None:
     assert "warning: optimizer.lr=0.002: no stage reaches it" in command("plan", DEMO, "stages.0.lr_end=0.5")[2]
 
 
-def test_every_problem_of_a_plan_is_in_one_message(command) -> None:
+def test_all_problems_of_a_plan_are_in_one_message(command) -> None:
     code, out, err = command("plan", DEMO, "model.num_layers=5", "--world-size", "3")
     assert (code, out) == (2, "")
     assert err.startswith(f"{DEMO}: 3 problems\n  model.num_layers=5: ")
@@ -131,7 +131,7 @@ def test_doctor_refuses_what_cannot_run_here(command, monkeypatch: pytest.Monkey
     assert "pip uninstall apex" in err
 
 
-def test_train_hands_on_what_is_accepted_and_where_it_branches(
+def test_train_passes_on_accepted_changes_and_the_branch_point(
     command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given = []
@@ -153,7 +153,7 @@ def test_wrong_usage_is_exit_code_2(command) -> None:
     assert command("no-such-command")[0] == 2
 
 
-def test_errors_of_the_user_are_told_from_errors_of_the_program(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors_are_distinguished_from_program_errors(command, monkeypatch: pytest.MonkeyPatch) -> None:
     class CheckpointError(ValueError):
         pass
 
@@ -188,7 +188,7 @@ def start_as_rank(rank: int) -> subprocess.Popen[str]:
     )
 
 
-def test_a_rank_leaves_rank_0_the_time_to_print_and_says_nothing_when_the_launcher_stops_it() -> None:
+def test_a_rank_gives_rank_0_time_to_print_and_is_silent_when_the_launcher_stops_it() -> None:
     first, second = start_as_rank(0), start_as_rank(1)
     assert "absent.yaml" in first.communicate(timeout=60)[1]
     assert first.returncode == 2
@@ -201,7 +201,7 @@ def test_a_rank_leaves_rank_0_the_time_to_print_and_says_nothing_when_the_launch
     assert second.returncode == -signal.SIGTERM
 
 
-def test_an_error_of_another_rank_alone_is_printed_after_a_while(command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_one_other_rank_alone_is_printed_after_a_delay(command, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "SECONDS_FOR_RANK_0", 0.01)
@@ -214,7 +214,7 @@ def test_an_error_of_another_rank_alone_is_printed_after_a_while(command, monkey
     assert err.startswith("rank 3: absent.yaml")
 
 
-def test_the_module_is_the_command_and_explains_without_torch() -> None:
+def test_the_module_runs_as_the_command_and_explains_without_torch() -> None:
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "hunyuan_pretrain", "explain", "seed"],
         capture_output=True,
@@ -225,7 +225,7 @@ def test_the_module_is_the_command_and_explains_without_torch() -> None:
     assert "| torch\n" not in run.stderr
 
 
-def test_names_of_another_job_in_the_environment_do_not_count() -> None:
+def test_launcher_variables_of_another_job_are_refused_or_ignored() -> None:
     """Some of what a launcher sets: refused where it would matter, forgotten elsewhere."""
     stray = os.environ | {"RANK": "3", "WORLD_SIZE": "8"}
     command = [sys.executable, "-m", "hunyuan_pretrain"]

@@ -38,12 +38,12 @@ def test_streams_what_it_returns(exported: Path) -> None:
     assert out.getvalue() == text + "\n"
 
 
-def test_goes_to_standard_output(exported: Path, capsys: pytest.CaptureFixture) -> None:
+def test_writes_to_standard_output(exported: Path, capsys: pytest.CaptureFixture) -> None:
     text = generate(exported, "hello", max_new_tokens=5)
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_seed_decides_the_draw(exported: Path) -> None:
+def test_the_seed_determines_the_samples(exported: Path) -> None:
     def draw(**options: object) -> str:
         return generate(exported, "hello", max_new_tokens=16, top_p=1.0, top_k=0, out=io.StringIO(), **options)
 
@@ -51,7 +51,7 @@ def test_seed_decides_the_draw(exported: Path) -> None:
     assert draw(temperature=0, seed=1) == draw(temperature=0, seed=2)
 
 
-def test_never_draws_a_row_that_pads_the_vocabulary(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_samples_a_row_that_pads_the_vocabulary(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """466 tokens in 480 rows; the rows beyond are made the likeliest."""
     model = load_model(exported)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_refuses_more_text_than_the_model_has_positions(exported: Path) -> None:
         generate(exported, "hello", max_new_tokens=5000)
 
 
-def test_a_prompt_longer_than_the_model_is_told_by_its_length(exported: Path) -> None:
+def test_a_prompt_that_is_too_long_is_refused_with_its_length(exported: Path) -> None:
     message = (
         "the prompt has 5001 tokens, and this model knows 4096 positions.*shorten the prompt by at least 906 tokens"
     )

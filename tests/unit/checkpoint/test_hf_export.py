@@ -52,7 +52,7 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return output
 
 
-def test_export_computes_what_the_model_computes(exported: Path) -> None:
+def test_an_export_computes_the_same_as_the_model(exported: Path) -> None:
     certificate = json.loads((exported / "certificate.json").read_text())
     assert certificate["max_abs_difference"] < 1e-4
     assert certificate["mean_kl_nats"] < 1e-8
@@ -256,7 +256,7 @@ def test_refuses_a_tokenizer_larger_than_the_embedding(tokenizer_folder: Path, t
         ),
     ],
 )
-def test_native_format_refuses_what_would_load_wrongly(
+def test_native_format_refuses_models_that_would_load_wrongly(
     change: dict, reason: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError) as error:
@@ -277,7 +277,7 @@ def test_native_format_loads_with_transformers_own_class(is_tied: bool, tokenize
 
 
 @native
-def test_native_class_is_wrong_where_it_is_refused(
+def test_the_native_class_is_wrong_for_the_refused_models(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal of top-1 is still needed: remove it when this test fails because the export succeeds."""
@@ -329,7 +329,7 @@ def test_an_export_whose_generation_is_wrong_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_loader_of_transformers_gives_an_id_that_is_no_token(exported: Path) -> None:
+def test_no_transformers_loader_generates_an_id_without_a_token(exported: Path) -> None:
     """466 tokens in 480 rows; the rows beyond are made the likeliest."""
     model = load_model(exported)
     with torch.no_grad():
@@ -360,7 +360,9 @@ def test_a_chat_pipeline_stops_at_the_end_of_an_answer(exported: Path) -> None:
     assert len(asked) == len(answer)
 
 
-def test_nobody_is_asked_whether_the_tokenizer_may_run_code(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_the_tokenizer_never_asks_for_permission_to_run_code(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """AutoTokenizer looks at config.json first and asks about the model's code, if it is not told; without an answer it
     goes on."""
     questions = []
@@ -392,12 +394,12 @@ def test_nobody_is_asked_whether_the_tokenizer_may_run_code(exported: Path, monk
         ({"num_moe_experts": 1}, "num_moe_experts=1: it builds a layer without a router"),
     ],
 )
-def test_certificate_says_what_the_code_of_the_release_cannot_load(change: dict, reason: str) -> None:
+def test_certificate_names_what_the_released_code_cannot_load(change: dict, reason: str) -> None:
     (release,) = (loader for name, loader in loads_in(tiny_model(**change), "hunyuan").items() if "release" in name)
     assert release == {"loads": False, "reasons": [reason]}
 
 
-def test_certificate_says_what_loads_it(exported: Path) -> None:
+def test_certificate_names_what_loads_the_export(exported: Path) -> None:
     loaders = json.loads((exported / "certificate.json").read_text())["loads_in"]
     assert loaders["transformers"]["versions"] == ">=5.0"
     assert [loader["loads"] for loader in loaders.values()] == [True, False, True]
@@ -421,7 +423,7 @@ def test_native_format_is_not_certified_by_a_version_that_computes_something_els
 
 
 @native
-def test_native_format_is_this_model_past_its_positions(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_native_format_equals_this_model_beyond_its_positions(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Where transformers until 5.19 took another RoPE base; the refusal of those versions follows from this."""
     model = tiny_model(cla_share_factor=1, moe_router_topk=2)
     export_tiny(model, tokenizer_folder, tmp_path / "out", format="hunyuan_v1_moe", max_position_embeddings=48)
@@ -431,7 +433,7 @@ def test_native_format_is_this_model_past_its_positions(tokenizer_folder: Path, 
     torch.testing.assert_close(logits, reference_logits(model, random_tensors(model))(tokens), rtol=0, atol=1e-4)
 
 
-def test_the_scripts_of_the_release_find_their_tokenizer(
+def test_the_released_scripts_find_their_tokenizer(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files that they copy, ids by the names that they use, start and end of a document; and it is not the tokenizer of
@@ -463,7 +465,9 @@ def test_the_scripts_of_the_release_find_their_tokenizer(
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_files_of_an_export_have_the_mode_of_the_umask(umask: int, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_files_of_an_export_have_the_mode_that_the_umask_gives(
+    umask: int, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     before = os.umask(umask)
     try:
         export_tiny(tiny_model(), tokenizer_folder, tmp_path / "out", max_shard_bytes=40_000)

@@ -67,7 +67,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_loaded_run_goes_on_bitwise_as_the_saved_one(corpus, tmp_path, dtype, changes):
+def test_a_loaded_run_is_bitwise_identical_to_the_saved_one(corpus, tmp_path, dtype, changes):
     """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last
     bit."""
     first = on_this_rank(fields(corpus, tmp_path, dtype, **changes))
@@ -95,7 +95,7 @@ def test_generators_are_restored(run, saved):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_hyperparameters_are_those_of_the_experiment_not_of_the_checkpoint(corpus, tmp_path, saved):
+def test_hyperparameters_come_from_the_experiment_not_from_the_checkpoint(corpus, tmp_path, saved):
     changed = fields(corpus, tmp_path, optimizer={"lr": 1e-2, "weight_decay": 0.5, "adam_beta2": 0.9})
     run = on_this_rank(changed)
     load_into(run, saved)
@@ -105,7 +105,7 @@ def test_hyperparameters_are_those_of_the_experiment_not_of_the_checkpoint(corpu
 
 @pytest.mark.parametrize("offloaded", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_init_from_takes_the_weights_only(corpus, tmp_path, saved, run, dtype, offloaded):
+def test_init_from_loads_only_the_weights(corpus, tmp_path, saved, run, dtype, offloaded):
     """And the optimizer's own copy of them, which the first step would otherwise write over them."""
     settings = {"init_from": str(saved)}
     fresh = on_this_rank(
@@ -180,7 +180,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
 
 
 @pytest.mark.parametrize(("damage", "words", "is_found"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_text_and_leaves_the_model_alone(run, checkpoint, damage, words, is_found):
+def test_a_damaged_checkpoint_is_refused_with_a_reason_and_leaves_the_model_unchanged(
+    run, checkpoint, damage, words, is_found
+):
     damage(checkpoint)
     assert save_load.find_checkpoints(checkpoint.parents[1]) == ([checkpoint] if is_found else [])
     before = [parameter.detach().clone() for parameter in run.chunks[0].parameters()]
@@ -194,7 +196,7 @@ def test_an_unfinished_folder_is_never_found(checkpoint):
     assert save_load.find_checkpoints(checkpoint.parents[1]) == []
 
 
-def test_a_missing_checkpoint_is_told_with_those_that_are_there(run, checkpoint):
+def test_a_missing_checkpoint_is_reported_with_the_existing_ones(run, checkpoint):
     with pytest.raises(
         CheckpointError, match=r"step_0000009: not a complete checkpoint .*; complete ones there: step_0000001"
     ):
@@ -212,21 +214,21 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(corpus, 
     ]
 
 
-def test_keep_last_removes_older_ones_after_the_newer_is_complete(run, tmp_path):
+def test_keep_last_removes_older_checkpoints_after_the_newer_one_is_complete(run, tmp_path):
     for step in (1, 2, 3):
         save_load.save(tmp_path, step, run.chunks, run.optimizer, keep_last=2)
     assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
 
 
-def test_a_save_says_nothing_of_another_writer_of_core(run, tmp_path, caplog):
+def test_a_save_suppresses_cores_advice_to_use_another_writer(run, tmp_path, caplog):
     """Core 0.19 has another one, and says so."""
     save_load.save(tmp_path, 5, run.chunks, run.optimizer, None)
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").warning("MCore's async save is deprecated")
     assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
 
 
-def test_the_marker_says_what_the_checkpoint_is(saved, run):
+def test_the_marker_describes_the_checkpoint(saved, run):
     marker = json.loads((saved / "complete.json").read_text())
     assert (marker["step"], marker["world_size"]) == (1, 1)
     assert marker["model"] == run.experiment.model.model_dump()
@@ -262,7 +264,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES)
-def test_a_failed_save_leaves_nothing_and_older_checkpoints_alone(run, tmp_path, monkeypatch, error, reason):
+def test_a_failed_save_leaves_nothing_and_keeps_older_checkpoints(run, tmp_path, monkeypatch, error, reason):
     older = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
 
     def fail(folder: Path, writer: object) -> None:
@@ -325,14 +327,14 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
         load_into(run, checkpoint)
 
 
-def test_a_marker_of_another_step_than_its_folder_is_refused(run, checkpoint):
+def test_a_marker_whose_step_differs_from_its_folder_is_refused(run, checkpoint):
     """Before markers had a digest of themselves, a flipped bit in the step would have gone on from another one."""
     renamed = checkpoint.rename(checkpoint.with_name("step_0000009"))
     with pytest.raises(CheckpointError, match=r"step_0000009/complete.json: damaged: it is of step 1"):
         load_into(run, renamed)
 
 
-def test_what_the_caller_records_is_in_the_marker(run, tmp_path):
+def test_the_marker_holds_what_the_caller_records(run, tmp_path):
     folder = save_load.save(
         tmp_path, 1, run.chunks, run.optimizer, None, record={"position": {"tokens": 512}, "step": "not this"}
     )
@@ -375,7 +377,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_saving_and_resuming_hold_one_tensor_of_one_parameter_on_the_device(corpus, tmp_path, monkeypatch, dtype):
+def test_saving_and_resuming_add_at_most_one_tensor_of_one_parameter_on_the_device(
+    corpus, tmp_path, monkeypatch, dtype
+):
     """Beside the model and the optimizer; a copy on the host is one on the meta device here, so that what is left is
     the device's."""
     run = on_this_rank(fields(corpus, tmp_path, dtype))
@@ -402,7 +406,7 @@ def test_saving_and_resuming_hold_one_tensor_of_one_parameter_on_the_device(corp
     assert all(np.array_equal(value, expected[name]) for name, value in moments(run).items())
 
 
-def test_partial_saves_of_earlier_attempts_are_removed_and_nothing_else(checkpoint):
+def test_only_partial_saves_of_earlier_attempts_are_removed(checkpoint):
     run_dir = checkpoint.parents[1]
     for name in ("step_0000002.partial", "step_0000001.removed.partial", "step_0000003.damaged", "mine.partial"):
         (checkpoint.with_name(name)).mkdir()
@@ -423,7 +427,7 @@ def test_partial_saves_of_earlier_attempts_are_removed_and_nothing_else(checkpoi
     assert save_load.find_checkpoints(run_dir) == [checkpoint]
 
 
-def test_keep_last_never_removes_the_newest_for_what_an_earlier_attempt_left_behind_it(run, tmp_path):
+def test_keep_last_never_removes_the_newest_in_favour_of_checkpoints_of_an_earlier_attempt(run, tmp_path):
     """A run that went on from an older checkpoint, as --from-step does, meets later ones of the attempt before."""
     for step in (2, 9):
         save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
@@ -431,7 +435,7 @@ def test_keep_last_never_removes_the_newest_for_what_an_earlier_attempt_left_beh
     assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000003", "step_0000009"]
 
 
-def test_later_checkpoints_than_asked_for_are_left_alone(run, tmp_path):
+def test_checkpoints_later_than_the_requested_one_are_kept(run, tmp_path):
     for step in (1, 2):
         save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
     truncate(tmp_path / "checkpoints" / "step_0000002")
@@ -450,7 +454,7 @@ def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
     assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
 
 
-def test_a_stranger_in_the_folder_of_a_save_fails_it(run, tmp_path, monkeypatch):
+def test_a_foreign_file_in_its_folder_fails_a_save(run, tmp_path, monkeypatch):
     """Two runs that save to one folder mix their files; what is committed is what the ranks of this one have
     written."""
     real = folders.files_of_rank

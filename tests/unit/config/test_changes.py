@@ -61,7 +61,7 @@ def test_every_setting_is_in_the_table(path: str) -> None:
     assert len(sort(path)[1]) > 3
 
 
-def test_every_line_of_the_table_is_of_a_setting() -> None:
+def test_every_line_of_the_table_names_a_setting() -> None:
     met = (
         "tokenizer.digest",
         "stages.N.data.digest",
@@ -79,11 +79,11 @@ def test_every_line_of_the_table_is_of_a_setting() -> None:
         ), pattern
 
 
-def test_what_nobody_has_thought_of_is_refused() -> None:
+def test_a_change_of_an_unlisted_setting_is_refused() -> None:
     assert sort("model.new_setting")[0] == Kind.refused
 
 
-def test_only_what_changes_shapes_or_the_meaning_of_weights_must_match() -> None:
+def test_only_settings_that_change_shapes_or_the_meaning_of_weights_must_match() -> None:
     losses = changed(model__moe_aux_loss_coeff=0.05, model__moe_z_loss_coeff=0.1, model__moe_expert_capacity_factor=2.0)
     assert {one.kind for one in found(losses).values()} == {Kind.recorded}
     old = load_experiment(DEMO).model
@@ -99,7 +99,7 @@ def test_only_what_changes_shapes_or_the_meaning_of_weights_must_match() -> None
         assert [one.key for one in model_differences(old.model_dump(), new.model)] == [f"model.{key}"]
 
 
-def test_two_spellings_of_one_shape_are_no_difference() -> None:
+def test_two_spellings_of_the_same_shape_do_not_differ() -> None:
     old = load_experiment(DEMO).model
     spelled_out = changed(model__kv_channels=old.head_dim, model__moe_ffn_hidden_size=old.expert_ffn_size)
     assert model_differences(old.model_dump(), spelled_out.model) == []
@@ -120,7 +120,7 @@ def test_differences_are_sorted_into_harmless_recorded_and_refused() -> None:
     assert found(changed()) == {}
 
 
-def test_a_stage_that_is_over_or_has_not_begun_is_not_the_present_one() -> None:
+def test_a_finished_or_future_stage_is_not_the_current_one() -> None:
     first, *_, last = range(len(load_experiment(DEMO).stages))
     of_first = found(
         changed(**{f"stages__{first}__tokens": 1000}), step=Schedule.of(load_experiment(DEMO).stages).num_steps - 1
@@ -135,7 +135,7 @@ def test_a_stage_that_is_over_or_has_not_begun_is_not_the_present_one() -> None:
     )
 
 
-def test_a_stage_that_changes_sides_of_the_present_one_is_refused() -> None:
+def test_moving_a_stage_across_the_current_one_is_refused() -> None:
     """Else it is trained again, at its learning rate, or never; listed or not, that would be a surprise."""
     old = load_experiment(DEMO)
     fields = [stage.model_dump(mode="json") for stage in old.stages]
@@ -160,7 +160,7 @@ def test_a_stage_that_changes_sides_of_the_present_one_is_refused() -> None:
     )
 
 
-def test_an_order_by_cost_has_groups_of_one_size() -> None:
+def test_changing_the_group_size_of_an_order_by_cost_is_refused() -> None:
     """null means the batch: another batch would be another order, and is refused where the order depends on it."""
     old = changed(stages__0__balance_attention="group")
     batch = old.stages[0].global_batch_sequences
@@ -193,14 +193,14 @@ def test_one_message_names_every_refused_difference_and_how_to_accept_it() -> No
     )
 
 
-def test_a_key_that_names_nothing_to_accept_is_refused() -> None:
+def test_accepting_an_unknown_key_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"--accept-changes=sed: not a change that needs to be accepted \(did you mean seed\?\)"
     ):
         check_accepted(["seed", "sed"])
 
 
-def test_data_is_known_by_what_is_in_it() -> None:
+def test_data_is_identified_by_its_content() -> None:
     def segment(path: str, digest: str, tokenizer: str = "t") -> Segment:
         experiment = changed(
             stages=[{**load_experiment(DEMO).stages[0].model_dump(mode="json"), "data": [{"path": path}]}]
@@ -224,7 +224,7 @@ def test_data_is_known_by_what_is_in_it() -> None:
     assert [one.key for one in all_differences(old, segment("a", "1", "u"), piece)] == ["tokenizer.digest"]
 
 
-def test_documents_that_the_present_stage_has_read_do_not_come_again_under_another_path() -> None:
+def test_documents_that_the_current_stage_has_read_do_not_return_under_another_path() -> None:
     """Packed again beside the old folder, they are in other sequences as much as packed again in its place."""
 
     def segment(path: str, digest: str, corpus: str) -> Segment:
@@ -245,7 +245,7 @@ def test_documents_that_the_present_stage_has_read_do_not_come_again_under_anoth
     assert [one.key for one in all_differences(old, segment("b", "1", "c"), piece)] == ["stages.0.data.path"]
 
 
-def test_a_history_reads_back_and_leaves_out_settings_of_other_versions(tmp_path: Path) -> None:
+def test_a_history_reads_back_and_ignores_settings_of_other_versions(tmp_path: Path) -> None:
     fields = load_experiment(DEMO).model_dump(mode="json")
     fields["model"]["gone_by_now"] = 3
     written = [Segment(first_step=0, experiment=fields, changes=["x"]), Segment(first_step=7, experiment=fields)]

@@ -32,12 +32,12 @@ def experiment(**changes: Any) -> Experiment:
         ("tp=two", r"tp=two: not a number of at least 1"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_with_the_one_that_can(layout, says):
+def test_an_impossible_layout_is_refused_with_one_that_works(layout, says):
     with pytest.raises(ConfigError, match=says):
         layout_experiment(experiment(), layout, None, Path("run"))
 
 
-def test_precision_and_engine_are_those_asked_for():
+def test_precision_and_engine_are_the_requested_ones():
     mine = experiment(
         model__moe_ffn_hidden_size=48,
         precision={"dtype": "bf16", "fp8_recipe": "tensorwise"},
@@ -55,7 +55,7 @@ def test_precision_and_engine_are_those_asked_for():
         layout_experiment(experiment(), "dp=2", None, Path("run"), "fp8")
 
 
-def test_a_bad_layout_is_told_before_torch_is_imported(tmp_path):
+def test_a_bad_layout_is_reported_before_torch_is_imported(tmp_path):
     path = write_experiment(tmp_path / "x.yaml", experiment_fields(tmp_path, tmp_path / "run"))
     code = "import sys; sys.modules['torch'] = None; from hunyuan_pretrain.cli import main; main()"
     done = subprocess.run(

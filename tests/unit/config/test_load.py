@@ -110,7 +110,7 @@ def test_bases_have_bases_relative_to_the_file_that_names_them(folder: Path) -> 
     assert words.endswith(f"[{folder}/deep/../run.yaml:1]")
 
 
-def test_a_circle_of_bases_is_printed(folder: Path) -> None:
+def test_a_cycle_of_bases_is_printed(folder: Path) -> None:
     for name, base in (("a", "b"), ("b", "c"), ("c", "b")):
         (folder / f"{name}.yaml").write_text(f"# {name}\nbase: {base}.yaml\n")
     circle = " -> ".join(f"{folder}/{name}.yaml" for name in "bcb")
@@ -130,7 +130,7 @@ def test_a_missing_base_names_the_nearest_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["3", "[]", "[1]", "{a: b}"])
-def test_a_base_that_is_no_path_is_refused(folder: Path, base: str) -> None:
+def test_a_base_that_is_not_a_path_is_refused(folder: Path, base: str) -> None:
     (folder / "run.yaml").write_text(EXPERIMENT.replace("base: model.yaml", f"base: {base}"))
     assert "must be a path or a list of paths, relative to this file" in refusal(folder / "run.yaml")
 
@@ -151,7 +151,7 @@ def test_a_key_in_the_wrong_section_names_the_right_one(folder: Path) -> None:
     assert f"num_layers=4: unknown key (did you mean model.num_layers?) [{path}:14]" in refusal(path)
 
 
-def test_an_unknown_key_like_nothing_lists_what_is_known(folder: Path) -> None:
+def test_an_unknown_key_without_a_near_match_lists_the_known_ones(folder: Path) -> None:
     assert "unknown key (known here: data, sets, every_steps, max_sequences, micro_batch_sequences)" in refusal(
         folder / "run.yaml", "evaluation.qqq=1"
     )
@@ -215,7 +215,7 @@ def test_infinity_is_refused(folder: Path) -> None:
     assert "optimizer.lr=inf: must be a finite number" in refusal(folder / "run.yaml", "optimizer.lr=.inf")
 
 
-def test_missing_keys_say_what_they_are(folder: Path) -> None:
+def test_missing_keys_are_explained(folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_text(EXPERIMENT.replace("    lr_end: 1.0\n", "").replace("name: small\n", ""))
     text = refusal(path)
@@ -237,7 +237,7 @@ def test_duplicate_keys_are_refused(folder: Path) -> None:
     assert refusal(path) == f"{path}: 1 problem\n  seed: written twice; the first is in line 14 (keep one) [{path}:15]"
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_files_that_are_not_a_configuration_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     assert refusal(path) == f"{path}: 1 problem\n  file: cannot be read: No such file or directory"
     for text, expected in (
@@ -262,13 +262,13 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'experiment.yaml'}?" in refusal(tmp_path / "experimnt.yaml")
 
 
-def test_an_architecture_file_is_no_experiment(folder: Path) -> None:
+def test_an_architecture_file_is_not_an_experiment(folder: Path) -> None:
     assert "file: holds only an architecture (model:) (make it the `base:` of an experiment" in refusal(
         folder / "model.yaml"
     )
 
 
-def test_load_model_takes_both_kinds_of_file(folder: Path) -> None:
+def test_load_model_accepts_both_kinds_of_file(folder: Path) -> None:
     assert (
         load_model(folder / "model.yaml")
         == load_experiment(folder / "run.yaml").model
@@ -290,7 +290,7 @@ def test_rules_name_the_line_of_the_value(folder: Path) -> None:
     )
 
 
-def test_what_is_dumped_loads_back_equal(folder: Path) -> None:
+def test_a_dumped_experiment_loads_back_equal(folder: Path) -> None:
     for source in (folder / "run.yaml", DEMO):
         experiment = load_experiment(source)
         (folder / "resolved.yaml").write_text(dump_resolved(experiment))

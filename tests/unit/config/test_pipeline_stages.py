@@ -63,7 +63,7 @@ def pipelines(draw: st.DrawFn) -> tuple[int, int, int, int, list[int] | None]:
 
 @settings(max_examples=300, deadline=None)
 @given(pipelines())
-def test_cla_group_is_never_cut(pipeline):
+def test_a_cla_group_is_never_split(pipeline):
     """Of every pipeline, even or given: either the rules refuse it, or each layer is in one stage with all of its
     group."""
     layers, share, ranks, chunks, _ = pipeline
@@ -89,7 +89,7 @@ def test_cla_group_is_never_cut(pipeline):
         (3, 1, [2, 4, 2], [2, 4, 2]),
     ],
 )
-def test_stages_have_the_layers_that_the_layout_gives_them(ranks, chunks, layout, expected):
+def test_stages_have_the_layers_that_the_layout_assigns(ranks, chunks, layout, expected):
     wanted = experiment(8, 2, ranks, chunks, layout)
     assert rules.find_problems(wanted) == []
     stages = pipeline_stages(wanted.model, wanted.parallel)
@@ -97,7 +97,7 @@ def test_stages_have_the_layers_that_the_layout_gives_them(ranks, chunks, layout
     assert stages[0].start == 0
 
 
-def test_a_layout_that_cuts_a_group_is_refused_for_every_place_of_the_cut():
+def test_a_layout_that_splits_a_group_is_refused_wherever_it_does():
     for first in range(1, 8):
         problems = [str(problem) for problem in rules.find_problems(experiment(8, 2, 2, 1, [first, 8 - first]))]
         assert any("would cut a CLA group of 2" in problem for problem in problems) == bool(first % 2)

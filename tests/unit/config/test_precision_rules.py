@@ -102,7 +102,7 @@ def test_parameters_in_fp8_need_main_weights(precision: dict[str, Any], others: 
 
 
 @pytest.mark.parametrize("margin", [-1, 9])
-def test_a_margin_leaves_a_scale(margin: int) -> None:
+def test_a_margin_out_of_range_is_refused(margin: int) -> None:
     assert f"precision.fp8_margin={margin}: room for values to grow" in refusal(
         {"fp8_recipe": "delayed", "fp8_margin": margin}
     )
@@ -114,7 +114,7 @@ def test_most_recent_has_no_use_for_a_history() -> None:
     rules.check(experiment({"fp8_recipe": "delayed", "fp8_amax_compute_algo": "most_recent"}))
 
 
-def test_blocks_that_sequence_parallelism_gathers_are_whole() -> None:
+def test_blocks_that_sequence_parallelism_gathers_must_be_whole() -> None:
     parallel: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 192}, **parallel)
     assert (
@@ -156,7 +156,7 @@ def test_sizes_are_multiples_of_what_the_kernels_need() -> None:
     )
 
 
-def test_tokens_of_a_rank_are_multiples_too() -> None:
+def test_tokens_per_rank_are_multiples_too() -> None:
     changes = {"moe_routing_group_tokens": 8}
     text = refusal({"fp8_recipe": "mxfp8"}, changes, context_parallel_size=16)
     assert "stages.0.sequence_length=256: a rank has 16 tokens of a micro-batch" in text
@@ -169,7 +169,7 @@ def test_unknown_recipes_are_refused_with_the_known_ones() -> None:
         experiment({"fp8_recipe": "block"})
 
 
-def test_an_error_survives_the_way_from_another_process() -> None:
+def test_an_error_survives_pickling() -> None:
     error = ConfigError("run.yaml", [Problem("a.b", 3, "too many", "use 2"), Problem("c", Problem.NO_VALUE, "missing")])
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error) == "run.yaml: 2 problems\n  a.b=3: too many (use 2)\n  c: missing"

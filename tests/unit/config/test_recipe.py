@@ -11,17 +11,17 @@ from hunyuan_pretrain.config.recipe import RECIPES, Hardware, RecipeName
 from hunyuan_pretrain.config.schema import PrecisionConfig
 
 
-def test_every_name_has_its_entry() -> None:
+def test_every_recipe_name_has_an_entry() -> None:
     assert set(RECIPES) == set(get_args(RecipeName))
     assert {name: recipe.name for name, recipe in RECIPES.items()} == {name: name for name in RECIPES}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_without_settings_a_recipe_is_its_entry(name: RecipeName) -> None:
+def test_without_settings_a_recipe_equals_its_entry(name: RecipeName) -> None:
     assert PrecisionConfig(fp8_recipe=name).recipe == RECIPES[name]
 
 
-def test_settings_of_the_delayed_recipe_are_in_it() -> None:
+def test_settings_of_the_delayed_recipe_are_applied() -> None:
     found = PrecisionConfig(
         fp8_recipe="delayed", fp8_format="e4m3", fp8_margin=2, fp8_amax_compute_algo="most_recent"
     ).recipe

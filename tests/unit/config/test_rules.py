@@ -244,16 +244,16 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
     ],
 )
-def test_a_broken_rule_is_refused_in_its_own_words(overrides: list[str], expected: str) -> None:
+def test_a_broken_rule_is_refused_with_its_own_message(overrides: list[str], expected: str) -> None:
     assert f"{expected}" in refusal(*overrides)
 
 
-def test_the_demo_breaks_no_rule_and_warns_of_nothing() -> None:
+def test_the_demo_breaks_no_rule_and_causes_no_warning() -> None:
     rules.check(load_experiment(DEMO), world_size=2)
     assert rules.find_warnings(load_experiment(DEMO)) == []
 
 
-def test_the_size_of_the_job_must_be_that_of_the_config() -> None:
+def test_the_size_of_the_job_must_match_the_config() -> None:
     expected = "parallel.world_size=2: the job has 4 ranks (start 2 ranks, or set parallel.world_size to 4 or null)"
     assert expected in refusal(world_size=4)
     assert "parallel.world_size=3: not a multiple of 2" in refusal("parallel.world_size=null", world_size=3)
@@ -298,7 +298,7 @@ def test_every_violation_of_a_layout_is_in_one_message() -> None:
     ]
 
 
-def test_layouts_that_fit_are_let_through() -> None:
+def test_layouts_that_fit_are_accepted() -> None:
     fit = ["parallel.world_size=null", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     rules.check(experiment_with(*fit), world_size=4)
     rules.check(
@@ -326,12 +326,12 @@ def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
         ),
     ],
 )
-def test_settings_that_take_little_effect_are_warned_of(override: str, expected: str) -> None:
+def test_settings_with_little_effect_cause_a_warning(override: str, expected: str) -> None:
     (warning,) = rules.find_warnings(experiment_with(override))
     assert expected in str(warning)
 
 
-def test_offloading_from_the_cpu_to_the_cpu_is_warned_of() -> None:
+def test_offloading_from_the_cpu_to_the_cpu_causes_a_warning() -> None:
     (warning,) = rules.find_warnings(experiment_with("optimizer.cpu_offload_fraction=0.5", "runtime.device=cpu"))
     assert str(warning).startswith(
         "optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in the host's memory anyway"
@@ -355,7 +355,7 @@ def test_positions_follow_a_replaced_list() -> None:
     assert tree.position(("a", 0, "b")) == "two:3"
 
 
-def test_validation_sets_have_names_that_metrics_can_have() -> None:
+def test_validation_sets_need_names_that_are_valid_in_metrics() -> None:
     sets = (
         "evaluation.sets=[{name: code, path: a}, {name: 'my books/2', path: b}, {name: code, path: c}, {name: '..', "
         "path: d}]"

@@ -66,7 +66,7 @@ some_stages = st.lists(
 
 @given(stages=some_stages, stops=st.lists(st.integers(1, 100), max_size=3))
 @settings(max_examples=60, deadline=None)
-def test_a_run_that_does_not_change_has_the_rates_and_places_it_always_had_however_often_it_stops(
+def test_an_unchanged_run_keeps_its_rates_and_positions_however_often_it_stops(
     stages: list[StageConfig], stops: list[int]
 ) -> None:
     whole = Schedule.of(stages)
@@ -91,7 +91,7 @@ def test_a_run_that_does_not_change_has_the_rates_and_places_it_always_had_howev
     shares=st.lists(st.floats(0.05, 0.95), min_size=4, max_size=4),
 )
 @settings(max_examples=100, deadline=None)
-def test_any_sequence_of_batches_takes_each_place_of_a_stage_once(
+def test_any_sequence_of_batch_sizes_takes_each_position_of_a_stage_once(
     sequences: int, batches: list[int], shares: list[float]
 ) -> None:
     segments = [(0, [stage("a", sequences, batches[0]), stage("b", 50, 5)])]
@@ -113,7 +113,7 @@ def test_any_sequence_of_batches_takes_each_place_of_a_stage_once(
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(16, 15), (4, 30), (24, 14)])
-def test_another_batch_goes_on_at_the_token_it_has_come_to(batch: int, steps: int) -> None:
+def test_a_new_batch_size_continues_at_the_current_token(batch: int, steps: int) -> None:
     """Stopped at step 10 of 20 with 8 sequences a step: 80 of 160 sequences are left."""
     schedule = Schedule.of_segments([(0, [stage()]), (10, [stage(batch=batch)])])
     assert schedule.num_steps == steps
@@ -131,7 +131,7 @@ def test_another_batch_goes_on_at_the_token_it_has_come_to(batch: int, steps: in
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 @pytest.mark.parametrize("sequences", [320, 120])
-def test_another_length_goes_on_from_the_present_rate(shape: str, sequences: int) -> None:
+def test_a_new_length_continues_from_the_current_rate(shape: str, sequences: int) -> None:
     stages, others = [stage(lr_shape=shape, lr_end=1.0)], [stage(lr_shape=shape, sequences=sequences, lr_end=1.0)]
     before, after = Schedule.of(stages), Schedule.of_segments([(0, stages), (10, others)])
     assert after.num_steps == sequences // 8
@@ -143,7 +143,7 @@ def test_another_length_goes_on_from_the_present_rate(shape: str, sequences: int
     assert rates[-1] == 1.0
 
 
-def test_a_finished_run_goes_on_at_its_last_rate() -> None:
+def test_an_extended_run_continues_at_its_last_rate() -> None:
     stages = [stage("warmup", 8, lr_end=1.0), stage("decay", 152)]
     longer = [stages[0], stage("decay", 304)]
     schedule = Schedule.of_segments([(0, stages), (20, longer)])
@@ -159,7 +159,7 @@ def test_a_stage_added_to_a_finished_run_starts_where_it_ended() -> None:
     assert positions(schedule, 1) == list(range(32))
 
 
-def test_a_stage_cannot_end_before_what_is_trained_of_it() -> None:
+def test_a_stage_cannot_end_before_its_last_trained_token() -> None:
     with pytest.raises(
         ConfigError, match=r"stages\.1\.tokens=320: 640 tokens of stage s are trained after step 11, .*use at least 640"
     ):
@@ -169,7 +169,7 @@ def test_a_stage_cannot_end_before_what_is_trained_of_it() -> None:
     )
 
 
-def test_the_present_stage_is_found_by_its_name_or_else_by_its_number() -> None:
+def test_the_current_stage_is_found_by_name_or_else_by_number() -> None:
     stages = [stage("a", 16), stage("b", 32)]
     assert Schedule.of_segments([(0, stages), (3, [stage("b", 32)])]).num_steps == 6, (
         "a stage that is over may be left out"
@@ -179,7 +179,7 @@ def test_the_present_stage_is_found_by_its_name_or_else_by_its_number() -> None:
         Schedule.of_segments([(0, stages), (3, [stage("a", 16)])])
 
 
-def test_skipped_data_is_left_out_after_another_batch_too() -> None:
+def test_skipped_data_stays_skipped_after_a_change_of_batch_size() -> None:
     skipping = stage(sequences=32, batch=4, skip_data_steps=[[6, 7]])
     schedule = Schedule.of_segments([(0, [stage(sequences=32)]), (1, [skipping])])
     assert positions(schedule, 0) == [*range(20), *range(28, 40)], "steps 6 and 7 of 4 sequences are 20 to 27"

@@ -62,7 +62,7 @@ def test_tokens_are_counted_with_suffixes_in_files_and_overrides(config: Path) -
     assert (stage.tokens, stage.sequence_length) == (300_000_000, 1024)
 
 
-def test_a_number_that_is_none_gets_the_right_hint(config: Path) -> None:
+def test_an_invalid_number_gets_the_right_hint(config: Path) -> None:
     suffixes = "10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096"
     rule = "must be a valid integer"
     for text, hint in (
@@ -88,7 +88,7 @@ def test_a_number_that_is_none_gets_the_right_hint(config: Path) -> None:
     assert number_hint("4 KiB", True) == f"write 4Ki: {suffixes}"
 
 
-def test_words_are_those_of_yaml_1_2(config: Path) -> None:
+def test_words_follow_yaml_1_2(config: Path) -> None:
     for word in (
         "no",
         "yes",
@@ -203,7 +203,7 @@ def test_paths_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert load_experiment(config.parent / "child.yaml").name == "small"
 
 
-def test_a_path_that_leads_nowhere_names_what_is_not_defined(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_with_an_undefined_variable_or_user_names_it(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
     text = refusal(
         config,
@@ -242,7 +242,7 @@ def test_a_run_records_absolute_paths(config: Path, tmp_path: Path, monkeypatch:
     assert with_absolute_paths(load_experiment(tmp_path / "resolved.yaml")) == made
 
 
-def test_every_path_of_the_schema_is_marked() -> None:
+def test_every_path_in_the_schema_is_marked() -> None:
     """A new setting that is a path is expanded and made absolute like the others."""
     for path in all_paths(Experiment):
         name = path.rpartition(".")[2]

@@ -48,7 +48,7 @@ def test_balanced_rows_take_every_row_once_in_groups_of_neighbours(
     assert np.array_equal(balanced_rows(some, order, group_sequences, key), rows[some])
 
 
-def test_balanced_groups_come_in_another_order_and_with_other_borders_each_epoch() -> None:
+def test_balanced_groups_change_order_and_boundaries_in_each_epoch() -> None:
     order = cost_order(np.arange(1030))
     epochs = [balanced_rows(np.arange(1030), order, 100, mixed_key(5, epoch)) for epoch in range(4)]
     first_of_groups = [rows[:1000:100].tolist() for rows in epochs]
@@ -67,7 +67,7 @@ BATCH = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4)).flatm
 
 @given(batch=BATCH)
 @settings(max_examples=200, deadline=None)
-def test_dealing_keeps_the_batch(batch: tuple) -> None:
+def test_assignment_by_cost_keeps_the_batch(batch: tuple) -> None:
     (num_rows, num_ranks, micro_batch), costs = batch
     positions = deal(costs, num_ranks, micro_batch)
     assert positions.shape == (num_rows, num_ranks, micro_batch)
@@ -77,7 +77,7 @@ def test_dealing_keeps_the_batch(batch: tuple) -> None:
 
 @given(batch=BATCH)
 @settings(max_examples=200, deadline=None)
-def test_dealing_is_no_worse_than_any_shuffle_where_micro_batches_are_single_sequences(batch: tuple) -> None:
+def test_assignment_by_cost_is_no_worse_than_any_shuffle_for_single_sequence_micro_batches(batch: tuple) -> None:
     (num_rows, num_ranks, micro_batch), costs = batch
     num_rows *= micro_batch
     dealt = imbalance(costs[deal(costs, num_ranks, 1)].sum(axis=2))
@@ -87,7 +87,7 @@ def test_dealing_is_no_worse_than_any_shuffle_where_micro_batches_are_single_seq
 
 
 @pytest.mark.parametrize(("num_ranks", "micro_batch"), [(8, 1), (8, 2), (64, 1), (16, 4)])
-def test_dealt_micro_batches_and_rank_totals_are_nearly_equal(num_ranks: int, micro_batch: int) -> None:
+def test_assigned_micro_batches_and_rank_totals_are_nearly_equal(num_ranks: int, micro_batch: int) -> None:
     random = np.random.default_rng(0)
     costs = 1 + random.choice([0.05, 0.1, 0.4, 3.0], 1024, p=[0.4, 0.3, 0.2, 0.1]) * random.uniform(0.8, 1.2, 1024)
     dealt = imbalance(costs[deal(costs, num_ranks, micro_batch)].sum(axis=2))
@@ -96,7 +96,7 @@ def test_dealt_micro_batches_and_rank_totals_are_nearly_equal(num_ranks: int, mi
     assert dealt.step < 1.04 < 1.05 < dealt_in_turn.step
 
 
-def test_groups_of_neighbours_leave_nothing_to_wait_for() -> None:
+def test_batches_of_neighbours_in_cost_leave_no_rank_waiting() -> None:
     costs = (
         1 + 3 * np.random.default_rng(1).random(64 * 50) ** 4
     )  # from none to three times as much attention as all else, mostly little
@@ -112,7 +112,7 @@ def test_imbalance_by_hand() -> None:
     assert found.slowdown == 7 / 6
 
 
-def test_micro_batches_of_near_cost_run_side_by_side() -> None:
+def test_micro_batches_of_similar_cost_run_side_by_side() -> None:
     costs = np.array([10, 9, 9, 8, 5, 4, 1, 1])
     by_rank = costs[deal(costs, 2, 2)].sum(axis=2)
     assert by_rank.tolist() == [[13, 13], [11, 10]]

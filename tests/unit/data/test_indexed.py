@@ -18,7 +18,7 @@ DOCUMENTS = [[1, 2, 3], [4], list(range(500)), [7, 8]]
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 128166])
-def test_files_are_byte_identical_to_megatrons_builder(
+def test_files_are_byte_identical_to_those_of_megatrons_builder(
     tmp_path: Path, tokenized: Callable[..., Path], vocab_size: int
 ) -> None:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -45,7 +45,7 @@ def test_megatron_reads_what_we_write_and_so_do_we(tokenized: Callable[..., Path
     ours.verify()
 
 
-def test_documents_are_numbered_over_the_shards_and_know_where_they_come_from(tokenized: Callable[..., Path]) -> None:
+def test_documents_are_numbered_across_shards_and_record_their_origin(tokenized: Callable[..., Path]) -> None:
     dataset = TokenizedDataset(tokenized("ours", DOCUMENTS, documents_per_shard=3))
     assert [shard.num_documents for shard in dataset.shards] == [3, 1]
     assert [dataset.document(number).tolist() for number in range(4)] == DOCUMENTS
@@ -58,7 +58,7 @@ def test_documents_are_numbered_over_the_shards_and_know_where_they_come_from(to
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 128166])
-def test_the_bytes_do_not_depend_on_the_type_of_the_ids(tmp_path: Path, vocab_size: int) -> None:
+def test_the_bytes_do_not_depend_on_the_dtype_of_the_ids(tmp_path: Path, vocab_size: int) -> None:
     """Engines give 32 bits with or without a sign, and a choice of them need not lie in one piece."""
     ids, digests = np.arange(600, dtype=np.int64)[::2], []
     for number, tokens in enumerate(
@@ -71,7 +71,7 @@ def test_the_bytes_do_not_depend_on_the_type_of_the_ids(tmp_path: Path, vocab_si
     assert len(set(digests)) == 1
 
 
-def test_a_document_in_parts_is_taken_back_when_it_fails(tmp_path: Path) -> None:
+def test_a_document_in_parts_is_rolled_back_when_it_fails(tmp_path: Path) -> None:
     def parts(fail: bool) -> Iterator[np.ndarray]:
         yield np.array([7, 8])
         if fail:
@@ -105,7 +105,7 @@ def change_manifest(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_bin_that_is_cut_short_is_refused(tokenized: Callable[..., Path]) -> None:
+def test_a_truncated_bin_is_refused(tokenized: Callable[..., Path]) -> None:
     folder = tokenized("t", DOCUMENTS)
     content = (folder / "shard_00000.bin").read_bytes()
     (folder / "shard_00000.bin").write_bytes(content[:-2])
@@ -133,7 +133,7 @@ def test_an_idx_of_the_same_shape_is_found_by_its_digest(tokenized: Callable[...
         TokenizedDataset(folder).verify()
 
 
-def test_an_idx_that_is_none_is_refused(tokenized: Callable[..., Path]) -> None:
+def test_an_invalid_idx_is_refused(tokenized: Callable[..., Path]) -> None:
     folder = tokenized("t", DOCUMENTS)
     size = (folder / "shard_00000.idx").stat().st_size
     (folder / "shard_00000.idx").write_bytes(b"x" * size)
@@ -144,7 +144,7 @@ def test_an_idx_that_is_none_is_refused(tokenized: Callable[..., Path]) -> None:
         TokenizedDataset(folder)
 
 
-def test_ids_of_another_type_than_the_vocabulary_needs_are_refused(tokenized: Callable[..., Path]) -> None:
+def test_ids_of_the_wrong_dtype_for_the_vocabulary_are_refused(tokenized: Callable[..., Path]) -> None:
     folder = tokenized("t", DOCUMENTS)
     change_manifest(folder, vocab_size=128166)
     with pytest.raises(DataFormatError, match="uint16 ids, expected int32 for a vocabulary of 128166"):
@@ -200,6 +200,6 @@ def test_a_damaged_folder_is_refused(
         TokenizedDataset(folder)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match=r"nowhere: no such folder; write it with `hunyuan-data tokenize`"):
         TokenizedDataset(tmp_path / "nowhere")

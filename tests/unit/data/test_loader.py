@@ -82,7 +82,7 @@ def test_a_micro_batch_is_whole_sequences_one_after_the_other(experiment: Callab
     assert batch.positions_T.tolist() == [position for size in sizes.tolist() for position in range(size)]
 
 
-def test_steps_can_be_asked_for_in_any_order(experiment: Callable, stages: list[dict]) -> None:
+def test_steps_can_be_requested_in_any_order(experiment: Callable, stages: list[dict]) -> None:
     """A run that resumes at step 4, or goes back, gets the batches that a run from the start gets."""
     straight, jumping = (StepLoader(experiment(stages), 0, 1, DIGEST) for _ in range(2))
     expected = [by_rank(straight.micro_batches(step), 16) for step in range(5)]
@@ -211,7 +211,7 @@ def test_no_sample_is_lost_or_repeated_when_a_run_restarts_with_other_ranks(
     assert len(seen) == len(set(seen)) == steps * batch
 
 
-def test_dealing_by_cost_evens_out_what_runs_side_by_side(
+def test_assigning_by_cost_balances_what_runs_side_by_side(
     packed: Callable[..., Path], experiment: Callable, numbered_documents: Callable[..., list]
 ) -> None:
     rng = np.random.default_rng(0)

@@ -43,7 +43,7 @@ def order(mixture: Mixture, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 @given(weights=st.lists(st.integers(1, 1000), min_size=1, max_size=12), sequences=st.integers(1000, 3000))
 @settings(max_examples=100, deadline=None)
-def test_mixture_is_exact_at_the_end_and_even_on_the_way(weights: Sequence[int], sequences: int) -> None:
+def test_the_mixture_is_exact_at_the_end_and_even_along_the_way(weights: Sequence[int], sequences: int) -> None:
     # Not below a share of 1/sequences, which is refused.
     kept = {f"d{i}": float(max(weight, 15)) for i, weight in enumerate(weights)}
     mixture = Mixture([stage(kept, sequences)], sizes(dict.fromkeys(kept, 170)), seed=1)
@@ -80,7 +80,7 @@ def test_each_epoch_takes_every_sequence_once_in_a_new_order() -> None:
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
 
 
-def test_a_source_goes_on_in_a_later_stage_where_it_stopped() -> None:
+def test_a_source_continues_in_a_later_stage_where_it_stopped() -> None:
     stages = [
         stage({"a": 1.0, "b": 1.0}, 12, "one"),
         stage({"b": 1.0, "c": 1.0}, 8, "two"),
@@ -129,7 +129,7 @@ def test_weights_are_shares_of_tokens_not_of_sequences() -> None:
     assert mixture.tokens(0) == {"full": 800.0, "half": 800.0}
 
 
-def test_tiers_share_the_stage_and_their_sources_share_the_tier() -> None:
+def test_tiers_split_the_stage_and_sources_split_their_tier() -> None:
     fields = stage({"a": 1.0, "b": 3.0, "c": 5.0}, 100).model_dump()
     for entry, tier in zip(fields["data"], ("high", "high", "low"), strict=True):
         entry["tier"] = tier
@@ -138,7 +138,7 @@ def test_tiers_share_the_stage_and_their_sources_share_the_tier() -> None:
     assert list(mixture.counts[0].values()) == [20, 60, 20]
 
 
-def test_a_source_is_not_read_more_often_than_it_may_be() -> None:
+def test_a_source_is_not_read_more_often_than_allowed() -> None:
     def capped(cap: float, name: str) -> StageConfig:
         fields = stage({"a": 1.0, "b": 1.0}, 20, name).model_dump()
         fields["data"][0]["max_epochs"] = cap
@@ -161,7 +161,7 @@ def test_a_source_is_not_read_more_often_than_it_may_be() -> None:
     seed=st.integers(0, 3),
 )
 @settings(max_examples=60, deadline=None)
-def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(
+def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before_them(
     ranges: list[tuple[int, int]], seed: int
 ) -> None:
     skipped: list[list[int]] = []
@@ -183,7 +183,7 @@ def test_skipping_leaves_out_exactly_those_steps_and_changes_nothing_before(
     assert np.array_equal(one.lookup(0, np.arange(120)), other.lookup(0, np.arange(120))), "data steps keep their data"
 
 
-def test_a_later_stage_goes_on_after_what_made_up_for_skipped_steps() -> None:
+def test_a_later_stage_continues_after_the_data_that_replaced_skipped_steps() -> None:
     first = StageConfig.model_validate({**stage({"a": 1.0}, 5).model_dump(), "skip_data_steps": [[2, 3]]})
     mixture = Mixture([first, stage({"a": 1.0}, 3, "later")], sizes({"a": 10}), seed=0)
     rows = np.concatenate([order(mixture, number)[1] for number in range(2)])
@@ -218,7 +218,7 @@ def test_documents_that_packs_of_two_lengths_share_are_counted_together() -> Non
     assert (reading.epochs, reading.at_most) == (1.96, 2)
 
 
-def test_documents_chosen_apart_by_length_are_not_counted_together() -> None:
+def test_disjoint_selections_by_length_are_not_counted_together() -> None:
     mixture = Mixture(two_stages(cap=1), over_one_corpus((1, 64), (65, NO_LIMIT)), seed=0)
     assert mixture.most_read(1, "b").epochs == 0.98  # type: ignore[union-attr]
     other = {
@@ -228,7 +228,7 @@ def test_documents_chosen_apart_by_length_are_not_counted_together() -> None:
     assert Mixture(two_stages(cap=1), other, seed=0).most_read(1, "b").epochs == 0.98  # type: ignore[union-attr]
 
 
-def test_only_lengths_that_a_document_has_decide_where_selections_overlap() -> None:
+def test_only_lengths_that_occur_decide_whether_selections_overlap() -> None:
     """Both packs take documents of 64 tokens: refused if there is one."""
     for has_one in (True, False):
         of_sources = {
@@ -244,7 +244,7 @@ def test_only_lengths_that_a_document_has_decide_where_selections_overlap() -> N
             Mixture(two_stages(cap=1), of_sources, seed=0)
 
 
-def test_lengths_are_not_read_where_the_bound_is_enough() -> None:
+def test_lengths_are_not_read_if_the_bound_suffices() -> None:
     def holds(part: Selection) -> bool:
         raise AssertionError("read")
 
@@ -252,7 +252,7 @@ def test_lengths_are_not_read_where_the_bound_is_enough() -> None:
     Mixture(two_stages(cap=2), of_sources, seed=0)
 
 
-def test_a_pack_that_holds_a_part_of_another_counts_for_that_part() -> None:
+def test_a_pack_that_contains_part_of_another_counts_for_that_part() -> None:
     of_sources = over_one_corpus((1, NO_LIMIT), (100, 200))
     with pytest.raises(
         DataFormatError, match=r"b: documents of 100 to 200 tokens of /tokens would have been read 1.96 times"
@@ -270,7 +270,7 @@ def test_a_pack_that_holds_a_part_of_another_counts_for_that_part() -> None:
     lengths=st.sets(st.integers(1, 20), min_size=1),
 )
 @settings(max_examples=200, deadline=None)
-def test_epochs_of_documents_are_those_of_counting_each(
+def test_epochs_of_documents_equal_a_count_of_each_document(
     selections: Sequence[tuple[int, int]], counts: Sequence[int], lengths: set[int]
 ) -> None:
     ranges = [(shortest, shortest + more) for shortest, more in selections]
@@ -317,7 +317,7 @@ some_mixes = st.dictionaries(st.sampled_from("abc"), st.integers(20, 80).map(flo
     [{"a": 20.0}, {"a": 20.0}], [8, 1, 1, 1], [153, 150, 150, 150], [19, 20, 21]
 )  # the second segment ends the stage where it is
 @settings(max_examples=100, deadline=None)
-def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_the_way(
+def test_no_sequence_is_repeated_or_left_out_in_an_epoch_whatever_changes_mid_run(
     mixes: list[dict[str, float]], batches: list[int], lengths: list[int], stops: list[int]
 ) -> None:
     """Batch, length and mix: the epochs of each source are whole, but for the last, as in a run that never changes."""
@@ -352,7 +352,7 @@ def test_no_sequence_is_read_twice_or_left_out_in_an_epoch_whatever_changes_on_t
     stops=st.lists(st.integers(1, 30), min_size=3, max_size=3, unique=True),
 )
 @settings(max_examples=60, deadline=None)
-def test_another_batch_keeps_the_order_of_the_data(batches: list[int], stops: list[int]) -> None:
+def test_a_new_batch_size_keeps_the_order_of_the_data(batches: list[int], stops: list[int]) -> None:
     of_sources, mix = sizes({"a": 23, "b": 40}), {"a": 2.0, "b": 1.0}
     segments = [DataSegment(0, [with_batch(stage(mix, 120), batches[0])], 1)]
     for batch, step in zip(batches[1:], sorted(stops), strict=False):
@@ -362,7 +362,7 @@ def test_another_batch_keeps_the_order_of_the_data(batches: list[int], stops: li
     assert trained(Mixture([], of_sources, 1, segments))[:120] == trained(straight)[:120]
 
 
-def test_another_seed_orders_what_is_left_and_only_that() -> None:
+def test_a_new_seed_reorders_only_the_remaining_data() -> None:
     of_sources, stages = sizes({"a": 40}), [stage({"a": 1.0}, 40)]
     one, both = (
         Mixture(stages, of_sources, 1),

@@ -104,7 +104,7 @@ def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(
         PackedDataset(folder)
 
 
-def test_several_sources_are_one_run_of_documents(tmp_path: Path, tokenized: Callable[..., Path]) -> None:
+def test_several_sources_are_packed_as_one_list_of_documents(tmp_path: Path, tokenized: Callable[..., Path]) -> None:
     sources = [
         TokenizedDataset(tokenized("a", [[1, 2], [3]])),
         TokenizedDataset(tokenized("b", [[4, 5, 6, 7, 8], [9]], documents_per_shard=1)),
@@ -147,7 +147,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(
 
 
 @pytest.mark.parametrize("name", ["piece_document", "piece_start", "piece_length"])
-def test_pieces_that_point_elsewhere_are_refused(packed: Callable[..., Path], name: str) -> None:
+def test_invalid_pieces_are_refused(packed: Callable[..., Path], name: str) -> None:
     folder = packed("p", [[1, 2, 3], [4]], 8)
     array = np.load(folder / f"{name}.npy")
     np.save(folder / f"{name}.npy", np.zeros_like(array) if name == "piece_length" else np.full_like(array, 60_000))
@@ -217,7 +217,9 @@ def test_sources_tokenized_again_are_refused(packed: Callable[..., Path], tokeni
         PackedDataset(folder)
 
 
-def test_a_packed_folder_that_moved_alone_says_what_it_misses(packed: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_packed_folder_moved_without_its_sources_names_what_is_missing(
+    packed: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = packed("p", [[1, 2], [3]], 4)
     moved = tmp_path / "elsewhere/q"
     shutil.copytree(folder, moved)
@@ -243,7 +245,7 @@ def test_pieces_that_overflow_a_sequence_are_refused(packed: Callable[..., Path]
         PackedDataset(folder)[0]
 
 
-def test_a_pack_knows_which_lengths_of_which_folder_it_holds(packed: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_pack_records_which_lengths_of_which_folder_it_holds(packed: Callable[..., Path], tmp_path: Path) -> None:
     """Where the lengths are not there any more, any range may hold a document: epochs are then counted too high, never
     too low."""
     documents = [[1] * length for length in (3, 5, 9)]

@@ -97,7 +97,7 @@ def test_best_fit_cuts_only_documents_longer_than_a_sequence(lengths: np.ndarray
 
 @given(lengths=LENGTHS, sequence_length=st.sampled_from([2, 16, 33, 128]))
 @settings(max_examples=150, deadline=None)
-def test_chopping_leaves_no_padding_but_in_the_last_sequence(lengths: np.ndarray, sequence_length: int) -> None:
+def test_chopping_leaves_padding_only_in_the_last_sequence(lengths: np.ndarray, sequence_length: int) -> None:
     packing = pack_documents(lengths, sequence_length, 3, "chop")
     filled = [sum(length for _, _, length in pieces) for pieces in sequences(packing)]
     assert all(tokens == sequence_length for tokens in filled[:-1])
@@ -121,7 +121,7 @@ def test_a_short_fragment_is_dropped_and_a_short_document_is_not(method: Packing
         assert (packing.cut_documents, packing.dropped_fragments, packing.dropped_tokens) == (2, 1, 3)
 
 
-def test_settings_that_cannot_be_are_refused_together() -> None:
+def test_invalid_settings_are_refused_together() -> None:
     with pytest.raises(DataFormatError) as error:
         pack_documents(np.array([1, 2]), 16, 0, "best", min_fragment_tokens=17)  # type: ignore[arg-type]
     assert str(error.value) == (
@@ -140,7 +140,7 @@ def test_settings_that_cannot_be_are_refused_together() -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["best_fit", "chop"])
-def test_arrays_are_as_small_as_is_safe(
+def test_arrays_use_the_smallest_safe_dtype(
     longest: int, sequence_length: int, start: str, length: str, method: PackingMethod
 ) -> None:
     packing = pack_documents(np.array([longest, 5, longest], dtype=np.int64), sequence_length, 0, method)

@@ -85,7 +85,7 @@ def test_special_tokens_follow_the_ranks_in_hunyuans_order(tokenizer: Tokenizer)
     assert tokenizer.vocab_size == n + 209
 
 
-def test_a_document_has_a_start_and_an_end(tokenizer: Tokenizer) -> None:
+def test_a_document_has_start_and_end_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_document("the thing")
     assert ids.tolist() == [tokenizer.start_id, *tokenizer.encode("the thing"), tokenizer.end_id]
 
@@ -96,7 +96,7 @@ def test_special_names_in_text_are_ordinary_characters(tokenizer: Tokenizer) -> 
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
-def test_text_is_brought_to_nfc_and_digits_stay_single(tokenizer: Tokenizer) -> None:
+def test_text_is_normalised_to_nfc_and_digits_stay_single(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
     assert len(tokenizer.encode("12345")) == 5
 
@@ -173,7 +173,7 @@ def test_a_run_of_white_space_beyond_the_pattern_is_refused(tokenizer: Tokenizer
         tokenizer.encode(" " * 3_000_000)
 
 
-def test_merges_are_the_joins_that_tiktoken_makes() -> None:
+def test_merges_are_those_that_tiktoken_makes() -> None:
     merges = {left + right: (left, right) for left, right in recover_merges(trained_ranks())}
     assert merges[b"aaa"] == (b"aa", b"a")
     assert merges[b"aaaa"] == (b"aa", b"aa")
@@ -201,7 +201,7 @@ def test_auto_tokenizer_loads_without_remote_code(tokenizer: Tokenizer, hf_folde
         loaded.apply_chat_template([CHAT[2]], tokenize=False)
 
 
-def test_a_text_begins_as_a_document_and_does_not_end(tokenizer: Tokenizer, hf_folder: Path) -> None:
+def test_a_text_gets_a_start_token_and_no_end_token(tokenizer: Tokenizer, hf_folder: Path) -> None:
     """The default of tokenizer(text): what a model has seen before such a text, and is asked to go on with."""
     from transformers import AutoTokenizer
 
@@ -217,7 +217,7 @@ def test_a_text_begins_as_a_document_and_does_not_end(tokenizer: Tokenizer, hf_f
     ]
 
 
-def test_rows_of_a_batch_end_together(tokenizer: Tokenizer, hf_folder: Path) -> None:
+def test_batches_are_padded_on_the_left(tokenizer: Tokenizer, hf_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     batch = AutoTokenizer.from_pretrained(hf_folder)(["a", "ab!"], padding=True)
@@ -270,7 +270,7 @@ def test_no_text_of_a_message_becomes_a_control_token(text: str, tokenizer: Toke
     assert tokenizer.decode(ids[:1]) == "<|startoftext|>"
 
 
-def test_an_empty_system_message_is_none(tokenizer: Tokenizer, chat_template) -> None:
+def test_an_empty_system_message_is_omitted(tokenizer: Tokenizer, chat_template) -> None:
     messages = [{"role": "system", "content": ""}, CHAT[1]]
     assert chat_template(messages) == tokenizer.apply_chat(messages) == tokenizer.apply_chat([CHAT[1]])
 
@@ -334,13 +334,13 @@ TEXT = (
 
 @given(text=TEXT)
 @settings(max_examples=400, deadline=None)
-def test_hugging_face_gives_the_ids_of_tiktoken(text: str, tokenizer: Tokenizer, fast) -> None:
+def test_hugging_face_gives_the_same_ids_as_tiktoken(text: str, tokenizer: Tokenizer, fast) -> None:
     assert fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
 @given(text=TEXT)
 @settings(max_examples=200, deadline=None)
-def test_decoding_gives_the_text_back_in_nfc(text: str, tokenizer: Tokenizer) -> None:
+def test_decoding_returns_the_text_in_nfc(text: str, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
@@ -361,7 +361,7 @@ def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, f
     assert different == []
 
 
-def test_a_run_takes_only_the_files_of_its_tokenizer(tmp_path):
+def test_a_run_copies_only_the_files_of_its_tokenizer(tmp_path):
     """Whatever else lies in the folder; onto itself, nothing; over another tokenizer, as a whole."""
     source, copy = tmp_path / "source", tmp_path / "run" / "tokenizer"
     (source / "checkpoint").mkdir(parents=True)

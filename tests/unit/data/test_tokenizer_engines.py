@@ -115,7 +115,7 @@ ANY = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=
 
 @given(text=st.lists(WORDS | IDEOGRAPHS | LETTERS | ANY, max_size=14).map("".join))
 @settings(max_examples=200, deadline=None)
-def test_every_engine_gives_the_ids_of_tiktoken(text: str, pair: tuple[Tokenizer, Encode]) -> None:
+def test_every_engine_gives_the_same_ids_as_tiktoken(text: str, pair: tuple[Tokenizer, Encode]) -> None:
     tokenizer, encode = pair
     assert encode(text) == tokenizer.encode(text)
 
@@ -124,7 +124,7 @@ RUNS = ["a", " ", "\n", "\r\n", " \n", "明月", "!", "7", "👍", "\u3000", "e\
 
 
 @pytest.mark.parametrize("unit", RUNS, ids=[unit.encode("unicode_escape").decode() for unit in RUNS])
-def test_a_run_of_a_hundred_thousand_is_encoded_alike(unit: str, pair: tuple[Tokenizer, Encode]) -> None:
+def test_a_run_of_a_hundred_thousand_characters_is_encoded_alike(unit: str, pair: tuple[Tokenizer, Encode]) -> None:
     tokenizer, encode = pair
     text = "x" + unit * 100_000 + "y"
     ids = encode(text)
@@ -132,7 +132,7 @@ def test_a_run_of_a_hundred_thousand_is_encoded_alike(unit: str, pair: tuple[Tok
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-def test_a_whole_word_has_its_id_only_by_itself(folders: dict[str, Path]) -> None:
+def test_a_whole_word_token_is_used_only_for_the_whole_word(folders: dict[str, Path]) -> None:
     tokenizer = Tokenizer.load(folders["whole words"])
     for word, longer in zip(
         WHOLE_WORDS,

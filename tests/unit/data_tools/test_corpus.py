@@ -86,7 +86,9 @@ def test_lines_across_blocks_keep_their_numbers(tmp_path: Path, monkeypatch: pyt
         ("a.json", b"{}", r"a\.json: line 1: no field 'text' \(fields: none\)"),
     ],
 )
-def test_what_is_not_text_is_refused_by_file_and_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_content_that_is_not_text_is_refused_with_file_and_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataFormatError, match=message):
         texts(tmp_path / name)
@@ -101,7 +103,7 @@ def test_rejects_up_to_the_limit_are_left_out(tmp_path: Path) -> None:
         texts(tmp_path, max_rejects=1)
 
 
-def test_inputs_that_are_missing_empty_or_double_are_refused(tmp_path: Path) -> None:
+def test_inputs_that_are_missing_empty_or_duplicated_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="nowhere: no such file or folder"):
         find_files([tmp_path / "nowhere"])
     with pytest.raises(
@@ -140,7 +142,7 @@ def corpus(folder: Path, *names: str) -> None:
         (folder / name).write_text(name)
 
 
-def test_links_are_followed_each_real_file_once_and_circles_end(tmp_path: Path) -> None:
+def test_links_are_followed_once_per_real_file_and_cycles_end(tmp_path: Path) -> None:
     corpus(tmp_path, "in/a.txt", "in/sub/b.txt", "else/c.txt", "else/deep/d.txt")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "else")
     (tmp_path / "in" / "a_link.txt").symlink_to("a.txt")
@@ -166,7 +168,7 @@ def test_links_are_followed_each_real_file_once_and_circles_end(tmp_path: Path) 
         survey([tmp_path / "in", tmp_path / "else"])
 
 
-def test_what_a_folder_holds_beside_is_counted_and_named(tmp_path: Path) -> None:
+def test_other_files_in_a_folder_are_counted_and_named(tmp_path: Path) -> None:
     corpus(
         tmp_path,
         "a.txt",
@@ -216,7 +218,7 @@ def test_a_corpus_from_which_nothing_is_read_is_an_error(tmp_path: Path) -> None
         survey([tmp_path / "pipe"])
 
 
-def test_a_file_of_two_inputs_is_read_once(tmp_path: Path) -> None:
+def test_a_file_in_two_inputs_is_read_once(tmp_path: Path) -> None:
     corpus(tmp_path, "one/a.txt", "two/b.txt")
     (tmp_path / "two" / "a.txt").symlink_to(tmp_path / "one" / "a.txt")
     found = survey([tmp_path / "one", tmp_path / "two"])
@@ -235,7 +237,7 @@ def test_a_folder_that_a_pattern_matches_is_read_as_a_folder(tmp_path: Path) -> 
     assert everything.skipped == {"folders written by hunyuan-data": 1}
 
 
-def test_a_url_goes_by_the_rules_of_a_folder(tmp_path: Path) -> None:
+def test_a_url_follows_the_rules_of_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     corpus(tmp_path, "a.txt", "b.rst", ".hidden.txt", ".git/x.py", "tok/hy.tiktoken", "tok/x.txt")
     (tmp_path / "c.txt").write_bytes(gzip.compress(b"c"))
@@ -250,7 +252,7 @@ def test_a_url_goes_by_the_rules_of_a_folder(tmp_path: Path) -> None:
     assert [document.text for document in read_documents(found.files, RecordForm())] == ["a.txt", "c", "d"]
 
 
-def test_odd_names_are_names(tmp_path: Path) -> None:
+def test_unusual_file_names_are_accepted(tmp_path: Path) -> None:
     names = ["a b.txt", "a\nb.txt", "[1].txt", "*.txt", "中.txt", "-x.txt"]
     corpus(tmp_path, *names)
     assert {Path(file.path).name for file in find_files([tmp_path])} == set(names)
@@ -258,7 +260,7 @@ def test_odd_names_are_names(tmp_path: Path) -> None:
         assert texts(tmp_path / name) == [name]
 
 
-def test_odd_endings_are_counted_together(tmp_path: Path) -> None:
+def test_unusual_extensions_are_counted_together(tmp_path: Path) -> None:
     corpus(tmp_path, "a.txt", "x.an ending of many words", *(f"doc.{number:05d}" for number in range(100)))
     (tmp_path / os.fsdecode(b"b.\xff")).write_text("x")
     found = survey([tmp_path])

@@ -38,7 +38,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def test_tokenizing_starts_without_what_it_does_not_need(work: Path) -> None:
+def test_tokenizing_does_not_import_what_it_does_not_need(work: Path) -> None:
     """Each of these takes a tenth of a second to some seconds, at the start and in every worker."""
     command = ["tokenize", CORPUS[2], "--tokenizer", str(work / "tok"), "--output", str(work / "light")]
     code = (
@@ -105,7 +105,7 @@ def test_the_trained_tokenizer_is_the_same_in_hugging_face(work: Path) -> None:
         assert fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
-def test_a_base_keeps_its_ids_and_the_report_is_printed(
+def test_a_base_vocabulary_keeps_its_ids_and_the_report_is_printed(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = [{"text": f"床前明月光，疑是地上霜，{i}", "lang": "zh"} for i in range(200)]
@@ -135,7 +135,7 @@ def test_train_tokenizer_prints_compression(tmp_path: Path, capsys: pytest.Captu
     assert "700 ids" in shown
 
 
-def test_inspect_shows_counts_borders_and_text(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_counts_boundaries_and_text(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", work / "packed", "--tokenizer", work / "tok", "--verify", "--samples", 3) == 0
     shown = capsys.readouterr().out
     manifest = json.loads((work / "packed" / "manifest.json").read_text())
@@ -150,7 +150,7 @@ def test_inspect_shows_counts_borders_and_text(work: Path, capsys: pytest.Captur
     assert str(Tokenizer.load(work / "tok").start_id) in capsys.readouterr().out
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(
+def test_progress_is_plain_lines_without_a_terminal(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
@@ -286,7 +286,7 @@ def test_unfit_tokenized_folders_are_refused_by_every_command(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_sizes_that_memory_does_not_hold_and_only_rejects_are_refused(
+def test_sizes_beyond_memory_and_corpora_of_rejects_only_are_refused(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--output", tmp_path / "out")
@@ -331,7 +331,7 @@ def test_an_output_is_replaced_only_when_told_to_and_only_if_it_is_ours(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_overwrite_never_replaces_what_another_command_has_written_nor_what_is_read(
+def test_overwrite_replaces_neither_the_output_of_another_command_nor_an_input(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenized, tokenizer, packed = tmp_path / "tokenized", tmp_path / "tokenizer", tmp_path / "packed"
@@ -399,7 +399,7 @@ def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_read_is_printed_counted_and_kept(
+def test_skipped_input_is_printed_counted_and_recorded(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
@@ -482,7 +482,7 @@ def test_a_tilde_is_the_home_folder(
     )
 
 
-def test_what_the_tokenizer_was_not_trained_on_is_in_its_report(
+def test_the_report_names_what_the_tokenizer_was_not_trained_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()

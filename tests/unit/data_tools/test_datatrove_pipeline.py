@@ -114,9 +114,7 @@ def hidden(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name in (".job", ".lock")}
 
 
-def test_a_task_that_comes_late_works_for_the_job_that_is_there(
-    tmp_path: Path, corpus: list[str], tokenizer_folder: str
-) -> None:
+def test_a_late_task_works_for_the_current_job(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
     out = str(tmp_path / "out")
     begin(corpus, tokenizer_folder, out, **SHARDS)
     first, late = TokenizeShards(out), TokenizeShards(out)
@@ -137,7 +135,7 @@ def test_a_task_that_comes_late_works_for_the_job_that_is_there(
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
-def test_tasks_share_the_folder_with_tasks_only(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_tasks_share_the_folder_only_with_tasks(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(DataFormatError, match="out: not begun, or finished already"):
         TokenizeShards(out)()
@@ -165,7 +163,7 @@ def test_tasks_share_the_folder_with_tasks_only(tmp_path: Path, corpus: list[str
         TokenizeShards(out)()
 
 
-def test_a_planned_pipeline_reads_what_its_earlier_steps_have_written(
+def test_a_planned_pipeline_reads_what_its_earlier_steps_wrote(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str
 ) -> None:
     """A step is given whatever the steps before it yield, and begins when they have ended."""
@@ -199,7 +197,7 @@ def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_tasks_on_ray_write_the_same_bytes_and_go_on_after_an_error(
+def test_tasks_on_ray_write_the_same_bytes_and_continue_after_an_error(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str
 ) -> None:
     (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")

@@ -31,7 +31,7 @@ def whole(document: Document | Reject) -> str:
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 40])
-def test_each_line_is_read_by_the_split_that_it_begins_in(
+def test_each_line_is_read_by_the_split_that_it_starts_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_shards: int
 ) -> None:
     monkeypatch.setattr(documents, "_BLOCK_BYTES", 50)
@@ -50,7 +50,7 @@ def test_each_line_is_read_by_the_split_that_it_begins_in(
         assert json.loads(content[document.position :].split(b"\n")[0])["text"] == text
 
 
-def test_what_is_read_is_reported_as_bytes_on_disk(tmp_path: Path) -> None:
+def test_progress_is_reported_in_bytes_on_disk(tmp_path: Path) -> None:
     for name, content in (
         ("a.jsonl", b'{"text": "x"}\n' * 500),
         ("b.txt.gz", gzip.compress(b"abc" * 9999)),
@@ -108,7 +108,7 @@ def test_a_long_line_is_parsed_as_json_does(record: dict[str, object], data: st.
         (b"{,}", "'\"' expected"),
     ],
 )
-def test_a_long_line_that_is_none_is_refused(line: bytes, message: str) -> None:
+def test_an_invalid_long_line_is_refused(line: bytes, message: str) -> None:
     with pytest.raises(InvalidJson, match=message):
         "".join(stream_fields([line], "text"))
 
@@ -147,7 +147,7 @@ def test_a_very_long_line_that_is_broken_is_a_reject_and_the_next_is_read(tmp_pa
 
 
 @pytest.mark.usefixtures("short_limits")
-def test_damage_within_a_very_long_line_is_that_of_the_file(tmp_path: Path) -> None:
+def test_damage_within_a_very_long_line_counts_as_damage_of_the_file(tmp_path: Path) -> None:
     """Not that of a document, which --max-rejects could let pass with all that follows it."""
     random = "".join(chr(97 + number * number % 97 % 26) for number in range(5000))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": random}).encode())[:-9])
@@ -180,7 +180,7 @@ def test_cutting_does_not_change_the_ids(tokenizer: Tokenizer, text: str, size: 
     assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
-def test_text_is_cut_where_it_can_be_and_not_where_it_cannot() -> None:
+def test_text_is_cut_only_at_safe_points() -> None:
     assert max(map(len, cut_between_words(["a word " * 50] * 40, 1000))) < 1500
     assert list(cut_between_words(["中" * 500] * 4, 1000)) == ["中" * 2000]
 
@@ -244,7 +244,7 @@ def test_urls_and_patterns_are_inputs(tmp_path: Path) -> None:
             find_files([missing])
 
 
-def test_files_are_dealt_out_by_size_alone() -> None:
+def test_files_are_assigned_by_size_alone() -> None:
     def file(name: str, size: int) -> CorpusFile:
         return CorpusFile(
             name, 0, size, "", "jsonl" if "jsonl" in name else "text", "gzip" if name.endswith(".gz") else ""
@@ -297,7 +297,7 @@ def test_a_template_means_what_a_user_writes_in_single_quotes(template: str, tex
         ("", "names no field"),
     ],
 )
-def test_a_template_that_is_none_is_refused_before_anything_is_read(template: str, message: str) -> None:
+def test_an_invalid_template_is_refused_before_anything_is_read(template: str, message: str) -> None:
     with pytest.raises(DataFormatError, match=message):
         RecordForm(template=template)
 
@@ -322,12 +322,12 @@ def test_any_template_is_read_or_refused(template: str) -> None:
         (" =zh", "is not FIELD=VALUE"),
     ],
 )
-def test_a_condition_that_is_none_is_refused(condition: str, message: str) -> None:
+def test_an_invalid_condition_is_refused(condition: str, message: str) -> None:
     with pytest.raises(DataFormatError, match=message):
         parse_conditions([condition])
 
 
-def test_a_document_without_a_border_is_not_copied_again_and_again() -> None:
+def test_a_document_without_a_cut_point_is_not_copied_repeatedly() -> None:
     """Where there is no place to cut, what is held is looked at again only when it has doubled."""
     looked = []
 

@@ -81,14 +81,14 @@ HOLDINGS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson", "a.data", "part-00000"])
 @pytest.mark.parametrize("holding", HOLDINGS.values(), ids=HOLDINGS)
-def test_records_are_found_whatever_the_name_says(tmp_path: Path, name: str, holding: bytes) -> None:
+def test_records_are_found_whatever_the_file_name(tmp_path: Path, name: str, holding: bytes) -> None:
     (tmp_path / name).write_bytes(holding)
     assert read(tmp_path / name) == TEXTS
 
 
 @pytest.mark.parametrize("compress", COMPRESSIONS.values(), ids=COMPRESSIONS)
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.txt.bz2", "a.txt.xz"])
-def test_compression_is_told_by_content(tmp_path: Path, name: str, compress: Callable[[bytes], bytes]) -> None:
+def test_compression_is_detected_by_content(tmp_path: Path, name: str, compress: Callable[[bytes], bytes]) -> None:
     (tmp_path / name).write_bytes(compress("a text 中\r\n".encode() * 99))
     assert read(tmp_path / name) == ["a text 中\r\n" * 99]
 
@@ -101,7 +101,7 @@ def test_compressed_json_in_a_folder_is_read(tmp_path: Path, name: str) -> None:
         assert read(tmp_path) == TEXTS
 
 
-def test_a_window_of_two_gib_is_no_damage_and_a_missing_dictionary_is_named(tmp_path: Path) -> None:
+def test_a_window_of_two_gib_is_accepted_and_a_missing_dictionary_is_named(tmp_path: Path) -> None:
     assert formats.MAX_WINDOW_BYTES == 1 << 31
     dictionary = zstandard.train_dictionary(1024, [lines([{"text": f"text {n} of some"}]) for n in range(2000)])
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(lines(RECORDS)))
@@ -150,7 +150,7 @@ def zipped(path: Path) -> None:
         ("a.jsonl.bz2", bz2.compress(lines(RECORDS) * 9)[:30] + b"x" * 99, r"a\.jsonl\.bz2: damaged or cut short"),
     ],
 )
-def test_what_cannot_be_read_as_records_is_refused_by_what_it_is(
+def test_content_that_holds_no_records_is_identified_and_refused(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -164,7 +164,7 @@ def test_a_text_in_another_encoding_is_a_reject_that_names_it(tmp_path: Path) ->
     assert read(tmp_path) == ["UTF-16, only UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8", "fine"]
 
 
-def test_parquet_is_told_by_content_and_a_text_that_begins_like_it_is_not(tmp_path: Path) -> None:
+def test_parquet_is_detected_by_content_and_a_text_that_starts_like_it_is_not(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "b.txt")
@@ -172,7 +172,7 @@ def test_parquet_is_told_by_content_and_a_text_that_begins_like_it_is_not(tmp_pa
     assert read(tmp_path) == ["PAR1 is how parquet begins", "one", "two"]
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_columns_with_the_same_name_are_refused(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
@@ -182,7 +182,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_a_row_that_is_not_utf8_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_row_that_is_not_utf8_costs_only_itself(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     values = pa.array([b"one", b"t\xffo", b"three"], type=pa.binary())
@@ -236,7 +236,7 @@ BREAKS: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("damage", BREAKS.values(), ids=BREAKS)
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("width", [7, 10_000])
-def test_a_broken_record_of_an_array_costs_itself_alone(
+def test_a_broken_record_of_an_array_costs_only_itself(
     damage: Callable[[str], str], indent: int | None, width: int
 ) -> None:
     records = [
@@ -250,7 +250,7 @@ def test_a_broken_record_of_an_array_costs_itself_alone(
     assert sum(isinstance(value, ValueError) for value in found) >= 1
 
 
-def test_an_array_that_is_cut_short_says_so_after_its_records(tmp_path: Path) -> None:
+def test_a_truncated_array_is_reported_after_its_records(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b"},')
     assert read(tmp_path) == ["a", "b", "the array has no end; the file is cut short"]
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": "b')
@@ -259,7 +259,7 @@ def test_an_array_that_is_cut_short_says_so_after_its_records(tmp_path: Path) ->
     assert "invalid JSON" in found[1]
 
 
-def test_reading_an_array_takes_work_in_proportion_to_its_length(tmp_path: Path) -> None:
+def test_reading_an_array_takes_work_proportional_to_its_length(tmp_path: Path) -> None:
     """Counted in characters that are copied, not in seconds."""
     record = json.dumps({"text": "x" * 200})
     copied = {}
@@ -290,7 +290,7 @@ def test_reading_an_array_takes_work_in_proportion_to_its_length(tmp_path: Path)
     assert copied[4000] < 4.1 * copied[1000]
 
 
-def test_one_bad_line_of_each_kind_costs_one_line(tmp_path: Path) -> None:
+def test_a_bad_line_of_any_kind_costs_only_itself(tmp_path: Path) -> None:
     good = b'{"text": "good"}\n'
     bad = [
         b'{"text": "\xff"}',
@@ -310,12 +310,12 @@ def test_one_bad_line_of_each_kind_costs_one_line(tmp_path: Path) -> None:
         assert len(found) == 2 * len(bad) + 1
 
 
-def test_files_that_were_joined_may_have_byte_order_marks_within(tmp_path: Path) -> None:
+def test_concatenated_files_may_contain_byte_order_marks(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes((b"\xef\xbb\xbf" + lines(RECORDS[:1])) * 3)
     assert read(tmp_path) == ["eins"] * 3
 
 
-def test_a_text_file_has_no_field_that_a_condition_could_hold_for(tmp_path: Path) -> None:
+def test_a_text_file_has_no_field_for_a_condition_to_test(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.jsonl").write_bytes(lines([{"text": "x", "lang": "zh"}, {"text": "y", "lang": "en"}]))
     passed = []
@@ -337,7 +337,7 @@ def test_a_text_file_has_no_field_that_a_condition_could_hold_for(tmp_path: Path
 )
 @given(data=st.binary(max_size=60))
 @settings(deadline=None, max_examples=40)
-def test_any_beginning_is_told_or_refused(head: bytes, data: bytes) -> None:
+def test_any_leading_bytes_are_recognised_or_refused(head: bytes, data: bytes) -> None:
     for name in ("a", "a.jsonl", "a.json", "a.gz", "a.zst", "a.txt.xz", "a.parquet"):
         try:
             kind, compression = formats.format_of(name, head + data)

@@ -72,7 +72,7 @@ def experiment(tmp_path: Path, tokenizer_folder: str) -> Path:
     return tmp_path / "x.yaml"
 
 
-def test_packing_by_length_of_documents_shares_them_out(experiment: Path) -> None:
+def test_packing_by_document_length_splits_the_corpus(experiment: Path) -> None:
     short, long = (PackedDataset(experiment.parent / name).index.manifest for name in ("short", "long"))
     assert short["options"]["left_out_documents"] + long["options"]["left_out_documents"] == 200
     assert short["cut_documents"] == 0
@@ -104,7 +104,7 @@ def test_context_is_counted_token_by_token() -> None:
     assert total == seen.sum()
 
 
-def test_mix_says_what_the_steps_then_read(command: Any, experiment: Path) -> None:
+def test_mix_predicts_what_the_steps_read(command: Any, experiment: Path) -> None:
     out = experiment.parent / "mix"
     code, printed, errors = command("mix", experiment, "--output", out)
     assert (code, errors) == (0, "")
@@ -168,7 +168,7 @@ def test_unfit_mixtures_are_one_message(command: Any, experiment: Path, override
     assert {path.name for path in experiment.parent.iterdir()} == before
 
 
-def test_a_folder_that_is_no_run_is_refused(command: Any, experiment: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(command: Any, experiment: Path) -> None:
     code, _, errors = command("where", experiment.parent / "short", "--step", 1)
     assert code == 2
     assert errors.endswith(
@@ -226,7 +226,7 @@ def test_verify_names_every_file_that_differs_or_is_missing(command: Any, experi
     assert "manifest.json: missing" in errors
 
 
-def test_epochs_of_documents_hold_where_lengths_grow(command: Any, experiment: Path) -> None:
+def test_epochs_of_documents_are_counted_across_sequence_lengths(command: Any, experiment: Path) -> None:
     """Two packs of one corpus, to 64 and to 128 tokens, hold the same documents; `mix` says so, and a cap counts
     both."""
     folder = experiment.parent

@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 SHARDS: dict[str, Any] = {"shard_bytes": 400}
 
 
-def test_every_document_is_in_its_place_and_knows_its_origin(
+def test_every_document_is_in_order_and_records_its_origin(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str
 ) -> None:
     (manifest,) = tokenize(corpus, tokenizer_folder, str(tmp_path / "out"), **SHARDS)
@@ -161,7 +161,7 @@ def test_a_damaged_report_of_a_shard_is_refused(tmp_path: Path, corpus: list[str
     tokenize(corpus, tokenizer_folder, out, max_rejects=Allowance(1), **SHARDS)
 
 
-def test_two_processes_do_not_write_one_output(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
+def test_two_processes_do_not_write_the_same_output(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> None:
     out = tmp_path / "out"
     with (
         unfinished_folder(out, files=["manifest.json"], identity="x"),
@@ -193,14 +193,14 @@ def test_too_many_rejects_are_one_error_with_the_first_of_them(
 
 
 @pytest.mark.parametrize("text", ["-1", "many", "x%", "101%"])
-def test_an_allowance_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_allowance_is_refused(text: str) -> None:
     with pytest.raises(
         DataFormatError, match=f"--max-rejects {text}: must be a number such as 100, or a share such as 0.1%"
     ):
         Allowance.parse(text)
 
 
-def test_very_long_documents_are_encoded_in_parts_and_alike(
+def test_encoding_very_long_documents_in_parts_gives_the_same_ids(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = RecordForm()
@@ -248,7 +248,7 @@ if __name__ == "__main__":
     assert peaks["large.jsonl"] < peaks["small.txt"] + 250
 
 
-def test_a_document_that_the_engine_cannot_split_costs_itself_alone(
+def test_a_document_that_the_engine_cannot_split_costs_only_itself(
     tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As tiktoken cannot split white space of a million characters."""
@@ -271,7 +271,7 @@ def test_a_document_that_the_engine_cannot_split_costs_itself_alone(
     assert reject["reason"].startswith("a run of white space")
 
 
-def test_a_very_long_record_that_is_left_out_or_empty_is_no_document(
+def test_a_very_long_record_that_is_left_out_or_empty_is_not_a_document(
     tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "LONG_BYTES", 200)

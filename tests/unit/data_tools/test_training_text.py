@@ -71,7 +71,7 @@ def test_a_sample_is_bounded_and_independent_of_order() -> None:
     assert samples[0]["g"][0] == min(texts, key=lambda pair: pair[1])[0]
 
 
-def test_many_groups_become_others() -> None:
+def test_surplus_groups_are_merged_into_others() -> None:
     sample = TextSample()
     for i in range(100):
         sample.add(f"group {i}", i, f"text {i}", 6)
@@ -93,7 +93,7 @@ def test_a_long_run_of_white_space_is_shortened_for_training(tmp_path: Path) -> 
         ({"where": {"src": {"web"}}}, r"--where src=web: holds for none of 300 documents \(src has \(none\)\)"),
     ],
 )
-def test_a_choice_of_nothing_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_choosing_nothing_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(DataFormatError, match=message):
         list(reader(write(tmp_path / "a.jsonl", RECORDS), **options).read())
 

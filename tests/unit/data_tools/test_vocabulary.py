@@ -59,17 +59,17 @@ def trained_on_bytes(texts: list[str], size: int) -> dict[bytes, int]:
     return ranks
 
 
-def test_from_scratch_is_what_the_trainer_gives_on_bytes(learned: dict[bytes, int]) -> None:
+def test_training_from_scratch_equals_the_trainer_on_bytes(learned: dict[bytes, int]) -> None:
     assert learned == trained_on_bytes(TEXTS, 1200)
 
 
 @pytest.mark.parametrize("size", [257, 400, 900])
-def test_training_continued_from_its_own_ranks_is_training_in_one_go(learned: dict[bytes, int], size: int) -> None:
+def test_training_continued_from_its_own_ranks_equals_training_in_one_go(learned: dict[bytes, int], size: int) -> None:
     base = {token: rank for token, rank in learned.items() if rank < size}
     assert extend(base, TEXTS, 1200) == learned
 
 
-def test_new_tokens_follow_the_base_and_are_made_of_lower_ranks(learned: dict[bytes, int]) -> None:
+def test_new_tokens_follow_the_base_and_merge_lower_ranks(learned: dict[bytes, int]) -> None:
     base = {token: rank for token, rank in learned.items() if rank < 700}
     ranks = extend(base, CHINESE, 760)
     assert {token: rank for token, rank in ranks.items() if rank < 700} == base
@@ -91,7 +91,7 @@ WORDS = st.lists(st.text(alphabet="abc", min_size=1, max_size=9), min_size=1, ma
 
 @given(parts=PARTS, words=WORDS)
 @settings(max_examples=60, deadline=None)
-def test_whatever_the_base_added_tokens_are_reached_and_engines_agree(parts: list[str], words: list[str]) -> None:
+def test_added_tokens_are_reachable_and_engines_agree_for_any_base(parts: list[str], words: list[str]) -> None:
     """Bases of random tokens hold many that no joins make; a learned token may then complete one of them, or never
     occur."""
     base = byte_vocabulary()
@@ -118,7 +118,7 @@ def _names(ranks: dict[bytes, int]) -> dict[str, int]:
     return {_name(token): rank for token, rank in ranks.items()}
 
 
-def test_a_token_of_the_base_that_no_joins_make_is_not_added_again() -> None:
+def test_a_base_token_that_no_merges_produce_is_not_added_again() -> None:
     """After bc is learned, tiktoken makes abcd of a and bcd, at the base's rank: it must not get a second id."""
     base = byte_vocabulary() | {b"abcd": 256}
     ranks = extend(base, ["xabcdy abcdz bcd bc " * 9], 262)
@@ -128,7 +128,7 @@ def test_a_token_of_the_base_that_no_joins_make_is_not_added_again() -> None:
     assert encoding.encode_ordinary("qabcd") == [ord("q"), 256]
 
 
-def test_a_token_that_a_completed_one_of_the_base_would_hide_is_left_out() -> None:
+def test_a_token_that_a_completed_base_token_would_hide_is_left_out() -> None:
     """The trainer comes to a + bcde; tiktoken makes the base's abc as soon as bc is learned, and is left with abc, d,
     e."""
     base = byte_vocabulary() | {b"abc": 256}

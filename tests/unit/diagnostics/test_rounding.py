@@ -9,7 +9,7 @@ from hunyuan_pretrain.model.packed_attention import document_blocks
 from tests.helpers.tiny import build, tiny_model
 
 
-def test_noise_reaches_every_product_and_leaves_none_behind() -> None:
+def test_noise_reaches_every_matmul_and_is_gone_afterwards() -> None:
     model = build(tiny_model(), dtype="bf16")
     named = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     assert set(PRODUCTS) <= named, "a product of this name is in no model"

@@ -15,7 +15,7 @@ def printed(text: str) -> str:
     return f"HunYuanForCausalLM 1 parameters, loss of a line 2.0\ngreedy, without a cache: {json.dumps(text)}\n"
 
 
-def test_a_sample_that_is_not_what_the_model_computes_fails_the_demo() -> None:
+def test_a_sample_that_the_model_does_not_reproduce_fails_the_demo() -> None:
     check_greedy(printed(" = 1\n"), " = 1\n\n")
     with pytest.raises(
         DemoError, match="is 'def def def\\\\n' by `generate`, which keeps a cache, but ': Reader' without a cache"
@@ -23,5 +23,5 @@ def test_a_sample_that_is_not_what_the_model_computes_fails_the_demo() -> None:
         check_greedy(printed(": Reader"), "def def def\n")
 
 
-def test_the_script_that_loads_the_export_back_is_python() -> None:
+def test_the_script_that_loads_the_export_back_is_valid_python() -> None:
     ast.parse(LOAD_BACK.format(folder="out", prompt=PROMPT, tokens=GREEDY_TOKENS))

@@ -111,7 +111,7 @@ def metrics(tmp_path: Path) -> Metrics:
     return Metrics.read(tmp_path)
 
 
-def test_routing_by_layer_is_that_of_the_end(metrics: Metrics) -> None:
+def test_routing_by_layer_is_taken_at_the_end(metrics: Metrics) -> None:
     assert metrics.layers() == [(2.0, 0.25, 0.0), (1.0, 0.0, 0.0)]
     assert metrics.tokens_per_s == 1050
 

@@ -51,7 +51,7 @@ def test_a_folder_without_text_files_is_refused(tmp_path: Path) -> None:
         read_text(str(tmp_path))
 
 
-def test_somebody_elses_folder_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_folder_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = write(tmp_path / "out/thesis.txt", "x" * 500)
     assert demo.main(["--text", str(theirs), "--output", str(tmp_path / "out")]) == 2
     assert "already exists, and was not written by the demo" in capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_long_files_become_several_documents_and_nothing_is_lost(tmp_path: Path)
     assert [json.loads(line)["text"] for line in (tmp_path / "text.jsonl").read_text().splitlines()] == found.documents
 
 
-def test_much_text_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_text_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_text, "MAX_BYTES", 10_000)
     for i in range(100):
         write(tmp_path / f"{i:03}.txt", f"{i:03} " * 250)
@@ -86,7 +86,7 @@ def test_much_text_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert firsts[-1] > 75
 
 
-def test_the_own_text_is_the_standard_library_without_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_text_is_the_standard_library_without_its_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     found = read_text(None)
     assert 2_000_000 < found.utf8_bytes <= demo_text.MAX_BYTES
     folders = {part for path in demo_text._text_files(Path(found.origin), is_library=True) for part in path.parts}

@@ -30,7 +30,7 @@ def job(**variables: str) -> Job:
     return read_job(variables)
 
 
-def test_one_node_takes_any_port_that_is_free() -> None:
+def test_one_node_takes_any_free_port() -> None:
     assert torchrun_arguments(job(), 4) == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone"]
     assert job(NNODES="", MASTER_PORT="") == job()
 
@@ -49,7 +49,7 @@ def test_numbered_nodes_meet_at_the_first() -> None:
         ({"SLURM_NODEID": "0", "NODE_RANK": "1"}, ["--rdzv-conf", "is_host=false"]),
     ],
 )
-def test_nodes_of_a_job_with_a_name_agree_on_their_numbers(place: dict[str, str], host: list[str]) -> None:
+def test_nodes_of_a_job_with_an_id_agree_on_their_numbers(place: dict[str, str], host: list[str]) -> None:
     told = torchrun_arguments(job(**SEVERAL, RDZV_ID="x", **place), 3)
     assert told[6:] == ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:29500", "--rdzv-id", "x", *host]
 
@@ -57,7 +57,7 @@ def test_nodes_of_a_job_with_a_name_agree_on_their_numbers(place: dict[str, str]
 @pytest.mark.parametrize(
     "variables", [{"RDZV_ID": "job", "SLURM_NODEID": "0"}, {"NODE_RANK": "0"}], ids=["meeting", "numbered"]
 )
-def test_torchrun_is_told_the_nodes_address_because_its_name_may_not_resolve(variables: dict[str, str]) -> None:
+def test_torchrun_gets_the_nodes_address_because_its_name_may_not_resolve(variables: dict[str, str]) -> None:
     assert torchrun_arguments(job(**SEVERAL, **variables), 1)[4:6] == ["--local-addr", "127.0.0.1"]
     given = job(**SEVERAL, **variables, LOCAL_ADDR="10.9.8.7")
     assert torchrun_arguments(given, 1)[4:6] == ["--local-addr", "10.9.8.7"]
@@ -66,7 +66,7 @@ def test_torchrun_is_told_the_nodes_address_because_its_name_may_not_resolve(var
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "080", "x", "-1"])
-def test_a_port_is_a_port(port: str) -> None:
+def test_an_invalid_port_is_refused(port: str) -> None:
     with pytest.raises(MistakeError, match=f"MASTER_PORT={port}: must be a port, 1 to 65535"):
         job(**SEVERAL, NODE_RANK="0", MASTER_PORT=port)
 
@@ -89,7 +89,7 @@ def test_ranks_of_a_node(
     assert count_ranks(DEMO, overrides, job(**variables)) == ranks
 
 
-def test_a_world_that_does_not_divide_over_the_nodes() -> None:
+def test_a_world_that_does_not_divide_over_the_nodes_is_refused() -> None:
     three = job(NNODES="3", MASTER_ADDR="a", NODE_RANK="0")
     with pytest.raises(ValueError, match=r"demo_cpu\.yaml: parallel\.world_size=2 does not divide over 3 nodes"):
         count_ranks(DEMO, ["runtime.device=cpu"], three)
@@ -107,7 +107,7 @@ def test_defaults_of_another_torchrun_do_not_reach_the_ranks(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stop_before_there_are_ranks_ends_at_once_whatever_swallows_exceptions(number: signal.Signals) -> None:
+def test_a_stop_before_there_are_ranks_exits_at_once_even_if_exceptions_are_swallowed(number: signal.Signals) -> None:
     program = f"""
 import os
 from launch.ranks import Stop

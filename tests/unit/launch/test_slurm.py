@@ -61,14 +61,14 @@ def test_every_node_gets_the_same_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("requeue", ["0", "1"])
-def test_a_stop_goes_back_into_the_queue_where_that_was_asked_for(tmp_path: Path, requeue: str) -> None:
+def test_a_stopped_job_is_requeued_if_that_was_requested(tmp_path: Path, requeue: str) -> None:
     done = submit(tmp_path, 75, HUNYUAN_REQUEUE=requeue)
     assert done.returncode == 75
     assert done.stdout.endswith("stopped after saving (status 75): the same job resumes from there\n")
     assert ("requeue 20007\n" in (tmp_path / "said/scontrol").read_text()) == (requeue == "1")
 
 
-def test_a_failure_says_where_the_logs_are(tmp_path: Path) -> None:
+def test_a_failure_names_the_logs(tmp_path: Path) -> None:
     done = submit(tmp_path, 1)
     assert done.returncode == 1
     assert done.stderr.endswith(f"failed with status 1; see {tmp_path}/run/slurm/20007.*.log\n")

@@ -96,7 +96,7 @@ def test_help_after_config() -> None:
     assert run("launch/train.sh", DEMO, "--help").stdout == run("launch/train.sh", "--help").stdout
 
 
-def test_a_mistake_that_ranks_find_is_one_message_and_status_2(tmp_path: Path) -> None:
+def test_a_mistake_found_by_the_ranks_is_one_message_and_status_2(tmp_path: Path) -> None:
     """Whatever names of another launcher lie in the environment."""
     stray = {
         "RANK": "3",
@@ -115,7 +115,7 @@ def test_a_mistake_that_ranks_find_is_one_message_and_status_2(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("meeting", [{"NODE_RANK": "0"}, {"NODE_RANK": "0", "RDZV_ID": "x"}])
-def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
+def test_a_port_in_use_is_one_line(meeting: dict[str, str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -148,7 +148,7 @@ def test_a_port_that_is_taken_is_one_line(meeting: dict[str, str]) -> None:
         ({1: -15}, 1, ["rank 1 was killed by SIGTERM; see its output above"]),
     ],
 )
-def test_the_launcher_says_which_ranks_failed(
+def test_the_launcher_names_the_ranks_that_failed(
     statuses: dict[int, int], code: int, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report(statuses) == code
@@ -183,10 +183,10 @@ def test_sbatch_refuses_a_world_that_does_not_fit_before_srun() -> None:
     ("statuses", "expected"),
     [([75, 75], True), ([75, -15], True), ([75, 1], False), ([-15, -15], False), ([75, -9], False), ([1], False)],
 )
-def test_a_stop_is_told_from_a_failure(statuses: list[int], expected: bool) -> None:
+def test_a_stop_is_distinguished_from_a_failure(statuses: list[int], expected: bool) -> None:
     assert was_stopped(statuses) is expected
 
 
-def test_ranks_that_were_told_to_stop_before_they_listened_have_not_failed() -> None:
+def test_ranks_stopped_before_they_handle_signals_have_not_failed() -> None:
     assert was_stopped([-15, -15], is_asked=True)
     assert not was_stopped([-15, 1], is_asked=True)

@@ -45,7 +45,7 @@ def inputs(num_tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("num_chunks", [2, 16])
-def test_the_logits_never_exist_as_a_whole(num_chunks):
+def test_the_full_logits_never_exist(num_chunks):
     """Beyond tensors of the inputs' sizes nothing is larger than one chunk of logits, forward and backward, however
     long the sequence."""
     hidden_TD, weight_VD, label_T, loss_weight_T = inputs(num_chunks * CHUNK)

@@ -120,7 +120,7 @@ def test_every_code_of_a_format_is_a_fixed_point() -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_product_and_its_gradients_multiply_the_quantised_operands(name: str, dtype: str) -> None:
+def test_a_matmul_and_its_gradients_use_the_quantised_operands(name: str, dtype: str) -> None:
     generator = torch.Generator().manual_seed(3)
     # over more powers of two than a format has: within them a scale that is a power of two changes no value, and which
     # block it comes from would not matter
@@ -147,7 +147,7 @@ def test_a_product_and_its_gradients_multiply_the_quantised_operands(name: str, 
 
 @pytest.mark.parametrize("splits", [RowSplits.equal(4, 32), RowSplits((32, 0, 40, 8))])
 @pytest.mark.parametrize("name", ["delayed", *RECIPES])
-def test_experts_are_quantised_each_for_itself(name: str, splits: RowSplits) -> None:
+def test_each_expert_is_quantised_separately(name: str, splits: RowSplits) -> None:
     """The experts together give bit by bit what four linear layers give, gradients included."""
     generator = torch.Generator().manual_seed(5)
     counts = list(splits.rows_e)
@@ -198,7 +198,7 @@ def test_a_gradient_is_added_into_main_grad_in_its_dtype() -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "cla_group"])
-def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
+def test_a_model_is_quantised_only_in_training_steps(recompute: str) -> None:
     """Outside, as in validation, it computes what it would without a recipe; inside, layers left out of FP8 are like
     others."""
     model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
@@ -231,7 +231,7 @@ def test_a_model_is_quantised_in_a_training_step_only(recompute: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise"])
-def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
+def test_fp8_only_parameters_change_only_validation(name: str) -> None:
     """Training sees the same numbers; validation multiplies by what FP8 holds of the weights, and leaves them as they
     were."""
     model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
@@ -270,7 +270,7 @@ def test_parameters_in_fp8_only_change_validation_alone(name: str) -> None:
     assert validation[0] != training[0][0]
 
 
-def test_a_step_in_fp8_is_as_far_from_bf16_as_its_roundings_carry_it() -> None:
+def test_the_error_of_an_fp8_step_is_the_same_for_every_recipe_and_seed() -> None:
     """The bound of the comparison on a GPU: a third of the gradients' norm in this model, whatever the recipe and the
     seed."""
     errors = [
@@ -334,7 +334,7 @@ def test_a_delayed_scale_takes_the_largest_value_of_all_micro_batches() -> None:
     assert delayed.scale_e.item() == 64.0
 
 
-def test_a_delayed_product_quantises_by_the_scale_of_earlier_steps() -> None:
+def test_a_delayed_matmul_quantises_with_the_scale_of_earlier_steps() -> None:
     product = product_of(recipe("delayed"))
     x_RI = torch.tensor([[1000.0, 3.3]])
     first = product.operand(x_RI[None], "x", False, slice(0, 1), True)
@@ -351,7 +351,7 @@ def test_a_delayed_product_quantises_by_the_scale_of_earlier_steps() -> None:
     assert second[0, 0].tolist() == expected
 
 
-def test_the_formats_of_a_recipe_are_transformer_engines() -> None:
+def test_the_formats_of_a_recipe_match_transformer_engine() -> None:
     chosen = {name: recipe(name) for name in ("delayed", *RECIPES)}
     assert {name: dtype_of(one, "dy") for name, one in chosen.items()} == {
         "delayed": torch.float8_e5m2,
@@ -364,7 +364,7 @@ def test_the_formats_of_a_recipe_are_transformer_engines() -> None:
     assert (chosen["delayed"].history_steps, chosen["delayed"].takes_max, chosen["delayed"].margin) == (1024, True, 0)
 
 
-def test_quantised_blocks_are_whole() -> None:
+def test_quantised_blocks_are_padded_to_full_size() -> None:
     scaled, values, inverse = quantize(torch.ones(2, 130, 70), recipe("blockwise"), "w", False)
     assert scaled.shape == values.shape == (2, 2, 128, 1, 128)
     assert inverse.shape == (2, 2, 1, 1, 1)

@@ -106,7 +106,7 @@ def assert_same_numbers(mine: Any, theirs: Any) -> None:
 @needs_package
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "name"), WORK)
-def test_training_does_not_notice_that_weights_are_in_fp8_only(recipe: str, name: str, runs: dict[Any, Any]) -> None:
+def test_training_is_unchanged_by_fp8_only_weights(recipe: str, name: str, runs: dict[Any, Any]) -> None:
     for rank, (plain, kept) in enumerate(runs[recipe, name][1]):
         assert_same_numbers(kept.trace, plain.trace)
         assert len(plain.trace.gradients) == (46 if rank == 0 else 0), "the first rank has those of all"
@@ -121,7 +121,7 @@ def test_training_does_not_notice_that_weights_are_in_fp8_only(recipe: str, name
 
 @needs_package
 @pytest.mark.slow
-def test_checkpoints_are_the_same(runs: dict[Any, Any]) -> None:
+def test_checkpoints_are_bitwise_identical(runs: dict[Any, Any]) -> None:
     """Weights, main weights, moments and scales, bit by bit."""
     folders = [folder for folder, _ in runs.values()]
     checkpoints = [
@@ -143,7 +143,7 @@ def check_memory(plain: ParameterRun, kept: ParameterRun) -> None:
 
 @needs_package
 @pytest.mark.slow
-def test_a_run_goes_on_with_or_without(corpus: Path, tmp_path: Path, runs: dict[Any, Any]) -> None:
+def test_a_run_resumes_with_or_without_fp8_only_weights(corpus: Path, tmp_path: Path, runs: dict[Any, Any]) -> None:
     """With a checkpoint between the steps the last is bitwise that of a run without a break, however weights were kept
     before."""
     for recipe in ("delayed", "blockwise"):
@@ -181,7 +181,7 @@ def test_a_new_run_starts_from_the_weights_of_another(corpus: Path, tmp_path: Pa
 
 @needs_package
 @pytest.mark.slow
-def test_checkpoints_have_experts_of_their_own_where_they_have_one_parameter_for_all() -> None:
+def test_checkpoints_place_separate_expert_parameters_like_one_joint_parameter() -> None:
     tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     builds = [
         Build({}),
@@ -194,7 +194,7 @@ def test_checkpoints_have_experts_of_their_own_where_they_have_one_parameter_for
 
 
 @needs_package
-def test_quantisers_have_the_emulated_values_and_weights_in_fp8_only_have_gradients_outside_of_a_step() -> None:
+def test_quantisers_match_the_emulation_and_fp8_only_weights_have_gradients_outside_a_step() -> None:
     """In either direction and format; and, as the probes before training compute them, gradients of the values that a
     weight stands for."""
     ((wrong_values, wrong_gradients),) = run_ranks(1, values_and_gradients, ("delayed", "tensorwise", "blockwise"))

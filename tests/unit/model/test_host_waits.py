@@ -98,11 +98,11 @@ def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: An
     "changes", [{}, {"moe_router_topk": 2, "recycle_routing": False, "moe_z_loss_coeff": 0.1}], ids=["top 1", "top 2"]
 )
 @pytest.mark.parametrize("recompute", ["none", "cla_group"])
-def test_a_step_with_capacity_never_waits_for_a_number(changes: dict[str, Any], recompute: str) -> None:
+def test_a_step_with_capacity_never_makes_the_host_wait(changes: dict[str, Any], recompute: str) -> None:
     assert looks_of_a_step(tiny_model(**changes), recompute=recompute) == {}
 
 
-def test_a_layer_without_capacity_waits_once_for_the_rows_of_its_experts() -> None:
+def test_a_layer_without_capacity_waits_once_for_the_row_counts_of_its_experts() -> None:
     model = tiny_model(**DROPLESS)
     assert looks_of_a_step(model) == {"tolist": model.num_layers}
     assert looks_of_a_step(tiny_model(), is_counted=True) == {"tolist": model.num_layers}, (
@@ -111,7 +111,7 @@ def test_a_layer_without_capacity_waits_once_for_the_rows_of_its_experts() -> No
 
 
 @pytest.mark.parametrize("count", ["bincount", "one_hot"])
-def test_what_this_counts_is_seen(count: str) -> None:
+def test_the_counter_sees_what_it_should_count(count: str) -> None:
     """Both were in the router."""
     choice = torch.arange(4)
     with Operations() as operations:

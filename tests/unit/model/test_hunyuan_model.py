@@ -140,7 +140,7 @@ def test_documents_in_a_pack_do_not_attend_to_each_other():
     assert not torch.isclose(before[20:64], after[20:64]).all()
 
 
-def test_a_document_gives_the_same_alone_and_in_a_pack():
+def test_a_document_has_the_same_logits_alone_and_in_a_pack():
     architecture = tiny.tiny_model()
     model = tiny.build(architecture)
     inputs = tiny.packed_inputs(architecture)
@@ -165,7 +165,7 @@ def test_recompute_changes_nothing(dtype, recompute):
         assert torch.equal(grads[name], grads_2[name]), name
 
 
-def test_recompute_keeps_less():
+def test_recompute_saves_memory():
     architecture = tiny.tiny_model(num_layers=8)
     inputs = tiny.packed_inputs(architecture)
 
@@ -219,7 +219,7 @@ def test_hunyuan_large_has_the_published_number_of_parameters():
     assert total - routed * 15 // 16 == 51_318_800_640
 
 
-def test_initial_weights_do_not_depend_on_what_else_the_model_has():
+def test_initial_weights_do_not_depend_on_the_rest_of_the_model():
     """Keyed by name: the same layer of a deeper model starts from the same draw (but for the depth in the residual
     scale)."""
     shallow, deep = tiny.build(tiny.tiny_model(num_layers=2)), tiny.build(tiny.tiny_model(num_layers=4))

@@ -83,7 +83,7 @@ def test_packed_attention_is_softmax_attention_in_each_document(num_heads, num_g
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("cp_size", "unit_tokens"), [(2, 64), (2, 8), (4, 8), (4, 32)])
-def test_context_ranks_together_are_one_rank(cp_size, unit_tokens, dtype):
+def test_context_ranks_together_equal_one_rank(cp_size, unit_tokens, dtype):
     tensors = inputs(4, 2, dtype)
     expected = with_gradients(plain_attention, *(x.double() for x in tensors))
     assert_close(over_ranks(cp_size, unit_tokens, *tensors), expected, dtype)
@@ -115,7 +115,7 @@ def test_documents_in_a_pack_do_not_attend_to_each_other(dtype):
         assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_heads_whose_numbers_do_not_lie_together_are_read_as_they_are():
+def test_heads_that_are_not_contiguous_are_read_correctly():
     """The kernels would take the next number in memory for the next of the head, without an error."""
     *qkv, grad = inputs(4, 2, torch.float32)
     expected = with_gradients(packed_attention, *qkv, grad, document_blocks(BORDERS))
@@ -126,7 +126,7 @@ def test_heads_whose_numbers_do_not_lie_together_are_read_as_they_are():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_large_scores_do_not_overflow_where_parts_are_merged():
+def test_large_scores_do_not_overflow_when_parts_are_merged():
     """The keys of one part outweigh those of the other by more than fp32 can hold."""
     q, k, v, grad = inputs(4, 2, torch.float32)
     q, k = 100 * q, 100 * k

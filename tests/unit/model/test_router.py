@@ -52,7 +52,7 @@ def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K,
     skew=st.floats(0, 3),
     seed=st.integers(0, 99),
 )
-def test_first_choices_of_an_expert_keep_it(n, K, g, E, C, skew, seed):
+def test_first_choices_keep_their_expert(n, K, g, E, C, skew, seed):
     """Against a loop: first choices before second ones, tokens in order; the first C of an expert stay, with or without
     recycling."""
     chosen = random_choices(n, K, g, E, skew, seed)
@@ -85,7 +85,7 @@ def test_draw_is_uniform_over_free_slots():
     assert chi_squared < 23.5, f"4 degrees of freedom, p = 1e-4: {counts[7:].tolist()}"
 
 
-def test_same_key_same_draw_and_any_other_key_another():
+def test_the_same_key_repeats_the_draw_and_any_other_key_changes_it():
     group = torch.arange(4)
     draw = slot_priorities(1, 2, 3, group, 64)
     assert torch.equal(draw, slot_priorities(1, 2, 3, group, 64))
@@ -148,7 +148,7 @@ def test_with_factor_one_and_recycling_every_expert_gets_exactly_its_capacity():
     assert statistics.dropped == 0
 
 
-def test_balance_loss_is_that_of_the_choice_before_recycling():
+def test_balance_loss_uses_the_choices_before_recycling():
     module, _, hidden, routing = router()
     statistics = module(hidden, routing).statistics
     probs = (hidden @ module.weight.t()).softmax(-1).view(3, 32, 4)

@@ -60,7 +60,7 @@ BUILDS = [
 
 @needs_package
 @pytest.mark.slow
-def test_parameters_are_those_of_the_local_spec() -> None:
+def test_parameters_match_the_local_spec() -> None:
     """Names, order, shapes, formats, marks, and where each lies in the whole one; of the rank of a world that is only
     imagined."""
     (found,) = run_ranks(1, differences_of_builds, BUILDS)
@@ -69,7 +69,7 @@ def test_parameters_are_those_of_the_local_spec() -> None:
 
 @needs_package
 @pytest.mark.slow
-def test_steps_on_one_rank_equal_those_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
+def test_steps_on_one_rank_match_the_local_spec(corpus: Path, tmp_path: Path) -> None:
     """Losses, every gradient, moment and weight of two fp32 steps, and the update itself: the reference has torch's
     AdamW."""
     layouts = [
@@ -83,7 +83,7 @@ def test_steps_on_one_rank_equal_those_of_the_local_spec(corpus: Path, tmp_path:
 
 @needs_package
 @pytest.mark.slow
-def test_steps_on_two_ranks_equal_those_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
+def test_steps_on_two_ranks_match_the_local_spec(corpus: Path, tmp_path: Path) -> None:
     layouts = [
         Layout(dp=2, ep=2, model="dropless"),
         Layout(tp=2),
@@ -113,7 +113,7 @@ def check(layouts: Sequence[Layout], corpus: Path, folder: Path, world_size: int
 
 @needs_package
 @pytest.mark.slow
-def test_a_bf16_step_equals_that_of_the_local_spec(corpus: Path, tmp_path: Path) -> None:
+def test_a_bf16_step_matches_the_local_spec(corpus: Path, tmp_path: Path) -> None:
     """With Transformer Engine's attention too, which rounds otherwise: a token that goes to another expert for that
     changes gradients."""
     experiment = Layout(model="bf16").experiment(corpus, tmp_path)
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_one_spec_loads_under_the_other(corpus: Path, tmp_path: 
 
 
 @needs_package
-def test_recipes_take_the_settings_and_leave_the_rest_to_transformer_engine() -> None:
+def test_recipes_apply_the_settings_and_leave_the_rest_to_transformer_engine() -> None:
     settings = [
         {"fp8_recipe": "delayed"},
         {
@@ -171,7 +171,7 @@ def test_recipes_take_the_settings_and_leave_the_rest_to_transformer_engine() ->
 
 
 @needs_package
-def test_attention_is_right_however_queries_keys_and_values_lie_in_memory() -> None:
+def test_attention_is_correct_for_any_memory_layout_of_queries_keys_and_values() -> None:
     """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory as the layout that
     Transformer Engine finds."""
     # of the third the keys of the first document are nobody's
@@ -186,7 +186,7 @@ def test_attention_is_right_however_queries_keys_and_values_lie_in_memory() -> N
 
 
 @needs_package
-def test_documents_for_which_transformer_engine_has_no_kernel_get_own_attention() -> None:
+def test_documents_without_a_transformer_engine_kernel_get_local_attention() -> None:
     """On Hopper, where determinism is asked for, versions after 2.11 refuse long documents; the bound is theirs."""
     ((version, refused, computed),) = run_ranks(1, attention_at_the_bound)
     is_refused = version > (2, 11)

@@ -82,7 +82,7 @@ def test_the_first_and_last_layers_stay_out_of_fp8(delayed: dict[str, list[Fp8Ru
     assert run.state["decoder.layers.1.mlp.experts.linear_fc1.x.history"].shape == (4, 4)
 
 
-def test_scales_change_once_a_step_whatever_the_micro_batches(delayed: dict[str, list[Fp8Run]]) -> None:
+def test_scales_change_once_per_step_for_any_number_of_micro_batches(delayed: dict[str, list[Fp8Run]]) -> None:
     for name, runs in delayed.items():
         for run in runs:
             for calls in run.calls:
@@ -102,7 +102,7 @@ def test_scales_change_once_a_step_whatever_the_micro_batches(delayed: dict[str,
             assert (tensor[2:] > 0).all(), key
 
 
-def test_weights_are_quantised_once_a_step(delayed: dict[str, list[Fp8Run]]) -> None:
+def test_weights_are_quantised_once_per_step(delayed: dict[str, list[Fp8Run]]) -> None:
     """Of 6 layers with 4 dense products and 2 of 4 experts each: inputs and gradients for every micro-batch, weights
     once."""
     products = 6 * (4 + 2 * 4)
@@ -114,7 +114,7 @@ def test_weights_are_quantised_once_a_step(delayed: dict[str, list[Fp8Run]]) -> 
             )
 
 
-def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed: dict[str, list[Fp8Run]]) -> None:
+def test_amax_is_reduced_over_the_ranks_that_hold_the_same_weight(delayed: dict[str, list[Fp8Run]]) -> None:
     (alone,) = delayed["whole batch"]
     for first, second in (delayed["ep"], delayed["etp"]):
         for key in first.state:
@@ -130,7 +130,7 @@ def test_largest_values_are_those_of_the_ranks_that_hold_the_same_weight(delayed
     np.testing.assert_allclose(together[-2], alone.state[key][-2], rtol=0.01)
 
 
-def test_rows_are_padded_only_where_the_capacity_is_no_multiple(delayed: dict[str, list[Fp8Run]]) -> None:
+def test_rows_are_padded_only_if_the_capacity_is_not_a_multiple(delayed: dict[str, list[Fp8Run]]) -> None:
     """64 tokens of a routing group over 4 experts are 16 rows each; dropless, they are as the router likes."""
     assert [
         run.padded
@@ -189,7 +189,7 @@ def compared(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_product_equals_the_emulated_one(compared: dict[str, list[BothSpecs]], recipe: str) -> None:
+def test_a_matmul_equals_the_emulated_one(compared: dict[str, list[BothSpecs]], recipe: str) -> None:
     """Bit by bit: outputs, gradients, and delayed scales of column- and row-parallel products, after a norm, and of
     experts with as many rows each or not; over three steps of two micro-batches, in which weights change."""
     for rank in compared[recipe]:

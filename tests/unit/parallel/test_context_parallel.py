@@ -49,7 +49,7 @@ def test_every_row_is_on_one_rank_in_whole_units(batch):
 
 
 @given(micro_batches())
-def test_packs_are_no_less_even_than_contiguous_runs(batch):
+def test_packs_are_at_least_as_balanced_as_contiguous_runs(batch):
     cu_seqlens, sequences, cp_size, _ = batch
     runs = imbalance(cu_seqlens, contiguous(cu_seqlens[-1] // sequences, sequences, cp_size))
     assert imbalance(cu_seqlens, rows_of_ranks(*batch)) <= max(runs, EVEN_ENOUGH)
@@ -57,13 +57,13 @@ def test_packs_are_no_less_even_than_contiguous_runs(batch):
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
 @pytest.mark.parametrize("units", [2, 4, 5, 8, 11])
-def test_one_long_document_is_even(cp_size, units):
+def test_one_long_document_is_balanced(cp_size, units):
     cu_seqlens = [0, cp_size * units * 64]
     assert imbalance(cu_seqlens, contiguous(cu_seqlens[1], 1, cp_size)) == pytest.approx(2 - 1 / cp_size, rel=0.01)
     assert imbalance(cu_seqlens, rows_of_ranks(cu_seqlens, 1, cp_size, 64)) < EVEN_ENOUGH
 
 
-def test_one_long_document_is_dealt_as_a_zigzag():
+def test_one_long_document_is_split_as_a_zigzag():
     assert rows_of_ranks([0, 64], 1, 4, 8) == [
         [(0, 8), (56, 64)],
         [(8, 16), (48, 56)],
@@ -72,12 +72,12 @@ def test_one_long_document_is_dealt_as_a_zigzag():
     ]
 
 
-def test_one_unit_a_rank_is_dealt_as_it_can_be():
+def test_one_unit_per_rank_is_split_as_well_as_possible():
     ranks = rows_of_ranks([0, 32], 1, 4, 8)
     assert sorted(ranks) == [[(0, 8)], [(8, 16)], [(16, 24)], [(24, 32)]]
 
 
-def test_short_documents_are_not_cut_for_evenness_that_is_there():
+def test_short_documents_are_not_split_if_they_are_already_balanced():
     """As many pairs in each quarter: one run a rank."""
     ranks = rows_of_ranks(list(range(0, 257, 16)), 1, 4, 8)
     assert sorted(ranks) == [[(0, 64)], [(64, 128)], [(128, 192)], [(192, 256)]]
@@ -91,6 +91,6 @@ def test_a_rank_that_had_more_of_one_sequence_gets_less_of_the_next():
 
 
 @pytest.mark.parametrize(("cu_seqlens", "sequences"), [([0, 60], 1), ([0, 16], 1), ([0, 64, 97], 2)])
-def test_sequences_that_ranks_cannot_share_are_refused(cu_seqlens, sequences):
+def test_sequences_that_cannot_be_split_over_the_ranks_are_refused(cu_seqlens, sequences):
     with pytest.raises(ValueError, match="every rank needs the same whole number of units of each sequence"):
         rows_of_ranks(cu_seqlens, sequences, 2, 16)

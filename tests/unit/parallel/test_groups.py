@@ -50,7 +50,7 @@ def backends_of_groups(layout: dict[str, Any], has_gpu: bool) -> Counter[str | N
 
 @pytest.mark.parametrize("has_gpu", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_start_makes_no_gloo_groups_beside_those_of_its_backend(layout, has_gpu):
+def test_a_start_creates_groups_of_its_own_backend_only(layout, has_gpu):
     (found,) = fork_ranks(1, backends_of_groups, layout, has_gpu)
     assert set(found) == {None}, "every group has the backend of the job"
     assert 0 < found[None] < 12 * WORLD

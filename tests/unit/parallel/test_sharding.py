@@ -76,7 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, int], tuple[in
 
 
 @pytest.mark.parametrize(("marks", "shape", "layout", "whole_shape"), CASES.values(), ids=CASES)
-def test_the_parts_of_all_ranks_are_the_whole_tensor(marks, shape, layout, whole_shape):
+def test_the_shards_of_all_ranks_make_up_the_whole_tensor(marks, shape, layout, whole_shape):
     """Cut out of a whole tensor and put together again: nothing is missing, and copies are those of the same part."""
     whole = np.arange(np.prod(whole_shape)).reshape(whole_shape)
     found, homes = np.full(whole_shape, -1), np.zeros(whole_shape, int)
@@ -102,14 +102,14 @@ def test_each_rank_has_its_half_of_gate_and_of_up():
     assert (up.local[0], up.whole[0]) == (slice(2, 4), slice(6, 8))
 
 
-def test_experts_are_divided_by_number_and_inside():
+def test_experts_are_sharded_by_number_and_internally():
     """Rank 3 of expert parallelism 2 times expert-tensor parallelism 2: experts 2 and 3, second half of each input."""
     groups = ranks_of(dp=4, ep=2, etp=2)[3]
     (part,) = placement_of("weight", parameter_of((2, 4, 5), **EXPERT_FC2), groups).parts
     assert part.whole == (slice(2, 4), slice(0, 4), slice(5, 10))
 
 
-def test_experts_of_their_own_lie_where_they_would_in_one_parameter():
+def test_separate_expert_parameters_are_placed_as_in_one_parameter():
     """Local expert 1 of 2, with its halves of gate and up; the name in a checkpoint is that of all experts together."""
     for groups in ranks_of(dp=4, ep=2, etp=2):
         together = placement_of("fc1.weight", parameter_of((2, 4, 5), **EXPERT_FC1), groups)
@@ -137,7 +137,7 @@ def test_a_copy_on_another_stage_is_never_the_home():
 
 
 @pytest.mark.parametrize(("marks", "shape", "layout", "whole_shape"), CASES.values(), ids=CASES)
-def test_checkpoints_get_the_same_places(marks, shape, layout, whole_shape):
+def test_checkpoints_get_the_same_placements(marks, shape, layout, whole_shape):
     """What megatron is told of each part: global shape and offset; and two parts come back as one tensor."""
     for groups, fill in zip(ranks_of(**layout), range(100), strict=False):
         parameter = parameter_of(shape, **marks)

@@ -21,20 +21,20 @@ def buffer(num_ranks: int, is_sharded: bool) -> Buffer:
     return Buffer("dp", num_ranks, weight_bytes=4, gradient_bytes=4, is_sharded=is_sharded)
 
 
-def test_weights_lie_from_the_last_to_the_first_at_multiples_of_64() -> None:
+def test_weights_are_laid_out_from_last_to_first_at_multiples_of_64() -> None:
     laid = buffers._lay_out([Weight(100), Weight(70), Weight(1)], buffer(3, True), None)
     assert laid.positions == [(0, 1), (64, 134), (192, 292)]
     assert laid.buckets == [(0, 384)], "292 to the next multiple of 3 and 128"
     assert laid.kept() == [1 + 64, 6 + 64, 36]
 
 
-def test_without_the_distributed_optimizer_nothing_is_padded_and_everyone_keeps_all() -> None:
+def test_without_the_distributed_optimizer_nothing_is_padded_and_every_rank_keeps_all() -> None:
     laid = buffers._lay_out([Weight(100), Weight(70), Weight(1)], buffer(3, False), None)
     assert (laid.positions, laid.buckets) == ([(0, 1), (1, 71), (71, 171)], [(0, 171)])
     assert laid.kept() == [171] * 3
 
 
-def test_a_shared_embedding_is_a_bucket_of_its_own() -> None:
+def test_a_shared_embedding_has_its_own_bucket() -> None:
     laid = buffers._lay_out([Weight(500, is_shared_embedding=True), Weight(70)], buffer(2, True), None)
     assert laid.buckets == [(0, 128), (128, 640)]
     assert laid.kept() == [64 + 256, 6 + 244]
@@ -74,12 +74,12 @@ def test_the_stages_together_hold_the_model(is_tied: bool, layout: tuple[int, ..
     assert sum(weight.size for weight in weights if weight.is_shared_embedding) == 2 * copy
 
 
-def test_router_weights_have_a_buffer_of_their_own_in_bf16() -> None:
+def test_router_weights_have_their_own_buffer_in_bf16() -> None:
     found = buffers_of_stage(MODEL, ParallelConfig(), PrecisionConfig(dtype="bf16", grad_reduce_in_fp32=False), 1, 0)
     assert {(x.weight_bytes, x.gradient_bytes, x.state_bytes) for x in found} == {(2, 2, 12), (4, 4, 8)}
 
 
-def test_experts_have_buffers_of_their_own_where_other_ranks_hold_them() -> None:
+def test_experts_have_their_own_buffers_if_their_data_parallel_group_differs() -> None:
     for parallel, ranks, axes in (
         (ParallelConfig(expert_model_parallel_size=2), 4, {"dp": 4, "expert_dp": 2}),
         (

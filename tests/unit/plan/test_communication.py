@@ -40,14 +40,14 @@ def test_one_rank_sends_nothing() -> None:
     assert of(1).sent_bytes() == 0
 
 
-def test_a_plain_data_parallel_rank_sends_its_gradients_twice_but_one_share() -> None:
+def test_a_plain_data_parallel_rank_sends_all_but_its_share_of_the_gradients_twice() -> None:
     found = communication_per_rank(LARGE, ParallelConfig(use_distributed_optimizer=False), FP32, STAGE, 8)
     gradients = 2 * 4 * parameters(LARGE).total * 7 // 8
     assert found.messages["dp", "all_reduce"] == Messages(2, gradients + 2 * 8 * 7 // 8)
     assert set(found.messages) == {("dp", "all_reduce"), ("other", "all_reduce")}
 
 
-def test_tokens_travel_to_the_experts_and_back_forward_and_backward() -> None:
+def test_tokens_travel_to_the_experts_and_back_in_both_passes() -> None:
     found = of(16, expert_model_parallel_size=16).messages["ep", "all_to_all"]
     micro_batches, layers = 4, 64
     assert found.calls == 4 * layers * micro_batches
@@ -112,13 +112,13 @@ def test_chunks_of_the_output_layer_change_the_calls_and_not_the_bytes() -> None
     assert many.messages["tp", "all_reduce"].calls - few.messages["tp", "all_reduce"].calls == 64 * 2 * 31
 
 
-def test_the_numbers_of_the_model_are_the_models() -> None:
+def test_the_number_of_router_statistics_matches_the_model() -> None:
     from hunyuan_pretrain.model.routing import RouterStatistics
 
     assert RouterStatistics.packed_size(0) == communication.STATISTICS_BESIDE_LOAD
 
 
-def test_what_does_not_divide_is_refused() -> None:
+def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="global_batch_sequences=64 is not a multiple of 3"):
         of(3)
     with pytest.raises(ValueError, match=r"a micro-batch of 4096 tokens is not a multiple of CP\*TP=3\*1"):

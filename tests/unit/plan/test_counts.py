@@ -101,7 +101,7 @@ def test_matmul_flops_are_six_times_the_active_matrices() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 20))
-def test_attention_flops_count_the_pairs_that_the_mask_leaves(documents: list[int], padding: int) -> None:
+def test_attention_flops_count_the_pairs_that_the_mask_allows(documents: list[int], padding: int) -> None:
     length = sum(documents) + padding
     pairs = sum(1 for n in documents for query in range(n) for key in range(n) if key <= query)
     flops = flops_per_token(TINY, length, documents)
@@ -118,7 +118,7 @@ def test_documents_longer_than_the_sequence_are_refused() -> None:
     assert flops_per_token(TINY, 256) == flops_per_token(TINY, 256, [256])
 
 
-def test_memory_of_one_rank_holds_everything() -> None:
+def test_memory_of_one_rank_includes_everything() -> None:
     count, plain_optimizer = parameters(TINY), ParallelConfig(use_distributed_optimizer=False)
     memory = memory_per_rank(TINY, plain_optimizer, PrecisionConfig(dtype="fp32"), 1)
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * count.total, 4 * count.total, 8 * count.total)
@@ -136,7 +136,7 @@ def test_memory_of_one_rank_holds_everything() -> None:
 @pytest.mark.parametrize("is_distributed", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(("world_size", "expert_parallel"), [(1, 1), (2, 2), (4, 2), (8, 8), (8, 1)])
-def test_the_ranks_together_hold_each_share_as_often_as_they_should(
+def test_the_ranks_together_hold_each_shard_as_often_as_they_should(
     world_size: int, expert_parallel: int, dtype: str, is_distributed: bool
 ) -> None:
     count = parameters(TINY)
@@ -179,7 +179,7 @@ LAYOUTS = st.builds(
 
 
 @given(LAYOUTS, st.booleans(), st.sampled_from((1, 2)))
-def test_every_layout_divides_the_whole_model(parallel: ParallelConfig, is_tied: bool, times: int) -> None:
+def test_every_layout_shards_the_whole_model(parallel: ParallelConfig, is_tied: bool, times: int) -> None:
     """Optimizer state with the distributed optimizer, weights without: once over the ranks that do not hold the
     same."""
     model = TINY.model_copy(update={"share_embeddings_and_output_weights": is_tied})
@@ -205,7 +205,7 @@ def test_every_layout_divides_the_whole_model(parallel: ParallelConfig, is_tied:
         assert sum(memory.weights for memory in ranks) == expected == sum(memory.gradients for memory in ranks)
 
 
-def test_the_fullest_rank_is_that_of_the_largest_stage() -> None:
+def test_the_fullest_rank_is_in_the_largest_stage() -> None:
     parallel = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layout=(2, 2), use_distributed_optimizer=False)
     precision, count = PrecisionConfig(dtype="fp32"), parameters(TINY)
     first, last = (memory_per_rank(TINY, parallel, precision, 2, pipeline_rank) for pipeline_rank in (0, 1))
@@ -216,7 +216,7 @@ def test_the_fullest_rank_is_that_of_the_largest_stage() -> None:
     assert memory_per_rank(TINY, uneven, precision, 1).weights == 4 * count.total
 
 
-def test_memory_refuses_what_is_not_there() -> None:
+def test_memory_refuses_an_impossible_world_or_rank() -> None:
     with pytest.raises(
         ValueError, match=r"world_size=3 is not a multiple of TP\*CP\*PP=1\*1\*1=1 and of ETP\*EP\*PP=1\*2\*1=2"
     ):

@@ -42,7 +42,7 @@ stages:
     return load_experiment(path, [f"{key}={value}" for key, value in changes.items()])
 
 
-def test_the_products_are_those_that_the_model_quantises() -> None:
+def test_the_counted_matmuls_are_those_that_the_model_quantises() -> None:
     """Weights and kept inputs of a built model, layer by layer."""
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.fp8.session import products
@@ -66,7 +66,7 @@ def test_the_products_are_those_that_the_model_quantises() -> None:
         )
 
 
-def test_hunyuan_large_moves_nearly_all_products_to_fp8(tmp_path: Path) -> None:
+def test_hunyuan_large_moves_nearly_all_matmuls_to_fp8(tmp_path: Path) -> None:
     experiment = large(tmp_path)
     short = fp8_flops_per_token(experiment.model, experiment.precision, 4096)
     assert short.quantised / short.matmuls == pytest.approx(0.984, abs=5e-4)
@@ -77,7 +77,7 @@ def test_hunyuan_large_moves_nearly_all_products_to_fp8(tmp_path: Path) -> None:
     assert kept.quantised == pytest.approx(short.quantised / 2)
 
 
-def test_memory_of_kept_inputs_halves(tmp_path: Path) -> None:
+def test_memory_of_saved_inputs_halves(tmp_path: Path) -> None:
     experiment = large(tmp_path)
     memory = fp8_memory_per_rank(experiment, experiment.stages[0], 512)
     # 8 layers of a stage, 4096 / 8 tokens: qkv and its projection, shared and routed experts, two bytes a value
@@ -95,7 +95,7 @@ def test_memory_of_kept_inputs_halves(tmp_path: Path) -> None:
     )
 
 
-def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(tmp_path: Path) -> None:
+def test_fp8_only_parameters_save_two_bytes_of_memory_and_one_of_traffic(tmp_path: Path) -> None:
     """Of each quantised weight: the half of its bf16 value, and its FP8 rows beside that; of every gathered value the
     half."""
     plain, kept = (large(tmp_path, **{"precision.fp8_parameters": text}) for text in ("false", "true"))
@@ -117,7 +117,7 @@ def test_parameters_in_fp8_only_save_a_byte_of_memory_twice_and_one_of_traffic(t
 
 
 @pytest.mark.parametrize(("factor", "topk", "micro"), [(1.0, 1, 1), (1.25, 1, 2), (0.7, 2, 1)])
-def test_rows_of_an_expert_are_those_of_the_router(factor: float, topk: int, micro: int) -> None:
+def test_rows_per_expert_match_the_router(factor: float, topk: int, micro: int) -> None:
     import torch
 
     from hunyuan_pretrain.model.routing import TrainingRouting
@@ -136,7 +136,7 @@ def test_rows_of_an_expert_are_those_of_the_router(factor: float, topk: int, mic
     assert expert_rows(experiment, stage, 1) == len(plan.token_R) / model.num_moe_experts
 
 
-def test_the_plan_says_what_fp8_does(tmp_path: Path) -> None:
+def test_the_plan_reports_what_fp8_does(tmp_path: Path) -> None:
     rows = {(row.group, row.name): row for row in summarise(large(tmp_path)) if row.group == "FP8"}
     assert rows["FP8", "recipe"].note == "in 64 of 64 layers"
     assert rows["FP8", "FLOPs at 4,096 tokens"].note == "98.4% of the products with weights, 95.3% with attention"

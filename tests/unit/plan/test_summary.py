@@ -13,7 +13,7 @@ from hunyuan_pretrain.plan.summary import size_text, summarise
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 
 
-def test_the_plan_says_what_the_run_does_and_costs() -> None:
+def test_the_plan_reports_what_the_run_does_and_costs() -> None:
     rows = {(row.group, row.name): row.value for row in summarise(load_experiment(DEMO))}
     assert rows["model", "parameters"] == "15,804,928"
     assert rows["model", "active per token"] == "4,794,880"
@@ -44,14 +44,14 @@ def test_the_last_stage_of_the_demo_is_five_percent() -> None:
     assert all(stage.tokens == stage.num_steps * stage.global_batch_tokens for stage in stages)
 
 
-def test_a_constant_stage_starts_where_it_stays() -> None:
+def test_a_constant_stage_starts_at_its_rate() -> None:
     rows = {
         (row.group, row.name): row.value for row in summarise(load_experiment(DEMO, ["stages.1.lr_shape=constant"]))
     }
     assert rows["stage decay", "learning rate"] == "0.0006 -> 0.0006"
 
 
-def test_without_a_world_size_the_plan_takes_the_smallest() -> None:
+def test_without_a_world_size_the_plan_assumes_the_smallest() -> None:
     smaller = [
         f"stages.{i}.micro_batch_sequences=2" for i in range(3)
     ]  # 8 sequences a step are dealt out to 4 ranks too
@@ -94,5 +94,5 @@ def test_a_pipeline_is_planned_by_its_fullest_and_its_busiest_rank() -> None:
     ("size", "text"),
     [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1 KiB"), (3 * 2**29, "1.5 GiB"), (2**52, "4,096 TiB")],
 )
-def test_sizes_have_the_largest_unit_that_leaves_one(size: int, text: str) -> None:
+def test_sizes_use_the_largest_unit_that_leaves_at_least_one(size: int, text: str) -> None:
     assert size_text(size) == text

@@ -47,7 +47,7 @@ def python(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=120).stdout.strip()
 
 
-def test_does_nothing_where_cuda_is():
+def test_does_nothing_if_cuda_is_available():
     """Names that the patches would replace are the same objects after install()."""
     code = """
 import sys, torch
@@ -72,7 +72,7 @@ print(cpu_megatron.install(), torch.empty is first)
     assert python(code).split() == ["True", "True", "True"]
 
 
-def test_refuses_to_come_after_megatron():
+def test_refuses_to_install_after_megatron_is_imported():
     """Which by then has kept unpatched names."""
     code = """
 import sys, types
@@ -86,7 +86,7 @@ except RuntimeError as error:
     assert python(code) == "cpu_megatron.install() must run before megatron.core is imported"
 
 
-def test_tensors_say_is_cuda_only_while_asked_to():
+def test_tensors_report_is_cuda_only_inside_the_context():
     """Copies on the host, and what is computed from them, never do."""
     assert cpu_megatron.install()
 
@@ -103,7 +103,7 @@ def test_tensors_say_is_cuda_only_while_asked_to():
     assert answers() == [False] * 4
 
 
-def test_every_patch_has_a_reason_of_its_own():
+def test_every_patch_has_its_own_reason():
     assert (
         len({patch.reason for patch in cpu_megatron.PATCHES})
         == len({patch.name for patch in cpu_megatron.PATCHES})

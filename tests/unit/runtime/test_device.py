@@ -74,7 +74,7 @@ def test_probing_imports_no_megatron() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_is_refused_where_there_is_none() -> None:
+def test_cuda_is_refused_if_there_is_none() -> None:
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     with pytest.raises(
         ConfigError, match=r"runtime.device=cuda: this machine has no usable CUDA: .*\(use auto or cpu\)"
@@ -84,7 +84,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_is_chosen_where_there_is_one() -> None:
+def test_cuda_is_chosen_if_there_is_a_gpu() -> None:
     assert choose_device("auto") == choose_device("cuda") == "cuda"
     assert choose_device("cpu") == "cpu"
     assert probe().gpus[0].memory_gib > 1
@@ -94,7 +94,7 @@ def test_backend_follows_the_device() -> None:
     assert (backend_of("cuda"), backend_of("cpu")) == ("nccl", "gloo")
 
 
-def test_threads_are_an_equal_share_or_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_an_equal_share_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "usable_cores", lambda: 10)
     assert [cpu_threads(ranks) for ranks in (1, 3, 10, 40)] == [10, 3, 1, 1]
     assert cpu_threads(40, 7) == 7
@@ -116,7 +116,7 @@ def test_a_containers_memory_limit_counts(monkeypatch: pytest.MonkeyPatch) -> No
     assert device.usable_memory_bytes() > 2**30
 
 
-def test_a_package_that_is_only_named_apex_is_told_from_nvidias(
+def test_a_package_that_is_only_named_apex_is_not_taken_for_nvidias(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device.apex_state() != "absent":
@@ -208,7 +208,9 @@ BF16 = "precision.dtype=bf16"
         ),
     ],
 )
-def test_whose_layers_are_used(machine: Machine, overrides: list[str], expected: tuple[str, str | None]) -> None:
+def test_which_engine_provides_the_layers(
+    machine: Machine, overrides: list[str], expected: tuple[str, str | None]
+) -> None:
     experiment = load_experiment(DEMO, overrides)
     used = dict(what_is_used(machine, experiment))
     assert (used["linear layers"], used.get("FP8")) == expected
@@ -242,7 +244,7 @@ def test_required_transformer_engine_that_cannot_be_used_says_why() -> None:
         ("0.17.1", "3.0.1", "2.11 to 2.20"),
     ],
 )
-def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_used(
+def test_an_unsupported_transformer_engine_version_is_refused_if_it_would_be_used(
     core: str, version: str, fits: str
 ) -> None:
     other = dataclasses.replace(MACHINE, megatron_core=core, transformer_engine=version)
@@ -266,7 +268,7 @@ def test_a_transformer_engine_of_another_version_is_refused_where_it_would_be_us
         ("0.19.2", "2.14.0+abc"),
     ],
 )
-def test_a_transformer_engine_that_fits_megatron_core_is_taken(core: str, version: str) -> None:
+def test_a_transformer_engine_that_fits_megatron_core_is_accepted(core: str, version: str) -> None:
     assert texts(dataclasses.replace(MACHINE, megatron_core=core, transformer_engine=version), BF16) == ""
 
 

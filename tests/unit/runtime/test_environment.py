@@ -34,7 +34,7 @@ def nothing_set(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_what_a_gpu_run_needs_is_set_and_what_the_user_has_set_stays(monkeypatch):
+def test_variables_that_a_gpu_run_needs_are_set_and_user_settings_are_kept(monkeypatch):
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     environment.set_variables(experiment(device="auto"))
@@ -48,7 +48,7 @@ def test_what_a_gpu_run_needs_is_set_and_what_the_user_has_set_stays(monkeypatch
     assert {"NCCL_ALGO": "Ring", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}.items() <= environment.recorded().items()
 
 
-def test_nccl_may_choose_where_determinism_is_not_asked_for():
+def test_nccl_may_choose_if_determinism_is_not_requested():
     environment.set_variables(experiment(device="auto", deterministic=False))
     assert "NCCL_ALGO" not in os.environ
     environment.set_variables(experiment(device="auto"))
@@ -64,7 +64,7 @@ def test_a_run_on_the_cpu_sees_no_gpu(monkeypatch, given):
     assert "NCCL_ALGO" not in os.environ
 
 
-def test_a_process_that_has_a_gpu_already_is_refused(monkeypatch):
+def test_a_process_that_already_has_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(
         ConfigError, match=r"this process has a GPU already.*set CUDA_VISIBLE_DEVICES= before Python starts"
@@ -92,7 +92,7 @@ assert "torch" not in sys.modules
         assert text.index("set_variables(experiment)") < with_torch.start(), command
 
 
-def test_fp32_is_fp32_where_a_container_turns_tf32_on(monkeypatch):
+def test_fp32_stays_fp32_in_a_container_that_enables_tf32(monkeypatch):
     was = (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.allow_tf32,

@@ -46,7 +46,7 @@ def two_steps(fields: list[dict[str, Any]], is_installed: bool) -> list[tuple[li
     return found
 
 
-def test_training_on_a_cpu_takes_nothing_of_an_installed_transformer_engine(corpus, tmp_path):
+def test_training_on_a_cpu_uses_nothing_of_an_installed_transformer_engine(corpus, tmp_path):
     cases = [("fp32", False, 0.0), ("bf16", True, 0.0), ("bf16", True, 0.5)]
     fields = [
         experiment_fields(

@@ -8,7 +8,7 @@ import torch
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 
 
-def test_what_fits_is_handed_over_as_it_is_and_the_rest_is_copied() -> None:
+def test_tensors_that_fit_are_handed_over_as_is_and_the_rest_are_copied() -> None:
     rows, columns = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(3, 2).t()
     taken = handed_over("a kernel", rows, columns)
     assert taken[0] is rows
@@ -19,13 +19,13 @@ def test_what_fits_is_handed_over_as_it_is_and_the_rest_is_copied() -> None:
     assert handed_over("a kernel", later, starts_memory=True)[0].storage_offset() == 0
 
 
-def test_a_reader_of_strides_takes_all_but_a_strided_last_dim() -> None:
+def test_a_reader_of_strides_accepts_everything_but_a_strided_last_dim() -> None:
     by_head = torch.zeros(2, 3, 4).transpose(0, 1)
     assert handed_over("a kernel", by_head, knows_strides=True)[0] is by_head
     assert handed_over("a kernel", by_head.mT, knows_strides=True)[0].is_contiguous()
 
 
-def test_a_reader_that_compares_strides_gets_those_of_the_shape() -> None:
+def test_a_reader_that_compares_strides_gets_the_canonical_ones() -> None:
     """A contiguous tensor may have any in a dim of size 1, as keys of one head have that were written head by head."""
     one_head = torch.zeros(1, 3, 4).transpose(0, 1)
     assert one_head.is_contiguous()
@@ -40,7 +40,7 @@ def test_gradients_pass_through_a_copy() -> None:
     assert torch.equal(x.grad, torch.ones(2, 3))
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_a_tensor_that_does_not_fit_is_refused_by_name() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(
         ValueError, match=r"NCCL: tensor 0 is taken in place, and is not contiguous: shape \(3, 2\), strides \(1, 3\)"

@@ -45,7 +45,7 @@ def change(run_dir: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "other"} | fields))
 
 
-def test_the_second_is_told_who_has_the_run_and_what_to_do(tmp_path: Path) -> None:
+def test_a_second_process_is_told_who_holds_the_run_and_what_to_do(tmp_path: Path) -> None:
     process = holder(tmp_path / "run")
     try:
         with pytest.raises(ConfigError) as refused:
@@ -76,7 +76,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("field", "why"), [("process_start", "the process is gone"), ("boot", "this machine was started since")]
 )
-def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path, field: str, why: str) -> None:
+def test_a_process_with_a_reused_pid_is_not_the_holder(tmp_path: Path, field: str, why: str) -> None:
     first = RunLock.take(tmp_path)
     change(tmp_path, **{field: 1})
     lock._held.clear()
@@ -84,7 +84,7 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path,
     first.release()
 
 
-def test_a_process_of_another_machine_that_gives_a_sign_of_life_is_not_disturbed(tmp_path: Path) -> None:
+def test_a_live_process_on_another_machine_keeps_its_lock(tmp_path: Path) -> None:
     first = RunLock.take(tmp_path)
     change(tmp_path, host="node7")
     lock._held.clear()
@@ -101,7 +101,7 @@ def _touch(path: Path) -> None:
     os.utime(path)
 
 
-def test_a_silent_process_of_another_machine_loses_the_lock_after_the_stated_time(tmp_path: Path) -> None:
+def test_a_silent_process_on_another_machine_loses_the_lock_after_the_stated_time(tmp_path: Path) -> None:
     first = RunLock.take(tmp_path)
     change(tmp_path, host="node7")
     lock._held.clear()
@@ -113,7 +113,7 @@ def test_a_silent_process_of_another_machine_loses_the_lock_after_the_stated_tim
     second.release()
 
 
-def test_a_start_that_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
     RunLock.take(tmp_path / "a/b").release(began=False)
     assert list(tmp_path.iterdir()) == []
     RunLock.take(tmp_path / "a/b").release()
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_no_lock_that_the_next_start_would_wait_for(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_with_no_number_of_a_process_cannot_be_read(tmp_path: Path) -> None:
+def test_a_lock_without_a_valid_pid_is_unreadable(tmp_path: Path) -> None:
     RunLock.take(tmp_path).release()
     (tmp_path / LOCK).write_text(json.dumps(lock._me() | {"token": "other", "pid": "abc"}))
     taken = RunLock.take(tmp_path, heartbeat_s=0.1, stale_s=0.3)
@@ -150,14 +150,14 @@ def test_a_lock_with_no_number_of_a_process_cannot_be_read(tmp_path: Path) -> No
     taken.release()
 
 
-def test_a_lock_that_cannot_be_read_ends_like_one_of_another_machine(tmp_path: Path) -> None:
+def test_an_unreadable_lock_expires_like_one_of_another_machine(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("{")
     taken = RunLock.take(tmp_path, heartbeat_s=0.1, stale_s=0.5)
     assert "an unknown process" in taken.notes[0]
     taken.release()
 
 
-def test_of_many_that_start_at_once_one_gets_the_lock_left_over(tmp_path: Path) -> None:
+def test_of_many_simultaneous_starts_exactly_one_takes_over_a_stale_lock(tmp_path: Path) -> None:
     process = holder(tmp_path)
     process.kill()
     process.wait()

@@ -32,7 +32,7 @@ def log(tmp_path: Path) -> RunLog:
     return log
 
 
-def test_metrics_are_one_object_a_line_and_on_disk_at_once(log, tmp_path):
+def test_metrics_are_one_object_per_line_and_on_disk_at_once(log, tmp_path):
     log.metrics({"step": 1, "loss": 2.5, "expert_load": [[0.5, 0.5]], "stage": "warmup"})
     assert lines(tmp_path / "metrics.jsonl") == [
         {"step": 1, "loss": 2.5, "expert_load": [[0.5, 0.5]], "stage": "warmup"}
@@ -41,7 +41,7 @@ def test_metrics_are_one_object_a_line_and_on_disk_at_once(log, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_what_json_cannot_hold_becomes_null_in_lists_too(log, tmp_path):
+def test_values_that_json_cannot_hold_become_null_in_lists_too(log, tmp_path):
     log.metrics({"step": 1, "loss": math.nan, "grad_norm": math.inf, "load": [[0.5, math.nan], [-math.inf]]})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {
@@ -52,7 +52,7 @@ def test_what_json_cannot_hold_becomes_null_in_lists_too(log, tmp_path):
     }
 
 
-def test_truncate_after_forgets_later_steps_and_a_line_cut_short(log, tmp_path):
+def test_truncate_after_drops_later_steps_and_a_partial_line(log, tmp_path):
     for step in (1, 2, 3):
         log.metrics({"step": step})
     log.metrics({"step": 2, "validation_loss": 1.0})
@@ -80,7 +80,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_the_next_line_is_not_glued_to_one_that_lost_its_end(tmp_path, end):
+def test_the_next_line_is_not_glued_to_a_partial_one(tmp_path, end):
     """What a kill or a crash of the machine can leave at the end of metrics.jsonl."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
     log = RunLog(tmp_path, QUIET, "name", is_writer=True)
@@ -90,7 +90,7 @@ def test_the_next_line_is_not_glued_to_one_that_lost_its_end(tmp_path, end):
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
-def test_a_full_disk_at_the_start_leaves_what_an_earlier_start_recorded(tmp_path):
+def test_a_full_disk_at_the_start_keeps_what_an_earlier_start_recorded(tmp_path):
     record_environment(tmp_path, "name: x\n", {"torch": "1"})
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
     with no_room_beyond(5), pytest.raises(OSError, match="File too large"):
@@ -103,7 +103,7 @@ def test_a_fresh_run_has_nothing_to_truncate(log, tmp_path):
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 
-def test_lines_go_to_console_and_log_txt_as_they_are(tmp_path, capsys):
+def test_lines_go_to_console_and_log_txt_unchanged(tmp_path, capsys):
     """Brackets are no markup, and long lines are not broken."""
     log = RunLog(tmp_path, QUIET, "name", is_writer=True)
     text = "step 1/2 [decay] " + "x" * 300
@@ -112,7 +112,7 @@ def test_lines_go_to_console_and_log_txt_as_they_are(tmp_path, capsys):
     assert (tmp_path / "log.txt").read_text().endswith(f" {text}\n")
 
 
-def test_where_there_is_no_terminal_the_caller_prints_plain_lines(log, capsys):
+def test_without_a_terminal_the_caller_prints_plain_lines(log, capsys):
     log.start_progress(10, 0)
     assert log.progress(1, "loss 2.5") is False
     assert capsys.readouterr().out == ""
@@ -155,7 +155,7 @@ def test_wandb_offline_writes_a_run_and_sends_nothing(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("package", "words"), [("wandb", "no Weights & Biases run"), ("tensorboard", "no TensorBoard events")]
 )
-def test_a_missing_package_is_one_line_and_no_error(tmp_path, monkeypatch, capsys, package, words):
+def test_a_missing_package_is_one_line_and_not_an_error(tmp_path, monkeypatch, capsys, package, words):
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -197,7 +197,7 @@ def no_room_beyond(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_ends_no_run_and_loses_no_line(log, tmp_path, capsys):
+def test_a_full_disk_neither_ends_a_run_nor_loses_a_line(log, tmp_path, capsys):
     """Lines wait in memory; what has no room is not there by half; one warning when it begins, one line when it is
     over."""
     log.metrics({"step": 1, "loss": 2.5})
@@ -220,7 +220,7 @@ def test_a_full_disk_ends_no_run_and_loses_no_line(log, tmp_path, capsys):
     ]
 
 
-def test_a_full_disk_at_the_end_says_how_much_is_lost(log, tmp_path, capsys):
+def test_a_full_disk_at_the_end_reports_how_much_is_lost(log, tmp_path, capsys):
     with no_room_beyond(0):
         log.metrics({"step": 1})
         log.metrics({"step": 2})
@@ -228,7 +228,7 @@ def test_a_full_disk_at_the_end_says_how_much_is_lost(log, tmp_path, capsys):
     assert f"WARNING: {tmp_path}/metrics.jsonl: 2 lines could not be written and are lost" in capsys.readouterr().out
 
 
-def test_forgetting_later_steps_on_a_full_disk_loses_nothing(log, tmp_path):
+def test_dropping_later_steps_on_a_full_disk_loses_nothing(log, tmp_path):
     log.metrics({"step": 1})
     log.metrics({"step": 2})
     with no_room_beyond(0), pytest.raises(OSError, match="File too large"):
@@ -236,7 +236,7 @@ def test_forgetting_later_steps_on_a_full_disk_loses_nothing(log, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_console_that_is_gone_ends_no_run(tmp_path):
+def test_a_closed_console_does_not_end_a_run(tmp_path):
     program = (
         "import sys; from pathlib import Path; from hunyuan_pretrain.config.schema import LoggingConfig\n"
         "from hunyuan_pretrain.runtime.logging import RunLog\n"

@@ -20,7 +20,7 @@ def draw() -> tuple[float, float, float, float]:
     return random.random(), np.random.rand(), torch.rand(()).item(), np.random.standard_normal()
 
 
-def test_same_seed_and_rank_same_numbers_and_any_other_others():
+def test_the_same_seed_and_rank_repeat_the_numbers_and_any_others_change_them():
     drawn = {}
     for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0)):
         seed_generators(seed, rank)
@@ -61,7 +61,7 @@ def test_the_largest_seed_of_an_experiment_seeds_every_generator():
     assert draw() == first
 
 
-def test_an_operation_without_a_deterministic_form_is_refused():
+def test_an_operation_without_a_deterministic_implementation_is_refused():
     was = torch.are_deterministic_algorithms_enabled()
     try:
         use_deterministic_algorithms(True)

@@ -49,7 +49,7 @@ class Service:
 
 @pytest.mark.parametrize("how", ["raise", "exit", "block"])
 @pytest.mark.parametrize("bad", ["open", "write", "close"])
-def test_no_service_ends_or_holds_up_a_run(monkeypatch: pytest.MonkeyPatch, bad: str, how: str) -> None:
+def test_no_service_ends_or_delays_a_run(monkeypatch: pytest.MonkeyPatch, bad: str, how: str) -> None:
     monkeypatch.setattr(sinks, "_MAX_WAITING", 3)
     warnings: list[str] = []
     started = time.monotonic()
@@ -65,7 +65,7 @@ def test_no_service_ends_or_holds_up_a_run(monkeypatch: pytest.MonkeyPatch, bad:
     assert ("failed: no network" in warning) == (how == "raise")
 
 
-def test_a_service_that_works_gets_every_record() -> None:
+def test_a_working_service_gets_every_record() -> None:
     service, warnings = Service("", ""), list[str]()
     sink = GuardedSink("Service", lambda: service, warnings.append, 10)
     for step in range(100):
@@ -131,7 +131,7 @@ def black_hole() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_wandb_whose_server_never_answers_does_not_hold_up_the_run_nor_its_end(tmp_path: Path) -> None:
+def test_an_unresponsive_wandb_server_delays_neither_the_run_nor_its_end(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     with black_hole() as port:
         started = time.monotonic()
@@ -146,7 +146,7 @@ def test_wandb_whose_server_never_answers_does_not_hold_up_the_run_nor_its_end(t
     assert time.monotonic() - started < 80, "3 s are allowed for opening and for finishing"
 
 
-def test_a_resumed_run_is_the_same_one_in_wandb(tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for step in (1, 2):
         log = RunLog(tmp_path, LoggingConfig(tensorboard=False, wandb="offline"), "name", is_writer=True)

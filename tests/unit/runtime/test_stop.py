@@ -64,7 +64,7 @@ def listening(program: str, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_stop_is_remembered_until_there_is_a_place_to_stop() -> None:
+def test_a_stop_is_remembered_until_the_run_can_stop() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = listening(STEPS)
         process.send_signal(number)
@@ -75,7 +75,7 @@ def test_a_stop_is_remembered_until_there_is_a_place_to_stop() -> None:
         ) * (number == signal.SIGINT)
 
 
-def test_one_ctrl_c_during_a_save_is_one_however_many_processes_write() -> None:
+def test_one_ctrl_c_during_a_save_counts_once_for_any_number_of_writers() -> None:
     process = listening(WITH_FORKS)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does, and torchrun
     out, err = process.communicate(timeout=30)
@@ -98,7 +98,7 @@ def test_other_ranks_leave_the_message_to_rank_0() -> None:
     assert process.communicate(timeout=30) == ("saved\n", "")
 
 
-def test_a_signal_that_is_ignored_stays_so() -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     """As under nohup."""
     process = listening("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + STEPS)
     process.send_signal(signal.SIGHUP)

@@ -46,7 +46,7 @@ def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_pat
     assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
-def test_micro_batches_and_padding_do_not_change_it(corpus, tmp_path):
+def test_micro_batches_and_padding_do_not_change_the_loss(corpus, tmp_path):
     """Five sequences in micro-batches of 1 or 4: three of the eight places are padding."""
     one, four = (validation(corpus, tmp_path, max_sequences=5, micro_batch_sequences=size)[1] for size in (1, 4))
     assert four["loss"] == pytest.approx(one["loss"], rel=1e-6)
@@ -55,7 +55,7 @@ def test_micro_batches_and_padding_do_not_change_it(corpus, tmp_path):
     assert four["expert_load"] == one["expert_load"], "of the five sequences only, bitwise: it is a share of choices"
 
 
-def test_it_changes_nothing_in_the_run(corpus, tmp_path):
+def test_validation_changes_nothing_in_the_run(corpus, tmp_path):
     """The step after a validation is bitwise the step without one."""
     plain = on_this_rank(experiment_fields(corpus, tmp_path, model__num_layers=2))
     run, _ = validation(corpus, tmp_path, max_sequences=2)
@@ -105,7 +105,7 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
     assert f"step 1: validation all loss {sets[1]['loss']:.4f} over " in log
 
 
-def test_validation_data_that_is_not_whole_routing_groups_is_refused(corpus, tmp_path):
+def test_validation_data_with_incomplete_routing_groups_is_refused(corpus, tmp_path):
     fields = experiment_fields(
         corpus, tmp_path, evaluation={"data": str(corpus / "heldout")}, model__moe_routing_group_tokens=48
     )

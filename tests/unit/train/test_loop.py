@@ -24,9 +24,7 @@ def refusal(corpus, tmp_path, monkeypatch, **checkpoint) -> str:
     return str(caught.value)
 
 
-def test_a_loss_that_is_no_number_names_the_checkpoint_there_is_or_says_that_there_is_none(
-    corpus, tmp_path, monkeypatch
-):
+def test_a_non_finite_loss_names_the_newest_checkpoint_or_says_that_there_is_none(corpus, tmp_path, monkeypatch):
     cure = "lower optimizer.lr or optimizer.clip_grad, or leave the data of this step out (stages.N.skip_data_steps)"
     none = "step 1: loss nan, gradient norm 1.0; there is no checkpoint of this run to go back to"
     assert refusal(corpus, tmp_path, monkeypatch) == (

@@ -20,7 +20,7 @@ STAGES = (stage("warmup", 10, 1.0, "linear"), stage("decay", 50, 0.3, "cosine"),
 SCHEDULE = Schedule.of(STAGES)
 
 
-def test_warmup_rises_from_zero_in_equal_parts():
+def test_warmup_rises_from_zero_in_equal_steps():
     assert [SCHEDULE.lr_fraction(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
 
 
@@ -44,7 +44,7 @@ def test_stages_join_without_a_jump():
     assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= 0.1 + 1e-12
 
 
-def test_constant_is_its_lr_end_from_the_first_step():
+def test_a_constant_rate_is_its_lr_end_from_the_first_step():
     stages = (stage("a", 4, 0.5, "constant"), stage("b", 4, 0.25, "constant"))
     assert [Schedule.of(stages).lr_fraction(step) for step in range(8)] == [0.5] * 4 + [0.25] * 4
 

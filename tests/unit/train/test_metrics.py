@@ -57,7 +57,7 @@ def record(model: ModelConfig) -> dict:
     return step_record(model, STAGE, 4, StepResult(2.5, 0.7, 120, statistics(model)), 1e-3, 3.1e-4, seconds=0.5)
 
 
-def test_the_record_has_what_is_promised():
+def test_the_record_has_every_promised_key():
     model = tiny_model()
     found = record(model)
     assert found.keys() >= PROMISED
@@ -81,7 +81,7 @@ def test_loads_are_shares_of_choices_and_sum_to_one(topk):
     assert found["max_expert_load"] == 2.0, "times the even share"
 
 
-def test_overflow_is_what_was_recycled_and_what_was_dropped():
+def test_overflow_is_the_sum_of_recycled_and_dropped():
     found = record(tiny_model())
     assert found["overflow_share"] == [0.25, 0.0]
     assert found["recycled_share"] == [0.1875, 0.0]
@@ -99,14 +99,14 @@ def test_evaluation_has_no_router_losses():
     assert "balance_loss" not in routing_record(tiny_model(), statistics(tiny_model()), None)
 
 
-def test_the_line_for_a_person():
+def test_the_line_for_the_console():
     line = step_line(record(tiny_model()), 10)
     assert line.startswith(
         "step 5/10 [decay] loss 2.5000 balance 1.500 grad norm 0.700 lr 1.00e-03 load 2.00 recycled 9.4% 256 tokens/s "
     )
 
 
-def test_a_record_says_how_far_the_run_is_and_when_it_will_be_done(monkeypatch):
+def test_a_record_reports_progress_and_remaining_time(monkeypatch):
     """Of 5 steps of 128 tokens: after 3, the rest at the speed since the first step of this process, whatever that one
     took."""
     now = time.time()
@@ -125,7 +125,7 @@ def test_a_record_says_how_far_the_run_is_and_when_it_will_be_done(monkeypatch):
     assert first.keys() - CLOCK_FIELDS == {"cumulative_tokens"}
 
 
-def test_mfu_is_there_only_where_a_peak_is_known():
+def test_mfu_is_reported_only_if_the_peak_is_known():
     step = record(tiny_model())
     schedule, device = Schedule.of([STAGE]), torch.device("cpu")
     assert not {"mfu", "device_peak_bytes"} & Meter(schedule, None, None, device).fields(1, step).keys(), (

@@ -61,7 +61,7 @@ def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.nda
     [*((layout, 0.0) for layout in LAYOUTS.values()), ({}, 0.5), ({}, 1.0)],
     ids=[*LAYOUTS, *list(OFFLOADED)[1:]],
 )
-def test_update_of_a_routed_expert_is_the_ratio_times_that_of_a_shared_one(
+def test_the_update_of_a_routed_expert_is_the_ratio_times_the_shared_experts(
     corpus, tmp_path, parallel, offloaded, clip_grad
 ):
     optimizer = {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": clip_grad, "cpu_offload_fraction": offloaded}
@@ -154,7 +154,7 @@ def test_clipping_divides_the_gradient_by_its_norm(corpus, tmp_path):
     torch.testing.assert_close(update, -1e2 * gradients[name] * 2.0 / expected, rtol=1e-3, atol=1e-4)
 
 
-def test_ratio_follows_the_formula_where_it_is_not_fixed(corpus, tmp_path):
+def test_the_ratio_follows_the_formula_if_it_is_not_fixed(corpus, tmp_path):
     """eps(B K / E) / eps(B), eps(B) = 2 / (sqrt(N / B) + sqrt(B / N)): sqrt(K / E) far below N, and 0.31 at B = 0.26 N
     for 16 experts."""
     settings = {"lr": 1e-2, "expert_lr_ratio": None, "expert_lr_noise_scale_tokens": 1e9}
@@ -172,7 +172,7 @@ def three_steps(corpus: Path, tmp_path: Path, dtype: str, fraction: float) -> tu
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
-def test_training_with_offload_equals_training_without(corpus, tmp_path, dtype, fraction):
+def test_training_with_and_without_offload_is_equal(corpus, tmp_path, dtype, fraction):
     """Losses, clip norm, every gradient, moment and parameter; clipped in core's way, not in the kernel's, so up to
     rounding. Of 0.01 the routers are on the host, of fp32 weights nearly all on the device."""
     _, expected = three_steps(corpus, tmp_path, dtype, 0.0)
@@ -212,7 +212,7 @@ def test_core_would_not_update_fp32_weights_that_stay_on_the_device(corpus, tmp_
     assert 0 < len(stay) < len(trace.parameters)
 
 
-def test_core_offloads_nothing_that_does_not_count_as_on_a_device(corpus, tmp_path, monkeypatch):
+def test_core_offloads_only_what_counts_as_on_a_device(corpus, tmp_path, monkeypatch):
     """What weights_count_as_on_a_device is for."""
     monkeypatch.setattr("hunyuan_pretrain.train.optimizer.weights_count_as_on_a_device", nullcontext)
     with pytest.raises(KeyError):
@@ -220,7 +220,7 @@ def test_core_offloads_nothing_that_does_not_count_as_on_a_device(corpus, tmp_pa
 
 
 @pytest.mark.parametrize("fraction", OFFLOADED.values(), ids=OFFLOADED)
-def test_a_gradient_that_is_not_finite_changes_nothing(corpus, tmp_path, fraction):
+def test_a_non_finite_gradient_changes_nothing(corpus, tmp_path, fraction):
     model, optimizer = wrapped(corpus, tmp_path, cpu_offload_fraction=fraction)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():

@@ -56,7 +56,7 @@ def run_of_all(work: list[dict[str, Any]], recipe: str) -> Any:
 
 
 @pytest.mark.parametrize(("recipe", "ranks"), [("blockwise", 1), ("delayed", 2)])
-def test_figures_are_those_of_training(corpus: Path, tmp_path: Path, recipe: str, ranks: int) -> None:
+def test_figures_match_training(corpus: Path, tmp_path: Path, recipe: str, ranks: int) -> None:
     """Losses are bit by bit those of runs with and without the recipe, and the first gradients differ as those of the
     runs do."""
     changes: dict[str, Any] = {"parallel": {"expert_model_parallel_size": ranks}}
@@ -91,7 +91,7 @@ def first_step(corpus: Path, folder: Path, recipe: str) -> Any:
     return report, [trace.gradients for trace in traces]
 
 
-def test_gradients_are_compared_with_those_of_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+def test_gradients_are_compared_at_the_same_weights(corpus: Path, tmp_path: Path) -> None:
     report, (plain, quantised) = fork_ranks(1, first_step, corpus, tmp_path, "tensorwise")[0]
     for row in report.weights:
         exact, found = plain[row.name].astype(np.float64), quantised[row.name].astype(np.float64)
@@ -124,7 +124,7 @@ def test_a_run_at_its_end_has_no_step_left(corpus: Path, tmp_path: Path) -> None
     assert is_unchanged
 
 
-def test_settings_of_another_recipe_are_left_behind(corpus: Path, tmp_path: Path) -> None:
+def test_settings_of_another_recipe_are_dropped(corpus: Path, tmp_path: Path) -> None:
     found = fields(corpus, tmp_path, "delayed")
     found["precision"] |= {"fp8_amax_history_len": 16, "fp8_format": "e4m3", "num_layers_at_start_in_bf16": 1}
     experiment = Experiment.model_validate(found)

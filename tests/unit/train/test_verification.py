@@ -46,7 +46,7 @@ def make_files(folder: Path) -> dict[Path, str | None]:
     return files
 
 
-def test_the_ranks_share_the_files_and_hear_of_every_problem(tmp_path: Path) -> None:
+def test_the_ranks_split_the_files_and_all_learn_of_every_problem(tmp_path: Path) -> None:
     files = make_files(tmp_path)
     changed = files | {tmp_path / "1.bin": "0" * 64, tmp_path / "none.bin": "0" * 64}
     ranks = fork_ranks(2, verify_on_this_rank, files, changed)
