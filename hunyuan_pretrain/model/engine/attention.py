@@ -1,4 +1,4 @@
-"""Its attention for packed documents, in place of model/packed_attention.py where it has a kernel.
+"""Transformer Engine's attention for packed documents, used instead of model/packed_attention.py where it has a kernel.
 
 Shapes: T tokens, S key rows, N query heads, G key/value heads, H head dim.
 """
@@ -25,12 +25,12 @@ from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.policy import attends_to_packed_documents
 
 DETERMINISTIC_SCORES = 1 << 30
-"""Documents x heads x longest queries x longest keys of a call, from which newer versions of Transformer Engine have no
-deterministic attention of packed documents on Hopper without flash-attn: the backward pass of cuDNN takes some 128
-bytes for each. 2.20 refuses such a call, 2.11 did not."""
+"""A bound on documents x heads x longest queries x longest keys of a call. At or above it, Transformer Engine newer
+than 2.11 has no deterministic attention for packed documents on Hopper without flash-attn: cuDNN's backward pass takes
+some 128 bytes for each. 2.20 rejects such a call; 2.11 did not."""
 NO_KERNEL = (
-    "Transformer Engine has no deterministic attention for documents as long as some here on this GPU: they get this "
-    "project's own (runtime.deterministic=false, or flash-attn, lets Transformer Engine take them)"
+    "Transformer Engine has no deterministic attention on this GPU for documents as long as some here: this project's "
+    "own attention computes them (runtime.deterministic=false, or flash-attn, lets Transformer Engine compute them)"
 )
 
 
@@ -42,13 +42,13 @@ def core_attention(config: HunyuanConfig) -> CoreAttention:
 
 
 class PackedAttention:
-    """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters, and its state is
-    nobody's."""
+    """`packed_attention` with one kernel call for all blocks. Not a module: it has no parameters and no state to
+    save."""
 
     name = "Transformer Engine"
 
     def __init__(self, config: HunyuanConfig) -> None:
-        # without a kernel it would, silently, hold the scores of all queries and keys; now it fails instead
+        # without a kernel it would silently hold the scores of all queries and keys; now it fails instead
         os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
         ranks = config.tensor_model_parallel_size
         if config.parallel.context_parallel_method == "all_to_all":  # ranks trade tokens for heads
@@ -68,7 +68,7 @@ class PackedAttention:
         )
 
     def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
-        """(T, N, H), contiguous; blocks as `packed_attention` has them. Communicates nothing."""
+        """Returns (T, N, H), contiguous; `blocks` as in `packed_attention`. Communicates nothing."""
         documents = _documents(tuple(blocks), q_TNH.device)
         num_scores = len(blocks) * q_TNH.shape[1] * documents.longest_q * documents.longest_k
         if self.has_bound and num_scores >= DETERMINISTIC_SCORES:
@@ -76,9 +76,9 @@ class PackedAttention:
             return packed_attention(q_TNH, k_SGH, v_SGH, blocks)
         if documents.keys != ((0, k_SGH.shape[0]),):
             k_SGH, v_SGH = (torch.cat([x[start:end] for start, end in documents.keys]) for x in (k_SGH, v_SGH))
-        # Transformer Engine guesses a layout from offsets and from whether keys and values have the same strides; it
-        # asks neither which ones, nor how queries lie, and the kernel then has pointers and shapes. Contiguous tensors,
-        # at the start of their memory, are always taken for what they are.
+        # Transformer Engine infers a layout from offsets and from whether keys and values have equal strides. It checks
+        # neither which strides these are nor those of the queries, and its kernel sees only pointers and shapes. It
+        # always recognises contiguous tensors at the start of their memory.
         qkv = handed_over(
             "Transformer Engine's attention", q_TNH, k_SGH, v_SGH, dtype=torch.bfloat16, starts_memory=True
         )
@@ -95,7 +95,7 @@ class PackedAttention:
 
 
 class _Documents(NamedTuple):
-    """Blocks as the kernel takes them: queries and keys of a block follow those of the block before."""
+    """Blocks as the kernel takes them: queries and keys of a block follow those of the previous block."""
 
     cu_seqlens_q: Tensor  # int32 (blocks + 1,)
     cu_seqlens_k: Tensor
@@ -103,13 +103,12 @@ class _Documents(NamedTuple):
     longest_k: int
     mask: str
     keys: tuple[tuple[int, int], ...]
-    """Ranges of the keys that the blocks see, in their order: put together, they are the keys that cu_seqlens_k
-    divides."""
+    """Ranges of the keys that the blocks see, in order. Concatenated, they are the keys that cu_seqlens_k delimits."""
 
 
 @lru_cache(maxsize=4)
 def _documents(blocks: tuple[Block, ...], device: torch.device) -> _Documents:
-    """Once for a micro-batch, whose layers have the same blocks."""
+    """Cached: all layers of a micro-batch have the same blocks."""
     cu_seqlens_q, cu_seqlens_k = [0], [0]
     keys: list[tuple[int, int]] = []
     for block in blocks:

@@ -1,10 +1,10 @@
 """Training in FP8 on Transformer Engine's kernels.
 
-Scales of the delayed recipe change once for each optimizer step, from the largest values of all its micro-batches, and
-a weight is quantised once for each. What is open during a step is Transformer Engine's own state of the process, which
-only `training_step` sets, and what each `Fp8Module` knows of the step that it is part of.
+Scales of the delayed recipe change once per optimizer step, from the largest values of all its micro-batches. A weight
+is quantised once per step. The state of an open step is Transformer Engine's process-wide state, which only
+`training_step` sets, and the `open_step` of each `Fp8Module`.
 
-Shapes: e experts of this rank (1 for a linear layer), L steps of a history.
+Shapes: e experts of this rank (1 for a linear layer), H steps of history.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.model.fp8.parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 
-# parameters in FP8 only, outside of a training step: meant so
+# intended: parameters in FP8 only are used outside of a training step too
 warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
 
 SCALES: dict[Operand, tuple[str, int, int]] = {
@@ -37,12 +37,12 @@ SCALES: dict[Operand, tuple[str, int, int]] = {
     "w": ("scaling_fwd", 1, 3),
     "dy": ("scaling_bwd", 0, 2),
 }
-"""Operand of a product -> which of Transformer Engine's tensors of scales has its own, at which column, of how many for
-each product."""
+"""Operand of a matmul -> which of Transformer Engine's scale tensors holds its scale, at which column, and how many
+columns that tensor has per matmul."""
 
 
 def te_recipe(recipe: Recipe) -> recipes.Recipe:
-    """The same recipe as Transformer Engine has it."""
+    """The same recipe in Transformer Engine's form."""
     options: dict[str, Any] = {"fp8_format": recipes.Format.HYBRID if recipe.is_hybrid else recipes.Format.E4M3}
     if recipe.is_delayed:
         options |= {
@@ -56,11 +56,11 @@ def te_recipe(recipe: Recipe) -> recipes.Recipe:
 
 @contextmanager
 def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iterator[None]:
-    """As of model/engines.py, through model chunks that are in core's DistributedDataParallel or not.
+    """As `training_step` of model/engines.py; the model chunks may be wrapped in core's DistributedDataParallel.
 
-    Without a recipe, and inside another one, nothing happens. With the delayed recipe the scales of the next step are
-    computed at the end: Transformer Engine's kernels take the maximum of a tensor's values over all its uses since the
-    last update.
+    Does nothing without a recipe or inside another step. With the delayed recipe the scales of the next step are
+    computed at the end: Transformer Engine's kernels record the maximum of a tensor's values over all its uses since
+    the last update.
     """
     recipe = models[0].config.precision.recipe
     if recipe is None or FP8GlobalStateManager.is_fp8_enabled():
@@ -74,10 +74,10 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
     try:
         for matmul in matmuls:
             matmul.open_step = OpenStep(engine_recipe)
-        # leaving it updates the scales of inputs and weights
+        # its exit updates the scales of inputs and weights
         with te.autocast(enabled=True, recipe=engine_recipe, amax_reduction_group=groups.tp_dp_cp):
-            # the first module to ask would update the scales of gradients in its backward pass, which is that of one
-            # micro-batch
+            # asked here, before any module: the first to ask would update the scales of gradients in its backward pass,
+            # so with each micro-batch
             FP8GlobalStateManager.is_first_fp8_module()
             yield
     finally:
@@ -87,20 +87,20 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
 
 
 def scaling_state(models: Sequence[Any]) -> dict[str, Tensor]:
-    """As of model/engines.py: "{module}.{operand}.history" (L, e) and ".scale" (e,).
+    """As `scaling_state` of model/engines.py: "{module}.{operand}.history" (H, e) and ".scale" (e,).
 
-    `module` is the name of a product within its model. Row 0 of a history collects the running step and is 0 between
-    steps; the last row is the newest step. Copies.
+    `module` is the name of an `Fp8Module` within its model. Row 0 of a history collects the running step and is 0
+    between steps; the last row is the newest step. Returns copies.
     """
     state = {name: tensor.clone() for model in models for name, tensor in _scaling_tensors(model)}
     for name, tensor in state.items():
-        if name.endswith(".history"):  # parameters in FP8 only are quantised, and seen, before the step that uses them
+        if name.endswith(".history"):  # parameters in FP8 only are quantised, and recorded, before their step
             tensor[0] = 0
     return state
 
 
 def load_scaling_state(models: Sequence[Any], state: dict[str, Tensor]) -> None:
-    """As of model/engines.py."""
+    """As `load_scaling_state` of model/engines.py."""
     for model in models:
         for name, tensor in _scaling_tensors(model):
             tensor.copy_(state[name])
@@ -120,13 +120,13 @@ def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _forget_last_step(matmuls: Sequence[Fp8Module]) -> None:
-    """Empty Transformer Engine's lists of the tensors that an update reduces, into which each product puts its own when
-    it is first used.
+    """Clear Transformer Engine's lists of the tensors that an update reduces; each module adds its own when it is first
+    used.
 
-    Nothing else ever takes one out: a second model in the process would reduce those of the first too, over groups that
-    may be gone.
+    Nothing else removes them: a second model in the process would also reduce those of the first, over groups that may
+    be gone.
     """
-    state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # of its own in newer versions
+    state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # separate in newer versions
     for lists in ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer"):
         getattr(state, lists).clear()
     for matmul in matmuls:
@@ -134,14 +134,14 @@ def _forget_last_step(matmuls: Sequence[Fp8Module]) -> None:
 
 
 def without_fp8() -> AbstractContextManager[None]:
-    """Inside, a training step in FP8 computes in the dtype of the run."""
+    """Inside, computation is in the dtype of the run, even in a training step in FP8."""
     if not FP8GlobalStateManager.is_fp8_enabled():
         return nullcontext()
     return te.autocast(enabled=False, recipe=FP8GlobalStateManager.get_fp8_recipe())
 
 
 def weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManager[None]:
-    """Modules made inside keep their weights as the configuration says: in FP8 only, or not."""
+    """Modules created inside hold their weights as the configuration says: in FP8 only, or not."""
     formats = config.precision
     if not is_fp8 or not formats.fp8_parameters or formats.recipe is None:
         return nullcontext()
@@ -150,19 +150,19 @@ def weights_in_fp8(config: HunyuanConfig, is_fp8: bool) -> AbstractContextManage
 
 @dataclass
 class OpenStep:
-    """What a product knows of the training step in FP8 that it is part of."""
+    """The open training step in FP8, as one `Fp8Module` sees it."""
 
     recipe: recipes.Recipe
     is_first_microbatch: bool = True
-    """The next forward pass is the first one: it quantises the weight, for the later ones too."""
+    """Whether the next forward pass is the step's first, which quantises the weight for all of them."""
 
 
 class Fp8Module(TransformerEngineBaseModule):
-    """What every matrix product adds to Transformer Engine's module of its kind."""
+    """What the linear layers here add to Transformer Engine's modules."""
 
     is_fp8: bool
     amax_group: ProcessGroup | None
-    """Over which ranks to take the largest values; None: those of the step."""
+    """Ranks over which the largest values are taken; None: those of the step."""
     num_matmuls = 1
     open_step: OpenStep | None
 
@@ -171,12 +171,12 @@ class Fp8Module(TransformerEngineBaseModule):
     set_extra_state = torch.nn.Module.set_extra_state
 
     def complete(self, config: HunyuanConfig, is_fp8: bool, amax_group: ProcessGroup | None = None) -> None:
-        """Set what is set here, once Transformer Engine's constructor has run."""
+        """Set the attributes of this class, after Transformer Engine's constructor has run."""
         self.is_fp8, self.amax_group, self.open_step = is_fp8, amax_group, None
         self.activations = config.params_dtype
 
     def region(self) -> AbstractContextManager[None]:
-        """The number formats of this product, inside `training_step` and outside."""
+        """A context with the number formats of this module, inside `training_step` and outside."""
         if not self.is_fp8:
             return without_fp8()
         if self.open_step is None or self.amax_group is None:
@@ -184,16 +184,17 @@ class Fp8Module(TransformerEngineBaseModule):
         return te.autocast(enabled=True, recipe=self.open_step.recipe, amax_reduction_group=self.amax_group)
 
     def allocate_scales(self, recipe: recipes.Recipe) -> None:
-        """Make the scales of the delayed recipe if no forward pass has made them yet."""
-        # Transformer Engine updates all scales where a region ends that may have a backward pass
+        """Create the scales of the delayed recipe if no forward pass has created them yet."""
+        # with gradients enabled, Transformer Engine would update all scales at the end of the region
         with torch.no_grad(), te.autocast(enabled=True, recipe=recipe, amax_reduction_group=self.amax_group):
             self.init_fp8_metadata(num_gemms=self.num_matmuls)
 
     def _get_weight_tensors(self) -> list[Tensor]:
-        """What Transformer Engine multiplies by; outside of a step in FP8 the values of weights in FP8 only.
+        """The weights that Transformer Engine multiplies by; outside of a step in FP8, weights in FP8 only are
+        dequantised.
 
-        Its own form of those has no main_grad in some recipes, which its backward pass asks for, and in others no
-        gradient at all.
+        Transformer Engine's own dequantised form lacks, in some recipes, the main_grad that its backward pass asks for,
+        and in others any gradient.
         """
         weights: list[Any] = [weight for weight in self.parameters() if is_float8tensor(weight)]
         if self.fp8 or not weights:
@@ -207,7 +208,7 @@ class Fp8Module(TransformerEngineBaseModule):
         return values
 
     def take_turn(self) -> bool | None:
-        """What to tell Transformer Engine of the micro-batch: whether it is the first of the step; None: no step in
+        """Returns whether this micro-batch is the first of the step, for Transformer Engine; None outside of a step in
         FP8."""
         if self.open_step is None:
             return None
@@ -216,7 +217,7 @@ class Fp8Module(TransformerEngineBaseModule):
 
 
 class _Unquantised(torch.autograd.Function):
-    """A weight in FP8 only -> its values in bf16, whose gradient is its own."""
+    """A weight in FP8 only -> its values in bf16; their gradient becomes the weight's."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, is_in_main_grad: bool) -> Tensor:

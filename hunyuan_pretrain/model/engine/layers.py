@@ -1,23 +1,24 @@
-"""The model's norms and matrix products by Transformer Engine's kernels.
+"""The model's norms and linear layers on Transformer Engine's kernels.
 
 Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same
 under both:
-- the RMSNorm before the attention is fused into the projection that reads it; its weight stays that of
-  `input_layernorm`, which passes its input through. `pre_mlp_layernorm` feeds router, shared and routed experts and
-  stays a norm of its own;
-- the experts of a rank are one (e, O, I) parameter, of which the grouped product gets e views; with parameters in FP8
-  only, which Transformer Engine keeps as one tensor for each expert, they are e parameters (O, I), and one in
-  checkpoints (parallel/sharding.py);
-- nothing of Transformer Engine's own state goes into a state_dict.
+- the RMSNorm before the attention is fused into the projection that reads it. Its weight stays in `input_layernorm`,
+  which passes its input through. `pre_mlp_layernorm` feeds router, shared and routed experts, and stays a separate
+  norm;
+- the experts of a rank are one (e, O, I) parameter, and the grouped GEMM gets e views of it. Parameters in FP8 only,
+  which Transformer Engine keeps as one tensor per expert, are e parameters (O, I), and one in checkpoints
+  (parallel/sharding.py);
+- none of Transformer Engine's own state goes into a state_dict.
 
-Not taken from Transformer Engine: its RoPE numbers the positions of a document from 0, which the tokens of a
-context-parallel rank are not, and writes bf16 before the norm of the heads that follows here; its permutation has no
-empty slots, which capacity leaves, and a gather by index is one kernel already.
+Not taken from Transformer Engine:
+- its RoPE numbers the positions of a document from 0, which is wrong for the tokens of a context-parallel rank. It also
+  writes bf16 before the per-head norm that follows here;
+- its permutation has no empty slots, which a capacity leaves. A gather by index is one kernel already.
 
-What is handed to its kernels is contiguous and of the dtype of the run (runtime/handover.py): they have a pointer and a
-shape.
+Tensors handed to its kernels are contiguous and of the dtype of the run (runtime/handover.py): the kernels see only a
+pointer and a shape.
 
-Shapes: T tokens, R rows of experts, D hidden, I input and O output of a product, e experts of this rank.
+Shapes: T tokens, R rows of experts, D hidden, I input size, O output size, e experts of this rank.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
     )
 
 
-# --- dense products ---------------------------------------------------------------------------------------------------
+# --- dense linears ----------------------------------------------------------------------------------------------------
 
 
 class _DenseLinear(Fp8Module):
     def forward(self, x_TI: Tensor) -> tuple[Tensor, None]:
-        """(T, I) -> ((T, O), None), as core's linears return a bias that they have not added."""
+        """(T, I) -> ((T, O), None), like core's linears, which also return a bias that they have not added."""
         (x_TI,) = handed_over("Transformer Engine's linear", x_TI, dtype=self.activations)
         with self.region():
             return super().forward(x_TI, is_first_microbatch=self.take_turn()), None
 
 
 class ColumnParallelLinear(_DenseLinear, te.Linear):
-    """y = x W^T with W divided over the tensor-parallel ranks along its output; gathers the sequence first where that
-    is divided too."""
+    """y = x W^T with W sharded over the tensor-parallel ranks along its output; gathers the sequence first if that is
+    sharded too."""
 
     def __init__(
         self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool
@@ -83,7 +84,7 @@ class ColumnParallelLinear(_DenseLinear, te.Linear):
 
 
 class RowParallelLinear(_DenseLinear, te.Linear):
-    """y = x W^T with W divided over the tensor-parallel ranks along its input; sums the results over them."""
+    """y = x W^T with W sharded over the tensor-parallel ranks along its input; sums the results over them."""
 
     def __init__(
         self, config: HunyuanConfig, input_size: int, output_size: int, groups: ProcessGroupCollection, is_fp8: bool
@@ -118,7 +119,7 @@ class NormAndColumnParallelLinear(_DenseLinear, te.LayerNormLinear):
         self.complete(config, is_fp8)
         mark_sharded(self.weight, 0)
         del self.layer_norm_weight
-        # not registered here: it is one parameter, under the name of the norm
+        # not registered here: the parameter is registered once, under the norm's name
         object.__setattr__(self, "layer_norm_weight", norm.weight)
 
 
@@ -135,8 +136,8 @@ def _options(config: HunyuanConfig, groups: ProcessGroupCollection) -> dict[str,
 
 
 def _init_method(config: HunyuanConfig) -> Any:
-    """What writes new weights before `initialize_weights` or a checkpoint does, which do not depend on the layout:
-    nothing, or zeros where weights are quantised at once, which is no good for whatever was in the memory."""
+    """The initialiser of new weights, which `initialize_weights` or a checkpoint then overwrites, independently of the
+    layout. It does nothing, or writes zeros where weights are quantised at once: uninitialised memory must not be."""
     return torch.nn.init.zeros_ if config.precision.fp8_parameters else _leave_as_it_is
 
 
@@ -145,7 +146,7 @@ def _leave_as_it_is(weight: Tensor) -> None:
 
 
 def _device(config: HunyuanConfig) -> torch.device | str:
-    """Where modules make their weights; Transformer Engine recognises the meta device by its name only."""
+    """Where modules create their weights; Transformer Engine recognises the meta device only by its name."""
     device = torch.device(weight_device(config))
     return "meta" if device.type == "meta" else device
 
@@ -154,8 +155,8 @@ def _device(config: HunyuanConfig) -> torch.device | str:
 
 
 class RMSNorm(te.RMSNorm):
-    """x / rms(x) * weight over the last dim; core sums the weight's gradient over the tensor-parallel ranks that divide
-    the sequence."""
+    """x / rms(x) * weight over the last dim; with sequence parallelism core sums the weight's gradient over the
+    tensor-parallel ranks."""
 
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state
@@ -166,7 +167,7 @@ class RMSNorm(te.RMSNorm):
 
 
 class FusedNorm(torch.nn.Module):
-    """The weight of a norm that the next product computes; passes its input through."""
+    """The weight of a norm that the next linear layer computes; passes its input through."""
 
     is_fused = True
 
@@ -184,10 +185,10 @@ class FusedNorm(torch.nn.Module):
 
 
 class GroupedLinear(Fp8Module, te.GroupedLinear):
-    """y = x W_i^T for the rows of each local expert; W is one (e, O, I) parameter, or, in FP8 only, e parameters (O,
+    """y = x W_i^T for the rows of each local expert. W is one (e, O, I) parameter, or, in FP8 only, e parameters (O,
     I)."""
 
-    # newer versions of Transformer Engine would make e weights of the one in a state_dict
+    # newer versions of Transformer Engine would split the one weight of a state_dict into e
     load_state_dict = torch.nn.Module.load_state_dict
     _load_from_state_dict = torch.nn.Module._load_from_state_dict
 
@@ -210,7 +211,7 @@ class GroupedLinear(Fp8Module, te.GroupedLinear):
                 bias=False,
                 init_method=_init_method(config),
                 params_dtype=config.params_dtype,
-                # of one parameter for all, its own weights are never made: on the meta device they take no memory
+                # with one parameter for all, its own weights are unused: on the meta device they take no memory
                 device="meta" if is_one else _device(config),
             )
         self.complete(config, is_fp8, groups.expt_tp_dp)
@@ -227,16 +228,17 @@ class GroupedLinear(Fp8Module, te.GroupedLinear):
             weight.expert, weight.num_experts = expert, e
 
     def forward(self, x_RI: Tensor, splits: RowSplits) -> Tensor:
-        """(R, I) -> (R, O), rows sorted by expert; in FP8 each expert has a multiple of `Recipe.size_multiple` rows."""
-        assert splits.num_rows == x_RI.shape[0], f"{splits.num_rows} rows of experts, {x_RI.shape[0]} are there"
+        """(R, I) -> (R, O), rows sorted by expert; in FP8 the row count of each expert is a multiple of
+        `Recipe.size_multiple`."""
+        assert splits.num_rows == x_RI.shape[0], f"splits for {splits.num_rows} rows, input of {x_RI.shape[0]}"
         (x_RI,) = handed_over("Transformer Engine's grouped linear", x_RI, dtype=self.activations)
         self.fuse_wgrad_accumulation = self.accumulate and hasattr(next(self.parameters()), "main_grad")
         with self.region():
             return super().forward(x_RI, list(splits.rows_e), is_first_microbatch=self.take_turn())
 
     def _get_weight_tensors(self) -> list[Tensor]:
-        """What Transformer Engine multiplies by: of one parameter the e views, each with its part of main_grad where
-        gradients are added into that."""
+        """The weights that Transformer Engine multiplies by: e views of the one parameter, each with its part of
+        main_grad if gradients are accumulated there."""
         if self.weight is None:
             return super()._get_weight_tensors()
         if not torch.is_grad_enabled():
@@ -249,7 +251,7 @@ class GroupedLinear(Fp8Module, te.GroupedLinear):
 
 
 class _Experts(torch.autograd.Function):
-    """(e, O, I) -> e views (O, I), whose gradients become one."""
+    """(e, O, I) -> e views (O, I), whose gradients are stacked into one."""
 
     @staticmethod
     def forward(ctx: Any, weight_eOI: Tensor, is_in_main_grad: bool) -> tuple[Tensor, ...]:
@@ -267,5 +269,5 @@ class _Experts(torch.autograd.Function):
 
 
 def _row_multiple(alignment: int) -> int:
-    """What the rows of each expert must now be multiples of."""
+    """The number that the row count of each expert must currently be a multiple of."""
     return alignment if FP8GlobalStateManager.is_fp8_enabled() else 1

@@ -1,16 +1,17 @@
-"""Linear layers and experts whose products have the operands that Transformer Engine's have in FP8, on any machine.
+"""Linear layers and experts whose matmuls have the operands that Transformer Engine's have in FP8, on any machine.
 
-A product of the forward pass and its two gradients read six quantised operands: x and w; dY and w; dY and x. Values are
-rounded to FP8 and multiplied back by their inverse scales (quantise.py); the product itself is computed in fp32 and
-rounded to the dtype of x, as the FP8 kernels accumulate in fp32.
+A forward matmul and its two gradients read six quantised operands: x and w; dY and w; dY and x. Values are rounded to
+FP8 and multiplied by their inverse scales (quantise.py). The matmul itself is computed in fp32 and rounded to the dtype
+of x, as the FP8 kernels accumulate in fp32.
 
-Not as there: the norm that Transformer Engine fuses into a projection is rounded to bf16 before it is quantised; its
-kernel for the delayed recipe leaves that rounding out.
+One difference: the output of the norm that Transformer Engine fuses into a projection is rounded to bf16 here before it
+is quantised; its kernel for the delayed recipe skips that rounding.
 
-A delayed scale changes once in an optimizer step, after its last micro-batch, from the largest value over the global
-batch and all ranks that hold the tensor: it depends neither on the layout nor on how a batch is divided.
+A delayed scale changes once per optimizer step, after its last micro-batch, from the largest value over the global
+batch and all ranks that hold the tensor. So it depends neither on the layout nor on how a batch is split.
 
-Shapes: b independent matrices (experts; 1 for a linear layer), R rows, I input, O output, e experts of this rank.
+Shapes: b independent matrices (experts; 1 for a linear layer), R rows, C columns, I input, O output, e experts of this
+rank, T tokens, D hidden; X, Y, Z of any matrix.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from hunyuan_pretrain.model.spec import LinearFactory, Spec
 class Fp8Matmul(torch.nn.Module):
     """y = x W^T of one linear layer or of the experts of this rank, with quantised operands; holds no weight.
 
-    `weight` is (O, I), or (e, O, I) with the rows of each expert in `splits`.
+    `weight` is (O, I), or (e, O, I) with the row count of each expert in `splits`.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class Fp8Matmul(torch.nn.Module):
             has_fp8_parameters,
         )
         self._weights: dict[tuple[int, bool], Tensor] | None = None
-        """Quantised weights of the step that is open, by first expert and direction; None: no step is."""
+        """Quantised weights of the open step, by first expert and direction; None outside of a step."""
         self.watch: Callable[[Operand, Tensor, Tensor], None] | None = None
-        """Called with (operand, scaled values before rounding, FP8 values) of every quantised tensor."""
+        """Called with (operand, scaled values before rounding, FP8 values) for every quantised tensor."""
         if recipe.is_delayed:
             self.delayed: Any = torch.nn.ModuleDict(
                 {operand: DelayedScale(recipe, operand, num_experts, device) for operand in OPERANDS}
@@ -76,7 +77,7 @@ class Fp8Matmul(torch.nn.Module):
 
     @contextmanager
     def as_kept(self, weight: torch.nn.Parameter) -> Iterator[None]:
-        """Inside, where nothing is trained, `weight` has the values that a parameter in FP8 only would hold of it."""
+        """Inside, with gradients disabled, `weight` has the values that a parameter in FP8 only would hold."""
         if not self.has_fp8_parameters or torch.is_grad_enabled():
             yield
             return
@@ -91,9 +92,8 @@ class Fp8Matmul(torch.nn.Module):
             weight.data = exact
 
     def operand(self, x_bRC: Tensor, operand: Operand, along_rows: bool, experts: slice, is_first_use: bool) -> Tensor:
-        """x_bRC with the values that its FP8 numbers stand for, fp32, to be summed over columns, or (along_rows) over
-        rows."""
-        # weights stay the same during a step, and those of square blocks, or of one scale, in both directions
+        """The fp32 values of x_bRC's FP8 numbers, quantised for a sum over columns, or (along_rows) over rows."""
+        # a weight is constant during a step; with square blocks or a single scale, both directions are the same
         is_same_both_ways = self.recipe.block_shape("w", False) == self.recipe.block_shape("w", True)
         key = (experts.start, along_rows and not is_same_both_ways)
         if operand == "w" and self._weights is not None and key in self._weights:
@@ -124,13 +124,13 @@ class Fp8Matmul(torch.nn.Module):
         self._weights = {}
 
     def end_step(self) -> None:
-        """Compute without FP8, and forget the weights, which are about to change."""
+        """Compute without FP8, and drop the quantised weights, which are about to change."""
         self._weights = None
 
 
 def _pieces(splits: RowSplits) -> Iterator[tuple[slice, slice, int]]:
-    """(experts, rows of x, matrices) that can be computed together: all experts where they have as many rows each, else
-    one by one."""
+    """Yields (experts, rows of x, number of matrices) that can be computed together: all experts if their splits are
+    equal, else one at a time."""
     num_experts = len(splits.rows_e)
     if splits.are_equal:
         yield slice(0, num_experts), slice(0, splits.num_rows), num_experts
@@ -142,7 +142,7 @@ def _pieces(splits: RowSplits) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _matrices(rows_RC: Tensor, b: int) -> Tensor:
-    """The rows of b matrices one after the other, as (b, R / b, C)."""
+    """The concatenated rows of b matrices, as (b, R / b, C)."""
     return rows_RC.view(b, rows_RC.shape[0] // b, rows_RC.shape[1])
 
 
@@ -176,7 +176,7 @@ class _Fp8MatmulFunction(torch.autograd.Function):
             grad_x_RI[part] = _matmul(dy_bRO, w_bOI, x_RI.dtype).flatten(0, 1)
             dy_bRO = matmul.operand(grad_bRO, "dy", True, experts, False)
             x_bRI = matmul.operand(x_bRI, "x", True, experts, False)
-            # into an fp32 main_grad the kernels add in fp32, without rounding to the dtype of x
+            # the kernels add into an fp32 main_grad in fp32, without rounding to the dtype of x
             target_eOI[experts] += _matmul(dy_bRO.transpose(1, 2), x_bRI, target.dtype)
         if main_grad is None:
             return grad_x_RI, target, None, None
@@ -199,12 +199,12 @@ class Fp8ColumnParallelLinear(ColumnParallelLinear):
     fp8: Fp8Matmul
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """(T, D) of this rank's tokens -> (whole T, O / ranks), None."""
+        """(T, D) of this rank's tokens -> ((all T, O / ranks), None)."""
         if not self.fp8.is_in_step:
             with self.fp8.as_kept(self.weight):
                 return super().forward(input_, *args, **kwargs)
-        # quantised when it is gathered: one scale for the tokens of all ranks, as Transformer Engine's reduced amax
-        # gives
+        # quantised after the gather: one scale for the tokens of all ranks, which Transformer Engine gets from its
+        # reduced amax
         whole_TD = (
             gather_from_sequence_parallel_region(input_, group=self.tp_group) if self.sequence_parallel else input_
         )
@@ -217,7 +217,7 @@ class Fp8RowParallelLinear(RowParallelLinear):
     fp8: Fp8Matmul
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(T, I / ranks) -> (this rank's share of T, D), None."""
+        """(T, I / ranks) -> ((this rank's share of T, D), None)."""
         if not self.fp8.is_in_step:
             with self.fp8.as_kept(self.weight):
                 return super().forward(input_)
@@ -241,7 +241,7 @@ class Fp8GroupedLinear(GroupedLinear):
 
 
 def emulated_fp8_spec() -> Spec:
-    """The same layers, computing in the FP8 recipe of config.precision during a training step."""
+    """The local spec's layers, which compute in the FP8 recipe of config.precision during a training step."""
     column = partial(column_parallel_linear, linear_class=Fp8ColumnParallelLinear)
     row = partial(row_parallel_linear, linear_class=Fp8RowParallelLinear)
     return replace(

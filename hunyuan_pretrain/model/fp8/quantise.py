@@ -1,11 +1,11 @@
-"""Numbers to FP8 and back: the arithmetic of the recipes, as Transformer Engine 2.11 has it in its kernels and in their
+"""Numbers to FP8 and back: the arithmetic of the recipes, as in the kernels of Transformer Engine 2.11 and the
 references in its tests.
 
-  scale        fp8_max / amax in fp32; 1 where amax is 0, infinite or nan; blockwise cuts it to a power of two below
+  scale        fp8_max / amax in fp32; 1 where amax is 0, infinite or nan; blockwise rounds it down to a power of two
   rounding     nearest even of float(x) * scale, saturating at fp8_max (448, and 57344 in E5M2); nan stays nan
   delayed      the scale of a tensor comes from its largest values in earlier steps
   tensorwise   from the tensor (of one expert) itself
-  blockwise    x and dY in 1 x 128, along the summed dimension of each product; w in 128 x 128
+  blockwise    x and dY in 1 x 128, along the summed dimension of each matmul; w in 128 x 128
   mxfp8        1 x 32 along the summed dimension, the inverse scale a power of two (E8M0), amax / fp8_max rounded up
 
 Shapes: b independent matrices (experts; 1 for a linear layer), R rows, C columns, e experts of this rank, H steps of
@@ -25,12 +25,12 @@ DTYPES: dict[NumberFormat, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": 
 
 
 def dtype_of(recipe: Recipe, operand: Operand) -> torch.dtype:
-    """In which an operand's values are."""
+    """The torch dtype of an operand's FP8 values."""
     return DTYPES[recipe.number_format(operand)]
 
 
 class Scales(NamedTuple):
-    """fp32 factors before rounding, and their inverses after it."""
+    """fp32 factors to apply before rounding, and their inverses to apply after it."""
 
     scale: Tensor
     inverse: Tensor
@@ -39,8 +39,8 @@ class Scales(NamedTuple):
 def scale_from_amax(
     amax: Tensor, fp8_max: float, largest: float = torch.finfo(torch.float32).max, power_of_two: bool = False
 ) -> Tensor:
-    """fp32 scale of any shape; `largest` stands for a scale that overflows."""
-    # a number over a tensor would be a product with its reciprocal
+    """fp32 scale, in the shape of amax; `largest` replaces a scale that overflows."""
+    # a Python number over a tensor would be computed as a multiplication by its reciprocal
     scale = torch.tensor(fp8_max, device=amax.device) / amax
     scale = torch.where(scale.isinf(), largest, scale)
     if power_of_two:
@@ -49,13 +49,13 @@ def scale_from_amax(
 
 
 def e8m0_scales(amax: Tensor, fp8_max: float) -> Scales:
-    """Scales of MXFP8: the inverse is the power of two at or above amax / fp8_max, 2^-127 to 2^127, held as a biased
-    exponent."""
+    """Scales of MXFP8: the inverse is the power of two at or above amax / fp8_max, 2^-127 to 2^127, which is a biased
+    exponent of 8 bits."""
     bits = (amax * torch.tensor(1.0 / fp8_max, dtype=torch.float32, device=amax.device)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & ((1 << 23) - 1)
     # a subnormal quotient up to 2^-127 is rounded up to that, not to 2^-126
     rounds_up = (mantissa > 0) & ~((exponent == 0) & (mantissa <= 1 << 22))
-    exponent = (exponent + rounds_up).clamp(max=254).double()  # of infinity: 254
+    exponent = (exponent + rounds_up).clamp(max=254).double()  # infinity: 254
     scale = torch.where(exponent == 0, 1.0, torch.exp2(127 - exponent)).float()
     inverse = torch.where(amax.isnan(), torch.nan, torch.exp2(exponent - 127)).float()
     return Scales(scale, inverse)
@@ -64,10 +64,10 @@ def e8m0_scales(amax: Tensor, fp8_max: float) -> Scales:
 def quantize(
     x_bRC: Tensor, recipe: Recipe, operand: Operand, along_rows: bool, scale_b: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """x_bRC as FP8: (scaled values, their FP8 values, inverse scales), all in blocks (b, R / r, r, C / c, c), the last
-    ones with zeros.
+    """x_bRC as FP8: (scaled values, FP8 values, inverse scales), all in blocks (b, R / r, r, C / c, c), the last ones
+    padded with zeros.
 
-    `scale_b`: scales from earlier steps, of the delayed recipe.
+    `scale_b`: scales from earlier steps, for the delayed recipe.
     """
     b, R, C = x_bRC.shape
     rows, columns = recipe.block_shape(operand, along_rows) or (max(R, 1), max(C, 1))
@@ -93,8 +93,8 @@ def to_fp32(values: Tensor) -> Tensor:
     if values.dtype != torch.float8_e4m3fn:
         return values.float()
     codes = values.view(torch.int8)
-    # the four bits of the exponent where fp32 has its lowest four, the mantissa's after them, the sign extended by the
-    # conversion
+    # the exponent's four bits go where fp32 has its lowest four, the mantissa's after them; the conversion extends the
+    # sign
     bits = codes.to(torch.int32).bitwise_left_shift_(20).bitwise_and_(-0x80000000 | 0x07F00000)
     result = bits.view(torch.float32).mul_(2.0 ** (127 - 7))
     is_nan = codes.bitwise_and(127) == 127
@@ -102,8 +102,8 @@ def to_fp32(values: Tensor) -> Tensor:
 
 
 def scales_of(amax: Tensor, recipe: Recipe, fp8_max: float, largest: float) -> Scales:
-    """Scales, in the form of the recipe, of blocks whose largest values are `amax`, of any shape; `largest` stands for
-    one that is a power of two and overflows."""
+    """Scales, in the form of the recipe, for blocks with largest values `amax`, of any shape; `largest` replaces a
+    power of two that overflows."""
     if recipe.scale_form == "e8m0":
         return e8m0_scales(amax, fp8_max)
     scale = (
@@ -115,7 +115,7 @@ def scales_of(amax: Tensor, recipe: Recipe, fp8_max: float, largest: float) -> S
 
 
 class DelayedScale(torch.nn.Module):
-    """Scale of one operand of each expert, and the largest values of the steps that it comes from."""
+    """The scale of one operand for each expert, and the history of largest values that it comes from."""
 
     history_He: Tensor
     scale_e: Tensor
@@ -129,14 +129,14 @@ class DelayedScale(torch.nn.Module):
         self.register_buffer("scale_e", torch.ones(num_experts, device=device), persistent=False)
 
     def observe(self, x_bRC: Tensor, experts: slice) -> None:
-        """Let the current step know these values."""
+        """Record the largest of these values for the current step."""
         if x_bRC.shape[1]:
             current = self.history_He[0, experts]
             torch.maximum(current, x_bRC.abs().amax((1, 2)).float(), out=current)
 
     def update(self) -> None:
-        """The scale of the next step; the history moves on by one. A step without values (an expert without tokens)
-        changes nothing."""
+        """Compute the scale of the next step, and shift the history by one. A step without values (an expert without
+        tokens) changes nothing."""
         last_e = self.history_He[0].clone()
         is_seen_e = last_e != 0
         moved_He = self.history_He.roll(-1, 0)

@@ -1,7 +1,7 @@
-"""What is open during a training step in emulated FP8, and what the delayed recipe remembers between two.
+"""Training steps in emulated FP8, and what the delayed recipe remembers between them.
 
-Nothing is kept here: each product of the model knows whether a step is open, and has its own scales. Of
-model/engine/fp8.py the same three functions; model/engines.py chooses.
+No state is kept here: each `Fp8Matmul` of the model knows whether a step is open, and holds its scales. The functions
+have the same three names as in model/engine/fp8.py; model/engines.py chooses.
 
 Shapes: e experts of this rank (1 for a linear layer), H steps of history.
 """
@@ -22,7 +22,7 @@ from hunyuan_pretrain.runtime.handover import handed_over
 
 
 def matmuls(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Matmul]]:
-    """The emulated products of this rank's model chunks, by the name of the layer that has them."""
+    """Yields (name of the layer, its `Fp8Matmul`) for this rank's model chunks."""
     for model in models:
         for name, module in model.named_modules():
             if isinstance(module, Fp8Matmul):
@@ -30,7 +30,8 @@ def matmuls(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Matmul]
 
 
 def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
-    """As of model/engines.py: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not to be changed."""
+    """As `scaling_state` of model/engines.py: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not
+    copies: do not modify them."""
     return {
         f"{layer}.{operand}.{kind}": tensor
         for layer, matmul in matmuls(models)
@@ -41,14 +42,15 @@ def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
 
 
 def load_scaling_state(models: Sequence[torch.nn.Module], state: dict[str, Tensor]) -> None:
-    """Write what `scaling_state` of the same layers returned. Raises KeyError where something is missing."""
+    """Write what `scaling_state` of the same layers returned. Raises KeyError if an entry is missing."""
     for name, tensor in scaling_state(models).items():
         tensor.copy_(state[name])
 
 
 @contextmanager
 def training_step(models: Sequence[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[None]:
-    """As of model/engines.py: opens a step in every product, and closes it; then delayed scales move on."""
+    """As `training_step` of model/engines.py: opens a step in every `Fp8Matmul`, closes it, then updates the delayed
+    scales."""
     found = [matmul for _, matmul in matmuls(models)]
     for matmul in found:
         matmul.begin_step()
