@@ -1,5 +1,5 @@
-"""What ranks do together where one of them may fail: all learn of it, and none is left in a collective that the others
-never enter."""
+"""Work that ranks do together and that may fail on any of them: all ranks learn of a failure, and none is left in a
+collective that the others never enter."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from hunyuan_pretrain.parallel.signs_of_life import signs_of_life
 T = TypeVar("T")
 
 SYSTEM_REASONS = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)]
-"""Why a disk does not take a file, in the operating system's words; the best explanation where several ranks fail."""
+"""Reasons for which a disk rejects a file, in the operating system's words; the best explanation if several ranks
+fail."""
 
 PATIENCE = timedelta(hours=12)
-"""How long a rank waits for the other ranks' share of reading or writing: that of 4 TB at 100 MB/s."""
+"""How long a rank waits for other ranks to read or write their share; enough for 4 TB at 100 MB/s."""
 
 
 @contextmanager
 def patience() -> Iterator[None]:
     """Within it, collectives of all ranks (the default group) wait up to PATIENCE, not runtime.distributed_timeout_s.
 
-    For work on files, whose length the time-out of a training step says nothing about. A rank that is gone is still
-    noticed, on its node at once by whoever started it, and by the others after the usual time (signs_of_life.py); one
-    that works is waited for.
+    For work on files, whose duration has nothing to do with the time-out of a training step. A lost rank is still
+    noticed: on its own node at once, by the launcher, and on other nodes after the usual time-out (signs_of_life.py). A
+    rank that is still working is waited for.
     """
     usual = groups.collective_timeout()
     if usual is None or usual >= PATIENCE:
@@ -56,7 +57,7 @@ class Failures:
         self.first: BaseException | None = None
 
     def run(self, action: Callable[..., object], *arguments: Any) -> None:
-        """Do it, unless something has failed before."""
+        """Run `action`, unless an earlier one has failed."""
         if self.first is None:
             try:
                 action(*arguments)
@@ -70,8 +71,8 @@ class Failures:
 
 
 def first_error(action: Callable[[], object]) -> str | None:
-    """Run `action` on every rank; on all of them one error message, the operating system's or else the first rank's, or
-    None.
+    """Run `action` on every rank. Returns the same error message on all of them: the operating system's if there is
+    one, else the first rank's; None if no rank failed.
 
     Communicates: all ranks, after the action.
     """
@@ -81,10 +82,10 @@ def first_error(action: Callable[[], object]) -> str | None:
     except (
         Exception,
         CheckpointException,
-    ) as error:  # every failure has to reach the other ranks, which would wait for ever
+    ) as error:  # every failure has to reach the other ranks, which would otherwise wait forever
         mine = reason_of(error)
         if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # to tell the others takes a little
+            torch.cuda.empty_cache()  # the collective below needs a little
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, mine)
     told = [error for error in errors if error]
@@ -92,18 +93,18 @@ def first_error(action: Callable[[], object]) -> str | None:
 
 
 def error_of_rank_0(action: Callable[[], object]) -> str | None:
-    """Run `action` on rank 0 only; its error message on every rank, or None. Communicates: all ranks, after the
+    """Run `action` on rank 0 only. Returns its error message on every rank, or None. Communicates: all ranks, after the
     action."""
 
-    def run() -> None:  # what it returns may not be fit to be sent
+    def run() -> None:  # the result may not be picklable
         action()
 
     return from_rank_0(run)[1]
 
 
 def from_rank_0(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Run `action` on rank 0 only; what it returned, or its error message, on every rank. Communicates: all ranks,
-    after the action."""
+    """Run `action` on rank 0 only. Returns (result, None) or (None, error message) on every rank. Communicates: all
+    ranks, after the action."""
     found: list[Any] = [(None, None)]
     if dist.get_rank() == 0:
         try:
@@ -115,11 +116,11 @@ def from_rank_0(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a person needs of an error; torch wraps the operating system's in several layers."""
+    """The part of an error that a person needs; torch wraps those of the operating system in several layers."""
     text = str(error)
     for reason in SYSTEM_REASONS:
         if (isinstance(error, OSError) and error.strerror == reason) or reason in text:
             return reason
-    if "unexpected pos" in text:  # what torch's writer says of a write that was cut short
+    if "unexpected pos" in text:  # how torch's writer reports a short write
         return os.strerror(errno.ENOSPC)
     return text.strip().splitlines()[-1] if text.strip() else type(error).__name__

@@ -1,8 +1,7 @@
-"""The collectives that read and write whole tensors, with what they take of them said and checked
-(runtime/handover.py).
+"""Collectives on whole tensors. Each states and checks which tensors it accepts (runtime/handover.py).
 
-NCCL moves bytes from one pointer to another. It is given one dtype and one number of elements, those of the input or of
-the output, whichever the call happens to read.
+NCCL moves bytes from one pointer to another. It is given one dtype and one number of elements, taken from the input or
+the output, depending on the call.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from hunyuan_pretrain.runtime.handover import handed_over
 
 
 def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(R, ...) of each rank -> (R * ranks, ...), contiguous, rank after rank. Communicates: `group`, one all-gather."""
+    """(R, ...) of each rank -> (R * ranks, ...), contiguous, in rank order. Communicates: `group`, one all-gather."""
     (x,) = handed_over("all_gather", x)
     rows = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(rows, x, group=group)
@@ -22,8 +21,8 @@ def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Tensor:
-    """(R * ranks, ...) -> (R, ...), contiguous: the sum of this rank's rows over all ranks, in x's dtype; into `out`
-    where it is given.
+    """(R * ranks, ...) -> (R, ...), contiguous: this rank's rows, summed over all ranks in x's dtype; written into
+    `out` if given.
 
     Communicates: `group`, one reduce-scatter. Raises ValueError if the rows do not divide evenly, or `out` does not
     fit.

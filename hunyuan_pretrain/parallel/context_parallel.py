@@ -1,11 +1,10 @@
-"""Context parallelism: which rows of a micro-batch a rank holds, and the communication that lets it attend to all of
-them.
+"""Context parallelism: which rows of a micro-batch a rank holds, and the communication that lets it attend to all rows.
 
-A micro-batch is packed sequences of equal length, one after the other, cut into documents that attend to themselves
-only. Each rank holds the same number of rows of every sequence, in chunks chosen so that all ranks have about the same
-number of query-key pairs; for one document that fills its sequence this is the zigzag of Llama 3 (arXiv 2407.21783,
-section 3.3.2). Two ways to attend: `all_gather` gives every rank the keys and values of all rows, once for all layers
-that share them; `all_to_all` gives it all rows of some heads (DeepSpeed-Ulysses, arXiv 2309.14509). The backward of
+A micro-batch is packed sequences of equal length, concatenated and split into documents that attend only to themselves.
+Each rank holds the same number of rows of every sequence, in chunks chosen so that all ranks have about the same number
+of query-key pairs; for one document that fills its sequence this is the zigzag of Llama 3 (arXiv 2407.21783, section
+3.3.2). There are two methods: `all_gather` gives every rank the keys and values of all rows, once for all layers that
+share them; `all_to_all` gives it all rows of some heads (DeepSpeed-Ulysses, arXiv 2309.14509). The backward pass of
 each is its transpose.
 
 Shapes: T rows of this rank, S = T * cp rows of the micro-batch, N query heads, G key/value heads (both of this
@@ -31,19 +30,19 @@ Ranges = list[tuple[int, int]]
 Method = Literal["all_gather", "all_to_all"]
 
 MAX_CHUNKS = 8
-"""Chunks of a sequence that a rank is given at most: more chunks cut more documents, and each later piece of one is two
-kernel calls."""
+"""Maximum number of chunks of a sequence per rank: more chunks split more documents, and each later piece of a document
+takes two kernel calls."""
 EVEN_ENOUGH = 1.05
-"""Imbalance at which more chunks are not tried."""
+"""Imbalance at or below which more chunks are not tried."""
 
 
 def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, unit_tokens: int) -> list[Ranges]:
-    """The row ranges of each context-parallel rank: whole units, as many rows of every sequence.
+    """The row ranges of each context-parallel rank: whole units, and the same number of rows of every sequence.
 
-    `cu_seqlens` are those of the documents of a micro-batch of `num_sequences` sequences; every end of a
-    sequence is one of them. A pure function, so all ranks compute the same. Each rank gets the smallest number of
-    chunks that is even enough, else the most even one. Raises ValueError if a sequence is not a multiple of
-    cp_size * unit_tokens tokens.
+    `cu_seqlens` are the document boundaries of a micro-batch of `num_sequences` sequences; every end of a sequence is
+    one of them. A pure function, so all ranks compute the same. Takes the smallest number of chunks per rank that is
+    even enough, else the most even one. Raises ValueError if a sequence is not a multiple of cp_size * unit_tokens
+    tokens.
     """
     tokens, rest = divmod(cu_seqlens[-1], num_sequences)
     units, odd_tokens = divmod(tokens, cp_size * unit_tokens)
@@ -56,7 +55,7 @@ def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, u
     if cp_size == 1:
         return [[(0, cu_seqlens[-1])]]
     chunks = [number for number in range(1, units + 1) if units % number == 0]
-    # one chunk a rank is the worst of all for long documents: a prime number of units may exceed the limit
+    # one chunk per rank is the worst choice for long documents, so a prime number of units may exceed the limit
     chunks = [number for number in chunks if number <= max([MAX_CHUNKS, *chunks[1:2]])]
     best: list[Ranges] = []
     least = float("inf")
@@ -71,14 +70,14 @@ def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, u
 
 
 def imbalance(cu_seqlens: Sequence[int], ranges_of_ranks: Sequence[Ranges]) -> float:
-    """Query-key pairs of the rank that has the most, over their mean; 1 is even."""
+    """The most query-key pairs of any rank, divided by their mean over ranks; 1 is even."""
     pairs_before = _pairs_before(cu_seqlens)
     pairs = [sum(pairs_before(end) - pairs_before(start) for start, end in ranges) for ranges in ranges_of_ranks]
     return max(pairs) * len(pairs) / sum(pairs)
 
 
 def _pairs_before(cu_seqlens: Sequence[int]) -> Callable[[int], int]:
-    """row -> query-key pairs of all queries before it."""
+    """Returns a function: row -> query-key pairs of all queries before it."""
     before_document = list(accumulate((_triangle(end - start) for start, end in pairwise(cu_seqlens)), initial=0))
 
     def pairs_before(row: int) -> int:
@@ -93,8 +92,8 @@ def _triangle(queries: int) -> int:
 
 
 def _assign_chunks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, chunk_tokens: int) -> list[Ranges]:
-    """Sequence after sequence, in rounds: of the cp_size costliest chunks left, the costliest goes to the rank with the
-    least to do."""
+    """Assign chunks sequence by sequence, in rounds: of the cp_size costliest chunks left, the costliest goes to the
+    least loaded rank, the next to the next."""
     pairs_before = _pairs_before(cu_seqlens)
     ranges: list[Ranges] = [[] for _ in range(cp_size)]
     load = [0] * cp_size
@@ -128,11 +127,11 @@ class ContextSlice(NamedTuple):
     ranges: Ranges
     """Of this rank."""
     rows_T: Tensor
-    """int64 rows of the micro-batch that this rank holds, ascending: the index for tokens, labels, positions."""
+    """int64 rows of the micro-batch on this rank, ascending: the index into tokens, labels, positions."""
     rows_S: Tensor
-    """int64 rows of all ranks, rank after rank."""
+    """int64 rows of all ranks, in rank order."""
     position_S: Tensor
-    """int64 place in rows_S of each row of the micro-batch."""
+    """int64 position in rows_S of each row of the micro-batch."""
 
 
 def context_slice(
@@ -143,7 +142,7 @@ def context_slice(
     unit_tokens: int,
     device: torch.device | str,
 ) -> ContextSlice:
-    """This rank's slice of a micro-batch; once for all layers. Arguments and errors as rows_of_ranks. Communicates
+    """This rank's slice of a micro-batch, for all layers. Arguments and errors as in rows_of_ranks. Communicates
     nothing."""
     ranges_of_ranks = rows_of_ranks(cu_seqlens, num_sequences, group.size(), unit_tokens)
     rows_S = torch.cat([torch.arange(start, end) for ranges in ranges_of_ranks for start, end in ranges])
@@ -157,8 +156,7 @@ def context_slice(
 
 
 def gather_keys_values(k_TGH: Tensor, v_TGH: Tensor, context: ContextSlice) -> tuple[Tensor, Tensor]:
-    """(S, G, H) keys and values of all rows, in the order of the micro-batch; call it once for all layers that share
-    them.
+    """(S, G, H) keys and values of all rows, in micro-batch order; call it once for all layers that share them.
 
     Communicates: context-parallel group, one all-gather; backward one reduce-scatter, a sum in the gradient's dtype.
     """
@@ -168,11 +166,10 @@ def gather_keys_values(k_TGH: Tensor, v_TGH: Tensor, context: ContextSlice) -> t
 
 
 def sequence_to_heads(x_TNH: Tensor, context: ContextSlice) -> Tensor:
-    """(T, N, H), this rank's rows, to (S, N / cp, H): all rows in the order of the micro-batch, of the rank-th block of
-    heads.
+    """(T, N, H), this rank's rows, to (S, N / cp, H): all rows in micro-batch order, for the rank-th block of heads.
 
-    N must be a multiple of cp. Query heads lie in the order of their key/value heads, so with both cut this way a rank
-    gets the queries of its keys. Communicates: context-parallel group, one all-to-all, and one in the backward.
+    N must be a multiple of cp. Query heads are ordered by their key/value heads, so with both split this way a rank
+    gets the queries of its keys. Communicates: context-parallel group, one all-to-all, and one in the backward pass.
     """
     return _SequenceToHeads.apply(x_TNH, context)
 

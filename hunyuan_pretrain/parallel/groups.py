@@ -1,4 +1,4 @@
-"""Process groups: one collection, built once, passed on. The only reader of megatron's parallel_state."""
+"""Process groups: one collection, built once and passed on. Only this module reads megatron's parallel_state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hunyuan_pretrain.config.schema import ParallelConfig
 
 def initialize_distributed(backend: str, timeout_s: int) -> None:
     """Join the ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them), or
-    be a world of one.
+    form a world of one.
 
     Communicates: all ranks (rendezvous). A collective that waits longer than `timeout_s` seconds raises.
     """
@@ -33,14 +33,14 @@ _timeout: timedelta | None = None
 
 
 def collective_timeout() -> timedelta | None:
-    """What `initialize_distributed` set; None where something else made the default group."""
+    """The time-out that `initialize_distributed` set; None if something else created the default group."""
     return _timeout
 
 
 def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollection:
     """Every process group of the layout; rank order is megatron's default (tp, cp, ep, dp, pp).
 
-    Beside core's own it has `expt_tp_dp`: the ranks of a stage that hold the same experts, or parts of them.
+    Besides core's own it has `expt_tp_dp`: the ranks of a stage that hold the same experts, or parts of them.
 
     Communicates: all ranks. `config.rules` has checked that the layout fits the world before this is called.
     """
@@ -52,8 +52,8 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, timeout_s // 60),
-        # core's second set of groups, for optimizers and checkpoints of the CPU that are not used here: each would hold
-        # sockets to all its ranks, on whatever network interface gloo takes for the right one
+        # core's second set of groups is for CPU optimizers and checkpoints, which are not used here: each would hold
+        # sockets to all its ranks, on whichever network interface gloo picks
         create_gloo_process_groups=False,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -62,14 +62,14 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
 
 
 def _same_experts(groups: ProcessGroupCollection, timeout_s: int) -> dist.ProcessGroup:
-    """The ranks with this one's expert-parallel and pipeline rank."""
+    """The ranks with the same expert-parallel and pipeline ranks as this one."""
     if groups.expt_tp.size() == 1:
         return groups.expt_dp
     if groups.expt_dp.size() == 1:
         return groups.expt_tp
     sizes = {"tp": groups.expt_tp.size(), "ep": groups.ep.size(), "dp": groups.expt_dp.size(), "pp": groups.pp.size()}
     ranks = parallel_state.RankGenerator(**sizes, cp=1, order="tp-cp-ep-dp-pp").get_ranks("tp-dp")
-    # every rank has to take part in making each of them, and core's list has to know ours, see leave_layout
+    # every rank has to take part in creating each group, and core's list has to include ours, see leave_layout
     timeout = timedelta(seconds=timeout_s)
     made = [
         parallel_state.create_group(group, timeout, group_desc="EXPERT_TENSOR_AND_DATA_PARALLEL_GROUP")
@@ -79,10 +79,10 @@ def _same_experts(groups: ProcessGroupCollection, timeout_s: int) -> dist.Proces
 
 
 def leave_layout() -> None:
-    """Leave the groups of a layout but not the job, whose ranks can build another layout's; communicates nothing."""
-    # core only forgets them, and each gloo group has threads of its own: a job of many layouts would end up with
-    # hundreds
-    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for all ranks
+    """Leave the groups of a layout but not the job, so that its ranks can build another layout; communicates
+    nothing."""
+    # core only forgets them, and each gloo group has its own threads: a job of many layouts would accumulate hundreds
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first is the default group
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 

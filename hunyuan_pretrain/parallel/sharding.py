@@ -1,13 +1,13 @@
-"""Where a rank's part of each parameter lies in the whole one: the one answer for initialisation, checkpoints and
-comparisons.
+"""Where a rank's part of each parameter lies in the whole parameter: the single source for initialisation, checkpoints
+and comparisons.
 
-A parameter says itself how it is divided, by attributes that its module sets:
+A parameter describes its own sharding, by attributes that its module sets:
     tensor_model_parallel, partition_dim   sharded over the tensor-parallel ranks along that dim (core's own names)
-    is_gated                               its partition_dim holds two halves, gate and up, each sharded for itself
+    is_gated                               its partition_dim holds two halves, gate and up, each sharded separately
     is_routed_expert                       its first dim is sharded over the expert-parallel ranks, and partition_dim
                                            over the expert-tensor-parallel ones
-    expert                                 it is that expert of the rank alone, without the first dim, out of such a
-                                           parameter; its name is that of the whole one, and the number
+    expert, num_experts                    it holds only this one of the rank's num_experts experts, without the first
+                                           dim; its name is that of the whole parameter, followed by the number
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Offset = tuple[int, int, int]
 
 
 class Part(NamedTuple):
-    """A rectangle of a parameter: where it lies in this rank's tensor and in the whole one, its lengths, and of how
-    many such it is."""
+    """A rectangle of a parameter: its slices in this rank's tensor and in the whole one, its offsets and lengths, and
+    the number of such pieces along each dim."""
 
     local: tuple[slice, ...]
     whole: tuple[slice, ...]
@@ -40,29 +40,29 @@ class Placement:
     """This rank's part of one parameter."""
 
     name: str
-    """Of the whole one."""
+    """Of the whole parameter."""
     local_shape: tuple[int, ...]
     """Of this rank's tensor; (1, ...) for one expert alone."""
     whole_shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    """One, or two for a divided gate and up projection."""
+    """One, or two for a sharded gate and up projection."""
     replica: tuple[int, int, int]
     """All zero on exactly one of the ranks that hold the same part."""
 
 
 def mark_sharded(weight: Tensor, dim: int) -> None:
-    """Say that the ranks of a group (tensor-parallel, or expert-tensor-parallel for experts) hold different parts of
-    `weight` along `dim`.
+    """Mark `weight` as sharded along `dim`: the ranks of a group (tensor-parallel, or expert-tensor-parallel for
+    experts) hold different parts of it.
 
-    megatron-core's gradient norm counts a weight without the mark on the first rank only. Core 0.16 marks a weight when
-    it initialises it itself, 0.19 always.
+    megatron-core's gradient norm counts an unmarked weight on the first rank only. Core 0.16 marks a weight only if it
+    initialises it itself, 0.19 always.
     """
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1  # type: ignore[attr-defined]
 
 
 def placement_of(name: str, parameter: Tensor, groups: ProcessGroupCollection, is_copy: bool = False) -> Placement:
-    """Where `parameter` of this rank belongs. `is_copy`: another pipeline stage holds the same parameter and counts as
-    its home."""
+    """The placement of this rank's `parameter`. `is_copy`: another pipeline stage holds the original of the same
+    parameter."""
     is_expert = getattr(parameter, "is_routed_expert", False)
     alone: int | None = getattr(parameter, "expert", None)
     is_sharded = getattr(parameter, "tensor_model_parallel", False)
@@ -87,8 +87,7 @@ def placement_of(name: str, parameter: Tensor, groups: ProcessGroupCollection, i
 
 
 def _part(shape: tuple[int, ...], offsets: tuple[Offset, ...], number: int, num_parts: int) -> Part:
-    """Part `number` of the `num_parts` equal ones that a local tensor of `shape` consists of, along the dim of its last
-    offset."""
+    """Part `number` of `num_parts` equal parts of a local tensor of `shape`, split along the dim of the last offset."""
     indices, counts, lengths, starts = [0] * len(shape), [1] * len(shape), list(shape), [0] * len(shape)
     for dim, index, count in offsets:
         indices[dim], counts[dim] = index, count
@@ -102,10 +101,10 @@ def _part(shape: tuple[int, ...], offsets: tuple[Offset, ...], number: int, num_
 
 
 def sharded_tensor(prefix: str, data: Tensor, placement: Placement) -> ShardedTensor | ShardedTensorFactory:
-    """`data`, which has the shape of the parameter placed at `placement`, for megatron's distributed checkpoints, under
-    prefix + its name.
+    """`data`, of the shape of the parameter with this `placement`, for megatron's distributed checkpoints, under prefix
+    + the parameter's name.
 
-    Read from one it has place.local_shape.
+    A tensor read from one has `placement.local_shape`.
     """
     key, data = prefix + placement.name, data.view(placement.local_shape)
 

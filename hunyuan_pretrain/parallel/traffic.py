@@ -1,25 +1,25 @@
 """Counts what a rank communicates: every collective and message, by the axis of its process group and its kind.
 
-Counted where torch's dispatcher sees them: whatever function megatron-core or torch calls, and whatever name it bound
-it to on import, ends in one operator of torch's namespace `c10d`. An operator of it that this file does not know is an
-error, not a gap.
+They are counted in torch's dispatcher: whatever function megatron-core or torch calls, under whatever name it was
+imported, it ends in one operator of torch's namespace `c10d`. An operator of that namespace that this file does not
+know is an error, not a gap.
 
-The bytes of a call are those that this rank has to send under the algorithm that needs the fewest (ring, pairwise
+The bytes of a call are those that this rank has to send under the algorithm that sends the fewest (ring, pairwise
 exchange; Thakur et al. 2005, "Optimization of Collective Communication Operations in MPICH"), in a group of n ranks,
 rounded up to whole bytes:
 
     all_gather, reduce_scatter    (n - 1) / n of the whole tensor
     all_reduce                    2 (n - 1) / n of the tensor
-    all_to_all                    of its tensor, what goes to other ranks; (n - 1) / n of it where the parts are equal
+    all_to_all                    what goes to other ranks; (n - 1) / n of the tensor if the parts are equal
     send                          the tensor
-    recv                          the tensor, which is received and not sent: left out of all sums
+    recv                          the tensor, which is received, not sent: left out of all sums
     broadcast, reduce             (n - 1) / n of the tensor, the average over the ranks
-    gather, scatter               what a rank that is not the root sends; what the root sends
+    gather, scatter               gather: what a rank other than the root sends; scatter: what the root sends
     barrier                       0
 
 A group of one rank communicates nothing and is not counted.
 
-Whoever calls, tensors have to be what NCCL reads: contiguous.
+Tensors have to be what NCCL reads, contiguous, whoever the caller is.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ AXES = {
     "expert_dp": ("expt_dp", "intra_expt_dp"),
     "embedding": ("embd", "pos_embd"),
 }
-"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which is dp here. Any other
-group, such as that of all ranks, is "other"; point-to-point messages over that one are the pipeline's (core sends half
-of them so where it has two ranks)."""
+"""Axis -> its groups in core's ProcessGroupCollection. Gradients are reduced over dp_cp, which counts as dp. Any other
+group, such as the one of all ranks, is "other"; but point-to-point messages over it count as pp (with two pipeline
+ranks core sends half of them that way)."""
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, in backward passes too,
-    which it slows down.
+    """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, including in backward
+    passes, and slows it down.
 
-    `counter.traffic` is what was counted so far. Raises NotImplementedError at an operator that this file does not
-    know, ValueError at a tensor that NCCL would misread, where gloo may not.
+    `counter.traffic` holds the counts so far. Raises NotImplementedError for an operator that this file does not know,
+    and ValueError for a tensor that NCCL would misread, even where gloo would not.
     """
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.traffic: Traffic = {}
         self.num_calls = 0
-        """With those of groups of one rank."""
+        """Including those of groups of one rank."""
         self._axes: dict[str, str] = {}
         for axis, names in AXES.items():
             for group in (getattr(groups, name, None) for name in names):
@@ -113,14 +113,14 @@ class TrafficCounter(TorchDispatchMode):
 
 
 def _sent(kind: str, size: int, n: int) -> int:
-    """Bytes to send of a call on `size` bytes in a group of n ranks; see the top of this file."""
+    """Bytes that this rank sends in a call on `size` bytes in a group of n ranks; see the top of this file."""
     if kind in ("send", "recv", "gather", "scatter", "all_to_all", "barrier"):
         return size
     return -(-size * (n - 1) * (2 if kind == "all_reduce" else 1) // n)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among them, and in lists among them."""
+    """Yields the tensors in `values`, nested lists and tuples included."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -136,17 +136,17 @@ Sizes = Callable[[dict[str, Any], dist.ProcessGroup], list[int]]
 
 
 def _one(argument: str) -> Sizes:
-    """One call on all of an argument."""
+    """One call, on the whole argument."""
     return lambda values, group: [_bytes(values[argument])]
 
 
 def _each(argument: str) -> Sizes:
-    """A call for each tensor of an argument: torch has put several calls together."""
+    """One call per tensor of an argument: torch has coalesced several calls."""
     return lambda values, group: [_bytes(tensor) for tensor in values[argument]]
 
 
 def _exchanged(values: dict[str, Any], group: dist.ProcessGroup) -> list[int]:
-    """Bytes to other ranks of a tensor whose rows are exchanged, in equal parts where no sizes are given."""
+    """Bytes that go to other ranks when the rows of a tensor are exchanged, in equal parts if no sizes are given."""
     size, splits = _bytes(values["input"]), values["input_split_sizes"]
     own = size * splits[group.rank()] // max(sum(splits), 1) if splits else size // group.size()
     return [size - own]
