@@ -6,4 +6,4 @@ cpu_megatron.install()
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on: the message says at which step, or in which probe, and why."""
+    """Training cannot start or continue; the message names the step or probe and the reason."""

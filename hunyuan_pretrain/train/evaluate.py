@@ -21,12 +21,13 @@ from hunyuan_pretrain.train.step import model_inputs, run_schedule, sum_over, su
 
 @torch.no_grad()
 def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str, Any]:
-    """Mean cross-entropy (nats a target token), number of target tokens, bits per byte where the loader knows its
-    bytes, and the load of each layer's experts; positions use `stage`'s RoPE alpha. The load counts every token of the
-    validation's sequences, and none of those that only fill up the ranks' micro-batches. Bits per byte: all nats / ln 2
-    / the bytes of the text that the target tokens stand for.
+    """Validate on `loader` with `stage`'s RoPE alpha. Returns `loss` (mean cross-entropy, nats per target token),
+    `target_tokens`, `expert_load` by layer, and `bits_per_byte` where the loader knows the byte count.
 
-    Communicates: all ranks (sums), and what the forward pass does.
+    The load counts every token of the validation sequences and excludes padding sequences that only fill up
+    micro-batches. Bits per byte is total nats / ln 2 / bytes of the text behind the target tokens.
+
+    Communicates: all ranks (sums), plus the forward pass.
     """
     experiment, groups, device = run.experiment, run.groups, run.device
     statistics: list[Tensor] = []
@@ -58,7 +59,7 @@ def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str
     nats, target_tokens = totals[0].item(), int(totals[1].item())
     found = {"loss": nats / target_tokens, "target_tokens": target_tokens}
     if loader.target_bytes is not None:
-        # the data-parallel ranks have different sequences, and every other rank those of one of them
+        # data-parallel ranks hold different sequences; all other ranks hold copies of theirs
         replicas = dist.get_world_size() // groups.dp.size()
         num_bytes = sum_over(dist.group.WORLD, torch.tensor(loader.target_bytes, device=device)).item() // replicas
         found |= {"bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}

@@ -38,7 +38,7 @@ from hunyuan_pretrain.train.step import train_step
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
-    """Train `experiment` from its newest checkpoint to its end; returns EXIT_DONE, or EXIT_STOPPED after a SIGTERM or
+    """Train `experiment` from its newest checkpoint to the end. Returns EXIT_DONE, or EXIT_STOPPED after SIGTERM or
     Ctrl-C."""
     stop = listen()
     try:
@@ -60,7 +60,7 @@ def _train(run: Run, stop: StopRequest) -> int:
         return EXIT_STOPPED
     if run.first_step == num_steps:
         run.log.line(
-            f"nothing to do: the run is finished ({num_steps} steps); a longer stage, or another one, goes on from here"
+            f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
         return EXIT_DONE
     meter = _meter(run)
@@ -85,7 +85,7 @@ def _train(run: Run, stop: StopRequest) -> int:
         if done == num_steps or is_stopping or (every is not None and done % every == 0):
             _save(run, done, must_succeed=done == num_steps or is_stopping)
         if is_stopping and done < num_steps:
-            run.log.line(f"told to stop: saved after step {done}; the same command goes on from there")
+            run.log.line(f"told to stop: saved after step {done}; the same command resumes from there")
             return EXIT_STOPPED
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     return EXIT_DONE
@@ -98,7 +98,7 @@ def _announce(run: Run, num_steps: int) -> None:
         experiment.optimizer.lr,
         expert_lr_ratio(experiment.model, experiment.optimizer, next_stage.global_batch_tokens),
     )
-    device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a rank"
+    device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per rank"
     todo = f"; steps {run.first_step + 1} to {num_steps}" if run.first_step < num_steps else ""
     run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}{todo}")
     for line in run.start.lines if run.start else ():
@@ -109,7 +109,7 @@ def _announce(run: Run, num_steps: int) -> None:
             run.log.line(f"  {name}: {used[name]}")
     histories = [tensor for name, tensor in scaling_state(run.chunks).items() if name.endswith(".history")]
     if run.first_step and histories and not any(history.any() for history in histories):
-        run.log.line("  FP8: the checkpoint has no scales of this recipe; they begin anew, from 1 in the first step")
+        run.log.line("  FP8: the checkpoint has no scales for this recipe; they start from 1 in the first step")
     for line in describe_groups(run.optimizer, peak, ratio):
         run.log.line("  " + line)
     for warning in find_warnings(experiment):
@@ -130,7 +130,7 @@ def _meter(run: Run) -> Meter:
 
 
 def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
-    """Validate on every set: numbers in one record, validation_* of evaluation.data and validation/<name>/* of each of
+    """Validate on every set and write one record: validation_* for evaluation.data, validation/<name>/* for each of
     evaluation.sets."""
     record: dict[str, Any] = {"step": done}
     for prefix, loader in run.validations.items():
@@ -145,8 +145,8 @@ def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
 
 
 def _save(run: Run, done: int, must_succeed: bool) -> None:
-    """Save; a failure in mid-run is reported and survived, because the next save may work and the run is worth more
-    than the copy."""
+    """Save a checkpoint. Unless `must_succeed`, a failure is only logged: the next save may work, and the run is worth
+    more than one checkpoint."""
     gather_parameters(run.wrapped)
     try:
         folder = save_load.save(
@@ -160,7 +160,7 @@ def _save(run: Run, done: int, must_succeed: bool) -> None:
 
 
 def _way_back(run: Run) -> str:
-    """What is left of a run whose numbers are no longer finite, and what can be done."""
+    """For a run whose loss or norm is no longer finite: the newest checkpoint and the possible remedies."""
     cure = "lower optimizer.lr or optimizer.clip_grad, or leave the data of this step out (stages.N.skip_data_steps)"
     found = save_load.find_checkpoints(run.run_dir)
     if not found:
@@ -174,6 +174,6 @@ def _way_back(run: Run) -> str:
         )
     step = save_load.read_marker(found[-1])["step"]
     return (
-        f"the newest checkpoint is {found[-1]}, after step {step}; the same command goes on from it, into the same "
+        f"the newest checkpoint is {found[-1]}, after step {step}; the same command resumes from it and gets the same "
         f"numbers: first {cure}"
     )

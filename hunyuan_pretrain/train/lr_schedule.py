@@ -1,5 +1,5 @@
-"""The learning rates of a step: how the rate goes is in `config.schedule`, what the routed experts have of it in
-`config.derived.expert_lr_ratio`."""
+"""The learning rates of a step. `config.schedule` has the schedule, `config.derived.expert_lr_ratio` the routed
+experts' share of the rate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hunyuan_pretrain.train.run import Run
 
 
 class LearningRates(NamedTuple):
-    """Of one step."""
+    """Learning rates of one step."""
 
     lr: float
-    """Of all weights but the routed experts."""
+    """For all weights except the routed experts."""
     expert_lr: float
 
 
 def apply_learning_rate(run: Run, step: int) -> LearningRates:
-    """Give the optimizer the learning rates of global step `step`, counted from 0. Raises IndexError past the end."""
+    """Set and return the learning rates of global step `step`, counted from 0. Raises IndexError past the end."""
     experiment = run.experiment
     tokens = run.schedule.stage(step).global_batch_tokens
     ratio = expert_lr_ratio(experiment.model, experiment.optimizer, tokens)

@@ -1,4 +1,4 @@
-"""What a step's numbers become: one record for metrics.jsonl and one line for a person.
+"""Formats a step's numbers as a record for metrics.jsonl and as a line for the log.
 
 Shapes: L layers, E experts.
 """
@@ -20,11 +20,11 @@ from hunyuan_pretrain.train.step import StepResult
 
 
 def routing_record(model: ModelConfig, sums: RouterStatistics, num_groups: int | None) -> dict[str, Any]:
-    """Per-layer expert load (share of choices before recycling) and shares of choices that overflowed, were recycled or
-    dropped.
+    """Per-layer expert load (share of choices before recycling) and the shares of choices that overflowed, were
+    recycled, or were dropped.
 
-    sums: of all layers, over the global batch. num_groups: routing groups of the global batch, over which the router
-    losses are means; None where there were none (evaluation).
+    sums: all layers, over the global batch. num_groups: routing groups in the global batch, over which the router
+    losses are averaged; None without router losses (evaluation).
     """
     choices_L = sums.tokens * model.moe_router_topk
     record: dict[str, Any] = {
@@ -49,9 +49,9 @@ def step_record(
     expert_lr: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """The metrics.jsonl record of global step `step` (counted from 1 there: the number of steps done).
+    """The metrics.jsonl record of global step `step`. The record counts from 1: its `step` is the number of steps done.
 
-    Of its `seconds` the trainer waited `data_wait_seconds` for the batch, which is read while the step before runs.
+    `seconds` includes `data_wait_seconds`, the wait for the batch, which is read while the previous step runs.
     """
     tokens_per_s = stage.global_batch_tokens / seconds
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
@@ -77,14 +77,12 @@ def step_record(
 
 
 class Meter:
-    """What a clock and the machine say of a run beside each step's own numbers, on rank 0: time, memory, MFU, and when
-    it will be done."""
+    """Measures time, memory, MFU and the remaining time of a run, on rank 0."""
 
     def __init__(
         self, schedule: Schedule, began: float | None, peak_flops_per_s: float | None, device: torch.device
     ) -> None:
-        """`began`: seconds since 1970 of the first start of the run. `peak_flops_per_s`: of all ranks together, None
-        where not known."""
+        """`began`: Unix time of the run's first start. `peak_flops_per_s`: sum over all ranks, None if unknown."""
         self._schedule, self._peak, self._device = schedule, peak_flops_per_s, device
         self._process = psutil.Process()
         self._process_began = self._process.create_time()
@@ -92,13 +90,12 @@ class Meter:
         self._after_first: tuple[float, int] | None = None
 
     def fields(self, done: int, step: dict[str, Any]) -> dict[str, Any]:
-        """More of the record of a step after which `done` are done.
+        """Further fields of a step's record; `done` is the number of steps completed.
 
-        cumulative_tokens: of the whole run, padding included. time: UTC. run_seconds and process_seconds: since the
-        first start of the run, breaks included, and since that of this process. eta_seconds: until the last step, at
-        the mean speed of this process after its first step, validations and checkpoints included. device_peak_bytes:
-        most that tensors took on the GPU since the record before;
-        host_rss_bytes: memory of the process; both of rank 0.
+        cumulative_tokens: whole run, padding included. time: UTC. run_seconds: since the run first started, breaks
+        included. process_seconds: since this process started. eta_seconds: time to the last step, at this process's
+        mean speed after its first step, validations and checkpoints included. device_peak_bytes: peak tensor memory
+        on the GPU since the previous record. host_rss_bytes: resident memory of the process. Both are rank 0's.
         """
         now, tokens = time.time(), self._schedule.tokens_after(done)
         left = self._schedule.tokens_after(self._schedule.num_steps) - tokens
@@ -123,7 +120,7 @@ class Meter:
 
 
 def step_line(record: dict[str, Any], num_steps: int) -> str:
-    """The record in one line. `load` is the busiest expert's choices over the even share."""
+    """The record as one line. `load` is the busiest expert's load relative to an even share."""
     share = f" ({record['mfu']:.1%} MFU)" if "mfu" in record else ""
     left = f" ETA {timedelta(seconds=round(record['eta_seconds']))}" if record.get("eta_seconds") else ""
     return (

@@ -1,6 +1,6 @@
-"""AdamW through megatron-core, with the routed experts in parameter groups of their own learning rate.
+"""AdamW through megatron-core, with separate parameter groups and learning rate for the routed experts.
 
-The ratio of the two rates is config.derived.expert_lr_ratio, which gives its source.
+The ratio of the two rates comes from config.derived.expert_lr_ratio, which cites its source.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hunyuan_pretrain.runtime.handover import handed_over
 def wrap_data_parallel(
     chunks: list[HunyuanModel], experiment: Experiment, groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
-    """Core's gradient buffers and their reduction over the data-parallel ranks, for each model chunk."""
+    """Wrap each model chunk in core's DDP: gradient buffers, reduced over the data-parallel ranks."""
     parallel = experiment.parallel
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=experiment.precision.grad_reduce_in_fp32,
@@ -42,8 +42,8 @@ def wrap_data_parallel(
     )
     wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in chunks]
     if parallel.overlap_grad_reduce:
-        # core counts the gradients of a step to know when to reduce; without this it would learn the count in the first
-        # stage's steps and reduce too early in a stage that has more micro-batches
+        # core counts the gradients of a step to know when to reduce; without this it would learn the count from the
+        # first stage's steps and reduce too early in a stage with more micro-batches
         no_sync = [model.no_sync for model in wrapped]
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
@@ -52,9 +52,9 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], experiment: Experiment, groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """AdamW over the wrapped chunks; routed experts are in groups marked `is_expert_lr`, norms have no weight decay.
+    """AdamW over the wrapped chunks. Groups of routed experts are marked `is_expert_lr`; norms have no weight decay.
 
-    With optimizer.cpu_offload_fraction the inner optimizer of each part is core's HybridDeviceOptimizer.
+    With optimizer.cpu_offload_fraction, the inner optimizer of each part is core's HybridDeviceOptimizer.
     """
     settings = experiment.optimizer
     is_offloaded = settings.cpu_offload_fraction > 0
@@ -77,16 +77,16 @@ def build_optimizer(
         fp8_recipe=experiment.precision.fp8_recipe if _has_fp8_parameters(chunks[0].module) else None,
     )
     if is_offloaded:
-        # the offloaded optimizer then keeps the fp32 main weights too, of which the distributed optimizer would have
-        # another copy on the device; set here, because OptimizerConfig grants it to a certain version of Transformer
-        # Engine only, which has no part in this
+        # the offloaded optimizer then also keeps the fp32 main weights; otherwise the distributed optimizer would hold
+        # a second copy on the device. Set here because OptimizerConfig allows it only with certain Transformer Engine
+        # versions, and Transformer Engine is not involved
         config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     is_routed_expert = ParamPredicate(
         name="routed_expert", fn=lambda parameter: getattr(parameter, "is_routed_expert", False)
     )
     overrides = standard_overrides(config) | {ParamKey(predicate=is_routed_expert): {"is_expert_lr": True}}
-    # outside autograd: core's shards of fp32 weights (routers are) would be results of a view, over which torch builds
-    # no optimizer
+    # no_grad: core's shards of fp32 weights (such as routers) would otherwise be non-leaf views, which torch optimizers
+    # reject
     with torch.no_grad(), weights_count_as_on_a_device() if is_offloaded else nullcontext():
         optimizer = get_megatron_optimizer(
             config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups
@@ -96,20 +96,20 @@ def build_optimizer(
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
             group["fused"], group["foreach"] = True, False
     for part in optimizer.chained_optimizers[:-1] if experiment.parallel.use_distributed_optimizer else []:
-        # after its own update each part of core's optimizer gathers the weights of all parts; only the last one has to
+        # each part of core's optimizer gathers the weights of all parts after its update; only the last one has to
         part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
     return optimizer
 
 
 def _has_fp8_parameters(model: HunyuanModel) -> bool:
-    """Whether weights are in FP8 only; an emulation has them in the dtype of the run, and only computes as if."""
+    """Whether weights are stored only in FP8. Emulation stores them in the run's dtype and only computes as if."""
     return model.config.uses_transformer_engine and model.config.precision.fp8_parameters
 
 
 def complete_gradients(chunks: list[DistributedDataParallel]) -> None:
-    """Give every rank all of its reduced gradients, of which the distributed optimizer leaves it only a shard.
+    """All-gather the reduced gradients; the distributed optimizer leaves each rank only a shard.
 
-    Communicates: data-parallel groups, where there is a distributed optimizer.
+    Communicates: data-parallel groups, with the distributed optimizer only.
     """
     for model in chunks:
         if not model.ddp_config.use_distributed_optimizer:
@@ -123,23 +123,23 @@ def complete_gradients(chunks: list[DistributedDataParallel]) -> None:
 
 
 ROW = 4096
-"""Elements that are summed in fp32 at once."""
+"""Elements per fp32 sum."""
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """fp64 sum of the squares of all elements, on the device of the tensors; right to about 1e-6 however they are cut
-    or ordered.
+    """fp64 sum of squares of all elements, on the tensors' device; accurate to about 1e-6 however they are sharded or
+    ordered.
 
-    Nothing is copied to fp64 but one number for each ROW elements or tensor.
+    Only one number per ROW elements, or per tensor, is converted to fp64.
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     if tensors[0].device.type == "cuda":
-        # one launch for all; each thread adds some hundred numbers and the rest is a tree
+        # one launch for all; each thread adds a few hundred numbers, the rest is a tree reduction
         norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
         return norms.double().square().sum()
-    # on a CPU torch adds one number after the other in a few lanes: squares of a tensor's small elements are lost in a
-    # long sum of its others, 2e-3 of 4 million of them
+    # on CPU torch accumulates sequentially in a few lanes: squares of small elements are lost in a long sum, 2e-3 of it
+    # over 4 million elements
     found = torch.zeros((), dtype=torch.float64)
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
@@ -150,13 +150,11 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The L2 norm of the gradient of the whole model; each element counts once, whatever ranks hold copies or shards of
-    it.
+    """L2 norm of the whole model's gradient. Each element counts once, whichever ranks hold copies or shards of it.
 
-    Core chooses the tensors and the ranks (of copies, shared weights and experts one counts); its own sum is not used,
-    because on a CPU it depends on how weights are cut, and where Transformer Engine or Apex can be imported it is
-    theirs and runs on a GPU only.
-    Communicates: all groups of the optimizer.
+    Core selects the tensors and ranks, so that one of several copies counts. Its own sum is not used: on CPU it depends
+    on how weights are sharded, and where Transformer Engine or Apex can be imported it calls theirs, which run only on
+    a GPU. Communicates: all groups of the optimizer.
     """
     parts: dict[dist.ProcessGroup, list[Tensor]] = {}
     for part in optimizer.chained_optimizers:
@@ -166,7 +164,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     total = 0.0
     for group, gradients in parts.items():
         on_device: dict[torch.device, list[Tensor]] = {}
-        for gradient in gradients:  # of an offloaded optimizer some are on the host
+        for gradient in gradients:  # an offloaded optimizer keeps some on the host
             on_device.setdefault(gradient.device, []).append(gradient)
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -178,11 +176,11 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> float:
-    """Clip by the global norm, update, and return the norm before clipping; if a gradient is not finite, that is nan
-    and nothing changes.
+    """Clip by the global norm, update, and return the norm before clipping. If that norm is not finite, nothing is
+    updated.
 
-    Where the update is torch's fused AdamW, that kernel divides the gradients itself, in the pass that reads them
-    anyway; core would copy and rewrite all of them first. Communicates: all groups of the optimizer.
+    torch's fused AdamW kernel scales the gradients in the pass that reads them anyway; core would copy and rewrite all
+    of them first. Communicates: all groups of the optimizer.
     """
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer)
@@ -205,45 +203,43 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
 
 
 def _gradients(part: MegatronOptimizer) -> list[Tensor]:
-    """What the update of this part reads."""
+    """The gradients that this part's update reads."""
     name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
     found = (getattr(parameter, name, None) for parameter in part.get_parameters())
     return [gradient for gradient in found if gradient is not None]
 
 
 def _hand_over_fp32_gradients(optimizer: HybridDeviceOptimizer) -> None:
-    """Give fp32 weights that stay on the device the gradient that their update reads: core hands on those of offloaded
-    and of bf16 weights only, and would leave them as they are, silently."""
+    """Set the gradient that the update reads on fp32 weights that stay on the device. Core passes on gradients only for
+    offloaded and bf16 weights, and would silently leave these weights unchanged."""
     for weight, updated in optimizer.param_to_inner_param.items():
         if updated is weight:
             weight.grad = weight.decoupled_grad
 
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
-    """Complete this rank's weights after an update that left it to the next forward pass to gather them
-    (overlap_param_gather).
+    """Gather this rank's weights now, where overlap_param_gather leaves the gather to the next forward pass.
 
-    Whoever reads the weights between two steps calls this: of the other data-parallel ranks' shards the rank has the
-    values before the update. Communicates: data-parallel groups of the parameters.
+    Call this before reading weights between two steps: until then the rank has stale values in the other data-parallel
+    ranks' shards. Communicates: data-parallel groups of the parameters.
     """
     for model in chunks:
         if model.ddp_config.overlap_param_gather:
             model.start_param_sync(force_sync=True)
-            # core does this where it waits for a gather under way, and not after this one: backward passes would read
-            # what was before
+            # core does this only after waiting for an asynchronous gather, not after a forced one: backward passes
+            # would read stale values
             if in_fp8 := [parameter for parameter in model.parameters() if is_float8tensor(parameter)]:
                 post_all_gather_processing(in_fp8)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, expert_ratio: float) -> None:
-    """Set the rate of every parameter group: `lr`, and lr * expert_ratio for routed experts."""
+    """Set the learning rate of every parameter group: lr * expert_ratio for routed experts, `lr` for the others."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (expert_ratio if group.get("is_expert_lr") else 1.0)
 
 
 def describe_groups(optimizer: MegatronOptimizer, lr: float, expert_ratio: float) -> list[str]:
-    """A line for each parameter group of this rank: what is in it, how many elements, peak learning rate, weight
-    decay."""
+    """One line per parameter group of this rank: contents, number of elements, peak learning rate, weight decay."""
     lines = []
     for group in optimizer.param_groups:
         is_expert = bool(group.get("is_expert_lr"))

@@ -1,9 +1,8 @@
-"""What training would refuse before its first step, found in one process and without a model: `hunyuan-pretrain doctor
+"""Finds what training would refuse before its first step, in one process and without a model: `hunyuan-pretrain doctor
 CONFIG`.
 
-By the functions that training calls, so that both say the same. Left to training: what only its ranks can tell (the
-data's SHA-256, which `hunyuan-data verify` compares too, the bytes of a checkpoint, and whether another process trains
-in the run directory).
+Calls the same functions as training, so both report the same errors. Not checked: the data's SHA-256 (`hunyuan-data
+verify` checks it), the bytes of a checkpoint, and whether another process is training in the run directory.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ from hunyuan_pretrain.train import resume, setup
 
 
 def refusals(experiment: Experiment) -> list[str]:
-    """The message of every check that fails; none: training can begin, as far as one process can tell. Changes
-    nothing."""
-    experiment = with_absolute_paths(experiment)  # as they are in the history of a run
+    """Messages of all failed checks; if empty, training can start as far as one process can tell. Writes nothing."""
+    experiment = with_absolute_paths(experiment)  # as recorded in a run's history
     found = [
         *_messages(lambda: check_writable(Path(experiment.run_dir))),
         *_messages(lambda: setup.check_tokenizer_folder(experiment.tokenizer)),
@@ -39,7 +37,7 @@ def refusals(experiment: Experiment) -> list[str]:
     ranks = data_parallel_size(experiment, _world_size(experiment))
     found += _messages(lambda: StepLoader(experiment, 0, ranks, digest).close())
     found += _messages(lambda: setup.open_evaluation(experiment, 0, ranks, loaded[0])) if loaded else []
-    if digest is not None and not found:  # what a run goes on with includes its data
+    if digest is not None and not found:  # resuming compares the data too
         found += _messages(lambda: _start(experiment, digest))
     return list(dict.fromkeys(found))
 
@@ -54,7 +52,7 @@ def _messages(check: Callable[[], object]) -> Iterator[str]:
 
 
 def _start(experiment: Experiment, tokenizer_digest: str) -> None:
-    """What the run would begin or go on with."""
+    """Check the checkpoint that the run would start or resume from."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
     found = save_load.find_checkpoints(run_dir)
     met = resume.what_is_met(experiment, tokenizer_digest, versions(), _world_size(experiment))

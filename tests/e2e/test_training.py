@@ -159,7 +159,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
     stopped = last_step(run_dir)
     assert 3 <= stopped < 400
     assert complete(run_dir) == [f"step_{stopped:07d}"]
-    assert f"told to stop: saved after step {stopped}; the same command goes on from there" in out
+    assert f"told to stop: saved after step {stopped}; the same command resumes from there" in out
     process = start("train", config)
     kill_when(process, lambda: last_step(run_dir) > stopped)
     assert [record["step"] for record in metrics(run_dir)][: stopped + 1] == list(range(1, stopped + 2))

@@ -285,4 +285,4 @@ def train_with_histories(corpus: Path, folder: Path, lengths: list[int]) -> None
 def test_a_run_reports_that_its_scales_start_over(corpus, tmp_path, lengths: list[int], times: int) -> None:
     fork_ranks(1, train_with_histories, corpus, tmp_path / "run", lengths)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert log.count("the checkpoint has no scales of this recipe; they begin anew") == times
+    assert log.count("the checkpoint has no scales for this recipe; they start from 1") == times

@@ -38,7 +38,7 @@ def test_a_non_finite_loss_names_the_newest_checkpoint_or_says_that_there_is_non
     monkeypatch.setattr(loop.save_load, "find_checkpoints", lambda run_dir: [folder])
     monkeypatch.setattr(loop.save_load, "read_marker", lambda folder: {"step": 2})
     words = (
-        f"the newest checkpoint is {folder}, after step 2; the same command goes on from it, into the same numbers: "
+        f"the newest checkpoint is {folder}, after step 2; the same command resumes from it and gets the same numbers: "
         f"first {cure}"
     )
     assert refusal(corpus, tmp_path, monkeypatch).endswith(words)
