@@ -1,10 +1,9 @@
-"""What is tried once before training: that attention is right, that documents do not see each other, and that every
-declared loss reaches the routers.
+"""Checks made once before training: attention is correct, documents do not see each other, and every declared loss
+reaches the routers.
 
-All run the model itself, under the layout in use, on one micro-batch. They cost a few seconds and catch what no loss
-curve shows: an attention backend that reads other numbers than it is given, or ignores document borders; a router loss
-that does nothing or whose strength depends on the layout.
-`runtime.probes: false` turns them off.
+They run the model itself, in the layout in use, on one micro-batch. They take a few seconds and catch what no loss
+curve shows: an attention backend that misreads its inputs or ignores document boundaries; a router loss that has no
+effect, or whose strength depends on the layout. `runtime.probes: false` turns them off.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import as_summed_loss, model_inputs, run_schedule
 
 COEFFICIENT_TOLERANCE = 1e-3
-"""Relative; the same sums in another order differ by less than 1e-5, a factor of a layout by 2 or more."""
+"""Relative. A different summation order changes the sums by less than 1e-5; a layout-dependent factor is 2 or more."""
 
 
 def probe(run: Run) -> list[str]:
-    """Run the probes and return a line about each; raises TrainingError, on every rank, if one fails. Communicates: all
+    """Run the probes and return one line for each. Raises TrainingError, on every rank, if one fails. Communicates: all
     groups."""
     lines = [check_attention(run), check_leakage(run)]
     if run.experiment.model.num_moe_experts > 1:
@@ -46,24 +45,23 @@ def probe(run: Run) -> list[str]:
     return lines
 
 
-# --- attention is what another implementation computes ----------------------------------------------------------------
+# --- attention matches another implementation -------------------------------------------------------------------------
 
 ROUNDINGS = {"output": 5, "gradient of q": 10, "gradient of k": 10, "gradient of v": 10}
-"""How often a number on the way to each result is rounded to the dtype of the run, in both implementations together,
-each time by half of its eps at most. Output: the softmax's weights and the result; packed_attention the results of both
-parts of a document too. Gradients: those of the output, which they start from, the weights', the scores', and the
-result."""
+"""Roundings to the run's dtype on the way to each result, counted over both implementations; each is at most half an
+eps. Output: softmax weights and result, in packed_attention also the results of both parts of a document. Gradients:
+the output gradient that they start from, those of the weights and scores, and the result."""
 REFERENCE_TOKENS = 256
-"""Longest document where the reference holds all scores."""
+"""Longest document for the reference that materializes all scores."""
 
 
 def check_attention(run: Run) -> str:
-    """Compare this stage's attention, forward and backward, with another implementation, on what its first CLA group
-    hands over.
+    """Compare this stage's attention, forward and backward, with another implementation on the inputs of its first CLA
+    group.
 
-    A backend of its own is compared with `packed_attention`, on this rank's documents of the first micro-batch; that
-    one with a plain softmax, on short documents. Each row of the output may differ by its roundings, each gradient, as
-    a whole, by its own.
+    `packed_attention` is compared with a plain softmax on short documents; any other backend with `packed_attention` on
+    this rank's documents of the first micro-batch. The tolerance is the rounding error, per row of the output and for
+    each gradient as a whole.
     """
     layers = list(run.chunks[0].decoder.layers)[: run.chunks[0].config.model.cla_share_factor]
     backend = layers[0].self_attention.core_attention
@@ -105,29 +103,29 @@ def check_attention(run: Run) -> str:
             f"{name} by {found[name]:.2g} (rounding explains {allowed[name]:.2g})" for name in wrong
         )
         raise TrainingError(
-            f"attention by {names[0]} is not that of {names[1]} on the same queries, keys and values: "
+            f"attention by {names[0]} does not match {names[1]} on the same queries, keys and values: "
             f"{differences}, relative; "
             "do not train with this attention backend"
         )
     worst_of_all = f"largest relative difference {max(found.values()):.1e}"
-    return f"probe: attention by {names[0]} is that of {names[1]}, forward and backward ({worst_of_all})"
+    return f"probe: attention by {names[0]} matches {names[1]}, forward and backward ({worst_of_all})"
 
 
 def _allowed(roundings: int, dtype: torch.dtype, num_terms: int) -> float:
-    """Roundings of `dtype`, and those of fp32 sums of so many terms (Higham 2002, section 3.1)."""
+    """Error bound of so many roundings to `dtype` plus fp32 sums of `num_terms` terms (Higham 2002, section 3.1)."""
     return (roundings * torch.finfo(dtype).eps + num_terms * torch.finfo(torch.float32).eps) / 2
 
 
 class _Compared:
-    """A core attention that has another one compute the same."""
+    """A core attention that also runs a reference on its inputs and records the differences."""
 
     def __init__(self, backend: CoreAttention, reference: CoreAttention) -> None:
         self.both = backend, reference
         self.differences: dict[str, Tensor] = {}
-        """Of all calls the largest: relative to the norm of each row of the output, of each gradient as a whole."""
+        """Largest over all calls, relative to the norm: per row for the output, as a whole for each gradient."""
 
     def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
-        # as gradients arrive: from a product, contiguous
+        # contiguous, like a gradient that a GEMM produces
         grad_TNH = (
             torch.sin(torch.arange(q_TNH.numel(), device=q_TNH.device, dtype=torch.float32))
             .view(q_TNH.shape)
@@ -148,7 +146,7 @@ class _Compared:
 
 
 def _plain_softmax(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """By its definition, in fp32, with a mask and all scores of a block, differentiated by torch."""
+    """Attention by its definition: fp32, a mask, all scores of a block in memory, differentiated by autograd."""
     outs = []
     for block in blocks:
         q_nNH = q_TNH[block.q_start : block.q_end].float()
@@ -167,8 +165,10 @@ def _plain_softmax(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence
 
 
 def check_leakage(run: Run) -> str:
-    """Change one document of a pack: attention's output and input gradient of all others must be bitwise what they
-    were."""
+    """Change one document of a pack; the attention output and input gradient of all others must stay bitwise identical.
+
+    Raises TrainingError on every rank if they do not. Communicates: all ranks.
+    """
     num_tokens = _num_tokens(run)
     cu_seqlens = [0, num_tokens // 8, num_tokens // 2 - 1, num_tokens - 3, num_tokens]
     changed = range(cu_seqlens[1], cu_seqlens[2])
@@ -203,8 +203,8 @@ def check_leakage(run: Run) -> str:
 
 
 def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows of this rank, output, gradient of the input) of the attention layers of this stage's first CLA group,
-    without their experts."""
+    """(rows of this rank, output, gradient of the input) of the attention layers in this stage's first CLA group,
+    without the experts."""
     model = run.chunks[0]
     mine_T, plan = _pack(run, positions_S, cu_seqlens, 1)
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
@@ -212,16 +212,16 @@ def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, cu_seqlens: list[i
     for layer in list(model.decoder.layers)[: model.config.model.cla_share_factor]:
         attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, plan)
         output_TD = output_TD + attention_TD
-    # the same pull on both runs, another on every row
+    # the same gradient in both runs, a different one for every row
     grad_output_SD = torch.sin(torch.arange(hidden_SD.numel(), dtype=torch.float32)).view_as(hidden_SD)
     (grad_TD,) = torch.autograd.grad(output_TD, input_TD, grad_output_SD.to(output_TD)[mine_T])
     for wrapped in run.wrapped:
-        wrapped.zero_grad_buffer()  # linears that accumulate into main_grad have done so
+        wrapped.zero_grad_buffer()  # linears may have accumulated into main_grad
     return mine_T, output_TD.detach(), grad_TD
 
 
 def _pack(run: Run, positions_S: Tensor, cu_seqlens: list[int], num_sequences: int) -> tuple[Tensor, AttentionPlan]:
-    """(rows whose hidden states this rank holds, what its layers get) of a pack, given as a micro-batch has it."""
+    """(rows whose hidden states this rank holds, attention plan of its layers) for a pack in micro-batch form."""
     groups, experiment = run.groups, run.experiment
     rows_T, context = torch.arange(len(positions_S), device=run.device), None
     if groups.cp.size() > 1:
@@ -237,10 +237,12 @@ def _pack(run: Run, positions_S: Tensor, cu_seqlens: list[int], num_sequences: i
 
 
 def check_liveness(run: Run) -> str:
-    """Train on each declared loss alone: its gradient on every router is not zero, and has the declared strength.
+    """Train on each declared loss alone and check that its gradient is nonzero on every router, at the declared
+    strength.
 
-    The strength is measured at the last layer, whose router only its own loss reaches: gradient after all reductions,
-    projected on the gradient of the bare loss, computed from the router's input apart from the training path.
+    The strength is measured at the last layer, because only that layer's own loss reaches its router. It is the fully
+    reduced gradient projected on the gradient of the bare loss, which is computed from the router's input outside the
+    training path. Raises TrainingError.
     """
     model = run.experiment.model
     terms = {"cross-entropy": (True, 0.0, 0.0)}
@@ -266,12 +268,12 @@ def check_liveness(run: Run) -> str:
                 f"the {name} acts with coefficient {strength:.6g}, but {declared:g} is declared: this layout scales it"
             )
         heard.append(f"{name} (coefficient {strength:.4g}, declared {declared:g})")
-    return f"probe: every router hears {', '.join(heard)}"
+    return f"probe: every router has a gradient from {', '.join(heard)}"
 
 
 def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: float) -> tuple[Tensor, float]:
-    """(norm of the gradient of each router (L,), strength of the router loss at the last layer) after one step on these
-    losses alone."""
+    """(gradient norm of each router (L,), strength of the router loss at the last layer) for a step on these losses
+    alone."""
     config, groups, device = run.chunks[0].config, run.groups, run.device
     num_tokens, group_tokens = _num_tokens(run), run.experiment.model.moe_routing_group_tokens
     num_micro_batches = run.experiment.parallel.pipeline_model_parallel_size
@@ -311,8 +313,8 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
 
 
 class _BareLoss:
-    """Gradient of the last layer's router loss without its coefficient, from the router's input, summed over all
-    tokens."""
+    """Gradient of the last layer's router loss without its coefficient, computed from the router's input and summed
+    over all tokens."""
 
     def __init__(self, run: Run, num_global_groups: int, is_z_loss: bool) -> None:
         self.num_global_groups, self.is_z_loss, self.groups = num_global_groups, is_z_loss, run.groups
@@ -351,7 +353,7 @@ class _BareLoss:
 
 
 def _num_tokens(run: Run) -> int:
-    """Tokens of a probe's micro-batch: the fewest of which every rank gets whole routing groups, and at least 64."""
+    """Tokens of a probe's micro-batch: the smallest number, at least 64, that gives every rank whole routing groups."""
     parallel, group = run.experiment.parallel, run.experiment.model.moe_routing_group_tokens
     unit = group * parallel.tensor_model_parallel_size * parallel.context_parallel_size
     return -(-64 // unit) * unit

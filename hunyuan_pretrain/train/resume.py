@@ -1,5 +1,5 @@
-"""How a run goes on: what is in its checkpoint, what has changed since, whether that is allowed, and what its history
-becomes."""
+"""How a run resumes: what its checkpoint holds, what has changed since, whether the changes are allowed, and the new
+history."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or goes on."""
+    """Where a run starts or resumes."""
 
     history: tuple[Segment, ...]
-    """All segments; the last is the one that is in force."""
+    """All segments; the last one is current."""
     first_step: int
-    """Steps that are done."""
+    """Number of steps done."""
     is_new_segment: bool
     lines: tuple[str, ...]
     """For the log: what was read and what has changed."""
     leaves: tuple[Path, ...] = ()
-    """Checkpoints of run_dir that come after it, which a branch leaves behind."""
+    """Later checkpoints in run_dir, which a branch leaves behind."""
 
     def after(self, lines: Sequence[str]) -> Start:
-        """The same, with other lines before those for the log."""
+        """A copy with `lines` before its own log lines."""
         return replace(self, lines=(*lines, *self.lines))
 
     @property
@@ -55,7 +55,7 @@ class Start:
 def begin(
     experiment: Experiment, met: Mapping[str, Any], lines: tuple[str, ...] = (), changes: tuple[str, ...] = ()
 ) -> Start:
-    """A run that has no checkpoint. `met`: as `what_is_met` has it."""
+    """The start of a run without a checkpoint. `met`: from `what_is_met`."""
     segment = _segment(experiment, met, 0, Schedule.of(experiment.stages).position(0), changes)
     return Start((segment,), 0, True, lines)
 
@@ -67,10 +67,10 @@ def go_on(
     marker: Mapping[str, Any],
     accepted: Collection[str] = (),
 ) -> Start:
-    """A run that goes on from a checkpoint, whose complete.json is `marker`.
+    """The start of a run that resumes from a checkpoint; `marker` is the content of its complete.json.
 
-    `accepted`: keys of changes that are accepted by hand. Raises CheckpointError that names every difference which is
-    not allowed, and ConfigError where a stage would end before what is trained of it.
+    `accepted`: keys of changes that the user accepts. Raises CheckpointError, which names every difference that is not
+    allowed, and ConfigError if a stage would end before the point already trained.
     """
     check_accepted(accepted)
     step = int(marker["step"])
@@ -83,7 +83,7 @@ def go_on(
     recorded = marker.get("position")
     if recorded is not None and recorded != schedule.position(step):
         raise CheckpointError(
-            f"{folder}: its position {recorded} is not the one that its history gives, {schedule.position(step)}"
+            f"{folder}: its position {recorded} contradicts its history, which gives {schedule.position(step)}"
         )
     lines = [f"resumes from {folder}: {_where(schedule, step)}, saved by {_layout_of(past[-1], marker)}"]
     lines += _changes_lines(found, accepted)
@@ -102,10 +102,10 @@ def go_on(
 def is_of_branch(
     experiment: Experiment, met: Mapping[str, Any], folder: Path, marker: Mapping[str, Any], resume_from: str
 ) -> bool:
-    """Whether a checkpoint is already of the branch that `resume_from` asks for, and nothing has changed since that
-    would be another one.
+    """Whether a checkpoint already belongs to the branch that `resume_from` asks for, with no change since then that
+    would make it a different branch.
 
-    Layout, ranks and versions may change without beginning it again, so that a job which is started again goes on.
+    Layout, ranks and versions may change, so that a restarted job continues its branch instead of starting it again.
     """
     if not marker.get("history"):
         return False
@@ -122,7 +122,7 @@ def is_of_branch(
 
 
 def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
-    """A start as the beginning of a branch, which leaves `later` checkpoints behind."""
+    """`start` turned into the start of a branch, which leaves the `later` checkpoints behind."""
     step, last = start.first_step, start.history[-1]
     what = f"branches off after step {step}" + (
         f", leaving {', '.join(folder.name for folder in later)}" if later else ""
@@ -140,15 +140,15 @@ def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
 
 
 def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(lines for the log, changes to record) of a run that begins with the weights of a checkpoint.
+    """(lines for the log, changes to record) for a run that starts from the weights of a checkpoint.
 
-    Raises CheckpointError if they are of another model.
+    Raises CheckpointError if they belong to another model.
     """
     refuse_other_model(folder, marker, experiment.model)
     found = model_differences(marker["model"], experiment.model)
     lines = [
-        f"begins with the weights of {folder}, after step {marker['step']} of its run; optimizer, data and step "
-        "begin anew"
+        f"starts from the weights of {folder}, after step {marker['step']} of its run; optimizer, data and step "
+        "start fresh"
     ]
     return lines + _changes_lines(found, ()), [
         f"checkpoint.init_from: {folder}, step {marker['step']}",
@@ -159,7 +159,7 @@ def weights_from(experiment: Experiment, folder: Path, marker: Mapping[str, Any]
 def what_is_met(
     experiment: Experiment, tokenizer_digest: str, versions: Mapping[str, str | None], world_size: int | None = None
 ) -> dict[str, Any]:
-    """What a start meets besides its configuration, as fields of Segment; `world_size`: by default that of this job.
+    """What a start depends on besides its configuration, as fields of Segment. `world_size` defaults to this job's.
 
     Raises DataFormatError if a dataset cannot be opened.
     """
@@ -175,11 +175,11 @@ def what_is_met(
 
 
 def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
-    """Raise ConfigError, on every rank, where ranks have other settings, data or tokenizers than rank 0: each node
-    reads its own files.
+    """Raise ConfigError, on every rank, if a rank's settings, data or tokenizer differ from rank 0's: each node reads
+    its own files.
 
-    Paths may differ: copies lie elsewhere on another node, and a comparison of layouts has a run_dir for each rank.
-    Communicates: all ranks.
+    Paths may differ: nodes may keep copies in different places, and a comparison of layouts has a run_dir for each
+    rank. Communicates: all ranks.
     """
     mine = {
         "settings": digest_of(change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: "")),
@@ -194,16 +194,14 @@ def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
             named = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
             hint = "give every node the same files and the same command"
             problems.append(
-                Problem(
-                    name, Problem.NO_VALUE, f"not the same on all ranks: other than that of rank 0 on {named}", hint
-                )
+                Problem(name, Problem.NO_VALUE, f"not the same on all ranks: differs from rank 0 on {named}", hint)
             )
     if problems:
         raise ConfigError("ranks of this job", problems)
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
-    """What an action of rank 0 returns, on every rank. Raises CheckpointError, on every rank, if it fails.
+    """Run `action` on rank 0 and return its result on every rank. Raises CheckpointError, on every rank, if it fails.
     Communicates: all ranks."""
     found, error = from_rank_0(action)
     if error is not None:
@@ -212,7 +210,7 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
 
 def layout(experiment: Experiment, world_size: int) -> str:
-    """The ways in which the ranks divide the work, as `parity --layout` spells them."""
+    """The parallel layout, in the notation of `parity --layout`."""
     parallel = experiment.parallel
     sizes = {
         "tp": parallel.tensor_model_parallel_size,
@@ -275,7 +273,7 @@ def _layout_of(segment: Segment, marker: Mapping[str, Any]) -> str:
 
 
 def _changes_lines(found: list[Difference], accepted: Collection[str]) -> list[str]:
-    """Every difference, a line each."""
+    """One line per difference."""
     lines = []
     for kind, title in (
         (Kind.refused, "accepted by hand"),

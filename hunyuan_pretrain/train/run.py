@@ -1,4 +1,4 @@
-"""A run that is ready: what `train.setup` has put together, and every step of training takes."""
+"""A run that is ready to train: built by `train.setup`, passed to every training step."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ class Run:
     first_step: int
     log: RunLog
     start: Start | None = None
-    """How it began or went on; None where nothing is kept of the run."""
+    """How the run started or resumed; None if no history of it is kept."""
     lock: RunLock | None = None
-    """Of the run directory, on rank 0."""
+    """Lock of the run directory, on rank 0."""
     evaluation_sets: dict[str, EvaluationLoader] = field(default_factory=dict)
     """evaluation.sets by name."""
 
     @property
     def validations(self) -> dict[str, EvaluationLoader]:
-        """Every validation set, by what the names of its metrics begin with."""
+        """Every validation set, keyed by the prefix of its metric names."""
         unnamed = {} if self.evaluation is None else {"validation_": self.evaluation}
         return unnamed | {f"validation/{name}/": loader for name, loader in self.evaluation_sets.items()}
 
     @property
     def schedule(self) -> Schedule:
-        """What each step does, of the segments before too."""
+        """The schedule of all steps, including those of earlier segments."""
         return self.loader.order.schedule
 
     def record(self, num_steps: int) -> dict[str, Any]:
-        """What a checkpoint after so many steps keeps of the run's identity: position and history."""
+        """The run's identity for a checkpoint after `num_steps` steps: position and history."""
         history = self.start.history if self.start else ()
         return {
             "position": self.schedule.position(num_steps),

@@ -1,4 +1,4 @@
-"""From an experiment to everything the loop needs: groups, model, optimizer, data, checkpoint."""
+"""Builds everything the training loop needs from an experiment: groups, model, optimizer, data, checkpoint."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ from hunyuan_pretrain.train.verification import verify_files
 
 
 def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: Collection[str] = ()) -> Run:
-    """Build a run in the ranks that torchrun's environment names (or alone), resuming from its newest checkpoint if
-    there is one.
+    """Build a run on the ranks that torchrun's environment defines (or on one rank without it), resuming from the
+    newest checkpoint if there is one.
 
-    `accepted`: keys of changes against the checkpoint that are accepted by hand (`config.changes`).
-    Its paths are absolute from here on. Raises ConfigError if the layout does not fit the world, DataFormatError or
-    CheckpointError if the data or a checkpoint is unfit; nothing is written before all of them are checked. Raises
-    StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
+    `accepted`: keys of changes since the checkpoint that the user accepts (`config.changes`). The returned run has
+    absolute paths. Raises ConfigError if the layout does not fit the world size, DataFormatError or CheckpointError if
+    the data or a checkpoint cannot be used; nothing is written before all of them are checked. Raises
+    StoppedBeforeFirstStepError, on all ranks, if any rank was asked to stop.
     """
     experiment = with_absolute_paths(experiment)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of many would leave the others waiting for it to meet them
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of several would leave the others waiting for it
         leave_if_asked(stop)
     device = _start_machine(experiment)
     leave_if_asked(stop, device)
@@ -99,20 +99,21 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
 
 
 def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:
-    """Whether any rank was asked to stop; all ranks agree, so that all save the same step. Communicates: all ranks."""
+    """Whether any rank was asked to stop. All ranks get the same answer and so save the same step. Communicates: all
+    ranks."""
     flag = torch.tensor(float(stop.is_asked), device=device)
     return bool(sum_over(dist.group.WORLD, flag).item())
 
 
 def leave_if_asked(stop: StopRequest | None, device: torch.device | None = None) -> None:
-    """Raise StoppedBeforeFirstStepError if a stop was asked of any rank, or without `device`, of this one."""
+    """Raise StoppedBeforeFirstStepError if any rank was asked to stop; without `device`, if this rank was."""
     if stop is not None and (stop.is_asked if device is None else is_stop_asked(stop, device)):
         raise StoppedBeforeFirstStepError()
 
 
 def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
-    """End a run but stay in the job, so that its ranks can begin another; the loop ends the job with it
-    (`destroy_groups`)."""
+    """End a run but keep the job's ranks for another run. The training loop passes `destroy_groups`, which ends the job
+    too."""
     run.log.close()
     run.loader.close()
     if run.lock is not None:
@@ -122,11 +123,10 @@ def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
 
 @contextmanager
 def left_at_the_end(run: Run, leave_groups: Callable[[], None] = leave_layout) -> Iterator[None]:
-    """`leave` after the block; after an error in it only where there is no other rank.
+    """Call `leave` after the block; after an error in it, only if there is no other rank.
 
-    Others may be waiting for this rank in a collective. To leave its groups would be to wait for them, and nobody would
-    hear of the
-    error: it is for the command to print it and to end the process (cli.program.main).
+    Other ranks may be waiting for this one in a collective. Leaving the groups would then wait for them, and the error
+    would never be reported. The command prints it and ends the process (cli.program.main).
     """
     try:
         yield
@@ -174,11 +174,11 @@ def _build_model(
 def _open_data(
     experiment: Experiment, groups: ProcessGroupCollection, stop: StopRequest | None = None, start: Start | None = None
 ) -> tuple[StepLoader, EvaluationLoader | None, dict[str, EvaluationLoader]]:
-    """Batches of training, and of evaluation.data and evaluation.sets."""
+    """Loaders of training, evaluation.data and evaluation.sets."""
     tokenizer = Tokenizer.load(experiment.tokenizer)
     digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
-    # an unchanged run goes on in its last segment, which is `experiment`
+    # an unchanged run continues its last segment, which is `experiment`
     loader = StepLoader(
         experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0
     )
@@ -195,8 +195,11 @@ def _open_data(
 def open_evaluation(
     experiment: Experiment, rank: int, size: int, tokenizer: Tokenizer
 ) -> tuple[EvaluationLoader | None, dict[str, EvaluationLoader]]:
-    """Batches of evaluation.data and evaluation.sets for a data-parallel rank of `size`. Raises DataFormatError."""
-    # the interleaved schedule wants whole rounds of micro-batches
+    """Loaders of evaluation.data and evaluation.sets for data-parallel rank `rank` of `size`.
+
+    Raises DataFormatError.
+    """
+    # the interleaved schedule needs the number of micro-batches to be a multiple of the pipeline size
     rounds = (
         experiment.parallel.pipeline_model_parallel_size
         if experiment.parallel.virtual_pipeline_model_parallel_size > 1
@@ -212,9 +215,9 @@ def open_evaluation(
     for path, one in zip(experiment.evaluation.paths, opened, strict=True):
         if one.sequence_length % multiple:
             raise DataFormatError(
-                f"{path}: packed to sequences of {one.sequence_length} tokens, which are not whole routing "
-                "groups of every "
-                f"context-parallel rank; pack it to a multiple of {multiple}"
+                f"{path}: packed to sequences of {one.sequence_length} tokens, which do not give every "
+                "context-parallel rank "
+                f"whole routing groups; pack it to a multiple of {multiple}"
             )
     return evaluation, sets
 
@@ -222,7 +225,8 @@ def open_evaluation(
 def _load_or_init(
     experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, accepted: Collection[str] = ()
 ) -> Start:
-    """Resume from the run's newest good checkpoint, else start from `checkpoint.init_from` or fresh weights."""
+    """Resume from the run's newest intact checkpoint; without one, start from `checkpoint.init_from` or fresh
+    weights."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
     code, _ = from_rank_0(code_version)
     met = resume.what_is_met(experiment, Tokenizer.load(experiment.tokenizer).digest, {**(code or {}), **versions()})
@@ -263,7 +267,8 @@ def _branch(
     chunks: list[HunyuanModel],
     optimizer: MegatronOptimizer,
 ) -> Start | None:
-    """Resume from `checkpoint.resume_from`; None where the run is on that branch already. Communicates: all ranks."""
+    """Resume from `checkpoint.resume_from`. Returns None if the run is already on that branch. Communicates: all
+    ranks."""
     wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
     found: list[Path] = resume.on_rank_0(lambda: save_load.find_checkpoints(run_dir))
     if found and resume.is_of_branch(
@@ -279,38 +284,38 @@ def _branch(
 
 
 def branch_folder(experiment: Experiment, found: Sequence[Path]) -> Path:
-    """The checkpoint that checkpoint.resume_from means; ConfigError if the run has others, `found`, and it is none of
-    them."""
+    """The checkpoint that checkpoint.resume_from refers to. Raises ConfigError if it lies outside run_dir while run_dir
+    has checkpoints (`found`)."""
     wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
     folder = checkpoint_folder(run_dir, int(wanted)) if wanted.isdecimal() else Path(wanted)
     is_own = folder.absolute().parent == (run_dir / "checkpoints").absolute()
     if found and not is_own:
-        rule = f"{run_dir} has checkpoints of its own, such as {found[-1].name}"
+        rule = f"{run_dir} has its own checkpoints, such as {found[-1].name}"
         raise ConfigError(
             experiment.name,
-            [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of its own checkpoints")],
+            [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of these checkpoints")],
         )
     return folder
 
 
 def other_run_error(checkpoint: Path) -> CheckpointError:
-    """Of a run that shall not resume, and has a checkpoint."""
+    """The error for a run that has a checkpoint but is configured not to resume."""
     return CheckpointError(
-        f"checkpoint.resume=false, but {checkpoint} is there, and a later resume would mix the two runs: "
+        f"checkpoint.resume=false, but {checkpoint} exists, and a later resume would mix the two runs: "
         "choose another run_dir, or remove the checkpoints"
     )
 
 
 def _check_paths(experiment: Experiment) -> None:
-    """Refuse a run_dir that cannot be written and a tokenizer that is no folder, before anything takes time.
-    Communicates: all ranks."""
+    """Raise ConfigError early for a run_dir that cannot be written or a tokenizer that is a file. Communicates: all
+    ranks."""
     _write_on_rank_0(experiment, lambda: check_writable(Path(experiment.run_dir)))
     check_tokenizer_folder(experiment.tokenizer)
 
 
 def _take_lock(experiment: Experiment) -> RunLock | None:
-    """Lock the run directory, on rank 0. Raises ConfigError, on all ranks, where another process trains in it.
-    Communicates: all ranks."""
+    """Lock the run directory on rank 0; returns None elsewhere. Raises ConfigError, on all ranks, if another process is
+    training in it. Communicates: all ranks."""
     taken: list[RunLock] = []
 
     def take() -> Sequence[Problem]:
@@ -322,7 +327,7 @@ def _take_lock(experiment: Experiment) -> RunLock | None:
             return [Problem("run_dir", Problem.NO_VALUE, f"cannot be written: {error.strerror}", "choose another")]
         return ()
 
-    with patience():  # it may have to wait for a sign of life
+    with patience():  # it may have to wait for a heartbeat
         problems = resume.on_rank_0(take)
     if problems:
         raise ConfigError(experiment.run_dir, problems)
@@ -330,15 +335,11 @@ def _take_lock(experiment: Experiment) -> RunLock | None:
 
 
 def check_tokenizer_folder(tokenizer: str) -> None:
-    """Raise ConfigError for a file: it is not what is copied into the run, and beside it lies what is."""
+    """Raise ConfigError if `tokenizer` is a file: the run copies a whole tokenizer folder."""
     path = Path(tokenizer)
     if path.is_file():
         is_in_place = path.name == RANKS_FILE or (path.parent / RANKS_FILE).is_file()
-        hint = (
-            f"use {path.parent}"
-            if is_in_place
-            else f"put it into a folder of its own under the name {RANKS_FILE}, and give that"
-        )
+        hint = f"use {path.parent}" if is_in_place else f"put it in its own folder as {RANKS_FILE}, and use that folder"
         raise ConfigError(
             "tokenizer",
             [Problem("tokenizer", tokenizer, f"is a file; a tokenizer is a folder with {RANKS_FILE}", hint)],
@@ -346,7 +347,7 @@ def check_tokenizer_folder(tokenizer: str) -> None:
 
 
 def _write_on_rank_0(experiment: Experiment, job: Callable[[], None]) -> None:
-    """Run `job` on rank 0; raises ConfigError on all ranks where it fails, since the others would wait. Communicates:
+    """Run `job` on rank 0. If it fails, raises ConfigError on all ranks, because the others would wait. Communicates:
     all ranks."""
 
     def told() -> None:

@@ -1,8 +1,8 @@
 """One training step: micro-batches through megatron's schedule, losses, gradient reduction, optimizer.
 
 The loss of a step is the mean cross-entropy over all target tokens of the global batch plus the router losses. Each
-micro-batch contributes a sum already divided by the global number of target tokens, so gradients are added, over
-micro-batches and over ranks, and the result does not depend on how the batch is divided.
+micro-batch contributes a sum already divided by the global number of target tokens. Gradients are therefore added over
+micro-batches and ranks, and the result does not depend on how the batch is split.
 
 Shapes: T tokens of a micro-batch on this rank, L layers, X numbers of packed router statistics
 (model.routing.RouterStatistics).
@@ -37,7 +37,7 @@ from hunyuan_pretrain.train.run import Run
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured, the same on every rank but for the wait."""
+    """What one step measured; the same on every rank except data_wait_seconds."""
 
     loss: float  # mean cross-entropy of the target tokens, nats
     grad_norm: float  # global, before clipping
@@ -56,9 +56,9 @@ def model_inputs(
 ) -> ModelInputs:
     """This context-parallel rank's share of a micro-batch, on the run's device.
 
-    loss_tokens: the loss is the sum of the target tokens' cross-entropies over this; infinity leaves it out. route: how
-    tokens are routed, from the numbers (n,) of their routing groups, which are counted through the sequences of the
-    global batch and so are the same whatever rank holds them.
+    loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss. route: makes the
+    routing from the indices (n,) of the routing groups. They are numbered through the sequences of the global batch,
+    so they do not depend on which rank holds a group.
     """
     experiment, cp, device = run.experiment, run.groups.cp, run.device
     group_tokens = experiment.model.moe_routing_group_tokens
@@ -89,22 +89,22 @@ def model_inputs(
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one pass over the global batch left on this rank; the gradients themselves are in the model's buffers,
-    reduced."""
+    """Results of one pass over the global batch on this rank; the reduced gradients themselves are in the model's
+    buffers."""
 
     losses: list[Tensor]  # of each micro-batch, on the last stage
     statistics: list[Tensor]  # packed router statistics (L, X) of each micro-batch
     num_target_tokens: int
-    data_wait_seconds: float  # of this rank, for batches that are read while the step before runs
+    data_wait_seconds: float  # of this rank; batches are read while the previous step runs
 
 
 def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool = True) -> Gradients:
-    """Forward and backward over this rank's micro-batches of the global batch, and the reduction of the gradients, from
-    zero.
+    """Zero the gradients, run forward and backward over this rank's micro-batches of the global batch, and reduce the
+    gradients.
 
-    stage: that of global step `step`, counted from 0. in_fp8: False leaves out the FP8 recipe, if the experiment has
-    one. Communicates: data-parallel group (token count, gradients), what the model and the schedule do, and the
-    recipe's scales.
+    stage: the stage of global step `step`, counted from 0. in_fp8: False disables the experiment's FP8 recipe, if it
+    has one. Communicates: data-parallel group (token count, gradients), the model and the schedule, and the recipe's
+    scales.
     """
     experiment, groups, started = run.experiment, run.groups, time.perf_counter()
     batches = run.loader.micro_batches(step)
@@ -142,11 +142,11 @@ def train_step(
     before_update: Callable[[], None] | None = None,
     in_fp8: bool = True,
 ) -> StepResult:
-    """Run one optimizer step over this rank's micro-batches of the global batch, at the learning rates that are set.
+    """Run one optimizer step over this rank's micro-batches of the global batch, at the current learning rates.
 
-    before_update: called when all gradients are reduced, before they are clipped. in_fp8: as of `compute_gradients`.
+    before_update: called after gradients are reduced and before they are clipped. in_fp8: see `compute_gradients`.
 
-    Communicates: what `compute_gradients` does, all ranks (statistics), all groups of the optimizer.
+    Communicates: as `compute_gradients`, all ranks (statistics), all groups of the optimizer.
     """
     run.optimizer.zero_grad()
     found = compute_gradients(run, stage, step, in_fp8=in_fp8)
@@ -162,7 +162,7 @@ def run_schedule(
 ) -> list[Tensor]:
     """Pass micro-batches of `num_tokens` tokens (of all context-parallel ranks) through megatron's pipeline schedule.
 
-    Returns what the loss function keeps of each, on the last stage; an empty list on the others.
+    Returns what the loss function keeps of each micro-batch, on the last stage; an empty list on the others.
     """
     chunks = run.wrapped
     chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups)
@@ -178,7 +178,7 @@ def run_schedule(
 
 
 def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Core's three-part form of a loss that it must not divide: the loss, a token count it adds up (unused), what to
+    """Core's form of a loss that it must not divide: the loss, a token count that it sums (unused), the value to
     keep."""
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
 
@@ -186,7 +186,7 @@ def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _finalize(
     model: list[Any], num_tokens: Tensor | None = None, *, groups: ProcessGroupCollection, **kwargs: Any
 ) -> None:
-    """Core's gradient reduction without its division by the token count, which the loss has already."""
+    """Core's gradient reduction without the division by the token count: the loss is already divided."""
     kwargs["pg_collection"] = groups
     finalize_model_grads(model, None, **kwargs)
 
@@ -194,12 +194,11 @@ def _finalize(
 def sum_over_batch(
     groups: ProcessGroupCollection, losses: list[Tensor], width: int, statistics: list[Tensor]
 ) -> tuple[Tensor, RouterStatistics]:
-    """float64 sums over the global batch, on the CPU: those of `losses` (a vector of `width` numbers a micro-batch, on
-    the last stage), and the statistics of all layers.
+    """float64 sums over the global batch, on the CPU: of `losses` (a vector of `width` numbers per micro-batch, on the
+    last stage) and of the statistics of all layers.
 
-    Every rank of a stage has routed tokens that no other has; the loss is the same on all tensor-parallel ranks and
-    counts on the first.
-    Communicates: all ranks.
+    Every rank of a stage routes different tokens. The loss is the same on all tensor-parallel ranks, so only the first
+    contributes it. Communicates: all ranks.
     """
     statistics_sum = torch.stack(statistics).double().sum(0).flatten()
     loss_sum = (
@@ -210,7 +209,7 @@ def sum_over_batch(
 
 
 def sum_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
-    """Sum of `value` over the ranks of `group`; changes `value` in place."""
+    """Sum `value` over the ranks of `group`, in place, and return it."""
     if group is None or group.size() > 1:
         handed_over("all_reduce", value, is_written=True)
         dist.all_reduce(value, group=group)

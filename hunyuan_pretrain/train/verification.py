@@ -1,4 +1,4 @@
-"""Before training: whether the data is what was written, by SHA-256. The ranks share the reading."""
+"""Checks the SHA-256 of the data before training. The files are split among the ranks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _SHOWN_PROBLEMS = 20
 
 
 def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = None) -> None:
-    """Compare each file with its SHA-256, on one of the ranks; rank 0 says on stderr how far they are if it takes long.
+    """Check the SHA-256 of each file on one of the ranks; rank 0 prints progress to stderr if it takes long.
 
-    Raises DataFormatError, the same on all ranks, that names the files found missing or different until then; others
-    may be too. Raises StoppedBeforeFirstStepError, on all ranks, if `stop` was asked of any.
-    Communicates: all ranks, now and then, so that none that has read its files waits longer for the others than a
-    collective may.
+    Raises DataFormatError, the same on all ranks, naming the missing or changed files found so far; there may be more.
+    Raises StoppedBeforeFirstStepError, on all ranks, if any rank was asked to stop. Communicates: all ranks,
+    periodically, so that a rank that finishes early does not run into the timeout of collectives.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    # files of one kind are about equally long
+    # files of one kind have similar sizes
     mine = sorted(files, key=lambda file: (file.suffix, file))[rank::size]
     reading = _read({file: files[file] for file in mine})
     done, problems = 0, list[str]()
@@ -51,7 +50,7 @@ def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = No
 
 
 def _read(files: Mapping[Path, str | None]) -> Iterator[tuple[int, str | None]]:
-    """(bytes read, None) after each block, (0, what is wrong) after a file that is not as it should be."""
+    """Yields (bytes read, None) after each block and (0, problem) after a missing or changed file."""
     for file, digest in files.items():
         try:
             for num_bytes in check_digest_in_steps(file, digest):
@@ -69,6 +68,6 @@ def _raise_if_any(problems: list[str]) -> None:
 def _print_progress(done: int, files: Mapping[Path, str | None]) -> None:
     total = sum(file.stat().st_size for file in files if file.is_file())
     print(
-        f"verifying data: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB (runtime.verify_data=sizes leaves this out)",
+        f"verifying data: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB (runtime.verify_data=sizes skips this)",
         file=sys.stderr,
     )

@@ -249,7 +249,7 @@ class TestAfterTorchIsLoaded:
         assert_refused(refused, f"tokenizer={ranks}"[:50], f"{rule} (use {corpus}/tokenizer)")
         shutil.copy(ranks, tmp_path / "mine.tiktoken")
         refused = run_forked("train", config(tmp_path, corpus, tokenizer=str(tmp_path / "mine.tiktoken")))
-        assert_refused(refused, f"{rule} (put it into a folder of its own under the name hy.tiktoken, and give that)")
+        assert_refused(refused, f"{rule} (put it in its own folder as hy.tiktoken, and use that folder)")
         assert names(tmp_path) == {"x.yaml", "mine.tiktoken"}
 
 

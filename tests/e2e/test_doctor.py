@@ -117,7 +117,7 @@ def test_doctor_says_no_if_no_checkpoint_is_intact_or_a_branch_is_of_another_run
     shutil.copytree(trained / "run", tmp_path / "run")
     config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run", steps=2))
     (said,) = refusals(load_experiment(config, [f"checkpoint.resume_from={trained}/run/checkpoints/step_0000002"]))
-    assert "has checkpoints of its own, such as step_0000002" in said
+    assert "has its own checkpoints, such as step_0000002" in said
     for file in (tmp_path / "run/checkpoints").glob("*/*.distcp"):
         file.write_bytes(file.read_bytes()[:-1])
     (said,) = refusals(load_experiment(config))

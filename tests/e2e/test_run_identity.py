@@ -307,7 +307,7 @@ def test_the_same_command_continues_its_branch_and_a_changed_one_branches_again(
 
 def test_a_checkpoint_to_branch_from_must_exist_and_belong_to_the_run(told: dict[str, Any], base: Path) -> None:
     assert "step_0000007: not a complete checkpoint" in told["no such step"]
-    assert "longer has checkpoints of its own, such as step_0000039 (choose another run_dir" in told["mixed"]
+    assert "longer has its own checkpoints, such as step_0000039 (choose another run_dir" in told["mixed"]
     assert "steps 11 to 11" in told["of another run"]
     assert documents(base / "of_other", 3) == documents(base / "straight", 3), (
         "it has the history of the run it comes from"
@@ -316,7 +316,7 @@ def test_a_checkpoint_to_branch_from_must_exist_and_belong_to_the_run(told: dict
 
 def test_a_run_can_start_from_the_weights_of_another(told: dict[str, Any], base: Path) -> None:
     assert (
-        f"begins with the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run"
+        f"starts from the weights of {base}/straight/checkpoints/step_0000020, after step 20 of its run"
         in told["weights"]
     )
     assert "changed, and recorded: model.moe_z_loss_coeff: 0 -> 0.1" in told["weights"]

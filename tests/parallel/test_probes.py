@@ -71,7 +71,7 @@ def rows_of_another_document() -> AbstractContextManager[Any]:
 
 
 RIGHT_ATTENTION = (
-    r"probe: attention by flash attention is that of a plain softmax, forward and backward \(largest .* difference "
+    r"probe: attention by flash attention matches a plain softmax, forward and backward \(largest .* difference "
     r".*e-07\)"
 )
 HEALTHY = [
@@ -85,7 +85,7 @@ HEALTHY = [
 BROKEN: dict[Bug, tuple[Layout, str]] = {
     rows_of_another_document: (
         Layout(dp=2),
-        "attention by flash attention is not that of a plain softmax on the same queries, keys and",
+        "attention by flash attention does not match a plain softmax on the same queries, keys and",
     ),
     attention_across_documents: (Layout(dp=2), "documents of a pack see each other: changing one changed"),
     gathered_attention_across_documents: (Layout(cp=2), "documents of a pack see each other: changing one changed"),
@@ -157,7 +157,8 @@ def test_probes_report_what_they_found_and_leave_no_gradient(answers, layout):
     assert re.fullmatch(RIGHT_ATTENTION, lines.pop(0))
     assert lines == [
         f"probe: documents of a pack do not see each other (attention forward and backward, bitwise{mode})",
-        f"probe: every router hears cross-entropy, balance loss (coefficient 0.01, declared 0.01){z_loss}",
+        "probe: every router has a gradient from cross-entropy, balance loss (coefficient 0.01, declared 0.01)"
+        f"{z_loss}",
     ]
     assert not left
 
@@ -193,11 +194,11 @@ def test_attention_that_misreads_its_inputs_stops_the_run(corpus: Path, tmp_path
     for gathered, misread, traded, traded_as_it_is in run_ranks(2, probed, cases):
         for lines, left in (gathered, traded, traded_as_it_is):  # what comes from an exchange of heads is contiguous
             assert lines[0].startswith(
-                "probe: attention by Transformer Engine is that of packed_attention, forward and backward (largest"
+                "probe: attention by Transformer Engine matches packed_attention, forward and backward (largest"
             )
             assert left == []
         refusal = (
-            "attention by Transformer Engine is not that of packed_attention on the same queries, keys and values: "
+            "attention by Transformer Engine does not match packed_attention on the same queries, keys and values: "
             "output by "
         )
         assert misread.startswith(refusal)

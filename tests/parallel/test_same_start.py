@@ -54,5 +54,5 @@ def test_ranks_with_different_settings_data_or_tokenizers_do_not_start(tmp_path:
     assert ranks[0] == ranks[1]
     assert ranks[0][:2] == ["", ""]
     for text, name in zip(ranks[0][2:], ("settings", "data", "tokenizer"), strict=True):
-        assert f"{name}: not the same on all ranks: other than that of rank 0 on 1" in text
+        assert f"{name}: not the same on all ranks: differs from rank 0 on 1" in text
         assert "give every node the same files and the same command" in text

@@ -55,5 +55,5 @@ def test_the_ranks_split_the_files_and_all_learn_of_every_problem(tmp_path: Path
     assert other == ([f"{number}.bin" for number in (1, 3, 5)], "")
     assert one_of_changed[1] == other_of_changed[1]
     assert one_of_changed[1].startswith(f"{tmp_path}/1.bin: SHA-256 ")
-    assert "verifying data: 0.0 of 0.0 GB (runtime.verify_data=sizes leaves this out)\n" in said_by_one
+    assert "verifying data: 0.0 of 0.0 GB (runtime.verify_data=sizes skips this)\n" in said_by_one
     assert said_by_other == "", "rank 0 speaks"
