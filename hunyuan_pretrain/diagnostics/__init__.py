@@ -1,1 +1,1 @@
-"""Whether two ways to train one model are the same: `parity` between layouts, `shadow` between number formats."""
+"""Compares two ways of training the same model: `parity` across layouts, `shadow` across number formats."""

@@ -1,12 +1,12 @@
-"""Two layouts of one experiment, compared tensor by tensor: what `hunyuan-pretrain parity` and the equality tests run.
+"""Compares two layouts of one experiment tensor by tensor, for `hunyuan-pretrain parity` and the equality tests.
 
 Both layouts start from the same weights (a function of the seed) and read the same batches. Everything that a layout
-computes is put together to whole tensors and compared: losses, the gradient norm, every gradient before clipping, every
-parameter and moment after the update, and of every module's output a fingerprint of each token, by which the first
-module that differs is found.
+computes is assembled into whole tensors and compared: losses, the gradient norm, every gradient before clipping, and
+every parameter and moment after the update. Of every module's output, a fingerprint per token is compared, which finds
+the first module that differs.
 
-What must be bitwise equal: the expert of every token, which is a decision and not a sum; and tensors that several ranks
-hold copies of. Everything else is a sum whose order depends on the layout, and is compared within TOLERANCE.
+The expert of every token, a decision and not a sum, must be equal; copies of a tensor on several ranks must be bitwise
+identical. Everything else is a sum whose order depends on the layout, and is compared within TOLERANCE.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import train_step
 
 TOLERANCE = 2e-5
-"""Largest difference in fp32, over the largest entry of a tensor: layouts differ in the order of their sums only. The
-one tolerance of all comparisons of layouts; 2e-5 is about 170 roundings of 2^-23, which a sum over a few thousand terms
-in another order makes."""
+"""Largest allowed fp32 difference, relative to a tensor's largest entry: layouts differ only in summation order. All
+comparisons of layouts use it. 2e-5 is about 170 roundings of 2^-23, what reordering a sum of a few thousand terms
+produces."""
 
 SCALARS = ("loss", "balance_loss", "z_loss", "grad_norm", "target_tokens")
 MODULES = (
@@ -63,24 +63,24 @@ WEIGHTS = ("linear_q", "q_layernorm", "k_layernorm", "linear_proj", "linear_fc1"
 
 @dataclass
 class StepTrace:
-    """What one step computed, of the whole model and batch."""
+    """What one step computed, for the whole model and batch."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     shares: dict[str, Any] = field(default_factory=dict)
     """Expert load, overflow, recycled and dropped share by layer."""
     routing: dict[str, np.ndarray] = field(default_factory=dict)
-    """layer -> (tokens of the global batch, K) expert of each choice, -1 where it was dropped."""
+    """layer -> (tokens of the global batch, K) expert of each choice, -1 if dropped."""
     choices: dict[str, np.ndarray] = field(default_factory=dict)
-    """layer -> (tokens of the global batch, K) likeliest experts, whether they were taken or those of another run."""
+    """layer -> (tokens of the global batch, K) likeliest experts, even if another run's choices were used instead."""
     activations: dict[str, np.ndarray] = field(default_factory=dict)
-    """module -> (tokens of the global batch, 2): norm and a random projection of its output; (tokens, 0) where only a
-    kernel of the engine sees it."""
+    """module -> (tokens of the global batch, 2): norm and a random projection of its output; (tokens, 0) if the output
+    exists only inside a fused kernel."""
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     parameters: dict[str, np.ndarray] = field(default_factory=dict)
     """After the update."""
     moments: dict[str, np.ndarray] = field(default_factory=dict)
     conflicts: list[str] = field(default_factory=list)
-    """Tensors of which two ranks hold copies that are not bitwise equal."""
+    """Tensors whose copies on two ranks are not bitwise identical."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,20 @@ class Difference:
     kind: str
     name: str
     relative: float
-    """Largest difference over the largest entry of the reference; in bf16 and FP8 see parity_noise."""
+    """Largest difference over the largest entry of the reference; for bf16 and FP8 see parity_noise."""
     tolerance: float = TOLERANCE
 
     @property
     def is_within(self) -> bool:
-        """Whether it may be the order of sums."""
+        """Whether summation order can explain the difference."""
         return self.relative <= self.tolerance
 
 
 def trace_steps(run: Run, steps: range, choices: list[dict[str, np.ndarray]] | None = None) -> list[StepTrace]:
-    """Train `steps` as train.loop does and return what was computed, on rank 0; empty traces on the others.
-    Communicates: all groups.
+    """Train `steps` as train.loop does and return their traces on rank 0, empty traces elsewhere. Communicates: all
+    groups.
 
-    choices: of another run, for each step; its tokens go to the experts that they went to there.
+    choices: another run's expert choices, one per step; tokens are routed by them.
     """
     traces = []
     for number, step in enumerate(steps):
@@ -140,7 +140,7 @@ def trace_steps(run: Run, steps: range, choices: list[dict[str, np.ndarray]] | N
 
 
 Measure = Callable[[str, Any, Any], float]
-"""(kind, actual, reference) -> by how much they differ, infinity where they cannot be compared."""
+"""(kind, actual, reference) -> size of the difference, infinity if they cannot be compared."""
 
 
 def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measure | None = None) -> list[Difference]:
@@ -163,7 +163,7 @@ def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measur
         rows += [row for row in scalars if row[1] != "grad_norm"]
         backward = sorted(theirs.gradients, key=execution_order, reverse=True)
         rows += [("gradient", name, mine.gradients, theirs.gradients) for name in backward]
-        rows += [row for row in scalars if row[1] == "grad_norm"]  # it is taken of the gradients
+        rows += [row for row in scalars if row[1] == "grad_norm"]  # computed from the gradients
         for kind, after, expected in (
             ("moment", mine.moments, theirs.moments),
             ("parameter", mine.parameters, theirs.parameters),
@@ -176,7 +176,7 @@ def compare(actual: list[StepTrace], reference: list[StepTrace], measure: Measur
 
 
 def execution_order(name: str) -> tuple[int, int, int]:
-    """(layer, place in the layer, place in the module) of a module's output, a routing table, or a parameter."""
+    """(layer, position in the layer, position in the module) of a module's output, a routing table, or a parameter."""
     layer = re.search(r"layers\.(\d+)", name)
     if layer is None:
         is_first = name.startswith("embedding")
@@ -203,7 +203,7 @@ def _difference(actual: Any, reference: Any) -> float:
 # --- collecting -------------------------------------------------------------------------------------------------------
 
 _Piece = tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]
-"""(name, shape of the whole tensor, where this piece lies in it, its values)."""
+"""(name, shape of the whole tensor, slices of this piece in it, values)."""
 
 
 def _pieces(name: str, tensor: Tensor, placement: Placement, model: HunyuanModel) -> Iterator[_Piece]:
@@ -224,7 +224,7 @@ def _parameters(run: Run) -> Iterator[tuple[HunyuanModel, torch.nn.Parameter, Pl
 
 
 def _keep_gradients(run: Run, found: list[_Piece]) -> None:
-    """Every gradient of this rank after its reduction."""
+    """Append every reduced gradient of this rank to `found`."""
     complete_gradients(run.wrapped)
     for model, value, placement in _parameters(run):
         gradient: Tensor = value.main_grad  # type: ignore[attr-defined]  # of core's buffers
@@ -238,8 +238,8 @@ def _moments(run: Run) -> Iterator[_Piece]:
 
 
 class _Watch:
-    """Hooks that keep fingerprints of what the modules of this rank return, with the places of their tokens in the
-    global batch."""
+    """Hooks that record fingerprints of this rank's module outputs, with the positions of their tokens in the global
+    batch."""
 
     def __init__(self, run: Run, forced: dict[str, np.ndarray] | None = None) -> None:
         self.choices: list[tuple[str, np.ndarray, np.ndarray]] = []
@@ -258,7 +258,7 @@ class _Watch:
         for hook in self._hooks:
             hook.remove()
         for router in self._routers:
-            del router.choose  # the class's is back
+            del router.choose  # restores the method of the class
 
     def _register(self, model: HunyuanModel) -> Iterator[Any]:
         tp = model.groups.tp
@@ -269,8 +269,7 @@ class _Watch:
             self._tokens_T = self._tokens_of(routing.share(tp.rank(), tp.size()))
 
         def end(module: Any, args: Any, output: Any) -> None:
-            # layers that are computed again in the backward pass have been seen already, and their tokens are no longer
-            # known
+            # layers recomputed in the backward pass are already recorded, and their tokens are no longer known
             self._tokens_T = None
 
         yield model.register_forward_pre_hook(begin)
@@ -300,7 +299,7 @@ class _Watch:
             chosen_TK, tokens_T = choose(probs_TE, routing), self._tokens_of(routing).cpu().numpy()
             if self._tokens_T is not None:
                 self.choices.append((name, tokens_T, chosen_TK.cpu().numpy()))
-            # those that another run gave these tokens, in a recomputation too
+            # use the other run's choices in a recomputation too
             return (
                 chosen_TK
                 if self._forced is None
@@ -315,7 +314,7 @@ class _Watch:
                 return
             hidden_TD = (output[0] if isinstance(output, tuple) else output).detach().float()
             fingerprint_T2 = torch.stack((hidden_TD.norm(dim=1), hidden_TD @ self._direction_D), dim=1)
-            if getattr(module, "is_fused", False):  # into the product that follows; what came out here is its input
+            if getattr(module, "is_fused", False):  # into the GEMM that follows; what came out here is its input
                 fingerprint_T2 = fingerprint_T2[:, :0]
             self.activations.append((name, self._tokens_T.cpu().numpy(), fingerprint_T2.cpu().numpy()))
 
@@ -330,16 +329,16 @@ class _Watch:
         return keep
 
 
-# --- putting together on rank 0 ---------------------------------------------------------------------------------------
+# --- assembling on rank 0 ---------------------------------------------------------------------------------------------
 
 
 GATHERED_BYTES = 1 << 30
-"""Of all ranks at once: NCCL gathers in the memory of rank 0's GPU, as many bytes of each rank as the one has that
-sends most."""
+"""Limit on one gather over all ranks. NCCL gathers into the memory of rank 0's GPU and reserves for each rank as many
+bytes as the largest sender has."""
 
 
 def _gathered(mine: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
-    """What each rank has, part after part, on rank 0; nothing elsewhere. Communicates: all ranks."""
+    """Yields the pieces of all ranks, part by part, on rank 0; empty lists elsewhere. Communicates: all ranks."""
     parts: list[list[Any]] = [[]]
     num_bytes = 0
     for piece in mine:
@@ -387,9 +386,9 @@ def _assemble_tokens(
 def trace_layout(
     experiment: Experiment, steps: int, noise: int | None = None, choices: list[dict[str, np.ndarray]] | None = None
 ) -> list[StepTrace]:
-    """`trace_steps` of a fresh run of `experiment` in the ranks of this job, which can run another layout afterwards.
+    """`trace_steps` on a fresh run of `experiment` in the ranks of this job, which can run another layout afterwards.
 
-    noise: a seed, with which every product is rounded in another way, see parity_noise. choices: those of rank 0 count.
+    noise: seed for rounding every matmul differently, see parity_noise. choices: rank 0's are used on all ranks.
     """
     run = setup.prepare(experiment)
     if dist.get_world_size() > 1:  # under torchrun only rank 0 has what another run chose

@@ -1,27 +1,27 @@
-"""Two layouts compared in bf16 or FP8, where a sum in another order is another number: is a difference larger than such
+"""Compares two layouts in bf16 or FP8, where summation order changes the numbers: is a difference larger than rounding
 noise?
 
-In fp32 a difference is a handful of roundings and has one bound (parity.TOLERANCE). Below, each product is rounded to 8
-bits, and a bound that holds for every model would hide faults. So the noise is measured: the reference runs again with
-other legal roundings (diagnostics.rounding), once for each of NOISE_SEEDS, and what a quantity moves by is what
-rounding does to it here.
+In fp32 a difference is a handful of roundings, and one bound fits all (parity.TOLERANCE). In lower precision each
+matmul output is rounded to 8 bits, and a bound that holds for every model would hide faults. So the noise is measured:
+the reference runs again with other legal roundings (diagnostics.rounding), once for each of NOISE_SEEDS. How far a
+quantity moves is the effect of rounding on it.
 
-A token whose two likeliest experts are nearly equal may go to the other one, and everything that it touches is then
-another number. So in all runs tokens go where they went in the reference; what they would have chosen is compared by
-itself (`choice`), and what becomes of the choices, capacity and recycling, is bitwise equal (`routing`).
+A token whose two likeliest experts are nearly tied may go to the other one, and everything computed from it changes. So
+all runs route tokens as the reference did. The experts that they would have chosen are compared separately (`choice`),
+and the result of capacity and recycling must be bitwise identical (`routing`).
 
-A layout passes where it differs from the reference by at most MARGIN times that. The noise has 0.7 units in the last
-place at every product. A layout has one rounding for each of its ranks, of a part sqrt(ranks) times smaller, 0.29 units
-in all, and one for each of the log2(ranks) sums of a reduction in bf16: up to 8 ranks 0.58 units. Another engine rounds
-inside a layer too, where this one does not (probabilities of the attention, the norm before a product): some 0.29 units
-each, a handful in a layer. MARGIN, 4, is 2.8 units, some 90 roundings; a fault that drops or doubles a gradient is many
-times that. One that scales a tensor by a per cent or two is not, but roundings do not scale: of n of them a part of
-1/sqrt(n) has the tensor's own direction. So that part of activations and gradients has no margin: it may be as large as
-the noise, where that is SMALL. Squares of larger ones, as FP8 makes them, have a direction too.
+A layout passes if it differs from the reference by at most MARGIN times the noise. The noise is 0.7 units in the last
+place at every matmul. A layout adds one rounding per rank, of partial sums sqrt(ranks) times smaller, 0.29 units in
+all, and one for each of the log2(ranks) sums of a reduction in bf16: 0.58 units for up to 8 ranks. Another engine also
+rounds inside a layer where this one does not (attention probabilities, the norm before a matmul): some 0.29 units each,
+a handful per layer. MARGIN, 4, is 2.8 units, some 90 roundings; a fault that drops or doubles a gradient is many times
+that. A fault that scales a tensor by one or two per cent is not, but roundings do not scale: of n of them, a share of
+1/sqrt(n) lies along the tensor. So this component of activations and gradients gets no margin: it may be as large as
+the noise, if that is below SMALL. Squares of larger errors, as in FP8, lie along the tensor too.
 
-Quantities of one kind in one step share their noise, the largest of all layers and seeds: changed choices are few, and
-fall in one layer or another. Differences here are lengths: |actual - reference| / |reference| over all elements, or the
-part that scales, where that is further from its tolerance; of choices, the share.
+Quantities of one kind in one step share one noise value, the largest over all layers and seeds: changed choices are
+rare and may fall in any layer. Differences are |actual - reference| / |reference| over all elements, or the scaling
+component if that is further from its tolerance; for choices, the share that differs.
 """
 
 from __future__ import annotations
@@ -38,21 +38,20 @@ from hunyuan_pretrain.diagnostics.parity import TOLERANCE, Difference, StepTrace
 NOISE_SEEDS = (1, 2, 3)
 MARGIN = 4.0
 SMALL = 2.0**-5
-"""Noise, relative, up to which it is a sum of many roundings that do not scale a tensor."""
+"""Relative noise below which it is a sum of many roundings that do not scale a tensor."""
 UNIT = 2.0**-7
-"""One unit in the last place of bf16: of two main weights that differ in a bit, the rounded ones may be neighbours. The
-main weights themselves are compared among the moments."""
+"""One unit in the last place of bf16: main weights that differ in one bit may round to neighbouring values. The main
+weights themselves are compared among the moments."""
 FLIPS = 3
-"""Choices of experts by which two counts of rare flips may differ beside the margin: with few tokens the noise may have
-had none."""
+"""Expert choices allowed to differ on top of the margin: with few tokens the noise runs may have flipped none."""
 
 
 def compare_rounded(
     actual: list[StepTrace], reference: list[StepTrace], noisy: list[list[StepTrace]]
 ) -> list[Difference]:
-    """`parity.compare` by length, each difference with MARGIN times the noise of its like as its tolerance.
+    """`parity.compare` by length, with MARGIN times the measured noise as the tolerance of each difference.
 
-    Copies and routing are bitwise equal; `actual` and `noisy` took the reference's choices.
+    Copies and routing must be bitwise identical. `actual` and `noisy` must be routed by the reference's choices.
     """
     noise: dict[tuple[int, str, str], float] = defaultdict(float)
     for trace in noisy:
@@ -74,7 +73,7 @@ def compare_rounded(
 
 
 def _like(difference: Difference) -> tuple[int, str, str]:
-    """Step, kind, and the name without its layer; all scalars are like each other."""
+    """Key of quantities that share their noise: step, kind, and name without the layer; all scalars share one name."""
     name = "" if difference.kind == "scalar" else re.sub(r"layers\.\d+", "layers", difference.name)
     return difference.step, difference.kind, name
 
@@ -92,7 +91,7 @@ def _length(kind: str, actual: Any, reference: Any) -> float:
 
 
 def _scaling(kind: str, actual: Any, reference: Any) -> float:
-    """Of the length the part in the direction of the reference: by how much `actual` is larger or smaller in all."""
+    """The component of the difference along the reference: by how much `actual` is scaled up or down overall."""
     length = _length(kind, actual, reference)
     if kind in ("choice", "routing") or not 0 < length < float("inf"):
         return length

@@ -1,7 +1,7 @@
-"""`hunyuan-pretrain parity`: run two layouts of an experiment and say whether they train the same model.
+"""`hunyuan-pretrain parity`: run two layouts of an experiment and report whether they train the same model.
 
-Without torchrun, the ranks of each layout are processes of this machine. Under torchrun both layouts run one after the
-other in the ranks of the job, which is how a cluster is checked: its own kernels and network.
+Without torchrun, the ranks of each layout are processes on this machine. Under torchrun, both layouts run one after the
+other in the job's ranks, which checks a cluster with its own kernels and network.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def run_parity(
     engine: Engine = "own",
     against_engine: Engine = "own",
 ) -> list[Difference]:
-    """Differences of `layout` from `against` after training `steps` steps each; under torchrun on rank 0 only,
-    elsewhere an empty list.
+    """Train `steps` steps in each layout and return the differences of `layout` from `against`. Under torchrun, ranks
+    other than 0 return an empty list.
 
-    In bf16 and fp8 the reference runs again for each seed of rounding noise, see parity_noise. Raises ConfigError.
+    In bf16 and fp8 the reference also runs once per seed of rounding noise, see parity_noise. Raises ConfigError.
     """
     with tempfile.TemporaryDirectory(prefix="hunyuan_parity_") as folder:
         in_job = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
@@ -67,8 +67,8 @@ def run_parity(
 
 
 def in_processes(num_ranks: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments) in that many ranks, processes of this machine; what it returns on rank 0. A failure in one
-    ends all."""
+    """Call function(*arguments) on `num_ranks` ranks, processes of this machine, and return rank 0's result. A failure
+    on one rank ends all and is raised."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,7 +97,8 @@ def _rank(rank: int, num_ranks: int, port: int, function: Callable[..., Result],
 
 
 def report(differences: list[Difference]) -> list[tuple[str, str, str, str, str]]:
-    """Rows (what, compared, bitwise equal, largest relative difference and where, verdict) for each step and kind."""
+    """Rows (what, number compared, number bitwise equal, largest relative difference and its name, verdict), one per
+    step and kind."""
     rows = []
     for step in sorted({difference.step for difference in differences}):
         kinds = list(dict.fromkeys(difference.kind for difference in differences if difference.step == step))
@@ -119,7 +120,7 @@ def report(differences: list[Difference]) -> list[tuple[str, str, str, str, str]
 
 
 def conclusion(differences: list[Difference]) -> Iterator[str]:
-    """What a person has to know: equal, or where the layouts part first."""
+    """Lines that say whether the layouts are equal, and if not, where they first differ."""
     outside = [difference for difference in differences if not difference.is_within]
     bounds = {difference.tolerance for difference in differences if difference.tolerance}
     if not outside:
@@ -129,7 +130,7 @@ def conclusion(differences: list[Difference]) -> Iterator[str]:
                 "of its tensor"
             )
         else:
-            yield "the layouts train the same model: no difference is larger than rounding in another order makes"
+            yield "the layouts train the same model: no difference exceeds what rounding in another order produces"
         return
     first = outside[0]
     yield f"the layouts DIFFER in {len(outside)} of {len(differences)} comparisons"

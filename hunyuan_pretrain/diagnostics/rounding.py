@@ -1,9 +1,9 @@
-"""Rounding noise: a run whose products are rounded as another legal order of their sums would round them.
+"""Rounding noise: runs a model with its matmuls rounded as another legal summation order would round them.
 
-What every product of the model returns, and the gradient that goes back into it, is moved by -1, 0 or +1 unit in the
-last place, with probabilities 1/4, 1/2, 1/4. That is the error of one bf16 sum of two rounded parts, such as a product
-divided over two ranks: its standard deviation, 0.7 units, is 2.4 times that of a single rounding. The draw is a
-function of the value and the seed, so that a recomputed activation is the same, and needs no state.
+Every matmul output, and the gradient that flows back into it, moves by -1, 0 or +1 unit in the last place, with
+probabilities 1/4, 1/2, 1/4. This is the error of one bf16 sum of two rounded parts, such as a matmul split over two
+ranks; its standard deviation, 0.7 units, is 2.4 times that of a single rounding. The draw is a function of the value
+and the seed: it needs no state, and a recomputed activation gets the same noise.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hunyuan_pretrain.model.attention import SelfAttention
 from hunyuan_pretrain.model.spec import CoreAttention
 
 PRODUCTS = ("linear_qkv", "linear_q", "linear_proj", "linear_fc1", "linear_fc2")
-"""Modules whose outputs are rounded sums, as is what core attention returns, which is a function."""
+"""Modules whose outputs are rounded sums. Core attention's output is one too, but core attention is a function."""
 
 
 def moved(x: Tensor, seed: int) -> Tensor:
-    """`x` in bf16 with about half of its values replaced by a neighbour; zeros, infinities, and other formats stay as
-    they are."""
+    """A bf16 `x` with about half of its values replaced by a neighbour. Zeros, infinities, and tensors of other dtypes
+    are unchanged."""
     if x.dtype != torch.bfloat16:
         return x
     bits = x.contiguous().view(torch.int16).int()
@@ -51,7 +51,7 @@ class _Noise(torch.autograd.Function):
 
 @contextmanager
 def rounding_noise(chunks: Sequence[torch.nn.Module], seed: int) -> Iterator[None]:
-    """While this is open, the products of these models are rounded in another way, one for each seed."""
+    """Inside this context, the matmuls of these models are rounded differently, as `seed` determines."""
 
     def disturb(module: Any, inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple):
