@@ -1,4 +1,4 @@
-"""What a setting means, and how two experiments differ: the text behind `explain` and `config diff`."""
+"""The output of `explain` (what a setting means), `config show --value` and `config diff`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import SUFFIX_RULE, section_of
 
 NOTES = (
-    "`explain KEY` says all of a setting, such as stages.tokens; `explain model` lists a section.",
-    f"Where the unit is tokens, a suffix counts: {SUFFIX_RULE}.",
-    "In paths ~ and $NAME are expanded ($$ is a dollar); relative ones are relative to the working directory.",
+    "`explain KEY` describes one setting in full, such as stages.tokens; `explain model` lists a section.",
+    f"If the unit is tokens, suffixes are allowed: {SUFFIX_RULE}.",
+    "In paths, ~ and $NAME are expanded ($$ is a dollar); relative paths are relative to the working directory.",
 )
 
 
 def explain(path: str = "") -> str:
-    """Meaning, unit, type, default and a typical value of a setting; of a section, one line for each of its settings,
-    and of theirs.
+    """Describe a setting: meaning, type, unit, default and a typical value. For a section: one line per setting,
+    including those of nested sections.
 
-    `path`: dotted, list indices optional (stages.0.tokens and stages.tokens are the same); "" lists every setting there
-    is. Raises ConfigError for an unknown path, naming the nearest one.
+    `path`: dotted, list indices optional (stages.0.tokens and stages.tokens are the same); "" lists every setting.
+    Raises ConfigError for an unknown path, naming the nearest one.
     """
     keys = tuple(name for name in path.split(".") if name and not name.isdecimal())
     if not keys:
@@ -52,7 +52,7 @@ def explain(path: str = "") -> str:
 
 
 def diff(a: Experiment, b: Experiment) -> list[str]:
-    """The settings in which two resolved experiments differ, "dotted.path: a -> b" each; empty where they are equal."""
+    """Settings in which two resolved experiments differ, one "dotted.path: a -> b" each; empty if they are equal."""
     left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
     lines = []
     for path in [*left, *(path for path in right if path not in left)]:
@@ -64,10 +64,9 @@ def diff(a: Experiment, b: Experiment) -> list[str]:
 
 
 def value_of(experiment: Experiment, path: str) -> str:
-    """The value of one setting of an experiment as plain text, a path with ~ and $NAME expanded; null is "null", a list
-    JSON.
+    """The value of one setting as plain text: paths have ~ and $NAME expanded, null is "null", lists are JSON.
 
-    `path`: dotted, of a setting and not of a section. Raises ConfigError for an unknown one, naming the nearest.
+    `path`: dotted path of a setting, not of a section. Raises ConfigError for an unknown path, naming the nearest one.
     """
     values = flatten(experiment.model_dump(mode="json"))
     if path not in values:
@@ -101,8 +100,7 @@ def property_of(schema: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
 
 
 def type_of(node: dict[str, Any], is_plural: bool = False) -> str:
-    """A JSON schema in words: "integer > 0 or null", "list of integers > 0"; `is_plural`: as what there are several
-    of."""
+    """A JSON schema in words: "integer > 0 or null", "list of integers > 0"; `is_plural`: in the plural."""
     if "anyOf" in node:
         kept = {key: node[key] for key in ("is_path",) if key in node}
         return " or ".join(type_of({**choice, **kept}, is_plural) for choice in node["anyOf"])
@@ -129,7 +127,7 @@ def type_of(node: dict[str, Any], is_plural: bool = False) -> str:
 
 
 def more_of_type(node: dict[str, Any]) -> str:
-    """What else a value may be written as."""
+    """Other ways to write a value, appended to its type."""
     if node.get("unit") == "tokens":
         return f", also with a suffix: {SUFFIX_RULE}"
     return "; ~ and $NAME are expanded, and it is relative to the working directory" if node.get("is_path") else ""
@@ -141,8 +139,8 @@ def is_list(node: dict[str, Any]) -> bool:
 
 
 def field_lines(section: Any, indent: str = "  ") -> list[str]:
-    """A tree: a line for each field of a section, with the first sentence of its meaning, its type, unit and default;
-    below, its fields."""
+    """A tree: one line per field of a section, with the first sentence of its meaning, its type, unit and default. The
+    fields of a nested section follow, indented."""
     schema = section.model_json_schema()
     rows: list[tuple[str, str, Any]] = []
     for name, field in section.model_fields.items():
@@ -162,7 +160,7 @@ def field_lines(section: Any, indent: str = "  ") -> list[str]:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop."""
+    """The text up to its first full stop."""
     return text.split(". ")[0].rstrip(".")
 
 
@@ -172,7 +170,7 @@ def first_line(docstring: str | None) -> str:
 
 
 def nearest_path(keys: tuple[str, ...]) -> str:
-    """The known path that an unknown one most likely meant, as a hint."""
+    """A hint that names the known path which an unknown one most likely meant."""
     near = difflib.get_close_matches(".".join(keys), list(all_paths(Experiment)), 1, 0.8)
     words = set(keys[-1].split("_"))
     saying = (

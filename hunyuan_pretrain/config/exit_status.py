@@ -1,15 +1,15 @@
-"""How a command or a rank ends: statuses that launchers, schedulers and tests read, and what is said of a stop.
+"""Exit statuses of commands and ranks, which launchers, schedulers and tests read, and the message about a stop.
 
-Needs nothing, so that a program that listens for signals has them from its first moments.
+Imports nothing, so a program that handles signals can use them as soon as it starts.
 """
 
 from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_MISTAKE = 2
-"""A user's mistake, which has been told in a message."""
+"""A user's mistake, reported in a message."""
 EXIT_STOPPED = 75
-"""The run was told to stop, lost nothing, and goes on by the same command; EX_TEMPFAIL."""
+"""The run was told to stop and lost nothing; the same command resumes it. EX_TEMPFAIL."""
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C during training, any Ctrl-C elsewhere."""
 

@@ -1,4 +1,4 @@
-"""Packages of other people: what a plain installation brings, and what an extra of this project does."""
+"""Third-party packages: those of a plain installation, and those of each extra."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ REQUIRED = {
     "tiktoken": "tiktoken>=0.9",
     "typer": "typer>=0.15",
 }
-"""Name under which a package is imported -> the package, as pyproject.toml asks for it; absent after
-`pip install --no-deps`, which leaves a container's torch as it is."""
+"""Import name -> requirement, as in pyproject.toml. They may be missing after `pip install --no-deps`, which is used to
+keep a container's torch."""
 
 EXTRAS = {
     "data": ("fsspec", "gigatoken", "pyarrow", "regex", "tokenizers", "zstandard"),
@@ -30,12 +30,12 @@ EXTRAS = {
     "curation": ("fasteners", "fasttext", "spacy"),
     "gpu": ("transformer_engine",),
 }
-"""Extra -> names under which its packages are imported."""
+"""Extra -> import names of its packages."""
 
 
 def install_hint(module: str) -> str:
-    """The command that brings an optional package, and whatever else its extras hold. Raises ValueError for any other
-    package."""
+    """The pip command that installs the extras with an optional package. Raises ValueError if the package is in no
+    extra."""
     found = [extra for extra, names in EXTRAS.items() if module in names]
     if not found:
         raise ValueError(f"{module} is in no extra")
@@ -43,23 +43,23 @@ def install_hint(module: str) -> str:
 
 
 def missing_package(error: BaseException) -> str | None:
-    """What to tell a user about an import that failed: one line for a package that the project or an extra brings, None
+    """One line for the user if an import failed because a package of this project or of an extra is not installed; None
     for every other error."""
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    # megatron-core shares the name megatron with other packages, so that only its own part of it may be absent
+    # megatron-core shares the name megatron with other packages, so only its own part of it may be missing
     if isinstance(error, ModuleNotFoundError) and module in REQUIRED and error.name in (module, "megatron.core"):
         package = REQUIRED[module]
         return f'{package.partition(">")[0]} is not installed: pip install "{package}"'
     if not any(module in names for names in EXTRAS.values()):
         return None
-    if not isinstance(error, ModuleNotFoundError) or error.name != module:  # it is there, and broken
+    if not isinstance(error, ModuleNotFoundError) or error.name != module:  # installed, but broken
         return None
     return f"{module} is not installed: {install_hint(module)}"
 
 
 def end_without(error: ModuleNotFoundError) -> NoReturn:
-    """End a command that lacks what all of it needs, in one line with the status of a mistake; raises any other error
-    again."""
+    """End a command that lacks a package it always needs: print one line and exit with EXIT_MISTAKE. Any other error is
+    raised again."""
     if (missing := missing_package(error)) is None:
         raise error
     print(missing, file=sys.stderr)

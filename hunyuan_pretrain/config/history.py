@@ -1,8 +1,9 @@
-"""The history of a run: its segments, each a configuration and what it met, from the step on that it began with.
+"""The history of a run: its segments. Each has a configuration, the step from which it applies, and the data,
+tokenizer, ranks and versions that it ran with.
 
-It is in every checkpoint's complete.json, so that a copied checkpoint has it too, and for the whole run in
-<run_dir>/segments.json, with each segment's configuration as <run_dir>/segments/NNNN.yaml beside it. Whoever reads a
-run asks for the segment that was in force.
+The history is in every checkpoint's complete.json, so a copied checkpoint has it too. For the whole run it is in
+<run_dir>/segments.json, with the configuration of each segment in <run_dir>/segments/NNNN.yaml. Code that reads a run
+uses the segment that applied at the time.
 """
 
 from __future__ import annotations
@@ -29,31 +30,31 @@ RESOLVED = "resolved.yaml"
 
 
 class SourceFacts(BaseModel):
-    """A packed dataset as a segment met it."""
+    """A packed dataset as it was when a segment started."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     digest: str | None = None
-    """Of what it holds, wherever it lies; None where that was not recorded."""
+    """Of its content, independent of its path; None if it was not recorded."""
     sequences: int
     tokens: int
     """Without padding."""
     sequence_length: int
     documents: tuple[tuple[str, str, int, int], ...] = ()
-    """Which documents it holds: digest and name of a tokenized folder, shortest and longest."""
+    """The documents in it: digest and name of a tokenized folder, and shortest and longest length in tokens."""
 
 
 class Segment(BaseModel):
-    """A configuration, from the step on at which it took over, and what it met."""
+    """A configuration, the step from which it applies, and what it ran with."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     first_step: int
-    """Steps that were done before."""
+    """Number of steps trained before it."""
     experiment: dict[str, Any]
     """The resolved configuration."""
     position: dict[str, int | str] = {}
-    """Where the run was, as `Schedule.position` has it."""
+    """Where the run was, as returned by `Schedule.position`."""
     started: str = ""
     """UTC."""
     world_size: int | None = None
@@ -62,23 +63,23 @@ class Segment(BaseModel):
     """By path."""
     tokenizer_digest: str | None = None
     versions: dict[str, str | None] = {}
-    """Of Python, the packages and the code; `commit` ends in + where files differ from it."""
+    """Of Python, the packages and the code; `commit` ends in + if files differ from it."""
     changes: list[str] = []
-    """Against the segment before, a line each."""
+    """Differences from the previous segment, one line each."""
     accepted: list[str] = []
-    """Keys of changes that were accepted by hand."""
+    """Keys of changes that were accepted with --accept-changes."""
     resume_from: str | None = None
-    """The checkpoint.resume_from that this segment began with, where it branched off."""
+    """The value of checkpoint.resume_from, if this segment branched off."""
 
     @cached_property
     def config(self) -> Experiment:
-        """The configuration; settings that this version does not know are left out. Raises ConfigError if it cannot be
-        read."""
+        """The configuration, without settings that this version does not know. Raises ConfigError if it is invalid."""
         return experiment_of(self.experiment, "the history of the run")
 
 
 def experiment_of(fields: Mapping[str, Any], source: str) -> Experiment:
-    """A recorded configuration; settings that this version does not know are left out. Raises ConfigError."""
+    """A recorded configuration, without settings that this version does not know. Raises ConfigError if it is
+    invalid."""
     try:
         return Experiment.model_validate(_known(fields, Experiment))
     except ValidationError as error:
@@ -90,10 +91,10 @@ def experiment_of(fields: Mapping[str, Any], source: str) -> Experiment:
 
 
 def read_history(run_dir: Path) -> list[Segment]:
-    """The segments of a run, oldest first, [] where none began; of a run before segments were recorded, its
-    resolved.yaml is the only one.
+    """The segments of a run, oldest first; [] if none has started. For runs from before segments were recorded,
+    resolved.yaml is the only segment.
 
-    Raises ConfigError if the index is damaged.
+    Raises ConfigError if segments.json is damaged.
     """
     index = run_dir / INDEX
     if index.exists():
@@ -102,8 +103,7 @@ def read_history(run_dir: Path) -> list[Segment]:
         except (ValueError, KeyError, TypeError) as error:
             rule = f"damaged: {str(error).splitlines()[0]}"
             hint = (
-                "remove it: the newest checkpoint has the history too, and the next start of the run writes "
-                f"{INDEX} again"
+                f"remove it: the newest checkpoint also has the history, and the next start of the run rewrites {INDEX}"
             )
             raise ConfigError(str(index), [Problem("segments", Problem.NO_VALUE, rule, hint)]) from None
     if (run_dir / RESOLVED).exists():
@@ -112,15 +112,15 @@ def read_history(run_dir: Path) -> list[Segment]:
 
 
 def segments_of(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """Segments as JSON has them. Raises ValueError."""
+    """Segments from parsed JSON. Raises ValueError if an entry is invalid."""
     return [Segment.model_validate(entry) for entry in entries]
 
 
 def set_aside_later(run_dir: Path, step: int, folders: Sequence[Path]) -> Path | None:
-    """Move checkpoints that come after a step, with copies of what was recorded until now, to the next
-    <run_dir>/abandoned/NNN.
+    """Move checkpoints (`folders`) that come after a step to the next <run_dir>/abandoned/NNN, with copies of the run's
+    records.
 
-    Returns that folder, which is a run directory in its turn; None where there is nothing to move. Raises OSError.
+    Returns that folder, which is itself a run directory; None if there is nothing to move. Raises OSError.
     """
     if not folders:
         return None
@@ -140,13 +140,13 @@ def set_aside_later(run_dir: Path, step: int, folders: Sequence[Path]) -> Path |
 
 
 def write_history(run_dir: Path, segments: Sequence[Segment]) -> None:
-    """Write segments.json, and the configuration of each segment beside it. Raises OSError."""
+    """Write segments.json, and the configuration of each segment to segments/. Raises OSError."""
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / f"{number:04d}.yaml": segment for number, segment in enumerate(segments, start=1)}
     for path, segment in files.items():
         write_whole(path, dump_resolved(segment.config))
-    for path in set(folder.glob("[0-9]*.yaml")) - files.keys():  # of what was left behind
+    for path in set(folder.glob("[0-9]*.yaml")) - files.keys():  # of an abandoned branch
         path.unlink()
     write_whole(
         run_dir / INDEX,
@@ -155,7 +155,7 @@ def write_history(run_dir: Path, segments: Sequence[Segment]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old or the new content, never a part. Raises OSError."""
+    """Write a file atomically: a reader finds the old or the new content, never a part. Raises OSError."""
     beside = path.with_name(path.name + ".new")
     try:
         with beside.open("w", encoding="utf-8") as file:

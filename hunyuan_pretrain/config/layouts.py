@@ -1,5 +1,4 @@
-"""Layouts written in one line, such as "tp=2,pp=2", and what an experiment becomes under one for a comparison. Imports
-no torch."""
+"""One-line layouts such as "tp=2,pp=2", and an experiment rewritten for one of them, for comparisons. No torch."""
 
 from __future__ import annotations
 
@@ -33,12 +32,13 @@ def layout_experiment(
     precision: Precision = "fp32",
     engine: Engine = "own",
 ) -> tuple[Experiment, int]:
-    """The experiment under a layout such as "tp=2,pp=2", writing to `folder`; and its number of ranks.
+    """(experiment under a layout such as "tp=2,pp=2" with run_dir `folder`, its number of ranks).
 
-    Sizes that the layout does not name are 1, but dp fills up `num_ranks` where those are given; micro (sequences of a
-    micro-batch), zero1 (distributed optimizer, 0 or 1), recompute and method (of context parallelism) are the
-    experiment's. precision: fp32 and bf16 without FP8; fp8: the experiment's own recipe. engine: its own layers, or
-    Transformer Engine's. Raises ConfigError.
+    Sizes that the layout does not name are 1, except dp, which uses up `num_ranks` if that is given. If the layout does
+    not name micro (sequences per micro-batch), zero1 (distributed optimizer, 0 or 1), recompute or method (of context
+    parallelism), they stay as in the experiment. precision: fp32 and bf16 turn FP8 off; fp8 uses the experiment's
+    recipe. engine: this project's layers (own) or Transformer Engine's (te). Raises ConfigError if the layout is
+    invalid, breaks a rule of the experiment, or needs another number of ranks than `num_ranks`.
     """
     values = _parse(layout)
     sizes = {field: int(values.get(key, 1)) for key, field in SIZES.items()}
@@ -59,8 +59,8 @@ def layout_experiment(
     fields["parallel"] = ParallelConfig.model_validate(experiment.parallel.model_dump() | changes).model_dump()
     fields["precision"] = _number_formats(experiment, precision)
     fields["runtime"]["transformer_engine"] = "required" if engine == "te" else "never"
-    fields["runtime"]["verify_data"] = "sizes"  # whether two layouts agree does not depend on what they read
-    # Adam divides a gradient by its own size: without a large epsilon the sign of rounding noise would be an update
+    fields["runtime"]["verify_data"] = "sizes"  # whether two layouts agree does not depend on the data they read
+    # Adam divides a gradient by its own size: with a small epsilon, the sign of rounding noise would become an update
     fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
     fields["run_dir"] = str(folder)
     fields["evaluation"] |= {"data": None, "sets": []}
@@ -84,7 +84,7 @@ def layout_experiment(
 
 def _number_formats(experiment: Experiment, precision: Precision) -> dict[str, Any]:
     mine = experiment.precision
-    if precision != "fp8":  # no FP8: the last bit of a sum in another order would become a step of FP8
+    if precision != "fp8":  # no FP8: a last-bit difference from another summation order could become a whole FP8 step
         return {"dtype": precision, "grad_reduce_in_fp32": mine.grad_reduce_in_fp32}
     if mine.fp8_recipe is None:
         rule = "the experiment has no recipe"
@@ -95,11 +95,12 @@ def _number_formats(experiment: Experiment, precision: Precision) -> dict[str, A
 
 
 def _refuse_experts_without_ranks(layout: str, sizes: dict[str, int]) -> None:
-    """Experts are divided over the ranks of tp, cp and dp; a layout that leaves dp out means 1 of it."""
+    """Raise ConfigError if the layout needs dp for its experts: they use the ranks of tp, cp and dp, and dp is 1 if the
+    layout leaves it out."""
     tp, cp, ep, etp = (sizes[SIZES[key]] for key in ("tp", "cp", "ep", "etp"))
     dp = ep * etp // math.gcd(ep * etp, tp * cp)
     if dp > 1:
-        rule = f"{ep * etp} ranks of experts are taken from tp * cp * dp, which is {tp * cp} where the layout has no dp"
+        rule = f"the {ep * etp} expert ranks are part of tp * cp * dp, which is {tp * cp} because the layout has no dp"
         raise ConfigError(f"layout {layout}", [Problem("ep", ep, rule, f"write dp={dp},{layout}")])
 
 
@@ -109,7 +110,7 @@ def _parse(layout: str) -> dict[str, str]:
     for part in filter(None, layout.split(",")):
         key, _, value = part.partition("=")
         if key not in KEYS:
-            problems.append(Problem(key, Problem.NO_VALUE, "no such part of a layout", f"use {', '.join(KEYS)}"))
+            problems.append(Problem(key, Problem.NO_VALUE, "unknown part of a layout", f"use {', '.join(KEYS)}"))
         elif key in ("recompute", "method"):
             allowed = {"recompute": ("none", "selective", "cla_group"), "method": ("all_gather", "all_to_all")}[key]
             if value not in allowed:

@@ -1,7 +1,7 @@
 """YAML file + `base:` parents + dotted overrides -> frozen, checked `Experiment`.
 
-Every problem of a file is reported at once, with its dotted path, the file and line it came from, and the nearest legal
-spelling. How YAML is read is in yaml_tree.py, what 10B and ~/runs stand for in values.py.
+All problems of a file are reported at once, each with its dotted path, file, line and the nearest legal spelling.
+yaml_tree.py reads the YAML; values.py expands values such as 10B and ~/runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class ArchitectureFile(Section):
-    """A YAML file that describes a model and no run: what configs/model/ holds."""
+    """A YAML file that describes only a model, like those in configs/model/."""
 
     model: ModelConfig
 
@@ -38,8 +38,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), world_size:
     """Read an experiment file and check it.
 
     `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.0.tokens=1000"; the values are YAML. They win
-    over the file, which wins over its `base` files (later ones over earlier ones), which win over theirs; mappings
-    merge, lists are replaced. `world_size`: ranks of the job where they are known, for the rules that need them.
+    over the file, the file over its `base` files (later ones over earlier ones), and those over theirs. Mappings merge;
+    lists are replaced. `world_size`: ranks of the job if known, for the rules that need them.
     Raises ConfigError with every problem: a missing file, invalid YAML, unknown keys, wrong types, violated rules.
     """
     tree = read(path, overrides)
@@ -62,7 +62,7 @@ def load_model(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
 
 
 def dump_resolved(experiment: Experiment) -> str:
-    """The experiment as YAML, every default filled in and no `base`; it loads back equal."""
+    """The experiment as YAML with every default filled in and without `base`; loading it returns an equal one."""
     fields = change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: path.replace("$", "$$"))
     text: str = yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=140)
     return text
@@ -78,7 +78,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
 
 
 def read_file(path: Path, chain: tuple[Path, ...]) -> Tree:
-    """One file and its bases, and theirs; `chain` led to it from base to base. Raises ConfigError."""
+    """One file merged with its bases, recursively. `chain`: the files that led here through `base`. Raises
+    ConfigError."""
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -103,8 +104,8 @@ def read_file(path: Path, chain: tuple[Path, ...]) -> Tree:
 
 
 def base_path(path: Path, name: str, chain: tuple[Path, ...], line: str) -> Path:
-    """The file that `base: name` of `path` means; raises ConfigError if there is none, or if it is one of the chain
-    that led here."""
+    """The file that `base: name` in `path` refers to. Raises ConfigError if it does not exist, or if it is already in
+    the chain."""
     try:
         parent = path.parent / expand(name)
     except ValueError as error:
@@ -116,14 +117,12 @@ def base_path(path: Path, name: str, chain: tuple[Path, ...], line: str) -> Path
     known = [one.resolve() for one in chain]
     if parent.resolve() in known:
         circle = " -> ".join(map(str, [*chain[known.index(parent.resolve()) :], parent]))
-        raise ConfigError(
-            str(path), [Problem("base", name, f"goes round in a circle: {circle}", "remove one of them", line)]
-        )
+        raise ConfigError(str(path), [Problem("base", name, f"is circular: {circle}", "remove one of them", line)])
     return parent
 
 
 def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
-    """Put "a.b.0.c=value" into the tree; yields the problem where it cannot be put."""
+    """Apply "a.b.0.c=value" to the tree; yields the problem if that is not possible."""
     path, equals, text = override.partition("=")
     path, where = path.strip(), f"override {override!r}"
     if not equals or "" in path.split("."):
@@ -166,16 +165,16 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
 
 
 def validate(section: type[SectionT], tree: Tree) -> SectionT:
-    """Plain data -> frozen section; raises ConfigError with unknown keys, missing keys, wrong types and paths that lead
-    nowhere."""
+    """Plain data -> frozen section. Raises ConfigError with all unknown keys, missing keys, wrong types and paths that
+    cannot be expanded."""
     problems = fill_in(section, tree)
-    # Through JSON, in pydantic's strict mode: a YAML list is a tuple there and 1 a float, but "64" and true are not
-    # integers.
+    # Through JSON in pydantic's strict mode: it accepts a YAML list as a tuple and 1 as a float, but not "64" or true
+    # as an integer.
     try:
         made = section.model_validate_json(json.dumps(tree.data, default=str), strict=True)
     except ValidationError as error:
         items = error.errors(include_url=False)
-        # A list whose items are wrong is also reported as too short; only an empty list really is.
+        # pydantic also reports a list with wrong items as too short; only an empty list is.
         items = [item for item in items if not (item["type"] == "too_short" and item["input"])]
         raise ConfigError(tree.source, [*(problem_of(item, section, tree) for item in items), *problems]) from None
     if problems:
@@ -231,7 +230,7 @@ def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> P
 
 
 def with_positions(tree: Tree, problems: Sequence[Problem]) -> None:
-    """Raise violated rules as one ConfigError that names the line of each value."""
+    """Raise ConfigError for violated rules, if any, with the line of each value."""
     if not problems:
         return
     placed = []
@@ -242,7 +241,7 @@ def with_positions(tree: Tree, problems: Sequence[Problem]) -> None:
 
 
 def field_at(section: type[BaseModel], keys: Keys) -> Any:
-    """The pydantic field of a dotted path, None where there is none; list indices are skipped."""
+    """The pydantic field of a dotted path, or None; list indices are skipped."""
     field, inside = None, section
     for name in [key for key in keys if isinstance(key, str)]:
         if inside is None or name not in inside.model_fields:
@@ -262,7 +261,7 @@ def all_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def nearest_name(section: type[BaseModel], keys: Keys) -> str:
-    """The known name that an unknown key most likely meant, as a hint."""
+    """A hint that names the setting which an unknown key most likely meant."""
     *outer, last = [key for key in keys if isinstance(key, str)]
     parent = field_at(section, tuple(outer)) if outer else None
     siblings = list((section_of(parent.annotation) if parent is not None else section).model_fields)  # type: ignore[union-attr]
@@ -282,7 +281,7 @@ def nearest_name(section: type[BaseModel], keys: Keys) -> str:
 
 
 def nearest_file(path: Path) -> str:
-    """A file of the same folder with a similar name, as a hint."""
+    """A hint that names a YAML file with a similar name in the same folder."""
     names = sorted(item.name for item in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, 1)
     return f"did you mean {path.parent / near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""What the menus of both commands have alike: -h beside --help, --version, and help that the terminal wraps."""
+"""What the menus of both commands share: -h as well as --help, --version, and help text that the terminal wraps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 
 HELP = {"help_option_names": ["-h", "--help"]}
-"""Settings of a command line's context."""
+"""Context settings of a Typer app."""
 
 
 def add_commands(app: typer.Typer, *commands: Callable[..., Any], name: str | None = None) -> None:
-    """Make functions commands of `app`, under their own names, or one under `name`.
+    """Add functions to `app` as commands under their own names, or a single one under `name`.
 
-    Their docstrings are their help, each paragraph in one line: typer keeps breaks of a line, which are those of the
-    source and not of the reader's terminal.
+    Their docstrings become the help, with each paragraph joined into one line: typer keeps the line breaks of the
+    source, which do not fit the reader's terminal.
     """
     for command in commands:
         paragraphs = (inspect.getdoc(command) or "").split("\n\n")
@@ -37,7 +37,7 @@ def _show_version(is_asked: bool) -> None:
 
 def _options(
     asked: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say the version and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

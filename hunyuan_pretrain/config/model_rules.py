@@ -1,4 +1,4 @@
-"""Rules of the architecture."""
+"""Rules for the architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the number formats: FP8 recipes, and what their kernels ask of the sizes of a matrix product."""
+"""Rules for number formats: FP8 recipes, and the matrix sizes that their kernels need."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hunyuan_pretrain.config.recipe import RECIPES
 from hunyuan_pretrain.config.schema import Experiment
 
 DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
-"""Settings that every recipe but delayed would silently ignore."""
+"""Settings that every recipe except delayed would silently ignore."""
 
 
 def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
-    """Settings of FP8 without a recipe, or of the delayed recipe with another one, are refused: nothing would read
-    them."""
+    """FP8 settings without a recipe, and settings of the delayed recipe with another one, are refused: nothing would
+    read them."""
     precision, recipe = experiment.precision, experiment.precision.recipe
     names: tuple[str, ...] = ()
     reason = ""
@@ -34,12 +34,12 @@ def fp8_settings_take_effect(experiment: Experiment) -> Iterator[Problem]:
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             if getattr(precision, name):
                 yield Problem(
-                    f"precision.{name}", getattr(precision, name), "fp8_recipe is null: every layer is", "use 0"
+                    f"precision.{name}", getattr(precision, name), "fp8_recipe is null: no layer is in FP8", "use 0"
                 )
 
 
 def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem]:
-    """Parameters in FP8 need the optimizer that keeps their fp32 weights elsewhere, and a format that it can gather."""
+    """fp8_parameters needs an optimizer with separate fp32 main weights, and a format that it can all-gather."""
     precision, recipe = experiment.precision, experiment.precision.recipe
     if not precision.fp8_parameters:
         return
@@ -49,7 +49,7 @@ def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem
         reason, hint = recipe.no_parameters, "use false, or another recipe"
     elif precision.dtype == "fp32":
         reason, hint = (
-            "with precision.dtype=fp32 the weights are the optimizer's own, which has no others",
+            "with precision.dtype=fp32 the optimizer has no separate main weights",
             "use precision.dtype=bf16",
         )
     elif not experiment.parallel.use_distributed_optimizer:
@@ -64,7 +64,7 @@ def fp8_parameters_have_main_weights(experiment: Experiment) -> Iterator[Problem
 def fp8_margin_leaves_a_scale(experiment: Experiment) -> Iterator[Problem]:
     margin = experiment.precision.fp8_margin
     if margin is not None and not 0 <= margin <= 8:
-        rule = "room for values to grow 2^margin times; below 0 they would saturate, above 8 E4M3 has few values left"
+        rule = "headroom of 2^margin; below 0 values would saturate, above 8 E4M3 has few values left"
         yield Problem("precision.fp8_margin", margin, rule, "use 0")
 
 
@@ -97,9 +97,9 @@ def some_layer_is_in_fp8(experiment: Experiment) -> Iterator[Problem]:
 
 
 def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
-    """FP8 matrix products need both sizes of each operand to be multiples of `Recipe.size_multiple` on every rank.
+    """FP8 matmuls need both sizes of each operand to be multiples of `Recipe.size_multiple` on every rank.
 
-    Rows of routed experts are no matter of this rule: they are padded where they have to be.
+    The rule ignores the rows of routed experts, which are padded if necessary.
     """
     model, parallel, recipe = experiment.model, experiment.parallel, experiment.precision.recipe
     if recipe is None:
@@ -125,7 +125,7 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
         if size % ranks == 0 and size // ranks % unit
     ]
     if broken:
-        rule = f"{recipe.name} multiplies matrices whose sizes are multiples of {unit}, and {'; '.join(broken)}"
+        rule = f"{recipe.name} needs matrix sizes that are multiples of {unit}, but {'; '.join(broken)}"
         others = [other for other in RECIPES.values() if other.size_multiple < unit and not other.is_delayed]
         hint = "choose other sizes or fewer ranks, or null"
         if others:
@@ -135,18 +135,15 @@ def fp8_products_are_aligned(experiment: Experiment) -> Iterator[Problem]:
     for index, stage in enumerate(experiment.stages):
         tokens, ranks = stage.sequence_length * stage.micro_batch_sequences, parallel.context_parallel_size * tensor
         if tokens % ranks == 0 and tokens // ranks % unit:
-            rule = (
-                f"a rank has {tokens // ranks} tokens of a micro-batch, and {recipe.name} multiplies rows "
-                f"in multiples of {unit}"
-            )
+            rule = f"a rank has {tokens // ranks} tokens per micro-batch, but {recipe.name} needs a multiple of {unit}"
             yield Problem(
                 f"stages.{index}.sequence_length", stage.sequence_length, rule, f"use a multiple of {unit * ranks}"
             )
 
 
 def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
-    """Under sequence parallelism Transformer Engine gathers the blocks of blockwise with their scales, and no parts of
-    them."""
+    """With sequence parallelism, Transformer Engine gathers blockwise inputs as whole blocks with their scales, never
+    parts of a block."""
     model, parallel, recipe = experiment.model, experiment.parallel, experiment.precision.recipe
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     if recipe is None or recipe.block is None or not recipe.gathers_whole_blocks:
@@ -155,13 +152,13 @@ def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
         return
     block = recipe.block
     if model.hidden_size % block:
-        rule = f"sequence parallelism gathers blocks of {block} of each token, and hidden_size is {model.hidden_size}"
+        rule = f"sequence parallelism gathers each token in blocks of {block}, but hidden_size is {model.hidden_size}"
         yield Problem("precision.fp8_recipe", recipe.name, rule, f"use tensorwise, or a multiple of {block}")
     for index, stage in enumerate(experiment.stages):
         tokens = stage.sequence_length * stage.micro_batch_sequences
         if tokens % ranks == 0 and tokens // ranks % block:
             rule = (
-                f"a rank has {tokens // ranks} tokens of a micro-batch, and sequence parallelism gathers {recipe.name} "
+                f"a rank has {tokens // ranks} tokens per micro-batch, but sequence parallelism gathers {recipe.name} "
                 f"in blocks of {block}"
             )
             yield Problem(
@@ -173,20 +170,20 @@ def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
 
 
 def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Problem]:
-    """What contradicts runtime.transformer_engine=required on every machine."""
+    """Settings that runtime.transformer_engine=required excludes on every machine."""
     runtime = experiment.runtime
     if runtime.transformer_engine != "required":
         return
     if runtime.device == "cpu":
-        rule = "it runs on CUDA devices only, and runtime.device is cpu"
+        rule = "it runs on CUDA devices only, but runtime.device is cpu"
         yield Problem("runtime.transformer_engine", "required", rule, "use auto or never")
     if experiment.precision.dtype == "fp32":
-        rule = "it multiplies fp32 matrices in TF32, of 10 bits of precision, and precision.dtype is fp32"
+        rule = "it multiplies fp32 matrices in TF32, with 10 bits of precision, but precision.dtype is fp32"
         yield Problem(
             "runtime.transformer_engine",
             "required",
             rule,
-            "use precision.dtype=bf16, or auto, which takes own layers for fp32",
+            "use precision.dtype=bf16, or auto, which uses own layers for fp32",
         )
 
 

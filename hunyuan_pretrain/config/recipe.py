@@ -1,8 +1,8 @@
-"""FP8 recipes: where the scales of a tensor come from, in which formats its values are, and what kernels ask for.
+"""FP8 recipes: how scales are computed, the formats of values, and what the kernels need.
 
-`RECIPES` has one entry for each. The configuration's rules, the plan, the check of the machine, the emulation and
-Transformer Engine's layers all read it there. A new recipe is an entry, and, where its scales are of a form that no
-other recipe has, a case of `scales_of` in model/fp8/quantise.py. This module imports no torch.
+`RECIPES` has one entry per recipe. The configuration rules, the plan, the machine check, the emulation and the
+Transformer Engine layers all read it. To add a recipe, add an entry; if its scales have a new form, also add a case to
+`scales_of` in model/fp8/quantise.py. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from typing import Literal
 
 RecipeName = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Operand = Literal["x", "w", "dy"]
-"""Of a matrix product y = x W^T and its gradients: inputs, weights, gradients of the output."""
+"""Operands of a linear y = x W^T and its gradients: inputs, weights, output gradients."""
 OPERANDS: tuple[Operand, ...] = ("x", "w", "dy")
 NumberFormat = Literal["e4m3", "e5m2"]
-"""Bits of exponent and mantissa beside the sign. e4m3 reaches 448, e5m2 57344."""
+"""Exponent and mantissa bits, besides the sign. The maximum is 448 for e4m3 and 57344 for e5m2."""
 ScaleForm = Literal["fp32", "fp32 power of two", "e8m0"]
-"""E8M0 is an exponent of 8 bits and nothing else; it is the inverse scale that is rounded to it, upwards."""
+"""E8M0 is an 8-bit exponent and nothing else. The inverse scale is rounded up to it."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """GPUs, and the CUDA of torch, that have the kernels of a recipe."""
+    """The GPUs, and torch's CUDA version, that have the kernels of a recipe."""
 
     first: tuple[int, int]
     """Lowest compute capability."""
     below: tuple[int, int] | None = None
-    """Compute capabilities from here on do not have them."""
+    """Compute capabilities from this one on do not have the kernels."""
     cuda: tuple[int, ...] = ()
-    """Lowest version."""
+    """Lowest CUDA version."""
 
     def has(self, capability: tuple[int, int], cuda: tuple[int, ...]) -> bool:
         return self.first <= capability and (self.below is None or capability < self.below) and cuda >= self.cuda
 
     def __str__(self) -> str:
-        """As an error names it: "9.0 or more, and CUDA 12.9 or more"."""
+        """The text for an error: "9.0 or more, and CUDA 12.9 or more"."""
         is_one_capability = self.below == (self.first[0], self.first[1] + 1)
         conditions = [_dotted(self.first) if is_one_capability else f"{_dotted(self.first)} or more"]
         if self.below is not None and not is_one_capability:
@@ -51,28 +51,29 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One FP8 recipe. `PrecisionConfig.recipe` is that of an experiment, with its settings filled in."""
+    """One FP8 recipe. `PrecisionConfig.recipe` is the experiment's, with its settings filled in."""
 
     name: RecipeName
     meaning: str
-    """As the documentation of precision.fp8_recipe says it."""
+    """Its text in the description of precision.fp8_recipe."""
     scale_form: ScaleForm
     block: int | None
-    """Values along the summed dimension of a product that share a scale; None: the whole tensor, of one expert."""
+    """Number of values along the reduction dimension of a matmul that share a scale. None: one scale for the whole
+    tensor, which is the tensor of one expert in routed experts."""
     engine_class: str | None = None
-    """Of transformer_engine.common.recipe; None: there is none, it can be emulated only."""
+    """Class in transformer_engine.common.recipe; None: there is none, so the recipe can only be emulated."""
     hardware: tuple[Hardware, ...] = ()
-    """Any of them has Transformer Engine's kernels."""
+    """Hardware with Transformer Engine's kernels; any entry is enough."""
     square_weight_blocks: bool = False
-    """Blocks of a weight are as high as they are wide: it is quantised once for both products that read it."""
+    """Weight blocks are square, so a weight is quantised once for both matmuls that read it."""
     is_delayed: bool = False
-    """A scale comes from the largest values of earlier steps, which checkpoints hold; else from the tensor itself."""
+    """Scales come from the amax of earlier steps, which checkpoints store; otherwise from the tensor itself."""
     size_multiple: int = 16
-    """What kernels want the sizes of a product to be multiples of, on every rank."""
+    """Matrix sizes must be multiples of this on every rank."""
     gathers_whole_blocks: bool = False
-    """Sequence parallelism gathers the inputs in FP8, blocks with their scales, and no parts of blocks."""
+    """Sequence parallelism all-gathers inputs in FP8, as whole blocks with their scales."""
     no_parameters: str | None = None
-    """Why weights cannot be kept in FP8 only; None: they can."""
+    """Why weights cannot be kept in FP8 only; None if they can."""
     forward_format: NumberFormat = "e4m3"
     """Of x and w."""
     backward_format: NumberFormat = "e4m3"
@@ -80,14 +81,15 @@ class Recipe:
     margin: int = 0
     """A delayed scale is divided by 2^margin."""
     history_steps: int = 1024
-    """Steps of which a delayed recipe remembers the largest values."""
+    """Number of steps whose amax a delayed recipe remembers."""
     takes_max: bool = True
-    """A delayed scale takes the largest value of the history; else that of the last step."""
+    """A delayed scale uses the largest amax of the history; otherwise that of the last step."""
 
     def with_settings(
         self, number_format: str | None, margin: int | None, history_steps: int | None, algorithm: str | None
     ) -> Recipe:
-        """The recipe under the settings precision.fp8_*; what is None there stays as it is here."""
+        """The recipe with the settings precision.fp8_* applied. None keeps the recipe's value, except that the history
+        defaults to 1 step with most_recent."""
         takes_max = algorithm != "most_recent"
         backward: dict[str | None, NumberFormat] = {"hybrid": "e5m2", "e4m3": "e4m3", None: self.backward_format}
         return replace(
@@ -100,14 +102,14 @@ class Recipe:
 
     @property
     def is_hybrid(self) -> bool:
-        """Gradients are in another format than inputs and weights."""
+        """Whether gradients have another format than inputs and weights."""
         return self.forward_format != self.backward_format
 
     def number_format(self, operand: Operand) -> NumberFormat:
         return self.backward_format if operand == "dy" else self.forward_format
 
     def block_shape(self, operand: Operand, along_rows: bool) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, for a product that sums over columns, or (along_rows) over rows; None:
+        """(rows, columns) that share a scale, in a matmul that sums over columns, or over rows if `along_rows`. None:
         the whole matrix."""
         if self.block is None:
             return None
@@ -117,11 +119,12 @@ class Recipe:
 
     @property
     def scale_bytes_per_value(self) -> float:
-        """Bytes of scales for a quantised value; one for a whole tensor counts nothing."""
+        """Bytes of scales per quantised value; 0 with one scale per tensor."""
         return 0.0 if self.block is None else (1 if self.scale_form == "e8m0" else 4) / self.block
 
     def missing(self, capability: tuple[int, int], cuda: tuple[int, ...]) -> str | None:
-        """What its kernels ask of a GPU's compute capability, and of torch's CUDA, where these do not have it."""
+        """The compute capability and CUDA version that the kernels need, if the given ones are not enough; None if they
+        are."""
         if any(hardware.has(capability, cuda) for hardware in self.hardware):
             return None
         return ", or ".join(map(str, self.hardware)) or "kernels, and Transformer Engine has none for it"
@@ -134,7 +137,7 @@ RECIPES: dict[RecipeName, Recipe] = {
     for recipe in (
         Recipe(
             "delayed",
-            "one scale a tensor, from the largest values of earlier steps",
+            "one scale per tensor, from the largest values of earlier steps",
             engine_class="DelayedScaling",
             hardware=_PER_TENSOR,
             scale_form="fp32",
@@ -144,7 +147,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         ),
         Recipe(
             "tensorwise",
-            "from the tensor itself",
+            "one scale per tensor, from the tensor itself",
             engine_class="Float8CurrentScaling",
             hardware=_PER_TENSOR,
             scale_form="fp32",
@@ -153,7 +156,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         ),
         Recipe(
             "blockwise",
-            "one for 1 x 128 values, 128 x 128 of a weight",
+            "one scale per 1 x 128 values, or per 128 x 128 of a weight",
             engine_class="Float8BlockScaling",
             hardware=(Hardware((9, 0), cuda=(12, 9)),),
             scale_form="fp32 power of two",
@@ -163,7 +166,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         ),
         Recipe(
             "mxfp8",
-            "a power of two for 32 values",
+            "one power-of-two scale per 32 values",
             engine_class="MXFP8BlockScaling",
             hardware=(Hardware((10, 0), below=(12, 0)),),
             scale_form="e8m0",

@@ -1,7 +1,7 @@
-"""Rules that span several fields, a small function each.
+"""Rules that span several fields, one small function each.
 
-Every rule yields the problems it finds; `check` gathers them all into one ConfigError. A rule that would divide by a
-value which another rule refuses stays silent: the other one speaks.
+Every rule yields the problems it finds; `check` collects them into one ConfigError. A rule that depends on a value
+which another rule refuses yields nothing, so that each mistake is reported once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
 
 
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
-    """Refuse an experiment that cannot run.
+    """Raise ConfigError, with every violation in one message, if an experiment cannot run.
 
-    `world_size`: ranks of the job, where they are known; otherwise parallel.world_size, and without that one only the
-    rules that hold for every number of ranks are applied. `source` heads the message; default: the experiment's name.
-    Raises ConfigError with every violation in one message.
+    `world_size`: ranks of the job; None: parallel.world_size. If that is None too, only the rules that do not depend on
+    the number of ranks apply. `source`: start of the message; default: the experiment's name.
     """
     found = find_problems(experiment, world_size)
     if found:
@@ -32,14 +31,14 @@ def check(experiment: Experiment, world_size: int | None = None, source: str | N
 
 
 def check_model(model: ModelConfig, source: str = "model") -> None:
-    """Refuse an architecture that cannot be built; raises ConfigError with every violation."""
+    """Raise ConfigError, with every violation, if an architecture cannot be built."""
     found = [problem for rule in MODEL_RULES for problem in rule(model)]
     if found:
         raise ConfigError(source, found)
 
 
 def find_problems(experiment: Experiment, world_size: int | None = None) -> list[Problem]:
-    """Every violation of `check`, as a list."""
+    """The violations that `check` reports, as a list."""
     found = [problem for rule in MODEL_RULES for problem in rule(experiment.model)]
     found += [problem for rule in EXPERIMENT_RULES for problem in rule(experiment)]
     found += world_size_rules(experiment, world_size)
@@ -47,7 +46,7 @@ def find_problems(experiment: Experiment, world_size: int | None = None) -> list
 
 
 def find_warnings(experiment: Experiment) -> list[Problem]:
-    """Settings that are legal but take effect only partly; the run prints them once and keeps them in its folder."""
+    """Settings that are legal but only partly effective; the run prints them once and stores them in its folder."""
     return [problem for rule in WARNING_RULES for problem in rule(experiment)]
 
 
@@ -74,14 +73,14 @@ def tensor_parallel_divides(experiment: Experiment) -> Iterator[Problem]:
 def expert_tensor_parallel_divides(experiment: Experiment) -> Iterator[Problem]:
     width, size = experiment.model.expert_ffn_size, experiment.parallel.expert_tensor_parallel_size
     if width % size:
-        rule = f"routed experts are {width} wide, {width} % {size} != 0"
+        rule = f"routed experts have width {width}, {width} % {size} != 0"
         yield Problem("parallel.expert_tensor_parallel_size", size, rule, nearest_divisors(size, width))
 
 
 def sequence_parallel_goes_with_tensor_parallel(experiment: Experiment) -> Iterator[Problem]:
     parallel = experiment.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        rule = "splits over the tensor-parallel ranks, and there is only one"
+        rule = "splits over the tensor-parallel ranks, but there is only one"
         yield Problem(
             "parallel.sequence_parallel", True, rule, "set parallel.tensor_model_parallel_size above 1, or false"
         )
@@ -99,7 +98,7 @@ def pipeline_never_cuts_a_cla_group(experiment: Experiment) -> Iterator[Problem]
     )
     share, num_stages = model.cla_share_factor, ranks * chunks
     if chunks > 1 and ranks == 1:
-        rule = "interleaves the chunks of several pipeline ranks, and there is only one"
+        rule = "interleaves the chunks of several pipeline ranks, but there is only one"
         yield Problem(
             "parallel.virtual_pipeline_model_parallel_size",
             chunks,
@@ -123,7 +122,7 @@ def pipeline_never_cuts_a_cla_group(experiment: Experiment) -> Iterator[Problem]
         rule = f"{len(layout)} stages, but {ranks} pipeline ranks with {chunks} chunks each have {num_stages}"
         yield Problem("parallel.pipeline_layout", list(layout), rule, f"give {num_stages} numbers")
     if sum(layout) != model.num_layers:
-        rule = f"adds up to {sum(layout)} layers, and the model has {model.num_layers}"
+        rule = f"adds up to {sum(layout)} layers, but the model has {model.num_layers}"
         yield Problem("parallel.pipeline_layout", list(layout), rule, f"make it {model.num_layers}")
     cut = [size for size in layout if size % share]
     if cut:
@@ -176,7 +175,7 @@ def offload_needs_the_distributed_optimizer(experiment: Experiment) -> Iterator[
 
 
 def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator[Problem]:
-    """Rules that need the number of ranks; `world_size` is that of the job, None where only the config speaks."""
+    """Rules that need the number of ranks. `world_size`: that of the job; None: parallel.world_size applies."""
     parallel = experiment.parallel
     if world_size is not None and parallel.world_size is not None and world_size != parallel.world_size:
         rule = f"the job has {world_size} ranks"
@@ -211,7 +210,8 @@ def batch_splits(parallel: ParallelConfig, index: int, stage: StageConfig, data_
     ):
         ranks = parallel.pipeline_model_parallel_size
         rule = (
-            f"{batch // (micro * data_parallel)} micro-batches a rank; the interleaved schedule runs rounds of {ranks}"
+            f"{batch // (micro * data_parallel)} micro-batches per rank; the interleaved schedule needs a multiple of "
+            f"{ranks}"
         )
         yield Problem(
             f"stages.{index}.global_batch_sequences",

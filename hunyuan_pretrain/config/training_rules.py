@@ -1,5 +1,5 @@
-"""Rules of what is trained how: routing groups, learning rates, stages, checkpoints; and what is legal but takes effect
-only partly."""
+"""Rules for routing groups, learning rates, stages and checkpoints; and warnings about legal settings that are only
+partly effective."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hunyuan_pretrain.config.schema import Experiment
 
 
 def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]:
-    """A rank routes T / (CP * SP) tokens of a micro-batch, and capacity and recycling are those of whole groups."""
+    """A rank routes T / (CP * TP) tokens of a micro-batch. They must form whole routing groups, because capacity and
+    recycling apply to whole groups."""
     parallel, group = experiment.parallel, experiment.model.moe_routing_group_tokens
     context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     for path, length, sequences in token_counts(experiment):
         if length % group:
-            continue  # routing_group_divides_sequences speaks
+            continue  # routing_group_divides_sequences reports it
         if length % (context * group):
             rule = (
                 f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} "
@@ -38,8 +39,8 @@ def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]
 
 
 def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:
-    """(path, sequence length, sequences of a micro-batch) of each stage, and of validation, which has the first stage's
-    length."""
+    """(path, sequence length, sequences per micro-batch) of each stage, and of validation, which uses the sequence
+    length of the first stage."""
     for index, stage in enumerate(experiment.stages):
         yield f"stages.{index}", stage.sequence_length, stage.micro_batch_sequences
     if experiment.evaluation.paths:
@@ -103,7 +104,7 @@ def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
     path = "checkpoint.resume_from"
     if not checkpoint.resume:
         yield Problem(
-            path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to go on", "set one of them"
+            path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to resume", "set one of them"
         )
     if checkpoint.init_from is not None:
         rule = (
@@ -135,7 +136,7 @@ def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Proble
     checkpoint = experiment.checkpoint
     if checkpoint.keep_last is not None and checkpoint.save_every_steps is None:
         rule = (
-            "checkpoint.save_every_steps is null: there is one checkpoint a job, so only resumed jobs leave any "
+            "checkpoint.save_every_steps is null: each job saves one checkpoint, so only resumed jobs leave any "
             "to remove"
         )
         yield Problem("checkpoint.keep_last", checkpoint.keep_last, rule, "set checkpoint.save_every_steps")
@@ -147,14 +148,12 @@ def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Proble
 def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]:
     fraction = experiment.optimizer.cpu_offload_fraction
     if fraction and experiment.runtime.device == "cpu":
-        rule = (
-            "runtime.device is cpu: the state is in the host's memory anyway, and copies of the weights are added to it"
-        )
+        rule = "runtime.device is cpu: the state is in host memory anyway, and offloading adds copies of the weights"
         yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "use 0")
 
 
 def total_steps(experiment: Experiment) -> int:
-    """Steps of all stages together."""
+    """Total steps of all stages."""
     return sum(stage.num_steps for stage in experiment.stages)
 
 

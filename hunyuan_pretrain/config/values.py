@@ -1,9 +1,9 @@
-"""What a value of a YAML or an override stands for: counts of tokens with a suffix, and paths.
+"""Expansion of values in YAML files and overrides: token counts with a suffix, and paths.
 
-Token counts: a number and, without a space, k or K (1,000), M, B (1,000 million), T, or Ki and Mi (1,024 and
-1,048,576), as lengths of sequences have it: 10B, 1.5T, 4k, 4Ki. Paths: `~`, `~user`, $NAME and ${NAME} are expanded ($$
-is a dollar); relative ones, those in a base file too, are relative to the working directory of the command. What a run
-records of itself has absolute paths only (`with_absolute_paths`), so that it is right from everywhere.
+Token counts: a number followed, without a space, by k or K (1,000), M, B (1,000 million), T, or Ki and Mi (1,024 and
+1,048,576, for sequence lengths): 10B, 1.5T, 4k, 4Ki. Paths: `~`, `~user`, $NAME and ${NAME} are expanded ($$ is a
+dollar). Relative paths, also in a base file, are relative to the working directory of the command. A run records only
+absolute paths (`with_absolute_paths`), so its records are valid from any directory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
 def token_count(text: str) -> int | float | None:
-    """The number of tokens that a text with a suffix stands for, None where it is none: 1.5T is 1500000000000."""
+    """The number of tokens in a text with a suffix: 1.5T is 1500000000000. None if the text is not such a number."""
     found = _COUNT.fullmatch(text)
     if not found or found[2] not in SUFFIXES or text != found[1] + found[2] or not re.search(r"\d", found[1]):
         return None
@@ -60,7 +60,7 @@ def token_count(text: str) -> int | float | None:
 
 
 def number_hint(text: str, is_tokens: bool) -> str:
-    """What somebody who wrote `text` for a number most likely meant."""
+    """A hint for a user who wrote `text` instead of a number; "" if there is none."""
     text = text.strip()
     found = _COUNT.fullmatch(text)
     if found and re.search(r"\d", found[1]):
@@ -82,8 +82,8 @@ def number_hint(text: str, is_tokens: bool) -> str:
 
 
 def expand(text: str) -> str:
-    """A path with `~` and variables filled in. Raises ValueError that names what is not defined, and for one that is
-    empty."""
+    """A path with `~` and variables expanded. Raises ValueError if a variable or user is not defined (the message names
+    it), or if the result is empty."""
 
     def filled(found: re.Match[str]) -> str:
         if found[0] == "$$":
@@ -107,7 +107,7 @@ def expand(text: str) -> str:
 
 
 def fill_in(section: type[BaseModel], tree: Tree) -> list[Problem]:
-    """Replace counts of tokens and paths in the tree by what they stand for; returns what they cannot stand for."""
+    """Expand token counts and paths in the tree; returns the paths that cannot be expanded, as problems."""
     return list(_fill_in(section, tree.data, (), tree))
 
 
@@ -134,12 +134,12 @@ def _fill_in(section: type[BaseModel], data: dict[str, Any], keys: Keys, tree: T
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """The experiment with every path setting made absolute from the working directory of this process."""
+    """The experiment with every path setting made absolute, relative to the working directory of this process."""
     return Experiment.model_validate(change_paths(Experiment, experiment.model_dump(), os.path.abspath))
 
 
 def change_paths(section: type[BaseModel], data: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """The dump of a section with every path setting changed."""
+    """The dump of a section with `change` applied to every path setting."""
     made = dict(data)
     for name, field in section.model_fields.items():
         value, inner = data[name], section_of(field.annotation)
@@ -154,7 +154,7 @@ def change_paths(section: type[BaseModel], data: dict[str, Any], change: Callabl
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field's type holds: Section itself, tuple[Section, ...] or Section | None."""
+    """The section class in a field's type: Section, tuple[Section, ...] or Section | None. None if there is none."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

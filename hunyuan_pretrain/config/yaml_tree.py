@@ -1,8 +1,8 @@
-"""YAML text -> plain data that knows the file and line of every value.
+"""YAML text -> plain data, with the file and line of every value.
 
-Read by PyYAML's safe loader, with YAML 1.2's idea of what a word is, because 1.1's surprises: only true and false are
-booleans (yes, no, on and off are text), 1e-4 and 7e12 are numbers, 010, 1:30 and 2024-01-01 are text. A key written
-twice is an error; `<<` merges sections.
+Uses PyYAML's safe loader with the scalar types of YAML 1.2, because those of 1.1 surprise users: only true and false
+are booleans (yes, no, on and off are text), 1e-4 and 7e12 are numbers, 010, 1:30 and 2024-01-01 are text. A duplicate
+key is an error; `<<` merges sections.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Keys = tuple[str | int, ...]
 
 @dataclasses.dataclass
 class Tree:
-    """Plain data of one or several YAML files, and where each value of it was written."""
+    """Plain data of one or several YAML files, and the place where each value was written."""
 
     source: str
     data: dict[str, Any]
     where: dict[Keys, str]
 
     def merge(self, other: Tree) -> None:
-        """Let `other` win: mappings merge, everything else is replaced together with its positions."""
+        """Merge `other`, which wins: mappings merge, everything else is replaced together with its positions."""
         self._merge(self.data, other.data, other, ())
 
     def _merge(self, mine: dict[str, Any], theirs: dict[str, Any], other: Tree, keys: Keys) -> None:
@@ -47,18 +47,18 @@ class Tree:
         self.where = {at: text for at, text in self.where.items() if at[: len(keys)] != keys} | dict(where)
 
     def position(self, keys: Keys) -> str:
-        """Where the value was written; for a missing key, where the section around it was."""
+        """Where a value was written; for a missing key, where the section around it was written."""
         return next((self.where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.where), "")
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the words of YAML 1.2, and `1_000`."""
+    """PyYAML's safe loader with the scalar types of YAML 1.2, and `1_000`."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's way, copied by add_implicit_resolver
 
 
 class Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes a text that either idea of words would take for something else."""
+    """PyYAML's safe dumper; it quotes text that YAML 1.1 or 1.2 would read as another type."""
 
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -80,7 +80,7 @@ for _tag, _pattern, _first in (
 
 
 def parse(text: str, source: str) -> Tree:
-    """YAML text of a mapping -> tree with positions; raises ConfigError for anything else."""
+    """YAML text of a mapping -> tree with positions. Raises ConfigError for anything else."""
     tree = Tree(source, {}, {})
     problems: list[Problem] = []
     try:
@@ -101,7 +101,7 @@ def parse(text: str, source: str) -> Tree:
 
 
 def yaml_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
-    """One YAML document as plain data, None where there is none; positions go into the tree. Raises yaml.YAMLError."""
+    """One YAML document as plain data, None if the text is empty; adds positions to the tree. Raises yaml.YAMLError."""
     loader = Loader(text)
     try:
         node = loader.get_single_node()
@@ -113,7 +113,7 @@ def yaml_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
 
 
 def text_or_value(text: str, tree: Tree, problems: list[Problem]) -> Any:
-    """The value of an override: YAML, but for ` #`, which begins no comment there: `runs/a #3` is that text. Raises
+    """The value of an override: YAML, except that ` #` does not start a comment: `runs/a #3` is that text. Raises
     yaml.YAMLError."""
     value = yaml_value(text, tree, problems)
     loader = Loader(text)
@@ -139,7 +139,7 @@ def leaves(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def convert(loader: Loader, node: yaml.Node, keys: Keys, tree: Tree, problems: list[Problem]) -> Any:
-    """A YAML node as plain data; notes the position of each value and reports keys written twice."""
+    """A YAML node as plain data. Records the position of each value and reports duplicate keys."""
     if keys:
         tree.where.setdefault(keys, f"{tree.source}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.SequenceNode):
@@ -148,8 +148,8 @@ def convert(loader: Loader, node: yaml.Node, keys: Keys, tree: Tree, problems: l
         try:
             value = loader.construct_object(node)
         except ValueError:
-            return node.value  # 2024-99-99 looks like a date and is none.
-        # 7e12 tokens is a whole number however it is written.
+            return node.value  # 2024-99-99 looks like a date but is not one.
+        # 7e12 tokens is an integer, although YAML calls it a float.
         return int(value) if isinstance(value, float) and "e" in node.value.lower() and value.is_integer() else value
     assert isinstance(node, yaml.MappingNode)
     return convert_section(loader, node, keys, tree, problems)
@@ -158,8 +158,8 @@ def convert(loader: Loader, node: yaml.Node, keys: Keys, tree: Tree, problems: l
 def convert_section(
     loader: Loader, node: yaml.MappingNode, keys: Keys, tree: Tree, problems: list[Problem]
 ) -> dict[str, Any]:
-    """A mapping with what `<<` merges into it: its own keys win, then the first of several merged sections that has
-    one."""
+    """A mapping, with the sections that `<<` merges into it. Its own keys win; among merged sections, the first that
+    has the key wins."""
     found: dict[str, Any] = {}
     merged: list[yaml.Node] = []
     written: dict[str, str] = {}
@@ -168,7 +168,7 @@ def convert_section(
         name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         here, where = (*keys, name), f"{tree.source}:{key_node.start_mark.line + 1}"
         if name in written:
-            rule = f"written twice; the first is in line {written[name].rpartition(':')[2]}"
+            rule = f"written twice; the first is on line {written[name].rpartition(':')[2]}"
             hint = "give it a list: <<: [*first, *second]" if is_merge else "keep one"
             problems.append(Problem(dotted(here), Problem.NO_VALUE, rule, hint, where))
             continue
@@ -192,12 +192,12 @@ def convert_section(
 
 
 def file_error(source: str, rule: str, hint: str = "", where: str = "") -> ConfigError:
-    """The error of a file that cannot be used at all."""
+    """The error for a file that cannot be used at all."""
     return ConfigError(source, [Problem("file", Problem.NO_VALUE, rule, hint, where)])
 
 
 def reason_of(error: yaml.YAMLError) -> str:
-    """What PyYAML found wrong, on one line."""
+    """PyYAML's error message on one line."""
     reason = getattr(error, "problem", None) or " ".join(str(error).split())
     return "a tab where YAML wants spaces" if "'\\t'" in reason else reason
 

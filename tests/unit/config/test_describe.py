@@ -59,7 +59,7 @@ def test_without_a_key_every_setting_is_listed_under_its_section() -> None:
     )
     assert "list of list" not in text
     assert "object" not in text
-    assert "a suffix counts: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096." in text
+    assert "suffixes are allowed: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096." in text
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ def experiment(**changes: Any) -> Experiment:
     [
         (
             "ep=2",
-            r"ep=2: 2 ranks of experts are taken from tp \* cp \* dp, which is 1 where the layout has no dp "
+            r"ep=2: the 2 expert ranks are part of tp \* cp \* dp, which is 1 because the layout has no dp "
             r"\(write dp=2,ep=2\)",
         ),
-        ("tp=2,ep=2,etp=2", r"4 ranks of experts.*which is 2.*\(write dp=2,tp=2,ep=2,etp=2\)"),
-        ("xp=2", r"xp: no such part of a layout \(use tp, pp, "),
+        ("tp=2,ep=2,etp=2", r"the 4 expert ranks.*which is 2.*\(write dp=2,tp=2,ep=2,etp=2\)"),
+        ("xp=2", r"xp: unknown part of a layout \(use tp, pp, "),
         ("tp=two", r"tp=two: not a number of at least 1"),
     ],
 )

@@ -115,11 +115,10 @@ def test_a_cycle_of_bases_is_printed(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(f"# {name}\nbase: {base}.yaml\n")
     circle = " -> ".join(f"{folder}/{name}.yaml" for name in "bcb")
     assert refusal(folder / "a.yaml") == (
-        f"{folder}/c.yaml: 1 problem\n  base=b.yaml: goes round in a circle: {circle} (remove one of them) "
-        f"[{folder}/c.yaml:2]"
+        f"{folder}/c.yaml: 1 problem\n  base=b.yaml: is circular: {circle} (remove one of them) [{folder}/c.yaml:2]"
     )
     (folder / "a.yaml").write_text("base: a.yaml\n")
-    assert f"goes round in a circle: {folder}/a.yaml -> {folder}/a.yaml" in refusal(folder / "a.yaml")
+    assert f"is circular: {folder}/a.yaml -> {folder}/a.yaml" in refusal(folder / "a.yaml")
 
 
 def test_a_missing_base_names_the_nearest_file(folder: Path) -> None:
@@ -234,7 +233,7 @@ def test_an_empty_list_of_stages_is_refused(folder: Path) -> None:
 def test_duplicate_keys_are_refused(folder: Path) -> None:
     path = folder / "run.yaml"
     path.write_text(EXPERIMENT + "seed: 1\nseed: 2\n")
-    assert refusal(path) == f"{path}: 1 problem\n  seed: written twice; the first is in line 14 (keep one) [{path}:15]"
+    assert refusal(path) == f"{path}: 1 problem\n  seed: written twice; the first is on line 14 (keep one) [{path}:15]"
 
 
 def test_files_that_are_not_a_configuration_are_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_settings_of_the_delayed_recipe_are_refused_with_another() -> None:
 def test_settings_of_fp8_are_refused_without_a_recipe() -> None:
     text = refusal({"fp8_format": "hybrid", "num_layers_at_start_in_bf16": 1})
     assert "precision.fp8_format=hybrid: fp8_recipe is null: nothing is quantised" in text
-    assert "precision.num_layers_at_start_in_bf16=1: fp8_recipe is null: every layer is (use 0)" in text
+    assert "precision.num_layers_at_start_in_bf16=1: fp8_recipe is null: no layer is in FP8 (use 0)" in text
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_settings_of_fp8_are_refused_without_a_recipe() -> None:
             {},
             "Transformer Engine 2.11 cannot place mxfp8 weights in the buffers that are gathered",
         ),
-        ({"dtype": "fp32"}, {}, "with precision.dtype=fp32 the weights are the optimizer's own"),
+        ({"dtype": "fp32"}, {}, "with precision.dtype=fp32 the optimizer has no separate main weights"),
         ({}, {"parallel": {"use_distributed_optimizer": False}}, "only the distributed optimizer updates them"),
         (
             {},
@@ -103,7 +103,7 @@ def test_parameters_in_fp8_need_main_weights(precision: dict[str, Any], others: 
 
 @pytest.mark.parametrize("margin", [-1, 9])
 def test_a_margin_out_of_range_is_refused(margin: int) -> None:
-    assert f"precision.fp8_margin={margin}: room for values to grow" in refusal(
+    assert f"precision.fp8_margin={margin}: headroom of 2^margin" in refusal(
         {"fp8_recipe": "delayed", "fp8_margin": margin}
     )
 
@@ -118,11 +118,11 @@ def test_blocks_that_sequence_parallelism_gathers_must_be_whole() -> None:
     parallel: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 192}, **parallel)
     assert (
-        "precision.fp8_recipe=blockwise: sequence parallelism gathers blocks of 128 of each token, and "
+        "precision.fp8_recipe=blockwise: sequence parallelism gathers each token in blocks of 128, but "
         "hidden_size is 192" in text
     )
     text = refusal({"fp8_recipe": "blockwise"}, {"hidden_size": 128}, **parallel, context_parallel_size=4)
-    assert "a rank has 32 tokens of a micro-batch, and sequence parallelism gathers blockwise in blocks of 128" in text
+    assert "a rank has 32 tokens per micro-batch, but sequence parallelism gathers blockwise in blocks of 128" in text
     assert "(use a multiple of 1024, or tensorwise)" in text
     rules.check(experiment({"fp8_recipe": "blockwise"}, {"hidden_size": 128}, **parallel))
     rules.check(experiment({"fp8_recipe": "tensorwise"}, {"hidden_size": 192}, **parallel))
@@ -142,7 +142,7 @@ def test_some_layer_is_left_for_fp8() -> None:
 def test_sizes_are_multiples_of_what_the_kernels_need() -> None:
     text = refusal({"fp8_recipe": "blockwise"}, {"moe_ffn_hidden_size": 40})
     assert (
-        "precision.fp8_recipe=blockwise: blockwise multiplies matrices whose sizes are multiples of 16, and "
+        "precision.fp8_recipe=blockwise: blockwise needs matrix sizes that are multiples of 16, but "
         "moe_ffn_hidden_size 40 is 40" in text
     )
     sharded = refusal(
@@ -159,8 +159,8 @@ def test_sizes_are_multiples_of_what_the_kernels_need() -> None:
 def test_tokens_per_rank_are_multiples_too() -> None:
     changes = {"moe_routing_group_tokens": 8}
     text = refusal({"fp8_recipe": "mxfp8"}, changes, context_parallel_size=16)
-    assert "stages.0.sequence_length=256: a rank has 16 tokens of a micro-batch" in text
-    assert "mxfp8 multiplies rows in multiples of 32 (use a multiple of 512)" in text
+    assert "stages.0.sequence_length=256: a rank has 16 tokens per micro-batch" in text
+    assert "mxfp8 needs a multiple of 32 (use a multiple of 512)" in text
     rules.check(experiment({"fp8_recipe": "blockwise"}, changes, context_parallel_size=16))
 
 

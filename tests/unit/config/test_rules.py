@@ -31,7 +31,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
     [
         (
             ["checkpoint.resume_from=40", "checkpoint.resume=false", "checkpoint.init_from=x"],
-            "checkpoint.resume_from=40: checkpoint.resume is false, which refuses to go on (set one of them)\n"
+            "checkpoint.resume_from=40: checkpoint.resume is false, which refuses to resume (set one of them)\n"
             "  checkpoint.resume_from=40: takes the whole state of a checkpoint, and checkpoint.init_from=x the "
             "weights only "
             "(set one of them, the other null)",
@@ -43,14 +43,14 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["runtime.transformer_engine=required", "runtime.device=cpu", "precision.dtype=bf16"],
-            "runtime.transformer_engine=required: it runs on CUDA devices only, and runtime.device is cpu (use "
+            "runtime.transformer_engine=required: it runs on CUDA devices only, but runtime.device is cpu (use "
             "auto or never)",
         ),
         (
             ["runtime.transformer_engine=required", "precision.dtype=fp32"],
-            "runtime.transformer_engine=required: it multiplies fp32 matrices in TF32, of 10 bits of precision, "
-            "and precision.dtype is "
-            "fp32 (use precision.dtype=bf16, or auto, which takes own layers for fp32)",
+            "runtime.transformer_engine=required: it multiplies fp32 matrices in TF32, with 10 bits of precision, "
+            "but precision.dtype is "
+            "fp32 (use precision.dtype=bf16, or auto, which uses own layers for fp32)",
         ),
         (["model.num_query_groups=3"], "model.num_query_groups=3: 8 heads, 8 % 3 != 0 (use 2 or 4)"),
         (["model.num_query_groups=16"], "model.num_query_groups=16: 8 heads, 8 % 16 != 0 (use 8)"),
@@ -82,7 +82,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.sequence_parallel=true"],
-            "parallel.sequence_parallel=true: splits over the tensor-parallel ranks, and there is only one "
+            "parallel.sequence_parallel=true: splits over the tensor-parallel ranks, but there is only one "
             "(set parallel.tensor_model_parallel_size above 1, or false)",
         ),
         (
@@ -102,7 +102,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
             "parallel.virtual_pipeline_model_parallel_size=2: interleaves the chunks of several pipeline ranks, "
-            "and there is only one "
+            "but there is only one "
             "(set parallel.pipeline_model_parallel_size above 1, or 1)",
         ),
         (
@@ -115,7 +115,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[2, 4]"],
-            "parallel.pipeline_layout=[2, 4]: adds up to 6 layers, and the model has 4 (make it 4)",
+            "parallel.pipeline_layout=[2, 4]: adds up to 6 layers, but the model has 4 (make it 4)",
         ),
         (
             ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[4]"],
@@ -168,7 +168,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
         ),
         (
             ["parallel.expert_tensor_parallel_size=3"],
-            "parallel.expert_tensor_parallel_size=3: routed experts are 512 wide, 512 % 3 != 0 (use 2 or 4)",
+            "parallel.expert_tensor_parallel_size=3: routed experts have width 512, 512 % 3 != 0 (use 2 or 4)",
         ),
         (
             ["parallel.overlap_param_gather=true"],
@@ -230,8 +230,8 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
                 "parallel.virtual_pipeline_model_parallel_size=2",
                 "parallel.world_size=4",
             ],
-            "stages.0.global_batch_sequences=8: 1 micro-batches a rank; the interleaved schedule runs rounds of "
-            "2 (use 16)",
+            "stages.0.global_batch_sequences=8: 1 micro-batches per rank; the interleaved schedule needs a "
+            "multiple of 2 (use 16)",
         ),
         (["parallel.world_size=3"], "parallel.world_size=3: not a multiple of 2, which"),
         (
@@ -334,7 +334,7 @@ def test_settings_with_little_effect_cause_a_warning(override: str, expected: st
 def test_offloading_from_the_cpu_to_the_cpu_causes_a_warning() -> None:
     (warning,) = rules.find_warnings(experiment_with("optimizer.cpu_offload_fraction=0.5", "runtime.device=cpu"))
     assert str(warning).startswith(
-        "optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in the host's memory anyway"
+        "optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in host memory anyway"
     )
 
 

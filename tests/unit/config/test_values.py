@@ -162,9 +162,9 @@ def test_sections_are_merged(config: Path) -> None:
         ("<<: [1]", "<<: merges a section, or a list of sections"),
         (
             "<<: {seed: 1}\n<<: {seed: 2}",
-            "<<: written twice; the first is in line 14 (give it a list: <<: [*first, *second])",
+            "<<: written twice; the first is on line 14 (give it a list: <<: [*first, *second])",
         ),
-        ("seed: 1\nseed: 2", "seed: written twice; the first is in line 14 (keep one)"),
+        ("seed: 1\nseed: 2", "seed: written twice; the first is on line 14 (keep one)"),
         ("parallel: &p {<<: *p}", "a value contains itself"),
         ("<<: *nobody", "is not valid YAML: found undefined alias 'nobody'"),
     ):
