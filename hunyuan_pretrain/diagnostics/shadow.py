@@ -1,15 +1,14 @@
-"""`hunyuan-pretrain shadow`: the steps of an experiment in its own number format and under an FP8 recipe, side by side.
+"""`hunyuan-pretrain shadow`: trains the same steps in the experiment's number format and under an FP8 recipe.
 
-Two questions, two passes over the same data from the same state. How does training go: the recipe trains for itself,
-and its losses stand beside those without it. What does the recipe do to a gradient: at the weights that training
-without it reaches, each batch's gradient is taken with the recipe and without, and the values that it saturates or
-flushes to zero are counted.
+Two passes over the same data, from the same state, answer two questions. How does training proceed: the recipe trains
+on its own, and its losses are shown next to those without it. What does the recipe do to a gradient: along the weights
+of training without it, each batch's gradient is computed with and without the recipe, and saturated values and values
+flushed to zero are counted.
 
-An expert's gradient differs most, because rounding sends some tokens to other experts; their share is reported by
-layer.
+Expert gradients differ most, because rounding sends some tokens to other experts; their share is reported by layer.
 
-A gradient is an estimate anyway, and differs from batch to batch. `batch_noise` is that difference, of consecutive
-batches: an error of the recipe that is small beside it is lost in it.
+A gradient is an estimate and differs from batch to batch. `batch_noise` is that difference between consecutive batches:
+a recipe error much smaller than it does not matter.
 """
 
 from __future__ import annotations
@@ -45,28 +44,28 @@ from hunyuan_pretrain.train.step import compute_gradients, sum_over_batch, train
 
 @dataclass
 class WeightError:
-    """What the recipe does to the gradient of one weight, means over the steps."""
+    """Effect of the recipe on the gradient of one weight, averaged over the steps."""
 
     name: str
     cosine: float = 0.0
-    """Of the gradient with the recipe and the one without."""
+    """Cosine between the gradients with and without the recipe."""
     relative_error: float = 0.0
-    """Length of their difference over the length of the one without."""
+    """Norm of their difference over the norm of the gradient without the recipe."""
     batch_noise: float = math.nan
-    """Length of the difference of two batches' gradients, over sqrt(2) of a gradient's; nan where there is one step."""
+    """Norm of the difference of consecutive batches' gradients over sqrt(2) times a gradient's norm; nan with one
+    step."""
 
 
 @dataclass
 class OperandLoss:
-    """What rounding to FP8 does to the values of one operand, over all steps and ranks, as shares of the values that
-    are not zero."""
+    """Effect of rounding to FP8 on one operand, over all steps and ranks, as shares of its nonzero values."""
 
     name: str
     operand: Operand
     saturated: float
-    """Beyond the largest FP8 value by more than half a step."""
+    """Share beyond the largest FP8 value by more than half a step."""
     flushed: float
-    """Became zero."""
+    """Share that became zero."""
 
 
 @dataclass
@@ -77,30 +76,29 @@ class Shadow:
     dtype: str
     first_step: int
     losses: list[float] = field(default_factory=list)
-    """Of each step without the recipe, nats."""
+    """Loss of each step, trained without the recipe; nats."""
     recipe_losses: list[float] = field(default_factory=list)
-    """With it, trained with it."""
+    """Losses trained with the recipe."""
     same_weight_losses: list[float] = field(default_factory=list)
-    """With it, at the weights of the run without."""
+    """Losses with the recipe at the weights of the run without it."""
     weights: list[WeightError] = field(default_factory=list)
     """Worst first."""
     operands: list[OperandLoss] = field(default_factory=list)
     """Worst first."""
     rerouted: dict[int, float] = field(default_factory=dict)
-    """Layer -> share of the choices of experts that differ with the recipe, at the same weights; of all steps."""
+    """Layer -> share of expert choices that the recipe changes at the same weights, over all steps."""
 
 
 def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | None, folder: Path) -> Experiment:
-    """`experiment` under `recipe`, emulated, with its results in `folder`; it starts from the checkpoints that its own
-    run_dir has.
+    """`experiment` under `recipe`, emulated, with `folder` as its run_dir.
 
-    Settings of the recipe are the experiment's where it has the same one. Raises ConfigError.
+    If the experiment already has this recipe, its settings are kept. Raises ConfigError.
     """
     precision = experiment.precision.model_dump()
     if experiment.precision.fp8_recipe != recipe:
         precision |= dict.fromkeys(("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_format"))
     precision |= {"fp8_recipe": recipe} | ({"fp8_format": fp8_format} if fp8_format else {})
-    precision["fp8_parameters"] = False  # they change no step, and not every recipe has them
+    precision["fp8_parameters"] = False  # they do not change any step, and not every recipe has them
     changed = experiment.model_copy(
         update={
             "run_dir": str(folder),
@@ -117,11 +115,11 @@ def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | Non
 def run_shadow(
     experiment: Experiment, recipe: str, fp8_format: str | None, steps: int, output: Path | None
 ) -> Shadow | None:
-    """`shadow` in the ranks of the job, under torchrun, or else in as many processes of this machine as the experiment
+    """Run `shadow` in the job's ranks under torchrun, otherwise in as many processes on this machine as the experiment
     needs.
 
-    The report on rank 0 (and in `output`, as JSON), None elsewhere. Raises ConfigError, before anything runs, where
-    `output` has no folder.
+    Returns the report on rank 0 and writes it to `output` as JSON; returns None elsewhere. Raises ConfigError before
+    anything runs if the folder of `output` does not exist.
     """
     if output is not None and not output.parent.is_dir():
         raise ConfigError(
@@ -141,7 +139,7 @@ def run_shadow(
 
 
 def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: int) -> Shadow | None:
-    """Run both passes in the ranks of this job; the report on rank 0, None elsewhere. Nothing is written to the
+    """Run both passes in the ranks of this job. Returns the report on rank 0, None elsewhere. Writes nothing to the
     experiment's run_dir.
 
     Communicates: all groups, in every step. Raises ConfigError, DataFormatError or CheckpointError as training does.
@@ -156,7 +154,7 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
             rule = f"has no step left: {run.first_step} of {run.loader.num_steps} are done"
             raise ConfigError(
                 "shadow",
-                [Problem("run_dir", experiment.run_dir, rule, "choose another run_dir to start from its beginning")],
+                [Problem("run_dir", experiment.run_dir, rule, "choose another run_dir to start from the beginning")],
             )
         numbers = range(run.first_step, min(run.first_step + steps, run.loader.num_steps))
         for step in numbers:
@@ -175,11 +173,10 @@ def shadow(experiment: Experiment, recipe: str, fp8_format: str | None, steps: i
 
 
 def borrow_checkpoints(run_dir: Path, folder: Path) -> None:
-    """Let a run in `folder` begin with the checkpoints of `run_dir`, of which it can neither rename nor remove
-    anything.
+    """Let a run in `folder` start from the checkpoints of `run_dir` without being able to rename or remove them.
 
-    Each for itself: what a training that is under way is writing beside them is not seen, and would be removed as left
-    over.
+    Links each checkpoint separately, not their folder: the run would remove a checkpoint that a training in progress
+    is still writing there, as a leftover.
     """
     (folder / "checkpoints").mkdir()
     for found in named_checkpoints(run_dir.absolute()):
@@ -194,8 +191,8 @@ def _train(run: Run, step: int, in_fp8: bool, before_update: Any = None) -> floa
 
 
 def count_lost(scaled: Tensor, values: Tensor) -> Tensor:
-    """float64 numbers of values that are not zero, that saturate, and that become zero; `values` are the FP8 form of
-    `scaled`."""
+    """float64 counts of nonzero values, of saturated values, and of values that become zero. `values` is `scaled` in
+    FP8."""
     largest = torch.finfo(values.dtype).max
     # the largest value of E4M3 is 1.75 * 2^8, of E5M2 1.75 * 2^15, and half a step there 2^4 or 2^12
     half_step = largest / (28 if values.dtype == torch.float8_e4m3fn else 14)
@@ -205,7 +202,7 @@ def count_lost(scaled: Tensor, values: Tensor) -> Tensor:
 
 
 class _Comparison:
-    """Gradients with the recipe beside those without, at the same weights and of the same batches."""
+    """Compares gradients with and without the recipe, at the same weights and on the same batches."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -229,7 +226,7 @@ class _Comparison:
         return keep
 
     def _take_experts(self) -> dict[int, list[Tensor]]:
-        """Of every micro-batch of a pass, and begin anew."""
+        """Return the experts recorded for every micro-batch of a pass, by layer, and clear the record."""
         found, self._experts = self._experts, defaultdict(list)
         return found
 
@@ -240,7 +237,7 @@ class _Comparison:
         return count
 
     def take_with_recipe(self, step: int) -> float:
-        """Keep the gradients of a batch under the recipe; returns its loss. Nothing is updated."""
+        """Keep a batch's gradients under the recipe and return its loss. Weights are not updated."""
         run = self._run
         found = compute_gradients(run, run.schedule.stage(step), step)
         self._with_recipe, self._experts_with_recipe = self._gradients(), self._take_experts()
@@ -248,7 +245,7 @@ class _Comparison:
         return losses[0].item()
 
     def take_without(self) -> None:
-        """Compare them with the gradients that are in the buffers now."""
+        """Compare the kept gradients with those now in the buffers, which were computed without the recipe."""
         gradients = self._gradients()
         for layer, experts in self._take_experts().items():
             for plain_TK, with_recipe_TK in zip(experts, self._experts_with_recipe[layer], strict=True):
@@ -274,7 +271,7 @@ class _Comparison:
         self._before = gradients
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Of the weights that this rank answers for: of copies on several ranks, one counts."""
+        """Gradients of the weights whose first replica is on this rank, so that each weight counts once."""
         complete_gradients(self._run.wrapped)
         found = {}
         for model in self._run.chunks:
@@ -285,7 +282,7 @@ class _Comparison:
         return found
 
     def weights(self) -> list[WeightError]:
-        """Of every weight of the whole model, the worst cosine first. Communicates: all ranks."""
+        """Errors of every weight of the whole model, worst cosine first. Communicates: all ranks."""
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, self._steps)
         found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
@@ -307,13 +304,13 @@ class _Comparison:
         return sorted(rows, key=lambda row: row.cosine)
 
     def rerouted(self) -> dict[int, float]:
-        """Layer -> share of choices that differ. Communicates: all ranks."""
+        """Layer -> share of expert choices that differ. Communicates: all ranks."""
         return {
             layer: (counts[0] / counts[1]).item() for layer, counts in sorted(_sum_over_ranks(self._rerouted).items())
         }
 
     def operands(self) -> list[OperandLoss]:
-        """Of every quantised operand, the largest lost share first. Communicates: all ranks."""
+        """Losses of every quantised operand, largest lost share first. Communicates: all ranks."""
         rows = []
         for (name, operand), counts in _sum_over_ranks(self._counts).items():
             total, saturated, flushed = counts.tolist()
@@ -322,7 +319,7 @@ class _Comparison:
 
 
 def _sum_over_ranks(mine: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    """Sums of equal keys over all ranks."""
+    """Sum over all ranks for each key. Communicates: all ranks."""
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, dict(mine))
     totals: dict[Any, Tensor] = {}
@@ -333,7 +330,7 @@ def _sum_over_ranks(mine: dict[Any, Tensor]) -> dict[Any, Tensor]:
 
 
 def table(report: Shadow, longest: int = 12) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """The report as titled tables of text."""
+    """The report as (title, rows) tables; `longest` limits the rows for weights and for operands."""
     losses = [
         (
             f"{report.first_step + number + 1}",
@@ -371,7 +368,7 @@ def table(report: Shadow, longest: int = 12) -> list[tuple[str, list[tuple[str, 
 
 
 def conclusion(report: Shadow) -> str:
-    """One sentence of figures; the judgement is the reader's."""
+    """One sentence of figures, without a verdict."""
     gaps = [trained - plain for plain, trained in zip(report.losses, report.recipe_losses, strict=True)]
     worst, steps = report.weights[0], len(gaps)
     noisiest = max(
@@ -379,6 +376,4 @@ def conclusion(report: Shadow) -> str:
     )
     text = f"{report.recipe} against {report.dtype}, {steps} steps: loss {gaps[-1]:+.4f} in the last step, "
     text += f"{sum(gaps) / steps:+.4f} on average; smallest gradient cosine {worst.cosine:.4f} ({worst.name})"
-    return text + (
-        "" if math.isnan(noisiest) else f"; errors of gradients are at most {noisiest:.2f} of the noise of a batch"
-    )
+    return text + ("" if math.isnan(noisiest) else f"; gradient errors are at most {noisiest:.2f} of the batch noise")

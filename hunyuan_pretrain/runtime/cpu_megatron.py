@@ -1,14 +1,14 @@
-"""Lets megatron-core run where there is no CUDA device.
+"""Lets megatron-core run on a machine without a CUDA device.
 
-Core's training paths compute nothing that needs a GPU; what stops them on a CPU are names: factory calls with
-device="cuda", torch.cuda functions, and checks of tensor type names. `install()` presents the CPU under those names. It
-must run before anything of megatron is imported, changes nothing where CUDA exists, and is the only place in this
-project that patches a library. Each patch carries its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one
-out in turn and shows that training then fails.
+Core's training paths compute nothing that needs a GPU. On CPU only names stop them: factory calls with device="cuda",
+torch.cuda functions, and checks of tensor type names. `install()` provides the CPU under those names. It must run
+before megatron is imported and patches nothing where CUDA exists. No other module of this project patches a library.
+Each patch states its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one out in turn and shows that
+training then fails.
 
-The packages that import megatron call it in their __init__, and entry points do not: their modules import megatron at
-the top, and core decides there and then which optimizers, extensions and compiled functions it has. Whoever imports one
-of them, a script, a test, a spawned rank that unpickles a function, would have to know of the call before.
+Packages that import megatron call `install()` in their __init__, not entry points in theirs: core decides on import
+which optimizers, extensions and compiled functions it has. Otherwise everything that imports such a package (a script,
+a test, a spawned rank that unpickles a function) would have to call it first.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Patch:
-    """One name that megatron-core uses and a machine without CUDA lacks."""
+    """A patch for something that megatron-core uses and a machine without CUDA lacks."""
 
     name: str
     reason: str
     apply: Callable[[], None]
     since: tuple[int, int] = (0, 16)
-    """First version of megatron-core that needs it."""
+    """First megatron-core version that needs the patch."""
 
 
 def _is_cuda(device: Any) -> bool:
@@ -54,8 +54,8 @@ def _factories_on_cpu() -> None:
 
         return make
 
-    # `with torch.device("meta")` recognises factories by identity, in a set that torch fills on first use: it must hold
-    # the functions that the wrappers call
+    # `with torch.device("meta")` recognises factories by identity, in a set that torch fills on first use: fill it now,
+    # with the functions that the wrappers call
     _device_constructors()
     for name in ("empty", "zeros", "ones", "tensor", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -67,7 +67,7 @@ def _tensor_type_names() -> None:
     @wraps(plain_type)
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = plain_type(self, *args, **kwargs)
-        # a subclass of Tensor may come here twice
+        # a subclass of Tensor may get here twice
         return (
             result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) and "cuda" not in result else result
         )
@@ -84,7 +84,7 @@ def _synchronize() -> None:
 
 
 class _Event:
-    """A mark on such a stream."""
+    """An event on a `_Stream`."""
 
     def wait(self, stream: object = None) -> None:
         pass
@@ -94,7 +94,7 @@ class _Event:
 
 
 class _Stream:
-    """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
+    """A stream whose work is always complete: a CPU operation is done when it returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -117,7 +117,7 @@ def _streams() -> None:
 
 
 class _HostCopy(torch.Tensor):
-    """What pin_memory() returned, and what is computed from it."""
+    """A tensor returned by pin_memory(), or computed from one."""
 
     is_cuda = False
 
@@ -135,11 +135,10 @@ def _pinned_memory() -> None:
 
 @contextmanager
 def weights_count_as_on_a_device() -> Iterator[None]:
-    """While this is open and there is no CUDA, tensors say is_cuda, except copies on the host: what pin_memory()
-    returned.
+    """Without CUDA, make `is_cuda` true inside this context, except on host copies (results of pin_memory()).
 
-    For the construction of core's offloaded optimizer, which divides weights by this property and fails in its first
-    step where no weight has it. Not for longer: torch asks for it too.
+    For constructing core's offloaded optimizer, which splits weights by this property and fails in its first step if no
+    weight has it. Not for longer, because torch reads it too.
     """
     if not _installed:
         yield
@@ -148,7 +147,7 @@ def weights_count_as_on_a_device() -> Iterator[None]:
     try:
         yield
     finally:
-        del torch.Tensor.is_cuda  # what torch.Tensor inherits is back
+        del torch.Tensor.is_cuda  # restores the inherited attribute
 
 
 def _wgrad_accumulation() -> None:
@@ -186,7 +185,7 @@ def _compile_on_first_call() -> None:
 
 
 GPU_PACKAGES = ("transformer_engine", "amp_C", "apex")
-"""Packages whose optimizers, norms and copies core takes wherever it can import them, and which run on a GPU only."""
+"""GPU-only packages whose optimizers, norms and copies core uses wherever it can import them."""
 
 
 def _no_gpu_packages() -> None:
@@ -198,7 +197,7 @@ def _no_gpu_packages() -> None:
 PATCHES = (
     Patch(
         "gpu_packages",
-        "core takes the optimizers and norms of an installed Transformer Engine or Apex on a CPU too",
+        "core uses the optimizers and norms of an installed Transformer Engine or Apex even on CPU",
         _no_gpu_packages,
     ),
     Patch(
@@ -217,7 +216,7 @@ PATCHES = (
     Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
     Patch(
         "streams",
-        "the offloaded optimizer, and from 0.17 on gradient reduction, order their work on CUDA streams",
+        "the offloaded optimizer, and from 0.17 on gradient reduction, use CUDA streams to order their work",
         _streams,
     ),
     Patch(
@@ -225,13 +224,13 @@ PATCHES = (
     ),
     Patch(
         "wgrad_accumulation",
-        "core adds weight gradients into main_grad inside the GEMM only with Apex's extension, and refuses to without",
+        "core accumulates weight gradients into main_grad in the GEMM only with Apex's extension, and fails without it",
         _wgrad_accumulation,
     ),
     Patch(
         "compile",
-        "core compiles its fusions on import: that loads torch's compiler, seconds of every process, for "
-        "functions not called here",
+        "core compiles its fusions on import, which loads torch's compiler: seconds in every process, for "
+        "functions that are not called here",
         _compile_on_first_call,
     ),
 )
@@ -240,34 +239,34 @@ QUIET_WARNINGS = (
     # `hunyuan-pretrain doctor` says once what is missing and what is used instead
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
-    # core's own business, which a user cannot change
+    # internal to core; a user cannot act on them
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
     ".*reduce_scatter_tensor. is deprecated",
     ".*all_gather_into_tensor. is deprecated",
     ".*load_state_dict. is deprecated",
     "Warning: tp_group is None",
-    # of core's barriers in a save: the device is the one that train.setup has chosen. Naming it to init_process_group
-    # instead would start NCCL at once, and messages between stages that are not batched would share the communicator of
-    # their whole group
+    # from core's barriers in a save: the device is the one that train.setup has set. Passing it to init_process_group
+    # instead would initialize NCCL eagerly, and unbatched messages between pipeline stages would share the communicator
+    # of their whole group
     r"barrier\(\): using the device under current context",
 )
-"""Warnings of megatron-core about itself, on every machine."""
+"""megatron-core warnings that are silenced on every machine."""
 
 _installed = False
 
 
 def needed_patches() -> tuple[Patch, ...]:
-    """The patches that the installed megatron-core needs."""
+    """Patches that the installed megatron-core version needs."""
     major, minor = metadata.version("megatron-core").split(".")[:2]
     return tuple(patch for patch in PATCHES if patch.since <= (int(major), int(minor)))
 
 
 def install(leave_out: Collection[str] = ()) -> bool:
-    """Present the CPU under CUDA's names; returns whether this machine needed it.
+    """Apply the patches and return True; return False without patching where CUDA exists.
 
-    `leave_out` names patches to skip and exists for the test that each one is still needed.
-    Raises RuntimeError if megatron was imported before, because it would have kept the unpatched names.
+    `leave_out` names patches to skip, for the test that each one is still needed. Raises RuntimeError if megatron.core
+    was imported before, because it would keep the unpatched names.
     """
     global _installed
     for message in QUIET_WARNINGS:

@@ -1,7 +1,8 @@
-"""What this machine has: the only file that probes hardware and optional packages.
+"""Probes the machine's hardware and optional packages; no other file does.
 
-Nothing here imports megatron, and optional packages are looked up, not imported; only `probe(thorough=True)` imports
-Transformer Engine, in a process of its own, because a broken one raises on import and leaves half of itself behind.
+Nothing here imports megatron. Optional packages are looked up, not imported. Only `probe(thorough=True)` imports
+Transformer Engine, in a separate process, because a broken installation raises on import and leaves partly loaded
+modules behind.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found."""
+    """What `probe` found."""
 
     python: str
     torch: str
@@ -44,20 +45,20 @@ class Machine:
     cores: int
     """Cores that this process may use."""
     memory_gib: float
-    """Memory that this process may use: the machine's, or its container's limit."""
+    """Memory that this process may use: the machine's, or the container's limit if lower."""
     megatron_core: str | None
     transformer_engine: str | None
     transformer_engine_error: str | None
-    """Why an installed Transformer Engine cannot be used; None where it can be, or is absent."""
+    """Why an installed Transformer Engine cannot be used; None if it can be, or is absent."""
     apex: ApexState
-    """"wrong": a package named apex that is not NVIDIA's, as PyPI's is not."""
+    """"wrong": a package named apex that is not NVIDIA's, such as the one on PyPI."""
     flash_attn: str | None
     wandb: str | None
     tensorboard: str | None
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """The device that runtime.device=auto takes."""
+        """The device that runtime.device=auto selects."""
         return "cuda" if self.gpus else "cpu"
 
     @property
@@ -67,9 +68,9 @@ class Machine:
 
 
 def probe(thorough: bool = False) -> Machine:
-    """Look at this machine; about a millisecond once torch is imported.
+    """Probe this machine. Takes about a millisecond once torch is imported.
 
-    `thorough` also loads Transformer Engine where it is installed, in another process: some seconds, but certain.
+    `thorough` also imports Transformer Engine, if installed, in another process: takes some seconds, but is conclusive.
     """
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -94,13 +95,13 @@ def probe(thorough: bool = False) -> Machine:
 
 
 def major_minor(version: str) -> tuple[int, int]:
-    """(2, 11) of "2.11.0+abc"; what has no numbers is (0, 0)."""
+    """Major and minor version: (2, 11) for "2.11.0+abc"; (0, 0) if there are none."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def version_of(distribution: str) -> str | None:
-    """Installed version of a distribution, None where it is absent."""
+    """Installed version of a distribution, None if absent."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -108,18 +109,18 @@ def version_of(distribution: str) -> str | None:
 
 
 def apex_state() -> ApexState:
-    """Whether `import apex` would find NVIDIA's: only that one has the compiled module amp_C."""
+    """Whether `import apex` would find NVIDIA's package: only NVIDIA's has the compiled module amp_C."""
     if PathFinder.find_spec("amp_C") is not None:
         return "nvidia"
     return "wrong" if PathFinder.find_spec("apex") is not None else "absent"
 
 
 def transformer_engine_error(thorough: bool) -> str | None:
-    """Why the installed Transformer Engine cannot be loaded; None where it can be, as far as was looked."""
-    package = PathFinder.find_spec("transformer_engine")  # which cpu_megatron may have hidden from an import
+    """Why the installed Transformer Engine cannot be loaded, None if no reason was found. Only `thorough` loads it."""
+    package = PathFinder.find_spec("transformer_engine")  # cpu_megatron may have hidden it from `import`
     if package is None or not package.submodule_search_locations:
         return "its distribution is installed without the package transformer_engine"
-    # The compiled part lies inside the package or, built from source, beside it, and is not importable by its own name
+    # The compiled extension is inside the package or, if built from source, next to it. It cannot be imported by name
     # before the package has loaded it: hence files, not find_spec.
     folders = [Path(place) for place in package.submodule_search_locations]
     name = "transformer_engine_torch*.so"
@@ -138,21 +139,21 @@ def transformer_engine_error(thorough: bool) -> str | None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its container."""
+    """Cores that this process may use, from its affinity and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = read_cgroup("cpu.max").partition(" ")
     return max(1, min(cores, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else cores
 
 
 def usable_memory_bytes() -> int:
-    """Memory of the machine, or the limit of its container where that is lower, bytes."""
+    """Memory of the machine, or the container's limit if lower, in bytes."""
     total = int(psutil.virtual_memory().total)
     limit = read_cgroup("memory.max")
     return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def read_cgroup(name: str) -> str:
-    """A limit of the container that this process is in (cgroup version 2); "" where there is none."""
+    """A limit of this process's container (cgroup v2); "" if there is none."""
     try:
         return (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:
@@ -160,6 +161,6 @@ def read_cgroup(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on, for its record."""
+    """Versions of the packages that a run's numbers depend on, for its record."""
     names = ("torch", "megatron-core", "transformer-engine", "numpy")
     return {name: version for name in names if (version := version_of(name)) is not None}

@@ -1,7 +1,7 @@
-"""Variables that libraries and drivers read once, when they are loaded: set in one place, before torch is imported.
+"""Environment variables that libraries and drivers read once, on loading. They are set here, before torch is imported.
 
-What a user has set stays, except that a command which computes on the CPU sees no GPU. `doctor` shows them and a run
-records them. Imports no torch.
+Variables set by the user stay, except that a command which computes on the CPU hides the GPUs. `doctor` shows the
+variables and a run records them. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ HIDDEN_GPUS = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Variable:
-    """One variable and the value that it has unless the user has set it."""
+    """A variable and its value unless the user has set it."""
 
     name: str
     value: str
     reason: str
     also: str = ""
-    """Another name that means the same to the library."""
+    """Another name that the library accepts for it."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name, and the other one."""
+        """All accepted names."""
         return (self.name, self.also) if self.also else (self.name,)
 
 
@@ -38,31 +38,32 @@ ON_GPU = (
     Variable(
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "1",
-        "tensor parallelism overlaps collectives with products: queued in the order of the calls",
+        "tensor parallelism overlaps collectives with GEMMs: kernels are queued in call order",
     ),
     Variable(
         "PYTORCH_CUDA_ALLOC_CONF",
         "expandable_segments:True",
-        "micro-batches of other lengths do not fragment memory",
+        "micro-batches of different lengths do not fragment memory",
         "PYTORCH_ALLOC_CONF",
     ),
 )
 DETERMINISTIC = (
-    Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "runtime.deterministic: cuBLAS then splits sums in one way"),
+    Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", "runtime.deterministic: cuBLAS then splits sums in a fixed way"),
     Variable("NCCL_ALGO", "^NVLS,NVLSTree", "runtime.deterministic: sums inside the switch have no fixed order"),
 )
 
 
 def wanted_variables(experiment: Experiment | None) -> tuple[Variable, ...]:
-    """What a run of `experiment` sets; None: of any with default settings."""
+    """Variables that a run of `experiment` sets; None: those of a run with default settings."""
     if experiment is not None and experiment.runtime.device == "cpu":
-        return (Variable(HIDDEN_GPUS, "", "runtime.device=cpu: megatron-core takes a GPU wherever it sees one"),)
+        return (Variable(HIDDEN_GPUS, "", "runtime.device=cpu: megatron-core uses any GPU that it sees"),)
     is_deterministic = experiment is None or experiment.runtime.deterministic
     return ON_GPU + (DETERMINISTIC if is_deterministic else ())
 
 
 def set_variables(experiment: Experiment) -> None:
-    """Set what the user has not. Before torch is imported: a driver that is up has read its own already."""
+    """Set the variables that the user has not set. Call before torch is imported: a loaded driver no longer reads its
+    variables."""
     if experiment.runtime.device == "cpu":
         compute_on_cpu()
         return
@@ -72,21 +73,21 @@ def set_variables(experiment: Experiment) -> None:
 
 
 def compute_on_cpu() -> None:
-    """Hide the GPUs from this process and those that it starts.
+    """Hide the GPUs from this process and its children.
 
-    Raises ConfigError where torch has found one already.
+    Raises ConfigError if torch has already found a GPU.
     """
     os.environ[HIDDEN_GPUS] = ""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        rule = "this process has a GPU already, and megatron-core takes it"
+        rule = "this process has a GPU already, and megatron-core would use it"
         raise ConfigError(
             "this machine", [Problem("runtime.device", "cpu", rule, f"set {HIDDEN_GPUS}= before Python starts")]
         )
 
 
 def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Those of the variables that are set, and what else steers the same libraries, by name."""
+    """The variables of this module that are set, and others that configure the same libraries, sorted by name."""
     ours = {HIDDEN_GPUS, *(name for variable in ON_GPU + DETERMINISTIC for name in variable.names)}
     prefixes = ("NCCL_", "NVTE_", "CUBLAS_", "TORCH_NCCL_", "NVIDIA_TF32", "TORCH_ALLOW_TF32", "OMP_NUM_THREADS")
     return {name: environment[name] for name in sorted(environment) if name in ours or name.startswith(prefixes)}
@@ -95,7 +96,7 @@ def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 def variable_rows(
     experiment: Experiment | None, environment: Mapping[str, str] = os.environ
 ) -> list[tuple[str, str, str]]:
-    """(name, value, who set it and why) of what a run will have."""
+    """(name, value, who set it or why) of the variables that a run will see."""
     found = recorded(environment)
     rows = []
     for variable in wanted_variables(experiment):
@@ -108,11 +109,10 @@ def variable_rows(
 
 
 def keep_freed_memory() -> None:
-    """Make malloc keep freed blocks instead of giving them back to the system at once (glibc; elsewhere nothing
-    happens).
+    """Make malloc keep freed blocks instead of returning them to the system at once (glibc only; elsewhere a no-op).
 
-    A training step on CPU frees and takes the same large blocks again and again, and fresh pages cost a fault each:
-    measured about 6% of a step.
+    A training step on CPU frees and allocates the same large blocks repeatedly, and every fresh page costs a fault:
+    about 6% of a step, measured.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

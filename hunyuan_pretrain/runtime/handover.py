@@ -1,8 +1,8 @@
-"""What is handed to code that reads memory by a pointer and a shape: kernels of other libraries, and NCCL.
+"""Prepares tensors for code that reads memory by pointer and shape: NCCL and kernels of other libraries.
 
-Such a reader asks for no strides: a tensor that lies otherwise than its shape says is read wrongly, without an error.
-So whoever hands one over says here what the reader takes, and gets it. Tensors of torch's own operators need none of
-this; they know their strides.
+Such a reader ignores strides: a tensor with another layout than its shape implies is read wrongly, without an error. So
+callers state here what the reader accepts, and get tensors that fit. torch's own operators respect strides and do not
+need this.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ def handed_over(
     knows_strides: bool = False,
     starts_memory: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The tensors as `reader` takes them: contiguous, on one device, of `dtype` (None: all of one); copied only if they
-    lie otherwise.
+    """The tensors in the form that `reader` accepts: contiguous, on one device, all of `dtype` (None: that of the
+    first). A tensor is copied only if its layout does not fit.
 
-    knows_strides: the reader takes any strides but that of the last dim, which is 1. starts_memory: it guesses the
-    layout from offsets and strides, and takes tensors with nothing before them in their memory. is_written: the reader
-    writes them, so that no copy can stand for one: one that lies otherwise is refused. Raises ValueError that names the
-    reader and what does not fit.
+    knows_strides: the reader accepts any strides, except that the last dim's must be 1. starts_memory: it infers the
+    layout from offsets and strides, so tensors must start at offset 0 of their storage. is_written: the reader writes
+    the tensors, so a copy cannot replace one whose layout does not fit, and it is refused. Raises ValueError, which
+    names the reader and what does not fit.
     """
     dtype = dtype or tensors[0].dtype
     taken: list[Tensor] = []
     for number, tensor in enumerate(tensors):
         if tensor.dtype != dtype:
-            raise ValueError(f"{reader}: tensor {number} is {tensor.dtype}, and {dtype} is read")
+            raise ValueError(f"{reader}: tensor {number} is {tensor.dtype}, but must be {dtype}")
         if tensor.device != tensors[0].device:
             raise ValueError(f"{reader}: tensor {number} is on {tensor.device}, the first one on {tensors[0].device}")
         fits = (
@@ -41,17 +41,17 @@ def handed_over(
         )
         if is_written and not fits:
             layout = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
-            raise ValueError(f"{reader}: tensor {number} is taken in place, and is not contiguous: {layout}")
+            raise ValueError(f"{reader}: tensor {number} is written in place, but is not contiguous: {layout}")
         fits = fits and not (starts_memory and tensor.storage_offset())
         tensor = tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
-        # a dim of size 1 may have any stride in a contiguous tensor, and whoever compares strides finds another layout
+        # in a contiguous tensor a dim of size 1 may have any stride, and a reader that compares strides would see
+        # another layout
         taken.append(tensor.flatten().view(tensor.shape) if starts_memory and 1 in tensor.shape else tensor)
     return tuple(taken)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on `device`; on a GPU from pinned memory, so that the host does not wait until the copy is
-    made."""
+    """Copy a CPU tensor to `device`. To a GPU it goes through pinned memory, so the host does not wait for the copy."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

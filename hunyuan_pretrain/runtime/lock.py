@@ -1,12 +1,11 @@
-"""One process at a time trains in a run directory: a lock that survives crashes and is understood on every node.
+"""Lets only one process at a time train in a run directory: a lock that survives crashes and works across nodes.
 
-<run_dir>/lock.json is created exclusively and says who has it. Its time of change is the sign of life, renewed every
-HEARTBEAT_S seconds. It is compared with that of a file made at the same moment, so that only the file server's clock
-counts. Locks of the operating system are not used: not every network file system has them.
+<run_dir>/lock.json is created exclusively and names its holder. The holder renews its modification time every
+HEARTBEAT_S seconds as a sign of life. The age of the lock is measured against a newly created file, so only the file
+server's clock counts. Operating system locks are not used: not every network file system supports them.
 
-- the process ran on this machine and is gone: the lock is taken over at once;
-- it runs elsewhere: watched until it gives a sign of life, which refuses the start, or none for STALE_S seconds, which
-  ends the lock.
+- The holder ran on this machine and is gone: the lock is taken over at once.
+- The holder runs elsewhere: it is watched. A sign of life refuses the start; none for STALE_S seconds ends the lock.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _held: dict[Path, RunLock] = {}
 
 
 class RunLock:
-    """The lock of a run directory, held from `take` to `release`; on rank 0 only."""
+    """The lock of a run directory, held by rank 0 from `take` to `release`."""
 
     def __init__(self, run_dir: Path, token: str, made: list[Path], notes: list[str]) -> None:
         self.path = run_dir / LOCK
@@ -46,13 +45,13 @@ class RunLock:
 
     @classmethod
     def take(cls, run_dir: Path, heartbeat_s: float = HEARTBEAT_S, stale_s: float = STALE_S) -> RunLock:
-        """Lock a run directory, which is made if need be.
+        """Lock a run directory and create it if necessary.
 
-        May wait `stale_s` for the process of another machine. Raises ConfigError that names the process which has the
-        lock, OSError if the folder cannot be written.
+        May wait up to `stale_s` for a process on another machine. Raises ConfigError, naming the holder, if the lock is
+        held, and OSError if the folder cannot be written.
         """
         path = (run_dir / LOCK).absolute()
-        if path in _held:  # by this process, which has left that run
+        if path in _held:  # held by this process for a run that it has left
             _held[path].release()
         made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ class RunLock:
         while not _created(path, token, made):
             holder = _read(path)
             if holder is None:
-                continue  # it has just gone
+                continue  # just released
             why = _why_gone(holder, path, stale_s) or _watch(holder, path, heartbeat_s, stale_s)
             if why is None:
                 raise _refusal(run_dir, holder)
@@ -71,7 +70,7 @@ class RunLock:
         return lock
 
     def release(self, began: bool = True) -> None:
-        """Give the lock back; if the run never `began`, folders that were made for it go too."""
+        """Release the lock. If the run never `began`, also remove the empty folders created for it."""
         self._end.set()
         _held.pop(self.path.absolute(), None)
         if (_read(self.path) or {}).get("token") == self._token:
@@ -83,19 +82,19 @@ class RunLock:
             try:
                 holder = _read(self.path)
                 if holder is not None and holder.get("token") not in (self._token, None) and not self._end.is_set():
-                    why = f"taken over by {_who(holder)} while this process gave no sign of life; it ends"
+                    why = f"taken over by {_who(holder)} while this process gave no sign of life; exiting"
                     print(f"{self.path}: {why}", file=sys.stderr, flush=True)
-                    os._exit(EXIT_TAKEN_OVER)  # whatever it still wrote would be mixed with the other's
+                    os._exit(EXIT_TAKEN_OVER)  # further writes would mix with the other process's
                 if holder is None:
                     _create(self.path, self._token)
                 else:
                     os.utime(self.path)
             except OSError:
-                continue  # a full disk or a file system that is away; the next beat may work
+                continue  # full disk or unreachable file system; the next beat may work
 
 
 def _created(path: Path, token: str, made: list[Path]) -> bool:
-    """`_create`; where it fails, folders that were made for the lock go too. Raises OSError."""
+    """`_create`, which on failure also removes the folders in `made`. Raises OSError."""
     try:
         return _create(path, token)
     except OSError:
@@ -105,12 +104,12 @@ def _created(path: Path, token: str, made: list[Path]) -> bool:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):  # something else is in it
+        with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
 
 
 def _create(path: Path, token: str) -> bool:
-    """Make the lock file, False where there is one. Raises OSError, and leaves nothing behind."""
+    """Create the lock file; returns False if it exists. On error raises OSError and leaves no files behind."""
     beside = path.with_name(f"{LOCK}.{token}")
     text = json.dumps(_me() | {"token": token}, indent=1) + "\n"
     try:
@@ -135,14 +134,14 @@ def _create_exclusively(path: Path, text: str) -> bool:
     try:
         with file:
             file.write(text)
-    except OSError:  # a lock that nobody can read would be waited for
+    except OSError:  # others would wait for an unreadable lock
         path.unlink(missing_ok=True)
         raise
     return True
 
 
 def _me() -> dict[str, Any]:
-    """What identifies this process, on its machine and elsewhere."""
+    """Fields that identify this process on any machine."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -155,7 +154,7 @@ def _me() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Content of a lock file; {} where it cannot be understood, None where there is none."""
+    """Content of a lock file; {} if it is invalid, None if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) and isinstance(content.get("pid"), int) else {}
@@ -166,11 +165,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _why_gone(holder: dict[str, Any], path: Path, stale_s: float) -> str | None:
-    """Why the holder cannot be running, None where it may be."""
+    """Why the holder cannot be running; None if it may be."""
     me = _me()
     if holder.get("host") == me["host"] and holder.get("pid_namespace") == me["pid_namespace"]:
         if holder.get("boot") != me["boot"]:
-            return "this machine was started since"
+            return "this machine has rebooted since"
         if _process_start(int(holder.get("pid", 0))) != holder.get("process_start"):
             return "the process is gone"
         return None
@@ -179,7 +178,7 @@ def _why_gone(holder: dict[str, Any], path: Path, stale_s: float) -> str | None:
 
 
 def _watch(holder: dict[str, Any], path: Path, heartbeat_s: float, stale_s: float) -> str | None:
-    """Wait for a sign of life of a process on another machine; None if there is one, else why it is taken to be
+    """Wait for a sign of life from a process on another machine. Returns None if there is one, else why it is presumed
     gone."""
     if holder.get("pid_namespace") == _me()["pid_namespace"] and holder.get("host") == _me()["host"]:
         return None  # it was seen running
@@ -196,7 +195,7 @@ def _watch(holder: dict[str, Any], path: Path, heartbeat_s: float, stale_s: floa
 
 
 def _age(path: Path) -> float:
-    """Seconds since the lock was renewed, by the clock of the file server; infinite where it is gone."""
+    """Seconds since the lock was renewed, by the file server's clock; infinite if it is gone."""
     probe = path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
     try:
         probe.touch()
@@ -208,7 +207,7 @@ def _age(path: Path) -> float:
 
 
 def _set_aside(path: Path, token: str | None) -> bool:
-    """Remove a lock that was found left over, unless it has become somebody else's; False where it has."""
+    """Remove a leftover lock. Returns False if it has been removed or taken by another process in the meantime."""
     aside = path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
     try:
         path.rename(aside)
@@ -223,10 +222,9 @@ def _set_aside(path: Path, token: str | None) -> bool:
 
 
 def _refusal(run_dir: Path, holder: dict[str, Any]) -> ConfigError:
-    rule = f"{_who(holder)} trains in it"
+    rule = f"{_who(holder)} is training in it"
     hint = (
-        "wait for it to end or stop it, choose another run_dir, or if there is no such process, remove "
-        f"{run_dir / LOCK}"
+        f"wait for it to end, stop it, or choose another run_dir; if there is no such process, remove {run_dir / LOCK}"
     )
     return ConfigError(str(run_dir), [Problem("run_dir", Problem.NO_VALUE, rule, hint)])
 
@@ -239,8 +237,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since the machine did; None where there is none, or it has
-    ended."""
+    """Start time of a process on this machine, in ticks since boot; None if it does not exist or has ended."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

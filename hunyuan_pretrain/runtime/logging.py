@@ -1,6 +1,6 @@
-"""The run directory and what is written there: the log, metrics.jsonl, TensorBoard, Weights & Biases.
+"""Writes the run directory: the log, metrics.jsonl, TensorBoard, Weights & Biases.
 
-Only rank 0 writes; on other ranks every function here does nothing.
+Only rank 0 writes; on other ranks RunLog does nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
 CLOCK_FIELDS = frozenset(
     "seconds data_wait_seconds tokens_per_s model_flops_per_s mfu time run_seconds process_seconds eta_seconds".split()  # noqa: SIM905
 ) | {"host_rss_bytes", "device_peak_bytes"}
-"""Fields of metrics.jsonl that a clock or the machine measured: all others are the same whenever and wherever a step is
+"""Fields of metrics.jsonl that depend on time or machine. All others are the same whenever and wherever a step is
 trained."""
 
 
 class Lines:
-    """A file of lines that grows. Where it cannot be written (a full disk), lines wait in memory for the next one that
-    can.
+    """An append-only text file. While it cannot be written (full disk), lines wait in memory and each new one retries.
 
-    `warn` is told once when that begins, and once when it is over.
+    `warn` is called once when writing starts to fail and once when it works again.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -48,21 +47,21 @@ class Lines:
         self._is_failing = False
 
     def add(self, line: str) -> None:
-        """Append a line, on disk at once if that can be."""
+        """Append a line and write it to disk at once if possible."""
         self._waiting.append(f"{line}\n".encode(errors="replace"))
         self.flush()
 
     def flush(self) -> None:
-        """Try again to write what waits."""
+        """Try to write the waiting lines."""
         try:
             while self._waiting:
                 rest = self._waiting[0]
-                while rest:  # what has no room is written as far as it goes, and only then refused
+                while rest:  # a full disk takes a part of a line before it refuses
                     rest = rest[self._file.write(rest) :]
                 self._size += len(self._waiting.pop(0))
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(self._size)  # no half of a line
+                self._file.truncate(self._size)  # no partial line
             if not self._is_failing:
                 self._is_failing = True
                 self._warn(f"WARNING: {self.path}: {error.strerror}; its lines wait in memory until it can be written")
@@ -72,7 +71,7 @@ class Lines:
             self._warn(f"{self.path}: can be written again; nothing was lost")
 
     def finish(self) -> None:
-        """Write what waits, or say how much is lost."""
+        """Write the waiting lines, or warn how many are lost."""
         self.flush()
         if self._waiting:
             self._warn(f"WARNING: {self.path}: {len(self._waiting):,} lines could not be written and are lost")
@@ -80,18 +79,17 @@ class Lines:
 
 
 class _Console(Console):
-    """rich's console, that does not end the process where the reader of its output has gone."""
+    """rich's console, which here does not end the process when the reader of its output is gone."""
 
     def on_broken_pipe(self) -> None:
         raise
 
 
 class RunLog:
-    """Human-readable lines on the console and in <run_dir>/log.txt, numbers in metrics.jsonl and the optional sinks.
+    """Writes readable lines to the console and <run_dir>/log.txt, and numbers to metrics.jsonl and the optional sinks.
 
-    metrics.jsonl holds one object a line. A run that resumes appends; lines of steps after the checkpoint that it
-    resumed from are removed first (`truncate_after`), so each step is there once. Once it is open, nothing that cannot
-    be written ends the run.
+    metrics.jsonl holds one object per line. A resumed run appends, after `truncate_after` has removed the lines of
+    steps later than its checkpoint, so each step occurs once. Once open, a write failure does not end the run.
     """
 
     def __init__(self, run_dir: Path, logging: LoggingConfig, name: str, is_writer: bool) -> None:
@@ -107,7 +105,7 @@ class RunLog:
             self._text = Lines(run_dir / "log.txt", self._print)
 
     def line(self, message: str) -> None:
-        """One line (or several) for a person."""
+        """Log a message of one or more lines."""
         if self.is_writer:
             self._print(message)
             self._text.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
@@ -115,14 +113,13 @@ class RunLog:
     def _print(self, message: str) -> None:
         try:
             self.console.print(message, markup=False)
-        except OSError:  # a pipe or a terminal that is gone; log.txt has it all
+        except OSError:  # the pipe or terminal is gone; log.txt has everything
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, 1)
             os.close(silence)
 
     def truncate_after(self, step: int) -> None:
-        """Forget metrics of steps later than `step`, which a resumed run is about to compute again. Raises OSError if
-        it cannot."""
+        """Remove metrics of steps later than `step`, which a resumed run computes again. Raises OSError."""
         self._first_step = step + 1
         path = self.run_dir / "metrics.jsonl"
         if not self.is_writer or not path.exists():
@@ -130,14 +127,14 @@ class RunLog:
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [
             line.rstrip(b"\n") + b"\n" for line in lines if _step_of(line) <= step
-        ]  # the last may have lost its end only
+        ]  # the last may lack only its newline
         if kept != lines:
             partial = path.with_suffix(".partial")
             partial.write_bytes(b"".join(kept))
             partial.replace(path)
 
     def open_sinks(self, resolved_experiment: Mapping[str, Any]) -> None:
-        """Open metrics.jsonl and the sinks that are switched on and installed; one line says which are missing.
+        """Open metrics.jsonl and the enabled sinks; an enabled sink that is not installed is skipped with a log line.
 
         Raises OSError if metrics.jsonl cannot be written.
         """
@@ -166,8 +163,8 @@ class RunLog:
         self._sinks.append(GuardedSink(name, open_sink, self.line, self._settings.sink_timeout_s))
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one record; it must hold `step`. Numbers go to every sink under the same names, lists to metrics.jsonl
-        only."""
+        """Append one record, which must contain `step`. Numbers also go to every sink under the same names; lists do
+        not."""
         if self.is_writer:
             self._metrics.add(json.dumps({key: _json_number(value) for key, value in record.items()}))
             scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
@@ -175,7 +172,7 @@ class RunLog:
                 sink.write(record["step"], scalars)
 
     def start_progress(self, num_steps: int, first_step: int) -> None:
-        """A live progress line, on a terminal only."""
+        """Start a live progress line if the console is a terminal."""
         if self.is_writer and self.console.is_terminal:
             columns = (
                 TextColumn("step"),
@@ -189,15 +186,14 @@ class RunLog:
             self._progress.start()
 
     def progress(self, step: int, description: str) -> bool:
-        """Move the progress line to `step`; returns False where there is none, so that the caller prints a plain
-        line."""
+        """Move the progress line to `step`. Returns False if there is none; the caller then logs a plain line."""
         if self._progress is None:
             return False
         self._progress.update(self._task, completed=step, description=description)
         return True
 
     def close(self) -> None:
-        """Flush and close everything; a sink is given `logging.sink_timeout_s` for that."""
+        """Flush and close everything; each sink gets `logging.sink_timeout_s` to finish."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -211,13 +207,13 @@ class RunLog:
 
 
 def check_writable(run_dir: Path) -> None:
-    """Raise OSError where a run directory, its log or its metrics could not be written; changes nothing."""
+    """Raise OSError if a run directory, its log or its metrics cannot be written. Changes nothing."""
     if run_dir.exists() and not run_dir.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(run_dir))
     nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
-            file.write(b"\n" * 4096)  # a full disk still takes an empty file
+            file.write(b"\n" * 4096)  # a full disk still accepts an empty file
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(nearest)) from None
     for name in ("log.txt", "metrics.jsonl"):
@@ -227,8 +223,8 @@ def check_writable(run_dir: Path) -> None:
 
 
 def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str, str]) -> None:
-    """Write what would be needed to repeat the run: resolved.yaml, and environment.json with command, commit and
-    versions. Rank 0 only."""
+    """Write what is needed to reproduce the run: resolved.yaml, and environment.json with command, commit and versions.
+    Call on rank 0 only."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / "resolved.yaml", resolved_yaml)
     environment = {"command": sys.argv, **code_version(), **versions}
@@ -236,10 +232,10 @@ def record_environment(run_dir: Path, resolved_yaml: str, versions: Mapping[str,
 
 
 def code_version() -> dict[str, str | None]:
-    """`commit` of this code, with + behind it where files differ from it, None where the code is not in git; and
-    `python`."""
+    """`commit` of this code, with a + if files differ from it, None if the code is not in git; and the `python`
+    version."""
     folder = Path(__file__).parent
-    # a virtual environment may lie in somebody else's repository
+    # a virtual environment may be inside another project's repository
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"commit": None, "python": sys.version.split()[0]}
     commit, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -247,7 +243,7 @@ def code_version() -> dict[str, str | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, None where it fails or is not there."""
+    """What git prints; None if it fails or is not installed."""
     try:
         found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=folder)
     except OSError:
@@ -256,7 +252,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _step_of(line: bytes) -> int:
-    """Step of a metrics line; a line cut short by a kill belongs to no step that was saved."""
+    """Step of a metrics line. A line truncated by a kill counts as later than every saved step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -264,7 +260,7 @@ def _step_of(line: bytes) -> int:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null, in lists too."""
+    """`value` with NaN and infinity, which JSON lacks, replaced by None, in lists too."""
     if isinstance(value, list):
         return [_json_number(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What this project takes of a machine that `device.probe` has looked at, and why it cannot be used where it cannot."""
+"""Decides what this project uses on a machine that `device.probe` has described, and why a machine cannot be used."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.runtime.device import Machine, major_minor, usable_cores, version_of
 
 TRANSFORMER_ENGINE_VERSIONS = {(0, 16): ((2, 9), (2, 11)), (0, 17): ((2, 11), (2, 20))}
-"""From this version of megatron-core on -> first and last version of Transformer Engine that it works with.
+"""First megatron-core version -> (first, last) Transformer Engine version that works with it and later ones.
 
-0.16.1 bounds it itself, in its extra `dev`; from 0.17 on its extras take any, and the last is the newest whose Python
-part the model was built from, with 0.19.2, over stand-ins of the kernels.
+0.16.1 sets its own bounds, in its extra `dev`. From 0.17 on the extras accept any version; the last one here is the
+newest whose Python part the model was built with, under 0.19.2 and with stand-ins for the kernels.
 """
 
 INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "hunyuan-pretrain[gpu]"'
 
 
 def choose_device(setting: Literal["auto", "cuda", "cpu"]) -> Literal["cuda", "cpu"]:
-    """The device that runtime.device means on this machine; raises ConfigError for cuda where there is none."""
+    """The device that runtime.device selects on this machine. Raises ConfigError for cuda without a CUDA device."""
     if setting == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if setting == "cuda" and not torch.cuda.is_available():
@@ -37,12 +37,12 @@ def backend_of(device: Literal["cuda", "cpu"]) -> Literal["nccl", "gloo"]:
 
 
 def cpu_threads(ranks_per_node: int, setting: int | None = None) -> int:
-    """Threads of one rank on CPU: runtime.cpu_threads_per_rank, or an equal share of the usable cores, at least 1."""
+    """Threads per rank on CPU: runtime.cpu_threads_per_rank, or an equal share of the usable cores, at least 1."""
     return setting or max(1, usable_cores() // ranks_per_node)
 
 
 def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int = 1) -> list[Problem]:
-    """Why this machine cannot train, or cannot run `ranks` ranks of this experiment; empty where it can."""
+    """Why this machine cannot train, or cannot run `ranks` ranks of this experiment; empty if it can."""
     found = []
     if machine.megatron_core is None:
         found.append(
@@ -50,8 +50,8 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
         )
     if machine.apex == "wrong":
         rule = (
-            "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would take it "
-            "for that"
+            "the installed package of this name is not NVIDIA's (it has no amp_C), and megatron-core would use it "
+            "as if it were"
         )
         found.append(
             Problem("apex", Problem.NO_VALUE, rule, "pip uninstall apex; NVIDIA's is built from its own repository")
@@ -70,17 +70,17 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
                 rule = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and bf16 needs 8.0"
                 found.append(Problem("precision.dtype", "bf16", rule, "use fp32"))
     if uses_gpu and ranks > len(machine.gpus):
-        rule = f"{ranks} ranks on this node, which has {len(machine.gpus)} GPUs, and a rank needs one of its own"
+        rule = f"{ranks} ranks on this node, which has {len(machine.gpus)} GPUs, and each rank needs its own"
         hint = "start fewer ranks here, or use runtime.device=cpu"
         found.append(Problem("ranks", Problem.NO_VALUE, rule, hint))
     return found + _transformer_engine_obstacles(machine, experiment)
 
 
 def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
-    """Whether the layers are Transformer Engine's; `obstacles` has said why not, where they have to be.
+    """Whether the layers are Transformer Engine's. `obstacles` reports why they cannot be where they are required.
 
-    With fp32 they are this project's unless `required`, which the rules refuse: Transformer Engine multiplies fp32
-    matrices in TF32.
+    In fp32 the layers are this project's own, because Transformer Engine multiplies fp32 matrices in TF32; the rules
+    refuse fp32 with runtime.transformer_engine=required.
     """
     runtime = experiment.runtime
     if runtime.transformer_engine == "never" or runtime.device == "cpu":
@@ -122,8 +122,7 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
 
 
 def transformer_engine_versions(megatron_core: str | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last version of Transformer Engine, as major and minor, that this version of megatron-core works
-    with."""
+    """First and last (major, minor) version of Transformer Engine that this megatron-core version works with."""
     version = major_minor(megatron_core or "0.16")
     return TRANSFORMER_ENGINE_VERSIONS[
         max(first for first in TRANSFORMER_ENGINE_VERSIONS if first <= max(version, (0, 16)))
@@ -131,7 +130,7 @@ def transformer_engine_versions(megatron_core: str | None) -> tuple[tuple[int, i
 
 
 def missing_for_fp8(recipe: Recipe, capability: tuple[int, int], cuda_version: str | None) -> str | None:
-    """What Transformer Engine asks of a GPU, and of torch's CUDA, for a recipe, where these do not have it."""
+    """What the GPU or torch's CUDA version lacks for Transformer Engine to run `recipe`; None if nothing."""
     return recipe.missing(capability, tuple(int(part) for part in (cuda_version or "0").split(".")[:2]))
 
 
@@ -139,8 +138,8 @@ def attends_to_packed_documents() -> bool:
     """Whether Transformer Engine has an attention kernel for packed documents on this GPU: flash-attn's, or cuDNN's
     from Hopper on.
 
-    On Blackwell cuDNN's backward pass is not deterministic, and Transformer Engine does not take it where determinism
-    is asked for.
+    On Blackwell cuDNN's backward pass is not deterministic, so Transformer Engine does not use it in deterministic
+    mode.
     """
     if not torch.cuda.is_available():
         return False
@@ -150,8 +149,8 @@ def attends_to_packed_documents() -> bool:
 
 
 def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list[tuple[str, str]]:
-    """What training on this machine takes, as name and value; `experiment` may choose otherwise than the machine
-    would."""
+    """(name, value) rows of what training on this machine uses. Settings of `experiment` override the machine's
+    defaults."""
     setting = "auto" if experiment is None else experiment.runtime.device
     device = machine.device if setting == "auto" else setting
     rows: list[tuple[str, str]] = [("device", device), ("collectives", backend_of(device))]
@@ -160,7 +159,7 @@ def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list
         threads = cpu_threads(ranks, None if experiment is None else experiment.runtime.cpu_threads_per_rank)
         rows.append(("threads per rank", f"{threads} (for {ranks} ranks on this node)"))
     is_engine = machine.has_transformer_engine if experiment is None else uses_transformer_engine(machine, experiment)
-    rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "own layers"))
+    rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "local layers"))
     recipe = None if experiment is None else experiment.precision.fp8_recipe
     if recipe:
         rows.append(
@@ -178,8 +177,8 @@ def no_cuda(build: str | None = torch.version.cuda) -> Problem:
 
 
 def fuses_wgrad_accumulation(with_transformer_engine: bool = False) -> bool:
-    """Whether weight gradients can be added into main_grad inside the GEMM: on CPU always (cpu_megatron), on CUDA by
-    Transformer Engine's layers, and by core's with Apex's extension."""
+    """Whether weight gradients can be accumulated into main_grad inside the GEMM: always on CPU (cpu_megatron); on CUDA
+    with Transformer Engine's layers, or with core's and Apex's extension."""
     return (
         with_transformer_engine
         or not torch.cuda.is_available()

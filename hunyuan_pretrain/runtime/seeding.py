@@ -1,7 +1,7 @@
 """Seeds, determinism, and the state of random generators.
 
-Training itself draws nothing from a generator: weights, data order and recycle routing are keyed by the experiment's
-seed. The generators are seeded and checkpointed all the same, so that anything added later resumes too.
+Training itself draws nothing from a generator: weights, data order and recycle routing are functions of the
+experiment's seed. The generators are still seeded and checkpointed, so that code added later resumes correctly too.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ import torch
 
 
 def seed_generators(seed: int, rank: int) -> None:
-    """Seed Python's, numpy's and torch's generators of this rank."""
+    """Seed this rank's Python, numpy and torch generators."""
     random.seed(seed * 100_003 + rank)
     np.random.seed((seed * 100_003 + rank) % 2**32)
     torch.manual_seed((seed * 100_003 + rank) % 2**64)
 
 
 def use_deterministic_algorithms(enabled: bool) -> None:
-    """Make torch refuse operations whose result changes from run to run, and multiply fp32 as fp32, whatever the
-    environment says."""
+    """If `enabled`, make torch refuse nondeterministic operations and disable TF32, whatever the environment says."""
     torch.use_deterministic_algorithms(enabled)
     if enabled:
-        # containers turn TF32 on by a variable: the same run would be another one there
+        # containers enable TF32 by an environment variable: the same run would give other results there
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    # new memory is written before it is read here; filling it with NaN first, torch's default in this mode, costs a
-    # pass
+    # new memory is always written before it is read; filling it with NaN first, torch's default in this mode, costs a
+    # pass over it
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by torch at run time
 
 
 def generator_state() -> dict[str, Any]:
-    """State of this rank's generators as tensors, strings and numbers, for a checkpoint."""
+    """State of this rank's generators for a checkpoint, made of tensors, strings and numbers."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple; a dict otherwise
     assert isinstance(keys, np.ndarray)
     version, internal, gauss = random.getstate()
@@ -49,7 +48,7 @@ def generator_state() -> dict[str, Any]:
 
 
 def restore_generator_state(state: dict[str, Any]) -> None:
-    """Restore what `generator_state` returned."""
+    """Restore a state returned by `generator_state`."""
     torch.set_rng_state(state["torch"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))

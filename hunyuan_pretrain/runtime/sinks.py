@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases: services that a run can do without, so that none of them may end it or hold it up.
+"""TensorBoard and Weights & Biases: optional services, which must neither end nor delay a run.
 
-Each works on a thread of its own, through a queue. One that raises, or falls far behind, is given up with one warning,
-and the run goes on; all of its numbers are in metrics.jsonl.
+Each runs on its own thread behind a queue. A sink that raises or falls far behind is dropped with one warning, and the
+run continues; all its numbers are in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from typing import Any, Protocol
 from hunyuan_pretrain.config.schema import LoggingConfig
 
 WANDB_ID = "wandb_id"
-"""File of a run directory with the id of its run in Weights & Biases, so that a resumed run goes on in the same one."""
+"""File in the run directory with the id of its Weights & Biases run, so that a resumed run continues the same one."""
 _MAX_WAITING = 10_000
-"""Records that a sink may be behind, some MB."""
+"""Records that a sink may lag behind; a few MB."""
 
 
 class Sink(Protocol):
-    """What a service is to a run: made when it is opened, on the thread that then calls the rest."""
+    """The interface of a service. It is constructed on the thread that then calls its methods."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """The numbers of one record."""
+        """Write the numbers of one record."""
 
     def close(self) -> None:
-        """Everything is on its way when this returns."""
+        """Flush everything."""
 
 
 class GuardedSink:
-    """A sink on a thread of its own, which is begun at once: opening, writing and closing it neither raise nor wait for
-    it.
+    """Runs a sink on its own thread, which starts at once. Opening and writing never raise or wait; closing never
+    raises.
 
-    `warn` is told once, by the caller's thread, if the sink is given up.
+    `warn` is called once, on the caller's thread, if the sink is dropped.
     """
 
     def __init__(self, name: str, open_sink: Callable[[], Sink], warn: Callable[[str], None], timeout_s: float) -> None:
@@ -54,7 +54,7 @@ class GuardedSink:
         self._thread.start()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Hand over the numbers of one record."""
+        """Queue the numbers of one record."""
         if self._gave_up():
             return
         try:
@@ -63,7 +63,7 @@ class GuardedSink:
             self._give_up(f"is {_MAX_WAITING:,} records behind")
 
     def close(self) -> None:
-        """Let it finish what it was given, for `timeout_s` at most."""
+        """Let the sink finish its queue. Waits up to `timeout_s`, and as long again first if the queue is full."""
         if self._gave_up():
             return
         try:
@@ -85,7 +85,7 @@ class GuardedSink:
     def _give_up(self, reason: str) -> None:
         self._is_given_up = True
         self._warn(
-            f"WARNING: {self._name} {reason}; the run goes on without it, and all of its numbers are in metrics.jsonl"
+            f"WARNING: {self._name} {reason}; the run continues without it, and all its numbers are in metrics.jsonl"
         )
 
     def _work(self) -> None:
@@ -97,13 +97,13 @@ class GuardedSink:
                     return
                 sink.write(*item)
             sink.close()
-        except BaseException as error:  # a library may leave by SystemExit too
+        except BaseException as error:  # a library may raise SystemExit too
             self._failure = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 class TensorBoard:
-    """Event files in <run_dir>/tensorboard. `first_step`: what earlier attempts of the run wrote of this and later
-    steps is void."""
+    """Event files in <run_dir>/tensorboard. Events that earlier attempts of the run wrote for `first_step` and later
+    are purged."""
 
     def __init__(self, writer: Any, run_dir: Path, first_step: int) -> None:
         self._writer = writer(str(run_dir / "tensorboard"), purge_step=first_step)
@@ -117,7 +117,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run in Weights & Biases, the same one each time that this run is resumed."""
+    """A Weights & Biases run; a resumed run continues the same one."""
 
     def __init__(
         self, wandb: Any, settings: LoggingConfig, name: str, run_dir: Path, experiment: Mapping[str, Any]
@@ -137,7 +137,7 @@ class Wandb:
                 id=run_id(run_dir),
                 resume="allow"
                 if settings.wandb == "online"
-                else None,  # offline, there is nobody to ask; the id joins the parts at `sync`
+                else None,  # offline there is no server to ask; `sync` joins the parts by id
                 dir=str(run_dir),
                 mode=settings.wandb,
                 config=dict(experiment),
@@ -152,7 +152,7 @@ class Wandb:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id of a run in Weights & Biases, made when it is first asked for."""
+    """The id of this run in Weights & Biases, generated and saved on first use."""
     path = run_dir / WANDB_ID
     if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
         return known
@@ -163,7 +163,7 @@ def run_id(run_dir: Path) -> str:
 
 @contextlib.contextmanager
 def _no_questions() -> Iterator[None]:
-    """No terminal to ask for an API key at: a run that waits for an answer hangs."""
+    """Hide stdin, so that wandb cannot ask for an API key: a run waiting for an answer would hang."""
     before, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield

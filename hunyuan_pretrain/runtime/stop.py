@@ -1,6 +1,6 @@
-"""A stop that was asked for: SIGTERM, Ctrl-C, or a terminal that closes, remembered until there is a place to stop.
+"""Stop requests: SIGTERM, Ctrl-C, or a closing terminal, remembered until the run can stop.
 
-Needs little more than the standard library, so that a command listens from its first moments, before torch is imported.
+Imports little more than the standard library, so that a command can listen from its start, before torch is imported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StoppedBeforeFirstStepError(Exception):
-    """Raised on all ranks where a stop was asked for and no step of this start has been made, so that there is nothing
-    to save."""
+    """Raised on all ranks if a stop is requested before the first step since the start, when there is nothing to
+    save."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED_BEFORE_FIRST_STEP)
 
 
 class StopRequest:
-    """Remembers the first stop; a second Ctrl-C ends the process at once with status 130, without saving."""
+    """Remembers a stop request. A second Ctrl-C ends the process at once with status 130, without saving."""
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -34,18 +34,18 @@ class StopRequest:
         self._interrupts = 0
 
     def _listen(self) -> None:
-        # A thread reads the numbers of signals too, because Python runs handlers between two operations of the main
-        # thread only: one that waits in a collective for a rank that is gone would never see the second Ctrl-C.
+        # A thread also reads the signal numbers, because Python runs handlers only between bytecodes of the main
+        # thread: if that waits in a collective for a dead rank, it would never see the second Ctrl-C.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # A terminal and torchrun send a signal to a rank and to all that it has forked, such as the writers of a
-        # checkpoint. These have the same pipe, where one Ctrl-C during a save would be read as several. They write to
-        # the end, as the rank does.
+        # A terminal and torchrun send signals to a rank and to everything that it has forked, such as checkpoint
+        # writers. Those inherit the pipe, so one Ctrl-C during a save would be read as several. They finish writing, as
+        # the rank does.
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background of a script
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job of a script
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -66,13 +66,13 @@ class StopRequest:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that is gone
+    with contextlib.suppress(OSError):  # the terminal is gone
         os.write(2, text.encode())
 
 
 def listen() -> StopRequest:
-    """The stop request of this process, listening from now on; the main thread calls it first. Signals that are ignored
-    stay so."""
+    """The stop request of this process, which listens from the first call on. The first call must come from the main
+    thread. Ignored signals stay ignored."""
     global _request
     if _request is None or _request._pid != os.getpid():
         _request = StopRequest()

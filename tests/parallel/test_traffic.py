@@ -298,7 +298,7 @@ def test_every_torch_distributed_function_is_counted_by_axis_kind_and_bytes(jobs
         assert found["isend, irecv over all ranks"] == {("pp", kind): messages for kind, messages in message.items()}
         assert found["all_reduce over all ranks"] == {("other", "all_reduce"): (1, 24)}
         assert found["all_reduce of one rank"] == {}
-        layout = "tensor 0 is taken in place, and is not contiguous: shape (3, 2), strides (1, 3)"
+        layout = "tensor 0 is written in place, but is not contiguous: shape (3, 2), strides (1, 3)"
         assert found["all_reduce of a transposed tensor"] == f"c10d::allreduce_: {layout}"
         assert "_c10d_functional::all_reduce communicates and is not counted" in found["functional all_reduce"]
 

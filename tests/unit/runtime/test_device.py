@@ -182,7 +182,7 @@ def test_what_is_used_follows_the_experiment() -> None:
         "device": "cpu",
         "collectives": "gloo",
         "threads per rank": "3 (for 2 ranks on this node)",
-        "linear layers": "own layers",
+        "linear layers": "local layers",
     }
 
 
@@ -198,13 +198,13 @@ BF16 = "precision.dtype=bf16"
             [BF16, "precision.fp8_recipe=blockwise"],
             ("Transformer Engine 2.11.0", "blockwise on Transformer Engine"),
         ),
-        (MACHINE, [], ("own layers", None)),  # fp32, which Transformer Engine multiplies in TF32
-        (MACHINE, [BF16, "runtime.transformer_engine=never"], ("own layers", None)),
-        (MACHINE, [BF16, "runtime.device=cpu"], ("own layers", None)),
+        (MACHINE, [], ("local layers", None)),  # fp32, which Transformer Engine multiplies in TF32
+        (MACHINE, [BF16, "runtime.transformer_engine=never"], ("local layers", None)),
+        (MACHINE, [BF16, "runtime.device=cpu"], ("local layers", None)),
         (
             CPU_MACHINE,
             [BF16, "precision.fp8_recipe=mxfp8"],
-            ("own layers", "mxfp8, emulated (slow; numbers, not speed)"),
+            ("local layers", "mxfp8, emulated (slow; numbers, not speed)"),
         ),
     ],
 )
@@ -325,7 +325,7 @@ def test_more_ranks_than_gpus_are_refused_before_cuda_says_invalid_device_ordina
     experiment = load_experiment(DEMO)
     (problem,) = obstacles(MACHINE, experiment, ranks=4)
     assert str(problem) == (
-        "ranks: 4 ranks on this node, which has 1 GPUs, and a rank needs one of its own (start fewer ranks here, "
+        "ranks: 4 ranks on this node, which has 1 GPUs, and each rank needs its own (start fewer ranks here, "
         "or use runtime.device=cpu)"
     )
     assert not obstacles(MACHINE, experiment, ranks=1)

@@ -43,10 +43,10 @@ def test_gradients_pass_through_a_copy() -> None:
 def test_a_tensor_that_does_not_fit_is_refused_by_name() -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(
-        ValueError, match=r"NCCL: tensor 0 is taken in place, and is not contiguous: shape \(3, 2\), strides \(1, 3\)"
+        ValueError, match=r"NCCL: tensor 0 is written in place, but is not contiguous: shape \(3, 2\), strides \(1, 3\)"
     ):
         handed_over("NCCL", x.t(), is_written=True)
-    with pytest.raises(ValueError, match=r"NCCL: tensor 1 is torch\.bfloat16, and torch\.float32 is read"):
+    with pytest.raises(ValueError, match=r"NCCL: tensor 1 is torch\.bfloat16, but must be torch\.float32"):
         handed_over("NCCL", x, x.bfloat16())
     with pytest.raises(ValueError, match="NCCL: tensor 1 is on meta, the first one on cpu"):
         handed_over("NCCL", x, x.to("meta"))

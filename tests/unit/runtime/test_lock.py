@@ -56,7 +56,7 @@ def test_a_second_process_is_told_who_holds_the_run_and_what_to_do(tmp_path: Pat
     text = str(refused.value)
     assert f"run_dir: process {process.pid} on " in text
     assert "since 20" in text
-    assert f"choose another run_dir, or if there is no such process, remove {tmp_path}/run/{LOCK}" in text
+    assert f"choose another run_dir; if there is no such process, remove {tmp_path}/run/{LOCK}" in text
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("field", "why"), [("process_start", "the process is gone"), ("boot", "this machine was started since")]
+    ("field", "why"), [("process_start", "the process is gone"), ("boot", "this machine has rebooted since")]
 )
 def test_a_process_with_a_reused_pid_is_not_the_holder(tmp_path: Path, field: str, why: str) -> None:
     first = RunLock.take(tmp_path)

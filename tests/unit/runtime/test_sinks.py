@@ -22,7 +22,7 @@ from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.runtime.sinks import GuardedSink
 
 ROOT = Path(__file__).parents[3]
-GOES_ON = "the run goes on without it, and all of its numbers are in metrics.jsonl"
+GOES_ON = "the run continues without it, and all its numbers are in metrics.jsonl"
 
 
 class Service:

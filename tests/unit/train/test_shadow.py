@@ -120,7 +120,7 @@ def after_its_end(corpus: Path, folder: Path) -> tuple[str, bool]:
 def test_a_run_at_its_end_has_no_step_left(corpus: Path, tmp_path: Path) -> None:
     """It starts from the newest checkpoint, and leaves the run alone."""
     said, is_unchanged = fork_ranks(1, after_its_end, corpus, tmp_path / "run")[0]
-    assert "has no step left: 4 of 4 are done (choose another run_dir to start from its beginning)" in said
+    assert "has no step left: 4 of 4 are done (choose another run_dir to start from the beginning)" in said
     assert is_unchanged
 
 
@@ -157,5 +157,5 @@ def test_the_report_is_readable() -> None:
     assert conclusion(report) == (
         "blockwise against bf16, 2 steps: loss +0.1000 in the last step, +0.1000 on average; smallest gradient "
         "cosine 0.9000 (a); "
-        "errors of gradients are at most 0.50 of the noise of a batch"
+        "gradient errors are at most 0.50 of the batch noise"
     )
