@@ -1,6 +1,6 @@
 """Pretraining of Hunyuan-Large style mixture-of-experts models on megatron-core.
 
-Importing this imports nothing else; docs/reference/ names the modules to import from.
+This package imports nothing else; docs/reference/ lists the modules to import from.
 """
 
 __all__ = ["__version__"]

@@ -1,4 +1,4 @@
-"""`python -m hunyuan_pretrain` is the command hunyuan-pretrain."""
+"""`python -m hunyuan_pretrain` runs the command hunyuan-pretrain."""
 
 from hunyuan_pretrain.cli import main
 

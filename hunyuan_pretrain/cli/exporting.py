@@ -1,4 +1,4 @@
-"""Commands about exported models: write one, and let one continue a text."""
+"""Commands for exported models: write one, and generate text with one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a training run.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint after this many steps; default: the newest.")] = None,
-    dtype: Annotated[ExportDtype | None, typer.Option(help="Format of the weights; default: that of training.")] = None,
+    dtype: Annotated[ExportDtype | None, typer.Option(help="Format of the weights; default: as in training.")] = None,
     format: Annotated[
         ExportFormat,
-        typer.Option(
-            help="hunyuan: with our own model code. hunyuan_v1_moe: what transformers and vLLM load natively."
-        ),
+        typer.Option(help="hunyuan: with our own model code. hunyuan_v1_moe: loads natively in transformers and vLLM."),
     ] = ExportFormat.hunyuan,
 ) -> None:
     """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
@@ -54,14 +52,14 @@ def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder written by export.")],
     prompt: Annotated[str, typer.Option(help="Beginning of the text, or with --chat the user's turn.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.6,
     top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 20,
     repetition_penalty: Annotated[float, typer.Option(min=0.1)] = 1.0,
     seed: Annotated[int, typer.Option()] = 1234,
     chat: Annotated[bool, typer.Option(help="Use the chat template.")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run model code that lies in DIR; our own exports do not need it.")
+        bool, typer.Option(help="Run the model code in DIR; our own exports do not need it.")
     ] = False,
 ) -> None:
     """Continue a text with an exported model, streaming to standard output."""

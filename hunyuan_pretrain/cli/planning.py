@@ -1,4 +1,4 @@
-"""Commands that look at an experiment and at this machine, before anything runs."""
+"""Commands that inspect an experiment and this machine before a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def explain(
     key: Annotated[
-        str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; none: every setting there is.")
+        str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; default: all settings.")
     ] = "",
 ) -> None:
-    """Say what a setting means: unit, type, default, typical value."""
+    """Explain a setting: meaning, type, unit, default, typical value."""
     from hunyuan_pretrain.config.describe import explain as text_of
 
     print(text_of(key))
@@ -30,7 +30,7 @@ def show(
     config: ConfigPath,
     overrides: Overrides = None,
     value: Annotated[
-        str, typer.Option(metavar="KEY", help="Print the value of this setting alone, as a script needs it.")
+        str, typer.Option(metavar="KEY", help="Print only the value of this setting, for use in scripts.")
     ] = "",
 ) -> None:
     """Print the resolved experiment as YAML: bases merged, overrides applied, every default filled in."""
@@ -60,7 +60,7 @@ def plan(
         int | None, typer.Option(min=1, help="Ranks of the job; default: parallel.world_size.")
     ] = None,
 ) -> None:
-    """Say what a run will do and cost, without running it."""
+    """Show what a run will do and cost, without running it."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.config.rules import find_warnings
     from hunyuan_pretrain.plan.summary import summarise
@@ -78,8 +78,8 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say what this machine has and what will be used; exit code 1 where it cannot run, or the experiment cannot begin
-    or go on."""
+    """Show what this machine has and what will be used; exit code 1 if it cannot train, or if the experiment cannot
+    start or resume."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.device import probe
     from hunyuan_pretrain.runtime.environment import variable_rows
@@ -104,7 +104,7 @@ def doctor(
 
 
 def machine_rows(machine: Machine) -> list[tuple[str, str]]:
-    """A probed machine as name and value."""
+    """(name, value) rows of a probed machine."""
     from hunyuan_pretrain.runtime.policy import transformer_engine_versions
 
     gpus = ", ".join(

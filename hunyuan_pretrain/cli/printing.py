@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Printing that several commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:
-    """Rows of text under a title; the first column is printed once for equal neighbours."""
+    """Print rows of text under a title. Consecutive rows with the same first column show it only once."""
     from rich.console import Console
     from rich.table import Table
 
@@ -20,13 +20,13 @@ def print_table(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     for row in rows:
         table.add_row("" if row[0] == previous else row[0], *row[1:])
         previous = row[0]
-    # A pipe or a log has no width: nothing may be cut or wrapped there.
+    # A pipe or a log has no width: do not cut or wrap there.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
     console.print()
 
 
 def print_warnings(warnings: list[Problem]) -> None:
-    """Settings that take effect only partly, to stderr."""
+    """Print warnings about settings that are only partly effective, to stderr."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The command `hunyuan-pretrain`: its menu, and how it ends. No logic: each command calls one function and prints what
-it returns.
+"""The command `hunyuan-pretrain`: its menu and its exit. No logic: each command calls one function and prints the
+result.
 
-Imports of what needs torch are inside the commands, so that those which need none start at once.
+Modules that need torch are imported inside the commands, so that commands without torch start fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.runtime.stop import listen
 
 USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
-"""Errors that a user can put right: the message says how, so a traceback would only hide it."""
+"""Errors that a user can fix: the message says how, and a traceback would only hide it."""
 
 app = typer.Typer(
     name="hunyuan-pretrain",
@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings=HELP,
 )
 add_version(app)
-config_app = typer.Typer(help="Look at experiment files.", no_args_is_help=True)
+config_app = typer.Typer(help="Inspect experiment files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 add_commands(
@@ -47,10 +47,10 @@ add_commands(config_app, planning.show, planning.diff)
 
 
 def main() -> None:
-    """Entry point; a user's error is one message on stderr and exit code 2, a failure a traceback and 1, an interrupt
-    is 130."""
+    """Entry point. Exit codes: 2 for a user's error, with one message on stderr; 1 for a failure, with a traceback; 130
+    for an interrupt."""
     if sys.argv[1:2] == ["train"]:
-        listen()  # a launcher may pass a stop on while torch is being imported
+        listen()  # a launcher may forward a stop signal while torch is being imported
     if (mistake := mistake_in_environment(next(iter(sys.argv[1:]), None))) is not None:
         print(mistake, file=sys.stderr)
         sys.exit(EXIT_MISTAKE)

@@ -1,4 +1,4 @@
-"""What is special where the command is one of several ranks: its place in the job, its errors, its end."""
+"""Special cases when the command is one of several ranks: its environment, its errors, its exit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import NoReturn
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each rank in its environment."""
+"""Environment variables that a launcher sets for each rank."""
 IN_RANKS = ("train", "parity", "shadow")
 """Commands that a launcher may start as the ranks of a job."""
 
 SECONDS_FOR_RANK_0 = 20
-"""How long another rank waits with its error for rank 0 to print the same."""
+"""How long other ranks hold back an error, so that rank 0 can print the same one."""
 
 
 def report_error(error: Exception | str) -> None:
-    """Print a user's error, once in a job: nearly every such error is found by every rank.
+    """Print a user's error, once per job: nearly every such error occurs on all ranks.
 
-    A launcher stops the whole job as soon as one rank has failed, so the other ranks leave rank 0 the time to print.
-    One that is still there after that met an error of its own (a file that only its node lacks, say), and prints it.
+    A launcher stops the whole job as soon as one rank fails, so the other ranks give rank 0 time to print. A rank that
+    is still running after that has an error that rank 0 does not have, such as a file missing on its node, and prints
+    it.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, as soon as rank 0 has ended
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent by the launcher as soon as rank 0 has exited
         time.sleep(SECONDS_FOR_RANK_0)
         print(f"rank {rank}: {error}", file=sys.stderr)
     else:
@@ -35,17 +36,17 @@ def report_error(error: Exception | str) -> None:
 
 
 def report_failure(error: Exception) -> None:
-    """Print the traceback of an error, and of which rank it is; one line where all that happened is that another rank
-    has ended, for what matters is said there."""
+    """Print the traceback of an error and the rank. If the error is only that another rank has ended, print one line:
+    the cause is in that rank's output."""
     text = "".join(traceback.format_exception(error))
     if "RANK" in os.environ:
         rank = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}"
         text = f"{rank} ends: {lost}\n" if (lost := loss_of_a_rank(error)) else f"{rank} failed:\n{text}"
-    print(text, end="", file=sys.stderr, flush=True)  # in one piece, for several ranks write to the same place
+    print(text, end="", file=sys.stderr, flush=True)  # in one write, because several ranks share the output
 
 
 def loss_of_a_rank(error: Exception) -> str | None:
-    """Where this rank was when it noticed that another one has ended; None for any other error."""
+    """A message that says where this rank noticed that another rank has ended; None for any other error."""
     if "torch.distributed" not in sys.modules:
         return None
     from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
@@ -56,15 +57,15 @@ def loss_of_a_rank(error: Exception) -> str | None:
     place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)][-1]
     return (
         f"another rank has ended ({place.name}, {Path(place.filename).name}:{place.lineno}, got no answer from it); "
-        "the same command goes on from the newest checkpoint"
+        "the same command resumes from the newest checkpoint"
     )
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; at once where it is one of several ranks.
+    """End this process, immediately if it is one of several ranks.
 
-    The others may be waiting for it in a collective, and Python's own way out would leave its process groups in order:
-    wait for them.
+    A normal Python exit would shut down the process groups and wait for the other ranks, which may be waiting for this
+    one in a collective.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -75,11 +76,11 @@ def leave(status: int) -> NoReturn:
 
 
 def mistake_in_environment(command: str | None) -> str | None:
-    """What is wrong with the names that say which rank of a job this is; for commands that run alone they are
-    forgotten.
+    """An error message if only some of the launcher's variables (JOB) are set; None if they are consistent. For
+    commands that do not run as ranks, the variables are removed from the environment.
 
-    A launcher sets all of JOB. Some of them are left over from elsewhere, and to guess would be to wait for ranks that
-    never come, or to take each rank for a run of its own.
+    A launcher sets all of JOB. If only some are set, they are left over from elsewhere, and guessing would mean waiting
+    for ranks that never start, or training each rank as a separate run.
     """
     if command not in IN_RANKS:
         for name in (*JOB[:2], "LOCAL_RANK", "LOCAL_WORLD_SIZE"):

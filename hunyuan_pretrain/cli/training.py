@@ -1,4 +1,4 @@
-"""Commands that train: a run, and short ones that compare layouts or number formats."""
+"""Commands that train: a run, and short comparisons of layouts or number formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ParityPrecision(StrEnum):
 
 
 class LayerEngine(StrEnum):
-    """Whose layers."""
+    """Whose layers to use: this project's, or Transformer Engine's."""
 
     own = "own"
     te = "te"
@@ -46,7 +46,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="KEY[,KEY]...",
-            help="Go on although these settings, or what they name, are not what the run began with.",
+            help="Resume although these settings, or the data they name, have changed since the run began.",
         ),
     ] = None,
     from_step: Annotated[
@@ -54,10 +54,10 @@ def train(
         typer.Option(min=1, help="Branch off from the checkpoint after this many steps (checkpoint.resume_from)."),
     ] = None,
 ) -> None:
-    """Train an experiment, going on from its newest checkpoint; under torchrun, one call is one rank.
+    """Train an experiment, or resume it from its newest checkpoint; under torchrun, each process is one rank.
 
-    Exit code 75: told to stop by SIGTERM or Ctrl-C, saved, and ready to be started again. A second Ctrl-C ends it at
-    once, with 130.
+    Exit code 75: stopped by SIGTERM or Ctrl-C and saved; the same command resumes. A second Ctrl-C exits immediately
+    with 130.
     """
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.environment import set_variables
@@ -79,8 +79,8 @@ def parity(
     layout: Annotated[
         str,
         typer.Option(
-            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, recompute=..., method=...; what is "
-            "left out is 1."
+            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, recompute=..., method=...; sizes "
+            "default to 1."
         ),
     ] = "dp=2",
     against: Annotated[str, typer.Option(help="Layout to compare with.")] = "dp=1",
@@ -88,7 +88,7 @@ def parity(
     precision: Annotated[
         ParityPrecision,
         typer.Option(
-            help="fp32 and bf16: without FP8; fp8: with the experiment's recipe. Below fp32, differences are compared "
+            help="fp32, bf16: without FP8; fp8: with the experiment's recipe. Except in fp32, differences are compared "
             "with rounding noise."
         ),
     ] = ParityPrecision.fp32,
@@ -96,14 +96,14 @@ def parity(
         LayerEngine, typer.Option(help="Layers of the layout: this project's, or Transformer Engine's.")
     ] = LayerEngine.own,
     against_engine: Annotated[
-        LayerEngine | None, typer.Option(help="Layers of the other one; default: the same.")
+        LayerEngine | None, typer.Option(help="Layers of the other layout; default: the same.")
     ] = None,
 ) -> None:
-    """Train a few steps under two layouts and compare every tensor; exit code 1 and the first difference if they are
-    not the same.
+    """Train a few steps under two layouts and compare every tensor; if they differ, print the first difference and exit
+    with 1.
 
-    The ranks are processes of this machine; under torchrun, those of the job. Small models only: rank 0 holds all of
-    the tensors.
+    The ranks are processes on this machine; under torchrun, the ranks of the job. Small models only: rank 0 holds all
+    tensors.
     """
     from hunyuan_pretrain.config.layouts import layout_experiment
     from hunyuan_pretrain.config.load import load_experiment
@@ -112,7 +112,7 @@ def parity(
     experiment = load_experiment(config, overrides or [])
     ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     sides = ((layout, engine), (against, against_engine or engine))
-    for text, layers in sides:  # told before torch is imported, which takes seconds
+    for text, layers in sides:  # report errors before torch is imported, which takes seconds
         layout_experiment(experiment, text, ranks, Path(experiment.run_dir), precision.value, layers.value)
     set_variables(experiment)
 
@@ -137,17 +137,17 @@ def shadow(
     overrides: Overrides = None,
     recipe: Annotated[Fp8Recipe, typer.Option(help="FP8 recipe to try, emulated.")] = Fp8Recipe["blockwise"],
     fp8_format: Annotated[
-        Fp8Format | None, typer.Option("--format", help="Default: Transformer Engine's for the recipe.")
+        Fp8Format | None, typer.Option("--format", help="Default: Transformer Engine's default for the recipe.")
     ] = None,
     steps: Annotated[
         int, typer.Option(min=1, help="Steps from the newest checkpoint of the run, or from its beginning.")
     ] = 20,
-    output: Annotated[Path | None, typer.Option(help="Write the whole report here, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the full report to this file, as JSON.")] = None,
 ) -> None:
-    """Train some steps without and with an FP8 recipe, from the same state and data: what it does to losses, gradients
-    and values.
+    """Train some steps without and with an FP8 recipe, from the same state and data, and compare losses, gradients and
+    values.
 
-    The ranks are processes of this machine; under torchrun, those of the job. Changes nothing of the run. Needs no FP8
+    The ranks are processes on this machine; under torchrun, the ranks of the job. Does not change the run. Needs no FP8
     hardware.
     """
     from hunyuan_pretrain.config.load import load_experiment

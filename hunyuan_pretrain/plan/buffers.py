@@ -1,7 +1,7 @@
-"""The weights that one rank holds, and how megatron-core lays them and their gradients out in buffers and buckets.
+"""The weights of one rank, and how megatron-core lays them and their gradients out in buffers and buckets.
 
-The order of the weights and core's rules for padding decide how many bytes a rank keeps and how many it reduces and
-gathers each step; both are computed from this. Sizes are in elements. Source of the rules: _ParamAndGradBuffer in
+The order of the weights and core's padding rules decide how many bytes a rank stores, and how many it reduces and
+gathers per step. Both are computed from this layout. Sizes are in elements. Source of the rules: _ParamAndGradBuffer in
 megatron-core 0.16 to 0.19.
 """
 
@@ -16,8 +16,8 @@ from hunyuan_pretrain.config.derived import grid, pipeline_stages
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
 SMALLEST_BUCKET = 40_000_000
-"""Elements from which on core closes a bucket where it overlaps the reduction: this, or 1,000,000 for each
-data-parallel rank if more."""
+"""With overlapped reduction, core closes a bucket once it has this many elements, or 1,000,000 per data-parallel rank
+if that is more."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Weight:
     is_router: bool = False
     """Kept in fp32 in every precision."""
     is_replicated: bool = False
-    """The same on all tensor-parallel ranks, which see different tokens and add up its gradient: norms and routers."""
+    """The same on all tensor-parallel ranks: norms and routers. The ranks see different tokens and sum its gradient."""
     is_shared_embedding: bool = False
     """Also on another pipeline stage."""
     fp8_layer: int | None = None
-    """The layer whose linear layers and experts it belongs to: what an FP8 recipe quantises."""
+    """The layer it belongs to, if an FP8 recipe can quantise it: weights of linear layers and experts."""
 
     @property
     def parameter_group(self) -> int:
-        """Place of the optimizer's parameter group with this weight: all other weights, routed experts, norms."""
+        """Index of the weight's parameter group in the optimizer: 1 routed experts, 2 norms, 0 all others."""
         return 1 if self.is_routed_expert else 2 if self.is_replicated and not self.is_router else 0
 
 
 def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Weight]:
-    """Parameters of one stage in the order in which HunyuanModel registers them."""
+    """This rank's parameters of one stage, in the order in which HunyuanModel registers them."""
     tp, etp, ep = (
         parallel.tensor_model_parallel_size,
         parallel.expert_tensor_parallel_size,
@@ -83,43 +83,43 @@ def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -
 
 @dataclass
 class Buffer:
-    """Weights of one number format that are reduced over the same ranks, one after the other from the last to the
-    first."""
+    """Weights with the same number format that are reduced over the same ranks, stored contiguously from the last to
+    the first."""
 
     axis: str
-    """dp or expert_dp: over which ranks."""
+    """The ranks over which it is reduced: dp or expert_dp."""
     num_ranks: int
     weight_bytes: int
     """Of one element."""
     gradient_bytes: int
     """Of one element."""
     is_sharded: bool
-    """Whether the optimizer state is divided over the ranks (distributed optimizer); elements are then padded."""
+    """Whether the optimizer state is sharded over the ranks (distributed optimizer); the buffer is then padded."""
     positions: list[tuple[int, int]] = field(default_factory=list)
     """(start, end) of each weight."""
     weights: list[Weight] = field(default_factory=list)
-    """The weight at each place."""
+    """The weight at each position."""
     buckets: list[tuple[int, int]] = field(default_factory=list)
-    """(start, end) of each bucket: what is reduced and gathered in one call."""
+    """(start, end) of each bucket. A bucket is reduced and gathered in one call."""
 
     @property
     def size(self) -> int:
-        """Elements, padding included."""
+        """Elements, including padding."""
         return self.buckets[-1][1]
 
     @property
     def state_bytes(self) -> int:
-        """Optimizer state of one element: both Adam moments in fp32 and, where the weight is in bf16, its fp32 main
-        copy."""
+        """Bytes of optimizer state per element: both Adam moments in fp32, and the fp32 main weight unless the weight
+        is already fp32."""
         return 8 if self.weight_bytes == 4 else 12
 
     def kept(self) -> list[int]:
-        """Elements whose optimizer state each of the ranks keeps."""
+        """Per rank, the number of elements whose optimizer state it keeps."""
         return [sum(size for _, size in pieces) for pieces in self.pieces()]
 
     def pieces(self) -> list[list[tuple[Weight, int]]]:
-        """For each of the ranks the weights whose optimizer state it keeps, or keeps a part of, in order, and how many
-        elements of each."""
+        """Per rank, in order: (weight, number of elements) for every weight whose optimizer state it keeps at least in
+        part."""
         if not self.is_sharded:
             return [
                 [(weight, end - start) for weight, (start, end) in zip(self.weights, self.positions, strict=True)]
@@ -138,10 +138,10 @@ class Buffer:
 def buffers_of_stage(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int
 ) -> list[Buffer]:
-    """Buffers of one model chunk, each laid out as core does it. Raises ValueError where the layout does not divide the
+    """Buffers of one model chunk, laid out as in core. Raises ValueError if the layout does not fit the number of
     ranks.
 
-    Parameters in FP8 only are counted so: of Transformer Engine, not of an emulation, which has them in bf16.
+    With fp8_parameters, weights of FP8 layers count 1 byte, as with Transformer Engine; emulation keeps them in bf16.
     """
     ranks = grid(parallel, world_size)
     limit = None
@@ -174,9 +174,10 @@ def buffers_of_stage(
 
 
 def _lay_out(weights: list[Weight], buffer: Buffer, limit: int | None) -> Buffer:
-    """Place the weights from the last to the first. Sharded: a weight begins at a multiple of 64 elements, a bucket
-    ends at one of 128 and of the number of ranks, and an embedding that two stages hold is a bucket of its own, which
-    both stages divide alike."""
+    """Place the weights from the last to the first.
+
+    If sharded, a weight begins at a multiple of 64 elements, and a bucket ends at a multiple of 128 and of the number
+    of ranks. An embedding that two stages hold gets its own bucket, so that both stages shard it the same way."""
 
     def padded(position: int, divisor: int) -> int:
         return -(-position // divisor) * divisor if buffer.is_sharded else position

@@ -1,11 +1,9 @@
-"""What a rank communicates in one training step, in closed form: messages by axis and kind.
+"""Communication of one rank in one training step, in closed form: messages by axis and kind.
 
-Counted as parallel.traffic counts a real step, and a test holds the two equal: the bytes of a call are those that this
-rank has to send under the algorithm that needs the fewest (ring, pairwise exchange), in a group of n ranks, rounded up
-to whole bytes. all_gather and
-reduce_scatter: (n - 1) / n of the whole tensor; all_reduce: 2 (n - 1) / n of it; all_to_all: what goes to other ranks;
-send: the tensor;
-recv: the tensor, which is left out of all sums.
+Messages are counted as parallel.traffic counts them in a real step; a test checks that the two agree. The bytes of a
+call are those that this rank must send with the cheapest algorithm (ring, pairwise exchange) in a group of n ranks,
+rounded up to whole bytes. all_gather and reduce_scatter: (n - 1) / n of the whole tensor; all_reduce: 2 (n - 1) / n of
+it; all_to_all: what goes to other ranks; send: the tensor; recv: the tensor, which is excluded from all sums.
 """
 
 from __future__ import annotations
@@ -25,16 +23,16 @@ from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, Precisio
 from hunyuan_pretrain.plan.buffers import buffers_of_stage, weights_of_stage
 
 AXES = ("tp", "cp", "ep", "expert_tp", "pp", "dp", "expert_dp", "embedding", "other")
-"""Over which ranks: those that share a matrix, a sequence, the experts, an expert; neighbours in the pipeline; those
-that hold the same weights, the same experts, the tied embedding; any others, such as all of them. Ranks of cp count to
-dp where gradients are reduced."""
+"""The ranks that communicate. tp, cp, ep, expert_tp: ranks that share a matrix, a sequence, the experts, an expert. pp:
+neighbours in the pipeline. dp, expert_dp, embedding: ranks that hold the same weights, the same experts, the tied
+embedding. other: any other ranks, such as all of them. Gradients are reduced over dp including the ranks of cp."""
 
 STATISTICS_BESIDE_LOAD = 6
-"""Numbers of a layer's router statistics beside the load of each expert: model.routing.RouterStatistics."""
+"""Number of router statistics per layer in addition to the load of each expert: model.routing.RouterStatistics."""
 
 
 class Messages(NamedTuple):
-    """Calls of one kind over one axis."""
+    """Calls of one kind on one axis."""
 
     calls: int
     bytes: int
@@ -42,16 +40,16 @@ class Messages(NamedTuple):
 
 @dataclass(frozen=True)
 class Communication:
-    """One rank's messages of one training step."""
+    """Messages of one rank in one training step."""
 
     messages: dict[tuple[str, str], Messages]
     """(axis, kind) -> messages."""
     is_exact: bool
-    """False without a capacity and with expert parallelism: what a rank then sends depends on the routing, and the
-    bytes are those of an even one. The most that it can send is all of its tokens: n / (n - 1) of the bytes of ep."""
+    """False if there is expert parallelism but no capacity. What a rank sends then depends on the routing, and the
+    bytes assume even routing. At most it sends all of its tokens: n / (n - 1) of the bytes of ep."""
 
     def sent_bytes(self, axis: str | None = None) -> int:
-        """Bytes that the rank sends, over all axes or one."""
+        """Bytes that the rank sends, on all axes or on one."""
         return sum(
             messages.bytes
             for (over, kind), messages in self.messages.items()
@@ -60,14 +58,14 @@ class Communication:
 
 
 class _Ledger:
-    """Adds up messages; those of a group of one rank are none."""
+    """Adds up messages; a group of one rank sends none."""
 
     def __init__(self) -> None:
         self.messages: dict[tuple[str, str], Messages] = {}
 
     def add(self, axis: str, kind: str, size_bytes: int, num_ranks: int, calls: int = 1) -> None:
-        """`calls` calls, each on a tensor of `size_bytes` (the whole one where ranks have parts) in a group of
-        `num_ranks`."""
+        """Add `calls` calls in a group of `num_ranks`, each on a tensor of `size_bytes` (the whole tensor if it is
+        sharded)."""
         if num_ranks == 1 or calls == 0:
             return
         if kind not in ("send", "recv"):
@@ -76,7 +74,7 @@ class _Ledger:
         self.messages[axis, kind] = Messages(before.calls + calls, before.bytes + calls * size_bytes)
 
     def transposed(self, axis: str, kind: str, size_bytes: int, num_ranks: int, forwards: int, backwards: int) -> None:
-        """Calls in the forward pass, and in the backward pass the transpose of each."""
+        """Add calls of the forward pass and, for the backward pass, their transpose."""
         backward = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather", "all_to_all": "all_to_all"}[kind]
         self.add(axis, kind, size_bytes, num_ranks, forwards)
         self.add(axis, backward, size_bytes, num_ranks, backwards)
@@ -88,11 +86,11 @@ class _Batch:
 
     micro_batches: int
     tokens: int
-    """Of a micro-batch, on a context-parallel rank."""
+    """Per micro-batch and context-parallel rank."""
     local_tokens: int
-    """Of a micro-batch, on a tensor-parallel rank, between layers."""
+    """Per micro-batch and tensor-parallel rank, between layers."""
     value_bytes: int
-    """Of one activation."""
+    """Bytes per activation value."""
 
 
 def communication_per_rank(
@@ -104,11 +102,11 @@ def communication_per_rank(
     pipeline_rank: int = 0,
     loss_chunk_tokens: int = LOSS_CHUNK_TOKENS["cuda"],
 ) -> Communication:
-    """Messages of one training step of any rank at a place of the pipeline: train.step.train_step, with its optimizer.
+    """Messages of one training step (train.step.train_step, with the optimizer) of any rank of a pipeline rank.
 
-    Forward, backward and recomputed passes, reduction of gradients, update, statistics. Ranks at the same place send
-    the same, except for dropless routing (Communication.is_exact). `stage` says the batch; `loss_chunk_tokens`:
-    LOSS_CHUNK_TOKENS of the device. Raises ValueError where layout or batch do not divide the ranks.
+    Counts forward, backward and recomputation, gradient reduction, update and statistics. All ranks of a pipeline rank
+    send the same, except with dropless routing (Communication.is_exact). `stage` sets the batch; `loss_chunk_tokens`:
+    LOSS_CHUNK_TOKENS of the device. Raises ValueError if the layout or the batch does not fit the number of ranks.
     """
     ranks, ledger = grid(parallel, world_size), _Ledger()
     sequences = stage.micro_batch_sequences * ranks.dp
@@ -140,8 +138,8 @@ def communication_per_rank(
 
 
 def _forwards(parallel: ParallelConfig, batch: _Batch, is_in_experts: bool = False) -> int:
-    """Forward passes of a layer in a step; what is inside the experts is computed again under selective recompute
-    too."""
+    """Forward passes of a layer per step, including recomputation. The inside of the experts is also recomputed with
+    recompute=selective."""
     is_again = parallel.recompute == "cla_group" or (is_in_experts and parallel.recompute == "selective")
     return batch.micro_batches * (2 if is_again else 1)
 
@@ -155,7 +153,7 @@ def _ends(
     number: int,
     loss_chunk_tokens: int,
 ) -> None:
-    """Embedding and output layer, divided along the vocabulary; and the messages to the stages before and after."""
+    """Embedding and output layer, sharded along the vocabulary, and the messages to and from neighbouring stages."""
     last, times, width = (
         len(pipeline_stages(model, parallel)) - 1,
         batch.micro_batches,
@@ -172,14 +170,14 @@ def _ends(
             tokens = min(chunk, batch.local_tokens - start) * ranks.tp
             ledger.transposed("tp", "all_gather", tokens * width, ranks.tp, times, times)
             ledger.add("tp", "all_reduce", tokens * 4, ranks.tp, times)  # largest logit
-            ledger.add("tp", "all_reduce", tokens * 8, ranks.tp, times)  # the label's logit, sum of exponentials
+            ledger.add("tp", "all_reduce", tokens * 8, ranks.tp, times)  # label logit and sum of exponentials
 
 
 def _sharded_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, backwards: int) -> None:
-    """A column-parallel matrix and the row-parallel one after it, which all tokens pass and only a share of them comes
-    out of.
+    """A column-parallel matrix and the row-parallel one after it: the input is all-gathered, the output is
+    reduce-scattered.
 
-    Backward, the first gathers its input once more, for the gradient of its weight.
+    In the backward pass, the first one gathers its input again for its weight gradient.
     """
     ledger.transposed("tp", "all_gather", size_bytes, ranks.tp, forwards, backwards)
     ledger.add("tp", "all_gather", size_bytes, ranks.tp, backwards)
@@ -189,7 +187,7 @@ def _sharded_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, 
 def _attention(
     ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch, is_owner: bool
 ) -> None:
-    """Keys and values travel once for a CLA group, from the layer that owns them."""
+    """Keys and values are communicated once per CLA group, by the layer that owns them."""
     forwards, backwards = _forwards(parallel, batch), batch.micro_batches
     _sharded_pair(ledger, batch.tokens * model.hidden_size * batch.value_bytes, ranks, forwards, backwards)
     head_bytes = batch.tokens * model.head_dim * batch.value_bytes
@@ -199,15 +197,15 @@ def _attention(
             ledger.transposed("cp", "all_gather", ranks.cp * key_value, ranks.cp, forwards, backwards)
         return
     query = model.num_attention_heads // ranks.tp * head_bytes
-    for size in (query, query, *([key_value] if is_owner else [])):  # queries there, outputs back
+    for size in (query, query, *([key_value] if is_owner else [])):  # queries out, outputs back
         ledger.transposed("cp", "all_to_all", size, ranks.cp, forwards, backwards)
 
 
 def _mixture_of_experts(
     ledger: _Ledger, model: ModelConfig, parallel: ParallelConfig, ranks: Grid, batch: _Batch
 ) -> None:
-    """Under a capacity every rank sends every expert all of its slots, filled or not; without, what the routing says,
-    after its counts."""
+    """With a capacity, every rank sends every slot of every expert, filled or not. Without one, it first sends the
+    counts, then the rows that the routing asks for."""
     times, row_bytes = batch.micro_batches, model.hidden_size * batch.value_bytes
     _sharded_pair(ledger, batch.tokens * row_bytes, ranks, _forwards(parallel, batch, is_in_experts=True), times)
     forwards = _forwards(parallel, batch)
@@ -233,8 +231,8 @@ def _gradients(
     ranks: Grid,
     chunks: list[int],
 ) -> None:
-    """Reduction over the ranks that hold the same weights, of every bucket with its padding; then what two of a kind
-    add up."""
+    """Reduction of every bucket, with its padding, over the ranks that hold the same weights. Then the sums of
+    replicated weights over the tensor-parallel ranks, and of the tied embedding over its two stages."""
     gradient_bytes = 4 if precision.grad_reduce_in_fp32 or precision.dtype == "fp32" else 2
     for chunk in chunks:
         for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
@@ -242,7 +240,7 @@ def _gradients(
                 kind = "reduce_scatter" if buffer.is_sharded else "all_reduce"
                 ledger.add(buffer.axis, kind, (end - start) * buffer.gradient_bytes, buffer.num_ranks)
     weights = [weight for chunk in chunks for weight in weights_of_stage(model, parallel, chunk)]
-    # one tensor of fp32 in every precision, because the gradients of the routers are
+    # one fp32 tensor in every precision, because the gradients of the routers are fp32
     ledger.add("tp", "all_reduce", 4 * sum(weight.size for weight in weights if weight.is_replicated), ranks.tp)
     for weight in weights:
         if weight.is_shared_embedding:
@@ -257,7 +255,7 @@ def _optimizer(
     ranks: Grid,
     chunks: list[int],
 ) -> None:
-    """Gradient norm, in fp64; updated weights to the ranks that hold them too."""
+    """Gradient norm in fp64; all-gather of updated weights over the ranks that hold them."""
     if not parallel.use_distributed_optimizer:
         ledger.add("other", "all_reduce", 8, ranks.tp * ranks.pp)
         if ranks.has_expert_buffers:

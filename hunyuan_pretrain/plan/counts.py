@@ -1,4 +1,4 @@
-"""What a model costs, in closed form: parameters, FLOPs and bytes.
+"""Cost of a model in closed form: parameters, FLOPs and bytes.
 
 Pure arithmetic on the configuration, without torch. The runtime builds the same model and asserts these numbers.
 """
@@ -18,20 +18,20 @@ class ParameterCounts:
     """Parameters of the whole model by part; every part is a sum over all layers."""
 
     embedding: int
-    """Input embedding; also the output head where the two are tied."""
+    """Input embedding; also the output head if the two are tied."""
     output_head: int
-    """0 where it is tied to the embedding."""
+    """0 if it is tied to the embedding."""
     attention: int
     """Query, key, value and output projections; key and value only in the layers that own them (CLA)."""
     router: int
     shared_expert: int
     routed_experts: int
     norms: int
-    """Weights of every RMSNorm: two a layer, the final one, and a query and a key norm a layer where qk_layernorm is
-    set."""
+    """Weights of every RMSNorm: two per layer and the final one; with qk_layernorm also a query and a key norm per
+    layer."""
     active: int
-    """Parameters that one token touches. Convention of the published 52B (51,318,800,640 exactly): everything except
-    the routed experts that it does not visit, so the whole embedding is counted, once where it is tied."""
+    """Parameters used per token, in the convention of the published 52B (51,318,800,640 exactly): all except the routed
+    experts that the token does not visit. The whole embedding is counted, once if it is tied."""
 
     @property
     def total(self) -> int:
@@ -48,7 +48,7 @@ class ParameterCounts:
 
     @property
     def dense(self) -> int:
-        """All parameters but the routed experts: what expert parallelism does not split."""
+        """All parameters except the routed experts; expert parallelism does not split these."""
         return self.total - self.routed_experts
 
 
@@ -73,7 +73,7 @@ def parameters(model: ModelConfig) -> ParameterCounts:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Model FLOPs of training on one token, forward and backward; a multiply-add is 2."""
+    """Model FLOPs per training token, forward and backward; a multiply-add counts as 2."""
 
     attention_projections: float
     router: float
@@ -81,13 +81,13 @@ class FlopsPerToken:
     """Shared expert and the visited routed experts."""
     output_head: float
     attention_scores: float
-    """Query times key, only the pairs that causality and document borders leave."""
+    """Query times key, only for the pairs that the causal mask and document boundaries allow."""
     attention_values: float
-    """Attention weights times value, the same pairs."""
+    """Attention weights times value, for the same pairs."""
 
     @property
     def matmuls(self) -> float:
-        """6 * the weights that a token is multiplied with."""
+        """6 * the number of weights that a token is multiplied by."""
         return self.attention_projections + self.router + self.experts + self.output_head
 
     @property
@@ -101,12 +101,13 @@ def flops_per_token(
 ) -> FlopsPerToken:
     """Model FLOPs per token, averaged over a packed sequence.
 
-    The matmul terms are 6 * weights (2 forward, 4 backward) of a token's path: the output head counts, the embedding
-    lookup and the norms do not. The attention terms count n * (n + 1) / 2 query-key pairs for a causal document of n
-    tokens. Recomputed activations are no model FLOPs, and a recycled token visits as many experts as any other.
+    The matmul terms are 6 FLOPs (2 forward, 4 backward) per weight on a token's path. The output head counts; the
+    embedding lookup and the norms do not. The attention terms count n * (n + 1) / 2 query-key pairs for a causal
+    document of n tokens. Recomputation does not count as model FLOPs. A recycled token visits as many experts as any
+    other.
 
-    `sequence_length` in tokens; `document_lengths`: lengths of the documents packed into it, in tokens; None: one
-    document that fills it. Raises ValueError where the documents are longer than the sequence.
+    `sequence_length`: in tokens. `document_lengths`: lengths of the documents packed into it, in tokens; None: one
+    document that fills it. Raises ValueError if the documents are longer than the sequence.
     """
     documents = [sequence_length] if document_lengths is None else list(document_lengths)
     if sum(documents) > sequence_length:
@@ -116,7 +117,7 @@ def flops_per_token(
     pairs_per_token = sum(n * (n + 1) / 2 for n in documents) / sequence_length
     count = parameters(model)
     visited = count.routed_experts // model.num_moe_experts * model.moe_router_topk
-    # Forward: 2 FLOPs for each channel of each head and pair; backward: the gradients of both factors, twice that.
+    # Forward: 2 FLOPs per channel, head and pair. Backward: gradients of both factors, twice that.
     attention = 3 * 2 * model.num_layers * model.num_attention_heads * model.head_dim * pairs_per_token
     return FlopsPerToken(
         attention_projections=6 * count.attention,
@@ -129,7 +130,8 @@ def flops_per_token(
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes of the key/value cache that serving keeps for one token, over all layers; only owner layers store (CLA).
+    """Bytes of key/value cache per token in serving, over all layers. With CLA, only the owner layers store keys and
+    values.
 
     Hunyuan-Large in bf16: 81,920; without CLA 163,840; with a key/value head for every query head 1,638,400 (report,
     table 1).
@@ -138,26 +140,25 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> in
 
 
 def logits_bytes(tokens: int, padded_vocab_size: int) -> int:
-    """Bytes of fp32 logits; training holds those of a chunk of tokens only (model.cross_entropy)."""
+    """Bytes of fp32 logits. Training holds only the logits of one chunk of tokens at a time (model.cross_entropy)."""
     return 4 * tokens * padded_vocab_size
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that training keeps on one rank from step to step. Activations, communication buffers and the allocator
-    come on top."""
+    """Bytes that training keeps on one rank between steps. Activations, communication buffers and allocator overhead
+    are not included."""
 
     weights: int
     gradients: int
     optimizer: int
     """Both Adam moments in fp32 and, with bf16 weights, the fp32 main weights."""
     host: int = 0
-    """What the offloaded optimizer keeps in the host's memory, beside the device's: of each element both moments,
-    weight and gradient, in fp32."""
+    """Host memory of the offloaded optimizer: both moments, weight and gradient of each offloaded element, in fp32."""
 
     @property
     def total(self) -> int:
-        """Weights, gradients and optimizer state on the device together, bytes."""
+        """Bytes of weights, gradients and optimizer state on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -169,14 +170,14 @@ def memory_per_rank(
     pipeline_rank: int | None = None,
     cpu_offload_fraction: float = 0.0,
 ) -> RankMemory:
-    """Bytes of the rank that keeps the most, of all ranks or of those at one place of the pipeline.
+    """Memory of the rank that keeps the most, among all ranks or among those of one pipeline rank.
 
-    Router weights are fp32 in every precision; the last stage of a model with tied embeddings keeps a copy of them. The
-    distributed optimizer divides the optimizer state of the routed experts over the ranks that hold the same ones, of
-    all else over data and context parallel ranks; its buffers are padded, and the padding is counted. Left out: a
-    counter of 4 bytes for each parameter.
-    cpu_offload_fraction: optimizer.cpu_offload_fraction, of the state of the rank.
-    Raises ValueError where the layout does not divide the ranks, or there is no such pipeline rank.
+    Router weights are fp32 in every precision. With tied embeddings, the last stage keeps a copy of the embedding. The
+    distributed optimizer shards the state of the routed experts over the ranks that hold the same experts, and all
+    other state over the data- and context-parallel ranks. Its buffers are padded, and the padding is counted. Left out:
+    a 4-byte counter per parameter.
+    cpu_offload_fraction: optimizer.cpu_offload_fraction, of the rank's state.
+    Raises ValueError if the layout does not fit the number of ranks, or if there is no such pipeline rank.
     """
     pipeline_ranks = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
     parts = model, parallel, precision, world_size
@@ -202,7 +203,7 @@ def memory_of_ranks(
     pipeline_rank: int,
     cpu_offload_fraction: float = 0.0,
 ) -> list[RankMemory]:
-    """The same for each of the world_size / PP ranks at one place of the pipeline, which are consecutive."""
+    """`memory_per_rank` for each of the world_size / PP consecutive ranks of one pipeline rank."""
     ranks = grid(parallel, world_size)
     chunks = stages_of(model, parallel, pipeline_rank)
     buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(model, parallel, precision, world_size, chunk)]
@@ -223,11 +224,11 @@ def memory_of_ranks(
 
 
 def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: float) -> tuple[int, int]:
-    """Bytes of optimizer state on (the device, the host) of one rank of those that share these buffers, which one
-    optimizer updates.
+    """(device bytes, host bytes) of optimizer state of one of the ranks that share these buffers. One optimizer updates
+    all of the buffers.
 
-    Core's offloaded optimizer (HybridDeviceOptimizer) takes weights in the order of parameter groups, in each group
-    fp32 ones first, until it has the wanted share of the elements.
+    Core's offloaded optimizer (HybridDeviceOptimizer) takes weights in the order of the parameter groups, fp32 weights
+    first within each group, until it has the requested fraction of the elements.
     """
     pieces = [(buffer, weight, size) for buffer in buffers for weight, size in buffer.pieces()[shard]]
     pieces.sort(key=lambda piece: (piece[1].parameter_group, piece[0].weight_bytes != 4))
@@ -237,7 +238,7 @@ def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: flo
         if offloaded < wanted:
             offloaded += size
         else:
-            # between the steps it keeps an fp32 copy of gradients in bf16
+            # it keeps an fp32 copy of bf16 gradients between steps
             copied = 4 if cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
             on_device += size * (buffer.state_bytes + copied)
     return on_device, 16 * offloaded

@@ -1,4 +1,4 @@
-"""What an FP8 recipe moves to FP8 and what it keeps in memory, in closed form, on Transformer Engine's kernels:
+"""The FLOPs and memory that an FP8 recipe affects, in closed form. All numbers are for Transformer Engine's kernels;
 emulation saves nothing."""
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from hunyuan_pretrain.plan.counts import flops_per_token
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The quantised matrix products of one layer, whole matrices."""
+    """Sizes of the quantised linears of one layer, before sharding."""
 
     weights: int
-    """Elements, of which every routed expert counts."""
+    """Weight elements, including every routed expert."""
     visited_weights: int
-    """Elements that one token is multiplied with."""
+    """Weight elements that one token is multiplied by."""
     inputs: int
-    """Values per token that the backward pass needs of the products' inputs."""
+    """Input values per token that the linears keep for the backward pass."""
 
 
 def layer_sizes(model: ModelConfig, layer: int) -> LayerSizes:
-    """Of a layer, counted from 0; the first of a CLA group also projects keys and values."""
+    """Sizes of a layer, counted from 0. The first layer of a CLA group also projects keys and values."""
     hidden, query, key = (
         model.hidden_size,
         model.num_attention_heads * model.head_dim,
@@ -47,17 +47,17 @@ def fp8_layers(model: ModelConfig, precision: PrecisionConfig) -> list[int]:
 
 @dataclass(frozen=True)
 class Fp8Flops:
-    """FLOPs of training on one token, forward and backward."""
+    """FLOPs per training token, forward and backward."""
 
     quantised: float
     matmuls: float
-    """All products with weights."""
+    """All matmuls with weights."""
     total: float
-    """And attention."""
+    """`matmuls` plus attention."""
 
 
 def fp8_flops_per_token(model: ModelConfig, precision: PrecisionConfig, sequence_length: int) -> Fp8Flops:
-    """How much of the work is in FP8; conventions of `counts.flops_per_token`, one document a sequence."""
+    """FLOPs in FP8, in the conventions of `counts.flops_per_token`, with one document per sequence."""
     flops = flops_per_token(model, sequence_length)
     quantised = 6.0 * sum(layer_sizes(model, layer).visited_weights for layer in fp8_layers(model, precision))
     return Fp8Flops(quantised, flops.matmuls, flops.total)
@@ -65,22 +65,22 @@ def fp8_flops_per_token(model: ModelConfig, precision: PrecisionConfig, sequence
 
 @dataclass(frozen=True)
 class Fp8Memory:
-    """Bytes of one rank, of the pipeline rank that has the most."""
+    """Bytes per rank, on the pipeline rank with the largest weight copies."""
 
     inputs: int
-    """What one micro-batch leaves for the backward pass of the quantised products: their inputs, in FP8 with scales."""
+    """Inputs of the quantised linears that one micro-batch keeps for the backward pass, in FP8 with scales."""
     inputs_without: int
-    """The same in the dtype of the run."""
+    """The same in the run's dtype."""
     weight_copies: int
-    """FP8 weights, by rows and by columns, kept from the first micro-batch of a step to the last, beside the weights
-    themselves; of parameters in FP8 only, which have the rows, the columns."""
+    """FP8 weights, quantised by rows and by columns, kept from the first micro-batch of a step to the last in addition
+    to the weights. With fp8_parameters only the columns: the weights themselves are the rows."""
 
 
 def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: int) -> Fp8Memory:
-    """Memory that FP8 products take and save. Routing is taken as even.
+    """Memory that FP8 linears need and save, assuming even routing.
 
-    Recomputed products leave no inputs: none with parallel.recompute cla_group, those of the attention projections only
-    with selective.
+    Recomputed linears keep no inputs: with parallel.recompute=cla_group none do, with selective only the attention
+    projections do.
     """
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
     assert precision.recipe is not None

@@ -1,4 +1,4 @@
-"""Peak speed of devices, for the share of it that a run makes use of (MFU)."""
+"""Peak FLOP/s of GPUs, for model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PEAK_FLOPS_PER_S = (
     ("A40", 149.7e12),
     ("A10", 125e12),
 )
-"""(words of the device's name, dense bf16 products); the first whose words are all in the name counts. From NVIDIA's
-data sheets, without sparsity. The same number is taken for FP8, so that shares stay comparable."""
+"""(words in the device name, peak dense bf16 FLOP/s); the first entry whose words are all in the name counts. From
+NVIDIA's data sheets, without sparsity. FP8 runs use the same number, so that MFU stays comparable."""
 
 
 def peak_flops_per_s(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name ("NVIDIA H100 80GB HBM3"), None where it is not in the table."""
+    """Peak dense bf16 FLOP/s of a GPU by its name ("NVIDIA H100 80GB HBM3"); None if it is not in the table."""
     words = device_name.replace("-", " ").split()
     return next((peak for names, peak in PEAK_FLOPS_PER_S if all(name in words for name in names.split())), None)

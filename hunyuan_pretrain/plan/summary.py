@@ -1,4 +1,4 @@
-"""The table that `hunyuan-pretrain plan` prints, as plain rows: what a run will do and cost, before it runs."""
+"""The rows of the table that `hunyuan-pretrain plan` prints: what a run will do and cost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Row:
 def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row]:
     """The plan of a run.
 
-    `world_size`: ranks of the job; None: parallel.world_size, and without that the fewest that the layout allows.
+    `world_size`: ranks of the job; None: parallel.world_size, or the fewest that the layout allows if that is None too.
     Raises ConfigError with every violated rule.
     """
     rules.check(experiment, world_size)
@@ -80,7 +80,7 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         "expert": shares.ep,
         "expert-tensor": shares.expert_tp,
     }
-    held = f"{model.num_moe_experts // shares.ep} experts of each layer on a rank"
+    held = f"{model.num_moe_experts // shares.ep} experts per layer and rank"
     fraction = experiment.optimizer.cpu_offload_fraction
     memories = [
         memory_per_rank(model, parallel, experiment.precision, ranks, pipeline_rank, fraction)
@@ -93,7 +93,7 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     rows = [
         Row("layout", "ranks", f"{ranks}", shared_by),
         Row("layout", "experts", f"{shares.ep} shares", held),
-        Row("layout", "memory per rank", gib(memory.total), f"{note}; activations come on top"),
+        Row("layout", "memory per rank", gib(memory.total), f"{note}; activations not included"),
     ]
     if fraction:
         note = "moments, weights and gradients of the offloaded optimizer state, in fp32"
@@ -102,12 +102,12 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         layers = ", ".join(str(len(stage)) for stage in pipeline_stages(model, parallel))
         rows.insert(1, Row("layout", "pipeline", f"{len(pipeline_stages(model, parallel))} stages", f"{layers} layers"))
         by_rank = ", ".join(gib(memory.total) for memory in memories)
-        rows.append(Row("layout", "memory by pipeline rank", by_rank, "of the rank that keeps the most at each place"))
+        rows.append(Row("layout", "memory by pipeline rank", by_rank, "of the rank that keeps the most in each"))
     return rows
 
 
 def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
-    """What the FP8 recipe moves and keeps; none without a recipe."""
+    """FLOPs and memory of the FP8 recipe; [] without a recipe."""
     model, precision = experiment.model, experiment.precision
     recipe = precision.recipe
     if recipe is None:
@@ -121,8 +121,8 @@ def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
         flops = fp8_flops_per_token(model, precision, stage.sequence_length)
         memory = fp8_memory_per_rank(experiment, stage, ranks)
         share = (
-            f"{flops.quantised / flops.matmuls:.1%} of the products with weights, "
-            f"{flops.quantised / flops.total:.1%} with attention"
+            f"{flops.quantised / flops.matmuls:.1%} of the matmuls with weights, "
+            f"{flops.quantised / flops.total:.1%} including attention"
         )
         kept = f"{gib(memory.inputs)} instead of {gib(memory.inputs_without)}"
         rows.append(Row("FP8", f"FLOPs at {stage.sequence_length:,} tokens", f"{flops.quantised:.4g}/token", share))
@@ -135,9 +135,9 @@ def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:
         rows.append(
             Row("FP8", f"rows of an expert at {stage.sequence_length:,}", f"{held:,}" if held else "as chosen", padding)
         )
-        note = "inputs that a micro-batch leaves for the backward pass, on one rank"
+        note = "inputs that a micro-batch keeps for the backward pass, per rank"
         rows.append(Row("FP8", f"kept inputs at {stage.sequence_length:,}", kept, note))
-    note = "beside the weights, " + (
+    note = "in addition to the weights, " + (
         "which are in FP8 only" if precision.fp8_parameters else "for the micro-batches of a step"
     )
     rows.append(Row("FP8", "copies of weights", gib(memory.weight_copies), note))
@@ -158,7 +158,7 @@ AXIS_NAMES = {
 
 
 def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
-    """Bytes that the rank which sends the most sends in one step, by axis; once for every shape of a batch."""
+    """Bytes per step and axis of the rank that sends the most, once per batch shape."""
     shapes: dict[tuple[int, int, int], list[StageConfig]] = {}
     for stage in experiment.stages:
         shapes.setdefault(
@@ -212,13 +212,13 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
         micro_batches = stage.global_batch_sequences // (stage.micro_batch_sequences * data_parallel)
         batch = (
             f"{stage.global_batch_sequences} sequences of {stage.sequence_length:,} tokens, {micro_batches} "
-            "micro-batches a rank"
+            "micro-batches per rank"
         )
         micro_tokens = stage.sequence_length * stage.micro_batch_sequences
         base = rope_base(model.rotary_base, stage.rope_alpha, model.head_dim)
         split = (
             f"matmuls {flops.matmuls:.4g}, attention {flops.attention_scores + flops.attention_values:.4g}; one "
-            "document a sequence"
+            "document per sequence"
         )
         rows += [
             Row(group, "steps", f"{stage.num_steps:,}", batch),
@@ -230,7 +230,7 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
                 group,
                 "logits",
                 gib(logits_bytes(micro_tokens, model.padded_vocab_size)),
-                "of a micro-batch in fp32, never held: the loss is taken in chunks",
+                "of a micro-batch in fp32; never held in full: the loss is computed in chunks",
             ),
             Row(group, "RoPE base", f"{base:.4g}", f"alpha {stage.rope_alpha:g}"),
         ]
@@ -249,7 +249,7 @@ def gib(size_bytes: int) -> str:
 
 
 def size_text(size_bytes: int) -> str:
-    """Bytes in the largest binary unit that leaves at least one, with three significant digits."""
+    """Bytes in the largest binary unit in which the value is at least 1, with three significant digits."""
     power = min(max(size_bytes.bit_length() - 1, 0) // 10, 4)
     value = size_bytes / 2 ** (10 * power)
     digits = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

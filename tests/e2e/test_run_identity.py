@@ -253,7 +253,7 @@ def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None
         "tokens": 5120,
     }
     marker = json.loads((base / "twice/checkpoints/step_0000015/complete.json").read_text())
-    assert marker["history"] == segments, "a copied checkpoint has the history too"
+    assert marker["history"] == segments, "a copied checkpoint also has the history"
 
 
 def test_one_message_lists_everything_that_is_refused(told: dict[str, Any]) -> None:

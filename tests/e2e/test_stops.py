@@ -112,7 +112,7 @@ def test_when_a_rank_is_killed_the_others_exit_with_one_line_each(corpus, tmp_pa
     lines = err.strip().splitlines()
     assert re.fullmatch(
         r"rank 0 of 2 ends: another rank has ended \(\w+, \w+\.py:\d+, got no answer from it\); the same command "
-        r"goes on from the newest checkpoint",
+        r"resumes from the newest checkpoint",
         lines[0],
     ), err
     assert lines[1:] == [

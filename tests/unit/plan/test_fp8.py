@@ -139,8 +139,8 @@ def test_rows_per_expert_match_the_router(factor: float, topk: int, micro: int) 
 def test_the_plan_reports_what_fp8_does(tmp_path: Path) -> None:
     rows = {(row.group, row.name): row for row in summarise(large(tmp_path)) if row.group == "FP8"}
     assert rows["FP8", "recipe"].note == "in 64 of 64 layers"
-    assert rows["FP8", "FLOPs at 4,096 tokens"].note == "98.4% of the products with weights, 95.3% with attention"
-    assert rows["FP8", "FLOPs at 262,144 tokens"].note == "98.4% of the products with weights, 31.8% with attention"
+    assert rows["FP8", "FLOPs at 4,096 tokens"].note == "98.4% of the matmuls with weights, 95.3% including attention"
+    assert rows["FP8", "FLOPs at 262,144 tokens"].note == "98.4% of the matmuls with weights, 31.8% including attention"
     assert rows["FP8", "rows of an expert at 4,096"].note == "a multiple of 16: never padded"
     dropless = {"model.moe_expert_capacity_factor": "null", "model.recycle_routing": "false"}
     notes = {row.name: row for row in summarise(large(tmp_path, **dropless))}
