@@ -1,4 +1,4 @@
-"""Bytes on disk: training checkpoints, and their translation to and from what other programs load."""
+"""Training checkpoints on disk, and their conversion to and from the formats that other programs load."""
 
 
 class CheckpointError(ValueError):

@@ -1,10 +1,11 @@
-"""Configuration of Hunyuan-Large in Hugging Face form.
+"""Configuration of Hunyuan-Large for Hugging Face transformers.
 
-This file and modeling_hunyuan.py are copied into every export: they need torch and transformers (5.0 to 5.24) and
-nothing else. Field names are those of Tencent's release (https://huggingface.co/tencent/Tencent-Hunyuan-Large), so that
-its config.json loads here. Ours loads there as long as the model is one that its code can build: routed experts as wide
-as the shared one (moe_intermediate_size equal to intermediate_size), heads of the width hidden_size /
-num_attention_heads, and more than one expert. `loads_in` of an export's certificate.json says so for that model.
+Every export of format hunyuan contains a copy of this file and of modeling_hunyuan.py. They need torch and transformers
+(5.0 to 5.24) and nothing else. Field names are those of Tencent's release
+(https://huggingface.co/tencent/Tencent-Hunyuan-Large), so its config.json loads here. The release's code loads our
+config.json only if it can build the model: routed experts as wide as the shared expert (moe_intermediate_size equal to
+intermediate_size), heads of width hidden_size / num_attention_heads, and more than one expert. `loads_in` in an
+export's certificate.json says whether it can.
 """
 
 from __future__ import annotations
@@ -17,29 +18,25 @@ from transformers import PretrainedConfig
 class HunYuanConfig(PretrainedConfig):
     """Architecture of one model; the defaults are those of Hunyuan-Large as pretrained.
 
-    The fields that are not self-evident:
-        intermediate_size: SwiGLU width of the shared expert; moe_intermediate_size: of each routed expert, None for the
-        same.
-        moe_topk: routed experts of a token. With 1 the combine weight is the raw softmax probability; with more, the
-        weights
-            are renormalised to sum to 1.
-        use_cla, cla_share_factor: layer i owns keys and values if i % cla_share_factor == 0, and the layers up to the
-        next
-            owner read them.
+    Fields that need explaining:
+        intermediate_size: SwiGLU width of the shared expert.
+        moe_intermediate_size: SwiGLU width of each routed expert; None means intermediate_size.
+        moe_topk: routed experts per token. With 1, the combine weight is the raw softmax probability; with more, the
+            weights are renormalised to sum to 1.
+        use_cla, cla_share_factor: layer i owns keys and values if i % cla_share_factor == 0; the layers up to the next
+            owner reuse them.
         use_qk_norm: RMSNorm of each query and key head, after RoPE.
-        rope_scaling: None, or {"type": "dynamic", "alpha": a, "factor": 1.0}: the RoPE base is rope_theta * a^(d / (d -
-        2))
-            with d the head width, at every length.
-        capacity_factor, moe_drop_tokens, moe_random_routing_dropped_token: how the model was trained; inference never
-        drops.
+        rope_scaling: None, or {"type": "dynamic", "alpha": a, "factor": 1.0}. The RoPE base is then
+            rope_theta * a^(d / (d - 2)) at every length, where d is the head dimension.
+        capacity_factor, moe_drop_tokens, moe_random_routing_dropped_token: how the model was trained. Inference never
+            drops tokens.
 
     Raises ValueError for a setting that modeling_hunyuan.py does not implement.
     """
 
     model_type = "hunyuan"
     keys_to_ignore_at_inference = ("past_key_values", "cache")
-    # The base class turns rope_scaling into a property that renames its keys; config.json shall keep the release's
-    # form.
+    # The base class makes rope_scaling a property that renames its keys; config.json must keep the release's form.
     rope_scaling = None
 
     def __init__(
@@ -78,7 +75,7 @@ class HunYuanConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        # What a later transformers writes when it saves this config again.
+        # Later transformers versions write rope_parameters when they save this config again.
         rope_parameters = kwargs.pop("rope_parameters", None)
         if rope_parameters:
             rope_theta = rope_parameters.get("rope_theta", rope_theta)
@@ -117,7 +114,7 @@ class HunYuanConfig(PretrainedConfig):
         self.pretraining_tp = pretraining_tp
         self.use_cache = use_cache
         super().__init__(**kwargs)
-        # After the base class, which in some versions has defaults of its own for these.
+        # Set after the base class, because some versions of it overwrite these with their own defaults.
         self.tie_word_embeddings = tie_word_embeddings
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -131,7 +128,7 @@ class HunYuanConfig(PretrainedConfig):
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """For transformers' cache classes, one entry a layer: "reuse" makes a layer without storage."""
+        """One entry per layer, for transformers' cache classes: a "reuse" layer gets no storage."""
         return ["reuse" if layer % self.kv_share_factor else None for layer in range(self.num_hidden_layers)]
 
     @property
@@ -168,7 +165,8 @@ class HunYuanConfig(PretrainedConfig):
 
 
 def _one_value(value: Any, name: str) -> Any:
-    """Some releases write one value a layer; equal values mean the same as one."""
+    """The value itself, or the common value of a per-layer list, which some releases write. Raises ValueError if the
+    values differ."""
     if not isinstance(value, (list, tuple)):
         return value
     if len(set(value)) != 1:

@@ -1,4 +1,4 @@
-"""A training run's checkpoint as a Hugging Face folder, certified against the training model itself."""
+"""Exports a training run's checkpoint as a Hugging Face folder, certified against the training model itself."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def export_run(
     """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the
     certificate.
 
-    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. Positions
-    and RoPE alpha are those of the stage that the checkpoint was taken in. Raises CheckpointError if there is none, and
-    as `hf_export.export` does.
+    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. The number
+    of positions and the RoPE alpha are those of the stage in which the checkpoint was taken. Raises CheckpointError if
+    there is no such checkpoint, and as `hf_export.export` does.
     """
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():
@@ -58,7 +58,8 @@ def export_run(
 
 @torch.no_grad()
 def dropless_logits(model: HunyuanModel, tokens_BS: Tensor, rope_alpha: float) -> Tensor:
-    """Logits (B, S, V) of B sequences that do not see each other, routed without capacity; on one rank."""
+    """Logits (B, S, V) of B sequences that do not attend to each other, routed without a capacity limit, on one
+    rank."""
     B, S = tokens_BS.shape
     positions_T = torch.arange(S).repeat(B)
     logits_TV, _ = model(ModelInputs(tokens_BS.reshape(-1), positions_T, list(range(0, B * S + 1, S)), rope_alpha))
@@ -66,7 +67,7 @@ def dropless_logits(model: HunyuanModel, tokens_BS: Tensor, rope_alpha: float) -
 
 
 def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
-    """The configuration and the stage that a checkpoint was taken in. Raises CheckpointError."""
+    """The configuration and the stage in which a checkpoint was taken. Raises CheckpointError."""
     marker = save_load.read_marker(folder)
     history = history_of(folder, marker, with_data=False)
     schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in history])
@@ -87,7 +88,7 @@ def _choose_checkpoint(run_dir: Path, step: int | None) -> Path:
 
 
 def _load_on_one_rank(experiment: Experiment, folder: Path, dtype: torch.dtype) -> HunyuanModel:
-    """The model on the CPU in one process, whatever layout trained it."""
+    """The model on the CPU in one process, whatever parallel layout trained it."""
     initialize_distributed("gloo", experiment.runtime.distributed_timeout_s)
     groups = build_groups(ParallelConfig(), experiment.runtime.distributed_timeout_s)
     config = transformer_config(experiment.model, ParallelConfig(), experiment.precision, device="cpu")

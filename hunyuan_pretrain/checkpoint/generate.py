@@ -1,7 +1,7 @@
 """Loads an exported folder with transformers and streams text from it.
 
-Code that comes with weights runs only if the caller says so, with one exception that is none: where the folder's model
-code is byte for byte ours, our own classes load the weights and the folder's code is not run at all.
+Code that comes with the weights runs only if the caller allows it. If the folder's model code is byte-identical to
+ours, our own classes load the weights and the folder's code does not run at all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["generate", "load_model", "load_tokenizer"]
 
 MODEL_CODE = ("configuration_hunyuan.py", "modeling_hunyuan.py")
-"""Files of this package that an export carries."""
+"""Files of this package that an export contains."""
 TOKENIZER_CODE = "tokenization_hy.py"
-"""The same, for the release's scripts; it never runs here."""
+"""Likewise, for the release's scripts; it never runs here."""
 
 
 def sha256_of(path: Path) -> str:
@@ -34,7 +34,7 @@ def sha256_of(path: Path) -> str:
 
 
 def carries_our_code(folder: Path) -> bool:
-    """Whether the folder's model code is byte-identical with this version's."""
+    """Whether the folder's model code is byte-identical to this version's."""
     here = Path(__file__).parent
     return all((folder / name).is_file() and sha256_of(folder / name) == sha256_of(here / name) for name in MODEL_CODE)
 
@@ -44,9 +44,9 @@ def load_model(
 ) -> Any:
     """The model of an exported folder (a transformers PreTrainedModel), in evaluation mode.
 
-    dtype: None for the dtype of the export. An export of this version is loaded by our own classes, a model type that
-    transformers knows by transformers; anything else brings its own code and needs trust_remote_code.
-    Raises CheckpointError if the folder is no model, or needs code that is not trusted, or lacks tensors.
+    dtype: None for the dtype of the export. Our own classes load an export of this version; transformers loads the
+    model types that it knows; anything else brings its own code and needs trust_remote_code.
+    Raises CheckpointError if the folder is not a model, needs code that is not trusted, or its tensors do not fit.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -87,8 +87,7 @@ def load_model(
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of an exported folder; trust_remote_code lets it run code of the folder. Nobody is asked
-    anything."""
+    """The tokenizer of an exported folder; trust_remote_code allows it to run code from the folder. Never prompts."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = folder / "tokenizer_config.json"
@@ -116,10 +115,10 @@ def generate(
 ) -> str:
     """Streams the continuation of `prompt` to `out` (standard output by default) and returns it.
 
-    temperature 0 takes the likeliest token each time; top_p and top_k (0: off) cut the tail otherwise. The defaults are
-    those of Tencent's serving scripts. chat: the prompt is one user turn in the tokenizer's chat template; otherwise it
-    is the beginning of a document. Names of special tokens in it are plain text. seed decides the draw. Raises
-    CheckpointError as `load_model` does, and if the text would be longer than the positions that the model knows.
+    temperature 0 always takes the likeliest token; otherwise top_p and top_k (0: off) truncate the distribution. The
+    defaults are those of Tencent's serving scripts. chat: the prompt is one user turn in the tokenizer's chat template;
+    otherwise it is the beginning of a document. Names of special tokens in it are plain text. seed: of the sampling.
+    Raises CheckpointError as `load_model` does, and if prompt and new tokens exceed the model's positions.
     """
     out = out or sys.stdout
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -131,15 +130,14 @@ def generate(
         ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id, *ids]
-    # A document ends with <|endoftext|>, an answer with <|eos|>; exports of earlier versions name only the former as an
-    # end.
+    # A document ends with <|endoftext|>, an answer with <|eos|>; exports of earlier versions list only the former.
     stop_ids = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eos|>")]
     _refuse_more_than_the_positions(len(ids), max_new_tokens, model.config.max_position_embeddings)
     input_ids = torch.tensor([ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    # Rows of the embedding that only pad the vocabulary are no tokens; a young model still gives them probability.
+    # Embedding rows that only pad the vocabulary are not tokens; a barely trained model still gives them probability.
     padding_ids = list(range(len(tokenizer), model.config.vocab_size))
     torch.manual_seed(seed)
     with torch.inference_mode():
@@ -159,7 +157,7 @@ def generate(
 def _refuse_more_than_the_positions(prompt_tokens: int, max_new_tokens: int, positions: int) -> None:
     if prompt_tokens >= positions:
         raise CheckpointError(
-            f"the prompt has {prompt_tokens} tokens, and this model knows {positions} positions, which leaves "
+            f"the prompt has {prompt_tokens} tokens, and this model has {positions} positions, which leaves "
             "none for a new token; "
             f"shorten the prompt by at least {prompt_tokens + 1 - positions} tokens"
         )
@@ -185,6 +183,6 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, out: TextIO) -> Any:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no config.json, so this is no exported model")
+        raise CheckpointError(f"{folder}: no config.json, so this is not an exported model")
     config: dict[str, Any] = json.loads(path.read_text())
     return config

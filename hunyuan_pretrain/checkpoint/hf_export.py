@@ -1,13 +1,12 @@
-"""Writes a model as a folder that Hugging Face transformers (and what builds on it) loads, and proves that it loads
-right.
+"""Writes a model as a folder that Hugging Face transformers (and what builds on it) can load, and checks that it loads
+correctly.
 
 Two formats:
-    hunyuan          everything this project trains, with our own model code beside the weights (auto_map)
-    hunyuan_v1_moe   what transformers and vLLM load with their own code; refused where they would compute something
-    else
+    hunyuan          every model this project trains; our own model code lies beside the weights (auto_map)
+    hunyuan_v1_moe   loaded by transformers and vLLM with their own code; refused if that would compute another model
 
-The folder appears under its name only after it has been loaded back from disk and compared with the model it came from;
-certificate.json in it says how well they agree, and what else loads it (see `certificate`).
+The folder gets its name only after it has been loaded back from disk and compared with the model it came from. Its
+certificate.json says how closely they agree and what else loads it (see `certificate`).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ CANNOT_WRITE = (
     errno.EIO,
     errno.ENOTDIR,
 )
-"""Errors of a disk or a folder, not of this program."""
+"""Errors caused by the disk or the folder, not by this program."""
 
 
 def export(
@@ -66,12 +65,12 @@ def export(
     """Writes `output`, loads it back, compares it with the model it came from, and returns the certificate.
 
     megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time. dtype: of the stored
-    weights; the router stays fp32. rope_alpha: NTK-alpha of the last stage. reference_logits: the training model,
-    dropless: token ids (B, S) -> logits (B, S, V). certificate_info: copied into the certificate (run, step). Needs
-    memory for one shard while writing and for the whole model while comparing.
-    Raises CheckpointError, and leaves no output, if the output folder is not empty, the format cannot express the
-    model, a tensor is missing or of the wrong shape, the tokenizer does not fit, the disk is full or cannot be written,
-    or what was loaded back computes something else.
+    weights; the router stays fp32. rope_alpha: NTK-alpha of the stage that the weights come from. reference_logits: the
+    training model without a capacity limit, token ids (B, S) -> logits (B, S, V). certificate_info: copied into the
+    certificate (run, step). Needs memory for one shard while writing and for the whole model while comparing.
+    Raises CheckpointError and leaves no output if the output folder is not empty, the format cannot express the model,
+    a tensor is missing or has the wrong shape, the tokenizer does not fit, the disk is full or not writable, or the
+    model loaded back computes something else.
     """
     refuse_what_loads_wrongly(model, format)
     if dtype not in TOLERANCES:
@@ -118,15 +117,15 @@ def export(
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in CANNOT_WRITE:
             raise
-        raise CheckpointError(f"{output}: cannot be written: {error}; nothing of it is left") from error
+        raise CheckpointError(f"{output}: cannot be written: {error}; nothing was left behind") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return certificate
 
 
 def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers' generate() does by itself: it stops at the end of a document and of an answer, and never gives
-    an id of a row that only pads the vocabulary, which a young model still finds likely."""
+    """Defaults of transformers' generate(): stop at the end of a document or an answer, and never return the id of an
+    embedding row that only pads the vocabulary. A barely trained model still gives such rows probability."""
     config: dict[str, Any] = {
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": [tokenizer.end_id, tokenizer.eos_id],
@@ -145,7 +144,7 @@ def hf_config(
     dtype: torch.dtype,
     format: Format = "hunyuan",
 ) -> dict[str, Any]:
-    """The architecture as config.json spells it, without token ids."""
+    """The architecture as written to config.json, without token ids."""
     config = {
         "architectures": ["HunYuanForCausalLM"],
         "model_type": "hunyuan",
@@ -176,8 +175,8 @@ def hf_config(
         "moe_random_routing_dropped_token": model.moe_expert_capacity_factor is not None and model.recycle_routing,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_theta": model.rotary_base,
-        # All three keys, also for alpha 1: loaders of the release index them, and without them it rounds frequencies to
-        # bf16.
+        # All three keys, even for alpha 1: the release's loaders index them, and without them the release rounds
+        # frequencies to bf16.
         "rope_scaling": {"type": "dynamic", "alpha": float(rope_alpha), "factor": 1.0},
         "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "max_position_embeddings": max_position_embeddings,
@@ -201,8 +200,8 @@ def _write_weights(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    """safetensors shards in the order of the forward pass, planned from the shapes so that one shard is in memory at a
-    time."""
+    """Write safetensors shards in the order of the forward pass. They are planned from the shapes alone, so only one
+    shard is in memory at a time."""
     stored = {name: torch.float32 if row.is_fp32 else dtype for row in weight_map(model) for name in row.hf_names}
     shards = _plan_shards(weight_map(model), stored, max_shard_bytes)
     files = (
@@ -242,9 +241,9 @@ def _plan_shards(table: list[Mapping], stored: dict[str, torch.dtype], max_shard
 
 
 def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
-    """What the scripts of Tencent's release read and copy: hy.tiktoken and a class with code in the folder, and
-    `release_tokenizer`, a folder for their --tokenizer_name_or_path where that class is the tokenizer. In the export
-    itself it is not."""
+    """Write what the scripts of Tencent's release read and copy: hy.tiktoken and the code of a tokenizer class, and
+    `release_tokenizer`, a folder for their --tokenizer_name_or_path whose tokenizer is that class. The tokenizer of the
+    export itself is another."""
     (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
     shutil.copyfile(Path(__file__).parent / TOKENIZER_CODE, folder / TOKENIZER_CODE)
     release = folder / "release_tokenizer"
@@ -261,7 +260,7 @@ def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _give_every_file_the_mode_of(file: Path) -> None:
-    """safetensors makes its files readable by their owner alone; the rest follows the umask."""
+    """safetensors makes its files readable by their owner only; all other files follow the umask."""
     for path in file.parent.rglob("*"):
         if path.is_file():
             path.chmod(file.stat().st_mode)

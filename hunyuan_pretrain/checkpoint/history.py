@@ -1,4 +1,5 @@
-"""What a checkpoint knows of its run: the segments until it, and the piece of the schedule that it was taken in."""
+"""What a checkpoint records about its run: the segments up to it, and the piece of the schedule in which it was
+taken."""
 
 from __future__ import annotations
 
@@ -16,23 +17,23 @@ from hunyuan_pretrain.data.sample_order import facts_of
 
 
 def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) -> list[Segment]:
-    """The segments of a run until a checkpoint; one from before they were recorded has those of its run directory.
+    """The segments of a run up to a checkpoint. A checkpoint without recorded segments uses those of its run directory.
 
-    with_data: open the data that such a run has read, whose sizes were not recorded.
-    Raises CheckpointError if the marker is damaged, DataFormatError if data that such a run has read is not there.
+    with_data: for such a checkpoint, also open the data that the run has read, because its sizes were not recorded.
+    Raises CheckpointError if the marker is damaged or nothing is recorded, DataFormatError if such data is missing.
     """
     if marker.get("history"):
         try:
             return segments_of(marker["history"])
         except ValueError as error:
-            raise CheckpointError(f"{folder}: the history in it is damaged: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{folder}: its history is damaged: {str(error).splitlines()[0]}") from None
     found = [
         segment for segment in read_history(folder.resolve().parent.parent) if segment.first_step < int(marker["step"])
     ]
     if not found:
         raise CheckpointError(
             f"{folder}: it has no history, and its run directory has no resolved.yaml, so what it was trained on "
-            "is not known; "
+            "is unknown; "
             "put resolved.yaml beside checkpoints/, or start another run with checkpoint.init_from"
         )
     if not with_data:
@@ -44,14 +45,14 @@ def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) 
 
 
 def present_piece(schedule: Schedule, step: int, folder: Path) -> Piece:
-    """The piece of the last step of a checkpoint. Raises CheckpointError where the schedule is not the checkpoint's."""
+    """The piece with the last step of a checkpoint. Raises CheckpointError if the schedule ends before that step."""
     try:
         return schedule.piece_of_step(max(step - 1, 0))
     except IndexError:
         raise CheckpointError(
             f"{folder}: it was taken after {step} steps, but the configuration beside it, resolved.yaml, ends "
             f"after {schedule.num_steps}: "
-            "a shorter start has written over it; put the run's own configuration there"
+            "a shorter run has overwritten it; put the run's own configuration back"
         ) from None
 
 
@@ -62,5 +63,5 @@ def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:
 
 
 def _undigested(experiment: Experiment) -> dict[str, SourceFacts]:
-    """What is there now under the paths of a configuration; what was there when it was in force is not known."""
+    """What the paths of a configuration hold now, without digests: what they held when it was in force is unknown."""
     return {path: facts.model_copy(update={"digest": None}) for path, facts in sources_of(experiment).items()}

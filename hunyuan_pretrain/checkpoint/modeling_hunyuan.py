@@ -1,18 +1,18 @@
-"""Hunyuan-Large for transformers 5.0 to 5.24, with a key/value cache that cross-layer attention (CLA) really shrinks.
+"""Hunyuan-Large for transformers 5.0 to 5.24. Only the layers that own keys and values (CLA) take space in the cache.
 
-This file and configuration_hunyuan.py are copied into every export: they need torch and transformers and nothing else.
-transformers 5.24 renamed `past_key_values` to `cache`; both names are taken, and the output has the name of the
-installed version. An argument that is not known here is refused: what a later version renames shall be an error, not
-another computation.
-Architecture: report arXiv 2411.02265; tensor names: Tencent's release.
+Every export of format hunyuan contains a copy of this file and of configuration_hunyuan.py. They need torch and
+transformers and nothing else. transformers 5.24 renamed `past_key_values` to `cache`: both names are accepted, and
+outputs use the name of the installed version. Unknown arguments are refused: an argument that a later version renames
+must raise an error, not change the computation.
+Architecture: report arXiv 2411.02265. Tensor names: Tencent's release.
 
-A borrowing layer attends to its owner's keys with its own key norm: RoPE first, then RMSNorm with the layer's weight
-w_k. RoPE keeps a vector's length, so the normalised key k_hat is the same for all layers of a group and only w_k
-differs, and (w_q * q_hat) . (w_k * k_hat) = (w_q * w_k * q_hat) . k_hat. The cache therefore holds k_hat and v of the
-owners only.
+In cross-layer attention (CLA) a borrowing layer attends to its owner's keys, but with its own key norm: RoPE first,
+then RMSNorm with the layer's weight w_k. RoPE preserves a vector's length, so the normalised key k_hat is the same for
+all layers of a group and only w_k differs: (w_q * q_hat) . (w_k * k_hat) = (w_q * w_k * q_hat) . k_hat. The cache
+therefore holds only the owners' k_hat and v.
 
-Shape suffixes: B batch, S query positions, L key positions, T = B*S tokens, D hidden, N query heads, G key/value heads,
-H head width, F SwiGLU width, E experts, K experts of a token, V vocabulary.
+Shape suffixes: B batch, S query positions, L key positions, T = B*S tokens, D hidden size, N query heads, G key/value
+heads, H head dimension, F SwiGLU width, E experts, K experts per token, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .configuration_hunyuan import HunYuanConfig
 
 
 def _name_of_cache() -> str:
-    """What the installed transformers calls the cache, in the arguments of forward and in its outputs."""
+    """The installed transformers' name for the cache, in the arguments of forward and in its outputs."""
     known = {field.name for field in fields(CausalLMOutputWithPast)}
     for name in ("cache", "past_key_values"):
         if name in known:
@@ -49,8 +49,8 @@ def _name_of_cache() -> str:
 CACHE_NAME = _name_of_cache()
 
 HARMLESS_ARGUMENTS = frozenset({"cache_position"})
-"""What transformers passes to forward without being asked, and what is known here anyway. cache_position (until 5.3):
-the places of the new tokens in the cache, which follow from its length. As a parameter with a name it would make later
+"""Arguments that transformers passes to forward unasked and that are not needed. cache_position (up to 5.3) gives the
+positions of the new tokens in the cache, which follow from its length. As a named parameter it would make later
 versions warn."""
 
 
@@ -63,7 +63,7 @@ def _refuse_unknown_arguments(others: dict[str, Any]) -> None:
 
 
 def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, by whichever name it was given."""
+    """The cache, under whichever name it was passed."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError("two caches: give either `cache` or `past_key_values`")
     given = past_key_values if cache is None else cache
@@ -78,30 +78,31 @@ def _high_precision(dtype: torch.dtype) -> torch.dtype:
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x over the root mean square of its last dimension."""
+    """x divided by the root mean square of its last dimension."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def _rotate(x_BxSH: Tensor, cos_BSH: Tensor, sin_BSH: Tensor) -> Tensor:
-    """RoPE in the rotate-half layout, for a tensor (B, heads, S, H)."""
+    """RoPE in the rotate-half layout, applied to a tensor (B, heads, S, H)."""
     first, second = x_BxSH.chunk(2, dim=-1)
     return x_BxSH * cos_BSH.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin_BSH.unsqueeze(1)
 
 
 class _Mask:
-    """Which keys each query may see. Made when the first layer has its keys, for only they tell how many a cache hands
-    out: a static one gives its unused slots too."""
+    """Which keys each query may attend to. Built once the first layer has its keys, because only they show how many
+    keys the cache returns: a static cache includes its unused slots."""
 
     def __init__(self, given: Tensor | None, documents: Tensor | None, cache_position: Tensor, num_cached: int) -> None:
-        """given: attention_mask of forward. documents: (B or 1, S), or None. cache_position: (S,), the places of the
-        queries."""
+        """given: attention_mask of forward. documents: (B or 1, S), or None. cache_position: (S,), positions of the
+        queries among the keys."""
         self.given, self.documents, self.cache_position, self.num_cached = given, documents, cache_position, num_cached
         self.num_keys = 0
         self.seen: Tensor | None = None
 
     def of(self, k_BGLH: Tensor) -> Tensor | None:
-        """(B or 1, 1, S, L): bool, True where the query may see the key, or floating, to add. None: plainly causal, or
-        one query that sees every key. Raises ValueError if the mask that was given is for other lengths."""
+        """Mask (B or 1, 1, S, L): bool, True where the query may attend to the key, or floating, added to the scores.
+        None if the mask is purely causal, or if a single query attends to every key. Raises ValueError if the given
+        mask has other lengths."""
         if k_BGLH.shape[2] != self.num_keys:
             self.num_keys = k_BGLH.shape[2]
             self.seen = (
@@ -112,7 +113,7 @@ class _Mask:
     def _four_dimensional(self) -> Tensor:
         assert self.given is not None
         if self.given.dtype != torch.bool and not self.given.is_floating_point():
-            raise ValueError(f"a 4-dimensional attention_mask is bool or floating, not {self.given.dtype}")
+            raise ValueError(f"a 4-dimensional attention_mask must be bool or floating, not {self.given.dtype}")
         expected = (len(self.cache_position), self.num_keys)
         if self.given.shape[2:] != expected:
             raise ValueError(
@@ -140,7 +141,7 @@ class _Mask:
             seen = seen & F.pad(self.documents.unsqueeze(-1) == self.documents.unsqueeze(-2), unused).unsqueeze(1)
         if has_padding:
             assert self.given is not None
-            # A padding position sees itself: a row without any key would be a division by zero.
+            # A padding position attends to itself: for a row without any key, softmax would divide by zero.
             seen = (seen & F.pad(self.given.bool(), unused)[:, None, None]) | (key == query)
         return seen
 
@@ -190,8 +191,8 @@ class HunYuanGate(nn.Module):
 
 
 class HunYuanMoE(nn.Module):
-    """Shared expert plus the weighted routed experts of each token: (B, S, D) -> (B, S, D). No capacity, nothing is
-    dropped."""
+    """Shared expert plus the weighted routed experts of each token: (B, S, D) -> (B, S, D). There is no capacity limit;
+    no token is dropped."""
 
     def __init__(self, config: HunYuanConfig) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ class HunYuanMoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights_TK, experts_TK = self.gate(x_TD)
-        # Tokens sorted by expert: each expert that is hit runs once, on one contiguous slice.
+        # Tokens are sorted by expert, so each expert that has tokens runs once, on one contiguous slice.
         order = experts_TK.flatten().argsort(stable=True)
         token_of_slot = order // experts_TK.shape[1]
         weight_of_slot = weights_TK.flatten()[order].unsqueeze(-1)
@@ -222,8 +223,8 @@ class HunYuanMoE(nn.Module):
 
 
 class HunYuanAttention(nn.Module):
-    """Causal grouped-query attention; an owner layer computes k_hat and v for its CLA group, a borrower is given
-    them."""
+    """Causal grouped-query attention. An owner layer computes k_hat and v for its CLA group; the other layers of the
+    group receive them."""
 
     def __init__(self, config: HunYuanConfig, layer_idx: int) -> None:
         super().__init__()
@@ -254,10 +255,10 @@ class HunYuanAttention(nn.Module):
         cache_position: Tensor,
         wants_weights: bool,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """Hidden states, (k_hat, v) of the group's owner (None in the owner itself), RoPE's (cos, sin), mask.
+        """owner_kv: (k_hat, v) of the group's owner, which ignores it itself. rope: (cos, sin).
 
-        cache_position: (S,), the places of the queries among the keys. Returns the output (B, S, D), (k_hat, v), each
-        (B, G, L, H), cached positions included, and if asked for the attention weights (B, N, S, L).
+        cache_position: (S,), positions of the queries among the keys. Returns the output (B, S, D); (k_hat, v), each
+        (B, G, L, H), cached positions included; and if wants_weights the attention weights (B, N, S, L), else None.
         """
         high = rope[0].dtype
         q_BNSH = _rotate(self._heads(self.q_proj(x_BSD), self.num_heads).to(high), *rope)
@@ -268,8 +269,8 @@ class HunYuanAttention(nn.Module):
             k_BGSH = _rotate(self._heads(self.k_proj(x_BSD), self.num_groups).to(high), *rope)
             k_hat = (_unit_rms(k_BGSH, self.eps) if self.use_qk_norm else k_BGSH).to(x_BSD.dtype)
             v = self._heads(self.v_proj(x_BSD), self.num_groups)
-            # A static cache of transformers 5.0 to 5.3 writes to its beginning if it is not told where; later ones
-            # count themselves.
+            # In transformers 5.0 to 5.3 a static cache writes to its start unless it is told the positions; later ones
+            # count for themselves.
             places = {"cache_position": cache_position}
             owner_kv = (k_hat, v) if cache is None else cache.update(k_hat, v, self.layer_idx, places)
         assert owner_kv is not None
@@ -280,7 +281,7 @@ class HunYuanAttention(nn.Module):
             return self.o_proj(context.to(x_BSD.dtype).transpose(1, 2).flatten(2)), owner_kv, weights.to(x_BSD.dtype)
         is_grouped = self.num_groups != self.num_heads
         if seen is not None and is_grouped:
-            # With a mask, torch's memory-efficient kernels take no grouped keys.
+            # torch's memory-efficient kernels do not accept grouped keys together with a mask.
             k_BGLH, v_BGLH = (t.repeat_interleave(self.num_heads // self.num_groups, dim=1) for t in owner_kv)
             is_grouped = False
         context = F.scaled_dot_product_attention(
@@ -297,7 +298,7 @@ class HunYuanAttention(nn.Module):
     def _attend_slowly(
         self, q_BNSH: Tensor, k_BGLH: Tensor, v_BGLH: Tensor, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same attention with its weights: (B, N, S, H) and (B, N, S, L), in the dtype of the queries."""
+        """The same attention, unfused: (B, N, S, H) and its weights (B, N, S, L), in the dtype of the queries."""
         k_BNLH, v_BNLH = (
             t.repeat_interleave(self.num_heads // self.num_groups, dim=1).to(q_BNSH.dtype) for t in (k_BGLH, v_BGLH)
         )
@@ -342,7 +343,7 @@ class HunYuanDecoderLayer(GradientCheckpointingLayer):
 
 
 class HunYuanPreTrainedModel(PreTrainedModel):
-    """What transformers must know to create, load and place the model."""
+    """Settings that transformers needs to create, load and place the model."""
 
     config_class = HunYuanConfig
     base_model_prefix = "model"
@@ -382,12 +383,12 @@ class HunYuanModel(HunYuanPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Token ids (B, S) or embeddings (B, S, D) -> hidden states (B, S, D) after the final norm.
 
-        attention_mask: (B, cached + S), 0 for padding; or (B, 1, S, L), bool (True: seen) or floating (added), used as
-        it is.
-        position_ids: (B or 1, S), by default counted without the padding. Where they do not rise by one, and there is
-        no mask, another document of a pack begins, and documents do not see each other. cache and past_key_values: one
-        thing by its new and its old name. Raises TypeError for an argument that it does not know, and ValueError for
-        ones that contradict each other.
+        attention_mask: (B, cached + S), 0 for padding; or (B, 1, S, L), bool (True: attend) or floating (added to the
+        scores), used as given.
+        position_ids: (B or 1, S), by default counted without the padding. If there is no mask, a position that does not
+        follow its predecessor by one starts a new document of a packed sequence; documents do not attend to each other.
+        cache, past_key_values: the new and the old name of the same argument.
+        Raises TypeError for an unknown argument, and ValueError for arguments that contradict each other.
         """
         _refuse_unknown_arguments(others)
         if (input_ids is None) == (inputs_embeds is None):
@@ -398,7 +399,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
         position_ids, documents = _positions(position_ids, attention_mask, cache_position)
         if documents is not None and num_cached:
             raise ValueError(
-                "position_ids that begin again (packed documents) do not go with a cache that holds earlier tokens"
+                "position_ids that restart (packed documents) cannot be combined with a cache that holds earlier tokens"
             )
         mask = _Mask(attention_mask, documents, cache_position, num_cached)
         rope = self._rope(position_ids, x_BSD)
@@ -422,12 +423,12 @@ class HunYuanModel(HunYuanPreTrainedModel):
         return outputs.to_tuple() if return_dict is False else outputs
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, int]:
-        """The cache to read and write, if any, and how many positions it holds."""
+        """The cache to read and write, or None, and the number of positions it holds."""
         if self.gradient_checkpointing and self.training:
-            # The recomputation of a layer would write its keys a second time.
+            # Recomputing a layer would write its keys a second time.
             if cache is not None or use_cache:
                 raise ValueError(
-                    "a cache does not go with gradient checkpointing in training; call eval(), or "
+                    "a cache cannot be used with gradient checkpointing in training; call eval(), or "
                     "generate(use_cache=False)"
                 )
             return None, 0
@@ -436,10 +437,10 @@ class HunYuanModel(HunYuanPreTrainedModel):
         return cache, int(cache.get_seq_length()) if cache is not None else 0
 
     def _rope(self, position_ids: Tensor, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each (B or 1, S, H). Angles are fp32: at 256K positions another precision is another model."""
+        """cos and sin, each (B or 1, S, H). Angles are fp32: at 256K positions another precision changes the model."""
         dim = self.config.head_dim
-        # On the CPU and not kept as a buffer: the same bits on every device, and no dtype or meta device can spoil
-        # them.
+        # Computed on the CPU and not kept as a buffer: the bits are the same on every device, and no cast or meta
+        # device can corrupt them.
         inv_freq = 1.0 / (self.config.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
         angles = position_ids.to(x_BSD.device, torch.float32).unsqueeze(-1) * inv_freq.to(x_BSD.device)
         angles = torch.cat((angles, angles), dim=-1).to(_high_precision(x_BSD.dtype))
@@ -447,7 +448,7 @@ class HunYuanModel(HunYuanPreTrainedModel):
 
 
 class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
-    """HunYuanModel with the output layer, tied to the embedding or not."""
+    """HunYuanModel plus the output layer, which may be tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -474,11 +475,11 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """As HunYuanModel.forward, then logits (B, S, V), or of the last `logits_to_keep` positions if that is not 0.
+        """HunYuanModel.forward, then logits (B, S, V), or only of the last `logits_to_keep` positions if that is not 0.
 
-        labels: (B, S), -100 where there is no loss; the loss is the cross entropy of the next token, without a balance
-        loss: the mean, or the sum over num_items_in_batch (transformers' Trainer accumulates gradients so). Raises as
-        HunYuanModel.forward.
+        labels: (B, S), -100 where there is no loss. The loss is next-token cross entropy without a balance loss: the
+        mean, or the sum divided by num_items_in_batch, as transformers' Trainer needs for gradient accumulation. Raises
+        as HunYuanModel.forward.
         """
         _refuse_unknown_arguments(others)
         outputs = self.model(
@@ -513,9 +514,9 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """transformers' generate()."""
-        # Up to 5.15 it keeps a static cache for the next call and asks every layer of it for a batch size; a borrower
-        # has none.
+        """As transformers' generate()."""
+        # Up to 5.15 it keeps a static cache for the next call and asks each of its layers for a batch size, which
+        # borrowing layers do not have.
         kept = getattr(self, "_cache", None)
         if hasattr(type(kept), "max_batch_size") and not hasattr(kept, "max_batch_size"):
             del self._cache
@@ -523,11 +524,9 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-        """The mask of generate() for a static cache: left as it is, for forward makes it from the tokens' own
-        positions.
+        """The mask of generate() for a static cache, unchanged: forward builds its own from the tokens' positions.
 
-        The rest describes the model and its cache to transformers' own maker of masks, whose masks differ between
-        versions.
+        The other arguments are for transformers' own mask builder, whose masks differ between versions.
         """
         return attention_mask
 
@@ -535,12 +534,12 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
 def _positions(
     position_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions for RoPE (B or 1, S), and the document of each token (B or 1, S) if there are several in a row."""
+    """Positions for RoPE (B or 1, S), and the document of each token (B or 1, S), None unless rows hold several."""
     if position_ids is None:
         if attention_mask is None or attention_mask.dim() != 2:
             return cache_position.unsqueeze(0), None
-        # Padding on the left moves a text, and RoPE does not mind; but its angles are rounded, so a text shall keep its
-        # positions.
+        # RoPE is relative, but its angles are rounded, so a text with left padding keeps the positions that it has
+        # without.
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -len(cache_position) :], None
     documents = None
     if attention_mask is None:

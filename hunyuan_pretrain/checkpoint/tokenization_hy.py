@@ -1,8 +1,8 @@
-"""The tokenizer under the name, and with the attributes, that the scripts of Tencent's Hunyuan-Large release ask for.
+"""The tokenizer, with the class name and attributes that the scripts of Tencent's Hunyuan-Large release expect.
 
-Copied into exports, for those scripts alone: the folder `release_tokenizer` names this class, everything else uses
-tokenizer.json. Needs tiktoken and transformers, from 4.41 on (the release runs on 4.41 to 4.48), and nothing else.
-hy.tiktoken is beside it.
+Exports contain this file for those scripts only: the folder `release_tokenizer` names this class; everything else uses
+tokenizer.json. It needs tiktoken and transformers 4.41 or later (the release runs on 4.41 to 4.48) and nothing else.
+hy.tiktoken lies beside it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SPECIAL_TOKENS = (END, START, "<|bos|>", "<|eos|>", PAD, *(f"<|extra_{i}|>" for 
 class HYTokenizer(PreTrainedTokenizer):
     """Ids of hy.tiktoken and the 209 special tokens after them, as in training.
 
-    As the release's class does, and other than tokenizer.json, `tokenizer(text)` adds <|startoftext|> and
-    <|endoftext|>, for its scripts train on whole documents. Names of special tokens in a text are special tokens.
-    A token is written as its bytes, each as the character of that number.
+    Like the release's class and unlike tokenizer.json, `tokenizer(text)` adds <|startoftext|> and <|endoftext|>,
+    because the release's scripts train on whole documents. Names of special tokens in a text become special tokens. A
+    token string is the token's bytes, each as the character with that code point (Latin-1).
 
     Attributes: bod_id, eod_id, bos_id, eos_id, pad_id.
     """
@@ -62,8 +62,7 @@ class HYTokenizer(PreTrainedTokenizer):
         return dict(self._ids)
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
-        """Tokens of a text. The options of transformers say how to split off special tokens, which tiktoken does
-        itself."""
+        """Tokens of a text. Ignores transformers' options for splitting off special tokens: tiktoken does that."""
         return [
             self._names[i] for i in self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
         ]
@@ -71,7 +70,7 @@ class HYTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Each text between <|startoftext|> and <|endoftext|>, unless told otherwise."""
+        """Each text between <|startoftext|> and <|endoftext|>, unless add_bod_token or add_eod_token is false."""
         begin, end = [self.bod_id] * self.add_bod_token, [self.eod_id] * self.add_eod_token
         return [*begin, *token_ids_0, *end, *([*begin, *token_ids_1, *end] if token_ids_1 is not None else [])]
 

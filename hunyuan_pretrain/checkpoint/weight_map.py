@@ -1,10 +1,10 @@
-"""ONE two-way table between Megatron's parameters and the tensors of a Hugging Face checkpoint.
+"""The two-way mapping between Megatron's parameters and the tensors of a Hugging Face checkpoint, in ONE table.
 
-Both sides are full tensors, not shards of a parallel layout. The names on the Hugging Face side are those of Tencent's
-release. Nothing here casts: the router's weight is fp32 on both sides, everything else keeps the dtype it comes with.
+Both sides are full tensors, not shards of a parallel layout. The Hugging Face names are those of Tencent's release.
+Nothing here casts: the router's weight is fp32 on both sides, everything else keeps its dtype.
 
-Shape letters: D hidden, N query heads, G key/value heads, H head width, F and Fe SwiGLU width of the shared and of a
-routed expert, E experts, V padded vocabulary.
+Shape letters: D hidden size, N query heads, G key/value heads, H head dimension, F and Fe SwiGLU width of the shared
+and of a routed expert, E experts, V padded vocabulary size.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
 class Mapping:
     """One Megatron parameter and the Hugging Face tensors that hold the same numbers.
 
-    to_hf gives views of the parameter, in the order of hf_names; to_megatron puts them together again (a copy, or the
-    tensor itself where there is only one).
+    to_hf returns views of the parameter, in the order of hf_names. to_megatron joins them again (into a copy, or the
+    tensor itself if there is only one).
     """
 
     megatron_name: str
@@ -50,7 +50,7 @@ class Mapping:
 
 
 def weight_map(model: ModelConfig) -> list[Mapping]:
-    """Every parameter of the model, once, in the order of the forward pass: the table itself."""
+    """The table: every parameter of the model once, in the order of the forward pass."""
     D, H, V = model.hidden_size, model.head_dim, model.padded_vocab_size
     N, G = model.num_attention_heads, model.num_query_groups
     F, Fe, E = model.ffn_hidden_size, model.expert_ffn_size, model.num_moe_experts
@@ -114,8 +114,8 @@ def _same(megatron_name: str, hf_name: str, shape: Shape) -> Mapping:
 
 
 def _query_key_value(megatron_name: str, hf_prefix: str, N: int, G: int, H: int, D: int) -> Mapping:
-    """Megatron keeps each group's query heads, its key head and its value head together, so that tensor parallelism
-    cuts between groups."""
+    """Megatron stores each group's query heads, key head and value head together, so that tensor parallelism splits
+    between groups."""
     queries = N // G
 
     def split(tensor: Tensor) -> tuple[Tensor, ...]:

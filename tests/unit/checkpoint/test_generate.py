@@ -89,7 +89,7 @@ def test_refuses_more_text_than_the_model_has_positions(exported: Path) -> None:
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length(exported: Path) -> None:
     message = (
-        "the prompt has 5001 tokens, and this model knows 4096 positions.*shorten the prompt by at least 906 tokens"
+        "the prompt has 5001 tokens, and this model has 4096 positions.*shorten the prompt by at least 906 tokens"
     )
     with pytest.raises(CheckpointError, match=message):
         generate(exported, "x" * 5000)
@@ -131,7 +131,7 @@ def test_foreign_code_runs_with_permission(foreign: Path, tmp_path: Path, monkey
 
 
 def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json, so this is no exported model"):
+    with pytest.raises(CheckpointError, match=r"no config\.json, so this is not an exported model"):
         load_model(tmp_path)
 
 

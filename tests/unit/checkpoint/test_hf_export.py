@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(file_bytes: int, tokenize
     model = tiny_model()
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, limits[1]))  # a longer file fails, as on a full disk
     try:
-        with pytest.raises(CheckpointError, match=r"out: cannot be written: .*; nothing of it is left") as told:
+        with pytest.raises(CheckpointError, match=r"out: cannot be written: .*; nothing was left behind") as told:
             export_tiny(model, tokenizer_folder, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
