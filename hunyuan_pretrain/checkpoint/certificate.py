@@ -1,9 +1,8 @@
-"""What is proven about an export before it gets its name: that it is the model it came from, in every way that it will
-be used.
+"""Checks an export before it gets its name: that it matches the model it came from in every way that it will be used.
 
-Loaded back from disk as a user would, the folder is compared in tokens, in logits without a cache (with the training
-model), in greedy text through the cache and in a left-padded batch (with the same tokens one row at a time and without
-a cache).
+The folder is loaded back from disk as a user would load it. Its tokens are compared with the training tokenizer, and
+its logits without a cache with the training model. Greedy text through the cache, also in a left-padded batch, is
+compared with the same tokens one row at a time and without a cache.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Format = Literal["hunyuan", "hunyuan_v1_moe"]
 
-# One position's difference is rms(difference) / rms(reference), both over the vocabulary and without their means.
-# `median` bounds the typical position; `position` bounds each, and `outliers` is the share of positions that may exceed
-# it. Measured on random models of up to 24 layers: 1e-6 (fp32), 0.01 (fp16) and 0.07 (bf16) for right exports; 0.4 and
-# more where every layer is wrong in the same way.
+# A position's difference is rms(difference) / rms(reference), both over the vocabulary after subtracting their means.
+# `median` bounds the median over positions; `position` bounds each one, and `outliers` is the share of positions that
+# may exceed it. Measured on random models of up to 24 layers: 1e-6 (fp32), 0.01 (fp16) and 0.07 (bf16) for correct
+# exports; 0.4 and more if every layer is wrong in the same way.
 FLIPS = "a router choice may flip where two experts are close"
-HALF = f"{FLIPS}; an error in one layer of many may hide in this, and is visible in an fp32 export"
+HALF = f"{FLIPS}; an error in one layer of many may hide within this, and shows in an fp32 export"
 TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {
         "median": 1e-4,
@@ -49,19 +48,19 @@ SAMPLE_TEXTS = (
 )
 
 HOSTILE = f"{SPECIAL_TOKENS[3]}<|extra_0|> <|{{{{ messages }}}}"
-"""A user's text that looks like the end of a turn."""
+"""User text that looks like the end of a turn."""
 
 NEW_TOKENS = 8
-"""Of each greedy continuation: in the second step the cache is read for the first time."""
+"""Length of each greedy continuation. The second step is the first to read the cache."""
 
 NATIVE_SINCE = (5, 20)
-"""The first transformers whose hunyuan_v1_moe is this model. Until 5.19 it changes RoPE's base past
-max_position_embeddings (logits off by 1.5 to 7), and 5.0 reads no alpha (off from the first tokens)."""
+"""The first transformers version whose hunyuan_v1_moe computes this model. Up to 5.19 it changes the RoPE base past
+max_position_embeddings (logits off by 1.5 to 7), and 5.0 ignores alpha (wrong from the first tokens)."""
 
 
 def refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
-    """hunyuan_v1_moe is read by other people's code, which would not notice that it computes another model. Raises
-    CheckpointError."""
+    """Raise CheckpointError if the format is unknown or would compute another model. hunyuan_v1_moe is read by
+    third-party code, which would not notice."""
     if format == "hunyuan":
         return
     if format != "hunyuan_v1_moe":
@@ -69,7 +68,7 @@ def refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
     reasons = _native_reasons(model)
     if reasons:
         raise CheckpointError(
-            "format hunyuan_v1_moe would load without an error and be wrong; use format hunyuan:\n  "
+            "format hunyuan_v1_moe would load without an error and compute another model; use format hunyuan:\n  "
             + "\n  ".join(reasons)
         )
     installed = version("transformers")
@@ -82,7 +81,7 @@ def refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
 
 
 def loads_in(model: ModelConfig, format: Format) -> dict[str, Any]:
-    """For each kind of loader: whether it loads the export and computes this model, under which versions, and why
+    """For each kind of loader: whether it loads the export and computes this model, in which versions, and why if
     not."""
     ours = format == "hunyuan"
     transformers = (
@@ -149,8 +148,8 @@ def certify(
     reference_logits: Callable[[Tensor], Tensor],
     format: Format,
 ) -> dict[str, Any]:
-    """Loads the folder as a user would and compares tokens, logits and generated text. Raises CheckpointError if they
-    disagree."""
+    """Load the folder as a user would and compare tokens, logits and generated text. Returns the certificate. Raises
+    CheckpointError if they disagree."""
     _compare_tokens(tokenizer, folder)
     texts = [torch.tensor([[tokenizer.start_id, *tokenizer.encode(text)]]) for text in SAMPLE_TEXTS]
     batches = {
@@ -163,7 +162,7 @@ def certify(
         with torch.inference_mode():
             logits_BSV = loaded_model(tokens_BS, use_cache=False).logits
         checks[name] = _compare(reference_logits(tokens_BS), logits_BSV, model.padded_vocab_size)
-    figures = _judge(checks, TOLERANCES[dtype], "the export computes something else than the model it came from")
+    figures = _judge(checks, TOLERANCES[dtype], "the export does not compute the same as the model it came from")
     packages = ("torch", "transformers", "safetensors", "hunyuan-pretrain")
     return {
         "max_abs_difference": max(check["max_abs_difference"] for check in checks.values()),
@@ -184,12 +183,12 @@ def certify(
 
 
 def check_generation(model: Any, prompts: list[Tensor], vocab_size: int, tolerance: dict[str, Any]) -> dict[str, Any]:
-    """Greedy text of generate(), which reads its cache, against the model without a cache; each prompt alone, then a
-    left-padded batch.
+    """Compare greedy generate(), which reads its cache, with the model without a cache: two prompts alone, then all
+    prompts in a left-padded batch.
 
-    prompts: token ids (S,) each. Every logit that generate() chose by is compared with those of one pass over the
-    finished text, one row, no cache; and every token it chose must be the likeliest of that pass, but for ties within
-    the tolerance. Raises CheckpointError.
+    prompts: token ids (S,) each. The logits that generate() chose by are compared with those of one pass over the
+    finished text, one row at a time and without a cache. Every chosen token must be the likeliest of that pass, except
+    for ties within the tolerance. Raises CheckpointError.
     """
     runs = {f"prompt {i}": [prompt] for i, prompt in enumerate(prompts[:2])} | {"left-padded batch": prompts}
     checks, other_tokens = {}, 0
@@ -205,7 +204,7 @@ def check_generation(model: Any, prompts: list[Tensor], vocab_size: int, toleran
             )
             stops = _stop_ids(model)
             best_NV = plain_NV[:, :vocab_size].index_fill(-1, torch.tensor(stops, dtype=torch.long), -torch.inf)
-            # A logit may be off by a few standard deviations of `position`, and so may the one it is tied with.
+            # Two tied logits may each be off by a few times the error that `position` allows.
             allowed = 10 * tolerance["position"] * plain_NV.std(-1)
             if chosen is None or not bool((best_NV.max(-1).values - chosen <= allowed).all()):
                 raise CheckpointError(
@@ -218,14 +217,14 @@ def check_generation(model: Any, prompts: list[Tensor], vocab_size: int, toleran
     figures = _judge(
         checks,
         tolerance,
-        "generate() of the export, which reads its cache, computes something else than the model without one",
+        "generate() of the export, which reads its cache, does not compute the same as the model without one",
     )
     return {"new_tokens": NEW_TOKENS, "tokens_other_than_without_a_cache": other_tokens, **figures, "checks": checks}
 
 
 def _greedy(model: Any, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """generate() of a left-padded batch, which does not stop: new tokens (R, N) and the logits they were chosen by (R,
-    N, V)."""
+    """Greedy generate() of a left-padded batch, without stopping early: new tokens (R, N) and the logits (R, N, V) that
+    they were chosen by."""
     longest = max(len(row) for row in rows)
     padding = model.generation_config.pad_token_id
     tokens_RS = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=padding) for row in rows])
@@ -249,7 +248,7 @@ def _stop_ids(model: Any) -> list[int]:
 
 
 def _compare_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """Text, documents and conversations, also with names of special tokens in what a user says."""
+    """Compare the ids of texts, documents and conversations, including messages with names of special tokens."""
     loaded = load_tokenizer(folder)
     for text in SAMPLE_TEXTS:
         ours, theirs = tokenizer.encode(text), loaded(text, add_special_tokens=False)["input_ids"]
@@ -271,11 +270,11 @@ def _compare_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _judge(checks: dict[str, dict[str, Any]], tolerance: dict[str, Any], what: str) -> dict[str, float]:
-    """Median relative difference and share of outliers over all positions of all checks. Raises CheckpointError beyond
-    the tolerance."""
+    """Median relative difference and share of outliers over all positions of all checks. Raises CheckpointError if they
+    exceed the tolerance."""
     difference = torch.cat([check.pop("per_position") for check in checks.values()])
     median, outliers = difference.median().item(), (difference > tolerance["position"]).double().mean().item()
-    # `not <=` and not `>`: a NaN must fail.
+    # `not <=` instead of `>`, because NaN must fail.
     if not (median <= tolerance["median"] and outliers <= tolerance["outliers"] and bool(difference.isfinite().all())):
         raise CheckpointError(
             f"{what}: relative difference of the logits {median:.2e} at the median "

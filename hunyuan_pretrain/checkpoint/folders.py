@@ -1,11 +1,10 @@
-"""Folders of checkpoints: how they are named, what marks one as complete, and whether its files are what was written.
+"""Checkpoint folders: their names, the marker of a complete one, and checks that their files are as written.
 
 <run_dir>/checkpoints/step_0000100/           one checkpoint
     complete.json                             written last: step, model, size and sha256 of every other file
     common.pt, __0_0.distcp, ...              megatron's distributed checkpoint
-<run_dir>/checkpoints/step_0000200.partial/   a save that was not finished, or a checkpoint that was being removed
-<run_dir>/checkpoints/step_0000200.damaged/   a checkpoint that could not be read and was set aside by a run that went
-on without it
+<run_dir>/checkpoints/step_0000200.partial/   an unfinished save (*.partial: also a checkpoint that was being removed)
+<run_dir>/checkpoints/step_0000200.damaged/   an unreadable checkpoint, set aside by a run that continued without it
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from hunyuan_pretrain.data.folders import flush_to_disk
 FORMAT_VERSION = 1
 MARKER = "complete.json"
 SELF = "marker_sha256"
-"""Key of the digest of everything else in complete.json."""
+"""Key of the digest over everything else in complete.json."""
 
 PARTIAL, DAMAGED = ".partial", ".damaged"
-WITHOUT_ANY = "repair or remove them; without any the run starts from the beginning"
+WITHOUT_ANY = "repair or remove them; with none left the run starts from the beginning"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -40,13 +39,13 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint's folder is named after; None of any other folder."""
+    """The step in the name of a checkpoint folder; None for any other folder."""
     found = re.fullmatch(r"step_(\d{7,})", folder.name)
     return int(found[1]) if found else None
 
 
 def named_checkpoints(run_dir: Path) -> list[Path]:
-    """Every folder that has the name of a checkpoint, oldest first, whatever is in it."""
+    """Every folder that has the name of a checkpoint, oldest first, whatever it contains."""
     found = [
         (step, folder) for folder in (run_dir / "checkpoints").glob("step_*") if (step := step_of(folder)) is not None
     ]
@@ -54,23 +53,23 @@ def named_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Every file's size is checked here, its digest when it is read."""
+    """Complete checkpoints of a run, oldest first. This checks file sizes only; digests are checked on loading."""
     return [folder for folder in named_checkpoints(run_dir) if fault_of(folder) is None]
 
 
 def none_is_good(run_dir: Path, faults: Mapping[Path, str], hint: str) -> CheckpointError:
-    """The error of a run none of whose checkpoints can be used, which names each with its fault."""
+    """The error for a run with no usable checkpoint. It names each checkpoint with its fault."""
     named = "\n".join(f"  {folder.name}: {fault}" for folder, fault in faults.items())
-    return CheckpointError(f"{run_dir / 'checkpoints'}: no checkpoint is good ({hint})\n{named}")
+    return CheckpointError(f"{run_dir / 'checkpoints'}: no usable checkpoint ({hint})\n{named}")
 
 
 def faults_of(run_dir: Path) -> dict[Path, str]:
-    """What is wrong with the checkpoints of a run, newest first, as far as `fault_of` can tell."""
+    """What is wrong with the faulty checkpoints of a run, newest first, as far as `fault_of` can tell."""
     return {folder: fault for folder in reversed(named_checkpoints(run_dir)) if (fault := fault_of(folder)) is not None}
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as its marker and the sizes of its files tell; None if nothing is."""
+    """What is wrong with a checkpoint, as far as its marker and file sizes show; None if nothing is."""
     try:
         files = read_marker(folder)["files"]
         return next((damage_to(name) for name, file in files.items() if not _has_size(folder / name, file)), None)
@@ -81,21 +80,21 @@ def fault_of(folder: Path) -> str | None:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """complete.json of a checkpoint; raises CheckpointError where there is none or it cannot be read."""
+    """complete.json of a checkpoint. Raises CheckpointError if it is missing, damaged or written by a newer program."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         missing = {"step", "world_size", "model", "files"} - marker.keys()
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} missing")
-        # a newer program's may be digested in another way, and is refused below
+        # a newer program may compute the digest in another way; its marker is refused below
         if (
             SELF in marker
             and marker[SELF] != _self_digest(marker)
             and marker.get("format_version", 1) <= FORMAT_VERSION
         ):
-            raise ValueError(f"its content is not what was written: {SELF} is of another")
+            raise ValueError(f"its content is not what was written: {SELF} does not match it")
         if step_of(folder) not in (None, marker["step"]):
-            raise ValueError(f"it is of step {marker['step']}")
+            raise ValueError(f"it belongs to step {marker['step']}")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: {_not_a_checkpoint(folder)}") from None
     except OSError as error:
@@ -109,7 +108,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def _not_a_checkpoint(folder: Path) -> str:
-    """What a path without a marker is instead, and which checkpoints could have been meant."""
+    """What a path without a marker is instead, and which checkpoints may have been meant."""
     what, run_dir = f"not a complete checkpoint (no {MARKER}); complete ones there", folder.parent.parent
     if (folder / "checkpoints").is_dir():
         what, run_dir = "a run directory; name one of its checkpoints: complete ones there", folder
@@ -118,7 +117,7 @@ def _not_a_checkpoint(folder: Path) -> str:
 
 
 def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write complete.json, and return when it is on disk."""
+    """Write complete.json and flush it to disk."""
     content = {"format_version": FORMAT_VERSION, **content}
     with (folder / MARKER).open("w", encoding="utf-8") as file:
         json.dump({**content, SELF: _self_digest(content)}, file, indent=1)
@@ -128,7 +127,7 @@ def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def verify_files(folder: Path, marker: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Compare some of a checkpoint's files with the marker's digests; raises CheckpointError that names the first that
+    """Compare the named files of a checkpoint with the marker's digests. Raises CheckpointError naming the first that
     differs."""
     for name in names:
         file = marker["files"][name]
@@ -137,12 +136,12 @@ def verify_files(folder: Path, marker: Mapping[str, Any], names: Iterable[str]) 
 
 
 def damage_to(name: str) -> str:
-    """The words for a file that is not what was written."""
+    """The message for a file that is not as written."""
     return f"{name} is missing or damaged: its size or sha256 is not the one in {MARKER}"
 
 
 def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConfig) -> None:
-    """Raise CheckpointError naming every setting in which the checkpoint's weights are not those of `model`."""
+    """Raise CheckpointError naming every setting that makes the checkpoint's weights unusable for `model`."""
     differences = [one for one in model_differences(marker["model"], model) if one.kind == Kind.never]
     if differences:
         lines = [
@@ -153,8 +152,8 @@ def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConf
 
 
 def checkpoint_of(path: Path) -> Path:
-    """A checkpoint's folder: `path` itself, or of a run directory its newest complete checkpoint. Raises
-    CheckpointError."""
+    """A checkpoint's folder: `path` itself, or the newest complete checkpoint of the run directory `path`. Raises
+    CheckpointError if there is none."""
     if (path / MARKER).exists():
         return path
     if found := find_checkpoints(path):
@@ -168,26 +167,26 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Every file of a checkpoint but the marker."""
+    """Every file of a checkpoint except the marker."""
     return sorted(path for path in folder.iterdir() if path.name != MARKER)
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """Those that a rank has written: torch's writer puts its number into their names; rank 0 has written what has
-    none."""
+    """The files that a rank has written. torch's writer puts the rank into their names; files without one are rank
+    0's."""
     writers = {path: re.match(r"__(\d+)_", path.name) for path in data_files(folder)}
     return [path for path, writer in writers.items() if rank == (int(writer[1]) if writer else 0)]
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file that is on disk when this returns."""
+    """Flush a file to disk and return its sha256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name; one of that name, of an earlier attempt at this run, is removed."""
+    """Give a finished folder its name. Removes a folder of that name from an earlier attempt at this run."""
     old = folder.with_name(f"{folder.name}.old{PARTIAL}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -198,13 +197,13 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def make_empty(folder: Path) -> None:
-    """An empty folder, whatever there was."""
+    """Create an empty folder, removing whatever was there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint; it loses its name first, so that one that is half removed is never taken for one."""
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for a checkpoint."""
     doomed = folder.with_name(f"{folder.name}.removed{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -212,9 +211,9 @@ def remove(folder: Path) -> None:
 
 
 def remove_partials(run_dir: Path) -> list[str]:
-    """Remove what killed attempts left half-written or half-removed; returns a line for each.
+    """Remove what killed attempts left half-written or half-removed; returns one log line per folder.
 
-    For one process that knows that nobody else writes to the run.
+    Call it on one process, and only while no other process writes to the run.
     """
     found = sorted(
         folder
@@ -227,8 +226,8 @@ def remove_partials(run_dir: Path) -> list[str]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Take its name from a checkpoint that cannot be used, so that a later one of that step can have it; returns the
-    new folder."""
+    """Rename a checkpoint that cannot be used, which frees its name for a later one of that step. Returns the new
+    folder."""
     for number in range(1, 1000):
         aside = folder.with_name(folder.name + DAMAGED + (f".{number}" if number > 1 else ""))
         if not aside.exists():
@@ -238,7 +237,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def _self_digest(marker: Mapping[str, Any]) -> str:
-    content = json.loads(json.dumps({key: value for key, value in marker.items() if key != SELF}))  # as it comes back
+    content = json.loads(json.dumps({key: value for key, value in marker.items() if key != SELF}))  # as read back
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,11 +1,11 @@
-"""Checkpoints: megatron's distributed format, committed in two phases, verified before it is read; see folders.py for
-what is on disk.
+"""Checkpoints in megatron's distributed format, committed in two phases and verified before they are read. folders.py
+describes the files.
 
 A checkpoint is written into step_NNNNNNN.partial. Every rank digests and syncs the files that it wrote, rank 0 writes
-complete.json, and only then does the folder get its name. A folder without its name or without a complete.json that
-matches is never read.
+complete.json, and only then is the folder renamed to its final name. A folder without its final name, or without a
+matching complete.json, is never read.
 
-Between two collectives that all ranks enter, a failure on one of them is told to all (parallel/agreement.py).
+If one rank fails between two collectives, all ranks are told (parallel/agreement.py).
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ __all__ = [
 
 
 class DamagedCheckpointError(CheckpointError):
-    """The files of a checkpoint are not what was written, or cannot be read."""
+    """The files of a checkpoint are not as written, or cannot be read."""
 
 
 class Resumed(NamedTuple):
-    """What `load_newest` has read."""
+    """What `load_newest` has loaded."""
 
     folder: Path
     marker: dict[str, Any]
     notes: list[str]
-    """Lines for the log: every newer checkpoint that could not be used, and why."""
+    """Log lines: every newer checkpoint that could not be used, and why."""
 
 
 def save(
@@ -75,12 +75,12 @@ def save(
     keep_last: int | None,
     record: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the checkpoint after `step` steps and remove complete ones beyond the newest `keep_last`.
+    """Write the checkpoint after `step` steps. Of the complete ones up to it, keep the newest `keep_last` (None: all).
 
-    `record` is what complete.json shall hold beside what this module needs: a JSON object.
+    `record` is a JSON object that complete.json holds beside what this module needs.
 
-    Communicates: all ranks. Raises CheckpointError on every rank, with the first rank's reason, if any rank cannot
-    write; nothing of the attempt stays and older checkpoints are untouched.
+    Communicates: all ranks. Raises CheckpointError on every rank, with the first failing rank's reason, if any rank
+    cannot write. Nothing of the attempt then remains, and older checkpoints are untouched.
     """
     folder = checkpoint_folder(run_dir, step)
     partial = folder.with_name(f"{folder.name}{folders.PARTIAL}")
@@ -105,13 +105,12 @@ def save(
 
 
 def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> int:
-    """Read a checkpoint into the model chunks of this rank, and with `optimizer` its state and this rank's generators
-    too.
+    """Read a checkpoint into this rank's model chunks and, with `optimizer`, into its state and this rank's generators.
 
-    Returns the step that it was taken after.
+    Returns the step after which it was taken. Generators are restored only if the number of ranks is the same.
 
-    The scales of the delayed FP8 recipe are read where the checkpoint has them of the same recipe; otherwise they begin
-    anew, as in a run that changes its recipe.
+    The scales of the delayed FP8 recipe are restored if the checkpoint has them for the same recipe; otherwise they
+    start afresh, as in a run that changes its recipe.
 
     Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, or of another model.
     """
@@ -132,27 +131,27 @@ def load_newest(
     accept: Callable[[Path, dict[str, Any]], None] | None = None,
     last_step: int | None = None,
 ) -> Resumed | None:
-    """`load` the newest checkpoint of a run that is as it was written; None if the run has no checkpoint.
+    """`load` the newest intact checkpoint of a run; returns None if the run has no checkpoint.
 
-    Rank 0 looks, all ranks verify. One that is damaged or cannot be read is set aside and the next older one is tried.
-    `accept` gets each candidate's folder and marker on every rank before its files are read, to raise what speaks
-    against it. With `last_step` later checkpoints are not looked at.
+    Rank 0 looks for checkpoints; all ranks verify. A damaged or unreadable one is set aside and the next older one is
+    tried. `accept` is called on every rank with each candidate's folder and marker before its files are read, and
+    raises if the candidate must not be used. With `last_step`, later checkpoints are ignored.
 
-    Communicates: all ranks. Raises CheckpointError that names each checkpoint if none of them is good, and as `load` if
-    the good one is of another model.
+    Communicates: all ranks. Raises CheckpointError naming each checkpoint if none is intact, and as `load` if the
+    intact one is of another model.
     """
     with patience():
         names, error = from_rank_0(lambda: [folder.name for folder in folders.named_checkpoints(run_dir)])
         if names is None:
             raise CheckpointError(f"{run_dir}: {error}")
-        found = [run_dir / "checkpoints" / name for name in names]  # the same files may lie elsewhere on another node
+        found = [run_dir / "checkpoints" / name for name in names]  # the path may differ between nodes
         faults: dict[Path, str] = {}
         for folder in reversed(found):
             if last_step is not None and (folders.step_of(folder) or 0) > last_step:
                 continue
             try:
                 marker = _whole_marker(folder)
-                if accept is not None:  # it has more to say than that the model is another one
+                if accept is not None:  # first: its message says more than that the model differs
                     accept(folder, marker)
                 _refuse(folder, marker, chunks, optimizer)
                 _verify(folder, marker)
@@ -172,7 +171,7 @@ def _refuse(
     refuse_other_model(folder, marker, chunks[0].config.model)
     mine, theirs = str(chunks[0].config.params_dtype), marker.get("dtype")
     if optimizer is not None and theirs != mine:
-        hint = "go on in that precision.dtype, or start a new run from its weights with checkpoint.init_from"
+        hint = "continue in that precision.dtype, or start a new run from its weights with checkpoint.init_from"
         raise CheckpointError(f"{folder}: its weights are {theirs}, those of this run {mine}; {hint}")
 
 
@@ -189,7 +188,7 @@ def _whole_marker(folder: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path, marker: dict[str, Any]) -> None:
-    """Every rank its share of the files."""
+    """Verify the checkpoint's files, each rank its share. Raises DamagedCheckpointError."""
     mine = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
     if error := first_error(lambda: folders.verify_files(folder, marker, mine)):
         raise DamagedCheckpointError(f"{folder}: {error}")
@@ -198,18 +197,18 @@ def _verify(folder: Path, marker: dict[str, Any]) -> None:
 def _load_verified(
     folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
 ) -> None:
-    """Read into host memory, then hand out; a failure while reading leaves weights and optimizer of a model on a GPU as
-    they are."""
+    """Read into host memory, then distribute. If reading fails, the weights and optimizer of a model on a GPU are
+    unchanged."""
     loaded: dict[str, Any] = {}
 
     def prepare() -> None:
         loaded.update(wanted=_wanted(marker, chunks, optimizer), stage=Stage(chunks))
-        dist_checkpointing.load_common_state_dict(str(folder))  # what core reads first, before it meets the other ranks
+        dist_checkpointing.load_common_state_dict(str(folder))  # core reads it before its first collective
 
     def hand_out() -> None:
-        if "fp8" in loaded:  # before the weights, which they quantise where those are in FP8
+        if "fp8" in loaded:  # before the weights: FP8 weights are quantised with them
             load_scaling_state(chunks, loaded["fp8"])
-        # every step makes one update
+        # one update per step
         restore_state(chunks, optimizer, loaded["parameters"], int(marker["step"]), loaded["stage"])
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
@@ -248,8 +247,8 @@ def _set_aside(faults: Mapping[Path, str]) -> list[str]:
 
 
 def _commit(partial: Path, folder: Path, content: dict[str, Any]) -> str | None:
-    """Digest every rank's files, mark the checkpoint as complete and give it its name; the error of any rank.
-    Communicates: all ranks."""
+    """Digest every rank's files, mark the checkpoint as complete and give it its name. Returns the error of any rank,
+    or None. Communicates: all ranks."""
     mine: dict[str, dict[str, Any]] = {}
 
     def digest_mine() -> None:
@@ -266,7 +265,7 @@ def _commit(partial: Path, folder: Path, content: dict[str, Any]) -> str | None:
         strangers = {path.name for path in folders.data_files(partial)} ^ files.keys()
         if strangers:
             raise CheckpointError(
-                f"{', '.join(sorted(strangers))}: not what the ranks have written; does another run write to "
+                f"{', '.join(sorted(strangers))}: not what the ranks have written; is another run writing to "
                 "this folder?"
             )
         folders.write_marker(partial, {**content, "files": dict(sorted(files.items()))})
@@ -293,15 +292,14 @@ def _description(step: int, model: HunyuanModel) -> dict[str, Any]:
 
 
 def _layout(model: HunyuanModel) -> str:
-    """As `parity --layout` spells it: the sizes that are not 1, and the number of ranks."""
+    """The layout as `parity --layout` spells it: the sizes that are not 1, or dp=1 if all are."""
     groups = model.groups
     sizes = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp, "dp": groups.dp, "ep": groups.ep}
     return ",".join(f"{axis}={group.size()}" for axis, group in sizes.items() if group.size() > 1) or "dp=1"
 
 
 def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
-    """What must be equal for the scales of a checkpoint to be those of a run; None where a run has none that outlive a
-    step."""
+    """What must be equal for a run to use a checkpoint's scales; None if the run has no scales that outlive a step."""
     formats = model.config.precision
     recipe = formats.recipe
     if recipe is None or not recipe.is_delayed:
@@ -311,8 +309,8 @@ def scaling_recipe(model: HunyuanModel) -> list[Any] | None:
 
 
 def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:
-    """The state of the delayed recipe: the same on all ranks that share a tensor, and that of each expert where the
-    expert is."""
+    """The state of the delayed recipe. All ranks that share a tensor hold the same state; an expert's state is on the
+    expert's ranks."""
     groups, found = chunks[0].groups, {}
     for name, tensor in scaling_state(chunks).items():
         is_expert = ".experts." in name
@@ -332,8 +330,8 @@ def _generator_object() -> ShardedObject:
 
 
 def _remove_all_but(run_dir: Path, step: int, keep_last: int) -> None:
-    """Of the checkpoints up to `step`; what an earlier attempt has left of later steps is no reason to remove this
-    one's."""
+    """Keep the newest of the checkpoints up to `step`. Later ones, left by an earlier attempt, must not count: this
+    attempt's would be removed in their favour."""
     for folder in [folder for folder in find_checkpoints(run_dir) if (folders.step_of(folder) or 0) <= step][
         :-keep_last
     ]:

@@ -121,7 +121,7 @@ def test_doctor_says_no_if_no_checkpoint_is_intact_or_a_branch_is_of_another_run
     for file in (tmp_path / "run/checkpoints").glob("*/*.distcp"):
         file.write_bytes(file.read_bytes()[:-1])
     (said,) = refusals(load_experiment(config))
-    assert "no checkpoint is good (repair or remove them; without any the run starts from the beginning)" in said
+    assert "no usable checkpoint (repair or remove them; with none left the run starts from the beginning)" in said
     assert "step_0000002: __0_0.distcp is missing or damaged" in said
     code, _, err = run("export", tmp_path / "run", tmp_path / "out")
     assert (code, "step_0000002: __0_0.distcp is missing or damaged" in err) == (2, True)

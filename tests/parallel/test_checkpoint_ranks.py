@@ -345,7 +345,7 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(found):
     words, complete = same_on_both(found, "all_bad")
     lines = words.splitlines()
     assert (
-        "checkpoints: no checkpoint is good (repair or remove them; without any the run starts from the beginning)"
+        "checkpoints: no usable checkpoint (repair or remove them; with none left the run starts from the beginning)"
         in lines[0]
     )
     assert lines[1].startswith("  step_0000002: __0_0.distcp is missing or damaged")

@@ -237,7 +237,7 @@ def test_the_marker_describes_the_checkpoint(saved, run):
 
 def test_a_checkpoint_of_another_precision_is_refused(corpus, tmp_path, saved):
     words = (
-        "its weights are torch.float32, those of this run torch.bfloat16; go on in that precision.dtype, or start "
+        "its weights are torch.float32, those of this run torch.bfloat16; continue in that precision.dtype, or start "
         "a new run"
     )
     with pytest.raises(CheckpointError, match=words):
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
 def test_a_marker_whose_step_differs_from_its_folder_is_refused(run, checkpoint):
     """Before markers had a digest of themselves, a flipped bit in the step would have gone on from another one."""
     renamed = checkpoint.rename(checkpoint.with_name("step_0000009"))
-    with pytest.raises(CheckpointError, match=r"step_0000009/complete.json: damaged: it is of step 1"):
+    with pytest.raises(CheckpointError, match=r"step_0000009/complete.json: damaged: it belongs to step 1"):
         load_into(run, renamed)
 
 
@@ -465,6 +465,6 @@ def test_a_foreign_file_in_its_folder_fails_a_save(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders, "files_of_rank", with_stranger)
     with pytest.raises(
-        CheckpointError, match=r"__7_0.distcp: not what the ranks have written; does another run write to this folder\?"
+        CheckpointError, match=r"__7_0.distcp: not what the ranks have written; is another run writing to this folder\?"
     ):
         save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
