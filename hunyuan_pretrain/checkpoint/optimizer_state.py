@@ -1,15 +1,14 @@
-"""Weights and the state of AdamW, between this rank's device and what a checkpoint holds, whatever layout and optimizer
-class holds them.
+"""Moves weights and AdamW state between this rank's device and a checkpoint, for any layout and optimizer class.
 
-A checkpoint has the weight, both moments, and where the weight is bf16 the fp32 main weight, in the shape and under the
-name of the parameter. Core's own form is not used: it cannot be read under another expert-parallel size, mixes up
-parameter groups that differ only in their rate, and fails for torch's Adam and for models whose routers are fp32 among
-bf16 weights. Settings of parameter groups are not saved at all: they are those of the running experiment.
+A checkpoint holds the weight, both moments and, for bf16 weights, the fp32 main weight, in the parameter's shape and
+under its name. Core's own format is not used: it cannot be read with another expert-parallel size, mixes up parameter
+groups that differ only in learning rate, and fails for torch's Adam and for models with fp32 routers among bf16
+weights. Settings of parameter groups are not saved: they come from the running experiment.
 
-Each parameter has a home among the data-parallel ranks that share it. Only that rank has it in its host memory, writes
-it, and reads it for the others; on the device there is never more than one tensor of one parameter. Core's wrappers for
-fully parallel saving and loading divide the work too, but only once every rank holds every tensor, and hold what they
-exchange on the device.
+Each parameter has a home rank among the data-parallel ranks that share it. Only that rank holds it in host memory,
+writes it, and reads it for the others. The device never holds more than one extra tensor of one parameter. Core's
+wrappers for fully parallel saving and loading also split the work, but only after every rank holds every tensor, and
+they keep what they exchange on the device.
 """
 
 from __future__ import annotations
@@ -47,11 +46,10 @@ State = dict[str, dict[str, ShardedBase]]
 
 @torch.no_grad()
 def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> Iterator[Moments]:
-    """(name, state, placement) of every parameter of this rank: both moments, and the fp32 weight where the model's is
-    bf16, each in the parameter's full local shape.
+    """(name, state, placement) of every parameter of this rank. The state is both moments and, for a bf16 weight, the
+    fp32 main weight, each in the parameter's full local shape.
 
-    Communicates: data-parallel groups of the parameters, if the distributed optimizer has divided the state among their
-    ranks.
+    Communicates: data-parallel groups of the parameters, if the distributed optimizer has sharded the state.
     """
     source, stage, failures = _Source(optimizer), Stage(chunks), Failures()
     for home in _homes(chunks):
@@ -62,10 +60,9 @@ def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> It
 
 @torch.no_grad()
 def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stage: Stage) -> State:
-    """What this rank writes, copied to the host tensor by tensor.
+    """What this rank writes, copied to the host one tensor at a time.
 
-    Communicates: as full_moments. An error is raised after the last collective, so that ranks without one are not left
-    waiting.
+    Communicates: as full_moments. An error is raised after the last collective, so that the other ranks do not hang.
     """
     source, failures, state = _Source(optimizer), Failures(), State()
 
@@ -83,16 +80,14 @@ def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stag
         for kind in _kinds(home.parameter):
             tensor = source.whole(home, kind, stage, failures)
             failures.run(keep, home, kind, tensor)
-            if (
-                is_quantised and kind == "main"
-            ):  # as it is in checkpoints of other runs: rounded to the dtype of the run
+            if is_quantised and kind == "main":  # rounded to the run's dtype, as in checkpoints of other runs
                 failures.run(keep, home, WEIGHT, tensor, home.parameter.dtype)
     failures.raise_first()
     return state
 
 
 def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> State:
-    """What this rank reads for `restore_state`, in host memory, uninitialised."""
+    """Uninitialised host buffers for what this rank reads for `restore_state`."""
     state = State()
     for home in _homes(chunks):
         if home.is_here:
@@ -112,11 +107,11 @@ def restore_state(
     num_updates: int,
     stage: Stage,
 ) -> None:
-    """Give every rank what was read for it: the weights, and with `optimizer` its share of the state and the number of
+    """Give every rank what was read for it: the weights and, with `optimizer`, its share of the state and the number of
     updates made.
 
-    What was read is freed on the way. Communicates: data-parallel groups of the parameters. An error is raised after
-    the last collective.
+    Frees `loaded` on the way. Communicates: data-parallel groups of the parameters. An error is raised after the last
+    collective.
     """
     pieces = {piece.parameter: piece for piece in _pieces(optimizer)} if optimizer is not None else {}
     failures = Failures()
@@ -139,9 +134,10 @@ def restore_state(
 
 @torch.no_grad()
 def reload_weights(optimizer: MegatronOptimizer) -> None:
-    """Copy this rank's weights, which something else has written, into what the optimizer updates in their place.
+    """Copy this rank's weights, after something else has changed them, into the main weights that the optimizer
+    updates.
 
-    Core's reload_model_params forgets the offloaded copies of fp32 weights.
+    Core's reload_model_params omits the offloaded copies of fp32 weights.
     """
     for piece in _pieces(optimizer):
         piece.main.copy_(piece.part_of(written_values(piece.parameter)))
@@ -160,9 +156,7 @@ def _host_buffer(home: _Home, kind: str) -> Tensor:
     parameter = home.parameter
     if kind == WEIGHT:
         if home.group.size() == 1 and parameter.device.type == "cpu" and not is_float8tensor(parameter):
-            return (
-                parameter.detach()
-            )  # it is in host memory already: a large model is exported on a machine that holds it once
+            return parameter.detach()  # already in host memory: an exporting machine may hold a large model only once
         return torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
     return torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
 
@@ -172,7 +166,7 @@ def _move(loaded: dict[str, dict[str, Tensor]], name: str, kind: str, tensor: Te
 
 
 def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: _Piece | None) -> None:
-    """Put a whole tensor that was read where it belongs on this rank."""
+    """Copy a whole tensor that was read to where it belongs on this rank."""
     if kind == WEIGHT:
         write(parameter, tensor)
     if piece is None:
@@ -188,20 +182,20 @@ def _count_updates(piece: _Piece, num_updates: int) -> None:
     state = piece.owner.state[piece.main]
     if isinstance(piece.owner, torch.optim.Adam):
         state["step"] = torch.tensor(float(num_updates), device=piece.main.device)
-    else:  # the fused ones of Apex and Transformer Engine count for a group
+    else:  # the fused ones of Apex and Transformer Engine count per group
         for group in piece.owner.param_groups:
             group["step"] = num_updates
 
 
 class _Home(NamedTuple):
-    """Which of the data-parallel ranks that share a parameter writes it, and reads it for the others."""
+    """The one of the data-parallel ranks sharing a parameter that writes it, and reads it for the others."""
 
     name: str
     parameter: torch.nn.Parameter
     placement: Placement
     group: dist.ProcessGroup
     rank: int
-    """In the group."""
+    """Within `group`."""
 
     @property
     def is_here(self) -> bool:
@@ -209,7 +203,7 @@ class _Home(NamedTuple):
 
     @property
     def shared_placement(self) -> Placement:
-        """`placement`, with this rank's number counted from the home."""
+        """`placement`, with this rank's number counted from the home rank."""
         copy, sharded, rank = self.placement.replica
         return replace(self.placement, replica=(copy, sharded, (rank - self.rank) % self.group.size()))
 
@@ -218,13 +212,13 @@ class _Home(NamedTuple):
         return self.shared_placement.replica == (0, 0, 0)
 
     def prefix(self, kind: str) -> str:
-        """What stands before the parameter's name in a checkpoint."""
+        """Prefix of the parameter's name in a checkpoint."""
         return "" if kind == WEIGHT else f"optimizer.{kind}."
 
 
 def _homes(chunks: list[HunyuanModel]) -> Iterator[_Home]:
-    """Every parameter of this rank; each goes to the rank of its group that has got least so far, which all of them
-    reckon alike."""
+    """Every parameter of this rank. Its home is the rank of its group with the fewest elements so far; all ranks
+    compute the same."""
     loads: dict[bool, list[int]] = {}
     for model in chunks:
         placements = model.placements()
@@ -238,9 +232,9 @@ def _homes(chunks: list[HunyuanModel]) -> Iterator[_Home]:
 
 
 class Stage:
-    """Memory on the device for one tensor of one parameter, whichever; each use overwrites the one before.
+    """Device memory for one tensor of any parameter; each use overwrites the previous one.
 
-    It is made before the first collective, so that a rank whose memory is full says so before the others wait for it in
+    Allocate it before the first collective: a rank that is out of memory then fails before the others wait for it in
     one.
     """
 
@@ -249,19 +243,19 @@ class Stage:
         self._memory = torch.empty(max(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
 
     def tensor(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """In the shape of `parameter`."""
+        """The memory as a tensor in the shape of `parameter`."""
         return self._memory.view(dtype)[: parameter.numel()].view(parameter.shape)
 
 
 class _Source:
-    """Where the whole tensors of the optimizer's state come from."""
+    """Assembles whole tensors of the optimizer's state."""
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
         self._pieces = {piece.parameter: piece for piece in _pieces(optimizer)}
         self._is_sharded = any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
 
     def whole(self, home: _Home, kind: str, stage: Stage, failures: Failures) -> Tensor:
-        """One tensor of a parameter, until the next one is asked for; communicates whatever has failed."""
+        """One whole tensor of a parameter, valid until the next call. Communicates even after a failure."""
         tensor = stage.tensor(home.parameter, torch.float32).zero_()
         failures.run(lambda: self._fill(tensor, self._pieces.get(home.parameter), kind))
         if self._is_sharded and home.group.size() > 1:
@@ -271,22 +265,22 @@ class _Source:
     @staticmethod
     def _fill(tensor: Tensor, piece: _Piece | None, kind: str) -> None:
         if piece is not None:
-            # before the first update there are no moments: zero
+            # there are no moments before the first update: leave zero
             mine = piece.main if kind == "main" else piece.owner.state[piece.main].get(kind)
             if mine is not None:
                 piece.part_of(tensor).copy_(mine.detach())
 
 
 class _Piece(NamedTuple):
-    """What the optimizer of this rank updates of one parameter."""
+    """The part of one parameter that this rank's optimizer updates."""
 
     parameter: torch.nn.Parameter
     main: Tensor
-    """fp32; the parameter itself, a part of it, or a copy, which may be on the host (offloaded)."""
+    """fp32: the parameter itself, a part of it, or a copy, which may be offloaded to the host."""
     owner: torch.optim.Optimizer
-    """Whose state has the moments, under `main`."""
+    """The optimizer whose state has the moments under the key `main`."""
     first: int = 0
-    """Element of the parameter with which it begins."""
+    """Index of its first element in the flattened parameter."""
 
     def part_of(self, tensor: Tensor) -> Tensor:
         """These elements of a tensor in the parameter's shape, as a view in the shape of `main`."""
@@ -324,7 +318,7 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
 
 
 def _owners(optimizer: HybridDeviceOptimizer) -> dict[Tensor, torch.optim.Optimizer]:
-    """Weight on the host or the device -> the one of the offloaded optimizer's own optimizers that updates it."""
+    """Weight on the host or the device -> the sub-optimizer of the offloaded optimizer that updates it."""
     return {
         weight: owner
         for owner in optimizer.sub_optimizers

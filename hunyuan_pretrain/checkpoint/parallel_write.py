@@ -1,9 +1,8 @@
-"""Writing one distributed checkpoint, by the parts of megatron-core's writer.
+"""Writes one distributed checkpoint with the parts of megatron-core's writer.
 
-Core's own entry point writes small files on rank 0 on its way from one collective to the next, where a full disk leaves
-the other ranks waiting in one that rank 0 never enters, and exchanges every rank's whole plan in each save. Here each
-step ends with all ranks knowing whether it succeeded on all, and the plan is exchanged and checked in the first saves
-of a run only.
+Core's own entry point writes small files on rank 0 between collectives. If the disk is full, the other ranks wait in a
+collective that rank 0 never enters. It also exchanges every rank's whole plan in each save. Here all ranks know after
+each step whether it succeeded on all of them, and the plan is exchanged and checked only in the first saves of a run.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import SYSTEM_REASONS, error_of_rank_0, first_error, reason_of
 
 FULL_DISK_BYTES = 1 << 20
-"""A disk with less free space than this after a failed write is full; a writer may leave the rest of a block."""
+"""A disk with less free space than this after a failed write counts as full; a writer may leave part of a block."""
 
 
 def write_state(folder: Path, model: HunyuanModel, build: Callable[[], dict[str, Any]]) -> str | None:
-    """Write into an empty folder what `build` returns, of sharded tensors and objects; the error of any rank.
+    """Write the sharded tensors and objects that `build` returns into an empty folder. Returns the error of any rank.
 
-    `model` is what the saves of a run have in common: its plan is remembered. Communicates: all ranks.
+    The plan is remembered per `model`, which all saves of a run share. Communicates: all ranks.
     """
     made: dict[str, Any] = {}
 
     def compare() -> None:
         made["parts"] = _parts(made["state"])
         if model in _planners and _planners[model].parts != made["parts"]:
-            raise ValueError("not the tensors of the save before")
+            raise ValueError("not the tensors of the previous save")
 
     def check() -> None:
-        # that the ranks' parts make up the whole: they do ever after if they do in the first save
+        # checks that the ranks' parts make up the whole; if they do in the first save, they do in all later ones
         made["state"], _ = save_preprocess(made["state"], validate_access_integrity=model not in _planners)
 
     def describe() -> None:
-        torch.save({}, folder / COMMON_STATE_FNAME)  # objects that are on every rank alike; there are none
+        torch.save({}, folder / COMMON_STATE_FNAME)  # objects common to all ranks; there are none
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
     def plan() -> None:
@@ -77,34 +76,34 @@ def write_state(folder: Path, model: HunyuanModel, build: Callable[[], dict[str,
 
 
 def forget_plan(model: HunyuanModel) -> None:
-    """After a failed save: ranks may differ in what they remember of a plan that one of them has not followed."""
+    """Call this after a failed save: if a rank has not completed the plan, ranks may remember different plans."""
     _planners.pop(model, None)
 
 
 class _Planned(NamedTuple):
-    """A save that the ranks have divided among them, before anything is written."""
+    """A save that has been split among the ranks, before anything is written."""
 
     writer: Any
     metadata: Any
-    """Which tensor is where; on rank 0."""
+    """Which tensor is where; on rank 0 only."""
 
 
 class _Planner(TorchDistSaveShardedStrategy):
-    """Core's strategy up to the plan. It remembers what the ranks have exchanged: from the third save on nothing of the
-    plan is sent."""
+    """Core's strategy up to the plan. It remembers what the ranks have exchanged: from the third save on, no part of
+    the plan is sent."""
 
     def __init__(self, parts: frozenset[Any]) -> None:
         super().__init__("torch_dist", 1, cached_metadata=True)
         logging.getLogger(TorchDistSaveShardedStrategy.__module__).addFilter(_concerns_users)
         self.parts = parts
-        """What this rank holds of which tensors."""
+        """Which parts of which tensors this rank holds."""
 
     def plan(self, state: dict[str, Any], folder: str) -> _Planned:
         """Communicates: all ranks."""
-        # for results of this process, which core would hold in a process of its own: one that outlives a rank which
-        # leaves after an error, and keeps the pipes of the job open
+        # A queue for this process's results. Core would keep it in a separate process, which outlives a rank that exits
+        # after an error and keeps the job's pipes open.
         filesystem_async._results_queue = Queue()
-        # core 0.19 has two writers, of which "mcore" is the one that 0.16 has
+        # core 0.19 has two writers; "mcore" is the one that 0.16 has
         chosen = (
             {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(self.async_save).parameters else {}
         )
@@ -115,7 +114,7 @@ class _Planner(TorchDistSaveShardedStrategy):
 
 
 def _concerns_users(record: logging.LogRecord) -> bool:
-    """Core 0.19 says once in every rank that a package, which nobody here has to have, has another writer."""
+    """Filter out core 0.19's message, once per rank, that recommends the writer of a package not required here."""
     return "async save is deprecated" not in record.getMessage()
 
 
@@ -130,7 +129,7 @@ def _parts(state: dict[str, Any]) -> frozenset[Any]:
 
 
 def _write_planned(folder: Path, writer: Any) -> None:
-    """Communicates nothing."""
+    """Write this rank's part of the plan. Communicates nothing."""
     writer.results = []
     write, to_host, arguments = writer.get_save_function_and_args()
     if write is None:
@@ -141,14 +140,14 @@ def _write_planned(folder: Path, writer: Any) -> None:
         if not isinstance(writer.results, list):
             raise CheckpointException("write", {dist.get_rank(): writer.results})
     except (Exception, CheckpointException) as error:
-        # megatron-core 0.19's writer does not hand on why it failed; the full disk is still there to be seen
+        # megatron-core 0.19's writer does not report why it failed, but a full disk can still be detected
         if reason_of(error) not in SYSTEM_REASONS and shutil.disk_usage(folder).free < FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 
 
 def _finish(planned: _Planned) -> str | None:
-    """Write which tensor is where; rank 0's error. Communicates: all ranks."""
+    """Write which tensor is where. Returns rank 0's error, or None. Communicates: all ranks."""
     found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(planned.writer.results, found, dst=0)
     return error_of_rank_0(lambda: planned.writer.finish(planned.metadata, found))

@@ -1,8 +1,8 @@
-"""The tokenizer: tiktoken over a ranks file, Hunyuan-Large's split pattern and 209 special tokens.
+"""The tokenizer: tiktoken over a ranks file, with Hunyuan-Large's split pattern and 209 special tokens.
 
-A tokenizer folder needs one file, `hy.tiktoken`: one line a token, base64 of its bytes, a space, its rank. Ids of
-ordinary tokens are their ranks; the special tokens follow, in the order of the Hunyuan-Large release, so their ids move
-with the number of ranks. `write_hf_tokenizer` adds the same tokenizer in the format of Hugging Face.
+A tokenizer folder needs one file, `hy.tiktoken`, with one line per token: its bytes in base64, a space, its rank. The
+id of an ordinary token is its rank. The special tokens follow in the order of the Hunyuan-Large release, so their ids
+depend on the number of ranks. `write_hf_tokenizer` adds the same tokenizer in Hugging Face format.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ END_OF_USER, END_OF_SYSTEM = "<|extra_0|>", "<|extra_4|>"
 SPECIAL_TOKENS = (END, START, BOS, EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
 
 GUARD = "\ufdd0"
-"""Stands in "<|" of a text that passes through Hugging Face's chat template, so that no name of a special token is
-found there; the normaliser of tokenizer.json takes it out again. Unicode keeps this code point for such inner uses: no
-text for interchange has it."""
+"""Inserted into each "<|" of a text that passes through Hugging Face's chat template, so that no special token name is
+found there. The normaliser of tokenizer.json removes it again. Unicode reserves this code point for internal use: text
+for interchange never contains it."""
 
 CHAT_TEMPLATE = (
-    # G: the guard. Reversible whatever the text holds, for the normaliser takes out one guard after each "<".
+    # G: the guard. Reversible for any text, because the normaliser removes one guard after each "<".
     "{% macro text(message) %}{% if message['content'] is not string %}{{ raise_exception('the content of a "
     "message must be text') }}"
     "{% endif %}{{ message['content'] | replace('<G', '<GG') | replace('<|', '<G|') }}{% endmacro %}"
@@ -59,14 +59,13 @@ CHAT_TEMPLATE = (
 
 
 class UnknownIdError(DataFormatError):
-    """A token id that the vocabulary does not have."""
+    """A token id outside the vocabulary."""
 
 
 class Tokenizer:
-    """Text to ids and back. Text is brought to NFC first; special tokens in text are ordinary characters, never
-    interpreted.
+    """Text to ids and back. Text is normalised to NFC first. Names of special tokens in text are ordinary characters.
 
-    `ranks` maps the bytes of each ordinary token to its id; it must hold every single byte and the ids 0..n-1.
+    `ranks` maps the bytes of each ordinary token to its id. It must contain every single byte and the ids 0..n-1.
     """
 
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
@@ -75,14 +74,14 @@ class Tokenizer:
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
-        # made when first used: it takes longer than all else, and not every user of a tokenizer encodes
+        # built on first use: it is the slowest part, and not every user of a tokenizer encodes
         return tiktoken.Encoding(
             "hunyuan", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_ids
         )
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a folder with hy.tiktoken, or of a ranks file. Raises DataFormatError if it is missing or
+        """Load from a folder with hy.tiktoken, or from a ranks file. Raises DataFormatError if it is missing or
         malformed."""
         path = Path(path)
         file = path / RANKS_FILE if path.is_dir() else path
@@ -119,7 +118,7 @@ class Tokenizer:
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """(V,) int64: bytes of text, in NFC, that each id stands for; 0 for special tokens."""
+        """(V,) int64: number of bytes of NFC text that each id stands for; 0 for special tokens."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, rank in self.ranks.items():
             sizes[rank] = len(token)
@@ -127,13 +126,13 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """SHA-256, hexadecimal, of everything that decides ids: ranks, split pattern, special tokens, normalisation."""
+        """SHA-256 (hex) of everything that determines ids: ranks, split pattern, special tokens, normalisation."""
         digest = hashlib.sha256(format_ranks(self.ranks))
         digest.update("\n".join(["NFC", SPLIT_PATTERN, *SPECIAL_TOKENS]).encode())
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added."""
+        """Ids of `text` alone, without <|startoftext|> or <|endoftext|>."""
         ids: list[int] = self._encode(text).tolist()
         return ids
 
@@ -150,31 +149,31 @@ class Tokenizer:
             ids: np.ndarray = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
             raise DataFormatError(
-                f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text"
+                f"half of a surrogate pair (character {error.start} of the text), which is not valid Unicode"
             ) from None
         except ValueError:
-            # The split pattern backtracks over white space, on a stack that holds a little under a million characters.
+            # The split pattern backtracks over white space, on a stack for a little under a million characters.
             raise DataFormatError(
                 "a run of white space is too long to split (limit: about 900,000 characters); shorten it"
             ) from None
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids`, special tokens by name; bytes that are not UTF-8 (a character cut in two) become U+FFFD.
+        """Text of `ids`, special tokens by name. Bytes that are not UTF-8 (a character cut in two) become U+FFFD.
 
-        Raises UnknownIdError for an id that the vocabulary does not have.
+        Raises UnknownIdError for an id outside the vocabulary.
         """
         unknown = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if unknown is not None:
-            raise UnknownIdError(f"token id {unknown}, where the vocabulary has 0 to {self.vocab_size - 1}")
+            raise UnknownIdError(f"token id {unknown} is outside the vocabulary, 0 to {self.vocab_size - 1}")
         return self._encoding.decode([int(i) for i in ids])
 
     def apply_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation in Hunyuan's layout; ends after <|extra_0|> if the last message is the user's, ready
-        for an answer.
+        """Ids of a conversation in Hunyuan's layout. If the last message is the user's, they end with <|extra_0|>,
+        ready for an answer.
 
-        `messages` are {"role", "content"}: an optional system, then user and assistant in turn. An empty system message
-        is none, as in the release's template. Raises DataFormatError otherwise.
+        `messages` are {"role", "content"}: an optional system message, then user and assistant in turn. An empty system
+        message is ignored, as in the release's template. Raises DataFormatError for other roles or another order.
         """
         has_system = bool(messages) and messages[0].get("role") == "system"
         ids = [self.start_id]
@@ -197,10 +196,10 @@ class Tokenizer:
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """The ranks of a tiktoken file, in the order of their ids.
+    """The ranks of a tiktoken file, ordered by id.
 
-    Raises DataFormatError, with the line, for a malformed line or a token or rank that occurs twice; and for a byte
-    without a token or a gap in the ranks.
+    Raises DataFormatError with the line number for a malformed line, or a token or rank that occurs twice; also for a
+    byte without a token or a gap in the ranks.
     """
     lines = file.read_bytes().splitlines()
     filled = list(filter(bytes.strip, lines))
@@ -208,8 +207,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         ranks = {a2b_base64(token, strict_mode=True): int(rank) for token, rank in map(bytes.split, filled)}
     except ValueError:
         ranks = {}
-    # A sound file is in order; where this one is not, lines are looked at one by one, which takes twice the time of
-    # reading it.
+    # A valid file is in order. If this one is not, lines are checked one by one, which takes twice as long as reading.
     if b"" in ranks or list(ranks.values()) != list(range(len(filled))):
         _refuse_wrong_line(file, lines)
         ranks = dict(sorted(ranks.items(), key=itemgetter(1)))
@@ -228,7 +226,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def _refuse_wrong_line(file: Path, lines: Sequence[bytes]) -> None:
-    """Raise DataFormatError for the first malformed line, or token or rank that occurs twice, if there is any."""
+    """Raise DataFormatError for the first malformed line, or repeated token or rank, if there is one."""
     line_of_token: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -255,11 +253,9 @@ def _refuse_wrong_line(file: Path, lines: Sequence[bytes]) -> None:
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Make `folder` hold what `Tokenizer.load` reads of the folder `source`, and nothing else of it, whatever lies
-    there.
+    """Copy into `folder` what `Tokenizer.load` reads from the folder `source`, and none of its other files.
 
-    The file is there as a whole or as it was before; one that is the same, the source itself, say, is not touched.
-    Raises OSError.
+    The write is atomic. A file with the same content, such as the source itself, is not touched. Raises OSError.
     """
     content = (Path(source) / RANKS_FILE).read_bytes()
     target = folder / RANKS_FILE
@@ -269,7 +265,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
-    """The content of a tiktoken file, one line a token, by rank."""
+    """The content of a tiktoken file: one line per token, by rank."""
     by_rank = sorted(ranks, key=ranks.__getitem__)
     return b"".join([b"%s %d\n" % (b2a_base64(token, newline=False), ranks[token]) for token in by_rank])
 
@@ -278,13 +274,13 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which transformers loads without remote
     code.
 
-    Called as `tokenizer(text)` it gives <|startoftext|> and the ids of `Tokenizer.encode`, since that is how each
-    document began in training; no <|endoftext|>, which is for the model to say; `add_special_tokens=False` gives the
-    ids alone. In a text handed over so, the names of special tokens are special tokens, as everywhere in Hugging Face,
-    unless `split_special_tokens=True`; in the messages of `apply_chat_template` they never are, which gives the ids of
-    `Tokenizer.apply_chat`. Needs the package `tokenizers`. The end of a text is <|endoftext|>, which is what a
-    pretrained model emits; a chat-tuned model ends on <|eos|>.
-    model_max_length: positions of the model, for transformers to warn and to truncate by.
+    `tokenizer(text)` returns <|startoftext|> and the ids of `Tokenizer.encode`, because every training document began
+    so. It adds no <|endoftext|>: the model generates that. `add_special_tokens=False` returns the ids alone. Names of
+    special tokens in such a text become special tokens, as everywhere in Hugging Face, unless
+    `split_special_tokens=True`. In the messages of `apply_chat_template` they never do, so its ids are those of
+    `Tokenizer.apply_chat`. The end-of-sequence token is <|endoftext|>, which a pretrained model emits; a chat-tuned
+    model ends with <|eos|>. Needs the package `tokenizers`.
+    model_max_length: positions of the model; transformers warns and truncates by it.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as HFTokenizer
@@ -303,7 +299,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
         ]
     )
     fast.decoder = decoders.ByteLevel()
-    # Not normalised: found before the guards are taken out, and never after.
+    # Not normalised: matched before the guards are removed, never after.
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     fast.post_processor = processors.TemplateProcessing(
         single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, tokenizer.start_id)]
@@ -314,7 +310,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
         **roles,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        # Rows of a batch end together, where the model goes on.
+        # Rows of a batch must end together, where generation continues.
         "padding_side": "left",
         "chat_template": CHAT_TEMPLATE,
     }
@@ -326,12 +322,12 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair of tokens that tiktoken joins to make each token, by the rank of the result.
+    """The pair of tokens that tiktoken joins to make each token, ordered by the rank of the result.
 
-    tiktoken joins whichever neighbours form the token of lowest rank. As long as no join crosses the ends of a stretch
-    of bytes, the joins inside it are those of the stretch alone, so a token is only ever made from the two parts its
-    own bytes come to. Tokens whose bytes never come to two parts are found by whole-word lookup alone: they have no
-    pair, and need `ignore_merges`.
+    tiktoken always joins the neighbours that form the token of lowest rank. As long as no join crosses the ends of a
+    byte range, the joins inside it are the same as for that range alone. So a token is always made from the same two
+    parts: those that its own bytes reduce to. A token whose bytes never reduce to two parts is found only by whole-word
+    lookup: it has no pair, and needs `ignore_merges`.
     """
     merges = []
     for token in sorted(ranks, key=lambda token: ranks[token]):
@@ -342,8 +338,8 @@ def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that tiktoken's joins bring `token` to before they make it; None for a single byte and if they
-    never come to two."""
+    """The two tokens that tiktoken's joins reduce `token` to before the last join. None for a single byte, or if they
+    never reduce it to two."""
     if len(token) < 2:
         return None
     parts = [token[i : i + 1] for i in range(len(token))]
