@@ -1,4 +1,4 @@
-"""Whether a file of a data folder is what was written: its length and its SHA-256."""
+"""Checks that a file of a data folder is as written, by its size and its SHA-256."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_digest(path: Path, expected: str | None) -> None:
 
 
 def check_digest_in_steps(path: Path, expected: str | None) -> Iterator[int]:
-    """As `check_digest`, with a yield of the number of bytes after each block read."""
+    """As `check_digest`, but yields the number of bytes read after each block."""
     if not path.is_file():
         raise DataFormatError(f"{path}: missing; write the folder again")
     digest = hashlib.sha256()
@@ -44,7 +44,7 @@ def check_digest_in_steps(path: Path, expected: str | None) -> Iterator[int]:
 
 
 def check_size(path: Path, expected: int, described_by: str) -> None:
-    """Raise DataFormatError unless a file is there and has as many bytes as expected."""
+    """Raise DataFormatError unless a file exists and has `expected` bytes."""
     if not path.is_file():
         raise DataFormatError(f"{path}: missing; write the folder again")
     size = path.stat().st_size

@@ -2,5 +2,5 @@
 
 
 class DataFormatError(ValueError):
-    """A file, folder or setting of the data that a user can put right: the message names it, the rule and the nearest
-    right value."""
+    """A data file, folder or setting that the user can correct. The message names it, the rule and the nearest valid
+    value."""

@@ -1,4 +1,4 @@
-"""Writing whole folders and files or nothing, and the manifest.json that every data folder carries."""
+"""Atomic writes of folders and files, and the manifest.json of every data folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from hunyuan_pretrain.data.errors import DataFormatError
 
 MANIFEST = "manifest.json"
 _IDENTITY = ".job"
-"""What an unfinished folder is the beginning of."""
+"""File in an unfinished folder with the identity of the job that it belongs to."""
 _LOCK = ".lock"
 
 
 @contextmanager
 def new_folder(path: str | Path, *, files: Sequence[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `path` that takes its name when the block ends, and is removed if the block raises.
+    """A temporary sibling of `path`. It is renamed to `path` when the block ends, and removed if the block raises.
 
-    `files` are patterns of the names that a folder of this kind holds, the first one of which is always there: with
-    `overwrite` an existing folder is replaced only if it holds that one and no others, so that a mistyped output never
-    removes somebody's files, nor what another command has made. Raises DataFormatError if `path` is there and may not
+    `files` are patterns for the names in a folder of this kind; the first name always exists. With `overwrite`, an
+    existing folder is replaced only if it contains the first name and no name outside the patterns, so that a mistyped
+    output never removes a user's files or another command's output. Raises DataFormatError if `path` exists and may not
     be replaced.
     """
     path = Path(path)
     _check_replaceable(path, files, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
-    # A leftover of a killed process that had the same number.
+    # Left by a killed process with the same process id.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -52,14 +52,14 @@ def new_folder(path: str | Path, *, files: Sequence[str], overwrite: bool = Fals
 def unfinished_folder(
     path: str | Path, *, files: Sequence[str], identity: str, overwrite: bool = False
 ) -> Iterator[Path]:
-    """The place where the folder `path` grows, over several runs of a command if one is interrupted; `finish_folder`
-    gives it its name.
+    """The unfinished folder of `path`. It survives interruption, so several runs of a command can fill it;
+    `finish_folder` renames it to `path`.
 
-    It is a sibling of `path`, and what an earlier run with the same `identity` left there is there again. The block has
-    it alone, on every machine that sees it. Files whose names begin with a dot do not belong to what grows, and
-    `finish_folder` removes them. If the block raises, the folder stays if it holds anything else, and is removed if
-    not. Raises DataFormatError if `path` is there and may not be replaced (see `new_folder`), if another process is at
-    work, or if an unfinished folder of another identity is there; with `overwrite` that one is removed.
+    It is a sibling of `path` and keeps what an earlier run with the same `identity` left. The block has exclusive
+    access, across all machines that see the folder. Files whose names begin with a dot are temporary: `finish_folder`
+    removes them. If the block raises, the folder stays if it holds any other file; otherwise it is removed. Raises
+    DataFormatError if `path` exists and may not be replaced (see `new_folder`), if another process is using the folder,
+    or if it has another identity; with `overwrite`, its contents are then removed instead.
     """
     path = Path(path)
     _check_replaceable(path, files, overwrite)
@@ -77,12 +77,11 @@ def unfinished_folder(
 
 @contextmanager
 def begun_folder(path: str | Path, *, alone: bool = False) -> Iterator[tuple[Path, str]]:
-    """(unfinished folder of `path`, its identity) as `unfinished_folder` has left it, for one of many processes that
-    fill it together.
+    """(unfinished folder of `path`, its identity) as left by `unfinished_folder`, for one of many processes that fill
+    it together.
 
-    Such processes may be at work at the same time, on any machine, but not beside one that asks for the folder `alone`,
-    or by `unfinished_folder`. Raises DataFormatError if another process excludes this one, or if there is no such
-    folder.
+    Such processes may run at the same time, on any machine, but not beside one that holds the folder `alone` or through
+    `unfinished_folder`. Raises DataFormatError if another process excludes this one, or if there is no such folder.
     """
     path = Path(path)
     file = _partial(path) / _IDENTITY
@@ -94,7 +93,7 @@ def begun_folder(path: str | Path, *, alone: bool = False) -> Iterator[tuple[Pat
 
 @contextmanager
 def waiting_for(lock: Path) -> Iterator[None]:
-    """Holds the lock file `lock`, made if it is not there, as soon as no other process on any machine does."""
+    """Hold the lock file `lock`, which is created if missing. Waits until no other process on any machine holds it."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -105,7 +104,7 @@ def waiting_for(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, kind: int) -> Iterator[None]:
-    # a file of its own, not the folder: NFS gives an exclusive lock only on what is open for writing
+    # a separate file, not the folder: NFS grants an exclusive lock only on a file that is open for writing
     lock = os.open(_partial(path) / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
         try:
@@ -118,11 +117,11 @@ def _locked(path: Path, kind: int) -> Iterator[None]:
 
 
 def finish_folder(path: str | Path) -> None:
-    """Give an unfinished folder its name; its files must have been flushed. Nothing happens if that is done already."""
+    """Rename an unfinished folder to `path`. Its files must have been flushed. Does nothing if that is already done."""
     path = Path(path)
     partial = _partial(path)
     if partial.is_dir():
-        for leftover in partial.glob(".*"):  # of killed processes, or of use only until now
+        for leftover in partial.glob(".*"):  # of killed processes, or needed only until now
             if leftover.name not in (_IDENTITY, _LOCK):
                 leftover.unlink()
         _take_name(partial, path)
@@ -131,13 +130,13 @@ def finish_folder(path: str | Path) -> None:
 
 
 def _take_over(partial: Path, identity: str, overwrite: bool) -> None:
-    """Make sure that what is in an unfinished folder, if anything, is of this identity."""
+    """Make sure that an unfinished folder has this identity. Raises DataFormatError if it holds files of another."""
     file = partial / _IDENTITY
     if (file.read_text(errors="replace") if file.is_file() else "") == identity:
         return
     if any(partial.glob("[!.]*")) and not overwrite:
         raise DataFormatError(
-            f"{partial}: left unfinished by a run with other inputs or options; run that again to go on, or pass "
+            f"{partial}: left unfinished by a run with other inputs or options; run that again to continue, or pass "
             "--overwrite to start over"
         )
     for other in partial.iterdir():
@@ -168,7 +167,7 @@ def _check_replaceable(path: Path, files: Sequence[str], overwrite: bool) -> Non
 
 
 def is_inside(path: str | Path, folder: str | Path) -> bool:
-    """Whether a path leads to something in a folder, or to the folder itself, by whatever links."""
+    """Whether a path, with all links resolved, is a folder or lies inside it."""
     there = Path(folder).resolve()
     return there in (Path(path).resolve(), *Path(path).resolve().parents)
 
@@ -178,7 +177,7 @@ def _take_name(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         return
     previous = path.parent / f".{path.name}.{os.getpid()}.previous"
-    # A stop between the two would leave neither the old folder under its name nor the new one.
+    # A signal between the two renames would leave no folder under the name, neither the old one nor the new one.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         path.rename(previous)
@@ -189,7 +188,7 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -198,7 +197,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write one file so that `path` holds either what it held before or all of `content`."""
+    """Write one file atomically: `path` holds either its previous content or all of `content`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         temporary.write_bytes(content)
@@ -215,8 +214,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def manifest_format(folder: str | Path) -> str:
-    """The `format` of a data folder, "" if its manifest has none. Raises DataFormatError if there is no folder or no
-    readable manifest."""
+    """The `format` of a data folder, "" if its manifest has none. Raises DataFormatError if the folder or a readable
+    manifest is missing."""
     return str(_load_manifest(Path(folder)).get("format", ""))
 
 
@@ -242,8 +241,8 @@ def read_manifest(folder: str | Path, expected_format: str, version: int, writte
 
 
 def manifest_field(folder: str | Path, manifest: Any, name: str, kind: type) -> Any:
-    """`manifest[name]` of a manifest or a part of one; DataFormatError if it is missing or not of `kind`, or a number
-    below 0."""
+    """`manifest[name]` of a manifest or a part of one. Raises DataFormatError if it is missing, not of type `kind`, or
+    an integer outside 0 to 2^63 - 1."""
     path = Path(folder) / MANIFEST
     if not isinstance(manifest, dict):
         raise DataFormatError(f"{path}: a JSON object with {name} is expected, found {type(manifest).__name__}")
@@ -264,9 +263,7 @@ def _load_manifest(folder: Path, written_by: str = "hunyuan-data") -> dict[str, 
         if not path.is_file():
             raise DataFormatError(f"{path}: missing; give a folder written by `{written_by}`")
         manifest = json.loads(path.read_bytes())
-        json.dumps(
-            manifest, ensure_ascii=False
-        ).encode()  # fails for half of a surrogate pair, which nobody could print
+        json.dumps(manifest, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which cannot be printed
     except DataFormatError:
         raise
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What was in a batch: the documents of every sequence of a step, back to the files of the corpus.
+"""What was in a batch: the documents of every sequence of a step, traced back to the corpus files.
 
-Nothing is recorded while training: the order of the data is a pure function of the experiment and the step, so the
-ledger is computed.
+Nothing is recorded during training. The data order is a pure function of the experiment and the step, so the ledger is
+computed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class LedgerPiece:
     """A run of tokens of one document in a sequence."""
 
     position: int
-    """Of its first token in the sequence."""
+    """Position of its first token in the sequence."""
     tokens: int
     tokenized: str
     """Folder of `hunyuan-data tokenize`."""
     document: int
     """Number of the document in that folder."""
     first_token: int
-    """Of the piece within the document."""
+    """Index of the piece's first token within the document."""
     file: str
     """File of the corpus."""
     place: int
@@ -39,7 +39,7 @@ class LedgerSequence:
     """One sequence of a global batch."""
 
     place: int
-    """In the global batch."""
+    """Position in the global batch."""
     packed: str
     """Folder of `hunyuan-data pack`."""
     sequence: int
@@ -48,7 +48,8 @@ class LedgerSequence:
 
 
 def sequences_of_step(order: SampleOrder, step: int) -> Iterator[LedgerSequence]:
-    """The global batch of a global step, counted from 0, in its order. Raises IndexError if there is no such step."""
+    """The sequences of a global step's batch, in order; steps count from 0. Raises IndexError if there is no such
+    step."""
     places = np.arange(order.stage(step).global_batch_sequences)
     for place, (dataset, sequence) in zip(places.tolist(), order.sequences(step, places), strict=True):
         yield LedgerSequence(place, str(dataset.index.folder), sequence, pieces_of(dataset, sequence))

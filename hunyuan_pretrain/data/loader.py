@@ -1,11 +1,11 @@
 """The batches of one data-parallel rank.
 
 The global batch of a step is fixed by the seed alone. Micro-batch m of rank r takes micro_batch_sequences of its
-sequences, from (m * dp_size + r) * micro_batch_sequences on, or as balance_attention deals them; so ranks and
-micro-batches only deal the same sequences out, and a run goes on exactly with another number of ranks. There is no
-state to save: the step, and the segments of the run, are the state.
+sequences, starting at (m * dp_size + r) * micro_batch_sequences, or as balance_attention assigns them. Ranks and
+micro-batches only split the same sequences among themselves, so a run continues exactly with another number of ranks.
+There is no state to save: the step and the run's segments are the state.
 
-Shapes: T = micro_batch_sequences * S tokens, the sequences one after the other.
+Shapes: T = micro_batch_sequences * S tokens, the sequences concatenated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, positio
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank passes through the model at a time; tensors on the CPU."""
+    """The input of one forward pass on one rank. Tensors are on the CPU."""
 
     tokens_T: torch.Tensor
     """int64."""
@@ -39,20 +39,20 @@ class MicroBatch:
     positions_T: torch.Tensor
     """int64, from 0 in each piece of a document."""
     cu_seqlens: torch.Tensor
-    """(pieces + 1,) int32, borders of pieces over all of T; every end of a sequence is one."""
+    """(pieces + 1,) int32, boundaries of the pieces over all of T; every end of a sequence is one."""
     max_seqlen: int
     """Tokens of the longest piece."""
     sequence_ids: torch.Tensor
-    """(micro_batch_sequences,) int64, the place of each sequence in the global batch of the step."""
+    """(micro_batch_sequences,) int64, the position of each sequence in the global batch of the step."""
 
 
 class StepLoader:
-    """Micro-batches of one rank by global step, counted from 0 over all stages; the next step is read while the model
+    """Micro-batches of one rank by global step, counted from 0 over all stages. The next step is read while the model
     works on this one.
 
-    Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another sequence length than the
-    stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), or has ids beyond the
-    embedding.
+    Raises DataFormatError if a stage's global batch is not a multiple of dp_size x micro_batch_sequences, or if a
+    dataset of a stage is missing or damaged, is packed to a sequence length other than the stage's, was tokenized with
+    a tokenizer other than `tokenizer_digest` (None: not checked), or has ids beyond the embedding.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StepLoader:
         past: Sequence[Segment] = (),
         first_step: int = 0,
     ) -> None:
-        """past, first_step: as SampleOrder takes them."""
+        """past, first_step: as for SampleOrder."""
         assert 0 <= dp_rank < dp_size
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
@@ -85,8 +85,8 @@ class StepLoader:
         return self.order.num_steps
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a global step, in the order in which they run. Raises IndexError if there is no
-        such step."""
+        """This rank's micro-batches of a global step, in execution order. Raises IndexError if there is no such
+        step."""
         self.order.stage(step)
         prefetched, self._next = self._next, None
         batches = prefetched[1].result() if prefetched and prefetched[0] == step else self._read(step)
@@ -95,13 +95,13 @@ class StepLoader:
         return batches
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every file of the data, as the manifests have them."""
+        """SHA-256 of every data file, as recorded in the manifests."""
         return {
             file: digest for dataset in self.order.datasets.values() for file, digest in dataset.index.digests().items()
         }
 
     def close(self) -> None:
-        """End the reading thread."""
+        """Stop the reader thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, step: int) -> list[MicroBatch]:
@@ -116,11 +116,11 @@ class StepLoader:
 
 
 class EvaluationLoader:
-    """The first sequences of the validation data in fixed order, dealt out over the ranks; every rank has as many
-    micro-batches.
+    """The first sequences of the validation data in a fixed order, split over the ranks. Every rank has the same number
+    of micro-batches.
 
-    Where the sequences do not go round, wholly masked ones fill up; their `sequence_ids` are `num_sequences` and above.
-    Raises DataFormatError as StepLoader does.
+    Fully masked sequences fill the last ones; their `sequence_ids` are `num_sequences` and above. Raises
+    DataFormatError if the data is missing, damaged, or does not fit the tokenizer or the embedding.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class EvaluationLoader:
         named: EvaluationSet | None = None,
         token_bytes: np.ndarray | None = None,
     ) -> None:
-        """micro_batch_multiple: each rank has a multiple of so many micro-batches. named: one of evaluation.sets, else
-        evaluation.data.
+        """micro_batch_multiple: each rank's number of micro-batches is a multiple of this. named: one of
+        evaluation.sets; None: evaluation.data.
 
-        token_bytes: (V,) bytes of text of each id, for `target_bytes`.
+        token_bytes: (V,) bytes of text per id, for `target_bytes`.
         """
         assert 0 <= dp_rank < dp_size
         evaluation = experiment.evaluation
@@ -153,13 +153,13 @@ class EvaluationLoader:
         )
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every file of the data, as the manifests have them."""
+        """SHA-256 of every data file, as recorded in the manifests."""
         return self._dataset.index.digests()
 
     @cached_property
     def target_bytes(self) -> int | None:
-        """Bytes of the text that this rank's target tokens stand for (<|endoftext|> is a target and has none); None if
-        not known."""
+        """Bytes of text that this rank's target tokens stand for; None if unknown. <|endoftext|> is a target of 0
+        bytes."""
         if self._token_bytes is None:
             return None
         sequences = [
@@ -186,7 +186,7 @@ class EvaluationLoader:
 
 
 def _positions_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Places of a rank's sequences in the global batch: (micro-batches, micro_batch) int64."""
+    """Positions of a rank's sequences in the global batch: (micro-batches, micro_batch) int64."""
     return np.arange(global_batch).reshape(-1, dp_size, micro_batch)[:, dp_rank]
 
 
@@ -208,7 +208,7 @@ def _collate(sequences: list[PackedSequence], positions: np.ndarray) -> MicroBat
 
 
 def _joined(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-    """The parts one after the other, copied once."""
+    """The parts concatenated, copied once."""
     joined = torch.empty(sum(len(part) for part in parts), dtype=dtype)
     np.concatenate(parts, out=joined.numpy(), casting="unsafe")
     return joined

@@ -1,7 +1,7 @@
 """Packed sequences as a model trains on them.
 
 Shapes: S is the sequence length. A piece of n tokens takes n positions. The label of its last position is the next
-token of the same document if the document goes on beyond the piece; otherwise nothing is predicted there. So no
+token of the same document if the document continues beyond the piece; otherwise nothing is predicted there. So no
 document is ever predicted from another.
 """
 
@@ -34,15 +34,15 @@ class PackedSequence:
     positions: np.ndarray
     """(S,) int32, from 0 in each piece and in the tail padding."""
     cu_seqlens: np.ndarray
-    """(pieces + 1,) int32, or (pieces + 2,) with tail padding: the borders between which attention stays; from 0 to
+    """(pieces + 1,) int32, or (pieces + 2,) with tail padding: the boundaries that attention does not cross, from 0 to
     S."""
 
 
 class PackedDataset:
-    """The sequences of a packed folder by number; nothing is read before a sequence is asked for.
+    """The sequences of a packed folder by number. A sequence is read only when it is asked for.
 
     Raises DataFormatError if the folder cannot be opened (see `PackedIndex`), or if `expected_tokenizer_digest` is
-    given and is not that of the data.
+    given and differs from the data's.
     """
 
     def __init__(self, path: str | Path, expected_tokenizer_digest: str | None = None) -> None:
@@ -65,7 +65,7 @@ class PackedDataset:
         if not 0 <= number < len(self):
             raise IndexError(f"sequence {number} of {len(self)}")
         pieces = self._pieces(number)
-        # lists, because most sequences have a few pieces and numpy takes longer to begin than to do so little
+        # lists, because most sequences have few pieces, for which numpy's call overhead is larger than the work
         lengths = index.piece_length[pieces].tolist()
         bounds = list(accumulate(lengths, initial=0))
         if bounds[-1] > size:
@@ -76,7 +76,7 @@ class PackedDataset:
             raise DataFormatError(f"{index.folder}: sequence {number} has no piece, or one without a token; pack again")
         try:
             return self._read(number, pieces, bounds)
-        except (IndexError, ValueError) as error:  # numpy's, of offsets that are not those that were written
+        except (IndexError, ValueError) as error:  # from numpy: offsets are not as written
             raise DataFormatError(
                 f"{index.folder}: sequence {number} cannot be read ({error}); a file changed after it was written, "
                 f"`hunyuan-data verify {index.folder}` says which"
@@ -84,7 +84,7 @@ class PackedDataset:
 
     def _read(self, number: int, pieces: slice, bounds: list[int]) -> PackedSequence:
         index, size, filled = self.index, self.sequence_length, bounds[-1]
-        # 32 bits are enough for any id, and half the bytes to write: at 256K this function is as fast as memory
+        # int32 holds any id in half the bytes of int64: at 256K this function is bound by memory bandwidth
         tokens, labels, positions = (np.empty(size, dtype=np.int32) for _ in range(3))
         loss_mask = np.ones(size, dtype=np.bool_)
         if filled < size:
@@ -100,7 +100,7 @@ class PackedDataset:
         return sequence
 
     def _read_pieces(self, sequence: PackedSequence, pieces: slice, bounds: list[int]) -> None:
-        """Fill in what the pieces of a sequence take, from their documents."""
+        """Fill in the pieces of a sequence from their documents."""
         index, first_documents = self.index, self._first_documents
         tokens, labels, loss_mask, positions = sequence.tokens, sequence.labels, sequence.loss_mask, sequence.positions
         columns = (index.piece_document[pieces].tolist(), index.piece_start[pieces].tolist(), bounds, bounds[1:])
@@ -118,7 +118,7 @@ class PackedDataset:
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
 
     def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, bounds: np.ndarray) -> None:
-        """Fill in what the pieces of a sequence take, from its copy; `bounds` (pieces + 1,) are where they begin and
+        """Fill in the pieces of a sequence from its materialized copy. `bounds` (pieces + 1,): where pieces begin and
         end."""
         index, filled = self.index, int(bounds[-1])
         start = int(index.sequence_starts[number])

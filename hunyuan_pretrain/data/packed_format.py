@@ -1,15 +1,15 @@
 """The packed dataset on disk: an index over tokenized folders. No token is copied, so packing again to another length
-costs little.
+is cheap.
 
-A packed folder holds, beside manifest.json, numpy arrays: `sequence_offsets` (sequences + 1,), and per piece
-`piece_document`, `piece_start` and `piece_length` (see `packing.Packing`); and per sequence `squared_lengths` and
+Beside manifest.json, a packed folder holds numpy arrays: `sequence_offsets` (sequences + 1,); per piece,
+`piece_document`, `piece_start` and `piece_length` (see `packing.Packing`); and per sequence, `squared_lengths` and
 `cost_order` (see `balance`). Documents are numbered over the tokenized folders in the order of the manifest's
-`sources`, whose paths are relative to the packed folder and which are recognised by their digests.
+`sources`. Their paths are relative to the packed folder, and they are identified by their digests.
 
-A materialized folder also holds the tokens, `tokens.bin`: the pieces one after the other in the order of the sequences,
-without padding; `sequence_starts` (sequences + 1,), where each sequence begins there; and per piece `next_tokens`, the
-token of the document after it, -1 where there is none. It is read in one stretch a sequence, and needs its sources only
-to say where a document comes from.
+A materialized folder also holds the tokens in `tokens.bin`: the pieces concatenated in the order of the sequences,
+without padding. `sequence_starts` (sequences + 1,) is where each sequence begins in it. `next_tokens` is, per piece,
+the document's token after the piece, -1 if there is none. A sequence is then one contiguous read, and the sources are
+needed only to say where a document comes from.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
 ARRAYS_OF_COSTS = ("squared_lengths", "cost_order")
 ARRAYS_OF_TOKENS = ("sequence_starts", "next_tokens")
 PACKED_FILES = (MANIFEST, TOKENS, *(f"{name}.npy" for name in (*ARRAYS, *ARRAYS_OF_COSTS, *ARRAYS_OF_TOKENS)))
-"""Names of all that is in a packed folder."""
+"""Names of all files that a packed folder can contain."""
 MAX_SEQUENCE_LENGTH = 1 << 24
 
 
 def check_sources(sources: Sequence[TokenizedDataset]) -> None:
-    """Raise DataFormatError unless all sources were tokenized with one tokenizer and none is given twice, nor a copy of
-    one."""
+    """Raise DataFormatError unless all sources were tokenized with the same tokenizer and none is given twice, not even
+    as a copy."""
     first = sources[0]
     seen: dict[str, Path] = {}
     for source in sources:
@@ -76,10 +76,11 @@ def write_packed(
     materialize: bool = False,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """Write a packed dataset into an existing empty folder, which must lie where it will stay or beside it; returns the
-    manifest.
+    """Write a packed dataset into an existing empty folder and return its manifest. The folder must lie where it will
+    stay, or beside it.
 
-    `options`: how it was packed, for the manifest. `advance` is told how many tokens `materialize` has copied.
+    `options`: how it was packed, for the manifest. `advance` is called with each number of tokens that `materialize`
+    has copied.
     """
     digests = {}
     squares = squared_lengths(packing)
@@ -160,7 +161,7 @@ def _copy_tokens(
 
 
 class PackedIndex:
-    """A packed folder opened with its sources, all memory-mapped; opening costs the same for every size.
+    """A packed folder with its sources, all memory-mapped. Opening costs the same for every size.
 
     Raises DataFormatError if a file is missing, cut short or of another kind, or if a source is not the one that was
     packed.
@@ -177,14 +178,14 @@ class PackedIndex:
         self.tokenizer_digest: str = self._field("tokenizer_digest", str)
         num_pieces: int = self._field("pieces", int)
         self.num_documents: int = self._field("documents", int)
-        """Of all sources,"""
+        """Documents of all sources."""
         options = {"left_out_documents": 0, **self._field("options", dict)}
         self.packed_documents: int = self.num_documents - manifest_field(
             self.folder, options, "left_out_documents", int
         )
-        """how many of them were packed, and"""
+        """Documents of the sources that were packed."""
         self.cut_documents: int = self._field("cut_documents", int)
-        """how many are not in one piece."""
+        """Packed documents that are not in one piece."""
         self.padding_tokens: int = self._field("padding_tokens", int)
         self._check_counts()
         self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1, np.int64)
@@ -209,7 +210,7 @@ class PackedIndex:
 
     @cached_property
     def sources(self) -> list[TokenizedDataset]:
-        """The tokenized folders; of a materialized one they are opened only when asked for, and need not be there."""
+        """The tokenized folders. Those of a materialized folder are opened only on access, and may be missing."""
         return [self._open_source(entry) for entry in self._field("sources", list)]
 
     @cached_property
@@ -224,7 +225,7 @@ class PackedIndex:
 
     @cached_property
     def selections(self) -> tuple[Selection, ...]:
-        """Which documents of which tokenized folders were packed, as the manifest has it."""
+        """Which documents of which tokenized folders were packed, as recorded in the manifest."""
         options = {"min_document_tokens": 1, **self._field("options", dict)}
         shortest, longest = manifest_field(self.folder, options, "min_document_tokens", int), NO_LIMIT
         if options.get("max_document_tokens") is not None:
@@ -237,8 +238,8 @@ class PackedIndex:
         return tuple(found)
 
     def holds(self, selection: Selection) -> bool:
-        """Whether one of the packed documents is in a part of `selections`; True where their lengths are not there any
-        more."""
+        """Whether `selection`, a part of `selections`, contains a packed document. True if the lengths are no longer
+        available, for a materialized folder."""
         try:
             shards = next((source.shards for source in self.sources if source.digest == selection.corpus), [])
         except DataFormatError:
@@ -250,7 +251,7 @@ class PackedIndex:
         )
 
     def locate(self, document: int) -> tuple[TokenizedDataset, int]:
-        """(tokenized folder, number within it) of a document, which pieces number over all sources."""
+        """(tokenized folder, number within it) of a document, numbered over all sources as in the pieces."""
         for source in self.sources:
             if document < source.num_documents:
                 return source, document
@@ -258,8 +259,8 @@ class PackedIndex:
         raise DataFormatError(f"{self.folder / 'piece_document.npy'}: names a document beyond the last one; pack again")
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every file of the folder and, unless it is materialized, of its sources, as the manifests have
-        them."""
+        """SHA-256 of every file of the folder and, unless it is materialized, of its sources, as recorded in the
+        manifests."""
         arrays = (*ARRAYS, *ARRAYS_OF_COSTS, *(ARRAYS_OF_TOKENS if self.is_materialized else ()))
         known: dict[str, str] = self._field("sha256", dict)
         names = [*([TOKENS] if self.is_materialized else []), *(f"{name}.npy" for name in arrays)]
@@ -269,7 +270,7 @@ class PackedIndex:
         return digests
 
     def verify(self) -> None:
-        """Read the files of `digests` and compare it with its SHA-256. Raises DataFormatError if one differs."""
+        """Compare every file of `digests` with its SHA-256. Raises DataFormatError if one differs."""
         for file, digest in self.digests().items():
             check_digest(file, digest)
 
@@ -297,13 +298,13 @@ class PackedIndex:
     def _open_source(self, entry: Any) -> TokenizedDataset:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise DataFormatError(f"{self.folder / MANIFEST}: a source without a path; pack again")
-        # one name for a folder, whichever packed folder leads to it
+        # a folder has the same name, whichever packed folder refers to it
         folder = os.path.normpath(self.folder.resolve() / entry["path"])
         if not os.path.isdir(folder):
             raise DataFormatError(
-                f"{self.folder}: packed from the tokenized folder {entry['path']}, and {folder} is not there; a "
+                f"{self.folder}: packed from the tokenized folder {entry['path']}, but {folder} does not exist; move a "
                 "packed folder "
-                "moves together with what it was packed from, unless it was packed with --materialize"
+                "together with what it was packed from, or pack it with --materialize"
             )
         source = TokenizedDataset(folder)
         if source.digest != entry.get("digest"):

@@ -88,9 +88,7 @@ def test_refuses_more_text_than_the_model_has_positions(exported: Path) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_its_length(exported: Path) -> None:
-    message = (
-        "the prompt has 5001 tokens, and this model has 4096 positions.*shorten the prompt by at least 906 tokens"
-    )
+    message = "the prompt has 5001 tokens, and this model has 4096 positions.*shorten the prompt by at least 906 tokens"
     with pytest.raises(CheckpointError, match=message):
         generate(exported, "x" * 5000)
 

@@ -96,7 +96,7 @@ def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(
     copy.index.verify()
     assert origin.path == "corpus.jsonl"
     with pytest.raises(
-        DataFormatError, match="copy_tokens is not there; a packed folder moves together with what it was packed from"
+        DataFormatError, match="copy_tokens does not exist; move a packed folder together with what it was packed from"
     ):
         copy.index.locate(3)
     (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
