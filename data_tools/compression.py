@@ -1,4 +1,4 @@
-"""How much text a token holds, by language, beside the base vocabulary as a tokenizer of its own."""
+"""Measures how much text a token holds, by language, for the new tokenizer and for the base vocabulary alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Compression:
-    """Counts over some texts; `base_tokens` is what the base vocabulary makes of them, None without a base."""
+    """Counts over some texts; `base_tokens` is the number of tokens under the base vocabulary, None without a base."""
 
     documents: int
     characters: int
@@ -24,7 +24,7 @@ class Compression:
 
     @property
     def gain(self) -> float | None:
-        """Characters per token over those of the base."""
+        """Characters per token relative to the base; None without a base."""
         return None if self.base_tokens is None else self.base_tokens / self.tokens
 
     def __add__(self, other: Compression) -> Compression:
@@ -64,7 +64,7 @@ def measure(
     encode: Callable[[str], Sequence[int]],
     base_encode: Callable[[str], Sequence[int]] | None,
 ) -> dict[str, Compression]:
-    """Compression of each group of texts, and of all under `ALL`."""
+    """Compression per group of texts, and of all texts under the key `ALL`."""
     measured: dict[str, Compression] = {}
     for group, texts in groups.items():
         counts = [
@@ -84,7 +84,7 @@ def measure(
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """One row a group; one row in all if there is but one."""
+    """Print one row per group, and one for all texts if there is more than one group."""
     base = report["base"]
     beside = f", beside {base['name']}" if base else ""
     table = Table(title=f"on {report['measured_on']}{beside}", title_justify="left")

@@ -1,10 +1,9 @@
-"""Documents to ids, by the fast engine gigatoken where it is installed, else by tiktoken; the ids are the same.
+"""Encodes documents with gigatoken, a fast engine, if it is installed, else with tiktoken; the ids are the same.
 
-gigatoken reads Hugging Face's description of a tokenizer. Its merges list every pair of tokens that makes a token, by
-the rank of the
-result: that is tiktoken's rule, which joins whichever neighbours form the token of lowest rank, and needs no search for
-the one pair. Tokens that no merges reach are found as whole words (`ignore_merges`), as by tiktoken. NFC is ours, as it
-is elsewhere.
+gigatoken reads a tokenizer in Hugging Face's format. The merges written here list every pair of tokens that forms a
+token, ordered by the rank of the result. This reproduces tiktoken's rule, which merges the neighbours that form the
+token of lowest rank, without searching for the one pair behind each token. Tokens that no merges reach are matched as
+whole words (`ignore_merges`), as in tiktoken. Text is normalised to NFC before it reaches an engine.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ import numpy as np
 from hunyuan_pretrain.data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_letters
 
 _ENGINE_CHARACTERS = 1 << 27
-"""The engine remembers every word that it has met, without end; after so much text it is made again."""
+"""The engine caches every word that it has seen, without bound; after this many characters it is rebuilt."""
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """What each process needs to make its encoder; quick to send, unlike a tokenizer."""
+    """What a process needs to build its encoder; cheap to pickle, unlike a tokenizer."""
 
     tokenizer_path: str
     engine_json: str | None
-    """None where gigatoken is not installed."""
+    """None if gigatoken is not installed."""
     start_id: int
     end_id: int
 
     @classmethod
     def of(cls, tokenizer_path: str, tokenizer: Tokenizer) -> EncoderSource:
-        """The source of a loaded tokenizer's encoders; says on stderr if they will be slow."""
+        """The source for a loaded tokenizer; warns on stderr if encoding will be slow."""
         try:
             import gigatoken  # noqa: F401
         except ImportError:
             print(
-                "warning: gigatoken is not installed, so tiktoken encodes, some three times as slowly", file=sys.stderr
+                "warning: gigatoken is not installed; tiktoken encodes instead, about 3 times slower", file=sys.stderr
             )
             return cls(tokenizer_path, None, tokenizer.start_id, tokenizer.end_id)
         return cls(tokenizer_path, engine_json(tokenizer.ranks), tokenizer.start_id, tokenizer.end_id)
@@ -50,8 +49,8 @@ class EncoderSource:
 class DocumentEncoder:
     """Encodes documents as <|startoftext|> ... <|endoftext|>, as `Tokenizer.encode_document` does.
 
-    One difference: gigatoken has no limit to a run of white space, where tiktoken ends at about 900,000 characters
-    (DataFormatError).
+    One difference: gigatoken accepts white space of any length; tiktoken raises DataFormatError on runs of about
+    900,000 characters.
     """
 
     def __init__(self, source: EncoderSource) -> None:
@@ -77,7 +76,7 @@ class DocumentEncoder:
         return ids
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids one document after the other (tokens,), lengths (documents,) int64)."""
+        """(concatenated ids (tokens,), lengths (documents,) int64)."""
         parts: list[np.ndarray] = []
         lengths = np.empty(len(texts), dtype=np.int64)
         for number, text in enumerate(texts):
@@ -87,7 +86,7 @@ class DocumentEncoder:
         return np.concatenate(parts), lengths
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of one document whose text comes in parts that are cut between tokens (see `cut_between_words`)."""
+        """Yield the ids of one document whose text comes in parts, cut between tokens (see `cut_between_words`)."""
         yield self._start
         for part in parts:
             yield self._encode(_normalized(part))
@@ -95,12 +94,12 @@ class DocumentEncoder:
 
 
 def engine_json(ranks: Mapping[bytes, int]) -> str:
-    """The tokenizer of `ranks` under Hunyuan's split pattern, without special tokens, in Hugging Face's format."""
+    """The tokenizer of `ranks` with Hunyuan's split pattern and without special tokens, in Hugging Face's format."""
     letters = "".join(byte_letters())
     names = {token: charmap_decode(token, "strict", letters)[0] for token in sorted(ranks, key=ranks.__getitem__)}
     vocab = {name: rank for rank, name in enumerate(names.values())}
-    # "left right": no letter that stands for a byte is a space; strings are written and read faster than pairs, and
-    # bytes found faster
+    # "left right": no letter that stands for a byte is a space, and strings are written and read faster than pairs;
+    # splits are looked up in bytes because that is faster
     merges = [
         f"{name[:i]} {name[i:]}"
         for token, name in names.items()

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what is wrong with those given."""
+"""Arguments shared by several commands, and their checks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from hunyuan_pretrain.data.errors import DataFormatError
 
 
 def path_of(given: Any) -> Any:
-    """A path, or several, with ~ for the home folder; what a shell would have replaced and did not is refused."""
+    """Expand ~ in a path or a list of paths; refuse an empty path or a shell variable that was not expanded. Raises
+    DataFormatError."""
     if isinstance(given, list | tuple):
         return [path_of(path) for path in given]
     if given is None or os.path.exists(given):
         return given
     if not given.strip():
-        raise DataFormatError(f"path {given!r}: is empty; a variable of the shell may have no value")
+        raise DataFormatError(f"path {given!r}: is empty; a shell variable may have no value")
     if re.search(r"\$\{?\w", given):
         raise DataFormatError(
-            f"{given}: holds a variable that the shell did not replace; write it in double quotes or without any"
+            f"{given}: holds a variable that the shell did not expand; use double quotes or no quotes"
         )
     return os.path.expanduser(given)
 
@@ -33,7 +34,7 @@ Inputs = Annotated[
         metavar="INPUT...",
         help="Files of text, of JSON lines or arrays (each also as .gz, .zst, .bz2, .xz) or of parquet; folders of "
         "them, links followed; "
-        "patterns; or URLs that fsspec opens. What a file holds is told by its content.",
+        "patterns; or URLs that fsspec opens. The format of a file is detected from its content.",
     ),
 ]
 TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
@@ -41,21 +42,21 @@ Extensions = Annotated[
     list[str] | None,
     typer.Option(
         "--extension",
-        help="Endings read in folders in place of the default, repeatable; default .txt .md .py .jsonl .ndjson "
+        help="File endings to read in folders instead of the default; repeatable; default: .txt .md .py .jsonl .ndjson "
         ".jsonlines .json .parquet. "
-        "Others are counted and not read.",
+        "Other files are counted but not read.",
     ),
 ]
 TextEndings = Annotated[
     list[str] | None,
     typer.Option(
         "--text-ending",
-        help="One more ending whose files are read as plain text, such as .rst; repeatable; 'none': no ending.",
+        help="Additional ending whose files are read as plain text, such as .rst; repeatable; 'none': no ending.",
     ),
 ]
 MaxRejects = Annotated[
     str,
-    typer.Option(help="Unreadable documents to leave out before the command fails: a number, or a share such as 0.1%."),
+    typer.Option(help="Unreadable documents to skip before the command fails: a number, or a share such as 0.1%."),
 ]
 Template = Annotated[
     str | None,
@@ -71,23 +72,23 @@ Where = Annotated[
     typer.Option(
         "--where",
         metavar="FIELD=VALUE",
-        help="Only records with this value, as JSON writes it (lang=zh, good=true); repeatable, any of a field's "
-        "values will do. What it "
-        "leaves out is counted; text files have no fields and are left out.",
+        help="Only read records with this value, as JSON writes it (lang=zh, good=true); repeatable, any of the "
+        "values given for a field matches. "
+        "Records left out are counted; text files have no fields and are left out.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier output of this command.")]
 
 
 def extensions_of(given: list[str] | None) -> list[str]:
-    """What --extension says, in the form that the corpus is searched by."""
+    """The normalised endings of --extension, or the default. Raises DataFormatError for an invalid one."""
     from data_tools.corpus import DEFAULT_EXTENSIONS
 
     return [_ending("--extension", extension) for extension in given or DEFAULT_EXTENSIONS]
 
 
 def text_endings_of(given: list[str] | None) -> list[str]:
-    """The same of --text-ending."""
+    """The normalised endings of --text-ending, "" for no ending. Raises DataFormatError for an invalid one."""
     return ["" if ending == "none" else _ending("--text-ending", ending) for ending in given or []]
 
 
@@ -97,8 +98,8 @@ def _ending(option: str, given: str) -> str:
     ending = given.lower() if given.startswith(".") else f".{given.lower()}"
     if ending in COMPRESSED_ENDINGS or any(ending.endswith(compressed) for compressed in COMPRESSED_ENDINGS):
         raise DataFormatError(
-            f"{option} {given}: compressed files go by the ending before it; give {ending.split('.')[1]} or the like"
+            f"{option} {given}: give the ending without the compression suffix, such as {ending.split('.')[1]}"
         )
     if not re.fullmatch(r"\.[^\s./*?\[\],;]+", ending):
-        raise DataFormatError(f"{option} {given}: not an ending; write one such as .rst, and repeat {option} for more")
+        raise DataFormatError(f"{option} {given}: not an ending; give one such as .rst, and repeat {option} for more")
     return ending

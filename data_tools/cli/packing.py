@@ -1,4 +1,4 @@
-"""Commands about packed data: pack it, and say what a run will read, or has read, of it."""
+"""Commands for packed data: pack it, inspect it, and report what a run will read or has read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_tools.cli.options import Overwrite, path_of
 
 
 class Method(StrEnum):
-    """Ways to pack."""
+    """Packing methods."""
 
     best_fit = "best_fit"
     chop = "chop"
@@ -25,25 +25,23 @@ def pack(
             callback=path_of, metavar="TOKENIZED...", help="Folders written by `tokenize`.", show_default=False
         ),
     ],
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per packed sequence.")],
     output: Annotated[str, typer.Option(callback=path_of, help="Folder to write.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order of the sequences.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for the order of the sequences.")] = 1234,
     method: Annotated[
         Method,
         typer.Option(
-            help="best_fit cuts only documents longer than a sequence; chop cuts at every sequence length, as "
-            "others do."
+            help="best_fit cuts only documents longer than a sequence; chop concatenates the documents and cuts at "
+            "every sequence length."
         ),
     ] = Method.best_fit,
-    min_fragment_tokens: Annotated[
-        int, typer.Option(min=1, help="Leave out shorter pieces of documents that are cut.")
-    ] = 1,
+    min_fragment_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter pieces of cut documents.")] = 1,
     min_document_tokens: Annotated[int, typer.Option(min=1, help="Leave out shorter documents.")] = 1,
     max_document_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
     materialize: Annotated[
         bool,
         typer.Option(
-            "--materialize", help="Copy the tokens, instead of pointing at them: each sequence is read in one stretch."
+            "--materialize", help="Copy the tokens instead of referring to them: each sequence is one contiguous read."
         ),
     ] = False,
     overwrite: Overwrite = False,
@@ -82,7 +80,7 @@ def inspect(
     tokenizer: Annotated[
         str | None, typer.Option(callback=path_of, help="Folder of the tokenizer; without it, ids are shown.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its SHA-256.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare it with its SHA-256.")] = False,
 ) -> None:
     """Show counts, lengths and samples of a tokenized or packed folder."""
     from rich.console import Console
@@ -100,12 +98,12 @@ def mix(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for training.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option(callback=path_of, help="Folder for mix.json and a picture; default: only print.")
+        str | None, typer.Option(callback=path_of, help="Folder for mix.json and a plot; default: only print.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say what the stages of an experiment will read: tokens and epochs by source, padding, and the context that tokens
-    see."""
+    """Show what the stages of an experiment will read: tokens and epochs per source, padding, and the context that
+    tokens see."""
     from rich.console import Console
 
     from data_tools.mixing import mix as print_mix
@@ -120,10 +118,10 @@ def where(
         typer.Argument(callback=path_of, metavar="RUN", help="Run directory, or experiment YAML.", show_default=False),
     ],
     step: Annotated[int, typer.Option(help="Step, as metrics.jsonl counts it.")],
-    place: Annotated[int | None, typer.Option(help="One place of the global batch; default all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sequence and line.")] = False,
+    place: Annotated[int | None, typer.Option(help="One position in the global batch; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per sequence and line.")] = False,
 ) -> None:
-    """Say which documents were in the batch of a step, back to the files of the corpus."""
+    """Show which documents were in the batch of a step, traced back to the files of the corpus."""
     from rich.console import Console
 
     from data_tools.where import where as print_where
@@ -148,7 +146,7 @@ def verify(
         ),
     ],
 ) -> None:
-    """Read every file of data folders, or of all the data of an experiment, and compare it with its SHA-256."""
+    """Read every file of data folders, or of all data of an experiment, and compare it with its SHA-256."""
     from data_tools.where import verify as verify_files
 
     print(f"{verify_files(paths)} files have the SHA-256 of their manifests")

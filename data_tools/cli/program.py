@@ -1,4 +1,4 @@
-"""The command `hunyuan-data`: its menu, and how it ends. No logic here; each command calls one function."""
+"""The command `hunyuan-data`: its subcommands and its exit statuses. No logic here; each command calls one function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.data.errors import DataFormatError
 
 app = typer.Typer(
-    help="Prepare training data: train a tokenizer, tokenize text, pack it into sequences, look at the result.",
+    help="Prepare training data: train a tokenizer, tokenize text, pack it into sequences, inspect the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,18 +30,18 @@ add_commands(app, tokenizing.tokenize, packing.pack, packing.inspect, packing.mi
 
 
 class _StoppedError(BaseException):
-    """SIGTERM or Ctrl-C, in the main thread, so that what is unfinished is taken back on the way out."""
+    """SIGTERM or Ctrl-C, raised in the main thread so that cleanup handlers remove unfinished output."""
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_IGN)  # the way out must come to its end
+        signal.signal(each, signal.SIG_IGN)  # the cleanup must run to its end
     raise _StoppedError(number)
 
 
 def main() -> None:
-    """Run the command line. An error the user can put right is one message on stderr and exit code 2; a SIGTERM is 75,
-    Ctrl-C 130."""
+    """Run the command line. An error that the user can fix is one message on stderr and exit status 2; SIGTERM exits
+    with 75, Ctrl-C with 130."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -50,7 +50,7 @@ def main() -> None:
         app()
     except _StoppedError as stopped:
         print(
-            "hunyuan-data: stopped; nothing half-written stays, and `tokenize` goes on by the same command",
+            "hunyuan-data: stopped; no partial output is left, and the same command resumes `tokenize`",
             file=sys.stderr,
         )
         sys.exit(EXIT_STOPPED if stopped.args == (signal.SIGTERM,) else EXIT_INTERRUPTED)
@@ -59,7 +59,7 @@ def main() -> None:
             raise
         _fail(missing)
     except ValueError as error:
-        # imported only when something failed, because it takes a tenth of a second here and in every worker
+        # imported only after a failure: the import takes 0.1 s here and in every worker
         from hunyuan_pretrain.config.errors import ConfigError
 
         if not isinstance(error, DataFormatError | ConfigError):
@@ -68,8 +68,8 @@ def main() -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(
-                "no space left on the disk of the output; nothing half-written stays, and what `tokenize` had "
-                "finished is gone on from"
+                "no space left on the output disk; no partial output is left, and `tokenize` resumes after its "
+                "last finished shards"
             )
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     finally:

@@ -1,4 +1,4 @@
-"""Commands that read a corpus: train a tokenizer on it, and tokenize it."""
+"""Commands that read a corpus: train a tokenizer on it, or tokenize it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hunyuan_pretrain.data.errors import DataFormatError
 
 
 class Executor(StrEnum):
-    """Executors of datatrove."""
+    """datatrove's executors."""
 
     local = "local"
     slurm = "slurm"
@@ -33,15 +33,15 @@ class Executor(StrEnum):
 
 def train_tokenizer(
     inputs: Inputs,
-    vocab_size: Annotated[int, typer.Option(help="Ids in all, the 209 special tokens included.")],
+    vocab_size: Annotated[int, typer.Option(help="Total number of ids, including the 209 special tokens.")],
     output: Annotated[str, typer.Option(callback=path_of, help="Folder to write.")],
     base: Annotated[
         str | None,
         typer.Option(
-            callback=path_of, help="Ranks file (tiktoken) or tokenizer folder whose tokens come first, with their ids."
+            callback=path_of, help="Ranks file (tiktoken) or tokenizer folder to extend; its tokens keep their ids."
         ),
     ] = None,
-    base_size: Annotated[int | None, typer.Option(help="Keep only the first so many ranks of the base.")] = None,
+    base_size: Annotated[int | None, typer.Option(help="Keep only this many of the first ranks of the base.")] = None,
     where: Where = None,
     text_field: TextField = "text",
     extension: Extensions = None,
@@ -50,19 +50,17 @@ def train_tokenizer(
     holdout_every: Annotated[
         int | None,
         typer.Option(
-            help="Measure on one document in so many, by its content, and do not train on it; default 100 with "
-            "--base, else 0."
+            help="Hold out one document in N, chosen by content, to measure on; default: 100 with "
+            "--base, else 0 (none)."
         ),
     ] = None,
     report_by: Annotated[
-        str, typer.Option(metavar="FIELD", help="JSON field by which the report is divided.")
+        str, typer.Option(metavar="FIELD", help="JSON field by which the report is grouped.")
     ] = "lang",
-    max_rejects: Annotated[
-        int, typer.Option(min=0, help="Unreadable documents to leave out before the command fails.")
-    ] = 0,
+    max_rejects: Annotated[int, typer.Option(min=0, help="Unreadable documents to skip before the command fails.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer under Hunyuan's split pattern, from scratch or after the tokens of a base."""
+    """Train a byte-level BPE tokenizer with Hunyuan's split pattern, from scratch or as an extension of a base."""
     from rich.console import Console
 
     from data_tools.compression import ALL, print_report
@@ -113,7 +111,7 @@ def tokenize(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes; default all cores. With --executor: tasks at a time. Does not change the output."
+            min=1, help="Processes; default: all cores. With --executor: concurrent tasks. The output is the same."
         ),
     ] = None,
     max_rejects: MaxRejects = "0",
@@ -121,30 +119,30 @@ def tokenize(
         int | None, typer.Option(min=2, max=2**63 - 1, help="Write one document in N to --holdout-output instead.")
     ] = None,
     holdout_output: Annotated[
-        str | None, typer.Option(callback=path_of, help="Folder for the documents held out.")
+        str | None, typer.Option(callback=path_of, help="Folder for the held-out documents.")
     ] = None,
     shard_megabytes: Annotated[
-        int | None, typer.Option(min=1, help="Text in a shard; default a 64th of all, 8 to 512.")
+        int | None, typer.Option(min=1, help="Text per shard in MB; default: 1/64 of the corpus, between 8 and 512.")
     ] = None,
     overwrite: Overwrite = False,
     executor: Annotated[
         Executor | None,
         typer.Option(
-            help="Tokenize in tasks of datatrove: on this machine, a Slurm or a Ray cluster.", show_default=False
+            help="Tokenize with datatrove tasks: on this machine, a Slurm cluster or a Ray cluster.", show_default=False
         ),
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="Tasks of --executor, at most one a shard; default 64.")
+        int | None, typer.Option(min=1, help="Number of tasks for --executor, at most one per shard; default: 64.")
     ] = None,
     executor_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
     ] = None,
     logs: Annotated[
-        str | None, typer.Option(callback=path_of, help="Folder for the logs of --executor; default OUTPUT.logs.")
+        str | None, typer.Option(callback=path_of, help="Folder for the logs of --executor; default: OUTPUT.logs.")
     ] = None,
 ) -> None:
-    """Tokenize text into Megatron's .bin and .idx, with a manifest. Interrupted, the same command goes on with what is
-    not finished."""
+    """Tokenize text into Megatron's .bin and .idx, with a manifest. After an interruption the same command resumes with
+    the unfinished shards."""
     from data_tools import tokenization
     from data_tools.records import RecordForm, parse_conditions
     from data_tools.tokenized_shard import Allowance

@@ -368,7 +368,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
 
     monkeypatch.setattr(ShardWriter, "add", full)
     message = fails(capsys, "tokenize", CORPUS[2], "--tokenizer", work / "tok", "--output", tmp_path / "out")
-    assert message.startswith("hunyuan-data: no space left on the disk of the output; nothing half-written stays")
+    assert message.startswith("hunyuan-data: no space left on the output disk; no partial output is left")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -452,10 +452,10 @@ def test_skipped_input_is_printed_counted_and_recorded(
     [
         (("--template", "{} {text}"), "--template '{} {text}': character 1: {} names no field"),
         (("--where", "lang!=zh"), "--where lang!=zh: only FIELD=VALUE is known"),
-        (("--extension", "*.py"), "--extension *.py: not an ending; write one such as .rst"),
+        (("--extension", "*.py"), "--extension *.py: not an ending; give one such as .rst"),
         (
             ("--extension", ".jsonl.gz"),
-            "--extension .jsonl.gz: compressed files go by the ending before it; give jsonl",
+            "--extension .jsonl.gz: give the ending without the compression suffix, such as jsonl",
         ),
         (("--extension", "txt,md"), "--extension txt,md: not an ending"),
         (("--text-ending", ""), "--text-ending : not an ending"),

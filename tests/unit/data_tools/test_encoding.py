@@ -116,5 +116,5 @@ def test_without_the_engine_tiktoken_encodes_and_says_so(
     (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     source = EncoderSource.of(str(folder), tokenizer)
-    assert "gigatoken is not installed, so tiktoken encodes" in capsys.readouterr().err
+    assert "gigatoken is not installed; tiktoken encodes" in capsys.readouterr().err
     assert DocumentEncoder(source).encode(["a 中"])[0].tolist() == tokenizer.encode_document("a 中").tolist()
