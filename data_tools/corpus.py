@@ -1,7 +1,6 @@
-"""The files of a corpus and how they are dealt out: inputs -> files -> splits -> shards.
+"""The files of a corpus and how they are divided into shards: inputs -> files -> splits -> shards.
 
-Of each file the beginning is read, to know what it holds; and what a folder holds beside is counted, by the reason why
-it is not read.
+The beginning of each file is read to detect its format. Files in a folder that are not read are counted by reason.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from hunyuan_pretrain.config.extras import install_hint
 from hunyuan_pretrain.data.errors import DataFormatError
 
 DEFAULT_EXTENSIONS = (*TEXT_ENDINGS, *RECORD_ENDINGS, PARQUET_ENDING)
-# What compression saves on text, about: a shard of compressed files shall hold as much text as another.
+# Approximate compression ratio of text, so that shards of compressed files hold as much text as other shards.
 _EXPANSION = 4
 _MOST_REASONS = 64
-# Files that our own folders hold; such a folder within an input is not text.
+# Files that mark folders written by hunyuan-data; such a folder inside an input is not text.
 _OUR_FILES = ("hy.tiktoken", "sequence_offsets.npy", "shard_00000.origin.npy")
 _URLS_AT_A_TIME = 256
 _NO_RECORDS = {"object": "json", "no records": "jsonl"}
-"""Kinds that are passed over in a folder, and as what they are read where the user names such a file."""
+"""Kinds that are skipped in a folder -> how such a file is read if the user names it."""
 _PARQUET_MAGIC = b"PAR1"
 
 
@@ -41,26 +40,26 @@ class CorpusFile:
     path: str
     """A local path, or a URL that fsspec opens, such as s3://bucket/part.jsonl.zst."""
     input_number: int
-    """Number of the input, as the user gave it, that it belongs to."""
+    """Index of the user's input that it belongs to."""
     size: int
     """Bytes on disk."""
     version: str
-    """Changes when the file does: its time of change, or what the store says of the object."""
+    """Changes when the file does: its modification time, or fsspec's `ukey` for an object in a store."""
     kind: str
-    """text (one document), jsonl (one a line), json (JSON objects one after the other, or in an array) or parquet (one
-    a row)."""
+    """text (one document), jsonl (one per line), json (consecutive JSON objects, or an array of them) or parquet (one
+    per row)."""
     compression: str = ""
-    """gzip, zstd, bz2 or xz, which can only be read from the beginning; "" for none."""
+    """gzip, zstd, bz2 or xz, which can only be read sequentially from the start; "" for none."""
 
     @property
     def is_compressed(self) -> bool:
-        """Whether its bytes are not those of the text."""
+        """Whether the file is compressed as a whole."""
         return bool(self.compression)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a file that is read on its own: lines that begin in a range of bytes, some row groups, or a whole
+    """A part of a file that is read independently: the lines that begin in a byte range, some row groups, or the whole
     file."""
 
     file: CorpusFile
@@ -68,25 +67,25 @@ class Split:
     start: int
     """First byte, or first row group."""
     end: int
-    """After the last byte or row group."""
+    """One past the last byte or row group."""
     weight: int
-    """About how many bytes of text, to deal out evenly."""
+    """Approximate bytes of text, for balancing the shards."""
 
 
 @dataclass
 class Survey:
-    """The files of all inputs in a fixed order, and what of the inputs is not read."""
+    """The files of all inputs in a fixed order, and counts of what is not read."""
 
     files: list[CorpusFile] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
-    """Number of files (or folders) by the reason why they are not read."""
+    """Reason -> number of files (or folders) that are not read for it."""
     examples: dict[str, str] = field(default_factory=dict)
-    """One of them for each reason."""
+    """Reason -> path of the first such file or folder."""
 
     def skip(self, reason: str, path: str) -> None:
-        """Count one that is not read."""
+        """Count a file or folder that is not read."""
         if reason.startswith("."):
-            # in a manifest, and bounded where each file has an ending of its own
+            # kept in the manifest, so it must be UTF-8, and bounded in number if every file has a different ending
             reason = reason.encode(errors="replace").decode()
             is_odd = len(reason) > 20 or (reason not in self.skipped and len(self.skipped) >= _MOST_REASONS)
             reason = "other endings" if is_odd else reason
@@ -104,14 +103,14 @@ def find_files(
 def survey(
     inputs: Sequence[str | Path], extensions: Sequence[str] = DEFAULT_EXTENSIONS, text_endings: Sequence[str] = ()
 ) -> Survey:
-    """The files of all inputs in a fixed order, what each holds, and what is not read.
+    """The files of all inputs in a fixed order, the format of each, and counts of what is not read.
 
-    An input is a file, a folder, a pattern with * ? [ ] or **, each also as a URL that fsspec knows. A folder stands
-    for the files in it and in what its links lead to, at any depth and sorted by path, that end in one of `extensions`
-    or `text_endings` ("" for no ending), compressed or not; names that begin with a dot, and folders that
-    `hunyuan-data` wrote, are left out. A file that is named itself or found by a pattern is read whatever its ending. A
-    file that several links lead to is read once. Raises DataFormatError for an input that does not exist, is given
-    twice or cannot be read, and for a folder or pattern without a file to read.
+    An input is a file, a folder, or a pattern with * ? [ ] or **; each may be a URL that fsspec opens. A folder stands
+    for all files below it that end in one of `extensions` or `text_endings` ("" for no ending), compressed or not, at
+    any depth, sorted by path. Links are followed. Names that begin with a dot and folders written by `hunyuan-data` are
+    skipped. A file that is named explicitly or matches a pattern is read whatever its ending. A file that several links
+    lead to is read once. Raises DataFormatError for an input that does not exist, is given twice or cannot be read, and
+    for a folder or pattern without a file to read.
     """
     found = Survey()
     seen: dict[Any, str] = {}
@@ -146,16 +145,16 @@ def _nothing(found: Survey, extensions: Sequence[str]) -> str:
     line = describe_skipped(found.skipped, found.examples)
     return (
         f"no file ends in {' '.join(extensions)} (or these with .gz, .zst, .bz2 or .xz) and is not read already; "
-        "choose with --extension, "
-        f"or read others as text with --text-ending{line and f' ({line})'}"
+        "choose endings with --extension, "
+        f"or read other files as text with --text-ending{line and f' ({line})'}"
     )
 
 
 def split_evenly(files: Sequence[CorpusFile], shard_bytes: int | None = None) -> list[list[Split]]:
-    """The splits of each shard, in the order of the corpus: a function of the files alone.
+    """The splits of each shard, in corpus order. The result depends only on the files and `shard_bytes`.
 
-    A shard holds about `shard_bytes` of text; by default a 64th of the corpus, but at least 8 MB and at most 512 MB.
-    Plain JSON lines are cut anywhere, parquet between row groups; a text or compressed file, or an array, is never cut.
+    A shard holds about `shard_bytes` of text (default: 1/64 of the corpus, between 8 MB and 512 MB). Uncompressed JSON
+    lines are split at any line, parquet between row groups; a text file, a compressed file or an array is never split.
     """
     total = sum(file.size * (_EXPANSION if file.is_compressed else 1) for file in files)
     wanted = shard_bytes or min(max(total // 64, 8_000_000), 512_000_000)
@@ -163,7 +162,7 @@ def split_evenly(files: Sequence[CorpusFile], shard_bytes: int | None = None) ->
     filled = 0
     for file_number, file in enumerate(files):
         for split in _splits(file, file_number, wanted):
-            if not shards or filled + split.weight // 2 > wanted:  # nearer to the wanted size without it
+            if not shards or filled + split.weight // 2 > wanted:  # closer to the wanted size without this split
                 shards.append([])
                 filled = 0
             shards[-1].append(split)
@@ -188,31 +187,31 @@ def _splits(file: CorpusFile, number: int, wanted: int) -> Iterator[Split]:
 
 @dataclass(frozen=True)
 class _Listed:
-    """A file that an input stands for."""
+    """A file found under an input."""
 
     path: str
     size: int
     version: str
     key: Any
-    """The same for all names of a file."""
+    """Identical for all names of a file."""
     is_named: bool
-    """By the user, not found in a folder."""
+    """Given by the user or matched by a pattern, not found in a folder."""
     head: Callable[[], bytes]
     is_parquet_end: Callable[[], bool]
     is_explicit: bool = True
-    """Not by way of a link."""
+    """Not reached through a link inside a folder."""
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Which names in a folder are read."""
+    """Selects the names in a folder that are read."""
 
     found: Survey
     extensions: Collection[str]
     text_endings: Collection[str]
 
     def takes(self, path: str) -> bool:
-        """Whether a file of a folder is read; counted if not."""
+        """Whether a file in a folder is read; counts it if not."""
         ending = extension_of(path)
         if ending in self.extensions or ending in self.text_endings:
             return True
@@ -228,11 +227,11 @@ def _local_files(given: str, chosen: _Chosen) -> Iterator[_Listed]:
         yield _local(given, is_named=True)
         return
     if not glob.has_magic(given):
-        link = "a link to what is not there" if os.path.islink(given) else "no such file or folder"
+        link = "a broken link" if os.path.islink(given) else "no such file or folder"
         raise DataFormatError(f"{given}: {link}")
     matches = sorted(glob.glob(given, recursive=True))
     if not matches:
-        raise DataFormatError(f"{given}: no such file or folder, and as a pattern it matches nothing")
+        raise DataFormatError(f"{given}: no such file or folder, and the pattern matches nothing")
     ours: dict[str, bool] = {}
     for path in matches:
         if not os.path.isdir(path):
@@ -247,16 +246,16 @@ def _local_files(given: str, chosen: _Chosen) -> Iterator[_Listed]:
                 yield _local(path, is_named=True)
             else:
                 chosen.found.skip("links to what is not there", path)
-        elif "**" not in given:  # which finds what is in the folder too
+        elif "**" not in given:  # ** already matches the files inside the folder
             yield from _files_of_folder(path, chosen)
 
 
 def _local(path: str, *, is_named: bool, is_explicit: bool = True) -> _Listed:
     if path != path.encode(errors="replace").decode():
-        raise DataFormatError(f"{path!r}: its name is not UTF-8; give the file another one")
+        raise DataFormatError(f"{path!r}: its name is not UTF-8; rename the file")
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise DataFormatError(f"{path}: neither a file nor a folder; write what it gives into a file")
+        raise DataFormatError(f"{path}: neither a file nor a folder; write its content to a file")
     key = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
     def head() -> bytes:
@@ -272,7 +271,8 @@ def _local(path: str, *, is_named: bool, is_explicit: bool = True) -> _Listed:
 
 
 def _files_of_folder(folder: str, chosen: _Chosen) -> Iterator[_Listed]:
-    """The files of a folder, those of linked folders too, each once; what is found without a link keeps that name."""
+    """The files of a folder, including linked folders, each once. A file that is also reached without a link keeps that
+    name."""
     walked: set[tuple[int, int]] = set()
     files: list[tuple[bool, str]] = []
     waiting = [(folder, False)]
@@ -300,7 +300,7 @@ def _files_of_folder(folder: str, chosen: _Chosen) -> Iterator[_Listed]:
                 )
             elif chosen.takes(entry.path):
                 files.append((is_linked or entry.is_symlink(), entry.path))
-        # links last, so that a folder keeps its own name
+        # links last, so that a folder keeps the name without a link
         waiting = sorted([*waiting, *below], key=lambda item: (item[1], item[0]))
     listed: dict[Any, _Listed] = {}
     for is_linked, path in sorted(files):
@@ -336,7 +336,7 @@ def _files_of_url(url: str, chosen: _Chosen) -> Iterator[_Listed]:
 
 
 def _below(paths: Sequence[str], folder: str, chosen: _Chosen) -> list[str]:
-    """Those of the files below a folder of a store that are read, by the rules for local folders."""
+    """The files below a folder of a store that are read, by the same rules as for local folders."""
     ours = {str(PurePosixPath(path).parent) for path in paths if PurePosixPath(path).name in _OUR_FILES}
     for path in sorted(ours):
         chosen.found.skip("folders written by hunyuan-data", path)
@@ -351,7 +351,7 @@ def _below(paths: Sequence[str], folder: str, chosen: _Chosen) -> list[str]:
 
 
 def _of_store(system: Any, names: Sequence[str], *, is_named: bool) -> Iterator[_Listed]:
-    """Files of a store; their beginnings are asked for together, for each request takes long."""
+    """Files of a store; their beginnings are fetched in one batch, because each request is slow."""
     infos = [system.info(name) for name in names]
     sizes = [int(info["size"] or 0) for info in infos]
     heads = system.cat_ranges(
@@ -360,7 +360,7 @@ def _of_store(system: Any, names: Sequence[str], *, is_named: bool) -> Iterator[
     for name, size, head in zip(names, sizes, heads, strict=True):
         path = system.unstrip_protocol(name)
         if path != path.encode(errors="replace").decode():
-            raise DataFormatError(f"{path!r}: its name is not UTF-8; give the file another one")
+            raise DataFormatError(f"{path!r}: its name is not UTF-8; rename the file")
         if size and not isinstance(head, bytes):
             raise DataFormatError(f"{path}: cannot be read ({head})")
         end = partial(_ends_as_parquet, system, name, size)
@@ -372,7 +372,7 @@ def _ends_as_parquet(system: Any, name: str, size: int) -> bool:
 
 
 def open_file(file: CorpusFile) -> Any:
-    """The bytes of a file as they are on disk: a binary file object."""
+    """A binary file object with the raw bytes of a file, not decompressed."""
     if "://" not in file.path:
         return open(file.path, "rb")
     import fsspec
@@ -382,7 +382,7 @@ def open_file(file: CorpusFile) -> Any:
 
 @contextmanager
 def open_parquet(file: CorpusFile) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises DataFormatError if the file is damaged, or pyarrow is missing."""
+    """Open a file as a pyarrow ParquetFile. Raises DataFormatError if it is damaged or pyarrow is missing."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

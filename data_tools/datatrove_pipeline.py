@@ -1,18 +1,17 @@
-"""Tokenizing on many machines: the step `tokenize` as a pipeline of datatrove, by its local, Slurm and Ray executors;
-the same bytes.
+"""Tokenizes on many machines: `tokenize` as a datatrove pipeline, for its local, Slurm and Ray executors. The output is
+identical.
 
-Three steps: PlanTokenizing (one task) deals the inputs out, TokenizeShards (any number of tasks) writes the shards,
-JoinShards (one task) joins them and gives the output its name. They meet in the unfinished folder of the output, on a
-file system that all machines see and that keeps locks (NFS, Lustre mounted with `flock`), and need nothing else of one
-another:
+There are three steps. PlanTokenizing (one task) divides the inputs into shards, TokenizeShards (any number of tasks)
+writes the shards, and JoinShards (one task) joins them and gives the output its final name. The steps communicate only
+through the unfinished output folder, which must be on a shared file system that supports locks (NFS, or Lustre mounted
+with `flock`):
 
-- A task carries no job but reads the plan that lies in the folder, so a task that was submitted for an older job cannot
-  mix in its shards.
-- Tasks share a lock that planning, joining and the plain command must have alone, and wait for one another where they
-  are at one shard.
-- A shard is finished when its report is there. datatrove's own marks of finished tasks are not believed: after a kill,
-  with another number of tasks or another output they may say something else. A task with nothing left to do takes
-  seconds.
+- A task does not carry its job. It reads the plan in the folder, so a task submitted for an older job cannot mix in its
+  shards.
+- Tasks hold a shared lock; planning, joining and the plain command need it exclusively. A task waits while another one
+  writes the same shard.
+- A shard is finished when its report exists. datatrove's own markers of finished tasks are not trusted: after a kill,
+  or with another number of tasks or another output, they may be wrong. A task with nothing to do takes seconds.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ _PLAN = ".plan"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the tasks read of the one that planned."""
+    """The plan that the planning task leaves for the others."""
 
     job: TokenizeJob
     outputs: list[str]
@@ -77,10 +76,10 @@ def begin(
     overwrite: bool = False,
     **planning: Any,
 ) -> list[int]:
-    """Plan as `tokenize` does, leave the plan in the unfinished folder, and return the numbers of the shards that are
-    not finished.
+    """Plan as `tokenize` does and write the plan to the unfinished folder; returns the numbers of the unfinished
+    shards.
 
-    `planning` is what `plan_job` takes.
+    `planning` are arguments of `plan_job`.
     """
     job = plan_job(inputs, tokenizer_path, **planning)
     outputs = checked_outputs(output, job.holdout_every, holdout_output)
@@ -100,15 +99,15 @@ def begin(
 
 
 class PlanTokenizing(PipelineStep):
-    """Deals the inputs out, in one task, for the two steps below. Takes what `begin` takes. Inputs may be what earlier
-    steps wrote."""
+    """Divides the inputs into shards, in one task, for the two steps below. Takes the arguments of `begin`. Inputs may
+    be the output of earlier steps."""
 
     type = "🔢 - TOKENIZER"
     name = "Hunyuan: plan"
 
     def __init__(self, inputs: Sequence[str], tokenizer_path: str, output: str, **settings: Any) -> None:
         super().__init__()
-        # a wrong name is an error here, not in the task
+        # a wrong argument name fails here, not later in the task
         planning = (
             inspect.signature(begin).bind(inputs, tokenizer_path, output, **settings).arguments.get("planning", {})
         )
@@ -117,7 +116,7 @@ class PlanTokenizing(PipelineStep):
         self.working_folder = os.getcwd()
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Runs in the first task, whatever their number."""
+        """Plan in the first task; other tasks do nothing."""
         _exhaust(data)
         if rank == 0:
             with chdir(self.working_folder):
@@ -125,7 +124,7 @@ class PlanTokenizing(PipelineStep):
 
 
 class TokenizeShards(PipelineStep):
-    """Task r of n writes those of the shards r, r + n, r + 2n... that are not finished."""
+    """Task r of n writes the unfinished ones of the shards r, r + n, r + 2n..."""
 
     type = "🔢 - TOKENIZER"
     name = "Hunyuan: tokenize"
@@ -136,7 +135,7 @@ class TokenizeShards(PipelineStep):
         self.working_folder = os.getcwd()  # paths of the inputs may be relative to it
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Raises DataFormatError for damaged files, too many rejects, or where nothing has been planned."""
+        """Write this task's shards. Raises DataFormatError for damaged files, too many rejects, or a missing plan."""
         _exhaust(data)
         with chdir(self.working_folder), ExitStack() as stack:
             folder, plan = _open(stack, self.output)
@@ -145,7 +144,7 @@ class TokenizeShards(PipelineStep):
             folders = [folder, *(stack.enter_context(begun_folder(other))[0] for other in plan.outputs[1:])]
             encoder: DocumentEncoder | None = None
             for number in range(rank, len(plan.job.shards), world_size):
-                # a requeued task can meet the process that it replaces
+                # the process that a requeued task replaces may still be running
                 with waiting_for(folder / f".{shard_name(number)}.lock"):
                     if is_finished(folders, number):
                         continue
@@ -162,7 +161,7 @@ class TokenizeShards(PipelineStep):
 
 
 class JoinShards(PipelineStep):
-    """Joins the shards to whole folders and gives them their names, in one task."""
+    """Joins the shards into complete folders and gives them their final names, in one task."""
 
     type = "🔢 - TOKENIZER"
     name = "Hunyuan: join"
@@ -173,7 +172,8 @@ class JoinShards(PipelineStep):
         self.working_folder = os.getcwd()
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        """Raises DataFormatError if shards are missing, there are too many rejects, or a task is still at work."""
+        """Join the shards in the first task. Raises DataFormatError if shards are missing, there are too many rejects,
+        or a task is still running."""
         _exhaust(data)
         if rank > 0:
             return
@@ -205,12 +205,12 @@ def tokenize_on(
     options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]] | None:
-    """As `tokenize`, by at most `tasks` tasks of datatrove; `settings` are those of `begin`.
+    """Like `tokenize`, but with at most `tasks` datatrove tasks; `settings` are arguments of `begin`.
 
-    `executor` is local, slurm or ray; `options` go to datatrove's class of that name. `workers` tasks run at a time
-    (default: all, on this machine one a core). `logs` is datatrove's folder (default: beside the output). Planning is
-    done here, so mistakes in the inputs show at once. Returns the manifests; of Slurm None, as soon as the jobs are
-    submitted.
+    `executor` is local, slurm or ray; `options` go to the matching datatrove class. `workers` tasks run concurrently
+    (default: all; for local, one per core). `logs` is datatrove's log folder (default: beside the output). Planning
+    happens in this process, so mistakes in the inputs show at once. Returns the manifests; with Slurm returns None as
+    soon as the jobs are submitted. Raises DataFormatError.
     """
     _check(executor, options or {})
     left = begin(inputs, tokenizer_path, output, **settings)
@@ -219,8 +219,7 @@ def tokenize_on(
         workers = workers or default_workers()
     common = {"skip_completed": False, "workers": workers or -1, **(options or {})}
     if executor == "slurm":
-        # a job whose turn cannot come any more shall not stay in the queue; ours needs the environment that this
-        # process has
+        # a job whose dependency has failed must not stay in the queue; the jobs need this process's environment
         sbatch_args = {"kill-on-invalid-dep": "yes", **common.pop("sbatch_args", {})}
         common = {
             "qos": None,
@@ -248,7 +247,7 @@ def tokenize_on(
         stages[-1].depends = stages[0] if left else None
         stages[-1].run()
         jobs = ", then ".join(f"job {stage.job_id}" for stage in stages)
-        print(f"{output}: submitted {jobs}; logs: {logs}; after a failure the same command goes on", file=sys.stderr)
+        print(f"{output}: submitted {jobs}; logs: {logs}; after a failure the same command resumes", file=sys.stderr)
         return None
     for stage in stages:
         stage.run()
@@ -256,27 +255,27 @@ def tokenize_on(
     with ExitStack() as stack:
         try:
             _open(stack, output)
-        except DataFormatError:  # it has its name
+        except DataFormatError:  # finished: the output has its final name
             return [
                 read_manifest(each, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize") for each in outputs
             ]
-    raise DataFormatError(f"{output}: not finished; {logs}/*/logs say why, and the same command goes on")
+    raise DataFormatError(f"{output}: not finished; {logs}/*/logs say why, and the same command resumes")
 
 
 def parse_options(executor: str, given: Sequence[str]) -> dict[str, Any]:
-    """`--executor-option NAME=VALUE` options, each read as the type that datatrove's class of the executor says. Raises
+    """Parse `--executor-option NAME=VALUE` options, each as the type that datatrove's executor class declares. Raises
     DataFormatError."""
     parameters = inspect.signature(EXECUTORS[executor]).parameters
     options: dict[str, Any] = {}
     for option in given:
         name, equals, value = option.partition("=")
         if not (name and equals):
-            raise DataFormatError(f"--executor-option {option}: write it as NAME=VALUE, such as partition=cpu")
+            raise DataFormatError(f"--executor-option {option}: must be NAME=VALUE, such as partition=cpu")
         if name in options:
             raise DataFormatError(f"--executor-option {option}: {name} is given twice; give it once")
         kind = (
             parameters[name].annotation if name in parameters else "str"
-        )  # what is not known is refused with the list of what is
+        )  # `_check` refuses unknown names with a list of the known ones
         options[name] = _value_of(
             option, value, kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
         )
@@ -284,7 +283,7 @@ def parse_options(executor: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _value_of(option: str, value: str, kind: str) -> Any:
-    """`value` as datatrove's annotation `kind` says: a string stays as it is written, so 00:30 and 1e3 are no
+    """`value` as the type in datatrove's annotation `kind`. A string is kept as written, so 00:30 and 1e3 are not
     numbers."""
     expected = next((known for known in ("dict", "bool", "int", "str") if re.search(rf"\b{known}\b", kind)), "str")
     if expected == "str":
@@ -297,7 +296,7 @@ def _value_of(option: str, value: str, kind: str) -> Any:
         such = {"dict": 'a JSON object, such as {"mem": "8G"}', "bool": "true or false", "int": "a whole number"}[
             expected
         ]
-        raise DataFormatError(f"--executor-option {option}: {such} is expected")
+        raise DataFormatError(f"--executor-option {option}: must be {such}")
     return found
 
 
@@ -308,11 +307,11 @@ def _check(executor: str, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             problems.append(
-                f"{name}: no option of datatrove's {executor} executor; its options are {', '.join(sorted(known))}"
+                f"{name}: not an option of datatrove's {executor} executor; its options are {', '.join(sorted(known))}"
             )
     if executor == "slurm":
         problems += [
-            f"{name}: missing, Slurm needs it; give {name}=..." for name in ("partition", "time") if name not in options
+            f"{name}: required for Slurm; give {name}=..." for name in ("partition", "time") if name not in options
         ]
         if shutil.which("sbatch") is None:
             problems.append("sbatch is not on the PATH; submit from a machine of the Slurm cluster")
@@ -325,17 +324,19 @@ def _named(executor: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, Plan]:
-    """The unfinished folder, locked, and its plan."""
+    """Lock the unfinished folder; returns it and its plan. Raises DataFormatError without a plan for this job."""
     folder, identity = stack.enter_context(begun_folder(output, alone=alone))
     try:
         plan = TypeAdapter(Plan).validate_json((folder / _PLAN).read_bytes())
     except FileNotFoundError:
-        raise DataFormatError(f"{output}: begun without tasks; run the command that began it, or plan again") from None
+        raise DataFormatError(
+            f"{output}: started without --executor; run the command that started it, or plan again"
+        ) from None
     except ValidationError:
         plan = None
     if plan is None or plan.job.identity != identity:
         raise DataFormatError(
-            f"{folder / _PLAN}: not a plan of this version and job; run the command that began it again"
+            f"{folder / _PLAN}: not a plan of this version and job; run the command that started it again"
         )
     return folder, plan
 

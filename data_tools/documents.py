@@ -1,5 +1,5 @@
-"""Reading the documents of a split: text, JSON lines, parquet, plain or compressed; a very long document comes in
-parts."""
+"""Reads the documents of a split: text, JSON lines, JSON values or parquet, plain or compressed. A very long document
+comes in parts."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.errors import DataFormatError
 
 LONG_BYTES = 32 << 20
-"""Above this a line or a text file is read in parts, so that memory stays bounded whatever the length of a document."""
+"""Lines and text files longer than this are read in parts, so that memory is bounded for documents of any length."""
 
 _BLOCK_BYTES = 1 << 20
 _SHOWN_CHARACTERS = 200
 
 
 class RejectedError(ValueError):
-    """Something that is not a document, found while its parts are read."""
+    """A record turned out not to be a document while its parts were read."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus: `text`, or where it is very long `parts`, which must be read before the next document is
-    asked for."""
+    """One text of the corpus: `text`, or `parts` if it is very long. The parts must be read before the next document is
+    requested."""
 
     position: int
-    """Byte offset of its line (before compression), row, or 0."""
+    """Byte offset of its line or JSON value (before compression), parquet row, or 0 for a text file."""
     text: str = ""
     parts: Iterator[str] | None = None
     """May raise RejectedError, or DamagedError."""
     record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """All fields of a JSON line, or those read of a parquet row; empty for a text file and a very long line."""
+    """All fields of a JSON object, or the fields read from a parquet row; empty for a text file or a very long line."""
 
     @property
     def utf8_bytes(self) -> int:
-        """Bytes of `text`."""
+        """UTF-8 bytes of `text`."""
         return len(self.text) if self.text.isascii() else len(self.text.encode())
 
 
@@ -55,9 +55,9 @@ def read_split(
     advance: Callable[[int], None] = lambda size: None,
     pass_over: Callable[[], None] = lambda: None,
 ) -> Iterator[Document | Reject]:
-    """The documents of a split in order; what is not one comes as a Reject in its place. Blank lines are passed over.
+    """Yield the documents of a split in order, with a Reject in place of each invalid record. Blank lines are skipped.
 
-    `advance` is told how many bytes on disk have been read, `pass_over` is called for each record that `form.where`
+    `advance` is called with the number of bytes read from disk, `pass_over` once for each record that `form.where`
     leaves out. Raises DamagedError if a file is damaged.
     """
     if split.file.kind == "parquet":
@@ -67,7 +67,7 @@ def read_split(
 
     def advance_within(size: int) -> None:
         nonlocal left
-        # the last line may end beyond the split
+        # the last line may extend beyond the split
         advance(min(size, left))
         left -= min(size, left)
 
@@ -79,7 +79,7 @@ def read_split(
         elif split.file.kind == "json":
             yield from _documents_of_values(split, blocks, form, pass_over)
         elif form.where:
-            pass_over()  # a text file has no fields that could have a value
+            pass_over()  # a text file has no fields to match
         else:
             yield from _text_document(split.file, blocks)
 
@@ -87,9 +87,9 @@ def read_split(
 def read_documents(
     files: Sequence[CorpusFile], form: RecordForm, max_rejects: int = 0, count_reject: Callable[[], None] = lambda: None
 ) -> Iterator[Document]:
-    """All documents of the files, in order; a very long one comes as several, cut anywhere.
+    """Yield all documents of the files, in order; a very long one comes as several, cut anywhere.
 
-    Raises DataFormatError at the first reject beyond `max_rejects`.
+    `count_reject` is called for each reject. Raises DataFormatError at the first reject beyond `max_rejects`.
     """
     rejects: list[Reject] = []
     for number, file in enumerate(files):
@@ -114,12 +114,11 @@ def read_documents(
 
 
 def check_rejects(rejects: Sequence[Reject], max_rejects: int) -> None:
-    """Raise DataFormatError if there are more rejects than allowed, naming the first one too many."""
+    """Raise DataFormatError if there are more rejects than allowed; it names the first one beyond the limit."""
     if len(rejects) > max_rejects:
         allowed = f" (after {max_rejects} that --max-rejects allowed)" if max_rejects else ""
         raise DataFormatError(
-            f"{rejects[max_rejects]}{allowed}; put it right, or let it pass with --max-rejects "
-            f"{max_rejects + 1} or more"
+            f"{rejects[max_rejects]}{allowed}; fix it, or allow it with --max-rejects {max_rejects + 1} or more"
         )
 
 
@@ -144,10 +143,10 @@ def _documents_of_lines(
     split: Split, blocks: Iterator[bytes], form: RecordForm, pass_over: Callable[[], None]
 ) -> Iterator[Document | Reject]:
     for number, (position, line) in enumerate(_lines(split, blocks), start=1):
-        # in the middle of a file nobody knows how many lines stand before
+        # a split in the middle of a file does not know its line numbers
         where = f"{split.file.path}: line {number}" if split.start == 0 else f"{split.file.path}: byte {position:,}"
         if not isinstance(line, bytes) and (form.template is not None or form.where):
-            line = b"".join(line)  # several fields, which may come in any order, are needed whole
+            line = b"".join(line)  # several fields are needed, in any order, so the whole line is parsed
         if not isinstance(line, bytes):
             yield Document(position, parts=_long_text(line, form))
         elif line.strip():
@@ -155,8 +154,8 @@ def _documents_of_lines(
 
 
 def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes | Iterator[bytes]]]:
-    """(offset, line) of each line that begins in the split; of a line longer than LONG_BYTES the blocks, which must be
-    read at once."""
+    """Yield (offset, line) for each line that begins in the split. A line longer than LONG_BYTES comes as an iterator
+    of blocks, which must be read before the next line is requested."""
     limit = split.end if not split.file.is_compressed else None
     position, pending = max(split.start - 1, 0), b""
     if split.start == 0:
@@ -164,8 +163,8 @@ def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes |
         if pending.startswith(BYTE_ORDER_MARK):
             position, pending = len(BYTE_ORDER_MARK), pending[len(BYTE_ORDER_MARK) :]
     else:
-        # The line that the split begins in belongs to the split before; one that begins with the split follows the
-        # newline before it.
+        # A line that began earlier belongs to the previous split. Reading starts one byte early, so that a line that
+        # begins exactly with the split is found after its newline.
         while True:
             block = next(blocks, None)
             if block is None:
@@ -206,7 +205,7 @@ def _lines(split: Split, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes |
 
 
 class _LongLine:
-    """The blocks of one line; `size` counts them and the newline, `rest` is what was read of the lines after it."""
+    """The blocks of one line; `size` counts its bytes with the newline, `rest` holds bytes read of the next lines."""
 
     def __init__(self, begun: list[bytes], blocks: Iterator[bytes]) -> None:
         self._begun, self._blocks = begun, blocks
@@ -225,7 +224,7 @@ class _LongLine:
 
 
 def _long_text(blocks: Iterator[bytes], form: RecordForm) -> Iterator[str]:
-    """The text of a record in parts."""
+    """Yield the text of a record in parts. Raises RejectedError for an invalid record, after reading all its blocks."""
     try:
         yield from stream_fields(blocks, form.text_field)
     except InvalidJson as error:
@@ -258,11 +257,11 @@ def _from_json(where: str, line: bytes, form: RecordForm) -> tuple[str, Mapping[
     try:
         record = json.loads(
             line.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
-        )  # files that were joined have marks within
+        )  # concatenated files have byte order marks inside
     except UnicodeDecodeError as error:
         return Reject(where, f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})")
     except json.JSONDecodeError as error:
-        return Reject(where, f"invalid JSON ({error.msg} at column {error.colno}); one JSON object a line is expected")
+        return Reject(where, f"invalid JSON ({error.msg} at column {error.colno}); expected one JSON object per line")
     except (ValueError, RecursionError) as error:
         return Reject(where, f"JSON that cannot be read ({error})")
     return _from_value(where, record, form)
@@ -281,9 +280,7 @@ def _checked(where: str, text: str) -> str | Reject:
         if not text.isascii():
             text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return Reject(
-            where, f"half of a surrogate pair (character {error.start} of the text), which is no Unicode text"
-        )
+        return Reject(where, f"an unpaired surrogate (character {error.start} of the text), which is not valid Unicode")
     return text
 
 
@@ -308,13 +305,13 @@ def _text_document(file: CorpusFile, blocks: Iterator[bytes]) -> Iterator[Docume
 def _decoded_parts(begun: list[bytes], blocks: Iterator[bytes]) -> Iterator[str]:
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
     if encoding := other_encoding(begun[0]):
-        raise RejectedError(f"{encoding}, only UTF-8 is read; convert it: iconv -f {encoding} -t UTF-8")
+        raise RejectedError(f"{encoding}, but only UTF-8 is supported; convert it: iconv -f {encoding} -t UTF-8")
     begun[0] = begun[0].removeprefix(BYTE_ORDER_MARK)
     for source in (begun, blocks):
         for block in source:
             nul = block.find(b"\x00")
             if nul >= 0:
-                raise RejectedError(f"a binary file (NUL at byte {position + nul}); only UTF-8 text is read")
+                raise RejectedError(f"a binary file (NUL at byte {position + nul}); only UTF-8 text is supported")
             yield _decode(decoder, block, position, final=False)
             position += len(block)
     yield _decode(decoder, b"", position, final=True)
@@ -330,12 +327,12 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, position: int, *, 
 
 
 def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[str]:
-    """The same text in parts of about `part_characters`, cut only where the split pattern always ends a token and NFC
-    joins nothing.
+    """Yield the same text in parts of about `part_characters`, cut only where the split pattern always ends a token and
+    NFC composes nothing.
 
-    Such a place is between a letter or digit and an ASCII character that is neither: a token ends there whatever
-    follows, what follows is split the same whatever stood before, and no ASCII character composes with the one before
-    it. Where the text offers no such place for a long time, a part is longer.
+    Such a position lies between a letter or digit and an ASCII character that is neither. A token ends there whatever
+    follows, the rest is split the same way whatever came before, and no ASCII character composes with its predecessor.
+    If the text has no such position for long, a part is longer.
     """
     waiting: list[str] = []
     size, wanted = 0, part_characters
@@ -349,7 +346,7 @@ def cut_between_words(parts: Iterable[str], part_characters: int) -> Iterator[st
         if cut:
             yield text[:cut]
         waiting, size = [text[cut:]], len(text) - cut
-        # where there is no border for long, a look at each part would copy the whole again and again
+        # without a boundary for long, checking after each part would copy the whole text again and again
         wanted = max(part_characters, 2 * size)
     if size:
         yield "".join(waiting)
@@ -359,7 +356,7 @@ _BORDER = re.compile(r"[^\W_](?=[\x00-\x2f\x3a-\x40\x5b-\x60\x7b-\x7f])")
 
 
 def _last_boundary(text: str) -> int:
-    """The last place where `text` may be cut, 0 if there is none in its last megabyte."""
+    """The last position at which `text` may be cut; 0 if there is none in its last 2^20 characters."""
     for width in (1 << 10, 1 << 20):
         begin = max(len(text) - width, 0)
         ends = [match.end() for match in _BORDER.finditer(text, begin)]

@@ -1,8 +1,8 @@
-"""What a file holds, told by its content: which compression, and whether text, JSON lines, JSON values or parquet. And
-its plain bytes.
+"""Detects the format of a file from its content: its compression, and whether it holds text, JSON lines, JSON values or
+parquet. Also decompresses it.
 
-The name decides only what the content leaves open: .txt, .md, .py and what --text-ending names are text, whatever it
-says.
+The name decides only what the content leaves open. Exception: .txt, .md, .py and the endings of --text-ending are read
+as text whatever their content looks like, unless it is parquet.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ PARQUET_ENDING = ".parquet"
 COMPRESSED_ENDINGS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 HEAD_BYTES = 1 << 16
 MAX_WINDOW_BYTES = 1 << 31
-"""What a zstd frame may ask a reading process to remember: that of `zstd --long=31`, 2 GiB. xz may ask for as much."""
+"""Largest window of a zstd frame, as for `zstd --long=31`: 2 GiB of memory per reading process. xz has the same
+limit."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _PIECE_BYTES = 1 << 12
-"""What these bytes hold is decompressed at once: 128 MB of text at most, where a megabyte could hold 32 GB."""
+"""Compressed bytes that are decompressed at once: they hold at most 128 MB of text, where a megabyte could hold 32
+GB."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _TABLE_ENDINGS = (".csv", ".tsv")
 _JSON_SPACE = " \t\r\n"
@@ -52,11 +54,11 @@ _DAMAGE = (EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError)
 
 
 class DamagedError(DataFormatError):
-    """A file that cannot be read on, so that what follows is lost too."""
+    """A file that cannot be read any further, so that everything after the damage is lost too."""
 
 
 def extension_of(path: str) -> str:
-    """The last extension in lower case, that of the text where a file is compressed."""
+    """The last extension in lower case; of a compressed file the one before the compression suffix."""
     suffixes = [suffix.lower() for suffix in PurePath(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_ENDINGS:
         suffixes.pop()
@@ -66,12 +68,12 @@ def extension_of(path: str) -> str:
 def format_of(
     path: str, head: bytes, text_endings: Collection[str] = (), is_parquet_end: Callable[[], bool] = lambda: True
 ) -> tuple[str, str]:
-    """(kind, compression) of a file that begins with `head`: at least HEAD_BYTES of it, or all.
+    """(kind, compression) of a file that begins with `head`, which has HEAD_BYTES or more, or the whole file.
 
-    Kinds: text (one document), jsonl (one JSON object a line), json (JSON objects one after the other, or in one
-    array), object (one JSON object over several lines), no records (a .json that begins as no JSON does), parquet.
-    Compressions: "", gzip, zstd, bz2, xz. `is_parquet_end` tells whether the file ends as parquet does. Raises
-    DataFormatError for what is none of these, or not UTF-8 where records are expected.
+    Kinds: text (one document), jsonl (one JSON object per line), json (consecutive JSON objects, or an array of them),
+    object (one JSON object over several lines), no records (a .json that does not begin like JSON), parquet.
+    Compressions: "", gzip, zstd, bz2, xz. `is_parquet_end` says whether the file ends with parquet's magic bytes.
+    Raises DataFormatError for any other format, and for UTF-16 or UTF-32 where records are expected.
     """
     ending = extension_of(path)
     compression = _compression(path, head)
@@ -90,12 +92,12 @@ def format_of(
             )
         return "parquet", ""
     if ending == PARQUET_ENDING:
-        return "parquet", ""  # what reads it says what is wrong with it
+        return "parquet", ""  # the reader reports what is wrong with it
     if is_text:
         return "text", compression
     if ending in _TABLE_ENDINGS:
         raise DataFormatError(
-            f"{path}: a table, which is not read; write its rows as JSON lines, or read it whole with "
+            f"{path}: a table, which is not supported; write its rows as JSON lines, or read it as one text with "
             f"--text-ending {ending}"
         )
     _refuse_others(path, content or b"")
@@ -116,7 +118,7 @@ def _compression(path: str, head: bytes) -> str:
         return "gzip"
     if head.startswith(_ZSTD_MAGIC):
         return "zstd"
-    if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:  # a frame that is passed over
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:  # a skippable frame
         after = 8 + int.from_bytes(head[4:8], "little")
         if expected == "zstd" or head[after : after + 4] == _ZSTD_MAGIC:
             return "zstd"
@@ -126,9 +128,9 @@ def _compression(path: str, head: bytes) -> str:
         return "xz"
     if expected and head:
         raise DamagedError(
-            f"{path}: damaged or cut short, or not {expected} in spite of its name (it begins with "
+            f"{path}: damaged or truncated, or not {expected} despite its name (it begins with "
             f"{head[:8]!r}); compress it again, or "
-            "name it as what it is"
+            "rename it to match its format"
         )
     return expected
 
@@ -140,13 +142,12 @@ def _refuse_dictionary(path: str, head: bytes) -> None:
         return
     if dictionary:
         raise DataFormatError(
-            f"{path}: compressed with zstd's dictionary {dictionary}, which is not there to read it; compress "
-            "without -D"
+            f"{path}: compressed with zstd dictionary {dictionary}, which is not available; compress it without -D"
         )
 
 
 def _beginning(head: bytes, compression: str) -> bytes | None:
-    """The first bytes of what `head` holds; None if it is damaged so early."""
+    """The first decompressed bytes of `head`; None if the damage is before the first of them."""
     content = b""
     try:
         for block in _blocks_of(io.BytesIO(head), compression, lambda size: None, HEAD_BYTES):
@@ -169,7 +170,7 @@ def _refuse_others(path: str, content: bytes) -> None:
     }
     for mark, name in marks.items():
         if content.startswith(mark):
-            raise DataFormatError(f"{path}: {name}, only UTF-8 is read; convert it: iconv -f {name} -t UTF-8")
+            raise DataFormatError(f"{path}: {name}, but only UTF-8 is supported; convert it: iconv -f {name} -t UTF-8")
     for magic, what in _OTHERS.items():
         if content.startswith(magic):
             raise DataFormatError(f"{path}: {what}")
@@ -178,7 +179,7 @@ def _refuse_others(path: str, content: bytes) -> None:
 
 
 def other_encoding(content: bytes) -> str:
-    """UTF-16 or UTF-32 if a text begins with its byte order mark, else ""."""
+    """The name of the encoding if a text begins with the byte order mark of UTF-16 or UTF-32, else ""."""
     if content.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
         return "UTF-32"
     return "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
@@ -206,7 +207,7 @@ def _kind_of_records(content: bytes, *, is_expected: bool) -> str:
 
 
 def _end_of_object(text: str) -> int | None:
-    """Where the JSON object that `text` begins with ends; None if it begins with none, or `text` is too short."""
+    """End of the JSON object at the start of `text`; None if there is none, or if `text` does not hold all of it."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
@@ -220,24 +221,24 @@ def _end_of_object(text: str) -> int | None:
 def plain_blocks(
     path: str, raw: BinaryIO, compression: str, advance: Callable[[int], None], block_bytes: int = 1 << 20
 ) -> Iterator[bytes]:
-    """The bytes of a file from where `raw` stands, decompressed, in blocks; `advance` is told how many bytes of `raw`
-    were read.
+    """Yield the bytes of a file from the position of `raw` on, decompressed, in blocks. `advance` is called with the
+    number of bytes read from `raw`.
 
-    Members, frames and streams one after the other are read as one. Raises DamagedError if they are damaged or cut
-    short.
+    Consecutive members, frames or streams are read as one. Raises DamagedError if the data is damaged or truncated, and
+    DataFormatError if there is not enough memory to decompress it.
     """
     try:
         yield from _blocks_of(raw, compression, advance, block_bytes)
     except _DAMAGE as error:
         if not compression or (isinstance(error, OSError) and error.errno is not None):
-            raise  # of the disk, not of what is on it
+            raise  # the disk failed, not the format
         if "memory" in str(error).lower():
             raise DataFormatError(
-                f"{path}: there is not the memory to decompress it, which takes up to 2 GiB a process ({error}); "
+                f"{path}: not enough memory to decompress it, which takes up to 2 GiB per process ({error}); "
                 "use fewer --workers, or "
                 "compress it with a smaller window"
             ) from None
-        raise DamagedError(f"{path}: damaged or cut short ({error}); compress it again") from None
+        raise DamagedError(f"{path}: damaged or truncated ({error}); compress it again") from None
 
 
 def _blocks_of(raw: BinaryIO, compression: str, advance: Callable[[int], None], block_bytes: int) -> Iterator[bytes]:
@@ -249,7 +250,7 @@ def _blocks_of(raw: BinaryIO, compression: str, advance: Callable[[int], None], 
             position = raw.tell()
             yield block
         return
-    # The stream readers of these libraries take a file that is cut short for one that ends, or hold all that a block
+    # The stream readers of these libraries take a truncated file for a complete one, or hold everything that a block
     # expands to.
     new: dict[str, Callable[[], Any]] = {
         "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
@@ -269,4 +270,4 @@ def _blocks_of(raw: BinaryIO, compression: str, advance: Callable[[int], None], 
             block = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
-        raise EOFError("the last frame has no end")
+        raise EOFError("the last frame is incomplete")

@@ -1,4 +1,4 @@
-"""What a tokenized or packed folder holds, for a person to read."""
+"""Prints the content of a tokenized or packed folder in readable form."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _SHOWN_PIECES = 6
 
 
 def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: str | None, verify: bool) -> None:
-    """Print counts, the distribution of lengths and `num_samples` decoded samples of a tokenized or packed folder.
+    """Print counts, a histogram of lengths and `num_samples` samples of a tokenized or packed folder. Samples are
+    decoded if a tokenizer is given.
 
     `verify` also reads every file and compares it with its SHA-256. Raises DataFormatError if the folder is neither
-    kind or damaged, or if the tokenizer is not the one it was written with.
+    kind, if it is damaged, or if it was written with another tokenizer.
     """
     kind = manifest_format(folder)
     if kind not in (TOKENIZED_FORMAT, PACKED_FORMAT):
@@ -66,7 +67,7 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
         name: manifest_field(dataset.folder, dataset.manifest, name, int)
         for name in ("bytes", "empty_documents", "rejects")
     }
-    manifest = {"passed_over": 0, "skipped": {}, **dataset.manifest}  # not in older ones
+    manifest = {"passed_over": 0, "skipped": {}, **dataset.manifest}  # older manifests lack these
     passed_over = manifest_field(dataset.folder, manifest, "passed_over", int)
     passed_over = f", {passed_over:,} by --where" if passed_over else ""
     skipped = manifest_field(dataset.folder, manifest, "skipped", dict)
@@ -74,7 +75,7 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
     rows = [
         ("documents", f"{dataset.num_documents:,}"),
         ("tokens", f"{dataset.num_tokens:,} ({dataset.dtype})"),
-        ("bytes of text", f"{counts['bytes']:,} ({counts['bytes'] / dataset.num_tokens:.2f} a token)"),
+        ("bytes of text", f"{counts['bytes']:,} ({counts['bytes'] / dataset.num_tokens:.2f} per token)"),
         ("left out", f"{counts['empty_documents']:,} empty, {counts['rejects']:,} rejected{passed_over}"),
         *([("files", describe_skipped(skipped))] if skipped else []),
         ("shards", f"{len(dataset.shards):,}"),
@@ -95,7 +96,7 @@ def _print_packed(dataset: PackedDataset, console: Console) -> None:
         ("padding", f"{index.padding_tokens:,} tokens ({index.padding_tokens / room:.4%})"),
         ("documents", f"{index.num_documents:,}"),
         ("documents cut", f"{index.cut_documents:,} ({index.cut_documents / index.num_documents:.2%})"),
-        ("pieces a sequence", f"{num_pieces / index.num_sequences:.1f} on average, {most_pieces:,} at most"),
+        ("pieces per sequence", f"{num_pieces / index.num_sequences:.1f} on average, {most_pieces:,} at most"),
         ("vocabulary", f"{index.vocab_size:,} ids, tokenizer {index.tokenizer_digest[:12]}"),
         ("seed", f"{manifest_field(index.folder, index.manifest, 'seed', int)}"),
         *_source_rows(index.folder, index.manifest),
@@ -154,14 +155,14 @@ def _print_sequence(dataset: PackedDataset, number: int, tokenizer: Tokenizer | 
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
-    """Beginning and end of a piece: its text, or its ids if there is no tokenizer."""
+    """A piece as text, shortened in the middle, or its first ids if there is no tokenizer."""
     if tokenizer is None:
         shown = [str(token) for token in ids[:16].tolist()]
         return " ".join([*shown, "..."] if len(ids) > 16 else shown)
     if len(ids) <= 2 * _SHOWN_CHARACTERS:
         text = tokenizer.decode(ids)
     else:
-        # Enough ids for the characters shown on both sides; a long piece is not decoded whole.
+        # Enough ids for the characters shown at both ends; a long piece is not decoded completely.
         text = tokenizer.decode(ids[:_SHOWN_CHARACTERS]) + tokenizer.decode(ids[-_SHOWN_CHARACTERS:])
     if len(text) > _SHOWN_CHARACTERS or len(ids) > 2 * _SHOWN_CHARACTERS:
         text = f"{text[: _SHOWN_CHARACTERS // 2]} [...] {text[-_SHOWN_CHARACTERS // 2 :]}"
@@ -169,6 +170,6 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
 
 
 def _spread(total: int, wanted: int) -> list[int]:
-    """Up to `wanted` numbers below `total`, evenly apart."""
+    """Up to `wanted` evenly spaced numbers below `total`."""
     wanted = min(total, wanted)
     return [i * total // wanted for i in range(wanted)]

@@ -1,7 +1,8 @@
-"""JSON objects one after the other or in an array, over as many lines as they like, as records; a broken one costs
-itself alone.
+"""Reads consecutive JSON objects, or an array of them, as records, over any number of lines. A broken record does not
+affect the others.
 
-Whole values are parsed in C. Only what fails, or crosses the end of what has been read, is looked through for its end.
+Complete values are parsed in C. Only a value that fails to parse, or extends past the text read so far, is scanned for
+its end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from data_tools.formats import BYTE_ORDER_MARK, DamagedError
 
 MAX_CHARACTERS = 1 << 28
-"""What a record may have here; on a line of its own it may be as long as it likes."""
+"""Longest record here; there is no limit for a record on its own line."""
 
 _BETWEEN = re.compile(r"[ \t\r\n,]*+")
 _MARK = re.compile(r'["{}\[\]]')
@@ -25,16 +26,16 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def json_values(path: str, blocks: Iterable[bytes]) -> Iterator[tuple[int, Any, str]]:
-    """(byte offset, value, how it begins) of each value of a file: those in an array, or at its top.
+    """Yield (byte offset, value, first characters) for each value of a file, in an array or at top level.
 
-    What is not JSON comes as a ValueError in place of the value. Raises DamagedError where it cannot be found how the
-    file goes on.
+    Invalid JSON comes as a ValueError in place of the value. Raises DamagedError if the start of the next record cannot
+    be found.
     """
     yield from _Reader(path, blocks).values()
 
 
 class _Reader:
-    """Holds the text of some values. Bytes that are not UTF-8 are surrogates in it, so they cost no other record."""
+    """Buffers the text of some values. Bytes that are not UTF-8 become surrogates, so they spoil only their record."""
 
     def __init__(self, path: str, blocks: Iterable[bytes]) -> None:
         self._path, self._blocks = path, iter(blocks)
@@ -55,20 +56,20 @@ class _Reader:
             position, begin = self._position, self._text[self._begin : self._begin + 200]
             yield position, self._value(), begin
         if is_in_array:
-            yield self._position, ValueError("the array has no end; the file is cut short"), ""
+            yield self._position, ValueError("the array is never closed; the file is truncated"), ""
 
     def _value(self) -> Any:
-        """The value that stands next, or a ValueError; what stands next is then what follows it."""
+        """Parse the next value and advance past it; returns the value or a ValueError."""
         begin = self._begin
         try:
             value, end = _decode(self._text, begin)
-            if end == len(self._text) and self._read_more():  # a number may go on
+            if end == len(self._text) and self._read_more():  # a number may continue
                 value, end = _decode(self._text, begin)
         except (ValueError, RecursionError) as error:
             value, end = error, self._end_of_broken()
             if isinstance(error, json.JSONDecodeError):
                 try:
-                    value = json.loads(self._text[begin:end].rstrip(",\r\n\t "))  # it was only not read to its end
+                    value = json.loads(self._text[begin:end].rstrip(",\r\n\t "))  # it was only read incompletely
                 except (ValueError, RecursionError) as again:
                     value = again
         piece = self._text[begin:end]
@@ -84,7 +85,7 @@ class _Reader:
         return ValueError(f"JSON that cannot be read ({value})") if isinstance(value, Exception) else value
 
     def _end_of_broken(self) -> int:
-        """Where the value that stands next ends by its brackets, or else where the next record begins."""
+        """End of the next value, found by its brackets, or else the start of the next record."""
         depth, at = 0, self._begin
         if self._text[at] not in "{[":
             return self._next_record()
@@ -96,7 +97,7 @@ class _Reader:
                     return self._next_record()
             elif match.group() == '"':
                 end = self._end_of_string(match.end())
-                if end is None:  # a line ends inside it, or the file
+                if end is None:  # the line or the file ends inside the string
                     return self._next_record()
                 at = end
             else:
@@ -116,10 +117,11 @@ class _Reader:
                 return None
 
     def _next_record(self) -> int:
-        """Where a record begins that is like the first of the file; the end of the file where nothing looks like a
-        record any more.
+        """Start of the next record with the same first key as the first record of the file; the end of the file if
+        nothing else looks like a record.
 
-        Raises DamagedError where that is far, or something looks like a record of another kind.
+        Raises DamagedError if more than MAX_CHARACTERS would have to be read, or if only records with another first key
+        follow.
         """
         at, is_doubtful = self._begin + 1, False
         while True:
@@ -137,14 +139,14 @@ class _Reader:
                     break
                 return len(self._text)
         raise DamagedError(
-            f"{self._path}: byte {self._position:,}: JSON that is broken so that it is not clear where the next "
+            f"{self._path}: byte {self._position:,}: broken JSON, and it is not clear where the next "
             "record begins "
-            f"({self._text[self._begin : self._begin + 60]!r}...); put it right, or write one object a line"
+            f"({self._text[self._begin : self._begin + 60]!r}...); fix it, or write one object per line"
         )
 
     def _next_character(self) -> str:
-        """What is neither white space nor a comma and stands next; "" at the end."""
-        if self._begin > len(self._text) // 2:  # not for every value: that would copy the rest again and again
+        """The next character that is neither white space nor a comma; "" at the end."""
+        if self._begin > len(self._text) // 2:  # not for every value: that would copy the rest each time
             self._text, self._begin = self._text[self._begin :], 0
         while True:
             match = _BETWEEN.match(self._text, self._begin)
@@ -158,11 +160,11 @@ class _Reader:
         self._begin = end
 
     def _read_more(self) -> bool:
-        """Read on: as much as is held, so that a long value is not copied again and again. False at the end."""
+        """Read as much again as is buffered, so that a long value is copied only a few times. False at the end."""
         if len(self._text) - self._begin > MAX_CHARACTERS and not self._is_whole:
             raise DamagedError(
                 f"{self._path}: byte {self._position:,}: a record of more than {MAX_CHARACTERS:,} characters; write "
-                "one a line"
+                "one per line"
             )
         parts, size = [self._text], 0
         while not self._is_whole and size <= len(self._text) - self._begin:

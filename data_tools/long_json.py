@@ -1,7 +1,7 @@
-"""One string of a JSON object that is too long to be parsed at once, as a stream of text.
+"""Streams one string field of a JSON object that is too long to be parsed at once.
 
-Values that are passed over are checked for balanced brackets and quotes only; json.loads is stricter, and reads all
-shorter lines.
+Skipped values are only checked for balanced brackets and quotes; json.loads, which parses all shorter lines, is
+stricter.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-# Whole units of a string only, so that a match never ends inside an escape or between the two halves of a surrogate
-# pair.
+# Matches complete units of a string only, so that a match never ends inside an escape or a surrogate pair.
 _STRING = re.compile(
     r'(?:[^"\\]++|\\["\\/bfnrt]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4})*+'
 )
@@ -28,9 +27,9 @@ class InvalidJson(ValueError):
 
 
 def stream_fields(blocks: Iterable[bytes], name: str) -> Iterator[str]:
-    """The string under the key `name` of the one JSON object that `blocks` hold, in parts.
+    """Yield the string under the key `name` of the single JSON object in `blocks`, in parts.
 
-    Raises InvalidJson if there is no such object, key or string; the parts yielded before are then worth nothing.
+    Raises InvalidJson if there is no such object, key or string; the parts yielded so far must then be discarded.
     """
     scanner = _Scanner(blocks)
     scanner.expect("{")
@@ -42,9 +41,9 @@ def stream_fields(blocks: Iterable[bytes], name: str) -> Iterator[str]:
         if key != name:
             scanner.skip_value()
         elif is_found:
-            raise InvalidJson(f"field {name!r} is there twice")
+            raise InvalidJson(f"field {name!r} occurs twice")
         elif scanner.skip_to_next() != '"':
-            raise InvalidJson(f"field {name!r} holds something else than text")
+            raise InvalidJson(f"field {name!r} does not hold text")
         else:
             is_found = True
             yield from scanner.string_parts()
@@ -59,7 +58,7 @@ def stream_fields(blocks: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 class _Scanner:
-    """Reads JSON from blocks of UTF-8, of which it holds one or two at a time."""
+    """Reads JSON from blocks of UTF-8, holding one or two blocks at a time."""
 
     def __init__(self, blocks: Iterable[bytes]) -> None:
         self._blocks = iter(blocks)
@@ -67,7 +66,7 @@ class _Scanner:
         self._text, self._at, self._is_whole = "", 0, False
 
     def skip_to_next(self) -> str:
-        """The next character that is not white space, "" at the end."""
+        """Skip white space; returns the next character, or "" at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match
@@ -78,24 +77,22 @@ class _Scanner:
                 return ""
 
     def take(self, character: str) -> bool:
-        """Pass over the next character if it is this one."""
+        """Consume the next character if it is this one; returns whether it was."""
         if self.skip_to_next() != character:
             return False
         self._at += 1
         return True
 
     def expect(self, character: str) -> None:
-        """Pass over the next character, which must be this one."""
+        """Consume the next character. Raises InvalidJson if it is another one."""
         if not self.take(character):
             found = self.skip_to_next()
             raise InvalidJson(
-                f"invalid JSON ({character!r} expected, found {found!r})"
-                if found
-                else "invalid JSON (it ends too early)"
+                f"invalid JSON (expected {character!r}, found {found!r})" if found else "invalid JSON (unexpected end)"
             )
 
     def read_key(self) -> str:
-        """A string that is not long."""
+        """Read a string of at most _MAX_KEY_CHARACTERS."""
         key = ""
         if self.skip_to_next() != '"':
             self.expect('"')
@@ -106,7 +103,7 @@ class _Scanner:
         return key
 
     def string_parts(self) -> Iterator[str]:
-        """The string that starts here, in parts."""
+        """Yield the string that starts here, in parts."""
         self.expect('"')
         while True:
             match = _STRING.match(self._text, self._at)
@@ -123,13 +120,11 @@ class _Scanner:
             elif len(self._text) - self._at >= _LONGEST_UNIT or not self._read_more():
                 begin = self._text[self._at : self._at + _LONGEST_UNIT]
                 raise InvalidJson(
-                    f"invalid JSON (escape {begin!r} in a string)"
-                    if begin
-                    else "invalid JSON (a string without an end)"
+                    f"invalid JSON (escape {begin!r} in a string)" if begin else "invalid JSON (an unterminated string)"
                 )
 
     def skip_value(self) -> None:
-        """Pass over a value of any kind."""
+        """Skip a value of any type."""
         closing: list[str] = []
         while True:
             character = self.skip_to_next()
@@ -151,7 +146,7 @@ class _Scanner:
                 return
 
     def _skip_plain(self) -> bool:
-        """Pass over a number or a word."""
+        """Skip a number or a literal; returns whether there was one."""
         is_any = False
         while True:
             match = _PLAIN.match(self._text, self._at)

@@ -1,4 +1,4 @@
-"""`hunyuan-data mix`: what the stages of an experiment will read, before anything trains."""
+"""`hunyuan-data mix`: shows what the stages of an experiment will read, before training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _MEASURED_STEPS = 50
 def mix(
     config: str, overrides: list[str], output: str | None, console: Console, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Print the mixture of every stage, and store it in the folder `output` with a picture; returns what is stored.
+    """Print the mixture of every stage, and write it to the folder `output` together with a plot; returns the report.
 
-    Raises DataFormatError if the data is not there or cannot give what the stages ask for, ConfigError for a wrong
+    Raises DataFormatError if data is missing or cannot supply what the stages ask for, ConfigError for an invalid
     experiment.
     """
     experiment = load_experiment(Path(config), overrides)
@@ -48,10 +48,10 @@ def mix(
 
 
 def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> dict[str, Any]:
-    """Tokens and epochs by source, padding, documents cut, and the context that tokens see, of one stage.
+    """Tokens and epochs per source, padding, cut documents, and the context that tokens see, for one stage.
 
-    Of an epoch that is not whole, a source counts in proportion: which of its sequences are drawn is random. "by
-    documents" counts the documents that are read most often, in whichever sources.
+    A partial epoch of a source counts in proportion, because its sequences are drawn at random. The document epochs are
+    those of the documents that are read most often, over all sources that hold them.
     """
     stage, mixture = experiment.stages[number], order.mixture
     epochs, tokens = mixture.epochs(number), mixture.tokens(number)
@@ -104,11 +104,11 @@ def describe_stage(experiment: Experiment, order: SampleOrder, number: int) -> d
 
 
 def describe_balance(experiment: Experiment, order: SampleOrder, number: int, num_ranks: int) -> dict[str, Any]:
-    """How many times as long a step takes for unequal attention work as with equal work, on average over some steps of
-    the stage.
+    """Step time with unequal attention work relative to equal work, averaged over up to 50 steps of the stage.
 
-    By FLOPs, where data-parallel ranks meet in every micro-batch, as they do with expert parallelism; as the batch
-    stands, and as it is dealt by balance_attention=deal. With balance_attention=group the batches are those of groups.
+    Estimated from FLOPs, for data-parallel ranks that synchronise in every micro-batch, as they do with expert
+    parallelism. Two values: for the batch in its original order, and as assigned by balance_attention=deal. With
+    balance_attention=group the batches are already those of the groups.
     """
     stage = experiment.stages[number]
     flops = flops_per_token(experiment.model, stage.sequence_length)
@@ -134,12 +134,12 @@ def describe_balance(experiment: Experiment, order: SampleOrder, number: int, nu
 
 
 def context_of(piece_lengths: np.ndarray) -> tuple[np.ndarray, float]:
-    """(tokens by bin of context 0, 1, 2-3, 4-7, ..., sum of the context of all tokens) of pieces; the n-th token of a
-    piece sees n - 1."""
+    """(tokens per context bin 0, 1, 2-3, 4-7, ..., sum of the context of all tokens) of pieces. The n-th token of a
+    piece has a context of n - 1 tokens."""
     lengths, counts = np.unique(piece_lengths, return_counts=True)
     longest = int(lengths.max(initial=1))
     lower = np.array([0, *(1 << power for power in range(longest.bit_length() + 1))])
-    # tokens with a context of at least `lower`, less those of the next bin
+    # tokens with a context of at least `lower`; the return value subtracts those of the next bin
     at_least = np.array(
         [(np.maximum(lengths.astype(np.int64) - low, 0) * counts).sum() for low in lower], dtype=np.float64
     )
@@ -149,7 +149,7 @@ def context_of(piece_lengths: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _print_stage(stage: dict[str, Any], console: Console) -> None:
     title = (
-        f"{stage['name']}: {stage['steps']:,} steps of {stage['sequence_length']:,} tokens a sequence, "
+        f"{stage['name']}: {stage['steps']:,} steps, {stage['sequence_length']:,} tokens per sequence, "
         f"{stage['tokens']:,} tokens"
     )
     table = Table(
@@ -197,21 +197,19 @@ def _print_balance(balance: dict[str, Any], console: Console) -> None:
     slowdown = balance["slowdown"]
     console.print(
         f"{balance['data_parallel_size']} data-parallel ranks: unequal attention makes a step "
-        f"{slowdown['as it stands'] - 1:.2%} longer as "
-        f"the batches stand, {slowdown['dealt'] - 1:.2%} when dealt by cost (balance_attention is "
+        f"{slowdown['as it stands'] - 1:.2%} longer with "
+        f"the batches as they are, {slowdown['dealt'] - 1:.2%} when dealt by cost (balance_attention is "
         f"{balance['balance_attention']})"
     )
 
 
 def draw(stages: list[dict[str, Any]], file: Path) -> None:
-    """A picture: tokens by source and the context that tokens see, a row a stage. Raises DataFormatError without
+    """Plot tokens per source and the context that tokens see, one row per stage. Raises DataFormatError without
     matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DataFormatError(
-            f"the picture needs matplotlib: {install_hint('matplotlib')}, or leave --output out"
-        ) from None
+        raise DataFormatError(f"the plot needs matplotlib: {install_hint('matplotlib')}, or omit --output") from None
     figure = Figure(figsize=(12, 1 + 2.6 * len(stages)), layout="constrained")
     axes = figure.subplots(len(stages), 2, squeeze=False)
     for (left, right), stage in zip(axes, stages, strict=True):

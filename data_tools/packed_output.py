@@ -1,4 +1,4 @@
-"""Tokenized folders to a packed dataset."""
+"""Packs tokenized folders into a packed dataset."""
 
 from __future__ import annotations
 
@@ -31,15 +31,13 @@ def pack(
 ) -> dict[str, Any]:
     """Pack the documents of tokenized folders into sequences of `sequence_length` tokens; returns the manifest.
 
-    Documents shorter than `min_document_tokens` or longer than `max_document_tokens` are left out, so that the long
-    ones and the others can be packed apart and mixed by weight. `materialize` copies the tokens, so that a sequence is
-    read in one stretch. The same folders and options give the same bytes. Raises DataFormatError if a folder is
-    damaged, if two were tokenized differently, or if nothing is left to pack.
+    Documents shorter than `min_document_tokens` or longer than `max_document_tokens` are left out, so that long
+    documents can be packed separately and mixed by weight. `materialize` copies the tokens, so that each sequence is
+    one contiguous read. The same folders and options give identical bytes. Raises DataFormatError for an invalid
+    option, if a folder is damaged, if two were tokenized differently, or if no document is left to pack.
     """
     if sequence_length < 2:
-        raise DataFormatError(
-            f"--sequence-length {sequence_length}: must be at least 2, a token and the one it predicts"
-        )
+        raise DataFormatError(f"--sequence-length {sequence_length}: must be at least 2, for a token and its label")
     if sequence_length > MAX_SEQUENCE_LENGTH:
         raise DataFormatError(f"--sequence-length {sequence_length}: must be at most {MAX_SEQUENCE_LENGTH}")
     if max_document_tokens is not None and max_document_tokens < min_document_tokens:
@@ -61,7 +59,7 @@ def pack(
             f"{f'to {max_document_tokens}' if max_document_tokens else 'or more'} tokens; they have "
             f"{lengths.min()} to {lengths.max()}"
         )
-    lengths[~is_wanted] = 0  # what has no token is not packed
+    lengths[~is_wanted] = 0  # empty documents are not packed
     with new_folder(output, files=PACKED_FILES, overwrite=overwrite) as folder:
         packing = pack_documents(lengths, sequence_length, seed, method, min_fragment_tokens)
         options = {

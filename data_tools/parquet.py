@@ -12,11 +12,11 @@ from hunyuan_pretrain.data.errors import DataFormatError
 def read_rows(
     split: Split, fields: Sequence[str], advance: Callable[[int], None]
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(number of the row in the file, its fields) for each row of a split; where a field holds bytes that are no text,
-    the reason instead.
+    """(row number in the file, its fields) for each row of a split; if a field is not UTF-8, the reason instead of the
+    fields.
 
-    `advance` is told how many bytes on disk have been read. Raises DataFormatError if a column is missing, or there
-    twice, or if the file is damaged.
+    `advance` is called with the number of bytes read from disk. Raises DataFormatError if a column is missing or
+    occurs twice, or if the file is damaged.
     """
     with open_parquet(split.file) as parquet:
         check_columns(split.file.path, parquet.schema_arrow.names, fields)
@@ -30,7 +30,7 @@ def read_rows(
 
 
 def check_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> None:
-    """Refuse a file without a column of each field, or with two; raises DataFormatError."""
+    """Raise DataFormatError unless the file has exactly one column for each field."""
     missing = [name for name in fields if name not in names]
     if missing:
         columns = ", ".join(names[:8])
@@ -39,7 +39,7 @@ def check_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> Non
         )
     for name in fields:
         if names.count(name) > 1:
-            raise DataFormatError(f"{path}: two columns are named {name!r}; give one of them another name")
+            raise DataFormatError(f"{path}: two columns are named {name!r}; rename one of them")
 
 
 def _records_of_batch(batch: Any) -> Iterator[dict[str, Any] | str]:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere. Both go to stderr."""
+"""Progress of long work on stderr: a bar on a terminal, otherwise a plain line at most every 10 seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressReport:
-    """Shows how much of `total` units is done; used as a context manager."""
+    """Shows how many of `total` units are done; a context manager."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
@@ -40,7 +40,7 @@ class ProgressReport:
             self._bar.stop()
 
     def advance(self, units: int, note: str) -> None:
-        """Another `units` are done; `note` is what to say beside the share."""
+        """Add `units` to what is done; `note` is shown beside the percentage."""
         self._done += units
         if self._bar:
             self._bar.update(self._task, completed=self._done, note=note)
@@ -53,7 +53,7 @@ _SHOWN_REASONS = 8
 
 
 def describe_skipped(skipped: Mapping[str, int], examples: Mapping[str, str] | None = None) -> str:
-    """One line on what was not read, the most frequent reason first; "" if there is nothing."""
+    """One line about what was not read, most frequent reason first; "" if everything was."""
     by_number = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     if not by_number:
         return ""

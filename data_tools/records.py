@@ -1,4 +1,4 @@
-"""Records of a corpus, JSON objects or parquet rows: which of them are read, and how they become text."""
+"""Records of a corpus (JSON objects or parquet rows): which of them are read, and how they become text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hunyuan_pretrain.data.errors import DataFormatError
 
 @dataclass(frozen=True)
 class Reject:
-    """Something that is not a document: where, why, and how it begins."""
+    """A record that is not a document: its location, the reason, and its first characters."""
 
     where: str
     reason: str
@@ -26,10 +26,10 @@ class Reject:
 
 @dataclass(frozen=True)
 class RecordForm:
-    """How a record, a JSON object or a parquet row, becomes text: one field, or a template (see `parse_template`).
+    """How a record (a JSON object or parquet row) becomes text: from one field or a template (see `parse_template`).
 
-    Records in which a field of `where` has none of the given values are passed over. Raises DataFormatError for a
-    template that is not one.
+    Records in which a field of `where` has none of the given values are left out. The constructor raises
+    DataFormatError for an empty field name or an invalid template.
     """
 
     text_field: str = "text"
@@ -39,7 +39,7 @@ class RecordForm:
     def __post_init__(self) -> None:
         if not self.text_field:
             raise DataFormatError("--text-field: is empty; give the name of a field, such as text")
-        self._parts  # noqa: B018 - a template that is none is refused before anything is read
+        self._parts  # noqa: B018 - refuses an invalid template before anything is read
 
     @cached_property
     def _parts(self) -> list[tuple[str, str | None]]:
@@ -58,7 +58,7 @@ class RecordForm:
         return list(dict.fromkeys([*self.text_fields, *self.where]))
 
     def as_json(self) -> dict[str, Any]:
-        """For manifests."""
+        """The form as JSON for manifests."""
         return {
             "field": self.text_field,
             "template": self.template,
@@ -66,7 +66,7 @@ class RecordForm:
         }
 
     def text_of(self, where: str, record: Mapping[str, Any]) -> str | Reject | None:
-        """The text of a record, or None if `self.where` passes it over."""
+        """The text of a record, None if `self.where` leaves it out, or a Reject if a field is missing or not text."""
         for name in self.fields:
             if name not in record:
                 fields = ", ".join(map(shown_value, list(record)[:8])) or "none"
@@ -76,7 +76,7 @@ class RecordForm:
         texts = {name: "" if record[name] is None else record[name] for name in self.text_fields}
         for name, text in texts.items():
             if not isinstance(text, str):
-                return Reject(where, f"field {name!r} holds {type(text).__name__}, text is expected")
+                return Reject(where, f"field {name!r} holds {type(text).__name__}, expected text")
         if self.template is None:
             return texts[self.text_field]
         return "".join([literal + (texts[name] if name is not None else "") for literal, name in self._parts])
@@ -87,11 +87,11 @@ _TEMPLATE_TOKEN = re.compile(r"\{\{|\}\}|\\.?|\{[^{}]*\}?|\}|[^\\{}]+", re.DOTAL
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """A template as (literal text, name of the field that follows it, None at the end) one after the other.
+    """Parse a template into a list of (literal text, name of the field after it, or None at the end).
 
     {NAME} stands for the field NAME, {{ and }} for braces, and \\n, \\t and \\\\ for a line break, a tab and a
-    backslash, so that a shell's single quotes need no care. Raises DataFormatError, with the position, for anything
-    else.
+    backslash, so that a template works in a shell's single quotes. Raises DataFormatError with the position for any
+    other use of these characters, and for a template without a field.
     """
 
     shown = f"'{template}'" if template.isprintable() else repr(template)
@@ -109,12 +109,12 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
             if token[1:] not in _ESCAPES:
                 raise refuse(
                     at,
-                    f"{token} is no escape; there are \\n, \\t and \\\\, and a backslash of the text itself is "
+                    f"{token} is not an escape; the escapes are \\n, \\t and \\\\, and a literal backslash is "
                     "written \\\\",
                 )
             literal += _ESCAPES[token[1:]]
         elif token == "}":
-            raise refuse(at, "a } that closes nothing; write a brace of the text itself twice, }}")
+            raise refuse(at, "an unmatched }; write a literal brace twice, }}")
         elif token.startswith("{"):
             parts.append((literal, _field_name(token, at, refuse)))
             literal = ""
@@ -127,20 +127,20 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
 def _field_name(token: str, at: int, refuse: Callable[[int, str], DataFormatError]) -> str:
     if not token.endswith("}"):
-        raise refuse(at, "this { is never closed; write {NAME}, or write a brace of the text itself twice, {{")
+        raise refuse(at, "this { is never closed; write {NAME}, or write a literal brace twice, {{")
     inside = token[1:-1]
     name = re.split(r"[!:.\[\]]", inside, maxsplit=1)[0].strip()
     if not name or name.isdecimal():
         raise refuse(at, f"{token} names no field; write its name, such as {{text}}")
     if re.search(r"[.\[\]]", inside):
-        raise refuse(at, f"{token} reaches into a field; only whole fields are read, such as {{{name}}}")
+        raise refuse(at, f"{token} accesses part of a field; only whole fields are supported, such as {{{name}}}")
     if inside != name:
         raise refuse(at, f"{token} is more than the name of a field; write {{{name}}}")
     return name
 
 
 def parse_conditions(conditions: Sequence[str]) -> dict[str, frozenset[str]]:
-    """`--where FIELD=VALUE` options as field -> allowed values. Raises DataFormatError for one that is not of this
+    """Parse `--where FIELD=VALUE` options into field -> allowed values. Raises DataFormatError for an option of another
     form."""
     allowed: dict[str, frozenset[str]] = {}
     for condition in conditions:
@@ -149,7 +149,7 @@ def parse_conditions(conditions: Sequence[str]) -> dict[str, frozenset[str]]:
             raise DataFormatError(f"--where {condition}: is not FIELD=VALUE; for example --where lang=zh")
         if name[-1] in "!<>~^" or value.startswith(("=", "~")):
             raise DataFormatError(
-                f"--where {condition}: only FIELD=VALUE is known, with the value as it stands; for several "
+                f"--where {condition}: only FIELD=VALUE is supported, with a literal value; for several "
                 "values repeat --where"
             )
         if name != name.strip() or value != value.strip():
@@ -161,7 +161,7 @@ def parse_conditions(conditions: Sequence[str]) -> dict[str, frozenset[str]]:
 
 
 def shown_value(value: Any) -> str:
-    """A value of a JSON field as --where and reports have it; half of a surrogate pair, which cannot be written, as a
-    question mark."""
+    """A JSON value as text, for --where and reports. An unpaired surrogate, which cannot be encoded, becomes a question
+    mark."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text.encode(errors="replace").decode()

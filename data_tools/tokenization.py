@@ -1,5 +1,5 @@
-"""Corpus to tokenized folder, shard by shard, in parallel. Running again after a kill goes on with the shards that have
-no report."""
+"""Tokenizes a corpus into a folder, shard by shard, in parallel. After a kill, the next run resumes with the shards
+that have no report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from hunyuan_pretrain.data.tokenizer import Tokenizer
 
 REJECTS = "rejects.jsonl"
 TOKENIZED_FILES = (MANIFEST, REJECTS, *shard_files("shard_*"))
-"""Patterns of the names in a tokenized folder."""
+"""Patterns of the file names in a tokenized folder."""
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -61,11 +61,10 @@ def plan_job(
     holdout_every: int | None = None,
     shard_bytes: int | None = None,
 ) -> TokenizeJob:
-    """Look at the inputs and deal them out into shards of about `shard_bytes` of text, one document in `holdout_every`
-    of each held out.
+    """Survey the inputs and divide them into shards of about `shard_bytes` of text; one document in `holdout_every` of
+    each shard is held out.
 
-    Says on stderr what in the inputs is not read. Raises DataFormatError for an input or tokenizer that is not as it
-    should be.
+    Prints to stderr what is not read. Raises DataFormatError for an invalid input or tokenizer.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
     found = survey(inputs, extensions, text_endings)
@@ -88,10 +87,10 @@ def plan_job(
 
 
 def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Join the finished shards to whole folders, and return their manifests.
+    """Join the finished shards into complete folders; returns their manifests.
 
-    Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document; the shards
-    then stay.
+    Raises DataFormatError if there are more rejects than allowed, or if an output would hold no document. In the first
+    case the shards stay; in the second they are removed.
     """
     reports = [
         read_report(folders[0] / f"{shard_name(number)}.json", (len(folders), len(job.inputs)))
@@ -110,12 +109,12 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
         problem = f"{', '.join(job.inputs)}: no document with text in {len(job.files)} files{reason}"
     elif job.holdout_every is not None and not 0 < (held_out := totals[1, :, 0].sum()) < num_documents:
         problem = (
-            f"--holdout-every {job.holdout_every}: must leave some of the {num_documents} documents on each "
-            f"side, but holds {held_out} "
-            f"out; use 2 to {num_documents}"
+            f"--holdout-every {job.holdout_every}: must hold out some of the {num_documents} documents, but not "
+            f"all; it holds out {held_out}; "
+            f"use 2 to {num_documents}"
         )
     if problem:
-        remove_shards(folders, range(len(job.shards)))  # the same call would end the same
+        remove_shards(folders, range(len(job.shards)))  # the same call would fail again
         raise DataFormatError(problem)
     num_files = np.bincount([file.input_number for file in job.files], minlength=len(job.inputs)).tolist()
     manifests = []
@@ -146,7 +145,7 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "shards": [report.outputs[number].entry for report in reports],
             }
         )
-    # the first folder's manifest last: where it is, only the names are left to be given
+    # the first folder's manifest comes last: once it exists, only the final names are missing
     for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
         if rejects:
             lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
@@ -156,8 +155,8 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def name_outputs(outputs: Sequence[str], folder: Path, num_shards: int) -> None:
-    """Give the joined folders their names, the first one, which is `folder` until then, last and without the reports of
-    its shards."""
+    """Give the joined folders their final names. The first one, still at `folder`, comes last and loses its shard
+    reports."""
     for output in outputs[1:]:
         finish_folder(output)
     for number in range(num_shards):
@@ -175,13 +174,12 @@ def tokenize(
     overwrite: bool = False,
     **planning: Any,
 ) -> list[dict[str, Any]]:
-    """Tokenize `inputs` into the folder `output`, and what is held out into `holdout_output`; returns the manifests.
+    """Tokenize `inputs` into the folder `output`, and held-out documents into `holdout_output`; returns the manifests.
 
-    `planning` is what `plan_job` takes. The result does not depend on `workers`, nor on how often the command was
-    interrupted before.
+    `planning` are arguments of `plan_job`. The result does not depend on `workers` or on earlier interruptions.
 
-    Raises DataFormatError for anything in the corpus, the tokenizer or the outputs that is not as it should be.
-    Finished shards stay then, and are not tokenized again by the same call; if there is none, nothing stays.
+    Raises DataFormatError if the corpus, the tokenizer or an output is invalid. Finished shards then stay, and the same
+    call does not tokenize them again; without a finished shard, no output is left.
     """
     job = plan_job(inputs, tokenizer_path, **planning)
     outputs = checked_outputs(output, job.holdout_every, holdout_output)
@@ -209,8 +207,8 @@ def tokenize(
 
 
 def checked_outputs(output: str, holdout_every: int | None, holdout_output: str | None) -> list[str]:
-    """The folders to write, the one for what is held out last. Raises DataFormatError where they do not fit
-    together."""
+    """The output folders, the one for held-out documents last. Raises DataFormatError if the arguments contradict each
+    other."""
     if (holdout_every is None) != (holdout_output is None):
         raise DataFormatError("--holdout-every and --holdout-output: give both or neither")
     if holdout_output is None:
@@ -221,8 +219,8 @@ def checked_outputs(output: str, holdout_every: int | None, holdout_output: str 
 
 
 def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> None:
-    """Write the shards that are not finished, each on one of `workers` processes; if that fails, only finished ones
-    stay."""
+    """Write the unfinished shards, each in one of `workers` processes. After a failure only finished shards are
+    left."""
     waiting = [number for number in range(len(job.shards)) if not is_finished(folders, number)]
     sizes = [sum(split.weight for split in shard) for shard in job.shards]
     try:
@@ -239,7 +237,7 @@ def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> Non
 
 
 def remove_shards(folders: Sequence[Path], numbers: Iterable[int]) -> None:
-    """Remove what there is of these shards."""
+    """Remove all files of these shards that exist."""
     for number in numbers:
         for folder in folders:
             for name in (*shard_files(shard_name(number)), f"{shard_name(number)}.json"):
@@ -279,7 +277,7 @@ _worker: tuple[TokenizeJob, Sequence[Path], Any, DocumentEncoder] | None = None
 
 def _start_worker(job: TokenizeJob, folders: Sequence[Path], read: Any) -> None:
     global _worker
-    # A stop is the command's to answer: a worker ends its shard, or would be taken for one that died.
+    # The main process handles a stop: a worker finishes its shard, or the pool would report that it died.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _worker = (job, folders, read, DocumentEncoder(job.encoder))
@@ -297,5 +295,5 @@ def _write_in_worker(number: int) -> ShardReport:
 
 
 def default_workers() -> int:
-    """The cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

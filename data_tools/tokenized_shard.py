@@ -1,7 +1,6 @@
-"""One shard of a tokenized corpus: a function of the inputs alone, written by one process, finished when its report is
-there.
+"""Writes one shard of a tokenized corpus. A shard depends only on the inputs and is written by one process.
 
-The report, shard_00000.json, is written last.
+Its report, such as shard_00000.json, is written last; the shard is finished once the report exists.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Allowance:
-    """How many records may be rejected: a number, or a share of all."""
+    """How many records may be rejected: a number, or a share of all records."""
 
     number: int = 0
     share: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Allowance:
-        """From "100" or "0.1%"."""
+        """Parse "100" or "0.1%". Raises DataFormatError."""
         try:
             found = cls(share=float(text[:-1]) / 100) if text.endswith("%") else cls(number=int(text))
         except ValueError:
@@ -49,25 +48,24 @@ class Allowance:
         return found
 
     def check(self, found: int, records: int, rejects: Sequence[Reject]) -> None:
-        """Raise DataFormatError, which names the first of `rejects`, if so many are more than is allowed among so many
-        records."""
+        """Raise DataFormatError, naming the first of `rejects`, if `found` rejects among `records` are more than
+        allowed."""
         allowed = self.number + int(self.share * records)
         if found > allowed:
             others = f" (and {found - 1:,} more)" if found > 1 else ""
             raise DataFormatError(
-                f"{rejects[0]}{others}; put it right, or let it pass with --max-rejects {found} or more; "
-                f"{allowed} are allowed"
+                f"{rejects[0]}{others}; fix it, or allow it with --max-rejects {found} or more; {allowed} are allowed"
             )
 
     def check_part(self, found: int, rejects: Sequence[Reject]) -> None:
-        """The same in the middle of the work, where nobody knows yet of how many records a share would be."""
+        """Like `check`, while records are still being read. A share is not checked, as their total is not yet known."""
         if not self.share:
             self.check(found, 0, rejects)
 
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """All that decides the output of `tokenize`."""
+    """Everything that determines the output of `tokenize`."""
 
     inputs: list[str]
     files: list[CorpusFile]
@@ -80,11 +78,11 @@ class TokenizeJob:
     holdout_every: int | None
     max_rejects: Allowance
     skipped: dict[str, int] = field(default_factory=dict)
-    """Files of the inputs that are not read, by the reason why."""
+    """Reason -> number of files in the inputs that are not read for it."""
 
     @property
     def identity(self) -> str:
-        """Changes whenever the bytes of the output would."""
+        """A digest that changes whenever the output bytes would."""
         files = [
             [file.path, file.input_number, file.size, file.version, file.kind, file.compression] for file in self.files
         ]
@@ -96,17 +94,17 @@ class TokenizeJob:
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What a shard wrote into one of the folders."""
+    """What a shard wrote to one of the folders."""
 
     entry: dict[str, Any]
-    """For the manifest."""
+    """The shard's entry in the manifest."""
     totals: list[tuple[int, int, int]]
-    """For each input: documents, bytes, tokens."""
+    """(documents, bytes, tokens) per input."""
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """A finished shard, for those who join it with the others."""
+    """Summary of a finished shard, for joining it with the others."""
 
     outputs: list[ShardOutput]
     empty_documents: int
@@ -114,16 +112,16 @@ class ShardReport:
     """Records that --where leaves out."""
     rejects: int
     samples: list[Reject]
-    """The first of the rejects."""
+    """The first rejects, at most 20."""
 
 
 def shard_name(number: int) -> str:
-    """Name of a shard's files, without their endings."""
+    """Name of a shard's files without their extensions."""
     return f"shard_{number:05d}"
 
 
 def is_finished(folders: Sequence[Path], number: int) -> bool:
-    """Whether a shard's report is there, and all that it reports of."""
+    """Whether a shard's report and all of its files exist."""
     names = shard_files(shard_name(number))
     return (folders[0] / f"{shard_name(number)}.json").is_file() and all(
         (folder / name).is_file() for folder in folders for name in names
@@ -137,9 +135,9 @@ def write_shard(
     encoder: DocumentEncoder,
     advance: Callable[[int], None] = lambda size: None,
 ) -> ShardReport:
-    """Tokenize one shard into the unfinished folders (the second is for what is held out), and return its report.
+    """Tokenize one shard into the unfinished folders (the second one takes held-out documents); returns its report.
 
-    Raises DataFormatError if a file is damaged, or if the shard alone has more rejects than the job allows.
+    Raises DataFormatError if a file is damaged, or if this shard alone exceeds an allowed number of rejects.
     """
     with ExitStack() as stack:
         writers = [ShardWriter(folder, shard_name(number), job.vocab_size) for folder in folders]
@@ -159,11 +157,11 @@ def write_shard(
 
 
 class _EmptyError(Exception):
-    """A very long record without a character of text."""
+    """A very long record without any text."""
 
 
 class _Shard:
-    """The documents of one shard on their way to the writers, encoded many at a time."""
+    """Encodes the documents of one shard in batches and passes them to the writers."""
 
     def __init__(self, job: TokenizeJob, number: int, writers: Sequence[ShardWriter], encoder: DocumentEncoder) -> None:
         self._job, self._number, self._writers, self._encoder = job, number, writers, encoder
@@ -171,13 +169,13 @@ class _Shard:
         self._waiting: list[Document] = []
         self._waiting_characters = 0
         self.totals = np.zeros((len(writers), len(job.inputs), 3), dtype=np.int64)
-        """For each writer and input: documents, bytes, tokens."""
+        """(writers, inputs, 3): documents, bytes, tokens."""
         self.num_empty = self.num_passed_over = self.num_rejects = 0
         self.rejects: list[Reject] = []
-        """The first of them."""
+        """The first rejects, at most 20."""
 
     def add(self, split: Split, document: Document | Reject) -> None:
-        """Take the next record of `split`."""
+        """Add the next record of `split`."""
         self._split = split
         if isinstance(document, Reject):
             self._reject(document)
@@ -197,12 +195,12 @@ class _Shard:
         self.num_passed_over += 1
 
     def flush(self) -> None:
-        """Encode and write what waits; all of it is of one split."""
+        """Encode and write the buffered documents, which all belong to one split."""
         documents, self._waiting, self._waiting_characters = self._waiting, [], 0
         if documents:
             try:
                 self._write(documents)
-            except DataFormatError:  # of one of them, which shall not cost the others
+            except DataFormatError:  # one document failed; keep the others
                 for document in documents:
                     self._write_or_reject(document)
 
@@ -252,14 +250,13 @@ class _Shard:
             self.num_empty += 1
         except (RejectedError, DataFormatError, UnicodeEncodeError) as error:
             with suppress(RejectedError):
-                for _ in parts:  # the reader stands at the next document only when this one has been read
+                for _ in parts:  # the reader reaches the next document only after this one is read completely
                     pass
             self._reject(Reject(f"{self._split.file.path}: byte {document.position:,}", str(error)))
 
     def _held_out(self, count: int) -> np.ndarray:
-        """(count,) bool, which of the next documents are held out: every N-th, from another one on in each shard.
-
-        So of many short shards as many documents are held out as of a few long ones, and no shard has to know another.
+        """(count,) bool: which of the next documents are held out. This is every N-th one, with a different offset in
+        each shard: many short shards hold out as many documents as a few long ones, and shards stay independent.
         """
         if self._job.holdout_every is None:
             return np.zeros(count, dtype=bool)
@@ -277,7 +274,8 @@ class _Shard:
 
 
 def read_report(file: Path, shape: tuple[int, int]) -> ShardReport:
-    """Raises DataFormatError unless the report is one of a shard with totals for so many (folders, inputs)."""
+    """Read a shard's report. Raises DataFormatError if it is invalid or its totals are not of `shape` (folders,
+    inputs)."""
     try:
         report = TypeAdapter(ShardReport).validate_json(file.read_bytes())
         if [len(output.totals) for output in report.outputs] != [shape[1]] * shape[0]:

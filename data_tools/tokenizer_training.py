@@ -1,4 +1,4 @@
-"""Training a byte-level BPE vocabulary under Hunyuan's split pattern, from scratch or after the ranks of a base."""
+"""Trains a byte-level BPE vocabulary with Hunyuan's split pattern, from scratch or as an extension of a base."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hunyuan_pretrain.data.tokenizer import (
 
 REPORT_FILE = "report.json"
 DEFAULT_HOLDOUT_EVERY = 100
-"""With a base. From scratch all documents are trained on unless asked otherwise."""
+"""Default with a base; without one, nothing is held out by default."""
 
 
 def train_tokenizer(
@@ -54,19 +54,19 @@ def train_tokenizer(
     holdout_every: int | None = None,
     report_by: str = "lang",
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """Train a tokenizer of `vocab_size` ids, special tokens included, and write its folder: ranks, Hugging Face files,
-    report.json.
+    """Train a tokenizer of `vocab_size` ids, including special tokens, and write its folder: ranks, Hugging Face files,
+    report.json. Returns the tokenizer and the report.
 
-    Trains on a `sample_fraction`, spread evenly, of the documents that are not held out and whose JSON fields agree
-    with `where`; measures on the held-out ones, or if there are none on those trained on. With `base`, a ranks file,
-    its first `base_size` ranks are kept as they are and the new tokens follow. The same input gives the same files.
-    Returns the tokenizer and the report.
+    Trains on an evenly spread `sample_fraction` of the documents that are not held out and whose JSON fields match
+    `where`. Measures on the held-out documents or, if there are none, on those trained on. With `base`, a ranks file or
+    tokenizer folder, its first `base_size` ranks are kept unchanged and the new tokens follow. The same input gives the
+    same files.
 
-    Raises DataFormatError if the vocabulary is too small for base and special tokens or larger than the text can fill,
-    and for whatever is wrong with the base, the choice of documents or the corpus; then nothing is written.
+    Raises DataFormatError if the vocabulary is too small for the base and the special tokens or larger than the text
+    can fill, and if the base, the selection of documents or the corpus is invalid. Nothing is written then.
     """
     if base is None and base_size is not None:
-        raise DataFormatError(f"--base-size {base_size}: there is no --base to take the first ranks of")
+        raise DataFormatError(f"--base-size {base_size}: has no effect without --base")
     if not 0 < sample_fraction <= 1:
         raise DataFormatError(f"--sample-fraction {sample_fraction:g}: must be above 0 and at most 1")
     if holdout_every is None:
@@ -96,7 +96,7 @@ def train_tokenizer(
         tokenizer = Tokenizer(extend(ranks, _with_progress(text), vocab_size - len(SPECIAL_TOKENS), long_words))
         if tokenizer.vocab_size < vocab_size:
             raise DataFormatError(
-                f"--vocab-size {vocab_size}: the text gives only {tokenizer.vocab_size} ids before no pair "
+                f"--vocab-size {vocab_size}: the text yields only {tokenizer.vocab_size} ids, after which no pair "
                 "occurs twice; use at most "
                 f"{tokenizer.vocab_size}, or give more text"
             )
@@ -111,8 +111,8 @@ def _with_progress(text: TrainingText) -> Iterator[str]:
     total = sum(file.size for file in text.files)
     with ProgressReport("reading", total) as progress:
         for content, size in text.read():
-            # Of compressed files this is more than their size, of chosen documents less: the bar then ends early or
-            # never.
+            # For compressed files this exceeds the file size, for selected documents it falls short: the bar then
+            # reaches its end early or never.
             progress.advance(size, f"{text.utf8_bytes / 1e6:,.0f} MB of text; merging follows")
             yield content
 

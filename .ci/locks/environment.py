@@ -1,16 +1,16 @@
-"""The environment of `make demo` and `make test`: exactly the versions that the locks beside this file name, checked by
-their SHA-256.
+"""The environment of `make demo` and `make test`: exactly the versions in the locks beside this file, verified by
+SHA-256.
 
     python .ci/locks/environment.py set-up FOLDER             a virtual environment of this interpreter, from the locks
-    python .ci/locks/environment.py set-up FOLDER --latest    the same from the newest that pyproject.toml allows
-    python .ci/locks/environment.py lock                      write the locks anew; needs uv and packaging
+    python .ci/locks/environment.py set-up FOLDER --latest    the same, with the newest that pyproject.toml allows
+    python .ci/locks/environment.py lock                      regenerate the locks; needs uv and packaging
 
-py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, taken where this machine offers one
-(PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL), and written by hand, because PyPI does not have that build; torch-pypi.txt is
-PyPI's build of the same version, with the packages of CUDA that it needs on Linux. transformer-engine.txt is
-Transformer Engine's Python part, 1 MB, in a folder that only its tests see: megatron-core changes its ways where it can
-import it; transformer-engine-newest.txt the newest that megatron-core works with from Python 3.12 on, of which only the
-construction is tested. Only the standard library is needed to set up.
+py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, used if pip finds it (PIP_FIND_LINKS
+or PIP_EXTRA_INDEX_URL); it is written by hand, because PyPI does not have that build. torch-pypi.txt is PyPI's build of
+the same version, with the CUDA packages that it needs on Linux. transformer-engine.txt is the Python part of
+Transformer Engine, 1 MB. It goes to a folder that only its tests see, because megatron-core behaves differently when it
+can import it. transformer-engine-newest.txt is the newest version that megatron-core works with from Python 3.12 on;
+only constructing its modules is tested. Setting up needs only the standard library.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ROOT = LOCKS.parents[1]
 PYTHONS = ("3.11", "3.12")
 PLATFORMS = (("linux", "x86_64", "Linux"), ("linux", "aarch64", "Linux"), ("darwin", "arm64", "Darwin"))
 CUDA = re.compile(r"(nvidia|cuda)-|triton=|torch=")
-"""Packages that only a CUDA build of torch needs, and torch."""
+"""Matches torch and the packages that only its CUDA build needs."""
 
 LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
-"""Compiling all of torch, ray and transformers takes longer than compiling what is imported of them, when it is."""
+"""--no-compile, because compiling all of torch, ray and transformers takes longer than compiling modules on import."""
 
 MARKER = "made-by-make.txt"
 FROM_WHERE = (
@@ -42,26 +42,28 @@ FROM_WHERE = (
     "INDEX_URL "
     "KEYRING_PROVIDER NO_CACHE_DIR NO_INDEX PROXY RETRIES TIMEOUT TRUSTED_HOST USE_DEPRECATED USE_FEATURE"
 )
-"""PIP_* that say where packages come from. Others (PIP_TARGET, PIP_USER, PIP_CONSTRAINT...) would change what is
-installed, or where."""
+"""PIP_* variables that say where packages come from. Others (PIP_TARGET, PIP_USER, PIP_CONSTRAINT...) would change what
+is installed, or where."""
 
 
 class SetUpError(Exception):
-    """The environment cannot be made; the message says why."""
+    """The environment cannot be created; the message says why."""
 
 
 def main() -> int:
-    """The command; returns the exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="environment.py", description="The environment of `make demo` and `make test`."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    set_up_parser = commands.add_parser("set-up", help="make or mend a virtual environment")
+    set_up_parser = commands.add_parser("set-up", help="create or update a virtual environment")
     set_up_parser.add_argument("folder", type=Path)
     set_up_parser.add_argument(
-        "--latest", action="store_true", help="the newest versions that pyproject.toml allows; heeds PIP_CONSTRAINT"
+        "--latest",
+        action="store_true",
+        help="use the newest versions that pyproject.toml allows; respects PIP_CONSTRAINT",
     )
-    commands.add_parser("lock", help="write the locks anew")
+    commands.add_parser("lock", help="regenerate the locks")
     options = parser.parse_args()
     try:
         if options.command == "lock":
@@ -73,7 +75,7 @@ def main() -> int:
         return 2
     except subprocess.CalledProcessError as error:
         print(
-            f"{' '.join(map(str, error.cmd[:6]))}... ended with status {error.returncode}; what it said is above",
+            f"{' '.join(map(str, error.cmd[:6]))}... exited with status {error.returncode}; see its output above",
             file=sys.stderr,
         )
         return 1
@@ -84,8 +86,8 @@ def main() -> int:
 
 
 def set_up(folder: Path, latest: bool) -> None:
-    """Make a virtual environment, or bring one that was made here to the state of the locks. Raises SetUpError,
-    CalledProcessError."""
+    """Create a virtual environment, or update one that make created to the locks (`latest`: to the newest versions).
+    Raises SetUpError, CalledProcessError."""
     make_folder(folder, latest)
     python = folder / "bin/python"
     if latest:
@@ -112,8 +114,8 @@ def set_up(folder: Path, latest: bool) -> None:
 
 
 def make_folder(folder: Path, latest: bool) -> None:
-    """A virtual environment of this interpreter with nothing in it but pip; one that make made, of the same Python,
-    stays as it is."""
+    """Create a virtual environment of this interpreter with only pip in it. One that make created with the same Python
+    stays as it is; any other raises SetUpError."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if version not in PYTHONS and (not latest or sys.version_info < (3, 11)):
         raise SetUpError(
@@ -127,11 +129,11 @@ def make_folder(folder: Path, latest: bool) -> None:
         )
     elif found is None or not ((folder / MARKER).is_file() or (folder / ".installed").is_file()):
         raise SetUpError(
-            f"{folder}: there already, and not made by make: remove it, or choose another with VENV=folder"
+            f"{folder}: already exists, and was not created by make: remove it, or choose another with VENV=folder"
         )
     elif found[1] != version:
         raise SetUpError(
-            f"{folder} is of Python {found[1]}, and {sys.executable} is {version}: remove it, or choose another "
+            f"{folder} uses Python {found[1]}, but {sys.executable} is {version}: remove it, or choose another "
             "with VENV=folder"
         )
 
@@ -142,7 +144,7 @@ def lock_of_this_python() -> Path:
 
 
 def install_torch(python: Path) -> None:
-    """torch's CPU build where this machine offers one, else PyPI's."""
+    """Install torch's CPU build if pip finds it, else PyPI's build."""
     arguments = ("install", *LOCKED, "-r")
     command = [python, "-I", "-m", "pip", "--quiet", *arguments, LOCKS / "torch-cpu.txt"]
     attempt = subprocess.run(command, env=pip_environment(), capture_output=True, text=True)
@@ -152,15 +154,15 @@ def install_torch(python: Path) -> None:
         print(attempt.stderr, file=sys.stderr)
         raise subprocess.CalledProcessError(attempt.returncode, command)
     print(
-        "torch: no CPU build is offered here, so PyPI's; on Linux that is some GB of CUDA (docs/guide/installation.md)",
+        "torch: pip finds no CPU build, so PyPI's; on Linux that adds several GB of CUDA (docs/guide/installation.md)",
         flush=True,
     )
     pip(python, *arguments, LOCKS / "torch-pypi.txt")
 
 
 def pip(python: Path, *arguments: str | Path, keep: Sequence[str] = ()) -> None:
-    """Run pip in the environment, as quietly as it can. Raises CalledProcessError."""
-    # -I: neither PYTHONPATH nor the user's own packages count as installed
+    """Run pip in the environment, quietly. Raises CalledProcessError."""
+    # -I: packages on PYTHONPATH or in the user's site folder must not count as installed
     subprocess.run([python, "-I", "-m", "pip", "--quiet", *arguments], env=pip_environment(keep), check=True)
 
 
@@ -169,14 +171,12 @@ def pip_environment(keep: Sequence[str] = ()) -> dict[str, str]:
     kept = {f"PIP_{name}" for name in (*FROM_WHERE.split(), *keep)}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_") or name in kept}
     if "CONSTRAINT" not in keep:
-        environment["PIP_CONSTRAINT"] = (
-            os.devnull
-        )  # a constraint in a configuration file counts no more than one in the environment
+        environment["PIP_CONSTRAINT"] = os.devnull  # also overrides a constraint in a configuration file
     return environment | {"PIP_USER": "0"}
 
 
 def fresh(folder: Path) -> Path:
-    """The folder, with nothing in it: pip leaves the records of an older version in a target."""
+    """Remove the folder and return its path: pip would leave the metadata of an older version in a target."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 
@@ -190,8 +190,8 @@ def gpu_extra() -> list[str]:
 
 
 def write_locks() -> None:
-    """Resolve pyproject.toml's extra `dev` for each Python, newest first, and write the locks; torch stays at
-    torch-cpu.txt's version."""
+    """Resolve pyproject.toml's extra `dev` for each Python to the newest versions, and write the locks. torch stays at
+    the version in torch-cpu.txt. Raises SetUpError, CalledProcessError."""
     version = re.search(r"^torch==([\d.]+)\+cpu", read(LOCKS / "torch-cpu.txt"), re.MULTILINE)
     if version is None:
         raise SetUpError(f"{LOCKS / 'torch-cpu.txt'}: no line torch==VERSION+cpu")
@@ -202,14 +202,14 @@ def write_locks() -> None:
         write(f"py{python.replace('.', '')}.txt", [line for line in lines if not CUDA.match(line)])
     write("torch-pypi.txt", torch_lines)
     extra = "\n".join(gpu_extra())
-    # the version that all megatron-cores work with, and whose kernels the stand-ins of the tests imitate
+    # the version that all supported megatron-core versions work with, and whose kernels the test stand-ins imitate
     write("transformer-engine.txt", resolve(["-"], PYTHONS[0], "", extra, "--no-deps"))
     write("transformer-engine-newest.txt", resolve(["-"], PYTHONS[-1], "", extra, "--no-deps"))
 
 
 def resolve(sources: Sequence[str | Path], python: str, constraint: str, text: str = "", *options: str) -> list[str]:
-    """Pinned requirements with their digests, one string for each, that count under this Python on one of PLATFORMS.
-    Raises SetUpError."""
+    """Pinned requirements with their hashes, one string each, that apply to this Python on one of PLATFORMS. Raises
+    SetUpError, CalledProcessError."""
     if shutil.which("uv") is None:
         raise SetUpError("uv is not on the PATH: pip install uv")
     constraints = LOCKS / ".constraints.txt"
@@ -235,7 +235,7 @@ def resolve(sources: Sequence[str | Path], python: str, constraint: str, text: s
 
 
 def for_python(block: str, python: str) -> str | None:
-    """One requirement with a marker only where it depends on the platform; None where it never counts."""
+    """One requirement, with a marker only if it depends on the platform; None if it never applies."""
     from packaging.markers import Marker
 
     requirement, _, hashes = block.partition(" \\\n")
@@ -247,7 +247,7 @@ def for_python(block: str, python: str) -> str | None:
 
 
 def environments(python: str) -> Iterator[dict[str, str]]:
-    """What markers see on each of PLATFORMS."""
+    """The marker environment of each of PLATFORMS."""
     for sys_platform, machine, system in PLATFORMS:
         names = {
             "sys_platform": sys_platform,
@@ -264,7 +264,7 @@ def environments(python: str) -> Iterator[dict[str, str]]:
 
 
 def write(name: str, lines: Sequence[str]) -> None:
-    """A lock."""
+    """Write a lock file."""
     head = "# Written by `make lock`.\n"
     (LOCKS / name).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
@@ -275,7 +275,7 @@ def read_project() -> dict[str, dict[str, list[str]]]:
 
 
 def read(path: Path) -> str:
-    """A file's text; "" where there is none."""
+    """The text of a file; "" if it does not exist."""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 

@@ -147,7 +147,7 @@ def test_an_environment_of_another_python_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert (
-        f"{folder} is of Python 3.9, and {sys.executable} is {here}: remove it, or choose another with VENV=folder"
+        f"{folder} uses Python 3.9, but {sys.executable} is {here}: remove it, or choose another with VENV=folder"
         in done.stderr
     )
 
@@ -158,7 +158,7 @@ def test_a_folder_that_make_did_not_create_is_left_alone(tmp_path: Path, file: s
     done = set_up(tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        f"{tmp_path}: there already, and not made by make: remove it, or choose another with VENV=folder\n",
+        f"{tmp_path}: already exists, and was not created by make: remove it, or choose another with VENV=folder\n",
     )
     assert [path.name for path in tmp_path.iterdir()] == [file]
 

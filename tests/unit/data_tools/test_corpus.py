@@ -62,12 +62,12 @@ def test_lines_across_blocks_keep_their_numbers(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"abc\x00", r"a\.txt: a binary file \(NUL at byte 3\); only UTF-8 text is read"),
+        ("a.txt", b"abc\x00", r"a\.txt: a binary file \(NUL at byte 3\); only UTF-8 text is supported"),
         ("a.txt", b"ab\xff", r"a\.txt: not UTF-8 \(byte 0xff at position 2\)"),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": \n',
-            r"a\.jsonl: line 2: invalid JSON \(Expecting value at column 10\); one JSON object a line",
+            r"a\.jsonl: line 2: invalid JSON \(Expecting value at column 10\); expected one JSON object per line",
         ),
         ("a.jsonl", b'{"text": "x"}\n\n[1]\n', r"a\.jsonl: line 3: a JSON object is expected, found list"),
         (
@@ -75,14 +75,14 @@ def test_lines_across_blocks_keep_their_numbers(tmp_path: Path, monkeypatch: pyt
             b'{"body": "x", "id": 1}\n',
             r"a\.jsonl: line 1: no field 'text' \(fields: body, id\); choose with --text-field",
         ),
-        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl: line 1: field 'text' holds int, text is expected"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: half of a surrogate pair"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl: line 1: field 'text' holds int, expected text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: an unpaired surrogate"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: line 1: not UTF-8 \(byte 0xff at position 10\)"),
         ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl: line 1: JSON that cannot be read"),
-        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-4], r"a\.txt\.gz: damaged or cut short"),
-        ("a.txt.gz", b"not gzip", r"a\.txt\.gz: damaged or cut short"),
-        ("a.txt.zst", zst(bytes(range(1, 120)) * 9)[:-3], r"a\.txt\.zst: damaged or cut short"),
-        ("a.txt.zst", b"not zstd", r"a\.txt\.zst: damaged or cut short"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-4], r"a\.txt\.gz: damaged or truncated"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz: damaged or truncated"),
+        ("a.txt.zst", zst(bytes(range(1, 120)) * 9)[:-3], r"a\.txt\.zst: damaged or truncated"),
+        ("a.txt.zst", b"not zstd", r"a\.txt\.zst: damaged or truncated"),
         ("a.json", b"{}", r"a\.json: line 1: no field 'text' \(fields: none\)"),
     ],
 )
@@ -98,7 +98,7 @@ def test_rejects_up_to_the_limit_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{\n{"text": "y"}\n{}\n')
     assert texts(tmp_path, max_rejects=2) == ["x", "y"]
     with pytest.raises(
-        DataFormatError, match=r"line 4: .* \(after 1 that --max-rejects allowed\); put it right, or .* --max-rejects 2"
+        DataFormatError, match=r"line 4: .* \(after 1 that --max-rejects allowed\); fix it, or .* --max-rejects 2"
     ):
         texts(tmp_path, max_rejects=1)
 
@@ -108,7 +108,7 @@ def test_inputs_that_are_missing_empty_or_duplicated_are_refused(tmp_path: Path)
         find_files([tmp_path / "nowhere"])
     with pytest.raises(
         DataFormatError,
-        match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these with \.gz, .*; choose with --extension",
+        match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these with \.gz, .*; choose endings with --extension",
     ):
         find_files([tmp_path])
     (tmp_path / "a.txt").write_text("a")
@@ -125,7 +125,7 @@ def test_an_empty_file_may_come_first(tmp_path: Path) -> None:
 
 def test_a_file_that_a_manifest_could_not_name_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("x")
-    with pytest.raises(DataFormatError, match=r"udcff\.txt': its name is not UTF-8; give the file another one"):
+    with pytest.raises(DataFormatError, match=r"udcff\.txt': its name is not UTF-8; rename the file"):
         find_files([tmp_path])
 
 
@@ -205,16 +205,16 @@ def test_other_files_in_a_folder_are_counted_and_named(tmp_path: Path) -> None:
 def test_a_corpus_from_which_nothing_is_read_is_an_error(tmp_path: Path) -> None:
     corpus(tmp_path, "in/b.rst", "in/.a.txt")
     with pytest.raises(
-        DataFormatError, match=r"read others as text with --text-ending \(not read: 1 \.rst .*, 1 hidden"
+        DataFormatError, match=r"read other files as text with --text-ending \(not read: 1 \.rst .*, 1 hidden"
     ):
         survey([tmp_path / "in"])
     (tmp_path / "link").symlink_to("missing")
-    with pytest.raises(DataFormatError, match="link: a link to what is not there"):
+    with pytest.raises(DataFormatError, match="link: a broken link"):
         survey([tmp_path / "link"])
-    with pytest.raises(DataFormatError, match="no such file or folder, and as a pattern it matches nothing"):
+    with pytest.raises(DataFormatError, match="no such file or folder, and the pattern matches nothing"):
         survey([tmp_path / "*.jsonl"])
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataFormatError, match="pipe: neither a file nor a folder; write what it gives into a file"):
+    with pytest.raises(DataFormatError, match="pipe: neither a file nor a folder; write its content to a file"):
         survey([tmp_path / "pipe"])
 
 

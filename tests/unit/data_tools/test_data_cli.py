@@ -188,16 +188,16 @@ def test_refusals_are_one_line_and_leave_nothing(
         ((*tokenize, corpus / "a.txt", "--holdout-every", 2, "--holdout-output", out), "the same folder as --output"),
         (
             (*tokenize, corpus / "a.txt", "--holdout-every", 2, "--holdout-output", tmp_path / "h"),
-            "must leave some of the 1 documents on each side",
+            "must hold out some of the 1 documents, but not all",
         ),
         (("tokenize", corpus, "--tokenizer", corpus, "--output", out), "hy.tiktoken: no such file"),
         ((*train, 400, corpus), "--vocab-size 400: 256 bytes and 209 special tokens need at least 465"),
-        ((*train, 5000, corpus / "a.txt"), "--vocab-size 5000: the text gives only 4"),
+        ((*train, 5000, corpus / "a.txt"), "--vocab-size 5000: the text yields only 4"),
         ((*train, 465, tmp_path / "empty.jsonl"), "no document with text in 1 files"),
         ((*train, 465, corpus / "a.txt", "--sample-fraction", 2), "--sample-fraction 2: must be above 0 and at most 1"),
         (
             (*train, 465, corpus / "a.txt", "--base-size", 300),
-            "--base-size 300: there is no --base to take the first ranks of",
+            "--base-size 300: has no effect without --base",
         ),
         (
             (*train, 465, corpus / "a.txt", "--base", tmp_path / "nowhere"),
@@ -217,7 +217,7 @@ def test_refusals_are_one_line_and_leave_nothing(
         ),
         (
             (*train, 465, corpus / "a.txt", "--where", "lang=zh"),
-            "--where lang=zh: holds for none of 1 documents (lang has (none))",
+            "--where lang=zh: matches none of 1 documents (lang has (none))",
         ),
         (
             (*train, 465, corpus / "a.txt", "--holdout-every", 1),
@@ -451,7 +451,7 @@ def test_skipped_input_is_printed_counted_and_recorded(
     ("arguments", "message"),
     [
         (("--template", "{} {text}"), "--template '{} {text}': character 1: {} names no field"),
-        (("--where", "lang!=zh"), "--where lang!=zh: only FIELD=VALUE is known"),
+        (("--where", "lang!=zh"), "--where lang!=zh: only FIELD=VALUE is supported"),
         (("--extension", "*.py"), "--extension *.py: not an ending; give one such as .rst"),
         (
             ("--extension", ".jsonl.gz"),
@@ -460,7 +460,7 @@ def test_skipped_input_is_printed_counted_and_recorded(
         (("--extension", "txt,md"), "--extension txt,md: not an ending"),
         (("--text-ending", ""), "--text-ending : not an ending"),
         (("--text-field", ""), "--text-field: is empty; give the name of a field"),
-        (("--holdout-every", 3, "--holdout-output", "$NO/x"), "$NO/x: holds a variable that the shell did not replace"),
+        (("--holdout-every", 3, "--holdout-output", "$NO/x"), "$NO/x: holds a variable that the shell did not expand"),
         (("--holdout-every", 3, "--holdout-output", ""), "path '': is empty"),
     ],
 )

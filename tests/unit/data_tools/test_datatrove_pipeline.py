@@ -204,7 +204,7 @@ def test_tasks_on_ray_write_the_same_bytes_and_continue_after_an_error(
     out, logs = tmp_path / "out", tmp_path / "logs"
     options = {"mem_per_cpu_gb": 0.25}
     with pytest.raises(
-        DataFormatError, match=rf"out: not finished; {logs}/\*/logs say why, and the same command goes on"
+        DataFormatError, match=rf"out: not finished; {logs}/\*/logs say why, and the same command resumes"
     ):
         tokenize_on("ray", corpus, tokenizer_folder, str(out), tasks=2, logs=str(logs), options=options, **SHARDS)
     assert not out.exists()
@@ -219,12 +219,12 @@ def test_tasks_on_ray_write_the_same_bytes_and_continue_after_an_error(
     ("options", "expected"),
     [
         (["--tasks", "2"], "--tasks: has no effect without --executor"),
-        (["--executor", "slurm"], "partition: missing, Slurm needs it; give partition=...; time: missing"),
+        (["--executor", "slurm"], "partition: required for Slurm; give partition=...; time: required"),
         (
             ["--executor", "local", "--executor-option", "tme=1"],
-            "tme: no option of datatrove's local executor; its options are local_rank",
+            "tme: not an option of datatrove's local executor; its options are local_rank",
         ),
-        (["--executor", "local", "--executor-option", "time"], "write it as NAME=VALUE"),
+        (["--executor", "local", "--executor-option", "time"], "must be NAME=VALUE"),
     ],
 )
 def test_mistakes_in_the_options_are_one_message(
@@ -274,12 +274,12 @@ def test_executor_options_are_read_as_the_executor_declares_them() -> None:
         "mail_user": "null",
     }
     for option, message in (
-        ("cpus_per_task=two", "cpus_per_task=two: a whole number is expected"),
-        ("cpus_per_task=1.5", "a whole number is expected"),
-        ("requeue=yes", "requeue=yes: true or false is expected"),
+        ("cpus_per_task=two", "cpus_per_task=two: must be a whole number"),
+        ("cpus_per_task=1.5", "must be a whole number"),
+        ("requeue=yes", "requeue=yes: must be true or false"),
         ("sbatch_args=mem", "a JSON object, such as"),
-        ("partition", "write it as NAME=VALUE, such as partition=cpu"),
-        ("=cpu", "write it as NAME=VALUE"),
+        ("partition", "must be NAME=VALUE, such as partition=cpu"),
+        ("=cpu", "must be NAME=VALUE"),
     ):
         with pytest.raises(DataFormatError, match=message):
             parse_options("slurm", [option])

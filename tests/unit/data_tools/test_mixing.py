@@ -126,7 +126,7 @@ def test_mix_predicts_what_the_steps_read(command: Any, experiment: Path) -> Non
             assert stage["balance"]["slowdown"]["dealt"] <= stage["balance"]["slowdown"]["as it stands"]
     finally:
         loader.close()
-    assert "one: 10 steps of 64 tokens a sequence" in printed
+    assert "one: 10 steps, 64 tokens per sequence" in printed
     code, _, errors = command("mix", experiment, "stages.0.tokens=1000000")
     assert code == 2
     assert "would have been read" in errors
@@ -172,7 +172,7 @@ def test_a_folder_that_is_not_a_run_is_refused(command: Any, experiment: Path) -
     code, _, errors = command("where", experiment.parent / "short", "--step", 1)
     assert code == 2
     assert errors.endswith(
-        "short: not a run directory (no resolved.yaml); give the run_dir of a run that has begun, or its YAML\n"
+        "short: not a run directory (no resolved.yaml); give the run_dir of a run that has started, or its YAML\n"
     )
 
 
@@ -200,7 +200,7 @@ def test_where_names_the_documents_whose_tokens_were_in_the_batch(
     assert "stage two, step 2 of its data" in command("where", experiment, "--step", 12, "--place", 3)[1]
     for arguments, message in (
         (("--step", 99), "--step 99: the run has the steps 1 to 15"),
-        (("--step", 1, "--place", 8), "--place 8: the global batch has the places 0 to 7"),
+        (("--step", 1, "--place", 8), "--place 8: the global batch has the positions 0 to 7"),
     ):
         code, _, errors = command("where", experiment, *arguments)
         assert code == 2

@@ -180,7 +180,7 @@ def test_too_many_rejects_are_one_error_with_the_first_of_them(
     out = str(tmp_path / "out")
     with pytest.raises(
         DataFormatError,
-        match=r"lines\.jsonl: .* invalid JSON .* let it pass with --max-rejects 1 or more; 0 are allowed",
+        match=r"lines\.jsonl: .* invalid JSON .* allow it with --max-rejects 1 or more; 0 are allowed",
     ):
         tokenize(corpus, tokenizer_folder, out, workers=workers, **SHARDS)
     with pytest.raises(DataFormatError, match=r"\(and 1 more\); .* --max-rejects 2 or more; 1 are allowed"):

@@ -89,8 +89,8 @@ def test_a_long_run_of_white_space_is_shortened_for_training(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"where": {"lang": {"fr"}}}, r"--where lang=fr: holds for none of 300 documents \(lang has de, en, zh\)"),
-        ({"where": {"src": {"web"}}}, r"--where src=web: holds for none of 300 documents \(src has \(none\)\)"),
+        ({"where": {"lang": {"fr"}}}, r"--where lang=fr: matches none of 300 documents \(lang has de, en, zh\)"),
+        ({"where": {"src": {"web"}}}, r"--where src=web: matches none of 300 documents \(src has \(none\)\)"),
     ],
 )
 def test_choosing_nothing_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

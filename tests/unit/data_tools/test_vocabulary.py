@@ -173,12 +173,12 @@ def test_an_unfit_base_is_refused(tmp_path: Path) -> None:
     )
     for size in (255, 261):
         with pytest.raises(
-            DataFormatError, match=f"--base-size {size}: the base has 260 ranks; use 256, to keep every byte, to 260"
+            DataFormatError, match=rf"--base-size {size}: the base has 260 ranks; use 256 \(to keep every byte\) to 260"
         ):
             load_base(str(tmp_path / "ranks"), size)
     with pytest.raises(
         DataFormatError,
-        match=r"--base-size 259: token b'abc' of rank 257 is only made from later ranks; use 257 or 260",
+        match=r"--base-size 259: token b'abc' of rank 257 is merged only from later ranks; use 257 or 260",
     ):
         load_base(str(tmp_path / "ranks"), 259)
     assert len(load_base(str(tmp_path / "ranks"), 257).kept) == 257
