@@ -108,7 +108,7 @@ def test_inputs_that_are_missing_empty_or_duplicated_are_refused(tmp_path: Path)
         find_files([tmp_path / "nowhere"])
     with pytest.raises(
         DataFormatError,
-        match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these with \.gz, .*; choose endings with --extension",
+        match=r"no file ends in \.txt \.md \.py \.jsonl .* \.parquet \(or these .*; choose endings with --extension",
     ):
         find_files([tmp_path])
     (tmp_path / "a.txt").write_text("a")
