@@ -183,7 +183,7 @@ def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Prob
             "runtime.transformer_engine",
             "required",
             rule,
-            "use precision.dtype=bf16, or auto, which uses own layers for fp32",
+            "use precision.dtype=bf16, or auto, which uses the local layers for fp32",
         )
 
 

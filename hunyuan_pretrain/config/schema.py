@@ -499,8 +499,8 @@ class RuntimeConfig(Section):
     )
     transformer_engine: Literal["auto", "required", "never"] = setting(
         "Whether to use Transformer Engine's layers, with its FP8 kernels. auto: where it is installed and there is "
-        "a CUDA device; elsewhere, and with dtype=fp32, this project's own layers, which emulate FP8 recipes. "
-        "required: an error where it cannot be used. never: this project's own layers everywhere.",
+        "a CUDA device; elsewhere, and with dtype=fp32, the local layers, which emulate FP8 recipes. "
+        "required: an error where it cannot be used. never: the local layers everywhere.",
         "auto",
     )
     cpu_threads_per_rank: PositiveInt | None = setting(

@@ -50,7 +50,7 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             ["runtime.transformer_engine=required", "precision.dtype=fp32"],
             "runtime.transformer_engine=required: it multiplies fp32 matrices in TF32, with 10 bits of precision, "
             "but precision.dtype is "
-            "fp32 (use precision.dtype=bf16, or auto, which uses own layers for fp32)",
+            "fp32 (use precision.dtype=bf16, or auto, which uses the local layers for fp32)",
         ),
         (["model.num_query_groups=3"], "model.num_query_groups=3: 8 heads, 8 % 3 != 0 (use 2 or 4)"),
         (["model.num_query_groups=16"], "model.num_query_groups=16: 8 heads, 8 % 16 != 0 (use 8)"),

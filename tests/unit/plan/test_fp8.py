@@ -45,7 +45,7 @@ stages:
 def test_the_counted_matmuls_are_those_that_the_model_quantises() -> None:
     """Weights and kept inputs of a built model, layer by layer."""
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.fp8.session import products
+    from hunyuan_pretrain.model.fp8.session import matmuls
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
     from tests.helpers import tiny
@@ -54,7 +54,7 @@ def test_the_counted_matmuls_are_those_that_the_model_quantises() -> None:
     precision = PrecisionConfig(dtype="fp32", fp8_recipe="blockwise", num_layers_at_end_in_bf16=1)
     (built,) = build_model(transformer_config(model, ParallelConfig(), precision), tiny.world_of_one(), 1)
     found: dict[int, list[Any]] = {}
-    for name, _ in products([built]):
+    for name, _ in matmuls([built]):
         found.setdefault(int(name.split(".")[2]), []).append(built.get_parameter(f"{name}.weight"))
     assert [*found] == [0, 1, 2]
     for layer, weights in found.items():
