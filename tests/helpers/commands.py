@@ -1,4 +1,4 @@
-"""`hunyuan-data` in this process."""
+"""Run `hunyuan-data` in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data_tools import cli
 
 
 def run_data(*arguments: object) -> int:
-    """Run the command line; its exit code."""
+    """Run the command line and return its exit code."""
     before = sys.argv
     sys.argv = ["hunyuan-data", *map(str, arguments)]
     try:

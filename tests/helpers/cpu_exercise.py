@@ -1,8 +1,8 @@
-"""All of megatron-core that a run on the CPU touches, with the shim and then without each PATCH: python cpu_exercise.py
-FOLDER [PATCH...].
+"""Exercise every part of megatron-core that a run on the CPU uses, first with the whole shim, then without each PATCH:
+python cpu_exercise.py FOLDER [PATCH...].
 
-Each exercise is a fork of this process, which has imported torch but not megatron; prints {patch left out or "":
-[status, what it said]}.
+Each exercise runs in a fork of this process, which has imported torch but not megatron. Prints {patch left out or "":
+[status, output]}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hunyuan_pretrain.runtime import cpu_megatron
 
 
 def packages_of_a_gpu(folder: Path) -> Path:
-    """A folder with something of Apex' names that runs on no CPU, as an installation for GPUs would have."""
+    """A folder with packages under Apex's names that run on no CPU, as an installation for GPUs would have."""
     packages = folder / "gpu_packages"
     for name in ("amp_C.py", "apex/__init__.py", "apex/multi_tensor_apply.py", "apex/optimizers.py"):
         path = packages / name
@@ -33,8 +33,8 @@ multi_tensor_l2norm = multi_tensor_scale = multi_tensor_applier = FusedAdam = Fu
 
 
 def exercise(folder: Path, left_out: str) -> None:
-    """Train, evaluate, save, load and train again in fp32 and bf16, with and without the distributed optimizer, overlap
-    and offload of the optimizer's state; one rank."""
+    """Train, evaluate, save, load and train again on one rank: fp32 and bf16, with and without the distributed
+    optimizer, overlap and optimizer offload."""
     sys.path.insert(0, str(packages_of_a_gpu(folder)))
     assert cpu_megatron.install(leave_out=[left_out])
     from hunyuan_pretrain.config.schema import Experiment
@@ -67,7 +67,7 @@ def exercise(folder: Path, left_out: str) -> None:
 
 
 def in_a_fork(folder: Path, left_out: str) -> tuple[int | None, str]:
-    """Exit status of the exercise and all that it printed."""
+    """Exit status of the exercise and everything that it printed."""
     with tempfile.TemporaryFile("w+") as said:
         process = multiprocessing.get_context("fork").Process(
             target=_in_this_fork, args=(said.fileno(), folder, left_out)

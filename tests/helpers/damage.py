@@ -1,4 +1,4 @@
-"""Ways in which a file breaks, drawn by hypothesis, and what a reader may make of them."""
+"""Ways to damage a file, drawn by hypothesis, and what a reader may do with the result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ _WRONG_VALUES += ["x" * 300, "x" * 5000, [], {}, [None], [[]], {"x": 1}]
 
 
 def fuzzed(max_examples: int = 250) -> settings:
-    """Settings of a test of damaged files: the same examples in each run; FUZZ_EXAMPLES=5000 looks for new defects."""
+    """Hypothesis settings for tests of damaged files: the same examples in every run; FUZZ_EXAMPLES=5000 searches for
+    new defects."""
     wanted = os.environ.get("FUZZ_EXAMPLES")
     return settings(
         max_examples=int(wanted or max_examples),
@@ -59,7 +60,7 @@ def fuzzed(max_examples: int = 250) -> settings:
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
-    """`content` cut, overwritten, with bytes too many or too few, or replaced by `other`."""
+    """`content` truncated, overwritten, with bytes added or removed, or replaced by `other`."""
     at = draw(st.integers(0, len(content)))
     till = draw(st.integers(at, min(len(content), at + 64)))
     inserted = draw(st.sampled_from(_OVERWRITES) | st.binary(min_size=1, max_size=8))
@@ -85,7 +86,7 @@ def damaged(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
-    """A JSON document that is damaged as any file is, or has a value dropped or of the wrong kind, or is nested without
+    """A JSON document with the damage of any file, or with a value dropped or of the wrong type, or nested without
     end."""
     if draw(st.integers(0, 3)) == 0:
         return draw(damaged(content, other))
@@ -108,8 +109,8 @@ def damaged_json(draw: st.DrawFn, content: bytes, other: bytes = b"") -> bytes:
 
 @contextmanager
 def in_place_of(file: Path, content: bytes) -> Iterator[None]:
-    """`content` in the file, and then again what it held; a new file each time, because the old one may still be
-    mapped."""
+    """Write `content` to the file, and restore the old content on exit. Each write creates a new file, because the old
+    one may still be mapped."""
     before = file.read_bytes()
     try:
         file.unlink()
@@ -122,7 +123,7 @@ def in_place_of(file: Path, content: bytes) -> Iterator[None]:
 
 @contextmanager
 def read_or_refused(folder: Path) -> Iterator[None]:
-    """Damage may be harmless; else the error is one for users and names a file or folder below `folder`."""
+    """Allow harmless damage; otherwise the error must be one for users that names a file or folder below `folder`."""
     message = None
     try:
         yield

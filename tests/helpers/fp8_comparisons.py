@@ -1,5 +1,5 @@
-"""What tests on a GPU and their twins on a CPU compare of FP8: values of quantisers, and how far a step is from one in
-bf16."""
+"""FP8 comparisons shared by the GPU tests and their CPU twins: the values of quantisers, and how far an FP8 step is
+from a bf16 one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MODEL = tiny_model(
 LENGTHS = (100, 28, 60, 68)
 
 SPREAD = 0.15
-"""By how much, relative, the median error of one FP8 step of MODEL differs from that of another whose roundings fall
-otherwise.
+"""Relative difference allowed between the median errors of two FP8 steps of MODEL that round differently.
 
-Emulated on a CPU, over three seeds of weights and tokens, the median error of the gradients is 0.349 to 0.384 in every
-recipe: 5 % around their mean. With two layers it is 0.24 to 0.29; with one expert, so that no token changes its own,
-0.26 to 0.28: the roundings of a small random model, in which E4M3 keeps 4 bits of a number and E5M2 3, and a third as
-much again from tokens that go elsewhere.
+Emulated on a CPU over three seeds of weights and tokens, the median error of the gradients is 0.349 to 0.384 in every
+recipe: 5 % around their mean. With two layers it is 0.24 to 0.29. With one expert, so that no token changes experts, it
+is 0.26 to 0.28: that is the rounding of a small random model, in which E4M3 keeps 4 bits of a number and E5M2 3. Tokens
+that change experts add a third as much again.
 """
 
 
 def kernel_values(x_RC: torch.Tensor, recipe: Recipe, operand: Operand, along_rows: bool) -> torch.Tensor:
-    """What the FP8 form stands for that Transformer Engine's kernels, or their stand-ins, give x_RC, fp32."""
+    """The fp32 values represented by the FP8 form of x_RC that Transformer Engine's kernels, or their stand-ins,
+    produce."""
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
@@ -50,18 +50,18 @@ def kernel_values(x_RC: torch.Tensor, recipe: Recipe, operand: Operand, along_ro
     if recipe.name == "mxfp8":
         from tests.helpers.transformer_engine_quantization import numbers
 
-        # Transformer Engine does not turn the data along rows back itself
+        # Transformer Engine does not transpose the rowwise data back itself
         return numbers(MXFP8Quantizer(dtype, **direction)(x_RC), is_rowwise=not along_rows)
     if operand != "w":
         return Float8BlockQuantizer(dtype, block_scaling_dim=1, **direction)(x_RC).dequantize(dtype=torch.float32)
-    # the quantiser of squares makes the data along rows from that along columns
+    # the quantiser of square blocks makes the rowwise data from the columnwise data
     found: Any = Float8BlockQuantizer(dtype, block_scaling_dim=2, rowwise=True, columnwise=along_rows)(x_RC)
     found.update_usage(rowwise_usage=not along_rows, columnwise_usage=along_rows)
     return found.dequantize(dtype=torch.float32)
 
 
 def wide_numbers(generator: torch.Generator, shape: tuple[int, int]) -> torch.Tensor:
-    """Over more powers of two than the formats have, some of them zero; bf16."""
+    """Numbers over more powers of two than the formats have, some of them zero; bf16."""
     spread = torch.exp2(torch.randint(-20, 20, shape, generator=generator))
     return (
         (torch.randn(shape, generator=generator) * spread)
@@ -73,7 +73,7 @@ def wide_numbers(generator: torch.Generator, shape: tuple[int, int]) -> torch.Te
 def built(
     groups: Any, engine: bool, recipe: str | None = None, has_fp8_parameters: bool = False, seed: int = 1
 ) -> HunyuanModel:
-    """MODEL in bf16, not wrapped; on the device of torch's defaults."""
+    """MODEL in bf16, not wrapped in DDP, on torch's default device."""
     precision = PrecisionConfig(dtype="bf16", fp8_recipe=recipe, fp8_parameters=has_fp8_parameters)
     (model,) = build_model(
         transformer_config(MODEL, ParallelConfig(), precision, use_transformer_engine=engine), groups, seed
@@ -101,16 +101,15 @@ def step(model: HunyuanModel, groups: Any, device: str, seed: int = 0) -> tuple[
 
 
 def median_error(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Of the gradients' relative errors the one in the middle: a token that goes to another expert moves single ones by
-    more."""
+    """Median of the gradients' relative errors: a token that changes experts moves single gradients by more."""
     return float(torch.stack([(mine[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs]).median())
 
 
 def error_of_fp8(groups: Any, engine: bool, recipe: str, device: str, seed: int = 1) -> tuple[float, float]:
-    """(relative difference of the loss, median error of the gradients) of a step in FP8 and one in bf16 of the same
-    engine."""
+    """(relative difference of the loss, median error of the gradients) between a step in FP8 and one in bf16 of the
+    same engine."""
     model = built(groups, engine, recipe, seed=seed)
-    for _ in range(2):  # scales of the delayed recipe are 1 in the first step
+    for _ in range(2):  # delayed scales are 1 in the first step
         loss, gradients = step(model, groups, device, seed - 1)
     other_loss, others = step(built(groups, engine, seed=seed), groups, device, seed - 1)
     assert all(gradient.isfinite().all() for gradient in gradients.values())

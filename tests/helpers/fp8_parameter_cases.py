@@ -1,4 +1,4 @@
-"""What tests of parameters in FP8 only run in processes of their own, which have the stand-in for Transformer
+"""Jobs for the tests of FP8-only parameters. They run in their own processes, which have the stand-in for Transformer
 Engine."""
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from tests.helpers.transformer_engine_cases import MARKS, Build, Case, chosen, c
 
 @dataclass
 class ParameterRun:
-    """What one rank saw of a run."""
+    """What one rank observed in a run."""
 
     trace: Any
-    """Of its last step: loss, gradients, moments, weights."""
+    """Loss, gradients, moments and weights of its last step."""
     validation: float
-    """Loss on held-out text after them."""
+    """Loss on held-out text after the steps."""
     in_fp8: list[str]
     """Parameters that are FP8 tensors."""
     buffers: dict[str, int]
     """Bytes of the buffers from which parameters are gathered, by number format."""
     scales: dict[str, np.ndarray]
-    """Of the delayed recipe, at the end."""
+    """Scales of the delayed recipe at the end."""
 
 
 def parameter_runs(cases: Sequence[Case], steps: range) -> list[ParameterRun]:
-    """In every rank: these steps of each case, after which it saves a checkpoint."""
+    """On every rank: run these steps of each case, then save a checkpoint."""
     transformer_engine_stub.install()
     found = []
     for case in cases:
@@ -45,7 +45,8 @@ def parameter_runs(cases: Sequence[Case], steps: range) -> list[ParameterRun]:
 
 
 def broken_runs(pairs: Sequence[Sequence[Case]], steps: int) -> list[ParameterRun]:
-    """What each second case saw that goes on from the checkpoint which its first wrote after a step."""
+    """Observations of the second case of each pair, which resumes from the checkpoint that the first wrote after a
+    step."""
     transformer_engine_stub.install()
     found = []
     for first, then in pairs:
@@ -71,9 +72,7 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
     _gather_one_by_one()
     run = setup.prepare(experiment)
     assert run.first_step == steps.start
-    for step in steps[
-        :-1
-    ]:  # as a run takes them: nothing is gathered between two steps but what they gather themselves
+    for step in steps[:-1]:  # as in a run: nothing is gathered between two steps but what the steps gather themselves
         apply_learning_rate(run, step)
         train_step(run, run.schedule.stage(step), step)
     (trace,) = trace_steps(run, steps[-1:])
@@ -96,8 +95,8 @@ def _parameter_run(experiment: Any, steps: range) -> ParameterRun:
 
 
 def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Quantisers whose values are not those of the emulation; and parameters, in FP8 only, whose gradient outside of a
-    step is not that of the values that they stand for, in bf16."""
+    """Names of the quantisers whose values differ from the emulation, and of the FP8-only parameters whose gradient
+    outside a step differs from the gradient of the bf16 values that they represent."""
     transformer_engine_stub.install()
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 
@@ -148,7 +147,7 @@ def values_and_gradients(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class _Works(list[Any]):
-    """Communication under way."""
+    """Pending communication."""
 
     def wait(self) -> None:
         for work in self:
@@ -156,8 +155,9 @@ class _Works(list[Any]):
 
 
 def _gather_one_by_one() -> None:
-    """Core gathers buffers of FP8, bf16 and fp32 weights in one coalesced call, which gloo (torch 2.13) carries out in
-    the format of the first, silently: the values of all are lost. NCCL groups calls and knows nothing of formats."""
+    """Make core gather buffers one at a time. Core gathers FP8, bf16 and fp32 weights in one coalesced call; gloo
+    (torch 2.13) silently executes it in the format of the first, which destroys the values of all. NCCL groups the
+    calls and is not affected."""
     from megatron.core.distributed import param_and_grad_buffer as core
 
     if core._coalescing_manager is _one_by_one:
@@ -187,7 +187,7 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[_Works]:
 
 
 def differences_of_files(pairs: Sequence[Sequence[Path]]) -> list[list[str]]:
-    """Tensors of two checkpoints that are not bitwise equal, for each pair."""
+    """Names of the tensors that are not bitwise equal, for each pair of checkpoints."""
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
 
     # isort: split
@@ -215,7 +215,8 @@ def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def differences_of_shards(builds: Sequence[Build]) -> list[str]:
-    """What a checkpoint would not find where it is, between experts of one parameter and those of a parameter each."""
+    """Differences between the checkpoint shards of experts held in one parameter and of experts held in separate
+    parameters."""
     transformer_engine_stub.install()
     found = []
     for build in builds:
@@ -231,7 +232,8 @@ def differences_of_shards(builds: Sequence[Build]) -> list[str]:
 
 
 def _shards(build: Build, rank: int, is_kept: bool) -> dict[Any, Any]:
-    """(name, offset) of every part, experts one by one -> whole shape, shape, replica and marks."""
+    """Maps (name, offset) of every shard, with experts listed one by one, to its global shape, shape, replica and
+    attributes."""
     formats = {"fp8_recipe": "blockwise", "fp8_parameters": is_kept, "num_layers_at_start_in_bf16": 1}
     found: dict[Any, Any] = {}
     with chunks_on_meta(build, rank, formats, True) as chunks:

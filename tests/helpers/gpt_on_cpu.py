@@ -1,5 +1,5 @@
 """What megatron-core's own GPTModel needs on a CPU beyond runtime.cpu_megatron, for benchmarks and comparisons against
-it."""
+GPTModel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class _Event:
 
 
 class _Stream:
-    """A stream on which everything has already happened, as is true of every CPU operation that has returned."""
+    """A stream whose work is always complete, as it is for every CPU operation that has returned."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -55,13 +55,13 @@ def install() -> None:
     torch.distributed.all_to_all_single = all_to_all_single
     from megatron.core.transformer.moe import moe_utils
 
-    # core calls it with Transformer Engine only, but names it without too
+    # core calls it only with Transformer Engine, but also imports it without
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
 def sequence_parallel_norm() -> type:
-    """A local RMSNorm class that, unlike core's, takes sequence parallelism: its gradient is summed over the
+    """A local RMSNorm class that, unlike core's, supports sequence parallelism: its gradient is summed over the
     tensor-parallel ranks."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Imports what pytest, a training run, its comparisons and its export import, for `ranks.fork_ranks`."""
+"""Import everything that pytest, a training run, its comparisons and its export import, for `ranks.fork_ranks`."""
 
 import pytest
 

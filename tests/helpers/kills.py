@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def killed_at(count: int, job: Callable[[], object]) -> bool:
-    """Run `job` in a process that dies, as by kill -9, at its `count`-th flush, renaming or removal; False if it ended
+    """Run `job` in a process that dies as by kill -9 at its `count`-th flush, rename or removal; False if it finished
     before."""
     child = os.fork()
     if child == 0:

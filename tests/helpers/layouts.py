@@ -1,4 +1,4 @@
-"""Parallel layouts of a tiny experiment: which there are, and how each compares with one rank."""
+"""Parallel layouts of a tiny experiment, and the comparison of each with one rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 STEPS = 2
-"""One in each training stage of the experiment."""
+"""One per training stage of the experiment."""
 
 CONTEXT_PARALLEL_SIZES = (1, 2, 4, 8)
 """(1,) leaves context parallelism out of all sets."""
@@ -49,13 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "4 key/value heads": {"num_query_groups": 4},
     "bf16": {},
 }
-"""Changes of the model with every feature on: 8 layers, CLA of 2, 2 key/value heads, 4 experts, recycling, tied
+"""Changes to the model with every feature on: 8 layers, CLA of 2, 2 key/value heads, 4 experts, recycling, tied
 embeddings, QK norm."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks divide the work, and what else must not change the result."""
+    """How the work is split over the ranks, and what else must not change the result."""
 
     tp: int = 1
     pp: int = 1
@@ -67,17 +67,17 @@ class Layout:
     model: str = "recycling"
     """A key of MODELS, or "random N"."""
     optimizer: str = "distributed"
-    """Or "plain", or "half offloaded": distributed, and half of its state on the host."""
+    """Or "plain", or "half offloaded": distributed, with half of its state on the host."""
     overlap: str = "nothing"
-    """Or "gradients", or "everything": the gathering of parameters too."""
+    """Or "gradients", or "everything": parameter gathering too."""
     recompute: str = "none"
     attention: str = "all_gather"
     micro_batch: int = 2
     """Sequences."""
     later_micro_batch: int = 0
-    """Those of the second step, if they are others."""
+    """Sequences of the second step, if different."""
     pipeline: tuple[int, ...] = ()
-    """Layers of each pipeline stage; empty: divided evenly."""
+    """Layers per pipeline stage; empty: split evenly."""
 
     def __str__(self) -> str:
         changed = {
@@ -89,16 +89,16 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
+        """Number of ranks of the job."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
     def reference(self) -> Layout:
-        """The same model on one rank, the whole batch at a time."""
+        """The same model on one rank, with the whole batch at once."""
         return Layout(model=self.model, optimizer="plain", micro_batch=8)
 
     def experiment(self, corpus: Path, run_dir: Path, steps: int = STEPS) -> Experiment:
-        """The experiment, types checked but not rules."""
+        """The experiment, with types but not rules checked."""
         changes = {"num_layers": 8, "moe_routing_group_tokens": 8} | _model_changes(self.model)
         parallel = {
             "tensor_model_parallel_size": self.tp,
@@ -132,7 +132,7 @@ class Layout:
         return Experiment.model_validate(found)
 
     def problems(self) -> list[Problem]:
-        """Why the rules refuse it; empty if they do not."""
+        """Why the rules refuse the layout; empty if they accept it."""
         return rules.find_problems(self.experiment(Path("corpus"), Path("run")), self.world_size)
 
 
@@ -140,7 +140,7 @@ class Layout:
 
 
 def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]:
-    """All products of sizes of up to LARGEST_WORLD ranks, legal or not, each with a micro-batch that suits it if any
+    """All combinations of sizes with up to LARGEST_WORLD ranks, legal or not, each with a micro-batch that fits if any
     does."""
     for values in product(*sizes.values()):
         layout = Layout(**dict(zip(sizes, values, strict=True)))
@@ -163,8 +163,8 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
 
 
 def sparsely_crossed(products: Iterable[Layout]) -> list[Layout]:
-    """Each of these legal layouts once, with variants chosen such that nearly every legal pair of a size and a variant
-    is met."""
+    """Each of these legal layouts once, with variants chosen so that nearly every legal pair of a size and a variant
+    occurs."""
     draw = random.Random(1)
     met: set[tuple[Any, ...]] = set()
     chosen = []
@@ -241,42 +241,42 @@ def _model_changes(model: str) -> dict[str, Any]:
 
 @dataclass
 class Comparison:
-    """A layout against one rank; the tensors themselves are gone."""
+    """A layout compared with one rank, without the tensors themselves."""
 
     differences: list[Any]
     """diagnostics.parity.Difference of every quantity of every step."""
     scalars: list[dict[str, float]]
     shares: list[dict[str, Any]]
-    """Both by step."""
+    """Both, by step."""
     norms: list[float]
-    """Of all gradients of a step, recomputed from them."""
+    """Norm of all gradients of a step, recomputed from them."""
 
     def complaint(self) -> str:
-        """Empty if everything is within the tolerance, else the first differences in order of execution."""
+        """Empty if everything is within the tolerance; otherwise the first differences, in execution order."""
         found = [difference for difference in self.differences if not difference.is_within]
         lines = [f"{d.kind} {d.name} in step {d.step}: {d.relative:.2e} of its largest entry" for d in found[:8]]
         return "\n".join([f"{len(found)} of {len(self.differences)} differ, first:", *lines]) if found else ""
 
 
 Outcome = list[Any] | str
-"""Traces of a layout's steps, or the traceback of what went wrong."""
+"""Traces of a layout's steps, or the traceback of the failure."""
 
 
 class Comparisons:
-    """Comparisons of layouts, made when one is asked for: up to JOB_SIZE of a world size in one job, whose start takes
-    seconds."""
+    """Comparisons of layouts, computed on request. Up to JOB_SIZE layouts of a world size share one job, because a job
+    takes seconds to start."""
 
     JOB_SIZE = 24
 
     def __init__(self, corpus: Path, folder: Path, layouts: Iterable[Layout]) -> None:
-        """`layouts`: those that will be asked for."""
+        """`layouts`: the layouts that will be requested."""
         self._corpus, self._folder = corpus, folder
         self._wanted = list(dict.fromkeys([layout for wanted in layouts for layout in (wanted.reference, wanted)]))
         self._traces: dict[Layout, list[Any]] = {}
         self._done: dict[Layout, Comparison | str] = {}
 
     def reference(self, layout: Layout) -> list[Any]:
-        """Traces of one rank with the model of `layout`; list of diagnostics.parity.StepTrace."""
+        """Traces of one rank with the model of `layout`, as a list of diagnostics.parity.StepTrace."""
         if layout.reference not in self._done:
             self._run(layout.reference)
         found = self._done[layout.reference]
@@ -324,15 +324,14 @@ class Comparisons:
 
 
 def trace_all(experiments: list[Experiment]) -> list[Outcome]:
-    """In every rank: each experiment's outcome, up to the first that fails, after which the ranks are no longer of one
-    mind."""
+    """On every rank: the outcome of each experiment up to the first failure, after which the ranks are out of step."""
     from hunyuan_pretrain.diagnostics.parity import trace_layout
 
     return until_failure(experiments, lambda experiment: trace_layout(experiment, STEPS))
 
 
 def until_failure(jobs: list[Any], trace: Callable[[Any], list[Any]]) -> list[Outcome]:
-    """Outcomes of `trace` for each job, ending with the first traceback."""
+    """Outcomes of `trace` for each job, up to and including the first traceback."""
     found: list[Outcome] = []
     for job in jobs:
         # the run before, whose modules and hooks know each other, holds process groups with threads of their own
@@ -345,14 +344,15 @@ def until_failure(jobs: list[Any], trace: Callable[[Any], list[Any]]) -> list[Ou
 
 
 def trace_in_jobs(world_size: int, function: Callable[[list[Any]], list[Outcome]], work: list[Any]) -> list[Outcome]:
-    """`function` over `work` in as many ranks, in one job, and another one after each failure; outcomes of rank 0.
+    """Run `function` over `work` on `world_size` ranks in one job, with a new job after each failure; returns the
+    outcomes of rank 0.
 
-    What all ranks report (losses, norms, shares) must be the same on all of them, bitwise.
+    What all ranks report (losses, norms, shares) must be bitwise identical on all of them.
     """
     found: list[Outcome] = []
     while len(found) < len(work):
         ranks = fork_ranks(world_size, function, work[len(found) :], timeout_s=300 + 60 * len(work))
-        for outcomes in zip(*ranks, strict=False):  # a rank that failed has fewer
+        for outcomes in zip(*ranks, strict=False):  # a rank that failed has fewer outcomes
             failure = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
             found.append(failure or _agreed(outcomes))
     return found

@@ -45,8 +45,8 @@ def on_this_rank(fields: dict[str, Any]) -> Run:
 
 
 def moments(run: Run) -> dict[str, np.ndarray]:
-    """Both Adam moments and the update count of each tensor of this rank's optimizer, in its order; empty before the
-    first step."""
+    """Both Adam moments and the update count of each tensor of this rank's optimizer, in the optimizer's order; empty
+    before the first step."""
     found: dict[str, np.ndarray] = {}
     for part, optimizer in enumerate(run.optimizer.chained_optimizers):
         for number, parameter in enumerate(chain(*(group["params"] for group in optimizer.optimizer.param_groups))):

@@ -1,4 +1,4 @@
-"""Run a function in several gloo ranks and get back what each returned."""
+"""Run a function on several gloo ranks and collect what each returned."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
-    """Call function(*arguments) in `world_size` fresh interpreters with torchrun's environment; results in rank order.
+    """Call function(*arguments) in `world_size` fresh interpreters with torchrun's environment; returns the results in
+    rank order.
 
-    `function` must be importable from its module. An exception in any rank fails the test with that rank's traceback.
+    `function` must be importable from its module. An exception on any rank fails the test with that rank's traceback.
     """
     return _run(multiprocessing.get_context("spawn"), world_size, function, arguments, timeout_s)
 
 
 def fork_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
-    """`run_ranks`, but in forks of a process that has imported torch, megatron-core and this project and done nothing
-    else.
+    """Like `run_ranks`, but in forks of a process that has only imported torch, megatron-core and this project.
 
-    Importing them takes a process longer than most tests. A fork is as new as a fresh interpreter: nobody has computed
-    in it. Only what must come before megatron is imported, such as a stand-in for a package that megatron looks for,
-    needs `run_ranks`. What a fork prints is shown with a failed test, but pytest's capfd does not see it: the process
-    has the output of the test that first needed it.
+    Importing them takes longer than most tests. A fork is as good as a fresh interpreter, because nothing has been
+    computed in its parent. Use `run_ranks` only for what must happen before megatron is imported, such as installing a
+    stand-in for a package that megatron looks for. The output of a fork is shown with a failed test, but pytest's capfd
+    does not capture it: the parent keeps the output of the test that first needed it.
     """
     return _run(forking(), world_size, function, arguments, timeout_s)
 
 
 def forking() -> ForkServerContext:
-    """Whose processes are such forks."""
+    """The multiprocessing context whose processes are such forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.imported"])
     return context

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: a tiny corpus, an experiment file over it, and the command as a process."""
+"""Runs started as a user starts them: a tiny corpus, an experiment file for it, and the command as a process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCAB_SIZE = 512
 
 
 def make_corpus(folder: Path) -> Path:
-    """Tokenizer, and packed training and held-out data, from files of the standard library; made with data_tools."""
+    """Make a tokenizer and packed training and held-out data from files of the standard library, with data_tools."""
     from data_tools.packed_output import pack
     from data_tools.tokenization import tokenize
     from data_tools.tokenizer_training import train_tokenizer
@@ -52,8 +52,8 @@ def make_corpus(folder: Path) -> Path:
 
 
 def experiment_fields(corpus: Path, run_dir: Path, steps: int = 4, **changes: Any) -> dict[str, Any]:
-    """A small experiment, every feature on, as its file's content; model__num_layers=2 changes model.num_layers,
-    stages__x all stages."""
+    """The content of a small experiment file with every feature on. model__num_layers=2 changes model.num_layers;
+    stages__x changes all stages."""
     fields: dict[str, Any] = {
         "name": "tiny",
         "run_dir": str(run_dir),
@@ -110,13 +110,13 @@ def experiment_fields(corpus: Path, run_dir: Path, steps: int = 4, **changes: An
 
 
 def write_experiment(path: Path, fields: dict[str, Any]) -> Path:
-    """The experiment as a YAML file."""
+    """Write the experiment as a YAML file."""
     path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return path
 
 
 def start(*arguments: str, ranks: int | None = None) -> subprocess.Popen[str]:
-    """`python -m hunyuan_pretrain ...`, or with `ranks` the same under torchrun."""
+    """Start `python -m hunyuan_pretrain ...`; with `ranks`, under torchrun."""
     command = [sys.executable, "-m"]
     if ranks is not None:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -142,7 +142,8 @@ def run(*arguments: str, ranks: int | None = None, timeout_s: float = 180) -> tu
 
 
 def run_forked(*arguments: object, timeout_s: float = 180) -> tuple[int, str, str]:
-    """`run` of one process, in a fork of one that has imported what training imports: for what happens after that."""
+    """`run` of one process, in a fork of a process that has imported what training imports; for tests of what happens
+    after the imports."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         process = forking().Process(target=_command, args=([*map(str, arguments)], *outputs))
@@ -166,7 +167,7 @@ def _command(arguments: list[str], *outputs: Path) -> None:
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the process and all that it started; torchrun gives each rank a process group of its own."""
+    """kill -9 the process and everything that it started; torchrun gives each rank its own process group."""
     with contextlib.suppress(psutil.NoSuchProcess):
         family = [psutil.Process(process.pid)]
         family += family[0].children(recursive=True)
@@ -177,7 +178,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_s: float = 180) -> None:
-    """`kill_all` as soon as `condition` holds; fails if the process ends before."""
+    """`kill_all` as soon as `condition` holds; fails if the process ends before that."""
     deadline = time.monotonic() + timeout_s
     try:
         while not condition():
@@ -189,7 +190,7 @@ def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], tim
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Complete lines of metrics.jsonl, [] before there are any."""
+    """The complete lines of metrics.jsonl; [] before there are any."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

@@ -39,7 +39,7 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 
 def world_of_one() -> ProcessGroupCollection:
-    """Process groups of a single rank; the same ones on every call in a process."""
+    """Process groups of a single rank; every call in a process returns the same ones."""
     global _groups
     if _groups is None:
         initialize_distributed("gloo", 60)
@@ -58,7 +58,7 @@ def build(model: ModelConfig, seed: int = 1, dtype: str = "fp32", **parallel: An
 
 
 def packed_inputs(model: ModelConfig, lengths: tuple[int, ...] = (20, 44, 7, 25), seed: int = 0) -> ModelInputs:
-    """A micro-batch of documents of these lengths; equal loss weights, in training."""
+    """A micro-batch of documents of these lengths, with equal loss weights, in training mode."""
     T = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens = [0]

@@ -33,7 +33,7 @@ def tiny_model(**changes: object) -> ModelConfig:
 
 
 def random_tensors(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Full Megatron parameters, large enough that every part matters; norm weights are not 1."""
+    """Full Megatron parameters, large enough that every part affects the result; norm weights are not 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for row in weight_map(model):
@@ -56,7 +56,7 @@ def reference_logits(
 
 
 def write_tiny_tokenizer(folder: Path) -> Path:
-    """256 bytes, one merge and the 209 specials: 466 ids."""
+    """A tokenizer of 256 bytes, one merge and the 209 special tokens: 466 ids."""
     (folder / RANKS_FILE).write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)} | {b"he": 256}))
     return folder
 

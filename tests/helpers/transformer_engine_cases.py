@@ -1,5 +1,5 @@
-"""What tests of Transformer Engine's spec run in processes of their own, which have its stand-in; each function starts
-such a process."""
+"""Jobs for the tests of Transformer Engine's spec, in their own processes with its stand-in. Each function is the main
+function of such a process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MARKS = {
     "shared": False,
     "shared_embedding": False,
 }
-"""Attributes of a parameter that the optimizer, core's gradient buffers, checkpoints and weight map read, and what they
-are without."""
+"""Attributes of a parameter that the optimizer, core's gradient buffers, checkpoints and the weight map read, with
+their defaults."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class Case:
     experiment: Any
     engine: bool
     is_fused: bool = True
-    """Weight gradients go into main_grad inside the product."""
+    """Weight gradients are accumulated into main_grad inside the GEMM."""
     has_attention: bool = False
     """Attention is Transformer Engine's."""
     noise: int | None = None
     """The seed of rounding noise, see diagnostics.rounding."""
     choices: Any = None
-    """Tokens go to the experts of another run, by step; or to those of the case of this number."""
+    """Tokens are routed as in another run, by step; or as in the case of this number."""
     bug: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass
 class Build:
-    """A model in one rank of a world that is only imagined."""
+    """A model on one rank of a simulated world."""
 
     model: dict[str, Any]
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Build:
 
 
 def traces(cases: Sequence[Case], steps: int) -> list[Any]:
-    """In every rank: the traces of each case, one after the other."""
+    """On every rank: the traces of each case, one after the other."""
     transformer_engine_stub.install()
     from hunyuan_pretrain.diagnostics.parity import trace_layout
 
@@ -71,7 +71,7 @@ def traces(cases: Sequence[Case], steps: int) -> list[Any]:
 
 @contextmanager
 def chosen(case: Case) -> Iterator[None]:
-    """Inside, `setup.prepare` takes the spec of the case."""
+    """Inside the context, `setup.prepare` uses the spec of the case."""
     from unittest.mock import patch
 
     from hunyuan_pretrain.train import setup
@@ -88,8 +88,8 @@ def chosen(case: Case) -> Iterator[None]:
 
 
 def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
-    """What the probes say before the run of each case, and the names of weights with a gradient after them; or their
-    refusal. With the bug, attention is handed what the model made, as it is."""
+    """What the probes report before the run of each case, and the names of weights that have a gradient afterwards; or
+    the refusal. With the bug, attention receives the model's tensors as they are."""
     transformer_engine_stub.install()
     from unittest.mock import patch
 
@@ -122,7 +122,7 @@ def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
 
 
 def differences_of_builds(builds: Sequence[Build]) -> list[str]:
-    """What differs between the parameters of both specs, in the ranks of each build."""
+    """Differences between the parameters of both specs, on the ranks of each build."""
     transformer_engine_stub.install()
     found = []
     for build in builds:
@@ -143,7 +143,7 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
             placements, sharded = chunk.placements(), chunk.sharded_state_dict()
             if use_engine:  # core's own linears have an empty state each
                 assert set(chunk.state_dict()) == set(placements), set(chunk.state_dict()) ^ set(placements)
-                chunk.load_state_dict(chunk.state_dict())  # or it raises
+                chunk.load_state_dict(chunk.state_dict())  # raises on a mismatch
             for name, parameter in chunk.named_parameters():
                 marks = {mark: getattr(parameter, mark, default) for mark, default in MARKS.items()}
                 facts = (
@@ -161,7 +161,7 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
 
 @contextmanager
 def chunks_on_meta(build: Build, rank: int, precision: dict[str, Any], use_engine: bool) -> Iterator[list[Any]]:
-    """The model chunks of this rank of the imagined world, without memory."""
+    """The model chunks of this rank of the simulated world, on the meta device."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -189,23 +189,23 @@ def chunks_on_meta(build: Build, rank: int, precision: dict[str, Any], use_engin
 
 @dataclass
 class Fp8Run:
-    """What one rank saw of a run in FP8."""
+    """What one rank observed in an FP8 run."""
 
     losses: list[float]
     calls: list[Counter[Any]]
-    """By step: calls of the stand-ins, with how often."""
+    """By step: calls of the stand-ins, with their counts."""
     reductions: list[list[int]]
-    """By step: sizes of the groups over which largest values were reduced."""
+    """By step: sizes of the groups over which amaxes were reduced."""
     in_fp8: dict[str, bool]
-    """By product: whether its last forward pass in training was in FP8."""
+    """By linear layer: whether its last forward pass in training was in FP8."""
     state: dict[str, Any]
     """Scales of the delayed recipe at the end."""
     padded: int
-    """How often rows of experts were padded."""
+    """How many times rows of experts were padded."""
 
 
 def fp8_runs(experiments: Sequence[Any], steps: int, capability: tuple[int, int] = (9, 0)) -> list[Fp8Run]:
-    """In every rank: each experiment's steps in `training_step`."""
+    """On every rank: each experiment's steps in `training_step`."""
     transformer_engine_stub.install(capability)
     found = []
     for experiment in experiments:
@@ -300,12 +300,12 @@ LAYOUTS = (
     "put together",
     "rows of a longer one",
 )
-"""How keys and values may come to attention: copied; the keys, or both, as norm.rope_norm writes on a CPU; as
-parallel.context_parallel leaves them; as the projection does; after torch.cat; as a narrow."""
+"""Memory layouts in which keys and values reach attention: copied; the keys, or both, as norm.rope_norm writes them on
+a CPU; as parallel.context_parallel leaves them; as the projection does; after torch.cat; as a narrow."""
 
 
 def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
-    """The same numbers in other memory."""
+    """The same values in another memory layout."""
     import torch
 
     def by_head(x: Any) -> Any:
@@ -329,9 +329,9 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
 def attention_differences(
     cu_seqlens: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]
 ) -> list[Any]:
-    """For each (query heads, key/value heads, head dim), each of the row ranges of a rank (None: all rows) and each
-    layout: the case, the mask, and by how much output and gradients differ from those of `packed_attention`, of the
-    largest entry; or the error."""
+    """For each (query heads, key/value heads, head dim), each row range of a rank (None: all rows) and each layout: the
+    case, the mask, and the largest difference of output and gradients from `packed_attention`, relative to the largest
+    entry; or the error."""
     transformer_engine_stub.install()
     import torch
 
@@ -367,9 +367,9 @@ def attention_differences(
 
 
 def attention_at_the_bound() -> tuple[tuple[int, ...], list[bool], list[tuple[int, int]]]:
-    """With deterministic algorithms and 4 heads: the version; whether Transformer Engine refuses a document of one
-    token less than 2^14, and of as many, told by its length alone; and of this project's call, below the bound and at
-    it, how often Transformer Engine computed and how many warnings there were."""
+    """With deterministic algorithms and 4 heads: the version; whether Transformer Engine refuses a document of 2^14 - 1
+    tokens, and one of 2^14, judged by its length alone; and for this project's call, below the bound and at it, how
+    often Transformer Engine computed and how many warnings there were."""
     transformer_engine_stub.install()
     import warnings
     from unittest.mock import patch
@@ -421,9 +421,9 @@ def _with_gradients(attend: Any, qkv: Sequence[Any], blocks: Sequence[Any], grad
 
 
 def checkpoints_under_both_specs(experiment: Any, folder: Any) -> dict[bool, list[str]]:
-    """What differs after a checkpoint of a run under one spec (the key: Transformer Engine's) was loaded under the
-    other and saved again: names of weights and moments, and of files of the exports of both checkpoints; those that are
-    equal are not named."""
+    """Differences after a checkpoint of a run under one spec (the key: True for Transformer Engine's) is loaded under
+    the other spec and saved again: names of weights and moments, and of files of the exports of both checkpoints. Equal
+    ones are not named."""
     transformer_engine_stub.install()
     import shutil
     from pathlib import Path

@@ -17,12 +17,12 @@ STEPS, MICRO_BATCHES = 3, 2
 
 @dataclass
 class Run:
-    """What one rank saw of a run under one spec."""
+    """What one rank observed in a run under one spec."""
 
     traces: list[Any]
-    """Of its steps."""
+    """Traces of its steps."""
     scales: dict[str, Any]
-    """Of the delayed recipe, after them."""
+    """Scales of the delayed recipe after the steps."""
     num_quantised: int
     """Tensors that the stand-ins quantised."""
 
@@ -34,11 +34,11 @@ class BothSpecs:
     engine: Run
     emulated: Run
     products: dict[str, dict[str, tuple[Any, Any]]]
-    """By kind: what a product alone computed under (Transformer Engine's spec, the emulated one), by name."""
+    """By kind: what a single linear layer computed under (Transformer Engine's spec, the emulated one), by name."""
 
 
 def both_specs(experiments: Mapping[str, Any], ranks: int, capability: tuple[int, int]) -> dict[str, BothSpecs]:
-    """In every rank, by recipe: two steps of its experiment, and the products."""
+    """On every rank, by recipe: two steps of its experiment, and the linear layers alone."""
     transformer_engine_stub.install(capability)
     from hunyuan_pretrain.config.schema import ParallelConfig
     from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
@@ -74,8 +74,8 @@ def _run(experiment: Any, use_engine: bool) -> Run:
 
 
 def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool) -> dict[str, Any]:
-    """Outputs and gradients of all micro-batches and steps, and delayed scales. A weight changes after each step, as in
-    training."""
+    """Outputs and gradients of all micro-batches and steps, and the delayed scales. A weight changes after each step,
+    as in training."""
     import torch
 
     from hunyuan_pretrain.config.schema import PrecisionConfig
@@ -108,7 +108,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
         return whole.chunk(ranks, dim)[rank].clone()
 
     class Model(torch.nn.Module):
-        """What a training step wants to know of a model."""
+        """What a training step reads from a model."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,9 +1,9 @@
-"""CPU stand-ins for the kernels that fill Transformer Engine's FP8 tensors and read them.
+"""CPU stand-ins for the kernels that fill and read Transformer Engine's FP8 tensors.
 
-Quantisers, tensors, layouts and their changes are Transformer Engine's own Python code. The numbers in them come from
-hunyuan_pretrain.model.fp8.quantise, which tests/reference/fp8_reference.py proves: here it is only asked for the blocks
-that each quantiser takes, and its results are laid out as the kernels lay them out. Imported after
-`transformer_engine_stub.install()` only.
+Quantisers, tensors, layouts and their conversions are Transformer Engine's own Python code. The values come from
+hunyuan_pretrain.model.fp8.quantise, which tests/reference/fp8_reference.py verifies: this module only requests the
+blocks that each quantiser uses, and lays the results out as the kernels do. Import it only after
+`transformer_engine_stub.install()`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BUFFERS = {
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """The tensor in FP8, in `output` where that is given: each usage of the quantiser from the tensor itself."""
+    """Quantise the tensor, into `output` if given. Each usage of the quantiser is computed from the tensor itself."""
     assert not isinstance(tensor, QuantizedTensorStorage), "the kernel takes numbers of a higher precision"
     if noop is not None and noop.item():
         return output
@@ -57,9 +57,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     )
     empty = quantizer.make_empty(tuple(tensor.shape), dtype=tensor.dtype)
     storage = STORAGES[type(quantizer)]
-    if (
-        storage is Float8TensorStorage and is_non_tn_fp8_gemm_supported()
-    ):  # its products read the data in either direction
+    if storage is Float8TensorStorage and is_non_tn_fp8_gemm_supported():  # its GEMMs read the data in either direction
         empty._data, empty._transpose, empty._transpose_invalid = (
             torch.empty(tensor.shape, dtype=torch.uint8),
             None,
@@ -68,7 +66,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     if output is None:
         output = storage(**empty.get_metadata()) if quantizer.internal else empty
     else:
-        # what the quantiser does not ask for goes, what is there is written in place
+        # usages that the quantiser does not request are dropped; existing ones are written in place
         for name in BUFFERS[storage]:
             wanted, held = getattr(empty, name), getattr(output, name)
             if wanted is None or held is None:
@@ -87,8 +85,9 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def create_empty(quantizer: Any, shape: Sequence[int], dtype: torch.dtype, device: Any, is_pinned: bool) -> Any:
-    """What the quantiser makes of a tensor of this shape, without values; asked for by versions that describe it."""
-    # of two that make the same tensors, one is described
+    """An uninitialised tensor of this shape as the quantiser makes it; versions that describe such tensors ask for
+    it."""
+    # of two quantisers that make the same tensors, one is described
     described = Float8CurrentScalingQuantizer if type(quantizer) is Float8Quantizer else type(quantizer)
     made = described.storage_metadata(quantizer, dtype) | {"is_tensor": not quantizer.internal, "requires_grad": False}
     buffers = {
@@ -105,7 +104,7 @@ def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any], **options: Any) -> list[Any]:
-    """Each expert's rows by its own quantiser."""
+    """Quantise each expert's rows with its own quantiser."""
     calls.append(("split_quantize", tuple(splits)))
     return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(list(splits)), quantizers, strict=True)]
 
@@ -113,8 +112,8 @@ def split_quantize(tensor: Tensor, splits: Sequence[int], quantizers: Sequence[A
 def update_scales(
     largest: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: Any, margin: int
 ) -> None:
-    """Of the delayed recipe, from the values of a step after their reduction. A history in which a step has none stays
-    as it is."""
+    """Update the delayed scales from the reduced amaxes of a step. A history without an amax in a step is left
+    unchanged."""
     calls.append(("update_scales", dtype.name, largest.numel()))
     top = torch.finfo(TE_DType_To_Torch[dtype]).max * 2.0**-margin
     for last, history, scale in zip(largest.split([scale.numel() for scale in scales]), histories, scales, strict=True):
@@ -126,18 +125,18 @@ def update_scales(
 
 
 def _fill_whole(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
-    """One scale: of earlier steps, or from the largest value of now."""
+    """One scale for the whole tensor: from earlier steps, or from the current amax."""
     amax = rows_RC.abs().max().float().view(1) if rows_RC.numel() else torch.zeros(1)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
         assert quantizer.amax_epsilon == 0.0
-        assert not getattr(quantizer, "use_existing_amax", False)  # which 2.20 has no more
+        assert not getattr(quantizer, "use_existing_amax", False)  # removed in 2.20
         if quantizer.with_amax_reduction:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
         largest = torch.finfo(TE_DType_To_Torch[quantizer.dtype]).max
         scale = fp8.scale_from_amax(amax, largest, power_of_two=quantizer.force_pow_2_scales)
     else:
         scale = quantizer.scale
-        if quantizer.amax.numel():  # a weight that is cast in parts has its largest value from elsewhere
+        if quantizer.amax.numel():  # a weight that is cast in shards gets its amax from elsewhere
             quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
     codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "delayed", scale=scale)
     output._scale_inv.copy_(inverse.view_as(output._scale_inv))
@@ -146,11 +145,12 @@ def _fill_whole(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
 
 
 def _fill_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
-    """1 x 128 along rows and along columns, or 128 x 128; scales of 1 x 128 lie column by column, but for gathering."""
+    """Blocks of 1 x 128 along rows and along columns, or of 128 x 128. Scales of 1 x 128 blocks are stored column by
+    column, except for gathering."""
     assert quantizer.force_pow_2_scales
     assert quantizer.amax_epsilon == 0.0
     is_square = quantizer.block_scaling_dim == 2
-    is_compact = getattr(quantizer, "all_gather_usage", False)  # 2.20 gathers what its products read
+    is_compact = getattr(quantizer, "all_gather_usage", False)  # 2.20 gathers what its GEMMs read
     operand: Operand = "w" if is_square else "x"
     if output._rowwise_data is not None:
         codes_RC, inverse = _quantised(rows_RC, quantizer.dtype, "blockwise", operand)
@@ -163,7 +163,7 @@ def _fill_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
 
 
 def _fill_mx_blocks(output: Any, rows_RC: Tensor, quantizer: Any) -> None:
-    """1 x 32 along rows and along columns, neither transposed; scales are biased exponents."""
+    """Blocks of 1 x 32 along rows and along columns, neither transposed; scales are biased exponents."""
     for name, along_rows in (("rowwise", False), ("columnwise", True)):
         data = getattr(output, f"_{name}_data")
         if data is not None:
@@ -189,7 +189,7 @@ def _quantised(
     along_rows: bool = False,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FP8 codes (R, C) as bytes, and the inverse scales of their blocks (blocks of rows, blocks of columns)."""
+    """FP8 codes (R, C) as bytes, and the inverse scales of their blocks (row blocks, column blocks)."""
     number = TE_DType_To_Torch[dtype]
     _, values, inverse = fp8.quantize(rows_RC[None], _in_format(kind, number), operand, along_rows, scale)
     _, num_r, r, num_c, c = values.shape
@@ -203,8 +203,8 @@ def _write(target: Tensor | None, codes: Tensor) -> None:
 
 
 def _write_padded(target: Tensor, values: Tensor) -> None:
-    """Into the first rows and columns; what a kernel pads with is never read as a number, so nan shows a reader of
-    it."""
+    """Write to the first rows and columns. The kernels' padding is never read as a number, so it is nan here to expose
+    a reader of it."""
     target.fill_(255 if target.dtype == torch.uint8 else torch.nan)
     target[: values.shape[0], : values.shape[1]] = values
 
@@ -213,8 +213,8 @@ def _write_padded(target: Tensor, values: Tensor) -> None:
 
 
 def numbers(tensor: Any, is_rowwise: bool) -> Tensor:
-    """What a product reads: numbers as they are; of FP8 the (R, C) in fp32 that its data for sums over columns, or over
-    rows, stand for."""
+    """What a GEMM reads: plain numbers unchanged; for FP8, the fp32 values (R, C) of the data for sums over columns, or
+    over rows."""
     if not isinstance(tensor, QuantizedTensorStorage):
         return tensor
     if isinstance(tensor, Float8TensorStorage):
@@ -241,7 +241,7 @@ def numbers(tensor: Any, is_rowwise: bool) -> Tensor:
 
 
 def dequantize(tensor: Any, dtype: Any) -> Tensor:
-    """The numbers that the data for sums over columns stand for."""
+    """The values of the data for sums over columns."""
     return numbers(tensor, is_rowwise=True).to(TE_DType_To_Torch[dtype]).view(tensor.size())
 
 
@@ -255,7 +255,7 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def _spread(scales: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    """One scale for each number of a matrix of this shape."""
+    """Expand block scales to one scale per element of a matrix of this shape."""
     return scales.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
@@ -269,14 +269,14 @@ def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor
 
 
 def compute_amax(tensor: Tensor, amax: Tensor) -> None:
-    """The largest value."""
+    """The largest absolute value."""
     amax.copy_(tensor.abs().max().float().view(1))
 
 
 def compute_scales(
     chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], largest: float, power_of_two: bool, epsilon: float
 ) -> None:
-    """Scales and their inverses from largest values."""
+    """Scales and their inverses from amaxes."""
     assert epsilon == 0.0
     for amax, scale, inverse in zip(*lists, strict=True):
         scale.copy_(fp8.scale_from_amax(amax, largest, power_of_two=power_of_two))
@@ -284,7 +284,7 @@ def compute_scales(
 
 
 def partial_block_amax(share: Tensor, amax: Tensor, height: int, width: int, start: int, block: int) -> None:
-    """Largest values of the blocks of a (height, width) weight, of which `share` has the numbers from `start` on."""
+    """Amaxes of the blocks of a (height, width) weight, of which `share` holds the elements from `start` on."""
     rows, columns = -(-height // block), -(-width // block)
     whole = torch.zeros(rows * block, columns * block)
     flat = torch.zeros(height * width)
@@ -296,7 +296,7 @@ def partial_block_amax(share: Tensor, amax: Tensor, height: int, width: int, sta
 def partial_block_cast(
     share: Tensor, codes: Tensor, scale: Tensor, height: int, width: int, start: int, block: int, dtype: Any
 ) -> None:
-    """The FP8 codes of these numbers."""
+    """Write the FP8 codes of these elements."""
     scales = _spread(scale, torch.Size((height, width)), (block, block)).flatten()[start : start + share.numel()]
     number = TE_DType_To_Torch[dtype]
     _, values, _ = fp8.quantize(share.detach().view(-1, 1, 1), _in_format("delayed", number), "x", False, scales)

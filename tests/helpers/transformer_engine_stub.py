@@ -1,11 +1,12 @@
 """Transformer Engine's Python part on a machine without a GPU: a stand-in for its compiled module, kernels included.
 
-`install()` comes before anything that imports megatron or torch's users of it. The folder of the package (tests of this
-project find it in TE_FOLDER) stays out of the normal environment, because megatron-core changes its ways where it can
-import Transformer Engine.
+`install()` must run before anything imports megatron or torch's users of it. The package's folder (tests of this
+project find it in TE_FOLDER) is kept out of the normal environment, because megatron-core behaves differently where it
+can import Transformer Engine.
 
-What the stand-ins prove: that modules are constructed, wired and called as they should be; and, with those of
-transformer_engine_quantization.py, that what is done in FP8 is done to the right numbers. No kernel's arithmetic.
+What the stand-ins verify: that modules are constructed, wired and called correctly; and, together with
+transformer_engine_quantization.py, that FP8 operations receive the right values. They do not verify the arithmetic of
+any kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 TE_FOLDER = Path(os.environ.get("TRANSFORMER_ENGINE_FOLDER", Path(sys.prefix) / "transformer_engine"))
-"""Where the Makefile installs the package, without what it depends on."""
+"""Where the Makefile installs the package, without its dependencies."""
 
 TE_VERSION = next(
     (
@@ -36,10 +37,10 @@ TE_VERSION = next(
     ),
     (0, 0),
 )
-"""Major and minor version of what is there."""
+"""Major and minor version of the installed package."""
 
 calls: list[tuple[Any, ...]] = []
-"""What the stand-ins of quantisation were asked to do, in order."""
+"""Calls of the quantisation stand-ins, in order."""
 
 ENUMS = {
     "FP8FwdTensors": "GEMM1_INPUT GEMM1_WEIGHT GEMM1_OUTPUT GEMM2_INPUT GEMM2_WEIGHT GEMM2_OUTPUT GEMM3_INPUT "
@@ -67,8 +68,8 @@ ENUMS = {
 
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
-    """Make `import transformer_engine` work in this process, on a GPU of this compute capability, and megatron-core on
-    the CPU."""
+    """Make `import transformer_engine` work in this process as on a GPU of this compute capability, and megatron-core
+    work on the CPU."""
     from hunyuan_pretrain.runtime import cpu_megatron
 
     cpu_megatron.install(leave_out=["gpu_packages"])
@@ -81,7 +82,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     sys.modules["transformer_engine_torch"] = _compiled_module()
     with _absent_packages(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its first attempt to load what is compiled fails
+        warnings.simplefilter("ignore")  # its first attempt to load the compiled module fails
         import transformer_engine.common
 
         transformer_engine.common.load_framework_extension = lambda framework: None
@@ -103,7 +104,7 @@ def _compiled_module() -> types.ModuleType:
     layouts += "THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD THD_BSHD_BSHD THD_SBHD_SBHD "
     layouts += "Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD "
     layouts += "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD QKV_Layout_NOT_SET"
-    # only what the bindings show of the C++ enumeration: newer versions compare the names with a list of their own
+    # only the part of the C++ enumeration that the bindings expose: newer versions compare it with their own list
     numbers = {
         "kByte": 0,
         "kInt32": 2,
@@ -175,7 +176,7 @@ def _missing(name: str) -> Any:
 
 
 def _read_by_pointer(name: str, kernel: Any) -> Any:
-    """A stand-in that refuses what its kernel would misread: that one has a pointer and a shape, and asks for no
+    """A stand-in that refuses what its kernel would misread: the kernel gets a pointer and a shape and does not check
     strides."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -198,7 +199,8 @@ def _plain_tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _late(name: str) -> Any:
-    """A stand-in whose module imports Transformer Engine, which imports this one."""
+    """A stand-in that is imported at the first call, because its module imports Transformer Engine, which imports this
+    module."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         from tests.helpers import transformer_engine_quantization
@@ -219,7 +221,7 @@ def generic_gemm(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None, None, None]:
-    """Column-major: op(B) op(A) in rows."""
+    """Column-major GEMM: op(B) op(A) in row-major terms."""
     accumulate = args[7]
     product = _product(A, transa, B, transb)
     product = product if transb else product.view(*B.size()[:-1], -1)
@@ -232,7 +234,7 @@ def generic_gemm(
 def grouped_gemm(
     A: Sequence[Any], transa: bool, B: Sequence[Any], transb: bool, out: Sequence[Tensor], *args: Any
 ) -> list[Tensor]:
-    """One `generic_gemm` for each member; a single output holds them one after the other."""
+    """One `generic_gemm` per member; a single output holds the results one after the other."""
     splits, bias, single, accumulate = args[1], args[2], args[4], args[9]
     parts = out[0].split(splits) if single else out
     for a, b, part in zip(A, B, parts, strict=True):
@@ -242,8 +244,9 @@ def grouped_gemm(
 
 
 def _product(A: Any, transa: bool, B: Any, transb: bool) -> Tensor:
-    """Of FP8 operands in fp32; of others in their own format. The kernels read FP8 along the dimension that is summed,
-    for which a Hopper needs the transposed data of an operand that is not summed over its last."""
+    """The matmul: in fp32 for FP8 operands, otherwise in the operands' own format. The kernels read FP8 along the
+    summed dimension; on Hopper that requires the transposed data of an operand that is not summed over its last
+    dimension."""
     from tests.helpers.transformer_engine_quantization import numbers
 
     rows_A, rows_B = (x.flatten(0, -2) for x in (numbers(A, is_rowwise=transa), numbers(B, is_rowwise=not transb)))
@@ -260,7 +263,7 @@ def rmsnorm_forward(
     margin: int,
     zero_centered: bool,
 ) -> tuple[Any, None, Tensor]:
-    """With the arithmetic of the local norm: no difference between the specs is the norm's."""
+    """The arithmetic of the local norm, so that no difference between the specs comes from the norm."""
     from hunyuan_pretrain.model.norm import _RMSNormFunction
 
     saved: list[Tensor] = []
@@ -273,21 +276,21 @@ def rmsnorm_forward(
 def rmsnorm_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, margin: int, zero_centered: bool
 ) -> tuple[Any, Any]:
-    """The gradients of x and weight."""
+    """Gradients of x and the weight."""
     from hunyuan_pretrain.model.norm import _RMSNormFunction
 
     return _RMSNormFunction.backward(types.SimpleNamespace(saved_tensors=(x, weight, rstd[:, None])), grad)[:2]
 
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
-    """Of packed documents (THD), or of sequences of one length (SBHD)."""
+    """Attention of packed documents (THD), or of sequences of equal length (SBHD)."""
     layout, mask, cu_seqlens_q, cu_seqlens_k, *tensors = _attention_arguments(args)
     out = _attention(*_as_read(layout, *tensors[:3]), cu_seqlens_q, cu_seqlens_k, mask, scale)
     return [out.detach(), torch.zeros(1), torch.zeros(2)]
 
 
 def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any) -> list[Tensor]:
-    """By autograd through the forward pass."""
+    """Backward pass of attention, by autograd through the forward pass."""
     layout, mask, cu_seqlens_q, cu_seqlens_k, q, k, v, _, grad, *_ = _attention_arguments(args)
     leaves = [x.detach().requires_grad_() for x in _as_read(layout, q, k, v)]
     output_format = layout.name.removeprefix("NVTE_").split("_")[0].translate(NO_NUMBERS)
@@ -297,9 +300,10 @@ def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any)
 
 
 def _attention_arguments(args: Sequence[Any]) -> list[Any]:
-    """Layout of q, k and v, mask, and the tensors: borders of q and k, then q, k, v, the output and its gradient.
+    """Layout of q, k and v, the mask, and the tensors: cu_seqlens of q and k, then q, k, v, the output and its
+    gradient.
 
-    Told by their types: versions have other arguments between them, and these in the same order.
+    Recognised by type: versions differ in the arguments between them, but not in this order.
     """
     first = [next(x for x in args if type(x).__name__ == name) for name in ("NVTE_QKV_Layout", "NVTE_Mask_Type")]
     return [*first, *(x for x in args if isinstance(x, Tensor))]
@@ -309,16 +313,16 @@ NO_NUMBERS = str.maketrans("", "", "23")
 
 
 def _as_read(layout: Any, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """What the kernel takes q, k and v for: it has a pointer and a shape of each, and the strides that the name of the
-    layout implies."""
+    """q, k and v as the kernel reads them: it gets a pointer and a shape of each, and assumes the strides that the
+    layout's name implies."""
     parts = layout.name.removeprefix("NVTE_").split("_")
     parts = {1: parts * 3, 2: [parts[0], parts[1], parts[1]], 3: parts}[len(parts)]
     return [_read_by(part, x) for part, x in zip(parts, (q, k, v), strict=True)]
 
 
 def _read_by(part: str, x: Tensor) -> Tensor:
-    """`part`: THD, T3HD, TH2D, SBHD ...: the tensor's dims, outermost first, and where tensors of one buffer take
-    turns."""
+    """`part` is THD, T3HD, TH2D, SBHD ...: the tensor's dims, outermost first, and where tensors that share a buffer
+    are interleaved."""
     strides: list[int] = []
     stride, sizes = 1, list(x.shape)
     for letter in reversed(part):
@@ -334,7 +338,7 @@ def _read_by(part: str, x: Tensor) -> Tensor:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Any, scale: float
 ) -> Tensor:
-    if q.ndim == 4:  # SBHD, all sequences of one length
+    if q.ndim == 4:  # SBHD: all sequences have the same length
         length, sequences = q.shape[:2]
         cu_seqlens = torch.arange(0, sequences * length + 1, length)
         rows = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
@@ -367,7 +371,7 @@ def adam(
     eps: float,
     *args: Any,
 ) -> None:
-    """AdamW on gradients, weights, first and second moments."""
+    """AdamW update from lists of gradients, weights, first and second moments."""
     step, mode, bias_correction, weight_decay = args
     assert (mode, bias_correction) == (1, 1)
     calls.append(("adam", len(lists[0])))
@@ -396,7 +400,7 @@ def norm_of_all(
 
 
 class _Anything(types.ModuleType):
-    """A module of which everything can be imported, called and decorated with."""
+    """A module from which anything can be imported, called and used as a decorator."""
 
     __path__: ClassVar[list[str]] = []
     __version__ = "3.5.0"
@@ -433,7 +437,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def _absent_packages() -> Iterator[None]:
-    """Transformer Engine imports some packages for parts that are not used here: let it, and forget them."""
+    """Let Transformer Engine import packages of parts that are not used here, and remove them afterwards."""
     finder = _Finder()
     sys.meta_path.append(finder)
     try:
@@ -445,7 +449,7 @@ def _absent_packages() -> Iterator[None]:
 
 
 def _count_cpu_tensors_as_cuda() -> None:
-    """Its modules check for CUDA where they are constructed and where a forward pass begins."""
+    """Transformer Engine's modules check for CUDA in their constructors and at the start of a forward pass."""
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
     construct = TransformerEngineBaseModule.__init__
@@ -463,7 +467,7 @@ def _count_cpu_tensors_as_cuda() -> None:
 
 
 def _gather_one_by_one() -> None:
-    """Gloo cannot put several gathers into one, as data and scales in FP8 are: each is made at once."""
+    """Gloo cannot coalesce several gathers, as for FP8 data and scales: issue each one at once."""
     coalesce = torch.distributed._coalescing_manager
     finished = types.SimpleNamespace(wait=lambda: None)
 
