@@ -1,4 +1,4 @@
-"""The tiny corpus, made once, and one thread for each process."""
+"""Shared fixtures: the tiny corpus, made once, and one thread per process."""
 
 import os
 import signal
@@ -25,14 +25,14 @@ for number, default in (
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
-    """Bytes give no name to a test: a gzip file has the time in it, and two workers that collect in other seconds would
-    not agree."""
+    """Do not name tests after bytes: a gzip file contains the time, so two workers that collect in different seconds
+    would not agree."""
     return argname if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session", autouse=True)
 def groups_left_at_the_end() -> Iterator[None]:
-    """What tests of one rank leave behind, for NCCL complains."""
+    """Destroy the process groups that tests of one rank leave behind; NCCL complains about them."""
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -41,7 +41,7 @@ def groups_left_at_the_end() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["transformer_engine", "transformer_engine_newest"])
 def transformer_engine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Processes that are started meanwhile find this version of Transformer Engine's Python part: that of the extra
+    """Processes started under this fixture find this version of Transformer Engine's Python part: the one of the extra
     `dev` of megatron-core 0.16, or the newest that works with the newest megatron-core (.ci/locks)."""
     folder = Path(sys.prefix) / request.param
     if not folder.is_dir():

@@ -1,5 +1,5 @@
-"""Jobs for the tests of Transformer Engine's spec, in their own processes with its stand-in. Each function is the main
-function of such a process."""
+"""Jobs for the tests of Transformer Engine's spec. They run in their own processes, where each job first installs the
+stand-in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison begins with a run's checkpoints, in a folder of each rank's own, and leaves the run as it is."""
+"""A comparison starts from a run's checkpoints, in a separate folder on each rank, and leaves the run unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.helpers.ranks import fork_ranks
 
 
 def tried(folder: Path) -> list[str]:
-    """What `load_newest` looks at, where each rank has a run directory of its own."""
+    """What `load_newest` tries if each rank has its own run directory."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.checkpoint import CheckpointError, save_load

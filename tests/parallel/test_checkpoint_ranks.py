@@ -1,5 +1,5 @@
-"""Saving and resuming on two ranks where one is slow, out of memory, on a full disk, or reads a damaged file: what both
-then do."""
+"""Saving and resuming on two ranks when one is slow, out of memory, on a full disk, or reads a damaged file: what both
+ranks do."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 SHORT_S, LONG_S = 1.0, 3.0
-"""A time-out of collectives, and how long a rank is at its files."""
+"""A timeout of collectives, and how long a rank works on its files."""
 
 
 def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
-    """What happened on this rank, for each case."""
+    """What happened on this rank in each case."""
     import torch
     import torch.distributed as dist
 
@@ -56,7 +56,7 @@ def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
 
 
 class Cases:
-    """One run of two ranks, saved and loaded again and again."""
+    """One run on two ranks, saved and loaded repeatedly."""
 
     def __init__(self, run: Any, folder: Path, rank: int) -> None:
         self.run, self.folder, self.rank = run, folder, rank
@@ -64,7 +64,7 @@ class Cases:
         self.digested: list[str] = []
 
     def save(self, case: str, step: int) -> str:
-        """The error's words, "" without one."""
+        """Save; the error's text, or ""."""
         from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 
         try:
@@ -74,7 +74,7 @@ class Cases:
             return str(error)
 
     def resume(self, case: str) -> Any:
-        """(folder's name, notes, layout) of what was read, or the error's words."""
+        """Resume; (folder name, notes, layout) of the loaded checkpoint, or the error's text."""
         from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 
         try:
@@ -84,7 +84,7 @@ class Cases:
             return str(error)
 
     def complete(self, case: str) -> list[str]:
-        """Names of its folders, before any rank goes on."""
+        """Names of the complete checkpoint folders, before any rank continues."""
         import torch.distributed as dist
 
         found = sorted(path.name for path in (self.folder / case / "checkpoints").iterdir())
@@ -92,7 +92,7 @@ class Cases:
         return found
 
     def slow(self) -> Any:
-        """Rank 0 digests, rank 1 writes, and both read, for longer than a collective may take."""
+        """Rank 0 digests, rank 1 writes, and both read, for longer than the timeout of a collective."""
         from hunyuan_pretrain.checkpoint import folders, parallel_write
 
         digest, write = folders.digest, parallel_write._write_planned
@@ -119,12 +119,12 @@ class Cases:
                 return saved, self.resume("slow")
 
     def shares(self) -> Any:
-        """(files digested after writing, files digested before reading, bytes of this rank's own files), of `slow`."""
+        """(files digested after writing, files digested before reading, bytes of this rank's files), from `slow`."""
         own = (self.folder / "slow/checkpoints/step_0000001").glob(f"__{self.rank}_*")
         return sorted(self.written), sorted(self.digested), sum(path.stat().st_size for path in own)
 
     def out_of_memory(self) -> Any:
-        """Rank 1 runs out of memory between two collectives: while it copies the state, and while it takes what was
+        """Rank 1 runs out of memory between two collectives: while copying the state, and while applying what was
         read."""
         import torch
 
@@ -138,7 +138,7 @@ class Cases:
         return kept, saving, loading, self.complete("memory"), self.save("memory", 2)
 
     def full_disk(self) -> Any:
-        """The small files that rank 0 writes alone."""
+        """The disk is full for the small files that only rank 0 writes."""
         from torch.distributed.checkpoint import FileSystemWriter
 
         from hunyuan_pretrain.checkpoint import folders, parallel_write
@@ -150,7 +150,8 @@ class Cases:
         return found, self.complete("disk"), self.save("disk", 1), self.resume("disk")
 
     def plans(self) -> Any:
-        """How often a save sends all plans, and their check, over four saves; and whether the last can be read."""
+        """How often the plans are exchanged and checked in each of four saves, and whether the last checkpoint can be
+        read."""
         from megatron.core.dist_checkpointing import state_dict_utils
         from torch.distributed.checkpoint.utils import _DistWrapper
 
@@ -197,7 +198,7 @@ class Cases:
         return weights | state
 
     def copy(self, case: str, *steps: int) -> Path:
-        """Some of the checkpoints of `plans`, as another run's."""
+        """Copy some checkpoints of `plans` to another run."""
         import torch.distributed as dist
 
         folder = self.folder / case / "checkpoints"
@@ -207,7 +208,7 @@ class Cases:
         return folder
 
     def fall_back(self) -> Any:
-        """The newest checkpoint has a flipped bit, the one before lost its end."""
+        """The newest checkpoint has a flipped bit; the one before is truncated."""
         folder = self.copy("damage", 1, 2, 3)
         if self.rank == 0:
             short, flipped = (folder / name / "__1_0.distcp" for name in ("step_0000002", "step_0000003"))
@@ -218,7 +219,7 @@ class Cases:
         return self.resume("damage"), self.complete("damage"), self.save("damage", 3), self.resume("damage")
 
     def unreadable(self) -> Any:
-        """The digests are right, and reading fails."""
+        """The digests are correct, but reading fails."""
         from hunyuan_pretrain.checkpoint import save_load
 
         self.copy("unreadable", 1, 2)
@@ -238,7 +239,8 @@ class Cases:
     def failing(
         self, place: Any, name: str, error: BaseException, rank: int, after: int = 1, once: bool = False
     ) -> Iterator[None]:
-        """A function that raises on one rank after so many calls; load fails on all ranks as core's own does."""
+        """Patch a function so that it raises on one rank after `after` calls; `load` fails on all ranks, as core's own
+        does."""
         original, calls = getattr(place, name), [0]
 
         def fail(*arguments: Any, **settings: Any) -> Any:
@@ -253,7 +255,7 @@ class Cases:
 
 @contextmanager
 def short_time_out() -> Iterator[None]:
-    """Collectives of all ranks wait SHORT_S; ranks enter together."""
+    """Set the timeout of collectives to SHORT_S; all ranks enter together."""
     from datetime import timedelta
 
     import torch.distributed as dist

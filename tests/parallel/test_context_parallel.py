@@ -1,4 +1,4 @@
-"""Attention over context-parallel gloo ranks equals one rank, with the communication it is said to have."""
+"""Attention over context-parallel gloo ranks equals one rank, with the stated communication."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.helpers.ranks import fork_ranks
 BORDERS = [0, 1, 100, 128, 130, 190, 250, 256]
 NUM_SEQUENCES, GRANULE_TOKENS, NUM_HEADS, NUM_GROUPS, HEAD_DIM = 2, 8, 8, 4, 16
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
-"""Largest difference over the largest entry; bf16 rounds the parts of a document, and their gradients before the sum
-over ranks."""
+"""Largest difference relative to the largest entry; bf16 rounds the parts of a document, and their gradients before the
+sum over ranks."""
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
 EXPECTED = {
     "all_gather": ({"all_gather_into_tensor": 1}, {"reduce_scatter_tensor": 1}),
@@ -66,7 +66,8 @@ def outputs_and_gradients(
 
 
 def compare_with_one_rank(cases: list[tuple[int, str, torch.dtype]]) -> list[Any]:
-    """For each case the calls of this rank, its largest error of each tensor over the largest entry, and its rows."""
+    """For each case: the calls of this rank, the largest error of each tensor relative to its largest entry, and the
+    rank's rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     pairs = [dist.new_group([first, first + 1]) for first in range(0, dist.get_world_size(), 2)]
@@ -103,7 +104,7 @@ CASES = [(cp_size, method, dtype) for cp_size in (2, 4) for method in EXPECTED f
 
 @pytest.fixture(scope="module")
 def ranks() -> list[Any]:
-    """One group of four ranks, or two of two at work at the same time."""
+    """One group of four ranks, or two groups of two working at the same time."""
     return fork_ranks(4, compare_with_one_rank, CASES)
 
 

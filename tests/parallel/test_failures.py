@@ -1,4 +1,4 @@
-"""A rank that fails ends with its traceback, and does not leave the others waiting."""
+"""A rank that fails exits with its traceback and does not leave the others waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.ranks import forking
 from tests.helpers.runs import experiment_fields, write_experiment
 
 SECONDS = 30
-"""Far below distributed_timeout_s, after which any wait ends."""
+"""Far below distributed_timeout_s, which ends any wait."""
 
 
 def fail_in_step_2(*arguments: Any, **options: Any) -> Any:
@@ -29,12 +29,12 @@ def refuse_in_step_2(*arguments: Any, **options: Any) -> Any:
 
 
 def wait_for_the_others(*arguments: Any) -> None:
-    """NCCL's way of leaving groups in which a collective is under way; gloo's tears it down."""
+    """Behave like NCCL when a process group is destroyed during a collective: wait. Gloo tears the group down."""
     time.sleep(10 * SECONDS)
 
 
 def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Path) -> None:
-    """`hunyuan-pretrain` as one of two ranks, of which the last breaks when it reduces the gradients of its second
+    """Run `hunyuan-pretrain` as one of two ranks; rank 1 fails when it computes the gradient norm of its second
     step."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), descriptor)
@@ -62,7 +62,7 @@ def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Pat
 
 
 def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int], list[str], float]:
-    """Exit statuses, what they said on stderr, and how long the slower one took after the other's end."""
+    """Exit statuses, stderr of both ranks, and how long the slower rank ran after the other had ended."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

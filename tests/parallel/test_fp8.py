@@ -1,9 +1,9 @@
-"""FP8 recipes under parallel layouts: N ranks quantise as one rank does, and a run that stops goes on bit by bit.
+"""FP8 recipes under parallel layouts: N ranks quantise as one rank does, and a resumed run is bitwise identical.
 
-Rounding to FP8 is a step function. Where a layout adds up in another order, an operand differs in its last bit of fp32,
-one value in some ten thousand is rounded to the other side, and each layer makes that a hundred times worse until it is
-as large as the rounding itself. So whole models are compared only where the forward pass is the same bit by bit, and
-tensor parallelism layer by layer, with equal inputs.
+Rounding to FP8 is a step function. If a layout sums in another order, an operand differs in its last fp32 bit, about
+one value in ten thousand rounds to the other side, and each layer amplifies that a hundredfold until it is as large as
+the rounding itself. So whole models are compared only where the forward pass is bitwise identical; tensor parallelism
+is compared layer by layer, with equal inputs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from tests.helpers.runs import experiment_fields
 pytestmark = pytest.mark.slow
 
 SAVED = 2
-"""Steps before the one that is compared: a delayed scale is 1 in the first, and known of every tensor after the
-second."""
+"""Steps before the compared one: a delayed scale is 1 in the first, and known for every tensor after the second."""
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 EXPERTS = {"expert_model_parallel_size": 2}
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -41,7 +40,7 @@ CASES += [
     for layout in ("dp", "ep", "pp")
     if (recipe, layout) != ("tensorwise", "ep")
 ]
-"""Under EP an expert multiplies the rows of both ranks at once, of which tensorwise takes one scale, as Transformer
+"""Under EP an expert processes the rows of both ranks at once, and tensorwise takes one scale for them, as Transformer
 Engine does."""
 OTHERS = {
     "tp": TENSOR,
@@ -52,7 +51,7 @@ OTHERS = {
 
 
 def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> dict[str, Any]:
-    """A small model whose shards every recipe can multiply."""
+    """A small model whose shards fit every recipe."""
     found = experiment_fields(corpus, run_dir, steps=SAVED + 2)
     found["model"] |= {
         "hidden_size": 64,
@@ -72,8 +71,8 @@ def fields(corpus: Path, run_dir: Path, recipe: str | None, **changes: Any) -> d
 
 
 def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dict[str, np.ndarray]]]:
-    """Of each experiment the gradients of the step after SAVED, from its checkpoint or (saves) from the start, and its
-    delayed scales."""
+    """For each experiment: the gradients of the step after SAVED, resumed from its checkpoint or (saves) trained from
+    the start, and its delayed scales."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.engines import scaling_state
@@ -95,8 +94,8 @@ def steps_of_all(work: list[tuple[dict[str, Any], bool]]) -> list[tuple[Any, dic
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """recipe -> (trace, scales) of one rank without a break; (recipe, layout) -> [(trace, scales) of each rank], from
-    its checkpoint."""
+    """recipe -> (trace, scales) of one uninterrupted rank; (recipe, layout) -> [(trace, scales) of each rank], from its
+    checkpoint."""
     folder = tmp_path_factory.mktemp("runs")
     found: dict[Any, Any] = {}
     one = fork_ranks(1, steps_of_all, [(fields(corpus, folder / recipe, recipe), True) for recipe in RECIPES])[0]
@@ -123,8 +122,7 @@ def test_two_ranks_take_the_same_step_as_one(runs, recipe: str, layout: str) -> 
 
 @pytest.mark.parametrize("layout", [*SAME_FORWARD, *OTHERS])
 def test_delayed_scales_use_the_amax_over_all_ranks(runs, layout: str) -> None:
-    """Of the weights, and of what enters the first layer, bit by bit; deeper inputs differ as rounding makes them
-    differ."""
+    """Scales of the weights and of the first layer's inputs are bitwise identical; deeper inputs differ by rounding."""
     after: dict[str, np.ndarray] = {}
     for _, scales in runs["delayed", layout]:
         for name, scale in scales.items():
@@ -139,8 +137,8 @@ def test_delayed_scales_use_the_amax_over_all_ranks(runs, layout: str) -> None:
 
 
 def layers_of_tensor_parallel_ranks(recipe: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(what, found, expected) of a column- and a row-parallel layer, output and gradients, where each rank works out
-    what to expect."""
+    """(what, found, expected) of a column- and a row-parallel layer, output and gradients; each rank computes the
+    expected values itself."""
     import torch
 
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
@@ -220,7 +218,7 @@ def test_tensor_parallel_layers_quantise_what_they_gather(recipe: str) -> None:
 
 def train_and_go_on(corpus: Path, folder: Path, saved: dict[str, Any], resumed: dict[str, Any]) -> list[Any]:
     """Gradients of the two steps after SAVED of a run of `saved`, and of `resumed` from its checkpoint; and the scales
-    at their ends."""
+    at the end of each."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
     from hunyuan_pretrain.model.engines import scaling_state
@@ -255,7 +253,7 @@ def test_a_resumed_run_with_delayed_scales_is_bitwise_identical(corpus, tmp_path
 
 
 def test_delayed_scales_follow_their_tensors_to_another_layout(corpus, tmp_path) -> None:
-    """From experts divided over the ranks to a pipeline: every layer and expert finds its own history again."""
+    """From expert parallelism to pipeline parallelism: every layer and expert finds its history."""
     results = fork_ranks(2, train_and_go_on, corpus, tmp_path, EXPERTS, PIPELINE)
     before = [scales for (_, scales), _ in results]
     after: dict[str, np.ndarray] = {}
@@ -265,12 +263,12 @@ def test_delayed_scales_follow_their_tensors_to_another_layout(corpus, tmp_path)
     for name, scale in after.items():
         whole = np.concatenate([ranks[name] for ranks in before], axis=-1) if ".experts." in name else before[0][name]
         assert scale.shape == whole.shape
-        # two steps after the change: the same up to the order of sums
+        # two steps after the change: equal up to the order of sums
         np.testing.assert_allclose(scale, whole, rtol=1e-3, atol=1e-12, err_msg=name)
 
 
 def train_with_histories(corpus: Path, folder: Path, lengths: list[int]) -> None:
-    """A run that goes on twice, each time for a step, with another length of the history."""
+    """A run that resumes twice, for one step each, with different lengths of the amax history."""
     from hunyuan_pretrain.train.loop import train
 
     for number, length in enumerate(lengths):

@@ -1,4 +1,5 @@
-"""The clip norm does not depend on how weights are cut, however many small gradients stand beside large ones."""
+"""The clip norm does not depend on how weights are sharded, however many small gradients there are beside large
+ones."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
 ROWS, HIDDEN = 65536, 32
-"""Of the output weight: rows of tokens that do not occur have gradients a thousandth of those that do."""
+"""Gradients of the output weight: rows of tokens that do not occur have a thousandth of the gradients of those that
+do."""
 
 
 def experiment(corpus: Path, folder: Path, ranks: int, **parallel: Any) -> Experiment:

@@ -1,7 +1,7 @@
-"""N ranks equal one rank: losses, routing, activations, every gradient, the gradient norm, every parameter and moment,
-on gloo.
+"""N ranks equal one rank, on gloo: losses, routing, activations, every gradient, the gradient norm, every parameter and
+moment.
 
-A few layouts run always. `make test-layouts` runs them all: every legal product of sizes, crossed sparsely with
+A few layouts always run. `make test-layouts` runs all of them: every legal combination of sizes, sparsely crossed with
 everything else that must not change the result, and random models under random layouts.
 """
 
@@ -61,8 +61,8 @@ RANDOM_ALL = [random_layout(seed, 4) for seed in range(24)]
 
 @pytest.fixture(scope="module")
 def comparisons(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparisons:
-    """Of every layout that a selected test of this file has as its parameter, so that those of one world size share a
-    job."""
+    """Comparisons of every layout that a selected test of this file has as its parameter, so that layouts of one world
+    size share a job."""
     selected = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     layouts = [value for item in selected for value in item.callspec.params.values() if isinstance(value, Layout)]
     return Comparisons(corpus, tmp_path_factory.mktemp("layouts"), layouts)
@@ -100,8 +100,8 @@ def test_more_random_models_under_random_layouts_equal_one_rank(comparisons, lay
 
 @pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.later_micro_batch], ids=str)
 def test_a_later_stage_may_have_more_micro_batches(comparisons, layout):
-    """With gradients reduced during the backward pass: core must not take the first stage's number of micro-batches for
-    that of all."""
+    """With gradients reduced during the backward pass: core must not assume the first stage's number of micro-batches
+    for every stage."""
     assert layout.overlap != "nothing"
     assert layout.later_micro_batch < layout.micro_batch
     check(comparisons, layout)
@@ -109,7 +109,8 @@ def test_a_later_stage_may_have_more_micro_batches(comparisons, layout):
 
 @pytest.mark.parametrize("layout", BF16, ids=str)
 def test_bf16_is_close_to_fp32(comparisons, layout):
-    """Smoke: weights in bf16, gradients and main weights in fp32. Ranks that hold copies agree bitwise even so."""
+    """Smoke test: weights in bf16, gradients and main weights in fp32. Even then, ranks that hold copies agree
+    bitwise."""
     compared, fp32 = comparisons[layout], comparisons.reference(Layout())
     for step, allowed in enumerate((0.01, 0.03)):
         assert compared.scalars[step]["loss"] == pytest.approx(fp32[step].scalars["loss"], rel=allowed)
@@ -118,7 +119,7 @@ def test_bf16_is_close_to_fp32(comparisons, layout):
 
 
 def test_the_compared_runs_exercise_what_is_compared(comparisons):
-    """Tokens are recycled and dropped, gradients are clipped, parameters move, and nothing that is compared is all
+    """Tokens are recycled and dropped, gradients are clipped, parameters change, and no compared quantity is all
     zero."""
     recycling, dropping, dropless = (
         comparisons.reference(Layout(model=model)) for model in ("recycling", "top 2", "dropless")
@@ -143,14 +144,14 @@ def test_the_compared_runs_exercise_what_is_compared(comparisons):
 
 @pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.world_size > 1], ids=str)
 def test_gradient_norm_counts_every_shard_exactly_once(comparisons, layout):
-    """Each shard and each expert counted once, each copy never: a rank knows a part of them only."""
+    """Each shard and each expert is counted once, and copies never, although a rank holds only some of them."""
     compared = comparisons[layout]
     for scalars, norm in zip(compared.scalars, compared.norms, strict=True):
         assert scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def legal(layout: Layout) -> bool:
-    """What the rules should let through, said again from the sizes of the model: 8 layers in 4 groups, 64 tokens in 8
+    """Which layouts the rules should accept, derived from the sizes of the model: 8 layers in 4 groups, 64 tokens in 8
     routing groups."""
     kv_heads = MODELS[layout.model].get("num_query_groups", 2)
     micro_batches, rest = divmod(8, layout.micro_batch * layout.dp)
@@ -169,7 +170,7 @@ def legal(layout: Layout) -> bool:
 
 
 def test_every_layout_runs_or_is_refused_with_a_reason():
-    """Also under sizes that divide nothing."""
+    """Also for sizes that divide nothing."""
     odd = every_product({name: (*values, 3) for name, values in SIZES.items()} | {"cp": (1, 2, 3, 4, 8)})
     for layout in [*PRODUCTS, *odd]:
         problems = layout.problems()
@@ -183,8 +184,8 @@ def test_every_layout_runs_or_is_refused_with_a_reason():
 
 
 def test_the_layout_sets_cover_every_size_and_variant():
-    """Every size and variant is in the few that always run; every legal pair of a size and a variant is in all of
-    them."""
+    """The layouts that always run contain every size and variant; the full set contains every legal pair of a size and
+    a variant."""
     for name, values in (SIZES | VARIANTS).items():
         small = [value for value in values if name not in SIZES or value <= 2]
         wanted = {value for value in small if CONTEXT_PARALLEL_SIZES != (1,) or value != "all_to_all"}
@@ -221,8 +222,8 @@ def test_random_layouts_differ_and_are_reproducible():
 
 
 def test_a_single_wrong_number_is_reported(comparisons):
-    """The comparison itself: one element off by more than the tolerance, one token at another expert, one copy that
-    differs."""
+    """Test of the comparison itself: one element off by more than the tolerance, one token routed to another expert,
+    one copy that differs."""
     from copy import deepcopy
 
     from hunyuan_pretrain.diagnostics.parity import TOLERANCE, compare

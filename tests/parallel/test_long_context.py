@@ -1,5 +1,5 @@
-"""256K tokens in one packed sequence of real text: the step is finite, equal under context parallelism, and its memory
-is linear."""
+"""256K tokens in one packed sequence of real text: the step is finite, equal under context parallelism, and linear in
+memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CONTEXT_PARALLEL = {"context_parallel_size": 2, "recompute": "cla_group"}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Modules of the standard library, tokenized once and packed to each length; documents of several thousand tokens,
-    because attention's time, though not its memory, grows with a document's square."""
+    """Modules of the standard library, tokenized once and packed to each length. Documents have several thousand
+    tokens, because the time of attention, though not its memory, grows with the square of a document's length."""
     from data_tools.packed_output import pack
     from data_tools.tokenization import tokenize
     from data_tools.tokenizer_training import train_tokenizer
@@ -49,8 +49,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_step(fields: dict[str, Any]) -> tuple[float, float, int, float, float]:
-    """(loss, gradient norm, documents in the pack, resident MiB of this rank before one training step, and at its
-    peak)."""
+    """(loss, gradient norm, documents in the pack, resident MiB of this rank before one training step, peak MiB during
+    it)."""
     from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.step import train_step
@@ -89,7 +89,7 @@ def step_of(
 
 
 def test_a_step_of_256k_tokens_is_the_same_on_two_ranks_and_memory_is_linear(text, tmp_path, capsys):
-    """Memory: the peak of a rank above what the process had before the step; printed with its exponent over the
+    """Memory is a rank's peak above its size before the step; printed with the exponent of its growth over the
     lengths."""
     measured = {length: step_of(text, tmp_path / f"cp2_{length}", length, 2, CONTEXT_PARALLEL) for length in LENGTHS}
     alone = step_of(text, tmp_path / "cp1", LENGTHS[-1], 1, {"recompute": "cla_group"})[0]

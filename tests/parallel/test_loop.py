@@ -1,8 +1,8 @@
-"""The training loop itself on N ranks, validating and saving between the steps: the metrics of one rank, and bitwise
-the same resumed.
+"""The training loop on N ranks, with validation and saving between steps: the metrics match one rank, and a resumed run
+is bitwise identical.
 
-What diagnostics.parity does for its comparison after every step (gradients, parameters put together) does not happen
-here, so communication that overlaps with the next step is left to overlap.
+diagnostics.parity assembles gradients and parameters after every step; this test does not, so communication that
+overlaps with the next step stays overlapped.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ LAYOUTS = [
 ]
 LAYOUTS = [layout for layout in LAYOUTS if layout.cp in CONTEXT_PARALLEL_SIZES]
 RESUMED = [layout for layout in LAYOUTS if layout.overlap == "everything"]
-"""Those whose weights are not complete right after a step."""
+"""Layouts whose weights are not complete right after a step."""
 
 
 def train_all(jobs: list[Experiment]) -> list[Outcome]:
-    """Every run through the loop; their numbers are in metrics.jsonl."""
+    """Train every run with the loop; the metrics are in metrics.jsonl."""
     from hunyuan_pretrain.train import loop, setup
 
     def train(experiment: Experiment) -> list[Any]:
@@ -47,8 +47,8 @@ def train_all(jobs: list[Experiment]) -> list[Outcome]:
 
 
 def experiment(corpus: Path, run_dir: Path, layout: Layout) -> Experiment:
-    """Saved after step 3 and the last; validated after every second one, on 5 and on 3 sequences, which no layout
-    divides."""
+    """Saved after step 3 and after the last; validated after every second step, on 5 and on 3 sequences, which no
+    layout divides evenly."""
     made = layout.experiment(corpus, run_dir, STEPS)
     evaluation = made.evaluation.model_copy(
         update={
@@ -66,7 +66,7 @@ def experiment(corpus: Path, run_dir: Path, layout: Layout) -> Experiment:
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, tuple[Path, Path]]:
-    """layout -> run directories of the run without a break and of one that goes on from its checkpoint after step
+    """layout -> run directories of the uninterrupted run and of one that resumes from its checkpoint after step
     SAVED."""
     folder = tmp_path_factory.mktemp("loop")
     layouts = list(dict.fromkeys([layout.reference for layout in LAYOUTS] + LAYOUTS))
@@ -90,8 +90,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_metrics_match_one_rank(runs, layout):
-    """Losses, norms, shares, and the validation losses over as many tokens and bytes; the load in validation does not
-    count the padding."""
+    """Losses, norms, shares, and validation losses over the same number of tokens and bytes; the load in validation
+    does not count padding."""
     from hunyuan_pretrain.diagnostics.parity import TOLERANCE
 
     actual, expected = records(runs[layout][0]), records(runs[layout.reference][0])
@@ -105,7 +105,7 @@ def test_metrics_match_one_rank(runs, layout):
 
 @pytest.mark.parametrize("layout", RESUMED, ids=str)
 def test_a_resumed_run_is_bitwise_identical(runs, layout):
-    """From a checkpoint that was saved right after a step, with no validation between the two."""
+    """From a checkpoint saved right after a step, with no validation in between."""
     straight, resumed = (records(run_dir) for run_dir in runs[layout])
     assert [record["step"] for record in resumed] == [STEPS, STEPS], "training and validation"
     assert resumed == [record for record in straight if record["step"] > SAVED]

@@ -1,6 +1,7 @@
 """Gathering updated weights during the forward pass (overlap_param_gather) changes no loss, whatever reads a weight.
 
-Nothing here gathers between the steps: what reads a weight before it is complete reads that of the step before.
+Nothing here gathers between the steps, so a weight that is read before its gather completes has the value of the step
+before.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def experiment(corpus: Path, folder: Path, name: str, overlap: bool) -> Experime
 
 
 def losses_of(jobs: list[tuple[str, bool, Experiment]]) -> list[list[float]]:
-    """Of every step of every job, in this rank; core's warning that a gather is out of order is an error, but in bf16,
-    where routers are in a buffer of their own and come out of order."""
+    """Losses of every step of every job on this rank. Core's warning about an out-of-order gather is an error, except
+    in bf16, where routers have their own buffer and are gathered out of order."""
     from hunyuan_pretrain.train import optimizer, setup
     from hunyuan_pretrain.train.step import train_step
 
@@ -69,7 +70,7 @@ def losses_of(jobs: list[tuple[str, bool, Experiment]]) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def losses(corpus, tmp_path_factory) -> dict[str, tuple[list[float], list[float]]]:
-    """Without and with the overlap."""
+    """Losses without and with the overlap."""
     folder = tmp_path_factory.mktemp("gather")
     found: dict[str, tuple[list[float], list[float]]] = {}
     for ranks in (2, 4):

@@ -1,7 +1,7 @@
-"""The comparison of layouts catches the bugs that others had, and its first difference says where each is.
+"""The comparison of layouts catches the bugs that others had, and its first difference locates each.
 
-The bugs are those of users' reports against Megatron-LM (issues 7452, 5916, 5956, 673, 1736), and what this code could
-get wrong itself.
+The bugs are from users' reports against Megatron-LM (issues 7452, 5916, 5956, 673, 1736), or mistakes that this code
+could make itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def experts_left_out_of_the_norm() -> AbstractContextManager[Any]:
-    """Under TP and EP the gradient norm has the experts of the first tensor-parallel rank only."""
+    """Under TP and EP the gradient norm includes only the experts of the first tensor-parallel rank."""
     return patch("hunyuan_pretrain.model.grouped_linear.mark_sharded", lambda *arguments: None)
 
 
@@ -52,8 +52,8 @@ def softmax_over_the_own_part_of_the_vocabulary() -> AbstractContextManager[Any]
 
 
 def loss_over_one_ranks_tokens() -> AbstractContextManager[Any]:
-    """The target tokens of one data-parallel rank, the mean of all, divide the loss: it is as many times too large as
-    there are ranks."""
+    """The loss is divided by the target tokens of one data-parallel rank (the mean over the ranks), so it is too large
+    by the number of ranks."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.train import step
@@ -65,7 +65,7 @@ def loss_over_one_ranks_tokens() -> AbstractContextManager[Any]:
 
 
 def recycling_numbers_the_groups_of_its_rank() -> AbstractContextManager[Any]:
-    """The random draw of recycling knows the layout."""
+    """The random draw of recycling depends on the layout."""
     import torch
 
     from hunyuan_pretrain.model import recycle_routing
@@ -79,14 +79,14 @@ def recycling_numbers_the_groups_of_its_rank() -> AbstractContextManager[Any]:
 
 
 def copies_drift_apart() -> AbstractContextManager[Any]:
-    """Gradients of weights that tensor-parallel ranks hold copies of are not summed over them."""
-    # under this name the package has the function that is in the module
+    """Gradients of weights replicated over tensor-parallel ranks are not summed over them."""
+    # the package exports the module's function under this name
     module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     return patch.object(module, "_allreduce_non_tensor_model_parallel_grads", lambda *arguments, **options: None)
 
 
 def gradients_reduced_too_early() -> AbstractContextManager[Any]:
-    """Core learns in the first stage how many micro-batches a step has."""
+    """Core reads the number of micro-batches per step only in the first stage."""
     from hunyuan_pretrain.train import setup
 
     right = setup.wrap_data_parallel
@@ -135,7 +135,7 @@ def trace_with_bugs(work: list[tuple[Bug, Experiment]]) -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def differences(corpus, tmp_path_factory) -> dict[Bug, list[Any] | str]:
-    """What each bug changes, in order of execution."""
+    """What each bug changes, in execution order."""
     from hunyuan_pretrain.diagnostics.parity import compare
 
     folder = tmp_path_factory.mktemp("bugs")

@@ -1,5 +1,5 @@
 """`parity --precision bf16 --engine te --against-engine own`: Transformer Engine's layers train the same model as this
-project's, and what is wrong in them is larger than rounding, and named where it is. Kernels are CPU stand-ins."""
+project's, and a bug in them exceeds rounding and is localised. Kernels are CPU stand-ins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def output_of_a_linear_times_1_02() -> AbstractContextManager[Any]:
 
 
 def keys_are_seen_from_the_start_of_a_block() -> AbstractContextManager[Any]:
-    """The mask of a square, where the queries of a context-parallel rank are the last of their block."""
+    """A mask for equal numbers of queries and keys, where the queries of a context-parallel rank are the last of their
+    block."""
     from hunyuan_pretrain.model.engine import attention
 
     right = attention._documents
@@ -36,7 +37,7 @@ def keys_are_seen_from_the_start_of_a_block() -> AbstractContextManager[Any]:
 
 
 def queries_are_read_in_another_layout() -> AbstractContextManager[Any]:
-    """They lie head by head, and the kernel takes them for token by token."""
+    """The queries are stored head by head, and the kernel reads them token by token."""
     from hunyuan_pretrain.model.engine import attention
 
     right = attention.handed_over
@@ -61,7 +62,7 @@ BUGS: dict[Callable[[], AbstractContextManager[Any]], tuple[str, tuple[str, str]
 
 @pytest.fixture(scope="module")
 def compared(transformer_engine: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Any]]:
-    """Layout and bug -> differences of Transformer Engine's from one rank of this project's layers."""
+    """(layout, bug) -> differences of Transformer Engine's layers from one rank of this project's layers."""
     from hunyuan_pretrain.diagnostics.parity_noise import NOISE_SEEDS, compare_rounded
 
     folder = tmp_path_factory.mktemp("engines")

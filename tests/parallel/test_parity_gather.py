@@ -1,5 +1,5 @@
-"""Comparisons of layouts gather what the ranks have in parts: NCCL would take the memory for all of it on one GPU at
-once."""
+"""Comparisons of layouts gather the ranks' tensors in parts: gathered at once, NCCL would need memory for all of them
+on one GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.helpers.ranks import fork_ranks
 
 
 def gather() -> tuple[list[tuple[str, float]], int]:
-    """What arrives, and the most bytes that a rank sends at once."""
+    """What arrives, and the most bytes that this rank sends at once."""
     import numpy as np
     import torch.distributed as dist
 

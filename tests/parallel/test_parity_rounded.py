@@ -1,4 +1,4 @@
-"""Layouts compared in bf16 and FP8: the same model passes, and what is wrong is larger than rounding."""
+"""Layouts compared in bf16 and FP8: the same model passes, and bugs exceed rounding."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def traces(jobs: list[tuple[Experiment, int | None, Any, Any]]) -> list[Any]:
 
     found: list[Any] = []
     for layout, noise, bug, choices in jobs:
-        if isinstance(choices, int):  # those of an earlier one of the jobs
+        if isinstance(choices, int):  # the choices of an earlier job
             choices = [step.choices for step in found[choices]]
         with bug() if bug else nullcontext():
             found.append(trace_layout(layout, STEPS, noise, choices))

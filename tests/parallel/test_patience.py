@@ -1,5 +1,4 @@
-"""Ranks that wait for each other's share of reading or writing: for hours for one that works, not for one that is
-gone."""
+"""Ranks wait for each other's reading or writing: for hours if the other rank is working, but not if it is dead."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ TIMEOUT_S = 2
 
 
 def wait_for_rank_1(is_frozen: bool) -> float:
-    """Seconds that this rank waited."""
+    """Seconds that this rank waited for rank 1."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.parallel.agreement import patience
@@ -27,7 +26,7 @@ def wait_for_rank_1(is_frozen: bool) -> float:
     began = time.monotonic()
     with patience():
         if dist.get_rank() == 1 and is_frozen:
-            os.kill(os.getpid(), signal.SIGSTOP)  # as of a machine that is gone: its connections are not even closed
+            os.kill(os.getpid(), signal.SIGSTOP)  # like a dead machine: its connections are not even closed
         elif dist.get_rank() == 1:
             time.sleep(2.5 * TIMEOUT_S)
         dist.barrier()

@@ -1,5 +1,5 @@
-"""The probes before training: silent where all is well, under every kind of layout, and each planted bug stops the run
-with its reason."""
+"""The probes before training: they pass under every kind of layout, and each planted bug stops the run with its
+reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Bug = Callable[[], AbstractContextManager[Any]]
 
 
 def attention_across_documents() -> AbstractContextManager[Any]:
-    """Borders are ignored: the pack is one document."""
+    """Document boundaries are ignored: the pack is one document."""
     from hunyuan_pretrain.model import attention
 
     right = attention.document_blocks
@@ -39,7 +39,7 @@ def gathered_attention_across_documents() -> AbstractContextManager[Any]:
 
 
 def router_losses_times_two() -> AbstractContextManager[Any]:
-    """As a layout would do that counts routing groups of its own rank only."""
+    """As in a layout that counts only its own rank's routing groups."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     right = MoEAuxLossAutoScaler.set_loss_scale
@@ -53,7 +53,7 @@ def balance_loss_without_gradient() -> AbstractContextManager[Any]:
 
 
 def combination_without_router() -> AbstractContextManager[Any]:
-    """The experts' output is weighted by a constant: the cross-entropy never reaches the router."""
+    """The experts' output is weighted by a constant, so the cross-entropy has no gradient for the router."""
     from hunyuan_pretrain.model import dispatch
 
     right = dispatch._Combine.apply
@@ -61,7 +61,7 @@ def combination_without_router() -> AbstractContextManager[Any]:
 
 
 def rows_of_another_document() -> AbstractContextManager[Any]:
-    """The second key of every document is taken for the first, in the forward pass only."""
+    """The first key of every document is replaced by the second, in the forward pass only."""
     from hunyuan_pretrain.model import packed_attention
 
     right = packed_attention._flash_cpu
@@ -105,7 +105,7 @@ BROKEN: dict[Bug, tuple[Layout, str]] = {
 
 
 def probe_all(work: list[tuple[Bug, Experiment]]) -> list[Any]:
-    """What the probes say before each run, and whether any gradient stays behind; or their refusal."""
+    """What the probes report before each run, and whether any gradient remains; or their refusal."""
     from hunyuan_pretrain.train import TrainingError, setup
     from hunyuan_pretrain.train.probes import probe
 
@@ -132,7 +132,7 @@ def probe_all(work: list[tuple[Bug, Experiment]]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def answers(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """What rank 0 was told, by healthy layout or by bug."""
+    """What rank 0 reported, by healthy layout or by bug."""
     folder, found = tmp_path_factory.mktemp("probes"), {}
     cases: list[tuple[Any, Bug, Layout]] = [(layout, nullcontext, layout) for layout in HEALTHY]
     cases += [(bug, bug, layout) for bug, (layout, _) in BROKEN.items()]
@@ -175,7 +175,7 @@ needs_package = pytest.mark.usefixtures("transformer_engine")
 
 
 def engine_case(corpus: Path, folder: Path, layout: Layout, **precision: Any) -> Case:
-    """In bf16, with attention by Transformer Engine; sizes that FP8 takes."""
+    """In bf16, with Transformer Engine's attention and sizes that FP8 supports."""
     fields = layout.experiment(corpus, folder).model_dump(mode="json")
     fields["precision"] |= {"dtype": "bf16"} | precision
     sizes = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "kv_channels": 8}
@@ -185,7 +185,7 @@ def engine_case(corpus: Path, folder: Path, layout: Layout, **precision: Any) ->
 
 @needs_package
 def test_attention_that_misreads_its_inputs_stops_the_run(corpus: Path, tmp_path: Path) -> None:
-    """Under context parallelism keys and values come gathered, and queries head by head."""
+    """Under context parallelism, keys and values arrive gathered, and queries head by head."""
     cases = [
         (engine_case(corpus, tmp_path / f"{method}{has_bug}", Layout(cp=2, attention=method)), has_bug)
         for method in ("all_gather", "all_to_all")
@@ -207,8 +207,8 @@ def test_attention_that_misreads_its_inputs_stops_the_run(corpus: Path, tmp_path
 
 @needs_package
 def test_probes_run_with_fp8_only_parameters(corpus: Path, tmp_path: Path) -> None:
-    """Outside of a step in FP8 products take the values of such a weight, and its gradient arrives where all others
-    do."""
+    """Outside an FP8 step, GEMMs use the values that such a weight represents, and its gradient arrives where all
+    others do."""
     cases = [
         (
             engine_case(

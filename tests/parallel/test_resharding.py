@@ -1,4 +1,4 @@
-"""A checkpoint of one layout goes on under another: weights, moments and update count, data and routing."""
+"""A checkpoint of one layout resumes under another: weights, moments and update count, data and routing."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ CHANGES = [
     (BF16, BF16_OFFLOADED),
     (BF16_OFFLOADED, BF16),
 ]
-"""Of bf16 only the optimizer changes: under another layout the sums of bf16 numbers differ by more than fp32's
+"""In bf16 only the optimizer changes: under another layout, sums of bf16 numbers differ by more than fp32's
 tolerance."""
 
 Work = list[tuple[bool, Experiment]]
-"""(is it the run that saves, or one that resumes, its experiment)."""
+"""(whether this run saves rather than resumes, its experiment)."""
 
 
 def name_of(change: tuple[Layout, Layout]) -> str:
@@ -55,7 +55,7 @@ def name_of(change: tuple[Layout, Layout]) -> str:
 
 
 def train_all(work: Work) -> list[Outcome]:
-    """Traces of the steps after SAVED: of a run without a break, which saves after SAVED, or of one that resumes
+    """Traces of the steps after SAVED: of an uninterrupted run, which saves after SAVED, or of one that resumes
     there."""
     from hunyuan_pretrain.checkpoint import save_load
     from hunyuan_pretrain.diagnostics.parity import trace_steps
@@ -78,11 +78,11 @@ def train_all(work: Work) -> list[Outcome]:
 
 @pytest.fixture(scope="module")
 def traces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout | tuple[Layout, Layout], Outcome]:
-    """layout -> its steps without a break; (saved, resumed) -> those after the change."""
+    """layout -> its steps without interruption; (saved, resumed) -> the steps after the change."""
     folder = tmp_path_factory.mktemp("runs")
     saving = list(dict.fromkeys(saved for saved, _ in CHANGES))
     run_dirs: dict[Any, Path] = {key: folder / str(number) for number, key in enumerate([*saving, *CHANGES])}
-    for change in CHANGES:  # the resumed run finds the checkpoints where the saved one will have put them
+    for change in CHANGES:  # the resumed run finds the checkpoints where the saving run will have put them
         run_dirs[change].mkdir()
         (run_dirs[change] / "checkpoints").symlink_to(run_dirs[change[0]] / "checkpoints")
 
@@ -100,7 +100,7 @@ def traces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layou
         ]
         found.update(zip(keys, trace_in_jobs(world_size, train_all, work), strict=True))
 
-    # whoever resumes comes after who saved; one job of four ranks is enough for both, and starting one takes long
+    # resuming runs come after saving ones; one job of four ranks is enough for both, and starting one takes long
     run(1, saves=True, resumes=False)
     run(2, saves=True, resumes=False)
     run(4, saves=True, resumes=True)
@@ -110,7 +110,7 @@ def traces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layou
 
 
 def check(traces: dict[Any, Outcome], change: tuple[Layout, Layout]) -> None:
-    """Losses, gradients, routing, moments and parameters of the next steps."""
+    """Compare losses, gradients, routing, moments and parameters of the next steps."""
     from hunyuan_pretrain.diagnostics.parity import compare
 
     expected, actual = traces[change[0]], traces[change]
@@ -132,7 +132,7 @@ def test_reshard_tp2pp1_to_tp1pp2(traces):
 
 
 def test_the_changes_cover_every_axis():
-    """Each size is lost by some change and gained by another, and so is the distributed optimizer."""
+    """Each size is dropped by some change and introduced by another, and so is the distributed optimizer."""
     for axis in ("tp", "pp", "vpp", "ep", "etp", "dp"):
         steps = {getattr(resumed, axis) - getattr(saved, axis) for saved, resumed in CHANGES}
         assert min(steps) < 0 < max(steps), axis

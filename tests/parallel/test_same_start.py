@@ -1,5 +1,5 @@
-"""Every node reads its own copy of the configuration, the data and the tokenizer; ranks that would train something else
-do not begin."""
+"""Every node reads its own copy of the configuration, the data and the tokenizer; ranks that would train something
+different do not start."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from tests.helpers.runs import experiment_fields
 
 
 def starts(fields: dict[str, Any]) -> list[str]:
-    """What is refused of: the same start, the same at another place, and starts of which something else differs on rank
-    1."""
+    """Refusals of: the same start, the same start at another path, and starts that differ in one thing on rank 1."""
     import torch.distributed as dist
 
     from hunyuan_pretrain.config.errors import ConfigError

@@ -1,4 +1,5 @@
-"""What a real step communicates and what a rank really keeps, counted, against the closed forms of the plan."""
+"""What a real step communicates and what a rank really holds, counted and compared with the closed forms of the
+plan."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "pipeline, context, expert-tensor": (4, PP | CP | ETP, {"cla_share_factor": 4, "num_layers": 8}, {}),
 }
 LOSS_CHUNK_TOKENS = 48
-"""Less than a micro-batch, and no divisor of one."""
+"""Smaller than a micro-batch, and not a divisor of one."""
 
 
 def layout_fields(corpus: Path, run_dir: Path, name: str) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def layout_fields(corpus: Path, run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def count_layouts(layouts: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, str], tuple[int, int]], RankMemory]]:
-    """For each layout the traffic of a step of this rank, and the bytes it then keeps."""
+    """For each layout: the traffic of a step on this rank, and the bytes that the rank holds afterwards."""
     from hunyuan_pretrain.model import cross_entropy
     from hunyuan_pretrain.parallel.traffic import TrafficCounter
     from hunyuan_pretrain.train import setup
@@ -99,8 +100,8 @@ def one_step(run: Any) -> None:
 
 
 def kept_bytes(run: Any) -> RankMemory:
-    """Storage of the live tensors: of the parameters, of the gradient buffers, and of what the optimizer has beside
-    those, on the device and, of an offloaded one, on the host."""
+    """Storage of the live tensors: the parameters, the gradient buffers, and the optimizer's other state, on the device
+    and, if offloaded, on the host."""
     buffers = [buffer for wrapped in run.wrapped for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
     weights = storages(parameter for model in run.chunks for parameter in model.parameters())
     gradients = storages(buffer.grad_data for buffer in buffers)
@@ -123,7 +124,7 @@ def kept_bytes(run: Any) -> RankMemory:
 
 
 def tensors_of(optimizers: list[Any]) -> Iterator[Any]:
-    """Parameters, their gradients and their state, but for the counters."""
+    """Parameters, their gradients and their state, except the counters."""
     for optimizer in filter(None, optimizers):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         yield from parameters
@@ -132,12 +133,13 @@ def tensors_of(optimizers: list[Any]) -> Iterator[Any]:
 
 
 def storages(tensors: Any) -> dict[int, int]:
-    """Address -> bytes of what holds the tensors."""
+    """Storage address -> bytes of the tensors."""
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def count_all(layouts: list[dict[str, Any]], is_first_job: bool) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
-    """Everything that this file asks of ranks, in one job, because starting it takes longer than all of its steps."""
+    """Everything that the tests of this file need from ranks, in one job, because starting a job takes longer than all
+    of its steps."""
     counted = count_layouts(layouts)
     return (
         (counted, count_each_function(), count_with_the_profiler(layouts[1])) if is_first_job else (counted, {}, (0, 0))
@@ -146,7 +148,7 @@ def count_all(layouts: list[dict[str, Any]], is_first_job: bool) -> tuple[list[A
 
 @pytest.fixture(scope="module")
 def jobs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
-    """Number of ranks -> what count_all found on each rank."""
+    """Number of ranks -> what count_all returned on each rank."""
     folder = tmp_path_factory.mktemp("traffic")
     return {
         world_size: fork_ranks(
@@ -211,7 +213,7 @@ def test_the_plan_accounts_for_every_byte_that_a_rank_holds(
 
 
 def count_each_function() -> dict[str, Any]:
-    """Traffic of one call of every function of torch.distributed on 2 ranks, with 24 bytes on each."""
+    """Traffic of one call of every torch.distributed function on 2 ranks, with 24 bytes on each."""
     import torch
     import torch.distributed as dist
     from torch.distributed import _functional_collectives
@@ -304,7 +306,7 @@ def test_every_torch_distributed_function_is_counted_by_axis_kind_and_bytes(jobs
 
 
 def count_with_the_profiler(fields: dict[str, Any]) -> tuple[int, int]:
-    """Calls of one step that we count, and those that the backend names to torch's profiler."""
+    """Calls in one step as we count them, and as the backend reports them to torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     from hunyuan_pretrain.parallel.traffic import TrafficCounter

@@ -51,7 +51,7 @@ def test_menus_show_the_version_and_wrap_help_to_the_terminal_width(program: str
     assert "\x1b" not in menu
     commands = menu[menu.index("Commands") :].splitlines()
     for line, following in pairwise(commands):
-        if line.startswith("│ ") and following.startswith("│   "):  # goes on: no room was left for the next word
+        if line.startswith("│ ") and following.startswith("│   "):  # continued: no room was left for the next word
             first = following.strip("│ ").split()[0]
             assert len(line.rstrip("│ ")) + len(first) + 1 > 97, menu
 
@@ -179,7 +179,7 @@ def test_user_errors_are_distinguished_from_program_errors(command, monkeypatch:
 
 
 def start_as_rank(rank: int) -> subprocess.Popen[str]:
-    """`train` of an experiment that is not there, as one rank of a job; its error is read from stderr."""
+    """Start `train` of a missing experiment as one rank of a job; its error is read from stderr."""
     return subprocess.Popen(
         [sys.executable, "-m", "hunyuan_pretrain", "train", "absent.yaml"],
         env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
@@ -194,7 +194,7 @@ def test_a_rank_gives_rank_0_time_to_print_and_is_silent_when_the_launcher_stops
     assert first.returncode == 2
     with pytest.raises(
         subprocess.TimeoutExpired
-    ):  # a launcher that saw it fail would stop the job before rank 0 has printed
+    ):  # a launcher that saw it fail would stop the job before rank 0 had printed
         second.wait(2)
     second.terminate()
     assert second.communicate(timeout=60)[1] == ""
@@ -226,7 +226,7 @@ def test_the_module_runs_as_the_command_and_explains_without_torch() -> None:
 
 
 def test_launcher_variables_of_another_job_are_refused_or_ignored() -> None:
-    """Some of what a launcher sets: refused where it would matter, forgotten elsewhere."""
+    """Only some of a launcher's variables: refused where they would matter, ignored elsewhere."""
     stray = os.environ | {"RANK": "3", "WORLD_SIZE": "8"}
     command = [sys.executable, "-m", "hunyuan_pretrain"]
     done = subprocess.run([*command, "train", "absent.yaml"], env=stray, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Rounding noise reaches every product of the model, by a unit in the last place."""
+"""Rounding noise reaches every matmul of the model, by a unit in the last place."""
 
 from __future__ import annotations
 

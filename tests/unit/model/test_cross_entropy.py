@@ -1,4 +1,4 @@
-"""Memory of the loss of the output layer; that it equals the plain one is tested with the model."""
+"""Memory of the output layer's loss. That the loss equals the plain one is tested with the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK, VOCAB, HIDDEN = LOSS_CHUNK_TOKENS["cpu"], 1024, 16
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+    """Records the elements of the largest tensor that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ def inputs(num_tokens: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("num_chunks", [2, 16])
 def test_the_full_logits_never_exist(num_chunks):
-    """Beyond tensors of the inputs' sizes nothing is larger than one chunk of logits, forward and backward, however
-    long the sequence."""
+    """Besides tensors of the inputs' sizes, nothing is larger than one chunk of logits, forward and backward, for any
+    sequence length."""
     hidden_TD, weight_VD, label_T, loss_weight_T = inputs(num_chunks * CHUNK)
     with LargestTensor() as largest:
         linear_cross_entropy(hidden_TD, weight_VD, label_T, loss_weight_T, world_of_one().tp).backward()
@@ -56,7 +56,7 @@ def test_the_full_logits_never_exist(num_chunks):
 
 
 def test_bytes_avoided_at_256k_tokens_of_hunyuan_large():
-    """What the plan prints: fp32 logits of 262,144 tokens and 128,512 ids, against one chunk of them."""
+    """The figure that the plan prints: fp32 logits of 262,144 tokens and 128,512 ids, against one chunk of them."""
     from hunyuan_pretrain.plan.counts import logits_bytes
 
     assert logits_bytes(262_144, 128_512) == 134_754_598_912

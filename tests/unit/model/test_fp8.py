@@ -1,4 +1,4 @@
-"""The emulated FP8 recipes: every value against a reference of its own, the products, the delayed scales."""
+"""The emulated FP8 recipes: every value against an independent reference, the matmuls, the delayed scales."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_matmul_and_its_gradients_use_the_quantised_operands(name: str, dtype:
 @pytest.mark.parametrize("splits", [RowSplits.equal(4, 32), RowSplits((32, 0, 40, 8))])
 @pytest.mark.parametrize("name", ["delayed", *RECIPES])
 def test_each_expert_is_quantised_separately(name: str, splits: RowSplits) -> None:
-    """The experts together give bit by bit what four linear layers give, gradients included."""
+    """The experts together are bitwise identical to four linear layers, gradients included."""
     generator = torch.Generator().manual_seed(5)
     counts = list(splits.rows_e)
     weight_eOI = numbers(generator, 4 * 48, 64, 2, torch.float32).view(4, 48, 64).requires_grad_()
@@ -166,7 +166,7 @@ def test_each_expert_is_quantised_separately(name: str, splits: RowSplits) -> No
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_rows_of_zeros_at_the_end_of_an_expert_change_nothing(name: str) -> None:
-    """So the rows that kernels pad experts with need no emulation."""
+    """So the padding rows that kernels need for experts require no emulation."""
     generator = torch.Generator().manual_seed(6)
     weight_OI = numbers(generator, 32, 64, 2, torch.float32)
     x_RI, grad_RO = numbers(generator, 21, 64, 3, torch.float32), numbers(generator, 21, 32, 3, torch.float32)
@@ -199,8 +199,8 @@ def test_a_gradient_is_added_into_main_grad_in_its_dtype() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "cla_group"])
 def test_a_model_is_quantised_only_in_training_steps(recompute: str) -> None:
-    """Outside, as in validation, it computes what it would without a recipe; inside, layers left out of FP8 are like
-    others."""
+    """Outside a training step, as in validation, the model computes as without a recipe; inside, layers excluded from
+    FP8 do too."""
     model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
     inputs = tiny.packed_inputs(model)
     groups = tiny.world_of_one()
@@ -232,8 +232,7 @@ def test_a_model_is_quantised_only_in_training_steps(recompute: str) -> None:
 
 @pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise"])
 def test_fp8_only_parameters_change_only_validation(name: str) -> None:
-    """Training sees the same numbers; validation multiplies by what FP8 holds of the weights, and leaves them as they
-    were."""
+    """Training computes the same numbers; validation uses the weights' FP8 values, and leaves the weights unchanged."""
     model = tiny.tiny_model(ffn_hidden_size=64, moe_ffn_hidden_size=48)
     inputs, groups = tiny.packed_inputs(model), tiny.world_of_one()
     in_fp8 = ("linear_qkv.weight", "linear_q.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
@@ -271,7 +270,7 @@ def test_fp8_only_parameters_change_only_validation(name: str) -> None:
 
 
 def test_the_error_of_an_fp8_step_is_the_same_for_every_recipe_and_seed() -> None:
-    """The bound of the comparison on a GPU: a third of the gradients' norm in this model, whatever the recipe and the
+    """The bound for the comparison on a GPU: a third of the gradients' norm in this model, for every recipe and
     seed."""
     errors = [
         error_of_fp8(tiny.world_of_one(), False, name, "cpu", seed)[1]
@@ -288,8 +287,8 @@ def test_the_error_of_an_fp8_step_is_the_same_for_every_recipe_and_seed() -> Non
 def reference_history(
     amaxes: list[float], fp8: fp8_reference.Fp8, steps: int, takes_max: bool, margin: int
 ) -> list[float]:
-    """Scale after each step: from the largest of the last `steps` amaxes that were not 0, or the last one; the first
-    scale is 1."""
+    """Scale after each step: from the largest of the last `steps` amaxes that were not 0, otherwise the previous scale;
+    the first scale is 1."""
     seen: list[float] = []
     scale, scales = 1.0, []
     for amax in amaxes:

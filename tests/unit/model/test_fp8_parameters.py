@@ -1,5 +1,5 @@
-"""Parameters in FP8 only, on Transformer Engine's Python code with CPU stand-ins for its kernels: the numbers are those
-of weights in bf16 that are quantised in every step, and so are checkpoints."""
+"""FP8-only parameters, on Transformer Engine's Python code with CPU stand-ins for its kernels: results and checkpoints
+are those of bf16 weights quantised in every step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STEPS = 3
 
 
 def experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str, is_kept: bool) -> Experiment:
-    """Sizes that FP8 takes; the first of 4 layers stays in bf16."""
+    """Sizes that FP8 supports; the first of 4 layers stays in bf16."""
     fields = layout.experiment(corpus, run_dir, STEPS + 1).model_dump(mode="json")
     fields["precision"] |= {
         "dtype": "bf16",
@@ -54,7 +54,7 @@ def experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str, is_kept
     sizes = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64, "kv_channels": 8}
     fields["model"] |= sizes | {"num_attention_heads": 8, "num_query_groups": 4, "moe_routing_group_tokens": 64}
     fields["optimizer"]["clip_grad"] = (
-        0.0  # the norm adds up experts in another order, and would change the last bit of every update
+        0.0  # the norm sums experts in another order, which would change the last bit of every update
     )
     fields["evaluation"] = {
         "data": str(corpus / "heldout"),
@@ -69,8 +69,8 @@ def experiment(layout: Layout, corpus: Path, run_dir: Path, recipe: str, is_kept
 def runs(
     transformer_engine: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[Path, list[tuple[ParameterRun, ...]]]]:
-    """By recipe and layout: the folder of checkpoints, and for each rank what it saw with weights in bf16, and with
-    weights in FP8 only."""
+    """By recipe and layout: the checkpoint folder, and what each rank observed with bf16 weights and with FP8-only
+    weights."""
     found: dict[tuple[str, str], Any] = {}
     for world_size in (1, 2):
         folder = tmp_path_factory.mktemp("fp8_parameters")
@@ -93,7 +93,7 @@ def runs(
 
 
 def assert_same_numbers(mine: Any, theirs: Any) -> None:
-    """Bit by bit; not the weights of the model, which only one of the two has in bf16."""
+    """Bitwise identical, except the model's weights, which only one of the two has in bf16."""
     assert mine.scalars | {"grad_norm": 0.0} == theirs.scalars | {"grad_norm": 0.0}
     assert mine.scalars["grad_norm"] == pytest.approx(theirs.scalars["grad_norm"], rel=1e-6)
     for kind in ("gradients", "moments"):
@@ -122,7 +122,7 @@ def test_training_is_unchanged_by_fp8_only_weights(recipe: str, name: str, runs:
 @needs_package
 @pytest.mark.slow
 def test_checkpoints_are_bitwise_identical(runs: dict[Any, Any]) -> None:
-    """Weights, main weights, moments and scales, bit by bit."""
+    """Weights, main weights, moments and scales."""
     folders = [folder for folder, _ in runs.values()]
     checkpoints = [
         [folder / str(is_kept) / f"checkpoints/step_{STEPS:07d}" for is_kept in (False, True)] for folder in folders
@@ -131,7 +131,7 @@ def test_checkpoints_are_bitwise_identical(runs: dict[Any, Any]) -> None:
 
 
 def check_memory(plain: ParameterRun, kept: ParameterRun) -> None:
-    """Half the bytes for every quantised weight; norms, routers, embedding and the layer in bf16 are as they were."""
+    """Every quantised weight takes half the bytes; norms, routers, embedding and the bf16 layer are unchanged."""
     assert kept.in_fp8
     assert not any(name.startswith("decoder.layers.0.") for name in kept.in_fp8)
     products = {name.rpartition(".")[0].rpartition(".")[2] for name in kept.in_fp8}
@@ -144,8 +144,8 @@ def check_memory(plain: ParameterRun, kept: ParameterRun) -> None:
 @needs_package
 @pytest.mark.slow
 def test_a_run_resumes_with_or_without_fp8_only_weights(corpus: Path, tmp_path: Path, runs: dict[Any, Any]) -> None:
-    """With a checkpoint between the steps the last is bitwise that of a run without a break, however weights were kept
-    before."""
+    """After resuming from a checkpoint, the last step is bitwise identical to an uninterrupted run, whichever way the
+    weights were kept before."""
     for recipe in ("delayed", "blockwise"):
         name = "one rank"
         cases = []
@@ -195,8 +195,8 @@ def test_checkpoints_place_separate_expert_parameters_like_one_joint_parameter()
 
 @needs_package
 def test_quantisers_match_the_emulation_and_fp8_only_weights_have_gradients_outside_a_step() -> None:
-    """In either direction and format; and, as the probes before training compute them, gradients of the values that a
-    weight stands for."""
+    """In either direction and format; and gradients are those of the values that a weight represents, as the probes
+    before training compute them."""
     ((wrong_values, wrong_gradients),) = run_ranks(1, values_and_gradients, ("delayed", "tensorwise", "blockwise"))
     assert wrong_values == []
     assert wrong_gradients == []

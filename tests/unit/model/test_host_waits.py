@@ -1,6 +1,6 @@
-"""The host runs ahead of a GPU: no operation of a step looks at a tensor's numbers, but one in each layer without
-capacity; and no gradient of a gather has to sort what it adds up. Counted on the CPU, where nobody waits, by what is
-called."""
+"""The host runs ahead of the GPU: no operation of a step reads a tensor's values, except one in each layer without
+capacity, and no gradient of a gather has to sort what it sums. Counted on the CPU by the operators called, since
+nothing waits there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
 
 
 class Operations(TorchDispatchMode):
-    """Counts operators that look at numbers, and those that add into rows."""
+    """Counts operators that read values, and operators that add into rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Methods(TorchFunctionMode):
 
 
 def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: Any) -> Counter[str]:
-    """Of a forward pass, and a backward pass where there is one."""
+    """Counts of a forward pass, and of a backward pass if there is one."""
     whole, inputs = build(model, **parallel), packed_inputs(model)
     if is_counted:
         inputs = replace(inputs, routing=EvaluationRouting(torch.arange(len(inputs.tokens_T)) % 3 > 0))
@@ -112,7 +112,7 @@ def test_a_layer_without_capacity_waits_once_for_the_row_counts_of_its_experts()
 
 @pytest.mark.parametrize("count", ["bincount", "one_hot"])
 def test_the_counter_sees_what_it_should_count(count: str) -> None:
-    """Both were in the router."""
+    """Both kinds of operation were once in the router."""
     choice = torch.arange(4)
     with Operations() as operations:
         torch.bincount(choice, minlength=4) if count == "bincount" else torch.nn.functional.one_hot(choice, 4)
@@ -120,7 +120,7 @@ def test_the_counter_sees_what_it_should_count(count: str) -> None:
 
 
 def exchange(kinds: list[dict[str, Any]]) -> list[Any]:
-    """In every rank: of the mixture of experts of a layer without capacity under each layout: looks, additions, and by
+    """On every rank, for the mixture of experts of a layer without capacity under each layout: reads, additions, and
     how much output and gradients differ from those of all experts on one rank."""
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config

@@ -30,12 +30,12 @@ FEATURES = {
 
 
 def without_labels(inputs: ModelInputs, **changes: Any) -> ModelInputs:
-    """For logits, routed without capacity."""
+    """Inputs for logits, routed without capacity."""
     return replace(inputs, labels_T=None, loss_weight_T=None, routing=EVALUATION, **changes)
 
 
 def randomise_norms(model: HunyuanModel) -> None:
-    """Norm weights start at one, where a misplaced one would not show."""
+    """Randomise norm weights: they start at one, which would hide a misplaced one."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -66,7 +66,7 @@ def gradients(model: HunyuanModel, inputs: ModelInputs) -> tuple[torch.Tensor, d
 
 @pytest.mark.parametrize("changes", FEATURES.values(), ids=FEATURES)
 def test_gradients_equal_autograd_through_the_plain_formulation(changes):
-    """Every hand-written backward pass (norms, RoPE, SwiGLU, dispatch, grouped products, cross-entropy) at once,
+    """Every hand-written backward pass (norms, RoPE, SwiGLU, dispatch, grouped matmuls, cross-entropy) at once,
     dropless."""
     architecture = tiny.tiny_model(**changes)
     model = tiny.build(architecture)
@@ -95,7 +95,7 @@ def test_gradients_equal_autograd_through_the_plain_formulation(changes):
     "changes", [{}, {"moe_router_topk": 2}, {"recycle_routing": False}, {"moe_expert_capacity_factor": 1.5}]
 )
 def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
-    """Output and gradients of the routed experts for recycled, dropped and empty places."""
+    """Output and gradients of the routed experts for recycled, dropped and empty slots."""
     architecture = tiny.tiny_model(**changes)
     mlp = tiny.build(architecture).decoder.layers[1].mlp
     routing = tiny.packed_inputs(architecture).routing
@@ -125,7 +125,8 @@ def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
 
 
 def test_documents_in_a_pack_do_not_attend_to_each_other():
-    """Other tokens in document 1 leave the logits of all others bitwise the same, under dropless routing."""
+    """Changing the tokens of document 1 leaves the logits of all other documents bitwise identical, under dropless
+    routing."""
     architecture = tiny.tiny_model()
     model = tiny.build(architecture)
     inputs = tiny.packed_inputs(architecture)
@@ -153,7 +154,7 @@ def test_a_document_has_the_same_logits_alone_and_in_a_pack():
 @pytest.mark.parametrize("recompute", ["selective", "cla_group"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_recompute_changes_nothing(dtype, recompute):
-    """Loss, every gradient and the statistics bitwise the same, recycled tokens included."""
+    """Loss, every gradient and the statistics are bitwise identical, recycled tokens included."""
     architecture = tiny.tiny_model()
     inputs = tiny.packed_inputs(architecture)
     loss, grads, statistics = gradients(tiny.build(architecture, dtype=dtype), inputs)
@@ -207,8 +208,8 @@ def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch):
 
 
 def test_hunyuan_large_has_the_published_number_of_parameters():
-    """Built for real, on the meta device; active: everything but the 15 routed experts that a token does not visit, per
-    layer."""
+    """Built on the meta device; active parameters: everything but the 15 routed experts per layer that a token does not
+    visit."""
     architecture = load_model("configs/model/hunyuan_large.yaml")
     groups = tiny.world_of_one()
     with torch.device("meta"):
@@ -220,7 +221,7 @@ def test_hunyuan_large_has_the_published_number_of_parameters():
 
 
 def test_initial_weights_do_not_depend_on_the_rest_of_the_model():
-    """Keyed by name: the same layer of a deeper model starts from the same draw (but for the depth in the residual
+    """Keyed by name: the same layer of a deeper model starts from the same draw (except for the depth in the residual
     scale)."""
     shallow, deep = tiny.build(tiny.tiny_model(num_layers=2)), tiny.build(tiny.tiny_model(num_layers=4))
     name = "decoder.layers.1.mlp.experts.linear_fc1.weight"

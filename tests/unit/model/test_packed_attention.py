@@ -13,12 +13,12 @@ from hunyuan_pretrain.model.packed_attention import Block, context_blocks, docum
 from hunyuan_pretrain.parallel.context_parallel import rows_of_ranks
 
 LENGTHS = [1, 37, 2, 88, 1, 63, 52, 12]
-"""Two sequences of 128, the last document is padding; 88 and 63 lie on several ranks."""
+"""Two sequences of 128 tokens; the last document is padding; documents 88 and 63 lie on several ranks."""
 BORDERS = [sum(LENGTHS[:number]) for number in range(len(LENGTHS) + 1)]
 TOKENS = BORDERS[-1]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
-"""Largest error over the largest entry. bf16 has 8 bits, and the CPU kernel adds up key gradients in it, query block
-after query block."""
+"""Largest error relative to the largest entry. bf16 has 8 bits, and the CPU kernel sums key gradients in it, query
+block after query block."""
 
 
 def inputs(num_heads: int, num_groups: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -34,7 +34,7 @@ def inputs(num_heads: int, num_groups: int, dtype: torch.dtype, seed: int = 0) -
 
 
 def plain_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
-    """All documents at once, under one mask."""
+    """Attention over all documents at once, under one mask."""
     document_T = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     is_seen_TT = (document_T[:, None] == document_T) & torch.ones(TOKENS, TOKENS).tril().bool()
     k_TNH, v_TNH = (x.repeat_interleave(q_TNH.shape[1] // x.shape[1], dim=1) for x in (k_TGH, v_TGH))
@@ -50,7 +50,7 @@ def with_gradients(function, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *arg
 
 
 def over_ranks(cp_size: int, unit_tokens: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    """[output, gradients] of all ranks together: rows put where they belong, key gradients added up."""
+    """[output, gradients] of all ranks together: rows in their global positions, key gradients summed."""
     results = [torch.zeros_like(x) for x in (grad, q, k, v)]
     for ranges in rows_of_ranks(BORDERS, 2, cp_size, unit_tokens):
         rows = torch.cat([torch.arange(start, end) for start, end in ranges])
@@ -90,7 +90,7 @@ def test_context_ranks_together_equal_one_rank(cp_size, unit_tokens, dtype):
 
 
 def test_plain_kernel_is_softmax_attention_too(monkeypatch):
-    """The one for what flash kernels do not take."""
+    """The kernel for what flash kernels do not support."""
     monkeypatch.setattr(module, "_kernel", lambda q_TNH: module._Kernel(module._plain, module._plain_backward))
     tensors = inputs(4, 2, torch.float64)
     expected = with_gradients(plain_attention, *tensors)
@@ -116,7 +116,7 @@ def test_documents_in_a_pack_do_not_attend_to_each_other(dtype):
 
 
 def test_heads_that_are_not_contiguous_are_read_correctly():
-    """The kernels would take the next number in memory for the next of the head, without an error."""
+    """The kernels would silently read the next number in memory as the head's next element."""
     *qkv, grad = inputs(4, 2, torch.float32)
     expected = with_gradients(packed_attention, *qkv, grad, document_blocks(BORDERS))
     for number in range(3):

@@ -16,7 +16,7 @@ GROUPS = st.integers(1, 3)
 
 
 def random_choices(n: int, K: int, g: int, E: int, skew: float, seed: int) -> torch.Tensor:
-    """Choices (n, K, g), more skewed towards few experts the larger `skew`."""
+    """Choices (n, K, g), skewed more towards few experts the larger `skew` is."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, g, E, generator=generator) + skew * torch.arange(E)
     return logits.topk(K, dim=-1).indices.transpose(1, 2)
@@ -53,8 +53,8 @@ def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K,
     seed=st.integers(0, 99),
 )
 def test_first_choices_keep_their_expert(n, K, g, E, C, skew, seed):
-    """Against a loop: first choices before second ones, tokens in order; the first C of an expert stay, with or without
-    recycling."""
+    """Against a loop: first choices before second ones, tokens in order; the first C tokens of an expert stay, with or
+    without recycling."""
     chosen = random_choices(n, K, g, E, skew, seed)
     recycled = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
     dropping = assign_slots(chosen, E, C, None)
@@ -72,8 +72,8 @@ def test_first_choices_keep_their_expert(n, K, g, E, C, skew, seed):
 
 
 def test_draw_is_uniform_over_free_slots():
-    """Chi-squared over 24,000 draws: one overflowing token, five free slots of two experts (1 and 4 of them), other
-    slots never."""
+    """Chi-squared test over 24,000 draws: one overflowing token, five free slots of two experts (1 and 4 of them),
+    other slots never."""
     draws, E, C = 24_000, 3, 4
     # expert 0 has 5 takers for 4 slots, expert 1 three, expert 2 none
     chosen = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]).expand(draws, 1, 8)

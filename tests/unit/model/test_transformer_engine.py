@@ -1,5 +1,5 @@
-"""Transformer Engine's spec against the local one, with CPU stand-ins for its kernels: the wiring is proven, no kernel
-is."""
+"""Transformer Engine's spec against the local one, with CPU stand-ins for its kernels: this verifies the wiring, not
+the kernels."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ BUILDS = [
 @needs_package
 @pytest.mark.slow
 def test_parameters_match_the_local_spec() -> None:
-    """Names, order, shapes, formats, marks, and where each lies in the whole one; of the rank of a world that is only
-    imagined."""
+    """Names, order, shapes, formats, attributes, and the position of each shard in the whole parameter, on a rank of a
+    simulated world."""
     (found,) = run_ranks(1, differences_of_builds, BUILDS)
     assert found == []
 
@@ -70,7 +70,7 @@ def test_parameters_match_the_local_spec() -> None:
 @needs_package
 @pytest.mark.slow
 def test_steps_on_one_rank_match_the_local_spec(corpus: Path, tmp_path: Path) -> None:
-    """Losses, every gradient, moment and weight of two fp32 steps, and the update itself: the reference has torch's
+    """Losses, every gradient, moment and weight of two fp32 steps, and the update itself: the reference uses torch's
     AdamW."""
     layouts = [
         Layout(),
@@ -95,8 +95,8 @@ def test_steps_on_two_ranks_match_the_local_spec(corpus: Path, tmp_path: Path) -
 
 
 def check(layouts: Sequence[Layout], corpus: Path, folder: Path, world_size: int, unfused: Sequence[int]) -> None:
-    """Within the tolerance of layouts; `unfused`: numbers of those whose weight gradients are not added in the
-    product."""
+    """Within the tolerance of layouts; `unfused`: indices of the layouts whose weight gradients are not accumulated in
+    the GEMM."""
     from hunyuan_pretrain.diagnostics.parity import compare
 
     references = Comparisons(corpus, folder / "references", layouts)
@@ -114,7 +114,7 @@ def check(layouts: Sequence[Layout], corpus: Path, folder: Path, world_size: int
 @needs_package
 @pytest.mark.slow
 def test_a_bf16_step_matches_the_local_spec(corpus: Path, tmp_path: Path) -> None:
-    """With Transformer Engine's attention too, which rounds otherwise: a token that goes to another expert for that
+    """With Transformer Engine's attention too, which rounds differently: a token that changes experts as a result
     changes gradients."""
     experiment = Layout(model="bf16").experiment(corpus, tmp_path)
     cases = [
@@ -133,7 +133,7 @@ def test_a_bf16_step_matches_the_local_spec(corpus: Path, tmp_path: Path) -> Non
 @needs_package
 @pytest.mark.slow
 def test_a_checkpoint_of_one_spec_loads_under_the_other(corpus: Path, tmp_path: Path) -> None:
-    """Weights and moments bitwise, saved again too; and the export of either is the same."""
+    """Weights and moments are bitwise identical, also when saved again, and both exports are equal."""
     experiment = Layout(optimizer="plain").experiment(corpus, tmp_path)
     (found,) = run_ranks(1, checkpoints_under_both_specs, experiment, tmp_path)
     assert found == {False: [], True: []}
@@ -172,9 +172,9 @@ def test_recipes_apply_the_settings_and_leave_the_rest_to_transformer_engine() -
 
 @needs_package
 def test_attention_is_correct_for_any_memory_layout_of_queries_keys_and_values() -> None:
-    """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory as the layout that
-    Transformer Engine finds."""
-    # of the third the keys of the first document are nobody's
+    """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory in the layout that
+    Transformer Engine detects."""
+    # the third has keys of the first document that no query attends to
     works = [None, [(0, 24), (72, 96)], [(24, 72)]]
     heads = [(4, 2, 64), (2, 1, 80), (2, 2, 96), (4, 1, 128)]
     (found,) = run_ranks(1, attention_differences, [0, 20, 44, 51, 96], works, heads)
@@ -187,7 +187,7 @@ def test_attention_is_correct_for_any_memory_layout_of_queries_keys_and_values()
 
 @needs_package
 def test_documents_without_a_transformer_engine_kernel_get_local_attention() -> None:
-    """On Hopper, where determinism is asked for, versions after 2.11 refuse long documents; the bound is theirs."""
+    """On Hopper with determinism, versions after 2.11 refuse long documents; the bound is theirs."""
     ((version, refused, computed),) = run_ranks(1, attention_at_the_bound)
     is_refused = version > (2, 11)
     assert refused == [False, is_refused]

@@ -1,10 +1,10 @@
-"""FP8 under Transformer Engine's spec, on CPU stand-ins for its kernels: how it is wired, and that it computes what our
-emulation does.
+"""FP8 under Transformer Engine's spec, on CPU stand-ins for its kernels: the wiring, and that it computes what our
+emulation computes.
 
-The stand-ins quantise with the emulation's arithmetic, of which tests/unit/model/test_fp8.py proves every value. What
-is proven here is everything around it: which tensor is quantised in which direction and blocks, with a scale of when
-and of which ranks, what is kept for the backward pass, gathered in FP8 and multiplied with what. All of that is
-Transformer Engine's own Python code on one side and ours on the other, and they agree bit by bit.
+The stand-ins quantise with the emulation's arithmetic, every value of which tests/unit/model/test_fp8.py verifies. This
+file verifies everything around it: which tensor is quantised, in which direction and blocks; from which step and ranks
+its scale comes; what is saved for the backward pass, gathered in FP8, and multiplied with what. One side of the
+comparison is Transformer Engine's own Python code, the other is ours, and they are bitwise identical.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("transformer_engine")]
 def fp8_experiment(
     layout: Layout, corpus: Path, run_dir: Path, recipe: str = "delayed", **precision: Any
 ) -> Experiment:
-    """Sizes that FP8 takes; the first and the last of 8 layers stay in bf16."""
+    """Sizes that FP8 supports; the first and the last of 8 layers stay in bf16."""
     fields = layout.experiment(corpus, run_dir).model_dump(mode="json")
     fields["precision"] |= {
         "dtype": "bf16",
@@ -54,7 +54,7 @@ def fp8_experiment(
 def delayed(
     transformer_engine: None, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Fp8Run]]:
-    """What each rank saw of two steps with the delayed recipe; by layout."""
+    """What each rank observed in two steps with the delayed recipe, by layout."""
     folder = tmp_path_factory.mktemp("fp8")
     layouts = {
         "whole batch": Layout(micro_batch=8),
@@ -78,7 +78,7 @@ def test_the_first_and_last_layers_stay_out_of_fp8(delayed: dict[str, list[Fp8Ru
     (run,) = delayed["whole batch"]
     assert len(run.in_fp8) == 8 * 6
     assert all(in_fp8 == (1 <= int(name.split(".")[3]) <= 6) for name, in_fp8 in run.in_fp8.items())
-    assert len(run.state) == 6 * 6 * 3 * 2  # layers, products, operands, history and scale
+    assert len(run.state) == 6 * 6 * 3 * 2  # layers, linears, operands, history and scale
     assert run.state["decoder.layers.1.mlp.experts.linear_fc1.x.history"].shape == (4, 4)
 
 
@@ -86,7 +86,7 @@ def test_scales_change_once_per_step_for_any_number_of_micro_batches(delayed: di
     for name, runs in delayed.items():
         for run in runs:
             for calls in run.calls:
-                # of the forward and the backward pass; of dense products and of experts
+                # forward and backward pass; dense linears and experts
                 updates = [(call, count) for call, count in calls.items() if call[0] == "update_scales"]
                 assert sum(count for _, count in updates) == 4, (name, updates)
     (whole,), (parts,), (recomputed,) = (delayed[name] for name in ("whole batch", "4 micro-batches", "recompute"))
@@ -103,8 +103,8 @@ def test_scales_change_once_per_step_for_any_number_of_micro_batches(delayed: di
 
 
 def test_weights_are_quantised_once_per_step(delayed: dict[str, list[Fp8Run]]) -> None:
-    """Of 6 layers with 4 dense products and 2 of 4 experts each: inputs and gradients for every micro-batch, weights
-    once."""
+    """6 layers with 4 dense linears and 2 grouped ones of 4 experts each: inputs and gradients are quantised for every
+    micro-batch, weights once."""
     products = 6 * (4 + 2 * 4)
     for name, micro_batches in (("whole batch", 1), ("4 micro-batches", 4)):
         (run,) = delayed[name]
@@ -131,7 +131,7 @@ def test_amax_is_reduced_over_the_ranks_that_hold_the_same_weight(delayed: dict[
 
 
 def test_rows_are_padded_only_if_the_capacity_is_not_a_multiple(delayed: dict[str, list[Fp8Run]]) -> None:
-    """64 tokens of a routing group over 4 experts are 16 rows each; dropless, they are as the router likes."""
+    """64 tokens of a routing group over 4 experts are 16 rows each; dropless, the router decides the number of rows."""
     assert [
         run.padded
         for name in ("whole batch", "4 micro-batches", "recompute", "ep", "etp", "vpp")
@@ -158,8 +158,8 @@ def test_other_recipes_keep_no_scales(recipe: str, capability: tuple[int, int], 
 # --- against the emulation --------------------------------------------------------------------------------------------
 
 WORLDS = [(("delayed", "tensorwise", "blockwise"), (9, 0)), (("mxfp8",), (10, 0))]
-"""Recipes of which a process can see all, and the compute capability of its imagined GPU: products of a Blackwell read
-other data."""
+"""The recipes that one process can run, and the compute capability of its simulated GPU: GEMMs on Blackwell read other
+data."""
 RECIPES = [recipe for recipes, _ in WORLDS for recipe in recipes]
 
 
@@ -170,8 +170,8 @@ def compared(
     corpus: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, list[BothSpecs]]:
-    """What each rank computed under both specs, by recipe: one rank, dropless, so that rows are padded; tensor and
-    sequence parallel."""
+    """What each rank computed under both specs, by recipe: on one rank, dropless, so that rows are padded; and with
+    tensor and sequence parallelism."""
     ranks: int = request.param
     layout = Layout(model="dropless", micro_batch=4) if ranks == 1 else Layout(tp=2, micro_batch=4)
     found: dict[str, list[BothSpecs]] = {}
@@ -190,8 +190,8 @@ def compared(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_matmul_equals_the_emulated_one(compared: dict[str, list[BothSpecs]], recipe: str) -> None:
-    """Bit by bit: outputs, gradients, and delayed scales of column- and row-parallel products, after a norm, and of
-    experts with as many rows each or not; over three steps of two micro-batches, in which weights change."""
+    """Bitwise identical outputs, gradients and delayed scales of column- and row-parallel linears, after a norm, and of
+    experts with equal or unequal rows; over three steps of two micro-batches, in which weights change."""
     for rank in compared[recipe]:
         assert len(rank.products) == (5 if len(compared[recipe]) == 1 else 3)
         for kind, tensors in rank.products.items():
@@ -203,7 +203,8 @@ def test_a_matmul_equals_the_emulated_one(compared: dict[str, list[BothSpecs]], 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_steps_equal_the_emulated_ones(compared: dict[str, list[BothSpecs]], recipe: str) -> None:
-    """Two whole steps, bit by bit: loss, what every module returns, gradients, weights, moments and delayed scales."""
+    """Two whole steps are bitwise identical: loss, every module's output, gradients, weights, moments and delayed
+    scales."""
     from hunyuan_pretrain.diagnostics.parity import compare
 
     first, *others = compared[recipe]

@@ -1,4 +1,4 @@
-"""The process groups that a start makes, counted in an imagined world."""
+"""The process groups created at a start, counted in a simulated world."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def backends_of_groups(layout: dict[str, Any], has_gpu: bool) -> Counter[str | None]:
-    """Backend -> groups that rank 5 of the world makes for this layout, its own or not."""
+    """Backend -> number of groups that rank 5 of the world creates for this layout, its own or not."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore

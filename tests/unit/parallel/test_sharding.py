@@ -1,5 +1,5 @@
-"""Where the ranks' parts of a parameter lie: together they are the whole one, and of the copies of a part exactly one
-is the first."""
+"""Placement of the ranks' shards of a parameter: together they make up the whole, and exactly one copy of each shard is
+the first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hunyuan_pretrain.parallel.sharding import placement_of, sharded_tensor
 
 
 class Group:
-    """What `placement_of` asks of a process group."""
+    """What `placement_of` needs from a process group."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -28,8 +28,8 @@ class Group:
 
 
 def ranks_of(tp: int = 1, dp: int = 1, ep: int = 1, etp: int = 1) -> list[Any]:
-    """Groups of every rank. The two halves of the rank grid have the ranks in common but are divided each for itself,
-    as in core."""
+    """Groups of every rank. The dense and the expert rank grid have the same ranks but are split independently, as in
+    core."""
     world = tp * dp
     assert world % (ep * etp) == 0
     expert_dp = world // (ep * etp)
@@ -46,7 +46,7 @@ def ranks_of(tp: int = 1, dp: int = 1, ep: int = 1, etp: int = 1) -> list[Any]:
 
 
 def parameter_of(shape: tuple[int, ...], **marks: Any) -> torch.Tensor:
-    """A rank's tensor with what its module has set on it."""
+    """A rank's tensor with the attributes that its module sets on it."""
     parameter = torch.zeros(shape)
     for name, value in marks.items():
         setattr(parameter, name, value)
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, int], tuple[in
 
 @pytest.mark.parametrize(("marks", "shape", "layout", "whole_shape"), CASES.values(), ids=CASES)
 def test_the_shards_of_all_ranks_make_up_the_whole_tensor(marks, shape, layout, whole_shape):
-    """Cut out of a whole tensor and put together again: nothing is missing, and copies are those of the same part."""
+    """Shard a whole tensor and reassemble it: nothing is missing, and copies hold the same shard."""
     whole = np.arange(np.prod(whole_shape)).reshape(whole_shape)
     found, homes = np.full(whole_shape, -1), np.zeros(whole_shape, int)
     for groups in ranks_of(**layout):
@@ -95,7 +95,7 @@ def test_the_shards_of_all_ranks_make_up_the_whole_tensor(marks, shape, layout, 
 
 
 def test_each_rank_has_its_half_of_gate_and_of_up():
-    """Rank 1 of 2: rows 2 to 3 are its gate, of the upper half of the whole; rows 6 to 7 its up."""
+    """Rank 1 of 2: rows 2 to 3 are its gate, from the upper half of the whole; rows 6 to 7 its up."""
     _, groups = ranks_of(tp=2)
     gate, up = placement_of("weight", parameter_of((4, 5), **GATED), groups).parts
     assert (gate.local[0], gate.whole[0]) == (slice(0, 2), slice(2, 4))
@@ -110,7 +110,7 @@ def test_experts_are_sharded_by_number_and_internally():
 
 
 def test_separate_expert_parameters_are_placed_as_in_one_parameter():
-    """Local expert 1 of 2, with its halves of gate and up; the name in a checkpoint is that of all experts together."""
+    """Local expert 1 of 2, with its halves of gate and up; its name in a checkpoint is that of all experts together."""
     for groups in ranks_of(dp=4, ep=2, etp=2):
         together = placement_of("fc1.weight", parameter_of((2, 4, 5), **EXPERT_FC1), groups)
         alone = placement_of(
@@ -138,7 +138,7 @@ def test_a_copy_on_another_stage_is_never_the_home():
 
 @pytest.mark.parametrize(("marks", "shape", "layout", "whole_shape"), CASES.values(), ids=CASES)
 def test_checkpoints_get_the_same_placements(marks, shape, layout, whole_shape):
-    """What megatron is told of each part: global shape and offset; and two parts come back as one tensor."""
+    """What megatron is given for each shard: global shape and offset; two shards are read back as one tensor."""
     for groups, fill in zip(ranks_of(**layout), range(100), strict=False):
         parameter = parameter_of(shape, **marks)
         placement = placement_of("weight", parameter, groups)
