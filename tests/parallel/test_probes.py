@@ -61,7 +61,7 @@ def combination_without_router() -> AbstractContextManager[Any]:
 
 
 def rows_of_another_document() -> AbstractContextManager[Any]:
-    """The first key of every document is replaced by the second, in the forward pass only."""
+    """Keys and values of a document are shifted by one row, in the forward pass only."""
     from hunyuan_pretrain.model import packed_attention
 
     right = packed_attention._flash_cpu

@@ -1,4 +1,4 @@
-"""Text from an exported folder, and whose code runs to make it."""
+"""Generating text from an exported folder, and whose code runs for it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_seed_determines_the_samples(exported: Path) -> None:
 
 
 def test_never_samples_a_row_that_pads_the_vocabulary(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """466 tokens in 480 rows; the rows beyond are made the likeliest."""
+    """466 tokens in 480 rows; the padding rows are made the most likely."""
     model = load_model(exported)
     with torch.no_grad():
         model.model.embed_tokens.weight[466:] *= 100
@@ -134,7 +134,7 @@ def test_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_refuses_weights_with_a_missing_tensor(exported: Path, tmp_path: Path) -> None:
-    """transformers would go on with random numbers in its place."""
+    """transformers would continue with random numbers in its place."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(exported, tmp_path / "broken")

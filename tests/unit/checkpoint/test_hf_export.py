@@ -1,4 +1,4 @@
-"""Exports: what is written, what is proven about it, what is refused, and that a bare transformers loads it."""
+"""Exports: what is written, what is verified, what is refused, and that plain transformers loads them."""
 
 from __future__ import annotations
 
@@ -307,8 +307,8 @@ def test_certificate_covers_text_through_the_cache_and_a_padded_batch(exported: 
 def test_an_export_whose_generation_is_wrong_is_refused(
     fault: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first is what a renamed argument does: each new token sees only itself, while logits of whole texts are
-    right."""
+    """The first fault is the effect of a renamed argument: each new token sees only itself, while logits of whole texts
+    are correct."""
     forward = HunYuanForCausalLM.forward
 
     def wrong(self: HunYuanForCausalLM, *args: Any, **options: Any) -> Any:
@@ -330,7 +330,7 @@ def test_an_export_whose_generation_is_wrong_is_refused(
 
 
 def test_no_transformers_loader_generates_an_id_without_a_token(exported: Path) -> None:
-    """466 tokens in 480 rows; the rows beyond are made the likeliest."""
+    """466 tokens in 480 rows; the padding rows are made the most likely."""
     model = load_model(exported)
     with torch.no_grad():
         model.model.embed_tokens.weight[466:] *= 100
@@ -363,8 +363,8 @@ def test_a_chat_pipeline_stops_at_the_end_of_an_answer(exported: Path) -> None:
 def test_loading_the_tokenizer_never_asks_for_permission_to_run_code(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AutoTokenizer looks at config.json first and asks about the model's code, if it is not told; without an answer it
-    goes on."""
+    """AutoTokenizer reads config.json first and, unless told, asks about the model's code; without an answer it
+    continues."""
     questions = []
 
     def nobody_is_there(question: str) -> str:
@@ -424,7 +424,7 @@ def test_native_format_is_not_certified_by_a_version_that_computes_something_els
 
 @native
 def test_native_format_equals_this_model_beyond_its_positions(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Where transformers until 5.19 took another RoPE base; the refusal of those versions follows from this."""
+    """Transformers up to 5.19 used another RoPE base there, which is why those versions are refused."""
     model = tiny_model(cla_share_factor=1, moe_router_topk=2)
     export_tiny(model, tokenizer_folder, tmp_path / "out", format="hunyuan_v1_moe", max_position_embeddings=48)
     tokens = torch.randint(466, (1, 80), generator=torch.Generator().manual_seed(1))
@@ -436,8 +436,8 @@ def test_native_format_equals_this_model_beyond_its_positions(tokenizer_folder: 
 def test_the_released_scripts_find_their_tokenizer(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files that they copy, ids by the names that they use, start and end of a document; and it is not the tokenizer of
-    the export."""
+    """The files that they copy, ids under the names that they use, start and end of a document; and it is not the
+    tokenizer of the export."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert "auto_map" not in json.loads((exported / "tokenizer_config.json").read_text())

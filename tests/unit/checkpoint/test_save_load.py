@@ -1,4 +1,4 @@
-"""Checkpoints on one rank: what comes back, what is refused and in which words, what a failed save leaves."""
+"""Checkpoints on one rank: what is restored, what is refused and with which message, what a failed save leaves."""
 
 from __future__ import annotations
 
@@ -68,8 +68,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_loaded_run_is_bitwise_identical_to_the_saved_one(corpus, tmp_path, dtype, changes):
-    """Weights, both moments, the update count and each group's own rate: the next two steps are the same to the last
-    bit."""
+    """Weights, both moments, the update count and each group's own rate: the next two steps are bitwise identical."""
     first = on_this_rank(fields(corpus, tmp_path, dtype, **changes))
     trace_steps(first, range(2))
     folder = save_load.save(tmp_path, 2, first.chunks, first.optimizer, None)
@@ -106,7 +105,7 @@ def test_hyperparameters_come_from_the_experiment_not_from_the_checkpoint(corpus
 @pytest.mark.parametrize("offloaded", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_init_from_loads_only_the_weights(corpus, tmp_path, saved, run, dtype, offloaded):
-    """And the optimizer's own copy of them, which the first step would otherwise write over them."""
+    """And the optimizer's own copy of them, which the first step would otherwise write over the weights."""
     settings = {"init_from": str(saved)}
     fresh = on_this_rank(
         fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded})
@@ -148,7 +147,7 @@ def edit_marker(folder: Path, old: str, new: str) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
-    # what happened: how, the words, is it found before its digests are compared
+    # damage: how, the message, whether it is found before the digests are compared
     "truncated": (
         truncate,
         r"\.distcp is missing or damaged: its size or sha256 is not the one in complete.json",
@@ -221,8 +220,8 @@ def test_keep_last_removes_older_checkpoints_after_the_newer_one_is_complete(run
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
 
 
-def test_a_save_suppresses_cores_advice_to_use_another_writer(run, tmp_path, caplog):
-    """Core 0.19 has another one, and says so."""
+def test_a_save_suppresses_cores_warning_about_another_writer(run, tmp_path, caplog):
+    """Core 0.19 has another writer, and says so."""
     save_load.save(tmp_path, 5, run.chunks, run.optimizer, None)
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").warning("MCore's async save is deprecated")
     assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
@@ -281,8 +280,8 @@ def test_a_failed_save_leaves_nothing_and_keeps_older_checkpoints(run, tmp_path,
 
 
 def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run, tmp_path):
-    """As every checkpoint was written before ranks shared the writing: core's own entry point, other groups of state, a
-    marker without the layout."""
+    """As every checkpoint was written before ranks shared the writing: through core's own entry point, with other state
+    groups, and a marker without the layout."""
     folder = tmp_path / "checkpoints" / "step_0000001"
     folder.mkdir(parents=True)
     state = {
@@ -328,7 +327,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
 
 
 def test_a_marker_whose_step_differs_from_its_folder_is_refused(run, checkpoint):
-    """Before markers had a digest of themselves, a flipped bit in the step would have gone on from another one."""
+    """Before markers had their own digest, a flipped bit in the step would have resumed from another step."""
     renamed = checkpoint.rename(checkpoint.with_name("step_0000009"))
     with pytest.raises(CheckpointError, match=r"step_0000009/complete.json: damaged: it belongs to step 1"):
         load_into(run, renamed)
@@ -343,7 +342,7 @@ def test_the_marker_holds_what_the_caller_records(run, tmp_path):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made within it and are still there, but for those on the meta device."""
+    """Tracks the bytes of live tensors created inside it, except those on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,12 +379,12 @@ class LiveBytes(TorchDispatchMode):
 def test_saving_and_resuming_add_at_most_one_tensor_of_one_parameter_on_the_device(
     corpus, tmp_path, monkeypatch, dtype
 ):
-    """Beside the model and the optimizer; a copy on the host is one on the meta device here, so that what is left is
-    the device's."""
+    """In addition to the model and the optimizer. Host copies go to the meta device here, so that what remains is on
+    the device."""
     run = on_this_rank(fields(corpus, tmp_path, dtype))
     trace_steps(run, range(1))
     largest = max(4 * parameter.numel() for parameter in run.chunks[0].parameters())
-    scalars = 4 * 64 * len(list(run.chunks[0].parameters()))  # counts of updates
+    scalars = 4 * 64 * len(list(run.chunks[0].parameters()))  # update counts
     on_host = {
         name: {kind: tensor.clone() for kind, tensor in tensors.items()}
         | {"weight": dict(run.chunks[0].named_parameters())[name].detach().clone()}
@@ -428,7 +427,7 @@ def test_only_partial_saves_of_earlier_attempts_are_removed(checkpoint):
 
 
 def test_keep_last_never_removes_the_newest_in_favour_of_checkpoints_of_an_earlier_attempt(run, tmp_path):
-    """A run that went on from an older checkpoint, as --from-step does, meets later ones of the attempt before."""
+    """A run resumed from an older checkpoint, as with --from-step, meets later ones of the attempt before."""
     for step in (2, 9):
         save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
     save_load.save(tmp_path, 3, run.chunks, run.optimizer, keep_last=1)
@@ -446,8 +445,8 @@ def test_checkpoints_later_than_the_requested_one_are_kept(run, tmp_path):
 
 
 def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
-    """One that outlives a rank that leaves after an error keeps the job's output open, and whoever reads it waits for
-    ever."""
+    """A process that outlives a rank that exits after an error keeps the job's output open, and its reader waits
+    forever."""
     monkeypatch.setattr(parallel_write.filesystem_async, "_results_queue", None)
     before = psutil.Process().children(recursive=True)
     save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
@@ -455,8 +454,8 @@ def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
 
 
 def test_a_foreign_file_in_its_folder_fails_a_save(run, tmp_path, monkeypatch):
-    """Two runs that save to one folder mix their files; what is committed is what the ranks of this one have
-    written."""
+    """Two runs that save to the same folder would mix their files; only files that this run's ranks have written are
+    committed."""
     real = folders.files_of_rank
 
     def with_stranger(folder: Path, rank: int) -> list[Path]:

@@ -1,4 +1,5 @@
-"""The weight map: every parameter once on each side, bitwise there and back, and refusals that name the tensor."""
+"""The weight map: every parameter occurs once on each side, round trips are bitwise identical, and refusals name the
+tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from hunyuan_pretrain.config.schema import ModelConfig
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """Small architectures over every feature that decides which tensors exist, and of which shape."""
+    """Small architectures over every feature that determines which tensors exist and their shapes."""
     groups, share = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads, experts = groups * draw(st.integers(1, 3)), draw(st.integers(1, 4))
     return ModelConfig(
@@ -111,7 +112,7 @@ def test_borrowing_layers_have_no_key_and_value() -> None:
 
 
 def test_published_size_of_hunyuan_large() -> None:
-    """388,698,128,640 parameters, the embedding counted once."""
+    """388,698,128,640 parameters, with the embedding counted once."""
     large = ModelConfig(
         num_layers=64,
         hidden_size=6400,

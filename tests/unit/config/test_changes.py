@@ -1,4 +1,4 @@
-"""What may change when a run goes on: the table covers every setting, and differences are sorted by it."""
+"""What may change when a run resumes: the table covers every setting, and differences are classified by it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 
 
 def leaves() -> list[str]:
-    """Every setting; those of a stage with the stage's number."""
+    """Every setting; settings of a stage with the stage's number."""
     paths = list(all_paths(Experiment))
     return [
         path.replace("stages.", "stages.0.", 1)
@@ -37,7 +37,7 @@ def leaves() -> list[str]:
 
 
 def changed(**changes: Any) -> Experiment:
-    """The demo's experiment with other values: section__key=value, stages__N__key=value."""
+    """The demo's experiment with changed values: section__key=value, stages__N__key=value."""
     fields = load_experiment(DEMO).model_dump(mode="json")
     for path, value in changes.items():
         *outer, last = path.split("__")
@@ -136,7 +136,8 @@ def test_a_finished_or_future_stage_is_not_the_current_one() -> None:
 
 
 def test_moving_a_stage_across_the_current_one_is_refused() -> None:
-    """Else it is trained again, at its learning rate, or never; listed or not, that would be a surprise."""
+    """Otherwise the stage would be trained again, at its learning rate, or never; in either case, and even if the
+    change were listed, that would be a surprise."""
     old = load_experiment(DEMO)
     fields = [stage.model_dump(mode="json") for stage in old.stages]
     fields.append({**fields[-1], "name": "last"})
@@ -161,7 +162,7 @@ def test_moving_a_stage_across_the_current_one_is_refused() -> None:
 
 
 def test_changing_the_group_size_of_an_order_by_cost_is_refused() -> None:
-    """null means the batch: another batch would be another order, and is refused where the order depends on it."""
+    """null means the batch: another batch size would give another order, and is refused if the order depends on it."""
     old = changed(stages__0__balance_attention="group")
     batch = old.stages[0].global_batch_sequences
     piece = Schedule.of(old.stages).piece_of_step(0)
@@ -225,7 +226,7 @@ def test_data_is_identified_by_its_content() -> None:
 
 
 def test_documents_that_the_current_stage_has_read_do_not_return_under_another_path() -> None:
-    """Packed again beside the old folder, they are in other sequences as much as packed again in its place."""
+    """Data that is packed again beside the old folder has different sequences, as if it were packed again in place."""
 
     def segment(path: str, digest: str, corpus: str) -> Segment:
         experiment = changed(

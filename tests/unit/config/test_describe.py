@@ -1,4 +1,4 @@
-"""What `explain` and `config diff` say."""
+"""What `explain` and `config diff` print."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_section_lists_its_fields() -> None:
 
 
 def test_without_a_key_every_setting_is_listed_under_its_section() -> None:
-    """With type, unit and default; deeper sections further in, in the order of the schema."""
+    """With type, unit and default, in the order of the schema; nested sections are indented."""
     lines = explain().splitlines()
     found: list[str] = []
     above: list[str] = []

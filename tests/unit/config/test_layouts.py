@@ -1,4 +1,4 @@
-"""Layouts in one line: refused in words, and before torch is imported."""
+"""Layouts in one line: refused with a clear message, before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML to experiment: merging, overrides, and the text of each refusal."""
+"""From YAML to an experiment: merging, overrides, and the text of each refusal."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_numbers_without_a_dot_are_numbers(folder: Path) -> None:
     assert experiment.optimizer.lr == 1e-4
     assert experiment.optimizer.adam_eps == 1e-9
     assert experiment.stages[0].tokens == 7 * 10**12
-    assert load_experiment(folder / "run.yaml").stages[0].num_steps == 3418  # 7e6 / 2048, rounded up
+    assert load_experiment(folder / "run.yaml").stages[0].num_steps == 3418  # ceil(7e6 / 2048)
 
 
 def test_overrides_beat_the_file_and_the_file_beats_its_base(folder: Path) -> None:
@@ -318,7 +318,7 @@ def test_rope_base_of_256k() -> None:
 
 
 def test_loading_a_config_imports_nothing_slow() -> None:
-    """How long it takes is measured by tests/benchmarks/config_import.py."""
+    """tests/benchmarks/config_import.py measures how long it takes."""
     slow = {"torch", "megatron", "numpy", "transformers", "rich", "typer"}
     code = "import sys, hunyuan_pretrain.config.load; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage has: all of them, in order, and whole CLA groups."""
+"""The layers of each pipeline stage: all of them, in order, in whole CLA groups."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def experiment(num_layers: int, share: int, ranks: int, chunks: int, layout: lis
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> tuple[int, int, int, int, list[int] | None]:
-    """(layers, layers of a CLA group, ranks, chunks, layout): no layout, one that divides the layers anywhere, or any
-    numbers."""
+    """(layers, layers per CLA group, ranks, chunks, layout): no layout, one that splits the layers anywhere, or
+    arbitrary numbers."""
     share, groups = draw(st.integers(1, 3)), draw(st.integers(1, 8))
     ranks, chunks = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     layers = groups * share
@@ -64,8 +64,8 @@ def pipelines(draw: st.DrawFn) -> tuple[int, int, int, int, list[int] | None]:
 @settings(max_examples=300, deadline=None)
 @given(pipelines())
 def test_a_cla_group_is_never_split(pipeline):
-    """Of every pipeline, even or given: either the rules refuse it, or each layer is in one stage with all of its
-    group."""
+    """For every pipeline, even or given: either the rules refuse it, or each layer is in exactly one stage together
+    with its whole group."""
     layers, share, ranks, chunks, _ = pipeline
     wanted = experiment(*pipeline)
     if rules.find_problems(wanted):

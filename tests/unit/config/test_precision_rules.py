@@ -1,4 +1,4 @@
-"""FP8 settings that cannot take effect or cannot run are refused, with the reason."""
+"""FP8 settings that have no effect or cannot run are refused, with the reason."""
 
 from __future__ import annotations
 

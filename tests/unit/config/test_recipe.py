@@ -1,4 +1,4 @@
-"""The table of FP8 recipes: complete, and what of it no other test reads."""
+"""The table of FP8 recipes: that it is complete, and the entries that no other test reads."""
 
 from __future__ import annotations
 

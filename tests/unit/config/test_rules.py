@@ -1,4 +1,4 @@
-"""Each rule refuses what it should, in its own words, and lets the demo through."""
+"""Each rule refuses what it should, with its own message, and accepts the demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
 
 
 def experiment_with(*overrides: str) -> Experiment:
-    """The demo with overrides, types checked but not rules."""
+    """The demo with overrides, with types but not rules checked."""
     return validate(Experiment, read(DEMO, overrides))
 
 
@@ -292,7 +292,7 @@ def test_every_violation_of_a_layout_is_in_one_message() -> None:
     assert paths == [
         "parallel.expert_tensor_parallel_size",
         "parallel.sequence_parallel",
-        *["parallel.pipeline_layout"] * 3,  # its length, its sum, the cut group
+        *["parallel.pipeline_layout"] * 3,  # its length, its sum, the split group
         "parallel.context_parallel_size",
         *[f"stages.{stage}.sequence_length" for stage in range(3)],
     ]

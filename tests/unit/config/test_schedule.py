@@ -1,4 +1,4 @@
-"""Position in tokens: steps, places and learning rate of runs that go on with another configuration."""
+"""Position in tokens: steps, data positions and learning rate of runs that resume with another configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stage(name: str = "s", sequences: int = 160, batch: int = 8, **fields: Any) 
 
 
 def positions(schedule: Schedule, lane: int) -> list[int]:
-    """Sequences of a stage's data that the steps take, in their order."""
+    """The sequences of a stage's data that the steps take, in order."""
     return [
         int(piece.position_of(number))
         for piece in schedule.pieces
@@ -38,7 +38,7 @@ def positions(schedule: Schedule, lane: int) -> list[int]:
 
 
 def formula(stages: list[StageConfig], step: int) -> float:
-    """The learning rate of a run that never changes, by steps."""
+    """The learning rate by step of a run that never changes."""
     start = 0.0
     for one in stages:
         if step < one.num_steps:
@@ -114,7 +114,7 @@ def test_any_sequence_of_batch_sizes_takes_each_position_of_a_stage_once(
 
 @pytest.mark.parametrize(("batch", "steps"), [(16, 15), (4, 30), (24, 14)])
 def test_a_new_batch_size_continues_at_the_current_token(batch: int, steps: int) -> None:
-    """Stopped at step 10 of 20 with 8 sequences a step: 80 of 160 sequences are left."""
+    """Stopped at step 10 of 20 with 8 sequences per step: 80 of 160 sequences remain."""
     schedule = Schedule.of_segments([(0, [stage()]), (10, [stage(batch=batch)])])
     assert schedule.num_steps == steps
     assert positions(schedule, 0)[:160] == list(range(160))
@@ -122,7 +122,7 @@ def test_a_new_batch_size_continues_at_the_current_token(batch: int, steps: int)
     whole = Schedule.of([stage()])
     for step in range(20):
         tokens = whole.tokens_after(step + 1)
-        if tokens in by_token and batch != 24:  # 14 steps of it end 32 sequences later
+        if tokens in by_token and batch != 24:  # 14 steps of this size end 32 sequences later
             assert by_token[tokens] == pytest.approx(whole.lr_fraction(step), rel=1e-12), (
                 "the rate is a function of tokens"
             )

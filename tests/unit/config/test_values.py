@@ -1,4 +1,4 @@
-"""A value means what it looks like: token counts, paths, words of YAML, merged sections."""
+"""A value means what it looks like: token counts, paths, YAML words, merged sections."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_no_part_of_an_override_is_taken_for_a_comment(config: Path) -> None:
 
 
 def test_sections_are_merged(config: Path) -> None:
-    """A section's own keys win, then the first of several; nothing is deeper than YAML has it; positions are those of
-    what was written."""
+    """A section's own keys win, then those of the first of several merged sections; nothing is nested deeper than the
+    YAML says; positions are those of the source text."""
     config.write_text(
         EXPERIMENT.replace("  - name: only", "  - &first\n    name: only")
         + "  - <<: *first\n    name: second\n    lr_end: 0.5\n  - {<<: [{lr_shape: linear, name: x}, *first], "
@@ -228,7 +228,7 @@ def test_a_path_with_an_undefined_variable_or_user_names_it(config: Path, monkey
 
 
 def test_a_run_records_absolute_paths(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was loaded in one folder is the same from another."""
+    """What is loaded in one folder is the same from another."""
     monkeypatch.chdir(tmp_path)
     experiment = load_experiment("run.yaml", ["evaluation.data=held", "checkpoint.init_from=/base"])
     made = with_absolute_paths(experiment)
@@ -243,7 +243,7 @@ def test_a_run_records_absolute_paths(config: Path, tmp_path: Path, monkeypatch:
 
 
 def test_every_path_in_the_schema_is_marked() -> None:
-    """A new setting that is a path is expanded and made absolute like the others."""
+    """So that a new setting that is a path is expanded and made absolute like the others."""
     for path in all_paths(Experiment):
         name = path.rpartition(".")[2]
         field = field_at(Experiment, tuple(path.split(".")))

@@ -26,8 +26,8 @@ VOCAB = 1000
 
 @pytest.fixture
 def tokenized(tmp_path: Path) -> Callable[..., Path]:
-    """tokenized(name, documents): a tokenized folder of the given lists of ids, in shards of so many documents
-    (default: one shard)."""
+    """tokenized(name, documents): a tokenized folder of the given lists of ids, with a given number of documents per
+    shard (default: one shard)."""
 
     def write(
         name: str,

@@ -1,4 +1,5 @@
-"""Balance: every sequence dealt once, batches unchanged by dealing, work nearly equal side by side."""
+"""Balance: every sequence is assigned once, assignment leaves the batches unchanged, and work side by side is nearly
+equal."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def test_balanced_rows_take_every_row_once_in_groups_of_neighbours(
     position = np.argsort(order, kind="stable")[rows]
     for begin in range(0, num_sequences, group_sequences):
         assert (np.diff(position[begin : begin + group_sequences]) == 1).all()
-    # Computed for the positions asked for, and no others.
+    # Computed only for the requested positions.
     some = np.random.default_rng(seed).integers(0, num_sequences, (2, 3))
     assert np.array_equal(balanced_rows(some, order, group_sequences, key), rows[some])
 
@@ -99,7 +100,7 @@ def test_assigned_micro_batches_and_rank_totals_are_nearly_equal(num_ranks: int,
 def test_batches_of_neighbours_in_cost_leave_no_rank_waiting() -> None:
     costs = (
         1 + 3 * np.random.default_rng(1).random(64 * 50) ** 4
-    )  # from none to three times as much attention as all else, mostly little
+    )  # attention costs from nothing to three times all else, mostly little
     rows = balanced_rows(np.arange(len(costs)), cost_order(costs), 64, mixed_key(3, 0))
     for batch in costs[rows][:3072].reshape(-1, 256):
         assert imbalance(batch[deal(batch, 64, 1)].sum(axis=2)).slowdown < 1.05

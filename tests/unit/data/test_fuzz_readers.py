@@ -1,5 +1,4 @@
-"""Every reader of data on damaged files: it reads, or it raises DataFormatError that names them; never anything
-else."""
+"""Every data reader on damaged files: it reads them, or raises DataFormatError that names them, and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ LENGTH = 16
 def folder(
     request: pytest.FixtureRequest, packed: Callable[..., Path], numbered_documents: Callable[..., list]
 ) -> Path:
-    """A packed folder `p` over its tokenized folder `p_tokens`; and `q` and `q_tokens` of other documents."""
+    """A packed folder `p` over its tokenized folder `p_tokens`, and `q` and `q_tokens` of different documents."""
     _, p = (
         packed(name, numbered_documents(30, seed), LENGTH, documents_per_shard=20, materialize=request.param)
         for seed, name in enumerate("qp")
@@ -38,7 +37,7 @@ def folder(
 
 @st.composite
 def damaged_file(draw: st.DrawFn, *folders: Path) -> tuple[Path, bytes]:
-    """One file of the folders, and what it is to hold."""
+    """One file of the folders, and its damaged content."""
     file = draw(st.sampled_from([file for folder in folders for file in sorted(folder.iterdir())]))
     other = file.parent.with_name(file.parent.name.replace("p", "q", 1)) / file.name
     strategy = damaged_json if file.name == MANIFEST else damaged
@@ -114,9 +113,7 @@ def test_the_order_and_the_ledger(
 def test_tokenizers(data: st.DataObject, tmp_path: Path) -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257}
     content = format_ranks(ranks)
-    at = data.draw(
-        st.integers(0, len(content))
-    )  # most damage is done to a byte; the rest of the file is as good as any
+    at = data.draw(st.integers(0, len(content)))  # most damage affects one byte; the rest of the file is intact
     part = data.draw(damaged(content[at : at + 40], content[:40]))
     (tmp_path / RANKS_FILE).write_bytes(content[:at] + part + content[at + 40 :])
     with read_or_refused(tmp_path):

@@ -59,7 +59,7 @@ def test_documents_are_numbered_across_shards_and_record_their_origin(tokenized:
 
 @pytest.mark.parametrize("vocab_size", [1000, 128166])
 def test_the_bytes_do_not_depend_on_the_dtype_of_the_ids(tmp_path: Path, vocab_size: int) -> None:
-    """Engines give 32 bits with or without a sign, and a choice of them need not lie in one piece."""
+    """Engines give signed or unsigned 32-bit ids, and a slice of them need not be contiguous."""
     ids, digests = np.arange(600, dtype=np.int64)[::2], []
     for number, tokens in enumerate(
         (ids, ids.astype(np.int32), ids.astype(np.uint32), np.repeat(ids.astype(np.uint32), 2)[::2])

@@ -1,4 +1,4 @@
-"""Batches: the same global batch for every layout, and refusals before the first step."""
+"""Batches: the same global batch under every layout, and refusals before the first step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stages(packed: Callable[..., Path], numbered_documents: Callable[..., list])
 
 
 def by_rank(batches: list[MicroBatch], sequence_length: int) -> dict[int, tuple]:
-    """Each sequence of some micro-batches: its tensors, and its borders counted from its own start."""
+    """Each sequence of the micro-batches: its tensors, and its cu_seqlens counted from its own start."""
     found = {}
     for batch in batches:
         for i, position in enumerate(batch.sequence_ids.tolist()):
@@ -180,7 +180,7 @@ def test_no_sample_is_lost_or_repeated_when_a_run_restarts_with_other_ranks(
     packed: Callable[..., Path], numbered_documents: Callable[..., list], experiment: Callable, balance: str
 ) -> None:
     """Random restarts, each with another data-parallel size and micro-batch: together the steps take each sequence of
-    the epoch once."""
+    the epoch exactly once."""
     source = str(packed("a", numbered_documents(200, 1), 16))
     size = len(PackedDataset(source))
     batch = 8

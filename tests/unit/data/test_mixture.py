@@ -102,7 +102,7 @@ def test_order_is_a_function_of_the_seed_alone_and_of_any_slice() -> None:
 
 
 def test_a_full_size_run_needs_no_memory() -> None:
-    """7T tokens at 4K: a batch is looked up at the end of 1.7e9 sequences without a table of them."""
+    """7T tokens at 4K: a batch at the end of 1.7e9 sequences is looked up without a table of them."""
     sequences = 1_709_000_000
     of_sources = sizes({"web": 10**9, "code": 10**8, "zh": 10**7})
     mixture = Mixture([stage({"web": 0.7, "code": 0.2, "zh": 0.1}, sequences)], of_sources, seed=0)
@@ -122,7 +122,7 @@ def test_a_source_without_a_single_sequence_is_refused() -> None:
 
 
 def test_weights_are_shares_of_tokens_not_of_sequences() -> None:
-    """A source of which half is padding takes twice as many sequences for the same tokens."""
+    """A source that is half padding needs twice as many sequences for the same tokens."""
     of_sources = {"full": SourceSize(100, 800), "half": SourceSize(100, 400)}
     mixture = Mixture([stage({"full": 1.0, "half": 1.0}, 300)], of_sources, seed=0)
     assert list(mixture.counts[0].values()) == [100, 200]
@@ -191,7 +191,7 @@ def test_a_later_stage_continues_after_the_data_that_replaced_skipped_steps() ->
 
 
 def over_one_corpus(*selections: tuple[int, int], sequences: int = 100) -> dict[str, SourceSize]:
-    """Packs a, b, c... of 100 sequences, each of the documents of one corpus whose lengths are in a range."""
+    """Packs a, b, c... of 100 sequences, each with the documents of one corpus in a range of lengths."""
     documents = [(Selection("digest", "/tokens", shortest, longest),) for shortest, longest in selections]
     return {
         name: SourceSize(sequences, sequences * 8, documents=held) for name, held in zip("abc", documents, strict=False)
@@ -291,7 +291,7 @@ def test_epochs_of_documents_equal_a_count_of_each_document(
 
 
 def trained(mixture: Mixture) -> list[tuple[int, int]]:
-    """(source, row) of every sequence that the steps take, in their order."""
+    """(source, row) of every sequence that the steps take, in order."""
     found: list[tuple[int, int]] = []
     for piece in mixture.schedule.pieces:
         numbers = np.arange(piece.num_steps * piece.stage.global_batch_sequences)
@@ -315,12 +315,13 @@ some_mixes = st.dictionaries(st.sampled_from("abc"), st.integers(20, 80).map(flo
 )
 @example(
     [{"a": 20.0}, {"a": 20.0}], [8, 1, 1, 1], [153, 150, 150, 150], [19, 20, 21]
-)  # the second segment ends the stage where it is
+)  # the second segment ends the stage at its current position
 @settings(max_examples=100, deadline=None)
 def test_no_sequence_is_repeated_or_left_out_in_an_epoch_whatever_changes_mid_run(
     mixes: list[dict[str, float]], batches: list[int], lengths: list[int], stops: list[int]
 ) -> None:
-    """Batch, length and mix: the epochs of each source are whole, but for the last, as in a run that never changes."""
+    """Batch size, length and mix change: all epochs of each source but the last are complete, as in a run that never
+    changes."""
     of_sources = sizes({"a": 23, "b": 40, "c": 11})
     segments: list[DataSegment] = []
     for mix, batch, length, step in zip(mixes, batches, lengths, [0, *sorted(stops)], strict=False):

@@ -1,4 +1,4 @@
-"""Packed sequences: what is predicted from what, and what is refused."""
+"""Packed sequences: which token is predicted from which, and what is refused."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_a_cut_document_predicts_its_own_next_token_beyond_the_cut(packed: Calla
 def test_loss_never_crosses_documents_and_misses_no_token(
     lengths: list[int], sequence_length: int, tmp_path: Path, packed: Callable[..., Path]
 ) -> None:
-    """Every pair of neighbours within a document is predicted exactly once, and nothing else is."""
+    """Every pair of neighbours within a document is predicted exactly once, and nothing else."""
     for path in tmp_path.iterdir():
         shutil.rmtree(path)
     starts = np.cumsum([0, *lengths])
-    # Ids are unique over the corpus, so a pair tells where it comes from.
+    # Ids are unique in the corpus, so a pair identifies its position.
     documents = [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
     dataset = PackedDataset(packed("p", documents, sequence_length, vocab_size=70_000))
     pairs = []
@@ -246,8 +246,8 @@ def test_pieces_that_overflow_a_sequence_are_refused(packed: Callable[..., Path]
 
 
 def test_a_pack_records_which_lengths_of_which_folder_it_holds(packed: Callable[..., Path], tmp_path: Path) -> None:
-    """Where the lengths are not there any more, any range may hold a document: epochs are then counted too high, never
-    too low."""
+    """If the lengths no longer exist, any range may hold a document: epochs are then overestimated, never
+    underestimated."""
     documents = [[1] * length for length in (3, 5, 9)]
     for name, materialize in (("index", False), ("copy", True)):
         index = PackedIndex(packed(name, documents, 16, materialize=materialize))

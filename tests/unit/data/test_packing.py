@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing doubled, only long documents cut, almost no padding."""
+"""Packing: nothing lost, nothing duplicated, only long documents cut, almost no padding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = st.sampled_from(["best_fit", "chop"])
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_parts() -> Iterator[None]:
-    """Parts of a few documents, so that small examples cross their borders."""
+    """Use parts of a few documents, so that small examples cross part boundaries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing_module, "_AT_A_TIME", 7)
         yield
@@ -101,7 +101,7 @@ def test_chopping_leaves_padding_only_in_the_last_sequence(lengths: np.ndarray, 
     packing = pack_documents(lengths, sequence_length, 3, "chop")
     filled = [sum(length for _, _, length in pieces) for pieces in sequences(packing)]
     assert all(tokens == sequence_length for tokens in filled[:-1])
-    # A document goes on where it was cut, at the start of the next sequence.
+    # A document continues where it was cut, at the start of the next sequence.
     text = [piece for pieces in sequences(packing) for piece in pieces]
     ends = {document: 0 for document, _, _ in text}
     for i, (document, start, length) in enumerate(text):
@@ -155,7 +155,7 @@ def test_arrays_use_the_smallest_safe_dtype(
 
 
 def best_fit_by_the_book(lengths: np.ndarray, capacity: int) -> list[int]:
-    """Fill levels of best-fit decreasing, an item at a time."""
+    """Fill levels of best-fit decreasing, one item at a time."""
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [i for i, room in enumerate(rooms) if room >= length]
@@ -219,7 +219,7 @@ def test_packing_is_deterministic_and_the_seed_only_orders_sequences() -> None:
     assert same(first, again)
     assert not same(first, other)
 
-    # With every numpy the same, for packing once more must give the same dataset.
+    # The same with every numpy version: packing again must give the same dataset.
     packed = sequences(pack_documents(np.array([5, 9, 9, 2, 25, 10, 1]), 10, 7))
     assert packed[:4] == [[(0, 0, 5), (4, 20, 5)], [(5, 0, 10)], [(4, 10, 10)], [(3, 0, 2)]]
     assert packed[4:] == [[(4, 0, 10)], [(2, 0, 9)], [(1, 0, 9), (6, 0, 1)]]
@@ -254,6 +254,6 @@ def test_permutations_look_random() -> None:
     for left, right in [*pairs, (all_at_once[1:], all_at_once[:-1]), (all_at_once, shuffled(size, 8))]:
         assert abs(np.corrcoef(left, right)[0, 1]) < 0.04
     assert 2 * size < 5 * np.count_nonzero(np.diff(first) > 0) < 3 * size
-    # The same on every machine and with every numpy: these are part of the promise that a run can be repeated.
+    # The same on every machine and numpy version: reproducible runs depend on these values.
     assert permuted(np.arange(5), 100, mixed_key(1234, 0)).tolist() == [97, 46, 48, 70, 20]
     assert shuffled(5, 1234).tolist() == [3, 0, 4, 1, 2]

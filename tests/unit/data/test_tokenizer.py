@@ -202,7 +202,7 @@ def test_auto_tokenizer_loads_without_remote_code(tokenizer: Tokenizer, hf_folde
 
 
 def test_a_text_gets_a_start_token_and_no_end_token(tokenizer: Tokenizer, hf_folder: Path) -> None:
-    """The default of tokenizer(text): what a model has seen before such a text, and is asked to go on with."""
+    """The default of tokenizer(text): what a model saw before such a text, which it is asked to continue."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(hf_folder)
@@ -254,7 +254,7 @@ PIECES = [
 @given(text=st.lists(st.sampled_from(PIECES), max_size=9).map("".join) | st.text(max_size=6))
 @settings(max_examples=300, deadline=None)
 def test_no_text_of_a_message_becomes_a_control_token(text: str, tokenizer: Tokenizer, chat_template) -> None:
-    """In the chat template of transformers as in ours, whatever the text, for every role."""
+    """In the chat template of transformers and in ours, for any text and every role."""
     messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
     ids = chat_template(messages)
     assert ids == tokenizer.apply_chat(messages)
@@ -362,7 +362,8 @@ def test_hugging_face_splits_every_character_as_tiktoken(tokenizer: Tokenizer, f
 
 
 def test_a_run_copies_only_the_files_of_its_tokenizer(tmp_path):
-    """Whatever else lies in the folder; onto itself, nothing; over another tokenizer, as a whole."""
+    """Whatever else is in the folder. A copy onto itself does nothing; a copy over another tokenizer replaces it as a
+    whole."""
     source, copy = tmp_path / "source", tmp_path / "run" / "tokenizer"
     (source / "checkpoint").mkdir(parents=True)
     (source / "model.safetensors").write_bytes(b"large")

@@ -1,4 +1,4 @@
-"""Other engines give tiktoken's ids: Hugging Face's tokenizers, and gigatoken and quicktok where they are installed."""
+"""Other engines give tiktoken's ids: Hugging Face's tokenizers, and gigatoken and quicktok if installed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Encode = Callable[[str], list[int]]
 
 
 def vocabulary(folder: Path, whole_words: list[str]) -> Path:
-    """A tokenizer's folder; `whole_words` are tokens that no joins make."""
+    """A tokenizer's folder; `whole_words` are tokens that no merges produce."""
     ranks = extend(byte_vocabulary(), TEXTS, 1500)
     for word in whole_words:
         ranks[word.encode()] = len(ranks)
@@ -154,7 +154,8 @@ def test_bytes_that_are_not_utf8_decode_to_replacement_characters(folders: dict[
 
 
 def released_layout() -> dict[bytes, int]:
-    """As many ranks as the release, in its shape: bytes, tokens made of others, and last three that no joins make."""
+    """As many ranks as the release, in its structure: bytes, merged tokens, and finally three that no merges
+    produce."""
     ranks = byte_vocabulary()
     pairs = [bytes([first, second]) for first in range(256) for second in range(256)]
     for token in pairs + [pair + bytes([last]) for pair in pairs[0x6161 : 0x6161 + 243] for last in range(256)]:

@@ -22,7 +22,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[str]:
-    """Two inputs, five files, of which one is cut into several shards."""
+    """Two inputs with five files, one of which is split into several shards."""
     folder = tmp_path / "corpus"
     (folder / "texts").mkdir(parents=True)
     for number in range(4):

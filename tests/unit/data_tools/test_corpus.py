@@ -1,4 +1,4 @@
-"""Reading a corpus: order, compression, and what is refused with its file and line."""
+"""Reading a corpus: order, compression, and refusals with file and line."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tokenizing_does_not_import_what_it_does_not_need(work: Path) -> None:
-    """Each of these takes a tenth of a second to some seconds, at the start and in every worker."""
+    """Importing each of these takes a tenth of a second to several seconds, at the start and in every worker."""
     command = ["tokenize", CORPUS[2], "--tokenizer", str(work / "tok"), "--output", str(work / "light")]
     code = (
         f"import sys; sys.argv[1:] = {command}; from data_tools.cli import app; app(standalone_mode=False); "
@@ -159,7 +159,7 @@ def test_progress_is_plain_lines_without_a_terminal(
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a command that must fail with code 2, in one line and without a traceback."""
+    """The message of a command that must fail with code 2, on one line and without a traceback."""
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("hunyuan-data: ")
@@ -373,7 +373,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(
 
 
 def test_a_write_that_the_system_refuses_leaves_nothing(work: Path, tmp_path: Path) -> None:
-    """A real refusal by the operating system in the middle of a shard, in a process of its own."""
+    """A real refusal by the operating system in the middle of a shard, in a separate process."""
     command = [
         sys.executable,
         "-m",
@@ -427,7 +427,7 @@ def test_skipped_input_is_printed_counted_and_recorded(
         1,
     )
     capsys.readouterr()
-    for _ in range(2):  # the output lies in the corpus, and is no part of it
+    for _ in range(2):  # the output lies inside the corpus, but is not part of it
         assert run("tokenize", tmp_path / "in", "--output", out, "--overwrite", *options) == 0
         shown = capsys.readouterr()
         assert shown.err.startswith("not read: ")

@@ -1,4 +1,4 @@
-"""Tokenizing by tasks of datatrove: the bytes of the plain command, whoever runs the tasks and whatever happens to
+"""Tokenizing with datatrove tasks gives the bytes of the plain command, whoever runs the tasks and whatever happens to
 them."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_tasks_of_the_local_executor_write_the_same_bytes(
         if name == "plain":
             manifests = tokenize(corpus, tokenizer_folder, str(tmp_path / name), **settings)
         else:
-            # marks of other tasks, which must not be believed
+            # completion markers of other tasks, which must not be believed
             completions = tmp_path / "logs" / "tokenize" / "completions"
             completions.mkdir(parents=True)
             (completions / "00001").touch()
@@ -110,7 +110,7 @@ def test_killed_at_every_write_and_run_again_the_tasks_give_the_same_bytes(
 
 
 def hidden(folder: Path) -> dict[str, bytes]:
-    """What a process that dies after it has named the folder may leave in it; no reader looks there."""
+    """What a process that dies after naming the folder may leave in it; no reader looks there."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name in (".job", ".lock")}
 
 
@@ -166,7 +166,7 @@ def test_tasks_share_the_folder_only_with_tasks(tmp_path: Path, corpus: list[str
 def test_a_planned_pipeline_reads_what_its_earlier_steps_wrote(
     tmp_path: Path, corpus: list[str], tokenizer_folder: str
 ) -> None:
-    """A step is given whatever the steps before it yield, and begins when they have ended."""
+    """A step receives what the steps before it yield, and starts when they have finished."""
     folder, out = tmp_path / "written", str(tmp_path / "out")
 
     def write() -> Iterator[str]:

@@ -87,7 +87,7 @@ def test_a_long_line_is_parsed_as_json_does(record: dict[str, object], data: st.
     else:
         with pytest.raises(InvalidJson):
             "".join(stream_fields(blocks, name))
-    for end in range(len(line)):  # cut short anywhere, it is no object
+    for end in range(len(line)):  # truncated anywhere, it is not an object
         with pytest.raises(InvalidJson):
             "".join(stream_fields([line[:end]], name))
 
@@ -148,7 +148,7 @@ def test_a_very_long_line_that_is_broken_is_a_reject_and_the_next_is_read(tmp_pa
 
 @pytest.mark.usefixtures("short_limits")
 def test_damage_within_a_very_long_line_counts_as_damage_of_the_file(tmp_path: Path) -> None:
-    """Not that of a document, which --max-rejects could let pass with all that follows it."""
+    """Damage of a document, instead, could be allowed by --max-rejects along with everything that follows it."""
     random = "".join(chr(97 + number * number % 97 % 26) for number in range(5000))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": random}).encode())[:-9])
     found = documents_of(tmp_path)
@@ -165,7 +165,7 @@ def documents_of(folder: Path, form: RecordForm | None = None) -> Iterator[Docum
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Bytes, and joins across every kind of border that a wrong cut would break."""
+    """Bytes, and merges across every kind of boundary that a wrong cut would break."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in (" a", "'s", "  ", "\n\n", "\r\n", "aa", ". ", "中", "é", "aé", ".,", "0a", "\n ", " \n", "e\u0301"):
         ranks.setdefault(token.encode(), len(ranks))
@@ -328,7 +328,7 @@ def test_an_invalid_condition_is_refused(condition: str, message: str) -> None:
 
 
 def test_a_document_without_a_cut_point_is_not_copied_repeatedly() -> None:
-    """Where there is no place to cut, what is held is looked at again only when it has doubled."""
+    """Without a cut point, the buffered text is searched again only when it has doubled."""
     looked = []
 
     def counted(text: str) -> int:

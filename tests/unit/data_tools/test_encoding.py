@@ -1,4 +1,4 @@
-"""The fast engine gives tiktoken's ids, for any vocabulary, tokens that no merges reach included."""
+"""The fast engine gives tiktoken's ids for any vocabulary, including tokens that no merges produce."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEXTS = st.lists(st.sampled_from(LETTERS) | st.characters(exclude_categories=["C
 
 
 def random_vocabulary(seed: int) -> Tokenizer:
-    """Merges at random, as training gives them, and words that no merges build."""
+    """Random merges, as from training, and words that no merges produce."""
     rng = random.Random(seed)
     ranks = {bytes([byte]): byte for byte in range(256)}
     for letter in LETTERS:

@@ -1,4 +1,4 @@
-"""What a file holds is told by its content: compression, JSON lines, arrays, parquet, text. And one bad record costs
+"""The format of a file is detected by its content: compression, JSON lines, arrays, parquet, text. One bad record costs
 one record."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def zst(content: bytes, **options: int) -> bytes:
 
 
 def long_window(content: bytes) -> bytes:
-    """As `zstd --long=31` writes it."""
+    """Compress as `zstd --long=31` does."""
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
     stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return stream.compress(content) + stream.flush()
@@ -47,7 +47,7 @@ def lines(records: Sequence[object]) -> bytes:
 
 
 def read(*paths: Path, form: RecordForm | None = None) -> list[str]:
-    """Texts of documents and reasons of rejects in their order."""
+    """Texts of documents and reasons of rejects, in order."""
     return [
         document.text if isinstance(document, Document) else document.reason
         for shard in split_evenly(find_files(paths))
@@ -258,7 +258,7 @@ def test_a_truncated_array_is_reported_after_its_records(tmp_path: Path) -> None
 
 
 def test_reading_an_array_takes_work_proportional_to_its_length(tmp_path: Path) -> None:
-    """Counted in characters that are copied, not in seconds."""
+    """Counted in copied characters, not in seconds."""
     record = json.dumps({"text": "x" * 200})
     copied = {}
     for count in (1000, 4000):

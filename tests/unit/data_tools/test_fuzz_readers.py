@@ -1,5 +1,5 @@
-"""What `hunyuan-data` reads, damaged: it is read, or refused by one message that names it; nothing else, and nothing
-half written."""
+"""Damaged inputs of `hunyuan-data`: each is read, or refused with one message that names it. Nothing else happens, and
+nothing is left half written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def parquet(text: list[object]) -> bytes:
 
 @st.composite
 def corpus_file(draw: st.DrawFn) -> tuple[str, bytes]:
-    """Name and content of a file of a corpus, damaged before or after it is compressed."""
+    """Name and content of a corpus file, damaged before or after compression."""
     content, ending = draw(st.sampled_from([(JSONL, ".jsonl"), (ARRAY, ".json"), (TEXT, ".txt")]))
     if draw(st.booleans()):
         at = draw(st.integers(0, len(content)))
@@ -110,7 +110,7 @@ def test_files_of_a_corpus(
 @given(data=st.data())
 def test_ranks_that_are_read_encode(data: st.DataObject, tmp_path: Path, tokenizer_folder: str) -> None:
     content = (Path(tokenizer_folder) / RANKS_FILE).read_bytes()
-    at = data.draw(st.integers(0, len(content)))  # the file is much the same everywhere
+    at = data.draw(st.integers(0, len(content)))  # the file is much the same at every position
     part = data.draw(damaged(content[at : at + 40], content[:40]))
     (tmp_path / RANKS_FILE).write_bytes(content[:at] + part + content[at + 40 :])
     with read_or_refused(tmp_path):
@@ -122,8 +122,8 @@ def test_ranks_that_are_read_encode(data: st.DataObject, tmp_path: Path, tokeniz
 
 @pytest.fixture
 def run_folder(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> Path:
-    """tokens, packed (an index) and copy (materialized) of the corpus; x.yaml, an experiment; run, the directory of a
-    run of it."""
+    """Folders of the corpus: tokens, packed (an index) and copy (materialized); x.yaml, an experiment; run, the
+    directory of a run of it."""
     tokenize(corpus, tokenizer_folder, str(tmp_path / "tokens"), shard_bytes=1000)
     for name in ("packed", "copy"):
         pack([str(tmp_path / "tokens")], 16, str(tmp_path / name), seed=1, materialize=name == "copy")
@@ -209,7 +209,7 @@ def test_commands_on_damaged_folders(data: st.DataObject, run_folder: Path) -> N
 
 @pytest.fixture
 def interrupted(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> Path:
-    """A copy of what `tokenize` of the corpus into `out` leaves when the last file is not text."""
+    """A copy of what `tokenize` of the corpus leaves in `out` if the last file is not text."""
     (Path(corpus[1]) / "bad.txt").write_bytes(b"\x00")
     with pytest.raises(DataFormatError, match="binary file"):
         tokenize(corpus, tokenizer_folder, str(tmp_path / "out"), shard_bytes=1000)
@@ -221,7 +221,7 @@ def interrupted(tmp_path: Path, corpus: list[str], tokenizer_folder: str) -> Pat
 def test_what_an_interrupted_tokenize_left(
     data: st.DataObject, tmp_path: Path, corpus: list[str], tokenizer_folder: str, interrupted: Path
 ) -> None:
-    """The shard that is not finished is written, and the others are taken as they are, or refused."""
+    """The unfinished shard is written; the finished ones are used as they are, or refused."""
     out, left = tmp_path / "out", tmp_path / ".out.partial"
     file = data.draw(
         st.sampled_from(sorted(path for path in interrupted.iterdir() if path.suffix == ".json" or path.name == ".job"))

@@ -1,4 +1,5 @@
-"""`hunyuan-data mix`, `where` and `verify`: what a run will read, what it has read, and whether it is still there."""
+"""`hunyuan-data mix`, `where` and `verify`: what a run will read, what it has read, and whether that data still exists
+unchanged."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.fixture
 def experiment(tmp_path: Path, tokenizer_folder: str) -> Path:
-    """An experiment of two stages over long and short documents of one corpus, packed apart."""
+    """An experiment of two stages over long and short documents of one corpus, packed separately."""
     lines = [{"text": f"the text {number} " * (1 + (number % 7) ** 2)} for number in range(200)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenize([str(tmp_path / "corpus.jsonl")], tokenizer_folder, str(tmp_path / "tokens"), shard_bytes=5000)
@@ -227,8 +228,8 @@ def test_verify_names_every_file_that_differs_or_is_missing(command: Any, experi
 
 
 def test_epochs_of_documents_are_counted_across_sequence_lengths(command: Any, experiment: Path) -> None:
-    """Two packs of one corpus, to 64 and to 128 tokens, hold the same documents; `mix` says so, and a cap counts
-    both."""
+    """Two packs of one corpus, with sequence lengths 64 and 128, hold the same documents; `mix` says so, and a cap
+    counts both."""
     folder = experiment.parent
     for length in (LENGTH, 2 * LENGTH):
         pack([str(folder / "tokens")], length, str(folder / f"all{length}"), seed=1, materialize=length == 128)

@@ -1,5 +1,5 @@
-"""Tokenizing in shards: the same bytes whatever the number of processes and however often it is killed; rejects; very
-long documents."""
+"""Tokenizing in shards: the same bytes for any number of processes and however often it is killed; rejects; very long
+documents."""
 
 from __future__ import annotations
 
@@ -221,8 +221,8 @@ def test_encoding_very_long_documents_in_parts_gives_the_same_ids(
 
 @pytest.mark.slow
 def test_a_very_long_document_does_not_need_its_size_in_memory(tmp_path: Path, tokenizer_folder: str) -> None:
-    """Both as a text file and as one line of JSON, in processes of their own; the peak is that of a small file and a
-    bounded rest."""
+    """As a text file and as one JSON line, in separate processes; the peak is that of a small file plus a bounded
+    amount."""
     script = """
 import json, resource, sys
 from data_tools.tokenization import tokenize
@@ -251,7 +251,7 @@ if __name__ == "__main__":
 def test_a_document_that_the_engine_cannot_split_costs_only_itself(
     tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As tiktoken cannot split white space of a million characters."""
+    """As when tiktoken fails to split a million characters of white space."""
     encode = DocumentEncoder.encode
 
     def limited(self: DocumentEncoder, texts: list[str]) -> Any:

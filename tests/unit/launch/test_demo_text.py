@@ -1,4 +1,4 @@
-"""What the demo takes for text, and what it refuses."""
+"""Which text the demo accepts, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/node.py: what torchrun is told of a node's job."""
+"""launch/node.py: the arguments that torchrun gets for a node's job."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ print("went on")
 
 
 def test_options_of_train_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message that refuses a change names --accept-changes, so it must work where runs are started."""
+    """The message that refuses a change names --accept-changes, so the option must work where runs are started."""
     for name in ("NNODES", "RDZV_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NPROC_PER_NODE", "2")

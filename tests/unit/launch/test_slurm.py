@@ -1,4 +1,4 @@
-"""launch/slurm.py, with programs in place of Slurm's that write down what they are told."""
+"""launch/slurm.py, with substitutes for Slurm's programs that record their arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ sys.exit(int(os.environ["STATUS"]))
 
 
 def submit(folder: Path, status: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """launch/train.sbatch in a job of two nodes whose srun ends with a status."""
+    """Run launch/train.sbatch in a job of two nodes whose srun exits with `status`."""
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
         (folder / name).write_text(text.replace("FOLDER", str(folder / "said")).replace("PYTHON", sys.executable))
         (folder / name).chmod(0o755)

@@ -97,7 +97,7 @@ def test_help_after_config() -> None:
 
 
 def test_a_mistake_found_by_the_ranks_is_one_message_and_status_2(tmp_path: Path) -> None:
-    """Whatever names of another launcher lie in the environment."""
+    """Whatever variables of another launcher are in the environment."""
     stray = {
         "RANK": "3",
         "WORLD_SIZE": "8",

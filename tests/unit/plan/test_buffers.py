@@ -1,4 +1,4 @@
-"""The layout of the buffers, by hand; tests/parallel/test_traffic.py holds them against megatron-core's own."""
+"""The layout of the buffers, computed by hand; tests/parallel/test_traffic.py compares it with megatron-core's own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a step communicates, by hand and by what must follow; tests/parallel/test_traffic.py holds it against real
-steps."""
+"""What a step communicates, computed by hand and from properties that must hold; tests/parallel/test_traffic.py
+compares it with real steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The closed forms: against the published figures, against counting by hand, and against each other."""
+"""The closed forms, checked against the published figures, against counts by hand, and against each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = load_model(ROOT / "configs/model/hunyuan_tiny.yaml")
 
 
 def shapes(model: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
-    """Every weight of the model, written out layer by layer; an independent count."""
+    """Shapes of every weight of the model, written out layer by layer: an independent count."""
     hidden, width, heads = model.hidden_size, model.head_dim, model.num_attention_heads
     found: dict[str, list[tuple[int, ...]]] = {"dense": [(model.padded_vocab_size, hidden), (hidden,)], "routed": []}
     if not model.share_embeddings_and_output_weights:
@@ -180,8 +180,8 @@ LAYOUTS = st.builds(
 
 @given(LAYOUTS, st.booleans(), st.sampled_from((1, 2)))
 def test_every_layout_shards_the_whole_model(parallel: ParallelConfig, is_tied: bool, times: int) -> None:
-    """Optimizer state with the distributed optimizer, weights without: once over the ranks that do not hold the
-    same."""
+    """Optimizer state with the distributed optimizer, and weights without it, sum to one model over the ranks that do
+    not hold copies."""
     model = TINY.model_copy(update={"share_embeddings_and_output_weights": is_tied})
     count, world_size = parameters(model), 16 * times
     shares, pipeline_ranks = grid(parallel, world_size), range(parallel.pipeline_model_parallel_size)
@@ -190,7 +190,7 @@ def test_every_layout_shards_the_whole_model(parallel: ParallelConfig, is_tied: 
         for pipeline_rank in pipeline_ranks
         for memory in memory_of_ranks(model, parallel, PrecisionConfig(dtype="fp32"), world_size, pipeline_rank)
     ]
-    divided = parameters(model.model_copy(update={"num_layers": 2})).embedding  # the copy of the last stage
+    divided = parameters(model.model_copy(update={"num_layers": 2})).embedding  # the last stage's copy
     replicated = count.norms + count.router
     elements = (
         count.total

@@ -1,4 +1,4 @@
-"""Figures of FP8 against the model that is built, and Hunyuan-Large's."""
+"""FP8 figures, checked against the built model and for Hunyuan-Large."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ stages:
 
 
 def test_the_counted_matmuls_are_those_that_the_model_quantises() -> None:
-    """Weights and kept inputs of a built model, layer by layer."""
+    """Weights and saved inputs of a built model, layer by layer."""
     from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
     from hunyuan_pretrain.model.fp8.session import matmuls
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
@@ -88,7 +88,7 @@ def test_memory_of_saved_inputs_halves(tmp_path: Path) -> None:
         fp8_memory_per_rank(large(tmp_path, **{"parallel.recompute": "cla_group"}), experiment.stages[0], 512).inputs
         == 0
     )
-    # layers alternate between owners and borrowers of keys and values; two experts a rank, whole
+    # layers alternate between owners and borrowers of keys and values; two experts per rank, whole
     attention = (8 * 2 * 6400 * 6400 + 4 * 2 * 6400 * 640) / 8
     assert memory.weight_copies == round(
         2 * (attention + 8 * 3 * 6400 * 18304 / 8 + 8 * 2 * 3 * 6400 * 18304) * (1 + 4 / 128)
@@ -96,7 +96,7 @@ def test_memory_of_saved_inputs_halves(tmp_path: Path) -> None:
 
 
 def test_fp8_only_parameters_save_two_bytes_of_memory_and_one_of_traffic(tmp_path: Path) -> None:
-    """Of each quantised weight: the half of its bf16 value, and its FP8 rows beside that; of every gathered value the
+    """Each quantised weight saves half of its bf16 value, and its FP8 rows beside that value; each gathered value saves
     half."""
     plain, kept = (large(tmp_path, **{"precision.fp8_parameters": text}) for text in ("false", "true"))
     stage, weights = plain.stages[0], fp8_memory_per_rank(plain, plain.stages[0], 512).weight_copies / 2 / (1 + 4 / 128)

@@ -29,7 +29,8 @@ def test_the_plan_reports_what_the_run_does_and_costs() -> None:
 
 
 def test_offloaded_state_is_planned_on_the_host() -> None:
-    """Demo, one rank: fp32 weights and gradients stay; moments go, with a copy of each weight and gradient."""
+    """Demo on one rank: fp32 weights and gradients stay on the device; moments move to the host, with a copy of each
+    weight and gradient."""
     alone = ["parallel.world_size=null", "parallel.expert_model_parallel_size=1", "precision.dtype=fp32"]
     rows = {row.name: row for row in summarise(load_experiment(DEMO, [*alone, "optimizer.cpu_offload_fraction=1"]), 1)}
     assert rows["memory per rank"].value == f"{2 * 4 * 15_804_928 / 2**30:.3g} GiB"
@@ -54,7 +55,7 @@ def test_a_constant_stage_starts_at_its_rate() -> None:
 def test_without_a_world_size_the_plan_assumes_the_smallest() -> None:
     smaller = [
         f"stages.{i}.micro_batch_sequences=2" for i in range(3)
-    ]  # 8 sequences a step are dealt out to 4 ranks too
+    ]  # 8 sequences per step can be split over 4 ranks too
     experiment = load_experiment(DEMO, ["parallel.world_size=null", *smaller])
     assert {row.name: row.value for row in summarise(experiment)}["ranks"] == "2"
     assert {row.name: row.value for row in summarise(experiment, 4)}["ranks"] == "4"

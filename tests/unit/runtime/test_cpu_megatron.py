@@ -1,5 +1,5 @@
-"""The shim that lets megatron-core run without CUDA: each patch is needed, all of them are enough, and CUDA switches it
-off."""
+"""The shim that lets megatron-core run without CUDA: each patch is needed, together they suffice, and the shim does
+nothing if CUDA is available."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = [patch.name for patch in cpu_megatron.needed_patches()]
 
 @pytest.fixture(scope="module")
 def exercises(corpus: Path) -> dict[str, tuple[int, str]]:
-    """Status and output of the exercise without each patch, and with all of them ("")."""
+    """Status and output of the exercise without each patch, and with all of them (key "")."""
     command = [sys.executable, "-m", "tests.helpers.cpu_exercise", str(corpus.parent), *NAMES]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1200, check=True)
@@ -48,7 +48,7 @@ def python(code: str) -> str:
 
 
 def test_does_nothing_if_cuda_is_available():
-    """Names that the patches would replace are the same objects after install()."""
+    """The names that the patches would replace refer to the same objects after install()."""
     code = """
 import sys, torch
 torch.cuda.is_available = lambda: True
@@ -73,7 +73,7 @@ print(cpu_megatron.install(), torch.empty is first)
 
 
 def test_refuses_to_install_after_megatron_is_imported():
-    """Which by then has kept unpatched names."""
+    """By then megatron has bound unpatched names."""
     code = """
 import sys, types
 from hunyuan_pretrain.runtime import cpu_megatron
@@ -87,7 +87,7 @@ except RuntimeError as error:
 
 
 def test_tensors_report_is_cuda_only_inside_the_context():
-    """Copies on the host, and what is computed from them, never do."""
+    """Copies on the host, and what is computed from them, never report it."""
     assert cpu_megatron.install()
 
     def answers() -> list[bool]:

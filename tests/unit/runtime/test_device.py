@@ -1,4 +1,4 @@
-"""Probing a machine, real and imagined."""
+"""Probing a machine, real and simulated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def texts(machine: Machine, *overrides: str) -> str:
 
 
 def module_folder(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty package on the path."""
+    """The folder of an empty package, on the path."""
     (folder / name).mkdir()
     (folder / name / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(folder))

@@ -1,4 +1,4 @@
-"""What is set before torch is imported: only what the user has not, shown and recorded."""
+"""Variables set before torch is imported: only those that the user has not set; shown and recorded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def experiment(**runtime: Any) -> Experiment:
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch):
     for name in (*NAMES, "PYTORCH_ALLOC_CONF", environment.HIDDEN_GPUS):
-        monkeypatch.setenv(name, "")  # so that what a test sets is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what a test sets
         monkeypatch.delenv(name)
 
 

@@ -1,4 +1,4 @@
-"""Where Transformer Engine can be imported and the device is the CPU, a run is bitwise the one without it."""
+"""On the CPU, a run with Transformer Engine importable is bitwise identical to one without it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = [
 
 
 def two_steps(fields: list[dict[str, Any]], is_installed: bool) -> list[tuple[list[str], list[tuple[float, float]]]]:
-    """Classes of the optimizers, and loss and norm of two steps, of each experiment; with the package where an
-    installation would have it, and something in place of its compiled part."""
+    """Optimizer classes, and loss and norm of two steps, of each experiment. If installed, the package is where an
+    installation would have it, with a substitute for its compiled part."""
     from tests.helpers import transformer_engine_stub
 
     if is_installed:

@@ -1,4 +1,4 @@
-"""What is handed to a reader of pointers and shapes lies as the shape says, or is refused by name."""
+"""A tensor handed to code that reads a pointer and a shape is laid out as its shape says, or is refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def test_a_reader_of_strides_accepts_everything_but_a_strided_last_dim() -> None
 
 
 def test_a_reader_that_compares_strides_gets_the_canonical_ones() -> None:
-    """A contiguous tensor may have any in a dim of size 1, as keys of one head have that were written head by head."""
+    """A contiguous tensor may have any stride in a dim of size 1, as the keys of a single head that were written head
+    by head do."""
     one_head = torch.zeros(1, 3, 4).transpose(0, 1)
     assert one_head.is_contiguous()
     (taken,) = handed_over("a kernel", one_head, starts_memory=True)

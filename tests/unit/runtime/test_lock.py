@@ -1,4 +1,4 @@
-"""The lock of a run directory: one process at a time, whatever became of the others."""
+"""The lock of a run directory: one process at a time, whatever happened to the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ time.sleep(60)
 
 
 def holder(run_dir: Path) -> subprocess.Popen[str]:
-    """Another process that has the lock."""
+    """Start another process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
     )
@@ -172,5 +172,5 @@ def _try(run_dir: Path) -> int:
     except ConfigError:
         time.sleep(1)
         return 0
-    time.sleep(1)  # the others find this one alive
+    time.sleep(1)  # long enough for the others to find this one alive
     return 1

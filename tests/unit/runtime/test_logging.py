@@ -1,4 +1,4 @@
-"""The run directory: log.txt, metrics.jsonl, the optional sinks, and what a resume does to them."""
+"""The run directory: log.txt, metrics.jsonl, the optional sinks, and the effect of a resume on them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_the_next_line_is_not_glued_to_a_partial_one(tmp_path, end):
-    """What a kill or a crash of the machine can leave at the end of metrics.jsonl."""
+    """A kill or a machine crash can leave this at the end of metrics.jsonl."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end)
     log = RunLog(tmp_path, QUIET, "name", is_writer=True)
     log.truncate_after(2)
@@ -104,7 +104,7 @@ def test_a_fresh_run_has_nothing_to_truncate(log, tmp_path):
 
 
 def test_lines_go_to_console_and_log_txt_unchanged(tmp_path, capsys):
-    """Brackets are no markup, and long lines are not broken."""
+    """Brackets are not markup, and long lines are not wrapped."""
     log = RunLog(tmp_path, QUIET, "name", is_writer=True)
     text = "step 1/2 [decay] " + "x" * 300
     log.line(text)
@@ -188,7 +188,7 @@ def test_the_environment_is_recorded(tmp_path):
 
 @contextmanager
 def no_room_beyond(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes, as on a full disk."""
+    """Prevent files of this process from growing beyond `size` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -198,8 +198,8 @@ def no_room_beyond(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_neither_ends_a_run_nor_loses_a_line(log, tmp_path, capsys):
-    """Lines wait in memory; what has no room is not there by half; one warning when it begins, one line when it is
-    over."""
+    """Lines wait in memory; no line is written partially; one warning when the disk fills up, one line when there is
+    room again."""
     log.metrics({"step": 1, "loss": 2.5})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     with no_room_beyond(size + 5):

@@ -34,7 +34,7 @@ def test_a_large_seed_is_accepted():
 
 
 def test_state_is_restored_in_the_middle_of_a_stream():
-    """numpy keeps a second normal number for the next call, which is state too."""
+    """numpy caches a second normal number for the next call; that is state too."""
     seed_generators(3, 0)
     draw()
     random.gauss(0, 1)
@@ -46,7 +46,7 @@ def test_state_is_restored_in_the_middle_of_a_stream():
 
 
 def test_the_state_survives_torch_save(tmp_path):
-    """Without pickle of arbitrary classes, as a checkpoint is read."""
+    """Loaded without unpickling arbitrary classes, as a checkpoint is."""
     seed_generators(5, 0)
     torch.save(generator_state(), tmp_path / "state.pt")
     expected = draw()

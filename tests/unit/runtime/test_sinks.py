@@ -1,4 +1,4 @@
-"""Optional services: whatever one does, the run goes on, with one warning."""
+"""Optional services: whatever a service does, the run continues, with one warning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOES_ON = "the run continues without it, and all its numbers are in metrics.json
 
 
 class Service:
-    """Fails or blocks in one of its three operations."""
+    """A service that fails or blocks in one of its three operations."""
 
     def __init__(self, bad: str, how: str) -> None:
         self.bad, self.how = bad, how
@@ -90,7 +90,7 @@ log.line("trained")
 
 
 def online(run_dir: Path, seconds: float, home: Path, **variables: str) -> tuple[int, str]:
-    """(exit status, stdout) of a run with wandb=online at a terminal that nobody sits at."""
+    """(exit status, stdout) of a run with wandb=online at a terminal with no user."""
     environment = (
         {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
         | {"HOME": str(home)}
@@ -126,7 +126,7 @@ def test_wandb_online_without_a_key_is_one_warning(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def black_hole() -> Iterator[int]:
-    """Port of a server that takes every connection and never answers."""
+    """Port of a server that accepts every connection and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield server.getsockname()[1]
 
@@ -175,7 +175,7 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path: Path) -> None:
         for step in steps:
             log.metrics({"step": step, "loss": step + 0.5 * first})
         log.close()
-        time.sleep(1.1)  # the files' names have the second in them, which decides their order
+        time.sleep(1.1)  # file names contain the second, which decides their order
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [

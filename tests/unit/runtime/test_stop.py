@@ -1,4 +1,4 @@
-"""Signals that ask for a stop, in processes of their own that import no torch."""
+"""Signals that request a stop, in separate processes that do not import torch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_stop_is_remembered_until_the_run_can_stop() -> None:
 
 def test_one_ctrl_c_during_a_save_counts_once_for_any_number_of_writers() -> None:
     process = listening(WITH_FORKS)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does, and torchrun
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal and torchrun do
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "saved\n"), err
     assert err.count("Ctrl-C: stopping") == 1

@@ -47,7 +47,7 @@ def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_pat
 
 
 def test_micro_batches_and_padding_do_not_change_the_loss(corpus, tmp_path):
-    """Five sequences in micro-batches of 1 or 4: three of the eight places are padding."""
+    """Five sequences in micro-batches of 1 or 4: three of the eight slots are padding."""
     one, four = (validation(corpus, tmp_path, max_sequences=5, micro_batch_sequences=size)[1] for size in (1, 4))
     assert four["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert four["target_tokens"] == one["target_tokens"]
@@ -56,7 +56,7 @@ def test_micro_batches_and_padding_do_not_change_the_loss(corpus, tmp_path):
 
 
 def test_validation_changes_nothing_in_the_run(corpus, tmp_path):
-    """The step after a validation is bitwise the step without one."""
+    """The step after a validation is bitwise identical to the step without one."""
     plain = on_this_rank(experiment_fields(corpus, tmp_path, model__num_layers=2))
     run, _ = validation(corpus, tmp_path, max_sequences=2)
     (expected,), (actual,) = trace_steps(plain, range(1)), trace_steps(run, range(1))
@@ -65,7 +65,8 @@ def test_validation_changes_nothing_in_the_run(corpus, tmp_path):
 
 
 def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
-    """Together in one record, and in bits per byte of the text that the targets stand for, as the demo reports them."""
+    """All sets are in one record, also in bits per byte of the text that the targets represent, as the demo reports
+    them."""
     path = str(corpus / "heldout")
     fields = experiment_fields(corpus, tmp_path / "run", 2, model__num_layers=2)
     fields["evaluation"] = {

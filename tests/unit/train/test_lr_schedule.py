@@ -39,7 +39,7 @@ def test_cosine_falls_slowly_at_both_ends_and_passes_the_middle():
 
 
 def test_stages_join_without_a_jump():
-    """No step changes the rate by more than the steepest stage does by itself."""
+    """No step changes the rate by more than the steepest stage does on its own."""
     values = [SCHEDULE.lr_fraction(step) for step in range(65)]
     assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= 0.1 + 1e-12
 

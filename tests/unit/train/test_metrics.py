@@ -1,4 +1,4 @@
-"""What a step's numbers become."""
+"""The metrics of a step."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ PROMISED = {
 
 
 def statistics(model: ModelConfig) -> RouterStatistics:
-    """Two layers of 128 tokens in 4 routing groups; in layer 0 32 choices overflow, of which 24 are recycled and 8
-    dropped."""
+    """Statistics of two layers of 128 tokens in 4 routing groups; in layer 0, 32 choices overflow, of which 24 are
+    recycled and 8 dropped."""
     sums = {
         "overflow": [32, 0],
         "recycled": [24, 0],
@@ -107,8 +107,8 @@ def test_the_line_for_the_console():
 
 
 def test_a_record_reports_progress_and_remaining_time(monkeypatch):
-    """Of 5 steps of 128 tokens: after 3, the rest at the speed since the first step of this process, whatever that one
-    took."""
+    """5 steps of 128 tokens, after 3 of them: the rest is estimated from the speed since the first step of this
+    process, however long that step took."""
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     meter = Meter(Schedule.of([STAGE]), now - 1000, None, torch.device("cpu"))

@@ -32,13 +32,13 @@ OFFLOADED = {"nothing offloaded": 0.0, "half offloaded": 0.5, "all offloaded": 1
 
 
 def fields(corpus: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    # the shared expert as wide as a routed one, so that both can be given the same weight and gradient
+    # the shared expert is as wide as a routed one, so that both can have the same weight and gradient
     return experiment_fields(corpus, run_dir, model__num_layers=2, model__ffn_hidden_size=40, **changes)
 
 
 def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.ndarray, np.ndarray]:
-    """Give the shared and every routed expert the same weights and gradients, make one real step, return both updates
-    of fc1."""
+    """Give the shared and every routed expert the same weights and gradients, make one real step, and return both
+    updates of fc1."""
     mlp = run.chunks[0].decoder.layers[1].mlp
     shared, routed = mlp.shared_experts.linear_fc1.weight, mlp.experts.linear_fc1.weight
     generator = torch.Generator().manual_seed(3)
@@ -164,7 +164,7 @@ def test_the_ratio_follows_the_formula_if_it_is_not_fixed(corpus, tmp_path):
 
 
 def three_steps(corpus: Path, tmp_path: Path, dtype: str, fraction: float) -> tuple[Any, list[Any]]:
-    """A run with so much of its optimizer state offloaded, and what its first three steps computed."""
+    """A run with this fraction of its optimizer state offloaded, and what its first three steps computed."""
     settings = {"lr": 1e-2, "adam_eps": 1e-3, "clip_grad": 0.5, "cpu_offload_fraction": fraction}
     run = on_this_rank(fields(corpus, tmp_path, optimizer=settings, precision={"dtype": dtype}))
     return run, trace_steps(run, range(3))
@@ -173,8 +173,9 @@ def three_steps(corpus: Path, tmp_path: Path, dtype: str, fraction: float) -> tu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
 def test_training_with_and_without_offload_is_equal(corpus, tmp_path, dtype, fraction):
-    """Losses, clip norm, every gradient, moment and parameter; clipped in core's way, not in the kernel's, so up to
-    rounding. Of 0.01 the routers are on the host, of fp32 weights nearly all on the device."""
+    """Losses, clip norm, every gradient, moment and parameter. Clipping is core's here, not the kernel's, so equality
+    is up to rounding. With a fraction of 0.01 the routers are on the host; fp32 weights are nearly all on the
+    device."""
     _, expected = three_steps(corpus, tmp_path, dtype, 0.0)
     run, actual = three_steps(corpus, tmp_path, dtype, fraction)
     assert min(trace.scalars["grad_norm"] for trace in expected) > 0.5, "it is clipped"
@@ -205,7 +206,7 @@ def test_training_with_and_without_offload_is_equal(corpus, tmp_path, dtype, fra
 
 
 def test_core_would_not_update_fp32_weights_that_stay_on_the_device(corpus, tmp_path, monkeypatch):
-    """What _hand_over_fp32_gradients is for."""
+    """This is why _hand_over_fp32_gradients exists."""
     monkeypatch.setattr("hunyuan_pretrain.train.optimizer._hand_over_fp32_gradients", lambda optimizer: None)
     _, (trace, _, last) = three_steps(corpus, tmp_path, "fp32", 0.5)
     stay = [name for name, value in trace.parameters.items() if (value == last.parameters[name]).all()]
@@ -213,7 +214,7 @@ def test_core_would_not_update_fp32_weights_that_stay_on_the_device(corpus, tmp_
 
 
 def test_core_offloads_only_what_counts_as_on_a_device(corpus, tmp_path, monkeypatch):
-    """What weights_count_as_on_a_device is for."""
+    """This is why weights_count_as_on_a_device exists."""
     monkeypatch.setattr("hunyuan_pretrain.train.optimizer.weights_count_as_on_a_device", nullcontext)
     with pytest.raises(KeyError):
         three_steps(corpus, tmp_path, "fp32", 0.5)

@@ -1,4 +1,4 @@
-"""shadow: the figures of an FP8 recipe beside the run's own format."""
+"""shadow: the figures of an FP8 recipe next to the run's own format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fields(corpus: Path, run_dir: Path, recipe: str | None = None, **changes: An
 
 
 def test_lost_values_are_counted() -> None:
-    # 448 is the largest value of E4M3; 464 lies halfway to the next, and rounds down to it
+    # 448 is the largest value of E4M3; 464 is halfway to the next, and rounds down to it
     scaled = torch.tensor([448.0, 464.0, 464.5, -1000.0, 1.0, 0.0, 2.0**-10, 2.0**-10 * 1.01, -(2.0**-11)])
     values = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
     assert count_lost(scaled, values).tolist() == [8, 2, 2], "values that are not zero, saturated, flushed"
@@ -46,7 +46,7 @@ def test_lost_values_are_counted() -> None:
 
 
 def run_of_all(work: list[dict[str, Any]], recipe: str) -> Any:
-    """(report of shadow on the first, traces of training the others)."""
+    """(report of shadow on the first run, traces of training the others)."""
     from hunyuan_pretrain.diagnostics.parity import trace_layout
     from hunyuan_pretrain.diagnostics.shadow import shadow
 
@@ -57,8 +57,8 @@ def run_of_all(work: list[dict[str, Any]], recipe: str) -> Any:
 
 @pytest.mark.parametrize(("recipe", "ranks"), [("blockwise", 1), ("delayed", 2)])
 def test_figures_match_training(corpus: Path, tmp_path: Path, recipe: str, ranks: int) -> None:
-    """Losses are bit by bit those of runs with and without the recipe, and the first gradients differ as those of the
-    runs do."""
+    """Losses are bitwise identical to runs with and without the recipe, and the first gradients differ as those runs'
+    gradients do."""
     changes: dict[str, Any] = {"parallel": {"expert_model_parallel_size": ranks}}
     work = [
         fields(corpus, tmp_path / "never", None, **changes),
@@ -102,7 +102,7 @@ def test_gradients_are_compared_at_the_same_weights(corpus: Path, tmp_path: Path
 
 
 def after_its_end(corpus: Path, folder: Path) -> tuple[str, bool]:
-    """What shadow says of a run that is done, and whether the run is as it was."""
+    """What shadow reports for a finished run, and whether the run is unchanged."""
     from hunyuan_pretrain.diagnostics.shadow import shadow
     from hunyuan_pretrain.train.loop import train
 
@@ -118,7 +118,7 @@ def after_its_end(corpus: Path, folder: Path) -> tuple[str, bool]:
 
 
 def test_a_run_at_its_end_has_no_step_left(corpus: Path, tmp_path: Path) -> None:
-    """It starts from the newest checkpoint, and leaves the run alone."""
+    """Shadow starts from the newest checkpoint, and leaves the run unchanged."""
     said, is_unchanged = fork_ranks(1, after_its_end, corpus, tmp_path / "run")[0]
     assert "has no step left: 4 of 4 are done (choose another run_dir to start from the beginning)" in said
     assert is_unchanged

@@ -1,4 +1,4 @@
-"""The digests of the data before training: every file is read by one rank, and all ranks hear of every problem."""
+"""Verifying the digests of the data before training: one rank reads each file, and all ranks learn of every problem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.ranks import fork_ranks
 
 
 def verify_on_this_rank(*cases: dict[Path, str | None]) -> tuple[list[tuple[list[str], str]], str]:
-    """Of each case, the names of the files that this rank reads, and its error; and what this rank says on stderr."""
+    """For each case, the names of the files that this rank reads, and its error; and this rank's stderr."""
     dist.init_process_group("gloo")
     digests._BLOCK_BYTES, verification._SECONDS_BETWEEN_MEETINGS = 10, -1.0  # a meeting after each block
     check = verification.check_digest_in_steps
@@ -37,7 +37,7 @@ def verify_on_this_rank(*cases: dict[Path, str | None]) -> tuple[list[tuple[list
 
 
 def make_files(folder: Path) -> dict[Path, str | None]:
-    """Files of unequal length, the last of them empty, and their digests."""
+    """Files of unequal length, the last one empty, and their digests."""
     files: dict[Path, str | None] = {}
     for number in range(7):
         content = bytes(range(60 - 10 * number))
