@@ -40,13 +40,13 @@ Walk = Callable[[np.ndarray, int], np.ndarray]
 
 
 def attention_cost_tokens(model: ModelConfig) -> float:
-    """Length of a document whose attention costs as much as all else; the FLOPs of attention are proportional to it."""
+    """Length of a document whose attention costs as much as everything else; attention FLOPs are proportional to it."""
     flops = flops_per_token(model, 10**6)
     return 10**6 * flops.matmuls / (flops.attention_scores + flops.attention_values)
 
 
 def steps_of(num_sequences: int, walk: Walk) -> np.ndarray:
-    """Rows of each step: (STEPS, BATCH), epoch after epoch, without what does not fill a step."""
+    """Rows of each step: (STEPS, BATCH), epoch after epoch, dropping incomplete steps."""
     per_epoch = num_sequences // BATCH
     position = np.arange(per_epoch * BATCH)
     epochs = [walk(position, mixed_key(1, epoch)).reshape(-1, BATCH) for epoch in range(-(-STEPS // per_epoch))]
@@ -54,7 +54,7 @@ def steps_of(num_sequences: int, walk: Walk) -> np.ndarray:
 
 
 def share_of_commonest_kind(packing: Packing, kinds: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each sequence's tokens."""
+    """Share of the commonest kind among each sequence's tokens."""
     names, numbers = np.unique(kinds, return_inverse=True)
     commonest = np.bincount(numbers, weights=lengths, minlength=len(names)).argmax()
     tokens = packing.piece_length * (numbers[packing.piece_document] == commonest)
@@ -62,8 +62,8 @@ def share_of_commonest_kind(packing: Packing, kinds: np.ndarray, lengths: np.nda
 
 
 def compare(costs: np.ndarray, order: np.ndarray, ranks: int, kind: np.ndarray | None) -> None:
-    """A line for each way to order and to deal sequences of these costs, of whose tokens `kind` is the share of one
-    kind."""
+    """Print a line for each way to order and assign sequences of these costs; `kind` is one kind's share of each
+    sequence's tokens."""
 
     def random(position: np.ndarray, key: int) -> np.ndarray:
         return permuted(position, len(costs), key)

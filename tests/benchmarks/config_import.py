@@ -11,7 +11,7 @@ import sys
 
 
 def seconds(code: str) -> float:
-    """Least processor time of several processes that run `code`."""
+    """Minimum processor time of several processes that run `code`."""
     times = []
     for _ in range(10):
         process = subprocess.Popen([sys.executable, "-c", code])

@@ -24,7 +24,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 LENGTHS = (4096, 32768, 262144)
 LONG_SHARE = 8
-"""A document is long for a sequence if it fills at least one part in so many of it."""
+"""A document is long for a sequence if it fills at least one part in this many of it."""
 
 
 def run(name: str, *arguments: object) -> None:
@@ -46,8 +46,8 @@ def size_of(folder: Path) -> float:
 
 
 def phases(work: Path, vocab_size: int, tokens: int) -> dict:
-    """An experiment with the phases of Hunyuan-Large's report, scaled to the corpus: 90% of its tokens before the long
-    context."""
+    """An experiment with the phases of Hunyuan-Large's report, scaled to the corpus: 90% of its tokens come before the
+    long-context phases."""
 
     def stage(
         name: str, share: float, length: int, batch: int, lr_end: float, data: list[dict], alpha: float = 1.0

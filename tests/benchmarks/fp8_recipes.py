@@ -20,11 +20,11 @@ from pathlib import Path
 CONFIG = Path(__file__).parents[2] / "configs/dev/fp8_comparison.yaml"
 RECIPES = ("bf16", "delayed", "tensorwise", "blockwise", "mxfp8")
 LAST_STEPS = 10
-"""Training loss is the mean over these."""
+"""Training loss is the mean over these steps."""
 
 
 def train(recipe: str, seed: int, output: Path, overrides: list[str]) -> dict[str, list[float] | float]:
-    """Losses of one run: of every step, and on held-out text at the end."""
+    """Losses of one run: at every step, and on held-out text at the end."""
     run_dir = output / f"{recipe}_{seed}"
     result = output / f"{recipe}_{seed}.json"
     if not result.exists():
@@ -47,7 +47,7 @@ def train(recipe: str, seed: int, output: Path, overrides: list[str]) -> dict[st
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """Mean, and the standard deviation of one value."""
+    """Mean, and standard deviation of a single value."""
     return f"{statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
@@ -66,7 +66,7 @@ def rows_of(results: dict[str, list[dict]]) -> list[tuple[str, ...]]:
 
 
 def plot(results: dict[str, list[dict]], path: Path) -> None:
-    """Gap of each recipe to BF16 by step, mean over the seeds; grey: how far BF16 runs of single seeds are from their
+    """Plot each recipe's gap to BF16 by step, mean over the seeds; grey: the distance of single BF16 seeds from their
     mean."""
     import matplotlib
 

@@ -124,7 +124,7 @@ def ours(size: SimpleNamespace, recipe: str | None, engine: bool = True) -> tupl
         )
         for start in range(0, size.sequences * size.length, rows)
     ]
-    # of a run, what a step takes: no data on disk, no log
+    # the parts of a run that a step uses: no data on disk, no log
     loader: Any = SimpleNamespace(micro_batches=lambda step: batches)
     run = Run(experiment, device(), groups, [], chunks, optimizer, loader, None, 0, log=None)
     steps = itertools.count()
@@ -246,8 +246,8 @@ def megatron_gpt(size: SimpleNamespace, recipe: str | None) -> tuple[Step, int]:
 
 @contextmanager
 def output_layer_without_apex() -> Iterator[None]:
-    """GPTModel's output layer is core's own and adds its gradient inside the product by Apex' extension only: it does
-    without; its other layers, which are Transformer Engine's, do not."""
+    """GPTModel's output layer is core's own and accumulates its gradient inside the GEMM only with Apex's extension, so
+    it is disabled there; GPTModel's other layers, from Transformer Engine, still accumulate."""
     from megatron.core.tensor_parallel import layers
 
     construct = layers.ColumnParallelLinear.__init__

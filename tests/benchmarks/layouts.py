@@ -56,7 +56,7 @@ LAYOUTS: dict[str, tuple[int, Job, Job | None]] = {
 
 
 def worker(name: str, is_ours: bool) -> None:
-    """One rank: answers every line on stdin (a number of steps) with the seconds of each, as JSON."""
+    """One rank: answer every line on stdin (a number of steps) with the seconds of each, as JSON."""
     warnings.filterwarnings("ignore")
     import torch
 
@@ -77,7 +77,7 @@ def worker(name: str, is_ours: bool) -> None:
 
 
 def start(name: str, is_ours: bool) -> list[subprocess.Popen[str]]:
-    """The ranks of one job, waiting for orders after their first step."""
+    """Start the ranks of one job, which wait for requests after their first step."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -100,7 +100,7 @@ def start(name: str, is_ours: bool) -> list[subprocess.Popen[str]]:
 
 
 def ask(processes: list[subprocess.Popen[str]], steps: int) -> list[float]:
-    """Seconds of so many steps; the ranks run them together."""
+    """Seconds of each of `steps` steps; the ranks run them together."""
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(f"{steps}\n")
@@ -121,7 +121,7 @@ def main() -> None:
         worker(arguments.worker, arguments.ours)
         return
     print(f"{'layout':16} {'ours tokens/s':>14} {'GPTModel tokens/s':>18} {'ratio':>6}")
-    for name in arguments.only:  # one layout after the other: all ranks of all jobs together would not fit in memory
+    for name in arguments.only:  # one layout after the other: all jobs at once would not fit in memory
         jobs = {is_ours: start(name, is_ours) for is_ours in (True, False) if is_ours or LAYOUTS[name][2] is not None}
         seconds: dict[bool, list[float]] = {is_ours: [] for is_ours in jobs}
         for round_number in range(arguments.rounds + 1):  # the first round warms up

@@ -39,7 +39,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 Report = dict[str, Any]
-# More would take minutes, and as many bytes as there are tokens, some times over.
+# More would take minutes, and several times as many bytes as there are tokens.
 MOST_DOCUMENTS = {"TRL bfd": 2 * 10**5, "TRL bfd_split": 2 * 10**5}
 
 
@@ -84,7 +84,7 @@ def bins_alone(lengths: np.ndarray, sequence_length: int) -> Callable[[], Report
 
 
 def lightbinpack(lengths: np.ndarray, sequence_length: int, to_arrays: bool = False) -> Callable[[], Report]:
-    """Whole sequences of long documents need no packing and are not given to it."""
+    """Whole sequences from long documents need no packing and are not passed to it."""
     from lightbinpack import obfd
 
     pieces = lengths % sequence_length
@@ -145,8 +145,8 @@ def trl(lengths: np.ndarray, sequence_length: int, strategy: str) -> Callable[[]
 
 
 def megatron(lengths: np.ndarray, sequence_length: int) -> Callable[[], Report]:
-    """As GPTDataset does for one epoch; it lets a sequence share its last token with the next and drops the last, short
-    one."""
+    """As GPTDataset does for one epoch: a sequence shares its last token with the next, and the last, short one is
+    dropped."""
     from megatron.core.datasets import helpers
 
     total = int(lengths.sum(dtype=np.int64))
@@ -178,14 +178,14 @@ CONTENDERS: dict[str, Callable[[np.ndarray, int], Callable[[], Report]]] = {
 
 
 def sample_lengths(source: str) -> np.ndarray:
-    """A file of lengths, or as many made-up ones."""
+    """Lengths from a file, or this many synthetic ones."""
     if source.endswith(".npy"):
         return np.ascontiguousarray(np.load(source), dtype=np.int32)
     return np.maximum(3, np.random.default_rng(0).lognormal(6.3, 1.4, int(float(source)))).astype(np.int32)
 
 
 def worker(name: str, source: str, sequence_length: int, rounds: int) -> Report:
-    """The contender's figures in this process; seconds are those of the quickest round."""
+    """The contender's figures in this process; seconds are those of the fastest round."""
     lengths = sample_lengths(source)
     try:
         run = CONTENDERS[name](lengths, sequence_length)

@@ -62,7 +62,7 @@ def peer(dataset: TokenizedDataset, sequence_length: int, reset: bool, cache: st
 
 
 def rate(read: Callable[[int], object], size: int) -> float:
-    """Samples per processor second of reading at random."""
+    """Samples per processor second of random reads."""
     order = np.random.default_rng(0).permutation(size)
     started, count = time.process_time(), 0
     while time.process_time() - started < SECONDS:

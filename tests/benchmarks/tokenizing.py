@@ -47,13 +47,13 @@ CONTENDERS = {
 
 
 class MegatronEncoder:
-    """What a worker of the pool does, as the tool's encoder does it."""
+    """The work of a pool worker, as in the tool's encoder."""
 
     def __init__(self, vocabulary: str) -> None:
         self.vocabulary = vocabulary
 
     def start(self) -> None:
-        """Make the tokenizer of this worker."""
+        """Create this worker's tokenizer."""
         from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
 
         from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
@@ -75,7 +75,7 @@ class MegatronEncoder:
 
 def megatron_loop(source: str, output: str, vocabulary: str, workers: int) -> None:
     """Tokenize `source` into output.bin and output.idx."""
-    warnings.simplefilter("ignore")  # core's, of what is not installed
+    warnings.simplefilter("ignore")  # core's warnings about packages that are not installed
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     encoder = MegatronEncoder(vocabulary)
@@ -107,8 +107,8 @@ def write_vocabulary(ranks: Path, vocabulary: Path) -> np.ndarray:
 
 
 def write_inputs(corpus: str, work: Path, sizes: list[float]) -> dict[float, str]:
-    """Files of the wanted sizes, in MB, from lines of the corpus in a seeded random order; one begins with what a
-    smaller one holds."""
+    """Files of the requested sizes, in MB, from lines of the corpus in a seeded random order; each starts with the
+    contents of the smaller ones."""
     places, place = [], 0
     with open(corpus, "rb") as lines:
         for line in lines:
@@ -143,7 +143,7 @@ def measured(command: list[str]) -> dict[str, float]:
                 tree = psutil.Process(process.pid)
                 for member in [tree, *tree.children(recursive=True)]:
                     total += member.memory_full_info().pss
-            except psutil.Error:  # one that ends at this moment
+            except psutil.Error:  # a process that is just ending
                 continue
             peak[0] = max(peak[0], total / 1e6)
 
@@ -151,7 +151,7 @@ def measured(command: list[str]) -> dict[str, float]:
     watcher.start()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has taken it from subprocess
+    process.returncode = os.waitstatus_to_exitcode(status)  # wait4 has already reaped it
     ended.set()
     watcher.join()
     if process.returncode:
@@ -168,10 +168,10 @@ def command_of(kind: str, workers: int, source: str, output: Path, tokenizer: Pa
 
 
 def compare(source: str, ours: Path, theirs: Path, order: np.ndarray) -> str:
-    """How many documents have the same ids in both outputs; ends the benchmark at one that has not.
+    """How many documents have the same ids in both outputs; a mismatch ends the benchmark.
 
-    Passed over: texts that are not in NFC, which only ours makes, and texts that name one of Megatron's special tokens,
-    such as <s>, which its class takes for that token.
+    Skipped: texts that are not in NFC, to which only ours normalises, and texts that contain one of Megatron's special
+    tokens, such as <s>, which its class encodes as that token.
     """
     from hunyuan_pretrain.data.indexed import TokenizedDataset
     from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS
@@ -239,7 +239,7 @@ def report(
     megabytes: dict[float, float],
     file: str | None,
 ) -> None:
-    """Print the table, and write it and what it is made of as JSON."""
+    """Print the table, and write it and its raw data as JSON."""
     small, large = sizes
     between = megabytes[large] - megabytes[small]
     rows: dict[str, Any] = {}

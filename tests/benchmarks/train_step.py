@@ -110,7 +110,7 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
         for ids in sequences
     ]
     stage = stage.model_copy(update={"micro_batch_sequences": sequences.shape[1]})
-    # of a run, what a step takes: no data on disk, no log
+    # the parts of a run that a step uses: no data on disk, no log
     loader: Any = SimpleNamespace(micro_batches=lambda step: batches)
     run = Run(experiment, torch.device("cpu"), groups, [], chunks, optimizer, loader, None, 0, log=None)
     steps = itertools.count(1)
@@ -123,8 +123,8 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
 
 
 def megatron_gpt(num_micro_batches: int = 1, **parallel: int) -> tuple[Step, int, int]:
-    """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as Megatron
-    uses them."""
+    """megatron-core's GPTModel, local spec, on the same CPU shim, with core's DDP, schedule and optimizer as in
+    Megatron."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.helpers import gpt_on_cpu
 
@@ -272,8 +272,7 @@ def transformers_hunyuan() -> tuple[Step, int, int]:
 
 
 def limit() -> tuple[Step, int, int]:
-    """What no step can go below on this machine: the step's matrix products alone, and torch's fused AdamW over its
-    weights."""
+    """Lower bound of a step on this machine: the step's matmuls alone, and torch's fused AdamW over its weights."""
     import torch
 
     kv = 2 * GROUPS * HIDDEN // HEADS

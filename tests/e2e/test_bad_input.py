@@ -1,4 +1,4 @@
-"""Mistakes of a user, through the real commands: one message that says what is wrong, exit status 2, nothing
+"""A user's mistakes, through the real commands: one message that says what is wrong, exit status 2, nothing
 half-written."""
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def data(*arguments: object) -> tuple[int, str, str]:
 
 
 def assert_refused(result: tuple[int, str, str], *words: object) -> None:
-    """Exit status 2; every one of `words` in stderr, the first of them once; no traceback; nothing on stdout."""
+    """Assert exit status 2, all of `words` in stderr and the first of them once, no traceback, and nothing on
+    stdout."""
     code, out, err = result
     assert code == 2, f"exit status {code}\n{out}{err}"
     assert "Traceback" not in err
@@ -118,7 +119,7 @@ CONFIG_MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 
 
 def flip_a_bit(file: Path) -> None:
-    """The first id becomes its neighbour."""
+    """Flip a bit of the first id."""
     content = file.read_bytes()
     file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
 
@@ -152,8 +153,8 @@ def test_wrong_number_of_ranks_is_one_message_under_torchrun(corpus, tmp_path):
 
 @pytest.mark.slow
 class TestAfterTorchIsLoaded:
-    """Starting a training process takes long: one is started for each kind of start, alone and under torchrun; the
-    others are forks."""
+    """Starting a training process takes long: one is started for each kind of start, alone and under torchrun; the rest
+    are forks."""
 
     def test_data_packed_to_another_length(self, corpus, tmp_path):
         refused = run("train", config(tmp_path, corpus, stages__sequence_length=128))
@@ -225,8 +226,8 @@ class TestAfterTorchIsLoaded:
         assert names(tmp_path) == set()
 
     def test_run_directory_that_cannot_be_written(self, corpus, tmp_path):
-        """A file where the folder, one around it or one of its files should be, which no permission of root's
-        overrides."""
+        """A file in place of the folder, a parent of it or one of its files: root's permissions do not override
+        that."""
         fields = config(tmp_path, corpus)
         (tmp_path / "run").write_text("in the way")
         assert_refused(

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def documents() -> list[str]:
-    """Prose of Python's reference, 8 paragraphs a document."""
+    """Prose of Python's reference, 8 paragraphs per document."""
     blocks = [block for text in pydoc_data.topics.topics.values() for block in text.split("\n\n")]
     paragraphs = [
         " ".join(block.split())

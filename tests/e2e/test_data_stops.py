@@ -1,4 +1,4 @@
-"""`hunyuan-data` that is told to stop: an exit status that says so, and nothing half-written."""
+"""`hunyuan-data` when it is told to stop: an exit status that says so, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ cli.main()
 
 
 def stopped(moment: str, number: int, *arguments: object) -> tuple[int, str]:
-    """(exit status, stderr) of `hunyuan-data` that gets a signal when it flushes its first file, or gives the old
-    folder another name."""
+    """(exit status, stderr) of `hunyuan-data` that gets a signal when it flushes its first file, or renames the old
+    folder."""
     program = PROGRAM.replace("NUMBER", str(int(number)))
     command = [sys.executable, "-c", program, moment, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

@@ -18,7 +18,7 @@ from tests.helpers.runs import experiment_fields, run, write_experiment
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, and beside it x.yaml."""
+    """A finished run, with x.yaml beside it."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_experiment(folder / "x.yaml", experiment_fields(corpus, folder / "run", steps=2))
     code, _, err = run("train", config)

@@ -13,7 +13,7 @@ from tests.helpers.runs import ROOT, experiment_fields, write_experiment
 
 
 def run(name: str, *arguments: object) -> str:
-    """What an example prints."""
+    """Run an example and return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name, *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""From a training run to folders that others load: every parameter maps once, logits are those of the training
+"""From a training run to folders that others load: every parameter maps once, and logits are those of the training
 model."""
 
 from tests.helpers import tiny  # noqa: I001
@@ -27,7 +27,7 @@ def trained(corpus, folder, ranks=None, **changes):
 
 @pytest.fixture(scope="module")
 def plain(corpus, tmp_path_factory):
-    """A run of one rank with every feature on; nobody writes to it."""
+    """A one-rank run with every feature on; tests must not write to it."""
     return trained(corpus, tmp_path_factory.mktemp("plain"))
 
 
@@ -54,8 +54,7 @@ def test_every_parameter_maps_to_hf_once(changes):
 
 
 def export_where_a_gpu_is(run_dir: str, output: str) -> dict[str, object]:
-    """An export in a process that sees a GPU, on which nothing can be put: what is made there without being told is on
-    no device at all."""
+    """An export in a process that sees an unusable GPU: a tensor created without an explicit device ends up on none."""
     from hunyuan_pretrain.checkpoint.export_run import export_run
 
     torch.cuda.is_available = lambda: True
@@ -69,7 +68,8 @@ def test_an_export_is_made_on_the_cpu_on_any_machine(plain, tmp_path):
 
 
 def test_export_of_a_run_equals_the_training_model_and_loads_without_this_project(corpus, tmp_path):
-    """Trained by two ranks with experts divided, every feature on; loaded in a process that has transformers only."""
+    """Trained by two ranks with expert parallelism and every feature on; loaded in a process that has only
+    transformers."""
     run_dir = trained(corpus, tmp_path, ranks=2, parallel={"expert_model_parallel_size": 2})
     status, _, err = run("export", str(run_dir), str(tmp_path / "out"))
     assert status == 0, err
@@ -97,7 +97,7 @@ print(type(model).__name__, model(tokens).logits.shape[-1], longer.shape[-1] - t
 
 
 def test_native_format_of_a_run(plain, corpus, tmp_path):
-    """What transformers and vLLM load: refused with CLA or top-1, right without."""
+    """The format that transformers and vLLM load: refused with CLA or top-1, correct without."""
     status, _, err = run_forked("export", str(plain), str(tmp_path / "out"), "--format", "hunyuan_v1_moe")
     assert status == 2
     assert "cla_share_factor" in err
@@ -132,7 +132,7 @@ def test_router_stays_fp32_in_a_bf16_export(corpus, tmp_path):
 
 
 def export_with_a_wrong_map(run_dir, output) -> str:
-    """In a process of its own: the query rows of one layer are written rotated by one; the error that export raises."""
+    """In a separate process: write the query rows of one layer rotated by one; returns the error that export raises."""
     from hunyuan_pretrain.checkpoint import CheckpointError, hf_export
     from hunyuan_pretrain.checkpoint.export_run import export_run
 

@@ -1,4 +1,4 @@
-"""What a run is when it goes on: its position in tokens, its history, and what may change."""
+"""The identity of a resumed run: its position in tokens, its history, and what may change."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ STEPS, BATCH = 20, 8
 def fields_of(
     corpus: Path, run_dir: Path, batch: int = BATCH, sequences: int = (STEPS - 1) * BATCH, **changes: Any
 ) -> dict[str, Any]:
-    """20 steps of 8 sequences, saved after 10 and at the end; `batch` and `sequences` are those of the second stage,
-    from step 2 on."""
+    """Fields of a run of 20 steps of 8 sequences, saved after 10 and at the end; `batch` and `sequences` are those of
+    the second stage, from step 2 on."""
     quick = {"device": "cpu", "cpu_threads_per_rank": 1, "probes": False}
     fields = experiment_fields(
         corpus, run_dir, STEPS, model__num_layers=2, checkpoint={"save_every_steps": 10}, runtime=quick
@@ -47,7 +47,7 @@ def fields_of(
 
 
 def train_here(fields: dict[str, Any], accepted: tuple[str, ...] = ()) -> str:
-    """Train in this process, which can train again; the log, or the text of what refused it."""
+    """Train in this process, which can be reused; returns the log, or the text of the refusal."""
     from hunyuan_pretrain.checkpoint import CheckpointError
     from hunyuan_pretrain.config.errors import ConfigError
     from hunyuan_pretrain.config.schema import Experiment
@@ -70,7 +70,7 @@ def train_here(fields: dict[str, Any], accepted: tuple[str, ...] = ()) -> str:
 
 
 def documents(run_dir: Path, step: int) -> list[tuple[str, int]]:
-    """(packed folder, sequence) of each place of a step, as `hunyuan-data where` tells."""
+    """(packed folder, sequence) of each position of a step, from `hunyuan-data where`."""
     from rich.console import Console
 
     from data_tools.where import where
@@ -86,7 +86,7 @@ def rates(run_dir: Path) -> list[float]:
 
 
 def stories(corpus: Path, base: Path) -> dict[str, Any]:
-    """Everything that needs training, one after the other in one process."""
+    """Everything that needs training, in sequence in one process."""
     from hunyuan_pretrain.checkpoint.export_run import in_force
 
     told: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
 
 
 def repacked(corpus: Path, base: Path) -> dict[str, Any]:
-    """A run of 2 steps whose data is packed again before it goes on."""
+    """A run of 2 steps whose data is packed again before it resumes."""
     from data_tools.packed_output import pack
     from hunyuan_pretrain.data.errors import DataFormatError
 
@@ -169,7 +169,7 @@ def repacked(corpus: Path, base: Path) -> dict[str, Any]:
 
 
 def without_history(run_dir: Path, step: int) -> Path:
-    """The run as it would be if segments and positions had not been recorded."""
+    """A copy of the run as if segments and positions had not been recorded."""
     marker = run_dir / f"checkpoints/step_{step:07d}/complete.json"
     content = json.loads(marker.read_text(encoding="utf-8"))
     for name in ("history", "position", "marker_sha256"):
@@ -188,7 +188,7 @@ def refusal_of(action: Callable[..., Any], *arguments: Any, kind: type[Exception
 
 
 def export_here(run_dir: Path, output: Path) -> dict[str, Any]:
-    """What the export of a run's newest checkpoint says it comes from. Ends the job of this process."""
+    """The origin that the export of a run's newest checkpoint states. Ends this process's job."""
     from hunyuan_pretrain.checkpoint.export_run import export_run
 
     found: dict[str, Any] = export_run(run_dir, output)["source"]
@@ -362,7 +362,7 @@ def test_two_runs_on_one_run_dir_do_not_mix_and_the_lock_of_a_killed_run_does_no
     def second_is_refused() -> bool:
         if not metrics(run_dir):
             return False
-        first.send_signal(signal.SIGSTOP)  # however long the second takes to start
+        first.send_signal(signal.SIGSTOP)  # so that the first holds the lock however long the second takes to start
         code, out, err = run_forked("train", config)
         assert code == 2, out + err
         assert f"{run_dir}: 1 problem\n  run_dir: process {first.pid} on " in err

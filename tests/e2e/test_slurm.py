@@ -1,8 +1,7 @@
-"""Training and tokenizing on a running Slurm cluster of two nodes or more that have this checkout; CPU ranks, one a
+"""Training and tokenizing on a running Slurm cluster of two nodes or more that have this checkout; one CPU rank per
 node.
 
-Every job must be able to read and write the folder that pytest makes: on a real cluster give --basetemp on a shared
-file system.
+Every job must be able to read and write pytest's folder: on a real cluster, pass --basetemp on a shared file system.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def test_a_world_that_does_not_fit_ends_before_srun(tmp_path: Path, corpus: Path
 
 
 def submit_tokenizing(corpus: Path, out: Path, **sbatch_args: str) -> list[str]:
-    """Ids of the jobs that tokenize and join."""
+    """Submit the jobs that tokenize and join; returns their ids."""
     command = [
         sys.executable,
         "-m",

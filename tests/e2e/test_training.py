@@ -54,7 +54,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measured."""
+    """metrics.jsonl without the measured times."""
     return [{key: value for key, value in record.items() if key not in CLOCK_FIELDS} for record in metrics(run_dir)]
 
 
@@ -71,7 +71,7 @@ def last_step(run_dir: Path) -> int:
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_s: float = 180) -> None:
-    """Fails if the process ends before."""
+    """Wait until `condition` holds; fails if the process ends before that."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -81,7 +81,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], ti
 
 @pytest.fixture(scope="module")
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of 20 steps on two ranks without a break, saved at the end only."""
+    """Run directory of 20 uninterrupted steps on two ranks, saved only at the end."""
     config, run_dir = write(tmp_path_factory.mktemp("straight"), corpus, "run", 20, parallel=EXPERT_PARALLEL)
     code, out, err = run("train", config, ranks=2)
     assert code == 0, out + err
@@ -166,7 +166,8 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
 
 
 def test_a_run_with_relative_paths_is_found_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
-    """Its resolved experiment has absolute ones: what step 1 read, and the validation of the next start."""
+    """The resolved experiment has absolute paths: for the data that step 1 read, and for the validation of the next
+    start."""
     run_dir = tmp_path / "run"
     fields = experiment_fields(
         Path(os.path.relpath(corpus, ROOT)), Path(os.path.relpath(run_dir, ROOT)), 2, model__num_layers=2
@@ -181,7 +182,7 @@ def test_a_run_with_relative_paths_is_found_from_another_folder(corpus, tmp_path
 
 @contextmanager
 def disk_of(folder: Path, kib: int) -> Iterator[Path]:
-    """A file system of its own; skips where nothing may be mounted."""
+    """A separate file system; skips if mounting is not permitted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -204,7 +205,7 @@ def small_disk(tmp_path: Path, straight: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all the room there is."""
+    """Fill the disk with one file."""
     path = disk / "filler"
     with path.open("wb", buffering=0) as file:
         for block in (1 << 16, 1 << 12):
@@ -215,7 +216,8 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_temporarily_full_disk_costs_a_run_nothing(corpus, tmp_path):
-    """Nothing but checkpoints needs room: numbers and lines wait in memory, and are there when it is over."""
+    """Only checkpoints need disk space: metrics and log lines wait in memory, and are written when there is space
+    again."""
     steps, waits = 100, "metrics.jsonl: No space left on device; its lines wait in memory until it can be written"
     with disk_of(tmp_path / "disk", 8 * 1024) as disk:
         fields = experiment_fields(corpus, disk / "run", steps, model__num_layers=2, runtime__probes=False)
@@ -242,7 +244,7 @@ def test_a_temporarily_full_disk_costs_a_run_nothing(corpus, tmp_path):
 
 
 def test_a_full_disk_is_survived_mid_run_and_refused_at_the_end(corpus, tmp_path, small_disk):
-    """The disk has room for the first checkpoint only; with more room the same command goes on from it."""
+    """The disk has room for the first checkpoint only; with more room, the same command resumes from it."""
     fields = experiment_fields(
         corpus, small_disk / "run", 6, parallel=EXPERT_PARALLEL, checkpoint={"save_every_steps": 2}
     )

@@ -1,5 +1,4 @@
-"""After a plain `pip install hunyuan-pretrain`: what needs no extra works, and what needs one says which, in one
-line."""
+"""After a plain `pip install hunyuan-pretrain`: what needs no extra works, and what needs one names it, in one line."""
 
 from __future__ import annotations
 
@@ -121,7 +120,7 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
     ],
 )
 def test_a_required_package_that_is_absent_is_named(module: str, program: str, arguments: list[str]) -> None:
-    """`pip install --no-deps`, in a container whose torch shall stay."""
+    """As after `pip install --no-deps` in a container whose torch must not be replaced."""
     code = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv = ['x', *{arguments}]; "
         f"from {program}.cli import main; main()"
@@ -158,7 +157,7 @@ def test_every_optional_package_of_the_project_is_known() -> None:
         ),
         (ModuleNotFoundError("", name="torch.gone"), None),
         (ModuleNotFoundError("", name="hunyuan_pretrain.model.gone"), None),  # a bug of ours stays a traceback
-        (ModuleNotFoundError("", name="transformers.gone"), None),  # of another version: not an absent package
+        (ModuleNotFoundError("", name="transformers.gone"), None),  # another version: not an absent package
         (ImportError("broken", name="zstandard"), None),
         (ValueError(), None),
     ],

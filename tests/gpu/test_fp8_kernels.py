@@ -30,7 +30,7 @@ def skip_unless_supported(recipe: RecipeName) -> None:
 @pytest.mark.parametrize("fp8_format", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_emulated_values_match_the_kernels(name: str, fp8_format: str, operand: Operand, along_rows: bool) -> None:
-    """Bit by bit, in bf16; shapes are whole blocks and not."""
+    """Bitwise identical, in bf16, for shapes of whole blocks and others."""
     skip_unless_supported(name)
     recipe = PrecisionConfig(fp8_recipe=name, fp8_format=fp8_format).recipe
     assert recipe is not None
@@ -46,7 +46,7 @@ def test_emulated_values_match_the_kernels(name: str, fp8_format: str, operand: 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_emulated_step_matches_the_kernels(name: str) -> None:
-    """One linear layer with equal inputs, output and gradients: what remains is the order of sums and the rounding to
+    """Output and gradients of one linear layer with equal inputs: what remains is the order of sums and rounding to
     bf16."""
     import transformer_engine.pytorch as te
 

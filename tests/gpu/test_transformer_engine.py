@@ -49,8 +49,8 @@ def skip_unless_supported(recipe: RecipeName) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: RecipeName) -> None:
-    """Kernels and emulation quantise to the same values; sums in another order round to others, and then single tokens
-    go elsewhere."""
+    """Kernels and emulation quantise to the same values, but sums in another order round differently, and then single
+    tokens change experts."""
     skip_unless_supported(recipe)
     (loss, error), (emulated_loss, emulated) = (
         error_of_fp8(groups(), engine, recipe, "cuda") for engine in (True, False)
@@ -61,7 +61,7 @@ def test_an_fp8_step_is_as_far_from_bf16_as_the_emulated_one(recipe: RecipeName)
 
 @pytest.mark.parametrize("recipe", list(RECIPES)[:3])
 def test_fp8_only_parameters_take_the_same_step(recipe: RecipeName) -> None:
-    """Experts, which are a parameter each then, put together again."""
+    """Experts, which are then separate parameters, are reassembled."""
     skip_unless_supported(recipe)
     models = (built(groups(), True, recipe, is_kept) for is_kept in (True, False))
     (loss, gradients), (other_loss, others) = (step(model, groups(), "cuda") for model in models)
@@ -107,7 +107,7 @@ def attention_of(num_heads: int, num_groups: int, head_dim: int) -> PackedAttent
 @pytest.mark.parametrize("heads", [(4, 2, 32), (4, 1, 64), (10, 1, 80), (6, 6, 96), (8, 2, 128)], ids=str)
 @pytest.mark.parametrize("ranges", [None, [(0, 64), (192, 256)], [(64, 192)]], ids=str)
 def test_attention_equals_the_local_one(ranges: list[tuple[int, int]] | None, heads: tuple[int, int, int]) -> None:
-    """However queries, keys and values lie in memory, within the roundings that the probe before training allows."""
+    """In any memory layout of queries, keys and values, within the rounding that the probe before training allows."""
     num_heads, num_groups, head_dim = heads
     blocks = document_blocks(BORDERS) if ranges is None else context_blocks(BORDERS, ranges)
     backend = attention_of(*heads)
@@ -134,7 +134,7 @@ def test_the_local_attention_is_a_softmax(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("engine", [False, True])
 def test_the_host_never_waits_in_a_step_with_capacity(engine: bool) -> None:
-    """The twin on a CPU counts what is called; here the driver tells."""
+    """The CPU twin of this test counts operators; here the driver detects the waits."""
     model, micro_batch = built(groups(), engine), inputs("cuda")
     for mode in ("default", "error"):  # the first step compiles and allocates
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""What this project uses of other people's packages must still be there: every imported name, and the arguments that it
+"""What this project uses of third-party packages must still exist: every imported name, and every argument that it
 passes by name.
 
-`make test-latest` runs this, and the tests at the borders, with the newest version of everything.
+`make test-latest` runs this, and the tests of third-party interfaces, with the newest version of everything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hunyuan_pretrain.train  # noqa: F401  lets megatron-core run without a GP
 ROOT = Path(__file__).parents[2]
 OWN = ("hunyuan_pretrain", "data_tools", "launch", "tests", "environment")
 SKIPPED = ("transformer_engine", "transformers", "apex")
-"""Absent from this environment, or asked for name by name elsewhere (tests/reference)."""
+"""Absent from this environment, or tested name by name elsewhere (tests/reference)."""
 
 ARGUMENTS = {
     "megatron.core.parallel_state:initialize_model_parallel": "tensor_model_parallel_size pipeline_model_parallel_size "
@@ -65,7 +65,7 @@ ARGUMENTS = {
     "sbatch_args depends",
     "datatrove.executor:RayPipelineExecutor": "pipeline tasks workers logging_dir depends skip_completed",
 }
-"""Module and name -> arguments that are passed by these names."""
+"""Module and name -> arguments that are passed by name."""
 
 OPERATORS = {
     "_scaled_dot_product_flash_attention_for_cpu": "query key value dropout_p is_causal attn_mask scale",
@@ -83,8 +83,8 @@ OPERATORS = {
 
 
 def foreign_names() -> list[str]:
-    """module:name of every `from module import name`, and module of every `import module`, of a package that is not
-    ours or Python's."""
+    """module:name of every `from module import name`, and module of every `import module`, for third-party packages
+    outside the standard library."""
     found = set()
     for folder in ("hunyuan_pretrain", "data_tools", "launch", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -109,7 +109,7 @@ def imports_of(tree: ast.Module) -> Iterator[str]:
 
 
 def find(place: str) -> Any:
-    """What `module:name` or `module` names."""
+    """The object that `module:name` or `module` names."""
     module, _, names = place.partition(":")
     found = importlib.import_module(module)
     for name in names.split(".") if names else ():
@@ -144,7 +144,7 @@ def test_every_argument_passed_by_name_exists(place: str) -> None:
 
 
 def rust_arguments(found: Any) -> set[str]:
-    """Of a class without a signature of its own, what it takes by name."""
+    """The keyword arguments of a class that has no signature of its own."""
     found("x", special=True, normalized=False)
     return {"content", "special", "normalized"}
 

@@ -1,4 +1,4 @@
-"""What .github/ and the hooks call is there, and may do no more than read."""
+"""What .github/ and the hooks call exists, and has read-only permissions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""README.md and docs/ name what is there: files, functions, settings, commands with their options, and each other.
+"""README.md and docs/ name only what exists: files, functions, settings, commands with their options, and each other.
 
-docs/log.md is history: its links are checked, and not what it says of files and commands of its day.
+docs/log.md is history: its links are checked, but not the files and commands of its day.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def test_readme_is_short() -> None:
 
 
 def tree_paths() -> list[str]:
-    """Paths of the tree: two spaces of indentation a level, folders end in /, then two spaces and what it is."""
+    """Paths of the tree: two spaces of indentation per level; folders end in /; the description follows after two
+    spaces."""
     block = re.search(r"^## The tree\n+```\n(.*?)```", read(DOCS / "architecture.md"), re.MULTILINE | re.DOTALL)
     assert block
     paths: list[str] = []
@@ -110,7 +111,7 @@ def test_every_file_of_a_package_is_in_the_tree(package: str) -> None:
 
 
 def command_lines(pages: list[Path]) -> Iterator[tuple[str, str]]:
-    """(page, command line) of the bash blocks, continuations joined, `a && b` as two."""
+    """(page, command line) of the bash blocks, with continuations joined and `a && b` split in two."""
     for page in pages:
         for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
             if line.strip() and not line.startswith("#"):
@@ -151,7 +152,7 @@ def test_every_shown_command_exists_with_its_options(page: str, line: str) -> No
 
 
 def test_the_guide_shows_every_command() -> None:
-    """Every subcommand of both programs is in README.md or the guide once at least."""
+    """Every subcommand of both programs occurs in README.md or the guide."""
     text = "\n".join(map(read, USE))
     for name, group in GROUPS.items():
         for sub in group.commands:
@@ -205,7 +206,7 @@ def keys_in(path: str) -> tuple[str | int, ...]:
 
 
 def keys_of(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted paths of a tree; those of lists with their number."""
+    """Dotted paths of a tree; items of lists are numbered."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if not isinstance(value, list):
             yield f"{prefix}{key}"

@@ -1,5 +1,5 @@
-"""Who may import whom, room by room and file by file. Walks the syntax tree of every file, so imports inside functions
-count too."""
+"""Who may import whom, by room and by file. Walks the syntax tree of every file, so imports inside functions count
+too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "cli": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
     "__main__": {"cli"},
 }
-"""Room of hunyuan_pretrain -> rooms that it may import beside itself."""
+"""Room of hunyuan_pretrain -> other rooms that it may import."""
 
 ONLY_IN = {
     "megatron.core.parallel_state": ["hunyuan_pretrain/parallel/groups.py"],
@@ -56,7 +56,7 @@ ONLY_IN = {
     ]
     + ["data_tools/", "launch/node.py", "launch/ranks.py"],
 }
-"""Module -> files and folders that may import it; a longer name is not covered by its parent's line."""
+"""Module -> files and folders that may import it; a submodule is not covered by its parent's line."""
 
 
 def source_files() -> list[Path]:
@@ -85,13 +85,13 @@ def imports_of(text: str, module: str, is_package: bool) -> Iterator[tuple[int, 
 
 
 def module_of(path: Path) -> str:
-    """Dotted name of a file of the project; of an __init__.py that of its package."""
+    """Dotted name of a project file; for an __init__.py, the name of its package."""
     relative = path.relative_to(ROOT)
     return ".".join((relative.parent if path.name == "__init__.py" else relative.with_suffix("")).parts)
 
 
 def when_run(tree: ast.Module) -> ast.Module:
-    """The tree without what stands under `if TYPE_CHECKING`, which no interpreter imports."""
+    """The tree without the bodies of `if TYPE_CHECKING`, which no interpreter imports."""
 
     class Without(ast.NodeTransformer):
         def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
@@ -103,7 +103,7 @@ def when_run(tree: ast.Module) -> ast.Module:
 
 
 def imported_files(texts: dict[str, str], packages: set[str]) -> dict[str, set[str]]:
-    """Module -> modules of the project that it imports. Of `a.b.c` also a.b, which Python runs before it, unless the
+    """Module -> modules of the project that it imports. `a.b.c` also imports a.b, which Python runs first, unless the
     file is in that package itself."""
     found: dict[str, set[str]] = {}
     for module, text in texts.items():
@@ -118,7 +118,7 @@ def imported_files(texts: dict[str, str], packages: set[str]) -> dict[str, set[s
 
 
 def circle_of(imports: dict[str, set[str]]) -> list[str] | None:
-    """Modules each of which imports the next, the last the first; None where there are none."""
+    """A cycle of modules, each importing the next and the last the first; None if there is none."""
     done: set[str] = set()
 
     def walk(module: str, way: list[str]) -> list[str] | None:
@@ -140,7 +140,7 @@ def is_under(name: str, module: str) -> bool:
 
 
 def violation(path: str, name: str) -> str | None:
-    """Why a file may not import a module; None where it may."""
+    """Why a file may not import a module; None if it may."""
     for module, places in ONLY_IN.items():
         covered_elsewhere = any(
             is_under(other, module) and other != module and is_under(name, other) for other in ONLY_IN
@@ -255,7 +255,7 @@ def test_the_walk_finds_what_it_should(path: str, text: str, expected: str | Non
 
 
 def test_collectives_on_whole_tensors_are_called_only_where_their_inputs_are_checked() -> None:
-    """NCCL reads by a pointer and one number of elements."""
+    """NCCL reads from a pointer and a single element count."""
     calls = ("all_gather_into_tensor(", "reduce_scatter_tensor(", "all_to_all_single(")
     callers = {path.relative_to(ROOT): path.read_text() for path in source_files()}
     unchecked = [

@@ -1,5 +1,4 @@
-"""The locks fit pyproject.toml, need nothing that they do not hold, and name no host; an environment is made from them,
-or refused."""
+"""The locks match pyproject.toml, are complete, and name no host; an environment is made from them, or refused."""
 
 from __future__ import annotations
 
@@ -28,13 +27,13 @@ PYTHONS = ("3.11", "3.12")
 
 
 def environment(python: str) -> dict[str, str]:
-    """What markers see on Linux."""
+    """Values of the environment markers on Linux."""
     names = {"sys_platform": "linux", "platform_machine": "x86_64", "platform_system": "Linux", "os_name": "posix"}
     return names | {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
 
 
 def pins(file: str, python: str) -> dict[str, Version]:
-    """Package -> version, of the lines of a lock that count under a Python."""
+    """Package -> version, from the lines of a lock that apply to a Python version."""
     found = {}
     for line in (LOCKS / file).read_text(encoding="utf-8").splitlines():
         if line and line[0] not in "# ":
@@ -51,7 +50,7 @@ def lock(python: str) -> dict[str, Version]:
 
 
 def wanted(lines: list[str], python: str) -> list[Requirement]:
-    """Requirements that count under a Python, those of named extras of this project among them."""
+    """Requirements that apply to a Python version, including those of named extras of this project."""
     found = []
     for line in lines:
         requirement = Requirement(line)
@@ -92,7 +91,7 @@ def test_both_builds_of_torch_are_the_same_version(python: str) -> None:
 
 
 def test_the_dependencies_of_a_locked_package_are_locked() -> None:
-    """By the metadata of what is installed here, as far as it has the locked versions."""
+    """According to the metadata of the packages installed here, if they have the locked versions."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     locked = lock(python) | {"torch": pins("torch-cpu.txt", python)["torch"]}
     missing = []
@@ -131,7 +130,7 @@ def test_a_lock_has_digests_and_names_no_host(file: str) -> None:
 
 
 def set_up(folder: Path, python: Path | str = sys.executable, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Nothing can be downloaded here: what is refused is refused before pip."""
+    """Run the set-up. Nothing can be downloaded here: refusals happen before pip runs."""
     environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull} | variables
     return subprocess.run(
         [python, SCRIPT, "set-up", folder], env=environment, capture_output=True, text=True, timeout=120

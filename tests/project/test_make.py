@@ -1,5 +1,4 @@
-"""Names in the environment have one meaning: make takes its settings from its command line, and hands none of them
-on."""
+"""Environment variables have one meaning: make takes its settings from its command line, and passes none of them on."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def test_make_ignores_settings_in_the_environment(target: str) -> None:
 
 
 def test_programs_that_make_starts_do_not_see_its_settings(tmp_path: Path) -> None:
-    """The real recipes, with an interpreter and an environment that write down how they were called."""
+    """The real recipes, with an interpreter and an environment that record how they were called."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
     for name in ("setter", "env/bin/python"):

@@ -1,4 +1,4 @@
-"""What others import: names with a meaning, types, and a version that is said once."""
+"""The public interface: documented names, types, and a version that is defined once."""
 
 from __future__ import annotations
 

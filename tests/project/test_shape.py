@@ -1,4 +1,4 @@
-"""What a reader can hold in the head: no function over 60 lines, no file over 400."""
+"""Limits for readability: no function over 60 lines, no file over 400."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LONGEST_FUNCTION = 60
-"""Lines from the first statement after the docstring: a command's options are a list, and a docstring is to be read."""
+"""Lines from the first statement after the docstring: a command's options are a list, and docstrings are for
+reading."""
 LONGEST_FILE = 400
 
 LONG_FUNCTIONS: dict[str, int] = {}
@@ -17,7 +18,7 @@ LONG_FILES = {
     "hunyuan_pretrain/checkpoint/modeling_hunyuan.py": 552,  # an export's model code is one file
     "hunyuan_pretrain/config/schema.py": 553,  # every setting there is, in one place
 }
-"""Exceptions and the most that they may have; they only become fewer and shorter."""
+"""Exceptions and their maximum lengths; the list may only shrink."""
 
 
 def source_files() -> list[str]:
@@ -26,7 +27,7 @@ def source_files() -> list[str]:
 
 
 def functions(text: str) -> dict[str, int]:
-    """Name -> lines of code of every function; of two with one name, the longer."""
+    """Name -> lines of code of every function; of two with the same name, the longer."""
     found: dict[str, int] = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

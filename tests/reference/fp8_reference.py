@@ -1,8 +1,9 @@
-"""FP8 quantisation written a second time, from the definition of the formats: integers, float64 and a table of all
-codes.
+"""A second, independent implementation of FP8 quantisation, from the definition of the formats: integers, float64 and a
+table of all codes.
 
-Shares nothing with hunyuan_pretrain.model.fp8. Products and quotients of fp32 numbers are taken in float64 and rounded
-once to fp32: a product is exact there, and a quotient has enough digits for the second rounding not to matter.
+It shares nothing with hunyuan_pretrain.model.fp8. Products and quotients of fp32 numbers are computed in float64 and
+rounded once to fp32: a product is exact there, and a quotient has enough digits that the second rounding does not
+matter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 
 class Fp8(NamedTuple):
-    """A format: bits of exponent and mantissa, bias, and the finite values of the codes 0 to 127."""
+    """A format: exponent and mantissa bits, bias, and the finite values of the codes 0 to 127."""
 
     exponent_bits: int
     mantissa_bits: int
@@ -43,8 +44,7 @@ E5M2 = _format(5, 2, 15, 124)  # code 124 is infinity, 125 to 127 are nan
 
 
 def round_to_fp8(value: float, fp8: Fp8) -> float:
-    """Nearest value of the format, the even code of two equally near ones; beyond the largest, that one; nan stays
-    nan."""
+    """Nearest value of the format, ties to the even code; values beyond the largest saturate; nan stays nan."""
     if math.isnan(value):
         return value
     size = abs(value)
@@ -94,7 +94,7 @@ def mx_exponent(amax: float, fp8: Fp8) -> int:
 
 
 def quantize(x: np.ndarray, recipe: str, fp8: Fp8, block: tuple[int, int], largest: float) -> np.ndarray:
-    """The fp32 numbers that the FP8 form of a matrix stands for; `largest`: the largest number of its dtype."""
+    """The fp32 values that the FP8 form of a matrix represents; `largest`: the largest number of its dtype."""
     out = np.empty(x.shape, dtype=np.float32)
     rows, columns = block
     for top, left in product(range(0, x.shape[0], rows), range(0, x.shape[1], columns)):

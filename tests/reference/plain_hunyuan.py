@@ -1,9 +1,9 @@
-"""Hunyuan-Large written as plainly as possible: the oracle for the training model and for the exported one.
+"""Hunyuan-Large written as plainly as possible: the reference for the training model and for the exported one.
 
 No cache, no folding, no batching of experts, no fused attention: one document at a time, one token at a time where it
-matters. Everything runs in the dtype of the tensors (fp64 for a sharp comparison); only RoPE's angles are fp32, because
-the model is defined by them. Sources: report arXiv 2411.02265; Tencent's release for the order RoPE, then norm, and for
-the raw top-1 weight.
+matters. Everything runs in the dtype of the tensors (fp64 for an exact comparison); only RoPE's angles are fp32,
+because the model is defined that way. Sources: report arXiv 2411.02265; Tencent's release for the order RoPE, then
+norm, and for the unnormalised top-1 weight.
 """
 
 from __future__ import annotations

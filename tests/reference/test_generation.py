@@ -1,5 +1,5 @@
-"""Our Hugging Face model under the installed transformers: caches, batches, arguments, and what must still be there to
-be asked for."""
+"""Our Hugging Face model under the installed transformers: caches, batches, arguments, and the interfaces that must
+still exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_NAME = {"cache": "past_key_values", "past_key_values": "cache"}[CACHE_NAME
 
 @pytest.fixture(scope="module")
 def exact() -> HunYuanForCausalLM:
-    """In fp64, so that ways to compute the same thing agree in every token."""
+    """A model in fp64, so that different computations of the same thing agree in every token."""
     return hf_model(tiny_model(), torch.float64)
 
 
@@ -36,7 +36,7 @@ def greedy_without_a_cache(model: HunYuanForCausalLM, tokens: torch.Tensor, coun
 
 
 def left_padded(*lengths: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Prompts, the batch of them, and its mask."""
+    """The prompts, their batch, and its mask."""
     prompts = [torch.randint(1, 64, (length,)) for length in lengths]
     longest = max(lengths)
     rows = [pad(prompt, (longest - len(prompt), 0)) for prompt in prompts]
@@ -48,7 +48,8 @@ def left_padded(*lengths: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.
 
 
 def test_transformers_still_has_the_interface_that_the_model_code_uses() -> None:
-    """A failure here names what a new transformers has changed; mend modeling_hunyuan.py before its range is opened."""
+    """A failure here names what a new transformers has changed; fix modeling_hunyuan.py before allowing that
+    version."""
     assert CACHE_NAME in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
     hands_over = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     assert CACHE_NAME in hands_over, f"generate() hands the cache over by none of the known names: {list(hands_over)}"
@@ -64,7 +65,7 @@ def test_transformers_still_has_the_interface_that_the_model_code_uses() -> None
 def test_generate_passes_no_argument_that_the_model_does_not_know(
     exact: HunYuanForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it passes beyond the named parameters is listed one by one in HARMLESS_ARGUMENTS."""
+    """What generate() passes beyond the named parameters is listed in HARMLESS_ARGUMENTS."""
     seen: set[str] = set()
     forward = type(exact).forward
 
@@ -91,7 +92,7 @@ def test_a_renamed_cache_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["kv_store", "cu_seq_lens_q", "is_causal", "output_router_logits", "token_type_ids"])
 def test_an_unknown_argument_is_refused(exact: HunYuanForCausalLM, name: str) -> None:
-    """Swallowed, a renamed cache gives garbage, and the borders of a pack other documents."""
+    """If it were swallowed, a renamed cache would give garbage, and renamed cu_seqlens other documents."""
     for model in (exact, exact.model):
         with pytest.raises(
             TypeError, match=rf"forward\(\) has no argument {name} \(transformers {transformers.__version__}\)"
@@ -121,7 +122,7 @@ def test_both_names_of_the_cache_are_accepted_and_the_installed_one_is_returned(
 
 
 def test_cla_divides_the_cache_by_its_share_factor() -> None:
-    """Bytes of the cache: 2 * G * H * dtype bytes * tokens for each owner, and nothing for borrowers."""
+    """Cache bytes: 2 * G * H * dtype bytes * tokens for each owner, and nothing for borrowers."""
 
     def cache_bytes(share: int) -> int:
         loaded = hf_model(tiny_model(cla_share_factor=share))
@@ -150,7 +151,7 @@ def test_generation_equals_greedy_decoding_without_a_cache(cache: str, exact: Hu
 
 
 def test_logits_with_and_without_a_static_cache_are_equal(exact: HunYuanForCausalLM) -> None:
-    """Handed over by the user, without a mask: its unused slots are no keys."""
+    """The user passes the cache, without a mask: its unused slots are not keys."""
     tokens = torch.randint(64, (2, 9))
     cache = StaticCache(config=exact.config, max_cache_len=16)
     with torch.no_grad():
@@ -173,7 +174,7 @@ def test_left_padding_changes_nothing(cache: str, exact: HunYuanForCausalLM) -> 
 
 
 def test_left_padding_keeps_positions_without_position_ids(exact: HunYuanForCausalLM) -> None:
-    """At any length: RoPE of large positions is rounded, so a text counts from its own beginning."""
+    """At any length: RoPE rounds large positions, so each text counts from its own start."""
     prompts, padded, mask = left_padded(3, 8)
     counted = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
@@ -186,7 +187,7 @@ def test_left_padding_keeps_positions_without_position_ids(exact: HunYuanForCaus
 
 
 def test_beams_and_samples_equal_those_without_a_cache(exact: HunYuanForCausalLM) -> None:
-    """Both rearrange the cache along the batch, borrowers without storage included."""
+    """Both reorder the cache along the batch, including borrowers without storage."""
     _, padded, mask = left_padded(3, 5)
     for options in ({"num_beams": 3, "do_sample": False}, {"num_return_sequences": 3, "do_sample": True, "top_k": 0}):
         results = []
@@ -257,7 +258,8 @@ def test_a_mask_for_other_lengths_is_refused(mask: torch.Tensor, message: str, e
 
 
 def test_returned_attention_weights_are_the_ones_used(exact: HunYuanForCausalLM) -> None:
-    """They change nothing, sum to 1, see no later token and no padding, and come out of generate() too."""
+    """Returning them changes nothing; they sum to 1, attend to no later token and no padding, and generate() returns
+    them too."""
     _, padded, mask = left_padded(3, 7)
     with torch.no_grad():
         out = exact(padded, attention_mask=mask, output_attentions=True)

@@ -34,7 +34,7 @@ def tiny_model(**changes: object) -> ModelConfig:
 def hf_model(
     model: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0, **config_changes: object
 ) -> HunYuanForCausalLM:
-    """Random weights large enough that every part matters; norm weights are not 1."""
+    """Random weights, large enough that every part affects the result; norm weights are not 1."""
     torch.manual_seed(seed)
     config = hf_config(model, rope_alpha=ALPHA, max_position_embeddings=256, dtype=dtype) | config_changes
     loaded = HunYuanForCausalLM(HunYuanConfig(**config)).to(dtype).eval()
@@ -80,7 +80,7 @@ def test_logits_equal_the_plain_formulation_in_fp32() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradients_equal_the_plain_formulation() -> None:
-    """Also with gradient checkpointing, where the owner's keys and values cross the borders of recomputed layers."""
+    """Also with gradient checkpointing, where the owner's keys and values cross between recomputed layers."""
     model = tiny_model()
     loaded = hf_model(model, torch.float64).train()
     loaded.gradient_checkpointing_enable()
