@@ -1,11 +1,10 @@
-"""Best-fit decreasing bin packing of very many items: longest first, each into the fullest bin that still has room for
-it.
+"""Best-fit decreasing bin packing for very many items: longest first, each into the fullest bin that has room for it.
 
-Neither items nor bins are handled one by one. Items of one length and bins with equal room are interchangeable, so the
-items of a length go into a row of neighbouring bins with equal room in one step; and a bin that is the fullest takes
-items of one length after the other in one step, until it is full or a fuller bin can take the next. What comes out is a
-list of such steps. For d different lengths there are O(d log capacity) of them, whatever the number of items: a step
-either ends a length, or leaves a whole row of bins with less than half of their room.
+Neither items nor bins are handled one at a time. Items of one length are interchangeable, and so are bins with equal
+room. So the items of one length fill a row of neighbouring bins with equal room in one step. The fullest bin takes
+items of successive lengths in one step, until it is full or a fuller bin can take the next. The result is a list of
+such steps. For d different lengths there are O(d log capacity) of them, whatever the number of items: a step either
+exhausts a length or leaves a whole row of bins with less than half of their room.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import numpy as np
 class BestFit:
     """The bin of each item, items numbered from the longest to the shortest.
 
-    Step i places the items from first_item[i] to first_item[i + 1]: the first per_bin[i] of them in bin first_bin[i],
-    as many again in the bin after it, and so on.
+    Step i places items first_item[i] to first_item[i + 1]: the first per_bin[i] of them in bin first_bin[i], the next
+    per_bin[i] in the bin after it, and so on.
     """
 
     num_bins: int
@@ -35,15 +34,15 @@ class BestFit:
     """(steps,) int64, at least 1."""
 
     def parts(self, items_at_a_time: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first item, bins of the items from there on as int64), part after part over all items."""
+        """(number of the first item, int64 bins of the items from there on), in consecutive parts that cover all
+        items."""
         num_items = int(self.first_item[-1])
-        # (item - first item of its step) // per bin + first bin = (item + shift) // per bin. Divided as float64, many
-        # times faster than as int64 and, rounded down, the same below 2**52, which the capacity of all bins does not
-        # reach.
+        # (item - first item of its step) // per bin + first bin = (item + shift) // per bin. Dividing in float64 is
+        # many times faster than in int64 and, rounded down, exact below 2**52, which the total capacity never reaches.
         shift, per_bin = self.first_bin * self.per_bin - self.first_item[:-1], self.per_bin.astype(np.float64)
         for begin in range(0, num_items, items_at_a_time):
             end = min(begin + items_at_a_time, num_items)
-            # The steps that these items belong to; the first and the last of them may reach beyond.
+            # The steps that these items belong to; the first and the last may extend beyond them.
             low = int(np.searchsorted(self.first_item, begin, side="right")) - 1
             high = int(np.searchsorted(self.first_item, end, side="left"))
             step = np.repeat(np.arange(low, high), np.diff(np.clip(self.first_item[low : high + 1], begin, end)))
@@ -77,10 +76,10 @@ def best_fit_decreasing(lengths: np.ndarray, counts: np.ndarray, capacity: int) 
 
 
 class _Steps:
-    """The state of a packing. A group is the items of one length; a row is (first bin, number) of neighbouring bins
+    """The state of a packing. A group is the items of one length. A row is (first bin, number) of neighbouring bins
     with equal room.
 
-    Lists of Python integers, for in a loop numpy's scalars are slow.
+    Uses lists of Python integers, because numpy scalars are slow in a loop.
     """
 
     def __init__(self, lengths: np.ndarray, counts: np.ndarray, capacity: int) -> None:
@@ -91,16 +90,16 @@ class _Steps:
         self.num_bins = 0
         self.rows: dict[int, list[tuple[int, int]]] = {}
         """Rows by the room they have left."""
-        # The rooms in `rows` once each. Those too small for the present length wait in a heap, negative so that the
-        # largest comes first; the others are a stack. As lengths fall, rooms move from the heap to the stack, and no
-        # room that moves is larger than its top.
+        # Each room in `rows`, once. Rooms too small for the current length wait in a heap, negated so that the largest
+        # comes first; the others form a stack. As lengths fall, rooms move from the heap to the stack, and no room that
+        # moves is larger than the top of the stack.
         self.waiting: list[int] = []
         self.fitting: list[int] = []
         self.steps: list[int] = []
-        """Items, first bin and items in a bin of each step, one after the other."""
+        """For each step in turn: items, first bin, items per bin."""
 
     def place_alone(self, num_groups: int) -> int:
-        """A bin for each item of the first `num_groups` groups; returns the group that comes next."""
+        """Open a bin for each item of the first `num_groups` groups. Returns the next group."""
         if num_groups:
             self.num_bins = self.items_before[num_groups]
             self.steps += (self.num_bins, 0, 1)
@@ -110,13 +109,13 @@ class _Steps:
                 for room, row in zip(rooms, zip(self.items_before, self.count_of, strict=False), strict=False)
                 if room
             }
-            # From the largest down, and so a heap.
+            # Largest first, so already a heap.
             self.waiting = [-room for room in reversed(self.rows)]
         return num_groups
 
     def tightest_room(self, group: int, left: int) -> int:
-        """The least room that an item of the group fits in; where there is none, bins are added for the `left` items of
-        the group."""
+        """The smallest room that an item of the group fits in. If there is none, adds bins for the `left` items of the
+        group."""
         length, waiting, fitting = self.length_of[group], self.waiting, self.fitting
         while waiting and -waiting[0] >= length:
             fitting.append(-heappop(waiting))
@@ -128,7 +127,7 @@ class _Steps:
         return fitting[-1]
 
     def fill_row(self, group: int, left: int, room: int) -> int:
-        """Fill bins with `room` with as many items of the group as they hold, as long as items last; returns the number
+        """Fill bins that have `room` with as many items of the group as they hold, while items last. Returns the number
         left."""
         length, rows = self.length_of[group], self.rows[room]
         each = room // length
@@ -146,8 +145,8 @@ class _Steps:
         return left
 
     def fill_bin(self, group: int, left: int, room: int) -> int:
-        """Put the `left` items of the group, which leave room in a bin, into one bin with `room`, and the groups after
-        it as long as they fit in whole and no fuller bin can take them; returns the group that comes next."""
+        """Put the `left` items of the group, too few to fill a bin, into one bin that has `room`. Add the following
+        groups while they fit whole and no fuller bin can take them. Returns the next group."""
         rows, waiting, after = self.rows[room], self.waiting, group + 1
         first, number = rows.pop()
         if number > 1:
@@ -162,7 +161,7 @@ class _Steps:
         return end
 
     def put_back(self, room: int, rows: list[tuple[int, int]]) -> None:
-        """Keep rows whose bins have `room` left, less than any bin that fits the present length."""
+        """Keep rows whose bins have `room` left, less than any bin that fits the current length."""
         if room in self.rows:
             self.rows[room] += rows
         elif room:
@@ -170,7 +169,7 @@ class _Steps:
             heappush(self.waiting, -room)
 
     def forget_if_empty(self, room: int) -> None:
-        """Drop the room on top of the stack if no bin has it any more."""
+        """Drop the room on top of the stack if no bin has that room any more."""
         if not self.rows[room]:
             del self.rows[room]
             self.fitting.pop()

@@ -1,10 +1,10 @@
-"""How often documents are read, whichever packed datasets hold them.
+"""How often documents are read, counted over all packed datasets that hold them.
 
 Packs of several lengths over one tokenized folder hold the same documents, so a cap on how often a document is read
-counts all of them. A pack holds those documents of a tokenized folder whose lengths lie in a range; a folder is known
-by the digest of its shards. So the documents of a pack fall into a few ranges of lengths, each read by the same packs,
-and no document is looked at: only where the bound that this gives would be refused, the lengths say whether a range
-holds a document at all.
+counts all packs. A pack holds the documents of a tokenized folder whose lengths lie in a range; a folder is identified
+by the digest of its shards. So the documents of a pack fall into a few length ranges, each read by the same packs, and
+no single document needs to be examined. Only if the resulting bound would be refused are the lengths read, to see
+whether a range holds any document.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NO_LIMIT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Selection:
-    """The documents of one tokenized folder that a packed dataset holds: those from `shortest` to `longest` tokens."""
+    """The documents of one tokenized folder that a packed dataset holds: those of `shortest` to `longest` tokens."""
 
     corpus: str
     """Digest of the tokenized folder."""
     folder: str
-    """Its name, for messages."""
+    """Its path, for messages."""
     shortest: int
     longest: int
 
@@ -50,12 +50,12 @@ class Reading:
 
     @property
     def epochs(self) -> float:
-        """On average; of a part of an epoch it is random which documents are drawn."""
+        """How often a document is read on average; which documents a partial epoch draws is random."""
         return float(sum(self.by_pack.values()))
 
     @property
     def at_most(self) -> int:
-        """How often one of them can be read, whatever is drawn."""
+        """How often any one of them can be read at most, whatever is drawn."""
         return sum(math.ceil(epochs) for epochs in self.by_pack.values())
 
     def __str__(self) -> str:
@@ -64,10 +64,10 @@ class Reading:
 
 
 def readings(pack: str, selections: Mapping[str, Sequence[Selection]], epochs: Mapping[str, Fraction]) -> list[Reading]:
-    """The documents of `pack` in ranges that the same packs read, those read most often first.
+    """The documents of `pack`, in ranges that the same packs read, the most-read first.
 
-    `selections` are what each pack holds, `epochs` how often each is walked; a pack without selections holds documents
-    of its own.
+    `selections`: what each pack holds. `epochs`: how often each pack is walked. A pack without selections holds
+    documents that no other pack has.
     """
     own = selections.get(pack) or (Selection(pack, pack, 1, NO_LIMIT),)
     found = [reading for selection in own for reading in _of_selection(selection, {**selections, pack: own}, epochs)]
@@ -96,6 +96,5 @@ def _of_selection(
 
 
 def most_read(found: Sequence[Reading], holds: Callable[[Selection], bool], above: float = -1.0) -> Reading | None:
-    """The first of `found`, as `readings` gives them, that is read more than `above` times and holds a document, or
-    None."""
+    """The first of `found`, from `readings`, that is read more than `above` times and holds a document; else None."""
     return next((reading for reading in found if reading.epochs > above and holds(reading.documents)), None)

@@ -1,13 +1,13 @@
-"""A tokenized corpus on disk: shards in Megatron's indexed format, one document a sequence, and a manifest.
+"""A tokenized corpus on disk: shards in Megatron's indexed format, one document per sequence, and a manifest.
 
-A tokenized folder holds `manifest.json` and for each shard `shard_00000.bin` (all ids, one after the other),
+A tokenized folder holds `manifest.json` and, for each shard, `shard_00000.bin` (all ids concatenated),
 `shard_00000.idx` (where each document is) and `shard_00000.origin.npy` (where each document comes from). The first two
-are byte for byte what megatron-core's IndexedDatasetBuilder writes, so its tools read them as they are. Layout of the
-.idx, little endian: "MMIDIDX\\0\\0", version 1 (u64), code of the id type (u8), number of sequences n (u64), number of
-document borders (u64), lengths in tokens (i32 x n), byte offsets in the .bin (i64 x n), document borders 0..n (i64 x
-n+1).
+are byte-identical to what megatron-core's IndexedDatasetBuilder writes, so its tools read them as they are. Layout of
+the .idx, little endian: "MMIDIDX\\0\\0", version 1 (u64), code of the id type (u8), number of sequences n (u64), number
+of document boundaries (u64), lengths in tokens (i32 x n), byte offsets in the .bin (i64 x n), document boundaries 0..n
+(i64 x n+1).
 
-Documents are numbered over the shards in their order, which is that of the corpus.
+Documents are numbered over the shards in shard order, which is the order of the corpus.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def shard_files(name: str) -> tuple[str, str, str]:
 
 
 class ShardWriter:
-    """Writes the ids of a shard as documents come, and the rest at the end. Memory: 20 bytes a document."""
+    """Writes the ids of a shard as documents come, and everything else at the end. Memory: 20 bytes per document."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self.dtype = token_dtype(vocab_size)
@@ -71,9 +71,9 @@ class ShardWriter:
     def add(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
         """Append documents.
 
-        `tokens` are their ids one after the other (sum(lengths),), `lengths` (documents,) their lengths, `origins`
-        (documents, 2) the file of each, by its number in the manifest's `files`, and its place there: byte offset of a
-        line, or row.
+        `tokens` (sum(lengths),): their ids, concatenated. `lengths` (documents,): their lengths. `origins` (documents,
+        2): for each, its file as an index into the manifest's `files`, and its position there (byte offset of a line,
+        or row).
         """
         assert int(lengths.sum()) == len(tokens), "lengths do not add up to the tokens"
         self._write(tokens)
@@ -82,10 +82,10 @@ class ShardWriter:
         self.num_tokens += len(tokens)
 
     def add_in_parts(self, parts: Iterable[np.ndarray], origin: tuple[int, int]) -> int:
-        """Append one document whose ids come in parts, and return its length in tokens; if `parts` raises, the document
-        is taken back.
+        """Append one document whose ids come in parts, and return its length in tokens. If `parts` raises, the document
+        is undone.
 
-        Raises DataFormatError if the document is longer than the format can say.
+        Raises DataFormatError if the document is longer than the format allows.
         """
         begin, digest, length = self._bin.tell(), self._bin_digest.copy(), 0
         try:
@@ -93,7 +93,7 @@ class ShardWriter:
                 length += len(tokens)
                 if length > MAX_DOCUMENT_TOKENS:
                     raise DataFormatError(
-                        f"a document of more than {MAX_DOCUMENT_TOKENS:,} tokens, where the format ends"
+                        f"a document of more than {MAX_DOCUMENT_TOKENS:,} tokens, the limit of the format"
                     )
                 self._write(tokens)
         except BaseException:
@@ -107,7 +107,7 @@ class ShardWriter:
         return length
 
     def finish(self) -> dict[str, Any]:
-        """Write the index and the origins, flush all to disk, and return the shard's entry in the manifest."""
+        """Write the index and the origins, flush everything to disk, and return the shard's manifest entry."""
         bin_name, idx_name, origin_name = shard_files(self.name)
         _flush_and_close(self._bin)
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
@@ -136,7 +136,7 @@ class ShardWriter:
         self._bin.close()
 
     def _write(self, tokens: np.ndarray) -> None:
-        # the encoder's ids are 32 bits wide without a sign, which no id needs: the same bytes
+        # the encoder's ids are uint32; none is 2^31 or more, so as int32 they have the same bytes
         same_bytes = tokens.dtype == np.uint32 and self.dtype == np.int32
         content = np.ascontiguousarray(
             tokens.view(np.int32) if same_bytes else tokens.astype(self.dtype, copy=False)
@@ -189,8 +189,8 @@ class TokenizedShard:
         return self.tokens[start : start + length]
 
     def origin(self, document: int) -> tuple[int, int]:
-        """(file by its number in the manifest's `files`, byte offset of a line or row in it) that a document comes
-        from."""
+        """Where a document comes from: (index into the manifest's `files`, byte offset of a line or row in that
+        file)."""
         origins = load_array(self.folder / self._origin_name, (self.num_documents, 2), np.int64)
         file, position = origins[document].tolist()
         return file, position
@@ -200,7 +200,7 @@ class TokenizedShard:
         check_digest(self.folder / self._idx_name, self.file_digests.get(self._idx_name))
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of the shard's files as the manifest has them."""
+        """SHA-256 of the shard's files, as recorded in the manifest."""
         return {self.folder / name: self.file_digests.get(name) for name in shard_files(self.name)}
 
     def _open_idx(self, vocab_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
@@ -279,7 +279,7 @@ class TokenizedDataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, hexadecimal, over the digests of all shards: what tells one tokenized corpus from another."""
+        """SHA-256 (hex) over the digests of all shards. It identifies the tokenized corpus."""
         return digest_of([shard.file_digests for shard in self.shards])
 
     def locate(self, document: int) -> tuple[TokenizedShard, int]:
@@ -306,7 +306,7 @@ class TokenizedDataset:
         return Origin(str(files[file]), position)
 
     def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every file as the manifest has them."""
+        """SHA-256 of every file, as recorded in the manifest."""
         return {file: digest for shard in self.shards for file, digest in shard.digests().items()}
 
     def verify(self) -> None:
@@ -319,18 +319,18 @@ class TokenizedDataset:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256, hexadecimal, of a JSON value."""
+    """SHA-256 (hex) of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def load_array(path: Path, shape: tuple[int, ...], *dtypes: type[np.integer]) -> np.ndarray:
-    """A memory-mapped .npy. Raises DataFormatError if it is missing, unreadable, or of another shape or another type
-    than `dtypes`."""
+    """A memory-mapped .npy. Raises DataFormatError if it is missing, unreadable, or has another shape or none of
+    `dtypes`."""
     if not path.is_file():
         raise DataFormatError(f"{path}: missing; write the folder again")
     try:
         array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except Exception as error:  # numpy reads the header as Python, which fails in many ways
+    except Exception as error:  # numpy parses the header as Python, which can fail in many ways
         raise DataFormatError(f"{path}: not readable as a numpy array ({error}); write the folder again") from None
     if array.shape != shape or array.dtype not in dtypes:
         expected = " x ".join(f"{size:,}" for size in shape)

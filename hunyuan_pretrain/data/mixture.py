@@ -1,14 +1,14 @@
-"""The global order of training: which sequence of which packed dataset each place of each step takes, a pure function
-of the seed.
+"""The global order of training: which sequence of which packed dataset each position of each step takes. It is a pure
+function of the seed.
 
-Every answer is computed for the places asked for, in closed form; nothing grows with the length of training. Within a
-stage each source gets its share of the tokens, as exactly as whole sequences can give it (by largest remainder), and
-evenly (after any number of sequences within two of its share). A source is walked in a shuffled order, another one each
-epoch, and goes on in a later stage where it stopped in an earlier one.
+Every answer is computed in closed form for the requested positions; nothing grows with the length of training. Within a
+stage each source gets its share of the tokens, as exactly as whole sequences allow (by largest remainder), and evenly:
+after any number of sequences it is within two of its share. A source is walked in a shuffled order, a different one
+each epoch, and continues in a later stage where it stopped in an earlier one.
 
-Where a run goes on with a changed configuration, what was read stays as it was. The rest of the present stage keeps its
-order too, cut off or continued where its end has moved; if its sources, weights or order have changed, it is shared out
-anew, each source from where it stopped. So no sequence is left out of an epoch, or read twice in it.
+If a run continues with a changed configuration, what has been read stays as it was. The rest of the current stage keeps
+its order too, truncated or extended if its end has moved. If its sources, weights or order have changed, the rest is
+split anew, each source continuing from where it stopped. So no sequence is left out of an epoch or read twice in it.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from hunyuan_pretrain.data.permutation import mixed_key, permuted
 
 @dataclass(frozen=True)
 class SourceSize:
-    """A packed dataset, as far as a mixture has to know it."""
+    """What a mixture needs to know about a packed dataset."""
 
     sequences: int
     tokens: int
     """Without padding."""
     cost_order: np.ndarray | None = None
-    """(sequences,) its sequences from the cheapest to the dearest; needed where a stage balances attention by
+    """(sequences,) its sequences from the cheapest to the most expensive; needed if a stage balances attention by
     groups."""
     documents: tuple[Selection, ...] = ()
-    """Which documents it holds; without, documents that no other source has."""
+    """Which documents it holds. If empty, it holds documents that no other source has."""
     holds: Callable[[Selection], bool] = lambda selection: True
-    """Whether there is a document in a part of `documents`; asked only where it decides."""
+    """Whether a part of `documents` contains any document. Called only if the answer matters."""
 
 
 @dataclass(frozen=True)
 class _Split:
-    """A run of places shared out between two parts, each a source or a split of its own."""
+    """A run of positions split between two parts, each a source or another split."""
 
     first: _Split | int
     second: _Split | int
@@ -57,27 +57,28 @@ class _Split:
 
 @dataclass(frozen=True)
 class DataSegment:
-    """What a configuration, in force from a step on, says of the order of the data."""
+    """What a configuration, in force from `first_step` on, says about the order of the data."""
 
     first_step: int
     stages: Sequence[StageConfig]
     seed: int
     names: Mapping[str, str] = field(default_factory=dict)
-    """Path -> name of the source, where another path or other data had it in a segment before."""
+    """Path -> name of the source, where an earlier segment had that data under another path, or other data under the
+    path."""
 
     def name(self, path: str) -> str:
-        """Under which name the source of a path is known in the whole run."""
+        """The name of a path's source throughout the run."""
         return self.names.get(source_path(path), source_path(path))
 
 
 class Mixture:
-    """The sample order of all stages. `source_sizes` maps each path that the stages name, or its source's name, to its
-    size.
+    """The sample order of all stages. `source_sizes` maps each path that the stages name, or the name of its source, to
+    its size.
 
-    `sources` are the sources in the order of their first use. `segments`: the configurations of a run that has changed,
-    the last being that of `stages` and `seed`; a stage's number is then that of `Piece.lane`. Raises DataFormatError if
-    a source's weight gives it no sequence at all, or if documents of a source would have been read more often than its
-    max_epochs at the end of a stage, in whichever sources; ConfigError as `Schedule.resumed`.
+    `sources` are the sources in order of first use. `segments`: the configurations of a run that has changed, the last
+    one with `stages` and `seed`; a stage's number is then its `Piece.lane`. Raises DataFormatError if a source's weight
+    gives it no sequence at all, or if at the end of a stage documents of a source would have been read more often than
+    its max_epochs, counted over all sources; ConfigError as `Schedule.resumed`.
     """
 
     def __init__(
@@ -109,12 +110,12 @@ class Mixture:
                     taken[source] += count
             self._parts.append(parts)
         self.counts: list[dict[int, int]] = [_sum_of_counts(parts) for parts in self._parts]
-        """Sequences of each source, by its number in `sources`, in each stage, those that make up for skipped steps
-        included."""
+        """Per stage: sequences of each source, by its index in `sources`, including those that make up for skipped
+        steps."""
         self._check_epochs()
 
     def _parts_of(self, pieces: Sequence[Piece]) -> list[_Part]:
-        """The data of a stage in runs that are shared out on their own, without what went before."""
+        """The data of a stage in parts that are split over the sources separately, with `taken` still empty."""
         parts: list[_Part] = []
         for piece in pieces:
             stage, size = piece.stage, sum(part.num_sequences for part in parts)
@@ -123,7 +124,7 @@ class Mixture:
             if parts and parts[-1].walk != walk:
                 size = min(size, piece.first_position)
             parts = _cut(parts, min(size, piece.end_position))
-            # Its own data, and what makes up for its skipped steps, so that skipping changes nothing before it.
+            # Its own data and, separately, what makes up for its skipped steps: a skip changes nothing before it.
             own = piece.num_planned_sequences if not parts else piece.end_position - size
             for total in (own, piece.end_position - size - own):
                 if total > 0:
@@ -131,8 +132,7 @@ class Mixture:
                     parts.append(_Part(total, _interleaving(counts), (), counts, walk))
         last = pieces[-1]
         if last.num_steps * last.stage.global_batch_sequences < last.num_planned_sequences:
-            # a later segment ended the stage earlier and read nothing of it; the next stage begins with what was not
-            # read
+            # a later segment ended the stage earlier and read nothing of it; the next stage starts with the unread part
             parts = _cut(parts, last.next_position(last.num_steps))
         return parts
 
@@ -141,7 +141,7 @@ class Mixture:
         return sum(self.counts[stage].values())
 
     def epochs(self, stage: int) -> dict[str, float]:
-        """How often each source of a stage will have been walked when the stage ends, earlier stages included."""
+        """How often each source of a stage will have been walked by the end of the stage, including earlier stages."""
         before = self._parts[stage][0].taken
         return {
             self.sources[source]: (before[source] + count) / self.sizes[source].sequences
@@ -149,15 +149,14 @@ class Mixture:
         }
 
     def tokens(self, stage: int) -> dict[str, float]:
-        """Tokens of each source in a stage, without padding; of an epoch that is not whole, its share."""
+        """Tokens of each source in a stage, without padding. A partial epoch counts proportionally."""
         return {
             self.sources[source]: count * self.sizes[source].tokens / self.sizes[source].sequences
             for source, count in self.counts[stage].items()
         }
 
     def lookup(self, stage: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, row) of the given places of a stage's data: int64, same shape as `numbers`, which count its
-        sequences from 0."""
+        """(source, row) at the given positions of a stage's data, counted from 0: int64, same shape as `numbers`."""
         numbers = np.asarray(numbers, dtype=np.int64)
         assert numbers.size == 0 or (numbers.min() >= 0 and numbers.max() < self.num_sequences(stage)), (
             "outside the stage"
@@ -183,8 +182,8 @@ class Mixture:
         source: np.ndarray,
         row: np.ndarray,
     ) -> None:
-        """Fill in `source`, and in `row` how many of its sequences went before, `taken` at the start, at `where`, the
-        places of a part."""
+        """At `where`, the positions of a part, fill in `source`, and in `row` how many of its sequences came before,
+        counted from `taken`."""
         if not where.size:
             return
         if isinstance(part, int):
@@ -197,7 +196,7 @@ class Mixture:
         self._descend(part.second, taken, where[~is_first], (rank - before)[~is_first], source, row)
 
     def _number_rows(self, walk: _Walk, where: np.ndarray, source: np.ndarray, row: np.ndarray) -> None:
-        """Turn how many sequences of a source went before into its row, at `where`: each epoch is a walk in another
+        """At `where`, replace the number of earlier sequences of the source by the row: each epoch walks in another
         order."""
         for number in np.unique(source[where]).tolist():
             size = self.sizes[number]
@@ -223,9 +222,9 @@ class Mixture:
                     row[of_source[chosen]] = permuted(position[chosen], size.sequences, key)
 
     def _share_out(self, stage: StageConfig, segment: DataSegment, total: int, is_whole_stage: bool) -> dict[int, int]:
-        """`total` sequences over the sources of a stage, so that their tokens are in the proportion of the weights."""
+        """Split `total` sequences over a stage's sources so that their tokens are in proportion to the weights."""
         weights = self._weights(stage, segment)
-        # a sequence of a source with more padding brings fewer tokens, so it takes more of them
+        # a source with more padding has fewer tokens per sequence, so it gets more sequences
         per_token = {
             source: weight * Fraction(self.sizes[source].sequences, self.sizes[source].tokens)
             for source, weight in weights.items()
@@ -239,14 +238,14 @@ class Mixture:
             if count == 0 and is_whole_stage:
                 share = f"{float(weights[source]):g} of {float(sum(weights.values())):g}"
                 raise DataFormatError(
-                    f"stage {stage.name}: {self.sources[source]} has weight {share}, which is none of the "
+                    f"stage {stage.name}: {self.sources[source]} has weight {share}, which gives it none of the "
                     f"stage's {total} sequences; "
                     f"remove it or give it a share of at least 1/{total}"
                 )
         return {source: count for source, count in counts.items() if count}
 
     def _weights(self, stage: StageConfig, segment: DataSegment) -> dict[int, Fraction]:
-        """Share of the stage's tokens by source, relative; a source that is named twice has the sum."""
+        """Relative share of the stage's tokens by source; a source that is named twice gets the sum."""
         of_tier: dict[str | None, Fraction] = {}
         for entry in stage.data:
             of_tier[entry.tier] = of_tier.get(entry.tier, Fraction(0)) + Fraction(entry.weight)
@@ -261,8 +260,8 @@ class Mixture:
         return weights
 
     def readings(self, stage: int, path: str) -> list[Reading]:
-        """How often the documents of a source have been read when the stage ends, in this and in other sources; most
-        often first."""
+        """How often the documents of a source have been read by the end of the stage, in this and other sources; the
+        most-read first."""
         taken = dict(enumerate(self._parts[stage][0].taken))
         for source, count in self.counts[stage].items():
             taken[source] += count
@@ -276,8 +275,7 @@ class Mixture:
         )
 
     def most_read(self, stage: int, path: str, above: float = -1.0) -> Reading | None:
-        """The documents of a source that have been read most often, more than `above` times, when the stage ends, or
-        None."""
+        """The most-read documents of a source at the end of the stage, if read more than `above` times; else None."""
         return most_read(self.readings(stage, path), self.sizes[self.sources.index(path)].holds, above)
 
     def _check_epochs(self) -> None:
@@ -307,29 +305,29 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _Walk:
-    """What decides the order of a part besides its length."""
+    """What determines the order of a part, besides its length."""
 
     weights: tuple[tuple[int, Fraction], ...]
     seed: int
     group: int | None
-    """Sequences of a group of balance_attention=group, None elsewhere."""
+    """Sequences per group with balance_attention=group, else None."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of a stage's data that is shared out on its own."""
+    """A run of a stage's data that is split over the sources separately."""
 
     num_sequences: int
-    """Fewer than the tree has where the part was cut off."""
+    """Fewer than in the tree if the part was cut off."""
     tree: _Split | int
     taken: tuple[int, ...]
-    """Sequences of each source that went before."""
+    """Sequences of each source that came before."""
     counts: dict[int, int]
     walk: _Walk
 
 
 def _cut(parts: Sequence[_Part], num_sequences: int) -> list[_Part]:
-    """The first so many sequences of parts that follow one another."""
+    """The first `num_sequences` sequences of consecutive parts."""
     kept = []
     for part in parts:
         if part.num_sequences <= num_sequences:
@@ -342,7 +340,7 @@ def _cut(parts: Sequence[_Part], num_sequences: int) -> list[_Part]:
 
 
 def _counts_before(tree: _Split | int, rank: int) -> dict[int, int]:
-    """How many of the first `rank` places of a tree each source has."""
+    """How many of the first `rank` positions of a tree each source has."""
     if isinstance(tree, int):
         return {tree: rank}
     of_first = int(_num_first_before(tree, np.array(rank)))
@@ -365,16 +363,16 @@ def _group_of(stage: StageConfig) -> int | None:
 
 
 def source_path(path: str) -> str:
-    """The name under which a source is known: one for all spellings of a path."""
+    """The name of a source: the same for all spellings of a path."""
     return os.path.normpath(path)
 
 
 def _interleaving(counts: Mapping[int, int]) -> _Split | int:
-    """A tree over the sources that joins the two smallest parts again and again.
+    """A tree over the sources, built by repeatedly joining the two smallest parts.
 
-    A split keeps its first part within half a sequence of its share of the split. In such a tree a part that is split
-    again never has more than two thirds of its parent (the other part was at least as large as each of its halves), so
-    what the levels above are off by shrinks on its way down, and no source is ever two sequences off.
+    A split keeps its first part within half a sequence of its share of the split. In such a tree, a part that is split
+    again never has more than two thirds of its parent, because the other part was at least as large as each of its
+    halves. So errors from the levels above shrink on the way down, and no source is ever off by two sequences.
     """
     heap: list[tuple[int, int, _Split | int]] = [(count, source, source) for source, count in counts.items()]
     heapq.heapify(heap)
@@ -388,6 +386,6 @@ def _interleaving(counts: Mapping[int, int]) -> _Split | int:
 
 
 def _num_first_before(split: _Split, rank: np.ndarray) -> np.ndarray:
-    """How many of the first `rank` places of a split belong to its first part: its share, rounded."""
-    assert 2 * split.num_all * split.num_all < 2**63, "a stage of more than two thousand million sequences"
+    """How many of the first `rank` positions of a split belong to its first part: its share, rounded."""
+    assert 2 * split.num_all * split.num_all < 2**63, "a stage of more than two billion sequences"
     return (2 * rank * split.num_first + split.num_all) // (2 * split.num_all)

@@ -1,11 +1,11 @@
-"""Packing of documents into sequences of one length: pure functions on arrays.
+"""Packs documents into sequences of one length: pure functions on arrays.
 
 `best_fit` cuts only documents that are longer than a sequence, into whole sequences and a remainder, and leaves little
-padding (best-fit decreasing, see `best_fit`). `chop` writes documents in random order one after the other and cuts at
-every sequence_length tokens, for comparison. A piece is a run of tokens of one document.
+padding (best-fit decreasing, see `best_fit`). `chop` concatenates documents in random order and cuts every
+sequence_length tokens, for comparison. A piece is a run of tokens of one document.
 
-Memory beside the lengths, which may be memory-mapped: 8 bytes a piece while it works and 8 to 12 for the result, 8 a
-sequence. Time is that of sorting n numbers twice, so n log n, and nearly proportional to n in practice.
+Memory beside the lengths, which may be memory-mapped: 8 bytes per piece while working, 8 to 12 per piece for the
+result, and 8 per sequence. The time is that of sorting n numbers twice: n log n, in practice nearly proportional to n.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from hunyuan_pretrain.data.permutation import shuffled
 
 PackingMethod = Literal["best_fit", "chop"]
 
-# Documents or pieces that are handled at a time, so that temporary arrays stay in the processor's cache.
+# Documents or pieces handled at a time, so that temporary arrays stay in the CPU cache.
 _AT_A_TIME = 2**18
-# A key is a 64-bit number: 32 bits to sort by, then the document, so no two keys are equal and any sort gives the same
-# order.
+# A key has 64 bits: 32 bits to sort by, then the document. No two keys are equal, so any sort gives the same order.
 _DOCUMENT_BITS = np.uint64(32)
 _DOCUMENT = np.uint64(2**32 - 1)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces make each sequence. Sequence i holds the pieces sequence_offsets[i] to sequence_offsets[i + 1], in
+    """Which pieces make up each sequence. Sequence i holds pieces sequence_offsets[i] to sequence_offsets[i + 1], in
     this order."""
 
     sequence_length: int
@@ -48,9 +47,9 @@ class Packing:
     cut_documents: int = 0
     """Documents that are not in one piece."""
     dropped_fragments: int = 0
-    """Pieces of cut documents that were left out, and"""
+    """Pieces of cut documents that were left out."""
     dropped_tokens: int = 0
-    """the tokens in them."""
+    """Tokens in those pieces."""
 
     @property
     def num_sequences(self) -> int:
@@ -67,11 +66,12 @@ def pack_documents(
 ) -> Packing:
     """Pack documents of the given `lengths` (documents,), in tokens, into sequences of `sequence_length` tokens.
 
-    `seed` sets the order of the sequences, and with "chop" that of the documents before they are cut; the rest follows
-    from the lengths. A piece of a cut document with fewer than `min_fragment_tokens` tokens is left out and counted; a
-    whole document never is, however short. With 1 every token is in exactly one piece. "best_fit" orders the pieces of
-    a sequence by document. Documents without tokens are left out. Raises DataFormatError for an unknown method, a
-    `min_fragment_tokens` that is not from 1 to sequence_length, or more documents than 32 bits can number.
+    `seed` sets the order of the sequences and, with "chop", the order of the documents before they are cut; everything
+    else follows from the lengths. A piece of a cut document with fewer than `min_fragment_tokens` tokens is left out
+    and counted; a whole document never is, however short. With 1, every token is in exactly one piece. "best_fit"
+    orders the pieces of a sequence by document. Documents without tokens are left out. Raises DataFormatError for an
+    unknown method, a `min_fragment_tokens` that is not from 1 to sequence_length, or more documents than 32 bits can
+    number.
     """
     problems = []
     if method not in get_args(PackingMethod):
@@ -83,8 +83,8 @@ def pack_documents(
         )
     if len(lengths) >= 2**32:
         problems.append(
-            f"{len(lengths):,} documents: at most {2**32 - 1:,} can be packed together; pack parts, each a "
-            "source of its own"
+            f"{len(lengths):,} documents: at most {2**32 - 1:,} can be packed together; pack them in parts, "
+            "each as a separate source"
         )
     if problems:
         raise DataFormatError("; ".join(problems))
@@ -95,7 +95,7 @@ def pack_documents(
 def _best_fit(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tokens: int) -> Packing:
     cut = _cut(lengths, sequence_length, min_fragment_tokens)
     num_items, num_whole = int(cut.counts.sum()), int(cut.whole_pieces.sum())
-    # Packed pieces in front, whole sequences behind. First the longest piece first, as the packing wants them.
+    # Pieces to pack come first, whole sequences after them. Sorted longest first, as the packing needs them.
     keys = np.empty(num_items + num_whole, dtype=np.uint64)
     filled = 0
     for begin, part in _parts(lengths):
@@ -106,7 +106,7 @@ def _best_fit(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment
     keys[:num_items].sort()
     sizes = np.flatnonzero(cut.counts)[::-1]
     fit = best_fit_decreasing(sizes, cut.counts[sizes], sequence_length)
-    # Then by sequence, and in a sequence by document.
+    # Then sorted by sequence, and within a sequence by document.
     place = shuffled(fit.num_bins + num_whole, seed)
     for begin, bins in fit.parts(_AT_A_TIME):
         end = begin + len(bins)
@@ -115,7 +115,7 @@ def _best_fit(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment
     keys.sort()
     offsets = _count_by_sequence(keys, len(place))
     pieces = _remainders_as_pieces(keys, lengths, sequence_length, cut.longest)
-    # Whole sequences were written as if they were remainders.
+    # Correct the whole sequences, which were written as if they were remainders.
     at = offsets[place[fit.num_bins :]]
     first_of_document = np.repeat(np.cumsum(cut.whole_pieces) - cut.whole_pieces, cut.whole_pieces)
     pieces[1][at] = (np.arange(num_whole) - first_of_document) * sequence_length
@@ -125,14 +125,14 @@ def _best_fit(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment
 
 @dataclass(frozen=True)
 class _Cut:
-    """What cutting documents into whole sequences and remainders gives."""
+    """The result of cutting documents into whole sequences and remainders."""
 
     counts: np.ndarray
-    """(sequence_length,) int64, remainders, and documents shorter than a sequence, by length; [0] is 0."""
+    """(sequence_length,) int64, number of remainders and of documents shorter than a sequence, by length; [0] is 0."""
     long_documents: np.ndarray
-    """(n,) the documents that fill a sequence or more, and"""
+    """(n,) the documents that fill at least one sequence."""
     whole_pieces: np.ndarray
-    """(n,) how many."""
+    """(n,) how many sequences each of them fills."""
     longest: int
     cut_documents: int
     dropped_fragments: int
@@ -157,7 +157,7 @@ def _cut(lengths: np.ndarray, sequence_length: int, min_fragment_tokens: int) ->
 
 
 def _remainders(lengths: np.ndarray, sequence_length: int, min_fragment_tokens: int) -> np.ndarray:
-    """What is to be packed of each document: itself, or what is left of a longer one; 0 where that is nothing or too
+    """Tokens to pack of each document: all of them, or the remainder of a longer one; 0 if that is nothing or too
     little."""
     remainder: np.ndarray = lengths % sequence_length
     if min_fragment_tokens > 1:
@@ -170,7 +170,7 @@ def _keys(number: np.ndarray, document: np.ndarray) -> np.ndarray:
 
 
 def _count_by_sequence(keys: np.ndarray, num_sequences: int) -> np.ndarray:
-    """The sequence_offsets of keys that are sorted by sequence: (num_sequences + 1,) int64."""
+    """The sequence_offsets for keys sorted by sequence: (num_sequences + 1,) int64."""
     offsets = np.zeros(num_sequences + 1, dtype=np.int64)
     for _, part in _parts(keys):
         sequence = (part >> _DOCUMENT_BITS).astype(np.int64)
@@ -206,7 +206,7 @@ def _chop(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tok
         ends = position + np.cumsum(length)
         begins = ends - length
         position = int(ends[-1]) if len(ends) else position
-        # A piece for each sequence that a document reaches into.
+        # One piece for each sequence that a document reaches into.
         first, last = begins // sequence_length, (ends - 1) // sequence_length
         num_pieces = last - first + 1
         owner = np.repeat(np.arange(len(order)), num_pieces)
@@ -220,7 +220,7 @@ def _chop(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tok
         for column, dtype, values in zip(parts, dtypes, (sequence, order[owner], start, piece_length), strict=True):
             column.append(values[kept].astype(dtype))
     sequence, document, start, piece_length = (np.concatenate(column) for column in parts)
-    # A sequence of nothing but dropped fragments does not come to be.
+    # A sequence that would hold only dropped fragments does not exist.
     is_first = np.diff(sequence, prepend=-1) > 0
     offsets = np.append(np.flatnonzero(is_first), len(sequence))
     return Packing(
@@ -233,6 +233,6 @@ def _smallest_dtype(maximum: int) -> np.dtype:
 
 
 def _parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first index, slice) of an array, part after part."""
+    """(first index, slice) of consecutive parts of an array."""
     for begin in range(0, len(array), _AT_A_TIME):
         yield begin, array[begin : begin + _AT_A_TIME]

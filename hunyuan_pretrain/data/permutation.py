@@ -1,5 +1,4 @@
-"""A seeded shuffle that is computed row by row, so that nothing is stored and every rank agrees whatever its numpy
-version."""
+"""A seeded shuffle computed row by row: nothing is stored, and all ranks agree whatever their numpy versions."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mixed_key(*numbers: int) -> int:
-    """One well-mixed 64-bit number from several integers; the order counts."""
+    """One well-mixed 64-bit number from several integers. Their order matters."""
     key = 0
     for number in numbers:
         key = int(_mix(np.array([(key + number) % 2**64], dtype=np.uint64) + _STEP)[0])
@@ -18,10 +17,10 @@ def mixed_key(*numbers: int) -> int:
 
 
 def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where the permutation of range(size) that belongs to `key` sends each of `index`: int64, same shape.
+    """The image of each of `index` under the permutation of range(size) given by `key`: int64, same shape.
 
-    A Feistel network permutes the next power of two; a value that falls outside `size` is sent on until it is inside,
-    which keeps it a permutation of range(size). Cost is the same for any size.
+    A Feistel network permutes the next power of two. A value outside range(size) is permuted again until it is inside,
+    which keeps the result a permutation of range(size). The cost is the same for any size.
     """
     if size < 2:
         return np.zeros_like(index, dtype=np.int64)
@@ -36,14 +35,13 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def shuffled(size: int, key: int) -> np.ndarray:
-    """A permutation of range(size) that belongs to `key`, all of it: (size,) uint32. Another one than that of
-    `permuted`, and faster.
+    """The whole permutation of range(size) given by `key`: (size,) uint32. It is not the one of `permuted`, and faster.
 
-    The numbers are sorted by a random number each; the number itself breaks ties, so that every numpy sorts them alike.
-    8 bytes a number.
+    Each number is sorted by a random key. The number itself breaks ties, so every numpy version sorts them alike. Takes
+    8 bytes per number.
     """
     assert size <= 2**32, "numbers of 32 bits"
-    # Through _mix twice, lest the keys 1, 2, 3... give shifted versions of one sequence of random numbers.
+    # Mixed twice, or the keys 1, 2, 3... would give shifted versions of the same random sequence.
     first = _mix(np.array([key], dtype=np.uint64) + _STEP)
     order = np.arange(size, dtype=np.uint64)
     for begin in range(0, size, 2**18):
@@ -58,7 +56,7 @@ def _feistel(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray
     low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << high_bits) - 1)
     low, high = value & low_mask, value >> np.uint64(low_bits)
     for number, key in enumerate(round_keys):
-        # The halves may differ by a bit, so they are changed in turn and never swapped.
+        # The halves may differ in width by one bit, so they are updated in turn and never swapped.
         if number % 2 == 0:
             high = high ^ (_mix(low ^ key) & high_mask)
         else:

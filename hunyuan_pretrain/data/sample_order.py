@@ -18,13 +18,13 @@ from hunyuan_pretrain.data.packed_format import ARRAYS
 
 
 class SampleOrder:
-    """The global batch of every step, which the experiment's seed alone decides, and the segments of the run before, if
-    it has any.
+    """The global batch of every step. It depends only on the experiment with its seed and on the run's earlier
+    segments, if any.
 
-    `past`: the segments of the run before `first_step`, from which `experiment` takes over; without, the whole run is
-    that of `experiment`. Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to another
-    sequence length than the stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked),
-    has ids beyond the embedding, or cannot give what the mixture asks of it; ConfigError as `Schedule.resumed`.
+    `past`: the segments of the run before `first_step`, where `experiment` takes over. If empty, `experiment` is the
+    whole run. Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to a sequence length
+    other than the stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), has ids
+    beyond the embedding, or cannot supply what the mixture asks of it; ConfigError as `Schedule.resumed`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SampleOrder:
     ) -> None:
         self.experiment = experiment
         self.datasets: dict[str, PackedDataset] = {}
-        """Packed folder of each path of `experiment`."""
+        """Packed dataset of each path of `experiment`."""
         for number, stage in enumerate(experiment.stages):
             for source in stage.data:
                 path = source_path(source.path)
@@ -77,7 +77,7 @@ class SampleOrder:
         return self.schedule.stage(step)
 
     def positions_of_stage(self, step: int, positions: np.ndarray) -> np.ndarray:
-        """Which sequences of the stage's data some places of the global batch of a step are, both from 0."""
+        """Positions in the stage's data of the given positions in the global batch of a step. Both count from 0."""
         piece = self.schedule.piece_of_step(step)
         found: np.ndarray = piece.position_of(
             (step - piece.first_step) * piece.stage.global_batch_sequences + positions
@@ -85,19 +85,20 @@ class SampleOrder:
         return found
 
     def sequences(self, step: int, positions: np.ndarray) -> list[tuple[PackedDataset, int]]:
-        """(dataset, sequence) of some places of the global batch of a global step, counted from 0."""
+        """(dataset, sequence) at the given positions in the global batch of a global step, counted from 0."""
         piece = self.schedule.piece_of_step(step)
         sources, rows = self.mixture.lookup(piece.lane, self.positions_of_stage(step, positions))
         return [(self._dataset(source), row) for source, row in zip(sources.tolist(), rows.tolist(), strict=True)]
 
     def costs(self, step: int) -> np.ndarray:
-        """(global batch,) sum of squared piece lengths of each sequence of a step, which is what they differ by in
-        work."""
+        """(global batch,) float64, sum of squared piece lengths of each sequence of a step: their only difference in
+        cost."""
         sequences = self.sequences(step, np.arange(self.stage(step).global_batch_sequences))
         return np.array([dataset.index.squared_lengths[row] for dataset, row in sequences], dtype=np.float64)
 
     def _dataset(self, source: int) -> PackedDataset:
-        """The dataset of a source by its number; that of an earlier segment is opened when it is asked for."""
+        """The dataset of a source by number. One of an earlier segment is opened on first use. Raises DataFormatError
+        if it has been packed again since."""
         name = self.mixture.sources[source]
         if name not in self._open:
             path, facts = self._past[name]
@@ -111,7 +112,7 @@ class SampleOrder:
 
 
 def facts_of(dataset: PackedDataset) -> SourceFacts:
-    """What identifies a packed dataset: which documents it has in which sequences, wherever it lies."""
+    """What identifies a packed dataset: which documents it has in which sequences, whatever its path."""
     manifest = dataset.index.manifest
     arrays = {name: manifest.get("sha256", {}).get(f"{name}.npy") for name in ARRAYS}
     identity = [
@@ -132,7 +133,7 @@ def facts_of(dataset: PackedDataset) -> SourceFacts:
 def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceFacts]]]) -> list[DataSegment]:
     """The segments of a run for its mixture.
 
-    A source is known by what is in it, so it may move, and is another one if it was packed again.
+    A source is identified by its contents, so it may move. If it was packed again, it is a different source.
     """
     found: list[DataSegment] = []
     known: dict[str, str | None] = {}
@@ -153,10 +154,10 @@ def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceF
 
 
 def positions_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """Places in the global batch of a step that a data-parallel rank takes: (micro-batches, micro_batch_sequences)
+    """Positions in the global batch of a step that a data-parallel rank takes: (micro-batches, micro_batch_sequences)
     int64.
 
-    All ranks find the same deal, without asking each other.
+    All ranks compute the same assignment without communicating.
     """
     stage = order.stage(step)
     if stage.balance_attention == "off":
@@ -165,7 +166,8 @@ def positions_of_rank(order: SampleOrder, step: int, dp_rank: int, dp_size: int)
 
 
 def open_packed(path: str, padded_vocab_size: int, tokenizer_digest: str | None) -> PackedDataset:
-    """A packed dataset whose ids all have a row in the embedding. Raises DataFormatError."""
+    """Open a packed dataset. Raises DataFormatError if that fails or an id of its vocabulary has no row in the
+    embedding."""
     dataset = PackedDataset(path, tokenizer_digest)
     if dataset.index.vocab_size > padded_vocab_size:
         raise DataFormatError(

@@ -114,7 +114,7 @@ def test_a_full_size_run_needs_no_memory() -> None:
 
 def test_a_source_without_a_single_sequence_is_refused() -> None:
     message = (
-        r"stage s: b has weight 0\.001 of 1\.001, which is none of the stage's 100 sequences; remove it or give "
+        r"stage s: b has weight 0\.001 of 1\.001, which gives it none of the stage's 100 sequences; remove it or give "
         r"it a share"
     )
     with pytest.raises(DataFormatError, match=message):

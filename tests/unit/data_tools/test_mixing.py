@@ -146,7 +146,7 @@ def test_mix_predicts_what_the_steps_read(command: Any, experiment: Path) -> Non
         ("stages.0.data=[]", "stages.0.data=[]: must not be empty"),
         (
             "stages.0.data.1.weight=1e-9",
-            "long has weight 1e-09 of 3, which is none of the stage's 80 sequences; remove it or give it a",
+            "long has weight 1e-09 of 3, which gives it none of the stage's 80 sequences; remove it or give it a",
         ),
         ("stages.0.tier_weights={a: 0}", "stages.0.tier_weights.a=0: must be greater than 0"),
         ("stages.0.tier_weights={a: 1}", "stages.0.data.0.tier=null: not in tier_weights (which has a)"),
