@@ -139,7 +139,7 @@ def test_mix_predicts_what_the_steps_read(command: Any, experiment: Path) -> Non
     [
         (
             "stages.0.data.0.weight=0",
-            "stages.0.data.0.weight=0: must be greater than 0 (typical: 0.1 to 1; a source that shall not be",
+            "stages.0.data.0.weight=0: must be greater than 0 (typical: 0.1 to 1; leave out a source that",
         ),
         ("stages.0.data.1.weight=-1", "stages.0.data.1.weight=-1: must be greater than 0"),
         ("stages.0.data.1.weight=.nan", "stages.0.data.1.weight=nan: must be a finite number"),
