@@ -10,11 +10,10 @@ import pytest
 
 from tests.helpers.runs import make_corpus
 
-# before torch is loaded: on small tensors several threads mostly wait for each other, and the tests have processes for
-# every core
+# before torch is loaded: on small tensors threads mostly wait for each other, and the tests run a process on every core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# what started the tests may ignore these (nohup, a job in the background), and processes under test would inherit that
+# the parent of the tests may ignore these signals (nohup, a background job), and processes under test would inherit it
 for number, default in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),

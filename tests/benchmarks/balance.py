@@ -3,17 +3,17 @@ balancing.
 
     python tests/benchmarks/balance.py LENGTHS.npy [--kinds KINDS.npy] [--config configs/model/hunyuan_large.yaml]
 
-LENGTHS.npy holds the tokens of each document of a corpus. They are packed to 32K and to 256K, and steps of 256
-sequences, one a micro-batch, are drawn for 8 and 64 data-parallel ranks, from epochs of whole steps. A sequence costs
-its FLOPs (plan.counts), as if a FLOP of attention took as long as any other.
+LENGTHS.npy holds the tokens of each document of a corpus. The documents are packed to 32K and to 256K. Steps of 256
+sequences, one per micro-batch, are drawn for 8 and 64 data-parallel ranks, from epochs of complete steps. A sequence
+costs its FLOPs (plan.counts), as if a FLOP of attention took as long as any other.
 
-- `micro-batch`: sum over micro-batches of the dearest rank / of the mean rank: the slow-down where ranks meet in every
-  micro-batch, as they do where experts are spread over all of them.
-- `step`: dearest / mean rank over a whole step: the slow-down where they meet at its end only. Both are means over the
-  steps.
-- `noise`: variance between steps of the mean cost of the step's sequences and, with KINDS.npy (a kind for each
-  document, such as its language), of the share of tokens of the commonest kind; as a multiple of that in random order:
-  what balanced groups cost in randomness.
+- `micro-batch`: sum over micro-batches of the slowest rank / of the mean rank: the slowdown if ranks synchronise in
+  every micro-batch, as they do if experts are spread over all of them.
+- `step`: slowest / mean rank over a whole step: the slowdown if ranks synchronise only at its end. Both are means over
+  the steps.
+- `noise`: what balanced groups cost in randomness: the variance between steps of the mean cost of the step's sequences
+  and, with KINDS.npy (a kind for each document, such as its language), of the token share of the commonest kind, as a
+  multiple of the variance in random order.
 """
 
 from __future__ import annotations

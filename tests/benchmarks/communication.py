@@ -3,11 +3,11 @@ GPTModel with MoE.
 
     python tests/benchmarks/communication.py [--only tp2 ep2] [--json FILE]
 
-Two gloo ranks of one process each, fp32, no distributed optimizer, the model, tokens and steps of train_step.py. The
-second step of each is counted by parallel.traffic, which says what the bytes are; they do not depend on the machine or
-its load. Of two ranks the one that sends more counts. megatron-core has no context parallelism without Transformer
-Engine. Last, from the closed forms of the plan, which a test holds equal to the counted bytes: what cross-layer
-attention (CLA) and recycle routing save at the size of Hunyuan-Large.
+Two gloo ranks of one process each, fp32, no distributed optimizer; model, tokens and steps are those of train_step.py.
+parallel.traffic, which defines the bytes, counts the second step of each; the bytes do not depend on the machine or its
+load. Of the two ranks, the one that sends more counts. megatron-core has no context parallelism without Transformer
+Engine. The output ends with what cross-layer attention (CLA) and recycle routing save at the size of Hunyuan-Large,
+from the plan's closed forms, which a test compares with the counted bytes.
 """
 
 from __future__ import annotations

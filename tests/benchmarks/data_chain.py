@@ -1,10 +1,10 @@
-"""The chain of the data on a corpus: text -> tokenizer -> shards -> packs of 4K, 32K and 256K -> mixtures of the
-published phases.
+"""The data chain on a corpus: text -> tokenizer -> shards -> packs of 4K, 32K and 256K -> mixtures of the published
+phases.
 
     python tests/benchmarks/data_chain.py CORPUS.jsonl WORK [--base cl100k_base.tiktoken] [--vocab-size 32768]
     [--sample-fraction 0.25]
 
-Runs the commands that a user runs, each as a process of its own; prints seconds, processor seconds, peak memory of the
+Runs the commands that a user runs, each as a separate process. Prints seconds, processor seconds, peak memory of the
 largest process and bytes written for each, then what each phase will read. WORK must be empty. Documents of at least an
 eighth of the sequence are "long".
 """

@@ -1,11 +1,11 @@
-"""Final losses of every FP8 recipe, emulated, against BF16 and against the noise of seeds.
+"""Final losses of every FP8 recipe, emulated, compared with BF16 and with the noise between seeds.
 
     make demo                                   # its text, tokenizer and packed data
     python tests/benchmarks/fp8_recipes.py [--seeds 3] [--output fp8_out] [KEY=VALUE]...
 
-Trains configs/dev/fp8_comparison.yaml for every seed in BF16 and under each recipe; a seed decides the weights, the
-order of the data and the recycling, so runs of one seed differ in the recipe alone. Prints a table and writes it beside
-a plot of the gaps to BF16. A run whose result is there already is not repeated.
+Trains configs/dev/fp8_comparison.yaml for every seed in BF16 and under each recipe. A seed determines the weights, the
+order of the data and the recycling, so runs of one seed differ only in the recipe. Prints a table and writes it, with a
+plot of the gaps to BF16. A run whose result exists is not repeated.
 """
 
 from __future__ import annotations

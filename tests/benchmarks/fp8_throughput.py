@@ -3,10 +3,10 @@ megatron-core's GPTModel.
 
     python tests/benchmarks/fp8_throughput.py [--steps 10] [--on-stand-ins]
 
-Both have Transformer Engine's layers, the same shapes, tokens and AdamW; each contender is a process of its own, one
-after the other, and the median step counts. TFLOP/s: 6 x active parameters x tokens, as if there were no attention.
-GPTModel has no CLA and no recycling, and drops no token. --on-stand-ins: tiny sizes with the stand-ins of the tests in
-place of kernels, to see that everything runs; its figures are void.
+Both have Transformer Engine's layers, the same shapes, tokens and AdamW. Each contender runs in a separate process, one
+after the other, and the median step counts. TFLOP/s: 6 x active parameters x tokens, ignoring attention. GPTModel has
+no CLA and no recycling, and drops no token. --on-stand-ins: tiny sizes with the tests' stand-ins instead of kernels, to
+check that everything runs; the figures mean nothing.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@ layout, in one run.
 
     python tests/benchmarks/layouts.py [--rounds 3] [--steps 2] [--only dp2 tp2]
 
-Two processes of one thread each over gloo, against one process of one thread; model, tokens and steps are those of
+Two single-threaded processes over gloo, compared with one single-threaded process; model, tokens and steps are those of
 train_step.py. The two trainers take turns, layout after layout, and the median over the rounds counts. On one machine
-the ranks share memory bandwidth, and gloo copies through the loopback device: the ratio between the two trainers says
-something about them, the speed-up over one rank little about a cluster. megatron-core has no context parallelism
-without Transformer Engine; for sequence parallelism it is given a norm that allows it.
+the ranks share memory bandwidth, and gloo copies through the loopback device: the ratio between the two trainers is
+meaningful, but the speed-up over one rank says little about a cluster. megatron-core has no context parallelism without
+Transformer Engine; for sequence parallelism it gets a norm that supports it.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
-"""Packing beside its peers in one run: time, bins, documents cut, padding and memory, on the same lengths.
+"""Packing compared with its peers in one run: time, bins, documents cut, padding and memory, on the same lengths.
 
     python tests/benchmarks/packing.py [LENGTHS.npy ...] [--documents 1e5 1e6 1e7] [--sequence-lengths 4096 32768
     262144] [--rounds 3]
 
-LENGTHS.npy holds the tokens of each document of a real corpus; --documents adds made-up ones, log-normal with median
-545 and mean 1,450. Each contender runs in a process of its own, several times; the least processor time counts, of all
-threads. A peer that is not installed is reported as absent. What the time covers:
+LENGTHS.npy holds the tokens of each document of a real corpus; --documents adds synthetic ones, log-normal with median
+545 and mean 1,450. Each contender runs several times in a separate process; the least processor time of all threads
+counts. A peer that is not installed is reported as absent. What the time covers:
 
 - ours: from the lengths to the arrays of a dataset (which piece of which document is where), cutting and shuffling
   included;
-- ours, bins alone: what lightbinpack's lists say, as arrays, from the lengths of the pieces: nothing is cut or
-  shuffled, no dataset made;
-- lightbinpack: its quickest single-threaded best-fit decreasing, `obfd`, from a list of piece lengths to lists of
-  pieces; then with turning those lists into the same arrays;
-- TRL: its real `pack_dataset`, over the whole dataset at once, on documents of one-byte tokens: the loop that fills
-  bins alone, and all of it, which also copies the tokens. `bfd` throws away what does not fit, `bfd_split` does the
-  same job as ours;
-- megatron-core: its `build_sample_idx`, which concatenates and cuts, with the shuffle of the documents before it.
+- ours, bins alone: the content of lightbinpack's lists, as arrays, from the lengths of the pieces: nothing is cut or
+  shuffled, and no dataset is made;
+- lightbinpack: its fastest single-threaded best-fit decreasing, `obfd`, from a list of piece lengths to lists of
+  pieces; then also with conversion of those lists to the same arrays;
+- TRL: its real `pack_dataset`, over the whole dataset at once, on documents of one-byte tokens: once only the loop that
+  fills bins, once all of it, which also copies the tokens. `bfd` discards what does not fit; `bfd_split` does the same
+  job as ours;
+- megatron-core: its `build_sample_idx`, which concatenates and cuts, including the shuffle of the documents before it.
 
-Padding is that of the whole result. "cut" are documents that are not in one piece, or of which a part was thrown away.
+Padding is measured over the whole result. "cut" counts documents that are not in one piece, or that lost a part.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Samples per processor second of packed sequences against megatron-core's GPTDataset on the same shards, plain and
 with positions reset.
 
-python tests/benchmarks/reading.py TOKENIZED PACKED...
+    python tests/benchmarks/reading.py TOKENIZED PACKED...
 
-TOKENIZED is a folder of `hunyuan-data tokenize`, each PACKED one of `hunyuan-data pack` over it. GPTDataset reads the
-largest shard; it concatenates documents and cuts, so it has no borders to give; with reset_position_ids it restarts
-positions after each end of a document. Each side reads the same number of sequences in random order, in turns, twice;
-the second turn counts. Also: seconds to open.
+TOKENIZED is a folder of `hunyuan-data tokenize`, each PACKED a folder of `hunyuan-data pack` over it. GPTDataset reads
+the largest shard. It concatenates documents and cuts, so it has no document boundaries to return; with
+reset_position_ids it restarts positions after each end of a document. Both sides read the same number of sequences in
+random order, alternating, twice; the second turn counts. Also printed: seconds to open.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
     python tests/benchmarks/tokenizing.py CORPUS.jsonl [--rounds 3] [--sizes 20 100] [--ranks FILE] [--json FILE]
 
-Megatron-LM's tools/preprocess_data.py is in no package of PyPI. Its loop is written here after its published structure,
-on core's own tokenizer and dataset builder: lines go through `imap` of a pool in chunks of 32, each worker parses a
-line and encodes it with tiktoken, and the parent writes the lists of ids that come back. It spares the tool's import of
-megatron.training, so the tool starts later still. Both read the same lines with Hunyuan's split pattern over the ranks
-of cl100k_base (PyPI's litellm has them; or --ranks), and the ids are compared first.
+Megatron-LM's tools/preprocess_data.py is in no PyPI package. Its loop is reimplemented here from its published
+structure, on core's own tokenizer and dataset builder: lines go through a pool's `imap` in chunks of 32, each worker
+parses a line and encodes it with tiktoken, and the parent writes the lists of ids that come back. The loop omits the
+tool's import of megatron.training, so the real tool starts even later. Both read the same lines with Hunyuan's split
+pattern over the ranks of cl100k_base (from PyPI's litellm, or --ranks), and the ids are compared first.
 
-Rates are those between the two sizes (MB of input), so that start-up does not count; start-up is the time for one short
-document. Memory is the greatest sum of the proportional set sizes of the process and its children, looked at five times
-a second. Every command runs alone, all take turns, and medians over the rounds count.
+Rates are computed between the two sizes (MB of input), so that start-up does not count; start-up is the time for one
+short document. Memory is the maximum sum of the proportional set sizes of the process and its children, sampled five
+times a second. Every command runs alone, all take turns, and medians over the rounds count.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@ machine's limit.
 
     python tests/benchmarks/train_step.py [--rounds 5] [--steps 3] [--json FILE]
 
-Every contender is a process of its own with two threads, fp32, the same shapes (about 32M parameters), the same tokens
-and AdamW; they take turns in one run, and the median over the rounds counts. The limit takes its turns too: the step's
-matrix products alone (6 x active parameters x tokens floating-point operations, on the model's own shapes) and torch's
-fused AdamW over as many weights.
+Every contender runs in a separate process with two threads, fp32, the same shapes (about 32M parameters), the same
+tokens and AdamW. The contenders take turns in one run, and the median over the rounds counts. The limit takes its turns
+too: the step's matmuls alone (6 x active parameters x tokens floating-point operations, on the model's own shapes) and
+torch's fused AdamW over as many weights.
 """
 
 from __future__ import annotations

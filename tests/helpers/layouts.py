@@ -122,7 +122,7 @@ class Layout:
         # update
         found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
         found["optimizer"]["cpu_offload_fraction"] = 0.5 if self.optimizer == "half offloaded" else 0.0
-        found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may have two busy cores
+        found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may share two busy cores
         found["precision"]["dtype"] = "bf16" if self.model == "bf16" else "fp32"
         warmup, decay = found["stages"]
         warmup["micro_batch_sequences"], decay["micro_batch_sequences"] = (
@@ -145,8 +145,7 @@ def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]
     for values in product(*sizes.values()):
         layout = Layout(**dict(zip(sizes, values, strict=True)))
         if layout.world_size <= LARGEST_WORLD:
-            # 2 sequences leave room for 4 micro-batches; more data-parallel ranks or pipeline rounds than that need
-            # smaller ones
+            # micro-batches of 2 sequences allow 4 of them; more data-parallel ranks or pipeline rounds need smaller ones
             if layout.tp == 4:
                 layout = replace(layout, model="4 key/value heads")
             yield next((small for small in (layout, replace(layout, micro_batch=1)) if not small.problems()), layout)
@@ -334,7 +333,7 @@ def until_failure(jobs: list[Any], trace: Callable[[Any], list[Any]]) -> list[Ou
     """Outcomes of `trace` for each job, up to and including the first traceback."""
     found: list[Outcome] = []
     for job in jobs:
-        # the run before, whose modules and hooks know each other, holds process groups with threads of their own
+        # the previous run, kept alive by reference cycles, holds process groups with their own threads
         gc.collect()
         try:
             found.append(trace(job))

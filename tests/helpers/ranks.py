@@ -42,8 +42,7 @@ def _run(
 ) -> list[Any]:
     from torch.distributed import TCPStore
 
-    # kept here, as torchrun's agent does: a free port that is only looked up may be somebody else's when rank 0 has
-    # started
+    # kept open here, as torchrun's agent does: a port that is only looked up may be taken by the time rank 0 starts
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.Queue()
     processes = [

@@ -87,7 +87,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     from tests.helpers.tiny import tiny_model
 
     ranks, rank = groups.tp.size(), groups.tp.rank()
-    # incomplete blocks where that is allowed: what is gathered in FP8 is not
+    # incomplete blocks where allowed: tensors gathered in FP8 must have whole ones
     T, I, O = (160, 192, 160) if ranks == 1 else (256, 256, 128 if kind == "row" else 256)  # noqa: E741
     splits = {"experts": RowSplits.equal(4, 32), "unequal experts": RowSplits((32, 64, 0, 96))}.get(kind)
     precision = PrecisionConfig(
@@ -98,7 +98,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
-        # more powers of two than a block can hold, and halves of different size: a scale of other values shows
+        # more powers of two than a block can hold, and halves of different magnitude: a scale of other values shows
         x = torch.randn(shape, generator=generator) * torch.exp2(torch.randint(-9, 4, shape, generator=generator))
         x[..., : shape[-2] // 2, :] *= 3
         x[..., : shape[-1] // 2] *= 5

@@ -107,8 +107,7 @@ TP_EP, DATA, MORE_MICRO_BATCHES = (
 )
 FORWARD = ("activation", "routing")
 BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
-    # bug: layout in which it shows, its first difference there (step, kind, name), kinds in which it does not show in
-    # that step
+    # bug: layout that exposes it, its first difference there (step, kind, name), kinds without a difference in that step
     experts_left_out_of_the_norm: (TP_EP, (0, "scalar", "grad_norm"), (*FORWARD, "gradient", "copies")),
     expert_gradients_times_ep: (
         TP_EP,

@@ -214,7 +214,7 @@ def test_a_cache_in_a_recomputed_layer_is_refused() -> None:
 
 
 def test_documents_of_a_pack_do_not_see_each_other(exact: HunYuanForCausalLM) -> None:
-    """position_ids that restart are how transformers' collators tell documents apart."""
+    """transformers' collators mark documents with position_ids that restart."""
     tokens = torch.randint(64, (1, 11))
     positions = torch.tensor([[*range(4), *range(1), *range(6)]])
     with torch.no_grad():

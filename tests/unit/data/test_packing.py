@@ -63,7 +63,7 @@ def test_every_token_is_in_exactly_one_piece_or_in_a_counted_fragment(
     assert all((counts <= 1).all() for counts in seen)
     missing = [np.flatnonzero(counts == 0) for counts in seen]
     assert sum(map(len, missing)) == packing.dropped_tokens
-    # A run of missing tokens is one fragment, unless two were neighbours in one document.
+    # A run of missing tokens is one fragment, unless two fragments were neighbours in one document.
     runs = sum(np.count_nonzero(np.diff(gap, prepend=-2) > 1) for gap in missing)
     assert runs <= packing.dropped_fragments <= packing.dropped_tokens
     assert packing.dropped_tokens <= packing.dropped_fragments * (min_fragment - 1)

@@ -60,7 +60,7 @@ def hugging_face(folder: Path) -> Encode:
 def gigatoken(folder: Path) -> Encode:
     rust = pytest.importorskip("gigatoken.gigatoken_rs")
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    # Names of special tokens in text are text; NFC is applied before, by the same Unicode tables for all.
+    # Names of special tokens in text are text; NFC is applied first, with the same Unicode tables for all.
     content.update(added_tokens=[], normalizer=None)
     engine = rust.load_hf_json(json.dumps(content))
     return lambda text: engine.encode(unicodedata.normalize("NFC", text)).tolist()
@@ -80,7 +80,7 @@ def quicktok(folder: Path) -> Encode:
     return lambda text: engine.encode_ordinary(unicodedata.normalize("NFC", text))
 
 
-# quicktok takes a token that no joins make wherever its bytes stand, not only as a whole word.
+# quicktok uses a token that no merges produce wherever its bytes occur, not only as a whole word.
 ENGINES = [(hugging_face, "whole words"), (gigatoken, "whole words"), (quicktok, "joined")]
 
 

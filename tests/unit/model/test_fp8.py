@@ -122,8 +122,8 @@ def test_every_code_of_a_format_is_a_fixed_point() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_matmul_and_its_gradients_use_the_quantised_operands(name: str, dtype: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    # over more powers of two than a format has: within them a scale that is a power of two changes no value, and which
-    # block it comes from would not matter
+    # over more powers of two than a format has: within its range, a scale that is a power of two changes no value, so
+    # the block that it comes from would not matter
     x_RI, weight_OI = numbers(generator, 48, 160, 20, DTYPES[dtype]), numbers(generator, 96, 160, 20, DTYPES[dtype])
     grad_RO = numbers(generator, 48, 96, 20, DTYPES[dtype])
     chosen = recipe(name, "hybrid")

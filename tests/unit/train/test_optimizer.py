@@ -181,9 +181,9 @@ def test_training_with_and_without_offload_is_equal(corpus, tmp_path, dtype, fra
     assert min(trace.scalars["grad_norm"] for trace in expected) > 0.5, "it is clipped"
     found = [difference for difference in compare(actual, expected) if not difference.is_within]
     if dtype == "bf16" and found:
-        # A weight is the nearest bf16 to its fp32 main weight, and of two main weights that differ in their last bit
-        # one may lie on the other side of the middle. Everything before is within the tolerance; a few weights are
-        # neighbours then, and the runs are two.
+        # A weight is the nearest bf16 to its fp32 main weight, so two main weights that differ in the last bit may
+        # round to neighbours. Everything before that is within the tolerance; then a few weights are neighbours, and
+        # the runs diverge.
         step = found[0].step
         assert {difference.kind for difference in found if difference.step == step} == {"parameter"}
         flipped = total = 0
