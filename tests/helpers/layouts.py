@@ -145,7 +145,7 @@ def every_product(sizes: dict[str, tuple[int, ...]] = SIZES) -> Iterator[Layout]
     for values in product(*sizes.values()):
         layout = Layout(**dict(zip(sizes, values, strict=True)))
         if layout.world_size <= LARGEST_WORLD:
-            # micro-batches of 2 sequences allow 4 of them; more data-parallel ranks or pipeline rounds need smaller ones
+            # micro-batches of 2 sequences allow 4; more data-parallel ranks or pipeline rounds need smaller ones
             if layout.tp == 4:
                 layout = replace(layout, model="4 key/value heads")
             yield next((small for small in (layout, replace(layout, micro_batch=1)) if not small.problems()), layout)

@@ -20,7 +20,7 @@ def on_this_rank(fields: dict[str, Any]) -> Run:
     """A run of one rank inside the test process, with fresh weights and a log that writes nothing."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    # core keeps this on the class; a backward pass outside its schedules, as in tests of the model, leaves another shape
+    # core keeps this on the class; a backward pass outside its schedules, as in tests of the model, reshapes it
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     experiment, groups = Experiment.model_validate(fields), world_of_one()
     setup.use_deterministic_algorithms(True)

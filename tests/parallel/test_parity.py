@@ -107,7 +107,7 @@ TP_EP, DATA, MORE_MICRO_BATCHES = (
 )
 FORWARD = ("activation", "routing")
 BUGS: dict[Bug, tuple[Layout, tuple[int, str, str], tuple[str, ...]]] = {
-    # bug: layout that exposes it, its first difference there (step, kind, name), kinds without a difference in that step
+    # bug: exposing layout, its first difference there (step, kind, name), kinds without a difference in that step
     experts_left_out_of_the_norm: (TP_EP, (0, "scalar", "grad_norm"), (*FORWARD, "gradient", "copies")),
     expert_gradients_times_ep: (
         TP_EP,
