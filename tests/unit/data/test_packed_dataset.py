@@ -195,7 +195,7 @@ def drop_pieces(folder: Path) -> None:
             lambda folder: np.save(folder / "sequence_offsets.npy", np.array([0, 1])),
             r"sequence_offsets\.npy: does not belong",
         ),
-        (lambda folder: shutil.rmtree(f"{folder}_tokens"), r"p_tokens is not there"),
+        (lambda folder: shutil.rmtree(f"{folder}_tokens"), r"p_tokens does not exist"),
     ],
 )
 def test_a_damaged_folder_is_refused(
@@ -225,7 +225,7 @@ def test_a_packed_folder_moved_without_its_sources_names_what_is_missing(
     shutil.copytree(folder, moved)
     with pytest.raises(
         DataFormatError,
-        match=r"q: packed from the tokenized folder \.\./p_tokens, and .*elsewhere/p_tokens is not there",
+        match=r"q: packed from the tokenized folder \.\./p_tokens, but .*elsewhere/p_tokens does not exist",
     ):
         PackedDataset(moved)
 
