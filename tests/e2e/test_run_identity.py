@@ -334,7 +334,7 @@ def test_a_checkpoint_beyond_the_end_of_its_configuration_is_explained(told: dic
         "it was taken after 20 steps, but the configuration beside it, resolved.yaml, ends after 10"
         in told["written over"]
     )
-    assert "put the run's own configuration there" in told["written over"]
+    assert "put the run's own configuration back" in told["written over"]
 
 
 def test_repacked_data_is_refused_until_it_is_accepted(told: dict[str, Any], base: Path) -> None:
