@@ -85,7 +85,7 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
         (["hunyuan-data", "mix", config], None),
         (
             ["hunyuan-data", "mix", config, "--output", out],
-            f"the picture needs matplotlib: {install_hint('matplotlib')}",
+            f"the plot needs matplotlib: {install_hint('matplotlib')}",
         ),
         (["hunyuan-data", "where", config, "--step", "1"], None),
         (["hunyuan-data", "verify", tokenized], None),
