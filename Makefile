@@ -25,6 +25,8 @@ TEXT ?=
 CORPUS ?=
 WORK ?= data_bench_out
 unexport $(SETTINGS)
+# Images of containers set this. Every process would then compile torch, megatron-core and what they import anew: 11 CPU seconds instead of 4.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-latest test-layouts test-gpu docs data-bench lint check lock clean

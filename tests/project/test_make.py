@@ -55,13 +55,15 @@ def test_programs_that_make_starts_do_not_see_its_settings(tmp_path: Path) -> No
         )
         (tmp_path / name).chmod(0o755)
     text = 'it\'s "my" $HOME `text`; exit 3'
-    done = make("demo", f"PYTHON={tmp_path}/setter", "VENV=env", f"TEXT={text}", folder=tmp_path)
+    done = make(
+        "demo", f"PYTHON={tmp_path}/setter", "VENV=env", f"TEXT={text}", folder=tmp_path, PYTHONDONTWRITEBYTECODE="1"
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "arguments.setter").read_text().splitlines() == [".ci/locks/environment.py", "set-up", "env"]
     assert (tmp_path / "arguments.python").read_text().splitlines() == ["-m", "launch.demo", "--text", text]
     for name in ("setter", "python"):
         seen = {line.partition("=")[0] for line in (tmp_path / f"seen.{name}").read_text().splitlines()}
-        assert not seen & {"PYTHON", "VENV", "TEXT", "CORPUS", "WORK"}
+        assert not seen & {"PYTHON", "VENV", "TEXT", "CORPUS", "WORK", "PYTHONDONTWRITEBYTECODE"}
 
 
 def test_an_environment_folder_with_spaces_is_refused() -> None:
