@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -94,7 +93,6 @@ class _Planner(TorchDistSaveShardedStrategy):
 
     def __init__(self, parts: frozenset[Any]) -> None:
         super().__init__("torch_dist", 1, cached_metadata=True)
-        logging.getLogger(TorchDistSaveShardedStrategy.__module__).addFilter(_concerns_users)
         self.parts = parts
         """Which parts of which tensors this rank holds."""
 
@@ -111,11 +109,6 @@ class _Planner(TorchDistSaveShardedStrategy):
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
         return _Planned(writer, planned[1])
-
-
-def _concerns_users(record: logging.LogRecord) -> bool:
-    """Filter out core 0.19's message, once per rank, that recommends the writer of a package not required here."""
-    return "async save is deprecated" not in record.getMessage()
 
 
 _planners: WeakKeyDictionary[HunyuanModel, _Planner] = WeakKeyDictionary()

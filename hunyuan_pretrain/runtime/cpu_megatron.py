@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 import types
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from hunyuan_pretrain.runtime.quiet import quieten
 
 CPU = torch.device("cpu")
 
@@ -235,24 +236,6 @@ PATCHES = (
     ),
 )
 
-QUIET_WARNINGS = (
-    # `hunyuan-pretrain doctor` says once what is missing and what is used instead
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    # internal to core; a user cannot act on them
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf",
-    ".*reduce_scatter_tensor. is deprecated",
-    ".*all_gather_into_tensor. is deprecated",
-    ".*load_state_dict. is deprecated",
-    "Warning: tp_group is None",
-    # from core's barriers in a save: the device is the one that train.setup has set. Passing it to init_process_group
-    # instead would initialize NCCL eagerly, and unbatched messages between pipeline stages would share the communicator
-    # of their whole group
-    r"barrier\(\): using the device under current context",
-)
-"""megatron-core warnings that are silenced on every machine."""
-
 _installed = False
 
 
@@ -269,8 +252,7 @@ def install(leave_out: Collection[str] = ()) -> bool:
     was imported before, because it would keep the unpatched names.
     """
     global _installed
-    for message in QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    quieten()
     if torch.cuda.is_available():
         return False
     if _installed:
