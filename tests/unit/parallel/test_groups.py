@@ -53,4 +53,5 @@ def backends_of_groups(layout: dict[str, Any], has_gpu: bool) -> Counter[str | N
 def test_a_start_creates_groups_of_its_own_backend_only(layout, has_gpu):
     (found,) = fork_ranks(1, backends_of_groups, layout, has_gpu)
     assert set(found) == {None}, "every group has the backend of the job"
-    assert 0 < found[None] < 12 * WORLD
+    # every rank takes part in creating each group: core 0.16 has up to 12 for each rank of the world, 0.19 up to 15
+    assert 0 < found[None] < 15 * WORLD
