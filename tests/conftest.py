@@ -12,6 +12,9 @@ from tests.helpers.runs import make_corpus
 
 # before torch is loaded: on small tensors threads mostly wait for each other, and the tests run a process on every core
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# before triton is loaded: without a GPU its interpreter runs the kernels, on CPU tensors
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the parent of the tests may ignore these signals (nohup, a background job), and processes under test would inherit it
 for number, default in (

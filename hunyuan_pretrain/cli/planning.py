@@ -127,6 +127,7 @@ def machine_rows(machine: Machine) -> list[tuple[str, str]]:
         ),
         ("Apex", apex[machine.apex]),
         ("flash-attn", machine.flash_attn or "absent"),
+        ("triton", machine.triton or "absent"),
         ("wandb", machine.wandb or "absent"),
         ("tensorboard", machine.tensorboard or "absent"),
     ]

@@ -144,6 +144,7 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("logging.*", Kind.harmless, "what is logged"),
     ("runtime.deterministic", Kind.recorded, "whether a rerun gives the same numbers"),
     ("runtime.transformer_engine", Kind.recorded, "which kernels compute"),
+    ("runtime.kernels", Kind.recorded, "which kernels compute"),
     ("runtime.*", Kind.harmless, "the machine"),
 )
 """(pattern of dotted keys, kind, reason); the first match counts. N is the number of any stage. Besides settings, the

@@ -503,6 +503,12 @@ class RuntimeConfig(Section):
         "required: an error where it cannot be used. never: the local layers everywhere.",
         "auto",
     )
+    kernels: Literal["auto", "never"] = setting(
+        "Whether the functions between the matmuls (RoPE with head norm, SwiGLU, permutation and combination of "
+        "tokens, router) run as this project's Triton kernels. auto: on a CUDA device where triton is installed, as "
+        "it is with torch for CUDA. never: as torch operations.",
+        "auto",
+    )
     cpu_threads_per_rank: PositiveInt | None = setting(
         "CPU threads per rank when training on CPU; null divides the node's cores by its ranks.", None, unit="threads"
     )

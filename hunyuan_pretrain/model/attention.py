@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.norm import HeadNorm, rope_norm
+from hunyuan_pretrain.model.norm import HeadNorm
 from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.context_parallel import (
@@ -84,6 +84,7 @@ class SelfAttention(torch.nn.Module):
         if config.qk_layernorm:
             self.q_layernorm = HeadNorm(config)
             self.k_layernorm = HeadNorm(config)
+        self.rope_norm = spec.functions.rope_norm
         self.core_attention = spec.core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
@@ -101,7 +102,7 @@ class SelfAttention(torch.nn.Module):
             qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, queries_of_group + 2, self.head_dim)
             q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((queries_of_group, 1, 1), dim=2)
             q_TNH = q_TGRH.reshape(-1, self.num_heads, self.head_dim)
-            k_hat_TGH, v_TGH = rope_norm(k_TG1H.squeeze(2), plan.rope_table, None, eps), v_TG1H.squeeze(2)
+            k_hat_TGH, v_TGH = self.rope_norm(k_TG1H.squeeze(2), plan.rope_table, None, eps), v_TG1H.squeeze(2)
             if context is not None:
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
@@ -114,7 +115,7 @@ class SelfAttention(torch.nn.Module):
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
         weight_H = self.q_layernorm().float() * self.k_layernorm().float() if self.config.qk_layernorm else None
-        q_TNH = rope_norm(q_TNH, plan.rope_table, weight_H, eps)
+        q_TNH = self.rope_norm(q_TNH, plan.rope_table, weight_H, eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
             output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks), context)

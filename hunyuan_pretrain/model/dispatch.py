@@ -12,7 +12,6 @@ of a group, P rows of all ranks of a group, padding included.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,7 +22,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from hunyuan_pretrain.model.expert_rows import RowSplits, inverse, moved, taken
+from hunyuan_pretrain.model.expert_rows import RowSplits, inverse, moved
+from hunyuan_pretrain.model.functions import Functions
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows
 from hunyuan_pretrain.runtime.handover import to_device
@@ -35,8 +35,8 @@ Experts = Callable[[Tensor, RowSplits], Tensor]
 class Dispatch:
     """Sends tokens to the experts of a layer and combines the outputs."""
 
-    def __init__(self, num_experts: int, groups: ProcessGroupCollection) -> None:
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, functions: Functions, groups: ProcessGroupCollection) -> None:
+        self.num_experts, self.functions = num_experts, functions
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
 
     def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
@@ -46,13 +46,13 @@ class Dispatch:
         (forward, backward); expert-tensor-parallel group, an all-gather and a reduce-scatter of the rows from those.
         Without a capacity, row counts too.
         """
-        rows_RD = _Permute.apply(hidden_TD, plan)
+        rows_RD = self.functions.permute(hidden_TD, plan)
         output_RD = (
             self._exchange_equal(rows_RD, experts)
             if plan.rows_E is None
             else self._exchange_counted(rows_RD, plan.rows_E, experts)
         )
-        return _Combine.apply(output_RD, plan.weight_TK, plan)
+        return self.functions.combine(output_RD, plan.weight_TK, plan)
 
     # --- over expert-parallel ranks -----------------------------------------------------------------------------------
 
@@ -127,51 +127,3 @@ class Dispatch:
         return reduce_scatter_to_sequence_parallel_region(moved(output, back_P, order_R, True), group=self.etp_group)[
             :R
         ]
-
-
-# --- permutation and combination --------------------------------------------------------------------------------------
-
-
-class _Permute(torch.autograd.Function):
-    """(T, D) -> (R, D), rows of zeros for empty slots; the gradient of a token is the sum over its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        ctx.plan = plan
-        return taken(hidden_TD, plan.token_R, not plan.is_permutation)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        row_TK = ctx.plan.row_TK
-        grad_TKD = taken(grad_RD, row_TK.reshape(-1), not ctx.plan.is_permutation).view(*row_TK.shape, -1)
-        return (grad_TKD.squeeze(1) if row_TK.shape[1] == 1 else grad_TKD.sum(1)), None
-
-
-class _Combine(torch.autograd.Function):
-    """(R, D) -> (T, D), the sum of a token's rows, weighted by the combine weights."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
-        taken_TKD = taken(rows_RD, plan.row_TK.reshape(-1), not plan.is_permutation).view(*weight_TK.shape, -1)
-        ctx.plan = plan
-        ctx.save_for_backward(taken_TKD, weight_TK)
-        output_TKD = taken_TKD * weight_TK[..., None].to(rows_RD.dtype)
-        return output_TKD.squeeze(1) if weight_TK.shape[1] == 1 else output_TKD.sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        taken_TKD, weight_TK = ctx.saved_tensors
-        T, K = weight_TK.shape
-        grad_weight_TK = torch.matmul(taken_TKD.float(), grad_TD.float()[..., None]).squeeze(-1)
-        grad_TKD = grad_TD[:, None] * weight_TK[..., None].to(grad_TD.dtype)
-        choice_R = _choice_of_row(ctx.plan, T, K)
-        return taken(grad_TKD.view(T * K, -1), choice_R, not ctx.plan.is_permutation), grad_weight_TK, None
-
-
-def _choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
-    """(R,) which of the T * K choices each row serves; T * K for an empty row."""
-    if K == 1:
-        return plan.token_R
-    choice_R = torch.full((plan.num_rows + 1,), T * K, dtype=torch.int64, device=plan.token_R.device)
-    choice_R[plan.row_TK.reshape(-1)] = torch.arange(T * K, device=plan.token_R.device)
-    return choice_R[:-1]

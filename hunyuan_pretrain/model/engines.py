@@ -1,13 +1,15 @@
 """Chooses the engine that computes linear layers, experts, norms and attention: the only place that does.
 
 Either Transformer Engine's kernels (model/engine/), or the layers that run everywhere (model/local_layers.py), with FP8
-emulated (model/fp8/).
+emulated (model/fp8/). With either, the functions between the matmuls are torch's (model/functions.py) or Triton kernels
+(model/kernels/).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,15 @@ class Fp8Session(Protocol):
 
 def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
     """The spec of a layer, counted from 0 over the whole model."""
+    spec = _layers(config, layer)
+    if not config.uses_kernels:
+        return spec
+    from hunyuan_pretrain.model.kernels import kernel_functions  # optional package
+
+    return replace(spec, functions=kernel_functions())
+
+
+def _layers(config: HunyuanConfig, layer: int) -> Spec:
     if config.uses_transformer_engine:
         # imported only when used: it is an optional package, and loading it takes seconds
         from hunyuan_pretrain.model.engine.layers import transformer_engine_spec

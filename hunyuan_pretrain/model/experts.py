@@ -48,7 +48,8 @@ class RoutedExperts(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.dispatch = Dispatch(config.num_moe_experts, groups)
+        self.dispatch = Dispatch(config.num_moe_experts, spec.functions, groups)
+        self.swiglu = spec.functions.swiglu
         self.recompute = config.parallel.recompute == "selective"
         self.row_multiple = spec.row_multiple
         self.linear_fc1 = spec.column_parallel_grouped_linear(
@@ -73,10 +74,10 @@ class RoutedExperts(torch.nn.Module):
     def _ffn(self, rows_RD: Tensor, splits: RowSplits) -> Tensor:
         multiple = self.row_multiple()
         if all(rows % multiple == 0 for rows in splits.rows_e):
-            return self.linear_fc2(swiglu(self.linear_fc1(rows_RD, splits)), splits)
+            return self.linear_fc2(self.swiglu(self.linear_fc1(rows_RD, splits)), splits)
         padding = row_padding(splits, multiple, rows_RD.device)
         padded_PD = moved(rows_RD, padding.row_P, padding.position_R, True)
-        output_PD = self.linear_fc2(swiglu(self.linear_fc1(padded_PD, padding.splits)), padding.splits)
+        output_PD = self.linear_fc2(self.swiglu(self.linear_fc1(padded_PD, padding.splits)), padding.splits)
         return moved(output_PD, padding.position_R, padding.row_P, True)
 
 
@@ -86,6 +87,7 @@ class SharedExpert(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.recompute = config.parallel.recompute == "selective"
+        self.swiglu = spec.functions.swiglu
         self.linear_fc1 = spec.column_parallel_linear(config, config.hidden_size, 2 * config.ffn_hidden_size, groups)
         self.linear_fc1.weight.is_gated = True  # type: ignore[union-attr]
         self.linear_fc2 = spec.row_parallel_linear(config, config.ffn_hidden_size, config.hidden_size, groups)
@@ -95,7 +97,7 @@ class SharedExpert(torch.nn.Module):
         return _kept_input_only(self._ffn, hidden_TD) if self.recompute else self._ffn(hidden_TD)
 
     def _ffn(self, hidden_TD: Tensor) -> Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(hidden_TD)[0]))[0]
+        return self.linear_fc2(self.swiglu(self.linear_fc1(hidden_TD)[0]))[0]
 
 
 def _kept_input_only(ffn: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -104,26 +106,3 @@ def _kept_input_only(ffn: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return ffn(*inputs)
     return checkpoint(ffn, *inputs, use_reentrant=True, preserve_rng_state=False)
-
-
-class _SwigluFunction(torch.autograd.Function):
-    """silu(gate) * up of [gate, up] along the last dim; saves only its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TF: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TF)
-        gate, up = x_TF.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TF: Tensor) -> Tensor:
-        (x_TF,) = ctx.saved_tensors
-        gate, up = x_TF.chunk(2, dim=-1)
-        grad = torch.empty_like(x_TF)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(torch.nn.functional.silu(gate), grad_TF, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_TF * up, gate, grad_input=grad_gate)
-        return grad
-
-
-swiglu = _SwigluFunction.apply

@@ -24,6 +24,7 @@ class HunyuanConfig(TransformerConfig):
     stages: tuple[range, ...] = ()
     """Layers of each pipeline stage, in the order of the forward pass."""
     uses_transformer_engine: bool = False
+    uses_kernels: bool = False
 
 
 def transformer_config(
@@ -33,6 +34,7 @@ def transformer_config(
     fuse_wgrad_accumulation: bool = False,
     use_transformer_engine: bool = False,
     device: Literal["cuda", "cpu"] | None = None,
+    use_kernels: bool = False,
 ) -> HunyuanConfig:
     """Build the config that every module of the model reads.
 
@@ -61,6 +63,7 @@ def transformer_config(
         parallel=parallel,
         precision=precision,
         uses_transformer_engine=use_transformer_engine,
+        uses_kernels=use_kernels,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from hunyuan_pretrain.model.functions import plain_functions
 from hunyuan_pretrain.model.grouped_linear import GroupedLinear
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm
@@ -30,6 +31,7 @@ def local_spec() -> Spec:
         norm=RMSNorm,
         input_norm=RMSNorm,
         core_attention=lambda config: packed_attention,
+        functions=plain_functions(),
     )
 
 

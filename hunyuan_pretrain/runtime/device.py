@@ -53,6 +53,7 @@ class Machine:
     apex: ApexState
     """"wrong": a package named apex that is not NVIDIA's, such as the one on PyPI."""
     flash_attn: str | None
+    triton: str | None
     wandb: str | None
     tensorboard: str | None
 
@@ -65,6 +66,11 @@ class Machine:
     def has_transformer_engine(self) -> bool:
         """Transformer Engine is installed, can be loaded, and has a GPU to run on."""
         return self.transformer_engine is not None and self.transformer_engine_error is None and bool(self.gpus)
+
+    @property
+    def has_triton(self) -> bool:
+        """Triton is installed and has a GPU to run on."""
+        return self.triton is not None and bool(self.gpus)
 
 
 def probe(thorough: bool = False) -> Machine:
@@ -89,6 +95,7 @@ def probe(thorough: bool = False) -> Machine:
         transformer_engine_error=transformer_engine_error(thorough) if engine else None,
         apex=apex_state(),
         flash_attn=version_of("flash-attn"),
+        triton=version_of("triton"),
         wandb=version_of("wandb"),
         tensorboard=version_of("tensorboard"),
     )

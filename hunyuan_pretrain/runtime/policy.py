@@ -88,6 +88,12 @@ def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
     return machine.has_transformer_engine and experiment.precision.dtype == "bf16"
 
 
+def uses_kernels(machine: Machine, experiment: Experiment) -> bool:
+    """Whether the functions between the matmuls are Triton kernels."""
+    runtime = experiment.runtime
+    return runtime.kernels == "auto" and runtime.device != "cpu" and machine.has_triton
+
+
 def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> list[Problem]:
     found = []
     runtime, recipe = experiment.runtime, experiment.precision.recipe
@@ -160,6 +166,8 @@ def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list
         rows.append(("threads per rank", f"{threads} (for {ranks} ranks on this node)"))
     is_engine = machine.has_transformer_engine if experiment is None else uses_transformer_engine(machine, experiment)
     rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "local layers"))
+    is_fused = machine.has_triton if experiment is None else uses_kernels(machine, experiment)
+    rows.append(("functions between them", f"kernels of Triton {machine.triton}" if is_fused else "torch operations"))
     recipe = None if experiment is None else experiment.precision.fp8_recipe
     if recipe:
         rows.append(

@@ -41,6 +41,7 @@ from hunyuan_pretrain.runtime.policy import (
     cpu_threads,
     fuses_wgrad_accumulation,
     obstacles,
+    uses_kernels,
     uses_transformer_engine,
 )
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
@@ -163,9 +164,16 @@ def _start_machine(experiment: Experiment) -> torch.device:
 def _build_model(
     experiment: Experiment, groups: ProcessGroupCollection
 ) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
-    engine, kind = uses_transformer_engine(probe(), experiment), choose_device(experiment.runtime.device)
+    machine = probe()
+    engine, kind = uses_transformer_engine(machine, experiment), choose_device(experiment.runtime.device)
     config = transformer_config(
-        experiment.model, experiment.parallel, experiment.precision, fuses_wgrad_accumulation(engine), engine, kind
+        experiment.model,
+        experiment.parallel,
+        experiment.precision,
+        fuses_wgrad_accumulation(engine),
+        engine,
+        kind,
+        uses_kernels(machine, experiment),
     )
     chunks = build_model(config, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)

@@ -54,10 +54,10 @@ def balance_loss_without_gradient() -> AbstractContextManager[Any]:
 
 def combination_without_router() -> AbstractContextManager[Any]:
     """The experts' output is weighted by a constant, so the cross-entropy has no gradient for the router."""
-    from hunyuan_pretrain.model import dispatch
+    from hunyuan_pretrain.model import permutation
 
-    right = dispatch._Combine.apply
-    return patch.object(dispatch._Combine, "apply", lambda rows, weight, plan: right(rows, weight.detach(), plan))
+    right = permutation._Combine.apply
+    return patch.object(permutation._Combine, "apply", lambda rows, weight, plan: right(rows, weight.detach(), plan))
 
 
 def rows_of_another_document() -> AbstractContextManager[Any]:

@@ -35,6 +35,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from hunyuan_pretrain.model.engine.attention import core_attention
 from hunyuan_pretrain.model.engine.fp8 import Fp8Module, weights_in_fp8
 from hunyuan_pretrain.model.expert_rows import RowSplits
+from hunyuan_pretrain.model.functions import plain_functions
 from hunyuan_pretrain.model.grouped_linear import grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.spec import Spec
@@ -55,6 +56,7 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
         input_norm=FusedNorm,
         column_parallel_linear_after_norm=partial(NormAndColumnParallelLinear, is_fp8=is_fp8),
         core_attention=core_attention,
+        functions=plain_functions(),
         row_multiple=partial(_row_multiple, recipe.size_multiple if recipe is not None and is_fp8 else 1),
     )
 

@@ -37,6 +37,7 @@ MACHINE = Machine(
     transformer_engine_error=None,
     apex="absent",
     flash_attn=None,
+    triton=None,
     wandb=None,
     tensorboard=None,
 )

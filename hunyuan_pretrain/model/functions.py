@@ -1,0 +1,31 @@
+"""The differentiable functions between the matmuls of a layer, and the two sets of them.
+
+`plain_functions` are torch's operations and run everywhere. model/kernels/ has the same functions as Triton kernels,
+which read and write each number once; model/engines.py chooses between the two sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hunyuan_pretrain.model.norm import rope_norm
+from hunyuan_pretrain.model.permutation import combine, permute
+from hunyuan_pretrain.model.routing import RoutingPlan
+from hunyuan_pretrain.model.swiglu import swiglu
+
+
+class Functions(NamedTuple):
+    """Arguments, shapes and results are those of the plain functions."""
+
+    rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    permute: Callable[[Tensor, RoutingPlan], Tensor]
+    combine: Callable[[Tensor, Tensor, RoutingPlan], Tensor]
+
+
+def plain_functions() -> Functions:
+    """The functions that need nothing but torch."""
+    return Functions(rope_norm, swiglu, permute, combine)

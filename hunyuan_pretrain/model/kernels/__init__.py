@@ -1,0 +1,16 @@
+"""The functions between the matmuls of a layer as Triton kernels.
+
+Each kernel reads its inputs once and writes its outputs once, whatever their strides, and computes in fp32 in between.
+No kernel adds with atomics, so a result does not depend on the order of threads. Triton is an optional package: nothing
+here is imported before model/engines.py has chosen it. Tests run every kernel on a CPU by Triton's interpreter
+(TRITON_INTERPRET=1) against the plain function; `make test-gpu` runs them compiled.
+"""
+
+from __future__ import annotations
+
+from hunyuan_pretrain.model.functions import Functions, plain_functions
+
+
+def kernel_functions() -> Functions:
+    """The plain functions, replaced by kernels where there is one."""
+    return plain_functions()
