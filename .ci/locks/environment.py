@@ -30,8 +30,8 @@ LOCKS = Path(__file__).resolve().parent
 ROOT = LOCKS.parents[1]
 PYTHONS = ("3.11", "3.12")
 PLATFORMS = (("linux", "x86_64", "Linux"), ("linux", "aarch64", "Linux"), ("darwin", "arm64", "Darwin"))
-CUDA = re.compile(r"(nvidia|cuda)-|triton=|torch=")
-"""Matches torch and the packages that only its CUDA build needs."""
+CUDA = re.compile(r"(nvidia|cuda)-|torch=")
+"""Matches torch and the packages that only its CUDA build needs; triton is needed on a CPU too, by tests."""
 
 LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
 """--no-compile, because compiling all of torch, ray and transformers takes longer than compiling modules on import."""

@@ -114,7 +114,7 @@ def test_the_dependencies_of_a_locked_package_are_locked() -> None:
     assert missing == []
 
 
-CUDA = re.compile("nvidia-|cuda-|triton")
+CUDA = re.compile("nvidia-|cuda-")
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in LOCKS.glob("*.txt")))
