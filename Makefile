@@ -80,6 +80,7 @@ test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against o
 test-gpu: $(STAMP) ## Kernel tests, and a throughput table for bf16 and FP8; needs a GPU, and Transformer Engine in PY's environment
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: this machine has no usable CUDA device')"
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
+	$(PY) -m pytest tests/unit/model/kernels $(PYTEST_ARGS)
 	$(PY) tests/benchmarks/fp8_throughput.py
 
 ##@ The rest

@@ -26,9 +26,11 @@ from torch import Tensor
 from hunyuan_pretrain.checkpoint.optimizer_state import full_moments
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.rounding import rounding_noise
+from hunyuan_pretrain.model.experts import RoutedExperts
 from hunyuan_pretrain.model.fp8.parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.model.inputs import ModelInputs
+from hunyuan_pretrain.model.permutation import sum_of_rows
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.sharding import Placement
@@ -73,8 +75,8 @@ class StepTrace:
     choices: dict[str, np.ndarray] = field(default_factory=dict)
     """layer -> (tokens of the global batch, K) likeliest experts, even if another run's choices were used instead."""
     activations: dict[str, np.ndarray] = field(default_factory=dict)
-    """module -> (tokens of the global batch, 2): norm and a random projection of its output; (tokens, 0) if the output
-    exists only inside a fused kernel."""
+    """module -> (tokens of the global batch, 2): norm and a random projection of its output, for routed experts of the
+    sum of a token's rows; (tokens, 0) if the output exists only inside a fused kernel."""
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     parameters: dict[str, np.ndarray] = field(default_factory=dict)
     """After the update."""
@@ -131,10 +133,8 @@ def trace_steps(run: Run, steps: range, choices: list[dict[str, np.ndarray]] | N
         _assemble(trace, "gradients", gradients)
         _assemble(trace, "parameters", weights)
         _assemble(trace, "moments", list(_moments(run)))
-        tokens = stage.global_batch_tokens
-        _assemble_tokens(trace.activations, watch.activations, tokens)
-        _assemble_tokens(trace.routing, watch.routing, tokens)
-        _assemble_tokens(trace.choices, watch.choices, tokens)
+        for kind in ("activations", "routing", "choices"):
+            _assemble_tokens(getattr(trace, kind), getattr(watch, kind), stage.global_batch_tokens)
         traces.append(trace)
     return traces
 
@@ -312,6 +312,8 @@ class _Watch:
         def keep(module: Any, args: Any, output: Any) -> None:
             if self._tokens_T is None:
                 return
+            if isinstance(module, RoutedExperts):  # its output is rows; its second argument says whose
+                output = sum_of_rows(output, args[1])
             hidden_TD = (output[0] if isinstance(output, tuple) else output).detach().float()
             fingerprint_T2 = torch.stack((hidden_TD.norm(dim=1), hidden_TD @ self._direction_D), dim=1)
             if getattr(module, "is_fused", False):  # into the GEMM that follows; what came out here is its input
@@ -330,7 +332,6 @@ class _Watch:
 
 
 # --- assembling on rank 0 ---------------------------------------------------------------------------------------------
-
 
 GATHERED_BYTES = 1 << 30
 """Limit on one gather over all ranks. NCCL gathers into the memory of rank 0's GPU and reserves for each rank as many

@@ -1,12 +1,12 @@
-"""Dispatch of tokens to the routed experts of all ranks, and the combination of their outputs.
+"""Dispatch of tokens to the routed experts of all ranks, and the return of their outputs.
 
 The index maps of the RoutingPlan permute tokens into rows sorted by expert. With expert parallelism, rows travel to the
 ranks that hold their experts. With expert-tensor parallelism, the ranks that share experts gather each other's rows.
-Outputs return the same way, and a token sums its rows, weighted by the combine weights. All of this is gathers, forward
-and backward: no scatter adds into a row, so the result does not depend on the order of threads.
+Outputs return the same way, as rows; model/permutation.py combines them. All of this is gathers, forward and backward:
+no scatter adds into a row, so the result does not depend on the order of threads.
 
-Shapes: T tokens of this rank, D hidden, K top-k, E experts, e experts of this rank, R rows (slots of experts), p ranks
-of a group, P rows of all ranks of a group, padding included.
+Shapes: T tokens of this rank, D hidden, E experts, e experts of this rank, R rows (slots of experts), p ranks of a
+group, P rows of all ranks of a group, padding included.
 """
 
 from __future__ import annotations
@@ -33,26 +33,23 @@ Experts = Callable[[Tensor, RowSplits], Tensor]
 
 
 class Dispatch:
-    """Sends tokens to the experts of a layer and combines the outputs."""
+    """Sends tokens to the experts of a layer and brings the outputs back."""
 
     def __init__(self, num_experts: int, functions: Functions, groups: ProcessGroupCollection) -> None:
-        self.num_experts, self.functions = num_experts, functions
+        self.num_experts, self.permute = num_experts, functions.permute
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
 
     def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        """Combined output (T, D) of the experts in `plan`, for tokens that no other rank of this stage holds.
+        """(R, D): the output of each row of `plan`, for tokens (T, D) that no other rank of this stage holds.
 
         `experts` computes those of this rank. Communicates: expert-parallel group, two all-to-alls in each direction
         (forward, backward); expert-tensor-parallel group, an all-gather and a reduce-scatter of the rows from those.
         Without a capacity, row counts too.
         """
-        rows_RD = self.functions.permute(hidden_TD, plan)
-        output_RD = (
-            self._exchange_equal(rows_RD, experts)
-            if plan.rows_E is None
-            else self._exchange_counted(rows_RD, plan.rows_E, experts)
-        )
-        return self.functions.combine(output_RD, plan.weight_TK, plan)
+        rows_RD = self.permute(hidden_TD, plan)
+        if plan.rows_E is None:
+            return self._exchange_equal(rows_RD, experts)
+        return self._exchange_counted(rows_RD, plan.rows_E, experts)
 
     # --- over expert-parallel ranks -----------------------------------------------------------------------------------
 

@@ -24,23 +24,27 @@ from hunyuan_pretrain.model.spec import Spec
 
 
 class MixtureOfExperts(torch.nn.Module):
-    """shared_expert(x) + combine(routed experts of x)."""
+    """residual + shared_expert(x) + weighted sum of the routed experts of x."""
 
     def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.router = Router(config, layer)
         self.experts = RoutedExperts(config, spec, groups)
         self.shared_experts = SharedExpert(config, spec, groups)
+        self.combine = spec.functions.combine
 
-    def forward(self, hidden_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
-        """Returns ((T, D), router statistics)."""
+    def forward(self, hidden_TD: Tensor, residual_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
+        """Returns ((T, D), router statistics). One function adds the residual and both kinds of experts, so that a
+        kernel can read and write each of them once."""
         plan, loss, statistics = self.router(hidden_TD, routing)
         if loss is not None and torch.is_grad_enabled():
             # Only the last pipeline stage computes a loss; the others pass on activations alone. So core's scaler
             # injects the gradient of each layer's router loss here, where the backward pass reaches the combine
             # weights, with the scale that the schedule gives the loss.
             plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
-        return self.experts(hidden_TD, plan) + self.shared_experts(hidden_TD), statistics
+        rows_RD = self.experts(hidden_TD, plan)
+        shared_TD = self.shared_experts(hidden_TD)
+        return self.combine(rows_RD, plan.weight_TK, plan, shared_TD, residual_TD), statistics
 
 
 class RoutedExperts(torch.nn.Module):
@@ -62,7 +66,7 @@ class RoutedExperts(torch.nn.Module):
         )
 
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """Combined output (T, D) of the experts in `plan`, for tokens that no other rank of this stage holds.
+        """(R, D): the output of each row of `plan`, for tokens (T, D) that no other rank of this stage holds.
 
         Communicates: as Dispatch.
         """

@@ -23,7 +23,7 @@ class Functions(NamedTuple):
     rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     permute: Callable[[Tensor, RoutingPlan], Tensor]
-    combine: Callable[[Tensor, Tensor, RoutingPlan], Tensor]
+    combine: Callable[[Tensor, Tensor, RoutingPlan, Tensor, Tensor], Tensor]
 
 
 def plain_functions() -> Functions:

@@ -37,8 +37,8 @@ class TransformerLayer(torch.nn.Module):
         """Returns ((T, D), keys and values of the group, router statistics)."""
         attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, plan)
         hidden_TD = hidden_TD + attention_TD
-        moe_TD, statistics = self.mlp(self.pre_mlp_layernorm(hidden_TD), routing)
-        return hidden_TD + moe_TD, kv, statistics
+        output_TD, statistics = self.mlp(self.pre_mlp_layernorm(hidden_TD), hidden_TD, routing)
+        return output_TD, kv, statistics
 
 
 def run_cla_group(

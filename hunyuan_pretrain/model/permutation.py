@@ -1,4 +1,4 @@
-"""Permutation of tokens into rows of experts, and the weighted combination of the experts' outputs.
+"""Permutation of tokens into rows of experts, and the sum that ends a layer: residual, shared expert, routed experts.
 
 Both are gathers, forward and backward, by the index maps of the RoutingPlan.
 
@@ -21,9 +21,16 @@ def permute(hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
     return _Permute.apply(hidden_TD, plan)
 
 
-def combine(rows_RD: Tensor, weight_TK: Tensor, plan: RoutingPlan) -> Tensor:
-    """(T, D): the sum of a token's rows, weighted by weight_TK."""
-    return _Combine.apply(rows_RD, weight_TK, plan)
+def combine(rows_RD: Tensor, weight_TK: Tensor, plan: RoutingPlan, shared_TD: Tensor, residual_TD: Tensor) -> Tensor:
+    """(T, D): residual_TD + shared_TD + the sum of a token's rows, weighted by weight_TK."""
+    return residual_TD + (_Combine.apply(rows_RD, weight_TK, plan) + shared_TD)
+
+
+def sum_of_rows(rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
+    """(T, D): the sum of a token's rows, not weighted."""
+    row_TK = plan.row_TK
+    taken_TKD = taken(rows_RD, row_TK.reshape(-1), not plan.is_permutation).view(*row_TK.shape, -1)
+    return taken_TKD.squeeze(1) if row_TK.shape[1] == 1 else taken_TKD.sum(1)
 
 
 class _Permute(torch.autograd.Function):
@@ -36,9 +43,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        row_TK = ctx.plan.row_TK
-        grad_TKD = taken(grad_RD, row_TK.reshape(-1), not ctx.plan.is_permutation).view(*row_TK.shape, -1)
-        return (grad_TKD.squeeze(1) if row_TK.shape[1] == 1 else grad_TKD.sum(1)), None
+        return sum_of_rows(grad_RD, ctx.plan), None
 
 
 class _Combine(torch.autograd.Function):

@@ -43,6 +43,7 @@ ONLY_IN = {
         "hunyuan_pretrain/runtime/device.py",
         "hunyuan_pretrain/model/engine/",
     ],
+    "triton": ["hunyuan_pretrain/model/kernels/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",

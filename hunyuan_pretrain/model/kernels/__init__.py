@@ -9,8 +9,10 @@ here is imported before model/engines.py has chosen it. Tests run every kernel o
 from __future__ import annotations
 
 from hunyuan_pretrain.model.functions import Functions, plain_functions
+from hunyuan_pretrain.model.kernels.permutation import combine, permute
+from hunyuan_pretrain.model.kernels.swiglu import swiglu
 
 
 def kernel_functions() -> Functions:
     """The plain functions, replaced by kernels where there is one."""
-    return plain_functions()
+    return plain_functions()._replace(swiglu=swiglu, permute=permute, combine=combine)

@@ -1,0 +1,73 @@
+"""This project's Triton kernels, compiled, at the sizes of a layer. `make test-gpu` runs them, and the tests of
+tests/unit/model/kernels/, which then use the GPU too."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from hunyuan_pretrain.model import permutation as plain_permutation
+from hunyuan_pretrain.model.functions import plain_functions
+from hunyuan_pretrain.model.routing import RoutingPlan
+from tests.helpers.kernels import assert_rounded_once, random_plan, results
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WIDTHS = [(6400, 18304), (2048, 5632)]
+"""Hidden and FFN size: Hunyuan-Large's, and the one of tests/benchmarks/."""
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("ffn", [ffn for _, ffn in WIDTHS])
+def test_swiglu_is_the_plain_function_rounded_once(ffn: int) -> None:
+    from hunyuan_pretrain.model.kernels.swiglu import swiglu
+
+    x_TF, grad = normal(4096, 2 * ffn, seed=0), normal(4096, ffn, seed=1)
+    assert_rounded_once(swiglu, plain_functions().swiglu, [x_TF], grad)
+
+
+@pytest.mark.parametrize(
+    ("K", "R", "dropped"), [(1, 8192, 0), (1, 9000, 700), (2, 16384, 0), (4, 30000, 5000)], ids=str
+)
+@pytest.mark.parametrize("hidden", [hidden for hidden, _ in WIDTHS])
+def test_permute_and_combine_are_the_plain_functions_rounded_once(hidden: int, K: int, R: int, dropped: int) -> None:
+    from hunyuan_pretrain.model.kernels import permutation
+
+    T = 8192
+    plan = random_plan(T, K, R, dropped, "cuda")
+    shared_TD, residual_TD, grad_TD = (normal(T, hidden, seed=seed) for seed in range(3))
+    rows_RD, grad_RD = normal(R, hidden, seed=3), normal(R, hidden, seed=4)
+
+    def of(module: object, rows: Tensor, weight: Tensor, shared: Tensor, residual: Tensor) -> Tensor:
+        return module.combine(rows, weight, plan, shared, residual)  # type: ignore[attr-defined]
+
+    combines = partial(of, permutation), partial(of, plain_permutation)
+    inputs = [rows_RD, plan.weight_TK, shared_TD, residual_TD]
+    assert_rounded_once(*combines, inputs, grad_TD)
+    assert_rounded_once(
+        lambda x: permutation.permute(x, plan), lambda x: plain_permutation.permute(x, plan), [shared_TD], grad_RD
+    )
+    first, second = results(combines[0], inputs, grad_TD), results(combines[0], inputs, grad_TD)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True)), "not the same twice"
+
+
+def test_rows_past_2_to_the_31_numbers_are_reached() -> None:
+    """4 GiB of rows: an offset in 32 bits would be negative."""
+    from hunyuan_pretrain.model.kernels.permutation import permute
+    from hunyuan_pretrain.model.kernels.swiglu import swiglu
+
+    T, D = 16, 18304
+    R = 2**31 // D + 1000
+    token_R = torch.arange(R, device="cuda") % T
+    plan = RoutingPlan(torch.ones(T, 1).cuda(), torch.arange(T, device="cuda")[:, None], token_R, None, False)
+    hidden_TD = normal(T, D, seed=0)
+    rows_RD = permute(hidden_TD, plan)
+    assert torch.equal(rows_RD[-T:], hidden_TD[token_R[-T:]])
+    torch.testing.assert_close(swiglu(rows_RD)[-T:], swiglu(rows_RD[-T:]), rtol=0, atol=0)

@@ -1,0 +1,52 @@
+"""Comparison of a kernel with the plain function, and routing plans for it.
+
+Shapes: T tokens, K top-k, c = T * K choices, R rows of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hunyuan_pretrain.model.routing import RoutingPlan
+
+Function = Callable[..., Tensor]
+
+
+def results(function: Function, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output of `function`, and gradients of the inputs, in the layout of the inputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+
+
+def assert_rounded_once(kernel: Function, plain: Function, inputs: Sequence[Tensor], grad: Tensor) -> None:
+    """Output and gradients are those of the plain function, computed in fp32 and rounded once to the kernel's dtype.
+
+    In fp32 what remains is the order of sums and the device's exponential: 1e-5 of a number, and 1e-5 of the tensor's
+    largest where terms cancel.
+    In bf16, one rounding adds 2^-8 of the number; 2^-7 under Triton's interpreter, which cuts the bits off.
+    """
+    rounding = 2**-8 if grad.is_cuda else 2**-7
+    exact = results(plain, [x.float() for x in inputs], grad.float())
+    for actual, wanted in zip(results(kernel, inputs, grad), exact, strict=True):
+        assert actual.shape == wanted.shape
+        assert actual.isfinite().all()
+        largest = wanted.abs().max().item() if wanted.numel() else 0.0
+        rtol = 1e-5 + (rounding if actual.dtype == torch.bfloat16 else 0.0)
+        torch.testing.assert_close(actual.float(), wanted, rtol=rtol, atol=1e-5 * largest)
+
+
+def random_plan(T: int, K: int, R: int, dropped: int, device: str) -> RoutingPlan:
+    """Choices in rows drawn at random, all but `dropped` of them; the other rows are empty."""
+    generator = torch.Generator().manual_seed(3)
+    choice_c = torch.randperm(T * K, generator=generator)[dropped:]
+    row_c = torch.randperm(R, generator=generator)[: len(choice_c)]
+    row_TK, token_R = torch.full((T * K,), R), torch.full((R,), T)
+    row_TK[choice_c], token_R[row_c] = row_c, choice_c // K
+    weight_TK = torch.rand(T * K, generator=generator).masked_fill(row_TK == R, 0.0)
+    row_TK, weight_TK = row_TK.view(T, K).to(device), weight_TK.view(T, K).to(device)
+    is_permutation = K == 1 and R == T and not dropped
+    return RoutingPlan(weight_TK, row_TK, token_R.to(device), None, is_permutation)
