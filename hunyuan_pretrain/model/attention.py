@@ -84,7 +84,7 @@ class SelfAttention(torch.nn.Module):
         if config.qk_layernorm:
             self.q_layernorm = HeadNorm(config)
             self.k_layernorm = HeadNorm(config)
-        self.rope_norm = spec.functions.rope_norm
+        self.rope_norm, self.qkv_rope_norm = spec.functions.rope_norm, spec.functions.qkv_rope_norm
         self.core_attention = spec.core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
@@ -98,11 +98,9 @@ class SelfAttention(torch.nn.Module):
         eps = self.config.layernorm_epsilon if self.config.qk_layernorm else None
         if self.is_owner:
             # megatron's interleaving: per key/value head, its query heads, then its key and value
-            queries_of_group = self.num_heads // self.num_groups
-            qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, queries_of_group + 2, self.head_dim)
-            q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((queries_of_group, 1, 1), dim=2)
-            q_TNH = q_TGRH.reshape(-1, self.num_heads, self.head_dim)
-            k_hat_TGH, v_TGH = self.rope_norm(k_TG1H.squeeze(2), plan.rope_table, None, eps), v_TG1H.squeeze(2)
+            heads_of_group = self.num_heads // self.num_groups + 2
+            qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, heads_of_group, self.head_dim)
+            q_TNH, k_hat_TGH, v_TGH = self.qkv_rope_norm(qkv_TGXH, plan.rope_table, self._query_weight(), eps)
             if context is not None:
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
@@ -114,11 +112,14 @@ class SelfAttention(torch.nn.Module):
         else:
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
-        weight_H = self.q_layernorm().float() * self.k_layernorm().float() if self.config.qk_layernorm else None
-        q_TNH = self.rope_norm(q_TNH, plan.rope_table, weight_H, eps)
+            q_TNH = self.rope_norm(q_TNH, plan.rope_table, self._query_weight(), eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
             output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks), context)
         else:
             output_TNH = self.core_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks)
         return self.linear_proj(output_TNH.flatten(1))[0], kv
+
+    def _query_weight(self) -> Tensor | None:
+        """fp32 (H,) the weights of both norms, which the queries carry."""
+        return self.q_layernorm().float() * self.k_layernorm().float() if self.config.qk_layernorm else None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hunyuan_pretrain.model.norm import rope_norm
+from hunyuan_pretrain.model.norm import qkv_rope_norm, rope_norm
 from hunyuan_pretrain.model.permutation import combine, permute
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.model.swiglu import swiglu
@@ -21,6 +21,7 @@ class Functions(NamedTuple):
     """Arguments, shapes and results are those of the plain functions."""
 
     rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], Tensor]
+    qkv_rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], tuple[Tensor, Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
     permute: Callable[[Tensor, RoutingPlan], Tensor]
     combine: Callable[[Tensor, Tensor, RoutingPlan, Tensor, Tensor], Tensor]
@@ -28,4 +29,4 @@ class Functions(NamedTuple):
 
 def plain_functions() -> Functions:
     """The functions that need nothing but torch."""
-    return Functions(rope_norm, swiglu, permute, combine)
+    return Functions(rope_norm, qkv_rope_norm, swiglu, permute, combine)

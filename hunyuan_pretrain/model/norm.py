@@ -1,7 +1,8 @@
 """RMSNorm, and RoPE followed by per-head RMSNorm, as autograd functions that save one activation and one number per
 row.
 
-Shapes: T tokens, D channels of a norm, N heads, H head dim, h = H / 2.
+Shapes: T tokens, D channels of a norm, N heads, H head dim, h = H / 2; in a tensor of queries, keys and values G
+key/value heads, R query heads of each, X = R + 2.
 """
 
 from __future__ import annotations
@@ -144,3 +145,17 @@ def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | No
     The RMS is computed before the rotation, which preserves it. Returns (T, N, H) in x's dtype.
     """
     return _RopeNormFunction.apply(x_TNH, *table, weight_H, eps)
+
+
+def qkv_rope_norm(
+    qkv_TGXH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q (T, N, H), k_hat (T, G, H), v (T, G, H)) of megatron's interleaving: per key/value head, its query heads, then
+    its key and value.
+
+    `rope_norm` of the queries with `weight_H`, and of the keys without; values are unchanged, and may be a view.
+    """
+    T, G, X, H = qkv_TGXH.shape
+    q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((X - 2, 1, 1), dim=2)
+    k_hat_TGH = rope_norm(k_TG1H.squeeze(2), table, None, eps)
+    return rope_norm(q_TGRH.reshape(T, G * (X - 2), H), table, weight_H, eps), k_hat_TGH, v_TG1H.squeeze(2)

@@ -9,10 +9,15 @@ here is imported before model/engines.py has chosen it. Tests run every kernel o
 from __future__ import annotations
 
 from hunyuan_pretrain.model.functions import Functions, plain_functions
-from hunyuan_pretrain.model.kernels.permutation import combine, permute
-from hunyuan_pretrain.model.kernels.swiglu import swiglu
+from hunyuan_pretrain.model.kernels import permutation, rope_norm, swiglu
 
 
 def kernel_functions() -> Functions:
     """The plain functions, replaced by kernels where there is one."""
-    return plain_functions()._replace(swiglu=swiglu, permute=permute, combine=combine)
+    return plain_functions()._replace(
+        rope_norm=rope_norm.rope_norm,
+        qkv_rope_norm=rope_norm.qkv_rope_norm,
+        swiglu=swiglu.swiglu,
+        permute=permutation.permute,
+        combine=permutation.combine,
+    )
