@@ -1,5 +1,5 @@
 """Checks made once before training: attention is correct, documents do not see each other, and every declared loss
-reaches the routers.
+reaches the routers; with Triton kernels also those (train/kernel_probe.py).
 
 They run the model itself, in the layout in use, on one micro-batch. They take a few seconds and catch what no loss
 curve shows: an attention backend that misreads its inputs or ignores document boundaries; a router loss that has no
@@ -28,6 +28,7 @@ from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.model.spec import CoreAttention
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError
+from hunyuan_pretrain.train.kernel_probe import check_kernels
 from hunyuan_pretrain.train.optimizer import complete_gradients
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import as_summed_loss, model_inputs, run_schedule
@@ -39,7 +40,8 @@ COEFFICIENT_TOLERANCE = 1e-3
 def probe(run: Run) -> list[str]:
     """Run the probes and return one line for each. Raises TrainingError, on every rank, if one fails. Communicates: all
     groups."""
-    lines = [check_attention(run), check_leakage(run)]
+    lines = [check_kernels(run)] if run.chunks[0].config.uses_kernels else []
+    lines += [check_attention(run), check_leakage(run)]
     if run.experiment.model.num_moe_experts > 1:
         lines.append(check_liveness(run))
     return lines

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model import permutation as plain_permutation
-from hunyuan_pretrain.model.functions import plain_functions
+from hunyuan_pretrain.model.functions import Functions, plain_functions
+from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.routing import RoutingPlan
+from hunyuan_pretrain.train.kernel_probe import Inputs, differences, tolerance
 from tests.helpers.kernels import assert_rounded_once, random_plan, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -71,3 +74,45 @@ def test_rows_past_2_to_the_31_numbers_are_reached() -> None:
     rows_RD = permute(hidden_TD, plan)
     assert torch.equal(rows_RD[-T:], hidden_TD[token_R[-T:]])
     torch.testing.assert_close(swiglu(rows_RD)[-T:], swiglu(rows_RD[-T:]), rtol=0, atol=0)
+
+
+# --- every function, with the arguments of the probe before training --------------------------------------------------
+
+TOKENS = 8192
+TOP_1 = {"moe_router_topk": 1}
+TOP_2 = {"moe_router_topk": 2, "recycle_routing": False}
+DROPLESS = TOP_2 | {"moe_expert_capacity_factor": None}
+
+
+def model(heads: int, **routing: object) -> ModelConfig:
+    """16 experts; 6400 channels in 80 heads of 80, or in 50 of 128."""
+    return ModelConfig(
+        num_layers=2,
+        hidden_size=6400,
+        num_attention_heads=heads,
+        num_query_groups=heads // 10,
+        ffn_hidden_size=18304,
+        num_moe_experts=16,
+        padded_vocab_size=1024,
+        moe_routing_group_tokens=4096,
+        **routing,
+    )
+
+
+@pytest.mark.parametrize("routing", [TOP_1, TOP_2, DROPLESS], ids=["top 1", "top 2", "dropless"])
+@pytest.mark.parametrize("heads", [80, 50])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", Functions._fields)
+def test_a_kernel_matches_its_plain_function(name: str, dtype: str, heads: int, routing: dict[str, object]) -> None:
+    pytest.importorskip("triton")
+    from hunyuan_pretrain.model.kernels import kernel_functions
+
+    kernel, plain = getattr(kernel_functions(), name), getattr(plain_functions(), name)
+    if kernel is plain:
+        pytest.skip("no kernel")
+    config = transformer_config(model(heads, **routing), ParallelConfig(), PrecisionConfig(dtype=dtype))
+    arguments = Inputs(config, TOKENS, torch.device("cuda"), 1).of(name)
+    if arguments is None:
+        pytest.skip("this model does not use it")
+    found = differences(kernel, plain, arguments, 2)
+    assert max(found.values()) <= tolerance(config.params_dtype), found

@@ -4,8 +4,8 @@ reason."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -70,6 +70,24 @@ def rows_of_another_document() -> AbstractContextManager[Any]:
     )
 
 
+@contextmanager
+def kernel_wrong_on_another_rank() -> Iterator[None]:
+    """Rank 0, whose kernels are right, has to stop as well."""
+    import torch.distributed as dist
+
+    from hunyuan_pretrain.model import kernels
+    from hunyuan_pretrain.model.functions import plain_functions
+    from hunyuan_pretrain.train import setup
+
+    plain = plain_functions()
+    wrong = plain._replace(swiglu=lambda x_TF: plain.swiglu(x_TF) * (1.0 + 0.01 * dist.get_rank()))
+    with (
+        patch.object(setup, "uses_kernels", lambda machine, experiment: True),
+        patch.object(kernels, "kernel_functions", lambda: wrong),
+    ):
+        yield
+
+
 RIGHT_ATTENTION = (
     r"probe: attention by flash attention matches a plain softmax, forward and backward \(largest .* difference "
     r".*e-07\)"
@@ -100,6 +118,10 @@ BROKEN: dict[Bug, tuple[Layout, str]] = {
     combination_without_router: (
         Layout(pp=2),
         "the cross-entropy has no gradient on the router of layer 0 (8 of 8 layers)",
+    ),
+    kernel_wrong_on_another_rank: (
+        Layout(dp=2),
+        "Triton kernels do not match the plain functions on random inputs in the sizes of this run: swiglu by 0.01 (",
     ),
 }
 

@@ -1,0 +1,228 @@
+"""A check made once before training with Triton kernels: each gives what its plain function gives, forward and
+backward.
+
+Both get the same random numbers, in the sizes of this rank: a kernel can be wrong for one size or one GPU only, and a
+loss curve would show it late, if at all. `runtime.probes: false` turns the check off.
+
+Shapes: T tokens, N query heads, G key/value heads, X = N / G + 2, H head dim, D hidden, K top-k, R rows of experts, F
+twice an expert's FFN size (both of this rank).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hunyuan_pretrain.model.functions import Functions, plain_functions
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.norm import rope_table
+from hunyuan_pretrain.model.recycle_routing import assign_within_capacity, assign_without_capacity
+from hunyuan_pretrain.model.routing import RoutingPlan, TrainingRouting
+from hunyuan_pretrain.train import TrainingError
+from hunyuan_pretrain.train.run import Run
+
+SUMMATION = 1e-4
+"""Relative difference of fp32 sums in two orders; those of a weight's gradient have a term for every token and head."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference of two right results of a run in `dtype`: the sums, and two roundings to nearest of
+    half an eps each. The plain function computes in fp32, so only the kernel rounds: its result, and perhaps a number
+    that it keeps for the backward pass."""
+    return SUMMATION + torch.finfo(dtype).eps
+
+
+def check_kernels(run: Run) -> str:
+    """Compare each kernel with its plain function; returns a line for the log.
+
+    Raises TrainingError, on every rank, if one differs by more than the tolerance, or fails, on any rank. Communicates:
+    all ranks.
+    """
+    from hunyuan_pretrain.model.kernels import kernel_functions  # optional package
+
+    batch = run.loader.micro_batches(min(run.first_step, run.loader.num_steps - 1))[0]
+    config, num_tokens = run.chunks[0].config, len(batch.tokens_T) // run.groups.cp.size()
+    inputs = Inputs(config, num_tokens, run.device, run.experiment.seed + dist.get_rank())
+    kernels, plain = kernel_functions(), plain_functions()
+    worst: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for name in Functions._fields:
+        kernel, function = getattr(kernels, name), getattr(plain, name)
+        if kernel is function or (arguments := inputs.of(name)) is None:
+            continue
+        try:
+            found = differences(kernel, function, arguments, inputs.seed)
+            part = max(found, key=found.__getitem__)
+            worst[name], reasons[name] = found[part], f"{part} by {found[part]:.2g}"
+        except Exception as error:  # whatever a compiler or a driver raises: all ranks have to learn of it
+            worst[name], reasons[name] = math.inf, f"{type(error).__name__}: {error}"
+    largest = torch.tensor(list(worst.values()), device=run.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    allowed = tolerance(config.params_dtype)
+    wrong = ", ".join(
+        f"{name} by {difference:.2g} (on this rank: {reasons[name]})"
+        for name, difference in zip(worst, largest.tolist(), strict=True)
+        if not difference <= allowed
+    )
+    if wrong:
+        raise TrainingError(
+            f"Triton kernels do not match the plain functions on random inputs in the sizes of this run: {wrong}; "
+            f"rounding explains {allowed:.2g}, relative. Set runtime.kernels=never to train without kernels"
+        )
+    return (
+        f"probe: the kernels of {', '.join(worst)} match the plain functions, forward and backward "
+        f"(largest relative difference {largest.max().item():.1e})"
+    )
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def differences(
+    kernel: Callable[..., Any], plain: Callable[..., Any], arguments: Sequence[Any], seed: int
+) -> dict[str, float]:
+    """Largest difference of each result, and of the gradient of each floating-point argument, for random output
+    gradients.
+
+    The plain function gets the same numbers in fp32. Differences are relative, per row: to the norm of the row, or of a
+    typical row where that is larger. Infinity for results that are not finite, and for integers that differ.
+    """
+    dtype = next((x.dtype for x in arguments if _is_float(x)), torch.float32)
+    found = _results(kernel, arguments, dtype, seed)
+    expected = _results(plain, [x.float() if _is_float(x) else x for x in arguments], dtype, seed)
+    assert found.keys() == expected.keys(), f"{list(found)} instead of {list(expected)}"
+    return {name: _difference(found[name], expected[name]) for name in expected}
+
+
+def _results(function: Callable[..., Any], arguments: Sequence[Any], dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """Results and gradients by name. The gradients of the results are numbers of `dtype`."""
+    arguments = [x.detach().requires_grad_() if _is_float(x) else x for x in arguments]  # with their strides
+    found = function(*arguments)
+    outputs = found if isinstance(found, tuple) else (found,)
+    names = getattr(found, "_fields", [f"result {number}" for number in range(1, len(outputs) + 1)])
+    results = dict(zip(names, outputs, strict=True))
+    differentiable = [x for x in outputs if _is_float(x) and x.requires_grad]
+    if differentiable:
+        inputs = {number: x for number, x in enumerate(arguments, start=1) if _is_float(x)}
+        generator = torch.Generator(differentiable[0].device).manual_seed(seed)
+        grads = [
+            torch.randn(x.shape, generator=generator, device=x.device).to(dtype).to(x.dtype) for x in differentiable
+        ]
+        of_inputs = torch.autograd.grad(differentiable, list(inputs.values()), grads, allow_unused=True)
+        results |= {f"gradient of argument {number}": grad for number, grad in zip(inputs, of_inputs, strict=True)}
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in results.items()}
+
+
+def _difference(a: Any, b: Any) -> float:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return 0.0 if a is b or (type(a) is type(b) and a == b) else math.inf
+    if a.shape != b.shape or not b.is_floating_point():
+        return 0.0 if a.shape == b.shape and bool((a == b).all()) else math.inf
+    if not b.numel():
+        return 0.0
+    rows = (-1, b.shape[-1]) if b.dim() > 1 else (1, -1)
+    difference_r = (a.float() - b).reshape(rows).norm(dim=1)
+    norm_r = b.reshape(rows).norm(dim=1)
+    typical = norm_r.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return (difference_r / norm_r.clamp(min=typical)).nan_to_num(nan=math.inf).max().item()
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random arguments in the sizes of one rank: a method for each of Functions, with its name."""
+
+    config: HunyuanConfig
+    num_tokens: int
+    """Of the attention."""
+    device: torch.device
+    seed: int
+
+    def of(self, name: str) -> tuple[Any, ...] | None:
+        """Arguments of the function `name`; None if this model does not use it."""
+        return getattr(self, name)()
+
+    def rope_norm(self) -> tuple[Any, ...]:
+        """Those of a borrower's queries."""
+        N = self.config.num_attention_heads // self.config.tensor_model_parallel_size
+        return self._numbers(self.num_tokens, N, self.config.kv_channels), *self._of_head_norm()
+
+    def qkv_rope_norm(self) -> tuple[Any, ...]:
+        G = self.config.num_query_groups // self.config.tensor_model_parallel_size
+        X = self.config.num_attention_heads // self.config.num_query_groups + 2
+        return self._numbers(self.num_tokens, G, X, self.config.kv_channels), *self._of_head_norm()
+
+    def swiglu(self) -> tuple[Any, ...]:
+        """Those of the routed experts, where every rank gets as many rows as it sends."""
+        ranks = self.config.parallel.expert_tensor_parallel_size
+        F = 2 * self.config.model.expert_ffn_size // ranks
+        return (self._numbers(self.plan.num_rows * ranks, F),)
+
+    def permute(self) -> tuple[Any, ...]:
+        return self._numbers(self.tokens_of_experts, self.config.hidden_size), self.plan
+
+    def combine(self) -> tuple[Any, ...]:
+        rows_RD = self._numbers(self.plan.num_rows, self.config.hidden_size)
+        shared_TD, residual_TD = (
+            self._numbers(self.tokens_of_experts, self.config.hidden_size, draw=draw) for draw in (1, 2)
+        )
+        return rows_RD, self.plan.weight_TK, self.plan, shared_TD, residual_TD
+
+    def assign(self) -> tuple[Any, ...] | None:
+        """None without a capacity: then nothing is assigned."""
+        if self.config.moe_expert_capacity_factor is None:
+            return None
+        n = self.tokens_of_experts // self.config.model.moe_routing_group_tokens
+        routing = TrainingRouting(self.seed, 0, torch.arange(n, device=self.device), n)
+        return self._choices(), self.config, 0, routing
+
+    @property
+    def tokens_of_experts(self) -> int:
+        """Tokens that a rank sends to experts."""
+        return self.num_tokens // (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
+
+    @cached_property
+    def plan(self) -> RoutingPlan:
+        """Where the choices of `assign` go, by the plain functions; the weights are random."""
+        arguments, chosen_TK = self.assign(), self._choices()
+        assigned = (
+            assign_without_capacity(chosen_TK, self.config.num_moe_experts)
+            if arguments is None
+            else assign_within_capacity(*arguments)
+        )
+        weight_TK = self._numbers(*assigned.row_TK.shape, dtype=torch.float32)
+        return RoutingPlan(weight_TK, assigned.row_TK, assigned.token_R, assigned.rows_E, assigned.is_permutation)
+
+    def _choices(self) -> Tensor:
+        """(T, K) experts; every second token prefers the first two, so that some choices overflow."""
+        E, K = self.config.num_moe_experts, self.config.moe_router_topk
+        logits_TE = torch.randn(self.tokens_of_experts, E, generator=torch.Generator().manual_seed(self.seed))
+        logits_TE[::2, :2] += 9.0
+        return logits_TE.topk(K, dim=-1).indices.to(self.device)
+
+    def _of_head_norm(self) -> tuple[Any, ...]:
+        """RoPE table, weight and eps."""
+        positions_T = torch.arange(self.num_tokens, device=self.device)
+        table = rope_table(positions_T, self.config.model.rotary_base, self.config.kv_channels)
+        if not self.config.qk_layernorm:
+            return table, None, None
+        return table, self._numbers(self.config.kv_channels, dtype=torch.float32), self.config.layernorm_epsilon
+
+    def _numbers(self, *shape: int, dtype: torch.dtype | None = None, draw: int = 0) -> Tensor:
+        """Normally distributed, in the dtype of the run; other numbers for another `draw`."""
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1000 + draw)
+        numbers = torch.randn(shape, generator=generator, device=self.device)
+        return numbers.to(dtype or self.config.params_dtype)
