@@ -28,7 +28,7 @@ class MixtureOfExperts(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.router = Router(config, layer)
+        self.router = Router(config, layer, spec.functions.assign)
         self.experts = RoutedExperts(config, spec, groups)
         self.shared_experts = SharedExpert(config, spec, groups)
         self.combine = spec.functions.combine

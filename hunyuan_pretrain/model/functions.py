@@ -1,4 +1,4 @@
-"""The differentiable functions between the matmuls of a layer, and the two sets of them.
+"""The functions between the matmuls of a layer, and the two sets of them.
 
 `plain_functions` are torch's operations and run everywhere. model/kernels/ has the same functions as Triton kernels,
 which read and write each number once; model/engines.py chooses between the two sets.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.norm import qkv_rope_norm, rope_norm
 from hunyuan_pretrain.model.permutation import combine, permute
+from hunyuan_pretrain.model.recycle_routing import Assign, assign_within_capacity
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.model.swiglu import swiglu
 
@@ -25,8 +26,10 @@ class Functions(NamedTuple):
     swiglu: Callable[[Tensor], Tensor]
     permute: Callable[[Tensor, RoutingPlan], Tensor]
     combine: Callable[[Tensor, Tensor, RoutingPlan, Tensor, Tensor], Tensor]
+    assign: Assign
+    """The only one without gradients."""
 
 
 def plain_functions() -> Functions:
     """The functions that need nothing but torch."""
-    return Functions(rope_norm, qkv_rope_norm, swiglu, permute, combine)
+    return Functions(rope_norm, qkv_rope_norm, swiglu, permute, combine, assign_within_capacity)

@@ -1,6 +1,7 @@
 """The router of a layer: each token's chosen experts, combine weights, balance loss and z-loss.
 
-model/recycle_routing.py assigns the choices to experts and rows, within the capacity.
+model/recycle_routing.py assigns the choices to experts and rows, within the capacity; model/kernels/assignment.py does
+the same on a GPU.
 
 Shapes: T tokens of this rank, n routing groups, D hidden, E experts, K top-k, R rows (slots of experts).
 """
@@ -14,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
-from hunyuan_pretrain.model.recycle_routing import Assignment, assign_within_capacity, assign_without_capacity
+from hunyuan_pretrain.model.recycle_routing import (
+    Assign,
+    Assignment,
+    assign_within_capacity,
+    assign_without_capacity,
+)
 from hunyuan_pretrain.model.routing import (
     EvaluationRouting,
     RouterStatistics,
@@ -37,10 +43,11 @@ class Routed(NamedTuple):
 class Router(torch.nn.Module):
     """Router of one layer. Weight (E, D) and logits are fp32 in every precision."""
 
-    def __init__(self, config: HunyuanConfig, layer: int) -> None:
+    def __init__(self, config: HunyuanConfig, layer: int, assign: Assign = assign_within_capacity) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+        self.assign = assign
         shape = (config.num_moe_experts, config.hidden_size)
         weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32, device=weight_device(config)))
         weight.sequence_parallel = config.sequence_parallel
@@ -53,30 +60,58 @@ class Router(torch.nn.Module):
         chose. Communicates nothing.
         """
         config = self.config
-        logits_TE = F.linear(hidden_TD.float(), self.weight)
+        logits_TE = router_logits(hidden_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = self.choose(probs_TE, routing)
         assigned = self._assign(chosen_TK, routing)
-        plan = RoutingPlan(_combine_weights(probs_TE, assigned), *assigned[1:])
+        weight_TK = _combine_weights(probs_TE, assigned)
+        plan = RoutingPlan(weight_TK, assigned.row_TK, assigned.token_R, assigned.rows_E, assigned.is_permutation)
         if isinstance(routing, EvaluationRouting):
-            return Routed(plan, None, _statistics(chosen_TK, assigned, config.num_moe_experts, routing.is_counted_T))
-        group_tokens = config.model.moe_routing_group_tokens
-        balance = balance_loss(probs_TE, chosen_TK, group_tokens)
-        z = z_loss(logits_TE, group_tokens) if config.moe_z_loss_coeff else balance.new_zeros(())
-        loss = config.moe_aux_loss_coeff * balance + (config.moe_z_loss_coeff or 0.0) * z
-        statistics = _statistics(chosen_TK, assigned, config.num_moe_experts)
-        statistics = statistics._replace(balance_loss=balance.detach(), z_loss=z.detach())
+            return Routed(plan, None, _statistics(chosen_TK, assigned, routing.is_counted_T))
+        balance = _balance_loss(probs_TE, assigned.chosen_nE, config.moe_router_topk)
+        loss = config.moe_aux_loss_coeff * balance
+        statistics = _statistics(chosen_TK, assigned)._replace(balance_loss=balance.detach())
+        if config.moe_z_loss_coeff:
+            z = z_loss(logits_TE, config.model.moe_routing_group_tokens)
+            loss = loss + config.moe_z_loss_coeff * z
+            statistics = statistics._replace(z_loss=z.detach())
         return Routed(plan, loss / routing.num_global_groups, statistics)
 
     def _assign(self, chosen_TK: Tensor, routing: Routing) -> Assignment:
-        if isinstance(routing, EvaluationRouting) or self.config.moe_expert_capacity_factor is None:
+        if isinstance(routing, EvaluationRouting):
             return assign_without_capacity(chosen_TK, self.config.num_moe_experts)
-        return assign_within_capacity(chosen_TK, self.config, self.layer, routing)
+        if self.config.moe_expert_capacity_factor is None:
+            return assign_without_capacity(chosen_TK, self.config.num_moe_experts, routing.group_n.shape[0])
+        return self.assign(chosen_TK, self.config, self.layer, routing)
 
     def choose(self, probs_TE: Tensor, routing: Routing) -> Tensor:
         """(T, K) the most probable experts of each token. A comparison of two runs (diagnostics/parity.py) replaces
         this method by the other run's choices."""
         return probs_TE.topk(self.config.moe_router_topk, dim=-1).indices
+
+
+# --- logits -----------------------------------------------------------------------------------------------------------
+
+
+def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """(T, E) fp32 logits of hidden states of any dtype."""
+    return _Logits.apply(hidden_TD, weight_ED)
+
+
+class _Logits(torch.autograd.Function):
+    """hidden_TD.float() @ weight_ED.t(). Keeps hidden_TD as it came, which other layers keep as well, and converts it
+    once more in the backward pass; autograd would keep the fp32 copy, twice the size of bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_ED)
+        return F.linear(hidden_TD.float(), weight_ED)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_TD, weight_ED = ctx.saved_tensors
+        grad_TD = grad_TE.mm(weight_ED).to(hidden_TD.dtype) if ctx.needs_input_grad[0] else None
+        return grad_TD, grad_TE.t().mm(hidden_TD.float()) if ctx.needs_input_grad[1] else None
 
 
 # --- combine weights --------------------------------------------------------------------------------------------------
@@ -93,6 +128,8 @@ class _ProbabilitiesOf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
+        if grad_TK.shape[1] == 1:
+            return torch.where(marked(ctx.expert_TK, ctx.num_experts), grad_TK, 0.0), None
         is_of_TKE = marked(ctx.expert_TK[..., None], ctx.num_experts)
         return torch.where(is_of_TKE, grad_TK[..., None], 0.0).sum(1), None
 
@@ -103,12 +140,9 @@ def _combine_weights(probs_TE: Tensor, assigned: Assignment) -> Tensor:
     weight_TK = _ProbabilitiesOf.apply(probs_TE, assigned.expert_TK)
     if weight_TK.shape[1] > 1:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-    can_drop = assigned.rows_E is None and not assigned.is_permutation
-    return weight_TK.masked_fill(_is_dropped(assigned), 0.0) if can_drop else weight_TK
-
-
-def _is_dropped(assigned: Assignment) -> Tensor:
-    return assigned.row_TK == assigned.token_R.shape[0]
+    if assigned.num_dropped == 0:
+        return weight_TK
+    return weight_TK.masked_fill(assigned.row_TK == assigned.token_R.shape[0], 0.0)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -117,11 +151,15 @@ def _is_dropped(assigned: Assignment) -> Tensor:
 def balance_loss(probs_TE: Tensor, chosen_TK: Tensor, group_tokens: int) -> Tensor:
     """(): E * sum_e mean(p_e) * mean(chosen_e), with means within a routing group of `group_tokens` tokens, summed over
     the groups. `chosen_TK`: before recycling. Source: Switch Transformer, arXiv 2101.03961, equation 4."""
-    E = probs_TE.shape[1]
-    n = chosen_TK.shape[0] // group_tokens
-    with torch.no_grad():
-        chosen_nE = marked(chosen_TK.view(n, -1, 1), E).float().mean(1)
-    return E * (probs_TE.view(n, -1, E).mean(1) * chosen_nE).sum()
+    E, topk = probs_TE.shape[1], chosen_TK.shape[1]
+    return _balance_loss(probs_TE, marked(chosen_TK, E).view(-1, group_tokens, E).sum(1), topk)
+
+
+def _balance_loss(probs_TE: Tensor, chosen_nE: Tensor, topk: int) -> Tensor:
+    """The same from the number of choices of each expert in each group."""
+    n, E = chosen_nE.shape
+    probs_ngE = probs_TE.view(n, -1, E)
+    return E * (probs_ngE.mean(1) * (chosen_nE / (topk * probs_ngE.shape[1]))).sum()
 
 
 def z_loss(logits_TE: Tensor, group_tokens: int) -> Tensor:
@@ -134,23 +172,23 @@ def z_loss(logits_TE: Tensor, group_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(
-    chosen_TK: Tensor, assigned: Assignment, num_experts: int, is_counted_T: Tensor | None = None
-) -> RouterStatistics:
+def _statistics(chosen_TK: Tensor, assigned: Assignment, is_counted_T: Tensor | None = None) -> RouterStatistics:
     """Statistics of the tokens in is_counted_T (None: all), with zero losses."""
     zero = torch.zeros((), device=chosen_TK.device)
-    is_chosen_TE = marked(chosen_TK, num_experts)
+    chosen_nE, overflow, dropped = assigned.chosen_nE, zero, zero
     if is_counted_T is not None:
-        is_chosen_TE = is_chosen_TE & is_counted_T[:, None]
-    recycled = dropped = zero
+        chosen_nE = marked(chosen_TK, chosen_nE.shape[1]) & is_counted_T[:, None]
     if assigned.rows_E is None:
-        recycled, dropped = (assigned.expert_TK != chosen_TK).sum().float(), _is_dropped(assigned).sum().float()
+        capacity = assigned.token_R.shape[0] // chosen_nE.numel()
+        overflow = (chosen_nE - capacity).clamp_(min=0).sum(dtype=torch.float32)
+        # an expert that overflows has no free slot, so every overflowing choice that has a slot has it elsewhere
+        dropped = overflow if assigned.num_dropped is None else zero + assigned.num_dropped
     return RouterStatistics(
-        chosen_E=is_chosen_TE.sum(0).float(),
-        overflow=recycled + dropped,
-        recycled=recycled,
+        chosen_E=chosen_nE.sum(0, dtype=torch.float32),
+        overflow=overflow,
+        recycled=overflow - dropped,
         dropped=dropped,
         balance_loss=zero,
         z_loss=zero,
-        tokens=zero + chosen_TK.shape[0] if is_counted_T is None else is_counted_T.sum().float(),
+        tokens=zero + chosen_TK.shape[0] if is_counted_T is None else is_counted_T.sum(dtype=torch.float32),
     )

@@ -4,6 +4,7 @@ tests/unit/model/kernels/, which then use the GPU too."""
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, Precisio
 from hunyuan_pretrain.model import permutation as plain_permutation
 from hunyuan_pretrain.model.functions import Functions, plain_functions
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
+from hunyuan_pretrain.model.recycle_routing import assign_within_capacity as plain_assign
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.train.kernel_probe import Inputs, differences, tolerance
+from tests.helpers import assignments
 from tests.helpers.kernels import assert_rounded_once, random_plan, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -74,6 +77,23 @@ def test_rows_past_2_to_the_31_numbers_are_reached() -> None:
     rows_RD = permute(hidden_TD, plan)
     assert torch.equal(rows_RD[-T:], hidden_TD[token_R[-T:]])
     torch.testing.assert_close(swiglu(rows_RD)[-T:], swiglu(rows_RD[-T:]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group_tokens", [1024, 4096])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"moe_router_topk": 2}, {"moe_expert_capacity_factor": 1.25}, {"recycle_routing": False}],
+    ids=["recycle", "top 2", "factor 1.25", "drop"],
+)
+def test_the_assignment_is_the_plain_function(changes: dict[str, Any], group_tokens: int) -> None:
+    """16 experts and 16,384 tokens, bitwise."""
+    from hunyuan_pretrain.model.kernels.assignment import assign_within_capacity
+
+    arguments: dict[str, Any] = {"num_moe_experts": 16, "moe_routing_group_tokens": group_tokens} | changes
+    for seed in (0, 1):
+        assignments.assert_same(
+            assign_within_capacity, plain_assign, assignments.case(seed, 16384 // group_tokens, "cuda", **arguments)
+        )
 
 
 # --- every function, with the arguments of the probe before training --------------------------------------------------

@@ -9,7 +9,7 @@ here is imported before model/engines.py has chosen it. Tests run every kernel o
 from __future__ import annotations
 
 from hunyuan_pretrain.model.functions import Functions, plain_functions
-from hunyuan_pretrain.model.kernels import permutation, rope_norm, swiglu
+from hunyuan_pretrain.model.kernels import assignment, permutation, rope_norm, swiglu
 
 
 def kernel_functions() -> Functions:
@@ -20,4 +20,5 @@ def kernel_functions() -> Functions:
         swiglu=swiglu.swiglu,
         permute=permutation.permute,
         combine=permutation.combine,
+        assign=assignment.assign_within_capacity,
     )

@@ -1,16 +1,18 @@
 """Recycle routing, capacity, combine weights and router losses."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_pretrain.config.derived import expert_capacity
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.recycle_routing import assign_slots, slot_priorities
-from hunyuan_pretrain.model.router import Router
+from hunyuan_pretrain.model.recycle_routing import assign_slots, assign_within_capacity, slot_priorities
+from hunyuan_pretrain.model.router import Router, router_logits
 from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, TrainingRouting
-from tests.helpers import tiny
+from tests.helpers import assignments, tiny
 
 GROUPS = st.integers(1, 3)
 
@@ -34,7 +36,7 @@ def random_choices(n: int, K: int, g: int, E: int, skew: float, seed: int) -> to
 )
 def test_capacity_is_never_exceeded_and_nothing_drops_while_a_slot_is_free(n, K, g, E, C, skew, seed):
     chosen = random_choices(n, K, g, E, skew, seed)
-    slots = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
+    slots, _ = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
     for group in slots.reshape(n, -1):
         taken = group[group != DROPPED]
         assert taken.unique().numel() == taken.numel(), "a slot was given twice"
@@ -56,8 +58,8 @@ def test_first_choices_keep_their_expert(n, K, g, E, C, skew, seed):
     """Against a loop: first choices before second ones, tokens in order; the first C tokens of an expert stay, with or
     without recycling."""
     chosen = random_choices(n, K, g, E, skew, seed)
-    recycled = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
-    dropping = assign_slots(chosen, E, C, None)
+    recycled, _ = assign_slots(chosen, E, C, slot_priorities(seed, 0, 0, torch.arange(n), E * C))
+    dropping, _ = assign_slots(chosen, E, C, None)
     for group in range(n):
         used = [0] * E
         for k in range(K):
@@ -71,13 +73,40 @@ def test_first_choices_keep_their_expert(n, K, g, E, C, skew, seed):
                     assert dropping[group, k, token] == DROPPED
 
 
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("recycle", [True, False], ids=["recycle", "drop"])
+def test_assignment_equals_one_in_integers(recycle, factor):
+    """Bitwise, over seeds, steps, layers, group numbers, K, and sizes that are no powers of two."""
+    seed = 0
+    for K in (1, 2, 3):
+        for E, g in ((4, 32), (5, 30), (7, 45)):
+            for n in (1, 3):
+                changes = {"num_moe_experts": E, "moe_routing_group_tokens": g, "moe_router_topk": K}
+                changes |= {"recycle_routing": recycle, "moe_expert_capacity_factor": factor}
+                seed += 1
+                arguments = assignments.case(seed, n, **changes)
+                assigned, wanted = assign_within_capacity(*arguments), assignments.reference(*arguments)
+                assert {name: getattr(assigned, name).tolist() for name in wanted} == wanted
+                dropped = sum(row == assigned.token_R.numel() for rows in wanted["row_TK"] for row in rows)
+                assert assigned.num_dropped in (None, dropped)
+                assert (assigned.num_dropped is None) == (not recycle)
+                assert not assigned.is_permutation or sorted(wanted["token_R"]) == list(range(n * g))
+
+
+@pytest.mark.parametrize("key", [(0, 0, 0), (3, 5, 2), (2**63 - 1, 10**9, 63), (-1, 7, 1)], ids=str)
+def test_priorities_are_splitmix64_in_integers(key):
+    groups = [0, 1, 2**40]
+    wanted = [[assignments.priority(*key, group, slot) for slot in range(9)] for group in groups]
+    assert slot_priorities(*key, torch.tensor(groups), 9).tolist() == wanted
+
+
 def test_draw_is_uniform_over_free_slots():
     """Chi-squared test over 24,000 draws: one overflowing token, five free slots of two experts (1 and 4 of them),
     other slots never."""
     draws, E, C = 24_000, 3, 4
     # expert 0 has 5 takers for 4 slots, expert 1 three, expert 2 none
     chosen = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]).expand(draws, 1, 8)
-    slots = assign_slots(chosen, E, C, slot_priorities(7, 0, 0, torch.arange(draws), E * C))
+    slots, _ = assign_slots(chosen, E, C, slot_priorities(7, 0, 0, torch.arange(draws), E * C))
     counts = torch.bincount(slots[:, 0, 4], minlength=E * C).double()
     assert counts[:7].sum() == 0, "a slot in use was drawn"
     expected = draws / 5
@@ -173,6 +202,92 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
     assert balance_only.abs().max() > 0
     torch.testing.assert_close(both, weight_only + balance_only)
     torch.testing.assert_close(gradient(1.0, 0.0), 2 * balance_only)
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_router_topk": 2, "moe_expert_capacity_factor": 0.7}], ids=str)
+@pytest.mark.parametrize("recycle", [True, False], ids=["recycle", "drop"])
+def test_statistics_count_the_choices(changes, recycle):
+    """Against counts of the choices themselves."""
+    module, config, hidden, routing = router(recycle_routing=recycle, **changes)
+    plan, _, statistics = module(hidden, routing)
+    chosen_TK = module.choose((hidden @ module.weight.t()).softmax(-1), routing)
+    dropped = plan.row_TK == plan.num_rows
+    moved = ~dropped & (expert_of_row(plan, config) != chosen_TK)
+    assert statistics.dropped == dropped.sum()
+    assert statistics.recycled == moved.sum()
+    assert (moved.sum() > 0) == recycle
+    assert statistics.overflow == statistics.dropped + statistics.recycled > 0
+    assert statistics.chosen_E.tolist() == chosen_TK.flatten().bincount(minlength=4).tolist()
+    assert statistics.tokens == 96
+    assert all(number.dtype == torch.float32 for number in statistics)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operators that compute something: a launch each on a GPU."""
+
+    VIEWS = ("view", "_unsafe_view", "t", "transpose", "unsqueeze", "squeeze", "slice", "select", "expand", "detach")
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func._schema.name.removeprefix("aten::") not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "forward", "backward"),
+    [
+        ({}, 71, 17),
+        ({"moe_router_topk": 2, "moe_z_loss_coeff": 0.1}, 82, 34),
+        ({"recycle_routing": False}, 39, 18),
+        ({"moe_expert_capacity_factor": None, "recycle_routing": False}, 24, 17),
+    ],
+    ids=["recycle", "top 2 with z-loss", "drop", "dropless"],
+)
+def test_the_router_launches_no_more_operations_than_these(changes, forward, backward):
+    """A forward pass with recycling once had 137. The bounds leave room for two more of another torch."""
+    module, _, hidden, routing = router(**changes)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    with Operations() as operations:
+        plan, loss, _ = module(hidden, routing)
+    assert operations.number <= forward + 2
+    with Operations() as operations:
+        torch.autograd.backward((plan.weight_TK, loss), (torch.ones_like(plan.weight_TK), torch.ones(())))
+    assert operations.number <= backward + 2
+
+
+def test_logits_keep_the_hidden_states_as_they_came_and_change_no_number():
+    """In bf16 the router keeps the tensor that other layers keep as well: 2 bytes a number, and no fp32 copy of 4."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        found, kept = [], []
+        for function in (router_logits, lambda x, w: torch.nn.functional.linear(x.float(), w)):
+            kept.append([])
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept[-1].append(x) or x, lambda x: x):
+                logits = function(hidden, weight)
+            found.append([logits, *torch.autograd.grad(logits.square().sum(), (hidden, weight))])
+        assert all(map(torch.equal, *found))
+        ours, autograds = ([x for x in tensors if x.numel() == hidden.numel()] for tensors in kept)
+        assert [x.data_ptr() for x in ours] == [hidden.data_ptr()]
+        assert [x.nbytes for x in autograds] == [96 * 64 * 4]
+
+
+def test_the_router_keeps_no_hidden_states_of_its_own():
+    """Kept for the backward pass, per token: the bf16 hidden state, shared with the other layers, and less than 200
+    bytes of its own for 4 experts."""
+    module, _, _, routing = router(hidden_size=256, num_attention_heads=8)
+    hidden = torch.randn(96, 256).bfloat16().requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
+    ):
+        module(hidden, routing)
+    shared = [kept.pop(x.untyped_storage().data_ptr()) for x in (hidden, module.weight)]
+    assert shared == [hidden.nbytes, module.weight.nbytes]
+    assert 0 < sum(kept.values()) < 200 * 96
 
 
 def test_z_loss():

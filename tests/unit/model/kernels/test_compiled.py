@@ -1,0 +1,28 @@
+"""Every kernel compiles for a GPU, also where the other tests interpret it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[4]
+
+
+def compiled(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.helpers.compiled"]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_kernels_compile(tmp_path: Path) -> None:
+    result = compiled(tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert set(re.findall(r"^(\w+): \d+ bytes", result.stdout, re.MULTILINE)) == {"_list_free_slots", "_place_choices"}
