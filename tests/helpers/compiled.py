@@ -44,7 +44,9 @@ def compile_launch(kernel: Any, arguments: dict[str, Any]) -> None:
     )
     options = {name: value for name, value in arguments.items() if name in ("num_warps", "num_stages")}
     binary = triton.compile(source, target=HOPPER, options=options)
-    print(f"{kernel.fn.__name__}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes of shared memory")
+    print(
+        f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes of shared memory"
+    )
 
 
 @contextmanager
@@ -62,14 +64,30 @@ def only_compiled() -> Iterator[None]:
 def launches() -> list[Callable[[], Any]]:
     """Calls that launch every kernel, with shapes of a real model and with odd ones."""
     from hunyuan_pretrain.model.kernels.assignment import assign_within_capacity
+    from hunyuan_pretrain.model.kernels.permutation import combine, permute
+    from hunyuan_pretrain.model.kernels.swiglu import swiglu
     from tests.helpers.assignments import case
+    from tests.helpers.kernels import random_plan
+
+    def both_ways(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+        output = function(*(x.requires_grad_() for x in inputs))
+        output.backward(torch.ones_like(output))
+
+    def hidden(rows: int, width: int) -> torch.Tensor:
+        return torch.zeros(rows, width, dtype=torch.bfloat16)
 
     hunyuan = {"num_moe_experts": 16, "moe_routing_group_tokens": 1024}
     odd: dict[str, Any] = {"num_moe_experts": 5, "moe_routing_group_tokens": 30, "moe_router_topk": 2}
     return [
         lambda: assign_within_capacity(*case(0, 2, **hunyuan)),
         lambda: assign_within_capacity(*case(0, 1, moe_expert_capacity_factor=0.7, recycle_routing=False, **odd)),
-    ]
+        lambda: both_ways(swiglu, hidden(4, 2 * 18304)),
+        lambda: both_ways(lambda x: permute(x, random_plan(8, 1, 8, 0, "cpu")), hidden(8, 6400)),
+        lambda: both_ways(
+            lambda rows, weight, *others: combine(rows, weight, random_plan(8, 2, 20, 3, "cpu"), *others),
+            hidden(20, 6400), random_plan(8, 2, 20, 3, "cpu").weight_TK, hidden(8, 6400), hidden(8, 6400),
+        ),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

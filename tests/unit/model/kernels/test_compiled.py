@@ -13,6 +13,9 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[4]
+FOLDER = ROOT / "hunyuan_pretrain/model/kernels"
+LAUNCH = re.compile(r"^ +(?:\w+ = )?(\w+)\[\(.*\)\]\(", re.MULTILINE)
+"""kernel[(programs,)](...)."""
 
 
 def compiled(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -25,4 +28,6 @@ def compiled(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_kernels_compile(tmp_path: Path) -> None:
     result = compiled(tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert set(re.findall(r"^(\w+): \d+ bytes", result.stdout, re.MULTILINE)) == {"_list_free_slots", "_place_choices"}
+    found = set(re.findall(r"^(\w+)\.(\w+): \d+ bytes", result.stdout, re.MULTILINE))
+    launched = {(path.stem, name) for path in FOLDER.glob("*.py") for name in LAUNCH.findall(path.read_text())}
+    assert found == launched, "tests/helpers/compiled.py has to launch every kernel"
