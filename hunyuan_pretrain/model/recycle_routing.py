@@ -168,7 +168,7 @@ def assign_within_capacity(
         is_dropped_nKg = slots_nKg == DROPPED
         expert_nKg = torch.where(is_dropped_nKg, chosen_nKg, expert_nKg)
         row_nKg.masked_fill_(is_dropped_nKg, num_rows)
-    expert_TK, row_TK = (x.transpose(1, 2).reshape(T, K) for x in (expert_nKg, row_nKg))
+    expert_TK, row_TK = (x.transpose(1, 2).contiguous().view(T, K) for x in (expert_nKg, row_nKg))
     token_R = torch.full((num_rows + 1,), T, dtype=torch.int64, device=chosen_TK.device)
     token_R[row_TK] = torch.arange(T, device=chosen_TK.device)[:, None].expand(T, K)
     whole = is_permutation(config.model, K)

@@ -1,10 +1,10 @@
 """Compiles kernels for a GPU on a machine without one: the interpreter, which runs them there, accepts much that the
-compiler does not. `python -m tests.helpers.compiled` compiles what `launches` launches and prints a line each."""
+compiler does not. `python -m tests.helpers.compiled` compiles what `launch_all` launches and prints a line each."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+from tests.helpers.assignments import case
+from tests.helpers.tiny import tiny_model
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -44,9 +48,8 @@ def compile_launch(kernel: Any, arguments: dict[str, Any]) -> None:
     )
     options = {name: value for name, value in arguments.items() if name in ("num_warps", "num_stages")}
     binary = triton.compile(source, target=HOPPER, options=options)
-    print(
-        f"{kernel.fn.__module__.split('.')[-1]}.{kernel.fn.__name__}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes of shared memory"
-    )
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    print(f"{name}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes of shared memory")
 
 
 @contextmanager
@@ -61,36 +64,23 @@ def only_compiled() -> Iterator[None]:
         yield
 
 
-def launches() -> list[Callable[[], Any]]:
-    """Calls that launch every kernel, with shapes of a real model and with odd ones."""
-    from hunyuan_pretrain.model.kernels.assignment import assign_within_capacity
-    from hunyuan_pretrain.model.kernels.permutation import combine, permute
-    from hunyuan_pretrain.model.kernels.swiglu import swiglu
-    from tests.helpers.assignments import case
-    from tests.helpers.kernels import random_plan
+def launch_all() -> None:
+    """Launch every kernel at Hunyuan-Large's widths and with other sizes, and the assignment with its real groups."""
+    from hunyuan_pretrain.model.functions import Functions
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.kernels import kernel_functions
+    from hunyuan_pretrain.train.kernel_probe import Inputs, _results
 
-    def both_ways(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
-        output = function(*(x.requires_grad_() for x in inputs))
-        output.backward(torch.ones_like(output))
-
-    def hidden(rows: int, width: int) -> torch.Tensor:
-        return torch.zeros(rows, width, dtype=torch.bfloat16)
-
-    hunyuan = {"num_moe_experts": 16, "moe_routing_group_tokens": 1024}
-    odd: dict[str, Any] = {"num_moe_experts": 5, "moe_routing_group_tokens": 30, "moe_router_topk": 2}
-    return [
-        lambda: assign_within_capacity(*case(0, 2, **hunyuan)),
-        lambda: assign_within_capacity(*case(0, 1, moe_expert_capacity_factor=0.7, recycle_routing=False, **odd)),
-        lambda: both_ways(swiglu, hidden(4, 2 * 18304)),
-        lambda: both_ways(lambda x: permute(x, random_plan(8, 1, 8, 0, "cpu")), hidden(8, 6400)),
-        lambda: both_ways(
-            lambda rows, weight, *others: combine(rows, weight, random_plan(8, 2, 20, 3, "cpu"), *others),
-            hidden(20, 6400), random_plan(8, 2, 20, 3, "cpu").weight_TK, hidden(8, 6400), hidden(8, 6400),
-        ),
-    ]  # fmt: skip
+    large = {"hidden_size": 6400, "num_attention_heads": 80, "num_query_groups": 8, "moe_ffn_hidden_size": 18304}
+    drops = {"moe_router_topk": 2, "moe_expert_capacity_factor": 0.7, "recycle_routing": False, "num_moe_experts": 5}
+    for changes in (large, drops):
+        config = transformer_config(tiny_model(**changes), ParallelConfig(), PrecisionConfig(dtype="bf16"))
+        inputs = Inputs(config, 32, torch.device("cpu"), 1)
+        for name in Functions._fields:
+            _results(getattr(kernel_functions(), name), inputs.of(name) or (), torch.bfloat16, 1)
+    kernel_functions().assign(*case(0, 2, num_moe_experts=16, moe_routing_group_tokens=1024))
 
 
 if __name__ == "__main__":
     with only_compiled():
-        for launch in launches():
-            launch()
+        launch_all()

@@ -87,6 +87,8 @@ def test_assignment_equals_one_in_integers(recycle, factor):
                 arguments = assignments.case(seed, n, **changes)
                 assigned, wanted = assign_within_capacity(*arguments), assignments.reference(*arguments)
                 assert {name: getattr(assigned, name).tolist() for name in wanted} == wanted
+                assert assigned.row_TK.is_contiguous()
+                assert assigned.token_R.is_contiguous()
                 dropped = sum(row == assigned.token_R.numel() for rows in wanted["row_TK"] for row in rows)
                 assert assigned.num_dropped in (None, dropped)
                 assert (assigned.num_dropped is None) == (not recycle)
