@@ -2,7 +2,7 @@
 
 # Shells may define PYTHON, TEXT and the like for other purposes: only make's command line sets them, and child processes do not see them
 # unless a recipe passes them on.
-SETTINGS := PYTHON VENV TEXT CORPUS WORK
+SETTINGS := PYTHON VENV TEXT CORPUS WORK PARTS
 $(foreach name,$(SETTINGS),$(if $(filter environment%,$(origin $(name))),\
     $(info make: $(name) in the environment is ignored; to set it: make $(name)=...)$(eval override undefine $(name))))
 MAKEOVERRIDES :=
@@ -24,12 +24,14 @@ TEXT ?=
 # A JSONL file for data-bench; the output goes to WORK and takes about three times its size.
 CORPUS ?=
 WORK ?= data_bench_out
+# Parts of bench-gpu, with commas; empty: all.
+PARTS ?=
 unexport $(SETTINGS)
 # Images of containers set this. Every process would then compile torch, megatron-core and what they import anew: 11 CPU seconds instead of 4.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest test-layouts test-gpu docs data-bench lint check lock clean
+.PHONY: help demo test test-latest test-layouts test-gpu bench-gpu docs data-bench lint check lock clean
 
 help: ## Say what each target does
 	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } match($$0, /^[a-z-]+:.*## /) \
@@ -77,13 +79,15 @@ test-latest: ## The tests that touch third-party packages, with the newest versi
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; takes minutes to an hour
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)
 
-test-gpu: $(STAMP) ## Kernel tests, and a throughput table for bf16 and FP8; needs a GPU, and Transformer Engine in PY's environment
+test-gpu: $(STAMP) ## Kernel tests; needs a GPU, and Transformer Engine in PY's environment
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: this machine has no usable CUDA device')"
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) -m pytest tests/unit/model/kernels $(PYTEST_ARGS)
-	$(PY) tests/benchmarks/fp8_throughput.py
 
 ##@ The rest
+
+bench-gpu: $(STAMP) ## Optimizer steps on one GPU beside GPTModel, with the card's ceilings, in 6 minutes; PARTS=large,bench; writes gpu_step.json
+	$(PY) -m tests.benchmarks.gpu_step $(if $(PARTS),--parts $(call quote,PARTS))
 
 # No --quiet: it would hide warnings from --strict too.
 docs: $(STAMP) ## Build the documentation site in site/; a broken link or reference is an error

@@ -1,8 +1,11 @@
 """Cross-entropy of a linear output layer in chunks of tokens: the (T, V) logits are never materialised as a whole.
 
 The gradient of a chunk's logits is known as soon as its softmax is, so the forward pass computes the gradients and the
-backward pass only scales them. Memory beyond the inputs: one chunk of logits, and the gradients of the hidden states
-and the weight.
+backward pass only scales them. Memory beyond the inputs: one chunk of logits, in the dtype of the run and in fp32, and
+the gradients of the hidden states and the weight.
+
+On a GPU in bf16 a chunk's part of the weight gradient is added in fp32 by the GEMM itself, and, where it accumulates,
+at once into main_grad. Elsewhere each part is rounded to bf16 first, and the backward pass adds the sum of all.
 
 With tensor parallelism the vocabulary is sharded over the ranks: each rank computes its columns of the logits, and the
 softmax takes two small reductions per chunk.
@@ -25,6 +28,9 @@ from hunyuan_pretrain.runtime.handover import handed_over
 
 Accumulation = Literal["only use", "one of two uses"]
 
+_ADDS_TO_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+"""torch.addmm refuses an fp32 summand of bf16 factors before (pytorch pull request 167931)."""
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -36,11 +42,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_weight_U: Tensor,
         tp_group: dist.ProcessGroup,
         accumulate: Accumulation | None,
+        is_grad_enabled: bool,
     ) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad[:2])
+        # needs_input_grad is also true in a validation, under no_grad
+        needs_grad = is_grad_enabled and any(ctx.needs_input_grad[:2])
         # reduce-scatter writes into its rows: contiguous, whatever the strides of hidden_TD
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
-        grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
+        main_grad_VD: Any = weight_VD.main_grad if needs_grad and accumulate and _gemm_adds_in_fp32(hidden_TD) else None
+        grad_weight_VD = main_grad_VD
+        if main_grad_VD is None:
+            grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros(
             (), dtype=torch.float64, device=hidden_TD.device
         )  # a sum over thousands of chunks, whose number depends on the layout
@@ -51,48 +62,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
             piece = slice(start, start + chunk)
             hidden_cD = all_gather_rows(hidden_TD[piece], tp_group) if tp > 1 else hidden_TD[piece]
             label_c1, weight_c1 = (x[:, piece].reshape(-1, 1) for x in (label_PT, loss_weight_PT))
-            logits_cV = torch.mm(hidden_cD, weight_VD.t()).float()
-            logits_cV.sub_(_reduce(logits_cV.amax(1, keepdim=True), tp_group, dist.ReduceOp.MAX))
+            logits_cV = torch.mm(hidden_cD, weight_VD.t())
+            max_c1 = _reduce(logits_cV.amax(1, keepdim=True).float(), tp_group, dist.ReduceOp.MAX)
+            # in fp32, and in place if the logits are
+            exp_cV = (
+                logits_cV
+                if logits_cV.dtype == torch.float32
+                else logits_cV.new_empty(logits_cV.shape, dtype=torch.float32)
+            )
+            torch.sub(logits_cV, max_c1, out=exp_cV)
             if tp == 1:
-                label_logit_c1 = logits_cV.gather(1, label_c1)
-                sum_exp_c1, target_c1 = logits_cV.exp_().sum(1, keepdim=True), weight_c1
+                label_logit_c1 = exp_cV.gather(1, label_c1)
+                sum_exp_c1, target_c1 = exp_cV.exp_().sum(1, keepdim=True), weight_c1
             else:
                 is_mine_c1 = (label_c1 >= first_id) & (label_c1 < first_id + weight_VD.shape[0])
                 label_c1 = torch.where(is_mine_c1, label_c1 - first_id, 0)
-                label_logit_c1 = logits_cV.gather(1, label_c1) * is_mine_c1
-                sums_c2 = torch.cat((label_logit_c1, logits_cV.exp_().sum(1, keepdim=True)), dim=1)
+                label_logit_c1 = exp_cV.gather(1, label_c1) * is_mine_c1
+                sums_c2 = torch.cat((label_logit_c1, exp_cV.exp_().sum(1, keepdim=True)), dim=1)
                 label_logit_c1, sum_exp_c1 = _reduce(sums_c2, tp_group, dist.ReduceOp.SUM).split(1, dim=1)
                 target_c1 = weight_c1 * is_mine_c1
             loss += ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
             if needs_grad:
-                grad_cV = (
-                    logits_cV.mul_(weight_c1 / sum_exp_c1).scatter_add_(1, label_c1, -target_c1).to(hidden_TD.dtype)
-                )
+                scale_c1 = weight_c1 / sum_exp_c1
+                # the label's number is rounded after the subtraction, or little would be left of it near probability 1
+                grad_label_c1 = exp_cV.gather(1, label_c1).mul_(scale_c1).sub_(target_c1)
+                grad_cV = torch.mul(exp_cV, scale_c1, out=logits_cV)  # scaled and rounded at once, into their memory
+                grad_cV.scatter_(1, label_c1, grad_label_c1.to(grad_cV.dtype))
                 if tp == 1:
                     torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 else:
                     reduce_scatter_rows(grad_cV @ weight_VD, tp_group, out=grad_hidden_TD[piece])
-                if grad_cV.dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_cV.t(), hidden_cD, beta=1 if start else 0)
-                else:
-                    part_VD = grad_cV.t() @ hidden_cD
-                    grad_weight_VD = grad_weight_VD.add_(part_VD) if start else part_VD.float()
-        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+                _add_product(grad_weight_VD, grad_cV.t(), hidden_cD, is_first=start == 0 and main_grad_VD is None)
+        ctx.is_added = main_grad_VD is not None
+        ctx.save_for_backward(grad_hidden_TD, None if ctx.is_added else grad_weight_VD)
         ctx.weight, ctx.accumulate = weight_VD, accumulate
         return loss.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-        grad_hidden_TD = grad_hidden_TD.mul_(grad)
+        if ctx.is_added:
+            # the weight's gradient can no longer be scaled; the host does not wait for the answer
+            torch._assert_async(grad == 1, "linear_cross_entropy: the loss that accumulates in main_grad was scaled")
+        else:
+            grad_hidden_TD = grad_hidden_TD.mul_(grad)
         if ctx.accumulate is None:
-            return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), None, None, None, None
-        ctx.weight.main_grad.addcmul_(grad_weight_VD, grad)
+            return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), None, None, None, None, None
+        if not ctx.is_added:
+            ctx.weight.main_grad.addcmul_(grad_weight_VD, grad)
         if ctx.accumulate == "one of two uses":
-            return grad_hidden_TD, None, None, None, None, None
+            return grad_hidden_TD, None, None, None, None, None, None
         # core's hook then skips its own addition; the returned tensor is never read
         ctx.weight.grad_added_to_main_grad = True
-        return grad_hidden_TD, torch.empty_like(ctx.weight), None, None, None, None
+        return grad_hidden_TD, torch.empty_like(ctx.weight), None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -109,11 +131,14 @@ def linear_cross_entropy(
     W is sharded over `tp_group` by rows, hidden by tokens (sequence parallelism); labels and loss weights cover all
     tokens. With `accumulate` the weight's gradient goes straight into `weight_VD.main_grad`. As the "only use" of the
     weight, the backward pass also tells core that the gradient is there; as "one of two uses" (tied embedding) it
-    leaves that to the other use.
+    leaves that to the other use. On a GPU in bf16 the forward pass already adds it, so with `accumulate` each forward
+    pass needs its backward pass, with a gradient of 1, as core's schedules run them; another gradient fails there.
     Communicates: tp_group, per chunk: an all-gather of hidden states, two all-reduces of one and two numbers per token,
     and a reduce-scatter of the hidden states' gradient.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate)
+    return _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate, torch.is_grad_enabled()
+    )
 
 
 def _reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -122,3 +147,21 @@ def _reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) ->
         handed_over("all_reduce", x, is_written=True)
         dist.all_reduce(x, op=op, group=group)
     return x
+
+
+def _gemm_adds_in_fp32(x: Tensor) -> bool:
+    """Whether a GEMM of tensors like x can add its product to an fp32 tensor without rounding it first."""
+    return x.device.type != "cpu" and x.dtype != torch.float32 and _ADDS_TO_FP32
+
+
+def _add_product(sum_VD: Tensor, left_Vc: Tensor, right_cD: Tensor, is_first: bool) -> None:
+    """sum_VD += left_Vc @ right_cD in fp32; the first product overwrites."""
+    if left_Vc.dtype == torch.float32:
+        sum_VD.addmm_(left_Vc, right_cD, beta=0 if is_first else 1)
+    elif not _gemm_adds_in_fp32(left_Vc):
+        part_VD = left_Vc @ right_cD
+        sum_VD.copy_(part_VD) if is_first else sum_VD.add_(part_VD)
+    elif is_first:
+        torch.mm(left_Vc, right_cD, out_dtype=torch.float32, out=sum_VD)
+    else:
+        torch.addmm(sum_VD, left_Vc, right_cD, out_dtype=torch.float32, out=sum_VD)

@@ -45,8 +45,41 @@ class TokenEmbedding(VocabParallelEmbedding):
     is called. So read a weight only by calling its module.
     """
 
+    adds_rows = False
+    """Whether the backward pass adds the rows of the tokens to main_grad, where that is on a GPU. torch's own gradient
+    has a row for each id of the vocabulary."""
+
     def forward(self, tokens: Tensor | None = None) -> Tensor:
-        return self.weight if tokens is None else super().forward(tokens)
+        if tokens is None:
+            return self.weight
+        is_added = self.adds_rows and self.tp_group.size() == 1 and hasattr(self.weight, "main_grad")
+        if is_added and _adds_on(self.weight.device):
+            return _RowsAddedToMainGrad.apply(self.weight, tokens)
+        return super().forward(tokens)
+
+
+def _adds_on(device: torch.device) -> bool:
+    """On a CPU the sum of a token's rows keeps its order: first among themselves, then with main_grad."""
+    return device.type != "cpu"
+
+
+class _RowsAddedToMainGrad(torch.autograd.Function):
+    """weight_VD[tokens]; the gradient goes into weight_VD.main_grad in fp32, in the order of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Any, tokens: Tensor) -> Tensor:
+        ctx.weight = weight_VD
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (tokens,) = ctx.saved_tensors
+        main_grad = ctx.weight.main_grad
+        main_grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(main_grad.dtype))
+        # core's hook then skips its own addition; the returned tensor is never read
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight), None
 
 
 class Embedding(torch.nn.Module):
@@ -62,6 +95,7 @@ class Embedding(torch.nn.Module):
             config=config,
             tp_group=groups.tp,
         )
+        self.word_embeddings.adds_rows = config.gradient_accumulation_fusion
         mark_sharded(self.word_embeddings.weight, 0)
 
     def forward(self, tokens_T: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def install() -> None:
     torch.cuda.Stream = _Stream
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
     torch.cuda.stream = lambda stream: nullcontext()
+    torch.Tensor.record_stream = lambda self, stream: None
 
     exchange = torch.distributed.all_to_all_single
 

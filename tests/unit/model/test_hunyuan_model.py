@@ -10,6 +10,7 @@ from hunyuan_pretrain.checkpoint.weight_map import to_hf
 from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
 from hunyuan_pretrain.config.load import load_model
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.model import hunyuan_model
 from hunyuan_pretrain.model.cross_entropy import linear_cross_entropy
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
@@ -206,6 +207,29 @@ def test_linear_cross_entropy_equals_torch_in_value_and_gradients(monkeypatch):
         results.append((loss.detach(), h.grad, w.grad))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_embedding_can_add_its_gradient_to_main_grad_by_rows(monkeypatch, dtype):
+    """As on a GPU: the sum of torch's dense gradient, in fp32, on top of what was there, and marked as added."""
+    monkeypatch.setattr(hunyuan_model, "_adds_on", lambda device: True)
+    architecture = tiny.tiny_model()
+    embedding = tiny.build(architecture, dtype=dtype).embedding.word_embeddings
+    tokens = torch.tensor([3, 5, 3, 0, 95, 3])
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(len(tokens), architecture.hidden_size, generator=generator).to(embedding.weight.dtype)
+    plain = embedding(tokens)
+    plain.backward(grad)
+    dense, embedding.weight.grad = embedding.weight.grad, None
+    embedding.adds_rows, embedding.weight.main_grad = True, torch.ones(embedding.weight.shape)
+    rows = embedding(tokens)
+    rows.backward(grad)
+    assert torch.equal(rows, plain)
+    assert embedding.weight.grad_added_to_main_grad
+    # the sum of token 3's rows: two additions, each rounded to half a unit of the dtype, of at most the largest entry
+    largest = grad.abs().max().item() * 3
+    rounding = 2 * largest * (2**-9 if dtype == "bf16" else 2**-24) + 2 * (1 + largest) * 2**-24
+    torch.testing.assert_close(embedding.weight.main_grad - 1, dense.float(), rtol=0, atol=rounding)
 
 
 def test_hunyuan_large_has_the_published_number_of_parameters():
