@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
-        weight_VD: Tensor,
+        weight_VD: Any,
         label_U: Tensor,
         loss_weight_U: Tensor,
         tp_group: dist.ProcessGroup,
@@ -48,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = is_grad_enabled and any(ctx.needs_input_grad[:2])
         # reduce-scatter writes into its rows: contiguous, whatever the strides of hidden_TD
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
-        main_grad_VD: Any = weight_VD.main_grad if needs_grad and accumulate and _gemm_adds_in_fp32(hidden_TD) else None
+        main_grad_VD = weight_VD.main_grad if needs_grad and accumulate and _gemm_adds_in_fp32(hidden_TD) else None
         grad_weight_VD = main_grad_VD
         if main_grad_VD is None:
             grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)

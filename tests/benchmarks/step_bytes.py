@@ -51,7 +51,7 @@ def name_parts(model: HunyuanModel, counter: StepBytes) -> None:
     model.decoder.final_layernorm.forward = within("rest", model.decoder.final_layernorm.forward)
     for layer in model.decoder.layers:
         attention, moe = layer.self_attention, layer.mlp
-        experts, functions = moe.experts, moe.experts.dispatch.functions
+        experts, dispatch = moe.experts, moe.experts.dispatch
         layer.forward = within(SUMS, layer.forward)  # type: ignore[method-assign]
         for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
             norm.forward = within("norms", norm.forward)
@@ -63,9 +63,8 @@ def name_parts(model: HunyuanModel, counter: StepBytes) -> None:
         attention.core_attention = within("attention", attention.core_attention)
         attention.linear_proj.forward = within("projection", attention.linear_proj.forward)
         moe.router.forward = within("router", moe.router.forward)  # type: ignore[method-assign]
-        experts.dispatch.functions = functions._replace(
-            permute=within("permute", functions.permute), combine=within("combine", functions.combine)
-        )
+        dispatch.permute = within("permute", dispatch.permute)
+        moe.combine = within("combine", moe.combine)
         for expert in (experts, moe.shared_experts):
             expert.swiglu = within("SwiGLU", expert.swiglu)
             for linear in (expert.linear_fc1, expert.linear_fc2):
@@ -154,11 +153,13 @@ def minimum_kb(model: ModelConfig, num_tokens: int) -> dict[str, float]:
         # forward gate, up, y; backward gate, up, dy and both gradients; shared and routed expert
         "SwiGLU": 8 * 2 * model.ffn_hidden_size + 8 * 2 * model.expert_ffn_size * model.moe_router_topk,
         "router": 3 * row,  # x, and x and its gradient
-        # permute: x and rows, row gradients and their sum; combine: rows and output, then its gradient, rows and theirs
-        "permute": 4 * row,
-        "combine": 5 * row,
-        # attention's residual; the shared expert and the residual join combine, gradients their neighbours, read once
-        SUMS: 3 * row + 2 * row + 4 * row,
+        # x and rows; the rows' gradients, which their sum with others reads
+        "permute": 3 * row,
+        # routed and shared rows, residual, output; its gradient, routed rows and theirs
+        "combine": 7 * row,
+        # attention's residual; the gradients of the shared expert and the router, and the sum with the routed ones; the
+        # residual's gradient, which each norm's backward pass adds
+        SUMS: 3 * row + 3 * row + 2 * row,
         "norms": 2 * 5 * row,  # x, y; dy, x, dx
         # bf16 logits written, read for the softmax, read and replaced by their gradient; main_grad read and written
         "cross-entropy": 8 * model.padded_vocab_size + 8 * weight / num_tokens + 3 * row,
