@@ -5,7 +5,8 @@ Shapes: T tokens, K top-k, c = T * K choices, R rows of experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,11 +16,25 @@ from hunyuan_pretrain.model.routing import RoutingPlan
 Function = Callable[..., Tensor]
 
 
+@contextmanager
+def nan_where_nothing_is_written() -> Iterator[None]:
+    """Inside this context torch.empty returns nan, so a number that a kernel leaves out is found every time."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 def results(function: Function, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
     """Output of `function`, and gradients of the inputs, in the layout of the inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    output = function(*inputs)
-    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+    with nan_where_nothing_is_written():
+        output = function(*inputs)
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
 def assert_rounded_once(kernel: Function, plain: Function, inputs: Sequence[Tensor], grad: Tensor) -> None:

@@ -28,6 +28,7 @@ class Case(NamedTuple):
 CASES = {
     "permutation": Case(21, 1, 21, 0, 40),
     "empty slots": Case(21, 1, 30, 0, 40),
+    "empty slots far past the choices": Case(5, 1, 60, 2, 40),
     "dropped choices": Case(21, 1, 12, 9, 40),
     "both": Case(21, 1, 16, 9, 40),
     "top 2": Case(13, 2, 26, 0, 24),
