@@ -48,9 +48,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = is_grad_enabled and any(ctx.needs_input_grad[:2])
         # reduce-scatter writes into its rows: contiguous, whatever the strides of hidden_TD
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
-        main_grad_VD = weight_VD.main_grad if needs_grad and accumulate and _gemm_adds_in_fp32(hidden_TD) else None
-        grad_weight_VD = main_grad_VD
-        if main_grad_VD is None:
+        is_added = bool(needs_grad and accumulate and _gemm_adds_in_fp32(hidden_TD))
+        if is_added:
+            grad_weight_VD = weight_VD.main_grad
+        else:
             grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros(
             (), dtype=torch.float64, device=hidden_TD.device
@@ -92,9 +93,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 else:
                     reduce_scatter_rows(grad_cV @ weight_VD, tp_group, out=grad_hidden_TD[piece])
-                _add_product(grad_weight_VD, grad_cV.t(), hidden_cD, is_first=start == 0 and main_grad_VD is None)
-        ctx.is_added = main_grad_VD is not None
-        ctx.save_for_backward(grad_hidden_TD, None if ctx.is_added else grad_weight_VD)
+                _add_product(grad_weight_VD, grad_cV.t(), hidden_cD, is_first=start == 0 and not is_added)
+        ctx.is_added = is_added
+        ctx.save_for_backward(grad_hidden_TD, None if is_added else grad_weight_VD)
         ctx.weight, ctx.accumulate = weight_VD, accumulate
         return loss.float()
 
