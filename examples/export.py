@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hunyuan_pretrain.runtime.environment import compute_on_cpu
+from hunyuan_pretrain.runtime.environment import prepare
 
 
 def main(run: str, output: str, prompt: str) -> None:
     """Write the newest checkpoint of `run` to the new folder `output`."""
-    compute_on_cpu()  # before torch is imported: the export holds the whole model, so it runs on the host
+    prepare(None)  # before torch is imported: the export holds the whole model, so it runs on the CPU
 
     from hunyuan_pretrain.checkpoint.export_run import export_run
     from hunyuan_pretrain.checkpoint.generate import generate

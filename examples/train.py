@@ -11,7 +11,7 @@ import os
 import sys
 
 from hunyuan_pretrain.config.load import load_experiment
-from hunyuan_pretrain.runtime.environment import set_variables
+from hunyuan_pretrain.runtime.environment import prepare
 
 
 def main(config: str, *overrides: str) -> int:
@@ -19,8 +19,9 @@ def main(config: str, *overrides: str) -> int:
     # Frozen, checked, every default filled in; a mistake is a ConfigError that lists all of them.
     experiment = load_experiment(config, overrides, int(os.environ.get("WORLD_SIZE", "1")))
     print(f"{experiment.name}: {sum(stage.num_steps for stage in experiment.stages)} steps")
-    # CUDA and torch read some of their settings from the environment when they are imported, so this comes first.
-    set_variables(experiment)
+    # CUDA and torch read some of their settings from the environment when they are imported, so this comes first. It
+    # also makes megatron-core work where there is no GPU.
+    prepare(experiment)
 
     from hunyuan_pretrain.train.loop import train
 

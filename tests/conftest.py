@@ -16,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/proc/driver/nvidia/version").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from hunyuan_pretrain.runtime import cpu_megatron
+
+cpu_megatron.install()  # before test modules import what needs megatron
+
 # the parent of the tests may ignore these signals (nohup, a background job), and processes under test would inherit it
 for number, default in (
     (signal.SIGINT, signal.default_int_handler),

@@ -18,8 +18,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
-
 # isort: split
 import torch
 import torch.distributed as dist

@@ -17,8 +17,6 @@ from queue import Queue
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
-
 # isort: split
 import torch
 import torch.distributed as dist

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
-
 # isort: split
 import torch
 import torch.distributed as dist

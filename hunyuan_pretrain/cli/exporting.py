@@ -34,9 +34,9 @@ def export(
     ] = ExportFormat.hunyuan,
 ) -> None:
     """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
-    from hunyuan_pretrain.runtime.environment import compute_on_cpu
+    from hunyuan_pretrain.runtime.environment import prepare
 
-    compute_on_cpu()
+    prepare(None)
 
     from hunyuan_pretrain.checkpoint.export_run import export_run
 

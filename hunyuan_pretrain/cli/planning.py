@@ -94,6 +94,10 @@ def doctor(
     if (
         experiment is not None and machine.megatron_core is not None and machine.apex != "wrong"
     ):  # megatron-core can be imported
+        from hunyuan_pretrain.runtime import cpu_megatron
+
+        cpu_megatron.install()
+
         from hunyuan_pretrain.train.preflight import refusals
 
         found += refusals(experiment)

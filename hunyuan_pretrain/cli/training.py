@@ -60,11 +60,11 @@ def train(
     with 130.
     """
     from hunyuan_pretrain.config.load import load_experiment
-    from hunyuan_pretrain.runtime.environment import set_variables
+    from hunyuan_pretrain.runtime.environment import prepare
 
     branch = [f"checkpoint.resume_from={from_step}"] if from_step is not None else []
     experiment = load_experiment(config, [*(overrides or []), *branch], int(os.environ.get("WORLD_SIZE", "1")))
-    set_variables(experiment)
+    prepare(experiment)
 
     from hunyuan_pretrain.train.loop import train as run
 
@@ -107,14 +107,14 @@ def parity(
     """
     from hunyuan_pretrain.config.layouts import layout_experiment
     from hunyuan_pretrain.config.load import load_experiment
-    from hunyuan_pretrain.runtime.environment import set_variables
+    from hunyuan_pretrain.runtime.environment import prepare
 
     experiment = load_experiment(config, overrides or [])
     ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     sides = ((layout, engine), (against, against_engine or engine))
     for text, layers in sides:  # report errors before torch is imported, which takes seconds
         layout_experiment(experiment, text, ranks, Path(experiment.run_dir), precision.value, layers.value)
-    set_variables(experiment)
+    prepare(experiment)
 
     from hunyuan_pretrain.diagnostics.parity_run import conclusion, report, run_parity
 
@@ -151,10 +151,10 @@ def shadow(
     hardware.
     """
     from hunyuan_pretrain.config.load import load_experiment
-    from hunyuan_pretrain.runtime.environment import set_variables
+    from hunyuan_pretrain.runtime.environment import prepare
 
     experiment = load_experiment(config, overrides or [])
-    set_variables(experiment)
+    prepare(experiment)
 
     from hunyuan_pretrain.diagnostics.shadow import conclusion, run_shadow, table
 

@@ -20,6 +20,7 @@ from hunyuan_pretrain.config.layouts import Engine, Precision, layout_experiment
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.parity import Difference, StepTrace, compare, trace_layout
 from hunyuan_pretrain.diagnostics.parity_noise import NOISE_SEEDS, compare_rounded
+from hunyuan_pretrain.runtime import cpu_megatron
 from hunyuan_pretrain.runtime.device import probe
 from hunyuan_pretrain.runtime.policy import obstacles
 
@@ -72,7 +73,9 @@ def in_processes(num_ranks: int, function: Callable[..., Result], *arguments: An
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pool = ProcessPoolExecutor(num_ranks, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        num_ranks, mp_context=multiprocessing.get_context("spawn"), initializer=cpu_megatron.install
+    )
     ranks = [pool.submit(_rank, rank, num_ranks, port, function, arguments) for rank in range(num_ranks)]
     done, running = wait(ranks, return_when=FIRST_EXCEPTION)
     if running:  # one failed; the others would wait for it in a collective

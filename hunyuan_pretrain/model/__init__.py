@@ -1,5 +1,5 @@
-"""Importing this package makes megatron-core importable on this machine."""
+"""The model and its layers. Without a CUDA device, call runtime.cpu_megatron.install() before importing it."""
 
 from hunyuan_pretrain.runtime import cpu_megatron
 
-cpu_megatron.install()
+cpu_megatron.require(__name__)

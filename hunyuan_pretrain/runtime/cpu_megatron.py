@@ -6,9 +6,9 @@ before megatron is imported and patches nothing where CUDA exists. No other modu
 Each patch states its reason; tests/unit/runtime/test_cpu_megatron.py leaves each one out in turn and shows that
 training then fails.
 
-Packages that import megatron call `install()` in their __init__, not entry points in theirs: core decides on import
-which optimizers, extensions and compiled functions it has. Otherwise everything that imports such a package (a script,
-a test, a spawned rank that unpickles a function) would have to call it first.
+Importing this project patches nothing: entry points call `install()` (the commands, spawned ranks, examples, tests).
+Core decides on import which optimizers, extensions and compiled functions it has, so a call that comes later is too
+late. The packages that import megatron therefore refuse to be imported without it (`require`).
 """
 
 from __future__ import annotations
@@ -264,3 +264,13 @@ def install(leave_out: Collection[str] = ()) -> bool:
             patch.apply()
     _installed = True
     return True
+
+
+def require(package: str) -> None:
+    """Raise RuntimeError if `package`, which imports megatron, cannot work in this process because there is no CUDA
+    device and `install()` has not been called."""
+    if not _installed and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"{package} needs a CUDA device, or, to run on the CPU, this call before it is imported: "
+            "hunyuan_pretrain.runtime.cpu_megatron.install()"
+        )

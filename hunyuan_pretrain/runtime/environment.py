@@ -61,6 +61,22 @@ def wanted_variables(experiment: Experiment | None) -> tuple[Variable, ...]:
     return ON_GPU + (DETERMINISTIC if is_deterministic else ())
 
 
+def prepare(experiment: Experiment | None) -> None:
+    """Prepare this process for `experiment`, or, with None, for a computation on the CPU alone.
+
+    Entry points call this before they import torch, or anything that does: it sets the variables of this module, then
+    makes megatron-core work where there is no GPU. Raises ConfigError as `compute_on_cpu` does.
+    """
+    if experiment is None:
+        compute_on_cpu()
+    else:
+        set_variables(experiment)
+
+    from hunyuan_pretrain.runtime import cpu_megatron
+
+    cpu_megatron.install()
+
+
 def set_variables(experiment: Experiment) -> None:
     """Set the variables that the user has not set. Call before torch is imported: a loaded driver no longer reads its
     variables."""

@@ -1,8 +1,8 @@
-"""Importing this package makes megatron-core importable on this machine."""
+"""The training loop. Without a CUDA device, call runtime.cpu_megatron.install() before importing it."""
 
 from hunyuan_pretrain.runtime import cpu_megatron
 
-cpu_megatron.install()
+cpu_megatron.require(__name__)
 
 
 class TrainingError(RuntimeError):

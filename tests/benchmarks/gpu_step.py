@@ -66,8 +66,10 @@ def worker(part: str, names: list[str], num_steps: int, is_dry: bool) -> None:
 
         transformer_engine_stub.install((10, 0))
         gpt_on_cpu.install()
+    from hunyuan_pretrain.runtime import cpu_megatron
     from hunyuan_pretrain.runtime.environment import keep_freed_memory
 
+    cpu_megatron.install()
     if part == "ceilings":
         say({"finished": "ceilings", "result": ceilings(is_dry)})
         return

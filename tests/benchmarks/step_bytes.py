@@ -22,12 +22,16 @@ import torch
 
 from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model import hunyuan_model, packed_attention
-from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
-from hunyuan_pretrain.model.inputs import ModelInputs
-from hunyuan_pretrain.model.routing import TrainingRouting
-from tests.helpers.byte_counter import LINEAR, SUMS, Count, StepBytes
+from hunyuan_pretrain.runtime import cpu_megatron
+
+cpu_megatron.install()
+
+from hunyuan_pretrain.model import hunyuan_model, packed_attention  # noqa: E402
+from hunyuan_pretrain.model.hunyuan_config import transformer_config  # noqa: E402
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model  # noqa: E402
+from hunyuan_pretrain.model.inputs import ModelInputs  # noqa: E402
+from hunyuan_pretrain.model.routing import TrainingRouting  # noqa: E402
+from tests.helpers.byte_counter import LINEAR, SUMS, Count, StepBytes  # noqa: E402
 
 HUNYUAN_LARGE = {
     "num_layers": 2,

@@ -38,6 +38,10 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
     parameters)."""
     import torch
 
+    from hunyuan_pretrain.runtime import cpu_megatron
+
+    cpu_megatron.install()
+
     from hunyuan_pretrain.config.schema import (
         DataSource,
         Experiment,
@@ -54,7 +58,6 @@ def ours(cla_share_factor: int, num_micro_batches: int = 1, **parallel: object) 
     from hunyuan_pretrain.plan.counts import parameters
     from hunyuan_pretrain.runtime.environment import keep_freed_memory
     from hunyuan_pretrain.runtime.policy import fuses_wgrad_accumulation
-    from hunyuan_pretrain.train import setup  # installs the CPU shim  # noqa: F401
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
     from hunyuan_pretrain.train.run import Run
     from hunyuan_pretrain.train.step import train_step

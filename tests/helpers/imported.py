@@ -2,9 +2,13 @@
 
 import pytest
 
-from hunyuan_pretrain.checkpoint import export_run
-from hunyuan_pretrain.diagnostics import parity, parity_run, shadow
-from hunyuan_pretrain.train import loop, probes
-from tests.helpers import layouts
+from hunyuan_pretrain.runtime import cpu_megatron
+
+cpu_megatron.install()
+
+from hunyuan_pretrain.checkpoint import export_run  # noqa: E402
+from hunyuan_pretrain.diagnostics import parity, parity_run, shadow  # noqa: E402
+from hunyuan_pretrain.train import loop, probes  # noqa: E402
+from tests.helpers import layouts  # noqa: E402
 
 __all__ = ["export_run", "layouts", "loop", "parity", "parity_run", "probes", "pytest", "shadow"]

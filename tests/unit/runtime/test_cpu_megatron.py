@@ -86,6 +86,35 @@ except RuntimeError as error:
     assert python(code) == "cpu_megatron.install() must run before megatron.core is imported"
 
 
+@pytest.mark.parametrize("package", ["model", "parallel", "train"])
+def test_importing_a_package_patches_nothing_and_says_which_call_is_missing(package):
+    code = f"""
+import torch
+before = [torch.empty, torch.Tensor.type, torch.cuda.current_device, torch.compile]
+try:
+    import hunyuan_pretrain.{package}
+except RuntimeError as error:
+    print(error)
+print([torch.empty, torch.Tensor.type, torch.cuda.current_device, torch.compile] == before)
+"""
+    said, is_unchanged = python(code).splitlines()
+    assert said == (
+        f"hunyuan_pretrain.{package} needs a CUDA device, or, to run on the CPU, this call before it is imported: "
+        "hunyuan_pretrain.runtime.cpu_megatron.install()"
+    )
+    assert is_unchanged == "True"
+
+
+def test_the_named_call_makes_the_import_work():
+    code = """
+import hunyuan_pretrain.runtime.cpu_megatron
+hunyuan_pretrain.runtime.cpu_megatron.install()
+import hunyuan_pretrain.model.router
+print("imported")
+"""
+    assert python(code) == "imported"
+
+
 def test_tensors_report_is_cuda_only_inside_the_context():
     """Copies on the host, and what is computed from them, never report it."""
     assert cpu_megatron.install()

@@ -89,7 +89,7 @@ assert "torch" not in sys.modules
         )
         with_torch = re.search(r"from hunyuan_pretrain\.(train|diagnostics)", text)
         assert with_torch, command
-        assert text.index("set_variables(experiment)") < with_torch.start(), command
+        assert text.index("prepare(experiment)") < with_torch.start(), command
 
 
 def test_fp32_stays_fp32_in_a_container_that_enables_tf32(monkeypatch):
