@@ -16,8 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from tests.helpers.assignments import case
-from tests.helpers.tiny import tiny_model
+from hunyuan_pretrain.runtime import cpu_megatron
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -66,10 +65,14 @@ def only_compiled() -> Iterator[None]:
 
 def launch_all() -> None:
     """Launch every kernel at Hunyuan-Large's widths and with other sizes, and the assignment with its real groups."""
+    cpu_megatron.install()
+
     from hunyuan_pretrain.model.functions import Functions
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.kernels import kernel_functions
     from hunyuan_pretrain.train.kernel_probe import Inputs, _results
+    from tests.helpers.assignments import case
+    from tests.helpers.tiny import tiny_model
 
     large = {"hidden_size": 6400, "num_attention_heads": 80, "num_query_groups": 8, "moe_ffn_hidden_size": 18304}
     drops = {"moe_router_topk": 2, "moe_expert_capacity_factor": 0.7, "recycle_routing": False, "num_moe_experts": 5}
