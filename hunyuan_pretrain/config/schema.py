@@ -504,9 +504,9 @@ class RuntimeConfig(Section):
         "auto",
     )
     kernels: Literal["auto", "never"] = setting(
-        "Whether the functions between the matmuls (RoPE with head norm, SwiGLU, permutation and combination of "
-        "tokens, router) run as this project's Triton kernels. auto: on a CUDA device where triton is installed, as "
-        "it is with torch for CUDA. never: as torch operations.",
+        "Whether the functions between the matmuls (norms, RoPE, SwiGLU, router, permutation and combination of "
+        "tokens, cross-entropy) run as this project's Triton kernels. auto: on a CUDA device where triton is "
+        "installed, as it is with torch for CUDA. never: as torch operations.",
         "auto",
     )
     cpu_threads_per_rank: PositiveInt | None = setting(

@@ -16,6 +16,7 @@ tokens of a chunk (of all ranks).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,53 @@ from hunyuan_pretrain.parallel.collectives import all_gather_rows, reduce_scatte
 from hunyuan_pretrain.runtime.handover import handed_over
 
 Accumulation = Literal["only use", "one of two uses"]
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, int, dist.ProcessGroup, bool], Tensor]
+"""chunk_loss, or a function with its result."""
 
 _ADDS_TO_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 """torch.addmm refuses an fp32 summand of bf16 factors before (pytorch pull request 167931)."""
+
+
+def reduced(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """Reduce x over `group` in place, and return it."""
+    if group.size() > 1:
+        handed_over("all_reduce", x, is_written=True)
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+@torch.no_grad()
+def chunk_loss(
+    logits_cV: Tensor, label_c1: Tensor, weight_c1: Tensor, first_id: int, tp_group: dist.ProcessGroup, needs_grad: bool
+) -> Tensor:
+    """(): the weighted sum of a chunk's cross-entropies, fp32. The logits are overwritten, with needs_grad by their
+    gradient. They are those of the ids from first_id on; label_c1 holds ids of the whole vocabulary.
+
+    Communicates: tp_group, all-reduces of one and two fp32 numbers per token.
+    """
+    max_c1 = reduced(logits_cV.amax(1, keepdim=True).float(), tp_group, dist.ReduceOp.MAX)
+    # in fp32, and in place if the logits are
+    exp_cV = (
+        logits_cV if logits_cV.dtype == torch.float32 else logits_cV.new_empty(logits_cV.shape, dtype=torch.float32)
+    )
+    torch.sub(logits_cV, max_c1, out=exp_cV)
+    if tp_group.size() == 1:
+        label_logit_c1 = exp_cV.gather(1, label_c1)
+        sum_exp_c1, target_c1 = exp_cV.exp_().sum(1, keepdim=True), weight_c1
+    else:
+        is_mine_c1 = (label_c1 >= first_id) & (label_c1 < first_id + logits_cV.shape[1])
+        label_c1 = torch.where(is_mine_c1, label_c1 - first_id, 0)
+        label_logit_c1 = exp_cV.gather(1, label_c1) * is_mine_c1
+        sums_c2 = torch.cat((label_logit_c1, exp_cV.exp_().sum(1, keepdim=True)), dim=1)
+        label_logit_c1, sum_exp_c1 = reduced(sums_c2, tp_group, dist.ReduceOp.SUM).split(1, dim=1)
+        target_c1 = weight_c1 * is_mine_c1
+    if needs_grad:
+        scale_c1 = weight_c1 / sum_exp_c1
+        # the label's number is rounded after the subtraction, or little would be left of it near probability 1
+        grad_label_c1 = exp_cV.gather(1, label_c1).mul_(scale_c1).sub_(target_c1)
+        torch.mul(exp_cV, scale_c1, out=logits_cV)  # scaled and rounded at once
+        logits_cV.scatter_(1, label_c1, grad_label_c1.to(logits_cV.dtype))
+    return ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -42,6 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_weight_U: Tensor,
         tp_group: dist.ProcessGroup,
         accumulate: Accumulation | None,
+        chunk_loss: ChunkLoss,
         is_grad_enabled: bool,
     ) -> Tensor:
         # needs_input_grad is also true in a validation, under no_grad
@@ -64,31 +110,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_cD = all_gather_rows(hidden_TD[piece], tp_group) if tp > 1 else hidden_TD[piece]
             label_c1, weight_c1 = (x[:, piece].reshape(-1, 1) for x in (label_PT, loss_weight_PT))
             logits_cV = torch.mm(hidden_cD, weight_VD.t())
-            max_c1 = _reduce(logits_cV.amax(1, keepdim=True).float(), tp_group, dist.ReduceOp.MAX)
-            # in fp32, and in place if the logits are
-            exp_cV = (
-                logits_cV
-                if logits_cV.dtype == torch.float32
-                else logits_cV.new_empty(logits_cV.shape, dtype=torch.float32)
-            )
-            torch.sub(logits_cV, max_c1, out=exp_cV)
-            if tp == 1:
-                label_logit_c1 = exp_cV.gather(1, label_c1)
-                sum_exp_c1, target_c1 = exp_cV.exp_().sum(1, keepdim=True), weight_c1
-            else:
-                is_mine_c1 = (label_c1 >= first_id) & (label_c1 < first_id + weight_VD.shape[0])
-                label_c1 = torch.where(is_mine_c1, label_c1 - first_id, 0)
-                label_logit_c1 = exp_cV.gather(1, label_c1) * is_mine_c1
-                sums_c2 = torch.cat((label_logit_c1, exp_cV.exp_().sum(1, keepdim=True)), dim=1)
-                label_logit_c1, sum_exp_c1 = _reduce(sums_c2, tp_group, dist.ReduceOp.SUM).split(1, dim=1)
-                target_c1 = weight_c1 * is_mine_c1
-            loss += ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
+            loss += chunk_loss(logits_cV, label_c1, weight_c1, first_id, tp_group, needs_grad)
             if needs_grad:
-                scale_c1 = weight_c1 / sum_exp_c1
-                # the label's number is rounded after the subtraction, or little would be left of it near probability 1
-                grad_label_c1 = exp_cV.gather(1, label_c1).mul_(scale_c1).sub_(target_c1)
-                grad_cV = torch.mul(exp_cV, scale_c1, out=logits_cV)  # scaled and rounded at once, into their memory
-                grad_cV.scatter_(1, label_c1, grad_label_c1.to(grad_cV.dtype))
+                grad_cV = logits_cV  # chunk_loss has written it there
                 if tp == 1:
                     torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 else:
@@ -108,14 +132,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             grad_hidden_TD = grad_hidden_TD.mul_(grad)
         if ctx.accumulate is None:
-            return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), None, None, None, None, None
+            return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), *(None,) * 6
         if not ctx.is_added:
             ctx.weight.main_grad.addcmul_(grad_weight_VD, grad)
         if ctx.accumulate == "one of two uses":
-            return grad_hidden_TD, None, None, None, None, None, None
+            return grad_hidden_TD, None, *(None,) * 6
         # core's hook then skips its own addition; the returned tensor is never read
         ctx.weight.grad_added_to_main_grad = True
-        return grad_hidden_TD, torch.empty_like(ctx.weight), None, None, None, None, None
+        return grad_hidden_TD, torch.empty_like(ctx.weight), *(None,) * 6
 
 
 def linear_cross_entropy(
@@ -125,6 +149,7 @@ def linear_cross_entropy(
     loss_weight_U: Tensor,
     tp_group: dist.ProcessGroup,
     accumulate: Accumulation | None = None,
+    chunk_loss: ChunkLoss = chunk_loss,
 ) -> Tensor:
     """sum_u loss_weight_U[u] * -log softmax(W hidden[u])[label_U[u]], an fp32 scalar, the same on every rank of
     `tp_group`.
@@ -134,20 +159,13 @@ def linear_cross_entropy(
     weight, the backward pass also tells core that the gradient is there; as "one of two uses" (tied embedding) it
     leaves that to the other use. On a GPU in bf16 the forward pass already adds it, so with `accumulate` each forward
     pass needs its backward pass, with a gradient of 1, as core's schedules run them; another gradient fails there.
+    `chunk_loss` computes the loss of each chunk and the gradient of its logits.
     Communicates: tp_group, per chunk: an all-gather of hidden states, two all-reduces of one and two numbers per token,
     and a reduce-scatter of the hidden states' gradient.
     """
     return _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate, torch.is_grad_enabled()
+        hidden_TD, weight_VD, label_U, loss_weight_U, tp_group, accumulate, chunk_loss, torch.is_grad_enabled()
     )
-
-
-def _reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
-    """Reduce x over `group` in place, and return it."""
-    if group.size() > 1:
-        handed_over("all_reduce", x, is_written=True)
-        dist.all_reduce(x, op=op, group=group)
-    return x
 
 
 def _gemm_adds_in_fp32(x: Tensor) -> bool:

@@ -39,17 +39,18 @@ class Dispatch:
         self.num_experts, self.permute = num_experts, functions.permute
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
 
-    def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
-        """(R, D): the output of each row of `plan`, for tokens (T, D) that no other rank of this stage holds.
+    def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> tuple[Tensor, Tensor]:
+        """((R, D) the output of each row of `plan`; hidden_TD for what reads it next, as model.permutation says), for
+        tokens (T, D) that no other rank of this stage holds.
 
         `experts` computes those of this rank. Communicates: expert-parallel group, two all-to-alls in each direction
         (forward, backward); expert-tensor-parallel group, an all-gather and a reduce-scatter of the rows from those.
         Without a capacity, row counts too.
         """
-        rows_RD = self.permute(hidden_TD, plan)
+        rows_RD, hidden_TD = self.permute(hidden_TD, plan)
         if plan.rows_E is None:
-            return self._exchange_equal(rows_RD, experts)
-        return self._exchange_counted(rows_RD, plan.rows_E, experts)
+            return self._exchange_equal(rows_RD, experts), hidden_TD
+        return self._exchange_counted(rows_RD, plan.rows_E, experts), hidden_TD
 
     # --- over expert-parallel ranks -----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from hunyuan_pretrain.model.fp8 import session
 from hunyuan_pretrain.model.fp8.emulated import emulated_fp8_spec
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.local_layers import local_spec
+from hunyuan_pretrain.model.norm import RMSNorm
 from hunyuan_pretrain.model.spec import Spec
 
 Models = Sequence[torch.nn.Module]
@@ -43,7 +45,11 @@ def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
         return spec
     from hunyuan_pretrain.model.kernels import kernel_functions  # optional package
 
-    return replace(spec, functions=kernel_functions())
+    functions = kernel_functions()
+    norm = partial(RMSNorm, function=functions.rms_norm)
+    if spec.norm is RMSNorm:  # Transformer Engine's norms are kernels already
+        spec = replace(spec, norm=norm, input_norm=norm)
+    return replace(spec, functions=functions)
 
 
 def _layers(config: HunyuanConfig, layer: int) -> Spec:

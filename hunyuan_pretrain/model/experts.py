@@ -28,7 +28,7 @@ class MixtureOfExperts(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.router = Router(config, layer, spec.functions.assign)
+        self.router = Router(config, layer, spec.functions)
         self.experts = RoutedExperts(config, spec, groups)
         self.shared_experts = SharedExpert(config, spec, groups)
         self.combine = spec.functions.combine
@@ -36,13 +36,13 @@ class MixtureOfExperts(torch.nn.Module):
     def forward(self, hidden_TD: Tensor, residual_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
         """Returns ((T, D), router statistics). One function adds the residual and both kinds of experts, so that a
         kernel can read and write each of them once."""
-        plan, loss, statistics = self.router(hidden_TD, routing)
+        plan, loss, statistics, hidden_TD = self.router(hidden_TD, routing)
         if loss is not None and torch.is_grad_enabled():
             # Only the last pipeline stage computes a loss; the others pass on activations alone. So core's scaler
             # injects the gradient of each layer's router loss here, where the backward pass reaches the combine
             # weights, with the scale that the schedule gives the loss.
             plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
-        rows_RD = self.experts(hidden_TD, plan)
+        rows_RD, hidden_TD = self.experts(hidden_TD, plan)
         shared_TD = self.shared_experts(hidden_TD)
         return self.combine(rows_RD, plan.weight_TK, plan, shared_TD, residual_TD), statistics
 
@@ -65,11 +65,8 @@ class RoutedExperts(torch.nn.Module):
             config, config.moe_ffn_hidden_size, config.hidden_size, groups
         )
 
-    def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """(R, D): the output of each row of `plan`, for tokens (T, D) that no other rank of this stage holds.
-
-        Communicates: as Dispatch.
-        """
+    def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+        """As Dispatch, with the experts of this rank."""
         return self.dispatch(hidden_TD, plan, self._ffn_or_recomputed)
 
     def _ffn_or_recomputed(self, rows_RD: Tensor, splits: RowSplits) -> Tensor:

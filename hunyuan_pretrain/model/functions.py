@@ -1,4 +1,4 @@
-"""The functions between the matmuls of a layer, and the two sets of them.
+"""The functions between the matmuls, and the two sets of them.
 
 `plain_functions` are torch's operations and run everywhere. model/kernels/ has the same functions as Triton kernels,
 which read and write each number once; model/engines.py chooses between the two sets.
@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hunyuan_pretrain.model.norm import qkv_rope_norm, rope_norm
+from hunyuan_pretrain.model.cross_entropy import ChunkLoss, chunk_loss
+from hunyuan_pretrain.model.norm import RMSNormFunction, qkv_rope_norm, rms_norm, rope_norm
 from hunyuan_pretrain.model.permutation import combine, permute
 from hunyuan_pretrain.model.recycle_routing import Assign, assign_within_capacity
+from hunyuan_pretrain.model.router_logits import router_logits
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.model.swiglu import swiglu
 
@@ -21,15 +23,21 @@ from hunyuan_pretrain.model.swiglu import swiglu
 class Functions(NamedTuple):
     """Arguments, shapes and results are those of the plain functions."""
 
+    rms_norm: RMSNormFunction
     rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], Tensor]
     qkv_rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], tuple[Tensor, Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
-    permute: Callable[[Tensor, RoutingPlan], Tensor]
+    router_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    permute: Callable[[Tensor, RoutingPlan], tuple[Tensor, Tensor]]
     combine: Callable[[Tensor, Tensor, RoutingPlan, Tensor, Tensor], Tensor]
     assign: Assign
-    """The only one without gradients."""
+    """Without gradients."""
+    chunk_loss: ChunkLoss
+    """Computes its gradient itself."""
 
 
 def plain_functions() -> Functions:
     """The functions that need nothing but torch."""
-    return Functions(rope_norm, qkv_rope_norm, swiglu, permute, combine, assign_within_capacity)
+    return Functions(
+        rms_norm, rope_norm, qkv_rope_norm, swiglu, router_logits, permute, combine, assign_within_capacity, chunk_loss
+    )

@@ -174,6 +174,8 @@ class HunyuanModel(MegatronModule):
         if self.pre_process:
             self.embedding = self._build_embedding()
         self.decoder = Decoder(config, spec, groups, config.stages[stage], self.post_process)
+        if self.post_process:
+            self.chunk_loss = spec(config, config.stages[stage][-1]).functions.chunk_loss
         if self.post_process and not self.share_embeddings_and_output_weights:
             self.output_layer = OutputLayer(config, groups)
         elif self.post_process and not self.pre_process:
@@ -259,7 +261,7 @@ class HunyuanModel(MegatronModule):
                 "one of two uses" if self.pre_process and self.share_embeddings_and_output_weights else "only use"
             )
         return linear_cross_entropy(
-            hidden_TD, weight_VD, inputs.labels_T, inputs.loss_weight_T, self.groups.tp, accumulate
+            hidden_TD, weight_VD, inputs.labels_T, inputs.loss_weight_T, self.groups.tp, accumulate, self.chunk_loss
         )
 
     def placements(self) -> dict[str, Placement]:

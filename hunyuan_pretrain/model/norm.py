@@ -7,6 +7,7 @@ key/value heads, R query heads of each, X = R + 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,20 +42,30 @@ class _RMSNormFunction(torch.autograd.Function):
         return grad_x_TD.to(saved_TD.dtype), grad_weight_D, None
 
 
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim, computed in fp32, in x's dtype."""
+    return _RMSNormFunction.apply(x_TD, weight_D, eps)
+
+
+RMSNormFunction = Callable[[Tensor, Tensor, float], Tensor]
+"""rms_norm, or a function with its result."""
+
+
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dim, computed in fp32, returned in x's dtype.
+    """`rms_norm` with a weight.
 
     Core's local norm rejects sequence parallelism. This one marks its weight so that core sums the weight's gradient
     over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: HunyuanConfig, size: int) -> None:
+    def __init__(self, config: HunyuanConfig, size: int, function: RMSNormFunction = rms_norm) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
         self.weight = _norm_weight(config, size)
+        self.function = function
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return _RMSNormFunction.apply(x_TD, self.weight, self.eps)
+        return self.function(x_TD, self.weight, self.eps)
 
 
 class HeadNorm(torch.nn.Module):

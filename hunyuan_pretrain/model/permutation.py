@@ -2,6 +2,9 @@
 
 Both are gathers, forward and backward, by the index maps of the RoutingPlan.
 
+Of several functions that read the same hidden states, each but the last returns them again for the next one. So its
+backward pass gets the gradient of what follows and writes the sum; autograd would read both once more to add them.
+
 Shapes: T tokens of this rank, D hidden, K top-k, R rows (slots of experts).
 """
 
@@ -16,8 +19,8 @@ from hunyuan_pretrain.model.expert_rows import taken
 from hunyuan_pretrain.model.routing import RoutingPlan
 
 
-def permute(hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
-    """(R, D): the token of each row; zeros for an empty slot."""
+def permute(hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
+    """((R, D) the token of each row, zeros for an empty slot; hidden_TD for what reads it next)."""
     return _Permute.apply(hidden_TD, plan)
 
 
@@ -34,16 +37,21 @@ def sum_of_rows(rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """(T, D) -> (R, D), rows of zeros for empty slots; the gradient of a token is the sum over its rows."""
+    """(T, D) -> (R, D), rows of zeros for empty slots; the gradient of a token is the sum over its rows, added to that
+    of what reads hidden_TD next."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
-        return taken(hidden_TD, plan.token_R, not plan.is_permutation)
+        ctx.set_materialize_grads(False)
+        return taken(hidden_TD, plan.token_R, not plan.is_permutation), hidden_TD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return sum_of_rows(grad_RD, ctx.plan), None
+    def backward(ctx: Any, grad_RD: Tensor | None, grad_TD: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad_RD is None:
+            return grad_TD, None
+        of_rows_TD = sum_of_rows(grad_RD, ctx.plan)
+        return of_rows_TD if grad_TD is None else of_rows_TD.add_(grad_TD), None
 
 
 class _Combine(torch.autograd.Function):

@@ -11,16 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hunyuan_pretrain.model.functions import Functions, plain_functions
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
-from hunyuan_pretrain.model.recycle_routing import (
-    Assign,
-    Assignment,
-    assign_within_capacity,
-    assign_without_capacity,
-)
+from hunyuan_pretrain.model.recycle_routing import Assignment, assign_without_capacity
 from hunyuan_pretrain.model.routing import (
     EvaluationRouting,
     RouterStatistics,
@@ -38,16 +33,18 @@ class Routed(NamedTuple):
     """(): the router losses times their coefficients, this rank's part of the mean over the routing groups of the
     global batch; None in evaluation."""
     statistics: RouterStatistics
+    hidden_TD: Tensor
+    """The router's input, for what reads it next (model.permutation says why)."""
 
 
 class Router(torch.nn.Module):
     """Router of one layer. Weight (E, D) and logits are fp32 in every precision."""
 
-    def __init__(self, config: HunyuanConfig, layer: int, assign: Assign = assign_within_capacity) -> None:
+    def __init__(self, config: HunyuanConfig, layer: int, functions: Functions | None = None) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
-        self.assign = assign
+        self.functions = functions or plain_functions()
         shape = (config.num_moe_experts, config.hidden_size)
         weight: Any = torch.nn.Parameter(torch.empty(shape, dtype=torch.float32, device=weight_device(config)))
         weight.sequence_parallel = config.sequence_parallel
@@ -60,14 +57,14 @@ class Router(torch.nn.Module):
         chose. Communicates nothing.
         """
         config = self.config
-        logits_TE = router_logits(hidden_TD, self.weight)
+        logits_TE, hidden_TD = self.functions.router_logits(hidden_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = self.choose(probs_TE, routing)
         assigned = self._assign(chosen_TK, routing)
         weight_TK = _combine_weights(probs_TE, assigned)
         plan = RoutingPlan(weight_TK, assigned.row_TK, assigned.token_R, assigned.rows_E, assigned.is_permutation)
         if isinstance(routing, EvaluationRouting):
-            return Routed(plan, None, _statistics(chosen_TK, assigned, routing.is_counted_T))
+            return Routed(plan, None, _statistics(chosen_TK, assigned, routing.is_counted_T), hidden_TD)
         balance = _balance_loss(probs_TE, assigned.chosen_nE, config.moe_router_topk)
         loss = config.moe_aux_loss_coeff * balance
         statistics = _statistics(chosen_TK, assigned)._replace(balance_loss=balance.detach())
@@ -75,43 +72,19 @@ class Router(torch.nn.Module):
             z = z_loss(logits_TE, config.model.moe_routing_group_tokens)
             loss = loss + config.moe_z_loss_coeff * z
             statistics = statistics._replace(z_loss=z.detach())
-        return Routed(plan, loss / routing.num_global_groups, statistics)
+        return Routed(plan, loss / routing.num_global_groups, statistics, hidden_TD)
 
     def _assign(self, chosen_TK: Tensor, routing: Routing) -> Assignment:
         if isinstance(routing, EvaluationRouting):
             return assign_without_capacity(chosen_TK, self.config.num_moe_experts)
         if self.config.moe_expert_capacity_factor is None:
             return assign_without_capacity(chosen_TK, self.config.num_moe_experts, routing.group_n.shape[0])
-        return self.assign(chosen_TK, self.config, self.layer, routing)
+        return self.functions.assign(chosen_TK, self.config, self.layer, routing)
 
     def choose(self, probs_TE: Tensor, routing: Routing) -> Tensor:
         """(T, K) the most probable experts of each token. A comparison of two runs (diagnostics/parity.py) replaces
         this method by the other run's choices."""
         return probs_TE.topk(self.config.moe_router_topk, dim=-1).indices
-
-
-# --- logits -----------------------------------------------------------------------------------------------------------
-
-
-def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """(T, E) fp32 logits of hidden states of any dtype."""
-    return _Logits.apply(hidden_TD, weight_ED)
-
-
-class _Logits(torch.autograd.Function):
-    """hidden_TD.float() @ weight_ED.t(). Keeps hidden_TD as it came, which other layers keep as well, and converts it
-    once more in the backward pass; autograd would keep the fp32 copy, twice the size of bf16."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_TD, weight_ED)
-        return F.linear(hidden_TD.float(), weight_ED)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden_TD, weight_ED = ctx.saved_tensors
-        grad_TD = grad_TE.mm(weight_ED).to(hidden_TD.dtype) if ctx.needs_input_grad[0] else None
-        return grad_TD, grad_TE.t().mm(hidden_TD.float()) if ctx.needs_input_grad[1] else None
 
 
 # --- combine weights --------------------------------------------------------------------------------------------------

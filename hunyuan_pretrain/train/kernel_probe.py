@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from hunyuan_pretrain.model.routing import RoutingPlan, TrainingRouting
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.run import Run
 
+CHUNK_TOKENS = 64
+"""Of the loss: each is computed alone, over the whole vocabulary."""
 SUMMATION = 1e-4
 """Relative difference of fp32 sums in two orders; those of a weight's gradient have a term for every token and head."""
 
@@ -54,11 +57,10 @@ def check_kernels(run: Run) -> str:
     worst: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for name in Functions._fields:
-        kernel, function = getattr(kernels, name), getattr(plain, name)
-        if kernel is function or (arguments := inputs.of(name)) is None:
+        if getattr(kernels, name) is getattr(plain, name) or (arguments := inputs.of(name)) is None:
             continue
         try:
-            found = differences(kernel, function, arguments, inputs.seed)
+            found = differences(compared(kernels, name), compared(plain, name), arguments, inputs.seed)
             part = max(found, key=found.__getitem__)
             worst[name], reasons[name] = found[part], f"{part} by {found[part]:.2g}"
         except Exception as error:  # whatever a compiler or a driver raises: all ranks have to learn of it
@@ -99,6 +101,18 @@ def differences(
     expected = _results(plain, [x.float() if _is_float(x) else x for x in arguments], dtype, seed)
     assert found.keys() == expected.keys(), f"{list(found)} instead of {list(expected)}"
     return {name: _difference(found[name], expected[name]) for name in expected}
+
+
+def compared(functions: Functions, name: str) -> Callable[..., Any]:
+    """The function `name` of a set, in a form that returns all that it computes."""
+    if name != "chunk_loss":
+        return getattr(functions, name)
+
+    def with_gradient(logits_cV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        written_cV = logits_cV.detach().clone()
+        return functions.chunk_loss(written_cV, *others), written_cV
+
+    return with_gradient
 
 
 def _results(function: Callable[..., Any], arguments: Sequence[Any], dtype: torch.dtype, seed: int) -> dict[str, Any]:
@@ -155,6 +169,11 @@ class Inputs:
         """Arguments of the function `name`; None if this model does not use it."""
         return getattr(self, name)()
 
+    def rms_norm(self) -> tuple[Any, ...]:
+        D = self.config.hidden_size
+        weight_D = self._numbers(D, draw=1)
+        return self._numbers(self.tokens_of_experts, D), weight_D, self.config.layernorm_epsilon
+
     def rope_norm(self) -> tuple[Any, ...]:
         """Those of a borrower's queries."""
         N = self.config.num_attention_heads // self.config.tensor_model_parallel_size
@@ -170,6 +189,10 @@ class Inputs:
         ranks = self.config.parallel.expert_tensor_parallel_size
         F = 2 * self.config.model.expert_ffn_size // ranks
         return (self._numbers(self.plan.num_rows * ranks, F),)
+
+    def router_logits(self) -> tuple[Any, ...]:
+        weight_ED = self._numbers(self.config.num_moe_experts, self.config.hidden_size, dtype=torch.float32, draw=1)
+        return self._numbers(self.tokens_of_experts, self.config.hidden_size), weight_ED
 
     def permute(self) -> tuple[Any, ...]:
         return self._numbers(self.tokens_of_experts, self.config.hidden_size), self.plan
@@ -188,6 +211,13 @@ class Inputs:
         n = self.tokens_of_experts // self.config.model.moe_routing_group_tokens
         routing = TrainingRouting(self.seed, 0, torch.arange(n, device=self.device), n)
         return self._choices(), self.config, 0, routing
+
+    def chunk_loss(self) -> tuple[Any, ...]:
+        """Those of a rank whose ids are the whole vocabulary: it reduces nothing with others."""
+        V = self.config.model.padded_vocab_size // self.config.tensor_model_parallel_size
+        label_c1 = torch.arange(CHUNK_TOKENS, device=self.device)[:, None] * 7 % V
+        weight_c1 = self._numbers(CHUNK_TOKENS, 1, dtype=torch.float32, draw=1).abs()
+        return self._numbers(CHUNK_TOKENS, V), label_c1, weight_c1, 0, SimpleNamespace(size=lambda: 1), True
 
     @property
     def tokens_of_experts(self) -> int:

@@ -156,14 +156,13 @@ def minimum_kb(model: ModelConfig, num_tokens: int) -> dict[str, float]:
         "RoPE, head norm": 5 * 2 * head_dim * (heads + keys) + 8 * (heads + keys) + 8 * head_dim,
         # forward gate, up, y; backward gate, up, dy and both gradients; shared and routed expert
         "SwiGLU": 8 * 2 * model.ffn_hidden_size + 8 * 2 * model.expert_ffn_size * model.moe_router_topk,
-        "router": 3 * row,  # x, and x and its gradient
-        # x and rows; the rows' gradients, which their sum with others reads
-        "permute": 3 * row,
+        # x; x, the gradient of what reads x next, and the sum of that and the router's
+        "router": 4 * row,
+        "permute": 5 * row,  # x and rows; the gradients of rows and of what reads x next, and their sum
         # routed and shared rows, residual, output; its gradient, routed rows and theirs
         "combine": 7 * row,
-        # attention's residual; the gradients of the shared expert and the router, and the sum with the routed ones; the
-        # residual's gradient, which each norm's backward pass adds
-        SUMS: 3 * row + 3 * row + 2 * row,
+        # attention's residual; the residual's gradient, which each norm's backward pass adds
+        SUMS: 3 * row + 2 * row,
         "norms": 2 * 5 * row,  # x, y; dy, x, dx
         # bf16 logits written, read for the softmax, read and replaced by their gradient; main_grad read and written
         "cross-entropy": 8 * model.padded_vocab_size + 8 * weight / num_tokens + 3 * row,

@@ -70,7 +70,7 @@ def launch_all() -> None:
     from hunyuan_pretrain.model.functions import Functions
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.kernels import kernel_functions
-    from hunyuan_pretrain.train.kernel_probe import Inputs, _results
+    from hunyuan_pretrain.train.kernel_probe import Inputs, _results, compared
     from tests.helpers.assignments import case
     from tests.helpers.tiny import tiny_model
 
@@ -80,7 +80,7 @@ def launch_all() -> None:
         config = transformer_config(tiny_model(**changes), ParallelConfig(), PrecisionConfig(dtype="bf16"))
         inputs = Inputs(config, 32, torch.device("cpu"), 1)
         for name in Functions._fields:
-            _results(getattr(kernel_functions(), name), inputs.of(name) or (), torch.bfloat16, 1)
+            _results(compared(kernel_functions(), name), inputs.of(name) or (), torch.bfloat16, 1)
     kernel_functions().assign(*case(0, 2, num_moe_experts=16, moe_routing_group_tokens=1024))
 
 

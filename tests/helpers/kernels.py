@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.routing import RoutingPlan
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+Grads = Tensor | tuple[Tensor, ...]
 
 
 @contextmanager
@@ -29,23 +30,25 @@ def nan_where_nothing_is_written() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def results(function: Function, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """Output of `function`, and gradients of the inputs, in the layout of the inputs."""
+def results(function: Function, inputs: Sequence[Tensor], grad: Grads) -> list[Tensor]:
+    """Outputs of `function`, and gradients of the inputs, in the layout of the inputs. `grad`: of each output."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     with nan_where_nothing_is_written():
-        output = function(*inputs)
-        return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+        found = function(*inputs)
+        outputs = (found,) if isinstance(found, Tensor) else found
+        return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, grad)]
 
 
-def assert_rounded_once(kernel: Function, plain: Function, inputs: Sequence[Tensor], grad: Tensor) -> None:
-    """Output and gradients are those of the plain function, computed in fp32 and rounded once to the kernel's dtype.
+def assert_rounded_once(kernel: Function, plain: Function, inputs: Sequence[Tensor], grad: Grads) -> None:
+    """Outputs and gradients are those of the plain function, computed in fp32 and rounded once to the kernel's dtype.
 
     In fp32 what remains is the order of sums and the device's exponential: 1e-5 of a number, and 1e-5 of the tensor's
     largest where terms cancel.
     In bf16, one rounding adds 2^-8 of the number; 2^-7 under Triton's interpreter, which cuts the bits off.
     """
-    rounding = 2**-8 if grad.is_cuda else 2**-7
-    exact = results(plain, [x.float() for x in inputs], grad.float())
+    grads = (grad,) if isinstance(grad, Tensor) else grad
+    rounding = 2**-8 if grads[0].is_cuda else 2**-7
+    exact = results(plain, [x.float() for x in inputs], tuple(x.float() for x in grads))
     for actual, wanted in zip(results(kernel, inputs, grad), exact, strict=True):
         assert actual.shape == wanted.shape
         assert actual.isfinite().all()

@@ -3,7 +3,7 @@
 Bytes per token and channel of b bytes, with K rows for each token:
 
     permute   forward   reads the token for each row, writes K rows: 2 K b
-              backward  reads K rows, writes the token: (K + 1) b
+              backward  reads K rows and the gradient of what reads the tokens next, writes the token: (K + 2) b
     combine   forward   reads K rows, shared expert and residual, writes the token: (K + 3) b
               backward  reads the gradient and K rows, writes K rows: (2 K + 1) b
 
@@ -71,13 +71,12 @@ def _sum_kernel(
     shared_row: tl.tensor,
     residual_row: tl.tensor,
     K: tl.constexpr,
-    IS_COMBINE: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """A program sums one tile of tokens over their rows. For combine, the rows are weighted, and shared expert and
-    residual are added. A dropped choice adds nothing."""
+    """A program sums one tile of tokens over their rows, weighted if there is a weight, and adds what there is of
+    `shared` and `residual`. A dropped choice adds nothing."""
     token, column = place_of_tile(COLUMNS, ROWS, WIDTH)
     is_token = token < num_tokens
     mask = is_token[:, None] & (column < COLUMNS)
@@ -85,12 +84,13 @@ def _sum_kernel(
     for k in tl.static_range(K):
         row = tl.load(row_of_choice + token * choice_row + k, mask=is_token, other=num_rows).to(tl.int64)[:, None]
         tile = tl.load(rows + row * rows_row + column, mask=mask & (row < num_rows), other=0.0).to(tl.float32)
-        if IS_COMBINE:
+        if weight is not None:
             tile *= tl.load(weight + token * weight_row + k, mask=is_token, other=0.0).to(tl.float32)[:, None]
         total += tile
     token = token[:, None]
-    if IS_COMBINE:
+    if shared is not None:
         total += tl.load(shared + token * shared_row + column, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
         total += tl.load(residual + token * residual_row + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + token * COLUMNS + column, total, mask=mask)
 
@@ -147,18 +147,23 @@ def _combine_backward_kernel(
 
 class _Permute(Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
+        ctx.set_materialize_grads(False)
         (T, D), R = hidden_TD.shape, plan.num_rows
         rows_RD, tile = hidden_TD.new_empty(R, D), tile_of(D)
         if programs := num_tiles(R, tile):
             _permute_kernel[(programs,)](hidden_TD, plan.token_R, rows_RD, T, R, hidden_TD.stride(0), **tile)
-        return rows_RD
+        return rows_RD, hidden_TD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_RD: Tensor | None, grad_TD: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad_RD is None:
+            return grad_TD, None
         (grad_RD,) = handed_over("the permute kernel", grad_RD, knows_strides=True)
-        return _summed(grad_RD, ctx.plan.row_TK), None
+        if grad_TD is not None:
+            (grad_TD,) = handed_over("the permute kernel", grad_TD, dtype=grad_RD.dtype, knows_strides=True)
+        return _summed(grad_RD, ctx.plan.row_TK, residual_TD=grad_TD), None
 
 
 class _Combine(Function):
@@ -168,7 +173,7 @@ class _Combine(Function):
     ) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(rows_RD, weight_TK)
-        return _summed(rows_RD, plan.row_TK, (weight_TK, shared_TD, residual_TD))
+        return _summed(rows_RD, plan.row_TK, weight_TK, shared_TD, residual_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,29 +202,35 @@ class _Combine(Function):
         return grad_RD, grad_TK, None, grad_TD, grad_TD
 
 
-def _summed(rows_RD: Tensor, row_TK: Tensor, others: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-    """(T, D): the sum of a token's rows; with `others`, weight_TK, shared_TD and residual_TD, combine's result."""
+def _summed(
+    rows_RD: Tensor,
+    row_TK: Tensor,
+    weight_TK: Tensor | None = None,
+    shared_TD: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """(T, D): the sum of a token's rows, times weight_TK, plus shared_TD and residual_TD; None: without."""
     (R, D), (T, K) = rows_RD.shape, row_TK.shape
     output_TD, tile = rows_RD.new_empty(T, D), tile_of(D)
+    others = weight_TK, shared_TD, residual_TD
     if programs := num_tiles(T, tile):
         _sum_kernel[(programs,)](
             rows_RD,
             row_TK,
-            *(others or (None,) * 3),
+            *others,
             output_TD,
             T,
             R,
             rows_RD.stride(0),
             row_TK.stride(0),
-            *((0,) * 3 if others is None else (x.stride(0) for x in others)),
+            *(0 if x is None else x.stride(0) for x in others),
             K=K,
-            IS_COMBINE=others is not None,
             **tile,
         )
     return output_TD
 
 
-def permute(hidden_TD: Tensor, plan: RoutingPlan) -> Tensor:
+def permute(hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
     """As model.permutation.permute. Raises ValueError if the last dim is not contiguous."""
     _check("the permute kernel", plan, hidden=hidden_TD)
     return _Permute.apply(hidden_TD, plan)

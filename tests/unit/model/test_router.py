@@ -10,7 +10,8 @@ from hunyuan_pretrain.config.derived import expert_capacity
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.recycle_routing import assign_slots, assign_within_capacity, slot_priorities
-from hunyuan_pretrain.model.router import Router, router_logits
+from hunyuan_pretrain.model.router import Router
+from hunyuan_pretrain.model.router_logits import router_logits
 from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, TrainingRouting
 from tests.helpers import assignments, tiny
 
@@ -144,7 +145,7 @@ def expert_of_row(plan, config, n=3):
 
 def test_combine_weight_is_the_probability_at_the_new_expert():
     module, config, hidden, routing = router()
-    plan, _, statistics = module(hidden, routing)
+    plan, _, statistics, _ = module(hidden, routing)
     probs = (hidden @ module.weight.t()).softmax(-1)
     expert = expert_of_row(plan, config)
     assert statistics.recycled > 0
@@ -163,7 +164,7 @@ def test_topk_weights_are_renormalised_and_top1_is_the_raw_probability():
 
 def test_without_recycling_overflow_is_dropped_with_weight_zero():
     module, _, hidden, routing = router(recycle_routing=False)
-    plan, _, statistics = module(hidden, routing)
+    plan, _, statistics, _ = module(hidden, routing)
     dropped = plan.row_TK == plan.num_rows
     assert dropped.sum() == statistics.dropped > 0
     assert (plan.weight_TK[dropped] == 0).all()
@@ -172,7 +173,7 @@ def test_without_recycling_overflow_is_dropped_with_weight_zero():
 
 def test_with_factor_one_and_recycling_every_expert_gets_exactly_its_capacity():
     module, config, hidden, routing = router()
-    plan, _, statistics = module(hidden, routing)
+    plan, _, statistics, _ = module(hidden, routing)
     assert plan.is_permutation
     assert torch.equal(plan.token_R.sort().values, torch.arange(96))
     assert expert_of_row(plan, config).flatten().bincount().tolist() == [24] * 4
@@ -195,7 +196,7 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
 
     def gradient(coefficient: float, through_weight: float) -> torch.Tensor:
         module, _, hidden, routing = router(moe_aux_loss_coeff=coefficient)
-        plan, loss, _ = module(hidden.detach(), routing)
+        plan, loss, *_ = module(hidden.detach(), routing)
         (plan.weight_TK.sum() * through_weight + loss).backward()
         return module.weight.grad
 
@@ -211,7 +212,7 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
 def test_statistics_count_the_choices(changes, recycle):
     """Against counts of the choices themselves."""
     module, config, hidden, routing = router(recycle_routing=recycle, **changes)
-    plan, _, statistics = module(hidden, routing)
+    plan, _, statistics, _ = module(hidden, routing)
     chosen_TK = module.choose((hidden @ module.weight.t()).softmax(-1), routing)
     dropped = plan.row_TK == plan.num_rows
     moved = ~dropped & (expert_of_row(plan, config) != chosen_TK)
@@ -253,7 +254,7 @@ def test_the_router_launches_no_more_operations_than_these(changes, forward, bac
     module, _, hidden, routing = router(**changes)
     hidden = hidden.detach().bfloat16().requires_grad_()
     with Operations() as operations:
-        plan, loss, _ = module(hidden, routing)
+        plan, loss, *_ = module(hidden, routing)
     assert operations.number <= forward + 2
     with Operations() as operations:
         torch.autograd.backward((plan.weight_TK, loss), (torch.ones_like(plan.weight_TK), torch.ones(())))
@@ -266,7 +267,7 @@ def test_logits_keep_the_hidden_states_as_they_came_and_change_no_number():
     for dtype in (torch.bfloat16, torch.float32):
         hidden = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         found, kept = [], []
-        for function in (router_logits, lambda x, w: torch.nn.functional.linear(x.float(), w)):
+        for function in (lambda x, w: router_logits(x, w)[0], lambda x, w: torch.nn.functional.linear(x.float(), w)):
             kept.append([])
             with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept[-1].append(x) or x, lambda x: x):
                 logits = function(hidden, weight)
@@ -294,7 +295,7 @@ def test_the_router_keeps_no_hidden_states_of_its_own():
 
 def test_z_loss():
     module, _, hidden, routing = router(moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.0)
-    _, loss, statistics = module(hidden, routing)
+    _, loss, statistics, _ = module(hidden, routing)
     logits = hidden.detach() @ module.weight.t()
     expected = logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(statistics.z_loss / 3, expected.detach())

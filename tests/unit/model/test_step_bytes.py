@@ -27,15 +27,24 @@ LARGE = ModelConfig(**HUNYUAN_LARGE)
 BOUNDS = {
     "norms": (20, 30, 1229.5),
     "RoPE, head norm": (24, 26, 983.5),
-    SUMS: (1, 8.5, 196.5),
-    "router": (71, 14, 194),
-    "permute": (1, 1, 51.5),
+    SUMS: (1, 6.5, 120),
+    "router": (71, 15, 232.5),
+    "permute": (1, 2, 90),
     "combine": (5, 6, 307.5),
     "SwiGLU": (4, 8, 1171.5),
     "cross-entropy": (44, 1, 5219.0),
     "embedding": (1, 2, 141.0),
 }
-WITH_KERNELS = ("SwiGLU", "combine")
+# part -> kernels of a forward pass, per layer, and KB over those needed: index maps, weights and numbers per row
+WITH_KERNELS = {
+    "norms": (2, 1.03),
+    "RoPE, head norm": (4, 1.05),
+    "router": (21, 1.09),
+    "permute": (1, 1.01),
+    "combine": (1, 1.01),
+    "SwiGLU": (2, 1.01),
+    "cross-entropy": (22, 1.3),
+}
 
 Counts = dict[tuple[str, str], Count]
 
@@ -60,14 +69,13 @@ def test_a_part_needs_no_more_operations_and_bytes_than_now(counts: Counts, part
 
 
 def test_the_kernels_move_what_they_must() -> None:
-    """Within 2%: index maps, weights and numbers per row come on top."""
     pytest.importorskip("triton")
     counts = count_step(LARGE, TOKENS, use_kernels=True)
     least = minimum_kb(LARGE, TOKENS)
-    for part in WITH_KERNELS:
+    for part, (operations, factor) in WITH_KERNELS.items():
         forward, _, kb = of_part(counts, part, LARGE.num_layers, TOKENS)
-        assert forward <= 2, part
-        assert kb < 1.02 * least[part], part
+        assert forward <= operations, part
+        assert kb < factor * least[part], part
 
 
 def test_every_operation_belongs_to_a_part(counts: Counts) -> None:

@@ -177,6 +177,7 @@ def test_what_is_used_follows_the_experiment() -> None:
         ("device", "cuda"),
         ("collectives", "nccl"),
         ("linear layers", "Transformer Engine 2.11.0"),
+        ("functions between them", "torch operations"),
     ]
     used = dict(what_is_used(MACHINE, load_experiment(DEMO, ["runtime.device=cpu", "runtime.cpu_threads_per_rank=3"])))
     assert used == {
@@ -184,6 +185,7 @@ def test_what_is_used_follows_the_experiment() -> None:
         "collectives": "gloo",
         "threads per rank": "3 (for 2 ranks on this node)",
         "linear layers": "local layers",
+        "functions between them": "torch operations",
     }
 
 

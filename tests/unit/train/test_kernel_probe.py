@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from hunyuan_pretrain.model import kernels
 from hunyuan_pretrain.model.functions import Functions, plain_functions
 from hunyuan_pretrain.train import TrainingError, probes
-from hunyuan_pretrain.train.kernel_probe import Inputs, check_kernels, differences, tolerance
+from hunyuan_pretrain.train.kernel_probe import Inputs, check_kernels, compared, differences, tolerance
 from hunyuan_pretrain.train.run import Run
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import experiment_fields
@@ -49,12 +49,12 @@ class _Scaled(torch.autograd.Function):
 
 
 def scaled(function: Callable[..., Any], forward: float = 1.0, backward: float = 1.0) -> Callable[..., Any]:
-    """The function with its last result times `forward`, and the gradient of that times `backward`."""
+    """The function with its results times `forward`, and their gradients times `backward`."""
 
     def wrapped(*arguments: Any) -> Any:
         found = function(*arguments)
         if isinstance(found, tuple):
-            return *found[:-1], _Scaled.apply(found[-1], forward, backward)
+            return tuple(_Scaled.apply(x, forward, backward) for x in found)
         return _Scaled.apply(found, forward, backward)
 
     return wrapped
@@ -81,7 +81,9 @@ def test_kernels_match_and_the_probes_say_so_first(run: Run, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("fault", [{"forward": 1.01}, {"backward": 1.01}], ids=str)
-@pytest.mark.parametrize("name", ["rope_norm", "qkv_rope_norm", "swiglu", "permute", "combine"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "rope_norm", "qkv_rope_norm", "swiglu", "router_logits", "permute", "combine"]
+)
 def test_a_kernel_that_is_wrong_by_a_hundredth_stops_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, name: str, fault: dict[str, float]
 ) -> None:
@@ -97,10 +99,21 @@ def test_a_kernel_that_is_wrong_by_a_hundredth_stops_the_run(
     assert "by 0.01); rounding explains 0.0001, relative. Set runtime.kernels=never to" in message
 
 
+def test_a_wrong_gradient_of_the_logits_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def times_1_01(logits_cV: torch.Tensor, *others: Any) -> torch.Tensor:
+        loss = plain_functions().chunk_loss(logits_cV, *others)
+        logits_cV.mul_(1.01)
+        return loss
+
+    planted(monkeypatch, chunk_loss=times_1_01)
+    with pytest.raises(TrainingError, match=r"chunk_loss by 0\.01 \(on this rank: result 2 by 0\.01\)"):
+        check_kernels(run)
+
+
 def test_a_wrong_row_of_a_large_result_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_last_row(hidden_TD: torch.Tensor, plan: Any) -> torch.Tensor:
-        rows_RD = plain_functions().permute(hidden_TD, plan)
-        return torch.cat((rows_RD[:-1], rows_RD[-1:] * 1.01))
+    def without_last_row(hidden_TD: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_RD, hidden_TD = plain_functions().permute(hidden_TD, plan)
+        return torch.cat((rows_RD[:-1], rows_RD[-1:] * 1.01)), hidden_TD
 
     planted(monkeypatch, permute=without_last_row)
     with pytest.raises(TrainingError, match=r"permute by 0\.0\d* \(on this rank: result 1 by"):
@@ -150,7 +163,7 @@ def test_every_function_has_arguments_in_the_sizes_of_the_run(
         if arguments is None:
             assert name == "assign"
             continue
-        function = getattr(plain_functions(), name)
+        function = compared(plain_functions(), name)
         found = differences(function, function, arguments, 2)
         assert max(found.values()) < 2 * tolerance(torch.bfloat16), (name, found)
     assert inputs.plan.num_rows == inputs.of("swiglu")[0].shape[0]  # type: ignore[index]

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl  # noqa: F401  # the interpreter looks for it in the file of a kernel
 
 from hunyuan_pretrain.model import recycle_routing
-from hunyuan_pretrain.model.kernels import assignment, kernel_functions
+from hunyuan_pretrain.model.functions import plain_functions
+from hunyuan_pretrain.model.kernels import assignment
 from hunyuan_pretrain.model.recycle_routing import assign_within_capacity
 from hunyuan_pretrain.model.router import Router
 from tests.helpers import assignments
@@ -93,13 +94,16 @@ def test_refuses_what_it_would_read_wrongly(device: str) -> None:
 def test_a_router_with_the_kernels_returns_the_same(device: str) -> None:
     """Every number of plan, loss and statistics."""
     _, config, layer, routing = assignments.case(0, 3, device, moe_router_topk=2, moe_expert_capacity_factor=0.7)
-    routers = Router(config, layer).to(device), Router(config, layer, kernel_functions().assign).to(device)
+    functions = plain_functions()
+    routers = [
+        Router(config, layer, of_router).to(device) for of_router in (functions, functions._replace(assign=KERNEL))
+    ]
     weight_ED = torch.randn(config.num_moe_experts, config.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden_TD = torch.randn(96, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(device)
     numbers = []
     for router in routers:
         router.weight.data.copy_(weight_ED)
-        plan, loss, statistics = router(hidden_TD, routing)
+        plan, loss, statistics, _ = router(hidden_TD, routing)
         numbers.append([plan.weight_TK, plan.row_TK, plan.token_R, loss, statistics.packed()])
-    assert routers[1].assign is KERNEL
+    assert routers[1].functions.assign is KERNEL
     assert all(map(torch.equal, *numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -64,10 +65,13 @@ def combine_inputs(case: Case, plan: RoutingPlan, dtype: torch.dtype, device: st
 def test_permute_gathers_and_its_gradient_sums(case: Case, dtype: torch.dtype, device: str) -> None:
     plan = plan_of(case, device)
     hidden_TD = normal(case.T, case.D, dtype=dtype, device=device)
-    grad_RD = normal(case.R, case.D, dtype=dtype, device=device, seed=1)
-    assert_rounded_once(lambda x: permute(x, plan), lambda x: plain_permute(x, plan), [hidden_TD], grad_RD)
-    rows_RD = permute(hidden_TD, plan)
-    assert torch.equal(rows_RD, plain_permute(hidden_TD, plan))
+    grads = [normal(rows, case.D, dtype=dtype, device=device, seed=seed) for seed, rows in ((1, case.R), (2, case.T))]
+    kernel, plain = (partial(lambda function, x: function(x, plan), function) for function in (permute, plain_permute))
+    assert_rounded_once(kernel, plain, [hidden_TD], tuple(grads))
+    assert_rounded_once(lambda x: kernel(x)[0], lambda x: plain(x)[0], [hidden_TD], grads[0])
+    rows_RD, again_TD = permute(hidden_TD, plan)
+    assert torch.equal(again_TD, hidden_TD)
+    assert torch.equal(rows_RD, plain_permute(hidden_TD, plan)[0])
     assert (rows_RD[plan.token_R == case.T] == 0).all()
 
 
@@ -111,7 +115,7 @@ def test_inputs_may_be_parts_of_wider_tensors(index_dtype: torch.dtype, device: 
         grad_TD,
     )
     grad_RD = widened(normal(case.R, case.D, device=device, seed=9))
-    assert_rounded_once(lambda x: permute(x, plan), lambda x: plain_permute(x, plan), inputs[3:], grad_RD)
+    assert_rounded_once(lambda x: permute(x, plan)[0], lambda x: plain_permute(x, plan)[0], inputs[3:], grad_RD)
 
 
 def test_a_gradient_of_any_layout_is_read_rightly(device: str) -> None:
@@ -130,7 +134,7 @@ def test_no_tokens_and_no_rows(device: str) -> None:
     case = Case(0, 2, 0, 0, 24)
     plan = plan_of(case, device)
     inputs = combine_inputs(case, plan, torch.float32, device)
-    assert permute(inputs[3], plan).shape == (0, 24)
+    assert permute(inputs[3], plan)[0].shape == (0, 24)
     output_TD, *grads = results(lambda *x: combine(x[0], x[1], plan, *x[2:]), inputs, inputs[3])
     assert output_TD.shape == (0, 24)
     assert [grad.shape for grad in grads] == [x.shape for x in inputs]
