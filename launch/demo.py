@@ -94,6 +94,8 @@ class Demo:
     """One demo. The constructor raises DemoError or ConfigError, before anything is written, if it cannot run."""
 
     def __init__(self, text: str | None, output: Path, overrides: Sequence[str]) -> None:
+        if not CONFIG.is_file():
+            raise DemoError(f"{CONFIG}: no such file; the demo runs in a checkout of the repository")
         self.output = output
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         self.config = _short(CONFIG)

@@ -1,4 +1,5 @@
-"""Starts the ranks of this node: launch/train.sh runs this once it has found the interpreter.
+"""Starts the ranks of this node: launch/train.sh runs this once it has found the interpreter. Without a checkout:
+`python -m launch.node CONFIG`.
 
 CONFIG, its overrides and the environment (launch/train.sh --help) are checked here, so that a mistake is reported once
 and not by every rank. They then become the arguments of torchrun (launch/ranks.py).
@@ -9,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.ranks import EXIT_MISTAKE, Stop, run_ranks
 
@@ -172,6 +175,8 @@ def prepare_environment() -> None:
 
 def main(arguments: Sequence[str], stop: Stop) -> int:
     """Run `hunyuan-pretrain train` with these arguments on all ranks of this node; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        return subprocess.run(["bash", Path(__file__).with_name("train.sh"), "--help"], check=False).returncode
     try:
         settings, options = read_arguments(arguments)
         job = read_job(os.environ)

@@ -93,5 +93,5 @@ def mistake_in_environment(command: str | None) -> str | None:
     found = ", ".join(f"{name}={os.environ[name]}" for name in there)
     return (
         f"the environment has {found}, but not {', '.join(missing)}: a launcher sets all of them for each rank; "
-        f"start ranks with launch/train.sh, or unset {' '.join(there)}"
+        f"start ranks with launch/train.sh or torchrun, or unset {' '.join(there)}"
     )

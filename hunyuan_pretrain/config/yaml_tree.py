@@ -93,7 +93,7 @@ def parse(text: str, source: str) -> Tree:
     if problems:
         raise ConfigError(source, problems)
     if data is None:
-        raise file_error(source, "is empty", "see configs/dev/demo_cpu.yaml for an example")
+        raise file_error(source, "is empty", "the repository has an example: configs/dev/demo_cpu.yaml")
     if not isinstance(data, dict):
         raise file_error(source, "must hold `key: value` lines")
     tree.data = data

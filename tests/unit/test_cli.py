@@ -234,7 +234,7 @@ def test_launcher_variables_of_another_job_are_refused_or_ignored() -> None:
         2,
         "the environment has RANK=3, WORLD_SIZE=8, but not MASTER_ADDR, MASTER_PORT: a launcher sets all of them "
         "for each rank; "
-        "start ranks with launch/train.sh, or unset RANK WORLD_SIZE\n",
+        "start ranks with launch/train.sh or torchrun, or unset RANK WORLD_SIZE\n",
     )
     complete = stray | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "3"}
     done = subprocess.run(
