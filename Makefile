@@ -79,7 +79,8 @@ test-latest: ## The tests that touch third-party packages, with the newest versi
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; takes minutes to an hour
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)
 
-test-gpu: $(STAMP) ## Kernel tests; needs a GPU, and Transformer Engine in PY's environment
+# Another PY needs no .venv.
+test-gpu: $(if $(filter command,$(origin PY)),,$(STAMP)) ## Kernel tests; needs a GPU, and Transformer Engine in PY's environment
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: this machine has no usable CUDA device')"
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) -m pytest tests/unit/model/kernels $(PYTEST_ARGS)

@@ -43,6 +43,13 @@ def test_make_ignores_settings_in_the_environment(target: str) -> None:
     assert "make: PYTHON in the environment is ignored; to set it: make PYTHON=..." in hostile.stdout
 
 
+def test_another_interpreter_for_the_gpu_tests_needs_no_environment() -> None:
+    assert "environment.py" in make("-n", "-B", "test-gpu").stdout
+    with_its_own = make("-n", "-B", "test-gpu", "PY=/opt/gpu/bin/python").stdout
+    assert "environment.py" not in with_its_own
+    assert "/opt/gpu/bin/python -m pytest -m gpu tests" in with_its_own
+
+
 def test_programs_that_make_starts_do_not_see_its_settings(tmp_path: Path) -> None:
     """The real recipes, with an interpreter and an environment that record how they were called."""
     shutil.copy(ROOT / "Makefile", tmp_path)
