@@ -1,6 +1,6 @@
 """Pages that `make docs` generates from the source: the table of all settings, and docstrings as Markdown.
 
-.ci/mkdocs.yml registers both: `on_page_markdown` as an MkDocs hook, `PlainDocstrings` as an extension of griffe, which
+.ci/mkdocs.yml registers the functions `on_...` as MkDocs hooks, and `PlainDocstrings` as an extension of griffe, which
 reads the source without importing it. Only config/ is imported, for the settings; it does not need torch.
 """
 
@@ -21,9 +21,18 @@ SETTINGS = "<!-- settings -->"
 """Placeholder for the tables of settings."""
 
 
-def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Replace the placeholder in a page with the tables of all settings."""
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """Replace the placeholder in a page with the tables of all settings. A search lists API pages and the log after
+    the others."""
+    if "\n::: " in markdown or page.file.src_uri == "log.md":
+        page.meta["search"] = {"boost": 0.1}
     return markdown.replace(SETTINGS, "\n".join(settings(Experiment))) if SETTINGS in markdown else markdown
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Leave source code out of the search."""
+    source = '<details class="mkdocstrings-source"'
+    return html.replace(f"{source}>", f"{source} data-search-exclude>")
 
 
 def settings(section: Any, path: str = "") -> Iterator[str]:
@@ -40,8 +49,9 @@ def settings(section: Any, path: str = "") -> Iterator[str]:
         else:
             inner_sections.append((f"{path}{name}.{'N.' if is_list(node) else ''}", inner))
     yield f"\n## {f'`{path[:-1]}`' if path else 'The experiment'}\n\n{escaped(first_line(section.__doc__))}\n"
-    yield "| setting | type | unit | default | meaning |\n|---|---|---|---|---|"
+    yield '<div class="settings" markdown>\n\n| setting | type | unit | default | meaning |\n|---|---|---|---|---|'
     yield from (f"| {' | '.join(escaped(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    yield "\n</div>"
     for inner_path, inner in inner_sections:
         yield from settings(inner, inner_path)
 
