@@ -75,11 +75,15 @@ def everything_in(module: Any) -> Iterator[Any]:
 
 
 def as_markdown(text: str) -> str:
-    """A docstring as Markdown: indented lines and lines with columns become code blocks."""
+    """A docstring as Markdown: indented lines and lines with columns become code blocks, except in a list of `- `."""
     lines: list[str] = []
-    is_code = False
+    is_code = is_list = False
     for line in text.splitlines():
-        is_laid_out = bool(re.match(r"\s{2,}\S", line) or re.search(r"\S {3,}\S", line))
+        starts_item = line.startswith("- ")
+        if starts_item and not is_list:
+            lines.append("")  # Markdown starts a list only after a blank line
+        is_list = starts_item or (is_list and line.startswith("  "))
+        is_laid_out = not is_list and bool(re.match(r"\s{2,}\S", line) or re.search(r"\S {3,}\S", line))
         if is_laid_out != is_code:
             lines += ["", "```text"] if is_laid_out else ["```", ""]
         is_code = is_laid_out
