@@ -80,14 +80,16 @@ test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against o
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -m layouts_all tests/parallel $(PYTEST_ARGS)
 
 # Another PY needs no .venv.
-test-gpu: $(if $(filter command,$(origin PY)),,$(STAMP)) ## Kernel tests; needs a GPU, and Transformer Engine in PY's environment
+OF_PY := $(if $(filter command,$(origin PY)),,$(STAMP))
+
+test-gpu: $(OF_PY) ## Kernel tests; needs a GPU, and Transformer Engine in PY's environment
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: this machine has no usable CUDA device')"
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) -m pytest tests/unit/model/kernels $(PYTEST_ARGS)
 
 ##@ The rest
 
-bench-gpu: $(STAMP) ## Optimizer steps on one GPU beside GPTModel, with the card's ceilings, in 6 minutes; PARTS=large,bench; writes gpu_step.json
+bench-gpu: $(OF_PY) ## Optimizer steps on one GPU beside GPTModel, with the card's ceilings, in 6 minutes; PARTS=large,bench; writes gpu_step.json
 	$(PY) -m tests.benchmarks.gpu_step $(if $(PARTS),--parts $(call quote,PARTS))
 
 # No --quiet: it would hide warnings from --strict too.

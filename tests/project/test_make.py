@@ -44,10 +44,11 @@ def test_make_ignores_settings_in_the_environment(target: str) -> None:
 
 
 def test_another_interpreter_for_the_gpu_tests_needs_no_environment() -> None:
-    assert "environment.py" in make("-n", "-B", "test-gpu").stdout
-    with_its_own = make("-n", "-B", "test-gpu", "PY=/opt/gpu/bin/python").stdout
-    assert "environment.py" not in with_its_own
-    assert "/opt/gpu/bin/python -m pytest -m gpu tests" in with_its_own
+    for target, command in (("test-gpu", "-m pytest -m gpu tests"), ("bench-gpu", "-m tests.benchmarks.gpu_step")):
+        assert "environment.py" in make("-n", "-B", target).stdout
+        with_its_own = make("-n", "-B", target, "PY=/opt/gpu/bin/python").stdout
+        assert "environment.py" not in with_its_own
+        assert f"/opt/gpu/bin/python {command}" in with_its_own
 
 
 def test_programs_that_make_starts_do_not_see_its_settings(tmp_path: Path) -> None:
