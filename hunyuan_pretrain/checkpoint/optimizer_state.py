@@ -1,7 +1,7 @@
 """Moves weights and AdamW state between this rank's device and a checkpoint, for any layout and optimizer class.
 
 A checkpoint holds the weight, both moments and, for bf16 weights, the fp32 main weight, in the parameter's shape and
-under its name. Core's own format is not used: it cannot be read with another expert-parallel size, mixes up parameter
+under its name. Moments and main weights are fp32 there, however the optimizer stores them. Core's own format is not used: it cannot be read with another expert-parallel size, mixes up parameter
 groups that differ only in learning rate, and fails for torch's Adam and for models with fp32 routers among bf16
 weights. Settings of parameter groups are not saved: they come from the running experiment.
 
@@ -29,6 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.split_weights import REMAINDER, join, remainder_of, round_into
 from hunyuan_pretrain.model.fp8.parameters import write, written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import Failures
@@ -112,6 +113,7 @@ def restore_state(
     collective.
     """
     pieces = {piece.parameter: piece for piece in _pieces(optimizer)} if optimizer is not None else {}
+    is_split = optimizer is not None and any(map(_splits_main_weights, optimizer.chained_optimizers))
     failures = Failures()
     for home in _homes(chunks):
         piece = pieces.get(home.parameter)
@@ -121,7 +123,7 @@ def restore_state(
                 failures.run(_move, loaded, home.name, kind, tensor)
             if home.group.size() > 1:
                 dist.broadcast(tensor, src=dist.get_global_rank(home.group, home.rank), group=home.group)
-            failures.run(_take, kind, tensor, home.parameter, piece)
+            failures.run(_take, kind, tensor, home.parameter, piece, is_split)
         if piece is not None:
             failures.run(_count_updates, piece, num_updates)
     for part in optimizer.chained_optimizers if optimizer is not None else []:
@@ -138,7 +140,10 @@ def reload_weights(optimizer: MegatronOptimizer) -> None:
     Core's reload_model_params omits the offloaded copies of fp32 weights.
     """
     for piece in _pieces(optimizer):
-        piece.main.copy_(piece.part_of(written_values(piece.parameter)))
+        if not piece.is_split:
+            piece.main.copy_(piece.part_of(written_values(piece.parameter)))
+        elif (remainder := piece.owner.state[piece.main].get(REMAINDER)) is not None:
+            remainder.zero_()
 
 
 def _kinds(parameter: Tensor) -> tuple[str, ...]:
@@ -163,17 +168,29 @@ def _move(loaded: dict[str, dict[str, Tensor]], name: str, kind: str, tensor: Te
     tensor.copy_(loaded[name].pop(kind).view(tensor.shape))
 
 
-def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: _Piece | None) -> None:
-    """Copy a whole tensor that was read to where it belongs on this rank."""
+def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: _Piece | None, is_split: bool) -> None:
+    """Copy a whole tensor that was read to where it belongs on this rank. is_split: the optimizer splits the main
+    weights of bf16 weights. Overwrites `tensor`."""
     if kind == WEIGHT:
         write(parameter, tensor)
-    if piece is None:
-        return  # another data-parallel rank updates this parameter
-    if kind == "main" or (kind == WEIGHT and "main" not in _kinds(parameter)):
-        piece.main.copy_(piece.part_of(tensor))
+    if piece is not None and (kind == "main" or (kind == WEIGHT and "main" not in _kinds(parameter))):
         piece.owner.state[piece.main] = {}
-    elif kind != WEIGHT:
-        piece.owner.state[piece.main][kind] = torch.empty_like(piece.main).copy_(piece.part_of(tensor))
+        if piece.is_split:
+            piece.store(REMAINDER, remainder_of(piece.part_of(tensor)))
+        else:
+            piece.main.copy_(piece.part_of(tensor))
+    elif piece is not None and kind != WEIGHT:
+        piece.store(kind, piece.part_of(tensor))
+    if kind == "main" and is_split:
+        # On every rank that shares the parameter, not only where its main weights are: the weight in the checkpoint may
+        # come from another optimizer, which rounds ties to even
+        round_into(parameter.detach(), tensor)
+
+
+def _splits_main_weights(part: MegatronOptimizer) -> bool:
+    """Whether this part's main weights are split (checkpoint.split_weights)."""
+    is_offloaded = isinstance(part.optimizer, HybridDeviceOptimizer)
+    return part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not is_offloaded
 
 
 def _count_updates(piece: _Piece, num_updates: int) -> None:
@@ -262,11 +279,16 @@ class _Source:
 
     @staticmethod
     def _fill(tensor: Tensor, piece: _Piece | None, kind: str) -> None:
-        if piece is not None:
-            # there are no moments before the first update: leave zero
-            mine = piece.main if kind == "main" else piece.owner.state[piece.main].get(kind)
-            if mine is not None:
-                piece.part_of(tensor).copy_(mine.detach())
+        if piece is None:
+            return
+        state = piece.owner.state[piece.main]
+        if kind == "main" and piece.is_split:
+            join(piece.main.detach(), state.get(REMAINDER), piece.part_of(tensor))
+            return
+        # there are no moments before the first update: leave zero
+        mine = piece.main if kind == "main" else state.get(kind)
+        if mine is not None:
+            piece.part_of(tensor).copy_(mine.detach())
 
 
 class _Piece(NamedTuple):
@@ -274,11 +296,24 @@ class _Piece(NamedTuple):
 
     parameter: torch.nn.Parameter
     main: Tensor
-    """fp32: the parameter itself, a part of it, or a copy, which may be offloaded to the host."""
+    """fp32: the parameter itself, a part of it, or a copy, which may be offloaded to the host. bf16: a part of the
+    parameter, whose fp32 value is split."""
     owner: torch.optim.Optimizer
     """The optimizer whose state has the moments under the key `main`."""
     first: int = 0
     """Index of its first element in the flattened parameter."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the fp32 main weight is `main` and the remainder in the optimizer's state."""
+        return self.main.dtype != torch.float32
+
+    def store(self, name: str, value: Tensor) -> None:
+        """Put a copy of a moment (fp32) or a remainder into the optimizer's state, in the format it keeps there."""
+        if hasattr(self.owner, "set_scaled_state"):
+            self.owner.set_scaled_state(self.main, name, value)
+        else:
+            self.owner.state[self.main][name] = torch.empty_like(self.main).copy_(value)
 
     def part_of(self, tensor: Tensor) -> Tensor:
         """These elements of a tensor in the parameter's shape, as a view in the shape of `main`."""
@@ -290,10 +325,11 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
         inner = part.optimizer
         if isinstance(part, DistributedOptimizer):
             is_offloaded = isinstance(inner, HybridDeviceOptimizer)
+            # then the inner optimizer has the main weights, and the distributed one none
+            has_no_main = is_offloaded or _splits_main_weights(part)
             parameters = chain(*part.model_float16_groups, *part.model_fp32_groups)
-            # with core's offloaded optimizer the distributed one has no main weights
             shards = chain(
-                *(part.shard_float16_groups if is_offloaded else part.shard_fp32_from_float16_groups),
+                *(part.shard_float16_groups if has_no_main else part.shard_fp32_from_float16_groups),
                 *part.shard_fp32_groups,
             )
             owners = _owners(inner) if is_offloaded else {}

@@ -95,6 +95,8 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ),
     ("precision.*", Kind.recorded, "number formats of the matmuls"),
     ("optimizer.lr", Kind.recorded, "scales the learning rate from the next step on"),
+    ("optimizer.use_precision_aware_optimizer", Kind.recorded, "how fp32 main weights are stored; they keep their values"),
+    ("optimizer.exp_avg*_dtype", Kind.recorded, "the moments are converted when they are loaded; bf16 rounds them once"),
     ("optimizer.*", Kind.recorded, OPTIMIZER),
     ("stages", Kind.recorded, "stages that begin later"),
     (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem
-from hunyuan_pretrain.config.schema import Experiment, ParallelConfig
+from hunyuan_pretrain.config.schema import Experiment, OptimizerConfig, ParallelConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Engine = Literal["own", "te"]
@@ -62,6 +62,9 @@ def layout_experiment(
     fields["runtime"]["verify_data"] = "sizes"  # whether two layouts agree does not depend on the data they read
     # Adam divides a gradient by its own size: with a small epsilon, the sign of rounding noise would become an update
     fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
+    if precision == "fp32":  # the other formats of optimizer state are for bf16 weights
+        formats = ("use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype")
+        fields["optimizer"] |= {name: OptimizerConfig.model_fields[name].default for name in formats}
     fields["run_dir"] = str(folder)
     fields["evaluation"] |= {"data": None, "sets": []}
     fields["logging"] |= {"wandb": "disabled", "tensorboard": False}

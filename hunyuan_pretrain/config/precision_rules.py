@@ -187,7 +187,52 @@ def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Prob
         )
 
 
+def state_formats_take_effect(experiment: Experiment) -> Iterator[Problem]:
+    """Core stores optimizer state in other formats only with bf16 weights, its distributed optimizer, and all state in
+    one place."""
+    optimizer, path = experiment.optimizer, "optimizer.use_precision_aware_optimizer"
+    if not optimizer.use_precision_aware_optimizer:
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(optimizer, name) != "fp32":
+                rule = "only the precision-aware optimizer stores moments in another format than fp32"
+                yield Problem(f"optimizer.{name}", getattr(optimizer, name), rule, f"set {path} to true, or this to fp32")
+        return
+    if experiment.precision.dtype != "bf16":
+        rule, hint = "it splits fp32 main weights into bf16 weights and a rest", "use precision.dtype=bf16, or false"
+    elif not experiment.parallel.use_distributed_optimizer:
+        rule, hint = (
+            "it takes its weights and gradients from the distributed optimizer",
+            "set parallel.use_distributed_optimizer to true, or this to false",
+        )
+    elif optimizer.cpu_offload_fraction:
+        rule, hint = (
+            "core's offloaded optimizer keeps moments and main weights in fp32",
+            "use optimizer.cpu_offload_fraction=0, or false",
+        )
+    elif experiment.precision.fp8_parameters:
+        rule, hint = (
+            "there are no bf16 weights to keep with precision.fp8_parameters",
+            "use precision.fp8_parameters=false, or false",
+        )
+    else:
+        return
+    yield Problem(path, True, rule, hint)
+
+
+def rounded_moments_decay(experiment: Experiment) -> Iterator[Problem]:
+    """A step multiplies a moment by beta. The distance of bf16 numbers is 2^-8 to 2^-7 of their value, so rounding to
+    nearest undoes a decay by less than half of that, 2^-9 to 2^-8: such a moment could grow, but not shrink."""
+    optimizer = experiment.optimizer
+    for name, beta in (("exp_avg_dtype", "adam_beta1"), ("exp_avg_sq_dtype", "adam_beta2")):
+        decay = getattr(optimizer, beta)
+        if getattr(optimizer, name) == "bf16" and 1 - 2**-8 < decay < 1:
+            rule = f"with {beta}={decay:g} a step takes less than 2^-8 from a moment, and rounding to bf16 can undo that"
+            yield Problem(f"optimizer.{name}", "bf16", rule, f"use fp32, or {beta} of at most 0.996")
+
+
 PRECISION_RULES = (
+    state_formats_take_effect,
+    rounded_moments_decay,
     required_transformer_engine_can_run,
     fp8_settings_take_effect,
     fp8_parameters_have_main_weights,

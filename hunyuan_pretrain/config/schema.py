@@ -290,6 +290,25 @@ class OptimizerConfig(Section):
         unit="fraction of the elements",
         typical="0, or 1 if GPU memory is short",
     )
+    use_precision_aware_optimizer: bool = setting(
+        "Keep only what the bf16 weights lack of their fp32 main weights: 2 bytes per weight instead of 4, the same "
+        "value. The update reads gradients as they were reduced, without an fp32 copy, and the moments may be bf16. "
+        "Needs precision.dtype=bf16, the distributed optimizer and, on a GPU, Transformer Engine.",
+        False,
+        typical="true if memory is short",
+    )
+    exp_avg_dtype: Literal["fp32", "bf16"] = setting(
+        "Format in which the first moment is stored. Updates are computed in fp32; bf16 is rounded to nearest, and "
+        "needs use_precision_aware_optimizer.",
+        "fp32",
+        typical="fp32, or bf16 if memory is short",
+    )
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = setting(
+        "Format in which the second moment is stored, as exp_avg_dtype. In bf16 a change below 2^-9 to 2^-8 of its "
+        "value is lost.",
+        "fp32",
+        typical="fp32, or bf16 if memory is short",
+    )
     expert_lr_ratio: PositiveFloat | None = setting(
         "Learning rate of the routed experts divided by that of all other weights. null: computed from "
         "expert_lr_noise_scale_tokens.",
@@ -305,6 +324,13 @@ class OptimizerConfig(Section):
         unit="tokens",
         typical="1e6 to 1e8",
     )
+
+    def state_bytes(self, weight_bytes: int) -> int:
+        """Bytes of optimizer state per element of a weight of `weight_bytes` bytes: both moments, and what is kept of
+        the fp32 main weight, unless the weight is already fp32."""
+        moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
+        main = 0 if weight_bytes == 4 else 2 if self.use_precision_aware_optimizer else 4
+        return moments + main
 
 
 class DataSource(Section):

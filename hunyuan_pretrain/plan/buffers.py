@@ -107,12 +107,6 @@ class Buffer:
         """Elements, including padding."""
         return self.buckets[-1][1]
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state per element: both Adam moments in fp32, and the fp32 main weight unless the weight
-        is already fp32."""
-        return 8 if self.weight_bytes == 4 else 12
-
     def kept(self) -> list[int]:
         """Per rank, the number of elements whose optimizer state it keeps."""
         return [sum(size for _, size in pieces) for pieces in self.pieces()]

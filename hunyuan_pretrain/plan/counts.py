@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config.derived import grid, stages_of
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage
 
 
@@ -152,7 +152,7 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
-    """Both Adam moments in fp32 and, with bf16 weights, the fp32 main weights."""
+    """Both Adam moments and, with bf16 weights, the fp32 main weights or what the weights lack of them."""
     host: int = 0
     """Host memory of the offloaded optimizer: both moments, weight and gradient of each offloaded element, in fp32."""
 
@@ -168,15 +168,17 @@ def memory_per_rank(
     precision: PrecisionConfig,
     world_size: int,
     pipeline_rank: int | None = None,
-    cpu_offload_fraction: float = 0.0,
+    optimizer: OptimizerConfig | None = None,
 ) -> RankMemory:
     """Memory of the rank that keeps the most, among all ranks or among those of one pipeline rank.
+
+    optimizer: the formats of its state and the offloaded fraction; None: fp32, nothing offloaded.
 
     Router weights are fp32 in every precision. With tied embeddings, the last stage keeps a copy of the embedding. The
     distributed optimizer shards the state of the routed experts over the ranks that hold the same experts, and all
     other state over the data- and context-parallel ranks. Its buffers are padded, and the padding is counted. Left out:
-    a 4-byte counter per parameter.
-    cpu_offload_fraction: optimizer.cpu_offload_fraction, of the rank's state.
+    a 4-byte counter per parameter; with the precision-aware optimizer on a GPU, a copy of the routers' weights that
+    Transformer Engine keeps; and what exists during an update only, such as an fp32 copy of bf16 gradients.
     Raises ValueError if the layout does not fit the number of ranks, or if there is no such pipeline rank.
     """
     pipeline_ranks = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
@@ -185,7 +187,7 @@ def memory_per_rank(
         (
             memory
             for pipeline_rank in pipeline_ranks
-            for memory in memory_of_ranks(*parts, pipeline_rank, cpu_offload_fraction)
+            for memory in memory_of_ranks(*parts, pipeline_rank, optimizer)
         ),
         key=_total,
     )
@@ -201,9 +203,10 @@ def memory_of_ranks(
     precision: PrecisionConfig,
     world_size: int,
     pipeline_rank: int,
-    cpu_offload_fraction: float = 0.0,
+    optimizer: OptimizerConfig | None = None,
 ) -> list[RankMemory]:
     """`memory_per_rank` for each of the world_size / PP consecutive ranks of one pipeline rank."""
+    optimizer = optimizer or OptimizerConfig(lr=1.0)
     ranks = grid(parallel, world_size)
     chunks = stages_of(model, parallel, pipeline_rank)
     buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(model, parallel, precision, world_size, chunk)]
@@ -211,7 +214,7 @@ def memory_of_ranks(
     gradients = sum(buffer.size * buffer.gradient_bytes for buffer in buffers)
     states = {
         axis: [
-            _state_of_shard([buffer for buffer in buffers if buffer.axis == axis], shard, cpu_offload_fraction)
+            _state_of_shard([buffer for buffer in buffers if buffer.axis == axis], shard, optimizer)
             for shard in range(size)
         ]
         for axis, size in (("dp", ranks.dp_cp), ("expert_dp", ranks.expert_dp))
@@ -223,7 +226,7 @@ def memory_of_ranks(
     return [RankMemory(weights, gradients, dense[0] + expert[0], dense[1] + expert[1]) for dense, expert in shards]
 
 
-def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: float) -> tuple[int, int]:
+def _state_of_shard(buffers: list[Buffer], shard: int, optimizer: OptimizerConfig) -> tuple[int, int]:
     """(device bytes, host bytes) of optimizer state of one of the ranks that share these buffers. One optimizer updates
     all of the buffers.
 
@@ -232,13 +235,13 @@ def _state_of_shard(buffers: list[Buffer], shard: int, cpu_offload_fraction: flo
     """
     pieces = [(buffer, weight, size) for buffer in buffers for weight, size in buffer.pieces()[shard]]
     pieces.sort(key=lambda piece: (piece[1].parameter_group, piece[0].weight_bytes != 4))
-    wanted = sum(size for _, _, size in pieces) * cpu_offload_fraction
+    wanted = sum(size for _, _, size in pieces) * optimizer.cpu_offload_fraction
     on_device = offloaded = 0
     for buffer, _, size in pieces:
         if offloaded < wanted:
             offloaded += size
         else:
             # it keeps an fp32 copy of bf16 gradients between steps
-            copied = 4 if cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
-            on_device += size * (buffer.state_bytes + copied)
+            copied = 4 if optimizer.cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
+            on_device += size * (optimizer.state_bytes(buffer.weight_bytes) + copied)
     return on_device, 16 * offloaded

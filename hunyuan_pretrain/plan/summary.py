@@ -81,9 +81,9 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         "expert-tensor": shares.expert_tp,
     }
     held = f"{model.num_moe_experts // shares.ep} experts per layer and rank"
-    fraction = experiment.optimizer.cpu_offload_fraction
+    optimizer = experiment.optimizer
     memories = [
-        memory_per_rank(model, parallel, experiment.precision, ranks, pipeline_rank, fraction)
+        memory_per_rank(model, parallel, experiment.precision, ranks, pipeline_rank, optimizer)
         for pipeline_rank in pipeline_ranks
     ]
     memory = max(memories, key=lambda memory: memory.total)
@@ -95,7 +95,10 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         Row("layout", "experts", f"{shares.ep} shares", held),
         Row("layout", "memory per rank", gib(memory.total), f"{note}; activations not included"),
     ]
-    if fraction:
+    if optimizer.use_precision_aware_optimizer:
+        formats = f"moments {optimizer.exp_avg_dtype} and {optimizer.exp_avg_sq_dtype}, the rest of the fp32 main weight 2"
+        rows.append(Row("layout", "optimizer state", f"{optimizer.state_bytes(2)} bytes per bf16 weight", formats))
+    if optimizer.cpu_offload_fraction:
         note = "moments, weights and gradients of the offloaded optimizer state, in fp32"
         rows.append(Row("layout", "host memory per rank", gib(memory.host), note))
     if shares.pp > 1:

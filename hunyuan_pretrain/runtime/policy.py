@@ -63,7 +63,7 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
         return found
     if experiment.runtime.device == "cuda" and not machine.gpus:
         found.append(no_cuda(machine.cuda))
-    uses_gpu = experiment.runtime.device != "cpu" and bool(machine.gpus)
+    uses_gpu = _trains_on_gpu(machine, experiment)
     if uses_gpu and experiment.precision.dtype == "bf16":
         for gpu in machine.gpus:
             if gpu.capability < (8, 0):
@@ -94,6 +94,10 @@ def uses_kernels(machine: Machine, experiment: Experiment) -> bool:
     return runtime.kernels == "auto" and runtime.device != "cpu" and machine.has_triton
 
 
+def _trains_on_gpu(machine: Machine, experiment: Experiment) -> bool:
+    return experiment.runtime.device != "cpu" and bool(machine.gpus)
+
+
 def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> list[Problem]:
     found = []
     runtime, recipe = experiment.runtime, experiment.precision.recipe
@@ -105,7 +109,14 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
         else:
             rule, hint = "it runs on a CUDA device, and this machine has none", "use auto or never"
         found.append(Problem("runtime.transformer_engine", "required", rule, hint))
-    if not uses_transformer_engine(machine, experiment):
+    updates = experiment.optimizer.use_precision_aware_optimizer and _trains_on_gpu(machine, experiment)
+    if updates and not machine.has_transformer_engine:
+        rule = "on a GPU it is Transformer Engine's Adam, which is not installed"
+        hint = f"{INSTALL_TRANSFORMER_ENGINE}, or use false"
+        found.append(Problem("optimizer.use_precision_aware_optimizer", True, rule, hint))
+        return found
+    has_layers = uses_transformer_engine(machine, experiment)
+    if not has_layers and not updates:
         return found
     first, last = transformer_engine_versions(machine.megatron_core)
     if not first <= major_minor(str(machine.transformer_engine)) <= last:
@@ -113,7 +124,7 @@ def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> l
         wanted = f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
         hint = f'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]{wanted}"'
         found.append(Problem("transformer-engine", machine.transformer_engine, rule, hint))
-    if recipe is None:
+    if recipe is None or not has_layers:
         return found
     for gpu in dict.fromkeys(machine.gpus):
         need = missing_for_fp8(recipe, gpu.capability, machine.cuda)

@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer import get_standard_config_overrides as standard_overrides
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -26,6 +31,7 @@ from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.cpu_megatron import weights_count_as_on_a_device
 from hunyuan_pretrain.runtime.handover import handed_over
+from hunyuan_pretrain.train.precision_aware_adam import PrecisionAwareAdamW
 
 
 def wrap_data_parallel(
@@ -54,30 +60,15 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the wrapped chunks. Groups of routed experts are marked `is_expert_lr`; norms have no weight decay.
 
-    With optimizer.cpu_offload_fraction, the inner optimizer of each part is core's HybridDeviceOptimizer.
+    With optimizer.cpu_offload_fraction, the inner optimizer of each part is core's HybridDeviceOptimizer. With
+    optimizer.use_precision_aware_optimizer it is Transformer Engine's FusedAdam on a GPU, PrecisionAwareAdamW on a CPU.
     """
     settings = experiment.optimizer
     is_offloaded = settings.cpu_offload_fraction > 0
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=0.0,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
-        bf16=experiment.precision.dtype == "bf16",
-        params_dtype=DTYPES[experiment.precision.dtype],
-        use_distributed_optimizer=experiment.parallel.use_distributed_optimizer,
-        overlap_param_gather=experiment.parallel.overlap_param_gather,
-        optimizer_cpu_offload=is_offloaded,
-        optimizer_offload_fraction=settings.cpu_offload_fraction,
-        overlap_cpu_optimizer_d2h_h2d=is_offloaded,
-        fp8_recipe=experiment.precision.fp8_recipe if _has_fp8_parameters(chunks[0].module) else None,
-    )
-    if is_offloaded:
-        # the offloaded optimizer then also keeps the fp32 main weights; otherwise the distributed optimizer would hold
+    config = _core_settings(experiment, _has_fp8_parameters(chunks[0].module))
+    is_without_kernels = settings.use_precision_aware_optimizer and not config.use_precision_aware_optimizer
+    if is_offloaded or is_without_kernels:
+        # The inner optimizer then also keeps the fp32 main weights; otherwise the distributed optimizer would hold
         # a second copy on the device. Set here because OptimizerConfig allows it only with certain Transformer Engine
         # versions, and Transformer Engine is not involved
         config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
@@ -91,6 +82,9 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(
             config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups
         )
+        if is_without_kernels:
+            for part in optimizer.chained_optimizers:
+                part.optimizer = _with_split_weights(part.optimizer, experiment)
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         if "fused" in group:  # torch's AdamW: one pass over memory instead of about twelve
@@ -99,6 +93,54 @@ def build_optimizer(
         # each part of core's optimizer gathers the weights of all parts after its update; only the last one has to
         part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
     return optimizer
+
+
+def _core_settings(experiment: Experiment, has_fp8_parameters: bool) -> OptimizerConfig:
+    """Core's settings of the optimizer. Its precision-aware optimizer is left out where only torch's Adam is
+    available."""
+    settings, precision = experiment.optimizer, experiment.precision
+    is_offloaded = settings.cpu_offload_fraction > 0
+    formats = {}
+    if settings.use_precision_aware_optimizer and not USING_PYTORCH_OPTIMIZER:
+        formats = {"use_precision_aware_optimizer": True} | _moment_formats(experiment)
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=precision.dtype == "bf16",
+        params_dtype=DTYPES[precision.dtype],
+        use_distributed_optimizer=experiment.parallel.use_distributed_optimizer,
+        overlap_param_gather=experiment.parallel.overlap_param_gather,
+        optimizer_cpu_offload=is_offloaded,
+        optimizer_offload_fraction=settings.cpu_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=is_offloaded,
+        fp8_recipe=precision.fp8_recipe if has_fp8_parameters else None,
+        **formats,
+    )
+
+
+def _moment_formats(experiment: Experiment) -> dict[str, torch.dtype]:
+    """Core's names of the moments' formats -> formats."""
+    settings = experiment.optimizer
+    return {"exp_avg_dtype": DTYPES[settings.exp_avg_dtype], "exp_avg_sq_dtype": DTYPES[settings.exp_avg_sq_dtype]}
+
+
+def _with_split_weights(adam: torch.optim.AdamW | None, experiment: Experiment) -> PrecisionAwareAdamW | None:
+    """PrecisionAwareAdamW for the parameter groups of torch's AdamW; None for a part without weights on this rank."""
+    if adam is None:
+        return None
+    used = {"params", "lr", "betas", "eps", "weight_decay"}
+    groups = [
+        {key: value for key, value in group.items() if key in used or key not in adam.defaults}
+        for group in adam.param_groups
+    ]
+    formats = _moment_formats(experiment)
+    return PrecisionAwareAdamW(groups, {name.removesuffix("_dtype"): dtype for name, dtype in formats.items()})
 
 
 def _has_fp8_parameters(model: HunyuanModel) -> bool:

@@ -27,6 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tests.helpers.transformer_engine_adam import adam, adam_with_remainder
+
 TE_FOLDER = Path(os.environ.get("TRANSFORMER_ENGINE_FOLDER", Path(sys.prefix) / "transformer_engine"))
 """Where the Makefile installs the package, without its dependencies."""
 
@@ -148,6 +150,7 @@ def _compiled_module() -> types.ModuleType:
         "fused_attn_fwd": attention_forward,
         "fused_attn_bwd": attention_backward,
         "multi_tensor_adam": adam,
+        "multi_tensor_adam_param_remainder": adam_with_remainder,
         "multi_tensor_scale": scale_all,
         "multi_tensor_l2norm": norm_of_all,
     }
@@ -359,27 +362,6 @@ def _attention(
         weights = scores.masked_fill(is_hidden, -torch.inf).softmax(-1)
         outs.append(torch.einsum("nts,snh->tnh", weights, values))
     return torch.cat(outs).to(q.dtype)
-
-
-def adam(
-    chunk: int,
-    overflow: Tensor,
-    lists: Sequence[Sequence[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    *args: Any,
-) -> None:
-    """AdamW update from lists of gradients, weights, first and second moments."""
-    step, mode, bias_correction, weight_decay = args
-    assert (mode, bias_correction) == (1, 1)
-    calls.append(("adam", len(lists[0])))
-    for grad, weight, first, second in zip(*lists, strict=True):
-        first.lerp_(grad.float(), 1 - beta1)
-        second.mul_(beta2).addcmul_(grad.float(), grad.float(), value=1 - beta2)
-        update = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps) + weight_decay * weight
-        weight.sub_(lr * update)
 
 
 def scale_all(chunk: int, overflow: Tensor, lists: Sequence[Sequence[Tensor]], factor: float) -> None:
