@@ -55,6 +55,7 @@ MEANING = "changes what the weights mean"
 LOSS = "affects the losses or routing in training; the weights keep their meaning"
 LAYOUT = "the layout"
 OPTIMIZER = "takes effect from the next step"
+CONVERTED = "the moments are converted when they are loaded; bf16 rounds them once"
 
 TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("name", Kind.harmless, "a label"),
@@ -95,8 +96,13 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ),
     ("precision.*", Kind.recorded, "number formats of the matmuls"),
     ("optimizer.lr", Kind.recorded, "scales the learning rate from the next step on"),
-    ("optimizer.use_precision_aware_optimizer", Kind.recorded, "how fp32 main weights are stored; they keep their values"),
-    ("optimizer.exp_avg*_dtype", Kind.recorded, "the moments are converted when they are loaded; bf16 rounds them once"),
+    (
+        "optimizer.use_precision_aware_optimizer",
+        Kind.recorded,
+        "how fp32 main weights are stored; they keep their values",
+    ),
+    ("optimizer.exp_avg_dtype", Kind.recorded, CONVERTED),
+    ("optimizer.exp_avg_sq_dtype", Kind.recorded, CONVERTED),
     ("optimizer.*", Kind.recorded, OPTIMIZER),
     ("stages", Kind.recorded, "stages that begin later"),
     (

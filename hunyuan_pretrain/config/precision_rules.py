@@ -195,7 +195,9 @@ def state_formats_take_effect(experiment: Experiment) -> Iterator[Problem]:
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if getattr(optimizer, name) != "fp32":
                 rule = "only the precision-aware optimizer stores moments in another format than fp32"
-                yield Problem(f"optimizer.{name}", getattr(optimizer, name), rule, f"set {path} to true, or this to fp32")
+                yield Problem(
+                    f"optimizer.{name}", getattr(optimizer, name), rule, f"set {path} to true, or this to fp32"
+                )
         return
     if experiment.precision.dtype != "bf16":
         rule, hint = "it splits fp32 main weights into bf16 weights and a rest", "use precision.dtype=bf16, or false"
@@ -226,7 +228,9 @@ def rounded_moments_decay(experiment: Experiment) -> Iterator[Problem]:
     for name, beta in (("exp_avg_dtype", "adam_beta1"), ("exp_avg_sq_dtype", "adam_beta2")):
         decay = getattr(optimizer, beta)
         if getattr(optimizer, name) == "bf16" and 1 - 2**-8 < decay < 1:
-            rule = f"with {beta}={decay:g} a step takes less than 2^-8 from a moment, and rounding to bf16 can undo that"
+            rule = (
+                f"with {beta}={decay:g} a step takes less than 2^-8 from a moment, and rounding to bf16 can undo that"
+            )
             yield Problem(f"optimizer.{name}", "bf16", rule, f"use fp32, or {beta} of at most 0.996")
 
 

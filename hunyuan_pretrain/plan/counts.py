@@ -184,11 +184,7 @@ def memory_per_rank(
     pipeline_ranks = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
     parts = model, parallel, precision, world_size
     return max(
-        (
-            memory
-            for pipeline_rank in pipeline_ranks
-            for memory in memory_of_ranks(*parts, pipeline_rank, optimizer)
-        ),
+        (memory for pipeline_rank in pipeline_ranks for memory in memory_of_ranks(*parts, pipeline_rank, optimizer)),
         key=_total,
     )
 

@@ -96,8 +96,9 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         Row("layout", "memory per rank", gib(memory.total), f"{note}; activations not included"),
     ]
     if optimizer.use_precision_aware_optimizer:
-        formats = f"moments {optimizer.exp_avg_dtype} and {optimizer.exp_avg_sq_dtype}, the rest of the fp32 main weight 2"
-        rows.append(Row("layout", "optimizer state", f"{optimizer.state_bytes(2)} bytes per bf16 weight", formats))
+        formats = f"{optimizer.exp_avg_dtype} and {optimizer.exp_avg_sq_dtype}"
+        note = f"moments {formats}; 2 bytes are what the weight lacks of its fp32 main weight"
+        rows.append(Row("layout", "optimizer state", f"{optimizer.state_bytes(2)} bytes per bf16 weight", note))
     if optimizer.cpu_offload_fraction:
         note = "moments, weights and gradients of the offloaded optimizer state, in fp32"
         rows.append(Row("layout", "host memory per rank", gib(memory.host), note))

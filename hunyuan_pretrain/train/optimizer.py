@@ -177,9 +177,9 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     if tensors[0].device.type == "cuda":
-        # one launch for all; each thread adds a few hundred numbers, the rest is a tree reduction
-        norms = torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
-        return norms.double().square().sum()
+        # one launch for all of a format; each thread adds a few hundred numbers, the rest is a tree reduction
+        norms = [x for same in _by_format(tensors) for x in torch._foreach_norm(same, 2, dtype=torch.float32)]
+        return torch.stack(norms).double().square().sum()
     # on CPU torch accumulates sequentially in a few lanes: squares of small elements are lost in a long sum, 2e-3 of it
     # over 4 million elements
     found = torch.zeros((), dtype=torch.float64)
@@ -189,6 +189,15 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         for rows in (flat[:whole].view(-1, ROW), flat[None, whole:]):
             found += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
     return found
+
+
+def _by_format(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors by dtype: torch launches a kernel for each tensor of a list that mixes dtypes, as bf16 gradients and
+    fp32 ones of routers."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return list(found.values())
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
@@ -221,8 +230,9 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
     """Clip by the global norm, update, and return the norm before clipping. If that norm is not finite, nothing is
     updated.
 
-    torch's fused AdamW kernel scales the gradients in the pass that reads them anyway; core would copy and rewrite all
-    of them first. Communicates: all groups of the optimizer.
+    torch's fused AdamW kernel scales the gradients in the pass that reads them anyway. Transformer Engine's kernels have
+    no such factor, or write the scaled gradients as well (docs/benchmarks.md, "Bytes of the optimizer"), so a step that
+    clips rewrites them first, as core does. Communicates: all groups of the optimizer.
     """
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer)
@@ -236,8 +246,9 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
             # the attribute through which torch's own gradient scaler hands its scale to fused kernels
             device = inner.param_groups[0]["params"][0].device
             inner.grad_scale = torch.tensor(divisor, device=device) if divisor > 1.0 else None  # type: ignore[attr-defined]
-        elif divisor > 1.0 and (gradients := _gradients(part)):
-            torch._foreach_div_(gradients, divisor)
+        elif divisor > 1.0:
+            for gradients in _by_format(_gradients(part)):
+                torch._foreach_div_(gradients, divisor)
         if isinstance(inner, HybridDeviceOptimizer):
             _hand_over_fp32_gradients(inner)
     optimizer.step_with_ready_grads()

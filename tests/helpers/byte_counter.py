@@ -2,7 +2,7 @@
 
 How bytes are counted:
 - an operation of torch reads each element of its inputs once and writes each element of its outputs once. Views cost
-  nothing. Operations that pick rows (gather, index_select, embedding) read only the rows they pick. Sorts and scans
+  nothing, nor do collectives. Operations that pick rows (gather, index_select, embedding) read only the rows they pick. Sorts and scans
   count one pass, so they are underestimated;
 - a launch of a Triton kernel reads or writes each element of the tensors handed to it once, as the kernels' docstrings
   promise; nothing is computed on meta tensors. Memory that a kernel needs besides them is allocated by torch, and is
@@ -71,7 +71,7 @@ def _schema(func: Any) -> tuple[str, bool, list[tuple[str, bool, bool]]]:
 def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[int, int]:
     """(bytes read, bytes written) by one operation."""
     name, is_view, arguments = _schema(func)
-    if is_view or name in FREE:
+    if is_view or name in FREE or func.namespace == "c10d":
         return 0, 0
     given = dict(zip((argument[0] for argument in arguments), args, strict=False)) | kwargs
     read = written = 0

@@ -47,6 +47,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "context": (2, CP, {"qk_layernorm": False}, {}),
     "context, Ulysses": (2, ULYSSES | PLAIN, {}, {"dtype": "bf16"}),
     "data, expert, dropless": (2, EP, DROPLESS, {}),
+    "data, expert, split main weights": (2, EP | OVERLAP, {}, {"dtype": "bf16", "grad_reduce_in_fp32": False}),
+    "pipeline, context, bf16 moments": (4, PP | CP, {}, {"dtype": "bf16"}),
     "data, expert, half offloaded": (2, EP, {}, {"dtype": "bf16", "grad_reduce_in_fp32": False}),
     "context, expert-tensor, half offloaded": (2, CP | ETP, {}, {}),
     "tensor, wholly offloaded": (2, TP, {}, {"dtype": "bf16"}),
@@ -73,6 +75,10 @@ def layout_fields(corpus: Path, run_dir: Path, name: str) -> dict[str, Any]:
     fields["optimizer"]["cpu_offload_fraction"] = (
         1.0 if "wholly offloaded" in name else 0.5 if "half offloaded" in name else 0.0
     )
+    if "split main weights" in name or "bf16 moments" in name:
+        fields["optimizer"]["use_precision_aware_optimizer"] = True
+    if "bf16 moments" in name:
+        fields["optimizer"] |= {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
     return fields
 
 
@@ -200,16 +206,16 @@ def test_the_plan_accounts_for_every_byte_that_a_rank_holds(
     jobs: dict[int, list[Any]], corpus: Path, name: str
 ) -> None:
     experiment, world_size = planned(corpus, name)
-    parts, fraction = (
+    parts, optimizer = (
         (experiment.model, experiment.parallel, experiment.precision, world_size),
-        experiment.optimizer.cpu_offload_fraction,
+        experiment.optimizer,
     )
     found = [memory for _, memory in counted(jobs, name)]
     pipeline_ranks = range(experiment.parallel.pipeline_model_parallel_size)
     assert [
-        memory for pipeline_rank in pipeline_ranks for memory in memory_of_ranks(*parts, pipeline_rank, fraction)
+        memory for pipeline_rank in pipeline_ranks for memory in memory_of_ranks(*parts, pipeline_rank, optimizer)
     ] == found
-    assert memory_per_rank(*parts, cpu_offload_fraction=fraction).total == max(memory.total for memory in found)
+    assert memory_per_rank(*parts, optimizer=optimizer).total == max(memory.total for memory in found)
 
 
 def count_each_function() -> dict[str, Any]:

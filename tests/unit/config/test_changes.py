@@ -120,6 +120,20 @@ def test_differences_are_sorted_into_harmless_recorded_and_refused() -> None:
     assert found(changed()) == {}
 
 
+def test_the_format_of_the_optimizer_state_may_change_and_the_record_says_what_happens() -> None:
+    differences = found(changed(optimizer__use_precision_aware_optimizer=True, optimizer__exp_avg_sq_dtype="bf16"))
+    assert {key: (one.kind, one.reason) for key, one in differences.items()} == {
+        "optimizer.use_precision_aware_optimizer": (
+            Kind.recorded,
+            "how fp32 main weights are stored; they keep their values",
+        ),
+        "optimizer.exp_avg_sq_dtype": (
+            Kind.recorded,
+            "the moments are converted when they are loaded; bf16 rounds them once",
+        ),
+    }
+
+
 def test_a_finished_or_future_stage_is_not_the_current_one() -> None:
     first, *_, last = range(len(load_experiment(DEMO).stages))
     of_first = found(

@@ -55,6 +55,14 @@ def test_precision_and_engine_are_the_requested_ones():
         layout_experiment(experiment(), "dp=2", None, Path("run"), "fp8")
 
 
+def test_a_comparison_in_fp32_leaves_out_what_bf16_weights_need():
+    split = {"lr": 1e-3, "use_precision_aware_optimizer": True, "exp_avg_sq_dtype": "bf16"}
+    mine = experiment(precision={"dtype": "bf16"}, optimizer=split)
+    fp32, bf16 = (layout_experiment(mine, "dp=2", None, Path("run"), name)[0].optimizer for name in ("fp32", "bf16"))
+    assert (fp32.use_precision_aware_optimizer, fp32.exp_avg_sq_dtype) == (False, "fp32")
+    assert (bf16.use_precision_aware_optimizer, bf16.exp_avg_sq_dtype) == (True, "bf16")
+
+
 def test_a_bad_layout_is_reported_before_torch_is_imported(tmp_path):
     path = write_experiment(tmp_path / "x.yaml", experiment_fields(tmp_path, tmp_path / "run"))
     code = "import sys; sys.modules['torch'] = None; from hunyuan_pretrain.cli import main; main()"

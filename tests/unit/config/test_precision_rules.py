@@ -101,6 +101,69 @@ def test_parameters_in_fp8_need_main_weights(precision: dict[str, Any], others: 
     assert f"precision.fp8_parameters=true: {reason}" in str(caught.value)
 
 
+SPLIT = {"lr": 1e-3, "use_precision_aware_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        (
+            {"precision": {"dtype": "fp32"}},
+            "it splits fp32 main weights into bf16 weights and a rest (use precision.dtype=bf16, or false)",
+        ),
+        (
+            {"parallel": {"use_distributed_optimizer": False}},
+            "it takes its weights and gradients from the distributed optimizer (set "
+            "parallel.use_distributed_optimizer to true, or this to false)",
+        ),
+        (
+            {"optimizer": SPLIT | {"cpu_offload_fraction": 0.5}},
+            "core's offloaded optimizer keeps moments and main weights in fp32 (use "
+            "optimizer.cpu_offload_fraction=0, or false)",
+        ),
+        (
+            {"precision": {"fp8_recipe": "blockwise", "fp8_parameters": True}},
+            "there are no bf16 weights to keep with precision.fp8_parameters (use precision.fp8_parameters=false, or "
+            "false)",
+        ),
+    ],
+)
+def test_main_weights_are_split_only_where_core_can(others: dict[str, Any], reason: str) -> None:
+    fields = experiment({}).model_dump(mode="json") | {"optimizer": SPLIT}
+    rules.check(Experiment.model_validate(fields))
+    with pytest.raises(ConfigError) as caught:
+        rules.check(Experiment.model_validate(fields | others))
+    (line,) = [line for line in str(caught.value).splitlines() if "optimizer." in line]
+    assert f"optimizer.use_precision_aware_optimizer=true: {reason}" in line
+
+
+def test_moments_have_another_format_only_in_the_precision_aware_optimizer() -> None:
+    fields = experiment({}).model_dump(mode="json")
+    fields["optimizer"] |= {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+    with pytest.raises(ConfigError) as caught:
+        rules.check(Experiment.model_validate(fields))
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        assert (
+            f"optimizer.{name}=bf16: only the precision-aware optimizer stores moments in another format than fp32 (set "
+            "optimizer.use_precision_aware_optimizer to true, or this to fp32)"
+        ) in str(caught.value)
+    fields["optimizer"]["use_precision_aware_optimizer"] = True
+    rules.check(Experiment.model_validate(fields))
+
+
+def test_a_moment_that_rounding_would_keep_from_decaying_is_refused() -> None:
+    fields = experiment({}).model_dump(mode="json")
+    fields["optimizer"] = SPLIT | {"exp_avg_sq_dtype": "bf16", "adam_beta2": 0.999}
+    with pytest.raises(ConfigError) as caught:
+        rules.check(Experiment.model_validate(fields))
+    assert (
+        "optimizer.exp_avg_sq_dtype=bf16: with adam_beta2=0.999 a step takes less than 2^-8 from a moment, and rounding "
+        "to bf16 can undo that (use fp32, or adam_beta2 of at most 0.996)"
+    ) in str(caught.value)
+    fields["optimizer"]["adam_beta2"] = 0.996
+    rules.check(Experiment.model_validate(fields))
+
+
 @pytest.mark.parametrize("margin", [-1, 9])
 def test_a_margin_out_of_range_is_refused(margin: int) -> None:
     assert f"precision.fp8_margin={margin}: headroom of 2^margin" in refusal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -131,6 +132,40 @@ def test_memory_of_one_rank_includes_everything() -> None:
     )
     memory = memory_per_rank(TINY, plain_optimizer, PrecisionConfig(dtype="bf16", grad_reduce_in_fp32=False), 1)
     assert memory.gradients == 2 * plain + 4 * router
+
+
+SPLIT = {"use_precision_aware_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "moments", "main", "gib"),
+    [
+        ({}, 8, 4, "8.6"),
+        (SPLIT, 8, 2, "7.2"),
+        (SPLIT | {"exp_avg_dtype": "bf16"}, 6, 2, "5.7"),
+        (SPLIT | {"exp_avg_sq_dtype": "bf16"}, 6, 2, "5.7"),
+        (SPLIT | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, 4, 2, "4.3"),
+    ],
+)
+def test_optimizer_state_of_hunyuan_large_by_format(
+    settings: dict[str, Any], moments: int, main: int, gib: str
+) -> None:
+    """Bytes per weight, and GiB of the fullest of 512 ranks, as in docs/guide/layouts.md. The ranks together hold the
+    state of each weight once, of the tied embedding twice, of norms and fp32 routers once per tensor-parallel rank."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=8,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=8,
+        expert_model_parallel_size=8,
+    )
+    optimizer = OptimizerConfig.model_validate({"lr": 1e-4} | settings)
+    parts = LARGE, parallel, PrecisionConfig(dtype="bf16"), 512
+    ranks = [memory for stage in range(8) for memory in memory_of_ranks(*parts, stage, optimizer)]
+    count = parameters(LARGE)
+    sharded = count.total - count.norms - count.router + count.embedding
+    expected = (moments + main) * (sharded + 8 * count.norms) + moments * 8 * count.router
+    assert sum(memory.optimizer for memory in ranks) == expected
+    assert f"{memory_per_rank(*parts, optimizer=optimizer).optimizer / 2**30:.1f}" == gib
 
 
 @pytest.mark.parametrize("is_distributed", [False, True])

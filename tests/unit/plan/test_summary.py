@@ -39,6 +39,16 @@ def test_offloaded_state_is_planned_on_the_host() -> None:
     assert "host memory per rank" not in {row.name for row in summarise(load_experiment(DEMO, alone), 1)}
 
 
+def test_the_plan_shows_how_optimizer_state_is_stored() -> None:
+    settings = ["precision.dtype=bf16", "optimizer.use_precision_aware_optimizer=true", "optimizer.exp_avg_dtype=bf16"]
+    row = {row.name: row for row in summarise(load_experiment(DEMO, settings))}["optimizer state"]
+    assert (row.value, row.note) == (
+        "8 bytes per bf16 weight",
+        "moments bf16 and fp32; 2 bytes are what the weight lacks of its fp32 main weight",
+    )
+    assert "optimizer state" not in {row.name for row in summarise(load_experiment(DEMO, settings[:1]))}
+
+
 def test_the_last_stage_of_the_demo_is_five_percent() -> None:
     stages = load_experiment(DEMO).stages
     assert stages[-1].num_steps * 20 == sum(stage.num_steps for stage in stages)

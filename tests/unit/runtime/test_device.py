@@ -333,3 +333,18 @@ def test_more_ranks_than_gpus_are_refused_before_cuda_says_invalid_device_ordina
     )
     assert not obstacles(MACHINE, experiment, ranks=1)
     assert not obstacles(CPU_MACHINE, experiment, ranks=4)
+
+
+def test_the_precision_aware_optimizer_needs_transformer_engine_on_a_gpu():
+    split = ("precision.dtype=bf16", "optimizer.use_precision_aware_optimizer=true", "runtime.transformer_engine=never")
+    assert texts(MACHINE, *split) == ""
+    without = dataclasses.replace(MACHINE, transformer_engine=None)
+    assert texts(without, *split) == (
+        "optimizer.use_precision_aware_optimizer=true: on a GPU it is Transformer Engine's Adam, which is not installed "
+        f"({policy.INSTALL_TRANSFORMER_ENGINE}, or use false)"
+    )
+    assert texts(without, *split, "runtime.device=cpu") == "", "a CPU has this project's Adam"
+    assert texts(CPU_MACHINE, *split) == ""
+    old = dataclasses.replace(MACHINE, transformer_engine="2.3.0")
+    assert "transformer-engine=2.3.0: megatron-core" in texts(old, *split), "whatever computes the layers"
+    assert texts(old, *split[:1], "runtime.transformer_engine=never") == ""
