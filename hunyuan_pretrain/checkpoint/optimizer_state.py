@@ -1,9 +1,10 @@
 """Moves weights and AdamW state between this rank's device and a checkpoint, for any layout and optimizer class.
 
 A checkpoint holds the weight, both moments and, for bf16 weights, the fp32 main weight, in the parameter's shape and
-under its name. Moments and main weights are fp32 there, however the optimizer stores them. Core's own format is not used: it cannot be read with another expert-parallel size, mixes up parameter
-groups that differ only in learning rate, and fails for torch's Adam and for models with fp32 routers among bf16
-weights. Settings of parameter groups are not saved: they come from the running experiment.
+under its name. Moments and main weights are fp32 there, however the optimizer stores them. Core's own format is not
+used: it cannot be read with another expert-parallel size, mixes up parameter groups that differ only in learning rate,
+and fails for torch's Adam and for models with fp32 routers among bf16 weights. Settings of parameter groups are not
+saved: they come from the running experiment.
 
 Each parameter has a home rank among the data-parallel ranks that share it. Only that rank holds it in host memory,
 writes it, and reads it for the others. The device never holds more than one extra tensor of one parameter. Core's

@@ -228,9 +228,7 @@ def rounded_moments_decay(experiment: Experiment) -> Iterator[Problem]:
     for name, beta in (("exp_avg_dtype", "adam_beta1"), ("exp_avg_sq_dtype", "adam_beta2")):
         decay = getattr(optimizer, beta)
         if getattr(optimizer, name) == "bf16" and 1 - 2**-8 < decay < 1:
-            rule = (
-                f"with {beta}={decay:g} a step takes less than 2^-8 from a moment, and rounding to bf16 can undo that"
-            )
+            rule = f"with {beta}={decay:g} a step takes less than 2^-8 from a moment; rounding to bf16 can undo that"
             yield Problem(f"optimizer.{name}", "bf16", rule, f"use fp32, or {beta} of at most 0.996")
 
 

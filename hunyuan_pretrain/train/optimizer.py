@@ -230,9 +230,9 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
     """Clip by the global norm, update, and return the norm before clipping. If that norm is not finite, nothing is
     updated.
 
-    torch's fused AdamW kernel scales the gradients in the pass that reads them anyway. Transformer Engine's kernels have
-    no such factor, or write the scaled gradients as well (docs/benchmarks.md, "Bytes of the optimizer"), so a step that
-    clips rewrites them first, as core does. Communicates: all groups of the optimizer.
+    torch's fused AdamW kernel scales the gradients in the pass that reads them anyway. Transformer Engine's kernels
+    have no such factor, or write the scaled gradients as well (docs/benchmarks.md, "Bytes of the optimizer"), so a step
+    that clips rewrites them first, as core does. Communicates: all groups of the optimizer.
     """
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer)

@@ -20,8 +20,8 @@ class PrecisionAwareAdamW(torch.optim.Optimizer):
     """AdamW whose moments may be bf16 and whose fp32 main weights are split (checkpoint.split_weights).
 
     Weights are bf16, or fp32, which are then their own main weights. The gradient of a weight is its attribute
-    `decoupled_grad`, in any format: torch wants `grad` in the format of the weight. Moments are read as fp32 and rounded
-    to nearest when they are stored; the update uses them before they are rounded.
+    `decoupled_grad`, in any format: torch wants `grad` in the format of the weight. Moments are read as fp32 and
+    rounded to nearest when they are stored; the update uses them before they are rounded.
 
     groups: parameter groups with lr, betas, eps and weight_decay. dtypes: the formats of "exp_avg" and "exp_avg_sq".
     """
@@ -55,15 +55,23 @@ class PrecisionAwareAdamW(torch.optim.Optimizer):
         main = torch.empty_like(weight, dtype=torch.float32) if is_split else weight
         if is_split:
             join(weight, state[REMAINDER], main)
-        (beta1, beta2), step = group["betas"], group["step"]
+        # fp32 factors, as in the kernel: where a moment is close to halfway between two bf16 numbers, they decide
+        (beta1, rest1), (beta2, rest2) = (_fp32_factors(beta) for beta in group["betas"])
+        step = group["step"]
         first, second = (state[name].float() for name in ("exp_avg", "exp_avg_sq"))  # the state itself, if it is fp32
-        first.mul_(beta1).add_(grad, alpha=1 - beta1)
-        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        first.mul_(beta1).add_(grad * rest1)
+        second.mul_(beta2).add_((grad * rest2).mul_(grad))
         denominator = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = (first / (1 - beta1**step)).div_(denominator).add_(main, alpha=group["weight_decay"])
-        main.sub_(update, alpha=group["lr"])
+        update = (first / (1 - beta1**step)).div_(denominator).add_(main * group["weight_decay"])
+        main.sub_(update.mul_(group["lr"]))
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)
         if is_split:
             state[REMAINDER].copy_(remainder_of(main))
             round_into(weight, main)
+
+
+def _fp32_factors(beta: float) -> tuple[float, float]:
+    """(beta, 1 - beta), both rounded to fp32, the second from the first."""
+    rounded = torch.tensor(beta, dtype=torch.float32)
+    return rounded.item(), (1 - rounded).item()

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.optimizer_bytes [--json FILE]
 
 A tiny model's step runs through megatron-core and Transformer Engine's Python code (TRANSFORMER_ENGINE_FOLDER), with
-stand-ins for the kernels: torch's operations are counted as tests/helpers/byte_counter.py says, and an Adam kernel reads
-every tensor that it is handed once and writes all of them but the gradients. "torch" is the step of a CPU without
+stand-ins for the kernels: torch's operations are counted as tests/helpers/byte_counter.py says, and an Adam kernel
+reads every tensor that it is handed once and writes all of them but the gradients. "torch" is the step of a CPU without
 Transformer Engine. Left out are the gradient's all-reduce or reduce-scatter and the gather of new weights.
 """
 

@@ -2,8 +2,8 @@
 
 How bytes are counted:
 - an operation of torch reads each element of its inputs once and writes each element of its outputs once. Views cost
-  nothing, nor do collectives. Operations that pick rows (gather, index_select, embedding) read only the rows they pick. Sorts and scans
-  count one pass, so they are underestimated;
+  nothing, nor do collectives. Operations that pick rows (gather, index_select, embedding) read only the rows they
+  pick. Sorts and scans count one pass, so they are underestimated;
 - a launch of a Triton kernel reads or writes each element of the tensors handed to it once, as the kernels' docstrings
   promise; nothing is computed on meta tensors. Memory that a kernel needs besides them is allocated by torch, and is
   among these tensors;

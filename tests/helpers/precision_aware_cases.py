@@ -61,7 +61,8 @@ def both_adams(formats: Sequence[tuple[str, str]], steps: int, device: str) -> l
 
 def differences(formats: tuple[str, str], theirs: Held, ours: Held) -> list[str]:
     """Tensors that differ by more than the last bits of fp32. Where numbers are rounded to bf16 in between, these bits
-    decide one rounding in 30,000, and 1% of the numbers may differ; another way of rounding would change half of them."""
+    decide one rounding in many thousands, and 1% of the numbers may differ; another way of rounding would change half
+    of them."""
     import numpy as np
 
     found = []

@@ -59,7 +59,7 @@ def _update(
     g = grad.float().numpy()
     m = b1 * first.float().numpy() + (one - b1) * g
     v = b2 * second.float().numpy() + (one - b2) * g * g
-    unbiased_m, unbiased_v = m / np.float32(1 - beta1**step), v / np.float32(1 - beta2**step)
+    unbiased_m, unbiased_v = m / np.float32(1 - float(b1) ** step), v / np.float32(1 - float(b2) ** step)
     update = unbiased_m / (np.sqrt(unbiased_v) + np.float32(eps)) + np.float32(weight_decay) * main
     first.copy_(torch.from_numpy(m))
     second.copy_(torch.from_numpy(v))

@@ -144,8 +144,8 @@ def test_moments_have_another_format_only_in_the_precision_aware_optimizer() -> 
         rules.check(Experiment.model_validate(fields))
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         assert (
-            f"optimizer.{name}=bf16: only the precision-aware optimizer stores moments in another format than fp32 (set "
-            "optimizer.use_precision_aware_optimizer to true, or this to fp32)"
+            f"optimizer.{name}=bf16: only the precision-aware optimizer stores moments in another format than fp32 "
+            "(set optimizer.use_precision_aware_optimizer to true, or this to fp32)"
         ) in str(caught.value)
     fields["optimizer"]["use_precision_aware_optimizer"] = True
     rules.check(Experiment.model_validate(fields))
@@ -157,7 +157,7 @@ def test_a_moment_that_rounding_would_keep_from_decaying_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         rules.check(Experiment.model_validate(fields))
     assert (
-        "optimizer.exp_avg_sq_dtype=bf16: with adam_beta2=0.999 a step takes less than 2^-8 from a moment, and rounding "
+        "optimizer.exp_avg_sq_dtype=bf16: with adam_beta2=0.999 a step takes less than 2^-8 from a moment; rounding "
         "to bf16 can undo that (use fp32, or adam_beta2 of at most 0.996)"
     ) in str(caught.value)
     fields["optimizer"]["adam_beta2"] = 0.996

@@ -340,8 +340,8 @@ def test_the_precision_aware_optimizer_needs_transformer_engine_on_a_gpu():
     assert texts(MACHINE, *split) == ""
     without = dataclasses.replace(MACHINE, transformer_engine=None)
     assert texts(without, *split) == (
-        "optimizer.use_precision_aware_optimizer=true: on a GPU it is Transformer Engine's Adam, which is not installed "
-        f"({policy.INSTALL_TRANSFORMER_ENGINE}, or use false)"
+        "optimizer.use_precision_aware_optimizer=true: on a GPU it is Transformer Engine's Adam, which is not "
+        f"installed ({policy.INSTALL_TRANSFORMER_ENGINE}, or use false)"
     )
     assert texts(without, *split, "runtime.device=cpu") == "", "a CPU has this project's Adam"
     assert texts(CPU_MACHINE, *split) == ""
