@@ -325,13 +325,6 @@ class OptimizerConfig(Section):
         typical="1e6 to 1e8",
     )
 
-    def state_bytes(self, weight_bytes: int) -> int:
-        """Bytes of optimizer state per element of a weight of `weight_bytes` bytes: both moments, and what is kept of
-        the fp32 main weight, unless the weight is already fp32."""
-        moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (self.exp_avg_dtype, self.exp_avg_sq_dtype))
-        main = 0 if weight_bytes == 4 else 2 if self.use_precision_aware_optimizer else 4
-        return moments + main
-
 
 class DataSource(Section):
     """One packed dataset and its share of a stage."""

@@ -162,6 +162,14 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
 
+def state_bytes(optimizer: OptimizerConfig, weight_bytes: int) -> int:
+    """Bytes of optimizer state per element of a weight of `weight_bytes` bytes: both moments and, unless the weight is
+    fp32, the fp32 main weight or what the weight lacks of it."""
+    moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+    main = 2 if optimizer.use_precision_aware_optimizer else 4
+    return moments + (0 if weight_bytes == 4 else main)
+
+
 def memory_per_rank(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -239,5 +247,5 @@ def _state_of_shard(buffers: list[Buffer], shard: int, optimizer: OptimizerConfi
         else:
             # it keeps an fp32 copy of bf16 gradients between steps
             copied = 4 if optimizer.cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
-            on_device += size * (optimizer.state_bytes(buffer.weight_bytes) + copied)
+            on_device += size * (state_bytes(optimizer, buffer.weight_bytes) + copied)
     return on_device, 16 * offloaded

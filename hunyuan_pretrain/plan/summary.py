@@ -23,6 +23,7 @@ from hunyuan_pretrain.plan.counts import (
     logits_bytes,
     memory_per_rank,
     parameters,
+    state_bytes,
 )
 from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
 
@@ -98,7 +99,7 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     if optimizer.use_precision_aware_optimizer:
         formats = f"{optimizer.exp_avg_dtype} and {optimizer.exp_avg_sq_dtype}"
         note = f"moments {formats}; 2 bytes are what the weight lacks of its fp32 main weight"
-        rows.append(Row("layout", "optimizer state", f"{optimizer.state_bytes(2)} bytes per bf16 weight", note))
+        rows.append(Row("layout", "optimizer state", f"{state_bytes(optimizer, 2)} bytes per bf16 weight", note))
     if optimizer.cpu_offload_fraction:
         note = "moments, weights and gradients of the offloaded optimizer state, in fp32"
         rows.append(Row("layout", "host memory per rank", gib(memory.host), note))
