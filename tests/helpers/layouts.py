@@ -67,7 +67,8 @@ class Layout:
     model: str = "recycling"
     """A key of MODELS, or "random N"."""
     optimizer: str = "distributed"
-    """Or "plain", or "half offloaded": distributed, with half of its state on the host."""
+    """Or "plain"; "half offloaded": distributed, with half of its state on the host; "precision-aware": distributed,
+    with split main weights, for the model "bf16"."""
     overlap: str = "nothing"
     """Or "gradients", or "everything": parameter gathering too."""
     recompute: str = "none"
@@ -122,6 +123,7 @@ class Layout:
         # update
         found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
         found["optimizer"]["cpu_offload_fraction"] = 0.5 if self.optimizer == "half offloaded" else 0.0
+        found["optimizer"]["use_precision_aware_optimizer"] = self.optimizer == "precision-aware"
         found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may share two busy cores
         found["precision"]["dtype"] = "bf16" if self.model == "bf16" else "fp32"
         warmup, decay = found["stages"]
