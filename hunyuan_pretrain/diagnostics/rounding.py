@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.model.attention import SelfAttention
-from hunyuan_pretrain.model.spec import CoreAttention
+from hunyuan_pretrain.model.attention_backends import CoreAttention
 
 PRODUCTS = ("linear_qkv", "linear_q", "linear_proj", "linear_fc1", "linear_fc2")
 """Modules whose outputs are rounded sums. Core attention's output is one too, but core attention is a function."""

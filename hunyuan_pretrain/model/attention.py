@@ -20,6 +20,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hunyuan_pretrain.model.attention_backends import core_attention
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import HeadNorm
 from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks
@@ -85,7 +86,7 @@ class SelfAttention(torch.nn.Module):
             self.q_layernorm = HeadNorm(config)
             self.k_layernorm = HeadNorm(config)
         self.rope_norm, self.qkv_rope_norm = spec.functions.rope_norm, spec.functions.qkv_rope_norm
-        self.core_attention = spec.core_attention(config)
+        self.core_attention = core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
     def forward(self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan) -> tuple[Tensor, SharedKV]:

@@ -1,8 +1,8 @@
-"""Chooses the engine that computes linear layers, experts, norms and attention: the only place that does.
+"""Chooses the engine that computes linear layers, experts and norms: the only place that does.
 
 Either Transformer Engine's kernels (model/engine/), or the layers that run everywhere (model/local_layers.py), with FP8
 emulated (model/fp8/). With either, the functions between the matmuls are torch's (model/functions.py) or Triton kernels
-(model/kernels/).
+(model/kernels/). Attention has backends of its own (model/attention_backends.py).
 """
 
 from __future__ import annotations

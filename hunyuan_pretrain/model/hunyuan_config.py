@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from hunyuan_pretrain.config.attention import PER_DOCUMENT, AttentionChoice
 from hunyuan_pretrain.config.derived import pipeline_stages, virtual_pipeline_size
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
@@ -25,6 +26,7 @@ class HunyuanConfig(TransformerConfig):
     """Layers of each pipeline stage, in the order of the forward pass."""
     uses_transformer_engine: bool = False
     uses_kernels: bool = False
+    attention: AttentionChoice = PER_DOCUMENT
 
 
 def transformer_config(

@@ -1,5 +1,4 @@
-"""The layers that run everywhere: megatron-core's tensor-parallel linears, and this project's grouped linear, norm and
-attention.
+"""The layers that run everywhere: megatron-core's tensor-parallel linears, and this project's grouped linear and norm.
 
 Shapes: T tokens, I input, O output.
 """
@@ -16,7 +15,6 @@ from hunyuan_pretrain.model.functions import plain_functions
 from hunyuan_pretrain.model.grouped_linear import GroupedLinear
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import RMSNorm
-from hunyuan_pretrain.model.packed_attention import packed_attention
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.sharding import mark_sharded
 
@@ -30,7 +28,6 @@ def local_spec() -> Spec:
         row_parallel_grouped_linear=partial(GroupedLinear, partition_dim=2),
         norm=RMSNorm,
         input_norm=RMSNorm,
-        core_attention=lambda config: packed_attention,
         functions=plain_functions(),
     )
 

@@ -7,7 +7,7 @@ logsumexp. The backward pass gives the merged output and logsumexp to the backwa
 returns that part of the exact gradient (Ring Attention, arXiv 2310.01889).
 
 Shapes: T query rows of this rank, S key rows (T without context parallelism), N query heads, G key/value heads, H head
-dim, n queries of a block, P keys of a kernel call. The leading 1 is the kernels' batch dim.
+dim, n queries of a block, P keys of a kernel call, B sequences of L tokens. The leading 1 is the kernels' batch dim.
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ def context_blocks(cu_seqlens: Sequence[int], ranges: Sequence[tuple[int, int]])
             blocks.append(Block(row, row + stop - start, cu_seqlens[document], stop))
             row, start, document = row + stop - start, stop, document + 1
     return blocks
+
+
+def is_uniform(blocks: Sequence[Block], num_keys: int) -> bool:
+    """Whether the blocks are documents of one length that cover queries and keys. Of documents of several lengths it
+    reads few."""
+    length = blocks[0].q_end
+    return blocks[-1].k_end == num_keys and all(
+        block == (length * number, length * (number + 1), length * number, length * (number + 1))
+        for number, block in enumerate(blocks)
+    )
 
 
 def packed_attention(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
@@ -117,6 +127,36 @@ class _PackedAttention(torch.autograd.Function):
         return torch.cat(grads_q), grad_k_SGH, grad_v_SGH, None
 
 
+def batched_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """`packed_attention` in one kernel call, for documents of one length: `is_uniform` must hold."""
+    assert is_uniform(blocks, len(k_TGH)), "documents of one length are computed as a batch, others are not"
+    qkv = handed_over("flash attention", q_TNH, k_TGH, v_TGH, knows_strides=True)
+    return _BatchedAttention.apply(*qkv, len(blocks))
+
+
+class _BatchedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, num_sequences: int) -> Tensor:
+        q_BNLH, k_BGLH, v_BGLH = (_as_batch(x, num_sequences) for x in (q_TNH, k_TGH, v_TGH))
+        out_BNLH, logsumexp_BNL = _kernel(q_TNH).forward(q_BNLH, k_BGLH, v_BGLH, True)
+        out_TNH = out_BNLH.transpose(1, 2).reshape(q_TNH.shape).contiguous()
+        ctx.num_sequences = num_sequences
+        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, out_TNH, logsumexp_BNL)
+        return out_TNH
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_TNH, k_TGH, v_TGH, out_TNH, logsumexp_BNL = ctx.saved_tensors
+        inputs = (grad_TNH.contiguous(), q_TNH, k_TGH, v_TGH, out_TNH)
+        grads = _kernel(q_TNH).backward(*(_as_batch(x, ctx.num_sequences) for x in inputs), logsumexp_BNL, True)
+        grad_q, grad_k, grad_v = (x.transpose(1, 2).flatten(0, 1) for x in grads)
+        return grad_q, grad_k, grad_v, None
+
+
+def _as_batch(x_TNH: Tensor, num_sequences: int) -> Tensor:
+    return x_TNH.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+
+
 def _by_head(*tensors_TNH: Tensor) -> list[Tensor]:
     return [x_TNH.transpose(0, 1)[None] for x_TNH in tensors_TNH]
 
@@ -145,10 +185,10 @@ def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
 
 
 class _Kernel(NamedTuple):
-    """Attention of (1, N, n, H) queries to (1, G, P, H) keys and values; is_causal only with n = P."""
+    """Attention of (B, N, n, H) queries to (B, G, P, H) keys and values; is_causal only with n = P."""
 
     forward: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-    """(q, k, v, is_causal) -> output, logsumexp (1, N, n)."""
+    """(q, k, v, is_causal) -> output, logsumexp (B, N, n)."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(output gradient, q, k, v, output, logsumexp, is_causal) -> gradients of q, k and v."""
 

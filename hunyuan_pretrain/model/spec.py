@@ -6,25 +6,22 @@ FP8 during a training step (model/fp8/emulated.py), or of Transformer Engine's (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from hunyuan_pretrain.model.functions import Functions
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.packed_attention import Block
 
 LinearFactory = Callable[[HunyuanConfig, int, int, ProcessGroupCollection], torch.nn.Module]
 NormFactory = Callable[[HunyuanConfig, int], torch.nn.Module]
-CoreAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Block]], Tensor]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Constructors of the model's linear layers, norms and attention, and the functions between them.
+    """Constructors of the model's linear layers and norms, and the functions between them.
 
     Those of linear layers take (config, input size, output size, groups), with the sizes of the whole weight.
     """
@@ -37,7 +34,6 @@ class Spec:
     """(config, size)."""
     input_norm: NormFactory
     """The norm whose output only the input projection of the attention reads."""
-    core_attention: Callable[[HunyuanConfig], CoreAttention]
     functions: Functions
     column_parallel_linear_after_norm: Callable[..., torch.nn.Module] | None = None
     """That projection, with the norm as last argument of its constructor; None: column_parallel_linear, with the norm

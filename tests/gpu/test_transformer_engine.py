@@ -4,24 +4,17 @@ test-gpu` runs them."""
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 from hunyuan_pretrain.config.recipe import RECIPES, RecipeName
-from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
+from hunyuan_pretrain.config.schema import ParallelConfig
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
 from hunyuan_pretrain.runtime.device import probe
-from hunyuan_pretrain.runtime.policy import attends_to_packed_documents, missing_for_fp8
-from hunyuan_pretrain.train.probes import ROUNDINGS, _allowed, _Compared, _plain_softmax
+from hunyuan_pretrain.runtime.policy import missing_for_fp8
 from tests.helpers.fp8_comparisons import MODEL, SPREAD, built, error_of_fp8, inputs, median_error, step
-from tests.helpers.transformer_engine_cases import LAYOUTS, laid_out
-
-if TYPE_CHECKING:
-    from hunyuan_pretrain.model.engine.attention import PackedAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -83,53 +76,6 @@ def test_fp8_only_parameters_have_gradients_outside_a_step(recipe: RecipeName) -
     loss, _ = model(inputs("cuda"))
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-
-
-needs_attention = pytest.mark.skipif(
-    torch.cuda.is_available() and not attends_to_packed_documents(),
-    reason="Transformer Engine has no attention for packed documents here",
-)
-BORDERS = [0, 100, 128, 188, 256]
-
-
-def attention_of(num_heads: int, num_groups: int, head_dim: int) -> PackedAttention:
-    from hunyuan_pretrain.model.engine.attention import PackedAttention
-
-    model = MODEL.model_copy(
-        update={"num_attention_heads": num_heads, "num_query_groups": num_groups, "kv_channels": head_dim}
-    )
-    return PackedAttention(
-        transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), use_transformer_engine=True)
-    )
-
-
-@needs_attention
-@pytest.mark.parametrize("heads", [(4, 2, 32), (4, 1, 64), (10, 1, 80), (6, 6, 96), (8, 2, 128)], ids=str)
-@pytest.mark.parametrize("ranges", [None, [(0, 64), (192, 256)], [(64, 192)]], ids=str)
-def test_attention_equals_the_local_one(ranges: list[tuple[int, int]] | None, heads: tuple[int, int, int]) -> None:
-    """In any memory layout of queries, keys and values, within the rounding that the probe before training allows."""
-    num_heads, num_groups, head_dim = heads
-    blocks = document_blocks(BORDERS) if ranges is None else context_blocks(BORDERS, ranges)
-    backend = attention_of(*heads)
-    shapes = ((blocks[-1].q_end, num_heads), (256, num_groups), (256, num_groups))
-    qkv = [torch.randn(*shape, head_dim, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    for layout in LAYOUTS:
-        for is_q_by_head in (True, False):
-            compared = _Compared(backend, packed_attention)
-            compared(*laid_out(qkv, layout, is_q_by_head), blocks)
-            for name, difference in compared.differences.items():
-                allowed = _allowed(ROUNDINGS[name], torch.bfloat16, 100 + head_dim)
-                assert difference.item() <= allowed, f"{name}: {layout}, q head by head: {is_q_by_head}"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_local_attention_is_a_softmax(dtype: torch.dtype) -> None:
-    blocks = document_blocks(BORDERS)
-    q, k, v = (torch.randn(256, heads, 80, device="cuda", dtype=dtype) for heads in (8, 2, 2))
-    compared = _Compared(packed_attention, _plain_softmax)
-    compared(*laid_out([q, k, v], "parts of a projection", True), blocks)
-    for name, difference in compared.differences.items():
-        assert difference.item() <= _allowed(ROUNDINGS[name], dtype, 100 + 80), name
 
 
 @pytest.mark.parametrize("engine", [False, True])

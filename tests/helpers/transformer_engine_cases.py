@@ -80,11 +80,18 @@ def chosen(case: Case) -> Iterator[None]:
         stack.enter_context(patch.object(setup, "uses_transformer_engine", lambda *_: case.engine))
         stack.enter_context(patch.object(setup, "obstacles", lambda *_: []))
         stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda *_: case.is_fused))
-        if case.engine:
-            from hunyuan_pretrain.model.engine import attention
-
-            stack.enter_context(patch.object(attention, "attends_to_packed_documents", lambda: case.has_attention))
+        if case.has_attention:
+            stack.enter_context(patch.object(setup, "settle", settle_on_cudnn))
         yield
+
+
+def settle_on_cudnn(experiment: Any, groups: Any, chunks: Any, loader: Any, device: Any, start: Any) -> Any:
+    """In place of the choice on a GPU."""
+    from hunyuan_pretrain.config.attention import AttentionChoice
+    from hunyuan_pretrain.model.attention_backends import use_attention
+
+    use_attention(chunks, AttentionChoice("cudnn", "cudnn"))
+    return start
 
 
 def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
@@ -329,9 +336,9 @@ def laid_out(qkv: Sequence[Any], layout: str, is_q_by_head: bool) -> list[Any]:
 def attention_differences(
     cu_seqlens: Sequence[int], works: Sequence[Any], heads: Sequence[tuple[int, int, int]]
 ) -> list[Any]:
-    """For each (query heads, key/value heads, head dim), each row range of a rank (None: all rows) and each layout: the
-    case, the mask, and the largest difference of output and gradients from `packed_attention`, relative to the largest
-    entry; or the error."""
+    """For each (query heads, key/value heads, head dim), each row range of a rank and each layout: the case, the mask,
+    and the largest difference of output and gradients from `packed_attention`, relative to the largest entry; or the
+    error. Row range None: all rows; "batch": three sequences of one length, by the kernel for them."""
     transformer_engine_stub.install()
     import torch
 
@@ -339,9 +346,13 @@ def attention_differences(
 
     generator, found = torch.Generator().manual_seed(1), []
     for num_heads, num_groups, head_dim in heads:
-        attention = _attention(num_heads, num_groups, head_dim)
         for ranges in works:
-            blocks = document_blocks(cu_seqlens) if ranges is None else context_blocks(cu_seqlens, ranges)
+            attention = _attention(num_heads, num_groups, head_dim, is_batch=ranges == "batch")
+            if ranges is None or ranges == "batch":
+                third = cu_seqlens[-1] // 3
+                blocks = document_blocks(cu_seqlens if ranges is None else [0, third, 2 * third, 3 * third])
+            else:
+                blocks = context_blocks(cu_seqlens, ranges)
             T, S = blocks[-1].q_end, cu_seqlens[-1]
             qkv = [
                 torch.randn(*shape, head_dim, generator=generator).bfloat16()
@@ -385,7 +396,10 @@ def attention_at_the_bound() -> tuple[tuple[int, ...], list[bool], list[tuple[in
     cu_seqlens, refused, computed = torch.tensor([0, 96], dtype=torch.int32), [], []
     for longest in ((1 << 14) - 1, 1 << 14):
         try:
-            attention.kernel(q, k, v, None, "thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+            with engine_attention._only_cudnn():
+                attention.kernel(
+                    q, k, v, None, "thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+                )
             refused.append(False)
         except ValueError as error:
             refused.append(str(error).startswith("No dot product attention backend"))
@@ -401,15 +415,11 @@ def attention_at_the_bound() -> tuple[tuple[int, ...], list[bool], list[tuple[in
     return transformer_engine_stub.TE_VERSION, refused, computed
 
 
-def _attention(num_heads: int, num_groups: int, head_dim: int) -> Any:
+def _attention(num_heads: int, num_groups: int, head_dim: int, is_batch: bool = False) -> Any:
     import hunyuan_pretrain.model  # noqa: F401  makes megatron importable
-    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
-    from hunyuan_pretrain.model.engine.attention import PackedAttention
-    from hunyuan_pretrain.model.hunyuan_config import transformer_config
-    from tests.helpers.tiny import tiny_model
+    from hunyuan_pretrain.model.engine.attention import BatchedAttention, PackedAttention
 
-    model = tiny_model(num_attention_heads=num_heads, num_query_groups=num_groups, kv_channels=head_dim)
-    return PackedAttention(transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"), True, True))
+    return (BatchedAttention if is_batch else PackedAttention)(num_heads, num_groups, head_dim)
 
 
 def _with_gradients(attend: Any, qkv: Sequence[Any], blocks: Sequence[Any], grad: Any) -> list[Any]:

@@ -286,9 +286,9 @@ def rmsnorm_backward(
 
 
 def attention_forward(longest_q: int, longest_k: int, is_training: bool, scale: float, *args: Any) -> list[Tensor]:
-    """Attention of packed documents (THD), or of sequences of equal length (SBHD)."""
+    """Attention of packed documents (THD), or of sequences of equal length (SBHD, BSHD)."""
     layout, mask, cu_seqlens_q, cu_seqlens_k, *tensors = _attention_arguments(args)
-    out = _attention(*_as_read(layout, *tensors[:3]), cu_seqlens_q, cu_seqlens_k, mask, scale)
+    out = _attention(layout, *_as_read(layout, *tensors[:3]), cu_seqlens_q, cu_seqlens_k, mask, scale)
     return [out.detach(), torch.zeros(1), torch.zeros(2)]
 
 
@@ -298,7 +298,7 @@ def attention_backward(longest_q: int, longest_k: int, scale: float, *args: Any)
     leaves = [x.detach().requires_grad_() for x in _as_read(layout, q, k, v)]
     output_format = layout.name.removeprefix("NVTE_").split("_")[0].translate(NO_NUMBERS)
     with torch.enable_grad():
-        out = _attention(*leaves, cu_seqlens_q, cu_seqlens_k, mask, scale)
+        out = _attention(layout, *leaves, cu_seqlens_q, cu_seqlens_k, mask, scale)
         return list(torch.autograd.grad(out, leaves, _read_by(output_format, grad)))
 
 
@@ -339,18 +339,23 @@ def _read_by(part: str, x: Tensor) -> Tensor:
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, mask: Any, scale: float
+    layout: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    mask: Any,
+    scale: float,
 ) -> Tensor:
-    if q.ndim == 4:  # SBHD: all sequences have the same length
-        length, sequences = q.shape[:2]
+    if q.ndim == 4:  # all sequences have the same length
+        is_sbhd = layout.name.startswith("NVTE_S")
+        batch = [x.transpose(0, 1) if is_sbhd else x for x in (q, k, v)]
+        sequences, length = batch[0].shape[:2]
         cu_seqlens = torch.arange(0, sequences * length + 1, length)
-        rows = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
-        return (
-            _attention(*rows, cu_seqlens, cu_seqlens, mask, scale)
-            .unflatten(0, (sequences, length))
-            .transpose(0, 1)
-            .contiguous()
-        )
+        rows = [x.flatten(0, 1) for x in batch]
+        out = _attention(layout, *rows, cu_seqlens, cu_seqlens, mask, scale).unflatten(0, (sequences, length))
+        return (out.transpose(0, 1) if is_sbhd else out).contiguous()
     calls.append(("attention", mask.name))
     outs = []
     q_rows, k_rows = (list(pairwise(cu_seqlens.tolist())) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))

@@ -32,8 +32,8 @@ def keys_are_seen_from_the_start_of_a_block() -> AbstractContextManager[Any]:
     block."""
     from hunyuan_pretrain.model.engine import attention
 
-    right = attention._documents
-    return patch.object(attention, "_documents", lambda *args: right(*args)._replace(mask="padding_causal"))
+    right = attention.documents_of
+    return patch.object(attention, "documents_of", lambda *args: right(*args)._replace(is_square=True))
 
 
 def queries_are_read_in_another_layout() -> AbstractContextManager[Any]:

@@ -216,13 +216,10 @@ def test_attention_that_misreads_its_inputs_stops_the_run(corpus: Path, tmp_path
     for gathered, misread, traded, traded_as_it_is in run_ranks(2, probed, cases):
         for lines, left in (gathered, traded, traded_as_it_is):  # what comes from an exchange of heads is contiguous
             assert lines[0].startswith(
-                "probe: attention by Transformer Engine matches packed_attention, forward and backward (largest"
+                "probe: attention by cudnn matches packed_attention, forward and backward (largest"
             )
             assert left == []
-        refusal = (
-            "attention by Transformer Engine does not match packed_attention on the same queries, keys and values: "
-            "output by "
-        )
+        refusal = "attention by cudnn does not match packed_attention on the same queries, keys and values: output by "
         assert misread.startswith(refusal)
         assert "do not train with this attention backend" in misread
 

@@ -43,6 +43,9 @@ ONLY_IN = {
         "hunyuan_pretrain/runtime/device.py",
         "hunyuan_pretrain/model/engine/",
     ],
+    "flash_attn": ["hunyuan_pretrain/model/varlen_attention.py"],
+    "flash_attn_interface": ["hunyuan_pretrain/model/varlen_attention.py"],
+    "flash_attn_3": ["hunyuan_pretrain/model/varlen_attention.py"],
     "triton": ["hunyuan_pretrain/model/kernels/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [

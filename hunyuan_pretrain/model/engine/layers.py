@@ -32,7 +32,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from hunyuan_pretrain.model.engine.attention import core_attention
 from hunyuan_pretrain.model.engine.fp8 import Fp8Module, weights_in_fp8
 from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.functions import plain_functions
@@ -55,7 +54,6 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
         norm=RMSNorm,
         input_norm=FusedNorm,
         column_parallel_linear_after_norm=partial(NormAndColumnParallelLinear, is_fp8=is_fp8),
-        core_attention=core_attention,
         functions=plain_functions(),
         row_multiple=partial(_row_multiple, recipe.size_multiple if recipe is not None and is_fp8 else 1),
     )

@@ -172,15 +172,16 @@ def test_recipes_apply_the_settings_and_leave_the_rest_to_transformer_engine() -
 
 @needs_package
 def test_attention_is_correct_for_any_memory_layout_of_queries_keys_and_values() -> None:
-    """Whole documents, and the blocks of context-parallel ranks; the stand-in reads memory in the layout that
-    Transformer Engine detects."""
+    """Whole documents, the blocks of context-parallel ranks, and sequences of one length; the stand-in reads memory in
+    the layout that Transformer Engine detects."""
     # the third has keys of the first document that no query attends to
-    works = [None, [(0, 24), (72, 96)], [(24, 72)]]
+    works = [None, [(0, 24), (72, 96)], [(24, 72)], "batch"]
     heads = [(4, 2, 64), (2, 1, 80), (2, 2, 96), (4, 1, 128)]
     (found,) = run_ranks(1, attention_differences, [0, 20, 44, 51, 96], works, heads)
     assert len(found) == len(works) * len(heads) * len(LAYOUTS) * 2
-    for case, mask, _ in found:
-        assert mask == ("NVTE_PADDING_CAUSAL_MASK" if "96 of 96" in case else "NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK")
+    masks = ["PADDING_CAUSAL", "PADDING_CAUSAL_BOTTOM_RIGHT", "PADDING_CAUSAL_BOTTOM_RIGHT", "CAUSAL"]
+    expected = [f"NVTE_{mask}_MASK" for mask in masks for _ in range(2 * len(LAYOUTS))] * len(heads)
+    assert [mask for _, mask, _ in found] == expected
     wrong = [f"{case}: {error}" for case, _, error in found if isinstance(error, str) or not error < 2**-6]
     assert not wrong, "\n".join(wrong)
 
