@@ -98,9 +98,13 @@ def doctor(
 
         cpu_megatron.install()
 
-        from hunyuan_pretrain.train.preflight import refusals
+        from hunyuan_pretrain.train.preflight import attention_trials, refusals
 
         found += refusals(experiment)
+        if not found and machine.gpus and experiment.runtime.device != "cpu":
+            rows, failed = attention_trials(experiment, machine)
+            print_table("attention", rows)
+            found += failed
     for problem in found:
         print(f"cannot run: {problem}", file=sys.stderr)
     if found:
@@ -131,6 +135,7 @@ def machine_rows(machine: Machine) -> list[tuple[str, str]]:
         ),
         ("Apex", apex[machine.apex]),
         ("flash-attn", machine.flash_attn or "absent"),
+        ("flash-attn-3", machine.flash_attn_3 or "absent"),
         ("triton", machine.triton or "absent"),
         ("wandb", machine.wandb or "absent"),
         ("tensorboard", machine.tensorboard or "absent"),

@@ -153,10 +153,12 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("runtime.deterministic", Kind.recorded, "whether a rerun gives the same numbers"),
     ("runtime.transformer_engine", Kind.recorded, "which kernels compute"),
     ("runtime.kernels", Kind.recorded, "which kernels compute"),
+    ("runtime.attention_backend", Kind.recorded, "which kernels compute attention"),
+    ("attention.*", Kind.recorded, "which kernels compute attention; they round differently"),
     ("runtime.*", Kind.harmless, "the machine"),
 )
 """(pattern of dotted keys, kind, reason); the first match counts. N is the number of any stage. Besides settings, the
-table covers what a run finds: digests of data and tokenizer, the number of ranks, versions."""
+table covers what a run finds: digests of data and tokenizer, the number of ranks, versions, attention backends."""
 
 OVER = "the stage is over: no effect"
 LATER = "the stage begins later"
@@ -289,6 +291,15 @@ def all_differences(old: Segment, new: Segment, present: Piece) -> list[Differen
         if old.versions and old.versions.get(name) != version:
             found.append(_difference(f"versions.{name}", old.versions.get(name), version))
     return found
+
+
+def attention_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[Difference]:
+    """Attention backends (Segment.attention) that are not the recorded ones; what was not recorded is no difference."""
+    return [
+        _difference(f"attention.{kind}", name, new.get(kind, ABSENT))
+        for kind, name in old.items()
+        if new.get(kind) != name
+    ]
 
 
 def _difference(key: str, old: Any, new: Any) -> Difference:

@@ -64,6 +64,9 @@ class Segment(BaseModel):
     tokenizer_digest: str | None = None
     versions: dict[str, str | None] = {}
     """Of Python, the packages and the code; `commit` ends in + if files differ from it."""
+    attention: dict[str, str] = {}
+    """Kind of micro-batch -> the attention backend that computes it (config/attention.py); empty on a CPU, and if it
+    was not recorded."""
     changes: list[str] = []
     """Differences from the previous segment, one line each."""
     accepted: list[str] = []

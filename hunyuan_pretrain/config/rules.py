@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from hunyuan_pretrain.config.attention import BACKENDS, Work, nearest
 from hunyuan_pretrain.config.data_rules import DATA_RULES
 from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
@@ -221,6 +222,26 @@ def batch_splits(parallel: ParallelConfig, index: int, stage: StageConfig, data_
         )
 
 
+def attention_backend_fits(experiment: Experiment) -> Iterator[Problem]:
+    """A named backend that other settings exclude on every machine."""
+    setting, runtime, parallel = experiment.runtime.attention_backend, experiment.runtime, experiment.parallel
+    if setting == "auto":
+        return
+    backend = BACKENDS[setting]
+    installed = {} if backend.package is None else {backend.package: ".".join(map(str, backend.version)) or "2.11"}
+    work = Work(
+        capability=None if runtime.device == "cpu" else backend.capability,
+        packages={} if runtime.transformer_engine == "never" and backend.package == "transformer-engine" else installed,
+        dtype=experiment.precision.dtype,
+        head_dim=experiment.model.head_dim,
+        is_deterministic=False,
+        is_gathered=parallel.context_parallel_size > 1 and parallel.context_parallel_method == "all_gather",
+        longest_scores=0,
+    )
+    if (reason := backend.missing(work)) is not None:
+        yield Problem("runtime.attention_backend", setting, reason, nearest(setting, work))
+
+
 EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     experts_split_over_ranks,
     tensor_parallel_divides,
@@ -230,6 +251,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     heads_trade_for_tokens,
     param_gather_overlap_needs_its_base,
     offload_needs_the_distributed_optimizer,
+    attention_backend_fits,
     *TRAINING_RULES,
     *DATA_RULES,
     *PRECISION_RULES,

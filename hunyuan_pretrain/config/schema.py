@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from hunyuan_pretrain.config.attention import BACKENDS, BackendName
 from hunyuan_pretrain.config.recipe import RECIPES, Recipe, RecipeName
 
 __all__ = [
@@ -527,6 +528,16 @@ class RuntimeConfig(Section):
         "tokens, cross-entropy) run as this project's Triton kernels. auto: on a CUDA device where triton is "
         "installed, as it is with torch for CUDA. never: as torch operations.",
         "auto",
+    )
+    attention_backend: Literal["auto", BackendName] = setting(
+        "What computes attention on a CUDA device. auto: the fastest that is right, of those that this machine has; "
+        "before the first step each is compared with another implementation and timed on the first micro-batch. The "
+        "choice is recorded and kept when the run resumes. A name: that one, or an error. "
+        + "; ".join(f"{backend.name}: {backend.meaning}" for backend in BACKENDS.values())
+        + ". Those for sequences of one length compute the micro-batches whose documents all have one length; the "
+        "others are computed as with auto. On a CPU it is per_document.",
+        "auto",
+        typical="auto; the name in the log, to repeat a run bit by bit",
     )
     cpu_threads_per_rank: PositiveInt | None = setting(
         "CPU threads per rank when training on CPU; null divides the node's cores by its ranks.", None, unit="threads"

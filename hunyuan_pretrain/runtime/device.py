@@ -53,6 +53,7 @@ class Machine:
     apex: ApexState
     """"wrong": a package named apex that is not NVIDIA's, such as the one on PyPI."""
     flash_attn: str | None
+    flash_attn_3: str | None
     triton: str | None
     wandb: str | None
     tensorboard: str | None
@@ -95,6 +96,7 @@ def probe(thorough: bool = False) -> Machine:
         transformer_engine_error=transformer_engine_error(thorough) if engine else None,
         apex=apex_state(),
         flash_attn=version_of("flash-attn"),
+        flash_attn_3=version_of("flash-attn-3"),
         triton=version_of("triton"),
         wandb=version_of("wandb"),
         tensorboard=version_of("tensorboard"),
@@ -169,5 +171,5 @@ def read_cgroup(name: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a run's numbers depend on, for its record."""
-    names = ("torch", "megatron-core", "transformer-engine", "numpy")
+    names = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flash-attn-3", "numpy")
     return {name: version for name in names if (version := version_of(name)) is not None}

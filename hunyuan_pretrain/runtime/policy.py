@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
+from hunyuan_pretrain.config.attention import BACKENDS, BackendName, Work, candidates, nearest
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.recipe import Recipe
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.runtime.device import Machine, major_minor, usable_cores, version_of
+from hunyuan_pretrain.runtime.device import Gpu, Machine, major_minor, usable_cores
 
 TRANSFORMER_ENGINE_VERSIONS = {(0, 16): ((2, 9), (2, 11)), (0, 17): ((2, 11), (2, 20))}
 """First megatron-core version -> (first, last) Transformer Engine version that works with it and later ones.
@@ -73,7 +74,7 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
         rule = f"{ranks} ranks on this node, which has {len(machine.gpus)} GPUs, and each rank needs its own"
         hint = "start fewer ranks here, or use runtime.device=cpu"
         found.append(Problem("ranks", Problem.NO_VALUE, rule, hint))
-    return found + _transformer_engine_obstacles(machine, experiment)
+    return found + _transformer_engine_obstacles(machine, experiment) + _refused_attention(machine, experiment)
 
 
 def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
@@ -151,18 +152,64 @@ def missing_for_fp8(recipe: Recipe, capability: tuple[int, int], cuda_version: s
     return recipe.missing(capability, tuple(int(part) for part in (cuda_version or "0").split(".")[:2]))
 
 
-def attends_to_packed_documents() -> bool:
-    """Whether Transformer Engine has an attention kernel for packed documents on this GPU: flash-attn's, or cuDNN's
-    from Hopper on.
+def attention_work(machine: Machine, experiment: Experiment, gpu: Gpu | None) -> Work:
+    """The attention that a rank of `experiment` computes on this GPU; None: on a CPU."""
+    parallel, model, longest = experiment.parallel, experiment.model, max(s.sequence_length for s in experiment.stages)
+    ranks, is_split = parallel.tensor_model_parallel_size, parallel.context_parallel_size > 1
+    is_gathered = is_split and parallel.context_parallel_method == "all_gather"
+    if parallel.context_parallel_method == "all_to_all":
+        ranks *= parallel.context_parallel_size
+    queries = longest // parallel.context_parallel_size if is_gathered else longest
+    return Work(
+        capability=None if gpu is None else gpu.capability,
+        packages={
+            "transformer-engine": machine.transformer_engine if uses_transformer_engine(machine, experiment) else None,
+            "flash-attn": machine.flash_attn,
+            "flash-attn-3": machine.flash_attn_3,
+        },
+        dtype=experiment.precision.dtype,
+        head_dim=model.head_dim,
+        is_deterministic=experiment.runtime.deterministic,
+        is_gathered=is_gathered,
+        longest_scores=model.num_attention_heads // ranks * queries * longest,
+    )
 
-    On Blackwell cuDNN's backward pass is not deterministic, so Transformer Engine does not use it in deterministic
-    mode.
-    """
-    if not torch.cuda.is_available():
-        return False
-    major = torch.cuda.get_device_capability()[0]
-    has_cudnn_kernel = major == 9 or (major > 9 and not torch.are_deterministic_algorithms_enabled())
-    return has_cudnn_kernel or version_of("flash-attn") is not None
+
+def attention_obstacles(machine: Machine, experiment: Experiment) -> dict[BackendName, str | None]:
+    """Every attention backend, and why it cannot compute this experiment's attention on this machine; None if nothing
+    is known against it."""
+    gpus = machine.gpus if experiment.runtime.device != "cpu" else ()
+    works = [attention_work(machine, experiment, gpu) for gpu in dict.fromkeys(gpus)] or [
+        attention_work(machine, experiment, None)
+    ]
+    return {
+        name: next((reason for work in works if (reason := backend.missing(work)) is not None), None)
+        for name, backend in BACKENDS.items()
+    }
+
+
+def _refused_attention(machine: Machine, experiment: Experiment) -> list[Problem]:
+    """Why the backend that runtime.attention_backend names cannot be used here."""
+    setting = experiment.runtime.attention_backend
+    found = attention_obstacles(machine, experiment)
+    if setting == "auto" or (reason := found[setting]) is None:
+        return []
+    gpus = machine.gpus if experiment.runtime.device != "cpu" else ()
+    hint = nearest(setting, attention_work(machine, experiment, gpus[0] if gpus else None))
+    return [Problem("runtime.attention_backend", setting, reason, hint)]
+
+
+def _attention_rows(machine: Machine, experiment: Experiment) -> list[tuple[str, str]]:
+    """What computes attention, and why the other backends do not."""
+    if experiment.runtime.device == "cpu" or not machine.gpus:
+        return [("attention", f"per_document: {BACKENDS['per_document'].meaning}")]
+    setting, found = experiment.runtime.attention_backend, attention_obstacles(machine, experiment)
+    rows = []
+    for kind, title in (("packed", "attention of packs"), ("uniform", "attention of one length")):
+        able = [name for name in candidates(setting, kind) if found[name] is None]  # type: ignore[arg-type]
+        how = "the fastest that is right, measured before the first step: " if len(able) > 1 else ""
+        rows.append((title, how + ", ".join(able) if able else "nothing that runs here"))
+    return rows + [(f"not {name}", reason) for name, reason in found.items() if reason is not None]
 
 
 def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list[tuple[str, str]]:
@@ -179,6 +226,7 @@ def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list
     rows.append(("linear layers", f"Transformer Engine {machine.transformer_engine}" if is_engine else "local layers"))
     is_fused = machine.has_triton if experiment is None else uses_kernels(machine, experiment)
     rows.append(("functions between them", f"kernels of Triton {machine.triton}" if is_fused else "torch operations"))
+    rows += [] if experiment is None else _attention_rows(machine, experiment)
     recipe = None if experiment is None else experiment.precision.fp8_recipe
     if recipe:
         rows.append(

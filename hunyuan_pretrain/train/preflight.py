@@ -1,5 +1,5 @@
 """Finds what training would refuse before its first step, in one process and without a model: `hunyuan-pretrain doctor
-CONFIG`.
+CONFIG`. On a GPU, also tries the attention backends.
 
 Calls the same functions as training, so both report the same errors. Not checked: the data's SHA-256 (`hunyuan-data
 verify` checks it), the bytes of a checkpoint, and whether another process is training in the run directory.
@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.folders import WITHOUT_ANY, checkpoint_of, faults_of, none_is_good
 from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.history import read_history
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import StepLoader
 from hunyuan_pretrain.data.tokenizer import Tokenizer
-from hunyuan_pretrain.runtime.device import versions
+from hunyuan_pretrain.model.hunyuan_config import transformer_config
+from hunyuan_pretrain.runtime.device import Machine, versions
 from hunyuan_pretrain.runtime.logging import check_writable
+from hunyuan_pretrain.runtime.seeding import use_deterministic_algorithms
 from hunyuan_pretrain.train import resume, setup
+from hunyuan_pretrain.train.attention_choice import choose
 
 
 def refusals(experiment: Experiment) -> list[str]:
@@ -40,6 +46,31 @@ def refusals(experiment: Experiment) -> list[str]:
     if digest is not None and not found:  # resuming compares the data too
         found += _messages(lambda: _start(experiment, digest))
     return list(dict.fromkeys(found))
+
+
+def attention_trials(
+    experiment: Experiment, machine: Machine, device: str = "cuda"
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """((name, value) rows, messages of failed checks): the attention backends that a run on this device would take,
+    with the times of all that it tries, as rank 0 measures them alone. A run that resumes keeps what it has
+    recorded."""
+    experiment = with_absolute_paths(experiment)
+    use_deterministic_algorithms(experiment.runtime.deterministic)
+    config = transformer_config(experiment.model, experiment.parallel, experiment.precision)
+    history = read_history(Path(experiment.run_dir))
+    recorded = history[-1].attention if history and experiment.checkpoint.resume else {}
+    loader = StepLoader(experiment, 0, data_parallel_size(experiment, _world_size(experiment)), None)
+    try:
+        batch = loader.micro_batches(0)[0]
+    finally:
+        loader.close()
+    ranks, lines = (0, experiment.parallel.context_parallel_size), list[str]()
+
+    def try_all() -> None:
+        lines.extend(choose(experiment, machine, config, batch, ranks, torch.device(device), recorded)[1])
+
+    failed = list(_messages(try_all))
+    return [(name, value) for name, _, value in (line.partition(": ") for line in lines)], failed
 
 
 def _messages(check: Callable[[], object]) -> Iterator[str]:

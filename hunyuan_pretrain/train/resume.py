@@ -15,7 +15,13 @@ from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.folders import refuse_other_model
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, sources_of
 from hunyuan_pretrain.config.acceptance import check_accepted, is_accepted, refusal, refusal_text
-from hunyuan_pretrain.config.changes import Difference, Kind, all_differences, model_differences
+from hunyuan_pretrain.config.changes import (
+    Difference,
+    Kind,
+    all_differences,
+    attention_differences,
+    model_differences,
+)
 from hunyuan_pretrain.config.derived import data_parallel_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import Segment
@@ -136,6 +142,30 @@ def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
     past = start.past if start.is_new_segment else start.history
     return replace(
         start, history=(*past, new), is_new_segment=True, leaves=tuple(later), lines=(*start.lines, f"  {what}")
+    )
+
+
+def attention_so_far(start: Start) -> dict[str, str]:
+    """The attention backends of the run before this start; {} if none are recorded."""
+    return (start.past[-1] if start.is_new_segment and start.past else start.history[-1]).attention
+
+
+def with_attention(start: Start, chosen: Mapping[str, str], lines: Sequence[str]) -> Start:
+    """`start` with its attention backends recorded: in a new segment if they are others than in the run so far."""
+    last, found = start.history[-1], attention_differences(attention_so_far(start), chosen)
+    new, past, changes = last, start.past, [str(one) for one in found]
+    if found and not start.is_new_segment:
+        position = Schedule.of_segments([(one.first_step, one.config.stages) for one in start.history]).position(
+            start.first_step
+        )
+        fresh = {"first_step": start.first_step, "changes": [], "accepted": [], "position": position}
+        new, past = last.model_copy(update=fresh | {"resume_from": None}), start.history
+    new = new.model_copy(update={"attention": dict(chosen), "changes": [*new.changes, *changes]})
+    return replace(
+        start,
+        history=(*past, new),
+        is_new_segment=start.is_new_segment or bool(found),
+        lines=(*start.lines, *_changes_lines(found, ()), *(f"  {line}" for line in lines)),
     )
 
 

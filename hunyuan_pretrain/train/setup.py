@@ -47,6 +47,7 @@ from hunyuan_pretrain.runtime.policy import (
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train import resume
+from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.resume import Start
 from hunyuan_pretrain.train.run import Run
@@ -77,6 +78,7 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         start = _load_or_init(experiment, chunks, optimizer, accepted).after(lock.notes if lock else ())
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
+        start = settle(experiment, groups, chunks, loader, device, start)
         log = _open_log(experiment, start)
     except BaseException:
         if lock is not None:

@@ -37,6 +37,7 @@ MACHINE = Machine(
     transformer_engine_error=None,
     apex="absent",
     flash_attn=None,
+    flash_attn_3=None,
     triton=None,
     wandb=None,
     tensorboard=None,
@@ -186,6 +187,7 @@ def test_what_is_used_follows_the_experiment() -> None:
         "threads per rank": "3 (for 2 ranks on this node)",
         "linear layers": "local layers",
         "functions between them": "torch operations",
+        "attention": "per_document: torch's flash kernels, one call for each document; runs everywhere",
     }
 
 
@@ -304,24 +306,79 @@ def test_fp8_recipes_need_their_hardware_only_on_transformer_engine(
     assert texts(CPU_MACHINE, BF16, setting) == ""
 
 
+def attention(capability: tuple[int, int], *overrides: str, **packages: str | None) -> dict[str, str | None]:
+    """Backend -> why it cannot be used on such a machine, in bf16."""
+    machine = dataclasses.replace(MACHINE, gpus=(Gpu("NVIDIA Xyz", capability, 80.0),) * 2, **packages)
+    return dict(policy.attention_obstacles(machine, load_experiment(DEMO, (BF16, *overrides))))
+
+
+EVERYTHING = {"flash_attn": "2.8.3", "flash_attn_3": "3.0.0b1"}
+
+
 @pytest.mark.parametrize(
-    ("major", "is_deterministic", "flash_attn", "expected"),
+    ("capability", "is_deterministic", "able"),
     [
-        (8, False, None, False),
-        (8, True, "2.8.3", True),
-        (9, True, None, True),
-        (10, True, None, False),
-        (10, False, None, True),
+        ((8, 0), False, "flash_attn_2 torch_varlen per_document cudnn_batched torch_batched"),
+        ((8, 0), True, "flash_attn_2 torch_varlen per_document torch_batched"),
+        ((9, 0), True, "cudnn flash_attn_3 flash_attn_2 torch_varlen per_document cudnn_batched torch_batched"),
+        ((10, 0), True, "flash_attn_2 torch_varlen per_document torch_batched"),
+        ((10, 0), False, "cudnn flash_attn_2 torch_varlen per_document cudnn_batched torch_batched"),
+        ((12, 0), False, "flash_attn_2 torch_varlen per_document cudnn_batched torch_batched"),
+        ((7, 5), False, "per_document"),
     ],
 )
-def test_attention_of_packed_documents_needs_a_kernel(
-    major: int, is_deterministic: bool, flash_attn: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
-    monkeypatch.setattr(policy, "version_of", lambda name: flash_attn)
-    assert policy.attends_to_packed_documents() == expected
+def test_attention_backends_need_their_gpu(capability: tuple[int, int], is_deterministic: bool, able: str) -> None:
+    found = attention(capability, f"runtime.deterministic={str(is_deterministic).lower()}", **EVERYTHING)
+    assert " ".join(name for name, reason in found.items() if reason is None) == able
+
+
+def test_attention_backends_need_their_package_heads_and_layout() -> None:
+    found = attention((9, 0))
+    assert found["flash_attn_2"] == "flash-attn is not installed"
+    assert attention((9, 0), flash_attn="2.4.0")["flash_attn_2"] == "it needs flash-attn 2.4.1 or newer, not 2.4.0"
+    never = attention((9, 0), "runtime.transformer_engine=never", **EVERYTHING)
+    assert never["cudnn"] == never["cudnn_batched"] == "transformer-engine is not used"
+    wide = attention((9, 0), "model.kv_channels=200", **EVERYTHING)
+    assert wide["flash_attn_3"] == "its backward pass is deterministic for head widths up to 192, not 200"
+    assert wide["flash_attn_2"] is None
+    odd = attention((9, 0), "model.kv_channels=18", **EVERYTHING)
+    assert [name for name, reason in odd.items() if reason is None] == ["per_document"]
+    gathered = attention((9, 0), "parallel.context_parallel_size=2")
+    assert "a rank has more keys" in str(gathered["torch_batched"])
+    traded = attention((9, 0), "parallel.context_parallel_size=2", "parallel.context_parallel_method=all_to_all")
+    assert traded["torch_batched"] is None
+
+
+def test_long_packs_have_no_deterministic_cudnn_kernel_on_hopper_with_a_new_transformer_engine() -> None:
+    """8 heads; Transformer Engine 2.20 refuses from 2^30 scores on."""
+    for length, has_kernel in ((11584, True), (11592, False)):
+        settings = (f"stages.0.sequence_length={length}", "model.moe_routing_group_tokens=8")
+        found = attention((9, 0), *settings, transformer_engine="2.20.2")
+        assert (found["cudnn"] is None) == has_kernel, found["cudnn"]
+        assert found["cudnn_batched"] is None
+        assert attention((9, 0), *settings, transformer_engine="2.11.0")["cudnn"] is None
+
+
+def test_a_named_attention_backend_is_refused_where_it_cannot_run() -> None:
+    name = "runtime.attention_backend"
+    assert texts(MACHINE, BF16, f"{name}=cudnn") == ""
+    assert texts(MACHINE, BF16, f"{name}=flash_attn_2") == (
+        f"{name}=flash_attn_2: flash-attn is not installed (use cudnn, or auto)"
+    )
+    assert texts(CPU_MACHINE, BF16, f"{name}=torch_batched") == (
+        f"{name}=torch_batched: it runs on CUDA devices only (use auto)"
+    )
+    assert texts(CPU_MACHINE, BF16, f"{name}=per_document") == ""
+
+
+def test_doctor_says_what_computes_attention_and_why_the_others_do_not() -> None:
+    rows = dict(what_is_used(MACHINE, load_experiment(DEMO, (BF16,))))
+    assert rows["attention of packs"].endswith("before the first step: cudnn, torch_varlen, per_document")
+    assert rows["attention of one length"].endswith("torch_varlen, per_document, cudnn_batched, torch_batched")
+    assert rows["not flash_attn_3"] == "flash-attn-3 is not installed"
+    named = dict(what_is_used(MACHINE, load_experiment(DEMO, (BF16, "runtime.attention_backend=torch_varlen"))))
+    assert named["attention of packs"] == named["attention of one length"] == "torch_varlen"
+    assert dict(what_is_used(CPU_MACHINE, load_experiment(DEMO)))["attention"].startswith("per_document: ")
 
 
 def test_more_ranks_than_gpus_are_refused_before_cuda_says_invalid_device_ordinal():

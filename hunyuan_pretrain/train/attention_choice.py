@@ -1,0 +1,312 @@
+"""Chooses the attention backends of a run on a GPU, before its first step: the fastest that are right.
+
+Each backend that this machine has (config/attention.py) computes attention of random numbers in the sizes of this rank,
+with the documents of the first micro-batch, forward and backward. It is compared with `packed_attention` and timed.
+Micro-batches whose documents all have one length may get a backend of their own. All ranks take the same: a backend is
+as slow as on the slowest rank, and out if it is wrong on any.
+
+The choice is recorded in the run's history. A run that resumes keeps it, so that it computes what it would have
+computed without the interruption. Two fresh runs may choose differently where two backends are about as fast;
+runtime.attention_backend fixes the choice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from hunyuan_pretrain.config.attention import KINDS, AttentionChoice, BackendName, Kind, candidates
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.data.loader import MicroBatch, StepLoader
+from hunyuan_pretrain.model.attention_backends import BUILDERS, CoreAttention, Heads, heads_of, use_attention
+from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.packed_attention import (
+    Block,
+    context_blocks,
+    document_blocks,
+    is_uniform,
+    packed_attention,
+)
+from hunyuan_pretrain.parallel.context_parallel import rows_of_ranks
+from hunyuan_pretrain.runtime.device import Machine, probe
+from hunyuan_pretrain.runtime.policy import attention_obstacles
+from hunyuan_pretrain.train import resume
+from hunyuan_pretrain.train.attention_check import ROUNDINGS, Compared, allowed_difference
+from hunyuan_pretrain.train.resume import Start
+
+MARGIN = 0.05
+"""A backend must be faster by more than this than one before it in config/attention.py: the noise of a measurement
+should not decide."""
+MOST_SCORES = 1 << 33
+"""Where a rank has more queries x keys x heads in a micro-batch, fewer heads are measured. They take tens of
+milliseconds on a Hopper GPU."""
+WHAT: dict[Kind, str] = {"packed": "packs", "uniform": "documents of one length"}
+CALLS = (2, 5)
+"""Timed calls: of a slow backend, and of one that takes less than SLOW_MS."""
+SLOW_MS = 50.0
+
+
+class Case(NamedTuple):
+    """The attention of one rank in one kind of micro-batch."""
+
+    blocks: Sequence[Block]
+    num_keys: int
+    heads: Heads
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Trial(NamedTuple):
+    """What a backend did with a case."""
+
+    milliseconds: float
+    """Forward and backward; infinity if it failed or was wrong."""
+    reason: str
+    """Why it is out; "" if it is not."""
+
+
+Times = dict[BackendName, float]
+"""Milliseconds on the slowest rank, of every backend that the setting allows; infinity where it is out."""
+
+
+def settle(
+    experiment: Experiment,
+    groups: ProcessGroupCollection,
+    chunks: Sequence[torch.nn.Module],
+    loader: StepLoader,
+    device: torch.device,
+    start: Start,
+) -> Start:
+    """Choose the attention backends of a run and give them to its model. Returns `start` with the choice in its history
+    and log lines. On a CPU the backend is per_document; nothing is tried and nothing recorded.
+
+    Raises ConfigError, on every rank, if no backend that the setting allows can be used. Communicates: all ranks.
+    """
+    recorded = resume.attention_so_far(start)
+    if device.type == "cpu":
+        return resume.with_attention(start, {}, ()) if recorded else start
+    config: Any = chunks[0].config
+    batch = loader.micro_batches(min(start.first_step, loader.num_steps - 1))[0]
+    ranks = groups.cp.rank(), groups.cp.size()
+    # cuDNN's kernels advance the generator, even without dropout; a resumed run has loaded its state already
+    with torch.random.fork_rng(devices=[device]):
+        choice, lines = choose(experiment, probe(), config, batch, ranks, device, recorded)
+    use_attention(chunks, choice)
+    return resume.with_attention(start, choice._asdict(), lines)
+
+
+def choose(
+    experiment: Experiment,
+    machine: Machine,
+    config: HunyuanConfig,
+    batch: MicroBatch,
+    ranks: tuple[int, int],
+    device: torch.device,
+    recorded: Mapping[str, str],
+) -> tuple[AttentionChoice, list[str]]:
+    """(the backends of this run, lines for the log).
+
+    batch: the first micro-batch of this rank. ranks: (number, size) in the context-parallel group. recorded: the choice
+    of the run so far, {} if there is none; a backend of it is kept if the setting allows it and it is right here.
+    Raises ConfigError, on every rank, if no backend that the setting allows can be used. Communicates: all ranks.
+    """
+    setting = experiment.runtime.attention_backend
+    obstacles = attention_obstacles(machine, experiment)
+    names: dict[Kind, BackendName] = {}
+    lines: list[str] = []
+    for kind in KINDS:
+        case = case_of(experiment, config, batch, ranks, device, kind)
+        if kind == "uniform" and not is_uniform(case.blocks, case.num_keys):
+            names[kind] = names["packed"]  # context parallelism by all_gather: no rank has such a micro-batch
+            continue
+        reasons = {name: reason for name, reason in obstacles.items() if reason is not None}
+        old = recorded.get(kind)
+        times = _try_all(candidates(setting, kind), old, case, reasons)
+        is_kept = old is not None and math.isfinite(times.get(old, math.inf))  # type: ignore[call-overload]
+        if old in times and not is_kept:
+            reasons.setdefault(old, "it is out on another rank")
+        names[kind] = old if is_kept else _fastest(times, reasons, setting)  # type: ignore[assignment]
+        lines += _lines(kind, names[kind], times, is_kept)
+        lines += [
+            f"attention of {WHAT[kind]}: not {name}: {reason}"
+            for name, reason in reasons.items()
+            if obstacles[name] is None or name == old
+        ]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the trials worked in
+    return AttentionChoice(names["packed"], names["uniform"]), lines
+
+
+def _fastest(times: Times, reasons: Mapping[BackendName, str], setting: str) -> BackendName:
+    best = min(times.values())
+    if not math.isfinite(best):
+        rule = "; ".join(f"{name}: {reasons.get(name, 'it fails on another rank')}" for name in times)
+        hint = "use auto" if setting != "auto" else "run `hunyuan-pretrain doctor` with this file on each node"
+        raise ConfigError("this machine", [Problem("runtime.attention_backend", setting, rule, hint)])
+    return next(name for name, taken in times.items() if taken * (1 - MARGIN) <= best)
+
+
+def _lines(kind: Kind, name: BackendName, times: Times, is_kept: bool) -> list[str]:
+    found = ", ".join(f"{other} {taken:.2f}" for other, taken in times.items() if math.isfinite(taken))
+    why = "as in the run so far" if is_kept else f"{found} ms, forward and backward"
+    return [f"attention of {WHAT[kind]}: {name} ({why})"]
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+def _try_all(
+    allowed: Sequence[BackendName], recorded: str | None, case: Case, reasons: dict[BackendName, str]
+) -> Times:
+    """Try the backends `allowed`; if one of them is recorded, only that one, unless it is out. Adds to `reasons`.
+    Communicates: all ranks."""
+    times: Times = dict.fromkeys(allowed, math.inf)
+    kept = [name for name in allowed if name == recorded]
+    for names in (kept, [name for name in allowed if name not in kept]):
+        if names and not any(map(math.isfinite, times.values())):
+            times |= zip(
+                names, _of_slowest_rank([_try(name, case, reasons) for name in names], case.device), strict=True
+            )
+    return times
+
+
+def _try(name: BackendName, case: Case, reasons: dict[BackendName, str]) -> float:
+    """Milliseconds, or infinity, and then the reason in `reasons`."""
+    if name in reasons:
+        return math.inf
+    found = trial(name, case)
+    if found.reason:
+        reasons[name] = found.reason
+    return found.milliseconds
+
+
+def _of_slowest_rank(milliseconds: list[float], device: torch.device) -> list[float]:
+    slowest = torch.tensor(milliseconds, dtype=torch.float64, device=device)
+    if dist.is_initialized():  # `doctor` is one process
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.tolist()
+
+
+def trial(name: BackendName, case: Case) -> Trial:
+    """Compute, compare and time one backend on this rank. Whatever fails is a reason, not an error. Communicates
+    nothing."""
+    try:
+        attend = BUILDERS[name](case.heads)
+        qkv = _numbers(case)
+        if attend is not packed_attention and (wrong := _wrong(attend, qkv, case)):
+            return Trial(math.inf, wrong)
+        return Trial(_milliseconds(attend, qkv, case), "")
+    except Exception as error:  # whatever a package, a compiler or a driver raises: the other backends still run
+        return Trial(math.inf, f"it fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+
+
+def _wrong(attend: CoreAttention, qkv: Sequence[Tensor], case: Case) -> str:
+    """How far the backend is from `packed_attention`, if rounding does not explain it, or what changes from run to
+    run; "" if it is right."""
+    q, k, v = qkv
+    compared = Compared(attend, packed_attention)
+    compared(q, k, v, case.blocks)
+    longest = max(block.k_end - block.k_start for block in case.blocks)
+    for what, difference in compared.differences.items():
+        allowed = allowed_difference(ROUNDINGS[what], case.dtype, longest + case.heads.width)
+        if not difference.item() <= allowed:
+            return f"its {what} is wrong here by {difference.item():.2g}; rounding explains {allowed:.2g}, relative"
+    if torch.are_deterministic_algorithms_enabled():
+        repeated = Compared(attend, attend)
+        repeated(q, k, v, case.blocks)
+        if varying := [what for what, difference in repeated.differences.items() if difference.item() != 0]:
+            return f"its {', '.join(varying)} vary from run to run, and runtime.deterministic is true"
+    return ""
+
+
+def _milliseconds(attend: CoreAttention, qkv: Sequence[Tensor], case: Case) -> float:
+    """Forward and backward pass; the fastest of some calls after one that may compile."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    grad = torch.ones_like(leaves[0])
+
+    def once() -> float:
+        _wait(case.device)
+        started = time.perf_counter()
+        torch.autograd.grad(attend(leaves[0], leaves[1], leaves[2], case.blocks), leaves, grad)
+        _wait(case.device)
+        return 1000 * (time.perf_counter() - started)
+
+    once()
+    taken = [once() for _ in range(CALLS[0])]
+    if min(taken) < SLOW_MS:
+        taken += [once() for _ in range(CALLS[1] - CALLS[0])]
+    return min(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def case_of(
+    experiment: Experiment,
+    config: HunyuanConfig,
+    batch: MicroBatch,
+    ranks: tuple[int, int],
+    device: torch.device,
+    kind: Kind,
+) -> Case:
+    """The attention of this rank in such a micro-batch. Fewer heads stand for all if it is large (MOST_SCORES)."""
+    (rank, size), cu_seqlens = ranks, borders_of(batch, kind)
+    if size > 1 and config.parallel.context_parallel_method == "all_gather":
+        unit = experiment.model.moe_routing_group_tokens
+        blocks = context_blocks(cu_seqlens, rows_of_ranks(cu_seqlens, len(batch.sequence_ids), size, unit)[rank])
+    else:
+        blocks = document_blocks(cu_seqlens)
+    heads = _measured_heads(heads_of(config), blocks)
+    return Case(blocks, len(batch.tokens_T), heads, config.params_dtype, device)
+
+
+def borders_of(batch: MicroBatch, kind: Kind) -> list[int]:
+    """cu_seqlens of a micro-batch of this kind: of `batch` itself if it is one, else of one of its size.
+
+    A uniform one has a document for each sequence. Where all documents of `batch` have one length, a packed one has
+    four of different lengths in each sequence.
+    """
+    total, cu_seqlens = len(batch.tokens_T), batch.cu_seqlens.tolist()
+    length = total // len(batch.sequence_ids)
+    if is_uniform(document_blocks(cu_seqlens), total) == (kind == "uniform"):
+        return cu_seqlens
+    return list(range(0, total + 1, length)) if kind == "uniform" else _split(cu_seqlens, length)
+
+
+def _split(cu_seqlens: Sequence[int], length: int) -> list[int]:
+    """Documents of 1/8, 1/4, 1/8 and 1/2 of each sequence; shorter than 8 tokens they stay whole."""
+    if length < 8:
+        return list(cu_seqlens)
+    within = [0, length // 8, 3 * length // 8, length // 2]
+    return [start + offset for start in range(0, cu_seqlens[-1], length) for offset in within] + [cu_seqlens[-1]]
+
+
+def _measured_heads(heads: Heads, blocks: Sequence[Block]) -> Heads:
+    """All, or as many key/value heads with their query heads as keep to MOST_SCORES, at least one."""
+    scores = sum((block.q_end - block.q_start) * (block.k_end - block.k_start) for block in blocks)
+    shared = heads.queries // heads.groups
+    kept = max(1, min(heads.groups, MOST_SCORES // (scores * shared)))
+    return Heads(shared * kept, kept, heads.width)
+
+
+def _numbers(case: Case) -> list[Tensor]:
+    """q, k and v, contiguous, as a layer hands them over on a GPU."""
+    generator = torch.Generator(case.device).manual_seed(1)
+    shapes = ((case.blocks[-1].q_end, case.heads.queries), *[(case.num_keys, case.heads.groups)] * 2)
+    return [
+        torch.randn(*shape, case.heads.width, generator=generator, device=case.device).to(case.dtype)
+        for shape in shapes
+    ]
