@@ -71,11 +71,14 @@ def device() -> torch.device:
 
 def ours(shape: Shape, recipe: str | None, *, has_engine: bool = True, has_kernels: bool = True) -> Built:
     """This project's step with every feature on."""
+    from hunyuan_pretrain.config.schema import RuntimeConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
     from hunyuan_pretrain.parallel.groups import build_groups
     from hunyuan_pretrain.plan.counts import parameters
+    from hunyuan_pretrain.runtime.device import probe
     from hunyuan_pretrain.runtime.policy import fuses_wgrad_accumulation
+    from hunyuan_pretrain.train.attention_choice import choose
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
     from hunyuan_pretrain.train.run import Run
     from hunyuan_pretrain.train.step import train_step
@@ -90,13 +93,17 @@ def ours(shape: Shape, recipe: str | None, *, has_engine: bool = True, has_kerne
         has_engine,
         use_kernels=has_kernels,
     )
+    batches = _micro_batches(shape)
+    if device().type == "cuda":
+        runtime = RuntimeConfig(deterministic=False, transformer_engine="auto" if has_engine else "never")
+        wanted = experiment.model_copy(update={"runtime": runtime})
+        config.attention, _ = choose(wanted, probe(), config, batches[0], (0, 1), device(), {})
     built = build_model(config, groups, None)
     for parameter in built[0].parameters():  # the seeded weights of a run are drawn on the CPU, which takes a minute
         torch.nn.init.ones_(parameter) if parameter.dim() == 1 else torch.nn.init.normal_(parameter, std=0.01)
     chunks = wrap_data_parallel(built, experiment, groups)
     optimizer = build_optimizer(chunks, experiment, groups)
     set_learning_rate(optimizer, 1e-4, 0.31)
-    batches = _micro_batches(shape)
     # the parts of a run that a step uses: no data on disk, no log
     loader: Any = SimpleNamespace(micro_batches=lambda step: batches)
     log: Any = None

@@ -1,12 +1,12 @@
 """Whole optimizer steps on one GPU, this project beside megatron-core's GPTModel, with the card's ceilings measured in
 the same run.
 
-    python -m tests.benchmarks.gpu_step [--parts ceilings,large,bench,large4,long] [--steps 6] [--out FILE] [--dry]
+    python -m tests.benchmarks.gpu_step [--parts ceilings,attention,large,...] [--steps 6] [--out FILE] [--dry]
 
-Parts: ceilings (products in bf16 and FP8, a copy), large and large4 (Hunyuan-Large's width, 2 and 4 layers), bench (a
-small model), long (one sequence of 256K tokens). Each runs in a process of its own with a time-out; what was measured
-before a time-out or a crash is kept, and after a crash the part goes on with the next contender. All parts together
-should take under 6 minutes, and cannot take more than 8.
+Parts: ceilings (products in bf16 and FP8, a copy), attention (every backend; tests/benchmarks/gpu_attention.py), large
+and large4 (Hunyuan-Large's width, 2 and 4 layers), bench (a small model), long (one sequence of 256K tokens). Each runs
+in a process of its own with a time-out; what was measured before a time-out or a crash is kept, and after a crash the
+part goes on with the next contender. All parts together should take under 6 minutes, and cannot take more than 9.
 
 For each contender: the median step, tokens/s, TFLOP/s (6 x active parameters x tokens, without attention), peak memory,
 the loss, and the GPU's time in one step by group of kernels, from torch.profiler. GPTModel runs with its fused kernels
@@ -37,8 +37,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import gpu_attention
+
 ROOT = Path(__file__).parents[2]
-PARTS = {"ceilings": 45, "large": 125, "bench": 120, "large4": 105, "long": 75}
+PARTS = {"ceilings": 45, "attention": 60, "large": 125, "bench": 120, "large4": 105, "long": 75}
 """Name -> time-out in seconds."""
 WARM_UP = 3
 KERNEL_GROUPS = (
@@ -72,6 +74,10 @@ def worker(part: str, names: list[str], num_steps: int, is_dry: bool) -> None:
     cpu_megatron.install()
     if part == "ceilings":
         say({"finished": "ceilings", "result": ceilings(is_dry)})
+        return
+    if part == "attention":
+        for line in gpu_attention.lines(names, is_dry):
+            say(line)
         return
     from hunyuan_pretrain.parallel.groups import destroy_groups, initialize_distributed
     from tests.benchmarks.gpu_contenders import DRY, SHAPES, contenders
@@ -286,8 +292,9 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Results of a part by contender. Starts its process again after a crash, without what was tried already."""
     from tests.benchmarks.gpu_contenders import contenders
 
-    waiting = ["ceilings"]
-    if part != "ceilings":
+    if part in ("ceilings", "attention"):
+        waiting = ["ceilings"] if part == "ceilings" else gpu_attention.names()
+    else:
         waiting = [contender.name for contender in contenders(part, supported_recipes(arguments.dry))]
     deadline = time.monotonic() + (600 if arguments.dry else PARTS[part])
     results: dict[str, Any] = {}
@@ -354,7 +361,7 @@ def machine(is_dry: bool) -> dict[str, Any]:
 
     from hunyuan_pretrain.runtime.device import version_of
 
-    packages = ("megatron-core", "transformer-engine", "triton")
+    packages = ("megatron-core", "transformer-engine", "triton", "flash-attn", "flash-attn-3")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
