@@ -23,7 +23,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.attention_backends import BUILDERS, ByMicroBatch, CoreAttention, Heads, use_attention
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.packed_attention import batched_attention, packed_attention
+from hunyuan_pretrain.model.packed_attention import batched_attention, document_blocks, packed_attention
 from hunyuan_pretrain.train import attention_choice, resume
 from hunyuan_pretrain.train.preflight import attention_trials
 from tests.helpers import flash_attention_stub
@@ -193,8 +193,6 @@ def test_both_kinds_are_measured_whatever_the_first_micro_batch_is(cu_seqlens: l
 
 
 def test_long_sequences_are_measured_with_fewer_heads() -> None:
-    from hunyuan_pretrain.model.packed_attention import document_blocks
-
     all_heads = Heads(80, 8, 80)
     assert attention_choice._measured_heads(all_heads, document_blocks([0, 4096, 8192])) == all_heads
     assert attention_choice._measured_heads(all_heads, document_blocks([0, 2**15])) == Heads(10, 1, 80)
