@@ -24,6 +24,8 @@ from typing import Any
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 
 LOCK = "lock.json"
+ASIDE = f"{LOCK}.aside."
+"""Beginning of the name of a lock that a process has moved away to look at."""
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 EXIT_TAKEN_OVER = 2
@@ -56,7 +58,7 @@ class RunLock:
         made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         token, notes = uuid.uuid4().hex, []
-        while not _created(path, token, made):
+        while not (_created(path, token, made) and _stays(path, token, stale_s)):
             holder = _read(path)
             if holder is None:
                 continue  # just released
@@ -208,17 +210,29 @@ def _age(path: Path) -> float:
 
 def _set_aside(path: Path, token: str | None) -> bool:
     """Remove a leftover lock. Returns False if it has been removed or taken by another process in the meantime."""
-    aside = path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
+    aside = path.with_name(f"{ASIDE}{uuid.uuid4().hex}")
     try:
         path.rename(aside)
     except FileNotFoundError:
         return False
     is_it = (_read(aside) or {}).get("token") == token
-    if not is_it:
-        with contextlib.suppress(OSError):
-            os.link(aside, path)
-    aside.unlink(missing_ok=True)
+    if is_it:
+        aside.unlink()
+    else:  # the lock of a process that was faster: it goes back, also over one created while it was gone (see _stays)
+        aside.replace(path)
     return is_it
+
+
+def _stays(path: Path, token: str, longest_s: float) -> bool:
+    """Whether the lock just created is still this process's once no lock is set aside: the path may have been free only
+    because another process was looking at the lock of a third one, which it then puts back."""
+    end = time.monotonic() + longest_s
+    while found := list(path.parent.glob(f"{ASIDE}*")):
+        if time.monotonic() > end:  # left by a process that was killed, which will not put it back
+            for aside in found:
+                aside.unlink(missing_ok=True)
+        time.sleep(0.01)
+    return (_read(path) or {}).get("token") == token
 
 
 def _refusal(run_dir: Path, holder: dict[str, Any]) -> ConfigError:

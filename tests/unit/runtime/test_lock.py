@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.runtime import lock
-from hunyuan_pretrain.runtime.lock import LOCK, RunLock
+from hunyuan_pretrain.runtime.lock import ASIDE, LOCK, RunLock
 
 HOLD = """
 import sys, time
@@ -162,15 +163,65 @@ def test_of_many_simultaneous_starts_exactly_one_takes_over_a_stale_lock(tmp_pat
     process.kill()
     process.wait()
     context = multiprocessing.get_context("fork")
-    with context.Pool(4) as pool:
-        assert sum(pool.map(_try, [tmp_path] * 4, chunksize=1)) == 1
+    together, results = context.Barrier(4), context.Queue()
+    starts = [context.Process(target=_try, args=(tmp_path, together, results)) for _ in range(4)]
+    for start in starts:
+        start.start()
+    took = [results.get(timeout=60) for _ in starts]
+    for start in starts:
+        start.kill()  # only now: a process that has ended would be taken over in turn
+        start.join()
+    assert sum(took) == 1
 
 
-def _try(run_dir: Path) -> int:
+def _try(run_dir: Path, together: Any, results: Any) -> None:
+    together.wait()
     try:
         RunLock.take(run_dir)
+        results.put(True)
     except ConfigError:
-        time.sleep(1)
-        return 0
-    time.sleep(1)  # long enough for the others to find this one alive
-    return 1
+        results.put(False)
+    time.sleep(60)
+
+
+def test_a_lock_created_while_another_is_looked_at_does_not_count(tmp_path: Path) -> None:
+    """A slow process takes the lock of a faster one for the leftover one, moves it away, and puts it back."""
+    process = holder(tmp_path)
+    aside = tmp_path / f"{ASIDE}of a slow process"
+    (tmp_path / LOCK).rename(aside)
+    refused: list[ConfigError] = []
+
+    def start() -> None:
+        try:
+            RunLock.take(tmp_path)
+        except ConfigError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=start)
+    try:
+        thread.start()
+        while not (tmp_path / LOCK).exists():
+            time.sleep(0.01)
+        thread.join(0.1)
+        assert thread.is_alive(), "it waits until no lock is set aside"
+        aside.replace(tmp_path / LOCK)
+        thread.join(20)
+    finally:
+        process.kill()
+        process.wait()
+    assert [f"process {process.pid} on" in str(error) for error in refused] == [True]
+
+
+def test_a_live_lock_that_was_mistaken_for_the_leftover_one_is_put_back(tmp_path: Path) -> None:
+    taken = RunLock.take(tmp_path)
+    before = (tmp_path / LOCK).read_bytes()
+    assert not lock._set_aside(tmp_path / LOCK, "the leftover one")
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert (tmp_path / LOCK).read_bytes() == before
+    taken.release()
+
+
+def test_a_lock_set_aside_by_a_killed_process_delays_a_start_once(tmp_path: Path) -> None:
+    (tmp_path / f"{ASIDE}of a killed process").write_text("{}")
+    RunLock.take(tmp_path, stale_s=0.2).release()
+    assert not list(tmp_path.iterdir())
