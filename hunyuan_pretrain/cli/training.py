@@ -79,8 +79,8 @@ def parity(
     layout: Annotated[
         str,
         typer.Option(
-            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, recompute=..., method=...; sizes "
-            "default to 1."
+            help="Such as tp=2,pp=2; also vpp, cp, ep, etp, dp, micro, zero1=0|1, offload, recompute=..., method=...; "
+            "sizes default to 1."
         ),
     ] = "dp=2",
     against: Annotated[str, typer.Option(help="Layout to compare with.")] = "dp=1",

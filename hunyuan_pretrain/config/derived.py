@@ -110,6 +110,19 @@ def stages_of(model: ModelConfig, parallel: ParallelConfig, pipeline_rank: int) 
     return {number: stages[number] for number in range(pipeline_rank, len(stages), ranks)}
 
 
+def offloaded_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> range:
+    """Layers of a stage whose activations wait in host memory: parallel.cpu_offloading_num_layers of them, or fewer if
+    the stage has fewer. The last CLA group of the model is none of them."""
+    stages = pipeline_stages(model, parallel)
+    most = len(stages[stage]) - (model.cla_share_factor if stage == len(stages) - 1 else 0)
+    return stages[stage][: min(parallel.cpu_offloading_num_layers, most)]
+
+
+SMALLEST_OFFLOADED_BYTES = 1 << 20
+"""Smaller blocks of memory stay on the device: their copies would cost more launches than they move bytes. The same
+limit as in core."""
+
+
 def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
     """Model chunks per pipeline rank, in megatron-core's form: None if there is one."""
     return parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None

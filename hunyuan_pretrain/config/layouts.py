@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem
@@ -21,7 +21,9 @@ SIZES = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
-KEYS = (*SIZES, "dp", "micro", "zero1", "recompute", "method")
+CHOICES = {"recompute": "recompute", "method": "context_parallel_method"}
+MAY_BE_0 = ("zero1", "offload")
+KEYS = (*SIZES, "dp", "micro", *MAY_BE_0, *CHOICES)
 
 
 def layout_experiment(
@@ -35,10 +37,11 @@ def layout_experiment(
     """(experiment under a layout such as "tp=2,pp=2" with run_dir `folder`, its number of ranks).
 
     Sizes that the layout does not name are 1, except dp, which uses up `num_ranks` if that is given. If the layout does
-    not name micro (sequences per micro-batch), zero1 (distributed optimizer, 0 or 1), recompute or method (of context
-    parallelism), they stay as in the experiment. precision: fp32 and bf16 turn FP8 off; fp8 uses the experiment's
-    recipe. engine: this project's layers (own) or Transformer Engine's (te). Raises ConfigError if the layout is
-    invalid, breaks a rule of the experiment, or needs another number of ranks than `num_ranks`.
+    not name micro (sequences per micro-batch), zero1 (distributed optimizer, 0 or 1), offload (layers of a stage whose
+    activations wait in host memory), recompute or method (of context parallelism), they stay as in the experiment.
+    precision: fp32 and bf16 turn FP8 off; fp8 uses the experiment's recipe. engine: this project's layers (own) or
+    Transformer Engine's (te). Raises ConfigError if the layout is invalid, breaks a rule of the experiment, or needs
+    another number of ranks than `num_ranks`.
     """
     values = _parse(layout)
     sizes = {field: int(values.get(key, 1)) for key, field in SIZES.items()}
@@ -52,9 +55,9 @@ def layout_experiment(
         changes["use_distributed_optimizer"] = bool(int(values["zero1"]))
         if not changes["use_distributed_optimizer"]:
             changes["overlap_param_gather"] = False
-    for key, field in (("recompute", "recompute"), ("method", "context_parallel_method")):
-        if key in values:
-            changes[field] = values[key]
+    if "offload" in values:
+        changes["cpu_offloading_num_layers"] = int(values["offload"])
+    changes |= {field: values[key] for key, field in CHOICES.items() if key in values}
     fields = experiment.model_dump()
     fields["parallel"] = ParallelConfig.model_validate(experiment.parallel.model_dump() | changes).model_dump()
     fields["precision"] = _number_formats(experiment, precision)
@@ -114,11 +117,11 @@ def _parse(layout: str) -> dict[str, str]:
         key, _, value = part.partition("=")
         if key not in KEYS:
             problems.append(Problem(key, Problem.NO_VALUE, "unknown part of a layout", f"use {', '.join(KEYS)}"))
-        elif key in ("recompute", "method"):
-            allowed = {"recompute": ("none", "selective", "cla_group"), "method": ("all_gather", "all_to_all")}[key]
+        elif key in CHOICES:
+            allowed = get_args(ParallelConfig.model_fields[CHOICES[key]].annotation)
             if value not in allowed:
                 problems.append(Problem(key, value, "no such choice", f"use {', '.join(allowed)}"))
-        elif not value.isdecimal() or (int(value) < 1 and key != "zero1"):
+        elif not value.isdecimal() or (int(value) < 1 and key not in MAY_BE_0):
             problems.append(Problem(key, value, "not a number of at least 1", "such as tp=2"))
         values[key] = value
     if problems:

@@ -169,6 +169,18 @@ def gathered_blocks_are_whole(experiment: Experiment) -> Iterator[Problem]:
             )
 
 
+def delayed_scales_leave_nothing_to_recompute(experiment: Experiment) -> Iterator[Problem]:
+    """With a delayed scale, Transformer Engine's linear layers keep the FP8 copy of their input and cannot make it
+    again in the backward pass."""
+    recipe, recompute = experiment.precision.recipe, experiment.parallel.recompute
+    if recipe is None or not recipe.is_delayed or not experiment.parallel.recomputed_parts & {"swiglu", "norms"}:
+        return
+    rule = "with fp8_recipe=delayed the linear layers keep FP8 copies of their inputs, which recomputing would not free"
+    yield Problem(
+        "parallel.recompute", recompute, rule, "use selective or cla_group, or precision.fp8_recipe=tensorwise"
+    )
+
+
 def required_transformer_engine_can_run(experiment: Experiment) -> Iterator[Problem]:
     """Settings that runtime.transformer_engine=required excludes on every machine."""
     runtime = experiment.runtime
@@ -235,6 +247,7 @@ def rounded_moments_decay(experiment: Experiment) -> Iterator[Problem]:
 PRECISION_RULES = (
     state_formats_take_effect,
     rounded_moments_decay,
+    delayed_scales_leave_nothing_to_recompute,
     required_transformer_engine_can_run,
     fp8_settings_take_effect,
     fp8_parameters_have_main_weights,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from hunyuan_pretrain.config.attention import BACKENDS, Work, nearest
 from hunyuan_pretrain.config.data_rules import DATA_RULES
-from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
+from hunyuan_pretrain.config.derived import data_parallel_size, pipeline_stages, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.model_rules import MODEL_RULES
 from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
@@ -175,6 +175,23 @@ def offload_needs_the_distributed_optimizer(experiment: Experiment) -> Iterator[
         )
 
 
+def offloaded_layers_are_whole_groups(experiment: Experiment) -> Iterator[Problem]:
+    """Activations are offloaded by CLA group, and those of the model's last group never are."""
+    model, parallel = experiment.model, experiment.parallel
+    wanted, share = parallel.cpu_offloading_num_layers, model.cla_share_factor
+    if not wanted or any(pipeline_never_cuts_a_cla_group(experiment)) or model.num_layers % share:
+        return
+    path, stages = "parallel.cpu_offloading_num_layers", pipeline_stages(model, parallel)
+    if wanted % share:
+        rule = f"a CLA group of {share} layers goes to the host as a whole, {wanted} % {share} != 0"
+        yield Problem(path, wanted, rule, nearest_multiples(wanted, share))
+        return
+    most = max(len(layers) - share * (layers is stages[-1]) for layers in stages)
+    if wanted > most:
+        rule = f"no stage has more than {most} layers to offload; the model's last CLA group stays on the device"
+        yield Problem(path, wanted, rule, f"use {most}")
+
+
 def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator[Problem]:
     """Rules that need the number of ranks. `world_size`: that of the job; None: parallel.world_size applies."""
     parallel = experiment.parallel
@@ -252,6 +269,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     param_gather_overlap_needs_its_base,
     offload_needs_the_distributed_optimizer,
     attention_backend_fits,
+    offloaded_layers_are_whole_groups,
     *TRAINING_RULES,
     *DATA_RULES,
     *PRECISION_RULES,

@@ -182,12 +182,27 @@ class ParallelConfig(Section):
     use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
     overlap_grad_reduce: bool = setting("Reduce gradients while the backward pass still runs.", False)
     overlap_param_gather: bool = setting("Gather updated parameters while the next forward pass runs.", False)
-    recompute: Literal["none", "selective", "cla_group"] = setting(
-        "Which activations the backward pass recomputes instead of keeping them. none: keep all. selective: "
-        "recompute those inside the experts, shared and routed. cla_group: keep only the input of each CLA group "
-        "(full recompute).",
-        "none",
+    recompute: Literal["none", "swiglu", "norms", "swiglu+norms", "selective", "selective+norms", "cla_group"] = (
+        setting(
+            "Which activations the backward pass recomputes instead of keeping them. none: keep all. swiglu: recompute the "
+            "output of SwiGLU, the input of an expert's second matrix. norms: recompute the outputs of a layer's two "
+            "RMSNorms. Neither repeats a matmul or a message. selective: recompute everything inside the experts, shared "
+            "and routed. cla_group: keep only the input of each CLA group (full recompute).",
+            "none",
+        )
     )
+    cpu_offloading_num_layers: NonNegativeInt = setting(
+        "Layers of each pipeline stage, from its first, whose activations wait in host memory between their forward "
+        "and their backward pass, in whole CLA groups. The last CLA group of the model always stays on the device: "
+        "its backward pass comes at once. Copies overlap with computation where that takes longer. 0: none.",
+        0,
+        unit="layers",
+    )
+
+    @property
+    def recomputed_parts(self) -> frozenset[str]:
+        """The parts that `recompute` names."""
+        return frozenset(self.recompute.split("+")) - {"none"}
 
 
 class PrecisionConfig(Section):

@@ -150,6 +150,10 @@ def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]
     if fraction and experiment.runtime.device == "cpu":
         rule = "runtime.device is cpu: the state is in host memory anyway, and offloading adds copies of the weights"
         yield Problem("optimizer.cpu_offload_fraction", fraction, rule, "use 0")
+    layers = experiment.parallel.cpu_offloading_num_layers
+    if layers and experiment.runtime.device == "cpu":
+        rule = "runtime.device is cpu: activations are in host memory anyway, and offloading copies them twice"
+        yield Problem("parallel.cpu_offloading_num_layers", layers, rule, "use 0")
 
 
 def total_steps(experiment: Experiment) -> int:

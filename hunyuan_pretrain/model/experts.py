@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hunyuan_pretrain.model.dispatch import Dispatch
 from hunyuan_pretrain.model.expert_rows import RowSplits, moved, row_padding
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.recompute import free_until_backward, keep_input_as_given
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, RoutingPlan
 from hunyuan_pretrain.model.spec import Spec
@@ -54,7 +55,8 @@ class RoutedExperts(torch.nn.Module):
         super().__init__()
         self.dispatch = Dispatch(config.num_moe_experts, spec.functions, groups)
         self.swiglu = spec.functions.swiglu
-        self.recompute = config.parallel.recompute == "selective"
+        parts = config.parallel.recomputed_parts
+        self.recompute, self.recompute_swiglu = "selective" in parts, "swiglu" in parts
         self.row_multiple = spec.row_multiple
         self.linear_fc1 = spec.column_parallel_grouped_linear(
             config, config.hidden_size, 2 * config.moe_ffn_hidden_size, groups
@@ -64,6 +66,8 @@ class RoutedExperts(torch.nn.Module):
         self.linear_fc2 = spec.row_parallel_grouped_linear(
             config, config.moe_ffn_hidden_size, config.hidden_size, groups
         )
+        if self.recompute_swiglu:
+            keep_input_as_given(self.linear_fc2)
 
     def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
         """As Dispatch, with the experts of this rank."""
@@ -75,11 +79,20 @@ class RoutedExperts(torch.nn.Module):
     def _ffn(self, rows_RD: Tensor, splits: RowSplits) -> Tensor:
         multiple = self.row_multiple()
         if all(rows % multiple == 0 for rows in splits.rows_e):
-            return self.linear_fc2(self.swiglu(self.linear_fc1(rows_RD, splits)), splits)
+            return self._whole_ffn(rows_RD, splits)
         padding = row_padding(splits, multiple, rows_RD.device)
         padded_PD = moved(rows_RD, padding.row_P, padding.position_R, True)
-        output_PD = self.linear_fc2(self.swiglu(self.linear_fc1(padded_PD, padding.splits)), padding.splits)
+        output_PD = self._whole_ffn(padded_PD, padding.splits)
         return moved(output_PD, padding.position_R, padding.row_P, True)
+
+    def _whole_ffn(self, rows_RD: Tensor, splits: RowSplits) -> Tensor:
+        """With row counts that the linear layers accept."""
+        x_RF = self.linear_fc1(rows_RD, splits)
+        y_RF = self.swiglu(x_RF)
+        output_RD = self.linear_fc2(y_RF, splits)
+        if self.recompute_swiglu:
+            free_until_backward(self.swiglu, x_RF, y_RF, output_RD)
+        return output_RD
 
 
 class SharedExpert(torch.nn.Module):
@@ -87,18 +100,28 @@ class SharedExpert(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.recompute = config.parallel.recompute == "selective"
+        parts = config.parallel.recomputed_parts
+        self.recompute, self.recompute_swiglu = "selective" in parts, "swiglu" in parts
         self.swiglu = spec.functions.swiglu
         self.linear_fc1 = spec.column_parallel_linear(config, config.hidden_size, 2 * config.ffn_hidden_size, groups)
         self.linear_fc1.weight.is_gated = True  # type: ignore[union-attr]
         self.linear_fc2 = spec.row_parallel_linear(config, config.ffn_hidden_size, config.hidden_size, groups)
+        if "norms" in parts:
+            keep_input_as_given(self.linear_fc1)
+        if self.recompute_swiglu:
+            keep_input_as_given(self.linear_fc2)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
         return _kept_input_only(self._ffn, hidden_TD) if self.recompute else self._ffn(hidden_TD)
 
     def _ffn(self, hidden_TD: Tensor) -> Tensor:
-        return self.linear_fc2(self.swiglu(self.linear_fc1(hidden_TD)[0]))[0]
+        x_TF = self.linear_fc1(hidden_TD)[0]
+        y_TF = self.swiglu(x_TF)
+        output_TD = self.linear_fc2(y_TF)[0]
+        if self.recompute_swiglu:
+            free_until_backward(self.swiglu, x_TF, y_TF, output_TD)
+        return output_TD
 
 
 def _kept_input_only(ffn: Callable[..., Tensor], *inputs: Any) -> Tensor:

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from hunyuan_pretrain.config.derived import rope_base
+from hunyuan_pretrain.config.derived import offloaded_layers, rope_base
 from hunyuan_pretrain.model.attention import attention_plan
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
 from hunyuan_pretrain.model.engines import choose_spec
@@ -30,6 +30,7 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
 from hunyuan_pretrain.model.norm import rope_table
+from hunyuan_pretrain.model.offload import Offload
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.sharding import Placement, mark_sharded, placement_of, sharded_tensor
@@ -170,6 +171,8 @@ class HunyuanModel(MegatronModule):
         self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size else None
         self.share_embeddings_and_output_weights = config.model.share_embeddings_and_output_weights  # read by core
         self.input_TBD: Tensor | None = None
+        offloaded = offloaded_layers(config.model, config.parallel, stage)
+        self.offload = Offload(len(offloaded) // config.model.cla_share_factor)
         # weights are registered in forward order: core gathers them in this order and reduces gradients in reverse
         if self.pre_process:
             self.embedding = self._build_embedding()
@@ -216,16 +219,18 @@ class HunyuanModel(MegatronModule):
         T here is the tokens of this context-parallel rank. With sequence parallelism, activations between layers and
         their router statistics cover only this tensor-parallel rank's share of them.
         """
-        if self.pre_process:
-            hidden_TD = self.embedding(inputs.tokens_T)
-        else:
-            assert self.input_TBD is not None, "a later stage needs the activations of the one before"
-            hidden_TD = self.input_TBD.squeeze(1)
-        hidden_TD, statistics = self._through_layers(hidden_TD, inputs)
+        # not held here meanwhile: it may be offloaded
+        hidden_TD, statistics = self._through_layers(self._stage_input(inputs), inputs)
         if not self.post_process:
             return hidden_TD[:, None], statistics
         hidden_TD = self.decoder.final_layernorm(hidden_TD)
         return (self._logits(hidden_TD) if inputs.labels_T is None else self._loss(hidden_TD, inputs)), statistics
+
+    def _stage_input(self, inputs: ModelInputs) -> Tensor:
+        if self.pre_process:
+            return self.embedding(inputs.tokens_T)
+        assert self.input_TBD is not None, "a later stage needs the activations of the one before"
+        return self.input_TBD.squeeze(1)
 
     def _through_layers(self, hidden_TD: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """(T, D) after this stage's CLA groups, and packed router statistics (all layers, X)."""
@@ -238,9 +243,12 @@ class HunyuanModel(MegatronModule):
         layers, recompute = list(self.decoder.layers), config.parallel.recompute == "cla_group"
         size = RouterStatistics.packed_size(config.num_moe_experts)
         statistics = hidden_TD.new_zeros(config.num_layers, size, dtype=torch.float32)
-        for start in range(0, len(layers), config.model.cla_share_factor):
+        offloaded = None
+        for number, start in enumerate(range(0, len(layers), config.model.cla_share_factor)):
             group = layers[start : start + config.model.cla_share_factor]
+            maker_of_input = hidden_TD.grad_fn
             hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, plan, routing, recompute)
+            offloaded = self.offload.after_group(number, maker_of_input, hidden_TD, group, offloaded)
             statistics[group[0].layer : group[-1].layer + 1] = statistics_LX.detach()
         return hidden_TD, statistics
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hunyuan_pretrain.model.attention import AttentionPlan, SelfAttention, SharedKV
 from hunyuan_pretrain.model.experts import MixtureOfExperts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.model.recompute import free_until_backward
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing
 from hunyuan_pretrain.model.spec import Spec
 
@@ -26,6 +27,7 @@ class TransformerLayer(torch.nn.Module):
     def __init__(self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.layer = layer
+        self.recompute_norms = "norms" in config.parallel.recomputed_parts
         self.input_layernorm = spec.input_norm(config, config.hidden_size)
         self.self_attention = SelfAttention(config, layer, spec, groups, self.input_layernorm)
         self.pre_mlp_layernorm = spec.norm(config, config.hidden_size)
@@ -35,10 +37,21 @@ class TransformerLayer(torch.nn.Module):
         self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan, routing: Routing
     ) -> tuple[Tensor, SharedKV, RouterStatistics]:
         """Returns ((T, D), keys and values of the group, router statistics)."""
-        attention_TD, kv = self.self_attention(self.input_layernorm(hidden_TD), kv, plan)
+        normalised_TD = self.input_layernorm(hidden_TD)
+        attention_TD, kv = self.self_attention(normalised_TD, kv, plan)
+        if self.recompute_norms:
+            self._free(self.input_layernorm, hidden_TD, normalised_TD, attention_TD)
         hidden_TD = hidden_TD + attention_TD
-        output_TD, statistics = self.mlp(self.pre_mlp_layernorm(hidden_TD), hidden_TD, routing)
+        normalised_TD = self.pre_mlp_layernorm(hidden_TD)
+        output_TD, statistics = self.mlp(normalised_TD, hidden_TD, routing)
+        if self.recompute_norms:
+            self._free(self.pre_mlp_layernorm, hidden_TD, normalised_TD, output_TD)
         return output_TD, kv, statistics
+
+    @staticmethod
+    def _free(norm: torch.nn.Module, x_TD: Tensor, y_TD: Tensor, result_TD: Tensor) -> None:
+        # not norm itself, which would call hooks again: core's, those of diagnostics
+        free_until_backward(norm.forward, x_TD, y_TD, result_TD)
 
 
 def run_cla_group(

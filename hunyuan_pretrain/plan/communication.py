@@ -140,7 +140,7 @@ def communication_per_rank(
 def _forwards(parallel: ParallelConfig, batch: _Batch, is_in_experts: bool = False) -> int:
     """Forward passes of a layer per step, including recomputation. The inside of the experts is also recomputed with
     recompute=selective."""
-    is_again = parallel.recompute == "cla_group" or (is_in_experts and parallel.recompute == "selective")
+    is_again = parallel.recompute == "cla_group" or (is_in_experts and "selective" in parallel.recomputed_parts)
     return batch.micro_batches * (2 if is_again else 1)
 
 

@@ -3,7 +3,8 @@
 Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same
 under both:
 - the RMSNorm before the attention is fused into the projection that reads it. Its weight stays in `input_layernorm`,
-  which passes its input through. `pre_mlp_layernorm` feeds router, shared and routed experts, and stays a separate
+  which passes its input through. Where the outputs of norms are recomputed (parallel.recompute), it is a separate norm:
+  a fused one keeps its output inside. `pre_mlp_layernorm` feeds router, shared and routed experts, and stays a separate
   norm;
 - the experts of a rank are one (e, O, I) parameter, and the grouped GEMM gets e views of it. Parameters in FP8 only,
   which Transformer Engine keeps as one tensor per expert, are e parameters (O, I), and one in checkpoints
@@ -37,6 +38,7 @@ from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.functions import plain_functions
 from hunyuan_pretrain.model.grouped_linear import grouped_shape, grouped_weight, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
+from hunyuan_pretrain.model.recompute import keep_input_as_given
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.parallel.sharding import mark_sharded
 from hunyuan_pretrain.runtime.handover import handed_over
@@ -46,14 +48,17 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
     """The spec of one layer, counted from 0 over the whole model."""
     recipe = config.precision.recipe
     is_fp8 = config.precision.is_fp8_layer(layer, config.num_layers)
+    is_fused = "norms" not in config.parallel.recomputed_parts
     return Spec(
         column_parallel_linear=partial(ColumnParallelLinear, is_fp8=is_fp8),
         row_parallel_linear=partial(RowParallelLinear, is_fp8=is_fp8),
         column_parallel_grouped_linear=partial(GroupedLinear, partition_dim=1, is_fp8=is_fp8),
         row_parallel_grouped_linear=partial(GroupedLinear, partition_dim=2, is_fp8=is_fp8),
         norm=RMSNorm,
-        input_norm=FusedNorm,
-        column_parallel_linear_after_norm=partial(NormAndColumnParallelLinear, is_fp8=is_fp8),
+        input_norm=FusedNorm if is_fused else RMSNorm,
+        column_parallel_linear_after_norm=partial(
+            NormAndColumnParallelLinear if is_fused else _linear_after_recomputed_norm, is_fp8=is_fp8
+        ),
         functions=plain_functions(),
         row_multiple=partial(_row_multiple, recipe.size_multiple if recipe is not None and is_fp8 else 1),
     )
@@ -121,6 +126,19 @@ class NormAndColumnParallelLinear(_DenseLinear, te.LayerNormLinear):
         del self.layer_norm_weight
         # not registered here: the parameter is registered once, under the norm's name
         object.__setattr__(self, "layer_norm_weight", norm.weight)
+
+
+def _linear_after_recomputed_norm(
+    config: HunyuanConfig,
+    input_size: int,
+    output_size: int,
+    groups: ProcessGroupCollection,
+    norm: RMSNorm,
+    is_fp8: bool,
+) -> ColumnParallelLinear:
+    linear = ColumnParallelLinear(config, input_size, output_size, groups, is_fp8)
+    keep_input_as_given(linear)
+    return linear
 
 
 def _options(config: HunyuanConfig, groups: ProcessGroupCollection) -> dict[str, Any]:
