@@ -139,6 +139,10 @@ class ModelConfig(Section):
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
 
+Recompute = Literal["none", "swiglu", "norms", "swiglu+norms", "selective", "selective+norms", "cla_group"]
+"""Values of parallel.recompute."""
+
+
 class ParallelConfig(Section):
     """How the ranks split the work. The data-parallel size is the rest of the world size."""
 
@@ -182,14 +186,12 @@ class ParallelConfig(Section):
     use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
     overlap_grad_reduce: bool = setting("Reduce gradients while the backward pass still runs.", False)
     overlap_param_gather: bool = setting("Gather updated parameters while the next forward pass runs.", False)
-    recompute: Literal["none", "swiglu", "norms", "swiglu+norms", "selective", "selective+norms", "cla_group"] = (
-        setting(
-            "Which activations the backward pass recomputes instead of keeping them. none: keep all. swiglu: recompute the "
-            "output of SwiGLU, the input of an expert's second matrix. norms: recompute the outputs of a layer's two "
-            "RMSNorms. Neither repeats a matmul or a message. selective: recompute everything inside the experts, shared "
-            "and routed. cla_group: keep only the input of each CLA group (full recompute).",
-            "none",
-        )
+    recompute: Recompute = setting(
+        "Which activations the backward pass recomputes instead of keeping them. none: keep all. swiglu: recompute the "
+        "output of SwiGLU, the input of an expert's second matrix. norms: recompute the outputs of a layer's two "
+        "RMSNorms. Neither repeats a matmul or a message. selective: recompute everything inside the experts, shared "
+        "and routed. cla_group: keep only the input of each CLA group (full recompute).",
+        "none",
     )
     cpu_offloading_num_layers: NonNegativeInt = setting(
         "Layers of each pipeline stage, from its first, whose activations wait in host memory between their forward "

@@ -53,7 +53,7 @@ class _Recomputed:
 
     def _index_of(self, x: Tensor) -> int:
         node: Any = self._node
-        for index, tensor in enumerate(node.saved_tensors):
+        for index, tensor in enumerate(getattr(node, "saved_tensors", ())):
             if tensor is not None and tensor.data_ptr() == x.data_ptr() and tensor.shape.numel() == x.numel():
                 return index
         raise RuntimeError(f"{node.name()} does not keep its input, so its output cannot be recomputed from it")

@@ -32,12 +32,24 @@ def layer_sizes(model: ModelConfig, layer: int) -> LayerSizes:
     owns = layer % model.cla_share_factor == 0
     attention = hidden * (query + 2 * key * owns) + query * hidden
     shared, routed = 3 * hidden * model.ffn_hidden_size, 3 * hidden * model.expert_ffn_size
-    inputs = (
-        hidden + query + (hidden + model.ffn_hidden_size) + model.moe_router_topk * (hidden + model.expert_ffn_size)
-    )
     return LayerSizes(
-        attention + shared + model.num_moe_experts * routed, attention + shared + model.moe_router_topk * routed, inputs
+        attention + shared + model.num_moe_experts * routed,
+        attention + shared + model.moe_router_topk * routed,
+        kept_inputs(model, frozenset()),
     )
+
+
+def kept_inputs(model: ModelConfig, parts: frozenset[str]) -> int:
+    """Input values per token that a layer's linears keep for the backward pass with these parts recomputed."""
+    if "cla_group" in parts:
+        return 0
+    hidden, topk = model.hidden_size, model.moe_router_topk
+    inputs = model.num_attention_heads * model.head_dim  # of the output projection
+    inputs += 0 if "norms" in parts else hidden  # of the query, key and value projection
+    if "selective" in parts:
+        return inputs
+    inputs += (0 if "norms" in parts else hidden) + topk * hidden
+    return inputs + (0 if "swiglu" in parts else model.ffn_hidden_size + topk * model.expert_ffn_size)
 
 
 def fp8_layers(model: ModelConfig, precision: PrecisionConfig) -> list[int]:
@@ -79,8 +91,7 @@ class Fp8Memory:
 def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: int) -> Fp8Memory:
     """Memory that FP8 linears need and save, assuming even routing.
 
-    Recomputed linears keep no inputs: with parallel.recompute=cla_group none do, with selective only the attention
-    projections do.
+    Recomputed linears keep no inputs, nor do linears whose input is recomputed (parallel.recompute).
     """
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
     assert precision.recipe is not None
@@ -96,8 +107,7 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
             if not precision.is_fp8_layer(layer, model.num_layers):
                 continue
             sizes = layer_sizes(model, layer)
-            attention_inputs = model.hidden_size + model.num_attention_heads * model.head_dim
-            values += {"none": sizes.inputs, "selective": attention_inputs, "cla_group": 0}[parallel.recompute] * tokens
+            values += kept_inputs(model, parallel.recomputed_parts) * tokens
             weights += (sizes.weights - expert_weights) / ranks.tp + expert_weights / (ranks.ep * ranks.expert_tp)
         dtype_bytes = 2 if precision.dtype == "bf16" else 4
         copies = weights * (1 + 2 * scale_bytes if precision.fp8_parameters else 2 * (1 + scale_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.derived import (
@@ -14,8 +15,9 @@ from hunyuan_pretrain.config.derived import (
     rope_base,
     smallest_world_size,
 )
-from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.config.schema import Experiment, Recompute, StageConfig
 from hunyuan_pretrain.config.training_rules import total_steps
+from hunyuan_pretrain.plan.activations import activations, recompute_cost, with_recompute
 from hunyuan_pretrain.plan.communication import AXES, communication_per_rank
 from hunyuan_pretrain.plan.counts import (
     flops_per_token,
@@ -49,6 +51,7 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
     return [
         *model_rows(experiment),
         *layout_rows(experiment, ranks),
+        *activation_rows(experiment, ranks),
         *fp8_rows(experiment, ranks),
         *communication_rows(experiment, ranks),
         *stage_rows(experiment, ranks),
@@ -94,7 +97,7 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     rows = [
         Row("layout", "ranks", f"{ranks}", shared_by),
         Row("layout", "experts", f"{shares.ep} shares", held),
-        Row("layout", "memory per rank", gib(memory.total), f"{note}; activations not included"),
+        Row("layout", "memory per rank", gib(memory.total), f"{note}; without activations"),
     ]
     if optimizer.use_precision_aware_optimizer:
         formats = f"{optimizer.exp_avg_dtype} and {optimizer.exp_avg_sq_dtype}"
@@ -108,6 +111,36 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         rows.insert(1, Row("layout", "pipeline", f"{len(pipeline_stages(model, parallel))} stages", f"{layers} layers"))
         by_rank = ", ".join(gib(memory.total) for memory in memories)
         rows.append(Row("layout", "memory by pipeline rank", by_rank, "of the rank that keeps the most in each"))
+    return rows
+
+
+def activation_rows(experiment: Experiment, ranks: int) -> list[Row]:
+    """Bytes of activations per rank under every legal parallel.recompute, once per batch shape."""
+    shapes: dict[tuple[int, int, int], StageConfig] = {}
+    for stage in experiment.stages:
+        shapes.setdefault((stage.sequence_length, stage.micro_batch_sequences, stage.global_batch_sequences), stage)
+    rows = []
+    for stage in shapes.values():
+        group = "activations" if len(shapes) == 1 else f"activations, {stage.name}"
+        for recompute in get_args(Recompute):
+            choice = with_recompute(experiment, recompute)
+            if rules.find_problems(choice, ranks):
+                continue
+            found = [
+                activations(choice, stage, ranks, pipeline_rank)
+                for pipeline_rank in range(experiment.parallel.pipeline_model_parallel_size)
+            ]
+            cost = recompute_cost(choice, stage)
+            parts = [f"while recomputing or copying {gib(max(one.working for one in found))} more"]
+            if any(one.host for one in found):
+                parts.insert(0, f"on the host {', '.join(gib(one.host) for one in found)}")
+            if cost.flops:
+                parts.append(f"{cost.flops:.4g} FLOPs/token again")
+            if cost.moved_bytes:
+                parts.append(f"{cost.moved_bytes:,} bytes/token of memory traffic")
+            is_chosen = recompute == experiment.parallel.recompute
+            name = f"recompute={recompute}" + " (chosen)" * is_chosen
+            rows.append(Row(group, name, ", ".join(gib(one.device) for one in found), "; ".join(parts)))
     return rows
 
 

@@ -72,6 +72,8 @@ class Layout:
     overlap: str = "nothing"
     """Or "gradients", or "everything": parameter gathering too."""
     recompute: str = "none"
+    offload: int = 0
+    """Layers of a stage whose activations wait in host memory."""
     attention: str = "all_gather"
     micro_batch: int = 2
     """Sequences."""
@@ -115,6 +117,7 @@ class Layout:
             "overlap_grad_reduce": self.overlap != "nothing",
             "overlap_param_gather": self.overlap == "everything",
             "recompute": self.recompute,
+            "cpu_offloading_num_layers": self.offload,
         }
         found = experiment_fields(
             corpus, run_dir, steps, parallel=parallel, **{f"model__{key}": value for key, value in changes.items()}
@@ -157,7 +160,7 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "model": ("recycling", "dropless", "top 2", "4 key/value heads"),
     "optimizer": ("distributed", "plain", "half offloaded"),
     "overlap": ("nothing", "gradients", "everything"),
-    "recompute": ("none", "selective", "cla_group"),
+    "recompute": ("none", "swiglu+norms", "selective", "selective+norms", "cla_group"),
     "micro_batch": (1, 2, 4),
     "attention": ("all_gather", "all_to_all"),
 }

@@ -94,6 +94,45 @@ def settle_on_cudnn(experiment: Any, groups: Any, chunks: Any, loader: Any, devi
     return start
 
 
+def kept(cases: Sequence[Case]) -> list[tuple[int, int]]:
+    """Bytes that the forward pass of one micro-batch leaves on the device and on the host, in each case."""
+    transformer_engine_stub.install()
+    import torch
+
+    from hunyuan_pretrain.model.engines import training_step
+    from hunyuan_pretrain.model.routing import TrainingRouting
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.step import model_inputs
+    from tests.helpers.kept_memory import KeptMemory
+
+    found = []
+    for case in cases:
+        gc.collect()
+        with chosen(case):
+            run = setup.prepare(case.experiment)
+        for chunk in run.chunks:
+            chunk.offload.smallest_bytes = 1
+        inputs = model_inputs(
+            run,
+            run.loader.micro_batches(0)[0],
+            rope_alpha=1.0,
+            loss_tokens=torch.ones(()),
+            route=lambda group_n: TrainingRouting(1, 0, group_n, len(group_n)),
+        )
+        memory = KeptMemory()
+        with training_step(run.chunks, run.groups):
+            for first in (True, False):  # the first micro-batch of a step also makes FP8 copies of the weights
+                with nullcontext() if first else memory.watching():
+                    loss, _ = run.wrapped[0](inputs)
+                if not first:
+                    gc.collect()
+                    found.append((memory.bytes(), memory.bytes(on_host=True)))
+                loss.backward()
+                del loss
+        setup.leave(run)
+    return found
+
+
 def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
     """What the probes report before the run of each case, and the names of weights that have a gradient afterwards; or
     the refusal. With the bug, attention receives the model's tensors as they are."""

@@ -30,11 +30,23 @@ def experiment(**changes: Any) -> Experiment:
         ("tp=2,ep=2,etp=2", r"the 4 expert ranks.*which is 2.*\(write dp=2,tp=2,ep=2,etp=2\)"),
         ("xp=2", r"xp: unknown part of a layout \(use tp, pp, "),
         ("tp=two", r"tp=two: not a number of at least 1"),
+        ("recompute=gelu", r"recompute=gelu: no such choice \(use none, swiglu, norms, swiglu\+norms, selective, "),
+        ("offload=1", r"cpu_offloading_num_layers=1: a CLA group of 2 layers goes to the host as a whole"),
     ],
 )
 def test_an_impossible_layout_is_refused_with_one_that_works(layout, says):
     with pytest.raises(ConfigError, match=says):
         layout_experiment(experiment(), layout, None, Path("run"))
+
+
+def test_recompute_and_offloading_may_be_part_of_a_layout():
+    mine = experiment(parallel={"recompute": "selective", "cpu_offloading_num_layers": 2})
+    for layout, recompute, layers in (
+        ("dp=1", "selective", 2),
+        ("recompute=swiglu+norms,offload=0", "swiglu+norms", 0),
+    ):
+        made = layout_experiment(mine, layout, None, Path("run"))[0].parallel
+        assert (made.recompute, made.cpu_offloading_num_layers) == (recompute, layers)
 
 
 def test_precision_and_engine_are_the_requested_ones():

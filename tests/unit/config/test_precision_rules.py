@@ -57,6 +57,17 @@ def test_every_recipe_is_legal_with_nothing_else_set(recipe: str | None) -> None
     rules.check(experiment({"fp8_recipe": recipe}))
 
 
+@pytest.mark.parametrize("recompute", ["swiglu", "norms", "selective+norms"])
+def test_the_delayed_recipe_keeps_copies_that_recomputing_would_not_free(recompute: str) -> None:
+    assert (
+        f"parallel.recompute={recompute}: with fp8_recipe=delayed the linear layers keep FP8 copies of their inputs, "
+        "which recomputing would not free (use selective or cla_group, or precision.fp8_recipe=tensorwise)"
+    ) in refusal({"fp8_recipe": "delayed"}, recompute=recompute)
+    for other in ("selective", "cla_group"):
+        rules.check(experiment({"fp8_recipe": "delayed"}, recompute=other))
+    rules.check(experiment({"fp8_recipe": "tensorwise"}, recompute=recompute))
+
+
 def test_settings_of_the_delayed_recipe_are_refused_with_another() -> None:
     precision = {"fp8_recipe": "blockwise", "fp8_margin": 1, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
     text = refusal(precision)

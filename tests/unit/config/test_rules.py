@@ -190,6 +190,16 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             "(set parallel.use_distributed_optimizer to true, or this to 0)",
         ),
         (
+            ["parallel.cpu_offloading_num_layers=1"],
+            "parallel.cpu_offloading_num_layers=1: a CLA group of 2 layers goes to the host as a whole, 1 % 2 != 0 "
+            "(use 2)",
+        ),
+        (
+            ["parallel.cpu_offloading_num_layers=4"],
+            "parallel.cpu_offloading_num_layers=4: no stage has more than 2 layers to offload; the model's last CLA "
+            "group stays on the device (use 2)",
+        ),
+        (
             ["stages.1.sequence_length=640"],
             "stages.1.sequence_length=640: not a multiple of model.moe_routing_group_tokens 256 "
             "(use 512 or 768, or a routing group of 128)",
@@ -335,6 +345,10 @@ def test_offloading_from_the_cpu_to_the_cpu_causes_a_warning() -> None:
     (warning,) = rules.find_warnings(experiment_with("optimizer.cpu_offload_fraction=0.5", "runtime.device=cpu"))
     assert str(warning).startswith(
         "optimizer.cpu_offload_fraction=0.5: runtime.device is cpu: the state is in host memory anyway"
+    )
+    (warning,) = rules.find_warnings(experiment_with("parallel.cpu_offloading_num_layers=2", "runtime.device=cpu"))
+    assert str(warning).startswith(
+        "parallel.cpu_offloading_num_layers=2: runtime.device is cpu: activations are in host"
     )
 
 

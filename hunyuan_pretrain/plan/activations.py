@@ -1,0 +1,241 @@
+"""Activations: what a rank keeps from the forward pass for the backward pass, on the device and on the host, under each
+choice of parallel.recompute, and what recomputing costs. In closed form, for the layers and kernels of a GPU.
+
+Left out: numbers of which a token has one or two per row, such as index maps of the routing.
+
+Shapes: T tokens of this rank in attention and in sharded matmuls, t of them between layers, R rows of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hunyuan_pretrain.config.derived import (
+    SMALLEST_OFFLOADED_BYTES,
+    Grid,
+    expert_capacity,
+    grid,
+    offloaded_layers,
+    pipeline_stages,
+    stages_of,
+)
+from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
+from hunyuan_pretrain.plan.counts import flops_per_token
+
+
+class Kept(NamedTuple):
+    """One block of memory that a layer keeps."""
+
+    bytes: int
+    freed_by: str = ""
+    """Words of parallel.recompute, of which each frees it. cla_group frees all but the group's input."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a rank computes of one micro-batch."""
+
+    model: ModelConfig
+    ranks: Grid
+    tokens: int
+    value_bytes: int
+    scale_bytes: float | None
+    """Bytes of scales per FP8 value in this layer; None: not in FP8."""
+    is_gathered: bool
+    """Keys and values of all context-parallel ranks; else heads are exchanged (all_to_all)."""
+
+    @property
+    def local_tokens(self) -> int:
+        """Between layers."""
+        return self.tokens // self.ranks.tp
+
+    @property
+    def rows(self) -> int:
+        """Rows of experts that this rank's tokens fill: every slot with a capacity, else even routing."""
+        model = self.model
+        if model.moe_expert_capacity_factor is None:
+            return self.local_tokens * model.moe_router_topk
+        return model.num_moe_experts * self.local_tokens // model.moe_routing_group_tokens * expert_capacity(model)
+
+    def of_linear(self, values: int, freed_by: str) -> Iterator[Kept]:
+        """An input that only a linear layer keeps: as it is, or its FP8 copy."""
+        if self.scale_bytes is None:
+            yield Kept(values * self.value_bytes, freed_by)
+        else:
+            yield from self.fp8_copy(values, freed_by)
+
+    def fp8_copy(self, values: int, freed_by: str) -> Iterator[Kept]:
+        """What a linear layer keeps of an input that something else keeps too."""
+        if self.scale_bytes is not None:
+            yield Kept(values, freed_by)
+            yield Kept(round(values * self.scale_bytes), freed_by)
+
+
+def kept_by_layer(experiment: Experiment, stage: StageConfig, world_size: int, layer: int) -> list[Kept]:
+    """Everything that a layer keeps of one micro-batch with recompute=none, the layer's input first."""
+    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    ranks, recipe = grid(parallel, world_size), precision.recipe
+    sizes = _Sizes(
+        model,
+        ranks,
+        stage.sequence_length * stage.micro_batch_sequences // ranks.cp,
+        2 if precision.dtype == "bf16" else 4,
+        recipe.scale_bytes_per_value if recipe and precision.is_fp8_layer(layer, model.num_layers) else None,
+        parallel.context_parallel_method == "all_gather",
+    )
+    return [*_attention(sizes, layer % model.cla_share_factor == 0), *_experts(sizes)]
+
+
+def _attention(sizes: _Sizes, is_owner: bool) -> Iterator[Kept]:
+    model, ranks, width = sizes.model, sizes.ranks, sizes.value_bytes
+    hidden = sizes.local_tokens * model.hidden_size
+    query = sizes.tokens * model.num_attention_heads // ranks.tp * model.head_dim
+    key = sizes.tokens * model.num_query_groups // ranks.tp * model.head_dim * is_owner
+    yield Kept(hidden * width)
+    yield Kept(4 * sizes.local_tokens)  # 1 / rms
+    yield from sizes.of_linear(hidden, "norms")
+    if model.qk_layernorm:
+        yield Kept((query + 2 * key) * width)  # the projection's output
+    shared = ranks.cp if sizes.is_gathered else 1
+    yield Kept(query * width)
+    if is_owner:
+        yield from (Kept(shared * key * width), Kept(shared * key * width))
+    yield Kept(query * width)  # attention's output
+    yield Kept(4 * query // model.head_dim)  # its logsumexp
+    if ranks.cp > 1 and not sizes.is_gathered:
+        yield from sizes.of_linear(query, "")  # exchanged for the projection
+    else:
+        yield from sizes.fp8_copy(query, "")
+
+
+def _experts(sizes: _Sizes) -> Iterator[Kept]:
+    model, ranks, width = sizes.model, sizes.ranks, sizes.value_bytes
+    hidden, rows = sizes.local_tokens * model.hidden_size, sizes.rows
+    yield Kept(hidden * width)
+    yield Kept(4 * sizes.local_tokens)
+    yield Kept(hidden * width, "norms")  # kept by the router in the dtype of the run
+    yield from sizes.fp8_copy(hidden, "norms selective")
+    yield Kept(4 * sizes.local_tokens * model.num_moe_experts)  # probabilities
+    inner = {
+        "shared": sizes.tokens * model.ffn_hidden_size // ranks.tp,
+        "routed": rows * ranks.expert_tp * model.expert_ffn_size // ranks.expert_tp,
+    }
+    yield from sizes.of_linear(rows * ranks.expert_tp * model.hidden_size, "")
+    for values in inner.values():
+        yield Kept(2 * values * width, "selective")
+        yield from sizes.of_linear(values, "swiglu selective")
+    yield Kept(rows * model.hidden_size * width)  # outputs of the routed experts
+
+
+# --- per pipeline rank ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank while it holds most."""
+
+    device: int
+    """Kept by all micro-batches in flight, without what is on the host."""
+    working: int
+    """In addition, at one time or another: what a recomputed part keeps until its backward pass is done, and CLA groups
+    on their way to the host or back."""
+    host: int
+    """Offloaded."""
+
+
+def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank: int) -> list[int]:
+    """For each model chunk of a pipeline rank, the most forward passes whose backward pass has not begun, in core's
+    1F1B and interleaved schedules."""
+    ranks, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if chunks == 1:
+        return [min(ranks - pipeline_rank, micro_batches)]
+    warmup = 2 * (ranks - pipeline_rank - 1) + (chunks - 1) * ranks
+    started = min(warmup + 1, micro_batches * chunks)
+    # a chunk takes as many micro-batches in turn as there are ranks
+    found = [0] * chunks
+    for number in range(started):
+        found[number // ranks % chunks] += 1
+    return found
+
+
+def activations(experiment: Experiment, stage: StageConfig, world_size: int, pipeline_rank: int) -> Activations:
+    """Activations of one pipeline rank under the experiment's settings, with `stage`'s batch."""
+    model, parallel = experiment.model, experiment.parallel
+    ranks, share = grid(parallel, world_size), model.cla_share_factor
+    micro_batches = stage.global_batch_sequences // (stage.micro_batch_sequences * ranks.dp)
+    in_flight = passes_in_flight(parallel, micro_batches, pipeline_rank)
+    device = host = working = 0
+    last = len(pipeline_stages(model, parallel)) - 1
+    for (number, layers), passes in zip(stages_of(model, parallel, pipeline_rank).items(), in_flight, strict=True):
+        away = offloaded_layers(model, parallel, number)
+        moving: list[int] = []
+        for first in layers[::share]:
+            group = [kept_by_layer(experiment, stage, world_size, layer) for layer in range(first, first + share)]
+            kept = kept_by_group(group, parallel.recomputed_parts)
+            moved = 0
+            if first in away:
+                # the input of a stage after the first belongs to the schedule, which holds it
+                candidates = kept[1:] if number > 0 and first == layers[0] else kept
+                moved = sum(size for size in candidates if size >= SMALLEST_OFFLOADED_BYTES)
+                moving.append(moved)
+            device += passes * (sum(kept) - moved)
+            host += passes * moved
+            working = max(working, _recomputed_at_once(group, parallel.recomputed_parts))
+        working += sum(sorted(moving)[-2:])
+        if number == last:  # the input of the final norm, and the loss's gradient of its output
+            width = 2 if experiment.precision.dtype == "bf16" else 4
+            tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
+            device += 2 * tokens * model.hidden_size * width
+    return Activations(device, working, host)
+
+
+def kept_by_group(group: list[list[Kept]], parts: frozenset[str]) -> list[int]:
+    """Bytes of each block that the layers of a CLA group keep, the group's input first."""
+    if "cla_group" in parts:
+        return [group[0][0].bytes]
+    return [block.bytes for layer in group for block in layer if not parts & set(block.freed_by.split())]
+
+
+def _recomputed_at_once(group: list[list[Kept]], parts: frozenset[str]) -> int:
+    """Bytes that exist again while a part is differentiated."""
+    if "cla_group" in parts:
+        return sum(block.bytes for layer in group for block in layer) - group[0][0].bytes
+    return max(sum(block.bytes for block in layer if parts & set(block.freed_by.split())) for layer in group)
+
+
+# --- what recomputing costs -------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    """Of recomputing, per token, over the whole model."""
+
+    flops: float
+    """Of matmuls and attention, which run again."""
+    moved_bytes: int
+    """Read and written by SwiGLU and norms where they run again by themselves."""
+
+
+def recompute_cost(experiment: Experiment, stage: StageConfig) -> Cost:
+    """What parallel.recompute adds to a training step, in the conventions of `counts.flops_per_token`."""
+    model, parts = experiment.model, experiment.parallel.recomputed_parts
+    width = 2 if experiment.precision.dtype == "bf16" else 4
+    flops = flops_per_token(model, stage.sequence_length)
+    again = 0.0
+    if "cla_group" in parts:
+        again = (flops.total - flops.output_head) / 3
+    elif "selective" in parts:
+        again = flops.experts / 3
+    moved = 0
+    if "swiglu" in parts:
+        moved += 3 * (model.ffn_hidden_size + model.moe_router_topk * model.expert_ffn_size)
+    if "norms" in parts:
+        moved += 2 * 2 * model.hidden_size
+    return Cost(again, moved * width * model.num_layers)
+
+
+def with_recompute(experiment: Experiment, recompute: str) -> Experiment:
+    """The experiment with another parallel.recompute."""
+    parallel = experiment.parallel.model_copy(update={"recompute": recompute})
+    return experiment.model_copy(update={"parallel": parallel})
