@@ -145,50 +145,72 @@ class Activations:
     """Offloaded."""
 
 
-def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank: int) -> list[int]:
-    """For each model chunk of a pipeline rank, the most forward passes whose backward pass has not begun, in core's
-    1F1B and interleaved schedules."""
+def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank: int) -> list[tuple[int, ...]]:
+    """After each forward pass of a pipeline rank, for each of its model chunks: how many passes wait for their backward
+    pass. In core's 1F1B and interleaved schedules."""
     ranks, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    if chunks == 1:
-        return [min(ranks - pipeline_rank, micro_batches)]
-    warmup = 2 * (ranks - pipeline_rank - 1) + (chunks - 1) * ranks
-    started = min(warmup + 1, micro_batches * chunks)
-    # a chunk takes as many micro-batches in turn as there are ranks
-    found = [0] * chunks
-    for number in range(started):
-        found[number // ranks % chunks] += 1
+    warmup = ranks - pipeline_rank - 1
+    if chunks > 1:
+        warmup = 2 * warmup + (chunks - 1) * ranks
+    # a chunk takes as many micro-batches in turn as there are ranks; the backward passes take the chunks in reverse
+    order = [
+        chunk
+        for start in range(0, micro_batches, ranks)
+        for chunk in range(chunks)
+        for _ in range(min(ranks, micro_batches - start))
+    ]
+    waiting, found = [0] * chunks, []
+    for number, chunk in enumerate(order):
+        waiting[chunk] += 1
+        found.append(tuple(waiting))
+        if number >= warmup:
+            waiting[chunks - 1 - order[number - warmup]] -= 1
     return found
 
 
 def activations(experiment: Experiment, stage: StageConfig, world_size: int, pipeline_rank: int) -> Activations:
     """Activations of one pipeline rank under the experiment's settings, with `stage`'s batch."""
     model, parallel = experiment.model, experiment.parallel
-    ranks, share = grid(parallel, world_size), model.cla_share_factor
+    ranks = grid(parallel, world_size)
+    chunks = [
+        _of_one_pass(experiment, stage, world_size, number) for number in stages_of(model, parallel, pipeline_rank)
+    ]
     micro_batches = stage.global_batch_sequences // (stage.micro_batch_sequences * ranks.dp)
-    in_flight = passes_in_flight(parallel, micro_batches, pipeline_rank)
+    # it repeats itself after a few rounds
+    states = set(passes_in_flight(parallel, min(micro_batches, 4 * ranks.pp), pipeline_rank))
+
+    def most(of_chunks: list[int]) -> int:
+        return max(sum(passes * size for passes, size in zip(state, of_chunks, strict=True)) for state in states)
+
+    return Activations(
+        most([chunk.device for chunk in chunks]),
+        max(chunk.working for chunk in chunks),
+        most([chunk.host for chunk in chunks]),
+    )
+
+
+def _of_one_pass(experiment: Experiment, stage: StageConfig, world_size: int, number: int) -> Activations:
+    """Of one micro-batch in pipeline stage `number`."""
+    model, parallel = experiment.model, experiment.parallel
+    share, ranks, parts = model.cla_share_factor, grid(parallel, world_size), parallel.recomputed_parts
+    stages = pipeline_stages(model, parallel)
     device = host = working = 0
-    last = len(pipeline_stages(model, parallel)) - 1
-    for (number, layers), passes in zip(stages_of(model, parallel, pipeline_rank).items(), in_flight, strict=True):
-        away = offloaded_layers(model, parallel, number)
-        moving: list[int] = []
-        for first in layers[::share]:
-            group = [kept_by_layer(experiment, stage, world_size, layer) for layer in range(first, first + share)]
-            kept = kept_by_group(group, parallel.recomputed_parts)
-            moved = 0
-            if first in away:
-                # the input of a stage after the first belongs to the schedule, which holds it
-                candidates = kept[1:] if number > 0 and first == layers[0] else kept
-                moved = sum(size for size in candidates if size >= SMALLEST_OFFLOADED_BYTES)
-                moving.append(moved)
-            device += passes * (sum(kept) - moved)
-            host += passes * moved
-            working = max(working, _recomputed_at_once(group, parallel.recomputed_parts))
-        working += sum(sorted(moving)[-2:])
-        if number == last:  # the input of the final norm, and the loss's gradient of its output
-            width = 2 if experiment.precision.dtype == "bf16" else 4
-            tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
-            device += 2 * tokens * model.hidden_size * width
-    return Activations(device, working, host)
+    moving: list[int] = []
+    for first in stages[number][::share]:
+        group = [kept_by_layer(experiment, stage, world_size, layer) for layer in range(first, first + share)]
+        kept, moved = kept_by_group(group, parts), 0
+        if first in offloaded_layers(model, parallel, number):
+            # the input of a stage after the first belongs to the schedule, which holds it
+            candidates = kept[1:] if number > 0 and first == stages[number][0] else kept
+            moved = sum(size for size in candidates if size >= SMALLEST_OFFLOADED_BYTES)
+            moving.append(moved)
+        device, host = device + sum(kept) - moved, host + moved
+        working = max(working, _recomputed_at_once(group, parts))
+    if number == len(stages) - 1:  # the input of the final norm, and the loss's gradient of its output
+        width = 2 if experiment.precision.dtype == "bf16" else 4
+        tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
+        device += 2 * tokens * model.hidden_size * width
+    return Activations(device, working + sum(sorted(moving)[-2:]), host)
 
 
 def kept_by_group(group: list[list[Kept]], parts: frozenset[str]) -> list[int]:

@@ -115,33 +115,43 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
 
 
 def activation_rows(experiment: Experiment, ranks: int) -> list[Row]:
-    """Bytes of activations per rank under every legal parallel.recompute, once per batch shape."""
+    """Activations under every legal parallel.recompute, once per batch shape."""
     shapes: dict[tuple[int, int, int], StageConfig] = {}
     for stage in experiment.stages:
-        shapes.setdefault((stage.sequence_length, stage.micro_batch_sequences, stage.global_batch_sequences), stage)
+        shape = stage.sequence_length, stage.micro_batch_sequences, stage.global_batch_sequences
+        shapes.setdefault(shape, stage)
     rows = []
     for stage in shapes.values():
         group = "activations" if len(shapes) == 1 else f"activations, {stage.name}"
         for recompute in get_args(Recompute):
             choice = with_recompute(experiment, recompute)
-            if rules.find_problems(choice, ranks):
-                continue
-            found = [
-                activations(choice, stage, ranks, pipeline_rank)
-                for pipeline_rank in range(experiment.parallel.pipeline_model_parallel_size)
-            ]
-            cost = recompute_cost(choice, stage)
-            parts = [f"while recomputing or copying {gib(max(one.working for one in found))} more"]
-            if any(one.host for one in found):
-                parts.insert(0, f"on the host {', '.join(gib(one.host) for one in found)}")
-            if cost.flops:
-                parts.append(f"{cost.flops:.4g} FLOPs/token again")
-            if cost.moved_bytes:
-                parts.append(f"{cost.moved_bytes:,} bytes/token of memory traffic")
-            is_chosen = recompute == experiment.parallel.recompute
-            name = f"recompute={recompute}" + " (chosen)" * is_chosen
-            rows.append(Row(group, name, ", ".join(gib(one.device) for one in found), "; ".join(parts)))
+            if not rules.find_problems(choice, ranks):
+                name = f"recompute={recompute}" + " (chosen)" * (recompute == experiment.parallel.recompute)
+                rows.append(Row(group, name, *_activations_text(choice, stage, ranks)))
     return rows
+
+
+def _activations_text(experiment: Experiment, stage: StageConfig, ranks: int) -> tuple[str, str]:
+    """Bytes on the device by pipeline rank; and those on the host, what is needed in passing, and what is computed
+    again."""
+    pipeline_ranks = range(experiment.parallel.pipeline_model_parallel_size)
+    found = [activations(experiment, stage, ranks, pipeline_rank) for pipeline_rank in pipeline_ranks]
+    cost, notes = recompute_cost(experiment, stage), []
+    if any(one.host for one in found):
+        notes.append(f"on the host {_gib_each([one.host for one in found])}")
+    if working := max(one.working for one in found):
+        notes.append(f"up to {gib(working)} more in passing")
+    if cost.flops:
+        notes.append(f"{cost.flops:.4g} FLOPs/token again")
+    if cost.moved_bytes:
+        notes.append(f"{size_text(cost.moved_bytes)}/token read and written again")
+    return _gib_each([one.device for one in found]), "; ".join(notes)
+
+
+def _gib_each(sizes: list[int]) -> str:
+    """Sizes of the pipeline ranks, or the one that all have."""
+    texts = [gib(size).removesuffix(" GiB") for size in sizes]
+    return ", ".join(texts if len(set(texts)) > 1 else texts[:1]) + " GiB"
 
 
 def fp8_rows(experiment: Experiment, ranks: int) -> list[Row]:

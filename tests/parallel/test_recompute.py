@@ -15,7 +15,9 @@ from unittest.mock import patch
 import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.plan.activations import passes_in_flight
 from tests.helpers.layouts import STEPS, Layout, Outcome, trace_in_jobs, until_failure
+from tests.helpers.ranks import fork_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +55,50 @@ def traces_of(experiments: list[Experiment]) -> list[Outcome]:
         return found
 
     return until_failure(experiments, trace)
+
+
+def passes_of(experiments: list[Experiment]) -> list[list[tuple[int, ...]]]:
+    """On this rank, for each experiment: after each forward pass of a step, how many passes of each chunk wait for
+    their backward pass."""
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.step import compute_gradients
+
+    found = []
+    for experiment in experiments:
+        run = setup.prepare(experiment)
+        waiting, states = [0] * len(run.chunks), []
+
+        def begun(gradient: Any, chunk: int, waiting: list[int] = waiting) -> None:
+            waiting[chunk] -= 1
+
+        def after_forward(
+            model: Any, inputs: Any, output: Any, chunk: int, waiting: list[int] = waiting, states: Any = states
+        ) -> None:
+            waiting[chunk] += 1
+            states.append(tuple(waiting))
+            output[0].register_hook(partial(begun, chunk=chunk))
+
+        for chunk, model in enumerate(run.chunks):
+            model.register_forward_hook(partial(after_forward, chunk=chunk))
+        compute_gradients(run, run.schedule.stage(0), 0)
+        setup.leave(run)
+        found.append(states)
+    return found
+
+
+def test_the_plan_knows_how_many_passes_wait(corpus: Path, tmp_path: Path) -> None:
+    layouts = [Layout(pp=2, micro_batch=micro_batch) for micro_batch in (1, 8)]
+    layouts += [Layout(pp=2, vpp=vpp, micro_batch=micro_batch) for vpp, micro_batch in ((2, 1), (2, 4), (4, 1))]
+    layouts = [replace(layout, model="bf16") for layout in layouts]
+    experiments = [layout.experiment(corpus, tmp_path / str(number)) for number, layout in enumerate(layouts)]
+    # four chunks of two ranks: 16 layers
+    experiments[-1] = experiments[-1].model_copy(
+        update={"model": experiments[-1].model.model_copy(update={"num_layers": 16})}
+    )
+    for pipeline_rank, found in enumerate(fork_ranks(2, passes_of, experiments)):
+        for experiment, states in zip(experiments, found, strict=True):
+            micro_batches = 8 // experiment.stages[0].micro_batch_sequences
+            assert states == passes_in_flight(experiment.parallel, micro_batches, pipeline_rank)
 
 
 @pytest.fixture(scope="module")
