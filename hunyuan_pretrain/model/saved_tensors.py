@@ -30,7 +30,11 @@ def nodes_between(first: Any, result: Tensor) -> Iterator[Any]:
 
 
 def kept_by(node: Any) -> Iterator[tuple[Tensor, Any]]:
-    """(tensor, its torch SavedTensor) of everything that a node keeps and that has not been replaced."""
+    """(tensor, its torch SavedTensor) of everything that a node keeps and that has not been replaced.
+
+    Tensors that are made of several, such as Transformer Engine's quantised weights, are left out: they have no memory
+    of their own. Of a quantised input its linear layer keeps the parts.
+    """
     global _is_looking
     if not hasattr(node, "_raw_saved_tensors"):
         return
@@ -40,7 +44,7 @@ def kept_by(node: Any) -> Iterator[tuple[Tensor, Any]]:
     finally:
         _is_looking = False
     for tensor, saved in zip(tensors, node._raw_saved_tensors, strict=True):
-        if tensor is not None and tensor.numel():
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel():
             yield tensor, saved
 
 

@@ -31,6 +31,12 @@ class Kept(NamedTuple):
     bytes: int
     freed_by: str = ""
     """Words of parallel.recompute, of which each frees it. cla_group frees all but the group's input."""
+    only_with: str = ""
+    """A word without which it is not kept."""
+
+    def is_kept(self, parts: frozenset[str]) -> bool:
+        """Whether it is, if these parts are recomputed."""
+        return not parts & set(self.freed_by.split()) and self.only_with in {"", *parts}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class _Sizes:
 
 
 def kept_by_layer(experiment: Experiment, stage: StageConfig, world_size: int, layer: int) -> list[Kept]:
-    """Everything that a layer keeps of one micro-batch with recompute=none, the layer's input first."""
+    """Everything that a layer may keep of one micro-batch, its input first; `Kept` says under which recompute."""
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
     ranks, recipe = grid(parallel, world_size), precision.recipe
     sizes = _Sizes(
@@ -122,7 +128,13 @@ def _experts(sizes: _Sizes) -> Iterator[Kept]:
         "shared": sizes.tokens * model.ffn_hidden_size // ranks.tp,
         "routed": rows * ranks.expert_tp * model.expert_ffn_size // ranks.expert_tp,
     }
-    yield from sizes.of_linear(rows * ranks.expert_tp * model.hidden_size, "")
+    # recomputed experts keep their input as it came
+    gathered = rows * ranks.expert_tp * model.hidden_size
+    if sizes.scale_bytes is None:
+        yield Kept(gathered * width)
+    else:
+        yield from sizes.fp8_copy(gathered, "selective")
+        yield Kept(gathered * width, only_with="selective")
     for values in inner.values():
         yield Kept(2 * values * width, "selective")
         yield from sizes.of_linear(values, "swiglu selective")
@@ -217,14 +229,17 @@ def kept_by_group(group: list[list[Kept]], parts: frozenset[str]) -> list[int]:
     """Bytes of each block that the layers of a CLA group keep, the group's input first."""
     if "cla_group" in parts:
         return [group[0][0].bytes]
-    return [block.bytes for layer in group for block in layer if not parts & set(block.freed_by.split())]
+    return [block.bytes for layer in group for block in layer if block.is_kept(parts)]
 
 
 def _recomputed_at_once(group: list[list[Kept]], parts: frozenset[str]) -> int:
     """Bytes that exist again while a part is differentiated."""
+    none: frozenset[str] = frozenset()
     if "cla_group" in parts:
-        return sum(block.bytes for layer in group for block in layer) - group[0][0].bytes
-    return max(sum(block.bytes for block in layer if parts & set(block.freed_by.split())) for layer in group)
+        return sum(kept_by_group(group, none)[1:])
+    return max(
+        sum(block.bytes for block in layer if block.is_kept(none) and not block.is_kept(parts)) for layer in group
+    )
 
 
 # --- what recomputing costs -------------------------------------------------------------------------------------------

@@ -51,7 +51,10 @@ def traces_of(experiments: list[Experiment]) -> list[Outcome]:
             patch.object(Lanes, "host_memory", host_memory),
         ):
             found = trace_layout(experiment, STEPS)
-        assert bool(copies) == (experiment.parallel.cpu_offloading_num_layers > 0)
+        parallel = experiment.parallel
+        # with full recompute, the first group of a later stage keeps only what the schedule holds anyway
+        if parallel.recompute != "cla_group" or parallel.pipeline_model_parallel_size == 1:
+            assert bool(copies) == (parallel.cpu_offloading_num_layers > 0)
         return found
 
     return until_failure(experiments, trace)
