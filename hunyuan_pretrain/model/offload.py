@@ -73,7 +73,7 @@ class _Block:
     def is_held_elsewhere(self) -> bool:
         """Whether freeing it here would free nothing."""
         memory: Any = self.memory
-        return torch._C._storage_Use_Count(memory._cdata) > 1  # type: ignore[attr-defined]
+        return torch._C._storage_Use_Count(memory._cdata) > 1
 
     def bytes(self) -> Tensor:
         """Its device memory as uint8."""
@@ -160,7 +160,7 @@ class _Group:
 
 
 def _placed(block: _Block, tensor: Tensor) -> _Place:
-    return _Place(block, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return _Place(block, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
 
 def _placed_back(place: _Place) -> Tensor:

@@ -35,7 +35,7 @@ def free_until_backward(function: Callable[[Tensor], Tensor], x: Tensor, y: Tens
                 replace(saved, recomputed.pack, recomputed.unpack)
 
 
-def keep_input_as_given(linear: torch.nn.Module) -> None:
+def keep_input_as_given(linear: Any) -> None:
     """Make a linear layer keep its input, which the caller frees, instead of an FP8 copy of it. Transformer Engine then
     quantises the input once more in the backward pass; layers of other engines keep their input anyway."""
     if hasattr(linear, "save_original_input"):
@@ -61,7 +61,7 @@ class _Recomputed:
     def pack(self, tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
         self._readers += 1
         self._waiting += 1
-        return tensor.shape, tensor.stride(), tensor.storage_offset() - self._offset
+        return tensor.shape, tensor.stride(), int(tensor.storage_offset() - self._offset)
 
     def unpack(self, place: tuple[torch.Size, tuple[int, ...], int]) -> Tensor:
         node: Any = self._node

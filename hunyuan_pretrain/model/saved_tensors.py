@@ -44,7 +44,7 @@ def kept_by(node: Any) -> Iterator[tuple[Tensor, Any]]:
     finally:
         _is_looking = False
     for tensor, saved in zip(tensors, node._raw_saved_tensors, strict=True):
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel():
+        if tensor is not None and type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel():
             yield tensor, saved
 
 
