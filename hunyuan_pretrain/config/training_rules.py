@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from hunyuan_pretrain.config.derived import SMALLEST_OFFLOADED_BYTES
 from hunyuan_pretrain.config.errors import Problem
 from hunyuan_pretrain.config.nearest import nearest_multiples
 from hunyuan_pretrain.config.schema import Experiment
@@ -156,6 +157,21 @@ def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]
         yield Problem("parallel.cpu_offloading_num_layers", layers, rule, "use 0")
 
 
+def offloaded_activations_are_large(experiment: Experiment) -> Iterator[Problem]:
+    model, parallel = experiment.model, experiment.parallel
+    layers, width = parallel.cpu_offloading_num_layers, 2 if experiment.precision.dtype == "bf16" else 4
+    ranks = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    for index, stage in enumerate(experiment.stages if layers else ()):
+        size = stage.sequence_length * stage.micro_batch_sequences // ranks * model.hidden_size * width
+        if size < SMALLEST_OFFLOADED_BYTES:
+            rule = (
+                f"in stages.{index} a layer's input has {size:,} bytes, and blocks below "
+                f"{SMALLEST_OFFLOADED_BYTES:,} stay on the device"
+            )
+            yield Problem("parallel.cpu_offloading_num_layers", layers, rule, "use 0, or larger micro-batches")
+            return
+
+
 def total_steps(experiment: Experiment) -> int:
     """Total steps of all stages."""
     return sum(stage.num_steps for stage in experiment.stages)
@@ -175,4 +191,5 @@ WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     peak_is_reached,
     keep_last_has_something_to_remove,
     offload_has_a_device_to_relieve,
+    offloaded_activations_are_large,
 )

@@ -95,7 +95,7 @@ RIGHT_ATTENTION = (
 HEALTHY = [
     Layout(),
     Layout(tp=2, ep=2, recompute="cla_group"),
-    Layout(cp=2, model="top 2", recompute="selective"),
+    Layout(cp=2, model="top 2", recompute="selective+norms", offload=2),
     Layout(cp=2, model="4 key/value heads", attention="all_to_all", optimizer="plain"),
     Layout(pp=2, vpp=2, micro_batch=1),
     Layout(dp=2, ep=2, overlap="everything", model="dropless"),

@@ -52,7 +52,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "data, expert, half offloaded": (2, EP, {}, {"dtype": "bf16", "grad_reduce_in_fp32": False}),
     "context, expert-tensor, half offloaded": (2, CP | ETP, {}, {}),
     "tensor, wholly offloaded": (2, TP, {}, {"dtype": "bf16"}),
-    "data, tensor, expert, expert-tensor": (4, TP | EP | ETP, {}, {"dtype": "bf16"}),
+    "data, tensor, expert, expert-tensor": (
+        4,
+        TP | EP | ETP | {"recompute": "swiglu+norms"},
+        {},
+        {"dtype": "bf16"},
+    ),
     "tensor, pipeline, expert, interleaved": (4, TP | PP | EP | {"virtual_pipeline_model_parallel_size": 2}, {}, {}),
     "tensor, context, Ulysses": (4, TP | ULYSSES | {"recompute": "cla_group"}, {"num_query_groups": 4}, {}),
     "data, pipeline, expert, interleaved": (4, PP | EP | PLAIN | {"virtual_pipeline_model_parallel_size": 2}, {}, {}),

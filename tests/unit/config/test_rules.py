@@ -352,6 +352,16 @@ def test_offloading_from_the_cpu_to_the_cpu_causes_a_warning() -> None:
     )
 
 
+def test_offloading_what_is_too_small_causes_a_warning() -> None:
+    small = ["parallel.cpu_offloading_num_layers=2", "stages.1.micro_batch_sequences=1"]
+    (warning,) = rules.find_warnings(experiment_with(*small))
+    assert str(warning) == (
+        "parallel.cpu_offloading_num_layers=2: in stages.1 a layer's input has 524,288 bytes, and blocks below "
+        "1,048,576 stay on the device (use 0, or larger micro-batches)"
+    )
+    assert not rules.find_warnings(experiment_with(small[0]))
+
+
 def test_the_refused_value_is_never_its_own_suggestion() -> None:
     for value in range(1, 40):
         for number in (1, 8, 12, 37):
