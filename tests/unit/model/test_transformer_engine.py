@@ -36,6 +36,7 @@ def tensor(size: int, **others: int) -> dict[str, Any]:
 
 BUILDS = [
     Build({}),
+    Build({}, {"recompute": "swiglu+norms"}),
     Build({"cla_share_factor": 1}),
     Build({"qk_layernorm": False}),
     Build({"share_embeddings_and_output_weights": False}),
