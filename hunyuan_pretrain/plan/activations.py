@@ -155,6 +155,8 @@ class Activations:
     on their way to the host or back."""
     host: int
     """Offloaded."""
+    pinned: int
+    """Pinned memory for that: torch rounds each block up to a power of two, to use it again."""
 
 
 def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank: int) -> list[tuple[int, ...]]:
@@ -198,6 +200,7 @@ def activations(experiment: Experiment, stage: StageConfig, world_size: int, pip
         most([chunk.device for chunk in chunks]),
         max(chunk.working for chunk in chunks),
         most([chunk.host for chunk in chunks]),
+        most([chunk.pinned for chunk in chunks]),
     )
 
 
@@ -206,23 +209,25 @@ def _of_one_pass(experiment: Experiment, stage: StageConfig, world_size: int, nu
     model, parallel = experiment.model, experiment.parallel
     share, ranks, parts = model.cla_share_factor, grid(parallel, world_size), parallel.recomputed_parts
     stages = pipeline_stages(model, parallel)
-    device = host = working = 0
+    device = host = pinned = working = 0
     moving: list[int] = []
     for first in stages[number][::share]:
         group = [kept_by_layer(experiment, stage, world_size, layer) for layer in range(first, first + share)]
-        kept, moved = kept_by_group(group, parts), 0
+        kept: list[int] = kept_by_group(group, parts)
+        blocks: list[int] = []
         if first in offloaded_layers(model, parallel, number):
             # the input of a stage after the first belongs to the schedule, which holds it
             candidates = kept[1:] if number > 0 and first == stages[number][0] else kept
-            moved = sum(size for size in candidates if size >= SMALLEST_OFFLOADED_BYTES)
-            moving.append(moved)
-        device, host = device + sum(kept) - moved, host + moved
+            blocks = [size for size in candidates if size >= SMALLEST_OFFLOADED_BYTES]
+            moving.append(sum(blocks))
+        device, host = device + sum(kept) - sum(blocks), host + sum(blocks)
+        pinned += sum(1 << (size - 1).bit_length() for size in blocks)
         working = max(working, _recomputed_at_once(group, parts))
     if number == len(stages) - 1:  # the input of the final norm, and the loss's gradient of its output
         width = 2 if experiment.precision.dtype == "bf16" else 4
         tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
         device += 2 * tokens * model.hidden_size * width
-    return Activations(device, working + sum(sorted(moving)[-2:]), host)
+    return Activations(device, working + sum(sorted(moving)[-2:]), host, pinned)
 
 
 def kept_by_group(group: list[list[Kept]], parts: frozenset[str]) -> list[int]:

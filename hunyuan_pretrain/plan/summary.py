@@ -138,7 +138,8 @@ def _activations_text(experiment: Experiment, stage: StageConfig, ranks: int) ->
     found = [activations(experiment, stage, ranks, pipeline_rank) for pipeline_rank in pipeline_ranks]
     cost, notes = recompute_cost(experiment, stage), []
     if any(one.host for one in found):
-        notes.append(f"on the host {_gib_each([one.host for one in found])}")
+        pinned = gib(max(one.pinned for one in found))
+        notes.append(f"on the host {_gib_each([one.host for one in found])}, in up to {pinned} of pinned memory")
     if working := max(one.working for one in found):
         notes.append(f"up to {gib(working)} more in passing")
     if cost.flops:

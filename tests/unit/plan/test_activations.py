@@ -92,6 +92,7 @@ def test_offloaded_groups_wait_on_the_host(tmp_path: Path) -> None:
         experiment = large(tmp_path, parallel__cpu_offloading_num_layers=8)
         there = activations(experiment, stage(tmp_path), RANKS, pipeline_rank)
         assert there.device + there.host == here.device
+        assert there.host < there.pinned < 2 * there.host, "each block in a power of two"
         assert there.host > (0.7 if pipeline_rank == 7 else 0.95) * here.device
         passes, groups = 8 - pipeline_rank, 3 if pipeline_rank == 7 else 4
         assert there.working == pytest.approx(2 * there.host / passes / groups, rel=0.02)
@@ -126,6 +127,7 @@ def test_the_plan_lists_every_legal_choice(tmp_path: Path) -> None:
     chosen = rows["recompute=norms (chosen)"]
     assert chosen.value.count(",") == 7, "a number for each pipeline rank"
     assert chosen.note.startswith("on the host ")
+    assert "of pinned memory" in chosen.note
     assert "read and written again" in chosen.note
     delayed = {"precision__fp8_recipe": "delayed"}
     assert [row.name for row in summarise(large(tmp_path, **delayed), RANKS) if row.group == "activations"] == [
