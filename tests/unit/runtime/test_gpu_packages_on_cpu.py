@@ -30,8 +30,11 @@ def two_steps(fields: list[dict[str, Any]], is_installed: bool) -> list[tuple[li
         os.environ["NVTE_PROJECT_BUILDING"] = "1"
         sys.modules["transformer_engine_torch"] = transformer_engine_stub._compiled_module()
     from hunyuan_pretrain.config.schema import Experiment
+    from hunyuan_pretrain.runtime import cpu_megatron, device
+
+    cpu_megatron.install()
+
     from hunyuan_pretrain.diagnostics.parity import trace_steps
-    from hunyuan_pretrain.runtime import device
     from hunyuan_pretrain.train import setup
 
     device.transformer_engine_error = lambda thorough: None  # it looks for a file of the compiled part
