@@ -60,8 +60,7 @@ class StopRequest:
                         os._exit(EXIT_INTERRUPTED)
                     if int(os.environ.get("RANK", "0")) == 0:
                         _say(
-                            "\nCtrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, "
-                            "without saving\n"
+                            "\nCtrl-C: stopping after a step that is saved; Ctrl-C again ends at once, without saving\n"
                         )
 
 

@@ -12,11 +12,11 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
-from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch
+from hunyuan_pretrain.data.loader import EvaluationLoader
 from hunyuan_pretrain.model.routing import EvaluationRouting
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import model_inputs, run_schedule, sum_over, sum_over_batch
+from hunyuan_pretrain.train.step import SentBatch, model_inputs, run_schedule, sum_over, sum_over_batch
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str
         is_counted_n = group_n // (loader.sequence_length // group_tokens) < loader.num_sequences
         return EvaluationRouting(is_counted_n.repeat_interleave(group_tokens))
 
-    def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        inputs = model_inputs(run, next(batches), rope_alpha=stage.rope_alpha, loss_tokens=1.0, route=counted)
+    def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        inputs = model_inputs(next(batches), rope_alpha=stage.rope_alpha, loss_tokens=1.0, route=counted)
         output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
         mask_T = inputs.loss_weight_T

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ from hunyuan_pretrain.runtime.stop import (
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
-from hunyuan_pretrain.train.metrics import Meter, step_line, step_record
+from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters
 from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import train_step
+from hunyuan_pretrain.train.step import LaunchedStep, StepResult, launch_step
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
@@ -53,7 +54,7 @@ def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
 
 
 def _train(run: Run, stop: StopRequest) -> int:
-    experiment, num_steps = run.experiment, run.loader.num_steps
+    num_steps = run.loader.num_steps
     _announce(run, num_steps)
     if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
@@ -63,32 +64,76 @@ def _train(run: Run, stop: StopRequest) -> int:
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
         return EXIT_DONE
-    meter = _meter(run)
+    meter, clock = _meter(run), StepClock()
+    before: LaunchedStep | None = None
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
-        started = time.perf_counter()
         rates = apply_learning_rate(run, step)
-        result = train_step(run, stage, step)
+        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked)
+        clock.launched(launched.data_wait_seconds)
         done = step + 1
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
-        if done % experiment.logging.log_every_steps == 0 or done == num_steps:
-            record = step_record(experiment.model, stage, step, result, *rates, time.perf_counter() - started)
-            record |= meter.fields(done, record)
-            run.log.metrics(record)
-            if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
-                run.log.line(step_line(record, num_steps))
-        if run.validations and (done % experiment.evaluation.every_steps == 0 or done == num_steps):
+        if before is not None:
+            # the device has this step to work on, so it does not idle while the host reads the one before
+            _require_finite(run, before)
+        is_logged, is_validated, is_saved = _what_follows(run, done)
+        if is_logged:
+            _log(run, meter, clock, launched, stage, rates)
+        if is_validated:
+            _require_finite(run, launched)
             _evaluate(run, stage, done)
-        is_stopping = setup.is_stop_asked(stop, run.device)
-        every = experiment.checkpoint.save_every_steps
-        if done == num_steps or is_stopping or (every is not None and done % every == 0):
+        if is_logged or is_validated or is_saved:
+            is_stopping = setup.is_stop_asked(stop, run.device)
+        else:  # the answer that does not make the host wait for this step
+            is_stopping = before is not None and before.is_stop_asked()
+        if is_saved or is_stopping:
+            _require_finite(run, launched)
             _save(run, done, must_succeed=done == num_steps or is_stopping)
         if is_stopping and done < num_steps:
             run.log.line(f"told to stop: saved after step {done}; the same command resumes from there")
             return EXIT_STOPPED
+        if is_logged or is_validated or is_saved:
+            clock.restart()
+        before = launched
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     return EXIT_DONE
+
+
+def _what_follows(run: Run, done: int) -> tuple[bool, bool, bool]:
+    """Whether the schedule has a record, a validation and a checkpoint after this number of steps."""
+    experiment = run.experiment
+    is_last, save_every = done == run.loader.num_steps, experiment.checkpoint.save_every_steps
+    return (
+        is_last or done % experiment.logging.log_every_steps == 0,
+        bool(run.validations) and (is_last or done % experiment.evaluation.every_steps == 0),
+        is_last or (save_every is not None and done % save_every == 0),
+    )
+
+
+def _log(
+    run: Run, meter: Meter, clock: StepClock, launched: LaunchedStep, stage: StageConfig, rates: tuple[float, float]
+) -> None:
+    """Wait for the step and write its record."""
+    result = _require_finite(run, launched)
+    seconds, data_wait_seconds = clock.means()
+    result, done = replace(result, data_wait_seconds=data_wait_seconds), launched.step + 1
+    record = step_record(run.experiment.model, stage, launched.step, result, *rates, seconds)
+    record |= meter.fields(done, record)
+    run.log.metrics(record)
+    if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
+        run.log.line(step_line(record, run.loader.num_steps))
+
+
+def _require_finite(run: Run, launched: LaunchedStep) -> StepResult:
+    """Wait for the step's result and return it. Raises TrainingError, on all ranks, if loss or norm is not finite.
+
+    Every step is checked: before it is saved, before a validation, and before the step after the next one is launched.
+    """
+    result = launched.result()
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise TrainingError(
+            f"step {launched.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}"
+        )
+    return result
 
 
 def _announce(run: Run, num_steps: int) -> None:

@@ -51,7 +51,8 @@ def step_record(
 ) -> dict[str, Any]:
     """The metrics.jsonl record of global step `step`. The record counts from 1: its `step` is the number of steps done.
 
-    `seconds` includes `data_wait_seconds`, the wait for the batch, which is read while the previous step runs.
+    seconds: mean of the steps since the host last waited for one to record, validate or save it; it includes
+    `data_wait_seconds`, the mean wait for a batch, which is read while the previous step runs.
     """
     tokens_per_s = stage.global_batch_tokens / seconds
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
@@ -74,6 +75,25 @@ def step_record(
         "mean_dropped_share": sum(routing["dropped_share"]) / len(routing["dropped_share"]),
         **routing,
     }
+
+
+class StepClock:
+    """Measures steps whose end the host does not wait for: their mean time between two moments at which it does."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin here: the device has nothing to do."""
+        self._started, self._steps, self._data_wait_seconds = time.perf_counter(), 0, 0.0
+
+    def launched(self, data_wait_seconds: float) -> None:
+        """One more step was launched."""
+        self._steps, self._data_wait_seconds = self._steps + 1, self._data_wait_seconds + data_wait_seconds
+
+    def means(self) -> tuple[float, float]:
+        """(seconds, data_wait_seconds) of a step; to be called when the host has waited for the last one."""
+        return (time.perf_counter() - self._started) / self._steps, self._data_wait_seconds / self._steps
 
 
 class Meter:

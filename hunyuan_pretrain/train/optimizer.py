@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -200,59 +200,83 @@ def _by_format(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(found.values())
 
 
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """L2 norm of the whole model's gradient. Each element counts once, whichever ranks hold copies or shards of it.
+def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """fp64 () L2 norm of the whole model's gradient, on the device. Each element counts once, whichever ranks hold
+    copies or shards of it.
 
     Core selects the tensors and ranks, so that one of several copies counts. Its own sum is not used: on CPU it depends
-    on how weights are sharded, and where Transformer Engine or Apex can be imported it calls theirs, which run only on
-    a GPU. Communicates: all groups of the optimizer.
+    on how weights are sharded, where Transformer Engine or Apex can be imported it calls theirs, which run only on a
+    GPU, and it makes the host wait for the result. Communicates: all groups of the optimizer.
     """
     parts: dict[dist.ProcessGroup, list[Tensor]] = {}
     for part in optimizer.chained_optimizers:
         # get_main_grads_for_grad_norm is the name in core 0.16
         gradients_of = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
         parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(gradients_of())
-    total = 0.0
+    total: Tensor | None = None
     for group, gradients in parts.items():
-        on_device: dict[torch.device, list[Tensor]] = {}
-        for gradient in gradients:  # an offloaded optimizer keeps some on the host
-            on_device.setdefault(gradient.device, []).append(gradient)
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         squares = torch.zeros((), dtype=torch.float64, device=device)
-        for tensors in on_device.values():
-            squares += sum_of_squares(tensors).to(device)
+        for tensors in _by_device(gradients).values():
+            squares += sum_of_squares(tensors).to(device, non_blocking=True)
         dist.all_reduce(squares, group=group)
-        total += squares.item()
-    return math.sqrt(total)
+        total = squares if total is None else total + squares
+    assert total is not None, "an optimizer without parts"
+    return total.sqrt()
 
 
-def optimizer_step(optimizer: MegatronOptimizer) -> float:
-    """Clip by the global norm, update, and return the norm before clipping. If that norm is not finite, nothing is
-    updated.
+def optimizer_step(optimizer: MegatronOptimizer) -> Tensor:
+    """Clip by the global norm, update, and return the norm before clipping, fp64 () on the device.
 
-    torch's fused AdamW kernel scales the gradients in the pass that reads them anyway. Transformer Engine's kernels
-    have no such factor, or write the scaled gradients as well (docs/benchmarks.md, "Bytes of the optimizer"), so a step
-    that clips rewrites them first, as core does. Communicates: all groups of the optimizer.
+    If the norm is not finite, torch's AdamW and an offloaded optimizer update nothing. Other optimizers make weights
+    NaN, so the caller must not save them.
+
+    The host does not wait for the norm, except with an offloaded optimizer, whose update on the host needs all
+    gradients there anyway. torch's fused AdamW kernel scales the gradients in the pass that reads them. Transformer
+    Engine's kernels have no such factor, or write the scaled gradients as well (docs/benchmarks.md, "Bytes of the
+    optimizer"), so with them every step rewrites the gradients first, if it may clip. Communicates: all groups of the
+    optimizer.
     """
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer)
-    if not math.isfinite(norm):
+    is_offloaded = any(isinstance(part.optimizer, HybridDeviceOptimizer) for part in optimizer.chained_optimizers)
+    if is_offloaded and not math.isfinite(norm.item()):
         return norm
     clip_grad = optimizer.config.clip_grad
-    divisor = (norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
+    # rounded to fp32 as the number that the host used to pass
+    divisor = ((norm + 1e-6) / clip_grad).clamp(min=1.0).float() if clip_grad > 0 else None
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if type(inner) is torch.optim.AdamW:
-            # the attribute through which torch's own gradient scaler hands its scale to fused kernels
-            device = inner.param_groups[0]["params"][0].device
-            inner.grad_scale = torch.tensor(divisor, device=device) if divisor > 1.0 else None  # type: ignore[attr-defined]
-        elif divisor > 1.0:
-            for gradients in _by_format(_gradients(part)):
-                torch._foreach_div_(gradients, divisor)
+            # the attributes through which torch's own gradient scaler hands these to fused kernels
+            inner.grad_scale = divisor  # type: ignore[attr-defined]
+            inner.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        elif divisor is not None:
+            _divide(_gradients(part), divisor)
         if isinstance(inner, HybridDeviceOptimizer):
             _hand_over_fp32_gradients(inner)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _divide(gradients: list[Tensor], divisor: Tensor) -> None:
+    """Divide in place, in fp32, by an fp32 () tensor."""
+    for device, tensors in _by_device(gradients).items():
+        by = divisor.to(device)
+        wide = [tensor for tensor in tensors if tensor.dtype == torch.float32]
+        if wide:
+            torch._foreach_div_(wide, by)
+        for tensor in tensors:
+            if tensor.dtype != torch.float32:  # torch would first round a tensor of no dimensions to the other dtype
+                tensor.copy_(tensor.float().div_(by))
+
+
+def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """An offloaded optimizer keeps some gradients on the host."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found
 
 
 def _gradients(part: MegatronOptimizer) -> list[Tensor]:

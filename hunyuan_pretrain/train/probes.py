@@ -34,7 +34,7 @@ from hunyuan_pretrain.train.attention_choice import borders_of
 from hunyuan_pretrain.train.kernel_probe import check_kernels
 from hunyuan_pretrain.train.optimizer import complete_gradients
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import as_summed_loss, model_inputs, run_schedule
+from hunyuan_pretrain.train.step import SentBatch, as_summed_loss, model_inputs, run_schedule
 
 COEFFICIENT_TOLERANCE = 1e-3
 """Relative. A different summation order changes the sums by less than 1e-5; a layout-dependent factor is 2 or more."""
@@ -251,9 +251,8 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
     num_global_groups = num_tokens // group_tokens * num_micro_batches * groups.dp.size()
     bare = _BareLoss(run, num_global_groups, is_z_loss=bool(z))
 
-    def forward(batches: Iterator[MicroBatch], wrapped: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def forward(batches: Iterator[SentBatch], wrapped: DistributedDataParallel) -> tuple[Tensor, Any]:
         inputs = model_inputs(
-            run,
             next(batches),
             rope_alpha=1.0,
             loss_tokens=num_tokens * num_micro_batches * groups.dp.size() if has_cross_entropy else math.inf,

@@ -11,7 +11,7 @@ Shapes: T tokens of a micro-batch on this rank, L layers, X numbers of packed ro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,9 @@ from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.engines import training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
-from hunyuan_pretrain.parallel.context_parallel import context_slice
+from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
+from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
 from hunyuan_pretrain.train.optimizer import optimizer_step
 from hunyuan_pretrain.train.run import Run
 
@@ -46,20 +47,48 @@ class StepResult:
     data_wait_seconds: float = 0.0  # of this rank, for the batch
 
 
-def model_inputs(
-    run: Run,
-    batch: MicroBatch,
-    *,
-    rope_alpha: float,
-    loss_tokens: Tensor | float,
-    route: Callable[[Tensor], Routing],
-) -> ModelInputs:
-    """This context-parallel rank's share of a micro-batch, on the run's device.
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose work is queued. Its numbers may still be on their way to the host, which waits only when it reads
+    them."""
 
-    loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss. route: makes the
-    routing from the indices (n,) of the routing groups. They are numbered through the sequences of the global batch,
-    so they do not depend on which rank holds a group.
-    """
+    step: int
+    """Global, counted from 0."""
+    numbers: Outgoing
+    """fp64: loss, ranks asked to stop, router statistics of all layers, gradient norm, target tokens."""
+    statistics_shape: torch.Size
+    data_wait_seconds: float
+
+    def is_stop_asked(self) -> bool:
+        """Whether any rank had been asked to stop when it launched the step; the same on all ranks."""
+        return bool(self.numbers.read()[1] > 0)
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it measured."""
+        loss_and_stop, statistics, norm_and_tokens = self.numbers.read().split([2, self.statistics_shape.numel(), 2])
+        grad_norm, num_target_tokens = norm_and_tokens.tolist()
+        return StepResult(
+            loss_and_stop[0].item(),
+            grad_norm,
+            int(num_target_tokens),
+            RouterStatistics.unpacked(statistics.view(self.statistics_shape)),
+            self.data_wait_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class SentBatch:
+    """This context-parallel rank's share of a micro-batch, on its way to the run's device."""
+
+    tensors: Incoming
+    """Tokens, positions, labels and loss mask (T,); the indices (n,) of the routing groups. They are numbered through
+    the sequences of the global batch, so they do not depend on which rank holds a group."""
+    cu_seqlens: list[int]
+    context: ContextSlice | None
+
+
+def send(run: Run, batch: MicroBatch) -> SentBatch:
+    """Start the copy of this rank's share of `batch` to the run's device."""
     experiment, cp, device = run.experiment, run.groups.cp, run.device
     group_tokens = experiment.model.moe_routing_group_tokens
     context, cu_seqlens = None, batch.cu_seqlens.tolist()
@@ -68,22 +97,48 @@ def model_inputs(
         method = experiment.parallel.context_parallel_method
         context = context_slice(cp, method, cu_seqlens, len(batch.sequence_ids), group_tokens, device)
         rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
-
-    def mine(tensor: Tensor) -> Tensor:
-        return to_device(tensor if context is None else tensor[rows_T], device)
-
+    whole = (batch.tokens_T, batch.positions_T, batch.labels_T, batch.loss_mask_T)
+    mine = whole if context is None else tuple(tensor[rows_T] for tensor in whole)
     per_sequence = len(batch.tokens_T) // len(batch.sequence_ids) // group_tokens
     group_n = rows_T[::group_tokens] // group_tokens  # of the micro-batch
     group_n = batch.sequence_ids[group_n // per_sequence] * per_sequence + group_n % per_sequence
+    return SentBatch(Incoming([*mine, group_n], device), cu_seqlens, context)
+
+
+def sent_ahead(run: Run, batches: Iterable[MicroBatch]) -> Iterator[SentBatch]:
+    """Yields every micro-batch; the next one is then already on its way."""
+    ahead: SentBatch | None = None
+    for batch in batches:
+        sent = send(run, batch)
+        if ahead is not None:
+            yield ahead
+        ahead = sent
+    if ahead is not None:
+        yield ahead
+
+
+def model_inputs(
+    batch: SentBatch,
+    *,
+    rope_alpha: float,
+    loss_tokens: Tensor | float,
+    route: Callable[[Tensor], Routing],
+) -> ModelInputs:
+    """What the model reads of a micro-batch.
+
+    loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss. route: makes the
+    routing from the indices (n,) of the routing groups.
+    """
+    tokens_T, positions_T, labels_T, loss_mask_T, group_n = batch.tensors.take()
     return ModelInputs(
-        tokens_T=mine(batch.tokens_T),
-        positions_T=mine(batch.positions_T),
-        cu_seqlens=cu_seqlens,
+        tokens_T=tokens_T,
+        positions_T=positions_T,
+        cu_seqlens=batch.cu_seqlens,
         rope_alpha=rope_alpha,
-        labels_T=mine(batch.labels_T),
-        loss_weight_T=mine(batch.loss_mask_T) / loss_tokens,
-        routing=route(to_device(group_n, device)),
-        context=context,
+        labels_T=labels_T,
+        loss_weight_T=loss_mask_T / loss_tokens,
+        routing=route(group_n),
+        context=batch.context,
     )
 
 
@@ -94,7 +149,7 @@ class Gradients:
 
     losses: list[Tensor]  # of each micro-batch, on the last stage
     statistics: list[Tensor]  # packed router statistics (L, X) of each micro-batch
-    num_target_tokens: int
+    num_target_tokens: Tensor  # fp64 (), on the device
     data_wait_seconds: float  # of this rank; batches are read while the previous step runs
 
 
@@ -114,9 +169,8 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
     num_global_groups = stage.global_batch_tokens // experiment.model.moe_routing_group_tokens
     statistics: list[Tensor] = []
 
-    def forward(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         inputs = model_inputs(
-            run,
             next(batches),
             rope_alpha=stage.rope_alpha,
             loss_tokens=num_target_tokens.float(),
@@ -131,7 +185,35 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
     tokens = stage.sequence_length * stage.micro_batch_sequences
     with training_step([model.module for model in run.wrapped], groups) if in_fp8 else nullcontext():
         losses = run_schedule(run, forward, batches, tokens, forward_only=False)
-    return Gradients(losses, statistics, int(num_target_tokens.item()), data_wait_seconds)
+    return Gradients(losses, statistics, num_target_tokens, data_wait_seconds)
+
+
+def launch_step(
+    run: Run,
+    stage: StageConfig,
+    step: int,
+    *,
+    before_update: Callable[[], None] | None = None,
+    in_fp8: bool = True,
+    is_stop_asked: bool = False,
+) -> LaunchedStep:
+    """Launch one optimizer step over this rank's micro-batches of the global batch, at the current learning rates. The
+    host does not wait for the device, except with an offloaded optimizer or without a capacity of the experts.
+
+    before_update: called after gradients are reduced and before they are clipped. in_fp8: see `compute_gradients`.
+    is_stop_asked: of this rank; the result tells it to all.
+
+    Communicates: as `compute_gradients`, all ranks (statistics), all groups of the optimizer.
+    """
+    run.optimizer.zero_grad()
+    found = compute_gradients(run, stage, step, in_fp8=in_fp8)
+    if before_update is not None:
+        before_update()
+    grad_norm = optimizer_step(run.optimizer)
+    asked = torch.full((1,), float(is_stop_asked), dtype=torch.float64, device=run.device)
+    totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, asked)
+    numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
+    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds)
 
 
 def train_step(
@@ -142,19 +224,8 @@ def train_step(
     before_update: Callable[[], None] | None = None,
     in_fp8: bool = True,
 ) -> StepResult:
-    """Run one optimizer step over this rank's micro-batches of the global batch, at the current learning rates.
-
-    before_update: called after gradients are reduced and before they are clipped. in_fp8: see `compute_gradients`.
-
-    Communicates: as `compute_gradients`, all ranks (statistics), all groups of the optimizer.
-    """
-    run.optimizer.zero_grad()
-    found = compute_gradients(run, stage, step, in_fp8=in_fp8)
-    if before_update is not None:
-        before_update()
-    grad_norm = optimizer_step(run.optimizer)
-    losses, statistics = sum_over_batch(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics)
-    return StepResult(losses[0].item(), grad_norm, found.num_target_tokens, statistics, found.data_wait_seconds)
+    """As `launch_step`, and wait for the result."""
+    return launch_step(run, stage, step, before_update=before_update, in_fp8=in_fp8).result()
 
 
 def run_schedule(
@@ -168,7 +239,7 @@ def run_schedule(
     chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups)
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in chunks],
+        data_iterator=[sent_ahead(run, batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(batches),
         seq_length=num_tokens,
@@ -200,12 +271,20 @@ def sum_over_batch(
     Every rank of a stage routes different tokens. The loss is the same on all tensor-parallel ranks, so only the first
     contributes it. Communicates: all ranks.
     """
+    none = torch.zeros(0, dtype=torch.float64, device=statistics[0].device)
+    totals = _totals(groups, losses, width, statistics, none).cpu()
+    return totals[:width], RouterStatistics.unpacked(totals[width:].view(statistics[0].shape))
+
+
+def _totals(
+    groups: ProcessGroupCollection, losses: list[Tensor], width: int, statistics: list[Tensor], others: Tensor
+) -> Tensor:
+    """The sums of `losses`, of `others` (fp64, of this rank) and of the statistics, as one vector on the device."""
     statistics_sum = torch.stack(statistics).double().sum(0).flatten()
     loss_sum = (
         torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else statistics_sum.new_zeros(width)
     )
-    totals = sum_over(dist.group.WORLD, torch.cat([loss_sum, statistics_sum])).cpu()
-    return totals[:width], RouterStatistics.unpacked(totals[width:].view(statistics[0].shape))
+    return sum_over(dist.group.WORLD, torch.cat([loss_sum, others, statistics_sum]))
 
 
 def sum_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(corpus, tmp_path):
     steps = metrics(run_dir)[-1]["step"]
     assert code == 75, err
     assert f"told to stop: saved after step {steps}; the same command resumes from there" in out
-    assert err.strip() == "Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving"
+    assert err.strip() == "Ctrl-C: stopping after a step that is saved; Ctrl-C again ends at once, without saving"
     process = start("train", config)
     until(process, lambda: len(metrics(run_dir)) > steps)
     code, out, _ = stopped(process, signal.SIGINT, signal.SIGINT)

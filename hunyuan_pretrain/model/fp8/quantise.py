@@ -41,7 +41,7 @@ def scale_from_amax(
 ) -> Tensor:
     """fp32 scale, in the shape of amax; `largest` replaces a scale that overflows."""
     # a Python number over a tensor would be computed as a multiplication by its reciprocal
-    scale = torch.tensor(fp8_max, device=amax.device) / amax
+    scale = torch.full((), fp8_max, device=amax.device) / amax
     scale = torch.where(scale.isinf(), largest, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & -(1 << 23)).view(torch.float32)
@@ -51,7 +51,7 @@ def scale_from_amax(
 def e8m0_scales(amax: Tensor, fp8_max: float) -> Scales:
     """Scales of MXFP8: the inverse is the power of two at or above amax / fp8_max, 2^-127 to 2^127, which is a biased
     exponent of 8 bits."""
-    bits = (amax * torch.tensor(1.0 / fp8_max, dtype=torch.float32, device=amax.device)).view(torch.int32)
+    bits = (amax * torch.full((), 1.0 / fp8_max, dtype=torch.float32, device=amax.device)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & ((1 << 23) - 1)
     # a subnormal quotient up to 2^-127 is rounded up to that, not to 2^-126
     rounds_up = (mantissa > 0) & ~((exponent == 0) & (mantissa <= 1 << 22))
@@ -97,8 +97,7 @@ def to_fp32(values: Tensor) -> Tensor:
     # sign
     bits = codes.to(torch.int32).bitwise_left_shift_(20).bitwise_and_(-0x80000000 | 0x07F00000)
     result = bits.view(torch.float32).mul_(2.0 ** (127 - 7))
-    is_nan = codes.bitwise_and(127) == 127
-    return result.masked_fill_(is_nan, torch.nan) if is_nan.any() else result
+    return result.masked_fill_(codes.bitwise_and(127) == 127, torch.nan)
 
 
 def scales_of(amax: Tensor, recipe: Recipe, fp8_max: float, largest: float) -> Scales:

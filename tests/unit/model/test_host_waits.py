@@ -10,76 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.model.routing import EVALUATION, EvaluationRouting
+from tests.helpers.host_waits import Operations
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.tiny import build, packed_inputs, tiny_model
 
-LOOKS = (
-    "_local_scalar_dense",
-    "item",
-    "is_nonzero",
-    "nonzero",
-    "bincount",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "equal",
-    "histc",
-)
-METHODS = ("tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
-ADDS = ("index_add_", "index_add", "scatter_add_", "scatter_add", "index_select_backward", "embedding_dense_backward")
 DROPLESS = {"moe_expert_capacity_factor": None, "recycle_routing": False}
-
-
-class Operations(TorchDispatchMode):
-    """Counts operators that read values, and operators that add into rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.looks: Counter[str] = Counter()
-        self.adds: Counter[str] = Counter()
-        self._methods = _Methods(self.looks)
-
-    def __enter__(self) -> Operations:
-        self._methods.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._methods.__exit__(*error)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
-        of_unknown_size = name == "repeat_interleave" and not kwargs.get("output_size")
-        if name in LOOKS or of_unknown_size or (name.startswith("index") and self._has_mask(args)):
-            self.looks[name] += 1
-        if name in ADDS or (name in ("index_put_", "_index_put_impl_") and len(args) > 3 and args[3]):
-            self.adds[name] += 1
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _has_mask(args: tuple[Any, ...]) -> bool:
-        indices = [index for arg in args if isinstance(arg, (list, tuple)) for index in arg]
-        return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
-
-
-class _Methods(TorchFunctionMode):
-    def __init__(self, looks: Counter[str]) -> None:
-        super().__init__()
-        self.looks = looks
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in METHODS:
-            self.looks[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def looks_of_a_step(model: ModelConfig, is_counted: bool = False, **parallel: Any) -> Counter[str]:

@@ -71,7 +71,7 @@ def test_a_stop_is_remembered_until_the_run_can_stop() -> None:
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out) == (0, "saved\n"), err
         assert err.strip() == (
-            "Ctrl-C: stopping after this step, which is saved; Ctrl-C again ends at once, without saving"
+            "Ctrl-C: stopping after a step that is saved; Ctrl-C again ends at once, without saving"
         ) * (number == signal.SIGINT)
 
 
