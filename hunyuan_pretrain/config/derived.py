@@ -89,6 +89,28 @@ def smallest_world_size(experiment: Experiment) -> int:
     return math.lcm(*_ranks_of_one_copy(experiment.parallel))
 
 
+# --- data parallelism ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Which communication of the data-parallel ranks runs beside computation."""
+
+    grad_reduce: bool
+    param_gather: bool
+
+
+def overlaps(parallel: ParallelConfig, num_ranks: int) -> Overlaps:
+    """The settings, or what null means for `num_ranks` ranks that hold the same weights (Grid.dp_cp): one rank has
+    nothing to reduce or gather, and would only be slowed by the bookkeeping of each weight."""
+    gather, reduce = parallel.overlap_param_gather, parallel.overlap_grad_reduce
+    if reduce is None:
+        reduce = num_ranks > 1 or bool(gather)
+    if gather is None:
+        gather = num_ranks > 1 and reduce and parallel.use_distributed_optimizer
+    return Overlaps(reduce, gather)
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,8 @@ def layout_experiment(
         "world_size": None,
         "sequence_parallel": sizes["tensor_model_parallel_size"] > 1,
     }
+    if sizes["expert_model_parallel_size"] == 1 or sizes["tensor_model_parallel_size"] > 1:
+        changes["overlap_shared_expert"] = False
     if any(sizes[SIZES[key]] != getattr(experiment.parallel, SIZES[key]) for key in ("pp", "vpp")):
         changes["pipeline_layout"] = None
     if "zero1" in values:

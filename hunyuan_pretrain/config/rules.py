@@ -150,10 +150,29 @@ def param_gather_overlap_needs_its_base(experiment: Experiment) -> Iterator[Prob
     parallel = experiment.parallel
     if not parallel.overlap_param_gather:
         return
-    missing = [name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(parallel, name)]
+    missing = [
+        name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if getattr(parallel, name) is False
+    ]
     if missing:
         needs = " and ".join(f"parallel.{name}" for name in missing)
         yield Problem("parallel.overlap_param_gather", True, f"needs {needs}", f"set {needs} to true, or this to false")
+
+
+def shared_expert_overlap_needs_an_exchange(experiment: Experiment) -> Iterator[Problem]:
+    parallel = experiment.parallel
+    if not parallel.overlap_shared_expert:
+        return
+    if parallel.expert_model_parallel_size == 1:
+        rule = "there is no exchange to run beside: parallel.expert_model_parallel_size is 1"
+        yield Problem("parallel.overlap_shared_expert", True, rule, "set it to false")
+    if parallel.tensor_model_parallel_size > 1:
+        rule = (
+            "the tensor-parallel ranks of the shared expert would communicate during the exchange, and NCCL does not "
+            "promise that two process groups can at the same time"
+        )
+        yield Problem(
+            "parallel.overlap_shared_expert", True, rule, "set it to false, or tensor_model_parallel_size to 1"
+        )
 
 
 def offload_needs_the_distributed_optimizer(experiment: Experiment) -> Iterator[Problem]:
@@ -267,6 +286,7 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     pipeline_never_cuts_a_cla_group,
     heads_trade_for_tokens,
     param_gather_overlap_needs_its_base,
+    shared_expert_overlap_needs_an_exchange,
     offload_needs_the_distributed_optimizer,
     attention_backend_fits,
     offloaded_layers_are_whole_groups,

@@ -153,9 +153,7 @@ class ParallelConfig(Section):
         "Ranks over which each weight matrix is sharded.", 1, unit="ranks", typical="1 to 8"
     )
     sequence_parallel: bool = setting(
-        "Also split norms, residuals and the experts' tokens over the tensor-parallel ranks. Must be true if there "
-        "are several, false if there is one.",
-        False,
+        "Also split norms, residuals and experts' tokens over the tensor-parallel ranks: if and only if several.", False
     )
     pipeline_model_parallel_size: PositiveInt = setting("Pipeline-parallel ranks.", 1, unit="ranks", typical="1 to 16")
     virtual_pipeline_model_parallel_size: PositiveInt = setting(
@@ -184,8 +182,9 @@ class ParallelConfig(Section):
         "Ranks over which each routed expert is sharded.", 1, unit="ranks", typical="1"
     )
     use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
-    overlap_grad_reduce: bool = setting("Reduce gradients while the backward pass still runs.", False)
-    overlap_param_gather: bool = setting("Gather updated parameters while the next forward pass runs.", False)
+    overlap_grad_reduce: bool | None = setting("Reduce gradients during the backward pass. null: if DP * CP > 1.", None)
+    overlap_param_gather: bool | None = setting("Gather weights during the next forward pass. null: the same.", None)
+    overlap_shared_expert: bool = setting("On a GPU, run the shared expert beside the routed rows' exchange.", False)
     recompute: Recompute = setting(
         "Which activations the backward pass recomputes instead of keeping them. none: keep all. swiglu: recompute the "
         "output of SwiGLU, the input of an expert's second matrix. norms: recompute the outputs of a layer's two "

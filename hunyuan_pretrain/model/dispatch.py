@@ -1,9 +1,9 @@
 """Dispatch of tokens to the routed experts of all ranks, and the return of their outputs.
 
-The index maps of the RoutingPlan permute tokens into rows sorted by expert. With expert parallelism, rows travel to the
-ranks that hold their experts. With expert-tensor parallelism, the ranks that share experts gather each other's rows.
-Outputs return the same way, as rows; model/permutation.py combines them. All of this is gathers, forward and backward:
-no scatter adds into a row, so the result does not depend on the order of threads.
+model/permutation.py permutes tokens into rows sorted by expert. With expert parallelism, rows travel to the ranks that
+hold their experts. With expert-tensor parallelism, the ranks that share experts gather each other's rows. Outputs
+return the same way, as rows; model/permutation.py combines them. All of this is gathers, forward and backward: no
+scatter adds into a row, so the result does not depend on the order of threads.
 
 Shapes: T tokens of this rank, D hidden, E experts, e experts of this rank, R rows (slots of experts), p ranks of a
 group, P rows of all ranks of a group, padding included.
@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from hunyuan_pretrain.model.expert_rows import RowSplits, inverse, moved
-from hunyuan_pretrain.model.functions import Functions
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.parallel.collectives import all_gather_rows, exchange_rows
 from hunyuan_pretrain.runtime.handover import to_device
@@ -33,24 +32,22 @@ Experts = Callable[[Tensor, RowSplits], Tensor]
 
 
 class Dispatch:
-    """Sends tokens to the experts of a layer and brings the outputs back."""
+    """Sends the rows of tokens to the experts of a layer and brings the outputs back."""
 
-    def __init__(self, num_experts: int, functions: Functions, groups: ProcessGroupCollection) -> None:
-        self.num_experts, self.permute = num_experts, functions.permute
+    def __init__(self, num_experts: int, groups: ProcessGroupCollection) -> None:
+        self.num_experts = num_experts
         self.ep_group, self.etp_group = groups.ep, groups.expt_tp
 
-    def __call__(self, hidden_TD: Tensor, plan: RoutingPlan, experts: Experts) -> tuple[Tensor, Tensor]:
-        """((R, D) the output of each row of `plan`; hidden_TD for what reads it next, as model.permutation says), for
-        tokens (T, D) that no other rank of this stage holds.
+    def __call__(self, rows_RD: Tensor, plan: RoutingPlan, experts: Experts) -> Tensor:
+        """(R, D): the output of each row of `plan`, for rows of tokens that no other rank of this stage holds.
 
         `experts` computes those of this rank. Communicates: expert-parallel group, two all-to-alls in each direction
         (forward, backward); expert-tensor-parallel group, an all-gather and a reduce-scatter of the rows from those.
         Without a capacity, row counts too.
         """
-        rows_RD, hidden_TD = self.permute(hidden_TD, plan)
         if plan.rows_E is None:
-            return self._exchange_equal(rows_RD, experts), hidden_TD
-        return self._exchange_counted(rows_RD, plan.rows_E, experts), hidden_TD
+            return self._exchange_equal(rows_RD, experts)
+        return self._exchange_counted(rows_RD, plan.rows_E, experts)
 
     # --- over expert-parallel ranks -----------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from hunyuan_pretrain.model.recompute import free_until_backward, keep_input_as_
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, RoutingPlan
 from hunyuan_pretrain.model.spec import Spec
+from hunyuan_pretrain.runtime.streams import SideStream
 
 
 class MixtureOfExperts(torch.nn.Module):
@@ -32,7 +33,8 @@ class MixtureOfExperts(torch.nn.Module):
         self.router = Router(config, layer, spec.functions)
         self.experts = RoutedExperts(config, spec, groups)
         self.shared_experts = SharedExpert(config, spec, groups)
-        self.combine = spec.functions.combine
+        self.permute, self.combine = spec.functions.permute, spec.functions.combine
+        self.overlaps_shared_expert = config.parallel.overlap_shared_expert and not config.use_cpu_initialization
 
     def forward(self, hidden_TD: Tensor, residual_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
         """Returns ((T, D), router statistics). One function adds the residual and both kinds of experts, so that a
@@ -43,8 +45,13 @@ class MixtureOfExperts(torch.nn.Module):
             # injects the gradient of each layer's router loss here, where the backward pass reaches the combine
             # weights, with the scale that the schedule gives the loss.
             plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
-        rows_RD, hidden_TD = self.experts(hidden_TD, plan)
-        shared_TD = self.shared_experts(hidden_TD)
+        rows_RD, hidden_TD = self.permute(hidden_TD, plan)
+        # the order decides which backward pass the host launches first: that of the routed experts, with the exchange
+        side = SideStream(hidden_TD.device) if self.overlaps_shared_expert else None
+        shared_TD = side.run(self.shared_experts, hidden_TD) if side else self.shared_experts(hidden_TD)
+        rows_RD = self.experts(rows_RD, plan)
+        if side:
+            side.join(shared_TD)
         return self.combine(rows_RD, plan.weight_TK, plan, shared_TD, residual_TD), statistics
 
 
@@ -53,7 +60,7 @@ class RoutedExperts(torch.nn.Module):
 
     def __init__(self, config: HunyuanConfig, spec: Spec, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.dispatch = Dispatch(config.num_moe_experts, spec.functions, groups)
+        self.dispatch = Dispatch(config.num_moe_experts, groups)
         self.swiglu = spec.functions.swiglu
         parts = config.parallel.recomputed_parts
         self.recompute, self.recompute_swiglu = "selective" in parts, "swiglu" in parts
@@ -69,9 +76,12 @@ class RoutedExperts(torch.nn.Module):
         if self.recompute_swiglu:
             keep_input_as_given(self.linear_fc2)
 
-    def forward(self, hidden_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Tensor]:
-        """As Dispatch, with the experts of this rank."""
-        return self.dispatch(hidden_TD, plan, self._ffn_or_recomputed)
+    def forward(self, rows_RD: Tensor, plan: RoutingPlan) -> Tensor:
+        """(R, D): the output of each row of `plan`, for rows of tokens that no other rank of this stage holds.
+
+        Communicates: as Dispatch.
+        """
+        return self.dispatch(rows_RD, plan, self._ffn_or_recomputed)
 
     def _ffn_or_recomputed(self, rows_RD: Tensor, splits: RowSplits) -> Tensor:
         return _kept_input_only(self._ffn, rows_RD, splits) if self.recompute else self._ffn(rows_RD, splits)

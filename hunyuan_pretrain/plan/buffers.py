@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from hunyuan_pretrain.config.derived import grid, pipeline_stages
+from hunyuan_pretrain.config.derived import grid, overlaps, pipeline_stages
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
 SMALLEST_BUCKET = 40_000_000
@@ -139,7 +139,8 @@ def buffers_of_stage(
     """
     ranks = grid(parallel, world_size)
     limit = None
-    if parallel.overlap_grad_reduce and stage % ranks.pp == 0:  # later pipeline ranks do not wait for their reduction
+    # later pipeline ranks do not wait for their reduction
+    if overlaps(parallel, ranks.dp_cp).grad_reduce and stage % ranks.pp == 0:
         limit = max(SMALLEST_BUCKET, 1_000_000 * ranks.dp)
     found: dict[tuple[bool, int], list[Weight]] = {}
     for weight in weights_of_stage(model, parallel, stage):

@@ -26,6 +26,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hunyuan_pretrain.config.derived import overlaps
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
@@ -39,15 +40,16 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap each model chunk in core's DDP: gradient buffers, reduced over the data-parallel ranks."""
     parallel = experiment.parallel
+    overlapped = overlaps(parallel, groups.dp_cp.size())
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=experiment.precision.grad_reduce_in_fp32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=overlapped.grad_reduce,
+        overlap_param_gather=overlapped.param_gather,
         fp8_param_gather=_has_fp8_parameters(chunks[0]),
     )
     wrapped = [DistributedDataParallel(model.config, config, model, pg_collection=groups) for model in chunks]
-    if parallel.overlap_grad_reduce:
+    if overlapped.grad_reduce:
         # core counts the gradients of a step to know when to reduce; without this it would learn the count from the
         # first stage's steps and reduce too early in a stage with more micro-batches
         no_sync = [model.no_sync for model in wrapped]
@@ -66,6 +68,7 @@ def build_optimizer(
     settings = experiment.optimizer
     is_offloaded = settings.cpu_offload_fraction > 0
     config = _core_settings(experiment, _has_fp8_parameters(chunks[0].module))
+    config.overlap_param_gather = overlaps(experiment.parallel, groups.dp_cp.size()).param_gather
     is_without_kernels = settings.use_precision_aware_optimizer and not config.use_precision_aware_optimizer
     if is_offloaded or is_without_kernels:
         # The inner optimizer then also keeps the fp32 main weights; otherwise the distributed optimizer would hold
@@ -115,7 +118,6 @@ def _core_settings(experiment: Experiment, has_fp8_parameters: bool) -> Optimize
         bf16=precision.dtype == "bf16",
         params_dtype=DTYPES[precision.dtype],
         use_distributed_optimizer=experiment.parallel.use_distributed_optimizer,
-        overlap_param_gather=experiment.parallel.overlap_param_gather,
         optimizer_cpu_offload=is_offloaded,
         optimizer_offload_fraction=settings.cpu_offload_fraction,
         overlap_cpu_optimizer_d2h_h2d=is_offloaded,

@@ -171,13 +171,32 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             "parallel.expert_tensor_parallel_size=3: routed experts have width 512, 512 % 3 != 0 (use 2 or 4)",
         ),
         (
-            ["parallel.overlap_param_gather=true"],
+            ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=false"],
             "parallel.overlap_param_gather=true: needs parallel.overlap_grad_reduce (set "
             "parallel.overlap_grad_reduce to true",
         ),
         (
-            ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"],
+            [
+                "parallel.overlap_param_gather=true",
+                "parallel.overlap_grad_reduce=false",
+                "parallel.use_distributed_optimizer=false",
+            ],
             "needs parallel.use_distributed_optimizer and parallel.overlap_grad_reduce",
+        ),
+        (
+            ["parallel.overlap_shared_expert=true", "parallel.expert_model_parallel_size=1"],
+            "parallel.overlap_shared_expert=true: there is no exchange to run beside: "
+            "parallel.expert_model_parallel_size is 1 (set it to false)",
+        ),
+        (
+            [
+                "parallel.overlap_shared_expert=true",
+                "parallel.expert_model_parallel_size=2",
+                "parallel.tensor_model_parallel_size=2",
+                "parallel.sequence_parallel=true",
+            ],
+            "parallel.overlap_shared_expert=true: the tensor-parallel ranks of the shared expert would communicate "
+            "during the exchange",
         ),
         (
             ["optimizer.cpu_offload_fraction=1.5"],

@@ -84,7 +84,9 @@ def exchange(kinds: list[dict[str, Any]]) -> list[Any]:
             plan = moe.router(x_TD, EVALUATION).plan
             with operations if layout is kind else Operations():
                 none_TD = torch.zeros_like(x_TD)
-                output_TD = moe.combine(moe.experts(x_TD, plan)[0], plan.weight_TK, plan, none_TD, none_TD)
+                output_TD = moe.combine(
+                    moe.experts(moe.permute(x_TD, plan)[0], plan), plan.weight_TK, plan, none_TD, none_TD
+                )
                 output_TD.backward(torch.ones_like(output_TD).cumsum(0))
             results.append((output_TD.detach(), x_TD.grad))
             leave_layout()

@@ -116,7 +116,7 @@ def test_experts_under_capacity_equal_a_loop_over_the_plan(changes):
                     + torch.nn.functional.one_hot(torch.tensor(token), 96)[:, None] * output * plan.weight_TK[token, k]
                 )
     none = torch.zeros_like(hidden)
-    actual = mlp.combine(mlp.experts(hidden, plan)[0], plan.weight_TK, plan, none, none)
+    actual = mlp.combine(mlp.experts(mlp.permute(hidden, plan)[0], plan), plan.weight_TK, plan, none, none)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     inputs = [hidden, mlp.experts.linear_fc1.weight, mlp.experts.linear_fc2.weight, mlp.router.weight]
     probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(6))

@@ -1,0 +1,33 @@
+"""Which communication of the data-parallel ranks overlaps where the settings leave it open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hunyuan_pretrain.config.derived import overlaps
+from hunyuan_pretrain.config.schema import ParallelConfig
+
+PLAIN = {"use_distributed_optimizer": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ranks", "expected"),
+    [
+        ({}, 2, (True, True)),
+        ({}, 1, (False, False)),
+        (PLAIN, 2, (True, False)),
+        ({"overlap_grad_reduce": False}, 2, (False, False)),
+        ({"overlap_param_gather": False}, 2, (True, False)),
+        ({"overlap_grad_reduce": True}, 1, (True, False)),
+        ({"overlap_param_gather": True}, 1, (True, True)),
+        ({"overlap_grad_reduce": True, "overlap_param_gather": True}, 2, (True, True)),
+        ({"overlap_grad_reduce": False, "overlap_param_gather": False}, 8, (False, False)),
+    ],
+)
+def test_null_overlaps_where_several_ranks_hold_the_same_weights(
+    settings: dict[str, Any], num_ranks: int, expected: tuple[bool, bool]
+) -> None:
+    found = overlaps(ParallelConfig(**settings), num_ranks)
+    assert (found.grad_reduce, found.param_gather) == expected
