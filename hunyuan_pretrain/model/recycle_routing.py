@@ -45,21 +45,31 @@ def _mix(keys: Tensor) -> Tensor:
 
 
 def draw_key(seed: int, step: int, layer: int) -> int:
-    """The part of the draw's key that all groups and slots share, as an int64. In Python's integers: on a GPU each
-    operation on one number would be a launch."""
+    """The part of the draw's key that all groups and slots share, as an int64; the increment for the group is already
+    added. In Python's integers: on a GPU each operation on one number would be a launch."""
     key = 0
     for part in (seed, step, layer):
         key = (key + (part + 1) * _GOLDEN) & _MASK64
         for shift, factor in _MIX:
             key = (key ^ (key >> shift)) * factor & _MASK64
         key ^= key >> _LAST_SHIFT
-    return _signed(key)
+    return _signed(key + _GOLDEN)
 
 
-def slot_priorities(seed: int, step: int, layer: int, group_n: Tensor, num_slots: int) -> Tensor:
-    """(n, num_slots) non-negative int64 random numbers, a pure function of (seed, step, layer, group, slot)."""
-    key = draw_key(seed, step, layer) + _GOLDEN
-    group_keys = _mix(group_n.to(torch.int64) * _signed(_GOLDEN) + _signed(key))
+def draw_keys(seed: int, step: int, num_layers: int) -> Tensor:
+    """(L,) int64 on the CPU: the keys of all layers."""
+    return torch.tensor([draw_key(seed, step, layer) for layer in range(num_layers)], dtype=torch.int64)
+
+
+def key_of(routing: TrainingRouting, layer: int) -> int | Tensor:
+    """The key of a layer: an int64 () tensor if the routing has keys in memory."""
+    return draw_key(routing.seed, routing.step, layer) if routing.key_L is None else routing.key_L[layer]
+
+
+def slot_priorities(key: int | Tensor, group_n: Tensor, num_slots: int) -> Tensor:
+    """(n, num_slots) non-negative int64 random numbers, a pure function of (seed, step, layer, group, slot). key: of
+    the first three."""
+    group_keys = _mix(group_n.to(torch.int64) * _signed(_GOLDEN) + key)
     slots = torch.arange(1, num_slots + 1, dtype=torch.int64, device=group_n.device) * _signed(_GOLDEN)
     return _mix(group_keys[:, None] + slots) & ((1 << 63) - 1)
 
@@ -154,9 +164,7 @@ def assign_within_capacity(
     n, capacity = T // g, expert_capacity(config.model)
     chosen_nKg = chosen_TK.view(n, g, K).transpose(1, 2)
     priority_nS = (
-        slot_priorities(routing.seed, routing.step, layer, routing.group_n, E * capacity)
-        if config.model.recycle_routing
-        else None
+        slot_priorities(key_of(routing, layer), routing.group_n, E * capacity) if config.model.recycle_routing else None
     )
     slots_nKg, chosen_nE = assign_slots(chosen_nKg, E, capacity, priority_nS)
     expert_nKg = slots_nKg.div(capacity, rounding_mode="floor")

@@ -22,6 +22,9 @@ class TrainingRouting(NamedTuple):
     step: int
     group_n: Tensor  # (n,) number of each routing group within the step's global batch
     num_global_groups: int  # routing groups of the step's global batch
+    key_L: Tensor | None = None
+    """int64 keys of the draw of every layer of the model, model.recycle_routing.draw_keys of seed and step, on the
+    device; None: from the two numbers. In memory, a later step can replace them in work that is recorded once."""
 
     def share(self, rank: int, size: int) -> TrainingRouting:
         """The part of one of `size` ranks that split the tokens evenly, in order."""

@@ -241,12 +241,13 @@ def optimizer_step(optimizer: MegatronOptimizer) -> Tensor:
     """
     optimizer.prepare_grads()
     norm = gradient_norm(optimizer)
-    is_offloaded = any(isinstance(part.optimizer, HybridDeviceOptimizer) for part in optimizer.chained_optimizers)
-    if is_offloaded and not math.isfinite(norm.item()):
-        return norm
     clip_grad = optimizer.config.clip_grad
-    # rounded to fp32 as the number that the host used to pass
     divisor = ((norm + 1e-6) / clip_grad).clamp(min=1.0).float() if clip_grad > 0 else None
+    if any(isinstance(part.optimizer, HybridDeviceOptimizer) for part in optimizer.chained_optimizers):
+        if not math.isfinite(norm.item()):
+            return norm
+        if divisor is not None and divisor.item() == 1.0:
+            divisor = None
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if type(inner) is torch.optim.AdamW:

@@ -28,6 +28,7 @@ from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.engines import training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
+from hunyuan_pretrain.model.recycle_routing import draw_keys
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
@@ -167,14 +168,35 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
     mine = torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double()
     num_target_tokens = sum_over(groups.dp, to_device(mine, run.device))
     num_global_groups = stage.global_batch_tokens // experiment.model.moe_routing_group_tokens
+    key_L = to_device(draw_keys(experiment.seed, step, experiment.model.num_layers), run.device)
+
+    def route(group_n: Tensor) -> Routing:
+        return TrainingRouting(experiment.seed, step, group_n, num_global_groups, key_L)
+
+    losses, statistics = forward_and_backward(run, stage, batches, num_target_tokens, route, in_fp8=in_fp8)
+    return Gradients(losses, statistics, num_target_tokens, data_wait_seconds)
+
+
+def forward_and_backward(
+    run: Run,
+    stage: StageConfig,
+    batches: list[MicroBatch],
+    num_target_tokens: Tensor,
+    route: Callable[[Tensor], Routing],
+    *,
+    in_fp8: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The work of `compute_gradients` on the device; returns the loss of each micro-batch, on the last stage, and the
+    packed router statistics of each.
+
+    What differs between the steps of a stage reaches it in the memory of tensors, except for the boundaries of
+    documents, for which attention calls its kernels, and the row counts of experts without a capacity.
+    """
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         inputs = model_inputs(
-            next(batches),
-            rope_alpha=stage.rope_alpha,
-            loss_tokens=num_target_tokens.float(),
-            route=lambda group_n: TrainingRouting(experiment.seed, step, group_n, num_global_groups),
+            next(batches), rope_alpha=stage.rope_alpha, loss_tokens=num_target_tokens.float(), route=route
         )
         output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
@@ -183,9 +205,9 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
     for model in run.wrapped:
         model.zero_grad_buffer()
     tokens = stage.sequence_length * stage.micro_batch_sequences
-    with training_step([model.module for model in run.wrapped], groups) if in_fp8 else nullcontext():
+    with training_step([model.module for model in run.wrapped], run.groups) if in_fp8 else nullcontext():
         losses = run_schedule(run, forward, batches, tokens, forward_only=False)
-    return Gradients(losses, statistics, num_target_tokens, data_wait_seconds)
+    return losses, statistics
 
 
 def launch_step(

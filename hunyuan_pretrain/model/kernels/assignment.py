@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.derived import expert_capacity
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.recycle_routing import Assignment, draw_key, is_permutation, num_dropped
+from hunyuan_pretrain.model.recycle_routing import Assignment, is_permutation, key_of, num_dropped
 from hunyuan_pretrain.model.routing import TrainingRouting
 
 # splitmix64's constants, as the int64 with the same bits
@@ -69,10 +69,11 @@ def assign_within_capacity(
         "B": block, "X": experts_padded, "num_warps": 4,
     }  # fmt: skip
     if n:
-        key = draw_key(routing.seed, routing.step, layer)
+        key = key_of(routing, layer)
         _list_free_slots[(n, triton.cdiv(S, SLOT_BLOCK))](
-            group_n, group_n.stride(0), key, chosen_nE, slot_nS, token_R, P=SLOT_BLOCK, **choices
-        )
+            group_n, group_n.stride(0), key, chosen_nE, slot_nS, token_R,
+            key_is_in_memory=isinstance(key, Tensor), P=SLOT_BLOCK, **choices,
+        )  # fmt: skip
         _place_choices[(n, triton.cdiv(K * g, block))](slot_nS, expert_TK, row_TK, token_R, **choices)
     whole, dropped = is_permutation(config.model, K), num_dropped(config.model, K, n)
     return Assignment(row_TK, token_R, None, whole, expert_TK, chosen_nE, dropped)
@@ -134,7 +135,7 @@ def _list_free_slots(  # type: ignore[no-untyped-def]
     group_number, stride_n, key, chosen_nE, slot_nS, token_R,
     chosen, stride_t, stride_k, num_tokens, num_groups, recycles: tl.constexpr,
     g: tl.constexpr, K: tl.constexpr, E: tl.constexpr, capacity: tl.constexpr,
-    B: tl.constexpr, X: tl.constexpr, P: tl.constexpr,
+    B: tl.constexpr, X: tl.constexpr, P: tl.constexpr, key_is_in_memory: tl.constexpr,
 ):  # fmt: skip
     """slot_nS: a group's free slots in the order of their priorities, then -1. chosen_nE: choices of each expert.
     token_R: no token, for every row. Program (group, tile of P slots)."""
@@ -149,8 +150,9 @@ def _list_free_slots(  # type: ignore[no-untyped-def]
     # rows are sorted by expert, then group; here the order does not matter, only that each is written once
     tl.store(token_R + first + position_P, num_tokens, mask=position_P < S)
     if recycles:
-        group_key = tl.load(group_number + group * stride_n) + 1
-        group_key = _mix(group_key * _GOLDEN + key)
+        if key_is_in_memory:
+            key = tl.load(key)
+        group_key = _mix(tl.load(group_number + group * stride_n) * _GOLDEN + key)
         slot_P, priority_P, is_free_P = _slots(group_key, count_X, tile * P, E, capacity, P, X)
         rank_P = tl.zeros((P,), tl.int32)
         for other in range((S + P - 1) // P):

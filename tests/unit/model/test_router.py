@@ -9,13 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hunyuan_pretrain.config.derived import expert_capacity
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.recycle_routing import assign_slots, assign_within_capacity, slot_priorities
+from hunyuan_pretrain.model.recycle_routing import assign_slots, assign_within_capacity, draw_key
+from hunyuan_pretrain.model.recycle_routing import slot_priorities as priorities_of_key
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.router_logits import router_logits
 from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, TrainingRouting
 from tests.helpers import assignments, tiny
 
 GROUPS = st.integers(1, 3)
+
+
+def slot_priorities(seed: int, step: int, layer: int, group_n: torch.Tensor, num_slots: int) -> torch.Tensor:
+    return priorities_of_key(draw_key(seed, step, layer), group_n, num_slots)
 
 
 def random_choices(n: int, K: int, g: int, E: int, skew: float, seed: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: F401  # the interpreter looks for it in th
 from hunyuan_pretrain.model import recycle_routing
 from hunyuan_pretrain.model.functions import plain_functions
 from hunyuan_pretrain.model.kernels import assignment
-from hunyuan_pretrain.model.recycle_routing import assign_within_capacity
+from hunyuan_pretrain.model.recycle_routing import assign_within_capacity, draw_keys
 from hunyuan_pretrain.model.router import Router
 from tests.helpers import assignments
 from tests.helpers.assignments import assert_same
@@ -33,6 +33,19 @@ def test_equals_the_plain_function(recycle: bool, topk: int, factor: float, devi
         changes: dict[str, Any] = {"num_moe_experts": E, "moe_routing_group_tokens": g, "moe_router_topk": topk}
         changes |= {"recycle_routing": recycle, "moe_expert_capacity_factor": factor}
         assert_same(KERNEL, assign_within_capacity, assignments.case(seed, n, device, **changes))
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_keys_in_memory_draw_as_the_numbers_they_come_from(layer: int, device: str) -> None:
+    """In the kernel and in the plain function, bitwise."""
+    chosen_TK, config, _, routing = assignments.case(3, 3, device)
+    in_memory = routing._replace(key_L=draw_keys(routing.seed, routing.step, 4).to(device), seed=0, step=0)
+    wanted = assign_within_capacity(chosen_TK, config, layer, routing)
+    for assign in (KERNEL, assign_within_capacity):
+        actual = assign(chosen_TK, config, layer, in_memory)
+        assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True) if isinstance(b, torch.Tensor))
+    other = assign_within_capacity(chosen_TK, config, layer, in_memory._replace(key_L=in_memory.key_L + 1))
+    assert not torch.equal(other.row_TK, wanted.row_TK)
 
 
 @pytest.mark.parametrize("topk", [1, 3])
