@@ -313,7 +313,7 @@ class _Watch:
             if self._tokens_T is None:
                 return
             if isinstance(module, RoutedExperts):  # its output is rows; its second argument says whose
-                output = sum_of_rows(output[0], args[1])
+                output = sum_of_rows(output, args[1])
             hidden_TD = (output[0] if isinstance(output, tuple) else output).detach().float()
             fingerprint_T2 = torch.stack((hidden_TD.norm(dim=1), hidden_TD @ self._direction_D), dim=1)
             if getattr(module, "is_fused", False):  # into the GEMM that follows; what came out here is its input

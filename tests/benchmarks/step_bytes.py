@@ -55,7 +55,7 @@ def name_parts(model: HunyuanModel, counter: StepBytes) -> None:
     model.decoder.final_layernorm.forward = within("rest", model.decoder.final_layernorm.forward)
     for layer in model.decoder.layers:
         attention, moe = layer.self_attention, layer.mlp
-        experts, dispatch = moe.experts, moe.experts.dispatch
+        experts = moe.experts
         layer.forward = within(SUMS, layer.forward)  # type: ignore[method-assign]
         for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
             norm.forward = within("norms", norm.forward)
@@ -67,7 +67,7 @@ def name_parts(model: HunyuanModel, counter: StepBytes) -> None:
         attention.core_attention = within("attention", attention.core_attention)
         attention.linear_proj.forward = within("projection", attention.linear_proj.forward)
         moe.router.forward = within("router", moe.router.forward)  # type: ignore[method-assign]
-        dispatch.permute = within("permute", dispatch.permute)
+        moe.permute = within("permute", moe.permute)
         moe.combine = within("combine", moe.combine)
         for expert in (experts, moe.shared_experts):
             expert.swiglu = within("SwiGLU", expert.swiglu)

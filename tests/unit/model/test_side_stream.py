@@ -63,12 +63,13 @@ def results(moe: Any, old_order: bool = False) -> list[Tensor]:
     leaf_TD = torch.randn(96, 32, generator=torch.Generator().manual_seed(4)).requires_grad_()
     hidden_TD = leaf_TD * 1.0  # autograd adds up its gradients as they arrive
     if old_order:
-        plan, loss, _ = moe.router(hidden_TD, routing)
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+        plan, loss, _, read_TD = moe.router(hidden_TD, routing)
         plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
-        rows_RD = moe.experts(moe.permute(hidden_TD, plan), plan)
-        output_TD = moe.combine(rows_RD, plan.weight_TK, plan, moe.shared_experts(hidden_TD), hidden_TD)
+        rows_RD, read_TD = moe.permute(read_TD, plan)
+        rows_RD = moe.experts(rows_RD, plan)
+        output_TD = moe.combine(rows_RD, plan.weight_TK, plan, moe.shared_experts(read_TD), hidden_TD)
     else:
         output_TD, _ = moe(hidden_TD, hidden_TD, routing)
     probe = torch.randn(output_TD.shape, generator=torch.Generator().manual_seed(6))

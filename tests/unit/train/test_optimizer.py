@@ -17,6 +17,7 @@ from hunyuan_pretrain.diagnostics.parity import compare, trace_steps
 from hunyuan_pretrain.train.optimizer import (
     build_optimizer,
     describe_groups,
+    gather_parameters,
     optimizer_step,
     set_learning_rate,
     wrap_data_parallel,
@@ -52,6 +53,7 @@ def updates_of_equal_experts(run: Any, expert_lr: float = RATIO) -> tuple[np.nda
     routed.main_grad.copy_(gradient)
     set_learning_rate(run.optimizer, 1e-2, expert_lr)
     optimizer_step(run.optimizer)
+    gather_parameters(run.wrapped)
     return (shared.detach() - weight).numpy(), (routed.detach() - weight).numpy()
 
 
