@@ -46,12 +46,15 @@ class MixtureOfExperts(torch.nn.Module):
             # weights, with the scale that the schedule gives the loss.
             plan = plan._replace(weight_TK=MoEAuxLossAutoScaler.apply(plan.weight_TK, loss))
         rows_RD, hidden_TD = self.permute(hidden_TD, plan)
-        # the order decides which backward pass the host launches first: that of the routed experts, with the exchange
-        side = SideStream(hidden_TD.device) if self.overlaps_shared_expert else None
-        shared_TD = side.run(self.shared_experts, hidden_TD) if side else self.shared_experts(hidden_TD)
-        rows_RD = self.experts(rows_RD, plan)
-        if side:
+        if self.overlaps_shared_expert:
+            side = SideStream(hidden_TD.device)
+            # before the routed experts: so in the backward pass the host launches theirs, with the exchange, first
+            shared_TD = side.run(self.shared_experts, hidden_TD)
+            rows_RD = self.experts(rows_RD, plan)
             side.join(shared_TD)
+        else:  # in the order in which weights are registered, and so gathered
+            rows_RD = self.experts(rows_RD, plan)
+            shared_TD = self.shared_experts(hidden_TD)
         return self.combine(rows_RD, plan.weight_TK, plan, shared_TD, residual_TD), statistics
 
 
