@@ -45,9 +45,9 @@ def softmax_over_the_own_part_of_the_vocabulary() -> AbstractContextManager[Any]
 
     from hunyuan_pretrain.model import cross_entropy
 
-    right = cross_entropy._reduce
+    right = cross_entropy.reduced
     return patch.object(
-        cross_entropy, "_reduce", lambda x, group, op: x if op == dist.ReduceOp.SUM else right(x, group, op)
+        cross_entropy, "reduced", lambda x, group, op: x if op == dist.ReduceOp.SUM else right(x, group, op)
     )
 
 
@@ -72,8 +72,8 @@ def recycling_numbers_the_groups_of_its_rank() -> AbstractContextManager[Any]:
 
     right = recycle_routing.slot_priorities
 
-    def wrong(seed: int, step: int, layer: int, group_n: torch.Tensor, num_slots: int) -> torch.Tensor:
-        return right(seed, step, layer, torch.arange(len(group_n)), num_slots)
+    def wrong(key: int | torch.Tensor, group_n: torch.Tensor, num_slots: int) -> torch.Tensor:
+        return right(key, torch.arange(len(group_n)), num_slots)
 
     return patch.object(recycle_routing, "slot_priorities", wrong)
 

@@ -29,6 +29,9 @@ def two_steps(fields: list[dict[str, Any]], is_installed: bool) -> list[tuple[li
         sys.path.insert(0, str(TE_FOLDER))
         os.environ["NVTE_PROJECT_BUILDING"] = "1"
         sys.modules["transformer_engine_torch"] = transformer_engine_stub._compiled_module()
+    from hunyuan_pretrain.runtime import cpu_megatron
+
+    cpu_megatron.install()
     from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.runtime import cpu_megatron, device
 
