@@ -220,7 +220,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         squares = torch.zeros((), dtype=torch.float64, device=device)
         for tensors in _by_device(gradients).values():
-            squares += sum_of_squares(tensors).to(device, non_blocking=True)
+            squares += sum_of_squares(tensors).to(device)
         dist.all_reduce(squares, group=group)
         total = squares if total is None else total + squares
     assert total is not None, "an optimizer without parts"

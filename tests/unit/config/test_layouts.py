@@ -49,6 +49,13 @@ def test_recompute_and_offloading_may_be_part_of_a_layout():
         assert (made.recompute, made.cpu_offloading_num_layers) == (recompute, layers)
 
 
+@pytest.mark.parametrize(("layout", "stays"), [("dp=2,ep=2", True), ("dp=2", False), ("tp=2,dp=2,ep=2", False)])
+def test_the_overlap_of_the_shared_expert_stays_only_where_it_is_legal(layout, stays):
+    parallel = {"expert_model_parallel_size": 2, "overlap_shared_expert": True}
+    found, _ = layout_experiment(experiment(parallel=parallel), layout, None, Path("run"))
+    assert found.parallel.overlap_shared_expert is stays
+
+
 def test_precision_and_engine_are_the_requested_ones():
     mine = experiment(
         model__moe_ffn_hidden_size=48,

@@ -15,6 +15,7 @@ from hunyuan_pretrain.config.derived import expert_lr_ratio
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.parity import compare, trace_steps
 from hunyuan_pretrain.train.optimizer import (
+    _divide,
     build_optimizer,
     describe_groups,
     gather_parameters,
@@ -232,3 +233,14 @@ def test_a_non_finite_gradient_changes_nothing(corpus, tmp_path, fraction):
     set_learning_rate(optimizer, 1e-2, RATIO)
     assert optimizer_step(optimizer).isnan()
     assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("divisor", [1.0, 1.7, 3e4])
+def test_gradients_are_divided_by_a_tensor_as_by_the_number_in_it(divisor):
+    """In every dtype, bitwise; torch would round a bf16 gradient's divisor to bf16."""
+    generator = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(1000, generator=generator).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    expected = [gradient.clone() for gradient in gradients]
+    torch._foreach_div_(expected, divisor)
+    _divide(gradients, torch.tensor(divisor))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
