@@ -270,8 +270,8 @@ def _divide(gradients: list[Tensor], divisor: Tensor) -> None:
         if wide:
             torch._foreach_div_(wide, by)
         for tensor in tensors:
-            if tensor.dtype != torch.float32:  # torch would first round a tensor of no dimensions to the other dtype
-                tensor.copy_(tensor.float().div_(by))
+            if tensor.dtype != torch.float32:  # a divisor of no dimensions would be rounded to the tensor's dtype
+                tensor.div_(by.view(1))
 
 
 def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:

@@ -33,8 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "precision-aware, bf16 moments and gradients": (SPLIT | MOMENTS, False),
 }
 PASSES = ("zeros", "gradient copy", "norm", "clipping", "Adam", "conversions of moments", "weight copy")
-"""zeros: the gradient buffer before the first micro-batch. clipping: only in steps whose norm is above
-optimizer.clip_grad."""
+"""zeros: the gradient buffer before the first micro-batch. clipping: unless optimizer.clip_grad is 0."""
 
 
 def count_cases(corpus: Path, with_transformer_engine: bool) -> dict[str, dict[str, float]]:
