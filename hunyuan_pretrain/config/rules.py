@@ -173,6 +173,15 @@ def shared_expert_overlap_needs_an_exchange(experiment: Experiment) -> Iterator[
         yield Problem(
             "parallel.overlap_shared_expert", True, rule, "set it to false, or tensor_model_parallel_size to 1"
         )
+    for name, value, is_used in (
+        ("recompute", parallel.recompute, "norms" in parallel.recomputed_parts),
+        ("cpu_offloading_num_layers", parallel.cpu_offloading_num_layers, parallel.cpu_offloading_num_layers > 0),
+    ):
+        if is_used:
+            rule = (
+                f"with parallel.{name}={value} both streams read what one of them brings back, without waiting for it"
+            )
+            yield Problem("parallel.overlap_shared_expert", True, rule, f"set it to false, or change parallel.{name}")
 
 
 def offload_needs_the_distributed_optimizer(experiment: Experiment) -> Iterator[Problem]:

@@ -198,6 +198,13 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             "parallel.overlap_shared_expert=true: the tensor-parallel ranks of the shared expert would communicate "
             "during the exchange",
         ),
+        *(
+            (
+                ["parallel.overlap_shared_expert=true", "parallel.expert_model_parallel_size=2", f"parallel.{other}"],
+                f"parallel.overlap_shared_expert=true: with parallel.{other} both streams read what one of them brings",
+            )
+            for other in ("recompute=swiglu+norms", "cpu_offloading_num_layers=2")
+        ),
         (
             ["optimizer.cpu_offload_fraction=1.5"],
             "optimizer.cpu_offload_fraction=1.5: a fraction of the optimizer state (use 1 to offload all of it)",
