@@ -178,9 +178,7 @@ def shared_expert_overlap_needs_an_exchange(experiment: Experiment) -> Iterator[
         ("cpu_offloading_num_layers", parallel.cpu_offloading_num_layers, parallel.cpu_offloading_num_layers > 0),
     ):
         if is_used:
-            rule = (
-                f"with parallel.{name}={value} both streams read what one of them brings back, without waiting for it"
-            )
+            rule = f"with parallel.{name}={value} both streams read what one of them brings back"
             yield Problem("parallel.overlap_shared_expert", True, rule, f"set it to false, or change parallel.{name}")
 
 
