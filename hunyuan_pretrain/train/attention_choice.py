@@ -263,7 +263,7 @@ def case_of(
     kind: Kind,
 ) -> Case:
     """The attention of this rank in such a micro-batch. Fewer heads stand for all if it is large (MOST_SCORES)."""
-    (rank, size), cu_seqlens = ranks, borders_of(batch, kind)
+    (rank, size), cu_seqlens = ranks, cu_seqlens_of(batch, kind)
     if size > 1 and config.parallel.context_parallel_method == "all_gather":
         unit = experiment.model.moe_routing_group_tokens
         blocks = context_blocks(cu_seqlens, rows_of_ranks(cu_seqlens, len(batch.sequence_ids), size, unit)[rank])
@@ -273,7 +273,7 @@ def case_of(
     return Case(blocks, len(batch.tokens_T), heads, config.params_dtype, device)
 
 
-def borders_of(batch: MicroBatch, kind: Kind) -> list[int]:
+def cu_seqlens_of(batch: MicroBatch, kind: Kind) -> list[int]:
     """cu_seqlens of a micro-batch of this kind: of `batch` itself if it is one, else of one of its size.
 
     A uniform one has a document for each sequence. Where all documents of `batch` have one length, a packed one has

@@ -30,7 +30,7 @@ from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.attention_check import ROUNDINGS, Compared, allowed_difference, plain_softmax
-from hunyuan_pretrain.train.attention_choice import borders_of
+from hunyuan_pretrain.train.attention_choice import cu_seqlens_of
 from hunyuan_pretrain.train.kernel_probe import check_kernels
 from hunyuan_pretrain.train.optimizer import complete_gradients
 from hunyuan_pretrain.train.run import Run
@@ -76,7 +76,7 @@ def check_attention(run: Run) -> str:
         num_sequences, reference = len(batch.sequence_ids), packed_attention
         names = (getattr(backend, "name", type(backend).__name__), "packed_attention")
         kinds = KINDS if isinstance(backend, ByMicroBatch) else ()
-        packs = [borders_of(batch, kind) for kind in kinds] or [batch.cu_seqlens.tolist()]
+        packs = [cu_seqlens_of(batch, kind) for kind in kinds] or [batch.cu_seqlens.tolist()]
     compared = Compared(backend, reference)
     for cu_seqlens in packs:
         _attend_in_layers(run, layers, compared, cu_seqlens, num_sequences)

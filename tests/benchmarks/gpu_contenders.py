@@ -69,7 +69,14 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def ours(shape: Shape, recipe: str | None, *, has_engine: bool = True, has_kernels: bool = True) -> Built:
+def ours(
+    shape: Shape,
+    recipe: str | None,
+    *,
+    has_engine: bool = True,
+    has_kernels: bool = True,
+    is_deterministic: bool = False,
+) -> Built:
     """This project's step with every feature on."""
     from hunyuan_pretrain.config.schema import RuntimeConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
@@ -95,7 +102,7 @@ def ours(shape: Shape, recipe: str | None, *, has_engine: bool = True, has_kerne
     )
     batches = _micro_batches(shape)
     if device().type == "cuda":
-        runtime = RuntimeConfig(deterministic=False, transformer_engine="auto" if has_engine else "never")
+        runtime = RuntimeConfig(deterministic=is_deterministic, transformer_engine="auto" if has_engine else "never")
         wanted = experiment.model_copy(update={"runtime": runtime})
         config.attention, _ = choose(wanted, probe(), config, batches[0], (0, 1), device(), {})
     built = build_model(config, groups, None)
@@ -325,6 +332,7 @@ class Contender:
     recipe: str | None = None
     has_engine: bool = True
     has_kernels: bool = True
+    is_deterministic: bool = False
 
     @property
     def name(self) -> str:
@@ -332,12 +340,19 @@ class Contender:
         if self.is_gpt:
             return f"GPTModel, {precision}"
         layers = "" if self.has_engine else "local layers, "
-        return f"hunyuan-pretrain, {layers}{precision}, kernels {'on' if self.has_kernels else 'off'}"
+        kernels = f"kernels {'on' if self.has_kernels else 'off'}"
+        return f"hunyuan-pretrain, {layers}{precision}, {kernels}{', deterministic' * self.is_deterministic}"
 
     def build(self, shape: Shape, fusions: dict[str, Any]) -> Built:
         if self.is_gpt:
             return gpt_model(shape, self.recipe, fusions)
-        return ours(shape, self.recipe, has_engine=self.has_engine, has_kernels=self.has_kernels)
+        return ours(
+            shape,
+            self.recipe,
+            has_engine=self.has_engine,
+            has_kernels=self.has_kernels,
+            is_deterministic=self.is_deterministic,
+        )
 
 
 def contenders(part: str, recipes: list[str]) -> list[Contender]:
@@ -354,6 +369,7 @@ def contenders(part: str, recipes: list[str]) -> list[Contender]:
         found += of("blockwise", both=part != "large4")
     if part == "large4":
         return found
+    found.insert(2, Contender(is_deterministic=True))  # what runtime.deterministic costs, and which kernels differ
     for recipe in recipes:
         if recipe != "blockwise":
             found += of(recipe, both=part == "bench")

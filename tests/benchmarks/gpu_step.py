@@ -10,8 +10,9 @@ part goes on with the next contender. All parts together should take under 6 min
 
 For each contender: the median step, tokens/s, TFLOP/s (6 x active parameters x tokens, without attention), peak memory,
 the loss, and the GPU's time in one step by group of kernels, from torch.profiler. GPTModel runs with its fused kernels
-(GPT_FUSIONS); if it fails with them, it runs without, and the report gives the error. Neither side is asked for
-deterministic algorithms. The part `long` takes 2 steps, whose attention alone takes seconds.
+(GPT_FUSIONS); if it fails with them, it runs without, and the report gives the error. Only the contender of that name
+uses deterministic algorithms, as runs do by default; beside it one sees what they cost. The part `long` takes 2 steps,
+whose attention alone takes seconds.
 
 --dry: tiny sizes on a CPU, with the tests' stand-ins for Transformer Engine's kernels and Triton's interpreter. It
 checks that everything runs; the figures are void.
@@ -130,7 +131,7 @@ def attempt(contender: Any, shape: Any, steps: tuple[int, int], fusions: dict[st
 
     is_cuda = torch.cuda.is_available()
     warm_up, num_steps = steps
-    use_deterministic_algorithms(False)
+    use_deterministic_algorithms(contender.is_deterministic)
     seed_generators(1, 0)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -322,6 +323,7 @@ def run_worker(
     command += ["--steps", str(arguments.steps), *(["--dry"] if arguments.dry else [])]
     environment = os.environ | {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it deterministic algorithms refuse every product
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     if arguments.dry:

@@ -150,4 +150,5 @@ def test_kernels_are_on_and_off_and_gpt_model_is_beside_them() -> None:
                 assert Contender(recipe=recipe, has_kernels=has_kernels) in found
         for recipe in (None, *recipes):
             assert {Contender(recipe=recipe), Contender(is_gpt=True, recipe=recipe)} <= found
-    assert len(contenders("bench", recipes)) == 4 * 3 + 2
+        assert Contender(is_deterministic=True) in found
+    assert len(contenders("bench", recipes)) == 4 * 3 + 2 + 1

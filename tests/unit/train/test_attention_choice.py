@@ -99,8 +99,8 @@ def batch_of(cu_seqlens: list[int]) -> MicroBatch:
     """Two sequences of 128 tokens."""
     tokens = torch.zeros(256, dtype=torch.int64)
     longest = max(end - start for start, end in pairwise(cu_seqlens))
-    borders = torch.tensor(cu_seqlens, dtype=torch.int32)
-    return MicroBatch(tokens, tokens, torch.ones(256), tokens, borders, longest, torch.arange(2))
+    boundaries = torch.tensor(cu_seqlens, dtype=torch.int32)
+    return MicroBatch(tokens, tokens, torch.ones(256), tokens, boundaries, longest, torch.arange(2))
 
 
 def test_the_fastest_backend_is_taken_for_each_kind_of_micro_batch() -> None:
@@ -184,12 +184,12 @@ def test_both_kinds_are_measured_whatever_the_first_micro_batch_is(cu_seqlens: l
     cases = [
         attention_choice.case_of(experiment, config, batch, (0, 1), device, kind) for kind in ("packed", "uniform")
     ]
-    borders = [[0, *(block.k_end for block in case.blocks)] for case in cases]
-    assert borders[1] == UNIFORM
-    assert borders[0] == (PACKED if cu_seqlens == PACKED else [0, 16, 48, 64, 128, 144, 176, 192, 256])
+    found = [[0, *(block.k_end for block in case.blocks)] for case in cases]
+    assert found[1] == UNIFORM
+    assert found[0] == (PACKED if cu_seqlens == PACKED else [0, 16, 48, 64, 128, 144, 176, 192, 256])
     assert all(case.num_keys == 256 for case in cases)
     # documents of one length that do not fill their sequences are uniform too
-    assert attention_choice.borders_of(batch_of([0, 64, 128, 192, 256]), "uniform") == [0, 64, 128, 192, 256]
+    assert attention_choice.cu_seqlens_of(batch_of([0, 64, 128, 192, 256]), "uniform") == [0, 64, 128, 192, 256]
 
 
 def test_long_sequences_are_measured_with_fewer_heads() -> None:
