@@ -102,7 +102,7 @@ def kept(cases: Sequence[Case]) -> list[tuple[int, int]]:
     from hunyuan_pretrain.model.engines import training_step
     from hunyuan_pretrain.model.routing import TrainingRouting
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.step import model_inputs
+    from hunyuan_pretrain.train.step import model_inputs, send
     from tests.helpers.kept_memory import KeptMemory
 
     found = []
@@ -113,8 +113,7 @@ def kept(cases: Sequence[Case]) -> list[tuple[int, int]]:
         for chunk in run.chunks:
             chunk.offload.smallest_bytes = 1
         inputs = model_inputs(
-            run,
-            run.loader.micro_batches(0)[0],
+            send(run, run.loader.micro_batches(0)[0]),
             rope_alpha=1.0,
             loss_tokens=torch.ones(()),
             route=lambda group_n: TrainingRouting(1, 0, group_n, len(group_n)),
