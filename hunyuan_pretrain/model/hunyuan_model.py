@@ -77,7 +77,9 @@ class _RowsAddedToMainGrad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (tokens,) = ctx.saved_tensors
         main_grad = ctx.weight.main_grad
-        main_grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(main_grad.dtype))
+        # index_put_, which sorts: index_add_ adds with atomics unless deterministic algorithms are on, and in many rows
+        # of the same token these wait for each other
+        main_grad.index_put_((tokens.flatten(),), grad.flatten(0, -2).to(main_grad.dtype), accumulate=True)
         # core's hook then skips its own addition; the returned tensor is never read
         ctx.weight.grad_added_to_main_grad = True
         return torch.empty_like(ctx.weight), None

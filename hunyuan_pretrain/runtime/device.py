@@ -70,8 +70,8 @@ class Machine:
 
     @property
     def has_triton(self) -> bool:
-        """Triton is installed and has a GPU to run on."""
-        return self.triton is not None and bool(self.gpus)
+        """Triton is installed and has GPUs whose tensor cores know bf16 and TF32, as the kernels need."""
+        return self.triton is not None and bool(self.gpus) and all(gpu.capability >= (8, 0) for gpu in self.gpus)
 
 
 def probe(thorough: bool = False) -> Machine:

@@ -58,7 +58,10 @@ def wanted_variables(experiment: Experiment | None) -> tuple[Variable, ...]:
     if experiment is not None and experiment.runtime.device == "cpu":
         return (Variable(HIDDEN_GPUS, "", "runtime.device=cpu: megatron-core uses any GPU that it sees"),)
     is_deterministic = experiment is None or experiment.runtime.deterministic
-    return ON_GPU + (DETERMINISTIC if is_deterministic else ())
+    on_gpu = ON_GPU
+    if experiment is not None and experiment.parallel.overlap_shared_expert:
+        on_gpu = ON_GPU[1:]  # in one queue the exchange would wait until the shared expert has been launched
+    return on_gpu + (DETERMINISTIC if is_deterministic else ())
 
 
 def prepare(experiment: Experiment | None) -> None:

@@ -69,6 +69,10 @@ def _train(run: Run, stop: StopRequest) -> int:
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
         rates = apply_learning_rate(run, step)
+        if before is not None and run.experiment.model.moe_expert_capacity_factor is None:
+            # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
+            # memory before the reason is read
+            _require_finite(run, before)
         launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked)
         clock.launched(launched.data_wait_seconds)
         done = step + 1

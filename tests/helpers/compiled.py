@@ -18,37 +18,46 @@ from triton.runtime.jit import JITFunction
 from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.runtime import cpu_megatron
 
-HOPPER = GPUTarget("cuda", 90, 32)
+TARGETS = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 89, 32)
+"""An H200, and a GPU with less shared memory for a program: 101,376 bytes."""
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 
 
-def type_of(value: Any) -> str | None:
+def type_of(value: Any, is_specialised: bool = True) -> str | None:
     """As a launch types an argument; None: a constant of the compiled kernel."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    if isinstance(value, bool) or not isinstance(value, int) or value == 1:
+    if isinstance(value, bool) or not isinstance(value, int) or (value == 1 and is_specialised):
         return None
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def compile_launch(kernel: Any, arguments: dict[str, Any]) -> None:
-    """Compile `kernel` for an H200, as a launch with these arguments would."""
+    """Compile `kernel` for each target, as a launch with these arguments would."""
     names = list(inspect.signature(kernel.fn).parameters)
     constant = {name for name, parameter in zip(names, kernel.params, strict=True) if parameter.is_constexpr}
-    types = {name: None if name in constant else type_of(arguments[name]) for name in names}
+    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    types = {name: None if name in constant else type_of(arguments[name], name not in plain) for name in names}
     source = ASTSource(
         kernel,
         signature={name: kind or "constexpr" for name, kind in types.items()},
         constexprs={(names.index(name),): arguments[name] for name, kind in types.items() if kind is None},
+        # what a launch knows of its arguments changes the loads, and the shared memory that they pass through
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in types.items()
+            if kind and name not in plain and (kind.startswith("*") or (kind != "fp32" and arguments[name] % 16 == 0))
+        },
     )
     options = {name: value for name, value in arguments.items() if name in ("num_warps", "num_stages")}
-    binary = triton.compile(source, target=HOPPER, options=options)
     name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-    print(f"{name}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes of shared memory")
+    for target in TARGETS:
+        binary = triton.compile(source, target=target, options=options)
+        print(f"{name}: {len(binary.asm['cubin'])} bytes, {binary.metadata.shared} bytes of shared memory")
 
 
 @contextmanager
@@ -76,11 +85,14 @@ def launch_all() -> None:
 
     large = {"hidden_size": 6400, "num_attention_heads": 80, "num_query_groups": 8, "moe_ffn_hidden_size": 18304}
     drops = {"moe_router_topk": 2, "moe_expert_capacity_factor": 0.7, "recycle_routing": False, "num_moe_experts": 5}
-    for changes in (large, drops):
-        config = transformer_config(tiny_model(**changes), ParallelConfig(), PrecisionConfig(dtype="bf16"))
+    for changes, dtype in ((large, "bf16"), (drops, "bf16"), (drops, "fp32")):
+        config = transformer_config(tiny_model(**changes), ParallelConfig(), PrecisionConfig(dtype=dtype))
         inputs = Inputs(config, 32, torch.device("cpu"), 1)
         for name in Functions._fields:
-            _results(compared(kernel_functions(), name), inputs.of(name) or (), torch.bfloat16, 1)
+            _results(compared(kernel_functions(), name), inputs.of(name) or (), config.params_dtype, 1)
+    for experts in (64, 256):
+        hidden_TD, weight_ED = torch.zeros(32, 6400, dtype=torch.bfloat16), torch.zeros(experts, 6400)
+        _results(kernel_functions().router_logits, (hidden_TD, weight_ED), torch.bfloat16, 1)
     kernel_functions().assign(*case(0, 2, num_moe_experts=16, moe_routing_group_tokens=1024))
 
 

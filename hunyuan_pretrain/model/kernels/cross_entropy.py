@@ -30,7 +30,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     and the sum of exp(logit - maximum), into (2, c)."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * logits_row
-    largest, total = -float("inf"), 0.0
+    largest, total = -3.4e38, 0.0  # not -inf: a block of logits that are all -inf would make exp(-inf + inf) nan
     for first in range(0, V, B):
         column = first + tl.arange(0, B)
         logit_B = tl.load(row + column, mask=column < V, other=-float("inf")).to(tl.float32)
@@ -69,7 +69,8 @@ def chunk_loss(
     contiguous."""
     check_layout("the cross-entropy kernel", "logits", logits_cV, logits_cV.device)
     c, V = logits_cV.shape
-    label_c, weight_c = label_c1.flatten(), weight_c1.flatten().float()
+    # a view may have any stride: of a column, or 0 where one number stands for all
+    label_c, weight_c = label_c1.flatten().contiguous(), weight_c1.flatten().float().contiguous()
     max_c = torch.empty(c, dtype=torch.float32, device=logits_cV.device)
     sums_2c = torch.empty(2, c, dtype=torch.float32, device=logits_cV.device)
     shape = {"V": V, "B": min(BLOCK, triton.next_power_of_2(V)), "num_warps": 8}

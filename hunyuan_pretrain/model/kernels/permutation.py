@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from hunyuan_pretrain.model.kernels.rows import check_layout, check_rows, num_tiles, place_of_tile, tile_of
+from hunyuan_pretrain.model.kernels.rows import COUNTS, check_layout, check_rows, num_tiles, place_of_tile, tile_of
 from hunyuan_pretrain.model.routing import RoutingPlan
 from hunyuan_pretrain.runtime.handover import handed_over
 
@@ -34,7 +34,7 @@ from hunyuan_pretrain.runtime.handover import handed_over
 # Results are contiguous. `x_row` is the stride of x over its rows or tokens.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _permute_kernel(
     hidden: tl.tensor,
     token_of_row: tl.tensor,
@@ -55,7 +55,7 @@ def _permute_kernel(
     tl.store(rows + row * COLUMNS + column, tile, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sum_kernel(
     rows: tl.tensor,
     row_of_choice: tl.tensor,
@@ -95,7 +95,7 @@ def _sum_kernel(
     tl.store(output + token * COLUMNS + column, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _combine_backward_kernel(
     grad: tl.tensor,
     rows: tl.tensor,

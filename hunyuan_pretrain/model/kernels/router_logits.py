@@ -29,8 +29,9 @@ from torch.autograd import Function
 from hunyuan_pretrain.model.kernels.rows import check_layout
 from hunyuan_pretrain.runtime.handover import handed_over
 
-TOKENS, CHANNELS = 32, 128
-"""Of a tile."""
+TOKENS, TILE = 32, 2048
+"""Tokens of a tile, and numbers of a tile of the weight (experts, channels): 128 channels for 16 experts, fewer for
+more, so that it fits in registers and shared memory."""
 SPLITS = 32
 """Parts of the tokens in the weight's gradient: at D = 6400, 1,600 programs, and S E D fp32 numbers for each 8,192 or
 more tokens."""
@@ -141,7 +142,7 @@ def _grad_hidden(
     result_TD = hidden_TD.new_empty(T, D)
     if T:
         after_row = 0 if after_TD is None else after_TD.stride(0)
-        _hidden_kernel[(triton.cdiv(T, TOKENS) * triton.cdiv(D, CHANNELS),)](
+        _hidden_kernel[(triton.cdiv(T, TOKENS) * triton.cdiv(D, tiles["C"]),)](
             grad_TE, weight_ED, after_TD, result_TD, T, grad_TE.stride(0), weight_ED.stride(0), after_row, **tiles
         )
     return result_TD
@@ -153,7 +154,7 @@ def _grad_weight(grad_TE: Tensor, hidden_TD: Tensor, weight_ED: Tensor, tiles: d
         return torch.zeros_like(weight_ED)
     tokens = triton.cdiv(triton.cdiv(T, SPLITS), TOKENS) * TOKENS
     parts_SED = weight_ED.new_empty(triton.cdiv(T, tokens), E, D)
-    _weight_kernel[(len(parts_SED) * triton.cdiv(D, CHANNELS),)](
+    _weight_kernel[(len(parts_SED) * triton.cdiv(D, tiles["C"]),)](
         grad_TE, hidden_TD, parts_SED, T, grad_TE.stride(0), hidden_TD.stride(0), tokens, **tiles
     )
     return parts_SED.sum(0)
@@ -161,10 +162,11 @@ def _grad_weight(grad_TE: Tensor, hidden_TD: Tensor, weight_ED: Tensor, tiles: d
 
 def _tiles(hidden_TD: Tensor, weight_ED: Tensor) -> dict[str, Any]:
     """Compile-time arguments."""
+    experts = max(16, triton.next_power_of_2(weight_ED.shape[0]))
     return {
-        "D": hidden_TD.shape[1], "E": weight_ED.shape[0], "X": max(16, triton.next_power_of_2(weight_ED.shape[0])),
-        "T": TOKENS, "C": CHANNELS, "PRECISION": "ieee" if hidden_TD.dtype == torch.float32 else "tf32x3",
-        "num_warps": 4,
+        "D": hidden_TD.shape[1], "E": weight_ED.shape[0], "X": experts,
+        "T": TOKENS, "C": max(16, TILE // experts), "num_warps": 4,
+        "PRECISION": "ieee" if hidden_TD.dtype == torch.float32 else "tf32x3",
     }  # fmt: skip
 
 

@@ -14,6 +14,10 @@ TILE = 1024
 """Elements of a tile. With 4 warps, 8 elements per thread: 16 bytes of bf16, the widest load."""
 
 
+COUNTS = ["num_rows", "num_tokens"]
+"""Arguments that Triton compiles no variants for: without a capacity their values change from step to step."""
+
+
 def tile_of(columns: int) -> dict[str, int]:
     """A tile's compile-time arguments: part of one row, or several whole rows where a row is shorter than TILE."""
     width = min(TILE, triton.next_power_of_2(columns))

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from hunyuan_pretrain.model.kernels.rows import check_rows, num_tiles, place_of_tile, tile_of
+from hunyuan_pretrain.model.kernels.rows import COUNTS, check_rows, num_tiles, place_of_tile, tile_of
 from hunyuan_pretrain.runtime.handover import handed_over
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     x: tl.tensor,
     output: tl.tensor,
@@ -43,7 +43,7 @@ def _forward_kernel(
     tl.store(output + row * COLUMNS + column, gate * tl.sigmoid(gate) * up, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
     x: tl.tensor,
     grad: tl.tensor,

@@ -48,6 +48,14 @@ def test_variables_that_a_gpu_run_needs_are_set_and_user_settings_are_kept(monke
     assert {"NCCL_ALGO": "Ring", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}.items() <= environment.recorded().items()
 
 
+def test_the_shared_experts_stream_gets_a_queue_of_its_own():
+    wanted = experiment(device="auto")
+    wanted = wanted.model_copy(update={"parallel": wanted.parallel.model_copy(update={"overlap_shared_expert": True})})
+    environment.set_variables(wanted)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    assert "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+
+
 def test_nccl_may_choose_if_determinism_is_not_requested():
     environment.set_variables(experiment(device="auto", deterministic=False))
     assert "NCCL_ALGO" not in os.environ

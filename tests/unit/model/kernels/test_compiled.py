@@ -28,6 +28,8 @@ def compiled(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_kernels_compile(tmp_path: Path) -> None:
     result = compiled(tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+    shared = [int(number) for number in re.findall(r", (\d+) bytes of shared memory$", result.stdout, re.MULTILINE)]
+    assert 0 < max(shared) <= 101_376, "more than a program may have on a GPU of compute capability 8.6 or 8.9"
     found = set(re.findall(r"^(\w+)\.(\w+): \d+ bytes", result.stdout, re.MULTILINE))
     launched = {(path.stem, name) for path in FOLDER.glob("*.py") for name in LAUNCH.findall(path.read_text())}
     assert found == launched, "tests/helpers/compiled.py has to launch every kernel"

@@ -68,6 +68,19 @@ def test_large_logits_overflow_nowhere(device: str) -> None:
     assert_same(logits_cV, label_c1, torch.ones(4, 1, device=device))
 
 
+def test_labels_and_weights_of_any_stride_are_read_rightly(device: str) -> None:
+    logits_cV, label_c1, weight_c1 = inputs(5, 60, torch.float32, device)
+    wide = torch.stack((label_c1, label_c1 + 1), dim=1).flatten(1)
+    for weights in (torch.stack((weight_c1, weight_c1), dim=1).flatten(1)[:, :1], weight_c1[:1].expand(5, 1)):
+        assert_same(logits_cV, wide[:, :1], weights)
+
+
+def test_a_block_of_ids_that_are_excluded_takes_no_part(device: str) -> None:
+    logits_cV, label_c1, weight_c1 = inputs(3, 2 * BLOCK, torch.float32, device)
+    logits_cV[:, :BLOCK] = -torch.inf
+    assert_same(logits_cV, label_c1 % BLOCK + BLOCK, weight_c1)
+
+
 def test_logits_that_are_nan_give_a_loss_that_is_nan(device: str) -> None:
     logits_cV, label_c1, weight_c1 = inputs(3, 50, torch.float32, device)
     logits_cV[1, 3] = torch.nan

@@ -33,7 +33,7 @@ def assert_equal(hidden_TD: Tensor, weight_ED: Tensor, grads: tuple[Tensor, ...]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "experts"),
-    [(1, 8, 1), (37, 40, 3), (TOKENS, 128, 16), (100, 200, 17), (TOKENS * SPLITS + 5, 24, 4)],
+    [(1, 8, 1), (37, 40, 3), (TOKENS, 128, 16), (100, 200, 17), (TOKENS * SPLITS + 5, 24, 4), (40, 70, 160)],
     ids=str,
 )
 @pytest.mark.parametrize("is_read_again", [True, False])
