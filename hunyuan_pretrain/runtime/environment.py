@@ -34,12 +34,13 @@ class Variable:
         return (self.name, self.also) if self.also else (self.name,)
 
 
+ONE_QUEUE = Variable(
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "1",
+    "tensor parallelism overlaps collectives with GEMMs: kernels are queued in call order",
+)
 ON_GPU = (
-    Variable(
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-        "1",
-        "tensor parallelism overlaps collectives with GEMMs: kernels are queued in call order",
-    ),
+    ONE_QUEUE,
     Variable(
         "PYTORCH_CUDA_ALLOC_CONF",
         "expandable_segments:True",
@@ -58,9 +59,9 @@ def wanted_variables(experiment: Experiment | None) -> tuple[Variable, ...]:
     if experiment is not None and experiment.runtime.device == "cpu":
         return (Variable(HIDDEN_GPUS, "", "runtime.device=cpu: megatron-core uses any GPU that it sees"),)
     is_deterministic = experiment is None or experiment.runtime.deterministic
-    on_gpu = ON_GPU
-    if experiment is not None and experiment.parallel.overlap_shared_expert:
-        on_gpu = ON_GPU[1:]  # in one queue the exchange would wait until the shared expert has been launched
+    # with one hardware queue the exchange would wait until the shared expert has been launched
+    has_two_streams = experiment is not None and experiment.parallel.overlap_shared_expert
+    on_gpu = tuple(variable for variable in ON_GPU if not (has_two_streams and variable is ONE_QUEUE))
     return on_gpu + (DETERMINISTIC if is_deterministic else ())
 
 
