@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -176,6 +175,8 @@ def prepare_environment() -> None:
 def main(arguments: Sequence[str], stop: Stop) -> int:
     """Run `hunyuan-pretrain train` with these arguments on all ranks of this node; returns the exit status."""
     if {"-h", "--help"} & set(arguments):
+        import subprocess  # not before the launcher listens to SIGTERM
+
         return subprocess.run(["bash", Path(__file__).with_name("train.sh"), "--help"], check=False).returncode
     try:
         settings, options = read_arguments(arguments)
