@@ -96,7 +96,7 @@ def test_context_ranks_attend_to_all_rows(name: BackendName, ranges: list[tuple[
 def test_a_deterministic_backend_repeats_every_bit(name: BackendName, heads: Heads, is_deterministic: bool) -> None:
     """Long enough that several thread blocks add to one gradient."""
     if not is_deterministic:
-        pytest.skip("nothing is promised")
+        pytest.skip("runtime.deterministic=false promises no equal bits")
     backend, length = backend_of(name, heads), 2048
     qkv = [
         torch.randn(2 * length, count, heads.width, device="cuda", dtype=torch.bfloat16)

@@ -173,6 +173,16 @@ def test_each_obstacle_says_what_to_do() -> None:
     assert texts(old) == texts(old, "precision.dtype=bf16", "runtime.device=cpu") == ""
 
 
+def test_kernels_run_on_gpus_with_tensor_cores_for_bf16_and_tf32() -> None:
+    """One older GPU is enough to keep torch's operations; without a GPU, or without triton, they stay too."""
+    with_triton = dataclasses.replace(MACHINE, triton="3.7.1")
+    older = Gpu("Tesla T4", (7, 5), 15.0)
+    assert with_triton.has_triton
+    assert not MACHINE.has_triton
+    assert not dataclasses.replace(with_triton, gpus=()).has_triton
+    assert not dataclasses.replace(with_triton, gpus=(*MACHINE.gpus, older)).has_triton
+
+
 def test_what_is_used_follows_the_experiment() -> None:
     assert what_is_used(MACHINE) == [
         ("device", "cuda"),
