@@ -99,6 +99,20 @@ def test_a_kernel_that_is_wrong_by_a_hundredth_stops_the_run(
     assert "by 0.01); rounding explains 0.0001, relative. Set runtime.kernels=never to" in message
 
 
+def test_too_little_memory_to_compare_is_said_as_that(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the arguments are made: every rank has to reach the reduction."""
+
+    def without_memory(inputs: Inputs) -> Any:
+        raise torch.OutOfMemoryError
+
+    planted(monkeypatch, swiglu=scaled(plain_functions().swiglu))
+    monkeypatch.setattr(Inputs, "swiglu", without_memory)
+    with pytest.raises(
+        TrainingError, match=r"swiglu by inf \(on this rank: no memory left to compare; runtime.probes=false"
+    ):
+        check_kernels(run)
+
+
 def test_a_wrong_gradient_of_the_logits_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def times_1_01(logits_cV: torch.Tensor, *others: Any) -> torch.Tensor:
         loss = plain_functions().chunk_loss(logits_cV, *others)

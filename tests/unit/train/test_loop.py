@@ -102,6 +102,17 @@ def test_a_step_that_is_not_logged_is_read_after_the_next_one_is_launched(corpus
     ]  # fmt: skip
 
 
+def test_without_a_capacity_a_step_is_read_before_the_next_one_is_launched(corpus, tmp_path, monkeypatch):
+    """The next one could run out of memory on weights that are NaN, and hide the reason."""
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=4)
+    model = steps.run.experiment.model.model_copy(update={"moe_expert_capacity_factor": None})
+    steps.run.experiment = steps.run.experiment.model_copy(update={"model": model})
+    steps.nan_at = 2
+    with pytest.raises(TrainingError, match="step 2: loss nan"):
+        steps.train()
+    assert steps.events == ["launch 1", "read 1", "launch 2", "read 2"]
+
+
 def test_a_logged_step_is_read_at_once(corpus, tmp_path, monkeypatch):
     steps = Steps(corpus, tmp_path, monkeypatch, steps=4, log_every=2)
     steps.train()
