@@ -59,6 +59,8 @@ class Work:
     is_deterministic: bool
     is_gathered: bool
     """Context parallelism by all_gather: a rank has some queries and all keys."""
+    is_recorded: bool
+    """runtime.cuda_graphs: each micro-batch is computed as packed, with boundaries that replays read from memory."""
     longest_scores: int
     """Query heads x queries x keys of a rank, for one document that fills the longest sequence."""
 
@@ -87,12 +89,16 @@ class Backend:
     deterministic_below: tuple[int, int] | None = None
     deterministic_head_dim: int = 256
     """Largest head width of a deterministic backward pass."""
+    reads_memory: bool = False
+    """Whether it reads the boundaries of documents from the GPU's memory, so that a replay can have others."""
     has_score_bound: bool = False
     """Whether DETERMINISTIC_SCORES applies."""
     runs_everywhere: bool = False
 
     def missing(self, work: Work) -> str | None:
         """Why it cannot do this work; None if nothing is known against it."""
+        if work.is_recorded and not self.reads_memory:
+            return "with runtime.cuda_graphs each replay would have the documents of the step that was recorded"
         return None if self.runs_everywhere else next(self._reasons(work), None)
 
     def _reasons(self, work: Work) -> Iterator[str]:
@@ -134,12 +140,14 @@ class Backend:
             self.has_score_bound
             and capability == (9, 0)
             and version[:2] > SCORES_UNBOUNDED_TO
-            and work.longest_scores >= DETERMINISTIC_SCORES
+            and (work.is_recorded or work.longest_scores >= DETERMINISTIC_SCORES)
         ):
+            limit = f"{work.longest_scores:,}, and must be less than {DETERMINISTIC_SCORES:,}"
+            if work.is_recorded:
+                limit += " for all documents that a micro-batch may have (runtime.cuda_graphs)"
             yield (
                 "Transformer Engine has no deterministic backward pass for packed documents as long as the sequences "
-                f"here: heads x queries x keys is {work.longest_scores:,}, and must be less than "
-                f"{DETERMINISTIC_SCORES:,}"
+                f"here: heads x queries x keys is {limit}"
             )
 
 
@@ -150,6 +158,7 @@ BACKENDS: dict[BackendName, Backend] = {
             "cudnn",
             "cuDNN's for packed documents, through Transformer Engine",
             package="transformer-engine",
+            reads_memory=True,
             capability=(9, 0),
             below=(12, 0),
             deterministic_capability=(9, 0),
@@ -160,14 +169,15 @@ BACKENDS: dict[BackendName, Backend] = {
             "flash_attn_3",
             "the package flash-attn-3, on Hopper",
             package="flash-attn-3",
+            reads_memory=True,
             version=(3, 0),
             capability=(9, 0),
             below=(10, 0),
             deterministic_head_dim=192,
         ),
         # 2.4.1 brought the deterministic backward pass
-        Backend("flash_attn_2", "the package flash-attn", package="flash-attn", version=(2, 4, 1)),
-        Backend("torch_varlen", "torch's FlashAttention-2 for packed documents"),
+        Backend("flash_attn_2", "the package flash-attn", package="flash-attn", version=(2, 4, 1), reads_memory=True),
+        Backend("torch_varlen", "torch's FlashAttention-2 for packed documents", reads_memory=True),
         Backend(
             "per_document",
             "torch's flash kernels, one call for each document; runs everywhere",

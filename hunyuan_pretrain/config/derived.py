@@ -100,14 +100,17 @@ class Overlaps:
     param_gather: bool
 
 
-def overlaps(parallel: ParallelConfig, num_ranks: int) -> Overlaps:
+def overlaps(parallel: ParallelConfig, num_ranks: int, is_recorded: bool = False) -> Overlaps:
     """The settings, or what null means for `num_ranks` ranks that hold the same weights (Grid.dp_cp): one rank has
-    nothing to reduce or gather, and would only be slowed by the bookkeeping of each weight."""
+    nothing to reduce or gather, and would only be slowed by the bookkeeping of each weight.
+
+    is_recorded: with runtime.cuda_graphs; a replay cannot wait for a gather that began outside of it.
+    """
     gather, reduce = parallel.overlap_param_gather, parallel.overlap_grad_reduce
     if reduce is None:
         reduce = num_ranks > 1 or bool(gather)
     if gather is None:
-        gather = num_ranks > 1 and reduce and parallel.use_distributed_optimizer
+        gather = num_ranks > 1 and reduce and parallel.use_distributed_optimizer and not is_recorded
     return Overlaps(reduce, gather)
 
 

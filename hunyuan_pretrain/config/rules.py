@@ -16,6 +16,7 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.model_rules import MODEL_RULES
 from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
 from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
+from hunyuan_pretrain.config.recording_rules import RECORDING_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
 from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
 
@@ -279,6 +280,7 @@ def attention_backend_fits(experiment: Experiment) -> Iterator[Problem]:
         head_dim=experiment.model.head_dim,
         is_deterministic=False,
         is_gathered=parallel.context_parallel_size > 1 and parallel.context_parallel_method == "all_gather",
+        is_recorded=False,
         longest_scores=0,
     )
     if (reason := backend.missing(work)) is not None:
@@ -300,4 +302,5 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     *TRAINING_RULES,
     *DATA_RULES,
     *PRECISION_RULES,
+    *RECORDING_RULES,
 )

@@ -555,6 +555,12 @@ class RuntimeConfig(Section):
         "auto",
         typical="auto; the name in the log, to repeat a run bit by bit",
     )
+    cuda_graphs: bool = setting(
+        "Record forward and backward passes of a step as one CUDA graph and replay it in the later steps of the stage, "
+        "so that the host launches one graph and not thousands of kernels. It helps where the host is the slower of "
+        "the two: small models, FP8. Memory: what a step works in stays reserved, and validation needs its own.",
+        False,
+    )
     cpu_threads_per_rank: PositiveInt | None = setting(
         "CPU threads per rank when training on CPU; null divides the node's cores by its ranks.", None, unit="threads"
     )

@@ -96,6 +96,14 @@ class SampleOrder:
         sequences = self.sequences(step, np.arange(self.stage(step).global_batch_sequences))
         return np.array([dataset.index.squared_lengths[row] for dataset, row in sequences], dtype=np.float64)
 
+    def most_documents(self, step: int) -> int:
+        """At least as many documents as any rank's micro-batch of a step has, tail padding included. The same on all
+        ranks: it depends on the global batch only."""
+        stage = self.stage(step)
+        sequences = self.sequences(step, np.arange(stage.global_batch_sequences))
+        pieces = np.array([dataset.num_pieces(row) for dataset, row in sequences])
+        return int(np.sort(pieces + 1)[-stage.micro_batch_sequences :].sum())
+
     def _dataset(self, source: int) -> PackedDataset:
         """The dataset of a source by number. One of an earlier segment is opened on first use. Raises DataFormatError
         if it has been packed again since."""

@@ -23,8 +23,9 @@ from torch import Tensor
 from hunyuan_pretrain.model.attention_backends import core_attention
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import HeadNorm
-from hunyuan_pretrain.model.packed_attention import Block, context_blocks, document_blocks
+from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
 from hunyuan_pretrain.model.spec import Spec
+from hunyuan_pretrain.model.varlen_attention import Blocks, Documents
 from hunyuan_pretrain.parallel.context_parallel import (
     ContextSlice,
     gather_keys_values,
@@ -50,14 +51,17 @@ class AttentionPlan(NamedTuple):
     """Where the tokens of one micro-batch are and which of them attend to each other; the same for every layer."""
 
     rope_table: tuple[Tensor, Tensor]  # from norm.rope_table, for this rank's tokens
-    blocks: Sequence[Block]
+    blocks: Blocks
     context: ContextSlice | None
 
 
 def attention_plan(
-    rope_table: tuple[Tensor, Tensor], cu_seqlens: Sequence[int], context: ContextSlice | None
+    rope_table: tuple[Tensor, Tensor], cu_seqlens: Sequence[int] | Documents, context: ContextSlice | None
 ) -> AttentionPlan:
     """`cu_seqlens` covers the tokens of all context-parallel ranks."""
+    if isinstance(cu_seqlens, Documents):
+        assert context is None, "the rows of a context-parallel rank depend on the documents"
+        return AttentionPlan(rope_table, cu_seqlens, None)
     if context is None or context.method == "all_to_all":  # every rank has all tokens of some heads
         return AttentionPlan(rope_table, document_blocks(cu_seqlens), context)
     return AttentionPlan(rope_table, context_blocks(cu_seqlens, context.ranges), context)

@@ -17,8 +17,9 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.packed_attention import Block, batched_attention, is_uniform, packed_attention
 from hunyuan_pretrain.model.varlen_attention import flash_attn_2, flash_attn_3, torch_varlen
 
-CoreAttention = Callable[[Tensor, Tensor, Tensor, Sequence[Block]], Tensor]
-"""(queries (T, N, H), keys and values (S, G, H), blocks) -> (T, N, H), contiguous."""
+CoreAttention = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""(queries (T, N, H), keys and values (S, G, H), blocks: Blocks) -> (T, N, H), contiguous. Only backends that read
+boundaries from memory (config.attention) take `Documents`."""
 
 
 class Heads(NamedTuple):

@@ -9,6 +9,7 @@ Shapes: R rows of experts, P rows after a gather (with padding, where there is s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,12 @@ class RowPadding(NamedTuple):
 
 
 def row_padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPadding:
-    """Pad each expert's rows to a multiple of `multiple`."""
+    """Pad each expert's rows to a multiple of `multiple`. Counts under a capacity are always the same, so their padding
+    is computed once."""
+    return (_same_padding if splits.are_equal else _padding)(splits, multiple, device)
+
+
+def _padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPadding:
     rows_e, num_rows = splits.rows_e, splits.num_rows
     padded_e = tuple(-(-rows // multiple) * multiple for rows in rows_e)
     shifts_e = [sum(padded_e[:expert]) - sum(rows_e[:expert]) for expert in range(len(rows_e))]
@@ -97,3 +103,6 @@ def row_padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPa
     row_P = torch.full((sum(padded_e),), num_rows, dtype=torch.int64, device=device)
     row_P[position_R] = torch.arange(num_rows, device=device)
     return RowPadding(RowSplits(padded_e, splits.are_equal), row_P, position_R)
+
+
+_same_padding = lru_cache(maxsize=8)(_padding)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hunyuan_pretrain.model.routing import EVALUATION, Routing
+from hunyuan_pretrain.model.varlen_attention import Documents
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
 
 
@@ -21,9 +22,9 @@ class ModelInputs:
     """int64."""
     positions_T: Tensor
     """int64, from 0 in each piece of a document."""
-    cu_seqlens: list[int]
+    cu_seqlens: list[int] | Documents
     """Of the pieces, over the tokens of all context-parallel ranks; Python ints, so that no layer waits for the device
-    to read them."""
+    to read them. In a step that is recorded they are in memory, because they change from replay to replay."""
     rope_alpha: float = 1.0
     """Of the training stage; stretches the RoPE base for long contexts."""
     labels_T: Tensor | None = None

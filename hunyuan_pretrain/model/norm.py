@@ -8,6 +8,7 @@ key/value heads, R query heads of each, X = R + 2.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -95,9 +96,15 @@ def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor,
     Frequencies are computed on the CPU with the same expression as in the exported model code: at position 262,143
     their last bit matters.
     """
-    frequency_h = 1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
-    angle_Th = positions_T.float()[:, None] * to_device(frequency_h, positions_T.device)
+    angle_Th = positions_T.float()[:, None] * _frequencies(base, head_dim, positions_T.device)
     return angle_Th.cos()[:, None], angle_Th.sin()[:, None]
+
+
+@lru_cache(maxsize=8)
+def _frequencies(base: float, head_dim: int, device: torch.device) -> Tensor:
+    return to_device(
+        1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)), device
+    )
 
 
 def _rotate(x_TNH: Tensor, cos_T1h: Tensor, sin_T1h: Tensor) -> Tensor:

@@ -34,8 +34,36 @@ class Documents(NamedTuple):
     """Ranges of the keys that the blocks see, in order. Concatenated, they are the keys that cu_seqlens_k delimits."""
 
 
+Blocks = Sequence[Block] | Documents
+LEAST_ROOM = 8
+
+
+def documents_of(blocks: Blocks, device: torch.device) -> Documents:
+    """The blocks, as kernels take them."""
+    return blocks if isinstance(blocks, Documents) else _documents(tuple(blocks), device)
+
+
+def recorded_documents(cu_seqlens: Tensor, num_tokens: int, longest: int) -> Documents:
+    """Documents for a recorded step: their boundaries are read in each replay from `cu_seqlens`, int32 on the device.
+
+    They start at 0 and end at `num_tokens`, which may be repeated: documents at the end then have no tokens. None is
+    longer than `longest`.
+    """
+    return Documents(cu_seqlens, cu_seqlens, longest, longest, True, ((0, num_tokens),))
+
+
+def room_for(num_documents: int) -> int:
+    """Documents that the boundaries of a recorded step have room for; a kernel passes over those without tokens."""
+    return 1 << (max(LEAST_ROOM, num_documents) - 1).bit_length()
+
+
+def padded(cu_seqlens: Sequence[int], num_documents: int) -> Tensor:
+    """int32 (num_documents + 1,) on the CPU: boundaries, for `recorded_documents`."""
+    return torch.tensor([*cu_seqlens, *[cu_seqlens[-1]] * (num_documents + 1 - len(cu_seqlens))], dtype=torch.int32)
+
+
 @lru_cache(maxsize=4)
-def documents_of(blocks: tuple[Block, ...], device: torch.device) -> Documents:
+def _documents(blocks: tuple[Block, ...], device: torch.device) -> Documents:
     """Cached: all layers of a micro-batch have the same blocks."""
     cu_seqlens_q, cu_seqlens_k = [0], [0]
     keys: list[tuple[int, int]] = []
@@ -70,9 +98,9 @@ class VarlenAttention:
     def __init__(self, name: str, attend: Callable[[Tensor, Tensor, Tensor, Documents], Tensor]) -> None:
         self.name, self.attend = name, attend
 
-    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Blocks) -> Tensor:
         """Returns (T, N, H), contiguous; `blocks` as in `packed_attention`. Communicates nothing."""
-        documents = documents_of(tuple(blocks), q_TNH.device)
+        documents = documents_of(blocks, q_TNH.device)
         rows = q_TNH, *seen_rows(documents, k_SGH, v_SGH)
         q_TNH, k_KGH, v_KGH = handed_over(self.name, *rows, dtype=torch.bfloat16, knows_strides=True)
         return self.attend(q_TNH, k_KGH, v_KGH, documents).contiguous()

@@ -54,6 +54,15 @@ DETERMINISTIC = (
 )
 
 
+RECORDED = (
+    Variable(
+        "NCCL_GRAPH_REGISTER",
+        "0",
+        "runtime.cuda_graphs: NCCL cannot register buffers in segments that expand",
+    ),
+)
+
+
 def wanted_variables(experiment: Experiment | None) -> tuple[Variable, ...]:
     """Variables that a run of `experiment` sets; None: those of a run with default settings."""
     if experiment is not None and experiment.runtime.device == "cpu":
@@ -62,7 +71,8 @@ def wanted_variables(experiment: Experiment | None) -> tuple[Variable, ...]:
     # with one hardware queue the exchange would wait until the shared expert has been launched
     has_two_streams = experiment is not None and experiment.parallel.overlap_shared_expert
     on_gpu = tuple(variable for variable in ON_GPU if not (has_two_streams and variable is ONE_QUEUE))
-    return on_gpu + (DETERMINISTIC if is_deterministic else ())
+    is_recorded = experiment is not None and experiment.runtime.cuda_graphs
+    return on_gpu + (DETERMINISTIC if is_deterministic else ()) + (RECORDED if is_recorded else ())
 
 
 def prepare(experiment: Experiment | None) -> None:

@@ -7,6 +7,9 @@ need this.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -50,8 +53,26 @@ def handed_over(
     return tuple(taken)
 
 
+_is_recording = False
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside, operations are recorded for replays (train/recorded_step.py), and `to_device` refuses to copy: a replay
+    would read the host memory again, where other values are by then."""
+    global _is_recording
+    _is_recording = True
+    try:
+        yield
+    finally:
+        _is_recording = False
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a CPU tensor to `device`. To a GPU it goes through pinned memory, so the host does not wait for the copy."""
+    """Copy a CPU tensor to `device`. To a GPU it goes through pinned memory, so the host does not wait for the copy.
+    Raises RuntimeError while operations are recorded."""
+    if _is_recording:
+        raise RuntimeError(f"a recorded step would copy {tensor.numel()} numbers from memory that its replays lack")
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

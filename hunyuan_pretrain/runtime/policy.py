@@ -65,6 +65,8 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
     if experiment.runtime.device == "cuda" and not machine.gpus:
         found.append(no_cuda(machine.cuda))
     uses_gpu = _trains_on_gpu(machine, experiment)
+    if experiment.runtime.cuda_graphs and not machine.gpus:
+        found.append(Problem("runtime.cuda_graphs", True, "this machine has no CUDA device", "use false"))
     if uses_gpu and experiment.precision.dtype == "bf16":
         for gpu in machine.gpus:
             if gpu.capability < (8, 0):
@@ -171,6 +173,7 @@ def attention_work(machine: Machine, experiment: Experiment, gpu: Gpu | None) ->
         head_dim=model.head_dim,
         is_deterministic=experiment.runtime.deterministic,
         is_gathered=is_gathered,
+        is_recorded=experiment.runtime.cuda_graphs,
         longest_scores=model.num_attention_heads // ranks * queries * longest,
     )
 
@@ -227,6 +230,8 @@ def what_is_used(machine: Machine, experiment: Experiment | None = None) -> list
     is_fused = machine.has_triton if experiment is None else uses_kernels(machine, experiment)
     rows.append(("functions between them", f"kernels of Triton {machine.triton}" if is_fused else "torch operations"))
     rows += [] if experiment is None else _attention_rows(machine, experiment)
+    if experiment is not None and experiment.runtime.cuda_graphs:
+        rows.append(("steps", "recorded as CUDA graphs and replayed"))
     recipe = None if experiment is None else experiment.precision.fp8_recipe
     if recipe:
         rows.append(

@@ -35,6 +35,23 @@ class Incoming:
         return unpacked(self._bytes, self._tensors)
 
 
+class Resident:
+    """Memory of a device at fixed addresses, for tensors that a recorded step reads in each replay."""
+
+    def __init__(self, like: Sequence[Tensor], device: torch.device) -> None:
+        """like: CPU tensors of the shapes and dtypes."""
+        self._bytes = torch.empty(sum(map(_aligned, like)), dtype=torch.uint8, device=device)
+        self.tensors = unpacked(self._bytes, like)
+        """On the device."""
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        """Copy CPU tensors, in one copy. It is queued behind what the current stream has to do, so a replay that still
+        runs reads the values before."""
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        assert shapes == [(memory.shape, memory.dtype) for memory in self.tensors], "a recorded step has fixed shapes"
+        self._bytes.copy_(packed_bytes(tensors, pin_memory=self._bytes.is_cuda), non_blocking=True)
+
+
 class Outgoing:
     """A tensor on its way to the host. The copy is queued behind the kernels that compute it."""
 

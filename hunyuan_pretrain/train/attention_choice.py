@@ -35,8 +35,10 @@ from hunyuan_pretrain.model.packed_attention import (
     is_uniform,
     packed_attention,
 )
+from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents, room_for
 from hunyuan_pretrain.parallel.context_parallel import rows_of_ranks
 from hunyuan_pretrain.runtime.device import Machine, probe
+from hunyuan_pretrain.runtime.handover import to_device
 from hunyuan_pretrain.runtime.policy import attention_obstacles
 from hunyuan_pretrain.train import resume
 from hunyuan_pretrain.train.attention_check import ROUNDINGS, Compared, allowed_difference
@@ -62,6 +64,8 @@ class Case(NamedTuple):
     heads: Heads
     dtype: torch.dtype
     device: torch.device
+    recorded_length: int = 0
+    """Length of sequences in a step that is recorded (runtime.cuda_graphs); 0: it is not."""
 
 
 class Trial(NamedTuple):
@@ -124,8 +128,9 @@ def choose(
     lines: list[str] = []
     for kind in KINDS:
         case = case_of(experiment, config, batch, ranks, device, kind)
-        if kind == "uniform" and not is_uniform(case.blocks, case.num_keys):
-            names[kind] = names["packed"]  # context parallelism by all_gather: no rank has such a micro-batch
+        if kind == "uniform" and (case.recorded_length or not is_uniform(case.blocks, case.num_keys)):
+            # a recorded step takes each micro-batch as packed; with context parallelism by all_gather none is uniform
+            names[kind] = names["packed"]
             continue
         reasons = {name: reason for name, reason in obstacles.items() if reason is not None}
         old = recorded.get(kind)
@@ -199,13 +204,21 @@ def trial(name: BackendName, case: Case) -> Trial:
     """Compute, compare and time one backend on this rank. Whatever fails is a reason, not an error. Communicates
     nothing."""
     try:
-        attend = BUILDERS[name](case.heads)
-        qkv = _numbers(case)
+        attend, qkv = BUILDERS[name](case.heads), _numbers(case)
+        attend = _as_recorded(attend, case) if case.recorded_length else attend
         if attend is not packed_attention and (wrong := _wrong(attend, qkv, case)):
             return Trial(math.inf, wrong)
         return Trial(_milliseconds(attend, qkv, case), "")
     except Exception as error:  # whatever a package, a compiler or a driver raises: the other backends still run
         return Trial(math.inf, f"it fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+
+
+def _as_recorded(attend: CoreAttention, case: Case) -> CoreAttention:
+    """`attend`, called as in a recorded step, whatever blocks it is given."""
+    room = room_for(len(case.blocks))
+    cu_seqlens = to_device(padded([0, *(block.q_end for block in case.blocks)], room), case.device)
+    documents = recorded_documents(cu_seqlens, case.num_keys, case.recorded_length)
+    return lambda q_TNH, k_SGH, v_SGH, blocks: attend(q_TNH, k_SGH, v_SGH, documents)
 
 
 def _wrong(attend: CoreAttention, qkv: Sequence[Tensor], case: Case) -> str:
@@ -270,7 +283,9 @@ def case_of(
     else:
         blocks = document_blocks(cu_seqlens)
     heads = _measured_heads(heads_of(config), blocks)
-    return Case(blocks, len(batch.tokens_T), heads, config.params_dtype, device)
+    num_tokens = len(batch.tokens_T)
+    length = num_tokens // len(batch.sequence_ids) if experiment.runtime.cuda_graphs else 0
+    return Case(blocks, num_tokens, heads, config.params_dtype, device, length)
 
 
 def cu_seqlens_of(batch: MicroBatch, kind: Kind) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader
 from hunyuan_pretrain.model.routing import EvaluationRouting
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import SentBatch, model_inputs, run_schedule, sum_over, sum_over_batch
+from hunyuan_pretrain.train.step import SentBatch, model_inputs, run_schedule, sent_ahead, sum_over, sum_over_batch
 
 
 @torch.no_grad()
@@ -52,7 +53,8 @@ def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str
     for model in run.wrapped:
         model.eval()
     tokens = loader.sequence_length * experiment.evaluation.micro_batch_sequences
-    sums = run_schedule(run, forward, list(loader), tokens, forward_only=True)
+    feed = partial(sent_ahead, run, loader)
+    sums = run_schedule(run, forward, feed, len(loader), tokens, forward_only=True)
     for model in run.wrapped:
         model.train()
     totals, routed = sum_over_batch(groups, sums, 2, statistics)

@@ -153,7 +153,7 @@ def _announce(run: Run, num_steps: int) -> None:
     for line in run.start.lines if run.start else ():
         run.log.line(line)
     used = dict(what_is_used(probe_machine(), experiment))
-    for name in ("linear layers", "FP8"):
+    for name in ("linear layers", "steps", "FP8"):
         if name in used:
             run.log.line(f"  {name}: {used[name]}")
     histories = [tensor for name, tensor in scaling_state(run.chunks).items() if name.endswith(".history")]

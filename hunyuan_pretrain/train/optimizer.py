@@ -40,7 +40,7 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap each model chunk in core's DDP: gradient buffers, reduced over the data-parallel ranks."""
     parallel = experiment.parallel
-    overlapped = overlaps(parallel, groups.dp_cp.size())
+    overlapped = overlaps(parallel, groups.dp_cp.size(), experiment.runtime.cuda_graphs)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=experiment.precision.grad_reduce_in_fp32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -68,7 +68,8 @@ def build_optimizer(
     settings = experiment.optimizer
     is_offloaded = settings.cpu_offload_fraction > 0
     config = _core_settings(experiment, _has_fp8_parameters(chunks[0].module))
-    config.overlap_param_gather = overlaps(experiment.parallel, groups.dp_cp.size()).param_gather
+    is_recorded = experiment.runtime.cuda_graphs
+    config.overlap_param_gather = overlaps(experiment.parallel, groups.dp_cp.size(), is_recorded).param_gather
     is_without_kernels = settings.use_precision_aware_optimizer and not config.use_precision_aware_optimizer
     if is_offloaded or is_without_kernels:
         # The inner optimizer then also keeps the fp32 main weights; otherwise the distributed optimizer would hold

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from hunyuan_pretrain.train.attention_choice import cu_seqlens_of
 from hunyuan_pretrain.train.kernel_probe import check_kernels
 from hunyuan_pretrain.train.optimizer import complete_gradients
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import SentBatch, as_summed_loss, model_inputs, run_schedule
+from hunyuan_pretrain.train.step import SentBatch, as_summed_loss, model_inputs, run_schedule, sent_ahead
 
 COEFFICIENT_TOLERANCE = 1e-3
 """Relative. A different summation order changes the sums by less than 1e-5; a layout-dependent factor is 2 or more."""
@@ -266,7 +267,7 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
         for wrapped in run.wrapped:
             wrapped.zero_grad_buffer()
         batches = [_synthetic_batch(run, number) for number in range(num_micro_batches)]
-        run_schedule(run, forward, batches, num_tokens, forward_only=False)
+        run_schedule(run, forward, partial(sent_ahead, run, batches), len(batches), num_tokens, forward_only=False)
         complete_gradients(run.wrapped)
     finally:
         config.moe_aux_loss_coeff, config.moe_z_loss_coeff = declared

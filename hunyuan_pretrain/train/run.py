@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from hunyuan_pretrain.config.schedule import Schedule
-from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train.resume import Start
+
+
+class RecordedWork(Protocol):
+    """What train/recorded_step.py provides."""
+
+    def forward_and_backward(
+        self,
+        run: Run,
+        stage: StageConfig,
+        step: int,
+        batches: list[MicroBatch],
+        num_target_tokens: Tensor,
+        key_L: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor]]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -41,6 +58,8 @@ class Run:
     """Lock of the run directory, on rank 0."""
     evaluation_sets: dict[str, EvaluationLoader] = field(default_factory=dict)
     """evaluation.sets by name."""
+    recorded: RecordedWork | None = None
+    """Forward and backward passes as CUDA graphs; None: as always."""
 
     @property
     def validations(self) -> dict[str, EvaluationLoader]:

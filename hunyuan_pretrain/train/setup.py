@@ -49,6 +49,7 @@ from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopReque
 from hunyuan_pretrain.train import resume
 from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
+from hunyuan_pretrain.train.recorded_step import RecordedSteps
 from hunyuan_pretrain.train.resume import Start
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import sum_over
@@ -98,6 +99,7 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         start,
         lock,
         sets,
+        RecordedSteps() if experiment.runtime.cuda_graphs else None,
     )
 
 
@@ -119,6 +121,8 @@ def leave(run: Run, leave_groups: Callable[[], None] = leave_layout) -> None:
     too."""
     run.log.close()
     run.loader.close()
+    if run.recorded is not None:
+        run.recorded.close()  # first: NCCL waits for graphs that hold its work
     if run.lock is not None:
         run.lock.release()
     leave_groups()
@@ -153,6 +157,8 @@ def _start_machine(experiment: Experiment) -> torch.device:
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        if experiment.runtime.cuda_graphs:
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # of the whole run: see CudaGraph
     else:
         keep_freed_memory()
     if kind == "cpu" or experiment.optimizer.cpu_offload_fraction > 0:

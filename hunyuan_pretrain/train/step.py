@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from hunyuan_pretrain.model.engines import training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.recycle_routing import draw_keys
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
+from hunyuan_pretrain.model.varlen_attention import Documents
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
@@ -79,17 +80,30 @@ class LaunchedStep:
 
 @dataclass(frozen=True)
 class SentBatch:
-    """This context-parallel rank's share of a micro-batch, on its way to the run's device."""
+    """This context-parallel rank's share of a micro-batch, as it arrives on the run's device."""
 
-    tensors: Incoming
+    take: Callable[[], tuple[Tensor, ...]]
+    """The tensors of `Share` on the device."""
+    cu_seqlens: list[int] | Documents
+    context: ContextSlice | None
+
+
+class Share(NamedTuple):
+    """This context-parallel rank's share of a micro-batch, on the CPU."""
+
+    tensors: list[Tensor]
     """Tokens, positions, labels and loss mask (T,); the indices (n,) of the routing groups. They are numbered through
     the sequences of the global batch, so they do not depend on which rank holds a group."""
     cu_seqlens: list[int]
     context: ContextSlice | None
 
 
-def send(run: Run, batch: MicroBatch) -> SentBatch:
-    """Start the copy of this rank's share of `batch` to the run's device."""
+Feed = Callable[[], Iterator[SentBatch]]
+"""The micro-batches of a step, in order; one iterator for each model chunk."""
+
+
+def share_of(run: Run, batch: MicroBatch) -> Share:
+    """This rank's share of `batch`."""
     experiment, cp, device = run.experiment, run.groups.cp, run.device
     group_tokens = experiment.model.moe_routing_group_tokens
     context, cu_seqlens = None, batch.cu_seqlens.tolist()
@@ -103,7 +117,13 @@ def send(run: Run, batch: MicroBatch) -> SentBatch:
     per_sequence = len(batch.tokens_T) // len(batch.sequence_ids) // group_tokens
     group_n = rows_T[::group_tokens] // group_tokens  # of the micro-batch
     group_n = batch.sequence_ids[group_n // per_sequence] * per_sequence + group_n % per_sequence
-    return SentBatch(Incoming([*mine, group_n], device), cu_seqlens, context)
+    return Share([*mine, group_n], cu_seqlens, context)
+
+
+def send(run: Run, batch: MicroBatch) -> SentBatch:
+    """Start the copy of this rank's share of `batch` to the run's device."""
+    share = share_of(run, batch)
+    return SentBatch(Incoming(share.tensors, run.device).take, share.cu_seqlens, share.context)
 
 
 def sent_ahead(run: Run, batches: Iterable[MicroBatch]) -> Iterator[SentBatch]:
@@ -130,7 +150,7 @@ def model_inputs(
     loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss. route: makes the
     routing from the indices (n,) of the routing groups.
     """
-    tokens_T, positions_T, labels_T, loss_mask_T, group_n = batch.tensors.take()
+    tokens_T, positions_T, labels_T, loss_mask_T, group_n = batch.take()
     return ModelInputs(
         tokens_T=tokens_T,
         positions_T=positions_T,
@@ -167,20 +187,29 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
     data_wait_seconds = time.perf_counter() - started
     mine = torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double()
     num_target_tokens = sum_over(groups.dp, to_device(mine, run.device))
-    num_global_groups = stage.global_batch_tokens // experiment.model.moe_routing_group_tokens
-    key_L = to_device(draw_keys(experiment.seed, step, experiment.model.num_layers), run.device)
-
-    def route(group_n: Tensor) -> Routing:
-        return TrainingRouting(experiment.seed, step, group_n, num_global_groups, key_L)
-
-    losses, statistics = forward_and_backward(run, stage, batches, num_target_tokens, route, in_fp8=in_fp8)
+    key_L = draw_keys(experiment.seed, step, experiment.model.num_layers)
+    if run.recorded is not None and in_fp8:
+        losses, statistics = run.recorded.forward_and_backward(run, stage, step, batches, num_target_tokens, key_L)
+    else:
+        route = partial(routing_of, run, stage, step, to_device(key_L, run.device))
+        feed = partial(sent_ahead, run, batches)
+        losses, statistics = forward_and_backward(
+            run, stage, feed, len(batches), num_target_tokens, route, in_fp8=in_fp8
+        )
     return Gradients(losses, statistics, num_target_tokens, data_wait_seconds)
+
+
+def routing_of(run: Run, stage: StageConfig, step: int, key_L: Tensor, group_n: Tensor) -> Routing:
+    """The routing of a micro-batch with these groups; `key_L` of the step, on the device."""
+    num_global_groups = stage.global_batch_tokens // run.experiment.model.moe_routing_group_tokens
+    return TrainingRouting(run.experiment.seed, step, group_n, num_global_groups, key_L)
 
 
 def forward_and_backward(
     run: Run,
     stage: StageConfig,
-    batches: list[MicroBatch],
+    feed: Feed,
+    num_micro_batches: int,
     num_target_tokens: Tensor,
     route: Callable[[Tensor], Routing],
     *,
@@ -189,8 +218,8 @@ def forward_and_backward(
     """The work of `compute_gradients` on the device; returns the loss of each micro-batch, on the last stage, and the
     packed router statistics of each.
 
-    What differs between the steps of a stage reaches it in the memory of tensors, except for the boundaries of
-    documents, for which attention calls its kernels, and the row counts of experts without a capacity.
+    What differs between the steps of a stage reaches it in the memory of tensors, except for the row counts of experts
+    without a capacity, and the boundaries of documents where they are Python lists.
     """
     statistics: list[Tensor] = []
 
@@ -206,7 +235,7 @@ def forward_and_backward(
         model.zero_grad_buffer()
     tokens = stage.sequence_length * stage.micro_batch_sequences
     with training_step([model.module for model in run.wrapped], run.groups) if in_fp8 else nullcontext():
-        losses = run_schedule(run, forward, batches, tokens, forward_only=False)
+        losses = run_schedule(run, forward, feed, num_micro_batches, tokens, forward_only=False)
     return losses, statistics
 
 
@@ -251,9 +280,10 @@ def train_step(
 
 
 def run_schedule(
-    run: Run, forward: Any, batches: list[MicroBatch], num_tokens: int, forward_only: bool
+    run: Run, forward: Any, feed: Feed, num_micro_batches: int, num_tokens: int, forward_only: bool
 ) -> list[Tensor]:
-    """Pass micro-batches of `num_tokens` tokens (of all context-parallel ranks) through megatron's pipeline schedule.
+    """Pass the micro-batches of `feed`, each of `num_tokens` tokens (of all context-parallel ranks), through megatron's
+    pipeline schedule.
 
     Returns what the loss function keeps of each micro-batch, on the last stage; an empty list on the others.
     """
@@ -261,9 +291,9 @@ def run_schedule(
     chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups)
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=[sent_ahead(run, batches) for _ in chunks],
+        data_iterator=[feed() for _ in chunks],
         model=chunks,
-        num_microbatches=len(batches),
+        num_microbatches=num_micro_batches,
         seq_length=num_tokens,
         micro_batch_size=1,
         forward_only=forward_only,

@@ -76,8 +76,9 @@ def ours(
     has_engine: bool = True,
     has_kernels: bool = True,
     is_deterministic: bool = False,
+    is_recorded: bool = False,
 ) -> Built:
-    """This project's step with every feature on."""
+    """This project's step with every feature on. is_recorded: as a CUDA graph."""
     from hunyuan_pretrain.config.schema import RuntimeConfig
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
@@ -87,9 +88,12 @@ def ours(
     from hunyuan_pretrain.runtime.policy import fuses_wgrad_accumulation
     from hunyuan_pretrain.train.attention_choice import choose
     from hunyuan_pretrain.train.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+    from hunyuan_pretrain.train.recorded_step import RecordedSteps
     from hunyuan_pretrain.train.run import Run
     from hunyuan_pretrain.train.step import train_step
 
+    if is_recorded:
+        torch.cuda.set_stream(torch.cuda.Stream(device()))
     experiment = _experiment(shape, recipe)
     groups = build_groups(experiment.parallel, 600)
     config = transformer_config(
@@ -102,7 +106,11 @@ def ours(
     )
     batches = _micro_batches(shape)
     if device().type == "cuda":
-        runtime = RuntimeConfig(deterministic=is_deterministic, transformer_engine="auto" if has_engine else "never")
+        runtime = RuntimeConfig(
+            deterministic=is_deterministic,
+            transformer_engine="auto" if has_engine else "never",
+            cuda_graphs=is_recorded,
+        )
         wanted = experiment.model_copy(update={"runtime": runtime})
         config.attention, _ = choose(wanted, probe(), config, batches[0], (0, 1), device(), {})
     built = build_model(config, groups, None)
@@ -112,9 +120,11 @@ def ours(
     optimizer = build_optimizer(chunks, experiment, groups)
     set_learning_rate(optimizer, 1e-4, 0.31)
     # the parts of a run that a step uses: no data on disk, no log
-    loader: Any = SimpleNamespace(micro_batches=lambda step: batches)
+    order = SimpleNamespace(most_documents=lambda step: max(len(batch.sequence_ids) for batch in batches))
+    loader: Any = SimpleNamespace(micro_batches=lambda step: batches, order=order)
     log: Any = None
-    run = Run(experiment, device(), groups, built, chunks, optimizer, loader, None, 0, log=log)
+    recorded = RecordedSteps() if is_recorded else None
+    run = Run(experiment, device(), groups, built, chunks, optimizer, loader, None, 0, log=log, recorded=recorded)
     steps = itertools.count()
     return lambda: train_step(run, experiment.stages[0], next(steps)).loss, parameters(experiment.model).active
 
@@ -333,6 +343,7 @@ class Contender:
     has_engine: bool = True
     has_kernels: bool = True
     is_deterministic: bool = False
+    is_recorded: bool = False
 
     @property
     def name(self) -> str:
@@ -341,7 +352,8 @@ class Contender:
             return f"GPTModel, {precision}"
         layers = "" if self.has_engine else "local layers, "
         kernels = f"kernels {'on' if self.has_kernels else 'off'}"
-        return f"hunyuan-pretrain, {layers}{precision}, {kernels}{', deterministic' * self.is_deterministic}"
+        options = ", deterministic" * self.is_deterministic + ", CUDA graph" * self.is_recorded
+        return f"hunyuan-pretrain, {layers}{precision}, {kernels}{options}"
 
     def build(self, shape: Shape, fusions: dict[str, Any]) -> Built:
         if self.is_gpt:
@@ -352,14 +364,18 @@ class Contender:
             has_engine=self.has_engine,
             has_kernels=self.has_kernels,
             is_deterministic=self.is_deterministic,
+            is_recorded=self.is_recorded,
         )
 
 
-def contenders(part: str, recipes: list[str]) -> list[Contender]:
-    """Those of a part, the most important first: what a time-out cuts off is last."""
+def contenders(part: str, recipes: list[str], has_graphs: bool = True) -> list[Contender]:
+    """Those of a part, the most important first: what a time-out cuts off is last. has_graphs: whether the device has
+    CUDA graphs."""
 
     def of(recipe: str | None, *, both: bool = True) -> list[Contender]:
         found = [Contender(recipe=recipe), Contender(is_gpt=True, recipe=recipe)]
+        if has_graphs and part in ("bench", "large") and recipe in (None, "blockwise"):
+            found.append(Contender(recipe=recipe, is_recorded=True))
         return [*found, Contender(recipe=recipe, has_kernels=False)] if both else found
 
     if part == "long":

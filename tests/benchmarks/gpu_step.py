@@ -88,7 +88,7 @@ def worker(part: str, names: list[str], num_steps: int, is_dry: bool) -> None:
     initialize_distributed("gloo" if is_dry else "nccl", 600)
     shape = DRY if is_dry else SHAPES[part]
     steps = (1, min(num_steps, 2)) if is_dry or part == "long" else (WARM_UP, num_steps)
-    for contender in contenders(part, supported_recipes(is_dry)):
+    for contender in contenders(part, supported_recipes(is_dry), has_graphs=not is_dry):
         if contender.name in names:
             say({"started": contender.name})
             say({"finished": contender.name, "result": measured(contender, shape, steps, is_dry)})
@@ -159,6 +159,10 @@ def attempt(contender: Any, shape: Any, steps: tuple[int, int], fusions: dict[st
         return {"error": f"{type(error).__name__}: {error}"[:2000], "where": traceback.format_exc()[-3000:]}
     finally:
         step = None  # type: ignore[assignment]  # frees the model
+        gc.collect()  # NCCL waits for graphs that hold its work
+        if is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.default_stream())
         leave_layout()
         forget_fp8()
         gc.collect()
@@ -296,7 +300,8 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if part in ("ceilings", "attention"):
         waiting = ["ceilings"] if part == "ceilings" else gpu_attention.names()
     else:
-        waiting = [contender.name for contender in contenders(part, supported_recipes(arguments.dry))]
+        able = contenders(part, supported_recipes(arguments.dry), has_graphs=not arguments.dry)
+        waiting = [contender.name for contender in able]
     deadline = time.monotonic() + (600 if arguments.dry else PARTS[part])
     results: dict[str, Any] = {}
     while waiting and time.monotonic() < deadline:

@@ -41,7 +41,7 @@ def check(report: dict[str, Any], parts: list[str]) -> None:
             check_attention(results)
             continue
         assert list(results) == [
-            contender.name for contender in contenders(part, list(gpu_step.supported_recipes(True)))
+            contender.name for contender in contenders(part, list(gpu_step.supported_recipes(True)), has_graphs=False)
         ]
         for result in results.values():
             assert result["step_ms"] > 0
@@ -148,7 +148,9 @@ def test_kernels_are_on_and_off_and_gpt_model_is_beside_them() -> None:
         for recipe in (None, "blockwise"):
             for has_kernels in (True, False):
                 assert Contender(recipe=recipe, has_kernels=has_kernels) in found
+            assert Contender(recipe=recipe, is_recorded=True) in found
         for recipe in (None, *recipes):
             assert {Contender(recipe=recipe), Contender(is_gpt=True, recipe=recipe)} <= found
         assert Contender(is_deterministic=True) in found
-    assert len(contenders("bench", recipes)) == 4 * 3 + 2 + 1
+    assert len(contenders("bench", recipes)) == 4 * 3 + 2 + 1 + 2
+    assert not any(one.is_recorded for one in contenders("bench", recipes, has_graphs=False))

@@ -48,6 +48,7 @@ def backend_of(name: BackendName, heads: Heads) -> Any:
         head_dim=heads.width,
         is_deterministic=torch.are_deterministic_algorithms_enabled(),
         is_gathered=False,
+        is_recorded=False,
         longest_scores=0,
     )
     if (reason := BACKENDS[name].missing(work)) is not None:

@@ -18,7 +18,7 @@ from transformer_engine.pytorch.utils import get_device_compute_capability
 from hunyuan_pretrain.config.attention import DETERMINISTIC_SCORES, SCORES_UNBOUNDED_TO
 from hunyuan_pretrain.model.engine.fp8 import without_fp8
 from hunyuan_pretrain.model.packed_attention import Block, is_uniform, packed_attention
-from hunyuan_pretrain.model.varlen_attention import documents_of, seen_rows
+from hunyuan_pretrain.model.varlen_attention import Blocks, Documents, documents_of, seen_rows
 from hunyuan_pretrain.runtime.device import major_minor, version_of
 from hunyuan_pretrain.runtime.handover import handed_over
 
@@ -45,11 +45,13 @@ class PackedAttention:
             and major_minor(version_of("transformer-engine") or "") > SCORES_UNBOUNDED_TO
         )
 
-    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+    def __call__(self, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Blocks) -> Tensor:
         """Returns (T, N, H), contiguous; `blocks` as in `packed_attention`. Communicates nothing."""
-        documents = documents_of(tuple(blocks), q_TNH.device)
-        num_scores = len(blocks) * q_TNH.shape[1] * documents.longest_q * documents.longest_k
+        documents = documents_of(blocks, q_TNH.device)
+        num_documents = len(documents.cu_seqlens_q) - 1
+        num_scores = num_documents * q_TNH.shape[1] * documents.longest_q * documents.longest_k
         if self.has_bound and num_scores >= DETERMINISTIC_SCORES:
+            assert not isinstance(blocks, Documents), "config.attention excludes this backend from recorded steps"
             warnings.warn(NO_KERNEL, stacklevel=1)
             return packed_attention(q_TNH, k_SGH, v_SGH, blocks)
         # Transformer Engine infers a layout from offsets and from whether keys and values have equal strides. It checks

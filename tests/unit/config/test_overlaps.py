@@ -31,3 +31,8 @@ def test_null_overlaps_where_several_ranks_hold_the_same_weights(
 ) -> None:
     found = overlaps(ParallelConfig(**settings), num_ranks)
     assert (found.grad_reduce, found.param_gather) == expected
+
+
+def test_a_recorded_step_waits_for_no_gather_from_outside() -> None:
+    found = overlaps(ParallelConfig(), 2, is_recorded=True)
+    assert (found.grad_reduce, found.param_gather) == (True, False)

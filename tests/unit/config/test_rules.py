@@ -26,6 +26,28 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
     return str(caught.value)
 
 
+RECORDED = [
+    (["runtime.device=cpu"], "runtime.device=cpu: CUDA graphs are of CUDA devices (set it to auto or cuda, or this to"),
+    (["precision.dtype=fp32"], "precision.dtype=fp32: no attention kernel for fp32 reads the boundaries of documents"),
+    (["model.moe_expert_capacity_factor=null", "model.recycle_routing=false"], "model.moe_expert_capacity_factor=null"),
+    (["parallel.pipeline_model_parallel_size=2"], "parallel.pipeline_model_parallel_size=2: megatron's exchange"),
+    (["parallel.context_parallel_size=2"], "parallel.context_parallel_size=2: which rows a rank has depends on"),
+    (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather=true: a replay cannot wait for a gather"),
+    (["parallel.cpu_offloading_num_layers=2"], "parallel.cpu_offloading_num_layers=2: copies to the host"),
+    (
+        ["precision.fp8_recipe=blockwise", "precision.fp8_parameters=true"],
+        "precision.fp8_parameters=true: an update may put the transposed weights into other memory (set it to false",
+    ),
+    (
+        ["runtime.attention_backend=per_document"],
+        "runtime.attention_backend=per_document: it does not read the boundaries of documents from memory (set it to "
+        "auto or one of cudnn, flash_attn_3, flash_attn_2, torch_varlen, or this to false)",
+    ),
+    (["runtime.attention_backend=torch_batched"], "runtime.attention_backend=torch_batched: it does not read"),
+]
+"""What a step with runtime.cuda_graphs cannot contain."""
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -268,6 +290,10 @@ def refusal(*overrides: str, world_size: int | None = None) -> str:
             ],
             "stages.0.global_batch_sequences=8: 1 micro-batches per rank; the interleaved schedule needs a "
             "multiple of 2 (use 16)",
+        ),
+        *(
+            (["runtime.cuda_graphs=true", "precision.dtype=bf16", *overrides], f"runtime.cuda_graphs=true: {expected}")
+            for overrides, expected in RECORDED
         ),
         (["parallel.world_size=3"], "parallel.world_size=3: not a multiple of 2, which"),
         (

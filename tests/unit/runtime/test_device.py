@@ -342,6 +342,21 @@ def test_attention_backends_need_their_gpu(capability: tuple[int, int], is_deter
     assert " ".join(name for name, reason in found.items() if reason is None) == able
 
 
+def test_a_recorded_step_takes_backends_that_read_boundaries_from_memory() -> None:
+    found = attention((9, 0), "runtime.cuda_graphs=true", **EVERYTHING)
+    able = [name for name, reason in found.items() if reason is None]
+    assert able == ["cudnn", "flash_attn_3", "flash_attn_2", "torch_varlen"]
+    assert "the documents of the step that was recorded" in str(found["per_document"])
+    newer = attention((9, 0), "runtime.cuda_graphs=true", transformer_engine="2.20.0")
+    assert "for all documents that a micro-batch may have (runtime.cuda_graphs)" in str(newer["cudnn"])
+
+
+def test_cuda_graphs_need_a_cuda_device() -> None:
+    refused = "runtime.cuda_graphs=true: this machine has no CUDA device (use false)"
+    assert texts(CPU_MACHINE, BF16, "runtime.cuda_graphs=true") == refused
+    assert texts(MACHINE, BF16, "runtime.cuda_graphs=true") == ""
+
+
 def test_attention_backends_need_their_package_heads_and_layout() -> None:
     found = attention((9, 0))
     assert found["flash_attn_2"] == "flash-attn is not installed"

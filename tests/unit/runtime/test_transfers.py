@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from hunyuan_pretrain.runtime.transfers import ALIGNMENT, Incoming, Outgoing, packed_bytes, unpacked
+from hunyuan_pretrain.runtime.transfers import ALIGNMENT, Incoming, Outgoing, Resident, packed_bytes, unpacked
 
 TENSORS = [torch.arange(5), torch.rand(7), torch.rand(3, 4, dtype=torch.float64).t(), torch.zeros(0), torch.arange(3)]
 
@@ -16,6 +17,17 @@ def test_packed_tensors_come_out_as_they_went_in() -> None:
         assert torch.equal(view, tensor)
         assert view.storage_offset() * view.element_size() % ALIGNMENT == 0
         assert view.is_contiguous()
+
+
+def test_resident_tensors_keep_their_addresses() -> None:
+    resident = Resident(TENSORS, torch.device("cpu"))
+    addresses = [tensor.data_ptr() for tensor in resident.tensors]
+    for values in (TENSORS, [tensor + 1 for tensor in TENSORS]):
+        resident.write(values)
+        assert all(torch.equal(a, b) for a, b in zip(resident.tensors, values, strict=True))
+    assert [tensor.data_ptr() for tensor in resident.tensors] == addresses
+    with pytest.raises(AssertionError, match="fixed shapes"):
+        resident.write([tensor[:1] for tensor in TENSORS])
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:

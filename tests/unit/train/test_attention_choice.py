@@ -24,6 +24,7 @@ from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.attention_backends import BUILDERS, ByMicroBatch, CoreAttention, Heads, use_attention
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.packed_attention import batched_attention, document_blocks, packed_attention
+from hunyuan_pretrain.model.varlen_attention import Documents
 from hunyuan_pretrain.train import attention_choice, resume
 from hunyuan_pretrain.train.preflight import attention_trials
 from tests.helpers import flash_attention_stub
@@ -166,6 +167,29 @@ def test_a_recorded_choice_is_kept_and_nothing_else_is_tried(monkeypatch: pytest
     assert choice == ("flash_attn_3", "torch_batched")
     assert "attention of packs: not flash_attn_2: flash-attn is not installed" in lines
     assert chosen("runtime.attention_backend=cudnn", recorded=recorded)[0] == ("cudnn", "cudnn")
+
+
+def test_a_recorded_step_is_tried_as_it_will_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With boundaries in memory, room for more documents, and one backend for all micro-batches."""
+    seen: list[Documents] = []
+
+    def from_memory(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        seen.append(documents)
+        bounds = documents.cu_seqlens_q.unique_consecutive().tolist()
+        return packed_attention(q, k, v, document_blocks(bounds))
+
+    set_up(monkeypatch.setattr, monkeypatch.setitem, dict.fromkeys(MILLISECONDS, from_memory))
+    monkeypatch.setattr(attention_choice, "_milliseconds", calls_once)
+    choice, lines = chosen("runtime.cuda_graphs=true")
+    assert choice.packed == choice.uniform
+    assert "uniform" not in lines
+    assert {len(documents.cu_seqlens_q) for documents in seen} == {9}
+    assert {documents.longest_q for documents in seen} == {128}
+
+
+def calls_once(attend: CoreAttention, qkv: list[Tensor], case: Any) -> float:
+    attend(*qkv, case.blocks)
+    return 1.0
 
 
 def test_where_ranks_gather_keys_there_is_one_kind_of_micro_batch() -> None:
