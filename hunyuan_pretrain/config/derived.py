@@ -41,6 +41,12 @@ class Grid:
         return self.dp * self.cp
 
     @property
+    def most_copies(self) -> int:
+        """Ranks of the largest group over which gradients are reduced: dp_cp or, with more tensor than expert
+        parallelism, expert_dp."""
+        return max(self.dp_cp, self.expert_dp)
+
+    @property
     def has_expert_buffers(self) -> bool:
         """Whether routed experts are reduced over another number of ranks than the other weights. If not, core puts
         both into the same buffers."""
@@ -101,8 +107,8 @@ class Overlaps:
 
 
 def overlaps(parallel: ParallelConfig, num_ranks: int, is_recorded: bool = False) -> Overlaps:
-    """The settings, or what null means for `num_ranks` ranks that hold the same weights (Grid.dp_cp): one rank has
-    nothing to reduce or gather, and would only be slowed by the bookkeeping of each weight.
+    """The settings, or what null means where up to `num_ranks` ranks hold the same weights (Grid.most_copies): one rank
+    has nothing to reduce or gather, and would only be slowed by the bookkeeping of each weight.
 
     is_recorded: with runtime.cuda_graphs; a replay cannot wait for a gather that began outside of it.
     """

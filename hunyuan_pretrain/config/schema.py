@@ -182,8 +182,12 @@ class ParallelConfig(Section):
         "Ranks over which each routed expert is sharded.", 1, unit="ranks", typical="1"
     )
     use_distributed_optimizer: bool = setting("Shard the optimizer state over the data-parallel ranks (ZeRO-1).", True)
-    overlap_grad_reduce: bool | None = setting("Reduce gradients during the backward pass. null: if DP * CP > 1.", None)
-    overlap_param_gather: bool | None = setting("Gather weights in forward passes. null: if DP * CP > 1, ZeRO-1.", None)
+    overlap_grad_reduce: bool | None = setting(
+        "Reduce gradients during the backward pass. null: where several ranks hold the same weights or experts.", None
+    )
+    overlap_param_gather: bool | None = setting(
+        "Gather weights in forward passes. null: where the distributed optimizer shards them and gradients overlap.", None
+    )
     overlap_shared_expert: bool = setting("On a GPU, run the shared expert beside the routed rows' exchange.", False)
     recompute: Recompute = setting(
         "Which activations the backward pass recomputes instead of keeping them. none: keep all. swiglu: recompute the "

@@ -140,7 +140,7 @@ def buffers_of_stage(
     ranks = grid(parallel, world_size)
     limit = None
     # later pipeline ranks do not wait for their reduction
-    if overlaps(parallel, ranks.dp_cp).grad_reduce and stage % ranks.pp == 0:
+    if overlaps(parallel, ranks.most_copies).grad_reduce and stage % ranks.pp == 0:
         limit = max(SMALLEST_BUCKET, 1_000_000 * ranks.dp)
     found: dict[tuple[bool, int], list[Weight]] = {}
     for weight in weights_of_stage(model, parallel, stage):

@@ -26,7 +26,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hunyuan_pretrain.config.derived import overlaps
+from hunyuan_pretrain.config.derived import Overlaps, overlaps
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
@@ -40,7 +40,7 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap each model chunk in core's DDP: gradient buffers, reduced over the data-parallel ranks."""
     parallel = experiment.parallel
-    overlapped = overlaps(parallel, groups.dp_cp.size(), experiment.runtime.cuda_graphs)
+    overlapped = _overlaps(experiment, groups)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=experiment.precision.grad_reduce_in_fp32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -68,8 +68,7 @@ def build_optimizer(
     settings = experiment.optimizer
     is_offloaded = settings.cpu_offload_fraction > 0
     config = _core_settings(experiment, _has_fp8_parameters(chunks[0].module))
-    is_recorded = experiment.runtime.cuda_graphs
-    config.overlap_param_gather = overlaps(experiment.parallel, groups.dp_cp.size(), is_recorded).param_gather
+    config.overlap_param_gather = _overlaps(experiment, groups).param_gather
     is_without_kernels = settings.use_precision_aware_optimizer and not config.use_precision_aware_optimizer
     if is_offloaded or is_without_kernels:
         # The inner optimizer then also keeps the fp32 main weights; otherwise the distributed optimizer would hold
@@ -97,6 +96,11 @@ def build_optimizer(
         # each part of core's optimizer gathers the weights of all parts after its update; only the last one has to
         part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
     return optimizer
+
+
+def _overlaps(experiment: Experiment, groups: ProcessGroupCollection) -> Overlaps:
+    most_copies = max(groups.dp_cp.size(), groups.expt_dp.size())
+    return overlaps(experiment.parallel, most_copies, experiment.runtime.cuda_graphs)
 
 
 def _core_settings(experiment: Experiment, has_fp8_parameters: bool) -> OptimizerConfig:

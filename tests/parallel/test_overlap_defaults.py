@@ -18,6 +18,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "sharded optimizer": ({}, "bf16"),
     "plain optimizer": ({"use_distributed_optimizer": False}, "fp32"),
     "expert parallel, recomputed": ({"expert_model_parallel_size": 2, "recompute": "cla_group"}, "bf16"),
+    "only experts are reduced": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, "bf16"),
     "context parallel": ({"context_parallel_size": 2}, "fp32"),
 }
 OFF = {"overlap_grad_reduce": False, "overlap_param_gather": False}

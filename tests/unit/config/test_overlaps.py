@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hunyuan_pretrain.config.derived import overlaps
+from hunyuan_pretrain.config.derived import grid, overlaps
 from hunyuan_pretrain.config.schema import ParallelConfig
 
 PLAIN = {"use_distributed_optimizer": False}
@@ -36,3 +36,16 @@ def test_null_overlaps_where_several_ranks_hold_the_same_weights(
 def test_a_recorded_step_waits_for_no_gather_from_outside() -> None:
     found = overlaps(ParallelConfig(), 2, is_recorded=True)
     assert (found.grad_reduce, found.param_gather) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "etp", "world_size", "copies"),
+    [(2, 1, 1, 2, 2), (2, 2, 1, 2, 1), (2, 1, 2, 2, 1), (1, 2, 1, 2, 2), (2, 1, 1, 4, 4), (2, 4, 1, 4, 2)],
+)
+def test_gradients_of_the_experts_alone_are_reason_enough(tp: int, ep: int, etp: int, world_size: int, copies: int):
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
+    ranks = grid(parallel, world_size)
+    assert ranks.most_copies == copies
+    assert overlaps(parallel, ranks.most_copies).grad_reduce == (copies > 1)
