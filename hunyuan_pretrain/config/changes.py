@@ -48,6 +48,7 @@ class Difference:
 
 
 ABSENT = "(absent)"
+UNRECORDED = "(not recorded)"
 LONGEST = 500
 """Characters of a value that are shown; paths and digests must not be cut."""
 
@@ -294,11 +295,11 @@ def all_differences(old: Segment, new: Segment, present: Piece) -> list[Differen
 
 
 def attention_differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[Difference]:
-    """Attention backends (Segment.attention) that are not the recorded ones; what was not recorded is no difference."""
+    """Attention backends (Segment.attention) that are not those recorded, or of which none are recorded."""
     return [
-        _difference(f"attention.{kind}", name, new.get(kind, ABSENT))
-        for kind, name in old.items()
-        if new.get(kind) != name
+        _difference(f"attention.{kind}", old.get(kind, UNRECORDED), new.get(kind, ABSENT))
+        for kind in {**old, **new}
+        if new.get(kind) != old.get(kind)
     ]
 
 

@@ -186,7 +186,8 @@ class ParallelConfig(Section):
         "Reduce gradients during the backward pass. null: where several ranks hold the same weights or experts.", None
     )
     overlap_param_gather: bool | None = setting(
-        "Gather weights in forward passes. null: where the distributed optimizer shards them and gradients overlap.", None
+        "Gather weights in forward passes. null: where the distributed optimizer shards them and gradients overlap.",
+        None,
     )
     overlap_shared_expert: bool = setting("On a GPU, run the shared expert beside the routed rows' exchange.", False)
     recompute: Recompute = setting(
@@ -552,7 +553,7 @@ class RuntimeConfig(Section):
     attention_backend: Literal["auto", BackendName] = setting(
         "What computes attention on a CUDA device. auto: the fastest that is right, of those that this machine has; "
         "before the first step each is compared with another implementation and timed on the first micro-batch. The "
-        "choice is recorded and kept when the run resumes. A name: that one, or an error. "
+        "choice is recorded and kept when the run resumes, or the run stops. A name: that one, or an error. "
         + "; ".join(f"{backend.name}: {backend.meaning}" for backend in BACKENDS.values())
         + ". Those for sequences of one length compute the micro-batches whose documents all have one length; the "
         "others are computed as with auto. On a CPU it is per_document.",

@@ -92,6 +92,27 @@ def first_error(action: Callable[[], object]) -> str | None:
     return next((error for error in told if error in SYSTEM_REASONS), told[0] if told else None)
 
 
+def gather_results(mine: T) -> list[T]:
+    """What each rank found, in the order of ranks; of a process without ranks, what it found. Communicates: all
+    ranks."""
+    if not dist.is_initialized():
+        return [mine]
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return of_ranks
+
+
+def give_back(device: torch.device) -> None:
+    """Free the memory of a trial that has ended: the next one, and collectives, need it.
+
+    Raises torch.AcceleratorError if a kernel has used a wrong address. This process cannot use its GPU any more, and so
+    cannot tell the others, which wait: it has to end with an error, upon which the launcher ends them.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
 def error_of_rank_0(action: Callable[[], object]) -> str | None:
     """Run `action` on rank 0 only. Returns its error message on every rank, or None. Communicates: all ranks, after the
     action."""
@@ -123,4 +144,5 @@ def reason_of(error: BaseException) -> str:
             return reason
     if "unexpected pos" in text:  # how torch's writer reports a short write
         return os.strerror(errno.ENOSPC)
-    return text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return lines[0] if isinstance(error, torch.AcceleratorError) else lines[-1]  # below that one's, hints on debugging

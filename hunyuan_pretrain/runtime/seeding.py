@@ -7,6 +7,8 @@ experiment's seed. The generators are still seeded and checkpointed, so that cod
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,18 @@ def use_deterministic_algorithms(enabled: bool) -> None:
     # new memory is always written before it is read; filling it with NaN first, torch's default in this mode, costs a
     # pass over it
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by torch at run time
+
+
+@contextmanager
+def fp32_matmuls() -> Iterator[None]:
+    """Inside, matmuls of fp32 tensors on a GPU are not rounded to TF32, whatever the environment says: for references
+    that others are compared with."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def generator_state() -> dict[str, Any]:

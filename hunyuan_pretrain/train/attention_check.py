@@ -7,12 +7,14 @@ Shapes: T query rows, S key rows, N query heads, G key/value heads, H head dim, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from hunyuan_pretrain.model.attention_backends import CoreAttention
 from hunyuan_pretrain.model.packed_attention import Block
+from hunyuan_pretrain.runtime.seeding import fp32_matmuls
 
 ROUNDINGS = {"output": 5, "gradient of q": 10, "gradient of k": 10, "gradient of v": 10}
 """Roundings to the run's dtype on the way to each result, counted over both implementations; each is at most half an
@@ -26,7 +28,8 @@ def allowed_difference(roundings: int, dtype: torch.dtype, num_terms: int) -> fl
 
 
 class Compared:
-    """A core attention that also runs a reference on its inputs and records the differences."""
+    """A core attention that also runs a reference on its inputs and records the differences. The reference is not
+    rounded to TF32, except where a backend is its own reference: then both runs are the same."""
 
     def __init__(self, backend: CoreAttention, reference: CoreAttention) -> None:
         self.both = backend, reference
@@ -43,7 +46,7 @@ class Compared:
         results = []
         for attend in self.both:
             q, k, v = (x.detach().requires_grad_() for x in (q_TNH, k_SGH, v_SGH))  # with their strides
-            with torch.enable_grad():
+            with torch.enable_grad(), nullcontext() if attend is self.both[0] else fp32_matmuls():
                 output_TNH = attend(q, k, v, blocks)
                 results.append([output_TNH.detach(), *torch.autograd.grad(output_TNH, (q, k, v), grad_TNH)])
         for name, a, b in zip(ROUNDINGS, *results, strict=True):

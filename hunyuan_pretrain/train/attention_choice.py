@@ -6,8 +6,9 @@ Micro-batches whose documents all have one length may get a backend of their own
 as slow as on the slowest rank, and out if it is wrong on any.
 
 The choice is recorded in the run's history. A run that resumes keeps it, so that it computes what it would have
-computed without the interruption. Two fresh runs may choose differently where two backends are about as fast;
-runtime.attention_backend fixes the choice.
+computed without the interruption; where the recorded backend cannot be kept, the run stops, and only
+runtime.attention_backend gives it another. Two fresh runs may choose differently where two backends are about as fast;
+the setting fixes the choice.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from hunyuan_pretrain.model.packed_attention import (
     packed_attention,
 )
 from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents, room_for
+from hunyuan_pretrain.parallel.agreement import gather_results, give_back
 from hunyuan_pretrain.parallel.context_parallel import rows_of_ranks
 from hunyuan_pretrain.runtime.device import Machine, probe
 from hunyuan_pretrain.runtime.handover import to_device
@@ -50,6 +51,8 @@ should not decide."""
 MOST_SCORES = 1 << 33
 """Where a rank has more queries x keys x heads in a micro-batch, fewer heads are measured. They take tens of
 milliseconds on a Hopper GPU."""
+Obstacles = Mapping[BackendName, str | None]
+"""Why each backend is known not to run on this machine; None if nothing is known against it."""
 WHAT: dict[Kind, str] = {"packed": "packs", "uniform": "documents of one length"}
 CALLS = (2, 5)
 """Timed calls: of a slow backend, and of one that takes less than SLOW_MS."""
@@ -75,10 +78,12 @@ class Trial(NamedTuple):
     """Forward and backward; infinity if it failed or was wrong."""
     reason: str
     """Why it is out; "" if it is not."""
+    lacks_memory: bool = False
+    """Whether the reason is a want of memory, which says nothing about the backend."""
 
 
-Times = dict[BackendName, float]
-"""Milliseconds on the slowest rank, of every backend that the setting allows; infinity where it is out."""
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""In the errors of CUDA, cuBLAS and cuDNN; torch's own have a class."""
 
 
 def settle(
@@ -119,8 +124,9 @@ def choose(
     """(the backends of this run, lines for the log).
 
     batch: the first micro-batch of this rank. ranks: (number, size) in the context-parallel group. recorded: the choice
-    of the run so far, {} if there is none; a backend of it is kept if the setting allows it and it is right here.
-    Raises ConfigError, on every rank, if no backend that the setting allows can be used. Communicates: all ranks.
+    of the run so far, {} if there is none; a backend of it is kept if the setting allows it. Raises ConfigError, on
+    every rank, if a recorded backend that the setting allows is wrong or fails here, other than for want of memory, or
+    if none can be used; on this rank alone if a kernel has left its GPU unusable. Communicates: all ranks.
     """
     setting = experiment.runtime.attention_backend
     obstacles = attention_obstacles(machine, experiment)
@@ -132,72 +138,82 @@ def choose(
             # a recorded step takes each micro-batch as packed; with context parallelism by all_gather none is uniform
             names[kind] = names["packed"]
             continue
-        reasons = {name: reason for name, reason in obstacles.items() if reason is not None}
-        old = recorded.get(kind)
-        times = _try_all(candidates(setting, kind), old, case, reasons)
-        is_kept = old is not None and math.isfinite(times.get(old, math.inf))  # type: ignore[call-overload]
-        if old in times and not is_kept:
-            reasons.setdefault(old, "it is out on another rank")
-        names[kind] = old if is_kept else _fastest(times, reasons, setting)  # type: ignore[assignment]
-        lines += _lines(kind, names[kind], times, is_kept)
+        allowed = candidates(setting, kind)
+        if recorded.get(kind) in allowed:
+            names[kind], line = _kept(cast("BackendName", recorded[kind]), kind, case, obstacles, setting)
+            lines.append(line)
+            continue
+        found = _try_all(allowed, case, obstacles)
+        names[kind] = _fastest(found, setting)
+        times = ", ".join(f"{name} {tried.milliseconds:.2f}" for name, tried in found.items() if not tried.reason)
+        lines.append(f"attention of {WHAT[kind]}: {names[kind]} ({times} ms, forward and backward)")
         lines += [
-            f"attention of {WHAT[kind]}: not {name}: {reason}"
-            for name, reason in reasons.items()
-            if obstacles[name] is None or name == old
+            f"attention of {WHAT[kind]}: not {name}: {tried.reason}"
+            for name, tried in found.items()
+            if tried.reason and obstacles[name] is None
         ]
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the trials worked in
     return AttentionChoice(names["packed"], names["uniform"]), lines
 
 
-def _fastest(times: Times, reasons: Mapping[BackendName, str], setting: str) -> BackendName:
-    best = min(times.values())
+def _kept(name: BackendName, kind: Kind, case: Case, obstacles: Obstacles, setting: str) -> tuple[BackendName, str]:
+    """(the recorded backend, a line for the log). Without memory for a trial it is kept untried: it has computed the
+    run so far, and training frees none of what the trial lacks."""
+    tried = _try_all([name], case, obstacles)[name]
+    if tried.reason and not tried.lacks_memory:
+        others = [one for one in candidates("auto", kind) if one != name and obstacles[one] is None]
+        rule = f"the run has computed attention of {WHAT[kind]} with {name} so far, and cannot here: {tried.reason}"
+        hint = f"to go on with another, set runtime.attention_backend to {' or '.join(others)}; the history records it"
+        raise ConfigError("this machine", [Problem("runtime.attention_backend", setting, rule, hint)])
+    untried = f"; not tried: {tried.reason}" if tried.reason else ""
+    return name, f"attention of {WHAT[kind]}: {name} (as in the run so far{untried})"
+
+
+def _fastest(found: Mapping[BackendName, Trial], setting: str) -> BackendName:
+    best = min(tried.milliseconds for tried in found.values())
     if not math.isfinite(best):
-        rule = "; ".join(f"{name}: {reasons.get(name, 'it fails on another rank')}" for name in times)
+        rule = "; ".join(f"{name}: {tried.reason}" for name, tried in found.items())
         hint = "use auto" if setting != "auto" else "run `hunyuan-pretrain doctor` with this file on each node"
         raise ConfigError("this machine", [Problem("runtime.attention_backend", setting, rule, hint)])
-    return next(name for name, taken in times.items() if taken * (1 - MARGIN) <= best)
-
-
-def _lines(kind: Kind, name: BackendName, times: Times, is_kept: bool) -> list[str]:
-    found = ", ".join(f"{other} {taken:.2f}" for other, taken in times.items() if math.isfinite(taken))
-    why = "as in the run so far" if is_kept else f"{found} ms, forward and backward"
-    return [f"attention of {WHAT[kind]}: {name} ({why})"]
+    return next(name for name, tried in found.items() if tried.milliseconds * (1 - MARGIN) <= best)
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
-def _try_all(
-    allowed: Sequence[BackendName], recorded: str | None, case: Case, reasons: dict[BackendName, str]
-) -> Times:
-    """Try the backends `allowed`; if one of them is recorded, only that one, unless it is out. Adds to `reasons`.
-    Communicates: all ranks."""
-    times: Times = dict.fromkeys(allowed, math.inf)
-    kept = [name for name in allowed if name == recorded]
-    for names in (kept, [name for name in allowed if name not in kept]):
-        if names and not any(map(math.isfinite, times.values())):
-            times |= zip(
-                names, _of_slowest_rank([_try(name, case, reasons) for name in names], case.device), strict=True
-            )
-    return times
+def _try_all(names: Sequence[BackendName], case: Case, obstacles: Obstacles) -> dict[BackendName, Trial]:
+    """Try these backends; of each, the trial of the rank on which it is out, or else slowest: the same on all ranks.
+
+    Raises ConfigError, on this rank alone, if a kernel has left its GPU unusable. Communicates: all ranks.
+    """
+    mine = [_trial_alone(name, case, obstacles[name]) for name in names]
+    of_ranks = gather_results(mine)
+    return {name: _worst(trials) for name, trials in zip(names, zip(*of_ranks, strict=True), strict=True)}
 
 
-def _try(name: BackendName, case: Case, reasons: dict[BackendName, str]) -> float:
-    """Milliseconds, or infinity, and then the reason in `reasons`."""
-    if name in reasons:
-        return math.inf
-    found = trial(name, case)
-    if found.reason:
-        reasons[name] = found.reason
-    return found.milliseconds
+def _worst(of_ranks: Sequence[Trial]) -> Trial:
+    """The slowest of one backend's trials on all ranks, or that of the first rank on which it is out; want of memory
+    counts only if there is nothing else."""
+    out = [(rank, tried) for rank, tried in enumerate(of_ranks) if tried.reason]
+    if not out:
+        return max(of_ranks)
+    rank, worst = min(out, key=lambda one: one[1].lacks_memory)
+    where = "" if all(tried.reason == worst.reason for tried in of_ranks) else f"on rank {rank}: "
+    return worst._replace(reason=where + worst.reason)
 
 
-def _of_slowest_rank(milliseconds: list[float], device: torch.device) -> list[float]:
-    slowest = torch.tensor(milliseconds, dtype=torch.float64, device=device)
-    if dist.is_initialized():  # `doctor` is one process
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.tolist()
+def _trial_alone(name: BackendName, case: Case, obstacle: str | None) -> Trial:
+    """As `trial`, unless there is an obstacle. Raises ConfigError if it leaves the GPU unusable, as a kernel does that
+    uses a wrong address: this rank cannot take part in what follows."""
+    if obstacle is not None:
+        return Trial(math.inf, obstacle)
+    tried = trial(name, case)
+    try:
+        give_back(case.device)
+    except torch.AcceleratorError as error:
+        rule = f"{name} has left the GPU of this rank unusable: {tried.reason or error}"
+        problem = Problem("runtime.attention_backend", Problem.NO_VALUE, rule, "set another one")
+        raise ConfigError("this machine", [problem]) from error
+    return tried
 
 
 def trial(name: BackendName, case: Case) -> Trial:
@@ -210,7 +226,9 @@ def trial(name: BackendName, case: Case) -> Trial:
             return Trial(math.inf, wrong)
         return Trial(_milliseconds(attend, qkv, case), "")
     except Exception as error:  # whatever a package, a compiler or a driver raises: the other backends still run
-        return Trial(math.inf, f"it fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        reason = f"it fails: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        is_memory = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+        return Trial(math.inf, reason, is_memory)
 
 
 def _as_recorded(attend: CoreAttention, case: Case) -> CoreAttention:

@@ -11,12 +11,11 @@ twice an expert's FFN size (both of this rank).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,8 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.recycle_routing import assign_within_capacity, assign_without_capacity
 from hunyuan_pretrain.model.routing import RoutingPlan, TrainingRouting
+from hunyuan_pretrain.parallel.agreement import gather_results, give_back, reason_of
+from hunyuan_pretrain.runtime.seeding import fp32_matmuls
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.run import Run
 
@@ -36,6 +37,18 @@ MOST_ROWS = 4096
 """Of SwiGLU, each computed alone: all rows in fp32 could take more memory than training does."""
 SUMMATION = 1e-4
 """Relative difference of fp32 sums in two orders; those of a weight's gradient have a term for every token and head."""
+
+
+WITHOUT = "Set runtime.kernels=never to train without kernels"
+
+
+class Found(NamedTuple):
+    """How far a kernel is from its plain function on this rank."""
+
+    difference: float
+    """Relative; infinity if one of them failed."""
+    reason: str
+    """Where the difference is, or the error."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -57,41 +70,50 @@ def check_kernels(run: Run) -> str:
     config, num_tokens = run.chunks[0].config, len(batch.tokens_T) // run.groups.cp.size()
     inputs = Inputs(config, num_tokens, run.device, run.experiment.seed + dist.get_rank())
     kernels, plain = kernel_functions(), plain_functions()
-    worst: dict[str, float] = {}
-    reasons: dict[str, str] = {}
+    mine: dict[str, Found] = {}
     for name in Functions._fields:
-        if getattr(kernels, name) is getattr(plain, name):
-            continue
-        try:
-            if (arguments := inputs.of(name)) is None:
-                continue
-            found = differences(compared(kernels, name), compared(plain, name), arguments, inputs.seed)
-            part = max(found, key=found.__getitem__)
-            worst[name], reasons[name] = found[part], f"{part} by {found[part]:.2g}"
-        except torch.OutOfMemoryError:
-            worst[name], reasons[name] = math.inf, "no memory left to compare; runtime.probes=false trains without"
-        except Exception as error:  # whatever a compiler or a driver raises: all ranks have to learn of it
-            worst[name], reasons[name] = math.inf, f"{type(error).__name__}: {error}"
-    try:
-        largest = torch.tensor(list(worst.values()), device=run.device)
-    except RuntimeError as error:  # a kernel that read a wrong address: this process can no longer use the GPU
-        raise TrainingError(f"Triton kernels fail on this rank: {reasons}") from error
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if getattr(kernels, name) is not getattr(plain, name) and (found := _found(kernels, name, inputs)) is not None:
+            mine[name] = found
+            try:
+                give_back(run.device)
+            except torch.AcceleratorError as error:
+                what = f"the Triton kernel of {name} has left the GPU of this rank unusable: {found.reason or error}"
+                raise TrainingError(f"{what}. {WITHOUT}") from error
+    of_ranks = gather_results(mine)
+    ranks = {name: max(range(len(of_ranks)), key=lambda rank: of_ranks[rank][name].difference) for name in mine}
+    worst = {name: of_ranks[rank][name] for name, rank in ranks.items()}
     allowed = tolerance(config.params_dtype)
     wrong = ", ".join(
-        f"{name} by {difference:.2g} (on this rank: {reasons[name]})"
-        for name, difference in zip(worst, largest.tolist(), strict=True)
-        if not difference <= allowed
+        f"{name} by {found.difference:.2g} (rank {ranks[name]}: {found.reason})"
+        for name, found in worst.items()
+        if not found.difference <= allowed
     )
     if wrong:
         raise TrainingError(
             f"Triton kernels do not match the plain functions on random inputs in the sizes of this run: {wrong}; "
-            f"rounding explains {allowed:.2g}, relative. Set runtime.kernels=never to train without kernels"
+            f"rounding explains {allowed:.2g}, relative. {WITHOUT}"
         )
     return (
         f"probe: the kernels of {', '.join(worst)} match the plain functions, forward and backward "
-        f"(largest relative difference {largest.max().item():.1e})"
+        f"(largest relative difference {max(found.difference for found in worst.values()):.1e})"
     )
+
+
+def _found(kernels: Functions, name: str, inputs: Inputs) -> Found | None:
+    """What the comparison of one kernel gives; None if this model does not use it. Whatever fails is a reason, not an
+    error: all ranks have to learn of it."""
+    try:
+        if (arguments := inputs.of(name)) is None:
+            return None
+        of_parts = differences(compared(kernels, name), compared(plain_functions(), name), arguments, inputs.seed)
+        part = max(of_parts, key=of_parts.__getitem__)
+        return Found(of_parts[part], f"{part} by {of_parts[part]:.2g}")
+    except torch.OutOfMemoryError:
+        return Found(math.inf, "no memory left to compare; runtime.probes=false trains without")
+    except torch.AcceleratorError as error:
+        return Found(math.inf, f"{type(error).__name__}: {reason_of(error)}")
+    except Exception as error:  # whatever a compiler raises
+        return Found(math.inf, f"{type(error).__name__}: {error}")
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -108,21 +130,10 @@ def differences(
     """
     dtype = next((x.dtype for x in arguments if _is_float(x)), torch.float32)
     found = _results(kernel, arguments, dtype, seed)
-    with _fp32_matmuls():
+    with fp32_matmuls():
         expected = _results(plain, [x.float() if _is_float(x) else x for x in arguments], dtype, seed)
     assert found.keys() == expected.keys(), f"{list(found)} instead of {list(expected)}"
     return {name: _difference(found[name], expected[name]) for name in expected}
-
-
-@contextmanager
-def _fp32_matmuls() -> Iterator[None]:
-    """Inside, matmuls of fp32 tensors are not rounded to TF32, as containers may ask for."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def compared(functions: Functions, name: str) -> Callable[..., Any]:

@@ -14,9 +14,9 @@ import torch
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.folders import WITHOUT_ANY, checkpoint_of, faults_of, none_is_good
+from hunyuan_pretrain.checkpoint.history import history_of
 from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError
-from hunyuan_pretrain.config.history import read_history
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -52,13 +52,11 @@ def attention_trials(
     experiment: Experiment, machine: Machine, device: str = "cuda"
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """((name, value) rows, messages of failed checks): the attention backends that a run on this device would take,
-    with the times of all that it tries, as rank 0 measures them alone. A run that resumes keeps what it has
-    recorded."""
+    with the times of all that it tries, as rank 0 measures them alone. A run that resumes keeps what it has recorded in
+    its newest checkpoint."""
     experiment = with_absolute_paths(experiment)
     use_deterministic_algorithms(experiment.runtime.deterministic)
     config = transformer_config(experiment.model, experiment.parallel, experiment.precision)
-    history = read_history(Path(experiment.run_dir))
-    recorded = history[-1].attention if history and experiment.checkpoint.resume else {}
     loader = StepLoader(experiment, 0, data_parallel_size(experiment, _world_size(experiment)), None)
     try:
         batch = loader.micro_batches(0)[0]
@@ -67,6 +65,7 @@ def attention_trials(
     ranks, lines = (0, experiment.parallel.context_parallel_size), list[str]()
 
     def try_all() -> None:
+        recorded = _recorded_attention(experiment)
         lines.extend(choose(experiment, machine, config, batch, ranks, torch.device(device), recorded)[1])
 
     failed = list(_messages(try_all))
@@ -80,6 +79,11 @@ def _messages(check: Callable[[], object]) -> Iterator[str]:
         yield str(error)
     except OSError as error:
         yield f"{error.filename}: {error.strerror}"
+
+
+def _recorded_attention(experiment: Experiment) -> dict[str, str]:
+    found = save_load.find_checkpoints(Path(experiment.run_dir)) if experiment.checkpoint.resume else []
+    return history_of(found[-1], save_load.read_marker(found[-1]), with_data=False)[-1].attention if found else {}
 
 
 def _start(experiment: Experiment, tokenizer_digest: str) -> None:

@@ -42,12 +42,16 @@ COEFFICIENT_TOLERANCE = 1e-3
 
 
 def probe(run: Run) -> list[str]:
-    """Run the probes and return one line for each. Raises TrainingError, on every rank, if one fails. Communicates: all
-    groups."""
+    """Run the probes and return one line for each. Raises TrainingError: on every rank if one fails, on this rank alone
+    if it has no memory for one. Communicates: all groups."""
     lines = [check_kernels(run)] if run.chunks[0].config.uses_kernels else []
-    lines += [check_attention(run), check_leakage(run)]
-    if run.experiment.model.num_moe_experts > 1:
-        lines.append(check_liveness(run))
+    try:
+        lines += [check_attention(run), check_leakage(run)]
+        if run.experiment.model.num_moe_experts > 1:
+            lines.append(check_liveness(run))
+    except torch.OutOfMemoryError as error:
+        what = str(error).strip().splitlines()[0]
+        raise TrainingError(f"no memory left for the probes; runtime.probes=false trains without: {what}") from error
     return lines
 
 

@@ -151,8 +151,10 @@ def attention_so_far(start: Start) -> dict[str, str]:
 
 
 def with_attention(start: Start, chosen: Mapping[str, str], lines: Sequence[str]) -> Start:
-    """`start` with its attention backends recorded: in a new segment if they are others than in the run so far."""
-    last, found = start.history[-1], attention_differences(attention_so_far(start), chosen)
+    """`start` with its attention backends recorded: in a new segment if the run so far has others, or has not recorded
+    any."""
+    last, is_fresh = start.history[-1], start.is_new_segment and not start.past
+    found = [] if is_fresh else attention_differences(attention_so_far(start), chosen)
     new, past, changes = last, start.past, [str(one) for one in found]
     if found and not start.is_new_segment:
         position = Schedule.of_segments([(one.first_step, one.config.stages) for one in start.history]).position(

@@ -121,7 +121,8 @@ BROKEN: dict[Bug, tuple[Layout, str]] = {
     ),
     kernel_wrong_on_another_rank: (
         Layout(dp=2),
-        "Triton kernels do not match the plain functions on random inputs in the sizes of this run: swiglu by 0.01 (",
+        "Triton kernels do not match the plain functions on random inputs in the sizes of this run: swiglu by 0.01 "
+        "(rank 1: gradient of argument 1 by 0.01); rounding explains",
     ),
 }
 
@@ -189,6 +190,41 @@ def test_probes_report_what_they_found_and_leave_no_gradient(answers, layout):
 def test_a_planted_bug_stops_the_run(answers, bug):
     assert isinstance(answers[bug], str), f"not caught: {answers[bug]}"
     assert answers[bug].startswith(BROKEN[bug][1])
+
+
+def end_of_a_rank(experiment: Experiment) -> str:
+    """How this rank ends if a kernel of rank 1 leaves its GPU unusable."""
+    import torch
+    import torch.distributed as dist
+
+    from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
+    from hunyuan_pretrain.train import TrainingError, kernel_probe, setup
+
+    def dead(device: torch.device) -> None:
+        if dist.get_rank() == 1:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
+
+    with kernel_wrong_on_another_rank(), patch.object(kernel_probe, "give_back", dead):
+        run = setup.prepare(experiment)
+        try:
+            return kernel_probe.check_kernels(run)
+        except TrainingError as error:
+            return str(error)
+        except RuntimeError as error:
+            return "another rank has ended" if is_loss_of_a_rank(error) else repr(error)
+
+
+def test_a_kernel_that_leaves_its_gpu_unusable_ends_its_rank_and_thereby_the_others(
+    corpus: Path, tmp_path: Path
+) -> None:
+    fields = Layout(dp=2).experiment(corpus, tmp_path / "run").model_dump(mode="json")
+    fields["runtime"]["distributed_timeout_s"] = 600  # the others do not wait as long
+    others, dead = fork_ranks(2, end_of_a_rank, Experiment.model_validate(fields), timeout_s=60)
+    assert dead == (
+        "the Triton kernel of swiglu has left the GPU of this rank unusable: gradient of argument 1 by "
+        "0.01. Set runtime.kernels=never to train without kernels"
+    )
+    assert others == "another rank has ended"
 
 
 # --- with Transformer Engine's own Python part and stand-ins for its kernels ------------------------------------------

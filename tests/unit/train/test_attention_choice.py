@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.attention import PER_DOCUMENT, AttentionChoice
 from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.history import write_history
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.rules import find_problems
 from hunyuan_pretrain.config.schema import Experiment
@@ -25,7 +26,8 @@ from hunyuan_pretrain.model.attention_backends import BUILDERS, ByMicroBatch, Co
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.packed_attention import batched_attention, document_blocks, packed_attention
 from hunyuan_pretrain.model.varlen_attention import Documents
-from hunyuan_pretrain.train import attention_choice, resume
+from hunyuan_pretrain.train import attention_choice, preflight, resume
+from hunyuan_pretrain.train.attention_check import Compared
 from hunyuan_pretrain.train.preflight import attention_trials
 from tests.helpers import flash_attention_stub
 from tests.helpers.ranks import fork_ranks
@@ -44,6 +46,7 @@ MILLISECONDS = {
     "cudnn_batched": 2.0,
     "torch_batched": 2.5,
 }
+RECORDED = {"packed": "flash_attn_2", "uniform": "torch_batched"}
 BOTH_FLASH = dataclasses.replace(MACHINE, flash_attn="2.8.3", flash_attn_3="3.0.0")
 
 
@@ -65,6 +68,14 @@ def noisy(*inputs: Any) -> Tensor:
 
 def failing(*inputs: Any) -> Tensor:
     raise RuntimeError("CUDA out of memory\nmore")
+
+
+def out_of_memory(*inputs: Any) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+
+def misled(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
+    return packed_attention(q, k.roll(1, 0), v, blocks)
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +136,7 @@ def test_noise_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("attend", "reason"),
     [
-        (lambda q, k, v, blocks: packed_attention(q, k.roll(1, 0), v, blocks), "its output is wrong here by"),
+        (misled, "its output is wrong here by"),
         (lambda *inputs: packed_attention(*inputs).detach().requires_grad_(), "it fails: RuntimeError: "),
         (noisy, "its output, gradient of q, gradient of k, gradient of v vary from run to run"),
         (failing, "it fails: RuntimeError: CUDA out of memory"),
@@ -156,17 +167,135 @@ def test_a_name_overrides_the_measurement() -> None:
 
 
 def test_a_recorded_choice_is_kept_and_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = {"packed": "flash_attn_2", "uniform": "torch_batched"}
-    choice, lines = chosen(recorded=recorded)
-    assert choice._asdict() == recorded
+    choice, lines = chosen(recorded=RECORDED)
+    assert choice._asdict() == RECORDED
     assert lines == (
         "attention of packs: flash_attn_2 (as in the run so far)\n"
         "attention of documents of one length: torch_batched (as in the run so far)"
     )
-    choice, lines = chosen(recorded=recorded, machine=dataclasses.replace(BOTH_FLASH, flash_attn=None))
-    assert choice == ("flash_attn_3", "torch_batched")
-    assert "attention of packs: not flash_attn_2: flash-attn is not installed" in lines
-    assert chosen("runtime.attention_backend=cudnn", recorded=recorded)[0] == ("cudnn", "cudnn")
+    assert chosen("runtime.attention_backend=cudnn", recorded=RECORDED)[0] == ("cudnn", "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("attend", "without", "reason"),
+    [
+        (misled, "", "its output is wrong here by "),
+        (lambda *inputs: packed_attention(*inputs).detach().requires_grad_(), "", "it fails: RuntimeError: "),
+        (packed_attention, "flash_attn", "flash-attn is not installed"),
+    ],
+    ids=["wrong", "raises", "missing"],
+)
+def test_a_recorded_backend_that_cannot_be_kept_stops_the_run(
+    attend: CoreAttention, without: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up(monkeypatch.setattr, monkeypatch.setitem, {"flash_attn_2": attend})
+    machine = dataclasses.replace(BOTH_FLASH, **{without: None} if without else {})
+    with pytest.raises(ConfigError) as caught:
+        chosen(recorded=RECORDED, machine=machine)
+    (problem,) = caught.value.problems
+    assert problem.path == "runtime.attention_backend"
+    so_far = "the run has computed attention of packs with flash_attn_2 so far, and cannot here: "
+    assert problem.rule.startswith(so_far + reason)
+    assert problem.hint == (
+        "to go on with another, set runtime.attention_backend to cudnn or flash_attn_3 or torch_varlen or "
+        "per_document; the history records it"
+    )
+    # as the message says
+    another = chosen("runtime.attention_backend=torch_varlen", recorded=RECORDED, machine=machine)
+    assert another[0] == ("torch_varlen", "torch_varlen")
+    # the other kind is kept with a backend of that kind, and is none of this setting's concern
+    named = {"packed": "torch_varlen", "uniform": "flash_attn_2"}
+    with pytest.raises(ConfigError, match="documents of one length with flash_attn_2 so far") as caught:
+        chosen(recorded=named, machine=machine)
+    assert "per_document or cudnn_batched or torch_batched;" in str(caught.value)
+    batched = chosen("runtime.attention_backend=torch_batched", recorded=named, machine=machine)
+    assert batched[0] == ("torch_varlen", "torch_batched")
+
+
+@pytest.mark.parametrize("attend", [out_of_memory, failing])
+def test_a_recorded_backend_without_memory_for_its_trial_is_kept_untried(
+    attend: CoreAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is out of a choice that nothing fixes."""
+    set_up(monkeypatch.setattr, monkeypatch.setitem, {"flash_attn_2": attend, "flash_attn_3": attend})
+    choice, lines = chosen(recorded=RECORDED)
+    assert choice._asdict() == RECORDED
+    kept = lines.splitlines()[0]
+    assert kept.startswith("attention of packs: flash_attn_2 (as in the run so far; not tried: it fails: ")
+    assert "CUDA out of memory" in kept
+    assert "more" not in kept
+    assert chosen()[0].packed == "torch_varlen"
+
+
+def test_a_trial_that_leaves_the_gpu_unusable_ends_this_rank_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot tell the others: it must not try to, nor wait for them."""
+
+    def reading_a_wrong_address(*inputs: Any) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nFor debugging consider")
+
+    def dead(device: torch.device) -> None:
+        if tried[-1] == "flash_attn_3":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    tried: list[str] = []
+    set_up(monkeypatch.setattr, monkeypatch.setitem, {"flash_attn_3": reading_a_wrong_address})
+    real = attention_choice.trial
+    monkeypatch.setattr(attention_choice, "trial", lambda name, case: [tried.append(name), real(name, case)][1])
+    monkeypatch.setattr(attention_choice, "give_back", dead)
+    monkeypatch.setattr(attention_choice, "gather_results", lambda mine: pytest.fail("it tells others"))
+    with pytest.raises(ConfigError) as caught:
+        chosen()
+    assert tried == ["cudnn", "flash_attn_3"]
+    assert str(caught.value) == (
+        "this machine: 1 problem\n  runtime.attention_backend: flash_attn_3 has left the GPU of this rank unusable: it "
+        "fails: AcceleratorError: CUDA error: an illegal memory access was encountered (set another one)"
+    )
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 is on, as containers may ask for."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_the_reference_of_a_trial_is_not_rounded_to_tf32(is_failing: bool, tf32: None) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, who: str) -> Tensor:
+            ctx.who = who
+            seen.append((f"{who} forward", torch.backends.cuda.matmul.allow_tf32))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            seen.append((f"{ctx.who} backward", torch.backends.cuda.matmul.allow_tf32))
+            if is_failing and ctx.who == "reference":
+                raise RuntimeError("no such kernel")
+            return grad, None
+
+    def watched(who: str) -> CoreAttention:
+        return lambda q, k, v, blocks: Watched.apply(packed_attention(q, k, v, blocks), who)
+
+    inputs = [torch.randn(8, 2, 16) for _ in range(3)]
+    compared = Compared(watched("backend"), watched("reference"))
+    with pytest.raises(RuntimeError, match="no such kernel") if is_failing else nullcontext():
+        compared(*inputs, document_blocks([0, 3, 8]))
+    assert seen == [
+        ("backend forward", True), ("backend backward", True), ("reference forward", False),
+        ("reference backward", False),
+    ]  # fmt: skip
+    assert torch.backends.cuda.matmul.allow_tf32
+    # one that is compared with itself, to see whether it varies, runs twice as it is
+    seen.clear()
+    itself = watched("itself")
+    Compared(itself, itself)(*inputs, document_blocks([0, 3, 8]))
+    assert [is_on for _, is_on in seen] == [True] * 4
 
 
 def test_a_recorded_step_is_tried_as_it_will_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +367,7 @@ def test_a_measurement_times_forward_and_backward(monkeypatch: pytest.MonkeyPatc
     assert absent.reason.startswith("it fails: ModuleNotFoundError: ")
 
 
-def test_doctor_tries_what_a_run_would_take(corpus: Path, tmp_path: Path) -> None:
+def test_doctor_tries_what_a_run_would_take(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = experiment_fields(corpus, tmp_path / "run")
     fields |= {"precision": {"dtype": "bf16"}, "runtime": {}}
     experiment = Experiment.model_validate(fields)
@@ -248,6 +377,19 @@ def test_doctor_tries_what_a_run_would_take(corpus: Path, tmp_path: Path) -> Non
         assert failed == []
         assert rows[0][0] == "attention of packs"
         assert rows[0][1].startswith("flash_attn_3 (cudnn 5.00, ")
+        # a run without a checkpoint starts again; one with a checkpoint keeps its backends, or stops
+        begun = resume.begin(experiment, {"sources": {}, "tokenizer_digest": "d", "versions": {}}).history[0]
+        begun = begun.model_copy(update={"attention": {"packed": "flash_attn_2", "uniform": "cudnn_batched"}})
+        write_history(tmp_path / "run", [begun])
+        assert attention_trials(experiment, BOTH_FLASH, "cpu") == (rows, [])
+        monkeypatch.setattr(preflight.save_load, "find_checkpoints", lambda run_dir: [tmp_path])
+        marker = {"step": 3, "history": [begun.model_dump(mode="json")]}
+        monkeypatch.setattr(preflight.save_load, "read_marker", lambda folder: marker)
+        rows, failed = attention_trials(experiment, BOTH_FLASH, "cpu")
+        assert (rows[0], failed) == (("attention of packs", "flash_attn_2 (as in the run so far)"), [])
+        rows, failed = attention_trials(experiment, MACHINE, "cpu")
+        assert "the run has computed attention of packs with flash_attn_2 so far" in failed[0]
+        monkeypatch.setattr(preflight.save_load, "find_checkpoints", lambda run_dir: [])
         fields["runtime"] = {"attention_backend": "flash_attn_2"}
         rows, failed = attention_trials(Experiment.model_validate(fields), MACHINE, "cpu")
         assert rows == []
@@ -271,10 +413,18 @@ def on_a_rank() -> list[Any]:
     if dist.get_rank() == 1:
         MILLISECONDS["flash_attn_3"] = 7.0
     found.append(chosen(cu_seqlens=PACKED if dist.get_rank() else UNIFORM)[0])
-    if dist.get_rank() == 0:
-        set_up(setattr, lambda mapping, key, value: mapping.update({key: value}), {"torch_varlen": failing})
+    recorded = {"packed": "torch_varlen", "uniform": "torch_batched"}
+    if dist.get_rank() == 1:
+        set_up(setattr, lambda mapping, key, value: mapping.update({key: value}), {"torch_varlen": out_of_memory})
     found.append(chosen()[0])
-    found.append(chosen(recorded={"packed": "torch_varlen", "uniform": "torch_batched"})[0])
+    found.append(chosen(recorded=recorded))
+    for others, arguments in (({}, {"recorded": recorded}), ({"torch_varlen": misled}, {"recorded": recorded})):
+        if dist.get_rank() == 0:  # rank 1 has no memory
+            set_up(setattr, lambda mapping, key, value: mapping.update({key: value}), others)
+        try:
+            found.append(chosen(**arguments)[0])
+        except ConfigError as error:
+            found.append(str(error))
     try:
         chosen("runtime.attention_backend=torch_varlen")
     except ConfigError as error:
@@ -284,17 +434,15 @@ def on_a_rank() -> list[Any]:
 
 def test_all_ranks_take_the_same_backends() -> None:
     first, second = fork_ranks(2, on_a_rank)
-    assert (
-        first[:3]
-        == second[:3]
-        == [
-            ("torch_varlen", "cudnn_batched"),
-            ("cudnn", "cudnn_batched"),
-            ("cudnn", "torch_batched"),
-        ]
-    )
-    assert "torch_varlen: it fails: RuntimeError: CUDA out of memory" in first[3]
-    assert "torch_varlen: it fails on another rank" in second[3]
+    assert first == second
+    assert first[:2] == [("torch_varlen", "cudnn_batched"), ("cudnn", "cudnn_batched")]
+    choice, lines = first[2]
+    assert choice == ("torch_varlen", "torch_batched")
+    memory = "on rank 1: it fails: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert lines.splitlines()[0] == f"attention of packs: torch_varlen (as in the run so far; not tried: {memory})"
+    assert first[3] == choice
+    assert "cannot here: on rank 0: its output is wrong here by" in first[4], "want of memory excuses nothing else"
+    assert "torch_varlen: on rank 0: its output is wrong here by" in first[5]
 
 
 # --- in the model, and in the history of the run ----------------------------------------------------------------------
@@ -368,6 +516,15 @@ def test_the_choice_is_recorded_and_a_change_of_it_starts_a_segment(monkeypatch:
     change = "attention.packed: cudnn -> flash_attn_2 (which kernels compute attention; they round differently)"
     assert other.history[1].changes == [change]
     assert f"  changed, and recorded: {change}" in other.lines
+
+    older = resume.Start(fresh.history, 3, False, ())
+    found = settled(older, monkeypatch, cudnn)
+    assert [segment.first_step for segment in found.history] == [0, 3]
+    assert found.is_new_segment
+    assert found.history[0].attention == {}
+    unknown = "attention.packed: (not recorded) -> cudnn (which kernels compute attention; they round differently)"
+    assert found.history[1].changes[0] == unknown
+    assert f"  changed, and recorded: {unknown}" in found.lines
 
     moved = settled(resumed, monkeypatch, None)
     assert moved.history[1].attention == {}

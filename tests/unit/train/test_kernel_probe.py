@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from hunyuan_pretrain.model import kernels
 from hunyuan_pretrain.model.functions import Functions, plain_functions
-from hunyuan_pretrain.train import TrainingError, probes
+from hunyuan_pretrain.train import TrainingError, kernel_probe, probes
 from hunyuan_pretrain.train.kernel_probe import Inputs, check_kernels, compared, differences, tolerance
 from hunyuan_pretrain.train.run import Run
 from tests.helpers.one_rank import on_this_rank
@@ -94,7 +95,7 @@ def test_a_kernel_that_is_wrong_by_a_hundredth_stops_the_run(
     part = "result " if "forward" in fault else "gradient of argument "
     sizes = "on random inputs in the sizes of this run"
     assert message.startswith(
-        f"Triton kernels do not match the plain functions {sizes}: {name} by 0.01 (on this rank: {part}"
+        f"Triton kernels do not match the plain functions {sizes}: {name} by 0.01 (rank 0: {part}"
     )
     assert "by 0.01); rounding explains 0.0001, relative. Set runtime.kernels=never to" in message
 
@@ -107,9 +108,7 @@ def test_too_little_memory_to_compare_is_said_as_that(run: Run, monkeypatch: pyt
 
     planted(monkeypatch, swiglu=scaled(plain_functions().swiglu))
     monkeypatch.setattr(Inputs, "swiglu", without_memory)
-    with pytest.raises(
-        TrainingError, match=r"swiglu by inf \(on this rank: no memory left to compare; runtime.probes=false"
-    ):
+    with pytest.raises(TrainingError, match=r"swiglu by inf \(rank 0: no memory left to compare; runtime.probes=false"):
         check_kernels(run)
 
 
@@ -120,7 +119,7 @@ def test_a_wrong_gradient_of_the_logits_stops_the_run(run: Run, monkeypatch: pyt
         return loss
 
     planted(monkeypatch, chunk_loss=times_1_01)
-    with pytest.raises(TrainingError, match=r"chunk_loss by 0\.01 \(on this rank: result 2 by 0\.01\)"):
+    with pytest.raises(TrainingError, match=r"chunk_loss by 0\.01 \(rank 0: result 2 by 0\.01\)"):
         check_kernels(run)
 
 
@@ -130,13 +129,13 @@ def test_a_wrong_row_of_a_large_result_stops_the_run(run: Run, monkeypatch: pyte
         return torch.cat((rows_RD[:-1], rows_RD[-1:] * 1.01)), hidden_TD
 
     planted(monkeypatch, permute=without_last_row)
-    with pytest.raises(TrainingError, match=r"permute by 0\.0\d* \(on this rank: result 1 by"):
+    with pytest.raises(TrainingError, match=r"permute by 0\.0\d* \(rank 0: result 1 by"):
         check_kernels(run)
 
 
 def test_a_result_that_is_not_finite_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     planted(monkeypatch, swiglu=scaled(plain_functions().swiglu, forward=float("nan")))
-    with pytest.raises(TrainingError, match=r"swiglu by inf \(on this rank: result 1 by inf\)"):
+    with pytest.raises(TrainingError, match=r"swiglu by inf \(rank 0: result 1 by inf\)"):
         check_kernels(run)
 
 
@@ -145,8 +144,71 @@ def test_a_kernel_that_fails_is_named_with_its_error(run: Run, monkeypatch: pyte
         raise RuntimeError("no such instruction")
 
     planted(monkeypatch, swiglu=fails)
-    with pytest.raises(TrainingError, match=r"swiglu by inf \(on this rank: RuntimeError: no such instruction\)"):
+    with pytest.raises(TrainingError, match=r"swiglu by inf \(rank 0: RuntimeError: no such instruction\)"):
         check_kernels(run)
+
+
+def test_a_kernel_that_leaves_the_gpu_unusable_is_named_alone_and_nothing_is_told_to_others(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a wrong address CUDA refuses every call, so this rank could only wait, and later kernels would be named."""
+    is_dead, tried = [False], []
+
+    def reads_a_wrong_address(*arguments: Any) -> Any:
+        is_dead[0] = True
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nFor debugging consider")
+
+    def give_back(device: torch.device) -> None:
+        if is_dead[0]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def later(*arguments: Any) -> Any:
+        tried.append("a later kernel")
+
+    planted(monkeypatch, swiglu=reads_a_wrong_address, chunk_loss=later)
+    monkeypatch.setattr(kernel_probe, "give_back", give_back)
+    monkeypatch.setattr(kernel_probe, "gather_results", lambda mine: pytest.fail("it tells others"))
+    with pytest.raises(TrainingError) as caught:
+        check_kernels(run)
+    assert str(caught.value) == (
+        "the Triton kernel of swiglu has left the GPU of this rank unusable: AcceleratorError: CUDA error: an illegal "
+        "memory access was encountered. Set runtime.kernels=never to train without kernels"
+    )
+    assert tried == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_plain_function_is_not_rounded_to_tf32(fails: bool) -> None:
+    """Containers enable it. The kernel runs as it will in training."""
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        if fails and len(seen) == 2:
+            raise RuntimeError("no memory")
+        return x * 2
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with pytest.raises(RuntimeError, match="no memory") if fails else nullcontext():
+            differences(function, function, (torch.ones(2, 3),), 0)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert seen == [True, False]
+
+
+def test_too_little_memory_for_the_other_probes_is_said_as_that(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(run: Run) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(probes, "check_kernels", lambda run: "the kernels match")
+    monkeypatch.setattr(probes, "check_leakage", without_memory)
+    with pytest.raises(TrainingError) as caught:
+        probes.probe(run)
+    why = "CUDA out of memory. Tried to allocate 2 GiB"
+    assert str(caught.value) == f"no memory left for the probes; runtime.probes=false trains without: {why}"
 
 
 def test_integers_have_to_be_equal() -> None:
