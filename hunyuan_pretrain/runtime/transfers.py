@@ -62,6 +62,11 @@ class Outgoing:
             self._host.copy_(tensor.detach(), non_blocking=True)
             self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether reading never waits: the tensor was computed on the CPU."""
+        return self._copied is None
+
     def read(self) -> Tensor:
         """The values, on the CPU. The host waits for them here."""
         if self._copied is not None:

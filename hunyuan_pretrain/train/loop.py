@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.engines import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
+from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.policy import what_is_used
@@ -35,7 +36,7 @@ from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_rec
 from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters
 from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import LaunchedStep, StepResult, launch_step
+from hunyuan_pretrain.train.step import LaunchedStep, launch_step
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
@@ -64,39 +65,47 @@ def _train(run: Run, stop: StopRequest) -> int:
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
         return EXIT_DONE
-    meter, clock = _meter(run), StepClock()
+    records = _Records(run)
+    try:
+        return _train_steps(run, stop, records)
+    except Exception as error:
+        if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error)):
+            records.read()  # of the step before: its record, or a loss that is the reason of this error
+        raise
+
+
+def _train_steps(run: Run, stop: StopRequest, records: _Records) -> int:
+    num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
         rates = apply_learning_rate(run, step)
-        if before is not None and run.experiment.model.moe_expert_capacity_factor is None:
+        if run.experiment.model.moe_expert_capacity_factor is None:
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
             # memory before the reason is read
-            _require_finite(run, before)
+            records.read()
         launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked)
-        clock.launched(launched.data_wait_seconds)
         done = step + 1
-        if before is not None:
-            # the device has this step to work on, so it does not idle while the host reads the one before
-            _require_finite(run, before)
+        records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
         is_logged, is_validated, is_saved = _what_follows(run, done)
-        if is_logged:
-            _log(run, meter, clock, launched, stage, rates)
+        records.add(_Unread(launched, stage, rates, is_logged))
+        is_waited_for = is_validated or is_saved or launched.numbers.is_here
+        if is_waited_for:
+            records.read()
         if is_validated:
-            _require_finite(run, launched)
             _evaluate(run, stage, done)
-        if is_logged or is_validated or is_saved:
+        if is_waited_for:
             is_stopping = setup.is_stop_asked(stop, run.device)
         else:  # the answer that does not make the host wait for this step
             is_stopping = before is not None and before.is_stop_asked()
         if is_saved or is_stopping:
-            _require_finite(run, launched)
+            records.read()
             _save(run, done, must_succeed=done == num_steps or is_stopping)
         if is_stopping and done < num_steps:
             run.log.line(f"told to stop: saved after step {done}; the same command resumes from there")
             return EXIT_STOPPED
-        if is_logged or is_validated or is_saved:
-            clock.restart()
+        if is_validated or is_saved:
+            records.restart_clock()
         before = launched
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     return EXIT_DONE
@@ -113,31 +122,52 @@ def _what_follows(run: Run, done: int) -> tuple[bool, bool, bool]:
     )
 
 
-def _log(
-    run: Run, meter: Meter, clock: StepClock, launched: LaunchedStep, stage: StageConfig, rates: tuple[float, float]
-) -> None:
-    """Wait for the step and write its record."""
-    result = _require_finite(run, launched)
-    seconds, data_wait_seconds = clock.means()
-    result, done = replace(result, data_wait_seconds=data_wait_seconds), launched.step + 1
-    record = step_record(run.experiment.model, stage, launched.step, result, *rates, seconds)
-    record |= meter.fields(done, record)
-    run.log.metrics(record)
-    if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
-        run.log.line(step_line(record, run.loader.num_steps))
+class _Unread(NamedTuple):
+    """A launched step, and what its record needs."""
+
+    launched: LaunchedStep
+    stage: StageConfig
+    rates: tuple[float, float]
+    is_logged: bool
 
 
-def _require_finite(run: Run, launched: LaunchedStep) -> StepResult:
-    """Wait for the step's result and return it. Raises TrainingError, on all ranks, if loss or norm is not finite.
+class _Records:
+    """Reads the steps that were launched, in order: checks each, and writes the records that are due."""
 
-    Every step is checked: before it is saved, before a validation, and before the step after the next one is launched.
-    """
-    result = launched.result()
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise TrainingError(
-            f"step {launched.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}"
-        )
-    return result
+    def __init__(self, run: Run) -> None:
+        self._run, self._meter, self._clock = run, _meter(run), StepClock()
+        self._unread: _Unread | None = None
+
+    def add(self, step: _Unread) -> None:
+        """The next step; the one before has been read."""
+        self._unread = step
+
+    def read(self) -> None:
+        """Wait for the launched step and write its record, unless that is done.
+
+        Every step is read: before it is saved, before a validation, and before the step after the next one is launched.
+        Raises TrainingError, on all ranks, if its loss or norm is not finite.
+        """
+        if self._unread is None:
+            return
+        (launched, stage, rates, is_logged), self._unread = self._unread, None
+        result, run, done = launched.result(), self._run, launched.step + 1
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
+        self._clock.ended(result.data_wait_seconds)
+        if not is_logged:
+            return
+        seconds, data_wait_seconds = self._clock.means()
+        result = replace(result, data_wait_seconds=data_wait_seconds)
+        record = step_record(run.experiment.model, stage, launched.step, result, *rates, seconds)
+        record |= self._meter.fields(done, record)
+        run.log.metrics(record)
+        if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
+            run.log.line(step_line(record, run.loader.num_steps))
+
+    def restart_clock(self) -> None:
+        """Leave out what was done since the last step."""
+        self._clock.restart()
 
 
 def _announce(run: Run, num_steps: int) -> None:

@@ -51,8 +51,8 @@ def step_record(
 ) -> dict[str, Any]:
     """The metrics.jsonl record of global step `step`. The record counts from 1: its `step` is the number of steps done.
 
-    seconds: mean of the steps since the host last waited for one to record, validate or save it; it includes
-    `data_wait_seconds`, the mean wait for a batch, which is read while the previous step runs.
+    seconds: mean of the steps since the previous record, validation or checkpoint; it includes `data_wait_seconds`, the
+    mean wait for a batch, which is read while the previous step runs.
     """
     tokens_per_s = stage.global_batch_tokens / seconds
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
@@ -78,22 +78,29 @@ def step_record(
 
 
 class StepClock:
-    """Measures steps whose end the host does not wait for: their mean time between two moments at which it does."""
+    """Mean time of steps. A step ends when the host has read its numbers: the device may then have begun the next."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Begin here: the device has nothing to do."""
-        self._started, self._steps, self._data_wait_seconds = time.perf_counter(), 0, 0.0
+        self._begin(time.perf_counter())
 
-    def launched(self, data_wait_seconds: float) -> None:
-        """One more step was launched."""
-        self._steps, self._data_wait_seconds = self._steps + 1, self._data_wait_seconds + data_wait_seconds
+    def _begin(self, now: float) -> None:
+        self._began, self._ended, self._steps, self._data_wait_seconds = now, now, 0, 0.0
+
+    def ended(self, data_wait_seconds: float) -> None:
+        """One more step ended."""
+        self._ended, self._steps = time.perf_counter(), self._steps + 1
+        self._data_wait_seconds += data_wait_seconds
 
     def means(self) -> tuple[float, float]:
-        """(seconds, data_wait_seconds) of a step; to be called when the host has waited for the last one."""
-        return (time.perf_counter() - self._started) / self._steps, self._data_wait_seconds / self._steps
+        """(seconds, data_wait_seconds) of a step, of those that ended since the clock began. It begins anew where the
+        last of them ended."""
+        found = (self._ended - self._began) / self._steps, self._data_wait_seconds / self._steps
+        self._begin(self._ended)
+        return found
 
 
 class Meter:

@@ -1,5 +1,4 @@
-"""A step that is not logged never makes the host wait: CUDA itself raises where the host would. `make test-gpu` runs
-this."""
+"""Launching a step never makes the host wait: CUDA itself raises where the host would. `make test-gpu` runs this."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def run(corpus: Any, tmp_path: Any, request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("run", [{}, {"recompute": "cla_group"}], ids=["plain", "recomputed"], indirect=True)
-def test_a_step_that_is_not_logged_never_makes_the_host_wait(run: Any) -> None:
+def test_launching_a_step_never_makes_the_host_wait(run: Any) -> None:
     from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
     from hunyuan_pretrain.train.step import launch_step
 
@@ -58,5 +57,6 @@ def test_copies_in_both_directions_arrive_whole() -> None:
     torch.cuda._sleep(10**8)  # the device is busy: the copies are only queued
     arrived = Incoming(tensors, device).take()
     back = [Outgoing(tensor * 2) for tensor in arrived]
+    assert not any(outgoing.is_here for outgoing in back)
     for tensor, outgoing in zip(tensors, back, strict=True):
         assert torch.equal(outgoing.read(), tensor * 2)

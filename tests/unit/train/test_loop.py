@@ -11,7 +11,7 @@ import torch
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.runtime.stop import StopRequest
 from hunyuan_pretrain.runtime.transfers import Outgoing
-from hunyuan_pretrain.train import TrainingError, loop
+from hunyuan_pretrain.train import TrainingError, loop, metrics
 from hunyuan_pretrain.train.step import LaunchedStep
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import experiment_fields
@@ -55,37 +55,73 @@ def test_a_non_finite_loss_names_the_newest_checkpoint_or_says_that_there_is_non
 
 
 class Steps:
-    """Steps of a loop that trains nothing: what is read, saved and logged, in order."""
+    """Steps of a loop that trains nothing: what is launched, read, recorded, validated and saved, in order.
 
-    def __init__(self, corpus, tmp_path, monkeypatch, steps: int = 8, log_every: int = 100, **checkpoint: Any) -> None:
+    Times are simulated: the host launches a step in 1 s, the device computes it in 10 s, a validation or a save takes
+    100 s.
+    """
+
+    def __init__(
+        self,
+        corpus,
+        tmp_path,
+        monkeypatch,
+        steps: int = 8,
+        log_every: int = 100,
+        validate_every: int | None = None,
+        on_the_host: bool = False,
+        **checkpoint: Any,
+    ) -> None:
         fields = experiment_fields(corpus, tmp_path / "run", steps, model__num_layers=2, checkpoint=checkpoint)
         fields["runtime"] |= {"probes": False}
-        fields["evaluation"] = {}
+        held_out = {"data": str(corpus / "heldout"), "every_steps": validate_every}
+        fields["evaluation"] = {} if validate_every is None else held_out
         fields["logging"] = {"log_every_steps": log_every}
         self.events: list[str] = []
+        self.records: list[dict[str, Any]] = []
         self.nan_at: int | None = None
         self.told_at: int | None = None
+        self.fails_at: tuple[int, Exception] | None = None
+        self.now = self.device_is_free_at = 0.0
         self.stop = StopRequest()
         self.run = on_this_rank(fields)
         events = self.events
 
         class Read(Outgoing):
-            def read(self) -> torch.Tensor:
-                if f"read {self.number}" not in events:
-                    events.append(f"read {self.number}")
+            is_here = on_the_host
+
+            def read(numbers) -> torch.Tensor:
+                self.now = max(self.now, numbers.ready_at)
+                if f"read {numbers.number}" not in events:
+                    events.append(f"read {numbers.number}")
                 return super().read()
 
         def launch(run: Any, stage: Any, step: int, is_stop_asked: bool = False, **_: Any) -> LaunchedStep:
             events.append(f"launch {step + 1}")
+            if self.fails_at is not None and self.fails_at[0] == step + 1:
+                raise self.fails_at[1]
             one = launched(step, math.nan if step + 1 == self.nan_at else 1.0, float(is_stop_asked))
             numbers = Read(one.numbers.read())
-            numbers.number = step + 1
+            self.now += 1.0
+            self.device_is_free_at = max(self.device_is_free_at, self.now) + 10.0
+            numbers.number, numbers.ready_at = step + 1, self.device_is_free_at
             if step + 1 == self.told_at:
                 self.stop.is_asked = True
-            return LaunchedStep(step, numbers, one.statistics_shape, 0.0)
+            return LaunchedStep(step, numbers, one.statistics_shape, float(step))
+
+        def record(fields: dict[str, Any]) -> None:
+            events.append(f"record {fields['step']}")
+            self.records.append(dict(fields))
+
+        def taking_long(event: str) -> None:
+            events.append(event)
+            self.now += 100.0
 
         monkeypatch.setattr(loop, "launch_step", launch)
-        monkeypatch.setattr(loop, "_save", lambda run, done, must_succeed: events.append(f"save {done}"))
+        monkeypatch.setattr(loop, "_save", lambda run, done, must_succeed: taking_long(f"save {done}"))
+        monkeypatch.setattr(loop, "_evaluate", lambda run, stage, done: taking_long(f"validate {done}"))
+        monkeypatch.setattr(self.run.log, "metrics", record)
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
 
     def train(self) -> int:
         try:
@@ -93,13 +129,78 @@ class Steps:
         finally:
             self.run.loader.close()
 
+    def seconds(self) -> list[float]:
+        return [record["seconds"] for record in self.records]
+
 
 def test_a_step_that_is_not_logged_is_read_after_the_next_one_is_launched(corpus, tmp_path, monkeypatch):
     steps = Steps(corpus, tmp_path, monkeypatch, steps=4)
     assert steps.train() == 0
     assert steps.events == [
-        "launch 1", "launch 2", "read 1", "launch 3", "read 2", "launch 4", "read 3", "read 4", "save 4",
+        "launch 1", "launch 2", "read 1", "launch 3", "read 2", "launch 4", "read 3", "read 4", "record 4", "save 4",
     ]  # fmt: skip
+
+
+def test_a_logged_step_too_is_read_after_the_next_one_is_launched(corpus, tmp_path, monkeypatch):
+    """Unless it is validated, saved or the last: then its record is there before."""
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=6, log_every=1, validate_every=2, save_every_steps=3)
+    assert steps.train() == 0
+    assert steps.events == [
+        "launch 1", "launch 2", "read 1", "record 1", "read 2", "record 2", "validate 2",
+        "launch 3", "read 3", "record 3", "save 3",
+        "launch 4", "read 4", "record 4", "validate 4",
+        "launch 5", "launch 6", "read 5", "record 5", "read 6", "record 6", "validate 6", "save 6",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_record_has_the_time_and_the_rates_of_its_steps(corpus, tmp_path, monkeypatch, log_every):
+    """The first step after a break waits for its launch; the device does the others one after another."""
+    steps = Steps(corpus, tmp_path, monkeypatch, 8, log_every, validate_every=4)
+    rates = [(step / 10, step / 100) for step in range(8)]
+    monkeypatch.setattr(loop, "apply_learning_rate", lambda run, step: rates[step])
+    assert steps.train() == 0
+    first, later = (11.0, 10.0) if log_every == 1 else (10.5, 10.0)
+    assert steps.seconds() == ([first, *[later] * (4 // log_every - 1)] * 2)
+    of = [record["step"] for record in steps.records]
+    assert of == list(range(log_every, 9, log_every))
+    assert [(record["learning_rate"], record["expert_learning_rate"]) for record in steps.records] == [
+        rates[step - 1] for step in of
+    ]
+    waits = [sum(range(step - log_every, step)) / log_every for step in of]
+    assert [record["data_wait_seconds"] for record in steps.records] == waits
+
+
+def test_a_step_that_the_host_has_computed_is_read_at_once(corpus, tmp_path, monkeypatch):
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=3, log_every=2, on_the_host=True)
+    steps.told_at = 2
+    assert steps.train() == 75
+    assert steps.events == ["launch 1", "read 1", "launch 2", "read 2", "record 2", "save 2"]
+    assert [Outgoing(torch.ones(1)).is_here, launched(0).numbers.is_here] == [True, True]
+
+
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_an_error_leaves_no_record_behind(corpus, tmp_path, monkeypatch, is_bad):
+    """The step before may also be the reason: weights that are NaN."""
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=4, log_every=1)
+    steps.fails_at, steps.nan_at = (3, ValueError("a damaged shard")), 2 if is_bad else None
+    with pytest.raises(TrainingError if is_bad else ValueError, match="step 2: loss nan" if is_bad else "damaged"):
+        steps.train()
+    last = [] if is_bad else ["record 2"]
+    assert steps.events == ["launch 1", "launch 2", "read 1", "record 1", "launch 3", "read 2", *last]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.AcceleratorError("CUDA error: an illegal memory access"), RuntimeError("gloo: Connection closed by peer")],
+    ids=["a GPU", "another rank"],
+)
+def test_after_an_error_that_makes_reading_wait_forever_nothing_is_read(corpus, tmp_path, monkeypatch, error):
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=4, log_every=1)
+    steps.fails_at = (3, error)
+    with pytest.raises(type(error), match=str(error)):
+        steps.train()
+    assert steps.events[-1] == "launch 3"
 
 
 def test_without_a_capacity_a_step_is_read_before_the_next_one_is_launched(corpus, tmp_path, monkeypatch):
@@ -113,12 +214,6 @@ def test_without_a_capacity_a_step_is_read_before_the_next_one_is_launched(corpu
     assert steps.events == ["launch 1", "read 1", "launch 2", "read 2"]
 
 
-def test_a_logged_step_is_read_at_once(corpus, tmp_path, monkeypatch):
-    steps = Steps(corpus, tmp_path, monkeypatch, steps=4, log_every=2)
-    steps.train()
-    assert steps.events[:6] == ["launch 1", "launch 2", "read 1", "read 2", "launch 3", "launch 4"]
-
-
 @pytest.mark.parametrize("bad", [2, 3, 4])
 def test_a_bad_step_is_never_saved_and_is_named_though_it_is_read_late(corpus, tmp_path, monkeypatch, bad):
     steps = Steps(corpus, tmp_path, monkeypatch, steps=6, save_every_steps=2)
@@ -129,12 +224,14 @@ def test_a_bad_step_is_never_saved_and_is_named_though_it_is_read_late(corpus, t
     assert f"launch {bad + 2}" not in steps.events
 
 
-def test_a_stop_in_a_step_that_is_not_logged_is_obeyed_at_most_two_steps_later(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_stop_in_a_step_is_obeyed_at_most_two_steps_later(corpus, tmp_path, monkeypatch, log_every):
     """Step 2 was launched before; step 3 tells the other ranks, step 4 hears of it."""
-    steps = Steps(corpus, tmp_path, monkeypatch, steps=8)
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=8, log_every=log_every)
     steps.told_at = 2
     assert steps.train() == 75
-    assert steps.events[-3:] == ["read 3", "read 4", "save 4"]
+    assert [event for event in steps.events if not event.startswith("record")][-3:] == ["read 3", "read 4", "save 4"]
+    assert [record["step"] for record in steps.records] == ([1, 2, 3, 4] if log_every == 1 else [])
 
 
 def test_a_bad_step_is_not_saved_by_a_stop(corpus, tmp_path, monkeypatch):
