@@ -6,6 +6,7 @@ before.
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.runtime.quiet import QUIET_WARNINGS
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields
 
@@ -94,3 +96,71 @@ def test_losses_with_and_without_the_overlap_are_bitwise_identical(losses, name)
     without, overlapped = losses[name]
     assert overlapped == without
     assert len(set(without)) == STEPS
+
+
+# --- core's warning, which runtime/quiet.py silences ------------------------------------------------------------------
+
+ONE_STAGE = [name for name, (parallel, *_) in CASES.items() if "pipeline_model_parallel_size" not in parallel]
+
+
+def warnings_of(jobs: list[tuple[str, Experiment]]) -> list[tuple[list[tuple[str, str]], list[str], list[str]]]:
+    """Of each job: the weights whose gather was out of order and those that were to come next, by dtype; the messages
+    of a step with all warnings shown, and of one with ours silenced."""
+    import sys
+
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from hunyuan_pretrain.runtime.quiet import quieten
+    from hunyuan_pretrain.train import optimizer, setup
+    from hunyuan_pretrain.train.step import train_step
+
+    def dtypes(group: Any) -> str:
+        return " ".join(sorted({str(weight.dtype) for bucket in group.buckets for weight in bucket.params_list}))
+
+    class Watched:
+        """In place of the module `warnings`, for its one call in this file of core."""
+
+        @staticmethod
+        def warn(message: str) -> None:
+            here = sys._getframe(1).f_locals["self"]
+            pairs.append((dtypes(here), dtypes(here.next_param_gather_bucket_group)))
+            warnings.warn(message, stacklevel=2)
+
+    found, config = [], optimizer.DistributedDataParallelConfig
+    for name, job in jobs:
+        pairs: list[tuple[str, str]] = []
+        optimizer.DistributedDataParallelConfig = partial(config, bucket_size=1) if CASES[name][-1] else config
+        run = setup.prepare(job)
+        param_and_grad_buffer.warnings = Watched
+        messages = []
+        for step, is_silenced in enumerate((False, False, True)):  # the first gathers nothing that was updated
+            with warnings.catch_warnings(record=True) as shown:
+                warnings.simplefilter("always")
+                if is_silenced:
+                    quieten()
+                train_step(run, run.schedule.stage(step), step)
+            messages.append([str(one.message) for one in shown])
+        param_and_grad_buffer.warnings = warnings
+        setup.leave(run)
+        found.append((pairs, messages[1], messages[2]))
+    return found
+
+
+def test_only_routers_are_gathered_out_of_order_and_only_that_is_silenced(corpus: Path, tmp_path: Path) -> None:
+    """A weight of the bf16 buffer out of order would cost speed, and its warning would be silenced with theirs."""
+    silence = "The next bucket's parameter all-gather operation has already been"
+    assert silence in QUIET_WARNINGS
+    jobs = [(name, experiment(corpus, tmp_path / str(number), name, True)) for number, name in enumerate(ONE_STAGE)]
+    for (name, job), (pairs, shown, silenced) in zip(jobs, fork_ranks(2, warnings_of, jobs)[0], strict=True):
+        of_buckets = [message for message in shown if message.startswith(silence)]
+        if job.precision.dtype == "fp32":
+            assert (name, pairs, of_buckets) == (name, [], [])
+            continue
+        assert set(pairs) == {("torch.float32", "torch.bfloat16")}, "of fp32 routers, followed by the bf16 buffer"
+        assert of_buckets
+        assert silenced == [
+            message for message in shown if not any(re.match(pattern, message) for pattern in QUIET_WARNINGS)
+        ]
+        assert {pattern for pattern in QUIET_WARNINGS for message in of_buckets if re.match(pattern, message)} == {
+            silence
+        }

@@ -29,5 +29,10 @@ def test_silenced_warnings_are_not_shown_and_others_are() -> None:
         quieten()
         warnings.warn("MimoModelConfig is experimental and still under active development.", stacklevel=1)
         warnings.warn("The argument order of load has been changed. Please check the document.", stacklevel=1)
+        warnings.warn("The next bucket's parameter all-gather operation has already been dispatched.", stacklevel=1)
+        warnings.warn("The next bucket's gradient reduction has already been dispatched.", stacklevel=1)
         warnings.warn("loss is nan", stacklevel=1)
-    assert [str(warning.message) for warning in shown] == ["loss is nan"]
+    assert [str(warning.message) for warning in shown] == [
+        "The next bucket's gradient reduction has already been dispatched.",
+        "loss is nan",
+    ]
