@@ -51,7 +51,7 @@ def probe(run: Run) -> list[str]:
             lines.append(check_liveness(run))
     except torch.OutOfMemoryError as error:
         what = str(error).strip().splitlines()[0]
-        raise TrainingError(f"no memory left for the probes; runtime.probes=false trains without: {what}") from error
+        raise TrainingError(f"no memory left for the probes; runtime.probes=false leaves them out: {what}") from error
     return lines
 
 

@@ -208,7 +208,7 @@ def test_too_little_memory_for_the_other_probes_is_said_as_that(run: Run, monkey
     with pytest.raises(TrainingError) as caught:
         probes.probe(run)
     why = "CUDA out of memory. Tried to allocate 2 GiB"
-    assert str(caught.value) == f"no memory left for the probes; runtime.probes=false trains without: {why}"
+    assert str(caught.value) == f"no memory left for the probes; runtime.probes=false leaves them out: {why}"
 
 
 def test_integers_have_to_be_equal() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hunyuan_pretrain.model.routing import RouterStatistics
+from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
 from hunyuan_pretrain.runtime.stop import StopRequest
 from hunyuan_pretrain.runtime.transfers import Outgoing
 from hunyuan_pretrain.train import TrainingError, loop, metrics
@@ -177,6 +178,26 @@ def test_a_step_that_the_host_has_computed_is_read_at_once(corpus, tmp_path, mon
     assert steps.train() == 75
     assert steps.events == ["launch 1", "read 1", "launch 2", "read 2", "record 2", "save 2"]
     assert [Outgoing(torch.ones(1)).is_here, launched(0).numbers.is_here] == [True, True]
+
+
+def test_records_are_the_same_whenever_they_are_read(corpus, tmp_path, monkeypatch):
+    """Of real steps: values and order, validations between them."""
+    found = []
+    for is_here in (True, False):
+        fields = experiment_fields(corpus, tmp_path / str(is_here), 6, model__num_layers=2)
+        fields["runtime"] |= {"probes": False}
+        fields["evaluation"] = {"data": str(corpus / "heldout"), "max_sequences": 3, "every_steps": 4}
+        run, records = on_this_rank(fields), []
+        monkeypatch.setattr(Outgoing, "is_here", is_here)
+        monkeypatch.setattr(run.log, "metrics", records.append)
+        monkeypatch.setattr(loop, "_save", lambda run, done, must_succeed: None)
+        assert loop._train(run, StopRequest()) == 0
+        run.loader.close()
+        found.append([{key: value for key, value in one.items() if key not in CLOCK_FIELDS} for one in records])
+    assert [(one["step"], "validation_loss" in one) for one in found[0]] == [
+        *((step, False) for step in range(1, 5)), (4, True), (5, False), (6, False), (6, True),
+    ]  # fmt: skip
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("is_bad", [False, True])
