@@ -89,7 +89,7 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
 def _print_packed(dataset: PackedDataset, console: Console) -> None:
     index = dataset.index
     room = index.num_sequences * index.sequence_length
-    num_pieces, most_pieces = len(index.piece_length), int(np.diff(index.sequence_offsets).max())
+    num_pieces, most_pieces = len(index.piece_length), index.most_pieces
     rows = [
         ("sequences", f"{index.num_sequences:,} of {index.sequence_length:,} tokens"),
         ("tokens", f"{index.num_tokens:,}"),

@@ -142,10 +142,5 @@ class PackedDataset:
         columns = (self.index.piece_document[pieces], self.index.piece_start[pieces], self.index.piece_length[pieces])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
-    def num_pieces(self, number: int) -> int:
-        """Pieces of a sequence."""
-        pieces = self._pieces(number)
-        return pieces.stop - pieces.start
-
     def _pieces(self, number: int) -> slice:
         return slice(int(self.index.sequence_offsets[number]), int(self.index.sequence_offsets[number + 1]))

@@ -102,6 +102,7 @@ def write_packed(
         "sequence_length": packing.sequence_length,
         "sequences": packing.num_sequences,
         "pieces": len(packing.piece_document),
+        "most_pieces": int(np.diff(packing.sequence_offsets).max(initial=0)),
         "documents": sum(source.num_documents for source in sources),
         "cut_documents": packing.cut_documents,
         "dropped_fragments": packing.dropped_fragments,
@@ -207,6 +208,14 @@ class PackedIndex:
             )
         if not self.is_materialized and not self.sources:
             raise DataFormatError(f"{self.folder / MANIFEST}: names no source; pack again")
+
+    @cached_property
+    def most_pieces(self) -> int:
+        """Pieces of the sequence that has most of them. Counted if the manifest is older than the entry."""
+        if "most_pieces" in self.manifest:
+            return int(self._field("most_pieces", int))
+        offsets, step = self.sequence_offsets, _PIECES_AT_A_TIME
+        return max(int(np.diff(offsets[start : start + step + 1]).max()) for start in range(0, len(offsets) - 1, step))
 
     @cached_property
     def sources(self) -> list[TokenizedDataset]:

@@ -97,12 +97,11 @@ class SampleOrder:
         return np.array([dataset.index.squared_lengths[row] for dataset, row in sequences], dtype=np.float64)
 
     def most_documents(self, step: int) -> int:
-        """At least as many documents as any rank's micro-batch of a step has, tail padding included. The same on all
-        ranks: it depends on the global batch only."""
+        """At least as many documents as any micro-batch of the step's stage has, tail padding included. It depends on
+        the data of the stage only, so it is the same on all ranks and when a run resumes."""
         stage = self.stage(step)
-        sequences = self.sequences(step, np.arange(stage.global_batch_sequences))
-        pieces = np.array([dataset.num_pieces(row) for dataset, row in sequences])
-        return int(np.sort(pieces + 1)[-stage.micro_batch_sequences :].sum())
+        pieces = max(self.datasets[source_path(source.path)].index.most_pieces for source in stage.data)
+        return (pieces + 1) * stage.micro_batch_sequences
 
     def _dataset(self, source: int) -> PackedDataset:
         """The dataset of a source by number. One of an earlier segment is opened on first use. Raises DataFormatError

@@ -9,7 +9,7 @@ Shapes: R rows of experts, P rows after a gather (with padding, where there is s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -105,4 +105,4 @@ def _padding(splits: RowSplits, multiple: int, device: torch.device) -> RowPaddi
     return RowPadding(RowSplits(padded_e, splits.are_equal), row_P, position_R)
 
 
-_same_padding = lru_cache(maxsize=8)(_padding)
+_same_padding = cache(_padding)  # a recorded step reads it: it must not be freed

@@ -8,7 +8,7 @@ key/value heads, R query heads of each, X = R + 2.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ def rope_table(positions_T: Tensor, base: float, head_dim: int) -> tuple[Tensor,
     return angle_Th.cos()[:, None], angle_Th.sin()[:, None]
 
 
-@lru_cache(maxsize=8)
+@cache  # a recorded step reads it: it must not be freed
 def _frequencies(base: float, head_dim: int, device: torch.device) -> Tensor:
     return to_device(
         1.0 / (base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)), device

@@ -35,7 +35,6 @@ class Documents(NamedTuple):
 
 
 Blocks = Sequence[Block] | Documents
-LEAST_ROOM = 8
 
 
 def documents_of(blocks: Blocks, device: torch.device) -> Documents:
@@ -50,11 +49,6 @@ def recorded_documents(cu_seqlens: Tensor, num_tokens: int, longest: int) -> Doc
     longer than `longest`.
     """
     return Documents(cu_seqlens, cu_seqlens, longest, longest, True, ((0, num_tokens),))
-
-
-def room_for(num_documents: int) -> int:
-    """Documents that the boundaries of a recorded step have room for; a kernel passes over those without tokens."""
-    return 1 << (max(LEAST_ROOM, num_documents) - 1).bit_length()
 
 
 def padded(cu_seqlens: Sequence[int], num_documents: int) -> Tensor:

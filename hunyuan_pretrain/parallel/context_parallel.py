@@ -39,10 +39,10 @@ EVEN_ENOUGH = 1.05
 def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, unit_tokens: int) -> list[Ranges]:
     """The row ranges of each context-parallel rank: whole units, and the same number of rows of every sequence.
 
-    `cu_seqlens` are the document boundaries of a micro-batch of `num_sequences` sequences; every end of a sequence is
-    one of them. A pure function, so all ranks compute the same. Takes the smallest number of chunks per rank that is
-    even enough, else the most even one. Raises ValueError if a sequence is not a multiple of cp_size * unit_tokens
-    tokens.
+    `cu_seqlens` are the document boundaries of a micro-batch of `num_sequences` sequences; every end of a sequence
+    is one of them. A pure function, so all ranks compute the same. Takes the smallest number of chunks per rank
+    that is even enough, else the most even one, or one run of each sequence if that is more even. Raises ValueError
+    if a sequence is not a multiple of cp_size * unit_tokens tokens.
     """
     tokens, rest = divmod(cu_seqlens[-1], num_sequences)
     units, odd_tokens = divmod(tokens, cp_size * unit_tokens)
@@ -65,8 +65,10 @@ def rows_of_ranks(cu_seqlens: Sequence[int], num_sequences: int, cp_size: int, u
         if found_imbalance < least:
             best, least = found, found_imbalance
         if least <= EVEN_ENOUGH:
-            break
-    return best
+            return best
+    run = tokens // cp_size
+    runs = [[(s * tokens + r * run, s * tokens + (r + 1) * run) for s in range(num_sequences)] for r in range(cp_size)]
+    return runs if imbalance(cu_seqlens, runs) < least else best
 
 
 def imbalance(cu_seqlens: Sequence[int], ranges_of_ranks: Sequence[Ranges]) -> float:

@@ -68,6 +68,11 @@ def recording() -> Iterator[None]:
         _is_recording = False
 
 
+def is_recording() -> bool:
+    """Whether this is inside `recording`."""
+    return _is_recording
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy a CPU tensor to `device`. To a GPU it goes through pinned memory, so the host does not wait for the copy.
     Raises RuntimeError while operations are recorded."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Literal
 
@@ -65,8 +67,8 @@ def obstacles(machine: Machine, experiment: Experiment | None = None, ranks: int
     if experiment.runtime.device == "cuda" and not machine.gpus:
         found.append(no_cuda(machine.cuda))
     uses_gpu = _trains_on_gpu(machine, experiment)
-    if experiment.runtime.cuda_graphs and not machine.gpus:
-        found.append(Problem("runtime.cuda_graphs", True, "this machine has no CUDA device", "use false"))
+    if experiment.runtime.cuda_graphs:
+        found += _recording_obstacles(machine)
     if uses_gpu and experiment.precision.dtype == "bf16":
         for gpu in machine.gpus:
             if gpu.capability < (8, 0):
@@ -99,6 +101,24 @@ def uses_kernels(machine: Machine, experiment: Experiment) -> bool:
 
 def _trains_on_gpu(machine: Machine, experiment: Experiment) -> bool:
     return experiment.runtime.device != "cpu" and bool(machine.gpus)
+
+
+def _recording_obstacles(machine: Machine, environment: Mapping[str, str] = os.environ) -> Iterator[Problem]:
+    """Why steps cannot be recorded here: no CUDA device, or variables with which replays go wrong."""
+    if not machine.gpus:
+        yield Problem("runtime.cuda_graphs", True, "this machine has no CUDA device", "use false")
+    allocator = environment.get("PYTORCH_ALLOC_CONF", environment.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+    wrong = {
+        # pointers go through one buffer of the host, which a replay would read again
+        "NVTE_USE_CUTLASS_GROUPED_GEMM": "replays would multiply by the matrices of the last call",
+        "TORCH_NCCL_BLOCKING_WAIT": "NCCL would ask for events that are only recorded",
+    }
+    if "expandable_segments:True" in allocator:
+        wrong["NCCL_GRAPH_REGISTER"] = f"NCCL would register memory that moves ({allocator})"
+    for name, reason in wrong.items():
+        if environment.get(name, "0") != "0":
+            rule = f"{name}={environment[name]} is set in the environment: {reason}"
+            yield Problem("runtime.cuda_graphs", True, rule, f"set {name}=0, or use false")
 
 
 def _transformer_engine_obstacles(machine: Machine, experiment: Experiment) -> list[Problem]:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,7 +36,7 @@ from hunyuan_pretrain.model.packed_attention import (
     is_uniform,
     packed_attention,
 )
-from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents, room_for
+from hunyuan_pretrain.model.varlen_attention import Documents, padded, recorded_documents
 from hunyuan_pretrain.parallel.agreement import gather_results, give_back
 from hunyuan_pretrain.parallel.context_parallel import rows_of_ranks
 from hunyuan_pretrain.runtime.device import Machine, probe
@@ -43,6 +44,7 @@ from hunyuan_pretrain.runtime.handover import to_device
 from hunyuan_pretrain.runtime.policy import attention_obstacles
 from hunyuan_pretrain.train import resume
 from hunyuan_pretrain.train.attention_check import ROUNDINGS, Compared, allowed_difference
+from hunyuan_pretrain.train.recorded_step import CudaGraph, Graph
 from hunyuan_pretrain.train.resume import Start
 
 MARGIN = 0.05
@@ -54,6 +56,9 @@ milliseconds on a Hopper GPU."""
 Obstacles = Mapping[BackendName, str | None]
 """Why each backend is known not to run on this machine; None if nothing is known against it."""
 WHAT: dict[Kind, str] = {"packed": "packs", "uniform": "documents of one length"}
+REPLAY_DIFFERENCE = 2.0**-5
+"""Of the largest value: what another order of sums explains in bf16. Other documents change all of it."""
+make_graph: Callable[[], Graph] = CudaGraph
 CALLS = (2, 5)
 """Timed calls: of a slow backend, and of one that takes less than SLOW_MS."""
 SLOW_MS = 50.0
@@ -67,8 +72,10 @@ class Case(NamedTuple):
     heads: Heads
     dtype: torch.dtype
     device: torch.device
-    recorded_length: int = 0
-    """Length of sequences in a step that is recorded (runtime.cuda_graphs); 0: it is not."""
+    longest: int
+    """Length of a sequence."""
+    room: int = 0
+    """Documents that a recorded step has room for (runtime.cuda_graphs); 0: steps are not recorded."""
 
 
 class Trial(NamedTuple):
@@ -103,11 +110,13 @@ def settle(
     if device.type == "cpu":
         return resume.with_attention(start, {}, ()) if recorded else start
     config: Any = chunks[0].config
-    batch = loader.micro_batches(min(start.first_step, loader.num_steps - 1))[0]
+    step = min(start.first_step, loader.num_steps - 1)
+    batch = loader.micro_batches(step)[0]
+    room = loader.order.most_documents(step) if experiment.runtime.cuda_graphs else 0
     ranks = groups.cp.rank(), groups.cp.size()
     # cuDNN's kernels advance the generator, even without dropout; a resumed run has loaded its state already
     with torch.random.fork_rng(devices=[device]):
-        choice, lines = choose(experiment, probe(), config, batch, ranks, device, recorded)
+        choice, lines = choose(experiment, probe(), config, batch, ranks, device, recorded, room=room)
     use_attention(chunks, choice)
     return resume.with_attention(start, choice._asdict(), lines)
 
@@ -120,11 +129,12 @@ def choose(
     ranks: tuple[int, int],
     device: torch.device,
     recorded: Mapping[str, str],
+    room: int = 0,
 ) -> tuple[AttentionChoice, list[str]]:
     """(the backends of this run, lines for the log).
 
     batch: the first micro-batch of this rank. ranks: (number, size) in the context-parallel group. recorded: the choice
-    of the run so far, {} if there is none; a backend of it is kept if the setting allows it. Raises ConfigError, on
+    of the run so far, {} if there is none; a backend of it is kept if the setting allows it. room: of Case. Raises ConfigError, on
     every rank, if a recorded backend that the setting allows is wrong or fails here, other than for want of memory, or
     if none can be used; on this rank alone if a kernel has left its GPU unusable. Communicates: all ranks.
     """
@@ -133,8 +143,8 @@ def choose(
     names: dict[Kind, BackendName] = {}
     lines: list[str] = []
     for kind in KINDS:
-        case = case_of(experiment, config, batch, ranks, device, kind)
-        if kind == "uniform" and (case.recorded_length or not is_uniform(case.blocks, case.num_keys)):
+        case = case_of(experiment, config, batch, ranks, device, kind)._replace(room=room)
+        if kind == "uniform" and (room or not is_uniform(case.blocks, case.num_keys)):
             # a recorded step takes each micro-batch as packed; with context parallelism by all_gather none is uniform
             names[kind] = names["packed"]
             continue
@@ -221,7 +231,10 @@ def trial(name: BackendName, case: Case) -> Trial:
     nothing."""
     try:
         attend, qkv = BUILDERS[name](case.heads), _numbers(case)
-        attend = _as_recorded(attend, case) if case.recorded_length else attend
+        if case.room:
+            if wrong := _replay_is_wrong(attend, qkv, case):
+                return Trial(math.inf, wrong)
+            attend = _as_recorded(attend, case)
         if attend is not packed_attention and (wrong := _wrong(attend, qkv, case)):
             return Trial(math.inf, wrong)
         return Trial(_milliseconds(attend, qkv, case), "")
@@ -233,10 +246,44 @@ def trial(name: BackendName, case: Case) -> Trial:
 
 def _as_recorded(attend: CoreAttention, case: Case) -> CoreAttention:
     """`attend`, called as in a recorded step, whatever blocks it is given."""
-    room = room_for(len(case.blocks))
-    cu_seqlens = to_device(padded([0, *(block.q_end for block in case.blocks)], room), case.device)
-    documents = recorded_documents(cu_seqlens, case.num_keys, case.recorded_length)
+    documents = _in_memory([0, *(block.q_end for block in case.blocks)], case)
     return lambda q_TNH, k_SGH, v_SGH, blocks: attend(q_TNH, k_SGH, v_SGH, documents)
+
+
+def _in_memory(boundaries: Sequence[int], case: Case) -> Documents:
+    return recorded_documents(to_device(padded(boundaries, case.room), case.device), case.num_keys, case.longest)
+
+
+def _replay_is_wrong(attend: CoreAttention, qkv: Sequence[Tensor], case: Case) -> str:
+    """Record the backend on the documents of the case, and replay it on others; "" if it follows them."""
+    documents = _in_memory([0, *(block.q_end for block in case.blocks)], case)
+    others = _in_memory(range(0, case.num_keys + 1, max(1, case.longest // 2)), case)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    grad = torch.ones_like(leaves[0])
+
+    def work() -> list[Tensor]:
+        output = attend(leaves[0], leaves[1], leaves[2], documents)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+    with _recordable_stream(case.device):
+        work()
+        graph = make_graph()
+        actual = graph.record(work)
+        graph.replay()
+        documents.cu_seqlens_q.copy_(others.cu_seqlens_q)
+        graph.replay()
+        for found, expected in zip(actual, work(), strict=True):
+            if not (found - expected).abs().max() <= REPLAY_DIFFERENCE * expected.abs().max():
+                return "recorded, it does not follow the documents of later steps"
+    return ""
+
+
+def _recordable_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A context on a stream that can be recorded: the default one cannot."""
+    if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return nullcontext()
+    torch.cuda.synchronize(device)
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def _wrong(attend: CoreAttention, qkv: Sequence[Tensor], case: Case) -> str:
@@ -302,8 +349,7 @@ def case_of(
         blocks = document_blocks(cu_seqlens)
     heads = _measured_heads(heads_of(config), blocks)
     num_tokens = len(batch.tokens_T)
-    length = num_tokens // len(batch.sequence_ids) if experiment.runtime.cuda_graphs else 0
-    return Case(blocks, num_tokens, heads, config.params_dtype, device, length)
+    return Case(blocks, num_tokens, heads, config.params_dtype, device, num_tokens // len(batch.sequence_ids))
 
 
 def cu_seqlens_of(batch: MicroBatch, kind: Kind) -> list[int]:

@@ -60,13 +60,14 @@ def attention_trials(
     loader = StepLoader(experiment, 0, data_parallel_size(experiment, _world_size(experiment)), None)
     try:
         batch = loader.micro_batches(0)[0]
+        room = loader.order.most_documents(0) if experiment.runtime.cuda_graphs else 0
     finally:
         loader.close()
     ranks, lines = (0, experiment.parallel.context_parallel_size), list[str]()
 
     def try_all() -> None:
         recorded = _recorded_attention(experiment)
-        lines.extend(choose(experiment, machine, config, batch, ranks, torch.device(device), recorded)[1])
+        lines.extend(choose(experiment, machine, config, batch, ranks, torch.device(device), recorded, room)[1])
 
     failed = list(_messages(try_all))
     return [(name, value) for name, _, value in (line.partition(": ") for line in lines)], failed

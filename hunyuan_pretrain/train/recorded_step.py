@@ -1,36 +1,41 @@
 """Forward and backward passes of whole steps as CUDA graphs (runtime.cuda_graphs).
 
 A graph holds all micro-batches of a step, their reductions included, up to the reduced gradients. The optimizer runs as
-always: its learning rate is a number of the host. The first step with a certain shape runs as always too, on the memory
-that the graph will read: it compiles and loads kernels and opens NCCL's connections, none of which can be recorded. The
-second one is recorded and replayed, the others are replayed.
+always: its learning rate is a number of the host. The first steps of a stage run as always too, on the memory that the
+graph will read: they compile and load kernels and open NCCL's connections, none of which can be recorded. The next one
+is recorded and replayed, the others are replayed.
 
 What changes from step to step is written into that memory before: tokens, positions, labels, masks, numbers of routing
-groups, boundaries of documents, the keys of recycle routing, the count of target tokens. Boundaries have room for the
-next power of two of documents; a step with more of them starts again with more room. All ranks do so in the same step:
-the room depends on the global batch, and NCCL exchanges addresses of buffers between ranks when it is recorded.
+groups, boundaries of documents, the keys of recycle routing, the count of target tokens. Boundaries have room for as
+many documents as a micro-batch of the stage can have. The room depends on the data of the stage only: some kernels sum
+in another order for another number of documents, and NCCL may exchange addresses of buffers while it is recorded, so
+all ranks record the same step.
 
 megatron-core's FullCudaGraphWrapper is not used: it records one step per process, so it cannot go on to the next stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
-from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents, room_for
+from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents
 from hunyuan_pretrain.runtime.handover import recording
 from hunyuan_pretrain.runtime.transfers import Resident
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import SentBatch, Share, forward_and_backward, routing_of, share_of
 
+R = TypeVar("R")
 Result = tuple[list[Tensor], list[Tensor]]
 """Of `forward_and_backward`."""
 
@@ -38,7 +43,7 @@ Result = tuple[list[Tensor], list[Tensor]]
 class Graph(Protocol):
     """Recorded work of a device."""
 
-    def record(self, work: Callable[[], Result]) -> Result:
+    def record(self, work: Callable[[], R]) -> R:
         """Call `work` and record what it gives the device to do, without doing it. Returns what `work` returns; a
         replay writes the values."""
         ...
@@ -52,16 +57,29 @@ class CudaGraph:
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
-    def record(self, work: Callable[[], Result]) -> Result:
+    def record(self, work: Callable[[], R]) -> R:
         # the stream of the run, and not one of its own: autograd adds up gradients on the stream on which the weights
         # were wrapped, and a recorded stream cannot wait for one that is not. thread_local: NCCL's watchdog asks for
         # events meanwhile
         stream = torch.cuda.current_stream()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with uncollected(), torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected inside: freeing pinned memory or events there would end the recording."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Shape(NamedTuple):
@@ -74,6 +92,11 @@ class Shape(NamedTuple):
     global_batch_tokens: int
     num_documents: int
     """Room for them in each micro-batch."""
+
+
+COMPUTED = 2
+"""Steps of a stage before the one that is recorded. In the first one with overlapped reductions core reduces at its
+end; in the second as it will from then on."""
 
 
 class Memory:
@@ -114,6 +137,7 @@ class RecordedSteps:
     def close(self) -> None:
         """Free the graph and its memory. NCCL's groups must outlive it."""
         self._memory: Memory | None = None
+        self._computed = 0
         self._graph: Graph | None = None
         self._result: Result | None = None
 
@@ -130,31 +154,33 @@ class RecordedSteps:
         is valid until the next call. Raises TrainingError if the step cannot be recorded."""
         shape = shape_of(run, stage, step, len(batches))
         shares = [share_of(run, batch) for batch in batches]
-        if self._memory is None or not _has_room(self._memory.shape, shape):
+        if self._memory is None or self._memory.shape != shape:
             self.close()
-            memory = self._memory = Memory(shape, shares, key_L, run.device)
-            memory.write(shares, key_L, num_target_tokens)
-            return self._work(run, stage, step, memory)()
+            self._memory = Memory(shape, shares, key_L, run.device)
         self._memory.write(shares, key_L, num_target_tokens)
+        work = self._work(run, stage, step, self._memory)
+        if self._computed < COMPUTED:
+            self._computed += 1
+            return work()
         if self._graph is None:
-            self._record(step, self._work(run, stage, step, self._memory))
+            self._record(run, step, work)
         assert self._graph is not None
         assert self._result is not None
         self._graph.replay()
         return self._result
 
-    def _record(self, step: int, work: Callable[[], Result]) -> None:
-        graph = self._make_graph()
+    def _record(self, run: Run, step: int, work: Callable[[], Result]) -> None:
+        graph, started = self._make_graph(), time.perf_counter()
         try:
             with recording():
                 self._result = graph.record(work)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"step {step + 1} cannot be recorded as a CUDA graph: {reason}; runtime.cuda_graphs=false trains "
-                "without, to the same numbers"
+                f"step {step + 1} cannot be recorded as a CUDA graph: {_first_reason(error)}; "
+                "runtime.cuda_graphs=false trains without"
             ) from error
         self._graph = graph
+        run.log.line(f"recorded step {step + 1} as a CUDA graph in {time.perf_counter() - started:.1f} s")
 
     def _work(self, run: Run, stage: StageConfig, step: int, memory: Memory) -> Callable[[], Result]:
         route: Any = partial(routing_of, run, stage, step, memory.key_L)
@@ -178,10 +204,12 @@ def shape_of(run: Run, stage: StageConfig, step: int, num_micro_batches: int) ->
         num_micro_batches,
         stage.rope_alpha,
         stage.global_batch_tokens,
-        room_for(run.loader.order.most_documents(step)),
+        run.loader.order.most_documents(step),
     )
 
 
-def _has_room(recorded: Shape, wanted: Shape) -> bool:
-    fixed = recorded._replace(num_documents=0) == wanted._replace(num_documents=0)
-    return fixed and recorded.num_documents >= wanted.num_documents
+def _first_reason(error: BaseException) -> str:
+    """Of the error that came first: where one ends a recording, CUDA reports another at its end."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

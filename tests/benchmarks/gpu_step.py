@@ -152,6 +152,8 @@ def attempt(contender: Any, shape: Any, steps: tuple[int, int], fusions: dict[st
             "active_parameters": active,
             "loss": losses[-1],
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else None,
+            # what a CUDA graph works in counts as allocated only while it is recorded
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if is_cuda else None,
             "fusions": fusions if contender.is_gpt else None,
             "kernels": profiled(step),
         }

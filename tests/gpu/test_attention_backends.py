@@ -14,6 +14,7 @@ from hunyuan_pretrain.config.attention import BACKENDS, AttentionChoice, Backend
 from hunyuan_pretrain.config.schema import ParallelConfig
 from hunyuan_pretrain.model.attention_backends import BUILDERS, Heads, use_attention
 from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
+from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed
 from hunyuan_pretrain.runtime.device import probe
 from hunyuan_pretrain.train.attention_check import ROUNDINGS, Compared, allowed_difference, plain_softmax
@@ -90,6 +91,19 @@ def test_a_backend_is_softmax_attention_in_each_document(name: BackendName, head
 def test_context_ranks_attend_to_all_rows(name: BackendName, ranges: list[tuple[int, int]], heads: Heads) -> None:
     blocks = context_blocks(BORDERS, ranges)
     assert_equal_to(plain_softmax, backend_of(name, heads), numbers(heads, blocks[-1].q_end), blocks)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if backend.reads_memory])
+def test_documents_without_tokens_change_nothing(name: BackendName, heads: Heads) -> None:
+    """As in a recorded step: room for more documents, all of them shorter than the kernel is told."""
+    backend = backend_of(name, heads)
+    memory = padded(BORDERS, 20).cuda()
+
+    def with_room(q: Any, k: Any, v: Any, blocks: Any) -> Any:
+        return backend(q, k, v, recorded_documents(memory, 256, 256))
+
+    assert_equal_to(plain_softmax, with_room, numbers(heads, 256), document_blocks(BORDERS))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

@@ -260,6 +260,27 @@ def fp8_runs(experiments: Sequence[Any], steps: int, capability: tuple[int, int]
     return found
 
 
+def recorded_fp8_runs(experiment: Any, steps: int) -> list[tuple[list[float], dict[str, Any]]]:
+    """Losses and scales of the same steps, computed and with replays."""
+    transformer_engine_stub.install((9, 0))
+    from hunyuan_pretrain.model.engines import scaling_state
+    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.recorded_step import RecordedSteps
+    from hunyuan_pretrain.train.step import train_step
+    from tests.helpers.replay import Rerun
+
+    found = []
+    for number, recorded in enumerate((None, RecordedSteps(Rerun))):
+        with chosen(Case(experiment, engine=True, has_attention=True)):
+            run = setup.prepare(experiment.model_copy(update={"run_dir": f"{experiment.run_dir}{number}"}))
+            run.recorded = recorded
+            losses = [train_step(run, run.schedule.stage(step), step).loss for step in range(steps)]
+            scales = {name: tensor.tolist() for name, tensor in scaling_state(run.chunks).items()}
+            setup.leave(run)
+        found.append((losses, scales))
+    return found
+
+
 def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
     from unittest.mock import patch
 

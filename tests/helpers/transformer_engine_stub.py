@@ -72,7 +72,7 @@ ENUMS = {
 def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Make `import transformer_engine` work in this process as on a GPU of this compute capability, and megatron-core
     work on the CPU."""
-    from hunyuan_pretrain.runtime import cpu_megatron
+    from hunyuan_pretrain.runtime import cpu_megatron, handover
 
     cpu_megatron.install(leave_out=["gpu_packages"])
     sys.path.insert(0, str(TE_FOLDER))
@@ -80,7 +80,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     torch.version.cuda = "13.0"
     gpu = types.SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
     torch.cuda.get_device_properties = lambda *device: gpu
-    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.is_current_stream_capturing = handover.is_recording
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     sys.modules["transformer_engine_torch"] = _compiled_module()
     with _absent_packages(), warnings.catch_warnings():

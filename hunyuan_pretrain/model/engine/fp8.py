@@ -28,6 +28,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from hunyuan_pretrain.config.recipe import Operand, Recipe
 from hunyuan_pretrain.model.fp8.parameters import unquantised
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
+from hunyuan_pretrain.runtime.handover import is_recording
 
 # intended: parameters in FP8 only are used outside of a training step too
 warnings.filterwarnings("ignore", message="You are using quantized weights without quantized compute")
@@ -69,7 +70,12 @@ def training_step(models: Sequence[Any], groups: ProcessGroupCollection) -> Iter
     matmuls = [
         module for model in models for module in model.modules() if isinstance(module, Fp8Module) and module.is_fp8
     ]
-    _forget_last_step(matmuls)
+    if is_recording():
+        # Transformer Engine adds no tensor to its lists while a graph is recorded; the step before has left those of
+        # the same modules
+        assert not recipe.is_delayed or _tensors_to_update(), "a step is computed before it is recorded"
+    else:
+        _forget_last_step(matmuls)
     engine_recipe = te_recipe(recipe)
     try:
         for matmul in matmuls:
@@ -119,6 +125,18 @@ def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{module_name}.{operand}.scale", scales.scale[column::step]
 
 
+LISTS = ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer")
+"""Transformer Engine's lists of the tensors that an update of delayed scales reduces and writes."""
+
+
+def _engine_state() -> Any:
+    return getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # separate in newer versions
+
+
+def _tensors_to_update() -> int:
+    return sum(len(tensors) for tensors in _engine_state().global_amax_buffer.values())
+
+
 def _forget_last_step(matmuls: Sequence[Fp8Module]) -> None:
     """Clear Transformer Engine's lists of the tensors that an update reduces; each module adds its own when it is first
     used.
@@ -126,9 +144,8 @@ def _forget_last_step(matmuls: Sequence[Fp8Module]) -> None:
     Nothing else removes them: a second model in the process would also reduce those of the first, over groups that may
     be gone.
     """
-    state = getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)  # separate in newer versions
-    for lists in ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer"):
-        getattr(state, lists).clear()
+    for name in LISTS:
+        getattr(_engine_state(), name).clear()
     for matmul in matmuls:
         matmul.fp8_meta.pop(FP8GlobalStateManager.get_buffer_info(), None)
 

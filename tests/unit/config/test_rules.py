@@ -30,8 +30,15 @@ RECORDED = [
     (["runtime.device=cpu"], "runtime.device=cpu: CUDA graphs are of CUDA devices (set it to auto or cuda, or this to"),
     (["precision.dtype=fp32"], "precision.dtype=fp32: no attention kernel for fp32 reads the boundaries of documents"),
     (["model.moe_expert_capacity_factor=null", "model.recycle_routing=false"], "model.moe_expert_capacity_factor=null"),
-    (["parallel.pipeline_model_parallel_size=2"], "parallel.pipeline_model_parallel_size=2: megatron's exchange"),
+    (
+        ["parallel.pipeline_model_parallel_size=2"],
+        "parallel.pipeline_model_parallel_size=2: an exchange between stages has never",
+    ),
     (["parallel.context_parallel_size=2"], "parallel.context_parallel_size=2: which rows a rank has depends on"),
+    (
+        ["parallel.overlap_shared_expert=true", "parallel.expert_model_parallel_size=2"],
+        "parallel.overlap_shared_expert=true: while a graph is recorded, memory that two streams use is not used again",
+    ),
     (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather=true: a replay cannot wait for a gather"),
     (["parallel.cpu_offloading_num_layers=2"], "parallel.cpu_offloading_num_layers=2: copies to the host"),
     (

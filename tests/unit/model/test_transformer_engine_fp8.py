@@ -18,7 +18,7 @@ import pytest
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout
 from tests.helpers.ranks import run_ranks
-from tests.helpers.transformer_engine_cases import Fp8Run, fp8_runs
+from tests.helpers.transformer_engine_cases import Fp8Run, fp8_runs, recorded_fp8_runs
 from tests.helpers.transformer_engine_matmuls import BothSpecs, both_specs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("transformer_engine")]
@@ -100,6 +100,17 @@ def test_scales_change_once_per_step_for_any_number_of_micro_batches(delayed: di
         if key.endswith(".history"):
             assert (tensor[:2] == 0).all(), key  # row 0 is the running step's, and two steps of four were made
             assert (tensor[2:] > 0).all(), key
+
+
+def test_delayed_scales_change_in_every_replayed_step(corpus: Path, tmp_path: Path) -> None:
+    """While a graph is recorded, Transformer Engine's modules leave their scales out of the update."""
+    experiment = fp8_experiment(Layout(micro_batch=2), corpus, tmp_path / "run", fp8_amax_history_len=4)
+    stage = experiment.stages[0]
+    stage = stage.model_copy(update={"tokens": 5 * stage.global_batch_tokens})
+    experiment = experiment.model_copy(update={"stages": (stage,)})
+    ((computed, recorded),) = run_ranks(1, recorded_fp8_runs, experiment, 5)
+    assert any(value != 1 for name, values in computed[1].items() if name.endswith("scale") for value in values)
+    assert recorded == computed
 
 
 def test_weights_are_quantised_once_per_step(delayed: dict[str, list[Fp8Run]]) -> None:

@@ -351,6 +351,29 @@ def test_a_recorded_step_takes_backends_that_read_boundaries_from_memory() -> No
     assert "for all documents that a micro-batch may have (runtime.cuda_graphs)" in str(newer["cudnn"])
 
 
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({"NVTE_USE_CUTLASS_GROUPED_GEMM": "1"}, "NVTE_USE_CUTLASS_GROUPED_GEMM=1 is set in the environment: replays"),
+        ({"NVTE_USE_CUTLASS_GROUPED_GEMM": "0"}, ""),
+        ({"TORCH_NCCL_BLOCKING_WAIT": "1"}, "TORCH_NCCL_BLOCKING_WAIT=1 is set in the environment: NCCL would"),
+        (
+            {"NCCL_GRAPH_REGISTER": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            "NCCL_GRAPH_REGISTER=1 is set",
+        ),
+        (
+            {"NCCL_GRAPH_REGISTER": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            "NCCL_GRAPH_REGISTER=1 is",
+        ),
+        ({"NCCL_GRAPH_REGISTER": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:False"}, ""),
+    ],
+)
+def test_cuda_graphs_exclude_variables_with_which_replays_go_wrong(variables: dict[str, str], refused: str) -> None:
+    found = [str(problem) for problem in policy._recording_obstacles(MACHINE, variables)]
+    assert len(found) == bool(refused)
+    assert refused in "".join(found)
+
+
 def test_cuda_graphs_need_a_cuda_device() -> None:
     refused = "runtime.cuda_graphs=true: this machine has no CUDA device (use false)"
     assert texts(CPU_MACHINE, BF16, "runtime.cuda_graphs=true") == refused

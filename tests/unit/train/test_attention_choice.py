@@ -97,12 +97,13 @@ def chosen(
     cu_seqlens: list[int] | None = None,
     recorded: Mapping[str, str] | None = None,
     ranks: tuple[int, int] = (0, 1),
+    room: int = 0,
 ) -> tuple[AttentionChoice, str]:
     experiment = load_experiment(DEMO, (BF16, *overrides))
     config = transformer_config(experiment.model, experiment.parallel, experiment.precision)
     batch = batch_of(cu_seqlens or PACKED)
     choice, lines = attention_choice.choose(
-        experiment, machine, config, batch, ranks, torch.device("cpu"), recorded or {}
+        experiment, machine, config, batch, ranks, torch.device("cpu"), recorded or {}, room
     )
     return choice, "\n".join(lines)
 
@@ -298,27 +299,40 @@ def test_the_reference_of_a_trial_is_not_rounded_to_tf32(is_failing: bool, tf32:
     assert [is_on for _, is_on in seen] == [True] * 4
 
 
+class Again:
+    """Stands in for a CUDA graph: a replay calls the work again."""
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        self.work, self.results = work, work()
+        return self.results
+
+    def replay(self) -> None:
+        for result, new in zip(self.results, self.work(), strict=True):
+            result.copy_(new)
+
+
 def test_a_recorded_step_is_tried_as_it_will_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """With boundaries in memory, room for more documents, and one backend for all micro-batches."""
     seen: list[Documents] = []
 
-    def from_memory(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    def from_memory(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
+        if not isinstance(documents, Documents):  # beside the reference
+            return packed_attention(q, k, v, documents)
         seen.append(documents)
-        bounds = documents.cu_seqlens_q.unique_consecutive().tolist()
-        return packed_attention(q, k, v, document_blocks(bounds))
+        return packed_attention(q, k, v, document_blocks(documents.cu_seqlens_q.unique_consecutive().tolist()))
 
     set_up(monkeypatch.setattr, monkeypatch.setitem, dict.fromkeys(MILLISECONDS, from_memory))
-    monkeypatch.setattr(attention_choice, "_milliseconds", calls_once)
-    choice, lines = chosen("runtime.cuda_graphs=true")
-    assert choice.packed == choice.uniform
-    assert "uniform" not in lines
-    assert {len(documents.cu_seqlens_q) for documents in seen} == {9}
+    monkeypatch.setattr(attention_choice, "_milliseconds", lambda attend, qkv, case: 1.0)
+    monkeypatch.setattr(attention_choice, "make_graph", Again)
+    choice, lines = chosen("runtime.cuda_graphs=true", room=12)
+    assert choice == ("cudnn", "cudnn")
+    assert "one length" not in lines
+    assert {len(documents.cu_seqlens_q) for documents in seen} == {13}
     assert {documents.longest_q for documents in seen} == {128}
-
-
-def calls_once(attend: CoreAttention, qkv: list[Tensor], case: Any) -> float:
-    attend(*qkv, case.blocks)
-    return 1.0
+    # a graph with the boundaries of the step that was recorded
+    monkeypatch.setattr(Again, "replay", lambda self: None)
+    with pytest.raises(ConfigError, match="recorded, it does not follow the documents of later steps"):
+        chosen("runtime.cuda_graphs=true", room=12)
 
 
 def test_where_ranks_gather_keys_there_is_one_kind_of_micro_batch() -> None:
@@ -482,7 +496,7 @@ def settled(start: resume.Start, monkeypatch: pytest.MonkeyPatch, choice: Attent
     monkeypatch.setattr(attention_choice, "use_attention", lambda chunks, taken: asked.append(taken))
     monkeypatch.setattr(attention_choice, "probe", lambda: MACHINE)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
-    monkeypatch.setattr(attention_choice, "choose", lambda *arguments: (choice, [f"of {arguments[-1]}"]))
+    monkeypatch.setattr(attention_choice, "choose", lambda *arguments, room: (choice, [f"of {arguments[-1]}"]))
     loader: Any = SimpleNamespace(num_steps=9, micro_batches=lambda step: [batch_of(PACKED)])
     groups: Any = SimpleNamespace(cp=SimpleNamespace(rank=lambda: 0, size=lambda: 1))
     model: Any = SimpleNamespace(config=None)

@@ -20,21 +20,20 @@ from megatron.core.distributed import param_and_grad_buffer
 from data_tools.packed_output import pack
 from data_tools.tokenization import tokenize
 from hunyuan_pretrain.config.attention import PER_DOCUMENT, AttentionChoice
-from hunyuan_pretrain.model import varlen_attention
 from hunyuan_pretrain.model.attention_backends import use_attention
 from hunyuan_pretrain.runtime import handover
 from hunyuan_pretrain.train import TrainingError, recorded_step
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
-from hunyuan_pretrain.train.recorded_step import RecordedSteps
+from hunyuan_pretrain.train.recorded_step import COMPUTED, RecordedSteps
 from hunyuan_pretrain.train.step import train_step
 from tests.helpers import flash_attention_stub
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.replay import StandIn
 from tests.helpers.runs import SEQUENCE_LENGTH, experiment_fields
 
-FIRST, STEPS = 3, 8
-"""Steps of the first stage, and of both: each is computed, recorded, replayed."""
+FIRST, STEPS = 4, 9
+"""Steps of the first stage, and of both: in each, two are computed, the others replayed."""
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +135,7 @@ def test_a_graph_serves_a_stage_and_is_freed_at_the_next(runs: Any, monkeypatch:
     monkeypatch.setattr(StandIn, "__init__", remembered(made))
     run = runs(True)
     numbers(run)
-    assert [graph.num_replays for graph in made] == [FIRST - 1, STEPS - FIRST - 1]
+    assert [graph.num_replays for graph in made] == [FIRST - COMPUTED, STEPS - FIRST - COMPUTED]
     assert all(len(graph.recording) > 500 for graph in made)
     run.recorded.close()
     assert run.recorded._memory is None
@@ -153,25 +152,17 @@ def remembered(made: list[StandIn]) -> Any:
     return init
 
 
-def test_a_step_with_more_documents_gets_more_room(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[StandIn] = []
-    monkeypatch.setattr(StandIn, "__init__", remembered(made))
-    monkeypatch.setattr(varlen_attention, "LEAST_ROOM", 1)
-    expected = numbers(runs(False))
+def test_the_room_for_documents_is_that_of_the_stage(runs: Any, packs: Path) -> None:
+    """So all ranks record the same step, and a run that resumes has the kernels that the run so far had."""
     run = runs(True)
-    order = run.loader.order
-    rooms = [varlen_attention.room_for(order.most_documents(step)) for step in range(STEPS)]
-    assert numbers(run) == expected
-    needed = [max(len(batch.cu_seqlens) - 1 for batch in run.loader.micro_batches(step)) for step in range(STEPS)]
-    assert all(need <= order.most_documents(step) for step, need in enumerate(needed))
-    # each growth within a stage computes one step anew, and records the next one
-    grown = [step for step in range(STEPS) if step in (0, FIRST) or rooms[step] > max(rooms[start_of(step) : step])]
-    recorded = [step + 1 for step in grown if step + 1 < STEPS and step + 1 not in grown]
-    assert len(made) == len(recorded)
-
-
-def start_of(step: int) -> int:
-    return 0 if step < FIRST else FIRST
+    order, index = run.loader.order, run.loader.order.datasets[str(packs)].index
+    assert index.manifest["most_pieces"] == index.most_pieces == np.diff(index.sequence_offsets).max() > 2
+    assert {order.most_documents(step) for step in range(STEPS)} == {2 * (index.most_pieces + 1)}
+    needed = [len(batch.cu_seqlens) - 1 for step in range(STEPS) for batch in run.loader.micro_batches(step)]
+    assert max(needed) <= order.most_documents(0)
+    del index.manifest["most_pieces"]  # as in folders packed before it was written
+    del index.__dict__["most_pieces"]
+    assert order.most_documents(0) == 2 * (int(np.diff(index.sequence_offsets).max()) + 1)
 
 
 def test_validation_between_replays_changes_nothing(runs: Any, corpus: Any) -> None:
@@ -201,7 +192,7 @@ def test_the_attention_of_all_backends_sees_the_same_documents(runs: Any) -> Non
 
 def test_a_step_that_reads_on_the_host_is_refused(runs: Any) -> None:
     run = runs(True, model__moe_expert_capacity_factor=None, model__recycle_routing=False)
-    with pytest.raises(TrainingError, match=r"step 2 cannot be recorded as a CUDA graph: .*runtime\.cuda_graphs=false"):
+    with pytest.raises(TrainingError, match=r"step 3 cannot be recorded as a CUDA graph: .*runtime\.cuda_graphs=false"):
         numbers(run)
 
 
@@ -214,7 +205,7 @@ def test_a_copy_from_host_memory_is_refused(runs: Any, monkeypatch: pytest.Monke
         return work(*args, **kwargs)
 
     monkeypatch.setattr(recorded_step, "forward_and_backward", with_copy)
-    with pytest.raises(TrainingError, match=r"step 2 cannot be recorded.*would copy 3 numbers"):
+    with pytest.raises(TrainingError, match=r"step 3 cannot be recorded.*would copy 3 numbers"):
         numbers(run)
     assert handover.to_device(torch.zeros(3), run.device).numel() == 3
 
@@ -230,12 +221,5 @@ def test_a_key_taken_from_python_repeats_the_draw_of_the_recorded_step(
 
     monkeypatch.setattr(recorded_step, "routing_of", from_python)
     actual = numbers(run, range(FIRST))
-    assert actual[:2] == expected[:2]
-    assert actual[2] != expected[2]
-
-
-def test_most_documents_counts_padding_and_takes_the_largest_micro_batch(runs: Any) -> None:
-    order = runs(False).loader.order
-    sequences = order.sequences(4, np.arange(8))
-    counts = sorted(len(dataset[row].cu_seqlens) - 1 for dataset, row in sequences)
-    assert sum(counts[-2:]) <= order.most_documents(4) <= sum(counts[-2:]) + 2
+    assert actual[:3] == expected[:3]
+    assert actual[3] != expected[3]
