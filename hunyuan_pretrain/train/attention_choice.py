@@ -134,9 +134,10 @@ def choose(
     """(the backends of this run, lines for the log).
 
     batch: the first micro-batch of this rank. ranks: (number, size) in the context-parallel group. recorded: the choice
-    of the run so far, {} if there is none; a backend of it is kept if the setting allows it. room: of Case. Raises ConfigError, on
-    every rank, if a recorded backend that the setting allows is wrong or fails here, other than for want of memory, or
-    if none can be used; on this rank alone if a kernel has left its GPU unusable. Communicates: all ranks.
+    of the run so far, {} if there is none; a backend of it is kept if the setting allows it. room: of Case. Raises
+    ConfigError, on every rank, if a recorded backend that the setting allows is wrong or fails here, other than for
+    want of memory, or if none can be used; on this rank alone if a kernel has left its GPU unusable. Communicates: all
+    ranks.
     """
     setting = experiment.runtime.attention_backend
     obstacles = attention_obstacles(machine, experiment)
