@@ -23,6 +23,7 @@ from hunyuan_pretrain.config.derived import (
 )
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
 from hunyuan_pretrain.plan.counts import flops_per_token
+from hunyuan_pretrain.plan.pipeline import Pass, program
 
 
 class Kept(NamedTuple):
@@ -163,22 +164,12 @@ def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank
     """After each forward pass of a pipeline rank, for each of its model chunks: how many passes wait for their backward
     pass. In core's 1F1B and interleaved schedules."""
     ranks, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    warmup = ranks - pipeline_rank - 1
-    if chunks > 1:
-        warmup = 2 * warmup + (chunks - 1) * ranks
-    # a chunk takes as many micro-batches in turn as there are ranks; the backward passes take the chunks in reverse
-    order = [
-        chunk
-        for start in range(0, micro_batches, ranks)
-        for chunk in range(chunks)
-        for _ in range(min(ranks, micro_batches - start))
-    ]
     waiting, found = [0] * chunks, []
-    for number, chunk in enumerate(order):
-        waiting[chunk] += 1
-        found.append(tuple(waiting))
-        if number >= warmup:
-            waiting[chunks - 1 - order[number - warmup]] -= 1
+    for one in program(pipeline_rank, ranks, chunks, micro_batches):
+        if isinstance(one, Pass):
+            waiting[one.chunk] += 1 if one.kind == "forward" else -1
+            if one.kind == "forward":
+                found.append(tuple(waiting))
     return found
 
 
