@@ -195,6 +195,11 @@ def activations(experiment: Experiment, stage: StageConfig, world_size: int, pip
     )
 
 
+def offloaded_bytes(experiment: Experiment, stage: StageConfig, world_size: int, number: int) -> int:
+    """Bytes that one micro-batch in pipeline stage `number` leaves on the host."""
+    return _of_one_pass(experiment, stage, world_size, number).host
+
+
 def _of_one_pass(experiment: Experiment, stage: StageConfig, world_size: int, number: int) -> Activations:
     """Of one micro-batch in pipeline stage `number`."""
     model, parallel = experiment.model, experiment.parallel

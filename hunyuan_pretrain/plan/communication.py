@@ -109,6 +109,36 @@ def communication_per_rank(
     LOSS_CHUNK_TOKENS of the device. Raises ValueError if the layout or the batch does not fit the number of ranks.
     """
     ranks, ledger = grid(parallel, world_size), _Ledger()
+    batch = _batch(precision, stage, ranks)
+    chunks = stages_of(model, parallel, pipeline_rank)
+    for number, layers in chunks.items():
+        _passes(ledger, model, parallel, ranks, batch, number, layers, loss_chunk_tokens)
+    _gradients(ledger, model, parallel, precision, ranks, list(chunks))
+    _optimizer(ledger, model, parallel, precision, ranks, list(chunks))
+    ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
+    statistics = model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
+    ledger.add("other", "all_reduce", 8 * (2 + statistics), world_size)  # loss, ranks told to stop, statistics
+    return Communication(ledger.messages, is_exact=model.moe_expert_capacity_factor is not None or ranks.ep == 1)
+
+
+def communication_of_passes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    stage: StageConfig,
+    world_size: int,
+    number: int,
+) -> Communication:
+    """Of `communication_per_rank`, the messages of the forward and backward passes of pipeline stage `number`."""
+    ranks, ledger = grid(parallel, world_size), _Ledger()
+    layers = pipeline_stages(model, parallel)[number]
+    batch = _batch(precision, stage, ranks)
+    _passes(ledger, model, parallel, ranks, batch, number, layers, LOSS_CHUNK_TOKENS["cuda"])
+    return Communication(ledger.messages, is_exact=model.moe_expert_capacity_factor is not None or ranks.ep == 1)
+
+
+def _batch(precision: PrecisionConfig, stage: StageConfig, ranks: Grid) -> _Batch:
+    """Raises ValueError if the batch does not fit the number of ranks."""
     sequences = stage.micro_batch_sequences * ranks.dp
     tokens = stage.sequence_length * stage.micro_batch_sequences
     if stage.global_batch_sequences % sequences:
@@ -117,24 +147,28 @@ def communication_per_rank(
         )
     if tokens % (ranks.cp * ranks.tp):
         raise ValueError(f"a micro-batch of {tokens} tokens is not a multiple of CP*TP={ranks.cp}*{ranks.tp}")
-    batch = _Batch(
+    return _Batch(
         micro_batches=stage.global_batch_sequences // sequences,
         tokens=tokens // ranks.cp,
         local_tokens=tokens // ranks.cp // ranks.tp,
         value_bytes=2 if precision.dtype == "bf16" else 4,
     )
-    chunks = stages_of(model, parallel, pipeline_rank)
-    for number, layers in chunks.items():
-        _ends(ledger, model, parallel, ranks, batch, number, loss_chunk_tokens)
-        for layer in layers:
-            _attention(ledger, model, parallel, ranks, batch, is_owner=layer % model.cla_share_factor == 0)
-            _mixture_of_experts(ledger, model, parallel, ranks, batch)
-    _gradients(ledger, model, parallel, precision, ranks, list(chunks))
-    _optimizer(ledger, model, parallel, precision, ranks, list(chunks))
-    ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
-    statistics = model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
-    ledger.add("other", "all_reduce", 8 * (2 + statistics), world_size)  # loss, ranks told to stop, statistics
-    return Communication(ledger.messages, is_exact=model.moe_expert_capacity_factor is not None or ranks.ep == 1)
+
+
+def _passes(
+    ledger: _Ledger,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    ranks: Grid,
+    batch: _Batch,
+    number: int,
+    layers: range,
+    loss_chunk_tokens: int,
+) -> None:
+    _ends(ledger, model, parallel, ranks, batch, number, loss_chunk_tokens)
+    for layer in layers:
+        _attention(ledger, model, parallel, ranks, batch, is_owner=layer % model.cla_share_factor == 0)
+        _mixture_of_experts(ledger, model, parallel, ranks, batch)
 
 
 def _forwards(parallel: ParallelConfig, batch: _Batch, is_in_experts: bool = False) -> int:
