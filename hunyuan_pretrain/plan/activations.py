@@ -52,6 +52,8 @@ class _Sizes:
     """Bytes of scales per FP8 value in this layer; None: not in FP8."""
     is_gathered: bool
     """Keys and values of all context-parallel ranks; else heads are exchanged (all_to_all)."""
+    imbalance: float
+    """Rows of experts over those of even routing, where there is no capacity."""
 
     @property
     def local_tokens(self) -> int:
@@ -60,10 +62,11 @@ class _Sizes:
 
     @property
     def rows(self) -> int:
-        """Rows of experts that this rank's tokens fill: every slot with a capacity, else even routing."""
+        """Rows of experts that this rank's tokens fill: every slot with a capacity, else `imbalance` times even
+        routing."""
         model = self.model
         if model.moe_expert_capacity_factor is None:
-            return self.local_tokens * model.moe_router_topk
+            return round(self.imbalance * self.local_tokens * model.moe_router_topk)
         return model.num_moe_experts * self.local_tokens // model.moe_routing_group_tokens * expert_capacity(model)
 
     def of_linear(self, values: int, freed_by: str) -> Iterator[Kept]:
@@ -80,7 +83,9 @@ class _Sizes:
             yield Kept(round(values * self.scale_bytes), freed_by)
 
 
-def kept_by_layer(experiment: Experiment, stage: StageConfig, world_size: int, layer: int) -> list[Kept]:
+def kept_by_layer(
+    experiment: Experiment, stage: StageConfig, world_size: int, layer: int, imbalance: float = 1.0
+) -> list[Kept]:
     """Everything that a layer may keep of one micro-batch, its input first; `Kept` says under which recompute."""
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
     ranks, recipe = grid(parallel, world_size), precision.recipe
@@ -91,6 +96,7 @@ def kept_by_layer(experiment: Experiment, stage: StageConfig, world_size: int, l
         2 if precision.dtype == "bf16" else 4,
         recipe.scale_bytes_per_value if recipe and precision.is_fp8_layer(layer, model.num_layers) else None,
         parallel.context_parallel_method == "all_gather",
+        imbalance,
     )
     return [*_attention(sizes, layer % model.cla_share_factor == 0), *_experts(sizes)]
 
@@ -173,12 +179,16 @@ def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank
     return found
 
 
-def activations(experiment: Experiment, stage: StageConfig, world_size: int, pipeline_rank: int) -> Activations:
-    """Activations of one pipeline rank under the experiment's settings, with `stage`'s batch."""
+def activations(
+    experiment: Experiment, stage: StageConfig, world_size: int, pipeline_rank: int, imbalance: float = 1.0
+) -> Activations:
+    """Activations of one pipeline rank under the experiment's settings, with `stage`'s batch. `imbalance`: rows of its
+    experts over those of even routing, where there is no capacity."""
     model, parallel = experiment.model, experiment.parallel
     ranks = grid(parallel, world_size)
     chunks = [
-        _of_one_pass(experiment, stage, world_size, number) for number in stages_of(model, parallel, pipeline_rank)
+        _of_one_pass(experiment, stage, world_size, number, imbalance)
+        for number in stages_of(model, parallel, pipeline_rank)
     ]
     micro_batches = stage.global_batch_sequences // (stage.micro_batch_sequences * ranks.dp)
     # it repeats itself after a few rounds
@@ -200,7 +210,9 @@ def offloaded_bytes(experiment: Experiment, stage: StageConfig, world_size: int,
     return _of_one_pass(experiment, stage, world_size, number).host
 
 
-def _of_one_pass(experiment: Experiment, stage: StageConfig, world_size: int, number: int) -> Activations:
+def _of_one_pass(
+    experiment: Experiment, stage: StageConfig, world_size: int, number: int, imbalance: float = 1.0
+) -> Activations:
     """Of one micro-batch in pipeline stage `number`."""
     model, parallel = experiment.model, experiment.parallel
     share, ranks, parts = model.cla_share_factor, grid(parallel, world_size), parallel.recomputed_parts
@@ -208,7 +220,9 @@ def _of_one_pass(experiment: Experiment, stage: StageConfig, world_size: int, nu
     device = host = pinned = working = 0
     moving: list[int] = []
     for first in stages[number][::share]:
-        group = [kept_by_layer(experiment, stage, world_size, layer) for layer in range(first, first + share)]
+        group = [
+            kept_by_layer(experiment, stage, world_size, layer, imbalance) for layer in range(first, first + share)
+        ]
         kept: list[int] = kept_by_group(group, parts)
         blocks: list[int] = []
         if first in offloaded_layers(model, parallel, number):
@@ -219,10 +233,11 @@ def _of_one_pass(experiment: Experiment, stage: StageConfig, world_size: int, nu
         device, host = device + sum(kept) - sum(blocks), host + sum(blocks)
         pinned += sum(1 << (size - 1).bit_length() for size in blocks)
         working = max(working, _recomputed_at_once(group, parts))
-    if number == len(stages) - 1:  # the input of the final norm, and the loss's gradient of its output
-        width = 2 if experiment.precision.dtype == "bf16" else 4
-        tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
-        device += 2 * tokens * model.hidden_size * width
+    width = 2 if experiment.precision.dtype == "bf16" else 4
+    rows = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
+    # the last stage: the input of the final norm, and the loss's gradient of its output. Others: their output, which
+    # core's schedule holds until the backward pass
+    device += (2 if number == len(stages) - 1 else 1) * rows * model.hidden_size * width
     return Activations(device, working + sum(sorted(moving)[-2:]), host, pinned)
 
 

@@ -98,19 +98,29 @@ def fp8_memory_per_rank(experiment: Experiment, stage: StageConfig, world_size: 
     ranks = grid(parallel, world_size)
     tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp / ranks.tp
     scale_bytes = precision.recipe.scale_bytes_per_value
-    expert_weights = 3 * model.hidden_size * model.expert_ffn_size * model.num_moe_experts
+    dtype_bytes = 2 if precision.dtype == "bf16" else 4
     most = Fp8Memory(0, 0, 0)
     for pipeline_rank in range(ranks.pp):
         mine = [layer for layers in stages_of(model, parallel, pipeline_rank).values() for layer in layers]
-        values = weights = 0.0
-        for layer in mine:
-            if not precision.is_fp8_layer(layer, model.num_layers):
-                continue
-            sizes = layer_sizes(model, layer)
-            values += kept_inputs(model, parallel.recomputed_parts) * tokens
-            weights += (sizes.weights - expert_weights) / ranks.tp + expert_weights / (ranks.ep * ranks.expert_tp)
-        dtype_bytes = 2 if precision.dtype == "bf16" else 4
-        copies = weights * (1 + 2 * scale_bytes if precision.fp8_parameters else 2 * (1 + scale_bytes))
-        memory = Fp8Memory(round(values * (1 + scale_bytes)), round(values * dtype_bytes), round(copies))
+        quantised = sum(precision.is_fp8_layer(layer, model.num_layers) for layer in mine)
+        values = quantised * kept_inputs(model, parallel.recomputed_parts) * tokens
+        copies = weight_copies(experiment, world_size, pipeline_rank)
+        memory = Fp8Memory(round(values * (1 + scale_bytes)), round(values * dtype_bytes), copies)
         most = max(most, memory, key=lambda memory: memory.weight_copies)
     return most
+
+
+def weight_copies(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
+    """`Fp8Memory.weight_copies` of one pipeline rank; 0 without a recipe."""
+    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    if precision.recipe is None:
+        return 0
+    ranks, scale_bytes = grid(parallel, world_size), precision.recipe.scale_bytes_per_value
+    expert_weights = 3 * model.hidden_size * model.expert_ffn_size * model.num_moe_experts
+    weights = 0.0
+    for layers in stages_of(model, parallel, pipeline_rank).values():
+        for layer in layers:
+            if precision.is_fp8_layer(layer, model.num_layers):
+                dense = layer_sizes(model, layer).weights - expert_weights
+                weights += dense / ranks.tp + expert_weights / (ranks.ep * ranks.expert_tp)
+    return round(weights * (1 + 2 * scale_bytes if precision.fp8_parameters else 2 * (1 + scale_bytes)))

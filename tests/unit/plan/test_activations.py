@@ -78,8 +78,8 @@ def test_full_recompute_keeps_one_vector_per_group_and_micro_batch(tmp_path: Pat
     vector = 2 * TOKENS * 6400
     for pipeline_rank in (0, 3, 7):
         found = activations(large(tmp_path, parallel__recompute="cla_group"), stage(tmp_path), RANKS, pipeline_rank)
-        # 4 groups; the last stage also keeps what the final norm and the loss do
-        assert found.device == (8 - pipeline_rank) * 4 * vector + (2 * vector if pipeline_rank == 7 else 0)
+        # 4 groups, and the stage's output; the last stage instead keeps what the final norm and the loss do
+        assert found.device == (8 - pipeline_rank) * (4 + (2 if pipeline_rank == 7 else 1)) * vector
         group = [kept_by_layer(large(tmp_path), stage(tmp_path), RANKS, layer) for layer in (0, 1)]
         assert found.working == sum(block.bytes for layer in group for block in layer) - vector
 

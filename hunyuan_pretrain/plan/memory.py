@@ -1,0 +1,188 @@
+"""The memory that each pipeline rank needs at its peak, by part, and what its host needs.
+
+Between steps a rank keeps weights, gradients and optimizer state. The peak comes when the most micro-batches wait for
+their backward pass and one more part is at work: a layer's backward pass, or the loss of a chunk of tokens; or during
+the update, if that copies gradients. Outside of torch's allocator there are the CUDA context and NCCL's buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, Grid, grid, pipeline_stages, stages_of
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.plan.activations import activations
+from hunyuan_pretrain.plan.buffers import buffers_of_stage
+from hunyuan_pretrain.plan.counts import memory_of_ranks
+from hunyuan_pretrain.plan.fp8 import weight_copies
+from hunyuan_pretrain.plan.hardware import Hardware
+from hunyuan_pretrain.plan.matmuls import rows_of_expert
+
+CUDA_CONTEXT = 600 * 2**20
+"""Bytes. Ours: what nvidia-smi shows for a process with loaded kernels and no tensors, 500 to 600 MiB on Hopper."""
+COMMUNICATOR = 688 * 10**6
+"""Bytes of NCCL's buffers for a group, after an all-reduce: github.com/NVIDIA/nccl issue 964, groups of 4."""
+EXCHANGE_PER_PEER = 3_280_000_000 // 7
+"""More bytes for each rank that an all-to-all reaches over NVLink: github.com/NVIDIA/nccl issue 1685, 8 H100: 1.06 GB
+before the first one, 4.34 after it."""
+ALLOCATOR_SLACK = 0.04
+"""Memory that torch's allocator holds beyond the tensors, over what comes and goes in a step. Ours, not measured; with
+expandable segments, which this project sets, less is lost to fragments."""
+HOST_PROCESS = 5 * 10**9
+"""Bytes of host memory of a rank besides what it offloads: libraries, pinned batches, the file cache of the data. Ours,
+not measured."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes on the rank of a pipeline rank that needs the most, at its peak."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    fp8_weights: int
+    """Quantised copies, kept through a step."""
+    activations: int
+    """Kept by all micro-batches in flight."""
+    working: int
+    """In addition at one time: a recomputed part, and gradients of activations or the logits of a chunk."""
+    messages: int
+    """Buffers that messages are received in."""
+    update: int
+    """Copies during the optimizer's update, when there are no activations."""
+    outside: int
+    """Not torch's: CUDA context and NCCL."""
+    pinned: int
+    """Host memory: offloaded activations and optimizer state."""
+
+    @property
+    def kept(self) -> int:
+        """Between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def transient(self) -> int:
+        """What comes and goes in a step, at its most."""
+        return max(self.fp8_weights + self.activations + self.working + self.messages, self.update)
+
+    @property
+    def allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated would show."""
+        return self.kept + self.transient
+
+    @property
+    def slack(self) -> int:
+        """Held by torch's allocator, used by nothing."""
+        return round(ALLOCATOR_SLACK * self.transient)
+
+    @property
+    def total(self) -> int:
+        """Device memory."""
+        return self.allocated + self.slack + self.outside
+
+    @property
+    def host(self) -> int:
+        """Host memory of the rank."""
+        return self.pinned + HOST_PROCESS
+
+
+def peaks(experiment: Experiment, stage: StageConfig, world_size: int, imbalance: float = 1.0) -> list[Peak]:
+    """The peak of each pipeline rank with the batch of `stage`. `imbalance`: rows of the fullest rank's experts over
+    even routing, where there is no capacity. Raises ValueError if the layout does not fit the number of ranks."""
+    model, parallel, precision, optimizer = (
+        experiment.model,
+        experiment.parallel,
+        experiment.precision,
+        experiment.optimizer,
+    )
+    ranks, found = grid(parallel, world_size), []
+    for pipeline_rank in range(ranks.pp):
+        kept = max(
+            memory_of_ranks(model, parallel, precision, world_size, pipeline_rank, optimizer),
+            key=lambda memory: memory.total,
+        )
+        active = activations(experiment, stage, world_size, pipeline_rank, imbalance)
+        found.append(
+            Peak(
+                weights=kept.weights,
+                gradients=kept.gradients,
+                optimizer=kept.optimizer,
+                fp8_weights=weight_copies(experiment, world_size, pipeline_rank),
+                activations=active.device,
+                working=active.working + _at_work(experiment, stage, ranks, pipeline_rank, imbalance),
+                messages=_messages(experiment, stage, ranks, imbalance),
+                update=_update(experiment, world_size, pipeline_rank),
+                outside=CUDA_CONTEXT + _nccl(ranks),
+                pinned=active.pinned + kept.host,
+            )
+        )
+    return found
+
+
+def missing(peak: Peak, hardware: Hardware) -> int:
+    """Bytes of device memory that a peak lacks on this hardware; negative: bytes to spare."""
+    return round(peak.total - hardware.memory_bytes)
+
+
+def host_missing(found: list[Peak], hardware: Hardware) -> int:
+    """The same for the host of the GPUs whose ranks pin the most."""
+    return round(hardware.node_gpus * max(peak.host for peak in found) - hardware.host_memory_bytes)
+
+
+def _at_work(experiment: Experiment, stage: StageConfig, ranks: Grid, pipeline_rank: int, imbalance: float) -> int:
+    """The larger of: gradients within an expert's backward pass, those of SwiGLU's output and both of its inputs, with
+    their FP8 copies for two matmuls each, beside the gradients of the residual, of what the router, the shared and the
+    routed expert read; on the last stage, logits of a chunk and, if gathered, its hidden states and their gradient."""
+    model, width = experiment.model, 2 if experiment.precision.dtype == "bf16" else 4
+    tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp
+    experts = model.num_moe_experts // ranks.ep
+    routed = experts * rows_of_expert(experiment, stage, ranks, imbalance)
+    inner = max(tokens * model.ffn_hidden_size // ranks.tp, routed * model.expert_ffn_size // ranks.expert_tp)
+    backward = 3 * inner * width + (4 * inner if experiment.precision.recipe else 0)
+    backward += 4 * tokens // ranks.tp * model.hidden_size * width
+    last = len(pipeline_stages(model, experiment.parallel)) - 1
+    if last not in stages_of(model, experiment.parallel, pipeline_rank):
+        return backward
+    chunk = min(LOSS_CHUNK_TOKENS["cuda"], tokens)
+    # torch's operations also hold the chunk in fp32
+    logit_bytes = width + (4 if experiment.runtime.kernels == "never" and width == 2 else 0)
+    loss = chunk * model.padded_vocab_size // ranks.tp * logit_bytes
+    loss += 2 * chunk * model.hidden_size * width if ranks.tp > 1 else 0
+    return max(backward, loss)
+
+
+def _messages(experiment: Experiment, stage: StageConfig, ranks: Grid, imbalance: float) -> int:
+    """Tensor parallelism: a layer's gathered input, and the one that the backward pass gathers again. Experts of other
+    ranks: the rows that came, and the same in the order of the experts. Pipeline: one input and one gradient."""
+    model, width = experiment.model, 2 if experiment.precision.dtype == "bf16" else 4
+    tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp
+    rows = 0
+    if ranks.tp > 1:
+        rows += 2 * tokens
+    if ranks.ep * ranks.expert_tp > 1:
+        rows += 2 * (model.num_moe_experts // ranks.ep) * rows_of_expert(experiment, stage, ranks, imbalance)
+    if ranks.pp > 1:
+        rows += 2 * tokens // ranks.tp
+    return rows * model.hidden_size * width
+
+
+def _update(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
+    """Without the precision-aware optimizer, bf16 gradients are copied to fp32."""
+    precision = experiment.precision
+    if precision.grad_reduce_in_fp32 or precision.dtype == "fp32":
+        return 0
+    if experiment.optimizer.use_precision_aware_optimizer or experiment.optimizer.cpu_offload_fraction:
+        return 0  # an offloaded optimizer keeps the copies between steps: they count as its state
+    chunks = stages_of(experiment.model, experiment.parallel, pipeline_rank)
+    buffers = [
+        buffer
+        for chunk in chunks
+        for buffer in buffers_of_stage(experiment.model, experiment.parallel, precision, world_size, chunk)
+    ]
+    return 4 * sum(max(buffer.kept()) for buffer in buffers if buffer.gradient_bytes < 4)
+
+
+def _nccl(ranks: Grid) -> int:
+    """Buffers of the groups of several ranks; all-to-alls of experts reach every rank of theirs."""
+    sizes = [ranks.tp, ranks.cp, ranks.pp, ranks.ep, ranks.expert_tp, ranks.dp_cp, ranks.expert_dp, ranks.world_size]
+    return COMMUNICATOR * sum(size > 1 for size in sizes) + EXCHANGE_PER_PEER * (min(ranks.ep, 8) - 1)
