@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,17 +61,43 @@ def plan(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks of the job; default: parallel.world_size.")
     ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="GPUs of the job, for times and what fits: H200-141GB, another name, or a YAML file.",
+        ),
+    ] = "",
+    document_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean length of a document; default: one document fills a sequence.")
+    ] = None,
+    imbalance: Annotated[
+        float, typer.Option(min=1.0, help="Rows of the busiest rank's experts over the mean, without a capacity.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every row, and the numbers behind it.")] = False,
 ) -> None:
-    """Show what a run will do and cost, without running it."""
+    """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
+    what fits, the time of a step, MFU, days and energy."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.config.rules import find_warnings
-    from hunyuan_pretrain.plan.summary import summarise
+    from hunyuan_pretrain.plan import costs
+    from hunyuan_pretrain.plan.hardware import load
+    from hunyuan_pretrain.plan.summary import ranks_of, summarise
+    from hunyuan_pretrain.plan.timing import Assumptions
 
+    profile = load(hardware) if hardware else None
     experiment = load_experiment(config, overrides or [], world_size)
-    print_table(
-        experiment.name, [(row.group, row.name, row.value, row.note) for row in summarise(experiment, world_size)]
-    )
+    rows = summarise(experiment, world_size)
+    found = costs.costs(experiment, ranks_of(experiment, world_size), profile, Assumptions(document_tokens, imbalance))
+    rows += costs.rows(found)
+    if as_json:
+        data = {"name": experiment.name, "rows": [asdict(row) for row in rows], **costs.as_data(found)}
+        print(json.dumps(data, indent=1))
+    else:
+        print_table(experiment.name, [(row.group, row.name, row.value, row.note) for row in rows])
     print_warnings(find_warnings(experiment))
+    for line in costs.problems(found):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def doctor(

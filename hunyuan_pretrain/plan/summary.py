@@ -25,6 +25,7 @@ from hunyuan_pretrain.plan.counts import (
     logits_bytes,
     memory_per_rank,
     parameters,
+    report_flops_per_token,
     state_bytes,
 )
 from hunyuan_pretrain.plan.fp8 import fp8_flops_per_token, fp8_layers, fp8_memory_per_rank
@@ -47,7 +48,7 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
     Raises ConfigError with every violated rule.
     """
     rules.check(experiment, world_size)
-    ranks = world_size or experiment.parallel.world_size or smallest_world_size(experiment)
+    ranks = ranks_of(experiment, world_size)
     return [
         *model_rows(experiment),
         *layout_rows(experiment, ranks),
@@ -56,6 +57,11 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
         *communication_rows(experiment, ranks),
         *stage_rows(experiment, ranks),
     ]
+
+
+def ranks_of(experiment: Experiment, world_size: int | None = None) -> int:
+    """Ranks of the job: `world_size`, or what stands for None in `summarise`."""
+    return world_size or experiment.parallel.world_size or smallest_world_size(experiment)
 
 
 def model_rows(experiment: Experiment) -> list[Row]:
@@ -288,6 +294,13 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
         Row("run", "steps", f"{total_steps(experiment):,}"),
         Row("run", "tokens", f"{tokens:,}"),
         Row("run", "FLOPs", f"{total_flops:.4g}", "forward and backward, model FLOPs"),
+        Row(
+            "run",
+            "FLOPs by the report",
+            f"{(by_report := tokens * report_flops_per_token(model)):.4g}",
+            f"9.59 N D + 2.3e8 D, {by_report / total_flops:.2f} times those above; 6 N D are a forward and a backward "
+            "pass without attention, 8 N D with full recompute; the report does not derive its numbers",
+        ),
     ]
     return rows
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hunyuan_pretrain.config.derived import Grid, grid, overlaps, pipeline_stages, stages_of
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan import links
 from hunyuan_pretrain.plan.activations import offloaded_bytes
@@ -57,6 +58,12 @@ class Job:
     def tokens(self) -> int:
         """Of a micro-batch, on a rank in attention and in sharded matmuls."""
         return self.stage.sequence_length * self.stage.micro_batch_sequences // self.ranks.cp
+
+    @property
+    def document_tokens(self) -> int:
+        """Mean length of a document, at most a sequence."""
+        length = self.stage.sequence_length
+        return min(self.assumptions.document_tokens or length, length)
 
     @property
     def micro_batches(self) -> int:
@@ -126,8 +133,7 @@ def _layer(job: Job, layer: int, found: Passes, launches: list[float]) -> None:
         _quantise(job, matmul, found, is_again)
         launches[0] += matmul.groups
         launches[1] += matmul.groups * (2 + is_again)
-    document = job.assumptions.document_tokens or job.stage.sequence_length
-    forward, backward = attention_s(job.experiment.model, job.tokens, document, job.ranks, hardware)
+    forward, backward = attention_s(job.experiment.model, job.tokens, job.document_tokens, job.ranks, hardware)
     _add(found.forward, "attention", forward)
     _add(found.backward, "attention", backward + forward * is_all_again)
     moved, per_second = job.traffic, hardware.elementwise_bytes_per_s * job.ranks.tp / job.tokens
@@ -234,6 +240,9 @@ def step_time(
 ) -> StepTime:
     """Time of one step with the batch of `stage` on `world_size` GPUs. Raises ConfigError if the hardware cannot
     compute in the experiment's formats, ValueError if layout or batch do not fit the number of ranks."""
+    if experiment.precision.dtype != "bf16":
+        rule = "the time of a step is planned in bf16 and FP8; hardware profiles give no speed of fp32 matmuls"
+        raise ConfigError(experiment.name, [Problem("precision.dtype", experiment.precision.dtype, rule, "use bf16")])
     job = Job(experiment, stage, grid(experiment.parallel, world_size), hardware, assumptions or Assumptions())
     stages = [passes(job, number) for number in range(len(pipeline_stages(experiment.model, experiment.parallel)))]
     forward, backward = ([sum(parts.values()) for parts in way] for way in zip(*map(_both, stages), strict=True))
@@ -271,9 +280,9 @@ def _both(stage: Passes) -> tuple[Parts, Parts]:
 def model_flops(job: Job) -> float:
     """Per token, forward and backward, with attention within documents."""
     length = job.stage.sequence_length
-    document = min(job.assumptions.document_tokens or length, length)
-    whole, rest = divmod(length, document)
-    return flops_per_token(job.experiment.model, length, [document] * whole + [rest] * bool(rest)).total
+    whole, rest = divmod(length, job.document_tokens)
+    documents = [job.document_tokens] * whole + [rest] * bool(rest)
+    return flops_per_token(job.experiment.model, length, documents).total
 
 
 def _message_s(job: Job) -> float:

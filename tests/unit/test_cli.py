@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,40 @@ def test_plan(command) -> None:
     for expected in ("15,804,928", "stage anneal", "491,520", "RoPE base"):
         assert expected in out
     assert "warning: optimizer.lr=0.002: no stage reaches it" in command("plan", DEMO, "stages.0.lr_end=0.5")[2]
+
+
+def test_a_plan_for_hardware(command) -> None:
+    bf16 = "precision.dtype=bf16"
+    code, out, err = command("plan", DEMO, bf16, "--hardware", "h200-141gb", "--document-tokens", "128")
+    assert (code, err) == (0, "")
+    for expected in ("on H200-141GB", "documents of 128 tokens", "MFU", "GPU-hours"):
+        assert expected in out
+    data = json.loads(command("plan", DEMO, bf16, "--hardware", "GB200", "--json")[1])
+    assert (data["ranks"], data["hardware"]) == (2, "GB200")
+    assert {"group": "layout", "name": "ranks", "value": "2", "note": "data parallel 2, expert parallel 2"} in data[
+        "rows"
+    ]
+    assert len(data["stages"]) == 3
+    assert json.loads(command("plan", DEMO, "--json")[1])["run"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--hardware", "H200"],
+            "--hardware: 1 problem\n  name=H200: unknown hardware (did you mean H200-141GB? known",
+        ),
+        (["--hardware", "none.yaml"], "none.yaml: 1 problem\n  file: cannot be read: No such file"),
+        (["--hardware", "B200"], "  precision.dtype=fp32: the time of a step is planned in bf16"),
+        (["--document-tokens", "5"], "  --document-tokens=5: the length of documents changes the time of a step only"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(command, options: list[str], expected: str) -> None:
+    code, out, err = command("plan", DEMO, *options)
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert "Traceback" not in err
 
 
 def test_all_problems_of_a_plan_are_in_one_message(command) -> None:

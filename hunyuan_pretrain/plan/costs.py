@@ -1,0 +1,205 @@
+"""What a job takes: the rows of `hunyuan-pretrain plan` about memory peaks, time and energy, and the same as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.plan.hardware import Hardware, names
+from hunyuan_pretrain.plan.memory import Peak, host_missing, missing, peaks
+from hunyuan_pretrain.plan.summary import Row, gib, size_text
+from hunyuan_pretrain.plan.timing import Assumptions, StageCost, StepTime, run_costs
+
+SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of an experiment on a number of ranks."""
+
+    experiment: Experiment
+    ranks: int
+    hardware: Hardware | None
+    assumptions: Assumptions
+    peaks: list[list[Peak]]
+    """Of each training stage and pipeline rank."""
+    stages: list[StageCost]
+    """Of each training stage, and last of the run; empty without hardware."""
+
+
+def costs(
+    experiment: Experiment, ranks: int, hardware: Hardware | None = None, assumptions: Assumptions | None = None
+) -> Costs:
+    """Memory peaks, and with hardware time and energy. Raises ConfigError for an assumption that cannot take effect,
+    and for a format that the hardware does not have."""
+    assumed = assumptions or Assumptions()
+    problems = []
+    if assumed.document_tokens is not None and hardware is None:
+        rule = "the length of documents changes the time of a step only"
+        problems.append(Problem("--document-tokens", assumed.document_tokens, rule, "add --hardware"))
+    if assumed.imbalance != 1 and experiment.model.moe_expert_capacity_factor is not None:
+        rule = "experts have a capacity (model.moe_expert_capacity_factor), so no rank computes more rows than others"
+        problems.append(Problem("--imbalance", assumed.imbalance, rule, "leave it out"))
+    if problems:
+        raise ConfigError(experiment.name, problems)
+    return Costs(
+        experiment,
+        ranks,
+        hardware,
+        assumed,
+        [peaks(experiment, stage, ranks, assumed.imbalance) for stage in experiment.stages],
+        run_costs(experiment, ranks, hardware, assumed) if hardware else [],
+    )
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows(found: Costs) -> list[Row]:
+    """Once for each shape of batch; then the run."""
+    result: list[Row] = []
+    groups = _by_shape(found.experiment.stages)
+    for numbers in groups:
+        where = "" if len(groups) == 1 else f", {', '.join(found.experiment.stages[number].name for number in numbers)}"
+        result += _memory_rows(found, f"memory peak on a GPU{where}", found.peaks[numbers[0]])
+        if found.hardware:
+            result += _time_rows(found, f"time{where}", numbers[0])
+    if not found.hardware:
+        result.append(Row("run", "time", "with --hardware", f"{', '.join(names())}, or a YAML file"))
+    for number, stage in enumerate(found.stages[:-1]):
+        result.append(_days_row(f"days of {found.experiment.stages[number].name}", stage))
+    if found.hardware:
+        whole = found.stages[-1]
+        result += [
+            _days_row("days", whole),
+            Row("run", "GPU-hours", f"{whole.gpu_hours:,.0f}", "without saving, validation and failures"),
+            Row("run", "energy", f"{whole.kwh:,.0f} kWh", f"{found.hardware.power_w:,.0f} W for a GPU and its share"),
+        ]
+    return result
+
+
+def _by_shape(stages: tuple[StageConfig, ...]) -> list[list[int]]:
+    """Numbers of the stages that have the same batch."""
+    shapes: dict[tuple[int, int, int], list[int]] = {}
+    for number, stage in enumerate(stages):
+        shape = stage.sequence_length, stage.micro_batch_sequences, stage.global_batch_sequences
+        shapes.setdefault(shape, []).append(number)
+    return list(shapes.values())
+
+
+def _memory_rows(found: Costs, group: str, of_ranks: list[Peak]) -> Iterator[Row]:
+    fullest = max(of_ranks, key=lambda peak: peak.total)
+    parts = {
+        "weights": fullest.weights,
+        "gradients": fullest.gradients,
+        "optimizer": fullest.optimizer,
+        "FP8 weights": fullest.fp8_weights,
+        "activations": fullest.activations,
+        "at work": fullest.working,
+        "messages": fullest.messages,
+        "update": fullest.update if fullest.transient == fullest.update else 0,
+        "allocator": fullest.slack,
+        "CUDA and NCCL": fullest.outside,
+    }
+    note = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    if len(of_ranks) > 1:
+        yield Row(group, "by pipeline rank", _each(peak.total for peak in of_ranks))
+        note = f"pipeline rank {of_ranks.index(fullest)}: {note}"
+    yield Row(group, "fullest rank", gib(fullest.total), note)
+    host = max(peak.host for peak in of_ranks)
+    if found.hardware is None:
+        yield Row(group, "host memory per rank", gib(host))
+        return
+    yield Row(group, f"on {found.hardware.name}", *_fits(missing(fullest, found.hardware), found.hardware.memory_bytes))
+    value, note = _fits(host_missing(of_ranks, found.hardware), found.hardware.host_memory_bytes)
+    yield Row(group, "host", value, f"{note}; {gib(host)} for each of {found.hardware.node_gpus} ranks")
+
+
+def _fits(lacking: int, available: float) -> tuple[str, str]:
+    if lacking > 0:
+        return f"does not fit, by {size_text(lacking)}", f"there are {size_text(round(available))}"
+    return "fits", f"{size_text(-lacking)} of {size_text(round(available))} are left"
+
+
+def _each(sizes: Iterable[int]) -> str:
+    return ", ".join(gib(size).removesuffix(" GiB") for size in sizes) + " GiB"
+
+
+def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
+    step, hardware = found.stages[number].step, found.hardware
+    assert step is not None
+    assert hardware is not None
+    parts = sorted(step.parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(
+        f"{part} {seconds / step.seconds:.1%}" for part, seconds in parts if seconds > step.seconds / 1e3
+    )
+    document = found.assumptions.document_tokens or found.experiment.stages[number].sequence_length
+    yield Row(group, "step", f"{step.seconds:.3g} s", f"{shares}; documents of {document:,} tokens")
+    if len(step.timeline.slots) > 1:
+        idle = ", ".join(f"{share:.1%}" for share in step.timeline.idle)
+        waiting = ", ".join(map(str, step.timeline.in_flight))
+        note = f"over the computing of the busiest rank; idle by rank: {idle}; passes in flight: {waiting}"
+        yield Row(group, "pipeline bubble", f"{step.timeline.bubble:.1%}", note)
+    per_day = f"{step.tokens_per_s * SECONDS_PER_DAY:.4g} a day"
+    yield Row(group, "tokens/s", f"{step.tokens_per_s:,.0f}", per_day)
+    peak = f"of {hardware.peak_bf16_flops_per_s / 1e12:,.0f} TFLOP/s in bf16"
+    yield Row(group, "MFU", f"{step.mfu:.1%}", f"{peak}; {step.tflops_per_gpu:.0f} TFLOP/s a GPU in 6 N D")
+
+
+def _days_row(name: str, cost: StageCost) -> Row:
+    return Row("run", name, f"{cost.days:.3g}")
+
+
+def problems(found: Costs) -> list[str]:
+    """Where the job does not fit: one line for each shape of batch and kind of memory."""
+    lines = []
+    for numbers in _by_shape(found.experiment.stages) if found.hardware else []:
+        of_ranks, stage = found.peaks[numbers[0]], found.experiment.stages[numbers[0]]
+        assert found.hardware is not None
+        fullest = max(of_ranks, key=lambda peak: peak.total)
+        for kind, lacking in (
+            (f"pipeline rank {of_ranks.index(fullest)}", missing(fullest, found.hardware)),
+            ("the host", host_missing(of_ranks, found.hardware)),
+        ):
+            if lacking > 0:
+                lines.append(f"stage {stage.name}: {kind} needs {gib(lacking)} more than {found.hardware.name} has")
+    return lines
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def as_data(found: Costs) -> dict[str, Any]:
+    """Plain data for JSON: bytes, seconds, FLOP/s; stages in the order of the experiment."""
+    stages = []
+    for number, stage in enumerate(found.experiment.stages):
+        data: dict[str, Any] = {"name": stage.name, "memory": [_peak_data(peak) for peak in found.peaks[number]]}
+        if found.hardware:
+            data |= _cost_data(found.stages[number])
+            for peak, of_rank in zip(found.peaks[number], data["memory"], strict=True):
+                of_rank["missing"] = missing(peak, found.hardware)
+        stages.append(data)
+    assumed = {name: value for name, value in asdict(found.assumptions).items() if name != "traffic"}
+    run = _cost_data(found.stages[-1]) if found.hardware else None
+    hardware = found.hardware.name if found.hardware else None
+    return {"ranks": found.ranks, "hardware": hardware, "assumptions": assumed, "stages": stages, "run": run}
+
+
+def _peak_data(peak: Peak) -> dict[str, int]:
+    return asdict(peak) | {"slack": peak.slack, "total": peak.total, "host": peak.host}
+
+
+def _cost_data(cost: StageCost) -> dict[str, Any]:
+    data: dict[str, Any] = {"days": cost.days, "gpu_hours": cost.gpu_hours, "kwh": cost.kwh}
+    return data if cost.step is None else data | {"step": _step_data(cost.step)}
+
+
+def _step_data(step: StepTime) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        name: getattr(step, name) for name in ("seconds", "parts", "tokens_per_s", "mfu", "tflops_per_gpu")
+    }
+    timeline = step.timeline
+    return data | {"bubble": timeline.bubble, "idle": timeline.idle, "in_flight": timeline.in_flight}
