@@ -10,7 +10,7 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.hardware import Hardware, names
 from hunyuan_pretrain.plan.memory import Peak, host_missing, missing, peaks
-from hunyuan_pretrain.plan.summary import Row, gib, size_text
+from hunyuan_pretrain.plan.summary import AXIS_NAMES, Row, gib, size_text
 from hunyuan_pretrain.plan.timing import Assumptions, StageCost, StepTime, run_costs
 
 SECONDS_PER_DAY = 86400
@@ -147,6 +147,11 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     yield Row(group, "tokens/s", f"{step.tokens_per_s:,.0f}", per_day)
     peak = f"of {hardware.peak_bf16_flops_per_s / 1e12:,.0f} TFLOP/s in bf16"
     yield Row(group, "MFU", f"{step.mfu:.1%}", f"{peak}; {step.tflops_per_gpu:.0f} TFLOP/s a GPU in 6 N D")
+
+
+def _named(part: str) -> str:
+    axis = part.removeprefix("messages, ")
+    return part if axis == part else f"{AXIS_NAMES[axis]} messages"
 
 
 def _days_row(name: str, cost: StageCost) -> Row:

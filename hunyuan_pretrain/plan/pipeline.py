@@ -175,7 +175,7 @@ class _Interleaved(_Program):
         exchange = self.exchange(*messages, is_waited_for=False)
         for message in messages:
             if message in self.received:
-                self.received[message].append(exchange)  # type: ignore[index]
+                self.received[message].append(exchange)
         if direction in self.sent:
             self.operations.append(Wait(self.sent.pop(direction), direction))
         if direction in messages:
@@ -254,29 +254,26 @@ class _Channels:
     """Messages between neighbours. A channel goes one way between two ranks; its sends and receives meet in order."""
 
     def __init__(self, ranks: int, seconds: float) -> None:
-        self.ranks, self.seconds = ranks, seconds
-        self.posted: dict[tuple[int, str, str], list[float]] = {}
-
-    def _channel(self, rank: int, message: Message) -> tuple[int, str]:
-        """(sending rank, direction)."""
-        if message == "recv_prev":
-            return (rank - 1) % self.ranks, "next"
-        if message == "recv_next":
-            return (rank + 1) % self.ranks, "prev"
-        return rank, message.removeprefix("send_")
+        self.seconds = seconds
+        self.ends: dict[tuple[int, Message], tuple[list[float], list[float]]] = {}
+        """(rank, message) -> when its end of each message began, and the other end."""
+        for rank in range(ranks):
+            following = (rank + 1) % ranks
+            onward: tuple[list[float], list[float]] = ([], [])
+            back: tuple[list[float], list[float]] = ([], [])
+            self.ends[rank, "send_next"], self.ends[following, "recv_prev"] = onward, onward[::-1]
+            self.ends[following, "send_prev"], self.ends[rank, "recv_next"] = back, back[::-1]
 
     def post(self, rank: int, message: Message, now: float) -> int:
-        times = self.posted.setdefault((*self._channel(rank, message), message[:4]), [])
-        times.append(now)
-        return len(times) - 1
+        """Begin a message; returns its number on its channel."""
+        mine, _ = self.ends[rank, message]
+        mine.append(now)
+        return len(mine) - 1
 
     def arrival(self, rank: int, message: Message, number: int) -> float | None:
         """When the message is through; None if its other side has not begun it."""
-        channel = self._channel(rank, message)
-        sends, receives = (self.posted.get((*channel, end), []) for end in ("send", "recv"))
-        if max(number + 1 - len(sends), number + 1 - len(receives)) > 0:
-            return None
-        return max(sends[number], receives[number]) + self.seconds
+        mine, others = self.ends[rank, message]
+        return max(mine[number], others[number]) + self.seconds if number < len(others) else None
 
 
 def simulate(

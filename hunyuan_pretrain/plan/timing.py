@@ -131,8 +131,10 @@ def _layer(job: Job, layer: int, found: Passes, launches: list[float]) -> None:
         is_again = is_all_again or (is_experts_again and matmul.part == "experts")
         _add(found.backward, matmul.part, seconds * is_again + _backward_s(job, matmul))
         _quantise(job, matmul, found, is_again)
-        launches[0] += matmul.groups
-        launches[1] += matmul.groups * (2 + is_again)
+        # in FP8 a kernel quantises each input, and each gradient of an output
+        quantised = matmul.number_format != "bf16"
+        launches[0] += matmul.groups * (1 + quantised)
+        launches[1] += matmul.groups * (2 + quantised + is_again * (1 + quantised))
     forward, backward = attention_s(job.experiment.model, job.tokens, job.document_tokens, job.ranks, hardware)
     _add(found.forward, "attention", forward)
     _add(found.backward, "attention", backward + forward * is_all_again)

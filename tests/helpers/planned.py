@@ -11,19 +11,15 @@ from hunyuan_pretrain.config.schema import DataSource, Experiment, ModelConfig, 
 ROOT = Path(__file__).parents[2]
 
 
-def measured_on_an_h200(fp8_recipe: str | None = None) -> Experiment:
-    """`large` of docs/benchmarks.md: 2 layers of Hunyuan-Large's width with 2 experts, 16,384 tokens in 2
-    micro-batches."""
-    model = ModelConfig(
-        num_layers=2,
-        hidden_size=6400,
-        num_attention_heads=80,
-        num_query_groups=8,
-        ffn_hidden_size=18304,
-        num_moe_experts=2,
-        padded_vocab_size=32768,
-        moe_routing_group_tokens=4096,
-    )
+LARGE = {"num_layers": 2, "hidden_size": 6400, "num_attention_heads": 80, "num_query_groups": 8, "num_moe_experts": 2}
+BENCH = {"num_layers": 4, "hidden_size": 2048, "num_attention_heads": 16, "num_query_groups": 4, "num_moe_experts": 8}
+
+
+def measured_on_an_h200(fp8_recipe: str | None = None, shape: dict[str, int] = LARGE) -> Experiment:
+    """`large` and `bench` of docs/benchmarks.md: 2 layers of Hunyuan-Large's width, or 4 narrower ones; 16,384 tokens
+    in 2 micro-batches."""
+    ffn = 18304 if shape is LARGE else 5632
+    model = ModelConfig(**shape, ffn_hidden_size=ffn, padded_vocab_size=32768, moe_routing_group_tokens=4096)
     return experiment(model, 4096, 4, 2, precision={"fp8_recipe": fp8_recipe})
 
 

@@ -36,8 +36,9 @@ class Heard:
 
 
 @contextmanager
-def recorded(operations: list[Operation]) -> Iterator[None]:
-    """Record what core's schedule does on this rank."""
+def recorded(operations: list[Operation], sizes: list[int]) -> Iterator[None]:
+    """Record what core's schedule does on this rank, and how many numbers it still holds of each output when the
+    backward pass comes to it."""
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -57,7 +58,8 @@ def recorded(operations: list[Operation]) -> Iterator[None]:
 
     def backward(input_tensor: Any, output_tensor: Any, *arguments: Any) -> Any:
         (place,) = (i for i, (output, _, _) in enumerate(outputs) if output is output_tensor)
-        _, chunk, number = outputs.pop(place)
+        held, chunk, number = outputs.pop(place)
+        sizes.append((held[0] if isinstance(held, list) else held).numel())
         operations.append(Pass("backward", chunk, number))
         return backward_step(input_tensor, output_tensor, *arguments)
 
@@ -86,18 +88,20 @@ def recorded(operations: list[Operation]) -> Iterator[None]:
         yield
 
 
-def operations_of(experiments: list[Experiment]) -> list[list[Operation]]:
-    """What this rank does in a step of each experiment."""
+def operations_of(experiments: list[Experiment]) -> list[tuple[list[Operation], list[int]]]:
+    """What this rank does in a step of each experiment, and the sizes of the outputs that it held."""
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.step import compute_gradients
 
     found = []
     for experiment in experiments:
-        run, operations = setup.prepare(experiment), []
-        with recorded(operations):
+        run = setup.prepare(experiment)
+        operations: list[Operation] = []
+        sizes: list[int] = []
+        with recorded(operations, sizes):
             compute_gradients(run, run.schedule.stage(0), 0)
         setup.leave(run)
-        found.append(operations)
+        found.append((operations, sizes))
     return found
 
 
@@ -118,5 +122,11 @@ def test_the_plan_knows_the_order_of_cores_schedules(corpus: Path, tmp_path: Pat
         model = experiment.model.model_copy(update={"num_layers": 2 * ranks * chunks})
         experiments.append(experiment.model_copy(update={"model": model}))
     for rank, found in enumerate(fork_ranks(ranks, operations_of, experiments)):
-        for (chunks, micro_batch), operations in zip(CASES[ranks], found, strict=True):
+        for (chunks, micro_batch), (operations, sizes), experiment in zip(
+            CASES[ranks], found, experiments, strict=True
+        ):
             assert ordered(operations) == ordered(program(rank, ranks, chunks, 8 // micro_batch)), (chunks, micro_batch)
+            # the plan counts the outputs of all stages but the last as held until their backward pass
+            held = micro_batch * experiment.stages[0].sequence_length * experiment.model.hidden_size
+            losses = 8 // micro_batch if rank == ranks - 1 else 0
+            assert sorted(sizes) == [1] * losses + [held] * (8 // micro_batch * chunks - losses)

@@ -18,7 +18,7 @@ from hunyuan_pretrain.plan.memory import (
     missing,
     peaks,
 )
-from tests.helpers.planned import hunyuan_large, measured_on_an_h200
+from tests.helpers.planned import BENCH, LARGE, hunyuan_large, measured_on_an_h200
 
 LAYOUT: dict[str, Any] = {
     "tensor_model_parallel_size": 8,
@@ -34,10 +34,13 @@ def planned(imbalance: float = 1.0, **sections: Any) -> list[Peak]:
     return peaks(experiment, experiment.stages[0], RANKS, imbalance)
 
 
-@pytest.mark.parametrize(("recipe", "measured_gib"), [(None, 51.0), ("blockwise", 54.5)])
-def test_the_measured_peaks_are_predicted(recipe: str | None, measured_gib: float) -> None:
+@pytest.mark.parametrize(
+    ("shape", "recipe", "measured_gib"),
+    [(LARGE, None, 51.0), (LARGE, "blockwise", 54.5), (BENCH, None, 27.7), (BENCH, "blockwise", 29.7)],
+)
+def test_the_measured_peaks_are_predicted(shape: dict[str, int], recipe: str | None, measured_gib: float) -> None:
     """torch.cuda.max_memory_allocated; the code of that day made larger temporary tensors in SwiGLU and the loss."""
-    experiment = measured_on_an_h200(recipe)
+    experiment = measured_on_an_h200(recipe, shape)
     (peak,) = peaks(experiment, experiment.stages[0], 1)
     assert peak.allocated / 2**30 == pytest.approx(measured_gib, rel=0.06)
     assert peak.outside == CUDA_CONTEXT, "one rank has no communicators"
