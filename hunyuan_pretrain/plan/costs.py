@@ -133,9 +133,7 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     assert step is not None
     assert hardware is not None
     parts = sorted(step.parts.items(), key=lambda part: -part[1])
-    shares = ", ".join(
-        f"{part} {seconds / step.seconds:.1%}" for part, seconds in parts if seconds > step.seconds / 1e3
-    )
+    shares = ", ".join(f"{_named(part)} {each / step.seconds:.1%}" for part, each in parts if each > step.seconds / 1e3)
     document = found.assumptions.document_tokens or found.experiment.stages[number].sequence_length
     yield Row(group, "step", f"{step.seconds:.3g} s", f"{shares}; documents of {document:,} tokens")
     if len(step.timeline.slots) > 1:

@@ -173,6 +173,10 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
 
+HOST_BYTES_PER_ELEMENT = 16
+"""Of the offloaded optimizer: both moments, weight and gradient, in fp32."""
+
+
 def state_bytes(optimizer: OptimizerConfig, weight_bytes: int) -> int:
     """Bytes of optimizer state per element of a weight of `weight_bytes` bytes: both moments and, unless the weight is
     fp32, the fp32 main weight or what the weight lacks of it."""
@@ -259,4 +263,4 @@ def _state_of_shard(buffers: list[Buffer], shard: int, optimizer: OptimizerConfi
             # it keeps an fp32 copy of bf16 gradients between steps
             copied = 4 if optimizer.cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
             on_device += size * (state_bytes(optimizer, buffer.weight_bytes) + copied)
-    return on_device, 16 * offloaded
+    return on_device, HOST_BYTES_PER_ELEMENT * offloaded

@@ -17,7 +17,7 @@ from hunyuan_pretrain.plan import links
 from hunyuan_pretrain.plan.activations import offloaded_bytes
 from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage
 from hunyuan_pretrain.plan.communication import communication_of_passes, communication_per_rank
-from hunyuan_pretrain.plan.counts import flops_per_token, parameters
+from hunyuan_pretrain.plan.counts import HOST_BYTES_PER_ELEMENT, flops_per_token, memory_of_ranks, parameters
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.matmuls import (
     Matmul,
@@ -328,9 +328,8 @@ def _around_passes(
     if overlap.grad_reduce:
         over["reduce"] = max(over["reduce"] * share, over["reduce"] - sum(backward[chunk] for chunk in chunks))
     tied = links.seconds(sent, "embedding", ranks, hardware)
-    return _Around(
-        over["gather"], over["reduce"] + tied, _update_s(job, [buffer for chunk in buffers for buffer in chunk])
-    )
+    update = _update_s(job, pipeline_rank, [buffer for chunk in buffers for buffer in chunk])
+    return _Around(over["gather"], over["reduce"] + tied, update)
 
 
 def _share_of_last_buckets(buffers: list[list[Buffer]]) -> float:
@@ -340,15 +339,15 @@ def _share_of_last_buckets(buffers: list[list[Buffer]]) -> float:
     return last / sum(buffer.size for chunk in buffers for buffer in chunk)
 
 
-def _update_s(job: Job, buffers: list[Buffer]) -> float:
+def _update_s(job: Job, pipeline_rank: int, buffers: list[Buffer]) -> float:
     """Zeros, norm, clipping and AdamW; with the offloaded optimizer also the copies of gradients and new weights, but
     not the host's own time; in FP8 the quantised copies of the weights, once for all micro-batches."""
     experiment, hardware = job.experiment, job.hardware
-    kept = [max(buffer.kept()) for buffer in buffers]
+    parts = experiment.model, experiment.parallel, experiment.precision, job.ranks.world_size, pipeline_rank
+    offloaded = max(memory.host for memory in memory_of_ranks(*parts, experiment.optimizer)) // HOST_BYTES_PER_ELEMENT
+    kept = sum(max(buffer.kept()) for buffer in buffers) - offloaded
     size = sum(buffer.size for buffer in buffers)
-    moved = optimizer_bytes(experiment.optimizer, job.gradient_bytes, size, kept)
-    seconds = moved / hardware.copy_bytes_per_s
-    offloaded = experiment.optimizer.cpu_offload_fraction * sum(kept)
+    seconds = optimizer_bytes(experiment.optimizer, job.gradient_bytes, size, kept) / hardware.copy_bytes_per_s
     seconds += offloaded * (4 + job.width) / hardware.host_copy_bytes_per_s
     if experiment.precision.fp8_recipe is not None:
         weights = sum(

@@ -6,7 +6,6 @@ A row is the hidden state of a token, a gate one value of SwiGLU's two inputs; b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
@@ -75,10 +74,10 @@ def loss_bytes(model: ModelConfig, bytes_per_logit: float, tokens: int, tp: int,
     return tokens * vocabulary * bytes_per_logit + 2 * gradient_bytes * chunks * vocabulary * model.hidden_size
 
 
-def optimizer_bytes(optimizer: OptimizerConfig, gradient_bytes: int, buffer: int, shard: Iterable[int]) -> float:
+def optimizer_bytes(optimizer: OptimizerConfig, gradient_bytes: int, buffer: int, shard: int) -> float:
     """Bytes that an update reads and writes on the device: zeros in the whole gradient buffer of `buffer` elements;
-    norm, clipping and AdamW of the elements of `shard`, one number for each buffer. docs/benchmarks.md has the parts;
-    bf16 moments as in Transformer Engine 2.20, which does not convert them."""
+    norm, clipping and AdamW of the `shard` elements that the device updates. docs/benchmarks.md has the parts; bf16
+    moments as in Transformer Engine 2.20, which does not convert them."""
     is_copied = gradient_bytes < 4 and not optimizer.use_precision_aware_optimizer
     read = 4 if is_copied else gradient_bytes  # of a gradient, by what follows the reduction
     moments = 8 if optimizer.exp_avg_dtype == optimizer.exp_avg_sq_dtype == "bf16" else 16
@@ -87,5 +86,4 @@ def optimizer_bytes(optimizer: OptimizerConfig, gradient_bytes: int, buffer: int
     clipping = 2 * read if optimizer.clip_grad else 0
     weights = 0 if optimizer.use_precision_aware_optimizer else 6
     each = (6 if is_copied else 0) + read + clipping + update + weights
-    on_device = 1 - optimizer.cpu_offload_fraction
-    return gradient_bytes * buffer + each * sum(shard) * on_device
+    return gradient_bytes * buffer + each * shard
