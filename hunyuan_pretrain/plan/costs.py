@@ -134,7 +134,8 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     assert hardware is not None
     parts = sorted(step.parts.items(), key=lambda part: -part[1])
     shares = ", ".join(f"{_named(part)} {each / step.seconds:.1%}" for part, each in parts if each > step.seconds / 1e3)
-    document = found.assumptions.document_tokens or found.experiment.stages[number].sequence_length
+    length = found.experiment.stages[number].sequence_length
+    document = min(found.assumptions.document_tokens or length, length)
     yield Row(group, "step", f"{step.seconds:.3g} s", f"{shares}; documents of {document:,} tokens")
     if len(step.timeline.slots) > 1:
         idle = ", ".join(f"{share:.1%}" for share in step.timeline.idle)

@@ -25,6 +25,9 @@ COMMUNICATOR = 688 * 10**6
 EXCHANGE_PER_PEER = 3_280_000_000 // 7
 """More bytes for each rank that an all-to-all reaches over NVLink: github.com/NVIDIA/nccl issue 1685, 8 H100: 1.06 GB
 before the first one, 4.34 after it."""
+EXCHANGE_PEERS = 7
+"""Most ranks for which that is counted. Ours: over the network NCCL shares buffers between peers; larger NVLink domains
+were not measured."""
 ALLOCATOR_SLACK = 0.04
 """Memory that torch's allocator holds beyond the tensors, over what comes and goes in a step. Ours, not measured; with
 expandable segments, which this project sets, less is lost to fragments."""
@@ -185,4 +188,4 @@ def _update(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
 def _nccl(ranks: Grid) -> int:
     """Buffers of the groups of several ranks; all-to-alls of experts reach every rank of theirs."""
     sizes = [ranks.tp, ranks.cp, ranks.pp, ranks.ep, ranks.expert_tp, ranks.dp_cp, ranks.expert_dp, ranks.world_size]
-    return COMMUNICATOR * sum(size > 1 for size in sizes) + EXCHANGE_PER_PEER * (min(ranks.ep, 8) - 1)
+    return COMMUNICATOR * sum(size > 1 for size in sizes) + EXCHANGE_PER_PEER * min(ranks.ep - 1, EXCHANGE_PEERS)
