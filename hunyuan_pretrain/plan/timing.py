@@ -82,7 +82,7 @@ class Job:
 
     @property
     def traffic(self) -> Traffic:
-        return self.assumptions.traffic or traffic(self.experiment)
+        return self.assumptions.traffic or traffic(self.experiment, self.assumptions.imbalance)
 
 
 # --- one micro-batch in one pipeline stage ----------------------------------------------------------------------------
@@ -138,13 +138,13 @@ def _layer(job: Job, layer: int, found: Passes, launches: list[float]) -> None:
     forward, backward = attention_s(job.experiment.model, job.tokens, job.document_tokens, job.ranks, hardware)
     _add(found.forward, "attention", forward)
     _add(found.backward, "attention", backward + forward * is_all_again)
-    moved, per_second = job.traffic, hardware.elementwise_bytes_per_s * job.ranks.tp / job.tokens
+    moved, seconds_per_byte = job.traffic, job.tokens / job.ranks.tp / hardware.elementwise_bytes_per_s
     again = moved.layer_bytes[0] if is_all_again else 0.0
     if not is_all_again:
         again += moved.swiglu_bytes * bool(recomputed & {"swiglu", "selective"})
         again += moved.norm_bytes * ("norms" in recomputed)
-    _add(found.forward, "elementwise", moved.layer_bytes[0] / per_second)
-    _add(found.backward, "elementwise", (moved.layer_bytes[1] + again) / per_second)
+    _add(found.forward, "elementwise", moved.layer_bytes[0] * seconds_per_byte)
+    _add(found.backward, "elementwise", (moved.layer_bytes[1] + again) * seconds_per_byte)
     launches[0] += moved.layer_launches[0] + 1
     launches[1] += moved.layer_launches[1] + 3 + (moved.layer_launches[0] + 1) * is_all_again
 
@@ -191,6 +191,8 @@ def _messages(job: Job, number: int, found: Passes) -> None:
     is_all_again = "cla_group" in parallel.recomputed_parts
     for axis in ("tp", "cp", "ep", "expert_tp"):
         each = links.seconds(sent, axis, ranks, hardware) / job.micro_batches
+        if axis in ("ep", "expert_tp") and model.moe_expert_capacity_factor is None:
+            each *= job.assumptions.imbalance  # all wait for the rank that receives the most
         if axis == "tp":
             again = 2 * is_all_again + ("selective" in parallel.recomputed_parts)
             forward, hidden = each * 2 / (5 + again), each * 2 / (5 + again)

@@ -1,14 +1,14 @@
 """Bytes that one rank's kernels between the matmuls read and write in device memory, and how many there are. In closed
 form, for the functions of a GPU in bf16; tests/benchmarks/step_bytes.py counts them from the code.
 
-A row is the hidden state of a token, a gate one value of SwiGLU's two inputs; both in the dtype of the run.
+A row is a hidden state, in the dtype of the run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS
+from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, expert_capacity
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, OptimizerConfig
 
 
@@ -32,28 +32,31 @@ class Traffic:
     """Per token."""
 
 
-def traffic(experiment: Experiment) -> Traffic:
+def traffic(experiment: Experiment, imbalance: float = 1.0) -> Traffic:
     """What the functions of this project move: its kernels, or torch's operations with runtime.kernels=never.
 
-    The norms are Transformer Engine's: one kernel each way.
+    The norms are Transformer Engine's: one kernel each way. `imbalance`: rows of experts over those of even routing,
+    where there is no capacity.
     """
     model, width = experiment.model, 2 if experiment.precision.dtype == "bf16" else 4
-    row, gates = model.hidden_size * width, 2 * (model.ffn_hidden_size + model.moe_router_topk * model.expert_ffn_size)
-    swiglu = gates * width / 2
+    slots = model.moe_router_topk * imbalance  # rows of experts for each token
+    if model.moe_expert_capacity_factor is not None:
+        slots = model.num_moe_experts * expert_capacity(model) / model.moe_routing_group_tokens
+    row = model.hidden_size * width
+    swiglu = (model.ffn_hidden_size + slots * model.expert_ffn_size) * width
     keys = model.num_query_groups / model.cla_share_factor
     heads = (model.num_attention_heads + keys) * model.head_dim * width
     # the gradients of a borrower's keys and values are added to those of the layers before it
     shared = 3 * 2 * model.num_query_groups * model.head_dim * width
     sums = shared * (model.cla_share_factor - 1) / model.cla_share_factor
-    topk = model.moe_router_topk
     if experiment.runtime.kernels == "never":
-        forward = (4 + 3 + 5.1 + (1 + topk) + (4 + 6 * topk)) * row + 29 * heads + 5 * swiglu
-        backward = (6 + 6 + 13 + (3 + 2 * topk) + (4 + 10 * topk)) * row + 44 * heads + 11 * swiglu + sums
+        forward = (4 + 3 + 5.1 + (1 + slots) + (4 + 6 * slots)) * row + 29 * heads + 5 * swiglu
+        backward = (6 + 6 + 13 + (3 + 2 * slots) + (4 + 10 * slots)) * row + 44 * heads + 11 * swiglu + sums
         launches, loss, per_loss = (108.0, 65.5), 28, 22
     else:
         # norms, residual, router, permute, combine: the rows that each reads and writes
-        forward = (4 + 3 + 1 + (1 + topk) + (3 + topk)) * row + 2 * heads + 3 * swiglu
-        backward = (6 + 6 + 3 + (2 + topk) + (1 + 2 * topk)) * row + 3 * heads + 5 * swiglu + sums
+        forward = (4 + 3 + 1 + (1 + slots) + (3 + slots)) * row + 2 * heads + 3 * swiglu
+        backward = (6 + 6 + 3 + (2 + slots) + (1 + 2 * slots)) * row + 3 * heads + 5 * swiglu + sums
         launches, loss, per_loss = (32.0, 31.5), 6, 11
     return Traffic(
         (forward, backward),

@@ -219,7 +219,26 @@ def test_uneven_experts_delay_all_where_there_is_no_capacity() -> None:
     dropless = {"model": {"moe_expert_capacity_factor": None, "recycle_routing": False}}
     even, uneven = step(**dropless), step(**dropless, assumptions=Assumptions(imbalance=1.5))
     assert uneven.parts["experts"] == pytest.approx(even.parts["experts"] * 1.25, rel=0.05), "half are shared"
+    assert uneven.parts["messages, ep"] == pytest.approx(even.parts["messages, ep"] * 1.5)
+    assert uneven.parts["elementwise"] > even.parts["elementwise"]
     assert step(assumptions=Assumptions(imbalance=1.5)).seconds == step().seconds
+
+
+def test_empty_slots_cost_as_much_as_full_ones() -> None:
+    tight, loose = step(), step(model={"moe_expert_capacity_factor": 2.0})
+    # the rows of one of two experts are doubled; its weights are read, and main_grad added to, as before
+    assert 1.25 < loose.parts["experts"] / tight.parts["experts"] < 1.5
+    assert loose.parts["messages, ep"] > 1.6 * tight.parts["messages, ep"]
+    row, ffn = 2 * 6400, 2 * 18304
+    bytes_of_a_slot = sum(
+        after - before
+        for before, after in zip(
+            traffic(hunyuan_large()).layer_bytes,
+            traffic(hunyuan_large(model={"moe_expert_capacity_factor": 2.0})).layer_bytes,
+            strict=True,
+        )
+    )
+    assert bytes_of_a_slot == pytest.approx(5 * row + 8 * ffn)
 
 
 def test_what_overlaps_is_not_waited_for() -> None:
