@@ -1,7 +1,7 @@
 """The mixture-of-experts FFN of a layer: router, routed experts and the shared expert.
 
 Shapes: T tokens of this rank, D hidden, K top-k, e experts of this rank, R rows of experts, P rows with padding, F
-twice an expert's FFN size (gate and up).
+twice an expert's FFN size (gate and up), X numbers of packed router statistics (model.routing.RouterStatistics).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hunyuan_pretrain.model.expert_rows import RowSplits, moved, row_padding
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.recompute import free_until_backward, keep_input_as_given
 from hunyuan_pretrain.model.router import Router
-from hunyuan_pretrain.model.routing import RouterStatistics, Routing, RoutingPlan
+from hunyuan_pretrain.model.routing import Routing, RoutingPlan
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.runtime.streams import SideStream
 
@@ -36,10 +36,10 @@ class MixtureOfExperts(torch.nn.Module):
         self.permute, self.combine = spec.functions.permute, spec.functions.combine
         self.overlaps_shared_expert = config.parallel.overlap_shared_expert and not config.use_cpu_initialization
 
-    def forward(self, hidden_TD: Tensor, residual_TD: Tensor, routing: Routing) -> tuple[Tensor, RouterStatistics]:
-        """Returns ((T, D), router statistics). One function adds the residual and both kinds of experts, so that a
-        kernel can read and write each of them once."""
-        plan, loss, statistics, hidden_TD = self.router(hidden_TD, routing)
+    def forward(self, hidden_TD: Tensor, residual_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Returns ((T, D), packed router statistics (X,)). One function adds the residual and both kinds of experts,
+        so that a kernel can read and write each of them once."""
+        plan, loss, statistics_X, hidden_TD = self.router(hidden_TD, routing)
         if loss is not None and torch.is_grad_enabled():
             # Only the last pipeline stage computes a loss; the others pass on activations alone. So core's scaler
             # injects the gradient of each layer's router loss here, where the backward pass reaches the combine
@@ -55,7 +55,7 @@ class MixtureOfExperts(torch.nn.Module):
         else:  # in the order in which weights are registered, and so gathered
             rows_RD = self.experts(rows_RD, plan)
             shared_TD = self.shared_experts(hidden_TD)
-        return self.combine(rows_RD, plan.weight_TK, plan, shared_TD, residual_TD), statistics
+        return self.combine(rows_RD, plan.weight_TK, plan, shared_TD, residual_TD), statistics_X
 
 
 class RoutedExperts(torch.nn.Module):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hunyuan_pretrain.model.cross_entropy import ChunkLoss, chunk_loss
+from hunyuan_pretrain.model.gating import GatingFunction, gating
 from hunyuan_pretrain.model.norm import RMSNormFunction, qkv_rope_norm, rms_norm, rope_norm
 from hunyuan_pretrain.model.permutation import combine, permute
 from hunyuan_pretrain.model.recycle_routing import Assign, assign_within_capacity
@@ -32,6 +33,7 @@ class Functions(NamedTuple):
     combine: Callable[[Tensor, Tensor, RoutingPlan, Tensor, Tensor], Tensor]
     assign: Assign
     """Without gradients."""
+    gating: GatingFunction
     chunk_loss: ChunkLoss
     """Computes its gradient itself."""
 
@@ -39,5 +41,14 @@ class Functions(NamedTuple):
 def plain_functions() -> Functions:
     """The functions that need nothing but torch."""
     return Functions(
-        rms_norm, rope_norm, qkv_rope_norm, swiglu, router_logits, permute, combine, assign_within_capacity, chunk_loss
+        rms_norm,
+        rope_norm,
+        qkv_rope_norm,
+        swiglu,
+        router_logits,
+        permute,
+        combine,
+        assign_within_capacity,
+        gating,
+        chunk_loss,
     )

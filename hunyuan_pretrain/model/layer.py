@@ -17,7 +17,7 @@ from hunyuan_pretrain.model.attention import AttentionPlan, SelfAttention, Share
 from hunyuan_pretrain.model.experts import MixtureOfExperts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.recompute import free_until_backward
-from hunyuan_pretrain.model.routing import RouterStatistics, Routing
+from hunyuan_pretrain.model.routing import Routing
 from hunyuan_pretrain.model.spec import Spec
 
 
@@ -35,18 +35,18 @@ class TransformerLayer(torch.nn.Module):
 
     def forward(
         self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan, routing: Routing
-    ) -> tuple[Tensor, SharedKV, RouterStatistics]:
-        """Returns ((T, D), keys and values of the group, router statistics)."""
+    ) -> tuple[Tensor, SharedKV, Tensor]:
+        """Returns ((T, D), keys and values of the group, packed router statistics (X,))."""
         normalised_TD = self.input_layernorm(hidden_TD)
         attention_TD, kv = self.self_attention(normalised_TD, kv, plan)
         if self.recompute_norms:
             self._free(self.input_layernorm, hidden_TD, normalised_TD, attention_TD)
         hidden_TD = hidden_TD + attention_TD
         normalised_TD = self.pre_mlp_layernorm(hidden_TD)
-        output_TD, statistics = self.mlp(normalised_TD, hidden_TD, routing)
+        output_TD, statistics_X = self.mlp(normalised_TD, hidden_TD, routing)
         if self.recompute_norms:
             self._free(self.pre_mlp_layernorm, hidden_TD, normalised_TD, output_TD)
-        return output_TD, kv, statistics
+        return output_TD, kv, statistics_X
 
     @staticmethod
     def _free(norm: torch.nn.Module, x_TD: Tensor, y_TD: Tensor, result_TD: Tensor) -> None:
@@ -66,8 +66,8 @@ def run_cla_group(
     def run(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         kv, statistics = None, []
         for layer in layers:
-            hidden_TD, kv, of_layer = layer(hidden_TD, kv, plan, routing)
-            statistics.append(of_layer.packed())
+            hidden_TD, kv, statistics_X = layer(hidden_TD, kv, plan, routing)
+            statistics.append(statistics_X)
         return hidden_TD, torch.stack(statistics)
 
     if recompute and torch.is_grad_enabled():

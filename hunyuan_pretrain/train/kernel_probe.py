@@ -24,7 +24,7 @@ from torch import Tensor
 from hunyuan_pretrain.model.functions import Functions, plain_functions
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import rope_table
-from hunyuan_pretrain.model.recycle_routing import assign_within_capacity, assign_without_capacity
+from hunyuan_pretrain.model.recycle_routing import Assignment, assign_within_capacity, assign_without_capacity
 from hunyuan_pretrain.model.routing import RoutingPlan, TrainingRouting
 from hunyuan_pretrain.parallel.agreement import gather_results, give_back, reason_of
 from hunyuan_pretrain.runtime.seeding import fp32_matmuls
@@ -138,6 +138,8 @@ def differences(
 
 def compared(functions: Functions, name: str) -> Callable[..., Any]:
     """The function `name` of a set, in a form that returns all that it computes."""
+    if name == "gating":  # of probabilities that are the softmax of the logits, so that both give one gradient
+        return lambda logits_TE, *others: functions.gating(logits_TE, logits_TE.softmax(-1), *others)
     if name != "chunk_loss":
         return getattr(functions, name)
 
@@ -245,6 +247,10 @@ class Inputs:
         routing = TrainingRouting(self.seed, 0, torch.arange(n, device=self.device), n)
         return self._choices(), self.config, 0, routing
 
+    def gating(self) -> tuple[Any, ...]:
+        logits_TE = self._numbers(self.tokens_of_experts, self.config.num_moe_experts, dtype=torch.float32)
+        return logits_TE, self._assigned, self.config, 2 * len(self._assigned.chosen_nE)
+
     def chunk_loss(self) -> tuple[Any, ...]:
         """Those of a rank whose ids are the whole vocabulary: it reduces nothing with others."""
         V = self.config.model.padded_vocab_size // self.config.tensor_model_parallel_size
@@ -260,14 +266,17 @@ class Inputs:
     @cached_property
     def plan(self) -> RoutingPlan:
         """Where the choices of `assign` go, by the plain functions; the weights are random."""
-        arguments, chosen_TK = self.assign(), self._choices()
-        assigned = (
-            assign_without_capacity(chosen_TK, self.config.num_moe_experts)
-            if arguments is None
-            else assign_within_capacity(*arguments)
-        )
+        assigned = self._assigned
         weight_TK = self._numbers(*assigned.row_TK.shape, dtype=torch.float32)
         return RoutingPlan(weight_TK, assigned.row_TK, assigned.token_R, assigned.rows_E, assigned.is_permutation)
+
+    @cached_property
+    def _assigned(self) -> Assignment:
+        arguments = self.assign()
+        if arguments is None:
+            n = self.tokens_of_experts // self.config.model.moe_routing_group_tokens
+            return assign_without_capacity(self._choices(), self.config.num_moe_experts, n)
+        return assign_within_capacity(*arguments)
 
     def _choices(self) -> Tensor:
         """(T, K) experts; every second token prefers the first two, so that some choices overflow."""

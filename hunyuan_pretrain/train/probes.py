@@ -24,9 +24,10 @@ from hunyuan_pretrain.config.attention import KINDS
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.attention import AttentionPlan, attention_plan
 from hunyuan_pretrain.model.attention_backends import ByMicroBatch, CoreAttention
+from hunyuan_pretrain.model.gating import balance_loss, z_loss
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.packed_attention import packed_attention
-from hunyuan_pretrain.model.router import Router, balance_loss, z_loss
+from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.routing import TrainingRouting
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError

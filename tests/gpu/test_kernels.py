@@ -103,7 +103,7 @@ def test_the_assignment_is_the_plain_function(changes: dict[str, Any], group_tok
 
 TOKENS = 8192
 TOP_1 = {"moe_router_topk": 1}
-TOP_2 = {"moe_router_topk": 2, "recycle_routing": False}
+TOP_2 = {"moe_router_topk": 2, "recycle_routing": False, "moe_z_loss_coeff": 0.001}
 DROPLESS = TOP_2 | {"moe_expert_capacity_factor": None}
 
 

@@ -94,6 +94,12 @@ def launch_all() -> None:
         hidden_TD, weight_ED = torch.zeros(32, 6400, dtype=torch.bfloat16), torch.zeros(experts, 6400)
         _results(kernel_functions().router_logits, (hidden_TD, weight_ED), torch.bfloat16, 1)
     kernel_functions().assign(*case(0, 2, num_moe_experts=16, moe_routing_group_tokens=1024))
+    for experts, topk in ((16, 1), (256, 8)):
+        sizes = {"num_moe_experts": experts, "moe_router_topk": topk, "moe_routing_group_tokens": 4096}
+        model = tiny_model(moe_z_loss_coeff=0.1, moe_expert_capacity_factor=None, recycle_routing=False, **sizes)
+        config = transformer_config(model, ParallelConfig(), PrecisionConfig(dtype="bf16"))
+        arguments = Inputs(config, 4096, torch.device("cpu"), 1).gating()
+        _results(compared(kernel_functions(), "gating"), arguments, torch.float32, 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hunyuan_pretrain.model.functions import Functions, plain_functions
 from hunyuan_pretrain.model.kernels import (
     assignment,
     cross_entropy,
+    gating,
     permutation,
     rms_norm,
     rope_norm,
@@ -31,5 +32,6 @@ def kernel_functions() -> Functions:
         permute=permutation.permute,
         combine=permutation.combine,
         assign=assignment.assign_within_capacity,
+        gating=gating.gating,
         chunk_loss=cross_entropy.chunk_loss,
     )

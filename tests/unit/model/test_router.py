@@ -13,7 +13,7 @@ from hunyuan_pretrain.model.recycle_routing import assign_slots, assign_within_c
 from hunyuan_pretrain.model.recycle_routing import slot_priorities as priorities_of_key
 from hunyuan_pretrain.model.router import Router
 from hunyuan_pretrain.model.router_logits import router_logits
-from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, TrainingRouting
+from hunyuan_pretrain.model.routing import DROPPED, EVALUATION, RouterStatistics, TrainingRouting
 from tests.helpers import assignments, tiny
 
 GROUPS = st.integers(1, 3)
@@ -150,7 +150,8 @@ def expert_of_row(plan, config, n=3):
 
 def test_combine_weight_is_the_probability_at_the_new_expert():
     module, config, hidden, routing = router()
-    plan, _, statistics, _ = module(hidden, routing)
+    plan, _, statistics_X, _ = module(hidden, routing)
+    statistics = RouterStatistics.unpacked(statistics_X)
     probs = (hidden @ module.weight.t()).softmax(-1)
     expert = expert_of_row(plan, config)
     assert statistics.recycled > 0
@@ -169,7 +170,8 @@ def test_topk_weights_are_renormalised_and_top1_is_the_raw_probability():
 
 def test_without_recycling_overflow_is_dropped_with_weight_zero():
     module, _, hidden, routing = router(recycle_routing=False)
-    plan, _, statistics, _ = module(hidden, routing)
+    plan, _, statistics_X, _ = module(hidden, routing)
+    statistics = RouterStatistics.unpacked(statistics_X)
     dropped = plan.row_TK == plan.num_rows
     assert dropped.sum() == statistics.dropped > 0
     assert (plan.weight_TK[dropped] == 0).all()
@@ -178,7 +180,8 @@ def test_without_recycling_overflow_is_dropped_with_weight_zero():
 
 def test_with_factor_one_and_recycling_every_expert_gets_exactly_its_capacity():
     module, config, hidden, routing = router()
-    plan, _, statistics, _ = module(hidden, routing)
+    plan, _, statistics_X, _ = module(hidden, routing)
+    statistics = RouterStatistics.unpacked(statistics_X)
     assert plan.is_permutation
     assert torch.equal(plan.token_R.sort().values, torch.arange(96))
     assert expert_of_row(plan, config).flatten().bincount().tolist() == [24] * 4
@@ -187,7 +190,7 @@ def test_with_factor_one_and_recycling_every_expert_gets_exactly_its_capacity():
 
 def test_balance_loss_uses_the_choices_before_recycling():
     module, _, hidden, routing = router()
-    statistics = module(hidden, routing).statistics
+    statistics = RouterStatistics.unpacked(module(hidden, routing).statistics_X)
     probs = (hidden @ module.weight.t()).softmax(-1).view(3, 32, 4)
     chosen = torch.nn.functional.one_hot(probs.argmax(-1), 4).float()
     expected = 4 * (probs.mean(1) * chosen.mean(1)).sum(-1)
@@ -217,7 +220,8 @@ def test_gradient_reaches_the_router_through_combine_weight_and_through_balance_
 def test_statistics_count_the_choices(changes, recycle):
     """Against counts of the choices themselves."""
     module, config, hidden, routing = router(recycle_routing=recycle, **changes)
-    plan, _, statistics, _ = module(hidden, routing)
+    plan, _, statistics_X, _ = module(hidden, routing)
+    statistics = RouterStatistics.unpacked(statistics_X)
     chosen_TK = module.choose((hidden @ module.weight.t()).softmax(-1), routing)
     dropped = plan.row_TK == plan.num_rows
     moved = ~dropped & (expert_of_row(plan, config) != chosen_TK)
@@ -300,7 +304,8 @@ def test_the_router_keeps_no_hidden_states_of_its_own():
 
 def test_z_loss():
     module, _, hidden, routing = router(moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.0)
-    _, loss, statistics, _ = module(hidden, routing)
+    _, loss, statistics_X, _ = module(hidden, routing)
+    statistics = RouterStatistics.unpacked(statistics_X)
     logits = hidden.detach() @ module.weight.t()
     expected = logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(statistics.z_loss / 3, expected.detach())
