@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.attention_backends import core_attention
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.norm import HeadNorm
+from hunyuan_pretrain.model.norm import HeadNorm, HeadWeights
 from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.model.varlen_attention import Blocks, Documents
@@ -105,7 +105,7 @@ class SelfAttention(torch.nn.Module):
             # megatron's interleaving: per key/value head, its query heads, then its key and value
             heads_of_group = self.num_heads // self.num_groups + 2
             qkv_TGXH = self.linear_qkv(hidden_TD)[0].view(-1, self.num_groups, heads_of_group, self.head_dim)
-            q_TNH, k_hat_TGH, v_TGH = self.qkv_rope_norm(qkv_TGXH, plan.rope_table, self._query_weight(), eps)
+            q_TNH, k_hat_TGH, v_TGH = self.qkv_rope_norm(qkv_TGXH, plan.rope_table, self._weights(), eps)
             if context is not None:
                 share = gather_keys_values if context.method == "all_gather" else keys_values_to_heads
                 k_hat_TGH, v_TGH = share(k_hat_TGH, v_TGH, context)
@@ -117,7 +117,7 @@ class SelfAttention(torch.nn.Module):
         else:
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
-            q_TNH = self.rope_norm(q_TNH, plan.rope_table, self._query_weight(), eps)
+            q_TNH = self.rope_norm(q_TNH, plan.rope_table, self._weights(), eps)
         if context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
             output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks), context)
@@ -125,6 +125,6 @@ class SelfAttention(torch.nn.Module):
             output_TNH = self.core_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks)
         return self.linear_proj(output_TNH.flatten(1))[0], kv
 
-    def _query_weight(self) -> Tensor | None:
-        """fp32 (H,) the weights of both norms, which the queries carry."""
-        return self.q_layernorm().float() * self.k_layernorm().float() if self.config.qk_layernorm else None
+    def _weights(self) -> HeadWeights:
+        """Those of both norms, which the queries carry."""
+        return (self.q_layernorm(), self.k_layernorm()) if self.config.qk_layernorm else None

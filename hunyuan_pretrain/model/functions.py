@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.cross_entropy import ChunkLoss, chunk_loss
 from hunyuan_pretrain.model.gating import GatingFunction, gating
-from hunyuan_pretrain.model.norm import RMSNormFunction, qkv_rope_norm, rms_norm, rope_norm
+from hunyuan_pretrain.model.norm import HeadWeights, RMSNormFunction, qkv_rope_norm, rms_norm, rope_norm
 from hunyuan_pretrain.model.permutation import combine, permute
 from hunyuan_pretrain.model.recycle_routing import Assign, assign_within_capacity
 from hunyuan_pretrain.model.router_logits import router_logits
@@ -25,8 +25,8 @@ class Functions(NamedTuple):
     """Arguments, shapes and results are those of the plain functions."""
 
     rms_norm: RMSNormFunction
-    rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], Tensor]
-    qkv_rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], Tensor | None, float | None], tuple[Tensor, Tensor, Tensor]]
+    rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], HeadWeights, float | None], Tensor]
+    qkv_rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], HeadWeights, float | None], tuple[Tensor, Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
     router_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     permute: Callable[[Tensor, RoutingPlan], tuple[Tensor, Tensor]]

@@ -70,7 +70,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class HeadNorm(torch.nn.Module):
-    """The weight (H,) of a per-head RMSNorm, which attention folds into its queries.
+    """The weight (H,) of a per-head RMSNorm, which the queries of attention carry.
 
     Call it to read the weight: when the all-gather of updated weights overlaps the forward pass, core waits for a
     module's weights when that module is called.
@@ -156,24 +156,29 @@ class _RopeNormFunction(torch.autograd.Function):
         return _rotate(grad_TNH, cos_T1h, -sin_T1h).to(output_grad_TNH.dtype), None, None, grad_weight_H, None
 
 
-def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None) -> Tensor:
-    """RoPE, then RMSNorm of each head with `eps` (None: no norm), then the fp32 `weight_H` (None: no weight; only with
-    a norm).
+HeadWeights = tuple[Tensor, Tensor] | None
+"""(H,) each: the weights of the norms of queries and of keys; the queries carry both, multiplied in fp32."""
+
+
+def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weights: HeadWeights, eps: float | None) -> Tensor:
+    """RoPE, then RMSNorm of each head with `eps` (None: no norm), then the product of the weights (None: no weight;
+    only with a norm).
 
     The RMS is computed before the rotation, which preserves it. Returns (T, N, H) in x's dtype.
     """
+    weight_H = None if weights is None else weights[0].float() * weights[1].float()
     return _RopeNormFunction.apply(x_TNH, *table, weight_H, eps)
 
 
 def qkv_rope_norm(
-    qkv_TGXH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None
+    qkv_TGXH: Tensor, table: tuple[Tensor, Tensor], weights: HeadWeights, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q (T, N, H), k_hat (T, G, H), v (T, G, H)) of megatron's interleaving: per key/value head, its query heads, then
     its key and value.
 
-    `rope_norm` of the queries with `weight_H`, and of the keys without; values are unchanged, and may be a view.
+    `rope_norm` of the queries with `weights`, and of the keys without; values are unchanged, and may be a view.
     """
     T, G, X, H = qkv_TGXH.shape
     q_TGRH, k_TG1H, v_TG1H = qkv_TGXH.split((X - 2, 1, 1), dim=2)
     k_hat_TGH = rope_norm(k_TG1H.squeeze(2), table, None, eps)
-    return rope_norm(q_TGRH.reshape(T, G * (X - 2), H), table, weight_H, eps), k_hat_TGH, v_TG1H.squeeze(2)
+    return rope_norm(q_TGRH.reshape(T, G * (X - 2), H), table, weights, eps), k_hat_TGH, v_TG1H.squeeze(2)

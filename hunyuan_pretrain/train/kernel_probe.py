@@ -140,6 +140,12 @@ def compared(functions: Functions, name: str) -> Callable[..., Any]:
     """The function `name` of a set, in a form that returns all that it computes."""
     if name == "gating":  # of probabilities that are the softmax of the logits, so that both give one gradient
         return lambda logits_TE, *others: functions.gating(logits_TE, logits_TE.softmax(-1), *others)
+    if name in ("rope_norm", "qkv_rope_norm"):
+
+        def with_weights(x: Tensor, table: Any, q_weight_H: Tensor | None, k_weight_H: Any, eps: float | None) -> Any:
+            return getattr(functions, name)(x, table, None if q_weight_H is None else (q_weight_H, k_weight_H), eps)
+
+        return with_weights
     if name != "chunk_loss":
         return getattr(functions, name)
 
@@ -286,12 +292,13 @@ class Inputs:
         return logits_TE.topk(K, dim=-1).indices.to(self.device)
 
     def _of_head_norm(self) -> tuple[Any, ...]:
-        """RoPE table, weight and eps."""
+        """RoPE table, both weights and eps."""
         positions_T = torch.arange(self.num_tokens, device=self.device)
         table = rope_table(positions_T, self.config.model.rotary_base, self.config.kv_channels)
         if not self.config.qk_layernorm:
-            return table, None, None
-        return table, self._numbers(self.config.kv_channels, dtype=torch.float32), self.config.layernorm_epsilon
+            return table, None, None, None
+        weights = (self._numbers(self.config.kv_channels, draw=draw) for draw in (1, 2))
+        return table, *weights, self.config.layernorm_epsilon
 
     def _numbers(self, *shape: int, dtype: torch.dtype | None = None, draw: int = 0) -> Tensor:
         """Normally distributed, in the dtype of the run; other numbers for another `draw`."""

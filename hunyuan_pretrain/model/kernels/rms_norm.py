@@ -6,8 +6,8 @@ Bytes per number of b bytes:
     backward  reads the input and the gradient, writes the input's gradient: 3 b
 
 That is the minimum. A row is held in registers, so its sum of squares costs no second read. The weight's gradient is a
-sum over all rows: each of at most PARTS programs sums the rows it computes, and torch adds the parts, so the order is
-fixed by the number of rows. The parts add 8 PARTS bytes per channel, whatever the number of rows.
+sum over all rows: each of at most PARTS programs sums the rows it computes, and another launch adds the parts, so the
+order is fixed by the number of rows. The parts add 8 PARTS bytes per channel, whatever the number of rows.
 
 Shapes: T tokens, D channels, P parts. In kernels: B channels, padded to a power of two.
 """
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from hunyuan_pretrain.model.kernels.rows import check_layout, check_rows
+from hunyuan_pretrain.model.kernels.rows import check_layout, check_rows, sum_of_parts
 from hunyuan_pretrain.runtime.handover import handed_over
 
 PARTS = 264
@@ -97,7 +97,7 @@ class _RMSNorm(Function):
             x_TD.stride(0),
             **_row(D, 16),
         )
-        return grad_x_TD, parts_PD.sum(0).to(weight_D.dtype), None
+        return grad_x_TD, sum_of_parts(parts_PD, weight_D.dtype)[0], None
 
 
 def _row(D: int, numbers: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""RoPE, per-head RMSNorm and the norm weight in one kernel each way, from the qkv projection to what attention reads.
+"""RoPE, per-head RMSNorm and its weights in one kernel each way, from the qkv projection to what attention reads.
 
 Bytes per token, with H values of b bytes in a head; N query heads, G key/value heads:
 
@@ -9,8 +9,9 @@ Bytes per token, with H values of b bytes in a head; N query heads, G key/value 
 That is the minimum for functions that return their results in memory: each input is read once, each result written
 once. Only the input is saved, by reference. The plain function saves the normalised heads (b H N more to write) and a
 number per head; here the backward pass computes both again from the input, which it reads instead of them. So the qkv
-tensor stays in memory until then, 2 b H G bytes per token more than the normalised query heads. The weight's gradient
-is summed per program in fp32, which adds at most 4 H PROGRAMS bytes each way.
+tensor stays in memory until then, 2 b H G bytes per token more than the normalised query heads. The gradient
+of the weights' product is summed per program in fp32, which adds at most 4 H PROGRAMS bytes each way; another launch
+adds these sums and multiplies by either weight.
 
 Shapes: T tokens, N query heads, G key/value heads, R query heads of a key/value head, X heads of a group in the input
 (R + 2 with keys and values, R without), H head dim, h = H / 2, P programs.
@@ -26,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hunyuan_pretrain.model.kernels.rows import sum_of_parts
+from hunyuan_pretrain.model.norm import HeadWeights
 from hunyuan_pretrain.runtime.handover import handed_over
 
 PROGRAMS = 4096
@@ -42,6 +45,14 @@ def _halves(pointer, mask, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     low = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(pointer + HALF, mask=mask, other=0.0).to(tl.float32)
     return low, high
+
+
+@triton.jit
+def _weights(q_weight, k_weight, lane, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both halves of the product of the weights, in fp32."""
+    q_low, q_high = _halves(q_weight + lane, lane < HALF, HALF)
+    k_low, k_high = _halves(k_weight + lane, lane < HALF, HALF)
+    return q_low * k_low, q_high * k_high
 
 
 @triton.jit
@@ -62,7 +73,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
-    weight,
+    q_weight,
+    k_weight,
     q,
     k,
     v,
@@ -90,7 +102,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     sin_1h = tl.load(sin + token * sin_token + lane, mask=is_lane, other=0.0).to(tl.float32)
     x += token * x_token
     if HAS_WEIGHT:
-        weight_low, weight_high = _halves(weight + lane, is_lane, HALF)
+        weight_low, weight_high = _weights(q_weight, k_weight, lane, HALF)
     for first in range(0, G * R, Q_ROWS):
         head = first + tl.arange(0, Q_ROWS)[:, None].to(tl.int64)
         mask = (head < G * R) & is_lane
@@ -134,7 +146,8 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
-    weight,
+    q_weight,
+    k_weight,
     grad_q,
     grad_k,
     grad_v,
@@ -164,13 +177,13 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     HAS_WEIGHT: tl.constexpr,
     HAS_KV: tl.constexpr,
 ):
-    """A program computes all heads of `tokens_of_program` consecutive tokens, and sums their gradients of the weight
-    into its row of `grad_weight`. grad_x is contiguous."""
+    """A program computes all heads of `tokens_of_program` consecutive tokens, and sums their gradients of the
+    weights' product into its row of `grad_weight`. grad_x is contiguous."""
     X: tl.constexpr = R + 2 if HAS_KV else R
     lane = tl.arange(0, LANES)[None, :]
     is_lane = lane < HALF
     if HAS_WEIGHT:
-        weight_low, weight_high = _halves(weight + lane, is_lane, HALF)
+        weight_low, weight_high = _weights(q_weight, k_weight, lane, HALF)
         sum_low = tl.zeros([Q_ROWS, LANES], dtype=tl.float32)
         sum_high = tl.zeros([Q_ROWS, LANES], dtype=tl.float32)
     start = tl.program_id(0) * tokens_of_program
@@ -245,12 +258,13 @@ class _RopeNorm(torch.autograd.Function):
         x_TGXH: Tensor,
         cos_T1h: Tensor,
         sin_T1h: Tensor,
-        weight_H: Tensor | None,
+        q_weight_H: Tensor | None,
+        k_weight_H: Tensor | None,
         eps: float | None,
         has_kv: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         T, G, H = x_TGXH.shape[0], x_TGXH.shape[1], x_TGXH.shape[-1]
-        ctx.constants = _constants(x_TGXH, eps is not None, weight_H is not None, has_kv)
+        ctx.constants = _constants(x_TGXH, eps is not None, q_weight_H is not None, has_kv)
         ctx.eps, ctx.layout = eps or 0.0, x_TGXH.shape
         q_TNH = x_TGXH.new_empty(T, G * ctx.constants["R"], H)
         k_TGH, v_TGH = (x_TGXH.new_empty(T, G, H) if has_kv else None for _ in range(2))
@@ -259,7 +273,8 @@ class _RopeNorm(torch.autograd.Function):
                 x_TGXH,
                 cos_T1h,
                 sin_T1h,
-                weight_H,
+                q_weight_H,
+                k_weight_H,
                 q_TNH,
                 k_TGH,
                 v_TGH,
@@ -270,14 +285,14 @@ class _RopeNorm(torch.autograd.Function):
                 **ctx.constants,
             )
         # a rotation alone needs no input in the backward pass
-        ctx.save_for_backward(x_TGXH if eps is not None else None, cos_T1h, sin_T1h, weight_H)
+        ctx.save_for_backward(x_TGXH if eps is not None else None, cos_T1h, sin_T1h, q_weight_H, k_weight_H)
         if k_TGH is None or v_TGH is None:
             return q_TNH
         return q_TNH, k_TGH, v_TGH
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TGXH, cos_T1h, sin_T1h, weight_H = ctx.saved_tensors
+        x_TGXH, cos_T1h, sin_T1h, q_weight_H, k_weight_H = ctx.saved_tensors
         T, H = ctx.layout[0], ctx.layout[-1]
         taken = handed_over("the kernel of rope_norm", *grads, knows_strides=True)
         grad_q_TNH, grad_k_TGH, grad_v_TGH = taken if len(taken) == 3 else (taken[0], None, None)
@@ -285,13 +300,14 @@ class _RopeNorm(torch.autograd.Function):
         tokens_of_program = max(1, triton.cdiv(T, PROGRAMS))
         P = triton.cdiv(T, tokens_of_program)
         strides = [(0, 0) if x is None else x.stride()[:2] for x in (grad_q_TNH, grad_k_TGH, grad_v_TGH)]
-        grad_weight_PH = None if weight_H is None else weight_H.new_empty(P, H, dtype=torch.float32)
+        grad_weight_PH = None if q_weight_H is None else q_weight_H.new_empty(P, H, dtype=torch.float32)
         if T:
             _backward_kernel[(P,)](
                 x_TGXH,
                 cos_T1h,
                 sin_T1h,
-                weight_H,
+                q_weight_H,
+                k_weight_H,
                 grad_q_TNH,
                 grad_k_TGH,
                 grad_v_TGH,
@@ -306,19 +322,21 @@ class _RopeNorm(torch.autograd.Function):
                 *chain(*strides),
                 **ctx.constants,
             )
-        grad_weight_H = None if grad_weight_PH is None else grad_weight_PH.sum(0).to(weight_H.dtype)
-        return grad_x_TGXH, None, None, grad_weight_H, None, None
+        if grad_weight_PH is None:
+            return grad_x_TGXH, None, None, None, None, None, None
+        of_weights = sum_of_parts(grad_weight_PH, q_weight_H.dtype, (k_weight_H, q_weight_H))
+        return grad_x_TGXH, None, None, *of_weights, None, None
 
 
-def _check(x_TGXH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None) -> None:
+def _check(x_TGXH: Tensor, table: tuple[Tensor, Tensor], weights: HeadWeights) -> None:
     """Raise ValueError for what the kernels would read wrongly."""
     T, H = x_TGXH.shape[0], x_TGXH.shape[-1]
     if H % 2 or H > WIDEST:
         raise ValueError(f"the kernel of rope_norm: {H} channels in a head, but it takes even numbers up to {WIDEST}")
     of_table = (T, 1, H // 2)
     needed = {"the input": (x_TGXH, x_TGXH.shape), "cos": (table[0], of_table), "sin": (table[1], of_table)}
-    if weight_H is not None:
-        needed["the weight"] = weight_H, (H,)
+    if weights is not None:
+        needed |= {"the queries' weight": (weights[0], (H,)), "the keys' weight": (weights[1], (H,))}
     for name, (tensor, shape) in needed.items():
         if tensor.shape != shape or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
             layout = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
@@ -328,16 +346,16 @@ def _check(x_TGXH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None
             raise ValueError(f"the kernel of rope_norm: {name} is on {tensor.device}, the input on {x_TGXH.device}")
 
 
-def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None) -> Tensor:
+def rope_norm(x_TNH: Tensor, table: tuple[Tensor, Tensor], weights: HeadWeights, eps: float | None) -> Tensor:
     """As norm.rope_norm; returns (T, N, H), contiguous. Raises ValueError if a last dim is not contiguous."""
-    _check(x_TNH, table, weight_H)
-    return _RopeNorm.apply(x_TNH[:, :, None], *table, weight_H, eps, False)
+    _check(x_TNH, table, weights)
+    return _RopeNorm.apply(x_TNH[:, :, None], *table, *(weights or (None, None)), eps, False)
 
 
 def qkv_rope_norm(
-    qkv_TGXH: Tensor, table: tuple[Tensor, Tensor], weight_H: Tensor | None, eps: float | None
+    qkv_TGXH: Tensor, table: tuple[Tensor, Tensor], weights: HeadWeights, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As norm.qkv_rope_norm; the results are contiguous, and the three gradients are written into one tensor. Raises
     ValueError if a last dim is not contiguous."""
-    _check(qkv_TGXH, table, weight_H)
-    return _RopeNorm.apply(qkv_TGXH, *table, weight_H, eps, True)
+    _check(qkv_TGXH, table, weights)
+    return _RopeNorm.apply(qkv_TGXH, *table, *(weights or (None, None)), eps, True)

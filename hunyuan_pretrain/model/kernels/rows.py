@@ -1,6 +1,7 @@
-"""What kernels on matrices of rows share: the tile of a program, and the check of what they read.
+"""What kernels on matrices of rows share: the tile of a program, the sum of what programs summed, and the check of what
+they read.
 
-Shapes: R rows, D columns.
+Shapes: R rows, D columns, P programs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,44 @@ def place_of_tile(COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)[None, :]
     return row, column
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    parts, output, factor, other_output, other_factor, num_parts, D: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A program sums WIDTH columns; with factors, the output is the sum times the factor, for both."""
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    is_column = column < D
+    total = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, num_parts, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < num_parts)[:, None] & is_column[None, :]
+        total += tl.sum(tl.load(parts + row[:, None] * D + column[None, :], mask=mask, other=0.0), 0)
+    if factor is None:
+        tl.store(output + column, total, mask=is_column)
+    else:
+        factor_tile = tl.load(factor + column, mask=is_column, other=0.0).to(tl.float32)
+        other_tile = tl.load(other_factor + column, mask=is_column, other=0.0).to(tl.float32)
+        tl.store(output + column, total * factor_tile, mask=is_column)
+        tl.store(other_output + column, total * other_tile, mask=is_column)
+
+
+def sum_of_parts(
+    parts_PD: Tensor, dtype: torch.dtype, factors: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(D,) the sum over the first dim of contiguous fp32 numbers, in an order that P fixes, rounded once to `dtype`;
+    and None. With two factors (D,): the sum times each."""
+    P, D = parts_PD.shape
+    outputs = [torch.empty(D, dtype=dtype, device=parts_PD.device) for _ in factors or (None,)]
+    first, second = factors or (None, None)
+    width = 16 if D <= TILE else 64  # 64 bytes of a row at least, and many programs
+    _sum_kernel[(triton.cdiv(D, width),)](
+        parts_PD, outputs[0], first, outputs[1] if factors else None, second, P, D=D, ROWS=2 * TILE // width,
+        WIDTH=width, num_warps=4,
+    )  # fmt: skip
+    return outputs[0], outputs[1] if factors else None
 
 
 def check_rows(kernel: str, **tensors: Tensor) -> None:

@@ -15,16 +15,16 @@ def test_queries_and_keys_of_one_tensor_have_the_bits_of_each_alone(dtype: torch
     T, G, R, H = 5, 2, 3, 16
     generator = torch.Generator().manual_seed(0)
     qkv_TGXH = torch.randn(T, G, R + 2, H, generator=generator).to(dtype).requires_grad_()
-    weight_H = torch.randn(H, generator=generator).requires_grad_()
+    weights = tuple(torch.randn(H, generator=generator).to(dtype).requires_grad_() for _ in range(2))
     grads = [torch.randn(T, heads, H, generator=generator).to(dtype) for heads in (G * R, G, G)]
     table, eps = rope_table(torch.arange(T), 10_000.0, H), 1e-5
     each: tuple[Tensor, ...] = (
-        rope_norm(qkv_TGXH[:, :, :R].flatten(1, 2), table, weight_H, eps),
+        rope_norm(qkv_TGXH[:, :, :R].flatten(1, 2), table, weights, eps),
         rope_norm(qkv_TGXH[:, :, R], table, None, eps),
         qkv_TGXH[:, :, R + 1],
     )
-    together = qkv_rope_norm(qkv_TGXH, table, weight_H, eps)
+    together = qkv_rope_norm(qkv_TGXH, table, weights, eps)
     for a, b in zip(together, each, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(*(torch.autograd.grad(out, (qkv_TGXH, weight_H), grads) for out in (together, each)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(out, (qkv_TGXH, *weights), grads) for out in (together, each)), strict=True):
         assert torch.equal(a, b)

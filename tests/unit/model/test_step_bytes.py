@@ -38,8 +38,8 @@ BOUNDS = {
 }
 # part -> launches forward and backward, per layer, and KB over those needed: index maps, weights, numbers per row
 WITH_KERNELS = {
-    "norms": (2, 6, 1.03),
-    "RoPE, head norm": (4, 6, 1.05),
+    "norms": (2, 4, 1.03),
+    "RoPE, head norm": (1, 2, 1.05),
     SUMS: (1, 5.5, 1.87),
     "router": (7, 4, 1.08),
     "permute": (1, 1, 1.01),

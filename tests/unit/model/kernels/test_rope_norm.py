@@ -33,25 +33,31 @@ def table_of(T: int, H: int, device: str) -> tuple[Tensor, Tensor]:
     return norm.rope_table(torch.arange(T, device=device) * 7 + 3, 10_000.0, H)
 
 
+def keys(weight_H: Tensor) -> Tensor:
+    """A weight for the keys, where `weight_H` is that of the queries; bf16 represents it."""
+    return numbers(tuple(weight_H.shape), torch.bfloat16, str(weight_H.device), 5).to(weight_H.dtype)
+
+
 def results(function: Callable[..., Any], x: Tensor, weight_H: Tensor | None, eps: float | None) -> list[Tensor]:
-    """Results, and gradients of the input and the weight, for output gradients that bf16 represents. `x` keeps its
+    """Results, and gradients of the input and both weights, for output gradients that bf16 represents. `x` keeps its
     strides."""
     x = x.detach().requires_grad_()
-    weights = [] if weight_H is None else [weight_H.detach().requires_grad_()]
-    found = function(x, table_of(x.shape[0], x.shape[-1], str(x.device)), weights[0] if weights else None, eps)
+    weights = [] if weight_H is None else [weight.detach().requires_grad_() for weight in (weight_H, keys(weight_H))]
+    found = function(x, table_of(x.shape[0], x.shape[-1], str(x.device)), tuple(weights) or None, eps)
     outputs = found if isinstance(found, tuple) else (found,)
     grads = [numbers(tuple(out.shape), torch.bfloat16, str(x.device), 1).to(out.dtype) for out in outputs]
     return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, [x, *weights], grads)]
 
 
 def compare(kernel: Callable[..., Any], plain: Callable[..., Any], x: Tensor, *arguments: Any) -> None:
-    found, expected = results(kernel, x, *arguments), results(plain, x.float(), *arguments)
+    in_fp32 = [argument.float() if isinstance(argument, Tensor) else argument for argument in arguments]
+    found, expected = results(kernel, x, *arguments), results(plain, x.float(), *in_fp32)
     eps = torch.finfo(x.dtype).eps / (2 if x.is_cuda else 1)
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         is_rounded = a.dtype == torch.bfloat16
         torch.testing.assert_close(a.float(), b, rtol=eps if is_rounded else 1e-5, atol=1e-5)
-    for out in found[: len(found) - 1]:
+    for out in found[: len(found) - 2]:
         assert out.is_contiguous()
 
 
@@ -60,14 +66,14 @@ def compare(kernel: Callable[..., Any], plain: Callable[..., Any], x: Tensor, *a
 def test_queries_keys_and_values_are_those_of_the_plain_function(device: str, H: int, dtype: torch.dtype) -> None:
     """3 key/value heads with 5 query heads each: no size is a power of two."""
     qkv_TGXH = numbers((3, 3, 5 + 2, H), dtype, device)
-    compare(qkv_rope_norm, norm.qkv_rope_norm, qkv_TGXH, numbers((H,), torch.float32, device, 2), EPS)
+    compare(qkv_rope_norm, norm.qkv_rope_norm, qkv_TGXH, numbers((H,), dtype, device, 2), EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("H", WIDTHS)
 def test_heads_are_those_of_the_plain_function(device: str, H: int, dtype: torch.dtype) -> None:
     """More heads than a tile holds."""
-    compare(rope_norm, norm.rope_norm, numbers((2, 33, H), dtype, device), numbers((H,), torch.float32, device, 2), EPS)
+    compare(rope_norm, norm.rope_norm, numbers((2, 33, H), dtype, device), numbers((H,), dtype, device, 2), EPS)
 
 
 @pytest.mark.parametrize("eps", [EPS, None])
@@ -93,11 +99,11 @@ def test_a_head_of_zeros_has_finite_gradients(device: str) -> None:
 
 def test_no_tokens(device: str) -> None:
     weight_H = numbers((64,), torch.float32, device)
-    q_TNH, k_TGH, v_TGH, grad, grad_weight_H = results(
+    q_TNH, k_TGH, v_TGH, grad, *of_weights = results(
         qkv_rope_norm, numbers((0, 2, 5, 64), torch.float32, device), weight_H, EPS
     )
     assert (q_TNH.shape, k_TGH.shape, v_TGH.shape, grad.shape) == ((0, 6, 64), (0, 2, 64), (0, 2, 64), (0, 2, 5, 64))
-    assert not grad_weight_H.any()
+    assert not any(grad_weight_H.any() for grad_weight_H in of_weights)
 
 
 # --- memory layouts ---------------------------------------------------------------------------------------------------
@@ -120,12 +126,12 @@ def test_gradients_may_have_any_strides(device: str) -> None:
     for grads in ([packed[:, :6, 1], packed[:, 6:8, 0], packed[:, 8:, 1]], None):
         pair = []
         for function in (qkv_rope_norm, norm.qkv_rope_norm):
-            x, weight = qkv_TGXH.clone().requires_grad_(), weight_H.clone().requires_grad_()
-            outputs = function(x, table, weight, EPS)
+            leaves = x, *weights = [y.clone().requires_grad_() for y in (qkv_TGXH, weight_H, keys(weight_H))]
+            outputs = function(x, table, tuple(weights), EPS)
             if grads is None:
-                pair.append(torch.autograd.grad(sum(out.sum() for out in outputs), [x, weight]))
+                pair.append(torch.autograd.grad(sum(out.sum() for out in outputs), leaves))
             else:
-                pair.append(torch.autograd.grad(outputs, [x, weight], grads))
+                pair.append(torch.autograd.grad(outputs, leaves, grads))
         for a, b in zip(*pair, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -136,7 +142,11 @@ def test_results_that_nothing_reads_have_no_gradient(device: str) -> None:
     pair = []
     for function in (qkv_rope_norm, norm.qkv_rope_norm):
         x = qkv_TGXH.clone().requires_grad_()
-        pair.append(torch.autograd.grad(function(x, table_of(5, 64, device), weight_H, EPS)[1].square().sum(), x)[0])
+        pair.append(
+            torch.autograd.grad(
+                function(x, table_of(5, 64, device), (weight_H, keys(weight_H)), EPS)[1].square().sum(), x
+            )[0]
+        )
     torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
 
 
@@ -150,7 +160,7 @@ def test_results_that_nothing_reads_have_no_gradient(device: str) -> None:
         ({"sin": lambda sin: sin.repeat(1, 1, 2)[..., ::2]}, "sin has shape (5, 1, 32), strides (64, 64, 2)"),
         (
             {"weight": lambda weight: weight[None]},
-            "the weight has shape (1, 64), strides (64, 1), but it must be (64,)",
+            "the queries' weight has shape (1, 64), strides (64, 1), but it must be (64,)",
         ),
     ],
 )
@@ -161,7 +171,7 @@ def test_what_would_be_read_wrongly_is_refused(device: str, change: dict[str, An
     for name, changed in change.items():
         given[name] = changed(given[name])
     with pytest.raises(ValueError, match="the kernel of rope_norm: ") as caught:
-        rope_norm(given["x"], (given["cos"], given["sin"]), given["weight"], EPS)
+        rope_norm(given["x"], (given["cos"], given["sin"]), (given["weight"], keys(cos[0, 0, :1].expand(64))), EPS)
     assert reason in str(caught.value)
 
 
@@ -179,7 +189,9 @@ def test_only_the_input_is_kept_for_the_backward_pass(device: str, has_norm: boo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        qkv_rope_norm(qkv_TGXH.requires_grad_(), table, weight_H if has_norm else None, EPS if has_norm else None)
+        qkv_rope_norm(
+            qkv_TGXH.requires_grad_(), table, (weight_H, weight_H) if has_norm else None, EPS if has_norm else None
+        )
     large = [tensor.data_ptr() for tensor in kept if tensor.numel() >= qkv_TGXH.numel() // 5]
     assert large == [qkv_TGXH.data_ptr()] * has_norm
 
