@@ -46,10 +46,10 @@ def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
     from hunyuan_pretrain.model.kernels import kernel_functions  # optional package
 
     functions = kernel_functions()
-    norm = partial(RMSNorm, function=functions.rms_norm)
-    if spec.norm is RMSNorm:  # Transformer Engine's norms are kernels already
-        spec = replace(spec, norm=norm, input_norm=norm)
-    return replace(spec, functions=functions)
+    # also in place of Transformer Engine's separate norms, which neither add the branch nor the residual's gradient
+    norm = partial(RMSNorm, function=functions.add_rms_norm)
+    is_fused = getattr(spec.input_norm, "is_fused", False)
+    return replace(spec, functions=functions, norm=norm, input_norm=spec.input_norm if is_fused else norm)
 
 
 def _layers(config: HunyuanConfig, layer: int) -> Spec:

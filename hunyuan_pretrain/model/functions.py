@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.model.cross_entropy import ChunkLoss, chunk_loss
 from hunyuan_pretrain.model.gating import GatingFunction, gating
-from hunyuan_pretrain.model.norm import HeadWeights, RMSNormFunction, qkv_rope_norm, rms_norm, rope_norm
+from hunyuan_pretrain.model.norm import HeadWeights, RMSNormFunction, add_rms_norm, qkv_rope_norm, rope_norm
 from hunyuan_pretrain.model.permutation import combine, permute
 from hunyuan_pretrain.model.recycle_routing import Assign, assign_within_capacity
 from hunyuan_pretrain.model.router_logits import router_logits
@@ -24,7 +24,7 @@ from hunyuan_pretrain.model.swiglu import swiglu
 class Functions(NamedTuple):
     """Arguments, shapes and results are those of the plain functions."""
 
-    rms_norm: RMSNormFunction
+    add_rms_norm: RMSNormFunction
     rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], HeadWeights, float | None], Tensor]
     qkv_rope_norm: Callable[[Tensor, tuple[Tensor, Tensor], HeadWeights, float | None], tuple[Tensor, Tensor, Tensor]]
     swiglu: Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Functions(NamedTuple):
 def plain_functions() -> Functions:
     """The functions that need nothing but torch."""
     return Functions(
-        rms_norm,
+        add_rms_norm,
         rope_norm,
         qkv_rope_norm,
         swiglu,

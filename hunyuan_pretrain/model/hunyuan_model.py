@@ -225,7 +225,7 @@ class HunyuanModel(MegatronModule):
         hidden_TD, statistics = self._through_layers(self._stage_input(inputs), inputs)
         if not self.post_process:
             return hidden_TD[:, None], statistics
-        hidden_TD = self.decoder.final_layernorm(hidden_TD)
+        hidden_TD, _ = self.decoder.final_layernorm(hidden_TD)
         return (self._logits(hidden_TD) if inputs.labels_T is None else self._loss(hidden_TD, inputs)), statistics
 
     def _stage_input(self, inputs: ModelInputs) -> Tensor:

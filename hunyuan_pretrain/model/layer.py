@@ -37,12 +37,11 @@ class TransformerLayer(torch.nn.Module):
         self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan, routing: Routing
     ) -> tuple[Tensor, SharedKV, Tensor]:
         """Returns ((T, D), keys and values of the group, packed router statistics (X,))."""
-        normalised_TD = self.input_layernorm(hidden_TD)
+        normalised_TD, hidden_TD = self.input_layernorm(hidden_TD)
         attention_TD, kv = self.self_attention(normalised_TD, kv, plan)
         if self.recompute_norms:
             self._free(self.input_layernorm, hidden_TD, normalised_TD, attention_TD)
-        hidden_TD = hidden_TD + attention_TD
-        normalised_TD = self.pre_mlp_layernorm(hidden_TD)
+        normalised_TD, hidden_TD = self.pre_mlp_layernorm(hidden_TD, attention_TD)
         output_TD, statistics_X = self.mlp(normalised_TD, hidden_TD, routing)
         if self.recompute_norms:
             self._free(self.pre_mlp_layernorm, hidden_TD, normalised_TD, output_TD)
@@ -51,7 +50,7 @@ class TransformerLayer(torch.nn.Module):
     @staticmethod
     def _free(norm: torch.nn.Module, x_TD: Tensor, y_TD: Tensor, result_TD: Tensor) -> None:
         # not norm itself, which would call hooks again: core's, those of diagnostics
-        free_until_backward(norm.forward, x_TD, y_TD, result_TD)
+        free_until_backward(lambda x_TD: norm.forward(x_TD)[0], x_TD, y_TD, result_TD)
 
 
 def run_cla_group(

@@ -43,30 +43,33 @@ class _RMSNormFunction(torch.autograd.Function):
         return grad_x_TD.to(saved_TD.dtype), grad_weight_D, None
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim, computed in fp32, in x's dtype."""
-    return _RMSNormFunction.apply(x_TD, weight_D, eps)
+def add_rms_norm(x_TD: Tensor, branch_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(the norm of the sum, the sum x_TD + branch_TD, for what reads it next, as model.permutation says); without a
+    branch the sum is x_TD. The norm is sum / rms(sum) * weight over the last dim, computed in fp32, in x's dtype."""
+    sum_TD = x_TD if branch_TD is None else x_TD + branch_TD
+    return _RMSNormFunction.apply(sum_TD, weight_D, eps), sum_TD
 
 
-RMSNormFunction = Callable[[Tensor, Tensor, float], Tensor]
-"""rms_norm, or a function with its result."""
+RMSNormFunction = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+"""add_rms_norm, or a function with its result."""
 
 
 class RMSNorm(torch.nn.Module):
-    """`rms_norm` with a weight.
+    """`add_rms_norm` with a weight.
 
     Core's local norm rejects sequence parallelism. This one marks its weight so that core sums the weight's gradient
     over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: HunyuanConfig, size: int, function: RMSNormFunction = rms_norm) -> None:
+    def __init__(self, config: HunyuanConfig, size: int, function: RMSNormFunction = add_rms_norm) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
         self.weight = _norm_weight(config, size)
         self.function = function
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.function(x_TD, self.weight, self.eps)
+    def forward(self, x_TD: Tensor, branch_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum); as `add_rms_norm`."""
+        return self.function(x_TD, branch_TD, self.weight, self.eps)
 
 
 class HeadNorm(torch.nn.Module):

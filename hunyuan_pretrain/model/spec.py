@@ -31,7 +31,8 @@ class Spec:
     column_parallel_grouped_linear: LinearFactory
     row_parallel_grouped_linear: LinearFactory
     norm: NormFactory
-    """(config, size)."""
+    """(config, size). The norm takes x and a branch (None: nothing), (T, D) each, and returns the norm of their sum and
+    the sum, for what reads it next; model.norm.add_rms_norm."""
     input_norm: NormFactory
     """The norm whose output only the input projection of the attention reads."""
     functions: Functions

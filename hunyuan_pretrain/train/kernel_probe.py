@@ -210,10 +210,9 @@ class Inputs:
         """Arguments of the function `name`; None if this model does not use it."""
         return getattr(self, name)()
 
-    def rms_norm(self) -> tuple[Any, ...]:
-        D = self.config.hidden_size
-        weight_D = self._numbers(D, draw=1)
-        return self._numbers(self.tokens_of_experts, D), weight_D, self.config.layernorm_epsilon
+    def add_rms_norm(self) -> tuple[Any, ...]:
+        x_TD, branch_TD = (self._numbers(self.tokens_of_experts, self.config.hidden_size, draw=draw) for draw in (0, 2))
+        return x_TD, branch_TD, self._numbers(self.config.hidden_size, draw=1), self.config.layernorm_epsilon
 
     def rope_norm(self) -> tuple[Any, ...]:
         """Those of a borrower's queries."""

@@ -123,7 +123,7 @@ def _attend_in_layers(
             backend = layer.self_attention.core_attention
             layer.self_attention.core_attention = attend
             try:
-                _, kv = layer.self_attention(layer.input_layernorm(hidden_TD), kv, plan)
+                _, kv = layer.self_attention(layer.input_layernorm(hidden_TD)[0], kv, plan)
             finally:
                 layer.self_attention.core_attention = backend
 
@@ -187,7 +187,8 @@ def _attend(run: Run, hidden_SD: Tensor, positions_S: Tensor, cu_seqlens: list[i
     input_TD = hidden_SD.to(run.device, model.config.params_dtype)[mine_T].requires_grad_()
     output_TD, kv = input_TD, None
     for layer in list(model.decoder.layers)[: model.config.model.cla_share_factor]:
-        attention_TD, kv = layer.self_attention(layer.input_layernorm(output_TD), kv, plan)
+        normalised_TD, output_TD = layer.input_layernorm(output_TD)
+        attention_TD, kv = layer.self_attention(normalised_TD, kv, plan)
         output_TD = output_TD + attention_TD
     # the same gradient in both runs, a different one for every row
     grad_output_SD = torch.sin(torch.arange(hidden_SD.numel(), dtype=torch.float32)).view_as(hidden_SD)

@@ -161,9 +161,8 @@ def minimum_kb(model: ModelConfig, num_tokens: int) -> dict[str, float]:
         "permute": 5 * row,  # x and rows; the gradients of rows and of what reads x next, and their sum
         # routed and shared rows, residual, output; its gradient, routed rows and theirs
         "combine": 7 * row,
-        # attention's residual; the residual's gradient, which each norm's backward pass adds
-        SUMS: 3 * row + 2 * row,
-        "norms": 2 * 5 * row,  # x, y; dy, x, dx
+        # x, y; then residual, attention, their sum, y; backward of both dy, the residual's gradient, x, dx
+        "norms": 2 * row + 4 * row + 2 * 4 * row,
         # bf16 logits written, read for the softmax, read and replaced by their gradient; main_grad read and written
         "cross-entropy": 8 * model.padded_vocab_size + 8 * weight / num_tokens + 3 * row,
         # rows read and written; the gradient's rows added to fp32 rows

@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 LINEAR = {"qkv", "attention", "projection", "experts"}
 """Parts whose products are counted apart."""
-SUMS = "residuals, gradient sums"
+SUMS = "gradient sums"
+"""Autograd's own."""
 
 
 MATMULS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"}

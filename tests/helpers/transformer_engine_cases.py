@@ -53,6 +53,8 @@ class Build:
     world_size: int = 1
     ranks: tuple[int, ...] = (0,)
     precision: dict[str, Any] = field(default_factory=dict)
+    has_kernels: bool = False
+    """Under Transformer Engine's spec."""
 
 
 def traces(cases: Sequence[Case], steps: int) -> list[Any]:
@@ -163,6 +165,32 @@ def probed(cases: Sequence[tuple[Case, bool]]) -> list[Any]:
     return found
 
 
+def gradients(cases: Sequence[tuple[bool, str]]) -> list[dict[str, Any]]:
+    """Loss and gradients of one micro-batch of two layers in fp32, with each parallel.recompute: under Transformer
+    Engine's spec with Triton kernels, or the local one without."""
+    transformer_engine_stub.install()
+    from hunyuan_pretrain.config.schema import ParallelConfig, PrecisionConfig
+    from hunyuan_pretrain.model.hunyuan_config import transformer_config
+    from hunyuan_pretrain.model.hunyuan_model import build_model
+    from tests.helpers.tiny import packed_inputs, tiny_model, world_of_one
+
+    model, found = tiny_model(num_layers=2), []
+    for use_engine, recompute in cases:
+        config = transformer_config(
+            model,
+            ParallelConfig(recompute=recompute),  # type: ignore[arg-type]
+            PrecisionConfig(dtype="fp32"),
+            use_transformer_engine=use_engine,
+            use_kernels=use_engine,
+        )
+        (chunk,) = build_model(config, world_of_one(), 1)
+        loss, _ = chunk(packed_inputs(model, (20, 12)))
+        loss.backward()
+        named = {name: parameter.grad for name, parameter in chunk.named_parameters()} | {"loss": loss.detach()}
+        found.append({name: gradient.numpy() for name, gradient in named.items()})
+    return found
+
+
 # --- what is built ----------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +232,25 @@ def _describe(build: Build, rank: int, use_engine: bool) -> dict[str, Any]:
     return found
 
 
+def norms_of_builds(builds: Sequence[Build]) -> list[list[str]]:
+    """What normalises the input of each layer's attention, under Transformer Engine's spec: "fused", or the separate
+    norm's package; and "kept" if the projection is told to keep that norm's output as given."""
+    transformer_engine_stub.install()
+    found = []
+    for build in builds:
+        with chunks_on_meta(build, 0, {"dtype": "bf16"} | build.precision, use_engine=True) as (chunk,):
+            found.append([_input_norm(layer) for layer in chunk.decoder.layers])
+    return found
+
+
+def _input_norm(layer: Any) -> str:
+    norm, attention = layer.input_layernorm, layer.self_attention
+    linear = attention.linear_qkv if attention.is_owner else attention.linear_q
+    is_fused = getattr(norm, "is_fused", False)
+    assert is_fused == hasattr(linear, "layer_norm_weight")
+    return "fused" if is_fused else type(norm).__module__ + ", kept" * getattr(linear, "save_original_input", False)
+
+
 @contextmanager
 def chunks_on_meta(build: Build, rank: int, precision: dict[str, Any], use_engine: bool) -> Iterator[list[Any]]:
     """The model chunks of this rank of the simulated world, on the meta device."""
@@ -221,7 +268,14 @@ def chunks_on_meta(build: Build, rank: int, precision: dict[str, Any], use_engin
     dist.init_process_group("fake", rank=rank, world_size=build.world_size, store=FakeStore())
     try:
         groups = build_groups(parallel, 60)
-        config = transformer_config(tiny_model(**build.model), parallel, PrecisionConfig(**precision), True, use_engine)
+        config = transformer_config(
+            tiny_model(**build.model),
+            parallel,
+            PrecisionConfig(**precision),
+            fuse_wgrad_accumulation=True,
+            use_transformer_engine=use_engine,
+            use_kernels=use_engine and build.has_kernels,
+        )
         with torch.device("meta"):
             chunks = build_model(config, groups, None)
         yield chunks

@@ -126,7 +126,7 @@ def _steps(kind: str, recipe: str, parallel: Any, groups: Any, use_engine: bool)
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if splits is not None:
                 return self.product(x, splits)
-            return self.product(x if self.norm is None else self.norm(x))[0]
+            return self.product(x if self.norm is None else self.norm(x)[0])[0]
 
     model = Model()
     weight = model.product.weight

@@ -3,9 +3,8 @@
 Every parameter has the name, shape and marks that the local spec gives it, so checkpoints and exports are the same
 under both:
 - the RMSNorm before the attention is fused into the projection that reads it. Its weight stays in `input_layernorm`,
-  which passes its input through. Where the outputs of norms are recomputed (parallel.recompute), it is a separate norm:
-  a fused one keeps its output inside. `pre_mlp_layernorm` feeds router, shared and routed experts, and stays a separate
-  norm;
+  which passes its input through. `pre_mlp_layernorm` feeds router, shared and routed experts, and is a separate norm.
+  So is `input_layernorm` where `_fuses_norm` says so;
 - the experts of a rank are one (e, O, I) parameter, and the grouped GEMM gets e views of it. Parameters in FP8 only,
   which Transformer Engine keeps as one tensor per expert, are e parameters (O, I), and one in checkpoints
   (parallel/sharding.py);
@@ -48,7 +47,12 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
     """The spec of one layer, counted from 0 over the whole model."""
     recipe = config.precision.recipe
     is_fp8 = config.precision.is_fp8_layer(layer, config.num_layers)
-    is_fused = "norms" not in config.parallel.recomputed_parts
+    is_recomputed = "norms" in config.parallel.recomputed_parts
+    after_norm: Any = None
+    if is_fused := _fuses_norm(config, is_fp8):
+        after_norm = partial(NormAndColumnParallelLinear, is_fp8=is_fp8)
+    elif is_recomputed:
+        after_norm = partial(_linear_after_recomputed_norm, is_fp8=is_fp8)
     return Spec(
         column_parallel_linear=partial(ColumnParallelLinear, is_fp8=is_fp8),
         row_parallel_linear=partial(RowParallelLinear, is_fp8=is_fp8),
@@ -56,12 +60,23 @@ def transformer_engine_spec(config: HunyuanConfig, layer: int) -> Spec:
         row_parallel_grouped_linear=partial(GroupedLinear, partition_dim=2, is_fp8=is_fp8),
         norm=RMSNorm,
         input_norm=FusedNorm if is_fused else RMSNorm,
-        column_parallel_linear_after_norm=partial(
-            NormAndColumnParallelLinear if is_fused else _linear_after_recomputed_norm, is_fp8=is_fp8
-        ),
+        column_parallel_linear_after_norm=after_norm,
         functions=plain_functions(),
         row_multiple=partial(_row_multiple, recipe.size_multiple if recipe is not None and is_fp8 else 1),
     )
+
+
+def _fuses_norm(config: HunyuanConfig, is_fp8: bool) -> bool:
+    """Whether the norm before the attention is part of the projection.
+
+    Not where the outputs of norms are recomputed: a fused norm keeps its output inside. Nor with Triton kernels, whose
+    norm adds the gradient of the residual in the same pass, unless the fused one writes FP8 at once. It does so with
+    delayed scales only: with the others it writes bf16, and another kernel quantises.
+    """
+    recipe = config.precision.recipe
+    if "norms" in config.parallel.recomputed_parts:
+        return False
+    return not config.uses_kernels or (is_fp8 and recipe is not None and recipe.is_delayed)
 
 
 # --- dense linears ----------------------------------------------------------------------------------------------------
@@ -183,6 +198,11 @@ class RMSNorm(te.RMSNorm):
         super().__init__(size, eps=config.layernorm_epsilon, dtype=config.params_dtype, device=_device(config))
         self.weight.sequence_parallel = config.sequence_parallel
 
+    def forward(self, x_TD: Tensor, branch_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum); as model.norm.add_rms_norm."""
+        sum_TD = x_TD if branch_TD is None else x_TD + branch_TD
+        return super().forward(sum_TD), sum_TD
+
 
 class FusedNorm(torch.nn.Module):
     """The weight of a norm that the next linear layer computes; passes its input through."""
@@ -195,8 +215,8 @@ class FusedNorm(torch.nn.Module):
         weight.sequence_parallel = config.sequence_parallel
         self.weight = weight
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return x_TD
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return x_TD, x_TD
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from hunyuan_pretrain.model.kernels import (
 def kernel_functions() -> Functions:
     """The plain functions, replaced by kernels where there is one."""
     return plain_functions()._replace(
-        rms_norm=rms_norm.rms_norm,
+        add_rms_norm=rms_norm.add_rms_norm,
         rope_norm=rope_norm.rope_norm,
         qkv_rope_norm=rope_norm.qkv_rope_norm,
         swiglu=swiglu.swiglu,

@@ -175,6 +175,19 @@ def test_a_choice_frees_exactly_what_the_plan_says(use_kernels: bool) -> None:
         assert everything.on_device - step.on_device == planned > 0, choice
 
 
+def test_with_kernels_no_choice_changes_a_bit() -> None:
+    """Their norm keeps a sum that it writes itself; recomputing and offloading find it too."""
+    pytest.importorskip("triton")
+    few: Any = {"use_kernels": True, "lengths": (20, 12), "num_layers": 4}  # kernels are slow in the interpreter
+    here = Step("none", 0, {"dtype": "bf16"}, **few)
+    for choice in ("none", "swiglu+norms"):
+        there = Step(choice, 2, {"dtype": "bf16"}, **few)
+        assert there.equals(here), choice
+        if choice == "none":
+            assert here.on_device == there.on_device + there.on_host
+            assert there.on_host > 0.3 * here.on_device
+
+
 @pytest.mark.parametrize("choice", ["none", "swiglu+norms", "selective", "cla_group"])
 def test_offloading_moves_what_is_kept(choice: str) -> None:
     """What is no longer on the device is on the host, byte by byte, but for the last group on its way; the model's last

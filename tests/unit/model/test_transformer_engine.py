@@ -23,6 +23,8 @@ from tests.helpers.transformer_engine_cases import (
     attention_differences,
     checkpoints_under_both_specs,
     differences_of_builds,
+    gradients,
+    norms_of_builds,
     recipe_fields,
     traces,
 )
@@ -38,6 +40,8 @@ BUILDS = [
     Build({}),
     Build({}, {"recompute": "swiglu+norms"}),
     Build({"cla_share_factor": 1}),
+    Build({}, has_kernels=True),
+    Build({}, precision={"fp8_recipe": "delayed", "num_layers_at_start_in_bf16": 1}, has_kernels=True),
     Build({"qk_layernorm": False}),
     Build({"share_embeddings_and_output_weights": False}),
     Build({"moe_router_topk": 2, "recycle_routing": False}),
@@ -66,6 +70,42 @@ def test_parameters_match_the_local_spec() -> None:
     simulated world."""
     (found,) = run_ranks(1, differences_of_builds, BUILDS)
     assert found == []
+
+
+@needs_package
+@pytest.mark.slow
+def test_with_kernels_a_norm_is_fused_only_where_it_writes_fp8() -> None:
+    """With delayed scales, in the layers that compute in FP8; never where norms are recomputed."""
+    ours, theirs = "hunyuan_pretrain.model.norm", "hunyuan_pretrain.model.engine.layers"
+    of_recipes: Any = {
+        name: {"fp8_recipe": name, "num_layers_at_start_in_bf16": 1} for name in ("delayed", "blockwise")
+    }
+    recomputed = {"recompute": "norms"}
+    expected = [
+        (Build({}), ["fused"] * 4),
+        (Build({}, recomputed), [f"{theirs}, kept"] * 4),
+        (Build({}, precision=of_recipes["blockwise"]), ["fused"] * 4),
+        (Build({}, has_kernels=True), [ours] * 4),
+        (Build({}, recomputed, has_kernels=True), [f"{ours}, kept"] * 4),
+        (Build({}, precision=of_recipes["blockwise"], has_kernels=True), [ours] * 4),
+        (Build({}, precision=of_recipes["delayed"], has_kernels=True), [ours] + ["fused"] * 3),
+    ]
+    (found,) = run_ranks(1, norms_of_builds, [build for build, _ in expected])
+    assert found == [norms for _, norms in expected]
+
+
+@needs_package
+@pytest.mark.slow
+def test_a_step_with_kernels_matches_the_local_spec() -> None:
+    """Loss and every gradient, in fp32. The norms are then this project's, which add the branch and the gradient of the
+    residual."""
+    pytest.importorskip("triton")
+    ((local, *others),) = run_ranks(1, gradients, [(False, "none"), (True, "none"), (True, "norms")])
+    for found in others:
+        assert found.keys() == local.keys()
+        for name, expected in local.items():
+            assert np.abs(expected).max() > 0, name
+            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 @needs_package

@@ -83,7 +83,7 @@ def test_kernels_match_and_the_probes_say_so_first(run: Run, monkeypatch: pytest
 
 @pytest.mark.parametrize("fault", [{"forward": 1.01}, {"backward": 1.01}], ids=str)
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "rope_norm", "qkv_rope_norm", "swiglu", "router_logits", "permute", "combine"]
+    "name", ["add_rms_norm", "rope_norm", "qkv_rope_norm", "swiglu", "router_logits", "permute", "combine"]
 )
 def test_a_kernel_that_is_wrong_by_a_hundredth_stops_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, name: str, fault: dict[str, float]

@@ -1,4 +1,4 @@
-"""The RMSNorm kernel against the plain function."""
+"""The kernel of residual, branch and RMSNorm against the plain function."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 pytest.importorskip("triton")
 
 from hunyuan_pretrain.model.kernels.rms_norm import PARTS
-from hunyuan_pretrain.model.kernels.rms_norm import rms_norm as kernel_rms_norm
-from hunyuan_pretrain.model.norm import rms_norm as plain_rms_norm
+from hunyuan_pretrain.model.kernels.rms_norm import add_rms_norm as kernel_add_rms_norm
+from hunyuan_pretrain.model.norm import add_rms_norm as plain_add_rms_norm
 from tests.helpers.kernels import assert_rounded_once, results
 
 EPS = 1e-5
 kernel, plain = (
-    partial(lambda function, *x: function(*x, EPS), function) for function in (kernel_rms_norm, plain_rms_norm)
+    partial(lambda function, x, weight: function(x, None, weight, EPS)[0], function)
+    for function in (kernel_add_rms_norm, plain_add_rms_norm)
 )
+"""The norm alone, whose input nothing else reads."""
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, device: str, seed: int = 0) -> torch.Tensor:
@@ -34,6 +36,41 @@ def test_values_and_gradients_are_those_of_the_plain_function(
     """Sizes that are no power of two, more rows than parts."""
     inputs = [normal(rows, size, dtype=dtype, device=device), normal(size, dtype=dtype, device=device, seed=1)]
     assert_rounded_once(kernel, plain, inputs, normal(rows, size, dtype=dtype, device=device, seed=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_the_sum_and_its_two_gradients_are_those_of_the_plain_function(
+    has_branch: bool, dtype: torch.dtype, device: str
+) -> None:
+    """Sums of these numbers are exact in bf16: otherwise the norm, that of the rounded sum, would differ by more than
+    its own rounding."""
+    x_TD, branch_TD = (torch.round(2 * normal(37, 40, device=device, seed=seed)).to(dtype) for seed in (0, 3))
+    inputs = [x_TD, normal(40, dtype=dtype, device=device, seed=1), *[branch_TD] * has_branch]
+    grads = tuple(normal(37, 40, dtype=dtype, device=device, seed=seed) for seed in (2, 4))
+
+    def of(function: Any) -> Any:
+        return lambda x, weight, branch=None: function(x, branch, weight, EPS)
+
+    assert_rounded_once(of(kernel_add_rms_norm), of(plain_add_rms_norm), inputs, grads)
+    sums = (
+        lambda *x, f=function: of(f)(x[0], inputs[1], *x[1:])[1]
+        for function in (kernel_add_rms_norm, plain_add_rms_norm)
+    )
+    assert_rounded_once(*sums, inputs[::2], grads[1])  # nothing reads the norm
+
+
+@pytest.mark.parametrize("size", [40, 6400])
+def test_the_norm_of_a_sum_has_the_bits_of_the_norm_of_its_rounded_result(size: int, device: str) -> None:
+    """Recomputed norms (parallel.recompute) start from the sum."""
+    x_TD, branch_TD = (normal(9, size, dtype=torch.bfloat16, device=device, seed=seed) for seed in (0, 3))
+    weight_D = normal(size, dtype=torch.bfloat16, device=device, seed=1)
+    output_TD, sum_TD = kernel_add_rms_norm(x_TD, branch_TD, weight_D, EPS)
+    again_TD, same_TD = kernel_add_rms_norm(sum_TD, None, weight_D, EPS)
+    assert torch.equal(output_TD, again_TD)
+    assert same_TD.data_ptr() == sum_TD.data_ptr()
+    if device == "cuda":  # the interpreter rounds to bf16 by cutting bits off
+        assert torch.equal(sum_TD, x_TD + branch_TD)
 
 
 def test_no_rows_give_no_rows(device: str) -> None:
@@ -67,3 +104,11 @@ def test_only_input_weight_and_one_number_per_row_are_kept(device: str) -> None:
         kernel(*inputs)
     assert [x.data_ptr() for x in kept[:2]] == [x.data_ptr() for x in inputs]
     assert [x.shape for x in kept[2:]] == [(4,)]
+
+
+def test_with_a_branch_the_sum_is_kept_instead_of_both_terms(device: str) -> None:
+    leaves = [normal(4, 80, device=device, seed=seed).requires_grad_() for seed in (0, 1)]
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        _, sum_TD = kernel_add_rms_norm(*leaves, normal(80, device=device), EPS)
+    assert [x.data_ptr() for x in kept if x.numel() == sum_TD.numel()] == [sum_TD.data_ptr()]
