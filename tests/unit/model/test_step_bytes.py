@@ -192,20 +192,21 @@ def test_the_table_has_a_line_for_each_part() -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "never"])
 def test_the_plan_knows_the_bytes(counts: Counts, kernels: Literal["auto", "never"]) -> None:
-    """Within 2% by direction; what is left out are numbers per row. The local layers' norm is left out on both sides:
-    the plan has Transformer Engine's."""
+    """Within 3% by direction; what is left out are numbers per row. Norms, and the residual that they add, are left out
+    on both sides: without kernels the plan has Transformer Engine's."""
     if kernels == "auto":
         pytest.importorskip("triton")
     found = count_step(LARGE, TOKENS, use_kernels=True) if kernels == "auto" else counts
     fields = {"name": "x", "run_dir": "x", "tokenizer": "x", "model": LARGE, "optimizer": {"lr": 1.0}}
     planned = traffic(Experiment.model_construct(**fields, runtime=RuntimeConfig(kernels=kernels)))
     hidden_bytes = 2 * LARGE.hidden_size
-    for number, (way, norms) in enumerate((("forward", 4), ("backward", 6))):
+    of_norms = ((6, 2), (8, 4)) if kernels == "auto" else ((4 + 3, 2), (6, 2))  # rows, launches
+    for number, (way, (norms, launches)) in enumerate(zip(("forward", "backward"), of_norms, strict=True)):
         parts = [one for part, one in found.items() if part[1] == way and part[0] not in (*PER_STEP, *LINEAR, "norms")]
         counted = sum(part.bytes for part in parts) / LARGE.num_layers / TOKENS
         assert planned.layer_bytes[number] - norms * hidden_bytes == pytest.approx(counted, rel=0.03)
         operations = sum(part.operations for part in parts) / LARGE.num_layers
-        assert planned.layer_launches[number] - 2 == pytest.approx(operations, abs=1)
+        assert planned.layer_launches[number] - launches == pytest.approx(operations, abs=1)
     loss = found["cross-entropy", "forward"].bytes
     assert loss_bytes(LARGE, planned.logit_bytes, TOKENS, 1, 4) == pytest.approx(loss, rel=0.02)
     assert planned.embedding_bytes == pytest.approx(
