@@ -55,6 +55,13 @@ def diff(
     print("\n".join(lines) if lines else "no difference")
 
 
+def schema() -> None:
+    """Print the JSON schema of experiment files, for editors that complete and check YAML."""
+    from hunyuan_pretrain.config.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -43,7 +43,7 @@ add_commands(
     exporting.export,
     exporting.generate,
 )
-add_commands(config_app, planning.show, planning.diff)
+add_commands(config_app, planning.show, planning.diff, planning.schema)
 
 
 def main() -> None:

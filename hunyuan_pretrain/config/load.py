@@ -21,7 +21,17 @@ from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem, show_value
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, Section
 from hunyuan_pretrain.config.values import SUFFIX_RULE, change_paths, expand, fill_in, number_hint, section_of
-from hunyuan_pretrain.config.yaml_tree import Dumper, Keys, Tree, dotted, file_error, parse, reason_of, text_or_value
+from hunyuan_pretrain.config.yaml_tree import (
+    Dumper,
+    Keys,
+    Tree,
+    dotted,
+    file_error,
+    names_of,
+    parse,
+    reason_of,
+    text_or_value,
+)
 
 __all__ = ["dump_resolved", "load_experiment", "load_model"]
 
@@ -37,9 +47,10 @@ class ArchitectureFile(Section):
 def load_experiment(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Experiment:
     """Read an experiment file and check it.
 
-    `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.0.tokens=1000"; the values are YAML. They win
-    over the file, the file over its `base` files (later ones over earlier ones), and those over theirs. Mappings merge;
-    lists are replaced. `world_size`: ranks of the job if known, for the rules that need them.
+    `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.decay.tokens=1000"; the values are YAML. They
+    win over the file, the file over its `base` files (later ones over earlier ones), and those over theirs. Mappings
+    merge; lists are replaced, except that a mapping over a list of named sections changes those that it names.
+    `world_size`: ranks of the job if known, for the rules that need them.
     Raises ConfigError with every problem: a missing file, invalid YAML, unknown keys, wrong types, violated rules.
     """
     tree = read(path, overrides)
@@ -145,13 +156,15 @@ def apply_override(tree: Tree, override: str) -> Iterator[Problem]:
     for name in [*parents, last]:
         key: str | int = name
         if isinstance(container, list):
-            if not name.isdecimal() or int(name) >= len(container):
-                indices = f"use 0 to {len(container) - 1}" if len(container) > 1 else "use 0"
+            names = names_of(container)
+            if name not in names and (not name.isdecimal() or int(name) >= len(container)):
+                hint = f"use 0 to {len(container) - 1}" if len(container) > 1 else "use 0"
+                hint += f", or {', '.join(map(str, names))}" if names else ""
                 yield Problem(
-                    path, value, f"{dotted(keys)} is a list of {len(container)}, {name!r} is not in it", indices, where
+                    path, value, f"{dotted(keys)} is a list of {len(container)}, {name!r} is not in it", hint, where
                 )
                 return
-            key = int(name)
+            key = names.index(name) if name in names else int(name)
         elif not isinstance(container, dict):
             yield Problem(path, value, f"{dotted(keys)} is {show_value(container)}, not a section", where=where)
             return
@@ -218,6 +231,8 @@ def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> P
         hints = [hint] if hint else [*hints, *([SUFFIX_RULE] if is_tokens else [])]
     if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
         hints = [f"write {item['input']:.0f}, without a decimal point"]
+    if item["type"] == "tuple_type" and isinstance(item["input"], dict):
+        hints = ["a mapping changes a list that a base has, and no base has this one"]
     if item["type"] == "string_type" and isinstance(item["input"], (int, float)):
         hints = [f'quote it: "{show_value(item["input"])}"']
     known = {

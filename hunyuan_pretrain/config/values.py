@@ -22,6 +22,8 @@ from hunyuan_pretrain.config.yaml_tree import Keys, Tree, dotted
 
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20}
 SUFFIX_RULE = "10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096"
+COUNT_PATTERN = r"^(\d[\d_]*(\.\d+)?|\.\d+)([eE][-+]?\d+)?(k|K|M|B|T|Ki|Mi)$"
+"""A legal token count with a suffix, as a regular expression that JSON schemas can hold."""
 _COUNT = re.compile(r"([-+]?(?:\d[\d_]*)?(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*([A-Za-z]+)")
 _MEANT = {
     "m": "M",

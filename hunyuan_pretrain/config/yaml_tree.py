@@ -28,7 +28,9 @@ class Tree:
     where: dict[Keys, str]
 
     def merge(self, other: Tree) -> None:
-        """Merge `other`, which wins: mappings merge, everything else is replaced together with its positions."""
+        """Merge `other`, which wins: mappings merge, everything else is replaced together with its positions. Where
+        this tree has a list of named sections and `other` a mapping, it maps names to changes. Raises ConfigError if no
+        section has such a name."""
         self._merge(self.data, other.data, other, ())
 
     def _merge(self, mine: dict[str, Any], theirs: dict[str, Any], other: Tree, keys: Keys) -> None:
@@ -36,10 +38,26 @@ class Tree:
             here = (*keys, name)
             if isinstance(value, dict) and isinstance(mine.get(name), dict):
                 self._merge(mine[name], value, other, here)
+            elif isinstance(value, dict) and (names := names_of(mine.get(name))):
+                self._merge_named(mine[name], names, value, other, here)
             else:
                 self.put(
                     mine, name, value, here, {at: text for at, text in other.where.items() if at[: len(here)] == here}
                 )
+
+    def _merge_named(self, mine: list[Any], names: list[Any], theirs: dict[str, Any], other: Tree, keys: Keys) -> None:
+        """Merge changes of named sections into the list that holds them."""
+        for name, changes in theirs.items():
+            here = (*keys, name)
+            if name not in names or not isinstance(changes, dict):
+                rule = "the base has none of this name" if name not in names else "must hold `key: value` lines"
+                hint = f"it has {', '.join(map(str, names))}; a list would replace them all"
+                raise ConfigError(
+                    other.source, [Problem(dotted(here), Problem.NO_VALUE, rule, hint, other.where[here])]
+                )
+            at = (*keys, names.index(name))
+            moved = {(*at, *key[len(here) :]): text for key, text in other.where.items() if key[: len(here)] == here}
+            self._merge(mine[names.index(name)], changes, Tree(other.source, {}, moved), at)
 
     def put(self, container: Any, name: str | int, value: Any, keys: Keys, where: Mapping[Keys, str]) -> None:
         """Replace one value and the positions of everything under it."""
@@ -49,6 +67,12 @@ class Tree:
     def position(self, keys: Keys) -> str:
         """Where a value was written; for a missing key, where the section around it was written."""
         return next((self.where[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.where), "")
+
+
+def names_of(value: Any) -> list[Any]:
+    """The names in a list of named sections; [] for anything else."""
+    is_named = isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value)
+    return [item["name"] for item in value] if is_named else []
 
 
 class Loader(yaml.SafeLoader):

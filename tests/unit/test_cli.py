@@ -94,6 +94,12 @@ def test_config_diff(command, tmp_path: Path) -> None:
     assert command("config", "diff", DEMO, DEMO) == (0, "no difference\n", "")
 
 
+def test_config_schema_is_the_one_in_the_repository(command) -> None:
+    code, out, err = command("config", "schema")
+    assert (code, err) == (0, "")
+    assert out == (ROOT / "configs/experiment.schema.json").read_text(encoding="utf-8")
+
+
 def test_plan(command) -> None:
     code, out, err = command("plan", DEMO, "--world-size", "2", "checkpoint.keep_last=null")
     assert (code, err) == (0, "")

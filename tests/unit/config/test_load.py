@@ -91,6 +91,45 @@ def test_later_bases_win_and_lists_are_replaced(folder: Path) -> None:
     assert (experiment.optimizer.lr, experiment.optimizer.clip_grad) == (1e-4, 0.5)
 
 
+STAGES = """\
+stages:
+  - {name: warmup, tokens: 1M, sequence_length: 512, global_batch_sequences: 4, lr_end: 1.0, data: [{path: d}]}
+  - {name: decay, tokens: 2M, sequence_length: 512, global_batch_sequences: 4, lr_end: 0.1, data: [{path: d}]}
+"""
+
+
+def test_a_mapping_changes_named_sections_of_the_list_of_a_base(folder: Path) -> None:
+    (folder / "stages.yaml").write_text(STAGES)
+    path = folder / "run.yaml"
+    head = EXPERIMENT.partition("stages:")[0].replace("base: model.yaml", "base: [model.yaml, stages.yaml]")
+    path.write_text(head + "stages:\n  decay:\n    tokens: 8M\n    data: [{path: other}]\n")
+    experiment = load_experiment(path, ["stages.warmup.lr_end=0.5"])
+    assert [stage.tokens for stage in experiment.stages] == [10**6, 8 * 10**6]
+    assert [stage.data[0].path for stage in experiment.stages] == ["d", "other"]
+    assert [stage.lr_end for stage in experiment.stages] == [0.5, 0.1]
+    path.write_text(head + "stages:\n  warmup: {lr_end: 2}\n  decay:\n    tokens: soon\n    sequence_length: 500\n")
+    text = refusal(path)
+    assert "stages.1.tokens=soon: must be a valid integer" in text
+    assert f"[{path}:10]" in text, "the line of the change"
+    (folder / "child.yaml").write_text("base: run.yaml\nstages: {decay: {tokens: 3M}}\n")
+    assert "stages.1.sequence_length=500: not a multiple" in (text := refusal(folder / "child.yaml"))
+    assert "stages.0.lr_end=2: a fraction of optimizer.lr" in text
+    assert f"[{path}:11]" in text
+
+
+def test_changes_of_a_section_that_no_base_has_are_refused(folder: Path) -> None:
+    (folder / "stages.yaml").write_text(EXPERIMENT)
+    path = folder / "run.yaml"
+    path.write_text("base: stages.yaml\nstages:\n  onyl: {tokens: 3M}\n")
+    rule = "the base has none of this name (it has only; a list would replace them all)"
+    assert f"stages.onyl: {rule} [{path}:3]" in refusal(path)
+    path.write_text("base: stages.yaml\nstages:\n  only: 3M\n")
+    assert "stages.only: must hold `key: value` lines" in refusal(path)
+    path.write_text(EXPERIMENT.partition("stages:")[0] + "stages:\n  only: {tokens: 3M}\n")
+    hint = "must be a list (a mapping changes a list that a base has, and no base has this one)"
+    assert hint in refusal(path)
+
+
 def test_bases_have_bases_relative_to_the_file_that_names_them(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "child.yaml").write_text("base: ../run.yaml\nseed: 5\n")
@@ -171,8 +210,8 @@ def test_an_unknown_override_names_the_nearest_key(folder: Path) -> None:
         ("lr", "lr: is not an override (write dotted.path=value, such as optimizer.lr=3e-4)"),
         ("=3", "is not an override"),
         ("model..a=3", "is not an override"),
-        ("stages.1.tokens=5", "stages is a list of 1, '1' is not in it (use 0)"),
-        ("stages.first.tokens=5", "stages is a list of 1, 'first' is not in it (use 0)"),
+        ("stages.1.tokens=5", "stages is a list of 1, '1' is not in it (use 0, or only)"),
+        ("stages.first.tokens=5", "stages is a list of 1, 'first' is not in it (use 0, or only)"),
         ("name.x=5", "name is small, not a section"),
         ("model=[1", "model=[1: is not valid YAML"),
         ("model={a: 1, a: 2}", "a: written twice"),
