@@ -25,18 +25,31 @@ def ranks_hold_whole_routing_groups(experiment: Experiment) -> Iterator[Problem]
                 f"{context} context-parallel ranks cannot share {length // group} routing groups of {group} "
                 "tokens evenly"
             )
+            fewer = next(size for size in range(context, 0, -1) if length // group % size == 0)
             hint = (
-                f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or a smaller routing group"
+                f"use sequences of {nearest_multiples(length, context * group)[4:]} tokens, or "
+                f"parallel.context_parallel_size {fewer}"
             )
-            yield Problem(f"{path}.sequence_length" if path != "evaluation" else path, length, rule, hint)
+            smaller = _smaller_group(group, length, context)
+            yield Problem(f"{path}.sequence_length" if path != "evaluation" else path, length, rule, hint + smaller)
         elif length * sequences // context % (tensor * group):
             share = length * sequences // context
             rule = (
                 f"{tensor} tensor-parallel ranks cannot share a micro-batch of {share // group} routing groups of "
                 f"{group} tokens evenly"
             )
-            hint = f"use {sequences * tensor}, or a smaller model.moe_routing_group_tokens"
-            yield Problem(f"{path}.micro_batch_sequences", sequences, rule, hint)
+            unit = tensor // math.gcd(tensor, length // context // group)
+            fewer = math.gcd(tensor, share // group)
+            hint = f"{nearest_multiples(sequences, unit)}, or parallel.tensor_model_parallel_size {fewer}"
+            smaller = _smaller_group(group, share, tensor)
+            yield Problem(f"{path}.micro_batch_sequences", sequences, rule, hint + smaller)
+
+
+def _smaller_group(group: int, tokens: int, ranks: int) -> str:
+    """The end of a hint: the largest routing group of which each of `ranks` ranks that share `tokens` holds whole ones.
+    None below 128 tokens: with a few slots for each expert, chance alone would recycle many tokens."""
+    whole = math.gcd(group, tokens // ranks) if tokens % ranks == 0 else 1
+    return f", or model.moe_routing_group_tokens {whole}, which changes the routing" if whole >= 128 else ""
 
 
 def token_counts(experiment: Experiment) -> Iterator[tuple[str, int, int]]:

@@ -8,11 +8,12 @@ import pytest
 
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError
-from hunyuan_pretrain.config.load import load_experiment, parse, read, validate
+from hunyuan_pretrain.config.load import load_experiment, load_model, parse, read, validate
 from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
 from hunyuan_pretrain.config.schema import Experiment
 
 DEMO = Path(__file__).parents[3] / "configs/dev/demo_cpu.yaml"
+LARGE = Path(__file__).parents[3] / "configs/model/hunyuan_large.yaml"
 
 
 def experiment_with(*overrides: str) -> Experiment:
@@ -168,7 +169,8 @@ RECORDED = [
         (
             ["parallel.context_parallel_size=4"],
             "stages.0.sequence_length=512: 4 context-parallel ranks cannot share 2 routing groups of 256 tokens evenly "
-            "(use sequences of 1024 tokens, or a smaller routing group)",
+            "(use sequences of 1024 tokens, or parallel.context_parallel_size 2, or model.moe_routing_group_tokens 128, "
+            "which changes the routing)",
         ),
         (
             [
@@ -179,7 +181,8 @@ RECORDED = [
             ],
             "stages.1.micro_batch_sequences=1: 2 tensor-parallel ranks cannot share a micro-batch of 1 routing "
             "groups of 512 tokens evenly "
-            "(use 2, or a smaller model.moe_routing_group_tokens)",
+            "(use 2, or parallel.tensor_model_parallel_size 1, or model.moe_routing_group_tokens 256, which changes "
+            "the routing)",
         ),
         (
             [
@@ -189,7 +192,8 @@ RECORDED = [
                 "evaluation.micro_batch_sequences=3",
             ],
             "evaluation.micro_batch_sequences=3: 2 tensor-parallel ranks cannot share a micro-batch of 3 routing "
-            "groups of 512 tokens",
+            "groups of 512 tokens evenly (use 2 or 4, or parallel.tensor_model_parallel_size 1, or "
+            "model.moe_routing_group_tokens 256, which changes the routing)",
         ),
         (
             ["parallel.tensor_model_parallel_size=4"],
@@ -450,3 +454,26 @@ def test_validation_sets_need_names_that_are_valid_in_metrics() -> None:
     assert f"evaluation.sets.3.name=..: {rule} (use set3)" in text
     made = experiment_with("evaluation.sets=[{name: zh-2.1_x, path: a, max_sequences: 4}]", "evaluation.data=b")
     assert made.evaluation.paths == ("b", "a")
+
+
+def test_the_nearest_legal_choices_for_routing_groups_are_legal() -> None:
+    """Hunyuan-Large at 4,096 tokens under TP 8, PP 8, EP 8: each of the three choices in the hint is accepted."""
+    large = [f"model.{name}={value}" for name, value in load_model(LARGE).model_dump().items() if value is not None]
+    layout = [f"parallel.{name}_model_parallel_size=8" for name in ("tensor", "pipeline", "expert")]
+    base = [*large, *layout, "parallel.sequence_parallel=true", "evaluation.data=null", "parallel.world_size=512"]
+    stages = [f"stages.{n}.{key}" for n in range(3) for key in ("sequence_length=4096", "global_batch_sequences=2048")]
+    base += [*stages, *(f"stages.{n}.micro_batch_sequences=1" for n in range(3))]
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(DEMO, base)
+    assert len(caught.value.problems) == 3
+    assert (
+        "stages.0.micro_batch_sequences=1: 8 tensor-parallel ranks cannot share a micro-batch of 4 routing groups of "
+        "1024 tokens evenly (use 2, or parallel.tensor_model_parallel_size 4, or model.moe_routing_group_tokens 512, "
+        "which changes the routing)"
+    ) in str(caught.value)
+    for choice in (
+        [f"stages.{n}.micro_batch_sequences=2" for n in range(3)],
+        ["parallel.tensor_model_parallel_size=4"],
+        ["model.moe_routing_group_tokens=512"],
+    ):
+        load_experiment(DEMO, [*base, *choice])
