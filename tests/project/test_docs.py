@@ -26,7 +26,7 @@ from hunyuan_pretrain.config.schema import Experiment
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LOG = DOCS / "log.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs/README.md", *sorted(DOCS.rglob("*.md"))]
 PRESENT = [page for page in PAGES if page != LOG]
 USE = [ROOT / "README.md", *sorted((DOCS / "guide").glob("*.md"))]
 PACKAGES = ("hunyuan_pretrain", "data_tools", "launch")
@@ -39,6 +39,7 @@ FILE = r"(?:hunyuan_pretrain|data_tools|launch|configs|examples|tests|docs|\.ci)
 SECTIONS = tuple(
     name for name, field in Experiment.model_fields.items() if name not in ("name", "run_dir", "seed", "tokenizer")
 )
+STAGE_NAMES = ("warmup", "decay", "anneal")
 README_LINES = 120
 
 
@@ -201,8 +202,11 @@ def settings_named_in(page: Path) -> set[str]:
 
 
 def keys_in(path: str) -> tuple[str | int, ...]:
-    """The keys of a dotted path."""
-    return tuple(int(key) if key.isdecimal() else key for key in path.split("."))
+    """The keys of a dotted path. The name of a stage stands for its number."""
+    keys = [int(key) if key.isdecimal() else key for key in path.split(".")]
+    if keys[0] == "stages" and keys[1:2] and keys[1] in STAGE_NAMES:
+        keys[1] = STAGE_NAMES.index(keys[1])
+    return tuple(keys)
 
 
 def keys_of(value: Any, prefix: str = "") -> Iterator[str]:
@@ -218,11 +222,7 @@ def test_every_named_setting_exists(page: Path) -> None:
     named = settings_named_in(page)
     for block in blocks(page, "yaml"):
         named |= {key for key in keys_of(yaml.safe_load(block)) if key != "base"}
-    unknown = sorted(
-        key
-        for key in named
-        if field_at(Experiment, tuple(int(k) if k.isdecimal() else k for k in key.split("."))) is None
-    )
+    unknown = sorted(key for key in named if field_at(Experiment, keys_in(key)) is None)
     assert not unknown
 
 

@@ -169,8 +169,8 @@ RECORDED = [
         (
             ["parallel.context_parallel_size=4"],
             "stages.0.sequence_length=512: 4 context-parallel ranks cannot share 2 routing groups of 256 tokens evenly "
-            "(use sequences of 1024 tokens, or parallel.context_parallel_size 2, or model.moe_routing_group_tokens 128, "
-            "which changes the routing)",
+            "(use sequences of 1024 tokens, or parallel.context_parallel_size 2, or model.moe_routing_group_tokens "
+            "128, which changes the routing)",
         ),
         (
             [
