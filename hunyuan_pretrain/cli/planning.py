@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from hunyuan_pretrain.runtime.device import Machine
 
 
+def init(
+    size: Annotated[str, typer.Option(help="Size of the model: tiny, 300m, 7b or large.")],
+    gpus: Annotated[int, typer.Option(help="GPUs of the job.")],
+    hardware: Annotated[str, typer.Option(metavar="NAME|FILE", help="The GPUs: h100, h20, h200, b200, a YAML file.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder of packed data: one dataset, or a folder for each role (web, code, books, ...)."
+        ),
+    ],
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, such as 300B.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Experiment YAML to write; it must not exist.")],
+) -> None:
+    """Write an experiment for these GPUs: model, stages, data, and the fastest layout that fits by the plan."""
+    from hunyuan_pretrain.plan.new_experiment import Request, new_experiment, write_new
+
+    write_new(output, new_experiment(Request(size, gpus, hardware, data, tokens, output)))
+    print(f"{output}: written. Look at it with `hunyuan-pretrain plan {output}`")
+
+
 def explain(
     key: Annotated[
         str, typer.Argument(metavar="KEY", help="Dotted path of a setting or section; default: all settings.")

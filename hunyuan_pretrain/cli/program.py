@@ -34,6 +34,7 @@ app.add_typer(config_app, name="config")
 
 add_commands(
     app,
+    planning.init,
     planning.explain,
     planning.plan,
     planning.doctor,

@@ -20,8 +20,14 @@ pytestmark = pytest.mark.slow
 
 
 def structure(experiment: Experiment) -> str:
-    """What a step of a scaled-down recipe computes, without names and rates: many recipes differ only in sizes."""
-    apart = {"name": True, "run_dir": True, "stages": {"__all__": {"name"}}, "optimizer": {"lr"}}
+    """What a scaled-down recipe is made of, without names, rates and coefficients: many differ only in sizes."""
+    apart = {
+        "name": True,
+        "run_dir": True,
+        "model": {"moe_aux_loss_coeff"},
+        "optimizer": {"lr"},
+        "stages": {"__all__": {"name", "rope_alpha"}},
+    }
     return str(experiment.model_dump(exclude=apart))
 
 

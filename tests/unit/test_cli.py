@@ -100,6 +100,20 @@ def test_config_schema_is_the_one_in_the_repository(command) -> None:
     assert out == (ROOT / "configs/experiment.schema.json").read_text(encoding="utf-8")
 
 
+def test_init_writes_a_file_that_plans(command, tmp_path: Path) -> None:
+    output = str(tmp_path / "my.yaml")
+    options = ["--size", "tiny", "--gpus", "1", "--data", str(tmp_path), "--tokens", "100M", "--output", output]
+    assert command("init", *options, "--hardware", "h100") == (
+        0,
+        f"{output}: written. Look at it with `hunyuan-pretrain plan {output}`\n",
+        "",
+    )
+    assert command("plan", output)[::2] == (0, "")
+    code, out, err = command("init", *options, "--hardware", "h1000")
+    assert (code, out) == (2, "")
+    assert err.startswith("init: 2 problems\n  --hardware=h1000: unknown hardware")
+
+
 def test_plan(command) -> None:
     code, out, err = command("plan", DEMO, "--world-size", "2", "checkpoint.keep_last=null")
     assert (code, err) == (0, "")

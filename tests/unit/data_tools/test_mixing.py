@@ -18,6 +18,7 @@ from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import StepLoader
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.plan.new_experiment import Request, new_experiment, write_new
 from tests.helpers.commands import run_data
 
 LENGTH = 64
@@ -249,3 +250,16 @@ def test_epochs_of_documents_are_counted_across_sequence_lengths(command: Any, e
     )
     assert (code, errors) == (0, "")
     assert "of 2 (one at most 2)" in " ".join(printed.split())
+
+
+def test_an_experiment_of_init_reads_the_data_it_was_given(experiment: Path, command: Any, tmp_path: Path) -> None:
+    """From one packed dataset to a mixture, with nothing edited."""
+    packed, output = tmp_path / "packed", tmp_path / "my.yaml"
+    pack([str(experiment.parent / "tokens")], 512, str(packed), seed=1)
+    write_new(output, new_experiment(Request("tiny", 1, "h100", packed, "4M", output)))
+    assert command("mix", output)[::2] == (0, "")
+    folder = tmp_path / "report"
+    assert command("mix", output, "--output", folder)[0] == 0
+    stages = json.loads((folder / "mix.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages] == ["warmup", "decay", "anneal"]
+    assert [[source["path"] for source in stage["sources"]] for stage in stages] == [[str(packed)]] * 3
