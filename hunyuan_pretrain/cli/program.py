@@ -10,14 +10,14 @@ import sys
 
 import typer
 
-from hunyuan_pretrain.cli import exporting, planning, training
+from hunyuan_pretrain.cli import exporting, laddering, planning, training
 from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
 from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.runtime.stop import listen
 
-USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError"}
+USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError", "ScalingError"}
 """Errors that a user can fix: the message says how, and a traceback would only hide it."""
 
 app = typer.Typer(
@@ -45,6 +45,9 @@ add_commands(
     exporting.generate,
 )
 add_commands(config_app, planning.show, planning.diff, planning.schema)
+ladder_app = typer.Typer(help="Train a ladder of small runs and fit scaling laws.", no_args_is_help=True)
+app.add_typer(ladder_app, name="ladder")
+add_commands(ladder_app, laddering.run, laddering.fit)
 
 
 def main() -> None:

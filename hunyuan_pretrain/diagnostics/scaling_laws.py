@@ -1,0 +1,365 @@
+"""Scaling laws fitted to finished runs: the loss against model size and tokens, and the best learning rate and batch.
+
+The loss law is that of Chinchilla (arXiv 2203.15556, section 3.3): L(N, D) = E + A / N^alpha + B / D^beta, with a Huber
+loss on log L. Compute is counted as in the Hunyuan-Large report (arXiv 2411.02265): C = 9.59 N D + 2.3e8 D.
+
+Shapes: R runs, S draws of the bootstrap, P = 5 parameters of a loss law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+FLOPS_PER_PARAMETER = 9.59
+FLOPS_PER_TOKEN = 2.3e8
+"""The report's C = 9.59 N D + 2.3e8 D: FLOPs of training with N active parameters on D tokens. The second term does not
+depend on N; below about 2e7 active parameters it is the larger one."""
+HUBER_DELTA = 1e-3
+"""Of log loss, as in Chinchilla: larger deviations count linearly, so that one bad run does not decide the fit."""
+PARAMETERS = 5
+FEWEST_RUNS = PARAMETERS + 1
+"""One more than the law has parameters: with fewer, any data fit exactly and nothing says how uncertain they are."""
+FEWEST_SIZES = 3
+"""Different N, and different D: two points do not tell an exponent from the constant."""
+LEAST_SPREAD = 4.0
+"""Largest N over smallest N, and the same for D."""
+MOST_CORRELATION = 0.95
+"""Of log N and log D over the runs. With D in proportion to N the two terms cannot be told apart."""
+COVERAGE = 0.9
+"""Of every interval."""
+
+
+class ScalingError(ValueError):
+    """The runs do not determine the law; the message says what is missing."""
+
+
+class Observation(NamedTuple):
+    """A finished run."""
+
+    name: str
+    n: float
+    """Active parameters."""
+    d: float
+    """Tokens trained on."""
+    loss: float
+    """nats per token."""
+    lr: float
+    batch_tokens: float
+
+    @property
+    def compute(self) -> float:
+        """FLOPs by the report's formula."""
+        return float(flops(self.n, self.d))
+
+
+class Interval(NamedTuple):
+    """An estimate and its interval (COVERAGE)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def flops(n: Array | float, d: Array | float) -> Array:
+    """C = 9.59 N D + 2.3e8 D, in FLOPs."""
+    return np.asarray((FLOPS_PER_PARAMETER * np.asarray(n) + FLOPS_PER_TOKEN) * d)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """L(N, D) = E + A / N^alpha + B / D^beta with its bootstrap."""
+
+    estimate_P: Array
+    """log E, log A', log B', alpha, beta; A' and B' are the terms at `centre`."""
+    draws_SP: Array
+    residuals_R: Array
+    """log loss of each run minus the law's, scaled for the parameters fitted."""
+    centre: tuple[float, float]
+    """Geometric means of N and D."""
+
+    def parameters(self) -> dict[str, Interval]:
+        """E, A, B, alpha and beta."""
+        theta = np.vstack([self.estimate_P, self.draws_SP]).T
+        log_n, log_d = np.log(self.centre)
+        found = {
+            "E": np.exp(theta[0]),
+            "A": np.exp(theta[1] + theta[3] * log_n),
+            "B": np.exp(theta[2] + theta[4] * log_d),
+            "alpha": theta[3],
+            "beta": theta[4],
+        }
+        return {name: _interval(values[0], values[1:]) for name, values in found.items()}
+
+    def predict(self, n: float, d: float, seed: int = 0) -> Interval:
+        """Loss of a further run with N active parameters and D tokens. The interval is one for that run: it includes
+        the scatter of single runs around the law."""
+        log_n, log_d = np.log(n / self.centre[0]), np.log(d / self.centre[1])
+        theta = np.vstack([self.estimate_P, self.draws_SP])
+        log_loss = _log_loss(theta, np.array([log_n]), np.array([log_d]))[:, 0]
+        scatter = np.random.default_rng(seed).choice(self.residuals_R, len(self.draws_SP))
+        return _interval(np.exp(log_loss[0]), np.exp(log_loss[1:] + scatter))
+
+    def optimum(self, compute: float) -> dict[str, Interval]:
+        """N, D and loss of the best model for a budget in FLOPs, by the report's C.
+
+        With D = C / (9.59 N + 2.3e8) the loss has one minimum over N, because its slope in log N,
+        -alpha A / N^alpha + beta B / D^beta * 9.59 N / (9.59 N + 2.3e8), grows with N.
+        """
+        theta = np.vstack([self.estimate_P, self.draws_SP])
+        low, high = np.full(len(theta), np.log(1e2)), np.full(len(theta), np.log(1e16))
+        for _ in range(80):  # halves 32 nats: far below the precision of a double
+            middle = (low + high) / 2
+            n, d = self._on_budget(middle, compute)
+            share = FLOPS_PER_PARAMETER * n / (FLOPS_PER_PARAMETER * n + FLOPS_PER_TOKEN)
+            of_n = np.log(theta[:, 3]) + theta[:, 1] - theta[:, 3] * np.log(n / self.centre[0])
+            of_d = np.log(theta[:, 4] * share) + theta[:, 2] - theta[:, 4] * np.log(d / self.centre[1])
+            low, high = np.where(of_n > of_d, middle, low), np.where(of_n > of_d, high, middle)
+        n, d = self._on_budget(low, compute)
+        terms = (theta[:, 0], theta[:, 1] - theta[:, 3] * np.log(n / self.centre[0]))
+        loss = np.exp(np.logaddexp(np.logaddexp(*terms), theta[:, 2] - theta[:, 4] * np.log(d / self.centre[1])))
+        return {name: _interval(values[0], values[1:]) for name, values in (("N", n), ("D", d), ("loss", loss))}
+
+    @staticmethod
+    def _on_budget(log_n: Array, compute: float) -> tuple[Array, Array]:
+        n = np.exp(log_n)
+        return n, compute / (FLOPS_PER_PARAMETER * n + FLOPS_PER_TOKEN)
+
+
+def fit_loss_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -> LossLaw:
+    """Fit the loss law. Of runs that differ only in learning rate or batch, the best setting counts.
+
+    The bootstrap adds drawn residuals to the fitted log losses and fits again. Residuals are scaled by
+    sqrt(R / (R - 5)) because the fit follows the data, and by sqrt((R - 5) / chi2) because few runs know their own
+    scatter badly.
+    Raises ScalingError if the runs do not determine the law.
+    """
+    used = best_settings(runs)
+    require_spread(used)
+    n, d, loss = (np.array([getattr(run, name) for run in used]) for name in ("n", "d", "loss"))
+    centre = (float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean())))
+    x, y, z = np.log(n / centre[0]), np.log(d / centre[1]), np.log(loss)
+    fitted, costs = _minimise(_starts(z), x, y, z)
+    estimate = fitted[np.argmin(costs)]
+    smooth = _log_loss(estimate[None], x, y)[0]
+    freedom = len(used) - PARAMETERS
+    residuals = (z - smooth) * np.sqrt(len(used) / freedom)
+    generator = np.random.default_rng(seed)
+    scale = np.sqrt(freedom / generator.chisquare(freedom, size=(draws, 1)))
+    drawn = smooth + generator.choice(residuals, size=(draws, len(used))) * scale
+    samples, _ = _minimise(np.repeat(estimate[None], draws, axis=0), x, y, drawn)
+    return LossLaw(estimate, samples, residuals, centre)
+
+
+def best_settings(runs: Sequence[Observation]) -> list[Observation]:
+    """Of each (N, D), the runs with the learning rate and batch whose mean loss is lowest."""
+    cells: dict[tuple[float, float], dict[tuple[float, float], list[Observation]]] = {}
+    for run in runs:
+        cells.setdefault((run.n, run.d), {}).setdefault((run.lr, run.batch_tokens), []).append(run)
+    found = []
+    for settings in cells.values():
+        found += min(settings.values(), key=lambda same: float(np.mean([run.loss for run in same])))
+    return found
+
+
+def require_spread(runs: Sequence[Observation]) -> None:
+    """Raise ScalingError if runs of these N and D cannot determine a loss law, whatever their losses."""
+    missing = []
+    if len(runs) < FEWEST_RUNS:
+        missing.append(f"{len(runs)} runs, at least {FEWEST_RUNS} are needed for {PARAMETERS} parameters")
+    for label, values in (("N (active parameters)", [r.n for r in runs]), ("D (tokens)", [r.d for r in runs])):
+        if len(set(values)) < FEWEST_SIZES:
+            missing.append(f"{len(set(values))} different {label}, at least {FEWEST_SIZES} are needed")
+        elif max(values) < LEAST_SPREAD * min(values):
+            ratio = max(values) / min(values)
+            missing.append(f"{label} varies by a factor of {ratio:.2g}, at least {LEAST_SPREAD:g} is needed")
+    if not missing:
+        correlation = float(np.corrcoef(np.log([r.n for r in runs]), np.log([r.d for r in runs]))[0, 1])
+        if abs(correlation) > MOST_CORRELATION:
+            missing.append(
+                f"N and D vary together (correlation of their logarithms {correlation:.2f}, at most "
+                f"{MOST_CORRELATION} is allowed), so their terms cannot be told apart: train some sizes on fewer or "
+                "more tokens"
+            )
+    if missing:
+        raise ScalingError("no fit of loss(N, D) = E + A/N^alpha + B/D^beta: " + "; ".join(missing))
+
+
+LOWEST, HIGHEST = np.array([-12.0, -12.0, -12.0, 0.01, 0.01]), np.array([6.0, 6.0, 6.0, 3.0, 3.0])
+"""Bounds of the parameters. A term of e^-12 nats is none."""
+
+
+def _log_loss(theta_SP: Array, x_R: Array, y_R: Array) -> Array:
+    """log L (S, R); x, y: log N and log D relative to the centre."""
+    return np.asarray(np.logaddexp(np.logaddexp(*_terms(theta_SP, x_R, y_R)[:2]), _terms(theta_SP, x_R, y_R)[2]))
+
+
+def _terms(theta_SP: Array, x_R: Array, y_R: Array) -> tuple[Array, Array, Array]:
+    """Logarithms of the three terms, each (S, R)."""
+    e, a, b, alpha, beta = (theta_SP[:, index, None] for index in range(PARAMETERS))
+    return e + 0 * x_R, a - alpha * x_R, b - beta * y_R
+
+
+def _starts(log_loss_R: Array) -> Array:
+    """Where the fit starts: a grid of exponents and of the loss's split at the centre."""
+    centre = float(np.mean(log_loss_R))
+    exponents = (0.1, 0.3, 0.6, 1.0)
+    return np.array(
+        [
+            [centre + np.log(share), centre + np.log((1 - share) / 2), centre + np.log((1 - share) / 2), alpha, beta]
+            for share in (0.3, 0.7, 0.95)
+            for alpha in exponents
+            for beta in exponents
+        ]
+    )
+
+
+def _minimise(theta_SP: Array, x_R: Array, y_R: Array, log_loss: Array, steps: int = 300) -> tuple[Array, Array]:
+    """Minimise the Huber loss from every start at once by Levenberg-Marquardt with reweighting. `log_loss`: (R,) or (S,
+    R). Returns the parameters (S, P) and the losses (S,)."""
+    theta, damping = theta_SP.copy(), np.full(len(theta_SP), 1e-2)
+    residual, cost = _huber(theta, x_R, y_R, log_loss)
+    for _ in range(steps):
+        terms = _terms(theta, x_R, y_R)
+        total = np.logaddexp(np.logaddexp(terms[0], terms[1]), terms[2])
+        e, a, b = (np.exp(term - total) for term in terms)
+        jacobian = np.stack([e, a, b, -a * x_R, -b * y_R], axis=-1)  # (S, R, P)
+        weight = np.minimum(1.0, HUBER_DELTA / np.maximum(np.abs(residual), 1e-300))
+        weighted = jacobian * weight[..., None]
+        normal = np.einsum("srp,srq->spq", weighted, jacobian)
+        diagonal = np.einsum("spp->sp", normal)
+        lift = damping[:, None] * np.maximum(diagonal, 1e-9)
+        slope = np.einsum("srp,sr->sp", weighted, residual)
+        step = np.linalg.solve(normal + lift[:, :, None] * np.eye(PARAMETERS), slope[..., None])[..., 0]
+        tried = np.clip(theta + step, LOWEST, HIGHEST)
+        new_residual, new_cost = _huber(tried, x_R, y_R, log_loss)
+        is_better = new_cost < cost
+        theta = np.where(is_better[:, None], tried, theta)
+        residual = np.where(is_better[:, None], new_residual, residual)
+        cost = np.where(is_better, new_cost, cost)
+        damping = np.clip(np.where(is_better, damping / 3, damping * 4), 1e-12, 1e8)
+    return theta, cost
+
+
+def _huber(theta: Array, x_R: Array, y_R: Array, log_loss: Array) -> tuple[Array, Array]:
+    """Residuals (S, R) and their Huber losses (S,)."""
+    residual = log_loss - _log_loss(theta, x_R, y_R)
+    size = np.abs(residual)
+    each = np.where(size <= HUBER_DELTA, size**2 / 2, HUBER_DELTA * (size - HUBER_DELTA / 2))
+    return residual, each.sum(axis=1)
+
+
+def _interval(value: float, draws: Array) -> Interval:
+    low, high = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Interval(float(value), float(low), float(high))
+
+
+# --- learning rate and batch ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SettingLaw:
+    """The best value of a setting: factor * against^exponent."""
+
+    setting: str
+    against: str
+    """compute (FLOPs by the report's formula) or loss (nats)."""
+    draws: Array
+    """(1 + S, 2): log of the value at `centre` and the exponent; the estimate first."""
+    centre: float
+
+    def exponent(self) -> Interval:
+        """Of the power law."""
+        return _interval(self.draws[0, 1], self.draws[1:, 1])
+
+    def predict(self, against: float) -> Interval:
+        """The best value at this compute or loss."""
+        values = np.exp(self.draws[:, 0] + self.draws[:, 1] * np.log(against / self.centre))
+        return _interval(values[0], values[1:])
+
+
+def fit_setting(
+    runs: Sequence[Observation], setting: str, against: str = "compute", draws: int = 400, seed: int = 0
+) -> SettingLaw:
+    """Fit the best `setting` (lr or batch_tokens) as a power law of `against` (compute or loss).
+
+    Runs that differ in nothing else form a cell. Within a cell log loss is a parabola of the log of the setting. Its
+    curvature is the same for all cells, and its minimum moves on a line in log `against`: a linear regression. Of runs
+    that differ in the other setting too, the best value of that one counts in fits of batch_tokens. Bootstrap as in
+    `fit_loss_law`. Raises ScalingError if the runs do not determine it.
+    """
+    cells = _cells(runs, setting)
+    if len({_against(cell, against) for cell in cells}) < 2:
+        raise ScalingError(
+            f"no fit of the best {setting}: {len(cells)} sets of runs that differ only in {setting}, with 3 or more "
+            f"values each; at least 2, of different {against}, are needed"
+        )
+    x = np.log([getattr(run, setting) for cell in cells for run in cell])
+    c = np.log([_against(cell, against) for cell in cells for _ in cell])
+    z = np.log([run.loss for cell in cells for run in cell])
+    cell_of = np.repeat(np.arange(len(cells)), [len(cell) for cell in cells])
+    middle, centre = x.mean(), c.mean()
+    x, c = x - middle, c - centre
+    design = np.column_stack([cell_of[:, None] == np.arange(len(cells)), x**2, x, x * c])
+    freedom = len(z) - design.shape[1]
+    if freedom < 1:
+        raise ScalingError(f"no fit of the best {setting}: {len(z)} runs for {design.shape[1]} parameters")
+    inverse = np.linalg.pinv(design)
+    smooth = design @ (inverse @ z)
+    residuals = (z - smooth) * np.sqrt(len(z) / freedom)
+    generator = np.random.default_rng(seed)
+    scale = np.sqrt(freedom / generator.chisquare(freedom, size=(draws, 1)))
+    drawn = smooth + generator.choice(residuals, size=(draws, len(z))) * scale
+    curvature, slope, shift = (np.vstack([z, drawn]) @ inverse.T)[:, -3:].T
+    if curvature[0] <= 0 or np.mean(curvature[1:] <= 0) > (1 - COVERAGE) / 2:
+        raise ScalingError(
+            f"no fit of the best {setting}: the losses have no clear minimum over {setting}; try values further apart"
+        )
+    kept = curvature > 0
+    found = np.column_stack([middle - slope / (2 * curvature), -shift / (2 * curvature)])[kept]
+    law = SettingLaw(setting, against, found, float(np.exp(centre)))
+    _refuse_outside(law, cells)
+    return law
+
+
+def _cells(runs: Sequence[Observation], setting: str) -> list[list[Observation]]:
+    """Runs that differ only in `setting`, at least three values of it."""
+    found: dict[tuple[float, ...], list[Observation]] = {}
+    for run in runs:
+        found.setdefault((run.n, run.d, *((run.batch_tokens,) if setting == "lr" else ())), []).append(run)
+    cells = list(found.values())
+    if setting == "batch_tokens":  # at each batch, the best learning rate
+        cells = [
+            [
+                run
+                for batch in sorted({run.batch_tokens for run in cell})
+                for run in best_settings([run for run in cell if run.batch_tokens == batch])
+            ]
+            for cell in cells
+        ]
+    return [cell for cell in cells if len({getattr(run, setting) for run in cell}) >= 3]
+
+
+def _against(cell: Sequence[Observation], against: str) -> float:
+    return cell[0].compute if against == "compute" else min(run.loss for run in cell)
+
+
+def _refuse_outside(law: SettingLaw, cells: Sequence[Sequence[Observation]]) -> None:
+    """A parabola says nothing about values beyond those tried."""
+    outside = []
+    for cell in cells:
+        tried = [getattr(run, law.setting) for run in cell]
+        best = law.predict(_against(cell, law.against)).value
+        if not min(tried) <= best <= max(tried):
+            outside.append(f"{best:.3g} for {cell[0].name}, where {min(tried):.3g} to {max(tried):.3g} were tried")
+    if outside:
+        raise ScalingError(f"no fit of the best {law.setting}: it would be outside the runs ({'; '.join(outside)})")

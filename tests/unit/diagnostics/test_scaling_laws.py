@@ -1,0 +1,160 @@
+"""Scaling laws: made-up runs of known laws give the laws back, and runs that cannot determine one are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from hunyuan_pretrain.diagnostics.scaling_laws import (
+    Observation,
+    ScalingError,
+    best_settings,
+    fit_loss_law,
+    fit_setting,
+    flops,
+)
+
+TRUTH = {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28}
+SIZES, TOKENS = (1e7, 3e7, 1e8, 3e8, 1e9), (1e10, 3e10, 1e11)
+
+
+def true_loss(n: float, d: float) -> float:
+    return TRUTH["E"] + TRUTH["A"] / n ** TRUTH["alpha"] + TRUTH["B"] / d ** TRUTH["beta"]
+
+
+def made_up(noise: float, seed: int = 0, cells: Iterable[tuple[float, float]] | None = None) -> list[Observation]:
+    generator = np.random.default_rng(seed)
+    cells = cells if cells is not None else [(n, d) for n in SIZES for d in TOKENS]
+    return [
+        Observation(f"{n:g}x{d:g}", n, d, true_loss(n, d) * np.exp(noise * generator.standard_normal()), 1e-3, 1e6)
+        for n, d in cells
+    ]
+
+
+def test_exact_runs_give_the_law_back() -> None:
+    for name, found in fit_loss_law(made_up(0.0), draws=20).parameters().items():
+        assert found.value == pytest.approx(TRUTH[name], rel=1e-6), name
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    """20 sets of runs with noise: a 90% interval covers in 18 on average, and in at least 14 with probability 0.99."""
+    hits = dict.fromkeys([*TRUTH, "target", "N", "D"], 0)
+    target = true_loss(5.2e10, 7e12)
+    exact = {name: found.value for name, found in fit_loss_law(made_up(0.0), draws=2).optimum(1e22).items()}
+    for seed in range(20):
+        law = fit_loss_law(made_up(2e-3, seed), draws=100, seed=seed)
+        for name, found in law.parameters().items():
+            hits[name] += found.low <= TRUTH[name] <= found.high
+        predicted = law.predict(5.2e10, 7e12)
+        hits["target"] += predicted.low <= target <= predicted.high
+        for name in ("N", "D"):
+            found = law.optimum(1e22)[name]
+            hits[name] += found.low <= exact[name] <= found.high
+    assert min(hits.values()) >= 14, hits
+
+
+def test_few_runs_have_wide_intervals() -> None:
+    cells = [(1e7, 1e10), (1e7, 1e11), (1e8, 3e10), (1e9, 1e10), (1e9, 1e11), (1e8, 1e11)]
+    hits = 0
+    for seed in range(20):
+        predicted = fit_loss_law(made_up(3e-3, seed, cells), draws=100, seed=seed).predict(3e9, 3e11)
+        hits += predicted.low <= true_loss(3e9, 3e11) <= predicted.high
+    assert hits >= 14
+
+
+def test_one_bad_run_does_not_decide_the_fit() -> None:
+    runs = made_up(0.0)
+    runs[7] = runs[7]._replace(loss=runs[7].loss * 1.2)
+    law = fit_loss_law(runs, draws=2)
+    for n in SIZES:
+        for d in TOKENS:  # the run is 20% off; least squares would follow it by several percent
+            assert law.predict(n, d).value == pytest.approx(true_loss(n, d), rel=3e-3)
+
+
+def test_the_optimum_lies_on_the_budget_and_is_the_lowest_loss_there() -> None:
+    law, budget = fit_loss_law(made_up(0.0), draws=2), 3e21
+    best = law.optimum(budget)
+    n, d = best["N"].value, best["D"].value
+    assert flops(n, d) == pytest.approx(budget)
+    assert best["loss"].value == pytest.approx(true_loss(n, d), rel=1e-6)
+    for other in (n * 0.9, n * 1.1):
+        assert true_loss(other, budget / (9.59 * other + 2.3e8)) > best["loss"].value
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([(1e7, 1e10), (1e8, 3e10), (1e9, 1e10), (1e9, 1e11)], "4 runs, at least 6 are needed for 5 parameters"),
+        ([(1e7, d) for d in (1e10, 2e10, 3e10, 4e10, 5e10, 6e10)], "1 different N (active parameters), at least 3"),
+        ([(n, 1e10) for n in (1e7, 2e7, 3e7, 5e7, 7e7, 9e7)], "1 different D (tokens), at least 3 are needed"),
+        ([(1e7 * k, 1e10 * j) for k in (1, 2, 3) for j in (1, 2, 5)], "N (active parameters) varies by a factor of 3"),
+        ([(n, 20 * n) for n in (1e7, 3e7, 1e8, 2e8, 3e8, 1e9)], "N and D vary together (correlation of their"),
+    ],
+)
+def test_runs_that_do_not_determine_the_law_are_refused(cells: list[tuple[float, float]], message: str) -> None:
+    with pytest.raises(ScalingError) as refused:
+        fit_loss_law(made_up(0.0, 0, cells))
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("no fit of loss(N, D) = E + A/N^alpha + B/D^beta: ")
+
+
+def test_of_runs_that_differ_in_learning_rate_the_best_counts_with_all_its_seeds() -> None:
+    one = Observation("a", 1e8, 1e10, 3.0, 1e-3, 1e6)
+    runs = [one, one._replace(loss=3.2), one._replace(lr=2e-3, loss=2.9), one._replace(lr=2e-3, loss=3.0)]
+    assert best_settings(runs) == runs[2:]
+
+
+def best_lr(compute: float) -> float:
+    return 0.3 * compute**-0.12
+
+
+def swept(noise: float, seed: int = 0, factors: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)) -> list[Observation]:
+    """Runs at several learning rates around the best, three sizes."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for n, d in ((1e7, 1e10), (1e8, 3e10), (1e9, 1e11)):
+        best = best_lr(float(flops(n, d)))
+        for factor in factors:
+            lr = 1.2 * best * factor
+            loss = true_loss(n, d) * np.exp(0.02 * np.log(lr / best) ** 2 + noise * generator.standard_normal())
+            found.append(Observation(f"{n:g} at {lr:g}", n, d, loss, lr, 1e6))
+    return found
+
+
+def test_the_best_learning_rate_against_compute_is_found() -> None:
+    law = fit_setting(swept(0.0), "lr", draws=20)
+    assert law.exponent().value == pytest.approx(-0.12)
+    assert law.predict(1e23).value == pytest.approx(best_lr(1e23))
+    hits = 0
+    for seed in range(20):
+        found = fit_setting(swept(2e-3, seed), "lr", draws=200, seed=seed).predict(1e23)
+        hits += found.low <= best_lr(1e23) <= found.high
+    assert hits >= 14
+
+
+def test_the_best_batch_against_loss_is_found() -> None:
+    def best(loss: float) -> float:
+        return 5e8 * loss**-5
+
+    runs = []
+    for n, d in ((1e7, 1e10), (1e8, 3e10), (1e9, 1e11)):
+        lowest = true_loss(n, d)
+        for factor in (0.25, 0.5, 1, 2, 4):
+            loss = lowest * np.exp(0.01 * np.log(factor) ** 2)
+            runs.append(Observation("a", n, d, loss, 1e-3, best(lowest) * factor))
+            runs.append(Observation("b", n, d, loss * 1.1, 9e-3, best(lowest) * factor))  # a worse learning rate
+    law = fit_setting(runs, "batch_tokens", "loss", draws=20)
+    assert law.exponent().value == pytest.approx(-5)
+    assert law.predict(2.0).value == pytest.approx(best(2.0))
+
+
+def test_settings_that_the_runs_do_not_determine_are_refused() -> None:
+    with pytest.raises(ScalingError, match="0 sets of runs that differ only in lr, with 3 or more values each"):
+        fit_setting(made_up(0.0), "lr")
+    with pytest.raises(ScalingError, match="it would be outside the runs"):
+        fit_setting(swept(0.0, factors=(2, 3, 4)), "lr")
+    upside_down = [run._replace(loss=1 / run.loss) for run in swept(0.0)]
+    with pytest.raises(ScalingError, match="no clear minimum over lr"):
+        fit_setting(upside_down, "lr")
