@@ -216,8 +216,11 @@ def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
     return 2 / (ratio + 1 / ratio)
 
 
-def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int) -> float:
-    """Learning rate of the routed experts divided by that of all other weights.
+def expert_lr_ratio(
+    model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int, measured: float | None = None
+) -> float:
+    """Learning rate of the routed experts divided by that of all other weights. `measured`: the noise scale for
+    expert_lr_noise_scale_tokens=measured; None: not known yet, so that the fixed ratio applies.
 
     Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B), because a routed expert sees
     B * topk / E of a batch of B tokens. The report prints the inverse, gives about 0.31 for 16 experts, and says that
@@ -225,6 +228,8 @@ def expert_lr_ratio(model: ModelConfig, optimizer: OptimizerConfig, global_batch
     reading gives 0.31 at B = 0.26 B_noise and scales them down.
     """
     noise = optimizer.expert_lr_noise_scale_tokens
+    if noise == "measured":
+        noise = measured
     if noise is None:
         assert optimizer.expert_lr_ratio is not None, "config.rules refuses an experiment with neither"
         return optimizer.expert_lr_ratio

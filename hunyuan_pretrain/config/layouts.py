@@ -67,6 +67,9 @@ def layout_experiment(
     fields["runtime"]["verify_data"] = "sizes"  # whether two layouts agree does not depend on the data they read
     # Adam divides a gradient by its own size: with a small epsilon, the sign of rounding noise would become an update
     fields["optimizer"]["adam_eps"] = max(experiment.optimizer.adam_eps, 1e-3)
+    if experiment.optimizer.expert_lr_noise_scale_tokens == "measured":
+        fields["optimizer"]["expert_lr_noise_scale_tokens"] = None
+    fields["optimizer"]["measure_noise_scale_every_steps"] = None  # not every layout can; it changes nothing in a step
     if precision == "fp32":  # the other formats of optimizer state are for bf16 weights
         formats = ("use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype")
         fields["optimizer"] |= {name: OptimizerConfig.model_fields[name].default for name in formats}

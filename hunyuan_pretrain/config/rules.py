@@ -15,6 +15,7 @@ from hunyuan_pretrain.config.derived import data_parallel_size, pipeline_stages,
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.model_rules import MODEL_RULES
 from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
+from hunyuan_pretrain.config.noise_rules import NOISE_RULES, noise_micro_batches
 from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.recording_rules import RECORDING_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
@@ -231,6 +232,7 @@ def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator
     if ranks is None:
         for index, stage in enumerate(experiment.stages):
             yield from batch_splits(experiment.parallel, index, stage, 1)
+        yield from noise_micro_batches(experiment, 1)
     elif ranks % unit:
         dense = "tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size"
         expert = "expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size"
@@ -239,6 +241,7 @@ def world_size_rules(experiment: Experiment, world_size: int | None) -> Iterator
     else:
         for index, stage in enumerate(experiment.stages):
             yield from batch_splits(experiment.parallel, index, stage, data_parallel_size(experiment, ranks))
+        yield from noise_micro_batches(experiment, data_parallel_size(experiment, ranks))
 
 
 def batch_splits(parallel: ParallelConfig, index: int, stage: StageConfig, data_parallel: int) -> Iterator[Problem]:
@@ -303,4 +306,5 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     *DATA_RULES,
     *PRECISION_RULES,
     *RECORDING_RULES,
+    *NOISE_RULES,
 )

@@ -338,13 +338,22 @@ class OptimizerConfig(Section):
         unit="ratio",
         typical="0.31",
     )
-    expert_lr_noise_scale_tokens: PositiveFloat | None = setting(
+    expert_lr_noise_scale_tokens: PositiveFloat | Literal["measured"] | None = setting(
         "Gradient noise scale B_noise. If it is set, and expert_lr_ratio is null, the ratio is eps(B*topk/E) / "
         "eps(B) with eps(B) = 2 eps_max / (sqrt(B_noise/B) + sqrt(B/B_noise)), where B is the number of tokens in a "
-        "global batch.",
+        "global batch. measured: each stage uses what was measured before it, from its first step to its last; the "
+        "first stage uses expert_lr_ratio.",
         None,
         unit="tokens",
         typical="1e6 to 1e8",
+    )
+    measure_noise_scale_every_steps: PositiveInt | None = setting(
+        "Measure the gradient noise scale in every such step, from the gradients of the first micro-batch and of the "
+        "whole batch, and log it as noise_scale_tokens. A measured step reads the gradients two more times. null: "
+        "never.",
+        None,
+        unit="steps",
+        typical="10",
     )
 
 

@@ -73,6 +73,8 @@ def routing_group_divides_sequences(experiment: Experiment) -> Iterator[Problem]
 
 def one_source_of_the_expert_lr(experiment: Experiment) -> Iterator[Problem]:
     ratio, noise = experiment.optimizer.expert_lr_ratio, experiment.optimizer.expert_lr_noise_scale_tokens
+    if noise == "measured":
+        return  # config.noise_rules
     if ratio is None and noise is None:
         rule = "expert_lr_ratio and expert_lr_noise_scale_tokens are both null"
         yield Problem("optimizer.expert_lr_ratio", None, rule, "set exactly one, such as expert_lr_ratio 0.31")

@@ -252,6 +252,7 @@ def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
 def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
     model, optimizer, rows = experiment.model, experiment.optimizer, []
     data_parallel = data_parallel_size(experiment, ranks)
+    until = " until it is measured" if optimizer.expert_lr_noise_scale_tokens == "measured" else ""
     total_flops, start = 0.0, 0.0
     for stage in experiment.stages:
         flops = flops_per_token(model, stage.sequence_length)
@@ -280,7 +281,7 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
             Row(group, "tokens", f"{tokens:,}"),
             Row(group, "FLOPs/token", f"{flops.total:.4g}", split),
             Row(group, "learning rate", f"{begin:.3g} -> {end:.3g}", f"{stage.lr_shape}"),
-            Row(group, "routed experts' lr", f"{begin * ratio:.3g} -> {end * ratio:.3g}", f"ratio {ratio:.4g}"),
+            Row(group, "routed experts' lr", f"{begin * ratio:.3g} -> {end * ratio:.3g}", f"ratio {ratio:.4g}{until}"),
             Row(
                 group,
                 "logits",

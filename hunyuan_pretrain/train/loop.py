@@ -79,6 +79,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records) -> int:
     before: LaunchedStep | None = None
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
+        _settle_noise_scale(run, step, records)
         rates = apply_learning_rate(run, step)
         if run.experiment.model.moe_expert_capacity_factor is None:
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
@@ -152,6 +153,8 @@ class _Records:
             return
         (launched, stage, rates, is_logged), self._unread = self._unread, None
         result, run, done = launched.result(), self._run, launched.step + 1
+        if run.noise is not None:
+            run.noise.add_numbers(launched.step, stage, result.noise)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         self._clock.ended(result.data_wait_seconds)
@@ -161,6 +164,8 @@ class _Records:
         result = replace(result, data_wait_seconds=data_wait_seconds)
         record = step_record(run.experiment.model, stage, launched.step, result, *rates, seconds)
         record |= self._meter.fields(done, record)
+        if run.noise is not None:
+            record |= run.noise.fields()
         run.log.metrics(record)
         if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
             run.log.line(step_line(record, run.loader.num_steps))
@@ -170,12 +175,31 @@ class _Records:
         self._clock.restart()
 
 
+def _settle_noise_scale(run: Run, step: int, records: _Records) -> None:
+    """At the first step of a stage, fix the noise scale that the stage uses: that of all steps before it. So learning
+    rates do not depend on when the host reads a step, nor on where a run was interrupted."""
+    if run.noise is None or run.schedule.stage_of_step(step)[1] > 0:
+        return
+    records.read()
+    run.noise.begin_stage()
+    if run.experiment.optimizer.expert_lr_noise_scale_tokens == "measured":
+        experiment, stage = run.experiment, run.schedule.stage(step)
+        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens, run.noise.in_use)
+        known = "not measured yet" if run.noise.in_use is None else f"{run.noise.in_use:.4g} tokens"
+        run.log.line(f"stage {stage.name}: noise scale {known}, learning rate of experts x {ratio:.4g}")
+
+
 def _announce(run: Run, num_steps: int) -> None:
     experiment = run.experiment
     next_stage = run.schedule.stage(min(run.first_step, num_steps - 1))
     peak, ratio = (
         experiment.optimizer.lr,
-        expert_lr_ratio(experiment.model, experiment.optimizer, next_stage.global_batch_tokens),
+        expert_lr_ratio(
+            experiment.model,
+            experiment.optimizer,
+            next_stage.global_batch_tokens,
+            run.noise.in_use if run.noise is not None else None,
+        ),
     )
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per rank"
     todo = f"; steps {run.first_step + 1} to {num_steps}" if run.first_step < num_steps else ""

@@ -22,7 +22,8 @@ def apply_learning_rate(run: Run, step: int) -> LearningRates:
     """Set and return the learning rates of global step `step`, counted from 0. Raises IndexError past the end."""
     experiment = run.experiment
     tokens = run.schedule.stage(step).global_batch_tokens
-    ratio = expert_lr_ratio(experiment.model, experiment.optimizer, tokens)
+    measured = run.noise.in_use if run.noise is not None else None
+    ratio = expert_lr_ratio(experiment.model, experiment.optimizer, tokens, measured)
     lr = experiment.optimizer.lr * run.schedule.lr_fraction(step)
     set_learning_rate(run.optimizer, lr, ratio)
     return LearningRates(lr, lr * ratio)

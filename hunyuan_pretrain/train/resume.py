@@ -47,6 +47,8 @@ class Start:
     """For the log: what was read and what has changed."""
     leaves: tuple[Path, ...] = ()
     """Later checkpoints in run_dir, which a branch leaves behind."""
+    noise: Mapping[str, Any] | None = None
+    """The measured noise scale of the checkpoint (train.noise_scale.NoiseScale.state)."""
 
     def after(self, lines: Sequence[str]) -> Start:
         """A copy with `lines` before its own log lines."""
@@ -94,7 +96,7 @@ def go_on(
     lines = [f"resumes from {folder}: {_where(schedule, step)}, saved by {_layout_of(past[-1], marker)}"]
     lines += _changes_lines(found, accepted)
     if not found:
-        return Start(tuple(past), step, False, tuple(lines))
+        return Start(tuple(past), step, False, tuple(lines), noise=marker.get("noise_scale"))
     new = new.model_copy(
         update={
             "position": schedule.position(step),
@@ -102,7 +104,7 @@ def go_on(
             "accepted": [one.key for one in found if one.kind == Kind.refused and is_accepted(one.key, accepted)],
         }
     )
-    return Start((*past, new), step, True, tuple(lines))
+    return Start((*past, new), step, True, tuple(lines), noise=marker.get("noise_scale"))
 
 
 def is_of_branch(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.logging import RunLog
+from hunyuan_pretrain.train.noise_scale import GradientNoise
 from hunyuan_pretrain.train.resume import Start
 
 
@@ -61,6 +65,15 @@ class Run:
     recorded: RecordedWork | None = None
     """Forward and backward passes as CUDA graphs; None: as always."""
 
+    @cached_property
+    def noise(self) -> GradientNoise | None:
+        """Measures the gradient noise scale, from where the checkpoint left off; None: it is not measured."""
+        every_steps = self.experiment.optimizer.measure_noise_scale_every_steps
+        if every_steps is None:
+            return None
+        ranks, state = grid(self.experiment.parallel, dist.get_world_size()), self.start.noise if self.start else None
+        return GradientNoise(every_steps, ranks, self.groups.pp.rank(), self.wrapped, state)
+
     @property
     def validations(self) -> dict[str, EvaluationLoader]:
         """Every validation set, keyed by the prefix of its metric names."""
@@ -73,11 +86,13 @@ class Run:
         return self.loader.order.schedule
 
     def record(self, num_steps: int) -> dict[str, Any]:
-        """The run's identity for a checkpoint after `num_steps` steps: position and history."""
+        """The run's identity for a checkpoint after `num_steps` steps: position and history; with the measured noise
+        scale, if it is measured."""
         history = self.start.history if self.start else ()
         return {
             "position": self.schedule.position(num_steps),
             "history": [segment.model_dump(mode="json") for segment in history],
+            **({"noise_scale": self.noise.state()} if self.noise is not None else {}),
         }
 
     @property

@@ -47,6 +47,7 @@ class StepResult:
     num_target_tokens: int
     statistics: RouterStatistics  # of all layers, summed over the global batch, on the CPU
     data_wait_seconds: float = 0.0  # of this rank, for the batch
+    noise: tuple[float, ...] = ()  # train.noise_scale.GradientNoise.squares over all ranks, if the step is measured
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class LaunchedStep:
     step: int
     """Global, counted from 0."""
     numbers: Outgoing
-    """fp64: loss, ranks asked to stop, router statistics of all layers, gradient norm, target tokens."""
+    """fp64: loss, ranks asked to stop, noise, router statistics of all layers, gradient norm, target tokens."""
     statistics_shape: torch.Size
     data_wait_seconds: float
+    num_noise: int = 0
 
     def is_stop_asked(self) -> bool:
         """Whether any rank had been asked to stop when it launched the step; the same on all ranks."""
@@ -67,7 +69,8 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Wait for the step and return what it measured."""
-        loss_and_stop, statistics, norm_and_tokens = self.numbers.read().split([2, self.statistics_shape.numel(), 2])
+        sizes = [2, self.num_noise, self.statistics_shape.numel(), 2]
+        loss_and_stop, noise, statistics, norm_and_tokens = self.numbers.read().split(sizes)
         grad_norm, num_target_tokens = norm_and_tokens.tolist()
         return StepResult(
             loss_and_stop[0].item(),
@@ -75,6 +78,7 @@ class LaunchedStep:
             int(num_target_tokens),
             RouterStatistics.unpacked(statistics.view(self.statistics_shape)),
             self.data_wait_seconds,
+            tuple(noise.tolist()),
         )
 
 
@@ -192,7 +196,9 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
         losses, statistics = run.recorded.forward_and_backward(run, stage, step, batches, num_target_tokens, key_L)
     else:
         route = partial(routing_of, run, stage, step, to_device(key_L, run.device))
-        feed = partial(sent_ahead, run, batches)
+        feed: Feed = partial(sent_ahead, run, batches)
+        if run.noise is not None and run.noise.measures(step):
+            feed = partial(run.noise.watched, feed)
         losses, statistics = forward_and_backward(
             run, stage, feed, len(batches), num_target_tokens, route, in_fp8=in_fp8
         )
@@ -260,11 +266,13 @@ def launch_step(
     found = compute_gradients(run, stage, step, in_fp8=in_fp8)
     if before_update is not None:
         before_update()
+    others = torch.full((1,), float(is_stop_asked), dtype=torch.float64, device=run.device)
+    if run.noise is not None and run.noise.measures(step):
+        others = torch.cat([others, run.noise.squares()])  # before the update, which clips in place
     grad_norm = optimizer_step(run.optimizer)
-    asked = torch.full((1,), float(is_stop_asked), dtype=torch.float64, device=run.device)
-    totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, asked)
+    totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, others)
     numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
-    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds)
+    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, len(others) - 1)
 
 
 def train_step(

@@ -55,6 +55,32 @@ RECORDED = [
 ]
 """What a step with runtime.cuda_graphs cannot contain."""
 
+MEASURED = [
+    (["runtime.cuda_graphs=true"], "runtime.cuda_graphs=true: in a recorded step nothing can be read between two"),
+    (["parallel.context_parallel_size=2"], "parallel.context_parallel_size=2: a rank's gradient is that of a part of"),
+    (
+        ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+        "parallel.virtual_pipeline_model_parallel_size=2: in the interleaved schedule the first micro-batch is not the "
+        "only one whose gradients are there (set it to 1, or this to null)",
+    ),
+    (
+        ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=1"],
+        "parallel.expert_model_parallel_size * expert_tensor_parallel_size=1: below tensor_model_parallel_size 2, so a "
+        "rank's experts see a part of each sequence (make it at least 2, or this to null)",
+    ),
+    (
+        [],
+        "stages.0 has 1 micro-batch per data-parallel rank; to tell the first from the whole batch, at least 2 are "
+        "needed (use global_batch_sequences 16 or smaller micro-batches, or this null)",
+    ),
+    (
+        ["parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=1"],
+        "stages.0 has 2 micro-batches per data-parallel rank; to tell the first from the whole batch with 2 pipeline "
+        "ranks, at least 3 are needed (use global_batch_sequences 12",
+    ),
+]
+"""Where the gradient noise scale cannot be measured."""
+
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
@@ -306,6 +332,23 @@ RECORDED = [
             (["runtime.cuda_graphs=true", "precision.dtype=bf16", *overrides], f"runtime.cuda_graphs=true: {expected}")
             for overrides, expected in RECORDED
         ),
+        *(
+            (["optimizer.measure_noise_scale_every_steps=5", *overrides], f"every_steps=5: {expected}")
+            for overrides, expected in MEASURED
+        ),
+        (
+            ["optimizer.measure_noise_scale_every_steps=121"],
+            "measure_noise_scale_every_steps=121: the run has 120 steps, so nothing would be measured (use 120 or fewer)",
+        ),
+        (
+            ["optimizer.expert_lr_noise_scale_tokens=measured"],
+            "optimizer.expert_lr_noise_scale_tokens=measured: optimizer.measure_noise_scale_every_steps is null, so "
+            "nothing measures it (set that to 10, or this to a number)",
+        ),
+        (
+            ["optimizer.expert_lr_noise_scale_tokens=measured", "optimizer.expert_lr_ratio=null"],
+            "optimizer.expert_lr_ratio=null: the first stage uses it, before anything is measured (use 0.31)",
+        ),
         (["parallel.world_size=3"], "parallel.world_size=3: not a multiple of 2, which"),
         (
             ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=4", "parallel.world_size=6"],
@@ -477,3 +520,14 @@ def test_the_nearest_legal_choices_for_routing_groups_are_legal() -> None:
         ["model.moe_routing_group_tokens=512"],
     ):
         load_experiment(DEMO, [*base, *choice])
+
+
+def test_a_noise_scale_is_measured_before_the_stage_that_uses_it() -> None:
+    measured = ["optimizer.measure_noise_scale_every_steps=5", "optimizer.expert_lr_noise_scale_tokens=measured"]
+    smaller = [f"stages.{index}.micro_batch_sequences=2" for index in range(3)]
+    rules.check(experiment_with(*measured, *smaller))
+    experiment = experiment_with(*measured, *smaller)
+    one_stage = experiment.model_copy(update={"stages": experiment.stages[:1]})
+    assert "each stage uses what was measured before it, and there is only one" in str(
+        [str(problem) for problem in rules.find_problems(one_stage)]
+    )

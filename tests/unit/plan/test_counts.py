@@ -265,6 +265,10 @@ def test_expert_lr_is_scaled_down_by_the_reports_ratio() -> None:
     computed = OptimizerConfig(lr=1e-3, expert_lr_ratio=None, expert_lr_noise_scale_tokens=noise)
     assert expert_lr_ratio(LARGE, computed, int(0.26 * noise)) == pytest.approx(0.31, abs=0.005)
     assert expert_lr_ratio(LARGE, OptimizerConfig(lr=1e-3), 4096) == 0.31
+    measured = OptimizerConfig(lr=1e-3, expert_lr_noise_scale_tokens="measured", measure_noise_scale_every_steps=1)
+    assert expert_lr_ratio(LARGE, measured, int(0.26 * noise)) == 0.31, "until there is a value"
+    at_once = expert_lr_ratio(LARGE, computed, 4096)
+    assert expert_lr_ratio(LARGE, measured, 4096, measured=noise) == at_once
     # As printed in the report the ratio is the inverse, and 0.31 lies where routed experts would be scaled up.
     assert 1 / expert_lr_ratio(LARGE, computed, int(61.5 * noise)) == pytest.approx(0.31, abs=0.005)
 
