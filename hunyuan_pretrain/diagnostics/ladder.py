@@ -28,11 +28,12 @@ from hunyuan_pretrain.diagnostics.scaling_laws import (
     Interval,
     LossLaw,
     Observation,
+    PlanLaw,
     ScalingError,
-    SettingLaw,
     fit_loss_law,
-    fit_setting,
+    fit_plan_law,
 )
+from hunyuan_pretrain.diagnostics.setting_laws import SettingLaw, fit_setting
 
 SETTINGS = (("lr", "compute"), ("batch_tokens", "compute"), ("batch_tokens", "loss"))
 """Settings whose best value is fitted, and against what, where the runs vary them."""
@@ -159,6 +160,8 @@ class Laws:
     loss: str
     """Name of the loss in metrics.jsonl."""
     law: LossLaw | None
+    plan: PlanLaw | None
+    """Where N and D grow together, so that there is no `law`."""
     settings: list[SettingLaw]
     reasons: list[str]
     """Why a law that the runs vary something for is not fitted."""
@@ -168,11 +171,15 @@ def fit_all(run_dirs: Sequence[Path], loss: str = "auto") -> Laws:
     """Fit every law that the runs determine. Raises ConfigError for a directory that is not a finished run, and
     ScalingError if no law can be fitted."""
     runs, loss = read_runs(run_dirs, loss)
-    law, settings, reasons = None, [], []
+    law, plan, settings, reasons = None, None, [], []
     try:
         law = fit_loss_law(runs)
     except ScalingError as error:
         reasons.append(str(error))
+        try:
+            plan = fit_plan_law(runs)
+        except ScalingError as other:
+            reasons.append(str(other))
     for setting, against in SETTINGS:
         if not _is_varied(runs, setting):
             continue
@@ -180,9 +187,9 @@ def fit_all(run_dirs: Sequence[Path], loss: str = "auto") -> Laws:
             settings.append(fit_setting(runs, setting, against))
         except ScalingError as error:
             reasons.append(f"{error} [against {against}]")
-    if law is None and not settings:
+    if law is None and plan is None and not settings:
         raise ScalingError("\n".join(reasons))
-    return Laws(runs, loss, law, settings, reasons)
+    return Laws(runs, loss, law, plan, settings, reasons)
 
 
 def _is_varied(runs: Sequence[Observation], setting: str) -> bool:
@@ -202,39 +209,36 @@ def report(laws: Laws, targets: Sequence[Observation] = (), budgets: Sequence[fl
         "coverage": COVERAGE,
         "loss": laws.loss,
         "runs": [run._asdict() | {"flops": run.compute} for run in laws.runs],
-        "not_fitted": laws.reasons,
+        "not_fitted": list(laws.reasons),
+        "targets": [],
+        "optimum": [],
         "settings": [],
     }
     wanted = [*budgets, *(target.compute for target in targets)]
     if laws.law is not None:
-        law = laws.law
-        found["law"] = {name: value._asdict() for name, value in law.parameters().items()}
-        found["targets"] = [
-            target._asdict() | {"flops": target.compute, "loss": law.predict(target.n, target.d)._asdict()}
-            for target in targets
-        ]
-        found["optimum"] = [
-            {"flops": budget} | {name: value._asdict() for name, value in law.optimum(budget).items()}
-            for budget in wanted
-        ]
+        found["law"] = {name: value._asdict() for name, value in laws.law.parameters().items()}
+        for budget in wanted:
+            best = {name: value._asdict() for name, value in laws.law.optimum(budget).items()}
+            found["optimum"].append({"flops": budget} | best)
+    elif laws.plan is not None:
+        found["plan"] = {name: value._asdict() for name, value in laws.plan.parameters().items()}
+    if (law := laws.law or laws.plan) is not None:
+        for target in targets:
+            try:
+                loss = law.predict(target.n, target.d)._asdict()
+            except ScalingError as error:
+                found["not_fitted"].append(f"no prediction of {target.name}: {error}")
+                continue
+            found["targets"].append(target._asdict() | {"flops": target.compute, "loss": loss})
+    places = {
+        "compute": [max(run.compute for run in laws.runs), *wanted],
+        "loss": [min(run.loss for run in laws.runs), *(target["loss"]["value"] for target in found["targets"])],
+    }
     for setting in laws.settings:
-        found["settings"].append(
-            {
-                "setting": setting.setting,
-                "against": setting.against,
-                "exponent": setting.exponent()._asdict(),
-                "best": [{"at": at} | setting.predict(at)._asdict() for at in _places(laws, setting, targets, wanted)],
-            }
-        )
+        best_values = [{"at": at} | setting.predict(at)._asdict() for at in places[setting.against]]
+        shown = {"setting": setting.setting, "against": setting.against, "exponent": setting.exponent()._asdict()}
+        found["settings"].append(shown | {"best": best_values})
     return found
-
-
-def _places(laws: Laws, setting: SettingLaw, targets: Sequence[Observation], wanted: Sequence[float]) -> list[float]:
-    """The computes, or losses, at which to give the best value: those asked for, and the largest of the runs."""
-    if setting.against == "compute":
-        return [max(run.compute for run in laws.runs), *wanted]
-    predicted = [laws.law.predict(target.n, target.d).value for target in targets] if laws.law is not None else []
-    return [min(run.loss for run in laws.runs), *predicted]
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -243,13 +247,13 @@ def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("run", run["name"], f"{run['loss']:.4f}", f"N {run['n']:.3g}, D {run['d']:.3g}, lr {run['lr']:.3g}")
         for run in found["runs"]
     ]
-    if "law" in found:
-        rows += [("loss = E + A/N^alpha + B/D^beta", name, *_shown(value)) for name, value in found["law"].items()]
-        for target in found["targets"]:
-            size = f"N {target['n']:.3g}, D {target['d']:.3g}"
-            rows.append((f"loss of {target['name']}", size, *_shown(target["loss"])))
-        for best in found["optimum"]:
-            rows += [(f"best for {best['flops']:.3g} FLOPs", name, *_shown(best[name])) for name in ("N", "D", "loss")]
+    for key, title in (("law", "loss = E + A/N^alpha + B/D^beta"), ("plan", "loss = E + K/C^gamma on this plan")):
+        rows += [(title, name, *_shown(value)) for name, value in found.get(key, {}).items()]
+    for target in found.get("targets", ()):
+        size = f"N {target['n']:.3g}, D {target['d']:.3g}"
+        rows.append((f"loss of {target['name']}", size, *_shown(target["loss"])))
+    for best in found.get("optimum", ()):
+        rows += [(f"best for {best['flops']:.3g} FLOPs", name, *_shown(best[name])) for name in ("N", "D", "loss")]
     for law in found["settings"]:
         title = f"best {law['setting']} by {law['against']}"
         rows.append((title, "exponent", *_shown(law["exponent"])))
@@ -271,7 +275,7 @@ def write(found: dict[str, Any], laws: Laws, folder: Path) -> list[str]:
     try:
         _draw(laws, laws.law, folder / "ladder.png")
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         return [*lines, f"no plot: plots need matplotlib ({install_hint('matplotlib')})"]
     return [*lines, f"wrote {folder / 'ladder.png'}"]

@@ -1,4 +1,4 @@
-"""Scaling laws fitted to finished runs: the loss against model size and tokens, and the best learning rate and batch.
+"""Scaling laws fitted to finished runs: the loss against model size and tokens.
 
 The loss law is that of Chinchilla (arXiv 2203.15556, section 3.3): L(N, D) = E + A / N^alpha + B / D^beta, with a Huber
 loss on log L. Compute is counted as in the Hunyuan-Large report (arXiv 2411.02265): C = 9.59 N D + 2.3e8 D.
@@ -32,6 +32,10 @@ LEAST_SPREAD = 4.0
 """Largest N over smallest N, and the same for D."""
 MOST_CORRELATION = 0.95
 """Of log N and log D over the runs. With D in proportion to N the two terms cannot be told apart."""
+FEWEST_OF_PLAN = 5
+"""Runs for a law along a plan, with three parameters."""
+MOST_OFF_PLAN = 1.5
+"""Factor between N and that of the plan."""
 COVERAGE = 0.9
 """Of every interval."""
 
@@ -98,7 +102,7 @@ class LossLaw:
             "alpha": theta[3],
             "beta": theta[4],
         }
-        return {name: _interval(values[0], values[1:]) for name, values in found.items()}
+        return {name: interval(values[0], values[1:]) for name, values in found.items()}
 
     def predict(self, n: float, d: float, seed: int = 0) -> Interval:
         """Loss of a further run with N active parameters and D tokens. The interval is one for that run: it includes
@@ -107,7 +111,7 @@ class LossLaw:
         theta = np.vstack([self.estimate_P, self.draws_SP])
         log_loss = _log_loss(theta, np.array([log_n]), np.array([log_d]))[:, 0]
         scatter = np.random.default_rng(seed).choice(self.residuals_R, len(self.draws_SP))
-        return _interval(np.exp(log_loss[0]), np.exp(log_loss[1:] + scatter))
+        return interval(np.exp(log_loss[0]), np.exp(log_loss[1:] + scatter))
 
     def optimum(self, compute: float) -> dict[str, Interval]:
         """N, D and loss of the best model for a budget in FLOPs, by the report's C.
@@ -127,7 +131,7 @@ class LossLaw:
         n, d = self._on_budget(low, compute)
         terms = (theta[:, 0], theta[:, 1] - theta[:, 3] * np.log(n / self.centre[0]))
         loss = np.exp(np.logaddexp(np.logaddexp(*terms), theta[:, 2] - theta[:, 4] * np.log(d / self.centre[1])))
-        return {name: _interval(values[0], values[1:]) for name, values in (("N", n), ("D", d), ("loss", loss))}
+        return {name: interval(values[0], values[1:]) for name, values in (("N", n), ("D", d), ("loss", loss))}
 
     @staticmethod
     def _on_budget(log_n: Array, compute: float) -> tuple[Array, Array]:
@@ -146,18 +150,71 @@ def fit_loss_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -
     used = best_settings(runs)
     require_spread(used)
     n, d, loss = (np.array([getattr(run, name) for run in used]) for name in ("n", "d", "loss"))
+    return _fit(n, d, loss, (LOWEST, HIGHEST), PARAMETERS, draws, seed)
+
+
+def _fit(
+    n: Array, d: Array, loss: Array, bounds: tuple[Array, Array], parameters: int, draws: int, seed: int
+) -> LossLaw:
+    """The fit and its bootstrap; `parameters` of the law are free within `bounds`."""
     centre = (float(np.exp(np.log(n).mean())), float(np.exp(np.log(d).mean())))
     x, y, z = np.log(n / centre[0]), np.log(d / centre[1]), np.log(loss)
-    fitted, costs = _minimise(_starts(z), x, y, z)
+    fitted, costs = _minimise(_starts(z), x, y, z, bounds)
     estimate = fitted[np.argmin(costs)]
     smooth = _log_loss(estimate[None], x, y)[0]
-    freedom = len(used) - PARAMETERS
-    residuals = (z - smooth) * np.sqrt(len(used) / freedom)
+    freedom = len(z) - parameters
+    residuals = (z - smooth) * np.sqrt(len(z) / freedom)
     generator = np.random.default_rng(seed)
     scale = np.sqrt(freedom / generator.chisquare(freedom, size=(draws, 1)))
-    drawn = smooth + generator.choice(residuals, size=(draws, len(used))) * scale
-    samples, _ = _minimise(np.repeat(estimate[None], draws, axis=0), x, y, drawn)
+    drawn = smooth + generator.choice(residuals, size=(draws, len(z))) * scale
+    samples, _ = _minimise(np.repeat(estimate[None], draws, axis=0), x, y, drawn, bounds)
     return LossLaw(estimate, samples, residuals, centre)
+
+
+class PlanLaw(NamedTuple):
+    """L = E + K / C^gamma over runs whose N and D follow one plan. It knows nothing of other N for the same C."""
+
+    law: LossLaw
+    """Of C in place of N, without the term of D."""
+    line: tuple[float, float]
+    """log N = line[0] + line[1] log C, the plan."""
+
+    def parameters(self) -> dict[str, Interval]:
+        """E, K and gamma."""
+        found = self.law.parameters()
+        return {"E": found["E"], "K": found["A"], "gamma": found["alpha"]}
+
+    def predict(self, n: float, d: float) -> Interval:
+        """Loss of a further run of the plan. Raises ScalingError if N and D do not follow it."""
+        compute = float(flops(n, d))
+        planned = float(np.exp(self.line[0] + self.line[1] * np.log(compute)))
+        if not 1 / MOST_OFF_PLAN <= n / planned <= MOST_OFF_PLAN:
+            raise ScalingError(
+                f"not on the plan of the runs, which would train N = {planned:.3g} with {compute:.3g} FLOPs"
+            )
+        return self.law.predict(compute, self.law.centre[1])
+
+
+def fit_plan_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -> PlanLaw:
+    """Fit the loss along a plan, for runs that cannot tell N from D (`fit_loss_law`). Raises ScalingError if there are
+    too few of them, or if their compute varies too little."""
+    used = best_settings(runs)
+    n, loss, compute = (np.array([getattr(run, name) for run in used]) for name in ("n", "loss", "compute"))
+    missing = []
+    if len(used) < FEWEST_OF_PLAN:
+        missing.append(f"{len(used)} runs, at least {FEWEST_OF_PLAN} are needed")
+    if compute.max() < LEAST_SPREAD**2 * compute.min():
+        ratio = compute.max() / compute.min()
+        missing.append(f"compute varies by a factor of {ratio:.2g}, at least {LEAST_SPREAD**2:g} is needed")
+    if missing:
+        raise ScalingError("no fit of loss(C) = E + K/C^gamma: " + "; ".join(missing))
+    slope, start = np.polyfit(np.log(compute), np.log(n), 1)
+    off = np.exp(np.abs(np.log(n) - start - slope * np.log(compute)).max())
+    if off > MOST_OFF_PLAN:
+        raise ScalingError(f"no fit of loss(C) = E + K/C^gamma: N is a factor of {off:.2g} off a power law of C")
+    fixed = [np.where(WITHOUT_D, NO_TERM, bound) for bound in (LOWEST, HIGHEST)]
+    law = _fit(compute, np.ones_like(compute), loss, (fixed[0], fixed[1]), 3, draws, seed)
+    return PlanLaw(law, (float(start), float(slope)))
 
 
 def best_settings(runs: Sequence[Observation]) -> list[Observation]:
@@ -196,6 +253,8 @@ def require_spread(runs: Sequence[Observation]) -> None:
 
 LOWEST, HIGHEST = np.array([-12.0, -12.0, -12.0, 0.01, 0.01]), np.array([6.0, 6.0, 6.0, 3.0, 3.0])
 """Bounds of the parameters. A term of e^-12 nats is none."""
+WITHOUT_D, NO_TERM = np.array([False, False, True, False, True]), np.array([0.0, 0.0, -12.0, 0.0, 1.0])
+"""The parameters of the term of D, and their values without it."""
 
 
 def _log_loss(theta_SP: Array, x_R: Array, y_R: Array) -> Array:
@@ -223,10 +282,12 @@ def _starts(log_loss_R: Array) -> Array:
     )
 
 
-def _minimise(theta_SP: Array, x_R: Array, y_R: Array, log_loss: Array, steps: int = 300) -> tuple[Array, Array]:
+def _minimise(
+    theta_SP: Array, x_R: Array, y_R: Array, log_loss: Array, bounds: tuple[Array, Array], steps: int = 300
+) -> tuple[Array, Array]:
     """Minimise the Huber loss from every start at once by Levenberg-Marquardt with reweighting. `log_loss`: (R,) or (S,
     R). Returns the parameters (S, P) and the losses (S,)."""
-    theta, damping = theta_SP.copy(), np.full(len(theta_SP), 1e-2)
+    theta, damping = np.clip(theta_SP, *bounds), np.full(len(theta_SP), 1e-2)
     residual, cost = _huber(theta, x_R, y_R, log_loss)
     for _ in range(steps):
         terms = _terms(theta, x_R, y_R)
@@ -240,7 +301,7 @@ def _minimise(theta_SP: Array, x_R: Array, y_R: Array, log_loss: Array, steps: i
         lift = damping[:, None] * np.maximum(diagonal, 1e-9)
         slope = np.einsum("srp,sr->sp", weighted, residual)
         step = np.linalg.solve(normal + lift[:, :, None] * np.eye(PARAMETERS), slope[..., None])[..., 0]
-        tried = np.clip(theta + step, LOWEST, HIGHEST)
+        tried = np.clip(theta + step, *bounds)
         new_residual, new_cost = _huber(tried, x_R, y_R, log_loss)
         is_better = new_cost < cost
         theta = np.where(is_better[:, None], tried, theta)
@@ -258,108 +319,7 @@ def _huber(theta: Array, x_R: Array, y_R: Array, log_loss: Array) -> tuple[Array
     return residual, each.sum(axis=1)
 
 
-def _interval(value: float, draws: Array) -> Interval:
+def interval(value: float, draws: Array) -> Interval:
+    """The estimate with the quantiles of its draws."""
     low, high = np.quantile(draws, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return Interval(float(value), float(low), float(high))
-
-
-# --- learning rate and batch ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SettingLaw:
-    """The best value of a setting: factor * against^exponent."""
-
-    setting: str
-    against: str
-    """compute (FLOPs by the report's formula) or loss (nats)."""
-    draws: Array
-    """(1 + S, 2): log of the value at `centre` and the exponent; the estimate first."""
-    centre: float
-
-    def exponent(self) -> Interval:
-        """Of the power law."""
-        return _interval(self.draws[0, 1], self.draws[1:, 1])
-
-    def predict(self, against: float) -> Interval:
-        """The best value at this compute or loss."""
-        values = np.exp(self.draws[:, 0] + self.draws[:, 1] * np.log(against / self.centre))
-        return _interval(values[0], values[1:])
-
-
-def fit_setting(
-    runs: Sequence[Observation], setting: str, against: str = "compute", draws: int = 400, seed: int = 0
-) -> SettingLaw:
-    """Fit the best `setting` (lr or batch_tokens) as a power law of `against` (compute or loss).
-
-    Runs that differ in nothing else form a cell. Within a cell log loss is a parabola of the log of the setting. Its
-    curvature is the same for all cells, and its minimum moves on a line in log `against`: a linear regression. Of runs
-    that differ in the other setting too, the best value of that one counts in fits of batch_tokens. Bootstrap as in
-    `fit_loss_law`. Raises ScalingError if the runs do not determine it.
-    """
-    cells = _cells(runs, setting)
-    if len({_against(cell, against) for cell in cells}) < 2:
-        raise ScalingError(
-            f"no fit of the best {setting}: {len(cells)} sets of runs that differ only in {setting}, with 3 or more "
-            f"values each; at least 2, of different {against}, are needed"
-        )
-    x = np.log([getattr(run, setting) for cell in cells for run in cell])
-    c = np.log([_against(cell, against) for cell in cells for _ in cell])
-    z = np.log([run.loss for cell in cells for run in cell])
-    cell_of = np.repeat(np.arange(len(cells)), [len(cell) for cell in cells])
-    middle, centre = x.mean(), c.mean()
-    x, c = x - middle, c - centre
-    design = np.column_stack([cell_of[:, None] == np.arange(len(cells)), x**2, x, x * c])
-    freedom = len(z) - design.shape[1]
-    if freedom < 1:
-        raise ScalingError(f"no fit of the best {setting}: {len(z)} runs for {design.shape[1]} parameters")
-    inverse = np.linalg.pinv(design)
-    smooth = design @ (inverse @ z)
-    residuals = (z - smooth) * np.sqrt(len(z) / freedom)
-    generator = np.random.default_rng(seed)
-    scale = np.sqrt(freedom / generator.chisquare(freedom, size=(draws, 1)))
-    drawn = smooth + generator.choice(residuals, size=(draws, len(z))) * scale
-    curvature, slope, shift = (np.vstack([z, drawn]) @ inverse.T)[:, -3:].T
-    if curvature[0] <= 0 or np.mean(curvature[1:] <= 0) > (1 - COVERAGE) / 2:
-        raise ScalingError(
-            f"no fit of the best {setting}: the losses have no clear minimum over {setting}; try values further apart"
-        )
-    kept = curvature > 0
-    found = np.column_stack([middle - slope / (2 * curvature), -shift / (2 * curvature)])[kept]
-    law = SettingLaw(setting, against, found, float(np.exp(centre)))
-    _refuse_outside(law, cells)
-    return law
-
-
-def _cells(runs: Sequence[Observation], setting: str) -> list[list[Observation]]:
-    """Runs that differ only in `setting`, at least three values of it."""
-    found: dict[tuple[float, ...], list[Observation]] = {}
-    for run in runs:
-        found.setdefault((run.n, run.d, *((run.batch_tokens,) if setting == "lr" else ())), []).append(run)
-    cells = list(found.values())
-    if setting == "batch_tokens":  # at each batch, the best learning rate
-        cells = [
-            [
-                run
-                for batch in sorted({run.batch_tokens for run in cell})
-                for run in best_settings([run for run in cell if run.batch_tokens == batch])
-            ]
-            for cell in cells
-        ]
-    return [cell for cell in cells if len({getattr(run, setting) for run in cell}) >= 3]
-
-
-def _against(cell: Sequence[Observation], against: str) -> float:
-    return cell[0].compute if against == "compute" else min(run.loss for run in cell)
-
-
-def _refuse_outside(law: SettingLaw, cells: Sequence[Sequence[Observation]]) -> None:
-    """A parabola says nothing about values beyond those tried."""
-    outside = []
-    for cell in cells:
-        tried = [getattr(run, law.setting) for run in cell]
-        best = law.predict(_against(cell, law.against)).value
-        if not min(tried) <= best <= max(tried):
-            outside.append(f"{best:.3g} for {cell[0].name}, where {min(tried):.3g} to {max(tried):.3g} were tried")
-    if outside:
-        raise ScalingError(f"no fit of the best {law.setting}: it would be outside the runs ({'; '.join(outside)})")

@@ -115,7 +115,7 @@ class GradientNoise(NoiseScale):
     ) -> None:
         super().__init__(state)
         self._every_steps, self._wrapped = every_steps, wrapped
-        self._kinds = {weight: kind for model in wrapped for weight, kind in _kinds_of(model.module)}
+        self._kinds: dict[Any, str] = {weight: kind for model in wrapped for weight, kind in _kinds_of(model.module)}
         self._replicas = {"dense": grid.dp, "experts": grid.expert_dp}
         self._data_parallel = grid.dp
         # 1F1B runs this many forward passes before its first backward pass

@@ -338,7 +338,7 @@ MEASURED = [
         ),
         (
             ["optimizer.measure_noise_scale_every_steps=121"],
-            "measure_noise_scale_every_steps=121: the run has 120 steps, so nothing would be measured (use 120 or fewer)",
+            "every_steps=121: the run has 120 steps, so nothing would be measured (use 120 or fewer)",
         ),
         (
             ["optimizer.expert_lr_noise_scale_tokens=measured"],

@@ -12,9 +12,10 @@ from hunyuan_pretrain.diagnostics.scaling_laws import (
     ScalingError,
     best_settings,
     fit_loss_law,
-    fit_setting,
+    fit_plan_law,
     flops,
 )
+from hunyuan_pretrain.diagnostics.setting_laws import fit_setting
 
 TRUTH = {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28}
 SIZES, TOKENS = (1e7, 3e7, 1e8, 3e8, 1e9), (1e10, 3e10, 1e11)
@@ -104,6 +105,45 @@ def test_of_runs_that_differ_in_learning_rate_the_best_counts_with_all_its_seeds
     one = Observation("a", 1e8, 1e10, 3.0, 1e-3, 1e6)
     runs = [one, one._replace(loss=3.2), one._replace(lr=2e-3, loss=2.9), one._replace(lr=2e-3, loss=3.0)]
     assert best_settings(runs) == runs[2:]
+
+
+PLAN = [(n, 20 * n**1.1) for n in (1e7, 3e7, 1e8, 3e8, 1e9)]
+"""Five sizes, each on the tokens that a rule gives it."""
+
+
+def along(compute: float) -> float:
+    return 1.8 + 900.0 * compute**-0.16
+
+
+def planned(noise: float, seed: int = 0) -> list[Observation]:
+    generator = np.random.default_rng(seed)
+    runs = [Observation(f"{n:g}", n, d, 0.0, 1e-3, 1e6) for n, d in PLAN]
+    return [run._replace(loss=along(run.compute) * np.exp(noise * generator.standard_normal())) for run in runs]
+
+
+def test_a_ladder_on_one_plan_gives_the_loss_along_it() -> None:
+    law = fit_plan_law(planned(0.0), draws=20)
+    assert {name: found.value for name, found in law.parameters().items()} == pytest.approx(
+        {"E": 1.8, "K": 900.0, "gamma": 0.16}, rel=1e-4
+    )
+    n, d = 1e10, 20 * 1e10**1.1
+    hits = 0
+    for seed in range(20):
+        found = fit_plan_law(planned(2e-3, seed), draws=100, seed=seed).predict(n, d)
+        hits += found.low <= along(float(flops(n, d))) <= found.high
+    assert hits >= 14
+
+
+def test_what_is_not_on_the_plan_is_refused() -> None:
+    law = fit_plan_law(planned(0.0), draws=2)
+    with pytest.raises(ScalingError, match="not on the plan of the runs, which would train N = "):
+        law.predict(3e10, 1e11)
+    with pytest.raises(ScalingError, match="4 runs, at least 5 are needed"):
+        fit_plan_law(planned(0.0)[:4])
+    with pytest.raises(ScalingError, match="compute varies by a factor of 1, at least 16 is needed"):
+        fit_plan_law([planned(0.0)[0]] * 5)
+    with pytest.raises(ScalingError, match="off a power law of C"):
+        fit_plan_law(made_up(0.0))
 
 
 def best_lr(compute: float) -> float:
