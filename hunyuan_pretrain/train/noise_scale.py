@@ -140,10 +140,13 @@ class GradientNoise(NoiseScale):
         are whole."""
         assert self._small is not None, "config.noise_rules refuses a stage with so few micro-batches"
         small, self._small = self._small, None
-        replicas = small.new_tensor([self._replicas[kind] for kind in KINDS])
         big = self._squares(_reduced(self._wrapped))
         is_sharded = self._wrapped[0].ddp_config.use_distributed_optimizer
-        return torch.cat([small / replicas, big if is_sharded else big / replicas])
+        # numbers of the host, one by one: a tensor made of them would be copied to the device, and the host would wait
+        copies = [self._replicas[kind] for kind in KINDS]
+        found = [square / count for square, count in zip(small, copies, strict=True)]
+        found += [square / (1 if is_sharded else count) for square, count in zip(big, copies, strict=True)]
+        return torch.stack(found)
 
     def add_numbers(self, step: int, stage: StageConfig, numbers: Sequence[float]) -> None:
         """`add` what `squares` gave, summed over all ranks; of any other step, nothing."""
@@ -164,7 +167,8 @@ class GradientNoise(NoiseScale):
             device = gradient.device
             if gradient.numel() and weight in self._kinds:
                 found[self._kinds[weight]].append(gradient)
-        return torch.stack([sum_of_squares(found[kind]).to(device) for kind in KINDS])
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack([sum_of_squares(found[kind]) if found[kind] else nothing for kind in KINDS])
 
 
 def _kinds_of(model: torch.nn.Module) -> Iterator[tuple[Tensor, str]]:

@@ -19,6 +19,7 @@ def run(corpus: Any, tmp_path: Any, request: pytest.FixtureRequest) -> Any:
     from hunyuan_pretrain.train import setup
     from tests.helpers.runs import experiment_fields
 
+    parallel, measure_every = request.param
     fields = experiment_fields(
         corpus,
         tmp_path / "run",
@@ -27,15 +28,21 @@ def run(corpus: Any, tmp_path: Any, request: pytest.FixtureRequest) -> Any:
         model__ffn_hidden_size=128,
         model__moe_ffn_hidden_size=128,
         precision={"dtype": "bf16"},
-        parallel=request.param,
+        parallel=parallel,
     )
+    fields["optimizer"]["measure_noise_scale_every_steps"] = measure_every
     fields["runtime"] |= {"probes": False, "device": "cuda"}
     run = setup.prepare(Experiment.model_validate(fields))
     yield run
     setup.leave(run)
 
 
-@pytest.mark.parametrize("run", [{}, {"recompute": "cla_group"}], ids=["plain", "recomputed"], indirect=True)
+@pytest.mark.parametrize(
+    "run",
+    [({}, None), ({"recompute": "cla_group"}, None), ({}, 1)],
+    ids=["plain", "recomputed", "noise scale"],
+    indirect=True,
+)
 def test_launching_a_step_never_makes_the_host_wait(run: Any) -> None:
     from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
     from hunyuan_pretrain.train.step import launch_step

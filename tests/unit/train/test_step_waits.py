@@ -41,8 +41,9 @@ def looks_of_step_2(corpus: Any, tmp_path: Any, **changes: Any) -> Counter[str]:
         {"parallel": {"use_distributed_optimizer": False, "recompute": "selective"}},
         {"precision": {"dtype": "bf16", "fp8_recipe": "delayed"}},
         {"precision": {"dtype": "bf16", "fp8_recipe": "blockwise"}, "optimizer": {"lr": 1e-2, "clip_grad": 0.0}},
+        {"optimizer": {"lr": 1e-2, "measure_noise_scale_every_steps": 1}},
     ],
-    ids=["fp32", "bf16 overlapped", "plain optimizer", "delayed", "blockwise"],
+    ids=["fp32", "bf16 overlapped", "plain optimizer", "delayed", "blockwise", "noise scale"],
 )
 def test_a_whole_step_never_makes_the_host_wait(corpus, tmp_path, changes):
     assert looks_of_step_2(corpus, tmp_path, **changes) == READ_ON_THE_HOST
