@@ -38,6 +38,9 @@ __all__ = ["dump_resolved", "load_experiment", "load_model"]
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+QUOTED = r"'([^']*)'"
+
+
 class ArchitectureFile(Section):
     """A YAML file that describes only a model, like those in configs/model/."""
 
@@ -189,10 +192,27 @@ def validate(section: type[SectionT], tree: Tree) -> SectionT:
         items = error.errors(include_url=False)
         # pydantic also reports a list with wrong items as too short; only an empty list is.
         items = [item for item in items if not (item["type"] == "too_short" and item["input"])]
-        raise ConfigError(tree.source, [*(problem_of(item, section, tree) for item in items), *problems]) from None
+        raise ConfigError(
+            tree.source, [*(problem_of(item, section, tree) for item in one_for_each_value(items)), *problems]
+        ) from None
     if problems:
         raise ConfigError(tree.source, problems)
     return made
+
+
+def one_for_each_value(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """pydantic's errors, of a number that may also be a word only one: it reports every member of a union, with the
+    name of the member behind the key."""
+    found: dict[Keys, dict[str, Any]] = {}
+    for item in items:
+        keys: Keys = item["loc"]
+        is_member = item["type"] != "extra_forbidden" and bool(keys) and re.search(r"[\[-]", str(keys[-1]))
+        keys = keys[:-1] if is_member else keys
+        if keys not in found:
+            found[keys] = {**item, "loc": keys}
+        elif item["type"] == "literal_error":
+            found[keys]["msg"] += f" or {' or '.join(re.findall(QUOTED, item['ctx']['expected']))}"
+    return list(found.values())
 
 
 def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> Problem:
@@ -208,7 +228,7 @@ def problem_of(item: Mapping[str, Any], section: type[Section], tree: Tree) -> P
         meaning = field.description.split(". ")[0].rstrip(".") if field is not None and field.description else ""
         return Problem(path, Problem.NO_VALUE, "missing", "; ".join([meaning] * bool(meaning) + hints), where)
     if item["type"] == "literal_error":
-        legal = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        legal = re.findall(QUOTED, item["ctx"]["expected"])
         near = difflib.get_close_matches(str(item["input"]), legal, 1, 0.4)
         hint = f"did you mean {near[0]}?" if near else ""
         return Problem(path, item["input"], f"must be {' or '.join(legal)}", hint, where)

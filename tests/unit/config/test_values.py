@@ -62,6 +62,17 @@ def test_tokens_are_counted_with_suffixes_in_files_and_overrides(config: Path) -
     assert (stage.tokens, stage.sequence_length) == (300_000_000, 1024)
 
 
+def test_a_number_that_may_be_a_word_has_one_message(config: Path) -> None:
+    for text, rule in (
+        ("mesured", "must be a valid number or measured"),
+        ("-1", "must be greater than 0 or measured"),
+        ("true", "must be a valid number or measured"),
+    ):
+        message = refusal(config, f"optimizer.expert_lr_noise_scale_tokens={text}")
+        assert message.count("expert_lr_noise_scale_tokens") == 2, "the setting, and the override"
+        assert f"  optimizer.expert_lr_noise_scale_tokens={text}: {rule}" in message
+
+
 def test_an_invalid_number_gets_the_right_hint(config: Path) -> None:
     suffixes = "10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096"
     rule = "must be a valid integer"
