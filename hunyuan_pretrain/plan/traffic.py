@@ -35,8 +35,8 @@ class Traffic:
 def traffic(experiment: Experiment, imbalance: float = 1.0) -> Traffic:
     """What the functions of this project move: its kernels, or torch's operations with runtime.kernels=never.
 
-    With torch's operations the norms are Transformer Engine's, one kernel each way. `imbalance`: rows of experts over those of even routing,
-    where there is no capacity.
+    With torch's operations the norms are Transformer Engine's, one kernel each way. `imbalance`: rows of experts over
+    those of even routing, where there is no capacity.
     """
     model, width = experiment.model, 2 if experiment.precision.dtype == "bf16" else 4
     slots = model.moe_router_topk * imbalance  # rows of experts for each token
