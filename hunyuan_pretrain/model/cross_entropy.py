@@ -5,7 +5,7 @@ backward pass only scales them. Memory beyond the inputs: one chunk of logits, i
 the gradients of the hidden states and the weight.
 
 On a GPU in bf16 a chunk's part of the weight gradient is added in fp32 by the GEMM itself, and, where it accumulates,
-at once into main_grad. Elsewhere each part is rounded to bf16 first, and the backward pass adds the sum of all.
+at once into an fp32 main_grad. Elsewhere each part is rounded to bf16 first, and the backward pass adds the sum of all.
 
 With tensor parallelism the vocabulary is sharded over the ranks: each rank computes its columns of the logits, and the
 softmax takes two small reductions per chunk.
@@ -94,7 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = is_grad_enabled and any(ctx.needs_input_grad[:2])
         # reduce-scatter writes into its rows: contiguous, whatever the strides of hidden_TD
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
-        is_added = bool(needs_grad and accumulate and _gemm_adds_in_fp32(hidden_TD))
+        is_added = bool(
+            needs_grad
+            and accumulate
+            and _gemm_adds_in_fp32(hidden_TD)
+            and weight_VD.main_grad.dtype == torch.float32  # bf16 with precision.grad_reduce_in_fp32=false
+        )
         if is_added:
             grad_weight_VD = weight_VD.main_grad
         else:

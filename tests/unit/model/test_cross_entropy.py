@@ -3,6 +3,8 @@ with the model."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,3 +119,17 @@ def test_in_bf16_the_loss_and_gradients_are_the_plain_ones_rounded_once():
     rounded_TV = logits_TV.grad.bfloat16()
     torch.testing.assert_close(hidden_TD.grad, rounded_TV @ weight_VD, rtol=2**-7, atol=1e-3)
     torch.testing.assert_close(weight_VD.grad, rounded_TV.t() @ hidden_TD, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_gradient_is_added_to_a_main_grad_of_either_dtype(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Meta tensors take a GPU's branches and refuse what its GEMM refuses: an fp32 product into a bf16 main_grad."""
+    monkeypatch.setitem(LOSS_CHUNK_TOKENS, "meta", CHUNK)
+    hidden_TD, weight_VD = (
+        torch.empty(rows, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True) for rows in (CHUNK, VOCAB)
+    )
+    weight_VD.main_grad = torch.empty(VOCAB, HIDDEN, dtype=dtype, device="meta")  # type: ignore[attr-defined]
+    label_T, loss_weight_T = (torch.empty(CHUNK, dtype=kind, device="meta") for kind in (torch.int64, torch.float32))
+    arguments = hidden_TD, weight_VD, label_T, loss_weight_T, world_of_one().tp
+    linear_cross_entropy(*arguments, "only use", cross_entropy.chunk_loss).backward()
+    assert weight_VD.grad_added_to_main_grad  # type: ignore[attr-defined]
