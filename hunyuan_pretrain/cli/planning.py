@@ -12,8 +12,10 @@ import typer
 
 from hunyuan_pretrain.cli.options import ConfigPath, Overrides
 from hunyuan_pretrain.cli.printing import print_table, print_warnings
+from hunyuan_pretrain.config.exit_status import EXIT_MISTAKE
 
 if TYPE_CHECKING:
+    from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.runtime.device import Machine
 
 
@@ -102,6 +104,14 @@ def plan(
         float, typer.Option(min=1.0, help="Rows of the busiest rank's experts over the mean, without a capacity.")
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every row, and the numbers behind it.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Also build ranks of the job without its machines, run a step on tensors without memory, and compare "
+            "what they communicate and hold. Exit code 2 if the job cannot run.",
+        ),
+    ] = False,
 ) -> None:
     """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
     what fits, the time of a step, MFU, days and energy."""
@@ -112,6 +122,8 @@ def plan(
     from hunyuan_pretrain.plan.summary import ranks_of, summarise
     from hunyuan_pretrain.plan.timing import Assumptions
 
+    if as_json and dry_run:
+        raise typer.BadParameter("the dry run prints no JSON; leave one of --json and --dry-run out")
     profile = load(hardware) if hardware else None
     experiment = load_experiment(config, overrides or [], world_size)
     rows = summarise(experiment, world_size)
@@ -125,6 +137,25 @@ def plan(
     print_warnings(find_warnings(experiment))
     for line in costs.problems(found):
         print(f"warning: {line}", file=sys.stderr)
+    if dry_run:
+        _dry_run(experiment, world_size)
+
+
+def _dry_run(experiment: Experiment, world_size: int | None) -> None:
+    from hunyuan_pretrain.runtime.environment import prepare, set_variables
+
+    set_variables(experiment)
+    prepare(None)  # nothing is computed, and a GPU stays free
+
+    from hunyuan_pretrain.diagnostics import dry_run, dry_run_checks
+
+    ran = dry_run.dry_run(experiment, world_size)
+    problems = dry_run_checks.find_problems(ran)
+    print_table("dry run", [*dry_run_checks.rows(ran), ("result", "failed" if problems else "OK", "")])
+    for problem in problems:
+        print(f"cannot run: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(EXIT_MISTAKE)
 
 
 def doctor(

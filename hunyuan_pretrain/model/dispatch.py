@@ -12,6 +12,7 @@ group, P rows of all ranks of a group, padding included.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,6 +30,11 @@ from hunyuan_pretrain.runtime.handover import to_device
 
 Experts = Callable[[Tensor, RowSplits], Tensor]
 """Computes the experts of this rank: (R, D), rows sorted by expert -> (R, D)."""
+
+
+def read_counts(counts: Tensor) -> Any:
+    """Row counts of experts, as nested lists. The host waits here: it needs the sizes of exchanges and matmuls."""
+    return counts.tolist()
 
 
 class Dispatch:
@@ -66,12 +72,11 @@ class Dispatch:
         """Without a capacity the ranks first exchange how many rows they send to each expert."""
         ep = self.ep_group.size()
         if ep == 1:
-            return self._over_tensor_ranks(rows_RD, RowSplits(tuple(rows_E.tolist())), experts)
+            return self._over_tensor_ranks(rows_RD, RowSplits(tuple(read_counts(rows_E))), experts)
         e = self.num_experts // ep
         sent_pe = rows_E.view(ep, e)
         received_pe = exchange_rows(sent_pe, self.ep_group)
-        # the host waits here: it needs the sizes of the exchange and of the matmuls
-        sent, received = torch.stack((sent_pe, received_pe)).tolist()
+        sent, received = read_counts(torch.stack((sent_pe, received_pe)))
         sent_p, received_p = ([sum(rows_e) for rows_e in rows_pe] for rows_pe in (sent, received))
         by_rank = all_to_all(self.ep_group, rows_RD, received_p, sent_p)
         # rows arrive in rank order, each rank's sorted by expert; the experts need all of them sorted by expert
@@ -106,7 +111,7 @@ class Dispatch:
         """Without a capacity row counts differ between ranks, so each pads its rows with zeros to the longest."""
         etp, e, R = self.etp_group.size(), len(splits.rows_e), rows_RD.shape[0]
         mine_1e = to_device(torch.tensor([splits.rows_e]), rows_RD.device)
-        counts_pe: list[list[int]] = all_gather_rows(mine_1e, self.etp_group).tolist()
+        counts_pe: list[list[int]] = read_counts(all_gather_rows(mine_1e, self.etp_group))
         longest = max(sum(counts_e) for counts_e in counts_pe)
         padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, longest - R))
         whole_PD = gather_from_sequence_parallel_region(padded, group=self.etp_group)

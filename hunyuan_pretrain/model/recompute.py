@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hunyuan_pretrain.model.saved_tensors import kept_by, nodes_between, replace
+from hunyuan_pretrain.model.saved_tensors import kept_by, memory_of, nodes_between, replace
 
 
 def free_until_backward(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, result: Tensor) -> None:
@@ -28,10 +28,10 @@ def free_until_backward(function: Callable[[Tensor], Tensor], x: Tensor, y: Tens
     if y.grad_fn is None or result.grad_fn is None:
         return
     recomputed = _Recomputed(function, x, y)
-    memory = y.untyped_storage().data_ptr()
+    memory = memory_of(y)
     for node in nodes_between(y.grad_fn, result):
         for tensor, saved in kept_by(node):
-            if tensor.untyped_storage().data_ptr() == memory and tensor.dtype == y.dtype:
+            if memory_of(tensor) == memory and tensor.dtype == y.dtype:
                 replace(saved, recomputed.pack, recomputed.unpack)
 
 
@@ -40,6 +40,11 @@ def keep_input_as_given(linear: Any) -> None:
     quantises the input once more in the backward pass; layers of other engines keep their input anyway."""
     if hasattr(linear, "save_original_input"):
         linear.save_original_input = True
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are all elements from one place in memory."""
+    return memory_of(a) == memory_of(b) and a.storage_offset() == b.storage_offset() and a.numel() == b.numel()
 
 
 class _Recomputed:
@@ -54,7 +59,7 @@ class _Recomputed:
     def _index_of(self, x: Tensor) -> int:
         node: Any = self._node
         for index, tensor in enumerate(getattr(node, "saved_tensors", ())):
-            if tensor is not None and tensor.data_ptr() == x.data_ptr() and tensor.shape.numel() == x.numel():
+            if tensor is not None and _is_same(tensor, x):
                 return index
         raise RuntimeError(f"{node.name()} does not keep its input, so its output cannot be recomputed from it")
 

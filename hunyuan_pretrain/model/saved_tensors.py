@@ -48,6 +48,11 @@ def kept_by(node: Any) -> Iterator[tuple[Tensor, Any]]:
             yield tensor, saved
 
 
+def memory_of(tensor: Tensor) -> int:
+    """Identifies the memory that a tensor lies in, by more than its address: meta tensors have none."""
+    return tensor.untyped_storage()._cdata
+
+
 def replace(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
     """Keep pack(tensor) instead of a saved tensor; the backward pass gets unpack of it."""
 

@@ -60,6 +60,20 @@ group, such as the one of all ranks, is "other"; but point-to-point messages ove
 ranks core sends half of them that way)."""
 
 
+class Call(NamedTuple):
+    """A call of an operator of torch's namespace c10d."""
+
+    name: str
+    kind: str
+    group: dist.ProcessGroup
+    values: dict[str, Any]
+    """Its arguments by name."""
+
+    def tensors(self, *names: str) -> list[Tensor]:
+        """The tensors of the first of these arguments that the operator has."""
+        return list(_tensors([next((self.values[name] for name in names if name in self.values), ())]))
+
+
 class TrafficCounter(TorchDispatchMode):
     """Counts what this rank communicates inside `with TrafficCounter(groups) as counter:`, including in backward
     passes, and slows it down.
@@ -87,20 +101,19 @@ class TrafficCounter(TorchDispatchMode):
             if func.namespace in ("c10d", "_c10d_functional")
             else set()
         )
-        if names & {"process_group", "group_name"}:
-            self._count(func._schema, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        if not names & {"process_group", "group_name"}:
+            return func(*args, **(kwargs or {}))
+        call = _read(func._schema, args, kwargs or {})
+        self._count(call)
+        return self.carry_out(call, func, args, kwargs or {})
 
-    def _count(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = schema.name.removeprefix("c10d::")
-        if name not in _OPERATORS:
-            raise NotImplementedError(f"{schema.name} communicates and is not counted; add it to {__name__}")
-        values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-        for tensor in _tensors(values.values()):
-            handed_over(schema.name, tensor, is_written=True)
-        kind, whole = _OPERATORS[name]
-        group: dist.ProcessGroup = dist.ProcessGroup.unbox(values["process_group"])
-        sizes = whole(values, group)
+    def carry_out(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that has been counted, and return what its operator returns."""
+        return func(*args, **kwargs)
+
+    def _count(self, call: Call) -> None:
+        kind, values, group = call.kind, call.values, call.group
+        sizes = _OPERATORS[call.name][1](values, group)
         self.num_calls += len(sizes)
         if group.size() == 1:
             return
@@ -110,6 +123,16 @@ class TrafficCounter(TorchDispatchMode):
         for size in sizes:
             before = self.traffic.get((axis, kind), Messages(0, 0))
             self.traffic[axis, kind] = Messages(before.calls + 1, before.bytes + _sent(kind, size, group.size()))
+
+
+def _read(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    name = schema.name.removeprefix("c10d::")
+    if name not in _OPERATORS:
+        raise NotImplementedError(f"{schema.name} communicates and is not counted; add it to {__name__}")
+    values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    for tensor in _tensors(values.values()):
+        handed_over(schema.name, tensor, is_written=True)
+    return Call(name, _OPERATORS[name][0], dist.ProcessGroup.unbox(values["process_group"]), values)
 
 
 def _sent(kind: str, size: int, n: int) -> int:

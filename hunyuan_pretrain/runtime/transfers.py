@@ -17,8 +17,8 @@ class Incoming:
     it runs beside the kernels that the device already has to do. On the CPU they are the tensors themselves."""
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self._tensors = tuple(tensors)
         self._is_copied = device.type == "cuda"
+        self._tensors = tuple(tensors if self._is_copied else (tensor.to(device) for tensor in tensors))
         if self._is_copied:
             packed = packed_bytes(tensors, pin_memory=True)
             with torch.cuda.stream(_copy_stream(device)):

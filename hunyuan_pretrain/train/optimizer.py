@@ -183,7 +183,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    if tensors[0].device.type == "cuda":
+    if tensors[0].device.type != "cpu":
         # one launch for all of a format; each thread adds a few hundred numbers, the rest is a tree reduction
         norms = [x for same in _by_format(tensors) for x in torch._foreach_norm(same, 2, dtype=torch.float32)]
         return torch.stack(norms).double().square().sum()
@@ -222,7 +222,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
         parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(gradients_of())
     total: Tensor | None = None
     for group, gradients in parts.items():
-        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        device = device_of(group)
         squares = torch.zeros((), dtype=torch.float64, device=device)
         for tensors in _by_device(gradients).values():
             squares += sum_of_squares(tensors).to(device)
@@ -230,6 +230,11 @@ def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
         total = squares if total is None else total + squares
     assert total is not None, "an optimizer without parts"
     return total.sqrt()
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device | str:
+    """Device of the tensors that a group reduces."""
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> Tensor:
