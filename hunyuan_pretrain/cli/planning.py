@@ -16,6 +16,7 @@ from hunyuan_pretrain.config.exit_status import EXIT_MISTAKE
 
 if TYPE_CHECKING:
     from hunyuan_pretrain.config.schema import Experiment
+    from hunyuan_pretrain.plan.hardware import Hardware
     from hunyuan_pretrain.runtime.device import Machine
 
 
@@ -88,7 +89,10 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of the job; default: parallel.world_size.")
+        int | None,
+        typer.Option(
+            "--world-size", "--gpus", min=1, help="Ranks of the job, one for each GPU; default: parallel.world_size."
+        ),
     ] = None,
     hardware: Annotated[
         str,
@@ -103,6 +107,9 @@ def plan(
     imbalance: Annotated[
         float, typer.Option(min=1.0, help="Rows of the busiest rank's experts over the mean, without a capacity.")
     ] = 1.0,
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the fastest layouts that fit; the experiment's own does not matter.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every row, and the numbers behind it.")] = False,
     dry_run: Annotated[
         bool,
@@ -114,17 +121,22 @@ def plan(
     ] = False,
 ) -> None:
     """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
-    what fits, the time of a step, MFU, days and energy."""
+    what fits, the time of a step, MFU, days and energy; with --search the layouts that are fastest."""
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.config.rules import find_warnings
     from hunyuan_pretrain.plan import costs
     from hunyuan_pretrain.plan.hardware import load
+    from hunyuan_pretrain.plan.passes import Assumptions
     from hunyuan_pretrain.plan.summary import ranks_of, summarise
-    from hunyuan_pretrain.plan.timing import Assumptions
 
     if as_json and dry_run:
         raise typer.BadParameter("the dry run prints no JSON; leave one of --json and --dry-run out")
+    if search and dry_run:
+        raise typer.BadParameter("a dry run is of one layout; leave one of --search and --dry-run out")
     profile = load(hardware) if hardware else None
+    if search:
+        _search(load_experiment(config, overrides or []), world_size, profile, (document_tokens, imbalance), as_json)
+        return
     experiment = load_experiment(config, overrides or [], world_size)
     rows = summarise(experiment, world_size)
     found = costs.costs(experiment, ranks_of(experiment, world_size), profile, Assumptions(document_tokens, imbalance))
@@ -156,6 +168,40 @@ def _dry_run(experiment: Experiment, world_size: int | None) -> None:
         print(f"cannot run: {problem}", file=sys.stderr)
     if problems:
         raise typer.Exit(EXIT_MISTAKE)
+
+
+def _search(
+    experiment: Experiment,
+    gpus: int | None,
+    profile: Hardware | None,
+    assumed: tuple[int | None, float],
+    as_json: bool,
+) -> None:
+    from hunyuan_pretrain.config.errors import ConfigError, Problem
+    from hunyuan_pretrain.plan import costs, ranking
+    from hunyuan_pretrain.plan.hardware import names
+    from hunyuan_pretrain.plan.passes import Assumptions
+
+    missing = []
+    if profile is None:
+        missing.append(Problem("--search", Problem.NO_VALUE, "needs --hardware", f"{', '.join(names())}, or a file"))
+    gpus = gpus or experiment.parallel.world_size
+    if gpus is None:
+        missing.append(Problem("--search", Problem.NO_VALUE, "needs the number of GPUs", "add --gpus 512, say"))
+    if profile is None or gpus is None:
+        raise ConfigError(experiment.name, missing)
+    assumptions = Assumptions(*assumed)
+    costs.check_assumptions(experiment, profile, assumptions)
+    found = ranking.searches(experiment, gpus, profile, assumptions)
+    rows = [row for one in found for row in ranking.rows(one, profile)]
+    if as_json:
+        data = {"name": experiment.name, "gpus": gpus, "hardware": profile.name, "rows": [asdict(row) for row in rows]}
+        print(json.dumps(data | {"stages": [ranking.as_data(experiment, one, gpus) for one in found]}, indent=1))
+        return
+    title = f"{experiment.name} on {gpus} {profile.name}"
+    print_table(title, [(row.group, row.name, row.value, row.note) for row in rows])
+    for one in found:
+        print("\n".join(ranking.settings(experiment, one, gpus)), end="\n\n")
 
 
 def doctor(

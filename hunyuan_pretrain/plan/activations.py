@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from hunyuan_pretrain.config.derived import (
@@ -170,13 +171,18 @@ def passes_in_flight(parallel: ParallelConfig, micro_batches: int, pipeline_rank
     """After each forward pass of a pipeline rank, for each of its model chunks: how many passes wait for their backward
     pass. In core's 1F1B and interleaved schedules."""
     ranks, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    return list(_in_flight(ranks, chunks, micro_batches, pipeline_rank))
+
+
+@lru_cache(maxsize=1024)
+def _in_flight(ranks: int, chunks: int, micro_batches: int, pipeline_rank: int) -> tuple[tuple[int, ...], ...]:
     waiting, found = [0] * chunks, []
     for one in program(pipeline_rank, ranks, chunks, micro_batches):
         if isinstance(one, Pass):
             waiting[one.chunk] += 1 if one.kind == "forward" else -1
             if one.kind == "forward":
                 found.append(tuple(waiting))
-    return found
+    return tuple(found)
 
 
 def activations(
@@ -219,10 +225,13 @@ def _of_one_pass(
     stages = pipeline_stages(model, parallel)
     device = host = pinned = working = 0
     moving: list[int] = []
+    alike: dict[tuple[bool, ...], list[list[Kept]]] = {}  # groups differ in the layers that are in FP8 only
     for first in stages[number][::share]:
-        group = [
-            kept_by_layer(experiment, stage, world_size, layer, imbalance) for layer in range(first, first + share)
-        ]
+        layers = range(first, first + share)
+        formats = tuple(experiment.precision.is_fp8_layer(layer, model.num_layers) for layer in layers)
+        if formats not in alike:
+            alike[formats] = [kept_by_layer(experiment, stage, world_size, layer, imbalance) for layer in layers]
+        group = alike[formats]
         kept: list[int] = kept_by_group(group, parts)
         blocks: list[int] = []
         if first in offloaded_layers(model, parallel, number):

@@ -10,10 +10,36 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.hardware import Hardware, names
 from hunyuan_pretrain.plan.memory import Peak, host_missing, missing, peaks
+from hunyuan_pretrain.plan.passes import Assumptions
 from hunyuan_pretrain.plan.summary import AXIS_NAMES, Row, gib, size_text
-from hunyuan_pretrain.plan.timing import Assumptions, StageCost, StepTime, run_costs
+from hunyuan_pretrain.plan.timing import StepTime, step_time
 
 SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A training stage, or all of them."""
+
+    step: StepTime | None
+    """None for the whole run."""
+    days: float
+    gpu_hours: float
+    kwh: float
+
+
+def run_costs(
+    experiment: Experiment, world_size: int, hardware: Hardware, assumptions: Assumptions | None = None
+) -> list[StageCost]:
+    """Of each stage, and last of the run; saving, validation and failures left out."""
+    costs = []
+    for stage in experiment.stages:
+        step = step_time(experiment, stage, world_size, hardware, assumptions)
+        hours = stage.num_steps * step.seconds / 3600
+        gpu_hours = hours * world_size
+        costs.append(StageCost(step, hours / 24, gpu_hours, gpu_hours * hardware.power_w / 1000))
+    total = StageCost(None, *(sum(getattr(cost, name) for cost in costs) for name in ("days", "gpu_hours", "kwh")))
+    return [*costs, total]
 
 
 @dataclass(frozen=True)
@@ -36,15 +62,7 @@ def costs(
     """Memory peaks, and with hardware time and energy. Raises ConfigError for an assumption that cannot take effect,
     and for a format that the hardware does not have."""
     assumed = assumptions or Assumptions()
-    problems = []
-    if assumed.document_tokens is not None and hardware is None:
-        rule = "the length of documents changes the time of a step only"
-        problems.append(Problem("--document-tokens", assumed.document_tokens, rule, "add --hardware"))
-    if assumed.imbalance != 1 and experiment.model.moe_expert_capacity_factor is not None:
-        rule = "experts have a capacity (model.moe_expert_capacity_factor), so no rank computes more rows than others"
-        problems.append(Problem("--imbalance", assumed.imbalance, rule, "leave it out"))
-    if problems:
-        raise ConfigError(experiment.name, problems)
+    check_assumptions(experiment, hardware, assumed)
     return Costs(
         experiment,
         ranks,
@@ -53,6 +71,19 @@ def costs(
         [peaks(experiment, stage, ranks, assumed.imbalance) for stage in experiment.stages],
         run_costs(experiment, ranks, hardware, assumed) if hardware else [],
     )
+
+
+def check_assumptions(experiment: Experiment, hardware: Hardware | None, assumptions: Assumptions) -> None:
+    """Raise ConfigError for an assumption that cannot take effect."""
+    problems = []
+    if assumptions.document_tokens is not None and hardware is None:
+        rule = "the length of documents changes the time of a step only"
+        problems.append(Problem("--document-tokens", assumptions.document_tokens, rule, "add --hardware"))
+    if assumptions.imbalance != 1 and experiment.model.moe_expert_capacity_factor is not None:
+        rule = "experts have a capacity (model.moe_expert_capacity_factor), so no rank computes more rows than others"
+        problems.append(Problem("--imbalance", assumptions.imbalance, rule, "leave it out"))
+    if problems:
+        raise ConfigError(experiment.name, problems)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

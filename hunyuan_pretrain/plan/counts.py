@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hunyuan_pretrain.config.derived import grid, stages_of
 from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage
+from hunyuan_pretrain.plan.buffers import Buffer, Weight, buffers_of_stage
 
 
 @dataclass(frozen=True)
@@ -231,13 +231,12 @@ def memory_of_ranks(
     buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(model, parallel, precision, world_size, chunk)]
     weights = sum(buffer.size * buffer.weight_bytes for buffer in buffers)
     gradients = sum(buffer.size * buffer.gradient_bytes for buffer in buffers)
-    states = {
-        axis: [
-            _state_of_shard([buffer for buffer in buffers if buffer.axis == axis], shard, optimizer)
-            for shard in range(size)
+    states = {}
+    for axis, size in (("dp", ranks.dp_cp), ("expert_dp", ranks.expert_dp)):
+        shared = [(buffer, buffer.pieces()) for buffer in buffers if buffer.axis == axis]
+        states[axis] = [
+            _state_of_shard([(buffer, pieces[shard]) for buffer, pieces in shared], optimizer) for shard in range(size)
         ]
-        for axis, size in (("dp", ranks.dp_cp), ("expert_dp", ranks.expert_dp))
-    }
     shards = [
         (states["dp"][ranks.shard(rank, False)], states["expert_dp"][ranks.shard(rank, True)])
         for rank in range(world_size // ranks.pp)
@@ -245,14 +244,16 @@ def memory_of_ranks(
     return [RankMemory(weights, gradients, dense[0] + expert[0], dense[1] + expert[1]) for dense, expert in shards]
 
 
-def _state_of_shard(buffers: list[Buffer], shard: int, optimizer: OptimizerConfig) -> tuple[int, int]:
-    """(device bytes, host bytes) of optimizer state of one of the ranks that share these buffers. One optimizer updates
-    all of the buffers.
+def _state_of_shard(
+    shares: list[tuple[Buffer, list[tuple[Weight, int]]]], optimizer: OptimizerConfig
+) -> tuple[int, int]:
+    """(device bytes, host bytes) of optimizer state of one of the ranks that share these buffers, from its pieces of
+    each. One optimizer updates all of the buffers.
 
     Core's offloaded optimizer (HybridDeviceOptimizer) takes weights in the order of the parameter groups, fp32 weights
     first within each group, until it has the requested fraction of the elements.
     """
-    pieces = [(buffer, weight, size) for buffer in buffers for weight, size in buffer.pieces()[shard]]
+    pieces = [(buffer, weight, size) for buffer, mine in shares for weight, size in mine]
     pieces.sort(key=lambda piece: (piece[1].parameter_group, piece[0].weight_bytes != 4))
     wanted = sum(size for _, _, size in pieces) * optimizer.cpu_offload_fraction
     on_device = offloaded = 0

@@ -13,7 +13,7 @@ from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, Grid, grid, pipel
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.activations import activations
 from hunyuan_pretrain.plan.buffers import buffers_of_stage
-from hunyuan_pretrain.plan.counts import memory_of_ranks
+from hunyuan_pretrain.plan.counts import RankMemory, memory_of_ranks
 from hunyuan_pretrain.plan.fp8 import weight_copies
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.matmuls import rows_of_expert
@@ -92,34 +92,52 @@ class Peak:
 def peaks(experiment: Experiment, stage: StageConfig, world_size: int, imbalance: float = 1.0) -> list[Peak]:
     """The peak of each pipeline rank with the batch of `stage`. `imbalance`: rows of the fullest rank's experts over
     even routing, where there is no capacity. Raises ValueError if the layout does not fit the number of ranks."""
-    model, parallel, precision, optimizer = (
-        experiment.model,
-        experiment.parallel,
-        experiment.precision,
-        experiment.optimizer,
+    ranks = grid(experiment.parallel, world_size)
+    return [
+        peak_of_rank(experiment, stage, world_size, rank, kept_of_rank(experiment, world_size, rank), imbalance)
+        for rank in range(ranks.pp)
+    ]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of a pipeline rank that depend neither on the batch nor on what is recomputed."""
+
+    state: RankMemory
+    """Of its rank that keeps the most."""
+    fp8_weights: int
+    update: int
+
+
+def kept_of_rank(experiment: Experiment, world_size: int, pipeline_rank: int) -> Kept:
+    """What `peak_of_rank` needs of a layout."""
+    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    states = memory_of_ranks(model, parallel, precision, world_size, pipeline_rank, experiment.optimizer)
+    return Kept(
+        max(states, key=lambda memory: memory.total),
+        weight_copies(experiment, world_size, pipeline_rank),
+        _update(experiment, world_size, pipeline_rank),
     )
-    ranks, found = grid(parallel, world_size), []
-    for pipeline_rank in range(ranks.pp):
-        kept = max(
-            memory_of_ranks(model, parallel, precision, world_size, pipeline_rank, optimizer),
-            key=lambda memory: memory.total,
-        )
-        active = activations(experiment, stage, world_size, pipeline_rank, imbalance)
-        found.append(
-            Peak(
-                weights=kept.weights,
-                gradients=kept.gradients,
-                optimizer=kept.optimizer,
-                fp8_weights=weight_copies(experiment, world_size, pipeline_rank),
-                activations=active.device,
-                working=active.working + _at_work(experiment, stage, ranks, pipeline_rank, imbalance),
-                messages=_messages(experiment, stage, ranks, imbalance),
-                update=_update(experiment, world_size, pipeline_rank),
-                outside=CUDA_CONTEXT + _nccl(ranks),
-                pinned=active.pinned + kept.host,
-            )
-        )
-    return found
+
+
+def peak_of_rank(
+    experiment: Experiment, stage: StageConfig, world_size: int, pipeline_rank: int, kept: Kept, imbalance: float
+) -> Peak:
+    """The peak of one pipeline rank."""
+    ranks = grid(experiment.parallel, world_size)
+    active = activations(experiment, stage, world_size, pipeline_rank, imbalance)
+    return Peak(
+        weights=kept.state.weights,
+        gradients=kept.state.gradients,
+        optimizer=kept.state.optimizer,
+        fp8_weights=kept.fp8_weights,
+        activations=active.device,
+        working=active.working + _at_work(experiment, stage, ranks, pipeline_rank, imbalance),
+        messages=_messages(experiment, stage, ranks, imbalance),
+        update=kept.update,
+        outside=outside(ranks),
+        pinned=active.pinned + kept.state.host,
+    )
 
 
 def missing(peak: Peak, hardware: Hardware) -> int:
@@ -185,7 +203,9 @@ def _update(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
     return 4 * sum(max(buffer.kept()) for buffer in buffers if buffer.gradient_bytes < 4)
 
 
-def _nccl(ranks: Grid) -> int:
-    """Buffers of the groups of several ranks; all-to-alls of experts reach every rank of theirs."""
+def outside(ranks: Grid) -> int:
+    """CUDA context, and NCCL's buffers of the groups of several ranks; all-to-alls of experts reach every rank of
+    theirs."""
     sizes = [ranks.tp, ranks.cp, ranks.pp, ranks.ep, ranks.expert_tp, ranks.dp_cp, ranks.expert_dp, ranks.world_size]
-    return COMMUNICATOR * sum(size > 1 for size in sizes) + EXCHANGE_PER_PEER * min(ranks.ep - 1, EXCHANGE_PEERS)
+    nccl = COMMUNICATOR * sum(size > 1 for size in sizes) + EXCHANGE_PER_PEER * min(ranks.ep - 1, EXCHANGE_PEERS)
+    return CUDA_CONTEXT + nccl

@@ -158,6 +158,41 @@ def test_a_plan_that_cannot_be_made_is_refused(command, options: list[str], expe
     assert "Traceback" not in err
 
 
+def test_a_search_prints_layouts_and_their_settings(command) -> None:
+    options = ["precision.dtype=bf16", "--search", "--hardware", "H100-80GB", "--gpus", "2"]
+    code, out, err = command("plan", DEMO, *options)
+    assert (code, err) == (0, "")
+    assert "rejected layouts" in out
+    assert "\nparallel:" in out, "settings to paste"
+    data = json.loads(command("plan", DEMO, *options, "--json")[1])
+    assert f"{data['stages'][0]['layouts'][0]['seconds']:.4g} s" in out
+    assert data["stages"][0]["yaml"] in out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--search: needs --hardware (B200, GB200, H100-80GB, H20-96GB, H200-141GB, or a file)"),
+        (["--hardware", "H100"], "unknown hardware (did you mean H100-80GB?"),
+        (["--hardware", "B200", "--gpus", "2"], "precision.dtype=fp32: the time of a step is planned in bf16"),
+        (
+            ["--hardware", "B200", "parallel.world_size=null"],
+            "--search: needs the number of GPUs (add --gpus 512, say)",
+        ),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_refused(command, options: list[str], expected: str) -> None:
+    code, out, err = command("plan", DEMO, "--search", *options)
+    assert (code, out) == (2, "")
+    assert expected in err
+
+
+def test_a_search_is_no_dry_run(command) -> None:
+    code, out, err = command("plan", DEMO, "--search", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "a dry run is of one layout" in " ".join(err.split())
+
+
 def test_all_problems_of_a_plan_are_in_one_message(command) -> None:
     code, out, err = command("plan", DEMO, "model.num_layers=5", "--world-size", "3")
     assert (code, out) == (2, "")

@@ -12,7 +12,7 @@ from hunyuan_pretrain.config.load import load_model
 from hunyuan_pretrain.plan.costs import Costs, as_data, costs, problems, rows
 from hunyuan_pretrain.plan.counts import flops_per_token, report_flops_per_token
 from hunyuan_pretrain.plan.hardware import load
-from hunyuan_pretrain.plan.timing import Assumptions
+from hunyuan_pretrain.plan.passes import Assumptions
 from tests.helpers.planned import ROOT, hunyuan_large
 
 LAYOUT: dict[str, Any] = {

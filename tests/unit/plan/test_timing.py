@@ -12,11 +12,13 @@ from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.schema import Experiment, OptimizerConfig, RuntimeConfig
 from hunyuan_pretrain.plan import links
+from hunyuan_pretrain.plan.costs import run_costs
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.plan.hardware import load
 from hunyuan_pretrain.plan.matmuls import Matmul, matmuls_of_layer, matmuls_of_output_layer
 from hunyuan_pretrain.plan.memory import peaks
-from hunyuan_pretrain.plan.timing import Assumptions, StepTime, run_costs, step_time
+from hunyuan_pretrain.plan.passes import Assumptions
+from hunyuan_pretrain.plan.timing import StepTime, step_time
 from hunyuan_pretrain.plan.traffic import Traffic, optimizer_bytes, traffic
 from tests.helpers.planned import BENCH, hunyuan_large, measured_on_an_h200
 
