@@ -187,7 +187,7 @@ class Bounds:
             whole.append(sum(seconds for _, seconds in parts))
             computing.append(sum(seconds for name, seconds in parts if name != "waiting for the host"))
             first = number * model.cla_share_factor
-            layers = [
+            blocks = [
                 kept_by_layer(made, stage, ranks.world_size, layer, self.assumptions.imbalance)
                 for layer in range(first, first + model.cla_share_factor)
             ]
@@ -197,7 +197,7 @@ class Bounds:
                 more = sum(found.forward.get(name, 0.0) for name in names if name not in left_out)
                 again[choice] = min(again[choice], more)
                 # what is offloaded to the host is not counted
-                size = 0 if self.experiment.parallel.cpu_offloading_num_layers else sum(kept_by_group(layers, words))
+                size = 0 if self.experiment.parallel.cpu_offloading_num_layers else sum(kept_by_group(blocks, words))
                 kept[choice] = min(kept[choice], size)
         logits = matmuls_of_output_layer(model, job.tokens, ranks, job.width)
         loss = sum(

@@ -36,7 +36,7 @@ def _nothing_fits(experiment: Experiment, found: Found, gpus: int, hardware: Har
     if not memory:
         _, (_, first) = max(found.refused.combinations.items(), key=lambda item: item[1][0])
         fewer = next((size for size in range(gpus - 1, 0, -1) if any(Legal(experiment, found.stage, size))), None)
-        rule = f"no layout is legal for stage {found.stage.name}; most often: {first.path}: {first.rule}"
+        rule = f"no layout is legal for stage {found.stage.name}; most often: {_setting(first.path)}: {first.rule}"
         return Problem("--gpus", gpus, rule, f"use {fewer} GPUs" if fewer else "")
     nearest = min(memory, key=lambda count: count.least)
     assert nearest.nearest is not None
@@ -83,7 +83,8 @@ def _rejected(found: Found, hardware: Hardware) -> Iterator[Row]:
         yield Row("rejected values", setting, shown, problem.rule)
     group = "rejected layouts"
     for path, (number, problem) in found.refused.combinations.items():
-        yield Row(group, path, f"{number:,}", f"a rule, first for {show_value(problem.value)}: {problem.rule}")
+        note = f"a rule, first for {show_value(problem.value)}: {problem.rule}"
+        yield Row(group, _setting(path), f"{number:,}", note)
     room = f"{gib(round(hardware.memory_bytes))} less {TO_SPARE:.0%}"
     yield from _count(group, "state does not fit", found.state, f"weights, gradients and optimizer over {room}")
     yield from _count(group, "peak does not fit", found.peak, f"over {room}")
@@ -91,6 +92,11 @@ def _rejected(found: Found, hardware: Hardware) -> Iterator[Row]:
     if found.slower.layouts:
         note = "than the best few: timed, by a lower bound, or with more recomputed than must be"
         yield Row(group, "slower", f"{found.slower.layouts:,}", note)
+
+
+def _setting(path: str) -> str:
+    """Of a rule's message, in which the stage is the only one."""
+    return path.removeprefix("stages.0.")
 
 
 def _value(value: Any) -> str:

@@ -20,7 +20,7 @@ from hunyuan_pretrain.plan.passes import Assumptions
 from hunyuan_pretrain.plan.timing import StepTime, job_of, least_seconds, step_time
 
 TO_SPARE = 0.05
-"""Share of the device memory that a layout leaves free: more than the error of the peaks in docs/benchmarks.md."""
+"""Share of the device memory that a layout leaves free: about what the peaks in docs/benchmarks.md lack at most."""
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,25 @@ def test_the_settings_make_the_experiment_that_was_timed() -> None:
     assert step_time(pasted, stage, GPUS, load("H100-80GB")).seconds == found.best[0].step.seconds
 
 
+def test_stages_are_searched_for_themselves() -> None:
+    """The pasted layout is for one stage; another that refuses it is named. It can have its own layout."""
+    tail = small().stages[0].model_copy(update={"name": "tail", "global_batch_sequences": 1})
+    both = small().model_copy(update={"stages": (*small().stages, tail)})
+    lines = ranking.settings(both, found_on_h100(), GPUS)
+    assert lines[-1].startswith("# not for the whole experiment: stages.1.global_batch_sequences=1: not a multiple of")
+    found = search(both, tail, GPUS, load("H100-80GB"), shown=1)
+    sizes = found.best[0].layout
+    assert sizes.tp * sizes.cp * sizes.pipeline.ranks == GPUS, "one sequence leaves no data parallelism"
+
+
 def test_the_rows_rank_explain_and_count() -> None:
     found, hardware = found_on_h100(), load("H100-80GB")
     shown = {row.name: row for row in ranking.rows(found, hardware)}
     assert shown["1"].value == f"{found.best[0].step.seconds:.4g} s"
     assert float(shown["1 against 2"].value.split()[0]) >= 0
-    assert shown["expert_tensor_parallel_size" if "expert_tensor_parallel_size" in shown else "slower"]
+    number, problem = found.refused.combinations["stages.0.sequence_length"]
+    assert shown["sequence_length"].value == f"{number:,}"
+    assert problem.rule in shown["sequence_length"].note
     assert shown["slower"].value == f"{found.slower.layouts:,}"
     data = json.loads(json.dumps(ranking.as_data(small(), found, GPUS)))
     assert data["layouts"][0]["seconds"] == found.best[0].step.seconds
