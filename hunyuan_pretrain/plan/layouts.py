@@ -61,14 +61,23 @@ class Layout(NamedTuple):
 
 def applied(experiment: Experiment, stage: StageConfig, layout: Layout, recompute: str = "none") -> Experiment:
     """The experiment under a layout, with one training stage, and with validation if that is the first, whose length of
-    sequences it takes. Keeps parallel.overlap_shared_expert where it is legal. Values are not validated."""
+    sequences it takes. Values are not validated.
+
+    Keeps parallel.overlap_shared_expert where it is legal. The noise scale is measured as in the whole experiment,
+    which excludes layouts, but not used: before the only stage nothing is measured.
+    """
     parallel = experiment.parallel.model_copy(update=layout.settings(recompute) | {"world_size": None})
     if parallel.overlap_shared_expert and (
         layout.tp > 1 or layout.ep == 1 or "norms" in recompute or parallel.cpu_offloading_num_layers
     ):
         parallel = parallel.model_copy(update={"overlap_shared_expert": False})
     only = stage.model_copy(update={"micro_batch_sequences": layout.micro})
-    found = {"parallel": parallel, "stages": (only,)}
+    found: dict[str, Any] = {"parallel": parallel, "stages": (only,)}
+    if (every := experiment.optimizer.measure_noise_scale_every_steps) is not None:
+        noise: dict[str, int | None] = {"measure_noise_scale_every_steps": min(every, stage.num_steps)}
+        if experiment.optimizer.expert_lr_noise_scale_tokens == "measured":
+            noise["expert_lr_noise_scale_tokens"] = None
+        found["optimizer"] = experiment.optimizer.model_copy(update=noise)
     if stage is not experiment.stages[0]:
         found["evaluation"] = experiment.evaluation.model_copy(update={"data": None, "sets": ()})
     return experiment.model_copy(update=found)
@@ -97,6 +106,7 @@ class Legal:
     def __init__(self, experiment: Experiment, stage: StageConfig, gpus: int) -> None:
         self.experiment, self.stage, self.gpus = experiment, stage, gpus
         self.refused = Refusals()
+        self._without_layout = list(self._problems(Layout()))
         model, sizes = experiment.model, divisors(gpus)
         self.tp = [size for size in sizes if self._stands("tensor_model_parallel_size", size, Layout(tp=size))]
         self.ep = [size for size in sizes if self._stands("expert_model_parallel_size", size, Layout(ep=size))]
@@ -111,9 +121,11 @@ class Legal:
         self._local: dict[Layout, Problem | None] = {}
 
     def _stands(self, setting: str, value: Any, layout: Layout, recompute: str = "none") -> bool:
-        """Whether no rule excludes a value whatever the others are: none that names a setting of the layout."""
+        """Whether no rule excludes a value whatever the others are: none that names a setting of the layout. Of a
+        pipeline, no rule that holds without one: what other parts do does not depend on it."""
         for problem in self._problems(layout, recompute):
-            if problem.path.startswith("parallel."):
+            is_new = isinstance(value, Pipeline) and problem not in self._without_layout
+            if is_new or problem.path.startswith("parallel."):
                 self.refused.value(setting, value, problem)
                 return False
         return True
@@ -145,16 +157,14 @@ class Legal:
                     continue
                 of_rank, rest = divmod(stage.global_batch_sequences, dp)
                 for micro in [1] if rest else divisors(of_rank):
-                    one = Layout(tp, cp, method, 1, 1, pipeline, micro)
+                    one = Layout(tp, cp, method, pipeline=pipeline, micro=micro)
                     pairs = [
                         (ep, expert_tp)
                         for ep in self.ep
                         for expert_tp in self.expert_tp
                         if self.gpus % (ep * expert_tp * pipeline.ranks) == 0
                     ]
-                    parallel = ParallelConfig.model_construct(**one.settings("none"))
-                    with_micro = stage.model_copy(update={"micro_batch_sequences": micro})
-                    problem = next(rules.batch_splits(parallel, 0, with_micro, dp), None)
+                    problem = self._batch_problem(one, dp)
                     if problem is not None:
                         self.refused.layouts(len(pairs) * choices, problem)
                         continue
@@ -165,6 +175,15 @@ class Legal:
                             yield found
                         else:
                             self.refused.layouts(choices, problem)
+
+    def _batch_problem(self, layout: Layout, dp: int) -> Problem | None:
+        """Of the rules that depend on the micro-batches of each of `dp` ranks."""
+        parallel = ParallelConfig.model_construct(**layout.settings("none"))
+        stage = self.stage.model_copy(update={"micro_batch_sequences": layout.micro})
+        problem = next(rules.batch_splits(parallel, 0, stage, dp), None)
+        if problem is None and self.experiment.optimizer.measure_noise_scale_every_steps is not None:
+            problem = next(rules.noise_micro_batches(applied(self.experiment, self.stage, layout), dp), None)
+        return problem
 
     def _local_problem(self, layout: Layout) -> Problem | None:
         """Of the rules that depend neither on the pipeline nor on the number of ranks."""

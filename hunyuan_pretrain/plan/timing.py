@@ -163,7 +163,7 @@ def _around_passes(job: Job, pipeline_rank: int, start: float, forward: list[flo
     chunks = list(stages_of(model, parallel, pipeline_rank))
     buffers = [buffers_of_stage(model, parallel, precision, ranks.world_size, chunk) for chunk in chunks]
     share = _share_of_last_buckets(buffers)
-    overlap = overlaps(parallel, ranks.dp_cp)
+    overlap = overlaps(parallel, ranks.most_copies, experiment.runtime.cuda_graphs)
     if overlap.param_gather:
         beside = start + sum(forward[chunk] for chunk in chunks)
         over["gather"] = max(0.0, over["gather"] * share - start, over["gather"] - beside)

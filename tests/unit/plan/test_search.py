@@ -17,7 +17,7 @@ from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConf
 from hunyuan_pretrain.plan import ranking
 from hunyuan_pretrain.plan.bounds import Bounds
 from hunyuan_pretrain.plan.hardware import load
-from hunyuan_pretrain.plan.layouts import Layout, Pipeline, applied, balanced_layers, divisors
+from hunyuan_pretrain.plan.layouts import Layout, Legal, Pipeline, applied, balanced_layers, divisors
 from hunyuan_pretrain.plan.memory import host_missing, peaks
 from hunyuan_pretrain.plan.passes import Assumptions
 from hunyuan_pretrain.plan.search import TO_SPARE, Found, search
@@ -45,7 +45,9 @@ def small(fp8: str | None = None, shared: bool = False) -> Experiment:
     return experiment_of(MODEL, 4096, 4, 1, precision=precision, parallel=parallel)
 
 
-def every_layout(experiment: Experiment) -> Iterator[tuple[Layout, str, Experiment]]:
+def every_layout(
+    experiment: Experiment, choices: tuple[str, ...] = get_args(Recompute)
+) -> Iterator[tuple[Layout, str, Experiment]]:
     """By brute force: every size and method, checked by the rules of a whole experiment."""
     sizes, groups, stage = divisors(GPUS), MODEL.num_layers // MODEL.cla_share_factor, experiment.stages[0]
     pipelines = []
@@ -55,7 +57,7 @@ def every_layout(experiment: Experiment) -> Iterator[tuple[Layout, str, Experime
             pipelines += [Pipeline(ranks, chunks)] + [Pipeline(ranks, chunks, layers)] * (len(set(layers)) > 1)
     methods = get_args(ParallelConfig.model_fields["context_parallel_method"].annotation)
     for tp, cp, ep, expert_tp, micro in itertools.product(sizes, sizes, sizes, sizes, divisors(4)):
-        for method, pipeline, recompute in itertools.product(methods, pipelines, get_args(Recompute)):
+        for method, pipeline, recompute in itertools.product(methods, pipelines, choices):
             if cp > 1 or method == methods[0]:
                 layout = Layout(tp, cp, method, ep, expert_tp, pipeline, micro)
                 made = applied(experiment, stage, layout, recompute)
@@ -82,6 +84,23 @@ def test_pruning_loses_nothing(fp8: str | None, shared: bool) -> None:
     rejected = [result.state, result.peak, result.host, result.slower]
     assert sum(count.layouts for count in rejected) + len(result.best) == len(legal), "each is counted once"
     assert result.peak.layouts > 0
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("runtime", {"cuda_graphs": True}),
+        ("optimizer", {"measure_noise_scale_every_steps": 10**9, "expert_lr_noise_scale_tokens": "measured"}),
+    ],
+)
+def test_settings_beside_the_layout_exclude_layouts(section: str, settings: dict[str, Any]) -> None:
+    """A recorded step has no pipeline; a measured noise scale needs more micro-batches than pipeline ranks, and a stage
+    before the one that uses it."""
+    changed = getattr(small(), section).model_copy(update=settings)
+    experiment = small().model_copy(update={section: changed, "stages": small().stages * 2})
+    legal = list(Legal(experiment, experiment.stages[0], GPUS))
+    assert sorted(legal, key=str) == sorted((one for one, *_ in every_layout(experiment, ("none",))), key=str)
+    assert 0 < len(legal) < len(list(Legal(small(), small().stages[0], GPUS)))
 
 
 def test_the_bounds_hold() -> None:

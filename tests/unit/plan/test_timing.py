@@ -256,6 +256,21 @@ def test_what_overlaps_is_not_waited_for() -> None:
     assert changed(**without_tp, overlap_shared_expert=True).parts.get("messages, ep", 0) < exchange
 
 
+def test_the_plan_overlaps_what_training_overlaps() -> None:
+    """A recorded step gathers no weights beside computation. With more tensor than expert parallelism only the routed
+    experts' gradients are reduced, beside computation too."""
+    layout, graphs = LAYOUT | {"pipeline_model_parallel_size": 1}, {"cuda_graphs": True}
+    recorded = hunyuan_large(parallel=layout, runtime=graphs)
+    alone = hunyuan_large(parallel=layout | {"overlap_param_gather": False})
+    gathers = [step_time(one, one.stages[0], RANKS, H200).parts["gathering weights"] for one in (recorded, alone)]
+    assert gathers[0] == gathers[1] > changed(pipeline_model_parallel_size=1).parts["gathering weights"]
+    experts = layout | {"expert_model_parallel_size": 1}
+    beside, waited = hunyuan_large(parallel=experts), hunyuan_large(parallel=experts | {"overlap_grad_reduce": False})
+    steps = [step_time(one, one.stages[0], 8, H200) for one in (beside, waited)]
+    last, reduces = steps[0].timeline.slots[0][-1], [one.parts["reducing gradients"] for one in steps]
+    assert reduces[1] - reduces[0] == pytest.approx(last.end - last.start, rel=0.05)  # more calls
+
+
 def test_a_slow_network_is_felt_beyond_a_node() -> None:
     """Tensor parallelism stays in a node. Experts over 8 consecutive ranks do too, over 16 they do not."""
     experiment = hunyuan_large(parallel=LAYOUT)
