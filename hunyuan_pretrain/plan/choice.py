@@ -2,7 +2,7 @@
 
 Few layouts are tried: tensor parallelism and experts within a server, whole CLA groups on each pipeline rank, and of
 each layout the least recomputation that fits. If none fits, experts over two servers; then the optimizer state on the
-host.
+host. plan.search looks at every layout: it takes longer, and keeps the experiment's batch and optimizer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.counts import parameters
 from hunyuan_pretrain.plan.hardware import Hardware
-from hunyuan_pretrain.plan.memory import Peak, host_missing, peaks
+from hunyuan_pretrain.plan.memory import TO_SPARE, Peak, host_missing, peaks
 from hunyuan_pretrain.plan.timing import step_time
 
-SPARE = 0.05
-"""Share of a GPU's memory that a chosen layout leaves free, for what the plan leaves out."""
 RECOMPUTE = ("none", "swiglu", "swiglu+norms", "selective+norms", "cla_group")
 """From the least to the most that is computed again."""
 LONGEST_PIPELINE = 16
@@ -39,9 +37,10 @@ def highest_peak(experiment: Experiment, gpus: int) -> Peak:
 
 def fits(experiment: Experiment, gpus: int, hardware: Hardware) -> bool:
     """Whether every GPU keeps the spare share free, and the host has enough memory."""
+    available = (1 - TO_SPARE) * hardware.memory_bytes
     for stage in _shapes(experiment):
         found = peaks(experiment, stage, gpus)
-        if max(peak.total for peak in found) > (1 - SPARE) * hardware.memory_bytes or host_missing(found, hardware) > 0:
+        if max(peak.total for peak in found) > available or host_missing(found, hardware) > 0:
             return False
     return True
 

@@ -31,6 +31,8 @@ were not measured."""
 ALLOCATOR_SLACK = 0.04
 """Memory that torch's allocator holds beyond the tensors, over what comes and goes in a step. Ours, not measured; with
 expandable segments, which this project sets, less is lost to fragments."""
+TO_SPARE = 0.05
+"""Share of a GPU's memory that a chosen layout leaves free: about what the peaks in docs/benchmarks.md lack at most."""
 HOST_PROCESS = 5 * 10**9
 """Bytes of host memory of a rank besides what it offloads: libraries, pinned batches, the file cache of the data. Ours,
 not measured."""

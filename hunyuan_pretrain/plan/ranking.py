@@ -11,8 +11,9 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem, show_value
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.layouts import Legal, Pipeline, yaml_lines
+from hunyuan_pretrain.plan.memory import TO_SPARE
 from hunyuan_pretrain.plan.passes import Assumptions
-from hunyuan_pretrain.plan.search import TO_SPARE, Choice, Count, Found, search
+from hunyuan_pretrain.plan.search import Choice, Count, Found, search
 from hunyuan_pretrain.plan.summary import Row, gib, size_text
 
 

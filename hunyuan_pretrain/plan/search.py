@@ -15,12 +15,9 @@ from hunyuan_pretrain.plan.bounds import Bounds
 from hunyuan_pretrain.plan.counts import RankMemory
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.layouts import Layout, Legal, Refusals, applied
-from hunyuan_pretrain.plan.memory import Kept, Peak, host_missing, kept_of_rank, peak_of_rank
+from hunyuan_pretrain.plan.memory import TO_SPARE, Kept, Peak, host_missing, kept_of_rank, peak_of_rank
 from hunyuan_pretrain.plan.passes import Assumptions
 from hunyuan_pretrain.plan.timing import StepTime, job_of, least_seconds, step_time
-
-TO_SPARE = 0.05
-"""Share of the device memory that a layout leaves free: about what the peaks in docs/benchmarks.md lack at most."""
 
 
 @dataclass(frozen=True)

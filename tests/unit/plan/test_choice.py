@@ -9,8 +9,9 @@ import pytest
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.plan.choice import RECOMPUTE, SPARE, fastest, fits, highest_peak, smallest_cluster
+from hunyuan_pretrain.plan.choice import RECOMPUTE, fastest, fits, highest_peak, smallest_cluster
 from hunyuan_pretrain.plan.hardware import load
+from hunyuan_pretrain.plan.memory import TO_SPARE
 from hunyuan_pretrain.plan.timing import step_time
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -29,7 +30,7 @@ def test_the_choice_is_legal_fits_and_is_no_slower_than_the_recipe(name: str, gp
     found = fastest(without_layout(name), gpus, H100)
     assert found is not None
     assert rules.find_problems(found, gpus) == []
-    assert highest_peak(found, gpus).total <= (1 - SPARE) * H100.memory_bytes
+    assert highest_peak(found, gpus).total <= (1 - TO_SPARE) * H100.memory_bytes
     seconds = [step_time(one, one.stages[-1], gpus, H100).seconds for one in (found, recipe)]
     assert seconds[0] <= seconds[1]
 

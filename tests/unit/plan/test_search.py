@@ -18,9 +18,9 @@ from hunyuan_pretrain.plan import ranking
 from hunyuan_pretrain.plan.bounds import Bounds
 from hunyuan_pretrain.plan.hardware import load
 from hunyuan_pretrain.plan.layouts import Layout, Legal, Pipeline, applied, balanced_layers, divisors
-from hunyuan_pretrain.plan.memory import host_missing, peaks
+from hunyuan_pretrain.plan.memory import TO_SPARE, host_missing, peaks
 from hunyuan_pretrain.plan.passes import Assumptions
-from hunyuan_pretrain.plan.search import TO_SPARE, Found, search
+from hunyuan_pretrain.plan.search import Found, search
 from hunyuan_pretrain.plan.timing import job_of, least_seconds, step_time
 from tests.helpers.planned import experiment as experiment_of
 
