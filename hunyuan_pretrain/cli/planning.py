@@ -17,6 +17,7 @@ from hunyuan_pretrain.config.exit_status import EXIT_MISTAKE
 if TYPE_CHECKING:
     from hunyuan_pretrain.config.schema import Experiment
     from hunyuan_pretrain.plan.hardware import Hardware
+    from hunyuan_pretrain.plan.passes import Assumptions
     from hunyuan_pretrain.runtime.device import Machine
 
 
@@ -123,23 +124,32 @@ def plan(
     """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
     what fits, the time of a step, MFU, days and energy; with --search the layouts that are fastest."""
     from hunyuan_pretrain.config.load import load_experiment
-    from hunyuan_pretrain.config.rules import find_warnings
-    from hunyuan_pretrain.plan import costs
     from hunyuan_pretrain.plan.hardware import load
     from hunyuan_pretrain.plan.passes import Assumptions
-    from hunyuan_pretrain.plan.summary import ranks_of, summarise
 
     if as_json and dry_run:
         raise typer.BadParameter("the dry run prints no JSON; leave one of --json and --dry-run out")
     if search and dry_run:
         raise typer.BadParameter("a dry run is of one layout; leave one of --search and --dry-run out")
-    profile = load(hardware) if hardware else None
+    profile, assumed = load(hardware) if hardware else None, Assumptions(document_tokens, imbalance)
     if search:
-        _search(load_experiment(config, overrides or []), world_size, profile, (document_tokens, imbalance), as_json)
+        _search(load_experiment(config, overrides or []), world_size, profile, assumed, as_json)
         return
     experiment = load_experiment(config, overrides or [], world_size)
+    _plan(experiment, world_size, profile, assumed, as_json)
+    if dry_run:
+        _dry_run(experiment, world_size)
+
+
+def _plan(
+    experiment: Experiment, world_size: int | None, profile: Hardware | None, assumed: Assumptions, as_json: bool
+) -> None:
+    from hunyuan_pretrain.config.rules import find_warnings
+    from hunyuan_pretrain.plan import costs
+    from hunyuan_pretrain.plan.summary import ranks_of, summarise
+
     rows = summarise(experiment, world_size)
-    found = costs.costs(experiment, ranks_of(experiment, world_size), profile, Assumptions(document_tokens, imbalance))
+    found = costs.costs(experiment, ranks_of(experiment, world_size), profile, assumed)
     rows += costs.rows(found)
     if as_json:
         data = {"name": experiment.name, "rows": [asdict(row) for row in rows], **costs.as_data(found)}
@@ -149,8 +159,6 @@ def plan(
     print_warnings(find_warnings(experiment))
     for line in costs.problems(found):
         print(f"warning: {line}", file=sys.stderr)
-    if dry_run:
-        _dry_run(experiment, world_size)
 
 
 def _dry_run(experiment: Experiment, world_size: int | None) -> None:
@@ -171,16 +179,11 @@ def _dry_run(experiment: Experiment, world_size: int | None) -> None:
 
 
 def _search(
-    experiment: Experiment,
-    gpus: int | None,
-    profile: Hardware | None,
-    assumed: tuple[int | None, float],
-    as_json: bool,
+    experiment: Experiment, gpus: int | None, profile: Hardware | None, assumed: Assumptions, as_json: bool
 ) -> None:
     from hunyuan_pretrain.config.errors import ConfigError, Problem
     from hunyuan_pretrain.plan import costs, ranking
     from hunyuan_pretrain.plan.hardware import names
-    from hunyuan_pretrain.plan.passes import Assumptions
 
     missing = []
     if profile is None:
@@ -190,9 +193,8 @@ def _search(
         missing.append(Problem("--search", Problem.NO_VALUE, "needs the number of GPUs", "add --gpus 512, say"))
     if profile is None or gpus is None:
         raise ConfigError(experiment.name, missing)
-    assumptions = Assumptions(*assumed)
-    costs.check_assumptions(experiment, profile, assumptions)
-    found = ranking.searches(experiment, gpus, profile, assumptions)
+    costs.check_assumptions(experiment, profile, assumed)
+    found = ranking.searches(experiment, gpus, profile, assumed)
     rows = [row for one in found for row in ranking.rows(one, profile)]
     if as_json:
         data = {"name": experiment.name, "gpus": gpus, "hardware": profile.name, "rows": [asdict(row) for row in rows]}
