@@ -57,7 +57,7 @@ def new_experiment(request: Request) -> str:
     """The text of the experiment file. Raises ConfigError with everything that is wrong with the request, or if the
     model fits no layout of these GPUs."""
     hardware, tokens = _checked(request)
-    start = _without_layout(request, tokens)
+    start = _without_layout(request, tokens, hardware)
     found = fastest(start, request.gpus, hardware)
     if found is None:
         enough = smallest_cluster(start, hardware)
@@ -130,7 +130,7 @@ def _servers(gpus: int, node: int) -> str:
     return f"use {above}" if below is None else f"use {below} or {above}"
 
 
-def _without_layout(request: Request, tokens: int) -> Experiment:
+def _without_layout(request: Request, tokens: int, hardware: Hardware) -> Experiment:
     """The experiment on any number of ranks, with the global batch of its size."""
     tree = read_file(CONFIGS / "model" / f"hunyuan_{request.size}.yaml", ())
     tree.merge(read_file(CONFIGS / "base" / "pretrain_4k.yaml", ()))
@@ -154,8 +154,11 @@ def _without_layout(request: Request, tokens: int) -> Experiment:
     }
     if request.size == "tiny":
         del data["runtime"]  # it also trains on a CPU
-    elif tokens < 10**12:
-        del data["runtime"]["verify_data"]
+    else:
+        if hardware.peak_mxfp8_flops_per_s is not None:
+            data["runtime"]["deterministic"] = False
+        if tokens < 10**12:
+            del data["runtime"]["verify_data"]
     return validate(Experiment, tree)
 
 
@@ -202,6 +205,7 @@ NOTES = {
     "parallel.recompute": "the least that fits",
     "runtime.device": "an error without a GPU",
     "runtime.transformer_engine": "an error instead of layers without its kernels",
+    "runtime.deterministic": "true would exclude cuDNN's attention, which is not deterministic on Blackwell",
     "runtime.verify_data": "so many tokens take long to read; run `hunyuan-data verify` once",
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hunyuan_pretrain.config.attention import DETERMINISTIC_SCORES
 from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.recipe import RECIPES as FP8_RECIPES
@@ -53,6 +54,16 @@ def test_fp8_is_the_one_for_the_gpu(path: Path) -> None:
         capability = (9, 0) if hardware.peak_mxfp8_flops_per_s is None else (10, 0)
         assert FP8_RECIPES[precision.fp8_recipe].missing(capability, (12, 9)) is None
         assert (precision.fp8_recipe == "mxfp8") == (capability == (10, 0))
+
+
+@each_recipe
+def test_cudnn_may_compute_attention(path: Path) -> None:
+    """Where cuDNN's backward pass is not deterministic, on Blackwell and for long documents, the recipe does not ask
+    for it."""
+    experiment, (hardware, _) = EXPERIMENTS[path], named_hardware(path)
+    is_long = any(stage.sequence_length**2 >= DETERMINISTIC_SCORES for stage in experiment.stages)
+    is_blackwell = hardware.peak_mxfp8_flops_per_s is not None
+    assert experiment.runtime.deterministic == (not is_long and not is_blackwell)
 
 
 @each_recipe
