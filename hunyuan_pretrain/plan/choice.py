@@ -1,7 +1,7 @@
 """The layout that trains an experiment fastest on given GPUs, of those whose memory fits, by the plan.
 
-Few layouts are tried: tensor parallelism and experts within a server, whole CLA groups on each pipeline rank, and of
-each layout the least recomputation that fits. If none fits, experts over two servers; then the optimizer state on the
+Few layouts are tried: tensor parallelism and experts within a server, whole CLA groups on each pipeline rank in one or
+two model chunks, and of each layout the least recomputation that fits. If none fits, experts over two servers; then the optimizer state on the
 host. plan.search looks at every layout: it takes longer, and keeps the experiment's batch and optimizer.
 """
 
@@ -24,6 +24,8 @@ RECOMPUTE = ("none", "swiglu", "swiglu+norms", "selective+norms", "cla_group")
 """From the least to the most that is computed again."""
 LONGEST_PIPELINE = 16
 """Ranks. A longer one leaves each rank too few layers to balance the output layer."""
+CHUNKS = (1, 2)
+"""Model chunks on each pipeline rank. Two halve the bubble, and hold the activations of more micro-batches."""
 NARROW = 2048
 """Channels below which a sequence is too little work for a GPU, so that larger micro-batches are tried."""
 
@@ -68,7 +70,12 @@ def _fitting(layouts: Iterator[Experiment], gpus: int, hardware: Hardware) -> It
     done = set()
     for layout in layouts:
         parallel = layout.parallel
-        kind = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size, _micro(layout)
+        kind = (
+            parallel.tensor_model_parallel_size,
+            parallel.expert_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+            _micro(layout),
+        )
         if kind not in done and (found := _with_least_recompute(layout, gpus, hardware)) is not None:
             yield found
             if found.parallel.recompute == RECOMPUTE[0]:
@@ -114,8 +121,10 @@ def _layouts(experiment: Experiment, gpus: int, hardware: Hardware, experts: set
     pipeline = [size for size in range(1, longest + 1) if groups % size == 0 and gpus % size == 0]
     sequences = (1, 2, 4) if model.hidden_size < NARROW else (1,)
     per_weight = 2 + (4 if experiment.precision.grad_reduce_in_fp32 else 2)
-    for tp, ep, micro, pp in product(tensor, sorted(experts), sequences, pipeline):
+    for tp, ep, micro, pp, chunks in product(tensor, sorted(experts), sequences, pipeline, CHUNKS):
         weights = count.routed_experts / (ep * pp) + count.dense / (tp * pp)
+        if chunks > 1 and (pp == 1 or groups % (chunks * pp)):
+            continue
         if gpus % (tp * pp) or gpus % (ep * pp) or per_weight * weights > hardware.memory_bytes:
             continue
         changes = {
@@ -123,6 +132,7 @@ def _layouts(experiment: Experiment, gpus: int, hardware: Hardware, experts: set
             "tensor_model_parallel_size": tp,
             "sequence_parallel": tp > 1,
             "pipeline_model_parallel_size": pp,
+            "virtual_pipeline_model_parallel_size": chunks,
             "expert_model_parallel_size": ep,
         }
         made = _with_batch(_with_parallel(experiment, changes), gpus, micro)

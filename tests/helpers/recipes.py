@@ -29,11 +29,11 @@ def named_hardware(path: Path) -> tuple[Hardware, int]:
 def scaled_down(experiment: Experiment, corpus: Path, run_dir: Path) -> Experiment:
     """The structure of a recipe on at most 4 CPU ranks.
 
-    Sizes of the model: 4 layers in the recipe's CLA groups, 128 channels, 4 query and 2 key/value heads of 32, experts
-    of 128 channels, 4 of them. Axes above 1 become 2; if that makes more than 4 ranks, the pipeline is left out. Data
-    parallelism becomes 2 where there is room. Every stage becomes one step of two micro-batches per rank, each of 8
-    sequences of 64 tokens in routing groups of 32, from one data set, without tiers. Everything else is the recipe's:
-    number formats, FP8 recipe (emulated), optimizer and its formats, recompute, schedule, balancing.
+    Sizes of the model: two of the recipe's CLA groups, or one for each model chunk; 128 channels, 4 query and 2
+    key/value heads of 32, 4 experts of 128 channels. Axes above 1 become 2; if that makes more than 4 ranks, the pipeline
+    is left out. Data parallelism becomes 2 where there is room. Every stage becomes one step of two micro-batches per
+    rank, each of 8 sequences of 64 tokens in routing groups of 32, from one data set, without tiers. Everything else is
+    the recipe's: number formats, FP8 recipe (emulated), optimizer and its formats, recompute, schedule, balancing.
     """
     fields: dict[str, Any] = experiment.model_dump()
     model, parallel = experiment.model, experiment.parallel
@@ -48,11 +48,12 @@ def scaled_down(experiment: Experiment, corpus: Path, run_dir: Path) -> Experime
     )
     if tensor * context * pipeline > 4:
         pipeline = 1
+    chunks = min(parallel.virtual_pipeline_model_parallel_size, 2) if pipeline > 1 else 1
     dense = tensor * context * pipeline
     has_copies = (parallel.world_size or 1) > 1 and 2 * dense <= 4
     world = math.lcm(dense * (2 if has_copies else 1), expert * pipeline)
     fields["model"] |= {
-        "num_layers": 2 * model.cla_share_factor,
+        "num_layers": max(2, pipeline * chunks) * model.cla_share_factor,
         "hidden_size": 128,
         "num_attention_heads": 4,
         "num_query_groups": 2,
@@ -68,6 +69,7 @@ def scaled_down(experiment: Experiment, corpus: Path, run_dir: Path) -> Experime
         "tensor_model_parallel_size": tensor,
         "context_parallel_size": context,
         "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": chunks,
         "expert_model_parallel_size": expert,
     }
     for stage in fields["stages"]:

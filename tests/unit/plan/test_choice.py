@@ -35,6 +35,19 @@ def test_the_choice_is_legal_fits_and_is_no_slower_than_the_recipe(name: str, gp
     assert seconds[0] <= seconds[1]
 
 
+def test_two_model_chunks_are_chosen_where_they_fit_and_shorten_the_step() -> None:
+    b200 = load("B200")
+    found = fastest(without_layout("hunyuan_large_b200x512"), 512, b200)
+    assert found is not None
+    assert found.parallel.virtual_pipeline_model_parallel_size == 2
+    assert fits(found, 512, b200)
+    parallel = found.parallel.model_copy(update={"virtual_pipeline_model_parallel_size": 1})
+    one = found.model_copy(update={"parallel": parallel})
+    assert found.stages == one.stages
+    seconds = [step_time(each, each.stages[-1], 512, b200).seconds for each in (found, one)]
+    assert seconds[0] < seconds[1]
+
+
 def test_no_less_recomputation_would_fit() -> None:
     found = fastest(without_layout("hunyuan_7b_h100x8"), 8, H100)
     assert found is not None
