@@ -1,8 +1,9 @@
 """The layout that trains an experiment fastest on given GPUs, of those whose memory fits, by the plan.
 
 Few layouts are tried: tensor parallelism and experts within a server, whole CLA groups on each pipeline rank in one or
-two model chunks, and of each layout the least recomputation that fits. If none fits, experts over two servers; then the optimizer state on the
-host. plan.search looks at every layout: it takes longer, and keeps the experiment's batch and optimizer.
+two model chunks, and of each layout the least recomputation that fits. If none fits, experts over two servers; then the
+optimizer state on the host. plan.search looks at every layout: it takes longer, and keeps the experiment's batch and
+optimizer.
 """
 
 from __future__ import annotations

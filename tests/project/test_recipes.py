@@ -18,6 +18,7 @@ from hunyuan_pretrain.diagnostics.scaling_laws import Observation, ScalingError,
 from hunyuan_pretrain.plan.choice import fits, highest_peak
 from hunyuan_pretrain.plan.counts import parameters
 from hunyuan_pretrain.plan.summary import summarise
+from hunyuan_pretrain.plan.timing import step_time
 from tests.helpers.recipes import BASES, CONFIGS, FOLDERS, RECIPES, named_hardware
 
 EXPERIMENTS = {path: load_experiment(path) for path in RECIPES}
@@ -137,6 +138,7 @@ def test_large_is_the_report_s_run() -> None:
     for experiment in large:
         assert sum(stage.tokens for stage in experiment.stages) == 7 * 10**12
         assert experiment.optimizer.lr == 2e-4
+        assert [stage.global_batch_sequences for stage in experiment.stages] == [1024, 4096, 4096]
 
 
 LONG = [path for path in RECIPES if path.parent.name == "longctx"]
@@ -157,6 +159,7 @@ def test_a_long_stage_starts_from_the_recipe_before_it(path: Path) -> None:
     assert sum(stage.tokens for stage in experiment.stages) == 10**10
     for stage in experiment.stages:
         assert share(stage, "books", "code_repositories") == pytest.approx(0.25)
+        assert stage.balance_attention == "deal"
     assert experiment.optimizer.lr * experiment.stages[-1].lr_end == pytest.approx(
         before.optimizer.lr * before.stages[-1].lr_end
     )
@@ -169,6 +172,17 @@ def test_data_is_packed_to_the_length_of_its_stage(path: Path) -> None:
     for stage in experiment.stages:
         assert {str(Path(source.path).parent) for source in stage.data} == {folder}
     assert {str(Path(one).parent) for one in experiment.evaluation.paths} == {f"{folder}/heldout"}
+
+
+@each_recipe
+def test_a_failure_costs_little(path: Path) -> None:
+    """Less than four hours between checkpoints, and five validations or more in a run, by the plan."""
+    (hardware, gpus), experiment = named_hardware(path), EXPERIMENTS[path]
+    seconds = step_time(experiment, experiment.stages[-1], gpus, hardware).seconds
+    assert experiment.checkpoint.save_every_steps is not None
+    assert experiment.checkpoint.save_every_steps * seconds < 4 * 3600
+    steps = sum(stage.num_steps for stage in experiment.stages)
+    assert steps // experiment.evaluation.every_steps >= 5
 
 
 def test_every_base_is_used() -> None:
