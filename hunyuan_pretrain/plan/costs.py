@@ -171,8 +171,9 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     if len(step.timeline.slots) > 1:
         idle = ", ".join(f"{share:.1%}" for share in step.timeline.idle)
         waiting = ", ".join(map(str, step.timeline.in_flight))
-        note = f"over the computing of the busiest rank; idle by rank: {idle}; passes in flight: {waiting}"
-        yield Row(group, "pipeline bubble", f"{step.timeline.bubble:.1%}", note)
+        busiest = f"the passes take {step.timeline.bubble:.1%} longer than the busiest rank computes"
+        note = f"of the step, idle, mean over all ranks; {busiest}; idle by rank: {idle}; passes in flight: {waiting}"
+        yield Row(group, "pipeline bubble", f"{step.mean_idle:.1%}", note)
     per_day = f"{step.tokens_per_s * SECONDS_PER_DAY:.4g} a day"
     yield Row(group, "tokens/s", f"{step.tokens_per_s:,.0f}", per_day)
     peak = f"of {hardware.peak_bf16_flops_per_s / 1e12:,.0f} TFLOP/s in bf16"
@@ -237,4 +238,9 @@ def _step_data(step: StepTime) -> dict[str, Any]:
         name: getattr(step, name) for name in ("seconds", "parts", "tokens_per_s", "mfu", "tflops_per_gpu")
     }
     timeline = step.timeline
-    return data | {"bubble": timeline.bubble, "idle": timeline.idle, "in_flight": timeline.in_flight}
+    return data | {
+        "mean_idle": step.mean_idle,
+        "bubble": timeline.bubble,
+        "idle": timeline.idle,
+        "in_flight": timeline.in_flight,
+    }

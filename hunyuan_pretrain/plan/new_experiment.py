@@ -29,7 +29,8 @@ from hunyuan_pretrain.plan.hardware import Hardware, load, names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"tiny": 64, "300m": 256, "7b": 1024, "large": 4096}
-"""Size, as in the names of configs/model/hunyuan_*.yaml -> sequences in a global batch, as in the recipes after their warmup."""
+"""Size, as in the names of configs/model/hunyuan_*.yaml -> sequences in a global batch, as in the recipes after their
+warmup."""
 FEWEST_STEPS = 100
 """The warmup is 1% of the tokens, and a stage has at least one step."""
 

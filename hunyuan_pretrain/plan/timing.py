@@ -40,6 +40,12 @@ class StepTime:
     tflops_per_gpu: float
     """6 * active parameters * tokens, without attention, in 10^12 FLOP/s of one GPU."""
 
+    @property
+    def mean_idle(self) -> float:
+        """Share of the step in which a pipeline rank does not compute while the passes run; the mean over all ranks."""
+        busy = self.timeline.busy
+        return (self.timeline.seconds - sum(busy) / len(busy)) / self.seconds
+
 
 def step_time(
     experiment: Experiment,

@@ -31,9 +31,10 @@ def scaled_down(experiment: Experiment, corpus: Path, run_dir: Path) -> Experime
 
     Sizes of the model: two of the recipe's CLA groups, or one for each model chunk; 128 channels, 4 query and 2
     key/value heads of 32, 4 experts of 128 channels. Axes above 1 become 2; if that makes more than 4 ranks, the
-    pipeline is left out. Data parallelism becomes 2 where there is room. Every stage becomes one step of two micro-batches per
-    rank, each of 8 sequences of 64 tokens in routing groups of 32, from one data set, without tiers. Everything else is
-    the recipe's: number formats, FP8 recipe (emulated), optimizer and its formats, recompute, schedule, balancing.
+    pipeline is left out. Data parallelism becomes 2 where there is room. Every stage becomes one step of two
+    micro-batches per rank, each of 8 sequences of 64 tokens in routing groups of 32, from one data set, without tiers.
+    Everything else is the recipe's: number formats, FP8 recipe (emulated), optimizer and its formats, recompute,
+    schedule, balancing.
     """
     fields: dict[str, Any] = experiment.model_dump()
     model, parallel = experiment.model, experiment.parallel

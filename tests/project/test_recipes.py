@@ -16,6 +16,7 @@ from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.diagnostics.scaling_laws import Observation, ScalingError, require_spread
 from hunyuan_pretrain.plan.choice import fits, highest_peak
+from hunyuan_pretrain.plan.costs import run_costs
 from hunyuan_pretrain.plan.counts import parameters
 from hunyuan_pretrain.plan.summary import summarise
 from hunyuan_pretrain.plan.timing import step_time
@@ -23,7 +24,19 @@ from tests.helpers.recipes import BASES, CONFIGS, FOLDERS, RECIPES, named_hardwa
 
 EXPERIMENTS = {path: load_experiment(path) for path in RECIPES}
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
-TABLE = "| recipe | parameters, active | tokens | GPUs | layout | micro-batch | recompute | memory per GPU |"
+COLUMNS = (
+    "recipe",
+    "parameters, active",
+    "tokens",
+    "GPUs",
+    "layout",
+    "global batch",
+    "micro-batch",
+    "recompute",
+    "memory per GPU",
+    "planned step",
+    "planned days",
+)
 
 
 @each_recipe
@@ -197,23 +210,40 @@ def test_every_base_is_used() -> None:
 def row(path: Path) -> str:
     """The line of a recipe in the table of configs/README.md."""
     experiment, (hardware, gpus) = EXPERIMENTS[path], named_hardware(path)
-    count, ranks, parallel = parameters(experiment.model), grid(experiment.parallel, gpus), experiment.parallel
-    sizes = {"TP": ranks.tp, "PP": ranks.pp, "CP": ranks.cp, "EP": ranks.ep, "DP": ranks.dp}
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
+    count, costs = parameters(experiment.model), run_costs(experiment, gpus, hardware)
     stage, tokens = experiment.stages[-1], sum(stage.tokens for stage in experiment.stages)
-    need = highest_peak(experiment, gpus)
+    need, last = highest_peak(experiment, gpus), costs[-2].step
+    assert last is not None
     memory = f"{need.total / 2**30:.0f} of {hardware.memory_bytes / 2**30:.0f} GiB"
     cells = (
         f"[{path.parent.name}/{path.name}]({path.parent.name}/{path.name})",
         f"{count_text(count.total)}, {count_text(count.active)}",
         count_text(tokens),
         f"{gpus:,} x {hardware.name}",
-        layout,
+        layout_text(experiment, gpus),
+        f"{stage.global_batch_sequences:,}",
         f"{stage.micro_batch_sequences} x {stage.sequence_length:,}",
-        parallel.recompute,
+        experiment.parallel.recompute,
         memory,
+        f"{two_digits(last.seconds)} s",
+        two_digits(costs[-1].days),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def layout_text(experiment: Experiment, gpus: int) -> str:
+    """The axes whose product is the number of ranks; expert parallelism takes its ranks from inside the others."""
+    ranks, chunks = grid(experiment.parallel, gpus), experiment.parallel.virtual_pipeline_model_parallel_size
+    sizes = {"TP": ranks.tp, "PP": ranks.pp, "CP": ranks.cp, "DP": ranks.dp}
+    assert math.prod(sizes.values()) == gpus
+    axes = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
+    inside = f", EP {ranks.ep} inside" if ranks.ep > 1 else ""
+    return axes + inside + (f"; VPP {chunks}" if chunks > 1 else "")
+
+
+def two_digits(number: float) -> str:
+    """As exact as the plan can be."""
+    return f"{float(f'{number:.2g}'):g}"
 
 
 def count_text(number: float) -> str:
@@ -232,7 +262,8 @@ def size_of(path: Path) -> tuple[int, int, int, int, str]:
 
 
 def table() -> list[str]:
-    return [TABLE, "|" + "---|" * (TABLE.count("|") - 1), *map(row, sorted(RECIPES, key=size_of))]
+    rows = [row(path) for path in sorted(RECIPES, key=size_of)]
+    return [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *rows]
 
 
 def test_the_table_of_recipes_is_what_the_plan_says() -> None:

@@ -43,7 +43,11 @@ def test_the_rows_answer_what_a_job_takes() -> None:
     assert shown["memory peak on a GPU", "on H200-141GB"][0] == "fits"
     assert shown["time", "step"][0] == f"{step.seconds:.3g} s"
     assert shown["time", "step"][1].startswith("experts ")
-    assert shown["time", "pipeline bubble"][1].endswith("passes in flight: 8, 7, 6, 5, 4, 3, 2, 1")
+    value, note = shown["time", "pipeline bubble"]
+    waited = [step.timeline.seconds - busy for busy in step.timeline.busy]
+    assert value == f"{sum(waited) / 8 / step.seconds:.1%}"
+    assert f"the passes take {step.timeline.bubble:.1%} longer than the busiest rank computes" in note
+    assert note.endswith("passes in flight: 8, 7, 6, 5, 4, 3, 2, 1")
     assert shown["time", "MFU"][0] == f"{step.mfu:.1%}"
     assert shown["run", "days"] == shown["run", "days of main"]
     assert float(shown["run", "GPU-hours"][0].replace(",", "")) == pytest.approx(found.stages[-1].gpu_hours, abs=0.5)
@@ -75,6 +79,7 @@ def test_the_data_are_the_numbers_of_the_rows() -> None:
     (stage,), step = data["stages"], found.stages[0].step
     assert step is not None
     assert stage["step"]["seconds"] == step.seconds
+    assert (stage["step"]["mean_idle"], stage["step"]["bubble"]) == (step.mean_idle, step.timeline.bubble)
     assert sum(stage["step"]["parts"].values()) == pytest.approx(step.seconds)
     assert [rank["total"] for rank in stage["memory"]] == [peak.total for peak in found.peaks[0]]
     assert all(rank["missing"] < 0 for rank in stage["memory"])
