@@ -112,6 +112,10 @@ def plan(
         bool, typer.Option("--search", help="Find the fastest layouts that fit; the experiment's own does not matter.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every row, and the numbers behind it.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a page with charts: one HTML file that loads nothing."),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -124,25 +128,34 @@ def plan(
     """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
     what fits, the time of a step, MFU, days and energy; with --search the layouts that are fastest."""
     from hunyuan_pretrain.config.load import load_experiment
+    from hunyuan_pretrain.plan import page
     from hunyuan_pretrain.plan.hardware import load
     from hunyuan_pretrain.plan.passes import Assumptions
 
+    if html:
+        page.check_path(html)
     if as_json and dry_run:
         raise typer.BadParameter("the dry run prints no JSON; leave one of --json and --dry-run out")
-    if search and dry_run:
-        raise typer.BadParameter("a dry run is of one layout; leave one of --search and --dry-run out")
+    if search and (dry_run or html):
+        other = "--dry-run" if dry_run else "--html"
+        raise typer.BadParameter(f"{other} is of one layout; leave one of --search and {other} out")
     profile, assumed = load(hardware) if hardware else None, Assumptions(document_tokens, imbalance)
     if search:
         _search(load_experiment(config, overrides or []), world_size, profile, assumed, as_json)
         return
     experiment = load_experiment(config, overrides or [], world_size)
-    _plan(experiment, world_size, profile, assumed, as_json)
+    _plan(experiment, world_size, profile, assumed, as_json, html)
     if dry_run:
         _dry_run(experiment, world_size)
 
 
 def _plan(
-    experiment: Experiment, world_size: int | None, profile: Hardware | None, assumed: Assumptions, as_json: bool
+    experiment: Experiment,
+    world_size: int | None,
+    profile: Hardware | None,
+    assumed: Assumptions,
+    as_json: bool,
+    html: Path | None,
 ) -> None:
     from hunyuan_pretrain.config.rules import find_warnings
     from hunyuan_pretrain.plan import costs
@@ -156,9 +169,14 @@ def _plan(
         print(json.dumps(data, indent=1))
     else:
         print_table(experiment.name, [(row.group, row.name, row.value, row.note) for row in rows])
-    print_warnings(find_warnings(experiment))
+    print_warnings(warnings := find_warnings(experiment))
     for line in costs.problems(found):
         print(f"warning: {line}", file=sys.stderr)
+    if html:
+        from hunyuan_pretrain.plan import page
+
+        page.write_page(html, page.page(found, rows, [*map(str, warnings), *costs.problems(found)]))
+        print(f"{html}: written", file=sys.stderr)
 
 
 def _dry_run(experiment: Experiment, world_size: int | None) -> None:

@@ -92,7 +92,7 @@ def check_assumptions(experiment: Experiment, hardware: Hardware | None, assumpt
 def rows(found: Costs) -> list[Row]:
     """Once for each shape of batch; then the run."""
     result: list[Row] = []
-    groups = _by_shape(found.experiment.stages)
+    groups = by_shape(found.experiment.stages)
     for numbers in groups:
         where = "" if len(groups) == 1 else f", {', '.join(found.experiment.stages[number].name for number in numbers)}"
         result += _memory_rows(found, f"memory peak on a GPU{where}", found.peaks[numbers[0]])
@@ -112,7 +112,7 @@ def rows(found: Costs) -> list[Row]:
     return result
 
 
-def _by_shape(stages: tuple[StageConfig, ...]) -> list[list[int]]:
+def by_shape(stages: tuple[StageConfig, ...]) -> list[list[int]]:
     """Numbers of the stages that have the same batch."""
     shapes: dict[tuple[int, int, int], list[int]] = {}
     for number, stage in enumerate(stages):
@@ -121,21 +121,26 @@ def _by_shape(stages: tuple[StageConfig, ...]) -> list[list[int]]:
     return list(shapes.values())
 
 
+def live(peak: Peak) -> dict[str, int]:
+    """Part -> bytes at the peak; they add up to `peak.total`. The update has neither activations nor messages."""
+    is_update = peak.transient == peak.update
+    return {
+        "weights": peak.weights,
+        "gradients": peak.gradients,
+        "optimizer": peak.optimizer,
+        "FP8 weights": 0 if is_update else peak.fp8_weights,
+        "activations": 0 if is_update else peak.activations,
+        "at work": 0 if is_update else peak.working,
+        "messages": 0 if is_update else peak.messages,
+        "update": peak.update if is_update else 0,
+        "allocator": peak.slack,
+        "CUDA and NCCL": peak.outside,
+    }
+
+
 def _memory_rows(found: Costs, group: str, of_ranks: list[Peak]) -> Iterator[Row]:
     fullest = max(of_ranks, key=lambda peak: peak.total)
-    parts = {
-        "weights": fullest.weights,
-        "gradients": fullest.gradients,
-        "optimizer": fullest.optimizer,
-        "FP8 weights": fullest.fp8_weights,
-        "activations": fullest.activations,
-        "at work": fullest.working,
-        "messages": fullest.messages,
-        "update": fullest.update if fullest.transient == fullest.update else 0,
-        "allocator": fullest.slack,
-        "CUDA and NCCL": fullest.outside,
-    }
-    note = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    note = ", ".join(f"{name} {gib(size)}" for name, size in live(fullest).items() if size)
     if len(of_ranks) > 1:
         yield Row(group, "by pipeline rank", _each(peak.total for peak in of_ranks))
         note = f"pipeline rank {of_ranks.index(fullest)}: {note}"
@@ -164,7 +169,9 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     assert step is not None
     assert hardware is not None
     parts = sorted(step.parts.items(), key=lambda part: -part[1])
-    shares = ", ".join(f"{_named(part)} {each / step.seconds:.1%}" for part, each in parts if each > step.seconds / 1e3)
+    shares = ", ".join(
+        f"{part_name(part)} {each / step.seconds:.1%}" for part, each in parts if each > step.seconds / 1e3
+    )
     length = found.experiment.stages[number].sequence_length
     document = min(found.assumptions.document_tokens or length, length)
     yield Row(group, "step", f"{step.seconds:.3g} s", f"{shares}; documents of {document:,} tokens")
@@ -180,7 +187,8 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     yield Row(group, "MFU", f"{step.mfu:.1%}", f"{peak}; {step.tflops_per_gpu:.0f} TFLOP/s a GPU in 6 N D")
 
 
-def _named(part: str) -> str:
+def part_name(part: str) -> str:
+    """A part of StepTime.parts as people read it."""
     axis = part.removeprefix("messages, ")
     return part if axis == part else f"{AXIS_NAMES[axis]} messages"
 
@@ -192,7 +200,7 @@ def _days_row(name: str, cost: StageCost) -> Row:
 def problems(found: Costs) -> list[str]:
     """Where the job does not fit: one line for each shape of batch and kind of memory."""
     lines = []
-    for numbers in _by_shape(found.experiment.stages) if found.hardware else []:
+    for numbers in by_shape(found.experiment.stages) if found.hardware else []:
         of_ranks, stage = found.peaks[numbers[0]], found.experiment.stages[numbers[0]]
         assert found.hardware is not None
         fullest = max(of_ranks, key=lambda peak: peak.total)

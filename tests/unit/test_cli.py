@@ -139,6 +139,17 @@ def test_a_plan_for_hardware(command) -> None:
     assert json.loads(command("plan", DEMO, "--json")[1])["run"] is None
 
 
+def test_a_plan_as_a_page(command, tmp_path: Path) -> None:
+    path = tmp_path / "plan.html"
+    options = ("precision.dtype=bf16", "--hardware", "H200-141GB")
+    code, out, err = command("plan", DEMO, *options, "--html", str(path), "--json")
+    assert (code, err) == (0, f"{path}: written\n")
+    assert f'<data value="{json.loads(out)["run"]["days"]!r}">' in path.read_text(encoding="utf-8")
+    code, out, err = command("plan", DEMO, "--html", str(tmp_path / "none/plan.html"))
+    assert (code, out) == (2, "")
+    assert err.startswith("plan: 1 problem\n  --html=")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
