@@ -87,7 +87,9 @@ def schema() -> None:
 
 
 def plan(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="Experiment YAML, such as configs/dev/demo_cpu.yaml.")
+    ] = None,
     overrides: Overrides = None,
     world_size: Annotated[
         int | None,
@@ -116,6 +118,14 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE", help="Also write a page with charts: one HTML file that loads nothing."),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Without CONFIG: measure this machine, also as the ranks of torchrun, and write a profile for "
+            "--hardware. What cannot be measured is that of --hardware, or of this GPU's profile.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -127,6 +137,14 @@ def plan(
 ) -> None:
     """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
     what fits, the time of a step, MFU, days and energy; with --search the layouts that are fastest."""
+    if calibrate:
+        if config or overrides or world_size or document_tokens or imbalance != 1 or as_json or html or dry_run or search:
+            raise typer.BadParameter("--calibrate measures this machine; it goes with --hardware only")
+        _calibrate(calibrate, hardware)
+        return
+    if config is None:
+        raise typer.BadParameter("missing; name an experiment, or a file with --calibrate", param_hint="CONFIG")
+
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.plan import page
     from hunyuan_pretrain.plan.hardware import load
@@ -177,6 +195,14 @@ def _plan(
 
         page.write_page(html, page.page(found, rows, [*map(str, warnings), *costs.problems(found)]))
         print(f"{html}: written", file=sys.stderr)
+
+
+def _calibrate(output: Path, hardware: str) -> None:
+    from hunyuan_pretrain.diagnostics.calibration import calibrate
+
+    if rows := calibrate(output, hardware):
+        print_table("measured", rows)
+        print(f"{output}: written. Use it with `hunyuan-pretrain plan CONFIG --hardware {output}`")
 
 
 def _dry_run(experiment: Experiment, world_size: int | None) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
     for an interrupt."""
     if sys.argv[1:2] == ["train"]:
         listen()  # a launcher may forward a stop signal while torch is being imported
-    if (mistake := mistake_in_environment(next(iter(sys.argv[1:]), None))) is not None:
+    if (mistake := mistake_in_environment(sys.argv[1:])) is not None:
         print(mistake, file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
     try:

@@ -7,13 +7,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each rank."""
 IN_RANKS = ("train", "parity", "shadow")
-"""Commands that a launcher may start as the ranks of a job."""
+"""Commands that a launcher may start as the ranks of a job. `plan --calibrate` is one too."""
 
 SECONDS_FOR_RANK_0 = 20
 """How long other ranks hold back an error, so that rank 0 can print the same one."""
@@ -75,14 +76,16 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def mistake_in_environment(command: str | None) -> str | None:
+def mistake_in_environment(arguments: Sequence[str]) -> str | None:
     """An error message if only some of the launcher's variables (JOB) are set; None if they are consistent. For
-    commands that do not run as ranks, the variables are removed from the environment.
+    commands that do not run as ranks, the variables are removed from the environment. `arguments`: of the program.
 
     A launcher sets all of JOB. If only some are set, they are left over from elsewhere, and guessing would mean waiting
     for ranks that never start, or training each rank as a separate run.
     """
-    if command not in IN_RANKS:
+    command = next(iter(arguments), None)
+    is_measured = command == "plan" and any(text.partition("=")[0] == "--calibrate" for text in arguments)
+    if command not in IN_RANKS and not is_measured:
         for name in (*JOB[:2], "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
         return None

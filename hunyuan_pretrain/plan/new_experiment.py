@@ -78,8 +78,14 @@ def new_experiment(request: Request) -> str:
     return text
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist yet, all of it or none. Raises ConfigError."""
+def check_new(path: Path, command: str = "init", option: str = "--output") -> None:
+    """Raise ConfigError if `write_new` would."""
+    write_new(path, "", command, option)
+    path.unlink()
+
+
+def write_new(path: Path, text: str, command: str = "init", option: str = "--output") -> None:
+    """Write a file that does not exist yet, all of it or none. Raises ConfigError, which names command and option."""
     try:
         with path.open("x", encoding="utf-8") as file:
             try:
@@ -90,7 +96,7 @@ def write_new(path: Path, text: str) -> None:
                 raise
     except OSError as error:
         hint = "choose another name, or remove the file" if isinstance(error, FileExistsError) else ""
-        raise ConfigError("init", [Problem("--output", str(path), f"{error.strerror}", hint)]) from None
+        raise ConfigError(command, [Problem(option, str(path), f"{error.strerror}", hint)]) from None
 
 
 def _checked(request: Request) -> tuple[Hardware, int]:

@@ -293,17 +293,16 @@ def _flops(found: Costs) -> Html:
 def _stages(found: Costs) -> Html:
     heads = ["stage", "steps", "sequence", "batch", "tokens", "FLOPs"]
     heads += ["step", "days", "GPU-hours", "kWh"] if found.hardware else []
-    lines, totals = [], [0, 0, 0.0]
+    lines, all_steps, all_tokens, all_flops = [], 0, 0, 0.0
     for at, stage in enumerate(found.experiment.stages):
         tokens = stage.num_steps * stage.global_batch_tokens
         flops = tokens * flops_per_token(found.experiment.model, stage.sequence_length).total
-        totals = [total + size for total, size in zip(totals, (stage.num_steps, tokens, flops), strict=True)]
+        all_steps, all_tokens, all_flops = all_steps + stage.num_steps, all_tokens + tokens, all_flops + flops
         counts = (stage.num_steps, stage.sequence_length, stage.global_batch_sequences, tokens)
         cells = [stage.name, *(number(count, f"{count:,}") for count in counts), number(flops, f"{flops:.4g}")]
         lines.append([*cells, *_cost_cells(found, at)])
-    steps, tokens, flops = totals
-    whole = ["all", number(steps, f"{steps:,}"), "", "", number(tokens, f"{tokens:,}"), number(flops, f"{flops:.4g}")]
-    lines.append([*whole, *_cost_cells(found, -1)])
+    sums = number(all_tokens, f"{all_tokens:,}"), number(all_flops, f"{all_flops:.4g}")
+    lines.append(["all", number(all_steps, f"{all_steps:,}"), "", "", *sums, *_cost_cells(found, -1)])
     return element("section", element("h2", "Stages"), table(heads, lines))
 
 

@@ -201,7 +201,7 @@ def test_a_search_that_cannot_be_made_is_refused(command, options: list[str], ex
 def test_a_search_is_no_dry_run(command) -> None:
     code, out, err = command("plan", DEMO, "--search", "--dry-run")
     assert (code, out) == (2, "")
-    assert "a dry run is of one layout" in " ".join(err.split())
+    assert "--dry-run is of one layout" in " ".join(err.split())
 
 
 def test_all_problems_of_a_plan_are_in_one_message(command) -> None:
@@ -251,8 +251,13 @@ def test_train_passes_on_accepted_changes_and_the_branch_point(
     assert given == [(None, ["seed", "stages.0.data.digest", "tokenizer"]), (40, [])]
 
 
-def test_wrong_usage_is_exit_code_2(command) -> None:
-    assert command("plan")[0] == 2
+def test_wrong_usage_is_exit_code_2(command, tmp_path: Path) -> None:
+    code, _, err = command("plan")
+    assert code == 2
+    assert "CONFIG: missing" in err
+    for options in ((DEMO,), ("--json",), ("--gpus-of-a-typo", "1")):
+        assert command("plan", *options, "--calibrate", str(tmp_path / "mine.yaml"))[0] == 2
+    assert list(tmp_path.iterdir()) == []
     assert command("no-such-command")[0] == 2
 
 
