@@ -138,7 +138,8 @@ def plan(
     """Show what a run will do and cost, without running it: memory and communication of each rank; with --hardware also
     what fits, the time of a step, MFU, days and energy; with --search the layouts that are fastest."""
     if calibrate:
-        if config or overrides or world_size or document_tokens or imbalance != 1 or as_json or html or dry_run or search:
+        others = (config, overrides, world_size, document_tokens, imbalance != 1, as_json, html, dry_run, search)
+        if any(others):
             raise typer.BadParameter("--calibrate measures this machine; it goes with --hardware only")
         _calibrate(calibrate, hardware)
         return
