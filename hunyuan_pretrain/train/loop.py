@@ -30,6 +30,7 @@ from hunyuan_pretrain.runtime.stop import (
     listen,
 )
 from hunyuan_pretrain.train import TrainingError, setup
+from hunyuan_pretrain.train.as_planned import AsPlanned
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
@@ -136,7 +137,7 @@ class _Records:
     """Reads the steps that were launched, in order: checks each, and writes the records that are due."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self._meter, self._clock = run, _meter(run), StepClock()
+        self._run, self._meter, self._as_planned, self._clock = run, _meter(run), AsPlanned(run), StepClock()
         self._unread: _Unread | None = None
 
     def add(self, step: _Unread) -> None:
@@ -158,6 +159,7 @@ class _Records:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         self._clock.ended(result.data_wait_seconds)
+        self._as_planned.after(done, result)
         if not is_logged:
             return
         seconds, data_wait_seconds = self._clock.means()

@@ -122,7 +122,8 @@ class Meter:
         cumulative_tokens: whole run, padding included. time: UTC. run_seconds: since the run first started, breaks
         included. process_seconds: since this process started. eta_seconds: time to the last step, at this process's
         mean speed after its first step, validations and checkpoints included. device_peak_bytes: peak tensor memory
-        on the GPU since the previous record. host_rss_bytes: resident memory of the process. Both are rank 0's.
+        on the GPU since the previous record, or since the process began to train. host_rss_bytes: resident memory of
+        the process. Both are rank 0's.
         """
         now, tokens = time.time(), self._schedule.tokens_after(done)
         left = self._schedule.tokens_after(self._schedule.num_steps) - tokens

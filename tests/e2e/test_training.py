@@ -142,6 +142,8 @@ def test_metrics_and_log_of_a_run(straight):
     log = (straight / "log.txt").read_text()
     assert log.count("step 20/20 [decay]") == 1
     assert log.count("routed experts: ") == 1
+    assert log.count(" as planned: parameters of this rank ") == 1
+    assert "not as planned" not in log
     assert (straight / "resolved.yaml").exists()
 
 

@@ -109,3 +109,13 @@ def test_a_resumed_run_is_bitwise_identical(runs, layout):
     straight, resumed = (records(run_dir) for run_dir in runs[layout])
     assert [record["step"] for record in resumed] == [STEPS, STEPS], "training and validation"
     assert resumed == [record for record in straight if record["step"] > SAVED]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_is_as_planned(runs, layout):
+    """Also of a process that resumes one step before the end."""
+    for run_dir in runs[layout][: 2 if layout in RESUMED else 1]:
+        log = (run_dir / "log.txt").read_text()
+        assert log.count(" as planned: parameters of this rank ") == 1
+        assert "(planned " not in log, "every figure is exact"
+        assert "compared with the plan" not in log

@@ -3,7 +3,6 @@ plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +91,7 @@ def count_layouts(layouts: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, s
     from hunyuan_pretrain.model import cross_entropy
     from hunyuan_pretrain.parallel.traffic import TrafficCounter
     from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train.as_planned import held
 
     cross_entropy.LOSS_CHUNK_TOKENS["cpu"] = LOSS_CHUNK_TOKENS
     found = []
@@ -99,7 +99,7 @@ def count_layouts(layouts: list[dict[str, Any]]) -> list[tuple[dict[tuple[str, s
         run = setup.prepare(Experiment.model_validate(fields))
         with TrafficCounter(run.groups) as counter:
             one_step(run)
-        found.append((counter.traffic, kept_bytes(run)))
+        found.append((counter.traffic, held(run)))
         setup.leave(run)
     return found
 
@@ -108,44 +108,6 @@ def one_step(run: Any) -> None:
     from hunyuan_pretrain.train.step import train_step
 
     train_step(run, run.experiment.stages[0], 0)
-
-
-def kept_bytes(run: Any) -> RankMemory:
-    """Storage of the live tensors: the parameters, the gradient buffers, and the optimizer's other state, on the device
-    and, if offloaded, on the host."""
-    buffers = [buffer for wrapped in run.wrapped for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
-    weights = storages(parameter for model in run.chunks for parameter in model.parameters())
-    gradients = storages(buffer.grad_data for buffer in buffers)
-    on_device, on_host = [], []
-    for part in run.optimizer.chained_optimizers:
-        part.optimizer.zero_grad()
-        on_host += getattr(part.optimizer, "cpu_optimizers", [])
-        on_device += (
-            [part.optimizer] if not hasattr(part.optimizer, "cpu_optimizers") else [part.optimizer.gpu_optimizer]
-        )
-    state, host = (
-        sum(
-            size
-            for pipeline_rank, size in storages(tensors_of(optimizers)).items()
-            if pipeline_rank not in weights and pipeline_rank not in gradients
-        )
-        for optimizers in (on_device, on_host)
-    )
-    return RankMemory(sum(weights.values()), sum(gradients.values()), state, host)
-
-
-def tensors_of(optimizers: list[Any]) -> Iterator[Any]:
-    """Parameters, their gradients and their state, except the counters."""
-    for optimizer in filter(None, optimizers):
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        yield from parameters
-        yield from (parameter.grad for parameter in parameters if parameter.grad is not None)
-        yield from (tensor for state in optimizer.state.values() for key, tensor in state.items() if key != "step")
-
-
-def storages(tensors: Any) -> dict[int, int]:
-    """Storage address -> bytes of the tensors."""
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def count_all(layouts: list[dict[str, Any]], is_first_job: bool) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
