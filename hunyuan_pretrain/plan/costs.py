@@ -122,8 +122,10 @@ def by_shape(stages: tuple[StageConfig, ...]) -> list[list[int]]:
 
 
 def live(peak: Peak) -> dict[str, int]:
-    """Part -> bytes at the peak; they add up to `peak.total`. The update has neither activations nor messages."""
-    is_update = peak.transient == peak.update
+    """Part -> bytes at the peak; they add up to `peak.total`. The update has neither activations nor messages, unless
+    these stay reserved (`Peak.beside_recorded`)."""
+    is_recorded = peak.validation is not None
+    is_update = peak.transient == peak.update and not is_recorded
     return {
         "weights": peak.weights,
         "gradients": peak.gradients,
@@ -133,6 +135,7 @@ def live(peak: Peak) -> dict[str, int]:
         "at work": 0 if is_update else peak.working,
         "messages": 0 if is_update else peak.messages,
         "update": peak.update if is_update else 0,
+        "update or validation": peak.beside_recorded,
         "allocator": peak.slack,
         "CUDA and NCCL": peak.outside,
     }
@@ -145,6 +148,9 @@ def _memory_rows(found: Costs, group: str, of_ranks: list[Peak]) -> Iterator[Row
         yield Row(group, "by pipeline rank", _each(peak.total for peak in of_ranks))
         note = f"pipeline rank {of_ranks.index(fullest)}: {note}"
     yield Row(group, "fullest rank", gib(fullest.total), note)
+    if fullest.validation is not None:
+        note = "by the recorded step, for its passes; the update and a validation need their own"
+        yield Row(group, "reserved between steps", gib(fullest.passes), note)
     host = max(peak.host for peak in of_ranks)
     if found.hardware is None:
         yield Row(group, "host memory per rank", gib(host))

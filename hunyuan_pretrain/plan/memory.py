@@ -3,6 +3,9 @@
 Between steps a rank keeps weights, gradients and optimizer state. The peak comes when the most micro-batches wait for
 their backward pass and one more part is at work: a layer's backward pass, or the loss of a chunk of tokens; or during
 the update, if that copies gradients. Outside of torch's allocator there are the CUDA context and NCCL's buffers.
+
+A recorded step (runtime.cuda_graphs) keeps the memory of its passes between steps; the update and a validation then
+need their own.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 
 from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, Grid, grid, pipeline_stages, stages_of
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
-from hunyuan_pretrain.plan.activations import activations
+from hunyuan_pretrain.plan.activations import activations, kept_by_layer
 from hunyuan_pretrain.plan.buffers import buffers_of_stage
 from hunyuan_pretrain.plan.counts import RankMemory, memory_of_ranks
 from hunyuan_pretrain.plan.fp8 import weight_copies
@@ -59,6 +62,8 @@ class Peak:
     """Not torch's: CUDA context and NCCL."""
     pinned: int
     """Host memory: offloaded activations and optimizer state."""
+    validation: int | None = None
+    """In a validation beside a recorded step; None: steps are not recorded."""
 
     @property
     def kept(self) -> int:
@@ -66,9 +71,20 @@ class Peak:
         return self.weights + self.gradients + self.optimizer
 
     @property
+    def passes(self) -> int:
+        """What forward and backward passes take, at its most."""
+        return self.fp8_weights + self.activations + self.working + self.messages
+
+    @property
     def transient(self) -> int:
         """What comes and goes in a step, at its most."""
-        return max(self.fp8_weights + self.activations + self.working + self.messages, self.update)
+        return max(self.passes, self.update)
+
+    @property
+    def beside_recorded(self) -> int:
+        """What finds no room in the memory of a recorded step: the update's copies, or a validation if that is more. 0
+        if steps are not recorded."""
+        return 0 if self.validation is None else max(self.update, self.validation)
 
     @property
     def allocated(self) -> int:
@@ -83,6 +99,8 @@ class Peak:
     @property
     def total(self) -> int:
         """Device memory."""
+        if self.validation is not None:
+            return self.kept + self.passes + self.beside_recorded + self.slack + self.outside
         return self.allocated + self.slack + self.outside
 
     @property
@@ -139,6 +157,7 @@ def peak_of_rank(
         update=kept.update,
         outside=outside(ranks),
         pinned=active.pinned + kept.state.host,
+        validation=_validation(experiment, stage, ranks),
     )
 
 
@@ -166,12 +185,34 @@ def _at_work(experiment: Experiment, stage: StageConfig, ranks: Grid, pipeline_r
     last = len(pipeline_stages(model, experiment.parallel)) - 1
     if last not in stages_of(model, experiment.parallel, pipeline_rank):
         return backward
+    return max(backward, _loss(experiment, tokens, ranks))
+
+
+def _loss(experiment: Experiment, tokens: int, ranks: Grid) -> int:
+    """Logits of a chunk and, if gathered, its hidden states and their gradient."""
+    model, width = experiment.model, 2 if experiment.precision.dtype == "bf16" else 4
     chunk = min(LOSS_CHUNK_TOKENS["cuda"], tokens)
     # torch's operations also hold the chunk in fp32
     logit_bytes = width + (4 if experiment.runtime.kernels == "never" and width == 2 else 0)
     loss = chunk * model.padded_vocab_size // ranks.tp * logit_bytes
-    loss += 2 * chunk * model.hidden_size * width if ranks.tp > 1 else 0
-    return max(backward, loss)
+    return loss + (2 * chunk * model.hidden_size * width if ranks.tp > 1 else 0)
+
+
+def _validation(experiment: Experiment, stage: StageConfig, ranks: Grid) -> int | None:
+    """At most, beside a recorded step: what a layer makes of a micro-batch, without a capacity and with even routing,
+    and its messages; or the logits of a chunk. For sequences of the stage's length. None: steps are not recorded."""
+    if not experiment.runtime.cuda_graphs:
+        return None
+    if not experiment.evaluation.paths:
+        return 0
+    dropless = experiment.model.model_copy(update={"moe_expert_capacity_factor": None, "recycle_routing": False})
+    plain = experiment.precision.model_copy(update={"fp8_recipe": None})
+    experiment = experiment.model_copy(update={"model": dropless, "precision": plain})
+    stage = stage.model_copy(update={"micro_batch_sequences": experiment.evaluation.micro_batch_sequences})
+    blocks = kept_by_layer(experiment, stage, ranks.world_size, layer=0)
+    layer = sum(block.bytes for block in blocks if block.is_kept(frozenset()))
+    tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp
+    return max(layer + _messages(experiment, stage, ranks, 1.0), _loss(experiment, tokens, ranks))
 
 
 def _messages(experiment: Experiment, stage: StageConfig, ranks: Grid, imbalance: float) -> int:

@@ -109,10 +109,11 @@ def passes(job: Job, number: int) -> Passes:
     if number == len(stages) - 1:
         _loss(job, found, launches)
     _messages(job, number, found)
+    launch_s = 0.0 if job.experiment.runtime.cuda_graphs else job.hardware.host_launch_s
     for parts, count in zip((found.forward, found.backward), launches, strict=True):
         add(parts, "gaps between kernels", count * job.hardware.kernel_gap_s)
         # the device waits for the host where that launches more slowly than the kernels run
-        add(parts, "waiting for the host", max(0.0, count * job.hardware.host_launch_s - sum(parts.values())))
+        add(parts, "waiting for the host", max(0.0, count * launch_s - sum(parts.values())))
     _offload(job, number, found)
     return found
 

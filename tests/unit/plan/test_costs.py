@@ -9,6 +9,7 @@ import pytest
 
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_model
+from hunyuan_pretrain.config.schema import RuntimeConfig
 from hunyuan_pretrain.plan.costs import Costs, as_data, costs, problems, rows
 from hunyuan_pretrain.plan.counts import flops_per_token, report_flops_per_token
 from hunyuan_pretrain.plan.hardware import load
@@ -52,6 +53,22 @@ def test_the_rows_answer_what_a_job_takes() -> None:
     assert shown["run", "days"] == shown["run", "days of main"]
     assert float(shown["run", "GPU-hours"][0].replace(",", "")) == pytest.approx(found.stages[-1].gpu_hours, abs=0.5)
     assert problems(found) == []
+
+
+def test_what_a_recorded_step_reserves_has_a_row() -> None:
+    sections: dict[str, Any] = {"model": {"num_layers": 4}, "parallel": {"expert_model_parallel_size": 8}}
+    experiment = hunyuan_large(**sections, runtime={"cuda_graphs": True}, evaluation={"data": "heldout"})
+    found = costs(experiment, 8)
+    shown, ((peak,),) = texts(found), found.peaks
+    value, note = shown["memory peak on a GPU", "reserved between steps"]
+    assert value == f"{peak.passes / 2**30:.3g} GiB"
+    assert note == "by the recorded step, for its passes; the update and a validation need their own"
+    assert (
+        f"update or validation {peak.beside_recorded / 2**30:.3g} GiB"
+        in shown["memory peak on a GPU", "fullest rank"][1]
+    )
+    never = experiment.model_copy(update={"runtime": RuntimeConfig()})
+    assert ("memory peak on a GPU", "reserved between steps") not in texts(costs(never, 8))
 
 
 def test_without_hardware_there_are_peaks_and_no_times() -> None:

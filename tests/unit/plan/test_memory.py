@@ -88,6 +88,40 @@ def test_uneven_routing_needs_memory_where_there_is_no_capacity() -> None:
     assert planned(2.0)[0] == planned()[0]
 
 
+def recorded(is_recorded: bool = True, **sections: Any) -> Peak:
+    """Four layers on 8 ranks, with two experts each."""
+    parallel = {"expert_model_parallel_size": 8}
+    validated: dict[str, Any] = {"evaluation": {"data": "heldout"}, "model": {"num_layers": 4}}
+    experiment = hunyuan_large(parallel=parallel, runtime={"cuda_graphs": is_recorded}, **validated | sections)
+    (peak,) = peaks(experiment, experiment.stages[0], 8)
+    return peak
+
+
+def test_a_recorded_step_keeps_the_memory_of_its_passes() -> None:
+    """The update and a validation need their own, one after the other."""
+    plain, held = recorded(False), recorded()
+    assert plain.beside_recorded == 0
+    assert held.allocated == plain.allocated, "torch counts what tensors use, not what a graph reserves"
+    assert held.beside_recorded == held.validation
+    assert held.total == plain.total + held.beside_recorded
+    bf16 = {"precision": {"grad_reduce_in_fp32": False}, "evaluation": {}}
+    plain, held = recorded(False, **bf16), recorded(**bf16)
+    assert held.validation == 0, "nothing is validated"
+    assert held.beside_recorded == held.update > 0
+    assert held.total == held.kept + held.passes + held.update + held.slack + held.outside > plain.total
+
+
+def test_a_validation_beside_a_recorded_step_keeps_no_activations() -> None:
+    """One layer's at a time, or the logits of a chunk; of its own micro-batch, without a capacity and FP8."""
+    one, two = recorded(), recorded(evaluation={"data": "heldout", "micro_batch_sequences": 2})
+    logits = 4096 * 128_512 * 2
+    assert logits <= (one.validation or 0) < one.activations
+    assert one.validation == recorded(model={"num_layers": 8}).validation
+    assert one.validation == recorded(precision={"fp8_recipe": "blockwise"}).validation
+    assert one.validation == recorded(model={"num_layers": 4, "moe_expert_capacity_factor": 4.0}).validation
+    assert (two.validation or 0) > (one.validation or 0)
+
+
 def test_what_does_not_fit_is_said_in_bytes() -> None:
     (first, *_) = found = planned()
     assert missing(first, load("H200-141GB")) == round(first.total - 143_771 * 2**20) < 0
