@@ -48,6 +48,7 @@ PART_COLOURS = {
     "at work": "yellow",
     "messages": "green",
     "update": "rose",
+    "update or validation": "rose",
     "allocator": "grey",
     "CUDA and NCCL": "pale",
 }

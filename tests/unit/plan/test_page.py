@@ -153,9 +153,12 @@ def test_all_text_is_escaped() -> None:
 
 def test_the_parts_of_a_peak_add_up() -> None:
     sizes = {name: 10**index for index, name in enumerate(Peak.__annotations__)}
-    working = Peak(**sizes | {"update": 0})
-    update = Peak(**sizes | {"update": 10**12})
+    working = Peak(**sizes | {"update": 0, "validation": None})
+    update = Peak(**sizes | {"update": 10**12, "validation": None})
+    recorded = Peak(**sizes | {"update": 0})
     assert sum(live(working).values()) == working.total
+    assert sum(live(recorded).values()) == recorded.total
+    assert live(recorded)["update or validation"] == sizes["validation"]
     assert sum(live(update).values()) == update.total
     assert list(live(update)) == list(PART_COLOURS)
     assert (live(update)["activations"], live(working)["activations"]) == (0, sizes["activations"])

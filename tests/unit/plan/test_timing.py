@@ -82,6 +82,9 @@ def test_so_are_the_steps_of_a_narrower_model(recipe: str | None, tokens_per_s: 
     step = step_time(experiment, experiment.stages[0], 1, H200, Assumptions(traffic=as_it_was(experiment)))
     assert step.tokens_per_s == pytest.approx(tokens_per_s, rel=0.1)
     assert ("waiting for the host" in step.parts) or recipe is None
+    recorded = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"cuda_graphs": True})})
+    step = step_time(recorded, experiment.stages[0], 1, H200, Assumptions(traffic=as_it_was(experiment)))
+    assert "waiting for the host" not in step.parts
 
 
 @pytest.mark.parametrize(
