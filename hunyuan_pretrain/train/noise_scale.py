@@ -17,8 +17,10 @@ Measured are the matrices of attention and of the experts. Other weights (embedd
 tensor or pipeline parallelism a rank holds only a part of the sum that is their gradient until the reduction.
 
 Routed experts are reduced over fewer ranks: with EP ranks sharing experts, one rank's gradient is over the first
-micro-batches of EP ranks. Their b is larger accordingly. All noise scales are in tokens of the global batch; a routed
-expert sees top-k / E of them.
+micro-batches of EP ranks. Their b is larger accordingly. All noise scales are in tokens of the global batch. A routed
+expert sees p = top-k / E of them. If B_own is its noise scale in tokens that it sees, the value here is (B_own + 1 - p)
+/ p: a token that goes elsewhere has the gradient 0, which is noise too. The formula of the experts' learning rate
+divides the batch by E / top-k itself, so it takes the value of the dense matrices.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ class NoiseScale:
         self._sums = {kind: Estimate(*state.get("sums", {}).get(kind, (0.0, 0.0))) for kind in KINDS}
         self._next_step = int(state.get("next_step", 0))
         self.in_use: float | None = state.get("in_use")
-        """Value for expert_lr_noise_scale_tokens=measured, fixed for the current stage; None: nothing was measured
-        before it."""
+        """Value for expert_lr_noise_scale_tokens=measured, fixed for the current stage: that of the dense matrices.
+        None: nothing was measured before it."""
 
     def add(self, step: int, found: Mapping[str, Estimate]) -> None:
         """Add the estimates of a step; a step that was added before is ignored."""
@@ -90,7 +92,7 @@ class NoiseScale:
 
     def begin_stage(self) -> None:
         """Use what was measured so far for the whole stage that begins; if that is nothing, keep the value in use."""
-        self.in_use = self.tokens(*KINDS) or self.in_use
+        self.in_use = self.tokens("dense") or self.in_use
 
     def fields(self) -> dict[str, float]:
         """For the record of a step; without those that are not known."""
