@@ -35,10 +35,26 @@ def _obstacles(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
         reason = "in the interleaved schedule the first micro-batch is not the only one whose gradients are there"
         yield f"parallel.virtual_pipeline_model_parallel_size={size}", reason, "set it to 1"
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    if (shared := expert * parallel.expert_tensor_parallel_size) < tensor:
+    if (shared := expert * parallel.expert_tensor_parallel_size) % tensor:
         name = "expert_model_parallel_size * expert_tensor_parallel_size"
-        reason = f"below tensor_model_parallel_size {tensor}, so a rank's experts see a part of each sequence"
-        yield f"parallel.{name}={shared}", reason, f"make it at least {tensor}"
+        reason = f"no multiple of tensor_model_parallel_size {tensor}, so a rank's experts see a part of each sequence"
+        yield f"parallel.{name}={shared}", reason, f"make it a multiple of {tensor}"
+    for index, stage in enumerate(experiment.stages):
+        if stage.balance_attention != "off" and _is_measured(experiment, index):
+            reason = "a rank's first micro-batch is its dearest, and no random sample of the batch"
+            yield f"stages.{index}.balance_attention={stage.balance_attention}", reason, "set it to off"
+
+
+def _is_measured(experiment: Experiment, index: int) -> bool:
+    """Whether a step of this stage is measured."""
+    every = experiment.optimizer.measure_noise_scale_every_steps
+    before = steps_before(experiment, index)
+    return every is not None and (before + experiment.stages[index].num_steps) // every > before // every
+
+
+def steps_before(experiment: Experiment, index: int) -> int:
+    """Steps of all stages before this one."""
+    return sum(stage.num_steps for stage in experiment.stages[:index])
 
 
 def noise_micro_batches(experiment: Experiment, data_parallel: int) -> Iterator[Problem]:

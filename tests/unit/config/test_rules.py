@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config import noise_rules, rules
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_experiment, load_model, parse, read, validate
 from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
@@ -65,8 +65,14 @@ MEASURED = [
     ),
     (
         ["parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=1"],
-        "parallel.expert_model_parallel_size * expert_tensor_parallel_size=1: below tensor_model_parallel_size 2, so a "
-        "rank's experts see a part of each sequence (make it at least 2, or this to null)",
+        "parallel.expert_model_parallel_size * expert_tensor_parallel_size=1: no multiple of "
+        "tensor_model_parallel_size 2, so a rank's experts see a part of each sequence (make it a multiple of 2, or "
+        "this to null)",
+    ),
+    (
+        ["stages.1.balance_attention=deal"],
+        "stages.1.balance_attention=deal: a rank's first micro-batch is its dearest, and no random sample of the batch "
+        "(set it to off, or this to null)",
     ),
     (
         [],
@@ -520,6 +526,27 @@ def test_the_nearest_legal_choices_for_routing_groups_are_legal() -> None:
         ["model.moe_routing_group_tokens=512"],
     ):
         load_experiment(DEMO, [*base, *choice])
+
+
+def test_only_a_stage_that_is_measured_must_not_be_balanced() -> None:
+    """The first stage has 10 steps, all three 120."""
+    first = experiment_with(
+        "stages.0.balance_attention=deal", *(f"stages.{i}.micro_batch_sequences=2" for i in range(3))
+    )
+    steps = first.stages[0].num_steps
+    for every, is_refused in ((steps, True), (steps + 1, False)):
+        optimizer = first.optimizer.model_copy(update={"measure_noise_scale_every_steps": every})
+        found = [str(problem) for problem in rules.find_problems(first.model_copy(update={"optimizer": optimizer}))]
+        assert ["stages.0.balance_attention=deal" in problem for problem in found] == [True] * is_refused, found
+
+
+def test_experts_of_three_ranks_and_two_tensor_parallel_ranks_see_parts_of_sequences() -> None:
+    base = experiment_with("optimizer.measure_noise_scale_every_steps=5")
+    sizes = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 3}
+    experiment = base.model_copy(update={"parallel": base.parallel.model_copy(update=sizes)})
+    refused = [str(problem) for problem in noise_rules.noise_scale_can_be_measured(experiment)]
+    assert len(refused) == 1
+    assert "expert_tensor_parallel_size=3: no multiple of tensor_model_parallel_size 2" in refused[0]
 
 
 def test_a_noise_scale_is_measured_before_the_stage_that_uses_it() -> None:
