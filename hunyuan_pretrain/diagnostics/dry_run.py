@@ -15,6 +15,7 @@ What differs from a real step, because meta tensors have no values or because it
     no capacity      every expert gets the same number of rows (`even_counts`)
     update           the weights are not updated: gradients are reduced and normed, weights are gathered
     host memory      nothing is offloaded
+    noise scale      not measured
     micro-batches    as many as fill the pipeline and show its steady state (`num_micro_batches`)
 """
 
@@ -120,9 +121,13 @@ def ranks_to_build(world_size: int, pipeline_size: int) -> list[int]:
 
 def as_it_runs(experiment: Experiment) -> Experiment:
     """Without what needs real memory or kernels: FP8, state and activations on the host, a second stream, and other
-    formats of the optimizer state."""
+    formats of the optimizer state. Without the gradient noise scale, whose few numbers are not in the plan."""
     changes: dict[str, dict[str, Any]] = {
-        "optimizer": {"cpu_offload_fraction": 0.0, "use_precision_aware_optimizer": False},
+        "optimizer": {
+            "cpu_offload_fraction": 0.0,
+            "use_precision_aware_optimizer": False,
+            "measure_noise_scale_every_steps": None,
+        },
         "parallel": {"cpu_offloading_num_layers": 0, "overlap_shared_expert": False},
         "precision": {"fp8_recipe": None, "fp8_parameters": False},
     }
