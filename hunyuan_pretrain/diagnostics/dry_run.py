@@ -46,7 +46,9 @@ from hunyuan_pretrain.parallel.fake_world import (
     Record,
     Recorder,
     as_rank,
+    current_autograd_node,
     kind_of_group,
+    next_autograd_node,
     positions,
     replaced,
 )
@@ -338,7 +340,7 @@ class Place:
             layer.forward = self._within(layer.layer, layer.forward)  # type: ignore[method-assign]
 
     def __call__(self) -> str:
-        node: Any = torch._C._current_autograd_node()
+        node: Any = current_autograd_node()
         if self._layer is not None:
             return f"layer {self._layer}, {'forward' if node is None else 'recomputation'}"
         if node is None:
@@ -350,10 +352,8 @@ class Place:
         return f"{self.doing}, backward"
 
     def _within(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        next_node = torch._C._autograd._get_sequence_nr
-
         def run(*args: Any) -> Any:
-            self._layer, start = layer, next_node()
+            self._layer, start = layer, next_autograd_node()
             try:
                 return forward(*args)
             except Exception:
@@ -362,7 +362,7 @@ class Place:
             finally:
                 self._layer = None
                 self._starts.append(start)
-                self._made.append((next_node(), layer))
+                self._made.append((next_autograd_node(), layer))
 
         return run
 

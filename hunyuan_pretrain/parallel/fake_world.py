@@ -13,14 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch._C._distributed_c10d import FakeWork
-from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 
+from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import ParallelConfig
 from hunyuan_pretrain.parallel import groups as rank_groups
 from hunyuan_pretrain.parallel.traffic import Call, TrafficCounter
+
+try:  # private parts of torch, which a version may move
+    from torch._C import _current_autograd_node as current_autograd_node  # noqa: F401
+    from torch._C._autograd import _get_sequence_nr as next_autograd_node  # noqa: F401
+    from torch._C._distributed_c10d import FakeWork
+    from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
+except ImportError as error:
+    missing = Problem("torch", torch.__version__, f"lacks what a dry run needs: {error}", "plan without --dry-run")
+    raise ConfigError("dry run", [missing]) from error
 
 WORLD = "all ranks"
 BACKEND = "recorded"
@@ -155,13 +164,16 @@ def as_rank(
 
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, _create_fake_pg, extended_api=True, devices=["cpu", "meta"])
-    dist.init_process_group(BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
+    defaults = dist.Backend.default_device_backend_map
+    defaults["meta"] = BACKEND  # registering sets it the first time
     try:
+        dist.init_process_group(BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
         with replaced(rank_groups.parallel_state, "create_group", create_own):
             groups = rank_groups.build_groups(parallel, timeout_s)
         yield groups, membership
     finally:
         rank_groups.destroy_groups()
+        defaults.pop("meta")
 
 
 def positions(groups: list[tuple[int, ...]]) -> dict[int, tuple[int, int]]:

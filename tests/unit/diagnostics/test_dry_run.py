@@ -4,7 +4,9 @@ They run one after another in one fork, because a rank is process-wide state: ea
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.ranks import fork_ranks
 
@@ -94,6 +97,7 @@ def run(name: str, fault: str | None = None) -> Found:
         ran = dry_run.dry_run(*experiment_of(name))
         problems = dry_run_checks.find_problems(ran)
     assert not dist.is_initialized(), "the last rank has not been left"
+    assert "meta" not in dist.Backend.default_device_backend_map
     return problems, dry_run_checks.rows(ran), [built.rank for built in ran.ranks]
 
 
@@ -130,6 +134,14 @@ def test_a_healthy_layout_has_no_problems(name: str, found: Any) -> None:
     problems, rows, built = found[0][name]
     assert problems == []
     assert rows[0][1] == f"{len(built)} of {LAYOUTS[name][0]}"
+
+
+def test_a_torch_without_the_private_parts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "hunyuan_pretrain.parallel.fake_world"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.testing._internal.distributed.fake_pg", None)
+    with pytest.raises(ConfigError, match=r"lacks what a dry run needs: .*fake_pg"):
+        importlib.import_module(module)
 
 
 def test_of_many_ranks_the_first_and_the_last_of_each_pipeline_rank_are_built(found: Any) -> None:
