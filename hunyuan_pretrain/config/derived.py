@@ -216,6 +216,16 @@ def optimal_lr_factor(batch_tokens: float, noise_scale_tokens: float) -> float:
     return 2 / (ratio + 1 / ratio)
 
 
+LEAST_MEASUREMENTS = 10
+"""Of the noise scale, before a stage uses the value: one estimate of |G|^2 is mostly noise."""
+
+
+def computed_lr_ratio(model: ModelConfig, batch_tokens: float, noise_scale_tokens: float) -> float:
+    """eps_opt(B * topk / E) / eps_opt(B); see `expert_lr_ratio`."""
+    expert_tokens = batch_tokens * model.moe_router_topk / model.num_moe_experts
+    return optimal_lr_factor(expert_tokens, noise_scale_tokens) / optimal_lr_factor(batch_tokens, noise_scale_tokens)
+
+
 def expert_lr_ratio(
     model: ModelConfig, optimizer: OptimizerConfig, global_batch_tokens: int, measured: float | None = None
 ) -> float:
@@ -225,13 +235,15 @@ def expert_lr_ratio(
     Either the fixed optimizer.expert_lr_ratio, or eps_opt(B * topk / E) / eps_opt(B), because a routed expert sees
     B * topk / E of a batch of B tokens. The report prints the inverse, gives about 0.31 for 16 experts, and says that
     routed experts are scaled down. As printed, 0.31 would need B = 61.5 B_noise, where the formula scales them up. This
-    reading gives 0.31 at B = 0.26 B_noise and scales them down.
+    reading gives 0.31 at B = 0.26 B_noise and scales them down. For B well above B_noise it would scale them up;
+    with a measured value the ratio is at most 1.
     """
     noise = optimizer.expert_lr_noise_scale_tokens
     if noise == "measured":
-        noise = measured
+        if measured is not None:
+            return min(1.0, computed_lr_ratio(model, global_batch_tokens, measured))
+        noise = None
     if noise is None:
         assert optimizer.expert_lr_ratio is not None, "config.rules refuses an experiment with neither"
         return optimizer.expert_lr_ratio
-    expert_tokens = global_batch_tokens * model.moe_router_topk / model.num_moe_experts
-    return optimal_lr_factor(expert_tokens, noise) / optimal_lr_factor(global_batch_tokens, noise)
+    return computed_lr_ratio(model, global_batch_tokens, noise)

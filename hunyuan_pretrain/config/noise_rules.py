@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hunyuan_pretrain.config.derived import LEAST_MEASUREMENTS
 from hunyuan_pretrain.config.errors import Problem
 from hunyuan_pretrain.config.schema import Experiment
 
@@ -91,6 +92,16 @@ def a_measured_noise_scale_is_measured(experiment: Experiment) -> Iterator[Probl
     if len(experiment.stages) == 1:
         rule = "each stage uses what was measured before it, and there is only one"
         yield Problem(path, "measured", rule, "make the warmup a stage of its own, or set a number")
+    elif (every := optimizer.measure_noise_scale_every_steps) is not None:
+        steps = steps_before(experiment, len(experiment.stages) - 1)
+        if steps // every < LEAST_MEASUREMENTS:
+            rule = (
+                f"a stage uses it after {LEAST_MEASUREMENTS} measurements; before the last one there are "
+                f"{steps // every}, in {steps} steps"
+            )
+            enough = steps // LEAST_MEASUREMENTS
+            hint = f"use {EVERY} {enough} or less, or a number here" if enough else "set a number"
+            yield Problem(path, "measured", rule, hint)
     if optimizer.expert_lr_ratio is None:
         rule = "the first stage uses it, before anything is measured"
         yield Problem("optimizer.expert_lr_ratio", None, rule, "use 0.31")

@@ -341,8 +341,8 @@ class OptimizerConfig(Section):
     expert_lr_noise_scale_tokens: PositiveFloat | Literal["measured"] | None = setting(
         "Gradient noise scale B_noise. If it is set, and expert_lr_ratio is null, the ratio is eps(B*topk/E) / "
         "eps(B) with eps(B) = 2 eps_max / (sqrt(B_noise/B) + sqrt(B/B_noise)), where B is the number of tokens in a "
-        "global batch. measured: each stage uses what was measured before it, from its first step to its last; the "
-        "first stage uses expert_lr_ratio.",
+        "global batch. measured: each stage uses what was measured before it, from its first step to its last, with a "
+        "ratio of at most 1; a stage with fewer than 10 measurements before it uses expert_lr_ratio.",
         None,
         unit="tokens",
         typical="1e6 to 1e8",

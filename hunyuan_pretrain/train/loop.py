@@ -32,7 +32,7 @@ from hunyuan_pretrain.runtime.stop import (
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.as_planned import AsPlanned
 from hunyuan_pretrain.train.evaluate import evaluate
-from hunyuan_pretrain.train.lr_schedule import apply_learning_rate
+from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters
 from hunyuan_pretrain.train.probes import probe
@@ -185,10 +185,8 @@ def _settle_noise_scale(run: Run, step: int, records: _Records) -> None:
     records.read()
     run.noise.begin_stage()
     if run.experiment.optimizer.expert_lr_noise_scale_tokens == "measured":
-        experiment, stage = run.experiment, run.schedule.stage(step)
-        ratio = expert_lr_ratio(experiment.model, experiment.optimizer, stage.global_batch_tokens, run.noise.in_use)
-        known = "not measured yet" if run.noise.in_use is None else f"{run.noise.in_use:.4g} tokens"
-        run.log.line(f"stage {stage.name}: noise scale {known}, learning rate of experts x {ratio:.4g}")
+        stage = run.schedule.stage(step)
+        run.log.line(f"stage {stage.name}: {measured_ratio_line(run.experiment, stage.global_batch_tokens, run.noise)}")
 
 
 def _announce(run: Run, num_steps: int) -> None:

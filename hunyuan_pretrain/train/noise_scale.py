@@ -32,7 +32,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from hunyuan_pretrain.config.derived import Grid
+from hunyuan_pretrain.config.derived import LEAST_MEASUREMENTS, Grid
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.train.optimizer import sum_of_squares
 
@@ -71,6 +71,8 @@ class NoiseScale:
         state = state or {}
         self._sums = {kind: Estimate(*state.get("sums", {}).get(kind, (0.0, 0.0))) for kind in KINDS}
         self._next_step = int(state.get("next_step", 0))
+        self.count = int(state.get("count", 0))
+        """Measurements so far; of a checkpoint that did not count them, those since."""
         self.in_use: float | None = state.get("in_use")
         """Value for expert_lr_noise_scale_tokens=measured, fixed for the current stage: that of the dense matrices.
         None: nothing was measured before it."""
@@ -80,6 +82,7 @@ class NoiseScale:
         if step < self._next_step:
             return
         self._next_step = step + 1
+        self.count += 1
         for kind, new in found.items():
             old = self._sums[kind]
             self._sums[kind] = Estimate(DECAY * old.trace + new.trace, DECAY * old.signal + new.signal)
@@ -91,8 +94,10 @@ class NoiseScale:
         return trace / signal if trace > 0 and signal > 0 else None
 
     def begin_stage(self) -> None:
-        """Use what was measured so far for the whole stage that begins; if that is nothing, keep the value in use."""
-        self.in_use = self.tokens("dense") or self.in_use
+        """Use what was measured so far for the whole stage that begins; if that is nothing, or fewer measurements than
+        LEAST_MEASUREMENTS, keep the value in use."""
+        if self.count >= LEAST_MEASUREMENTS:
+            self.in_use = self.tokens("dense") or self.in_use
 
     def fields(self) -> dict[str, float]:
         """For the record of a step; without those that are not known."""
@@ -101,7 +106,7 @@ class NoiseScale:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON; floats come back as they were."""
-        return {"sums": dict(self._sums), "next_step": self._next_step, "in_use": self.in_use}
+        return {"sums": dict(self._sums), "next_step": self._next_step, "count": self.count, "in_use": self.in_use}
 
 
 class GradientNoise(NoiseScale):

@@ -554,6 +554,14 @@ def test_a_noise_scale_is_measured_before_the_stage_that_uses_it() -> None:
     smaller = [f"stages.{index}.micro_batch_sequences=2" for index in range(3)]
     rules.check(experiment_with(*measured, *smaller))
     experiment = experiment_with(*measured, *smaller)
+    # 114 steps before the last stage: 10 measurements, or 9
+    rules.check(experiment_with(*measured, *smaller, "optimizer.measure_noise_scale_every_steps=11"))
+    with pytest.raises(ConfigError) as caught:
+        rules.check(experiment_with(*measured, *smaller, "optimizer.measure_noise_scale_every_steps=12"))
+    assert (
+        "optimizer.expert_lr_noise_scale_tokens=measured: a stage uses it after 10 measurements; before the last one "
+        "there are 9, in 114 steps (use optimizer.measure_noise_scale_every_steps 11 or less, or a number here)"
+    ) in str(caught.value)
     one_stage = experiment.model_copy(update={"stages": experiment.stages[:1]})
     assert "each stage uses what was measured before it, and there is only one" in str(
         [str(problem) for problem in rules.find_problems(one_stage)]

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from hunyuan_pretrain.config.derived import LEAST_MEASUREMENTS, expert_lr_ratio
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.train.lr_schedule import measured_ratio_line
 from hunyuan_pretrain.train.noise_scale import KINDS, NoiseScale, estimate
 from hunyuan_pretrain.train.step import compute_gradients, launch_step
 from tests.helpers.one_rank import on_this_rank
@@ -66,18 +69,50 @@ def test_a_step_counts_once_and_the_state_comes_back_exactly() -> None:
     assert (scale.tokens("dense"), scale.fields()) == (None, {})
     scale.begin_stage()
     assert scale.in_use is None
-    scale.add(3, {"dense": estimate(3.1, 1.7, 10, 70), "experts": estimate(2.3, 1.1, 20, 70)})
+    both = {"dense": estimate(3.1, 1.7, 10, 70), "experts": estimate(2.3, 1.1, 20, 70)}
+    for step in (3, *range(3, LEAST_MEASUREMENTS + 2)):
+        scale.add(step, both)
+    assert scale.count == LEAST_MEASUREMENTS - 1
+    scale.begin_stage()
+    assert scale.in_use is None, "one measurement is missing"
+    scale.add(LEAST_MEASUREMENTS + 2, both)
     scale.begin_stage()
     assert scale.in_use == scale.tokens("dense")
     again = NoiseScale(json.loads(json.dumps(scale.state())))
     assert again.state() == scale.state()
     before = again.fields()
-    again.add(3, {"dense": estimate(9.0, 1.0, 10, 70)})
+    again.add(LEAST_MEASUREMENTS + 2, {"dense": estimate(9.0, 1.0, 10, 70)})
     assert again.fields() == before
-    again.add(4, {"dense": estimate(0.0, 9.0, 10, 70), "experts": estimate(0.0, 9.0, 20, 70)})
+    for step in range(20, 30):
+        again.add(step, {"dense": estimate(0.0, 9.0, 10, 70), "experts": estimate(0.0, 9.0, 20, 70)})
     assert "noise_scale_tokens" not in again.fields()
     again.begin_stage()
     assert again.in_use == scale.in_use, "nothing usable was measured, so the value in use stays"
+
+
+def test_the_ratio_of_a_measured_value_is_at_most_one_and_the_log_says_why(corpus, tmp_path) -> None:
+    fields = experiment_fields(corpus, tmp_path)
+    fields["optimizer"] |= {"measure_noise_scale_every_steps": 1, "expert_lr_noise_scale_tokens": "measured"}
+    experiment = Experiment.model_validate(fields)
+    noise, batch = NoiseScale(), 4096
+    assert measured_ratio_line(experiment, batch, noise) == (
+        "noise scale not known after 0 measurements (10 are needed, and positive estimates), learning rate of experts "
+        "x 0.31 as configured"
+    )
+    share = experiment.model.moe_router_topk / experiment.model.num_moe_experts
+
+    def factor(ratio: float) -> float:
+        return 2 / (ratio**-0.5 + ratio**0.5)
+
+    noise.in_use = batch / 100
+    assert expert_lr_ratio(experiment.model, experiment.optimizer, batch, noise.in_use) == 1.0
+    computed = factor(100 * share) / factor(100)
+    assert measured_ratio_line(experiment, batch, noise) == (
+        f"noise scale 40.96 tokens, learning rate of experts x 1, the limit (computed: {computed:.4g})"
+    )
+    noise.in_use = batch * 4.0
+    below = factor(share / 4) / factor(1 / 4)
+    assert measured_ratio_line(experiment, batch, noise).endswith(f"learning rate of experts x {below:.4g}")
 
 
 @pytest.mark.parametrize("is_sharded", [True, False], ids=["distributed optimizer", "plain optimizer"])
