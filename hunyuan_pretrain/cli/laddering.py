@@ -100,7 +100,7 @@ def _show(laws: Laws, targets: Sequence[Path], budgets: Sequence[float] | None, 
     sizes = [expected(experiment, experiment.name) for experiment in map(load_experiment, targets)]
     found = report(laws, sizes, budgets or [])
     print_table(f"{len(laws.runs)} runs, {laws.loss}; intervals of {found['coverage']:.0%}", table(found))
-    for reason in found["not_fitted"]:
+    for reason in [*found["not_fitted"], *found["warnings"]]:
         print(f"warning: {reason}", file=sys.stderr)
     try:
         print("\n".join(write(found, laws, output)))

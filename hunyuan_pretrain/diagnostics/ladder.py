@@ -32,6 +32,7 @@ from hunyuan_pretrain.diagnostics.scaling_laws import (
     ScalingError,
     fit_loss_law,
     fit_plan_law,
+    same_tokens,
 )
 from hunyuan_pretrain.diagnostics.setting_laws import SettingLaw, fit_setting
 
@@ -195,8 +196,9 @@ def fit_all(run_dirs: Sequence[Path], loss: str = "auto") -> Laws:
 def _is_varied(runs: Sequence[Observation], setting: str) -> bool:
     """Whether any two runs of one size and length differ in a setting."""
     values: dict[tuple[float, float], set[float]] = {}
+    tokens = same_tokens(runs)
     for run in runs:
-        values.setdefault((run.n, run.d), set()).add(getattr(run, setting))
+        values.setdefault((run.n, tokens[run.d]), set()).add(getattr(run, setting))
     return any(len(found) > 1 for found in values.values())
 
 
@@ -210,6 +212,7 @@ def report(laws: Laws, targets: Sequence[Observation] = (), budgets: Sequence[fl
         "loss": laws.loss,
         "runs": [run._asdict() | {"flops": run.compute} for run in laws.runs],
         "not_fitted": list(laws.reasons),
+        "warnings": [],
         "targets": [],
         "optimum": [],
         "settings": [],
@@ -223,6 +226,7 @@ def report(laws: Laws, targets: Sequence[Observation] = (), budgets: Sequence[fl
     elif laws.plan is not None:
         found["plan"] = {name: value._asdict() for name, value in laws.plan.parameters().items()}
     if (law := laws.law or laws.plan) is not None:
+        found["warnings"] += law.warnings()
         for target in targets:
             try:
                 loss = law.predict(target.n, target.d)._asdict()

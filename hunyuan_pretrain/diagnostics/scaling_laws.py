@@ -27,7 +27,11 @@ PARAMETERS = 5
 FEWEST_RUNS = PARAMETERS + 1
 """One more than the law has parameters: with fewer, any data fit exactly and nothing says how uncertain they are."""
 FEWEST_SIZES = 3
-"""Different N, and different D: two points do not tell an exponent from the constant."""
+"""DIFFERENT N, and DIFFERENT D: two points do not tell an exponent from the constant."""
+SAME = 1.01
+"""Factor within which two D are one: tokens are rounded up to whole batches, so they differ a little with the batch."""
+DIFFERENT = 1.3
+"""Factor from which two N, D or amounts of compute count as different."""
 LEAST_SPREAD = 4.0
 """Largest N over smallest N, and the same for D."""
 MOST_CORRELATION = 0.95
@@ -36,6 +40,8 @@ FEWEST_OF_PLAN = 5
 """Runs for a law along a plan, with three parameters."""
 MOST_OFF_PLAN = 1.5
 """Factor between N and that of the plan."""
+MOST_AT_BOUND = 0.05
+"""Share of draws at a bound of the fit from which on a parameter is warned of."""
 COVERAGE = 0.9
 """Of every interval."""
 
@@ -90,6 +96,26 @@ class LossLaw:
     """log loss of each run minus the law's, scaled for the parameters fitted."""
     centre: tuple[float, float]
     """Geometric means of N and D."""
+    bounds: tuple[Array, Array]
+    """Lowest and highest of each parameter."""
+
+    def warnings(self, names: Sequence[str] = ("E", "A", "B", "alpha", "beta")) -> list[str]:
+        """Parameters that the bounds decide, not the runs, by these names."""
+        low, high = self.bounds
+        found = []
+        for index in np.flatnonzero(low < high):
+            ends = [low[index], high[index]]
+            at_bound = [
+                float(np.isclose(theta[:, index, None], ends, rtol=0, atol=1e-6).any(axis=1).mean())
+                for theta in (self.estimate_P[None], self.draws_SP)
+            ]
+            if at_bound[0] or at_bound[1] > MOST_AT_BOUND:
+                estimate = "the estimate and " if at_bound[0] else ""
+                found.append(
+                    f"{names[index]}: {estimate}{at_bound[1]:.0%} of the draws are at a bound of the fit, so the runs "
+                    "do not determine it and its interval means nothing"
+                )
+        return found
 
     def parameters(self) -> dict[str, Interval]:
         """E, A, B, alpha and beta."""
@@ -168,7 +194,7 @@ def _fit(
     scale = np.sqrt(freedom / generator.chisquare(freedom, size=(draws, 1)))
     drawn = smooth + generator.choice(residuals, size=(draws, len(z))) * scale
     samples, _ = _minimise(np.repeat(estimate[None], draws, axis=0), x, y, drawn, bounds)
-    return LossLaw(estimate, samples, residuals, centre)
+    return LossLaw(estimate, samples, residuals, centre, bounds)
 
 
 class PlanLaw(NamedTuple):
@@ -178,6 +204,10 @@ class PlanLaw(NamedTuple):
     """Of C in place of N, without the term of D."""
     line: tuple[float, float]
     """log N = line[0] + line[1] log C, the plan."""
+
+    def warnings(self) -> list[str]:
+        """As LossLaw.warnings."""
+        return self.law.warnings(("E", "K", "", "gamma", ""))
 
     def parameters(self) -> dict[str, Interval]:
         """E, K and gamma."""
@@ -203,6 +233,8 @@ def fit_plan_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -
     missing = []
     if len(used) < FEWEST_OF_PLAN:
         missing.append(f"{len(used)} runs, at least {FEWEST_OF_PLAN} are needed")
+    elif (different := count_different(list(compute))) < FEWEST_SIZES:
+        missing.append(f"{different} different amounts of compute, at least {FEWEST_SIZES} are needed")
     if compute.max() < LEAST_SPREAD**2 * compute.min():
         ratio = compute.max() / compute.min()
         missing.append(f"compute varies by a factor of {ratio:.2g}, at least {LEAST_SPREAD**2:g} is needed")
@@ -217,11 +249,31 @@ def fit_plan_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -
     return PlanLaw(law, (float(start), float(slope)))
 
 
+def same_tokens(runs: Sequence[Observation]) -> dict[float, float]:
+    """D of each run -> one D for all that are within a factor of SAME."""
+    found: dict[float, float] = {}
+    first = 0.0
+    for d in sorted({run.d for run in runs}):
+        first = first if first and d <= SAME * first else d
+        found[d] = first
+    return found
+
+
+def count_different(values: Sequence[float]) -> int:
+    """How many of the values are DIFFERENT from each other, at most."""
+    count, last = 0, 0.0
+    for value in sorted(values):
+        if not count or value >= DIFFERENT * last:
+            count, last = count + 1, value
+    return count
+
+
 def best_settings(runs: Sequence[Observation]) -> list[Observation]:
     """Of each (N, D), the runs with the learning rate and batch whose mean loss is lowest."""
     cells: dict[tuple[float, float], dict[tuple[float, float], list[Observation]]] = {}
+    tokens = same_tokens(runs)
     for run in runs:
-        cells.setdefault((run.n, run.d), {}).setdefault((run.lr, run.batch_tokens), []).append(run)
+        cells.setdefault((run.n, tokens[run.d]), {}).setdefault((run.lr, run.batch_tokens), []).append(run)
     found = []
     for settings in cells.values():
         found += min(settings.values(), key=lambda same: float(np.mean([run.loss for run in same])))
@@ -234,8 +286,10 @@ def require_spread(runs: Sequence[Observation]) -> None:
     if len(runs) < FEWEST_RUNS:
         missing.append(f"{len(runs)} runs, at least {FEWEST_RUNS} are needed for {PARAMETERS} parameters")
     for label, values in (("N (active parameters)", [r.n for r in runs]), ("D (tokens)", [r.d for r in runs])):
-        if len(set(values)) < FEWEST_SIZES:
-            missing.append(f"{len(set(values))} different {label}, at least {FEWEST_SIZES} are needed")
+        if (different := count_different(values)) < FEWEST_SIZES:
+            missing.append(
+                f"{different} different {label}, at least {FEWEST_SIZES} are needed, each {DIFFERENT:g} times the last"
+            )
         elif max(values) < LEAST_SPREAD * min(values):
             ratio = max(values) / min(values)
             missing.append(f"{label} varies by a factor of {ratio:.2g}, at least {LEAST_SPREAD:g} is needed")

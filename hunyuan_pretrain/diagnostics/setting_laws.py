@@ -17,7 +17,9 @@ from hunyuan_pretrain.diagnostics.scaling_laws import (
     Observation,
     ScalingError,
     best_settings,
+    count_different,
     interval,
+    same_tokens,
 )
 
 
@@ -53,7 +55,8 @@ def fit_setting(
     `fit_loss_law`. Raises ScalingError if the runs do not determine it.
     """
     cells = _cells(runs, setting)
-    if len({_against(cell, against) for cell in cells}) < 2:
+    places = [_against(cell, against) for cell in cells]
+    if (count_different(places) if against == "compute" else len(set(places))) < 2:
         raise ScalingError(
             f"no fit of the best {setting}: {len(cells)} sets of runs that differ only in {setting}, with 3 or more "
             f"values each; at least 2, of different {against}, are needed"
@@ -87,10 +90,11 @@ def fit_setting(
 
 
 def _cells(runs: Sequence[Observation], setting: str) -> list[list[Observation]]:
-    """Runs that differ only in `setting`, at least three values of it."""
+    """Runs that differ only in `setting`, and in D by rounding; at least three values of it."""
     found: dict[tuple[float, ...], list[Observation]] = {}
+    tokens = same_tokens(runs)
     for run in runs:
-        found.setdefault((run.n, run.d, *((run.batch_tokens,) if setting == "lr" else ())), []).append(run)
+        found.setdefault((run.n, tokens[run.d], *((run.batch_tokens,) if setting == "lr" else ())), []).append(run)
     cells = list(found.values())
     if setting == "batch_tokens":  # at each batch, the best learning rate
         cells = [

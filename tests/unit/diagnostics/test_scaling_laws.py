@@ -14,6 +14,7 @@ from hunyuan_pretrain.diagnostics.scaling_laws import (
     fit_loss_law,
     fit_plan_law,
     flops,
+    require_spread,
 )
 from hunyuan_pretrain.diagnostics.setting_laws import fit_setting
 
@@ -101,6 +102,42 @@ def test_runs_that_do_not_determine_the_law_are_refused(cells: list[tuple[float,
     assert str(refused.value).startswith("no fit of loss(N, D) = E + A/N^alpha + B/D^beta: ")
 
 
+def test_tokens_that_differ_by_rounding_are_one_length() -> None:
+    """D is rounded up to whole batches: 6.2e9 tokens with batches of 0.25M, 0.5M and 1M."""
+    rounded = (6201278464.0, 6202327040.0, 6203375616.0)
+    runs = [Observation(str(d), 1e8, d, loss, 1e-3, d) for d, loss in zip(rounded, (3.1, 3.0, 3.2), strict=True)]
+    assert best_settings(runs) == [runs[1]]
+    swept_batches = []
+    for n in (1e7, 1e8):
+        for batch, factor in zip((2.5e5, 5e5, 1e6), (1.05, 1.0, 1.05), strict=True):
+            d = rounded[int(np.log2(batch / 2.5e5))]
+            swept_batches.append(Observation(f"{n:g}", n, d, true_loss(n, d) * factor, 1e-3, batch))
+    # two cells of three batches each, and each fits a parabola through its own three points but for one degree
+    law = fit_setting(swept_batches, "batch_tokens", draws=2)
+    assert law.predict(float(flops(1e8, rounded[0]))).value == pytest.approx(5e5, rel=0.01)
+
+
+@pytest.mark.parametrize(("factor", "is_enough"), [(1.02, False), (1.29, False), (1.31, True)])
+def test_sizes_that_differ_by_little_are_not_different(factor: float, is_enough: bool) -> None:
+    cells = [(n, d) for n in (1e7, 1e7 * factor, 1e8) for d in (1e10, 3e10, 1e11)]
+    if is_enough:
+        require_spread(made_up(0.0, 0, cells))
+        return
+    with pytest.raises(
+        ScalingError, match=r"2 different N \(active parameters\), at least 3 are needed, each 1.3 times"
+    ):
+        require_spread(made_up(0.0, 0, cells))
+
+
+def test_a_parameter_that_a_bound_decides_is_warned_of() -> None:
+    assert fit_loss_law(made_up(0.0), draws=20).warnings() == []
+    runs = [run._replace(loss=1.7 + 400 / run.n**0.34) for run in made_up(0.0)]  # D has no effect
+    found = fit_loss_law(runs, draws=20).warnings()
+    assert any(line.startswith("B: the estimate and ") for line in found), found
+    flat = [run._replace(loss=900 * run.compute**-0.005) for run in planned(0.0)]  # gamma is at least 0.01
+    assert any(line.startswith("gamma: the estimate and ") for line in fit_plan_law(flat, draws=20).warnings())
+
+
 def test_of_runs_that_differ_in_learning_rate_the_best_counts_with_all_its_seeds() -> None:
     one = Observation("a", 1e8, 1e10, 3.0, 1e-3, 1e6)
     runs = [one, one._replace(loss=3.2), one._replace(lr=2e-3, loss=2.9), one._replace(lr=2e-3, loss=3.0)]
@@ -142,6 +179,9 @@ def test_what_is_not_on_the_plan_is_refused() -> None:
         fit_plan_law(planned(0.0)[:4])
     with pytest.raises(ScalingError, match="compute varies by a factor of 1, at least 16 is needed"):
         fit_plan_law([planned(0.0)[0]] * 5)
+    two_sizes = planned(0.0)[::4]
+    with pytest.raises(ScalingError, match="2 different amounts of compute, at least 3 are needed"):
+        fit_plan_law([*two_sizes, *two_sizes, *two_sizes])
     with pytest.raises(ScalingError, match="off a power law of C"):
         fit_plan_law(made_up(0.0))
 
