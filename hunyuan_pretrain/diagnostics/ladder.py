@@ -38,6 +38,9 @@ from hunyuan_pretrain.diagnostics.setting_laws import SettingLaw, fit_setting
 
 SETTINGS = (("lr", "compute"), ("batch_tokens", "compute"), ("batch_tokens", "loss"))
 """Settings whose best value is fitted, and against what, where the runs vary them."""
+LAW_TITLE = "loss = E + A/N^alpha + B/D^beta, N without embedding"
+MOST_SHARE_CHANGE = 2.0
+"""Factor by which the embedding's share of the active parameters may vary without a warning."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def commands(rungs: Sequence[Rung], overrides: Sequence[str] = ()) -> list[str]:
     for rung in rungs:
         size = rung.expected
         state = "finished" if rung.is_finished else f"{rung.done} of {rung.num_steps} steps done"
-        lines.append(f"# {size.name}: N {size.n:.3g}, D {size.d:.3g}, {size.compute:.3g} FLOPs; {state}")
+        lines.append(f"# {size.name}: {_size(size)}, {size.compute:.3g} FLOPs; {state}")
         if not rung.is_finished:
             lines.append(shlex.join(["launch/train.sh", str(rung.config), *overrides]))
     return lines
@@ -210,9 +213,9 @@ def report(laws: Laws, targets: Sequence[Observation] = (), budgets: Sequence[fl
     found: dict[str, Any] = {
         "coverage": COVERAGE,
         "loss": laws.loss,
-        "runs": [run._asdict() | {"flops": run.compute} for run in laws.runs],
+        "runs": [_as_fields(run) for run in laws.runs],
         "not_fitted": list(laws.reasons),
-        "warnings": [],
+        "warnings": _embedding_warnings(laws),
         "targets": [],
         "optimum": [],
         "settings": [],
@@ -229,11 +232,11 @@ def report(laws: Laws, targets: Sequence[Observation] = (), budgets: Sequence[fl
         found["warnings"] += law.warnings()
         for target in targets:
             try:
-                loss = law.predict(target.n, target.d)._asdict()
+                loss = _predicted(law, target)._asdict()
             except ScalingError as error:
                 found["not_fitted"].append(f"no prediction of {target.name}: {error}")
                 continue
-            found["targets"].append(target._asdict() | {"flops": target.compute, "loss": loss})
+            found["targets"].append(_as_fields(target) | {"loss": loss})
     places = {
         "compute": [max(run.compute for run in laws.runs), *wanted],
         "loss": [min(run.loss for run in laws.runs), *(target["loss"]["value"] for target in found["targets"])],
@@ -245,19 +248,52 @@ def report(laws: Laws, targets: Sequence[Observation] = (), budgets: Sequence[fl
     return found
 
 
+def _predicted(law: LossLaw | PlanLaw, run: Observation) -> Interval:
+    if isinstance(law, PlanLaw):
+        return law.predict(run.active, run.d)
+    return law.predict(run.n, run.d)
+
+
+def _as_fields(run: Observation) -> dict[str, Any]:
+    return run._asdict() | {"active": run.active, "flops": run.compute}
+
+
+def _size(run: Observation) -> str:
+    return f"N {run.n:.3g} ({run.active:.3g} with embedding), D {run.d:.3g}"
+
+
+def _embedding_warnings(laws: Laws) -> list[str]:
+    """Compute counts the embedding. Where its share varies much, a power law of compute is one of two things."""
+    uses = ["loss"] if laws.plan is not None else []
+    uses += [f"best {law.setting}" for law in laws.settings if law.against == "compute"]
+    shares = [run.embedding / run.active for run in laws.runs]
+    if not uses or max(shares) <= MOST_SHARE_CHANGE * min(shares):
+        return []
+    return [
+        f"compute counts the embedding, which is {min(shares):.0%} to {max(shares):.0%} of the active parameters of "
+        f"these runs: laws against compute ({', '.join(uses)}) bend where that share changes"
+    ]
+
+
 def table(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows for the terminal: group, what, value, interval."""
     rows = [
-        ("run", run["name"], f"{run['loss']:.4f}", f"N {run['n']:.3g}, D {run['d']:.3g}, lr {run['lr']:.3g}")
+        (
+            "run",
+            run["name"],
+            f"{run['loss']:.4f}",
+            f"N {run['n']:.3g} ({run['active']:.3g} with embedding), D {run['d']:.3g}, lr {run['lr']:.3g}",
+        )
         for run in found["runs"]
     ]
-    for key, title in (("law", "loss = E + A/N^alpha + B/D^beta"), ("plan", "loss = E + K/C^gamma on this plan")):
+    for key, title in (("law", LAW_TITLE), ("plan", "loss = E + K/C^gamma on this plan")):
         rows += [(title, name, *_shown(value)) for name, value in found.get(key, {}).items()]
     for target in found.get("targets", ()):
-        size = f"N {target['n']:.3g}, D {target['d']:.3g}"
+        size = f"N {target['n']:.3g} ({target['active']:.3g} with embedding), D {target['d']:.3g}"
         rows.append((f"loss of {target['name']}", size, *_shown(target["loss"])))
     for best in found.get("optimum", ()):
-        rows += [(f"best for {best['flops']:.3g} FLOPs", name, *_shown(best[name])) for name in ("N", "D", "loss")]
+        names = {"N": "N", "active": "N with embedding", "D": "D", "loss": "loss"}
+        rows += [(f"best for {best['flops']:.3g} FLOPs", names[name], *_shown(best[name])) for name in names]
     for law in found["settings"]:
         title = f"best {law['setting']} by {law['against']}"
         rows.append((title, "exponent", *_shown(law["exponent"])))
@@ -305,5 +341,5 @@ def _draw(laws: Laws, law: LossLaw, file: Path) -> None:
     right.plot(budgets, [one.value for one in best])
     right.fill_between(budgets, [one.low for one in best], [one.high for one in best], alpha=0.2)
     title = f"best size, {COVERAGE:.0%} interval"
-    right.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="active parameters N", title=title)
+    right.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="N (active, without embedding)", title=title)
     figure.savefig(file)

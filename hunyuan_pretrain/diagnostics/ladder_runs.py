@@ -29,13 +29,16 @@ def expected(experiment: Experiment, name: str, loss: float = 0.0) -> Observatio
     """What a run of this experiment will be, without its loss. The batch is that of the stage with the most tokens."""
     schedule = Schedule.of(experiment.stages)
     longest = max(experiment.stages, key=lambda stage: stage.tokens)
+    counts = parameters(experiment.model)
+    embedding = counts.embedding + counts.output_head
     return Observation(
         name,
-        parameters(experiment.model).active,
+        counts.active - embedding,
         schedule.tokens_after(schedule.num_steps),
         loss,
         experiment.optimizer.lr,
         longest.global_batch_tokens,
+        embedding,
     )
 
 

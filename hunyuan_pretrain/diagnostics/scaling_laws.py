@@ -1,7 +1,9 @@
 """Scaling laws fitted to finished runs: the loss against model size and tokens.
 
 The loss law is that of Chinchilla (arXiv 2203.15556, section 3.3): L(N, D) = E + A / N^alpha + B / D^beta, with a Huber
-loss on log L. Compute is counted as in the Hunyuan-Large report (arXiv 2411.02265): C = 9.59 N D + 2.3e8 D.
+loss on log L. N are the active parameters without embedding and output layer, which are most of a small model and
+little of a large one, so that a law in all of them bends. Compute is counted as in the Hunyuan-Large report (arXiv
+2411.02265), with all active parameters: C = 9.59 N_active D + 2.3e8 D.
 
 Shapes: R runs, S draws of the bootstrap, P = 5 parameters of a loss law.
 """
@@ -9,7 +11,7 @@ Shapes: R runs, S draws of the bootstrap, P = 5 parameters of a loss law.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +21,8 @@ Array = NDArray[np.float64]
 
 FLOPS_PER_PARAMETER = 9.59
 FLOPS_PER_TOKEN = 2.3e8
-"""The report's C = 9.59 N D + 2.3e8 D: FLOPs of training with N active parameters on D tokens. The second term does not
-depend on N; below about 2e7 active parameters it is the larger one."""
+"""The report's C = 9.59 N D + 2.3e8 D: FLOPs of training with N active parameters, embedding included, on D tokens. The
+second term does not depend on N; below about 2e7 active parameters it is the larger one."""
 HUBER_DELTA = 1e-3
 """Of log loss, as in Chinchilla: larger deviations count linearly, so that one bad run does not decide the fit."""
 PARAMETERS = 5
@@ -55,18 +57,25 @@ class Observation(NamedTuple):
 
     name: str
     n: float
-    """Active parameters."""
+    """Active parameters without embedding and output layer."""
     d: float
     """Tokens trained on."""
     loss: float
     """nats per token."""
     lr: float
     batch_tokens: float
+    embedding: float = 0.0
+    """Parameters of embedding and output layer, once if they are tied."""
+
+    @property
+    def active(self) -> float:
+        """All active parameters."""
+        return self.n + self.embedding
 
     @property
     def compute(self) -> float:
         """FLOPs by the report's formula."""
-        return float(flops(self.n, self.d))
+        return float(flops(self.active, self.d))
 
 
 class Interval(NamedTuple):
@@ -77,9 +86,9 @@ class Interval(NamedTuple):
     high: float
 
 
-def flops(n: Array | float, d: Array | float) -> Array:
-    """C = 9.59 N D + 2.3e8 D, in FLOPs."""
-    return np.asarray((FLOPS_PER_PARAMETER * np.asarray(n) + FLOPS_PER_TOKEN) * d)
+def flops(active: Array | float, d: Array | float) -> Array:
+    """C = 9.59 N D + 2.3e8 D, in FLOPs, of all active parameters."""
+    return np.asarray((FLOPS_PER_PARAMETER * np.asarray(active) + FLOPS_PER_TOKEN) * d)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -98,6 +107,8 @@ class LossLaw:
     """Geometric means of N and D."""
     bounds: tuple[Array, Array]
     """Lowest and highest of each parameter."""
+    embedding: tuple[float, float] = (-np.inf, 0.0)
+    """log of the embedding's parameters = embedding[0] + embedding[1] log N, over the runs."""
 
     def warnings(self, names: Sequence[str] = ("E", "A", "B", "alpha", "beta")) -> list[str]:
         """Parameters that the bounds decide, not the runs, by these names."""
@@ -131,7 +142,7 @@ class LossLaw:
         return {name: interval(values[0], values[1:]) for name, values in found.items()}
 
     def predict(self, n: float, d: float, seed: int = 0) -> Interval:
-        """Loss of a further run with N active parameters and D tokens. The interval is one for that run: it includes
+        """Loss of a further run with these N and D. The interval is one for that run: it includes
         the scatter of single runs around the law."""
         log_n, log_d = np.log(n / self.centre[0]), np.log(d / self.centre[1])
         theta = np.vstack([self.estimate_P, self.draws_SP])
@@ -140,29 +151,35 @@ class LossLaw:
         return interval(np.exp(log_loss[0]), np.exp(log_loss[1:] + scatter))
 
     def optimum(self, compute: float) -> dict[str, Interval]:
-        """N, D and loss of the best model for a budget in FLOPs, by the report's C.
+        """N, all active parameters, D and loss of the best model for a budget in FLOPs, by the report's C. The
+        embedding V(N) = v N^w follows that of the runs.
 
-        With D = C / (9.59 N + 2.3e8) the loss has one minimum over N, because its slope in log N,
-        -alpha A / N^alpha + beta B / D^beta * 9.59 N / (9.59 N + 2.3e8), grows with N.
+        With D = C / (9.59 (N + V) + 2.3e8) the loss has one minimum over N, because its slope in log N,
+        -alpha A / N^alpha + beta B / D^beta * 9.59 (N + w V) / (9.59 (N + V) + 2.3e8), grows with N.
         """
         theta = np.vstack([self.estimate_P, self.draws_SP])
         low, high = np.full(len(theta), np.log(1e2)), np.full(len(theta), np.log(1e16))
         for _ in range(80):  # halves 32 nats: far below the precision of a double
             middle = (low + high) / 2
             n, d = self._on_budget(middle, compute)
-            share = FLOPS_PER_PARAMETER * n / (FLOPS_PER_PARAMETER * n + FLOPS_PER_TOKEN)
+            embedding = self._embedding(middle)
+            share = FLOPS_PER_PARAMETER * (n + self.embedding[1] * embedding)
+            share /= FLOPS_PER_PARAMETER * (n + embedding) + FLOPS_PER_TOKEN
             of_n = np.log(theta[:, 3]) + theta[:, 1] - theta[:, 3] * np.log(n / self.centre[0])
             of_d = np.log(theta[:, 4] * share) + theta[:, 2] - theta[:, 4] * np.log(d / self.centre[1])
             low, high = np.where(of_n > of_d, middle, low), np.where(of_n > of_d, high, middle)
         n, d = self._on_budget(low, compute)
         terms = (theta[:, 0], theta[:, 1] - theta[:, 3] * np.log(n / self.centre[0]))
         loss = np.exp(np.logaddexp(np.logaddexp(*terms), theta[:, 2] - theta[:, 4] * np.log(d / self.centre[1])))
-        return {name: interval(values[0], values[1:]) for name, values in (("N", n), ("D", d), ("loss", loss))}
+        found = {"N": n, "active": n + self._embedding(low), "D": d, "loss": loss}
+        return {name: interval(values[0], values[1:]) for name, values in found.items()}
 
-    @staticmethod
-    def _on_budget(log_n: Array, compute: float) -> tuple[Array, Array]:
+    def _embedding(self, log_n: Array) -> Array:
+        return np.asarray(np.exp(self.embedding[0] + self.embedding[1] * log_n))
+
+    def _on_budget(self, log_n: Array, compute: float) -> tuple[Array, Array]:
         n = np.exp(log_n)
-        return n, compute / (FLOPS_PER_PARAMETER * n + FLOPS_PER_TOKEN)
+        return n, compute / flops(n + self._embedding(log_n), 1.0)
 
 
 def fit_loss_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -> LossLaw:
@@ -176,7 +193,12 @@ def fit_loss_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -
     used = best_settings(runs)
     require_spread(used)
     n, d, loss = (np.array([getattr(run, name) for run in used]) for name in ("n", "d", "loss"))
-    return _fit(n, d, loss, (LOWEST, HIGHEST), PARAMETERS, draws, seed)
+    law = _fit(n, d, loss, (LOWEST, HIGHEST), PARAMETERS, draws, seed)
+    embedding = np.array([run.embedding for run in used])
+    if not embedding.all():
+        return law
+    slope, start = np.polyfit(np.log(n), np.log(embedding), 1)
+    return replace(law, embedding=(float(start), float(slope)))
 
 
 def _fit(
@@ -198,12 +220,12 @@ def _fit(
 
 
 class PlanLaw(NamedTuple):
-    """L = E + K / C^gamma over runs whose N and D follow one plan. It knows nothing of other N for the same C."""
+    """L = E + K / C^gamma over runs whose sizes and D follow one plan. It knows no other sizes for the same C."""
 
     law: LossLaw
     """Of C in place of N, without the term of D."""
     line: tuple[float, float]
-    """log N = line[0] + line[1] log C, the plan."""
+    """log of the active parameters, embedding included as in C, = line[0] + line[1] log C: the plan."""
 
     def warnings(self) -> list[str]:
         """As LossLaw.warnings."""
@@ -214,14 +236,13 @@ class PlanLaw(NamedTuple):
         found = self.law.parameters()
         return {"E": found["E"], "K": found["A"], "gamma": found["alpha"]}
 
-    def predict(self, n: float, d: float) -> Interval:
-        """Loss of a further run of the plan. Raises ScalingError if N and D do not follow it."""
-        compute = float(flops(n, d))
+    def predict(self, active: float, d: float) -> Interval:
+        """Loss of a further run, by all its active parameters. Raises ScalingError if it is off the plan."""
+        compute = float(flops(active, d))
         planned = float(np.exp(self.line[0] + self.line[1] * np.log(compute)))
-        if not 1 / MOST_OFF_PLAN <= n / planned <= MOST_OFF_PLAN:
-            raise ScalingError(
-                f"not on the plan of the runs, which would train N = {planned:.3g} with {compute:.3g} FLOPs"
-            )
+        if not 1 / MOST_OFF_PLAN <= active / planned <= MOST_OFF_PLAN:
+            size = f"{planned:.3g} active parameters"
+            raise ScalingError(f"not on the plan of the runs, which would train {size} with {compute:.3g} FLOPs")
         return self.law.predict(compute, self.law.centre[1])
 
 
@@ -229,7 +250,7 @@ def fit_plan_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -
     """Fit the loss along a plan, for runs that cannot tell N from D (`fit_loss_law`). Raises ScalingError if there are
     too few of them, or if their compute varies too little."""
     used = best_settings(runs)
-    n, loss, compute = (np.array([getattr(run, name) for run in used]) for name in ("n", "loss", "compute"))
+    active, loss, compute = (np.array([getattr(run, name) for run in used]) for name in ("active", "loss", "compute"))
     missing = []
     if len(used) < FEWEST_OF_PLAN:
         missing.append(f"{len(used)} runs, at least {FEWEST_OF_PLAN} are needed")
@@ -240,8 +261,8 @@ def fit_plan_law(runs: Sequence[Observation], draws: int = 400, seed: int = 0) -
         missing.append(f"compute varies by a factor of {ratio:.2g}, at least {LEAST_SPREAD**2:g} is needed")
     if missing:
         raise ScalingError("no fit of loss(C) = E + K/C^gamma: " + "; ".join(missing))
-    slope, start = np.polyfit(np.log(compute), np.log(n), 1)
-    off = np.exp(np.abs(np.log(n) - start - slope * np.log(compute)).max())
+    slope, start = np.polyfit(np.log(compute), np.log(active), 1)
+    off = np.exp(np.abs(np.log(active) - start - slope * np.log(compute)).max())
     if off > MOST_OFF_PLAN:
         raise ScalingError(f"no fit of loss(C) = E + K/C^gamma: N is a factor of {off:.2g} off a power law of C")
     fixed = [np.where(WITHOUT_D, NO_TERM, bound) for bound in (LOWEST, HIGHEST)]
@@ -285,7 +306,7 @@ def require_spread(runs: Sequence[Observation]) -> None:
     missing = []
     if len(runs) < FEWEST_RUNS:
         missing.append(f"{len(runs)} runs, at least {FEWEST_RUNS} are needed for {PARAMETERS} parameters")
-    for label, values in (("N (active parameters)", [r.n for r in runs]), ("D (tokens)", [r.d for r in runs])):
+    for label, values in (("N (without embedding)", [r.n for r in runs]), ("D (tokens)", [r.d for r in runs])):
         if (different := count_different(values)) < FEWEST_SIZES:
             missing.append(
                 f"{different} different {label}, at least {FEWEST_SIZES} are needed, each {DIFFERENT:g} times the last"

@@ -40,7 +40,7 @@ def test_a_full_ladder_reports_every_law(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert setting["exponent"]["value"] == pytest.approx(-0.12, abs=0.01)
     assert len(setting["best"]) == 3  # the largest run, the budget, the target
     groups = {row[0] for row in table(found)}
-    assert {"loss = E + A/N^alpha + B/D^beta", "loss of large", "best lr by compute"} <= groups
+    assert {"loss = E + A/N^alpha + B/D^beta, N without embedding", "loss of large", "best lr by compute"} <= groups
     assert not found["not_fitted"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write(found, laws, tmp_path) == [
@@ -62,6 +62,15 @@ def test_a_ladder_on_one_plan_says_what_it_cannot_tell(monkeypatch: pytest.Monke
     assert "5 runs, at least 6 are needed" in found["not_fitted"][0]
     assert found["not_fitted"][1].startswith("no prediction of odd: not on the plan of the runs")
     assert "loss = E + K/C^gamma on this plan" in {row[0] for row in table(found)}
+
+
+def test_compute_that_counts_very_different_shares_of_embedding_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = made_up([(n, d) for n in (1e7, 1e8, 1e9) for d in (1e10, 1e11)], (0.5, 1.0, 2.0))
+    assert report(laws_of(runs, monkeypatch))["warnings"] == []
+    runs = [run._replace(embedding=2e5 * run.n**0.3) for run in runs]
+    (warning,) = report(laws_of(runs, monkeypatch))["warnings"]
+    assert warning.startswith("compute counts the embedding, which is 9% to 72% of the active parameters"), warning
+    assert "(best lr)" in warning
 
 
 def test_nothing_is_reported_where_nothing_is_determined(monkeypatch: pytest.MonkeyPatch) -> None:

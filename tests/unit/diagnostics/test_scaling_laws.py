@@ -85,13 +85,30 @@ def test_the_optimum_lies_on_the_budget_and_is_the_lowest_loss_there() -> None:
         assert true_loss(other, budget / (9.59 * other + 2.3e8)) > best["loss"].value
 
 
+def test_the_law_is_in_n_without_embedding_and_the_budget_counts_it() -> None:
+    """An embedding of 1e5 N^0.4 parameters: 94% of the smallest size, 28% of the largest."""
+
+    def embedding(n: float) -> float:
+        return 1e5 * n**0.4
+
+    law = fit_loss_law([run._replace(embedding=embedding(run.n)) for run in made_up(0.0)], draws=2)
+    for name, found in law.parameters().items():
+        assert found.value == pytest.approx(TRUTH[name], rel=1e-6), name
+    best, budget = law.optimum(3e21), 3e21
+    n, d = best["N"].value, best["D"].value
+    assert best["active"].value == pytest.approx(n + embedding(n))
+    assert flops(n + embedding(n), d) == pytest.approx(budget)
+    for other in (n * 0.9, n * 1.1):
+        assert true_loss(other, budget / float(flops(other + embedding(other), 1))) > best["loss"].value
+
+
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
         ([(1e7, 1e10), (1e8, 3e10), (1e9, 1e10), (1e9, 1e11)], "4 runs, at least 6 are needed for 5 parameters"),
-        ([(1e7, d) for d in (1e10, 2e10, 3e10, 4e10, 5e10, 6e10)], "1 different N (active parameters), at least 3"),
+        ([(1e7, d) for d in (1e10, 2e10, 3e10, 4e10, 5e10, 6e10)], "1 different N (without embedding), at least 3"),
         ([(n, 1e10) for n in (1e7, 2e7, 3e7, 5e7, 7e7, 9e7)], "1 different D (tokens), at least 3 are needed"),
-        ([(1e7 * k, 1e10 * j) for k in (1, 2, 3) for j in (1, 2, 5)], "N (active parameters) varies by a factor of 3"),
+        ([(1e7 * k, 1e10 * j) for k in (1, 2, 3) for j in (1, 2, 5)], "N (without embedding) varies by a factor of 3"),
         ([(n, 20 * n) for n in (1e7, 3e7, 1e8, 2e8, 3e8, 1e9)], "N and D vary together (correlation of their"),
     ],
 )
@@ -124,7 +141,7 @@ def test_sizes_that_differ_by_little_are_not_different(factor: float, is_enough:
         require_spread(made_up(0.0, 0, cells))
         return
     with pytest.raises(
-        ScalingError, match=r"2 different N \(active parameters\), at least 3 are needed, each 1.3 times"
+        ScalingError, match=r"2 different N \(without embedding\), at least 3 are needed, each 1.3 times"
     ):
         require_spread(made_up(0.0, 0, cells))
 
@@ -173,7 +190,7 @@ def test_a_ladder_on_one_plan_gives_the_loss_along_it() -> None:
 
 def test_what_is_not_on_the_plan_is_refused() -> None:
     law = fit_plan_law(planned(0.0), draws=2)
-    with pytest.raises(ScalingError, match="not on the plan of the runs, which would train N = "):
+    with pytest.raises(ScalingError, match="not on the plan of the runs, which would train "):
         law.predict(3e10, 1e11)
     with pytest.raises(ScalingError, match="4 runs, at least 5 are needed"):
         fit_plan_law(planned(0.0)[:4])
