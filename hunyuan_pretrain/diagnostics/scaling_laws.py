@@ -114,7 +114,7 @@ class LossLaw:
         """Parameters that the bounds decide, not the runs, by these names."""
         low, high = self.bounds
         found = []
-        for index in np.flatnonzero(low < high):
+        for index in np.flatnonzero(low < high).tolist():
             ends = [low[index], high[index]]
             at_bound = [
                 float(np.isclose(theta[:, index, None], ends, rtol=0, atol=1e-6).any(axis=1).mean())

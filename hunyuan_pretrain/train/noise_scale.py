@@ -11,7 +11,9 @@ B is the global batch. b is the first micro-batch of each data-parallel rank: af
 exactly its gradient, not yet reduced, so the cost is reading the gradients once more. It needs no memory, works beside
 overlapped reduction, which waits for the last micro-batch, and with one data-parallel rank. |G_b|^2 is averaged over
 the ranks. The gradient of the first micro-batch is a sum divided by the tokens of the global batch; where micro-batches
-differ in target tokens, with a coefficient of variation v, |G_b|^2 is too large by v^2 |G|^2.
+differ in target tokens, with a coefficient of variation v, |G_b|^2 is too large by v^2 |G|^2. Sources are interleaved:
+a batch holds each in its share, a micro-batch does not. If this adds s / b to |G_b|^2 and nothing to |G_B|^2, |G|^2 is
+estimated too small by s / (B - b), so that the noise scale is an upper bound.
 
 Measured are the matrices of attention and of the experts. Other weights (embedding, routers, norms) are left out: under
 tensor or pipeline parallelism a rank holds only a part of the sum that is their gradient until the reduction.
