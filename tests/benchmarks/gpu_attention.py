@@ -61,7 +61,7 @@ def measured(name: str, is_dry: bool) -> dict[str, Any]:
             if backend.kind == "uniform" and not is_uniform(blocks, tokens):
                 continue
             key = what + ", deterministic" * is_deterministic
-            found = trial(backend.name, Case(blocks, tokens, heads, torch.bfloat16, device()))
+            found = trial(backend.name, Case(blocks, tokens, heads, torch.bfloat16, device(), tokens))
             if math.isfinite(found.milliseconds):
                 scores = heads.queries * sum((end - start) ** 2 for start, end in pairwise(cu_seqlens)) / 2
                 result["ms"][key] = found.milliseconds
