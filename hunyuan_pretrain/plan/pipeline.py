@@ -11,6 +11,7 @@ Stage s, in the order in which a token passes them, is chunk s // ranks of rank 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -53,7 +54,7 @@ def program(rank: int, ranks: int, chunks: int, micro_batches: int) -> list[Oper
     return (_Interleaved if chunks > 1 else _OneChunk)(rank, ranks, chunks, micro_batches).operations
 
 
-class _Program:
+class _Program(ABC):
     """Operations of one rank, in order."""
 
     def __init__(self, rank: int, ranks: int, chunks: int, micro_batches: int) -> None:
@@ -72,8 +73,9 @@ class _Program:
         ]
         self.build(total - self.warmup)
 
+    @abstractmethod
     def build(self, steady: int) -> None:
-        raise NotImplementedError
+        """Add all operations. `steady`: forward passes after the warm-up."""
 
     def exchange(self, *messages: Message | None, is_waited_for: bool = True) -> int:
         """Add a call; None where there is no message, as at the ends of the pipeline. Returns its number."""

@@ -122,7 +122,7 @@ def ours(
     # the parts of a run that a step uses: no data on disk, no log
     order = SimpleNamespace(most_documents=lambda step: max(len(batch.sequence_ids) for batch in batches))
     loader: Any = SimpleNamespace(micro_batches=lambda step: batches, order=order)
-    log: Any = None
+    log: Any = SimpleNamespace(line=lambda text: None)
     recorded = RecordedSteps() if is_recorded else None
     run = Run(experiment, device(), groups, built, chunks, optimizer, loader, None, 0, log=log, recorded=recorded)
     steps = itertools.count()

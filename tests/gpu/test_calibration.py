@@ -18,7 +18,9 @@ def test_a_calibrated_profile_is_near_the_peaks_of_the_gpu(tmp_path: Path) -> No
     try:
         rows = calibrate(path)
     except ValueError as error:
-        pytest.skip(str(error))  # no profile comes with the project for this GPU
+        if "no profile comes with the project" not in str(error):
+            raise
+        pytest.skip(str(error))  # peaks and bandwidths of this GPU are then not known
     measured, found = {key for key, _, _ in rows}, load(path)
     expected = {f"achieved.{name}" for name in ("bf16", "memory", "elementwise", "host")}
     expected |= {"host_launch_s", "num_sms", "memory_bytes"}
