@@ -51,6 +51,20 @@ def groups_left_at_the_end() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def the_job_of_all_tests_stays() -> Iterator[None]:
+    """Fail the test that leaves a process group which it found: later tests of this process share it, and they would
+    fail instead."""
+    was_joined = _is_joined()
+    yield
+    assert _is_joined() or not was_joined, "this test left the process group that other tests had created"
+
+
+def _is_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 @pytest.fixture(scope="module", params=["transformer_engine", "transformer_engine_newest"])
 def transformer_engine(request: pytest.FixtureRequest) -> Iterator[None]:
     """Processes started under this fixture find this version of Transformer Engine's Python part: the one of the extra

@@ -86,7 +86,7 @@ def calibrate(output: Path, hardware: str = "") -> list[tuple[str, str, str]]:
     ranks = _join(base, device)
     seconds = _slowest({**_compute(sizes, device, machine), **_communicate(ranks, sizes, device)}, device)
     figures = {**_read(device), **_figures(seconds, sizes, base, ranks, device, machine)}
-    if dist.is_initialized():
+    if ranks != Ranks(None, None):  # joined above; another job of this process is not ours to leave
         dist.destroy_process_group()
     if rank > 0:
         return []
