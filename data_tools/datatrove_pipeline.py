@@ -17,11 +17,7 @@ with `flock`):
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import re
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, chdir
 from dataclasses import dataclass
@@ -29,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.data import DocumentsPipeline
-from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from pydantic import TypeAdapter, ValidationError
 
 from data_tools.encoding import DocumentEncoder
+from data_tools.executors import Stage, check_options, exhaust, run_stages
 from data_tools.tokenization import (
     TOKENIZED_FILES,
     checked_outputs,
-    default_workers,
     finish,
     name_outputs,
     plan_job,
@@ -55,7 +50,6 @@ from hunyuan_pretrain.data.folders import (
 )
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION
 
-EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 _PLAN = ".plan"
 
 
@@ -117,7 +111,7 @@ class PlanTokenizing(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         """Plan in the first task; other tasks do nothing."""
-        _exhaust(data)
+        exhaust(data)
         if rank == 0:
             with chdir(self.working_folder):
                 begin(self.inputs, self.tokenizer_path, self.output, **self.settings)
@@ -136,7 +130,7 @@ class TokenizeShards(PipelineStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         """Write this task's shards. Raises DataFormatError for damaged files, too many rejects, or a missing plan."""
-        _exhaust(data)
+        exhaust(data)
         with chdir(self.working_folder), ExitStack() as stack:
             folder, plan = _open(stack, self.output)
             if (folder / MANIFEST).is_file():
@@ -174,7 +168,7 @@ class JoinShards(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         """Join the shards in the first task. Raises DataFormatError if shards are missing, there are too many rejects,
         or a task is still running."""
-        _exhaust(data)
+        exhaust(data)
         if rank > 0:
             return
         with chdir(self.working_folder), ExitStack() as stack:
@@ -212,45 +206,13 @@ def tokenize_on(
     happens in this process, so mistakes in the inputs show at once. Returns the manifests; with Slurm returns None as
     soon as the jobs are submitted. Raises DataFormatError.
     """
-    _check(executor, options or {})
+    check_options(executor, options or {})
     left = begin(inputs, tokenizer_path, output, **settings)
+    stages: list[Stage] = [("tokenize", TokenizeShards(output), min(tasks, len(left)))] if left else []
+    stages.append(("join", JoinShards(output), 1))
     logs = str(Path(logs or f"{output}.logs").absolute())
-    if executor == "local":
-        workers = workers or default_workers()
-    common = {"skip_completed": False, "workers": workers or -1, **(options or {})}
-    if executor == "slurm":
-        # a job whose dependency has failed must not stay in the queue; the jobs need this process's environment
-        sbatch_args = {"kill-on-invalid-dep": "yes", **common.pop("sbatch_args", {})}
-        common = {
-            "qos": None,
-            "env_command": f"export PATH={Path(sys.executable).parent}:$PATH",
-            **common,
-            "sbatch_args": sbatch_args,
-        }
-    elif executor == "ray":
-        import ray
-
-        if not ray.is_initialized():
-            ray.init()
-    build = EXECUTORS[executor]
-    stages = [
-        build(
-            [TokenizeShards(output)],
-            tasks=min(tasks, len(left)),
-            logging_dir=f"{logs}/tokenize",
-            **_named(executor, "tokenize", common),
-        )
-        for _ in left[:1]
-    ]
-    stages.append(build([JoinShards(output)], tasks=1, logging_dir=f"{logs}/join", **_named(executor, "join", common)))
-    if executor == "slurm":
-        stages[-1].depends = stages[0] if left else None
-        stages[-1].run()
-        jobs = ", then ".join(f"job {stage.job_id}" for stage in stages)
-        print(f"{output}: submitted {jobs}; logs: {logs}; after a failure the same command resumes", file=sys.stderr)
+    if not run_stages(executor, output, stages, workers=workers, logs=logs, options=options):
         return None
-    for stage in stages:
-        stage.run()
     outputs = checked_outputs(output, settings.get("holdout_every"), settings.get("holdout_output"))
     with ExitStack() as stack:
         try:
@@ -260,67 +222,6 @@ def tokenize_on(
                 read_manifest(each, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize") for each in outputs
             ]
     raise DataFormatError(f"{output}: not finished; {logs}/*/logs say why, and the same command resumes")
-
-
-def parse_options(executor: str, given: Sequence[str]) -> dict[str, Any]:
-    """Parse `--executor-option NAME=VALUE` options, each as the type that datatrove's executor class declares. Raises
-    DataFormatError."""
-    parameters = inspect.signature(EXECUTORS[executor]).parameters
-    options: dict[str, Any] = {}
-    for option in given:
-        name, equals, value = option.partition("=")
-        if not (name and equals):
-            raise DataFormatError(f"--executor-option {option}: must be NAME=VALUE, such as partition=cpu")
-        if name in options:
-            raise DataFormatError(f"--executor-option {option}: {name} is given twice; give it once")
-        kind = (
-            parameters[name].annotation if name in parameters else "str"
-        )  # `_check` refuses unknown names with a list of the known ones
-        options[name] = _value_of(
-            option, value, kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-        )
-    return options
-
-
-def _value_of(option: str, value: str, kind: str) -> Any:
-    """`value` as the type in datatrove's annotation `kind`. A string is kept as written, so 00:30 and 1e3 are not
-    numbers."""
-    expected = next((known for known in ("dict", "bool", "int", "str") if re.search(rf"\b{known}\b", kind)), "str")
-    if expected == "str":
-        return value
-    try:
-        found = json.loads(value)
-    except ValueError:
-        found = None
-    if type(found).__name__ != expected:
-        such = {"dict": 'a JSON object, such as {"mem": "8G"}', "bool": "true or false", "int": "a whole number"}[
-            expected
-        ]
-        raise DataFormatError(f"--executor-option {option}: must be {such}")
-    return found
-
-
-def _check(executor: str, options: Mapping[str, Any]) -> None:
-    problems = []
-    given_here = {"pipeline", "tasks", "workers", "logging_dir", "depends", "skip_completed"}
-    known = set(inspect.signature(EXECUTORS[executor]).parameters) - given_here
-    for name in options:
-        if name not in known:
-            problems.append(
-                f"{name}: not an option of datatrove's {executor} executor; its options are {', '.join(sorted(known))}"
-            )
-    if executor == "slurm":
-        problems += [
-            f"{name}: required for Slurm; give {name}=..." for name in ("partition", "time") if name not in options
-        ]
-        if shutil.which("sbatch") is None:
-            problems.append("sbatch is not on the PATH; submit from a machine of the Slurm cluster")
-    if problems:
-        raise DataFormatError("--executor-option: " + "; ".join(problems))
-
-
-def _named(executor: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {"job_name": f"hunyuan-{name}", **options} if executor == "slurm" else options
 
 
 def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, Plan]:
@@ -339,8 +240,3 @@ def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, 
             f"{folder / _PLAN}: not a plan of this version and job; run the command that started it again"
         )
     return folder, plan
-
-
-def _exhaust(data: DocumentsPipeline) -> None:
-    for _ in data or ():
-        pass

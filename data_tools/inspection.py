@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hunyuan_pretrain.data.tokenizer import Tokenizer, UnknownIdError
 
 _SHOWN_CHARACTERS = 240
 _SHOWN_PIECES = 6
+_LENGTHS_AT_A_TIME = 1 << 22
 
 
 def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: str | None, verify: bool) -> None:
@@ -56,7 +58,7 @@ def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: 
                 _print_sequence(packed, number, tokenizer, console)
         elif tokenized:
             for number in _spread(tokenized.num_documents, num_samples):
-                console.rule(f"document {number}, {tokenized.lengths[number]:,} tokens", align="left")
+                console.rule(f"document {number}, {len(tokenized.document(number)):,} tokens", align="left")
                 console.print(_text(tokenized.document(number), tokenizer))
     except UnknownIdError as error:
         raise DataFormatError(f"{folder}: {error}; a file changed after it was written, --verify says which") from None
@@ -83,7 +85,7 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
         *_source_rows(dataset.folder, dataset.manifest),
     ]
     _print_rows(f"{dataset.folder}: tokenized", rows, console)
-    _print_histogram("documents by length", dataset.lengths, console)
+    _print_histogram("documents by length", (shard.lengths for shard in dataset.shards), console)
 
 
 def _print_packed(dataset: PackedDataset, console: Console) -> None:
@@ -102,7 +104,9 @@ def _print_packed(dataset: PackedDataset, console: Console) -> None:
         *_source_rows(index.folder, index.manifest),
     ]
     _print_rows(f"{index.folder}: packed", rows, console)
-    _print_histogram("pieces by length", index.piece_length, console)
+    starts = range(0, num_pieces, _LENGTHS_AT_A_TIME)
+    parts = (index.piece_length[start : start + _LENGTHS_AT_A_TIME] for start in starts)
+    _print_histogram("pieces by length", parts, console)
 
 
 def _source_rows(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -125,15 +129,17 @@ def _print_rows(title: str, rows: list[tuple[str, str]], console: Console) -> No
     console.print(table)
 
 
-def _print_histogram(title: str, lengths: np.ndarray, console: Console) -> None:
+def _print_histogram(title: str, lengths: Iterable[np.ndarray], console: Console) -> None:
     table = Table("tokens", "number", "share", "share of tokens", title=title, title_justify="left")
-    doubling = np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    numbers = np.bincount(doubling)
-    tokens = np.bincount(doubling, weights=lengths.astype(np.float64))
+    numbers, tokens = np.zeros(32, dtype=np.int64), np.zeros(32)
+    for part in lengths:
+        doubling = np.floor(np.log2(np.maximum(part, 1))).astype(np.int64)
+        numbers += np.bincount(doubling, minlength=32)
+        tokens += np.bincount(doubling, weights=part.astype(np.float64), minlength=32)
     for power in np.flatnonzero(numbers).tolist():
         span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
         table.add_row(
-            span, f"{numbers[power]:,}", f"{numbers[power] / len(lengths):.1%}", f"{tokens[power] / tokens.sum():.1%}"
+            span, f"{numbers[power]:,}", f"{numbers[power] / numbers.sum():.1%}", f"{tokens[power] / tokens.sum():.1%}"
         )
     console.print(table)
 

@@ -23,6 +23,7 @@ from hunyuan_pretrain.plan.counts import flops_per_token
 
 REPORT, PICTURE = "mix.json", "mix.png"
 _MEASURED_STEPS = 50
+_PIECES_AT_A_TIME = 1 << 22
 
 
 def mix(
@@ -136,13 +137,17 @@ def describe_balance(experiment: Experiment, order: SampleOrder, number: int, nu
 def context_of(piece_lengths: np.ndarray) -> tuple[np.ndarray, float]:
     """(tokens per context bin 0, 1, 2-3, 4-7, ..., sum of the context of all tokens) of pieces. The n-th token of a
     piece has a context of n - 1 tokens."""
-    lengths, counts = np.unique(piece_lengths, return_counts=True)
+    numbers = np.zeros(1, dtype=np.int64)
+    for begin in range(0, len(piece_lengths), _PIECES_AT_A_TIME):  # there may be too many to sort, or to hold
+        of_part = np.bincount(piece_lengths[begin : begin + _PIECES_AT_A_TIME])
+        numbers = np.pad(numbers, (0, max(len(of_part) - len(numbers), 0)))
+        numbers[: len(of_part)] += of_part
+    lengths = np.flatnonzero(numbers)
+    counts = numbers[lengths]
     longest = int(lengths.max(initial=1))
     lower = np.array([0, *(1 << power for power in range(longest.bit_length() + 1))])
     # tokens with a context of at least `lower`; the return value subtracts those of the next bin
-    at_least = np.array(
-        [(np.maximum(lengths.astype(np.int64) - low, 0) * counts).sum() for low in lower], dtype=np.float64
-    )
+    at_least = np.array([(np.maximum(lengths - low, 0) * counts).sum() for low in lower], dtype=np.float64)
     total = float((lengths.astype(np.float64) * (lengths - 1.0) / 2 * counts).sum())
     return (at_least - np.append(at_least[1:], 0))[: longest.bit_length() + 1], total
 

@@ -19,9 +19,10 @@ from data_tools.corpus import CorpusFile, Split
 from data_tools.documents import DamagedError, Document, RejectedError, cut_between_words, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.records import RecordForm, Reject
+from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
-from hunyuan_pretrain.data.indexed import TOKENIZED_VERSION, ShardWriter, digest_of, shard_files
+from hunyuan_pretrain.data.indexed import TOKENIZED_VERSION, ShardWriter, shard_files
 
 _BATCH_CHARACTERS = 1 << 20
 _PART_CHARACTERS = 1 << 22

@@ -37,7 +37,8 @@ try:
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.word_tokenizers import WordTokenizer
 
-    from data_tools.datatrove_pipeline import EXECUTORS, JoinShards, PlanTokenizing, TokenizeShards
+    from data_tools.datatrove_pipeline import JoinShards, PlanTokenizing, TokenizeShards
+    from data_tools.executors import EXECUTORS
 except ModuleNotFoundError as error:
     raise SystemExit(missing_package(error)) if missing_package(error) else error from None
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from hunyuan_pretrain.data.errors import DataFormatError
+
+
+class Executor(StrEnum):
+    """datatrove's executors."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
 
 
 def path_of(given: Any) -> Any:
@@ -77,6 +87,12 @@ Where = Annotated[
         "Records left out are counted; text files have no fields and are left out.",
     ),
 ]
+ExecutorOptions = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
+]
+Logs = Annotated[
+    str | None, typer.Option(callback=path_of, help="Folder for the logs of --executor; default: OUTPUT.logs.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier output of this command.")]
 
 
@@ -90,6 +106,13 @@ def extensions_of(given: list[str] | None) -> list[str]:
 def text_endings_of(given: list[str] | None) -> list[str]:
     """The normalised endings of --text-ending, "" for no ending. Raises DataFormatError for an invalid one."""
     return ["" if ending == "none" else _ending("--text-ending", ending) for ending in given or []]
+
+
+def refuse_without_executor(options: Mapping[str, object]) -> None:
+    """Raise DataFormatError if one of `options`, by name, is given; for commands run without --executor."""
+    for option, value in options.items():
+        if value is not None:
+            raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
 
 
 def _ending(option: str, given: str) -> str:

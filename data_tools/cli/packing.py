@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from data_tools.cli.options import Overwrite, path_of
+from data_tools.cli.options import Executor, ExecutorOptions, Logs, Overwrite, path_of, refuse_without_executor
 
 
 class Method(StrEnum):
@@ -44,23 +44,60 @@ def pack(
             "--materialize", help="Copy the tokens instead of referring to them: each sequence is one contiguous read."
         ),
     ] = False,
+    group_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Pack runs of shards of at most this many tokens each on their own. Bounds the memory; the bytes of "
+            "the output depend on it.",
+        ),
+    ] = 100_000_000_000,
     overwrite: Overwrite = False,
+    executor: Annotated[
+        Executor | None,
+        typer.Option(
+            help="Pack the groups with datatrove tasks: on this machine, a Slurm cluster or a Ray cluster.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Number of tasks for --executor, at most one per group; default: 64.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Concurrent tasks of --executor; default: all, or for local one per core."),
+    ] = None,
+    executor_option: ExecutorOptions = None,
+    logs: Logs = None,
 ) -> None:
-    """Pack documents into sequences; only documents longer than a sequence are cut."""
-    from data_tools.packed_output import pack as pack_folders
+    """Pack documents into sequences; only documents longer than a sequence are cut. After an interruption the same
+    command resumes with the unfinished groups of shards."""
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "method": method.value,
+        "min_fragment_tokens": min_fragment_tokens,
+        "min_document_tokens": min_document_tokens,
+        "max_document_tokens": max_document_tokens,
+        "materialize": materialize,
+        "group_tokens": group_tokens,
+        "overwrite": overwrite,
+    }
+    of_executor = {"--tasks": tasks, "--workers": workers, "--executor-option": executor_option, "--logs": logs}
+    if executor is None:
+        from data_tools.packed_output import pack as pack_folders
 
-    manifest = pack_folders(
-        tokenized,
-        sequence_length,
-        output,
-        seed=seed,
-        method=method.value,
-        min_fragment_tokens=min_fragment_tokens,
-        min_document_tokens=min_document_tokens,
-        max_document_tokens=max_document_tokens,
-        materialize=materialize,
-        overwrite=overwrite,
-    )
+        refuse_without_executor(of_executor)
+        manifest = pack_folders(tokenized, sequence_length, output, **settings)
+    else:
+        from data_tools.executors import parse_options
+        from data_tools.packing_tasks import pack_on
+
+        options = parse_options(executor, executor_option or [])
+        chosen: dict[str, Any] = {"tasks": tasks or 64, "workers": workers, "logs": logs, "options": options}
+        found = pack_on(executor, tokenized, sequence_length, output, **chosen, **settings)
+        if found is None:  # submitted
+            return
+        manifest = found
     room = manifest["sequences"] * sequence_length
     packed = manifest["documents"] - manifest["options"]["left_out_documents"]
     print(

@@ -50,7 +50,7 @@ def main() -> None:
         app()
     except _StoppedError as stopped:
         print(
-            "hunyuan-data: stopped; no partial output is left, and the same command resumes `tokenize`",
+            "hunyuan-data: stopped; no partial output is left, and the same command resumes `tokenize` and `pack`",
             file=sys.stderr,
         )
         sys.exit(EXIT_STOPPED if stopped.args == (signal.SIGTERM,) else EXIT_INTERRUPTED)
@@ -68,8 +68,8 @@ def main() -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(
-                "no space left on the output disk; no partial output is left, and `tokenize` resumes after its "
-                "last finished shards"
+                "no space left on the output disk; no partial output is left, and `tokenize` and `pack` resume after "
+                "their last finished shards or groups"
             )
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     finally:

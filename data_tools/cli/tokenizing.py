@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from data_tools.cli.options import (
+    Executor,
+    ExecutorOptions,
     Extensions,
     Inputs,
+    Logs,
     MaxRejects,
     Overwrite,
     Template,
@@ -18,17 +20,9 @@ from data_tools.cli.options import (
     Where,
     extensions_of,
     path_of,
+    refuse_without_executor,
     text_endings_of,
 )
-from hunyuan_pretrain.data.errors import DataFormatError
-
-
-class Executor(StrEnum):
-    """datatrove's executors."""
-
-    local = "local"
-    slurm = "slurm"
-    ray = "ray"
 
 
 def train_tokenizer(
@@ -134,12 +128,8 @@ def tokenize(
     tasks: Annotated[
         int | None, typer.Option(min=1, help="Number of tasks for --executor, at most one per shard; default: 64.")
     ] = None,
-    executor_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for datatrove's executor, such as partition=cpu; repeatable.")
-    ] = None,
-    logs: Annotated[
-        str | None, typer.Option(callback=path_of, help="Folder for the logs of --executor; default: OUTPUT.logs.")
-    ] = None,
+    executor_option: ExecutorOptions = None,
+    logs: Logs = None,
 ) -> None:
     """Tokenize text into Megatron's .bin and .idx, with a manifest. After an interruption the same command resumes with
     the unfinished shards."""
@@ -158,14 +148,13 @@ def tokenize(
         "overwrite": overwrite,
     }
     if executor is None:
-        for option, value in (("--tasks", tasks), ("--executor-option", executor_option), ("--logs", logs)):
-            if value is not None:
-                raise DataFormatError(f"{option}: has no effect without --executor; give both or neither")
+        refuse_without_executor({"--tasks": tasks, "--executor-option": executor_option, "--logs": logs})
         manifests = tokenization.tokenize(
             inputs, tokenizer, output, workers=workers or tokenization.default_workers(), **settings
         )
     else:
-        from data_tools.datatrove_pipeline import parse_options, tokenize_on
+        from data_tools.datatrove_pipeline import tokenize_on
+        from data_tools.executors import parse_options
 
         options = parse_options(executor, executor_option or [])
         of_executor: dict[str, Any] = {"tasks": tasks or 64, "workers": workers, "logs": logs, "options": options}

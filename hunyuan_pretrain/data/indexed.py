@@ -13,27 +13,28 @@ Documents are numbered over the shards in shard order, which is the order of the
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import re
 import reprlib
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from hunyuan_pretrain.data.digests import check_digest, check_size, file_digest
+from hunyuan_pretrain.data.digests import check_digest, check_size, digest_of, file_digest
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
 
 TOKENIZED_FORMAT, TOKENIZED_VERSION = "hunyuan-tokenized", 2
 MAX_DOCUMENT_TOKENS = 2**31 - 1
+MAX_MAPPED_SHARDS = 256
+"""Shards whose files a process keeps mapped, over all folders: two file handles each."""
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER_BYTES = len(_MAGIC) + 8 + 1 + 8 + 8
@@ -146,9 +147,10 @@ class ShardWriter:
 
 
 class TokenizedShard:
-    """Documents of one shard, memory-mapped.
+    """Documents of one shard. Its files are mapped and checked on first use, or by `check`; until then none is opened.
 
-    `tokens` (all ids, in the id type of the vocabulary), `lengths` (documents,) int32 in tokens.
+    A process keeps only the `MAX_MAPPED_SHARDS` used last mapped, because a map holds a file handle. Raises
+    DataFormatError, when the files are mapped, if one is missing, cut short or does not belong to the others.
     """
 
     def __init__(self, folder: Path, entry: dict[str, Any], vocab_size: int) -> None:
@@ -160,40 +162,41 @@ class TokenizedShard:
         self.num_documents: int = manifest_field(folder, entry, "documents", int)
         self.num_tokens: int = manifest_field(folder, entry, "tokens", int)
         self.file_digests: dict[str, str] = manifest_field(folder, entry, "sha256", dict)
-        bin_name, self._idx_name, self._origin_name = shard_files(self.name)
-        self.dtype, self.lengths, self._offsets = self._open_idx(vocab_size)
-        last_byte = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.num_documents else 0
-        check_size(folder / bin_name, last_byte, f"the end of the last document in {self._idx_name}")
-        if last_byte != self.num_tokens * self.dtype.itemsize:
-            raise DataFormatError(
-                f"{folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest "
-                f"{self.num_tokens}; "
-                "the two do not belong together"
-            )
-        self.tokens = np.frombuffer(_map(folder / bin_name) if last_byte else b"", dtype=self.dtype)
+        self._bin_name, self._idx_name, self._origin_name = shard_files(self.name)
+        self.dtype, self._vocab_size = token_dtype(vocab_size), vocab_size
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(tokens,) all ids, in the id type of the vocabulary."""
+        return _mapped(self).tokens
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(documents,) int32, tokens of each document."""
+        return _mapped(self).lengths
+
+    def check(self) -> None:
+        """Map the files, which checks their sizes and the header of the index."""
+        _mapped(self)
 
     def start(self, document: int) -> int:
         """Position of a document's first token in `tokens`."""
-        return int(self._offsets[document]) // self.dtype.itemsize
+        return int(_mapped(self).offsets[document]) // self.dtype.itemsize
 
     def document(self, number: int) -> np.ndarray:
-        """Ids of one document: (tokens,), a read-only view of the file. Raises DataFormatError if the index points
-        beyond it."""
+        """Ids of one document: (tokens,), a read-only view. Raises DataFormatError if the index points beyond it."""
         start, length = self.start(number), int(self.lengths[number])
         if not 0 <= start <= start + length <= self.num_tokens:
             raise DataFormatError(
                 f"{self.folder / self._idx_name}: document {number} would be tokens {start} to {start + length} "
-                f"of {self.num_tokens}; the "
-                "file changed after it was written"
+                f"of {self.num_tokens}; the file changed after it was written"
             )
         return self.tokens[start : start + length]
 
     def origin(self, document: int) -> tuple[int, int]:
-        """Where a document comes from: (index into the manifest's `files`, byte offset of a line or row in that
-        file)."""
+        """Where a document comes from: (index into the manifest's `files`, byte offset of a line or row there)."""
         origins = load_array(self.folder / self._origin_name, (self.num_documents, 2), np.int64)
-        file, position = origins[document].tolist()
-        return file, position
+        return tuple(origins[document].tolist())
 
     def check_index(self) -> None:
         """Compare the index with its SHA-256. Raises DataFormatError if it differs."""
@@ -203,7 +206,20 @@ class TokenizedShard:
         """SHA-256 of the shard's files, as recorded in the manifest."""
         return {self.folder / name: self.file_digests.get(name) for name in shard_files(self.name)}
 
-    def _open_idx(self, vocab_size: int) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    def map_files(self) -> _MappedShard:
+        """Map the files, after checks. Use `tokens`, `lengths` and `start`, which keep maps."""
+        lengths, offsets = self._open_idx()
+        path = self.folder / self._bin_name
+        last_byte = int(offsets[-1]) + int(lengths[-1]) * self.dtype.itemsize if self.num_documents else 0
+        check_size(path, last_byte, f"the end of the last document in {self._idx_name}")
+        if last_byte != self.num_tokens * self.dtype.itemsize:
+            raise DataFormatError(
+                f"{self.folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest "
+                f"{self.num_tokens}; the two do not belong together"
+            )
+        return _MappedShard(np.frombuffer(_map(path) if last_byte else b"", dtype=self.dtype), lengths, offsets)
+
+    def _open_idx(self) -> tuple[np.ndarray, np.ndarray]:
         path = self.folder / self._idx_name
         check_size(
             path,
@@ -218,17 +234,30 @@ class TokenizedShard:
         if (num_sequences, num_boundaries) != (self.num_documents, self.num_documents + 1):
             raise DataFormatError(
                 f"{path}: describes {num_sequences} sequences in {num_boundaries - 1} documents, the manifest "
-                f"{self.num_documents} documents "
-                "of one sequence each; the two do not belong together"
+                f"{self.num_documents} documents of one sequence each; the two do not belong together"
             )
-        if dtype != token_dtype(vocab_size):
+        if dtype != self.dtype:
             raise DataFormatError(
-                f"{path}: {dtype} ids, expected {token_dtype(vocab_size)} for a vocabulary of {vocab_size}; "
-                "tokenize again"
+                f"{path}: {dtype} ids, expected {self.dtype} for a vocabulary of {self._vocab_size}; tokenize again"
             )
         lengths = np.frombuffer(content, dtype=np.int32, count=num_sequences, offset=_HEADER_BYTES)
         offsets = np.frombuffer(content, dtype=np.int64, count=num_sequences, offset=_HEADER_BYTES + lengths.nbytes)
-        return dtype, lengths, offsets
+        return lengths, offsets
+
+
+@dataclass(frozen=True)
+class _MappedShard:
+    """Views of a shard's files, valid for as long as anyone holds them: tokens; lengths; offsets in bytes, int64."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+
+
+@lru_cache(maxsize=MAX_MAPPED_SHARDS)
+def _mapped(shard: TokenizedShard) -> _MappedShard:
+    # by object, not by path: a folder that was written again is opened as new shards
+    return shard.map_files()
 
 
 @dataclass(frozen=True)
@@ -242,10 +271,13 @@ class Origin:
 
 
 class TokenizedDataset:
-    """The shards of a tokenized folder. Raises DataFormatError if a file is missing, cut short or does not belong to
-    the others."""
+    """The shards of a tokenized folder.
 
-    def __init__(self, folder: str | Path) -> None:
+    Raises DataFormatError if a file is missing, cut short or does not belong to the others: at opening, or with
+    `check_shards=False` when a shard is first used. Opening then reads the manifest only.
+    """
+
+    def __init__(self, folder: str | Path, *, check_shards: bool = True) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder, TOKENIZED_FORMAT, TOKENIZED_VERSION, "hunyuan-data tokenize")
         self.num_documents: int = self._field("documents", int)
@@ -259,12 +291,13 @@ class TokenizedDataset:
         self.shards = [TokenizedShard(self.folder, entry, self.vocab_size) for entry in self._field("shards", list)]
         self.first_documents = np.cumsum([0] + [shard.num_documents for shard in self.shards])
         """(shards + 1,) int64, number of each shard's first document."""
+        for shard in self.shards if check_shards else []:
+            shard.check()
         found = int(self.first_documents[-1]), sum(shard.num_tokens for shard in self.shards)
         if found != (self.num_documents, self.num_tokens):
             raise DataFormatError(
                 f"{self.folder}: its shards hold {found[0]} documents and {found[1]} tokens, its manifest says "
-                f"{self.num_documents} and "
-                f"{self.num_tokens}; tokenize again"
+                f"{self.num_documents} and {self.num_tokens}; tokenize again"
             )
 
     @property
@@ -275,7 +308,7 @@ class TokenizedDataset:
     @cached_property
     def lengths(self) -> np.ndarray:
         """(documents,) int32, tokens of every document."""
-        return np.concatenate([shard.lengths for shard in self.shards])
+        return lengths_of(self.shards)
 
     @cached_property
     def digest(self) -> str:
@@ -318,9 +351,14 @@ class TokenizedDataset:
         return manifest_field(self.folder, self.manifest, name, kind)
 
 
-def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def lengths_of(shards: Sequence[TokenizedShard]) -> np.ndarray:
+    """(documents,) int32, tokens of every document of the shards: a copy, made shard by shard."""
+    lengths = np.empty(sum(shard.num_documents for shard in shards), dtype=np.int32)
+    filled = 0
+    for shard in shards:  # a list of views would keep all of them mapped
+        lengths[filled : filled + shard.num_documents] = shard.lengths
+        filled += shard.num_documents
+    return lengths
 
 
 def load_array(path: Path, shape: tuple[int, ...], *dtypes: type[np.integer]) -> np.ndarray:

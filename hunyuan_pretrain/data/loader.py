@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schema import EvaluationSet, Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.packed_dataset import PackedSequence
+from hunyuan_pretrain.data.packed_format import PackedIndex
 from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, positions_of_rank
 
 
@@ -94,11 +94,10 @@ class StepLoader:
             self._next = (step + 1, self._thread.submit(self._read, step + 1))
         return batches
 
-    def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every data file, as recorded in the manifests."""
-        return {
-            file: digest for dataset in self.order.datasets.values() for file, digest in dataset.index.digests().items()
-        }
+    @property
+    def indexes(self) -> list[PackedIndex]:
+        """The packed folders that it reads."""
+        return [dataset.index for dataset in self.order.datasets.values()]
 
     def close(self) -> None:
         """Stop the reader thread."""
@@ -152,9 +151,10 @@ class EvaluationLoader:
             -(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size
         )
 
-    def digests(self) -> dict[Path, str | None]:
-        """SHA-256 of every data file, as recorded in the manifests."""
-        return self._dataset.index.digests()
+    @property
+    def indexes(self) -> list[PackedIndex]:
+        """The packed folder that it reads."""
+        return [self._dataset.index]
 
     @cached_property
     def target_bytes(self) -> int | None:

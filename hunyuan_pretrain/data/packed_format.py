@@ -4,7 +4,8 @@ is cheap.
 Beside manifest.json, a packed folder holds numpy arrays: `sequence_offsets` (sequences + 1,); per piece,
 `piece_document`, `piece_start` and `piece_length` (see `packing.Packing`); and per sequence, `squared_lengths` and
 `cost_order` (see `balance`). Documents are numbered over the tokenized folders in the order of the manifest's
-`sources`. Their paths are relative to the packed folder, and they are identified by their digests.
+`sources`, as uint32, or as int64 from 2^32 documents on. Their paths are relative to the packed folder, and they are
+identified by their digests. How the folder is written, in groups that are packed one by one: `packed_groups`.
 
 A materialized folder also holds the tokens in `tokens.bin`: the pieces concatenated in the order of the sequences,
 without padding. `sequence_starts` (sequences + 1,) is where each sequence begins in it. `next_tokens` is, per piece,
@@ -15,20 +16,18 @@ needed only to say where a document comes from.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hunyuan_pretrain.data.balance import cost_order, squared_lengths
-from hunyuan_pretrain.data.digests import check_digest, check_size, file_digest
+from hunyuan_pretrain.data.digests import check_digest, check_size
 from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest, write_manifest
+from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
 from hunyuan_pretrain.data.indexed import TokenizedDataset, TokenizedShard, check_pad_id, load_array, token_dtype
-from hunyuan_pretrain.data.packing import Packing
 
 TOKENS = "tokens.bin"
 _PIECES_AT_A_TIME = 1 << 16
@@ -66,52 +65,20 @@ def check_sources(sources: Sequence[TokenizedDataset]) -> None:
         seen[source.digest] = source.folder
 
 
-def write_packed(
+def packed_manifest(
     folder: Path,
-    packing: Packing,
     sources: Sequence[TokenizedDataset],
-    seed: int,
-    options: Mapping[str, Any] | None = None,
-    *,
-    materialize: bool = False,
-    advance: Callable[[int], None] = lambda tokens: None,
+    packed: Mapping[str, Any],
+    digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Write a packed dataset into an existing empty folder and return its manifest. The folder must lie where it will
-    stay, or beside it.
+    """The manifest of a packed folder, which must lie where it will stay, or beside it.
 
-    `options`: how it was packed, for the manifest. `advance` is called with each number of tokens that `materialize`
-    has copied.
+    `packed`: its entries about how it was packed and what it holds. `digests`: SHA-256 of its files by name.
     """
-    digests = {}
-    squares = squared_lengths(packing)
-    arrays = {name: getattr(packing, name) for name in ARRAYS} | {
-        "squared_lengths": squares,
-        "cost_order": cost_order(squares),
-    }
-    if materialize:
-        arrays |= _copy_tokens(folder / TOKENS, packing, sources, advance)
-        digests[TOKENS] = file_digest(folder / TOKENS)
-    for name, array in arrays.items():
-        path = folder / f"{name}.npy"
-        np.save(path, array)
-        digests[path.name] = file_digest(path)
-    num_tokens = int(packing.piece_length.sum(dtype=np.int64))
-    manifest = {
+    return {
         "format": PACKED_FORMAT,
         "version": PACKED_VERSION,
-        "sequence_length": packing.sequence_length,
-        "sequences": packing.num_sequences,
-        "pieces": len(packing.piece_document),
-        "most_pieces": int(np.diff(packing.sequence_offsets).max(initial=0)),
-        "documents": sum(source.num_documents for source in sources),
-        "cut_documents": packing.cut_documents,
-        "dropped_fragments": packing.dropped_fragments,
-        "dropped_tokens": packing.dropped_tokens,
-        "tokens": num_tokens,
-        "padding_tokens": packing.num_sequences * packing.sequence_length - num_tokens,
-        "seed": seed,
-        "options": dict(options or {}),
-        "materialized": materialize,
+        **packed,
         "vocab_size": sources[0].vocab_size,
         "pad_id": sources[0].pad_id,
         "tokenizer_digest": sources[0].tokenizer_digest,
@@ -124,48 +91,16 @@ def write_packed(
             }
             for source in sources
         ],
-        "sha256": digests,
+        "sha256": dict(digests),
     }
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def _copy_tokens(
-    file: Path, packing: Packing, sources: Sequence[TokenizedDataset], advance: Callable[[int], None]
-) -> dict[str, np.ndarray]:
-    """Write the tokens of all pieces in the order of the sequences; returns `sequence_starts` and `next_tokens`."""
-    shards = [shard for source in sources for shard in source.shards]
-    first_documents = np.cumsum([0] + [shard.num_documents for shard in shards])
-    next_tokens = np.full(len(packing.piece_document), -1, dtype=np.int32)
-    piece = 0
-    with file.open("wb") as output:
-        for begin in range(0, len(next_tokens), _PIECES_AT_A_TIME):
-            part = slice(begin, begin + _PIECES_AT_A_TIME)
-            documents = packing.piece_document[part].astype(np.int64)
-            numbers = np.searchsorted(first_documents, documents, side="right") - 1
-            columns = (
-                numbers,
-                documents - first_documents[numbers],
-                packing.piece_start[part],
-                packing.piece_length[part],
-            )
-            for number, document, start, length in zip(*(column.tolist() for column in columns), strict=True):
-                shard = shards[number]
-                first = shard.start(document) + start
-                output.write(shard.tokens[first : first + length].data)
-                if start + length < shard.lengths[document]:
-                    next_tokens[piece] = shard.tokens[first + length]
-                piece += 1
-            advance(int(packing.piece_length[part].sum(dtype=np.int64)))
-    ends = np.concatenate([[0], np.cumsum(packing.piece_length, dtype=np.int64)])
-    return {"sequence_starts": ends[packing.sequence_offsets], "next_tokens": next_tokens}
 
 
 class PackedIndex:
-    """A packed folder with its sources, all memory-mapped. Opening costs the same for every size.
+    """A packed folder, memory-mapped, with its sources. Opening reads manifests only, whatever the number of documents;
+    shards are mapped when they are read.
 
-    Raises DataFormatError if a file is missing, cut short or of another kind, or if a source is not the one that was
-    packed.
+    Raises DataFormatError if a file of the folder is missing, cut short or of another kind, or if a source is not the
+    one that was packed; on first use, if a shard is damaged (see `TokenizedShard`).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -190,7 +125,7 @@ class PackedIndex:
         self.padding_tokens: int = self._field("padding_tokens", int)
         self._check_counts()
         self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1, np.int64)
-        self.piece_document = self._array("piece_document", num_pieces, np.uint32)
+        self.piece_document = self._array("piece_document", num_pieces, np.uint32, np.int64)
         self.piece_start = self._array("piece_start", num_pieces, np.uint16, np.int32)
         self.piece_length = self._array("piece_length", num_pieces, np.uint16, np.int32)
         self.squared_lengths = self._array("squared_lengths", self.num_sequences, np.int64)
@@ -226,6 +161,11 @@ class PackedIndex:
     def shards(self) -> list[TokenizedShard]:
         """The shards of all sources."""
         return [shard for source in self.sources for shard in source.shards]
+
+    @property
+    def read_shards(self) -> list[TokenizedShard]:
+        """The shards that sequences are read from: none if the tokens were copied."""
+        return [] if self.is_materialized else self.shards
 
     @cached_property
     def first_documents(self) -> np.ndarray:
@@ -315,7 +255,7 @@ class PackedIndex:
                 "packed folder "
                 "together with what it was packed from, or pack it with --materialize"
             )
-        source = TokenizedDataset(folder)
+        source = TokenizedDataset(folder, check_shards=False)
         if source.digest != entry.get("digest"):
             raise DataFormatError(
                 f"{source.folder}: was tokenized again after {self.folder} was packed from it; pack again"

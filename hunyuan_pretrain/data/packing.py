@@ -27,6 +27,8 @@ _AT_A_TIME = 2**18
 # A key has 64 bits: 32 bits to sort by, then the document. No two keys are equal, so any sort gives the same order.
 _DOCUMENT_BITS = np.uint64(32)
 _DOCUMENT = np.uint64(2**32 - 1)
+MAX_DOCUMENTS = 2**32 - 1
+"""Documents that can be packed together."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ def pack_documents(
     unknown method, a `min_fragment_tokens` that is not from 1 to sequence_length, or more documents than 32 bits can
     number.
     """
+    check_options(sequence_length, method, min_fragment_tokens, len(lengths))
+    pack = _best_fit if method == "best_fit" else _chop
+    return pack(np.asarray(lengths), sequence_length, seed, min_fragment_tokens)
+
+
+def check_options(
+    sequence_length: int, method: PackingMethod, min_fragment_tokens: int, num_documents: int = 0
+) -> None:
+    """Raise DataFormatError for arguments that `pack_documents` refuses."""
     problems = []
     if method not in get_args(PackingMethod):
         problems.append(f"method={method!r}: must be one of {', '.join(get_args(PackingMethod))}")
@@ -81,15 +92,13 @@ def pack_documents(
             f"min_fragment_tokens={min_fragment_tokens}: must be from 1 (drop nothing) to the sequence length, "
             f"{sequence_length}"
         )
-    if len(lengths) >= 2**32:
+    if num_documents > MAX_DOCUMENTS:
         problems.append(
-            f"{len(lengths):,} documents: at most {2**32 - 1:,} can be packed together; pack them in parts, "
+            f"{num_documents:,} documents: at most {MAX_DOCUMENTS:,} can be packed together; pack them in parts, "
             "each as a separate source"
         )
     if problems:
         raise DataFormatError("; ".join(problems))
-    pack = _best_fit if method == "best_fit" else _chop
-    return pack(np.asarray(lengths), sequence_length, seed, min_fragment_tokens)
 
 
 def _best_fit(lengths: np.ndarray, sequence_length: int, seed: int, min_fragment_tokens: int) -> Packing:

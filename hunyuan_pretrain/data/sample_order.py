@@ -9,9 +9,9 @@ import numpy as np
 from hunyuan_pretrain.config.history import Segment, SourceFacts
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.balance import deal
+from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.data.epochs import Selection
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.indexed import digest_of
 from hunyuan_pretrain.data.mixture import DataSegment, Mixture, SourceSize, source_path
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.packed_format import ARRAYS

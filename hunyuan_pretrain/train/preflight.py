@@ -7,7 +7,7 @@ verify` checks it), the bytes of a checkpoint, and whether another process is tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import StepLoader
+from hunyuan_pretrain.data.packed_format import PackedIndex
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.runtime.device import Machine, versions
@@ -41,8 +42,8 @@ def refusals(experiment: Experiment) -> list[str]:
     found += [] if found else _messages(lambda: loaded.append(Tokenizer.load(experiment.tokenizer)))
     digest = loaded[0].digest if loaded else None
     ranks = data_parallel_size(experiment, _world_size(experiment))
-    found += _messages(lambda: StepLoader(experiment, 0, ranks, digest).close())
-    found += _messages(lambda: setup.open_evaluation(experiment, 0, ranks, loaded[0])) if loaded else []
+    found += _messages(lambda: _check_data(experiment, ranks, digest))
+    found += _messages(lambda: _check_evaluation(experiment, ranks, loaded[0])) if loaded else []
     if digest is not None and not found:  # resuming compares the data too
         found += _messages(lambda: _start(experiment, digest))
     return list(dict.fromkeys(found))
@@ -71,6 +72,24 @@ def attention_trials(
 
     failed = list(_messages(try_all))
     return [(name, value) for name, _, value in (line.partition(": ") for line in lines)], failed
+
+
+def _check_data(experiment: Experiment, ranks: int, tokenizer_digest: str | None) -> None:
+    loader = StepLoader(experiment, 0, ranks, tokenizer_digest)
+    loader.close()
+    _check_shards(loader.indexes)
+
+
+def _check_evaluation(experiment: Experiment, ranks: int, tokenizer: Tokenizer) -> None:
+    evaluation, sets = setup.open_evaluation(experiment, 0, ranks, tokenizer)
+    for one in [*([evaluation] if evaluation else []), *sets.values()]:
+        _check_shards(one.indexes)
+
+
+def _check_shards(indexes: Iterable[PackedIndex]) -> None:
+    for index in indexes:
+        for shard in index.read_shards:
+            shard.check()
 
 
 def _messages(check: Callable[[], object]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths
-from hunyuan_pretrain.data.indexed import digest_of
+from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.parallel.agreement import from_rank_0
 
 T = TypeVar("T")

@@ -53,7 +53,7 @@ from hunyuan_pretrain.train.recorded_step import RecordedSteps
 from hunyuan_pretrain.train.resume import Start
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import sum_over
-from hunyuan_pretrain.train.verification import verify_files
+from hunyuan_pretrain.train.verification import verify_data
 
 
 def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: Collection[str] = ()) -> Run:
@@ -199,12 +199,8 @@ def _open_data(
         experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0
     )
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
-    opened = [*([evaluation] if evaluation else []), *sets.values()]
-    if experiment.runtime.verify_data == "digests":
-        files = loader.digests()
-        for one in opened:
-            files |= one.digests()
-        verify_files(files, stop)
+    opened = [loader, *([evaluation] if evaluation else []), *sets.values()]
+    verify_data([index for one in opened for index in one.indexes], experiment.runtime.verify_data, stop)
     return loader, evaluation, sets
 
 

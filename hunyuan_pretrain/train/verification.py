@@ -1,16 +1,19 @@
-"""Checks the SHA-256 of the data before training. The files are split among the ranks."""
+"""Checks the data before training, by SHA-256 or by size. The files are split among the ranks."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
 from hunyuan_pretrain.data.digests import check_digest_in_steps
 from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.indexed import TokenizedShard
+from hunyuan_pretrain.data.packed_format import PackedIndex
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 
 _SECONDS_BETWEEN_MEETINGS = 10.0
@@ -47,6 +50,37 @@ def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = No
             return
         if rank == 0:
             _print_progress(sum(of_rank for of_rank, *_ in states), files)
+
+
+def verify_data(
+    indexes: Sequence[PackedIndex], by: Literal["digests", "sizes"], stop: StopRequest | None = None
+) -> None:
+    """Check all files of packed folders and their sources, each on one of the ranks.
+
+    Raises and communicates as `verify_files`.
+    """
+    if by == "digests":
+        verify_files({file: digest for index in indexes for file, digest in index.digests().items()}, stop)
+    else:
+        check_shards({(shard.folder, shard.name): shard for index in indexes for shard in index.read_shards}.values())
+
+
+def check_shards(shards: Iterable[TokenizedShard]) -> None:
+    """Check the sizes of the files and the index header of each shard, on one of the ranks: a rank opens a shard only
+    when it reads it.
+
+    Raises DataFormatError as `verify_files`. Communicates: all ranks, once.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    problems = []
+    for shard in list(shards)[rank::size]:
+        try:
+            shard.check()
+        except DataFormatError as error:
+            problems.append(str(error))
+    found: list[list[str]] = [[]] * size
+    dist.all_gather_object(found, problems)
+    _raise_if_any([problem for of_rank in found for problem in of_rank])
 
 
 def _read(files: Mapping[Path, str | None]) -> Iterator[tuple[int, str | None]]:

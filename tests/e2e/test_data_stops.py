@@ -51,7 +51,7 @@ def test_a_stop_has_a_status_and_leaves_nothing_half_written(
     )
     assert (code, err) == (
         status,
-        "hunyuan-data: stopped; no partial output is left, and the same command resumes `tokenize`\n",
+        "hunyuan-data: stopped; no partial output is left, and the same command resumes `tokenize` and `pack`\n",
     )
     assert list(tmp_path.iterdir()) == []
 

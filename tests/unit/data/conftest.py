@@ -8,17 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.packed_output import pack
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.folders import write_manifest
 from hunyuan_pretrain.data.indexed import (
     TOKENIZED_FORMAT,
     TOKENIZED_VERSION,
     ShardWriter,
-    TokenizedDataset,
     token_dtype,
 )
-from hunyuan_pretrain.data.packed_format import write_packed
-from hunyuan_pretrain.data.packing import pack_documents
 
 PAD = 999
 VOCAB = 1000
@@ -74,13 +72,9 @@ def packed(tmp_path: Path, tokenized: Callable[..., Path]) -> Callable[..., Path
         materialize: bool = False,
         **of_tokenized: object,
     ) -> Path:
-        source = TokenizedDataset(tokenized(f"{name}_tokens", documents, **of_tokenized))
-        folder = tmp_path / name
-        folder.mkdir()
-        write_packed(
-            folder, pack_documents(source.lengths, sequence_length, seed), [source], seed, materialize=materialize
-        )
-        return folder
+        source = tokenized(f"{name}_tokens", documents, **of_tokenized)
+        pack([str(source)], sequence_length, str(tmp_path / name), seed=seed, materialize=materialize)
+        return tmp_path / name
 
     return write
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from hunyuan_pretrain.data import indexed
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import Origin, ShardWriter, TokenizedDataset, shard_files, token_dtype
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
 
 DOCUMENTS = [[1, 2, 3], [4], list(range(500)), [7, 8]]
 
@@ -98,6 +103,44 @@ def test_a_shard_without_documents_is_read(tokenized: Callable[..., Path], tmp_p
     dataset = TokenizedDataset(folder)
     assert (dataset.num_documents, len(dataset.shards)) == (1, 2)
     dataset.verify()
+
+
+def handles() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts handles as Linux lists them")
+def test_a_process_keeps_few_shards_mapped(
+    packed: Callable[..., Path], numbered_documents: Callable[..., list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a packed folder maps none of its shards, reading it no more than the bound, and reading all lengths
+    neither."""
+    monkeypatch.setattr(indexed, "_mapped", lru_cache(maxsize=3)(indexed._mapped.__wrapped__))
+    documents = numbered_documents(30)
+    folder = packed("p", documents, 64, documents_per_shard=1)
+    indexed._mapped.cache_clear()
+    before = handles()
+    dataset = PackedDataset(folder)
+    of_arrays = handles()
+    assert of_arrays - before == 6
+    tokens = [set(dataset[number].tokens.tolist()) for number in range(len(dataset))]
+    assert set().union(*tokens) - {999} == {token for document in documents for token in document}
+    assert of_arrays < handles() <= of_arrays + 2 * 3
+    assert len(dataset.index.sources[0].lengths) == 30
+    assert handles() <= of_arrays + 2 * 3
+    assert TokenizedDataset(f"{folder}_tokens").document(7).tolist() == documents[7]
+    assert handles() <= of_arrays + 2 * 3
+
+
+def test_a_shard_is_checked_when_it_is_used_if_not_at_opening(tokenized: Callable[..., Path]) -> None:
+    folder = tokenized("t", DOCUMENTS, documents_per_shard=3)
+    (folder / "shard_00001.bin").write_bytes(b"")
+    dataset = TokenizedDataset(folder, check_shards=False)
+    assert dataset.document(0).tolist() == DOCUMENTS[0]
+    for use in (lambda: dataset.document(3), lambda: dataset.lengths, dataset.shards[1].check):
+        with pytest.raises(DataFormatError, match=r"shard_00001\.bin: cut short, 0 bytes where 4 are expected"):
+            use()
 
 
 def change_manifest(folder: Path, **changes: object) -> None:

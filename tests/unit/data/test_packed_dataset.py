@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_tools.packed_output import pack
 from hunyuan_pretrain.data.epochs import NO_LIMIT
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import TokenizedDataset
 from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
-from hunyuan_pretrain.data.packed_format import PackedIndex, check_sources, write_packed
-from hunyuan_pretrain.data.packing import pack_documents
+from hunyuan_pretrain.data.packed_format import PackedIndex, check_sources
 
 PAD = 999
 
@@ -105,13 +105,9 @@ def test_a_materialized_dataset_gives_the_same_sequences_without_its_sources(
 
 
 def test_several_sources_are_packed_as_one_list_of_documents(tmp_path: Path, tokenized: Callable[..., Path]) -> None:
-    sources = [
-        TokenizedDataset(tokenized("a", [[1, 2], [3]])),
-        TokenizedDataset(tokenized("b", [[4, 5, 6, 7, 8], [9]], documents_per_shard=1)),
-    ]
-    (tmp_path / "p").mkdir()
-    lengths = np.concatenate([source.lengths for source in sources])
-    write_packed(tmp_path / "p", pack_documents(lengths, 4, 0), sources, 0)
+    tokenized("a", [[1, 2], [3]])
+    tokenized("b", [[4, 5, 6, 7, 8], [9]], documents_per_shard=1)
+    pack([str(tmp_path / name) for name in "ab"], 4, str(tmp_path / "p"), seed=0)
     dataset = PackedDataset(tmp_path / "p")
     seen = sorted(token for i in range(len(dataset)) for token in dataset[i].tokens.tolist() if token != PAD)
     assert seen == list(range(1, 10))

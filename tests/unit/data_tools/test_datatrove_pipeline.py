@@ -255,7 +255,7 @@ def test_mistakes_in_the_options_are_one_message(
 
 
 def test_executor_options_are_read_as_the_executor_declares_them() -> None:
-    from data_tools.datatrove_pipeline import parse_options
+    from data_tools.executors import parse_options
 
     given = [
         "time=04:00:00",

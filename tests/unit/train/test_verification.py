@@ -7,10 +7,15 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
+from data_tools.packed_output import pack
 from hunyuan_pretrain.data import digests
 from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import write_manifest
+from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, ShardWriter, TokenizedShard
+from hunyuan_pretrain.data.packed_format import PackedIndex
 from hunyuan_pretrain.train import verification
 from tests.helpers.ranks import fork_ranks
 
@@ -57,3 +62,40 @@ def test_the_ranks_split_the_files_and_all_learn_of_every_problem(tmp_path: Path
     assert one_of_changed[1].startswith(f"{tmp_path}/1.bin: SHA-256 ")
     assert "verifying data: 0.0 of 0.0 GB (runtime.verify_data=sizes skips this)\n" in said_by_one
     assert said_by_other == "", "rank 0 speaks"
+
+
+def check_on_this_rank(folder: Path) -> tuple[list[str], str]:
+    """The shards that this rank maps, and its error."""
+    dist.init_process_group("gloo")
+    index, mapped = PackedIndex(folder), list[str]()
+    map_files = TokenizedShard.map_files
+    TokenizedShard.map_files = lambda shard: (mapped.append(shard.name), map_files(shard))[1]
+    try:
+        verification.verify_data([index, PackedIndex(folder)], "sizes")
+    except DataFormatError as error:
+        return mapped, str(error)
+    return mapped, ""
+
+
+def test_the_ranks_split_the_shards_and_all_learn_of_every_damaged_one(tmp_path: Path) -> None:
+    entries = []
+    tokens = tmp_path / "t"
+    tokens.mkdir()
+    for number in range(5):
+        writer = ShardWriter(tokens, f"shard_{number:05}", 1000)
+        writer.add(np.array([1, 2]), np.array([2]), np.array([[0, number]]))
+        entries.append(writer.finish())
+    manifest = {"format": TOKENIZED_FORMAT, "version": TOKENIZED_VERSION, "documents": 5, "tokens": 10}
+    of_tokenizer = {"vocab_size": 1000, "pad_id": 999, "tokenizer_digest": "d" * 64, "files": ["x"]}
+    write_manifest(tokens, {**manifest, **of_tokenizer, "shards": entries})
+    pack([str(tokens)], 8, str(tmp_path / "p"), seed=1)
+    names = [f"shard_{number:05}" for number in range(5)]
+    assert fork_ranks(2, check_on_this_rank, tmp_path / "p") == [(names[::2], ""), (names[1::2], "")]
+    (tokens / "shard_00003.bin").unlink()
+    (tokens / "shard_00004.idx").write_bytes(b"")
+    (_, one), (_, other) = fork_ranks(2, check_on_this_rank, tmp_path / "p")
+    assert one == other
+    assert [line.split(": ")[0] for line in one.splitlines()] == [
+        str(tokens / "shard_00003.bin"),
+        str(tokens / "shard_00004.idx"),
+    ]
