@@ -199,7 +199,7 @@ def _open_data(
         experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0
     )
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
-    opened = [loader, *([evaluation] if evaluation else []), *sets.values()]
+    opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
     verify_data([index for one in opened for index in one.indexes], experiment.runtime.verify_data, stop)
     return loader, evaluation, sets
 
