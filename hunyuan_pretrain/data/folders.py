@@ -66,8 +66,8 @@ def unfinished_folder(
     partial = _partial(path)
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(path, fcntl.LOCK_EX):
-        _take_over(partial, identity, overwrite)
         try:
+            _take_over(partial, identity, overwrite)
             yield partial
         except BaseException:
             if not any(partial.glob("[!.]*")):
