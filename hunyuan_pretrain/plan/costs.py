@@ -10,9 +10,10 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.hardware import Hardware, names
 from hunyuan_pretrain.plan.memory import Peak, host_missing, missing, peaks
+from hunyuan_pretrain.plan.overheads import Beside, Failures, beside_steps, failures, sequences_of
 from hunyuan_pretrain.plan.passes import Assumptions
 from hunyuan_pretrain.plan.summary import AXIS_NAMES, Row, gib, size_text
-from hunyuan_pretrain.plan.timing import StepTime, step_time
+from hunyuan_pretrain.plan.timing import StepTime, job_of, step_time
 
 SECONDS_PER_DAY = 86400
 
@@ -26,20 +27,40 @@ class StageCost:
     days: float
     gpu_hours: float
     kwh: float
+    beside: Beside | None = None
+    """None for the whole run."""
+
+    @property
+    def days_with_saving(self) -> float:
+        """Training, validation and saving."""
+        assert self.beside is not None
+        return self.days * (1 + self.beside.share)
 
 
 def run_costs(
     experiment: Experiment, world_size: int, hardware: Hardware, assumptions: Assumptions | None = None
 ) -> list[StageCost]:
-    """Of each stage, and last of the run; saving, validation and failures left out."""
+    """Of each stage, and last of the run; days, GPU-hours and kWh without saving, validation and failures."""
     costs = []
     for stage in experiment.stages:
         step = step_time(experiment, stage, world_size, hardware, assumptions)
         hours = stage.num_steps * step.seconds / 3600
         gpu_hours = hours * world_size
-        costs.append(StageCost(step, hours / 24, gpu_hours, gpu_hours * hardware.power_w / 1000))
+        beside = beside_steps(job_of(experiment, stage, world_size, hardware, assumptions), step.seconds)
+        costs.append(StageCost(step, hours / 24, gpu_hours, gpu_hours * hardware.power_w / 1000, beside))
     total = StageCost(None, *(sum(getattr(cost, name) for cost in costs) for name in ("days", "gpu_hours", "kwh")))
     return [*costs, total]
+
+
+def failures_of_run(costs: list[StageCost], world_size: int, hardware: Hardware) -> Failures:
+    """Of the run that `run_costs` describes. Each stage loses half of its own interval between checkpoints."""
+    found = [
+        failures(cost.days_with_saving * SECONDS_PER_DAY, cost.beside.interval_s, world_size, hardware)
+        for cost in costs
+        if cost.beside is not None
+    ]
+    count = sum(each.count for each in found)
+    return Failures(count, sum(each.seconds for each in found) / count if count else 0.0)
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,7 @@ def rows(found: Costs) -> list[Row]:
         result += _memory_rows(found, f"memory peak on a GPU{where}", found.peaks[numbers[0]])
         if found.hardware:
             result += _time_rows(found, f"time{where}", numbers[0])
+            result += _beside_rows(found, f"time{where}", numbers[0])
     if not found.hardware:
         result.append(Row("run", "time", "with --hardware", f"{', '.join(names())}, or a YAML file"))
     for number, stage in enumerate(found.stages[:-1]):
@@ -108,6 +130,7 @@ def rows(found: Costs) -> list[Row]:
             _days_row("days", whole),
             Row("run", "GPU-hours", f"{whole.gpu_hours:,.0f}", "without saving, validation and failures"),
             Row("run", "energy", f"{whole.kwh:,.0f} kWh", f"{found.hardware.power_w:,.0f} W for a GPU and its share"),
+            *_interrupted_rows(found),
         ]
     return result
 
@@ -193,6 +216,34 @@ def _time_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     yield Row(group, "MFU", f"{step.mfu:.1%}", f"{peak}; {step.tflops_per_gpu:.0f} TFLOP/s a GPU in 6 N D")
 
 
+def _beside_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
+    experiment, beside = found.experiment, found.stages[number].beside
+    assert beside is not None
+    evaluation, sets = experiment.evaluation, sequences_of(experiment.evaluation)
+    if beside.validation_s is None:
+        yield Row(group, "validation", "not planned", "all sequences of the data; set evaluation.max_sequences")
+    elif sets:
+        note = (
+            f"{sum(each or 0 for each in sets):,} sequences of {len(sets)} sets, every {evaluation.every_steps} steps"
+        )
+        yield Row(group, "validation", f"{beside.validation_s:.3g} s", f"{note}: {beside.validation_share:.1%} more")
+    every = experiment.checkpoint.save_every_steps
+    note = f"every {every} steps: {beside.save_share:.1%} more" if every else "at the end"
+    yield Row(group, "saving", f"{beside.save_s:.3g} s", f"{size_text(beside.saved_bytes)}, {note}")
+
+
+def _interrupted_rows(found: Costs) -> Iterator[Row]:
+    """Of the run, with all that interrupts it."""
+    assert found.hardware is not None
+    days = sum(cost.days_with_saving for cost in found.stages[:-1])
+    is_all = all(cost.beside is not None and cost.beside.validation_s is not None for cost in found.stages[:-1])
+    yield Row("run", "days with saving", f"{days:.3g}", "and validation" if is_all else "without validation")
+    lost = failures_of_run(found.stages, found.ranks, found.hardware)
+    hours = found.hardware.gpu_hours_between_failures
+    note = f"{lost.count:.3g} failures, one in {hours:,.0f} GPU-hours; each loses {lost.lost_s / 60:.3g} minutes"
+    yield Row("run", "days with failures", f"{days + lost.seconds / SECONDS_PER_DAY:.3g}", note)
+
+
 def part_name(part: str) -> str:
     """A part of StepTime.parts as people read it."""
     axis = part.removeprefix("messages, ")
@@ -233,7 +284,10 @@ def as_data(found: Costs) -> dict[str, Any]:
                 of_rank["missing"] = missing(peak, found.hardware)
         stages.append(data)
     assumed = {name: value for name, value in asdict(found.assumptions).items() if name != "traffic"}
-    run = _cost_data(found.stages[-1]) if found.hardware else None
+    run = None
+    if found.hardware:
+        lost = failures_of_run(found.stages, found.ranks, found.hardware)
+        run = _cost_data(found.stages[-1]) | {"failures": lost.count, "failure_s": lost.lost_s}
     hardware = found.hardware.name if found.hardware else None
     return {"ranks": found.ranks, "hardware": hardware, "assumptions": assumed, "stages": stages, "run": run}
 
@@ -244,7 +298,9 @@ def _peak_data(peak: Peak) -> dict[str, int]:
 
 def _cost_data(cost: StageCost) -> dict[str, Any]:
     data: dict[str, Any] = {"days": cost.days, "gpu_hours": cost.gpu_hours, "kwh": cost.kwh}
-    return data if cost.step is None else data | {"step": _step_data(cost.step)}
+    if cost.step is None or cost.beside is None:
+        return data
+    return data | {"step": _step_data(cost.step), "beside": asdict(cost.beside)}
 
 
 def _step_data(step: StepTime) -> dict[str, Any]:

@@ -62,6 +62,13 @@ class Hardware(Section):
     network_latency_s: NonNegativeFloat = setting("Of one message.", unit="seconds")
     host_bytes_per_s: PositiveFloat = setting("Bandwidth between host memory and device.", unit="bytes/s")
     host_memory_bytes: PositiveFloat = setting("Memory of a host.", unit="bytes")
+    storage_bytes_per_s: PositiveFloat = setting(
+        "Of each server to shared storage, while all servers write a checkpoint.", unit="bytes/s"
+    )
+    gpu_hours_between_failures: PositiveFloat = setting(
+        "Mean between interruptions that end the job: hours between them, times its GPUs.", unit="hours"
+    )
+    restart_s: NonNegativeFloat = setting("From a failure to the first step after it.", unit="seconds")
     power_w: PositiveFloat = setting("Of one GPU with its share of the server, at full load.", unit="watts")
     kernel_gap_s: NonNegativeFloat = setting("Between two kernels of a busy queue, nothing runs.", unit="seconds")
     host_launch_s: NonNegativeFloat = setting("The host's time for each kernel it launches.", unit="seconds")

@@ -2,7 +2,7 @@
 data-parallel ranks send, the optimizer.
 
 Not modelled: slower computation beside messages, variation between GPUs and steps, the host's part of an offloaded
-optimizer, saving and validation.
+optimizer. Saving and validation: `overheads`.
 """
 
 from __future__ import annotations

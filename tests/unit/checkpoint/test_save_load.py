@@ -16,13 +16,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hunyuan_pretrain.checkpoint import CheckpointError, folders, optimizer_state, parallel_write, save_load
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
+from hunyuan_pretrain.plan.overheads import saved_bytes
 from hunyuan_pretrain.runtime.seeding import generator_state
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.run import Run
@@ -232,6 +235,23 @@ def test_the_marker_describes_the_checkpoint(saved, run):
     assert (marker["step"], marker["world_size"]) == (1, 1)
     assert marker["model"] == run.experiment.model.model_dump()
     assert marker["files"].keys() == {path.name for path in saved.iterdir()} - {"complete.json"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_plan_gives_the_bytes_of_a_checkpoint(corpus, tmp_path, dtype):
+    """Its tensors; the plan counts the fp32 routers of a bf16 model as bf16."""
+    run = on_this_rank(fields(corpus, tmp_path, dtype))
+    trace_steps(run, range(1))
+    folder = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
+    tensors = [
+        entry
+        for entry in FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+        if isinstance(entry, TensorStorageMetadata)
+    ]
+    size = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    model = run.experiment.model
+    routers = model.num_layers * model.num_moe_experts * model.hidden_size
+    assert size == saved_bytes(run.experiment) - (2 * routers if dtype == "bf16" else 0)
 
 
 def test_a_checkpoint_of_another_precision_is_refused(corpus, tmp_path, saved):
