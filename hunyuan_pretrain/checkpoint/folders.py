@@ -2,6 +2,7 @@
 
 <run_dir>/checkpoints/step_0000100/           one checkpoint
     complete.json                             written last: step, model, size and sha256 of every other file
+    name.json                                 only in one that is kept under a name: that name
     common.pt, __0_0.distcp, ...              megatron's distributed checkpoint
 <run_dir>/checkpoints/step_0000200.partial/   an unfinished save (*.partial: also a checkpoint that was being removed)
 <run_dir>/checkpoints/step_0000200.damaged/   an unreadable checkpoint, set aside by a run that continued without it
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.stored import COMMON, INDEX, Index, Section, check_object, read_index
 from hunyuan_pretrain.config.changes import Kind, model_differences
 from hunyuan_pretrain.config.errors import show_value
 from hunyuan_pretrain.config.schema import ModelConfig
@@ -26,6 +28,8 @@ from hunyuan_pretrain.data.folders import flush_to_disk
 
 FORMAT_VERSION = 1
 MARKER = "complete.json"
+NAME = "name.json"
+"""In the folder of a checkpoint that is kept under a name (retention.py)."""
 SELF = "marker_sha256"
 """Key of the digest over everything else in complete.json."""
 
@@ -68,10 +72,11 @@ def faults_of(run_dir: Path) -> dict[Path, str]:
     return {folder: fault for folder in reversed(named_checkpoints(run_dir)) if (fault := fault_of(folder)) is not None}
 
 
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as its marker and file sizes show; None if nothing is."""
+def fault_of(folder: Path, marker: Mapping[str, Any] | None = None) -> str | None:
+    """What is wrong with a checkpoint, as far as its marker (by default read) and file sizes show; None if nothing
+    is."""
     try:
-        files = read_marker(folder)["files"]
+        files = (marker or read_marker(folder))["files"]
         return next((damage_to(name) for name, file in files.items() if not _has_size(folder / name, file)), None)
     except (OSError, TypeError, KeyError, AttributeError) as error:
         return f"{MARKER}: {error}"
@@ -95,6 +100,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
             raise ValueError(f"its content is not what was written: {SELF} does not match it")
         if step_of(folder) not in (None, marker["step"]):
             raise ValueError(f"it belongs to step {marker['step']}")
+        if elsewhere := [name for name in marker["files"] if name != os.path.basename(name)]:
+            raise ValueError(f"it names a file outside its folder: {elsewhere[0]}")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: {_not_a_checkpoint(folder)}") from None
     except OSError as error:
@@ -118,7 +125,7 @@ def _not_a_checkpoint(folder: Path) -> str:
 
 def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
     """Write complete.json and flush it to disk."""
-    content = {"format_version": FORMAT_VERSION, **content}
+    content = json.loads(json.dumps({"format_version": FORMAT_VERSION, **content}))  # as it will be read back
     with (folder / MARKER).open("w", encoding="utf-8") as file:
         json.dump({**content, SELF: _self_digest(content)}, file, indent=1)
         file.flush()
@@ -133,6 +140,25 @@ def verify_files(folder: Path, marker: Mapping[str, Any], names: Iterable[str]) 
         file = marker["files"][name]
         if not _has_size(folder / name, file) or digest(folder / name) != file["sha256"]:
             raise CheckpointError(damage_to(name))
+
+
+def index_of(folder: Path, marker: Mapping[str, Any]) -> Index:
+    """Where the tensors of a checkpoint are. The bytes that are interpreted are the ones whose digest is compared.
+
+    Raises CheckpointError if they are not as written or not an index, UnsafePickleError if they, or what is common to
+    all ranks, name what no checkpoint needs.
+    """
+    files = marker["files"]
+    content = (folder / INDEX).read_bytes()
+    if INDEX not in files or hashlib.sha256(content).hexdigest() != files[INDEX]["sha256"]:
+        raise CheckpointError(damage_to(INDEX))
+    if COMMON in files:  # nothing in it is used; whoever hid something there meant another reader
+        descriptor = os.open(folder / COMMON, os.O_RDONLY)
+        try:
+            check_object(descriptor, Section(COMMON, 0, files[COMMON]["bytes"]))
+        finally:
+            os.close(descriptor)
+    return read_index(content, {name: file["bytes"] for name, file in files.items()})
 
 
 def damage_to(name: str) -> str:
@@ -167,8 +193,8 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Every file of a checkpoint except the marker."""
-    return sorted(path for path in folder.iterdir() if path.name != MARKER)
+    """Every file of a checkpoint except the marker and its name."""
+    return sorted(path for path in folder.iterdir() if path.name not in (MARKER, NAME))
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:
@@ -186,8 +212,12 @@ def digest(path: Path) -> str:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name. Removes a folder of that name from an earlier attempt at this run."""
+    """Give a finished folder its name. Removes a folder of that name from an earlier attempt at this run, and keeps the
+    step under the name that that one had."""
     old = folder.with_name(f"{folder.name}.old{PARTIAL}")
+    if (folder / NAME).exists():
+        shutil.copyfile(folder / NAME, partial / NAME)
+        flush_to_disk(partial / NAME)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -237,7 +267,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def _self_digest(marker: Mapping[str, Any]) -> str:
-    content = json.loads(json.dumps({key: value for key, value in marker.items() if key != SELF}))  # as read back
+    content = {key: value for key, value in marker.items() if key != SELF}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -68,7 +68,12 @@ def load_model(
         )
     try:
         model, report = loader.from_pretrained(
-            folder, dtype=dtype or "auto", output_loading_info=True, local_files_only=True, **options
+            folder,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,  # never pytorch_model.bin, which is a pickle
+            **options,
         )
     except OSError as error:
         raise CheckpointError(f"{folder}: {error}") from error

@@ -30,6 +30,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.parallel_read import Region
 from hunyuan_pretrain.checkpoint.split_weights import REMAINDER, join, remainder_of, round_into
 from hunyuan_pretrain.model.fp8.parameters import write, written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
@@ -86,17 +87,24 @@ def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stag
     return state
 
 
-def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> State:
-    """Uninitialised host buffers for what this rank reads for `restore_state`."""
-    state = State()
+def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> tuple[dict[str, dict[str, Tensor]], list[Region]]:
+    """What this rank reads for `restore_state`: (host buffers by parameter and kind, their places in a checkpoint). The
+    buffers are uninitialised until the regions are read."""
+    buffers: dict[str, dict[str, Tensor]] = {}
+    regions: list[Region] = []
     for home in _homes(chunks):
-        if home.is_here:
-            kinds = (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,)
-            state[home.name] = {
-                kind: sharded_tensor(home.prefix(kind), _host_buffer(home, kind), home.shared_placement)
-                for kind in kinds
-            }
-    return state
+        if not home.is_here:
+            continue
+        for kind in (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,):
+            buffer = buffers.setdefault(home.name, {})[kind] = _host_buffer(home, kind)
+            placement = home.placement
+            whole = buffer.view(placement.local_shape)
+            key = home.prefix(kind) + placement.name
+            regions += [
+                Region(key, whole[part.local], placement.whole_shape, tuple(one.start for one in part.whole))
+                for part in placement.parts
+            ]
+    return buffers, regions
 
 
 @torch.no_grad()

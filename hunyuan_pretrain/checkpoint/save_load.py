@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 # isort: split
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -30,8 +29,11 @@ from hunyuan_pretrain.checkpoint.folders import (
     refuse_other_model,
     remove_partials,
 )
+from hunyuan_pretrain.checkpoint.inert_pickle import UNSAFE
 from hunyuan_pretrain.checkpoint.optimizer_state import Stage, restore_state, state_on_host, wanted_state
+from hunyuan_pretrain.checkpoint.parallel_read import Region, read_object, read_tensors
 from hunyuan_pretrain.checkpoint.parallel_write import forget_plan, write_state
+from hunyuan_pretrain.checkpoint.retention import remove_old
 from hunyuan_pretrain.model.engines import load_scaling_state, scaling_state
 from hunyuan_pretrain.model.fp8.quantise import dtype_of
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
@@ -72,8 +74,10 @@ def save(
     optimizer: MegatronOptimizer,
     keep_last: int | None,
     record: Mapping[str, Any] | None = None,
+    keep_every_steps: int | None = None,
 ) -> Path:
-    """Write the checkpoint after `step` steps. Of the complete ones up to it, keep the newest `keep_last` (None: all).
+    """Write the checkpoint after `step` steps. Of the complete ones up to it, keep the newest `keep_last` (None: all),
+    every one after a multiple of `keep_every_steps`, and the named ones (`retention.to_remove`).
 
     `record` is a JSON object that complete.json holds beside what this module needs.
 
@@ -98,7 +102,7 @@ def save(
                 f"{folder}: the checkpoint could not be written: {error}; older checkpoints are untouched"
             )
         if keep_last is not None:
-            error_of_rank_0(lambda: _remove_all_but(run_dir, step, keep_last))
+            error_of_rank_0(lambda: remove_old(run_dir, step, keep_last, keep_every_steps))
     return folder
 
 
@@ -199,9 +203,8 @@ def _load_verified(
     unchanged."""
     loaded: dict[str, Any] = {}
 
-    def prepare() -> None:
-        loaded.update(wanted=_wanted(marker, chunks, optimizer), stage=Stage(chunks))
-        dist_checkpointing.load_common_state_dict(str(folder))  # core reads it before its first collective
+    def read() -> None:
+        loaded.update(stage=Stage(chunks), **_read(folder, marker, chunks, optimizer))
 
     def hand_out() -> None:
         if "fp8" in loaded:  # before the weights: FP8 weights are quantised with them
@@ -211,9 +214,9 @@ def _load_verified(
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
 
-    error = first_error(prepare) or first_error(
-        lambda: loaded.update(dist_checkpointing.load(loaded.pop("wanted"), str(folder)))
-    )
+    error = first_error(read)
+    if error is not None and UNSAFE in error:  # the digests match: no damage that an older checkpoint would mend
+        raise CheckpointError(f"{folder}: {error}")
     if error is not None:
         raise DamagedCheckpointError(f"{folder}: cannot be read: {error}")
     error = first_error(hand_out)
@@ -221,14 +224,22 @@ def _load_verified(
         raise CheckpointError(f"{folder}: {error}")
 
 
-def _wanted(marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
-    wanted: dict[str, Any] = {"parameters": wanted_state(chunks, with_optimizer=optimizer is not None)}
-    if optimizer is not None:
-        if marker["world_size"] == dist.get_world_size():
-            wanted["generators"] = _generator_object()
-        if marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
-            wanted["fp8"] = _sharded_scales(chunks)
-    return wanted
+def _read(
+    folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
+) -> dict[str, Any]:
+    """What this rank needs of a checkpoint, in host memory. Communicates nothing."""
+    index = folders.index_of(folder, marker)
+    found: dict[str, Any] = {}
+    found["parameters"], regions = wanted_state(chunks, with_optimizer=optimizer is not None)
+    if optimizer is not None and marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
+        found["fp8"] = {}
+        for name, scales in _sharded_scales(chunks).items():
+            buffer = found["fp8"][name] = torch.empty_like(scales.data)
+            regions.append(Region(scales.key, buffer, scales.global_shape, scales.global_offset))
+    read_tensors(folder, index, regions)
+    if optimizer is not None and marker["world_size"] == dist.get_world_size():
+        found["generators"] = read_object(folder, index, _generator_object().unique_key)
+    return found
 
 
 def _set_aside(faults: Mapping[Path, str]) -> list[str]:
@@ -325,12 +336,3 @@ def _sharded_scales(chunks: list[HunyuanModel]) -> dict[str, ShardedTensor]:
 def _generator_object() -> ShardedObject:
     rank, world = dist.get_rank(), dist.get_world_size()
     return ShardedObject("generators", generator_state(), (world,), (rank,), replica_id=0)
-
-
-def _remove_all_but(run_dir: Path, step: int, keep_last: int) -> None:
-    """Keep the newest of the checkpoints up to `step`. Later ones, left by an earlier attempt, must not count: this
-    attempt's would be removed in their favour."""
-    for folder in [folder for folder in find_checkpoints(run_dir) if (folders.step_of(folder) or 0) <= step][
-        :-keep_last
-    ]:
-        folders.remove(folder)

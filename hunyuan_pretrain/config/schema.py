@@ -488,8 +488,15 @@ class CheckpointConfig(Section):
         "Steps between checkpoints; null saves only at the end, or when the job is told to stop.", None, unit="steps"
     )
     keep_last: PositiveInt | None = setting(
-        "Number of complete checkpoints to keep; older ones are removed once a newer one is complete. null keeps all.",
+        "Number of complete checkpoints to keep; older ones are removed once a newer one is complete, except those of "
+        "keep_every_steps and those named by `checkpoints RUN keep`. null keeps all.",
         None,
+    )
+    keep_every_steps: PositiveInt | None = setting(
+        "Keep each checkpoint after a multiple of this many steps for ever, beside the newest keep_last.",
+        None,
+        unit="steps",
+        typical="10 or 20 times save_every_steps",
     )
     resume: bool = setting(
         "Continue from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has "

@@ -129,6 +129,23 @@ def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
         yield Problem(path, checkpoint.resume_from, rule, "set one of them, the other null")
 
 
+def steps_to_keep_are_saved(experiment: Experiment) -> Iterator[Problem]:
+    checkpoint, path = experiment.checkpoint, "checkpoint.keep_every_steps"
+    every, saved = checkpoint.keep_every_steps, checkpoint.save_every_steps
+    if every is None:
+        return
+    if checkpoint.keep_last is None:
+        rule = "checkpoint.keep_last is null, which keeps every checkpoint"
+        yield Problem(path, every, rule, "set checkpoint.keep_last, or use null")
+    if saved is None:
+        rule = "checkpoint.save_every_steps is null: no checkpoint is saved after a given step"
+        yield Problem(path, every, rule, "set checkpoint.save_every_steps, or use null")
+    elif every % saved:
+        common = math.lcm(every, saved)
+        rule = f"checkpoints are saved every {saved} steps, so only every {common}th step would be kept"
+        yield Problem(path, every, rule, nearest_multiples(every, saved))
+
+
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +176,9 @@ def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Proble
     elif checkpoint.save_every_steps is not None and checkpoint.save_every_steps > total_steps(experiment):
         rule = f"the run has {total_steps(experiment)} steps, so only its end is saved"
         yield Problem("checkpoint.save_every_steps", checkpoint.save_every_steps, rule, "use fewer steps")
+    elif checkpoint.keep_every_steps is not None and checkpoint.keep_every_steps > total_steps(experiment):
+        rule = f"the run has {total_steps(experiment)} steps, so it keeps none beside the newest"
+        yield Problem("checkpoint.keep_every_steps", checkpoint.keep_every_steps, rule, "use fewer steps")
 
 
 def offload_has_a_device_to_relieve(experiment: Experiment) -> Iterator[Problem]:
@@ -200,6 +220,7 @@ TRAINING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     stage_names_are_unique,
     stages_have_a_learning_rate,
     one_way_to_begin,
+    steps_to_keep_are_saved,
 )
 WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     capacity_below_one_drops,

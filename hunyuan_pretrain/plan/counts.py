@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config.derived import grid, stages_of
-from hunyuan_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.config.schema import Experiment, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from hunyuan_pretrain.plan.buffers import Buffer, Weight, buffers_of_stage
 
 
@@ -183,6 +183,15 @@ def state_bytes(optimizer: OptimizerConfig, weight_bytes: int) -> int:
     moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     main = 2 if optimizer.use_precision_aware_optimizer else 4
     return moments + (0 if weight_bytes == 4 else main)
+
+
+def checkpoint_bytes(experiment: Experiment) -> int:
+    """Bytes of the tensors in a checkpoint: each weight as in training and both moments, for a bf16 weight also its
+    main weight, these in fp32. Routers are fp32 in every run."""
+    count = parameters(experiment.model)
+    if experiment.precision.dtype == "fp32":
+        return 12 * count.total
+    return 12 * count.router + 14 * (count.total - count.router)
 
 
 def memory_per_rank(

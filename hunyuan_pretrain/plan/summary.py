@@ -20,6 +20,7 @@ from hunyuan_pretrain.config.training_rules import total_steps
 from hunyuan_pretrain.plan.activations import activations, recompute_cost, with_recompute
 from hunyuan_pretrain.plan.communication import AXES, communication_per_rank
 from hunyuan_pretrain.plan.counts import (
+    checkpoint_bytes,
     flops_per_token,
     kv_cache_bytes_per_token,
     logits_bytes,
@@ -56,6 +57,7 @@ def summarise(experiment: Experiment, world_size: int | None = None) -> list[Row
         *fp8_rows(experiment, ranks),
         *communication_rows(experiment, ranks),
         *stage_rows(experiment, ranks),
+        *checkpoint_rows(experiment),
     ]
 
 
@@ -304,6 +306,23 @@ def stage_rows(experiment: Experiment, ranks: int) -> list[Row]:
         ),
     ]
     return rows
+
+
+def checkpoint_rows(experiment: Experiment) -> list[Row]:
+    """Bytes on disk of one checkpoint, and of all that are kept at once."""
+    settings, size = experiment.checkpoint, checkpoint_bytes(experiment)
+    steps = sum(stage.num_steps for stage in experiment.stages)
+    form = "fp32 weights" if experiment.precision.dtype == "fp32" else "bf16 weights, fp32 main weights"
+    rows = [Row("checkpoints", "one", size_text(size), f"{form} and both moments in fp32")]
+    if settings.save_every_steps is None:
+        return [*rows, Row("checkpoints", "on disk", size_text(size), "the end of the run")]
+    saved = -(-steps // settings.save_every_steps)
+    if settings.keep_last is None or settings.keep_last >= saved:
+        return [*rows, Row("checkpoints", "on disk", size_text(saved * size), f"all {saved:,}")]
+    often = steps // settings.keep_every_steps if settings.keep_every_steps else 0
+    kept = min(settings.keep_last + often, saved - 1)
+    note = f"the newest {settings.keep_last}" + (f" and every {settings.keep_every_steps}th step's" if often else "")
+    return [*rows, Row("checkpoints", "on disk", size_text((kept + 1) * size), f"at most: {note}, one being written")]
 
 
 def gib(size_bytes: int) -> str:

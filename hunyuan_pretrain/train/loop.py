@@ -252,8 +252,15 @@ def _save(run: Run, done: int, must_succeed: bool) -> None:
     more than one checkpoint."""
     gather_parameters(run.wrapped)
     try:
+        settings = run.experiment.checkpoint
         folder = save_load.save(
-            run.run_dir, done, run.chunks, run.optimizer, run.experiment.checkpoint.keep_last, run.record(done)
+            run.run_dir,
+            done,
+            run.chunks,
+            run.optimizer,
+            settings.keep_last,
+            run.record(done),
+            settings.keep_every_steps,
         )
         run.log.line(f"saved {folder}")
     except CheckpointError as error:

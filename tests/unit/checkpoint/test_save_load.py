@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -313,7 +314,7 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
         "generators": save_load.ShardedObject("generators", generator_state(), (1,), (0,), replica_id=0),
         "fp8": {},
     }
-    save_load.dist_checkpointing.save(state, str(folder))
+    dist_checkpointing.save(state, str(folder))
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in folder.iterdir()

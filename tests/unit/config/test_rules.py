@@ -99,6 +99,18 @@ MEASURED = [
             "(set one of them, the other null)",
         ),
         (
+            ["checkpoint.keep_every_steps=90"],
+            "checkpoint.keep_every_steps=90: checkpoints are saved every 60 steps, so only every 180th step would be "
+            "kept (use 60 or 120)",
+        ),
+        (
+            ["checkpoint.keep_every_steps=60", "checkpoint.keep_last=null", "checkpoint.save_every_steps=null"],
+            "checkpoint.keep_every_steps=60: checkpoint.keep_last is null, which keeps every checkpoint (set "
+            "checkpoint.keep_last, or use null)\n"
+            "  checkpoint.keep_every_steps=60: checkpoint.save_every_steps is null: no checkpoint is saved after a "
+            "given step (set checkpoint.save_every_steps, or use null)",
+        ),
+        (
             ["model.kv_channels=null", "model.hidden_size=260"],
             "model.hidden_size=260: 8 heads, 260 % 8 != 0 and model.kv_channels is null (use 256 or 264, or set "
             "model.kv_channels)",
@@ -445,6 +457,10 @@ def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
         (
             "checkpoint.save_every_steps=301",
             "checkpoint.save_every_steps=301: the run has 120 steps, so only its end is saved",
+        ),
+        (
+            "checkpoint.keep_every_steps=180",
+            "checkpoint.keep_every_steps=180: the run has 120 steps, so it keeps none beside the newest",
         ),
     ],
 )

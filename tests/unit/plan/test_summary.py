@@ -107,3 +107,24 @@ def test_a_pipeline_is_planned_by_its_fullest_and_its_busiest_rank() -> None:
 )
 def test_sizes_use_the_largest_unit_that_leaves_at_least_one(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "note"),
+    [
+        ([], 2, "all 2"),
+        (["checkpoint.save_every_steps=10"], 3, "at most: the newest 2, one being written"),
+        (
+            ["checkpoint.save_every_steps=10", "checkpoint.keep_every_steps=40"],
+            6,
+            "at most: the newest 2 and every 40th step's, one being written",
+        ),
+        (["checkpoint.save_every_steps=10", "checkpoint.keep_last=null"], 12, "all 12"),
+        (["checkpoint.save_every_steps=null"], 1, "the end of the run"),
+    ],
+)
+def test_the_plan_states_the_disk_that_checkpoints_take(settings: list[str], count: int, note: str) -> None:
+    rows = {row.name: row for row in summarise(load_experiment(DEMO, settings)) if row.group == "checkpoints"}
+    each = 12 * 15_804_928
+    assert rows["one"].value == size_text(each)
+    assert (rows["on disk"].value, rows["on disk"].note) == (size_text(count * each), note)

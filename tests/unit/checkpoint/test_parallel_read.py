@@ -1,0 +1,127 @@
+"""Reading any rectangle of a stored tensor into any memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hunyuan_pretrain.checkpoint import CheckpointError, folders, parallel_read, save_load
+from hunyuan_pretrain.checkpoint.parallel_read import Region, read_tensors
+from hunyuan_pretrain.checkpoint.stored import Chunk, Index, Section, StoredTensor
+from hunyuan_pretrain.plan.counts import checkpoint_bytes
+from tests.helpers.hostile import saved
+from tests.helpers.one_rank import on_this_rank
+from tests.helpers.runs import experiment_fields
+
+SHAPE = (7, 5, 3)
+WHOLE = torch.arange(105, dtype=torch.float32).view(SHAPE)
+
+
+def stored(folder: Path, cuts: tuple[int, int], dtype: torch.dtype = torch.float32) -> Index:
+    """WHOLE in four chunks, cut along its first two dims, in two files."""
+    chunks, contents = [], [b"", b""]
+    for row in (slice(0, cuts[0]), slice(cuts[0], SHAPE[0])):
+        for column in (slice(0, cuts[1]), slice(cuts[1], SHAPE[1])):
+            part = WHOLE[row, column].to(dtype).clone()
+            file = len(chunks) % 2
+            content = saved(part)
+            section = Section(f"__{file}_0.distcp", len(contents[file]), len(content))
+            contents[file] += content
+            chunks.append(Chunk((row.start, column.start, 0), tuple(part.shape), section))
+    for file, content in enumerate(contents):
+        (folder / f"__{file}_0.distcp").write_bytes(content)
+    return Index({"w": StoredTensor(str(dtype).removeprefix("torch."), SHAPE, chunks)}, {})
+
+
+def window(draw: Any) -> tuple[slice, ...]:
+    starts = [draw(st.integers(0, size - 1)) for size in SHAPE]
+    return tuple(slice(start, draw(st.integers(start + 1, size))) for start, size in zip(starts, SHAPE, strict=True))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_rectangle_is_read_from_any_chunks(tmp_path_factory, data):
+    """Also into memory of another dtype, and into a part of a larger tensor."""
+    folder = tmp_path_factory.mktemp("read")
+    cuts = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    index = stored(folder, cuts)
+    where = window(data.draw)
+    expected = WHOLE[where]
+    memory = torch.full(
+        (*expected.shape[:2], 5), -1.0, dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    )
+    is_strided = data.draw(st.booleans())
+    target = memory[..., : expected.shape[2]] if is_strided else torch.full(expected.shape, -1.0, dtype=memory.dtype)
+    block, parallel_read.BLOCK_BYTES = parallel_read.BLOCK_BYTES, data.draw(st.sampled_from([1, 64, 1 << 20]))
+    try:
+        read_tensors(folder, index, [Region("w", target, SHAPE, tuple(one.start for one in where))])
+    finally:
+        parallel_read.BLOCK_BYTES = block
+    assert torch.equal(target, expected.to(memory.dtype))
+    if is_strided:
+        assert (memory[..., expected.shape[2] :] == -1).all(), "what is beside the target is untouched"
+
+
+def test_only_the_rows_of_a_rectangle_are_read(tmp_path, monkeypatch):
+    index = stored(tmp_path, (4, 4))
+    count, read = [0], os.preadv
+
+    def counted(descriptor: int, buffers: list[Any], start: int) -> int:
+        done = read(descriptor, buffers, start)
+        count[0] += done
+        return done
+
+    monkeypatch.setattr(os, "preadv", counted)
+    read_tensors(tmp_path, index, [Region("w", torch.empty(1, 4, 3), SHAPE, (2, 0, 0))])
+    described = count[0]
+    count[0] = 0
+    read_tensors(tmp_path, index, [Region("w", torch.empty(3, 4, 3), SHAPE, (1, 0, 0))])
+    assert count[0] - described == 2 * 4 * 3 * 4, "two more rows of 48 bytes"
+
+
+def test_whole_rows_are_read_into_their_place_without_a_copy(tmp_path, monkeypatch):
+    index = stored(tmp_path, (4, 4))
+    monkeypatch.setattr(torch, "empty", None)
+    target = torch.zeros(3, 4, 3)
+    read_tensors(tmp_path, index, [Region("w", target, SHAPE, (1, 0, 0))])
+    assert torch.equal(target, WHOLE[1:4, :4])
+
+
+@pytest.mark.parametrize(
+    ("region", "words"),
+    [
+        (Region("v", torch.empty(SHAPE), SHAPE, (0, 0, 0)), "v is not in the checkpoint"),
+        (
+            Region("w", torch.empty(7, 5, 4), (7, 5, 4), (0, 0, 0)),
+            r"w has shape \(7, 5, 3\) in the checkpoint, \(7, 5, 4\) here",
+        ),
+        (Region("w", torch.empty(7, 5, 3), SHAPE, (3, 0, 0)), "w: the checkpoint holds 60 of 105 elements"),
+    ],
+)
+def test_what_the_checkpoint_does_not_hold_is_refused(tmp_path, region, words):
+    index = stored(tmp_path, (4, 4))
+    with pytest.raises(CheckpointError, match=words):
+        read_tensors(tmp_path, index, [region])
+
+
+def test_a_file_that_ends_too_early_is_refused(tmp_path):
+    index = stored(tmp_path, (4, 4))
+    os.truncate(tmp_path / "__1_0.distcp", 200)
+    with pytest.raises(CheckpointError, match=r"__1_0.distcp"):
+        read_tensors(tmp_path, index, [Region("w", torch.empty(SHAPE), SHAPE, (0, 0, 0))])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_plan_says_the_bytes_of_a_checkpoints_tensors(corpus, tmp_path, dtype):
+    run = on_this_rank(experiment_fields(corpus, tmp_path, model__num_layers=2, precision={"dtype": dtype}))
+    folder = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
+    index = folders.index_of(folder, folders.read_marker(folder))
+    width = {"float32": 4, "bfloat16": 2}
+    size = sum(torch.Size(tensor.shape).numel() * width[tensor.dtype] for tensor in index.tensors.values())
+    assert size == checkpoint_bytes(run.experiment)
