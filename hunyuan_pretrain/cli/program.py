@@ -11,6 +11,7 @@ import sys
 import typer
 
 from hunyuan_pretrain.cli import exporting, laddering, planning, training
+from hunyuan_pretrain.cli.checkpoints import checkpoints
 from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
 from hunyuan_pretrain.config.extras import missing_package
@@ -41,6 +42,7 @@ add_commands(
     training.train,
     training.parity,
     training.shadow,
+    checkpoints,
     exporting.export,
     exporting.generate,
 )

@@ -95,6 +95,19 @@ class RunLock:
                 continue  # full disk or unreachable file system; the next beat may work
 
 
+def holder_of(run_dir: Path) -> str | None:
+    """Who trains in a run directory, in words; None if nobody does. Waits for nothing: a process on another machine
+    counts until it has given no sign of life for STALE_S seconds."""
+    path = run_dir / LOCK
+    holder = _read(path)
+    if holder is None:
+        return None
+    try:
+        return None if _why_gone(holder, path, STALE_S) is not None else _who(holder)
+    except OSError:  # the age cannot be measured in a folder that cannot be written
+        return _who(holder)
+
+
 def _created(path: Path, token: str, made: list[Path]) -> bool:
     """`_create`, which on failure also removes the folders in `made`. Raises OSError."""
     try:
