@@ -20,9 +20,6 @@ from hunyuan_pretrain.checkpoint import CheckpointError, folders, retention
 from hunyuan_pretrain.checkpoint.stored import check_object, tensor_record
 from hunyuan_pretrain.runtime.lock import holder_of
 
-THREADS = 8
-"""That stat and digest files: a network file system serves several at once, and hashing leaves the interpreter free."""
-
 WORDS = ("damaged", "partial")
 """Groups of folders that a command takes in place of a step."""
 
@@ -66,7 +63,7 @@ def entries(run_dir: Path) -> list[Entry]:
         if (match := re.fullmatch(r"step_(\d{7,})(.*)", folder.name)) and folder.is_dir()
     ]
     found.sort()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(folders.THREADS) as pool:
         listed = list(pool.map(lambda one: _entry(*one), found))
     losses = _losses(run_dir / "metrics.jsonl", {entry.step for entry in listed})
     return [entry._replace(loss=losses.get(entry.step)) for entry in listed]
@@ -150,8 +147,8 @@ def verify(entry: Entry, progress: Callable[[int, int], None]) -> str | None:
         marker = folders.read_marker(entry.folder)
         files: Mapping[str, Any] = marker["files"]
         total, done = sum(file["bytes"] for file in files.values()), 0
-        with ThreadPoolExecutor(THREADS) as pool:
-            jobs = {pool.submit(folders.verify_files, entry.folder, marker, [name]): name for name in files}
+        with ThreadPoolExecutor(folders.THREADS) as pool:
+            jobs = {pool.submit(folders.verify_file, entry.folder, marker, name): name for name in files}
             try:
                 for job in as_completed(jobs):
                     job.result()

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hunyuan_pretrain.config.derived import stages_of
-from hunyuan_pretrain.config.schema import EvaluationConfig, Experiment
+from hunyuan_pretrain.config.schema import EvaluationConfig
 from hunyuan_pretrain.plan.buffers import buffers_of_stage
-from hunyuan_pretrain.plan.counts import parameters
+from hunyuan_pretrain.plan.counts import checkpoint_bytes
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.passes import Job, passes_of_stages
 
-SAVED_BYTES, SAVED_BYTES_FP32 = 14, 12
-"""Of a weight in a checkpoint: itself, two moments in fp32 and, of a bf16 weight, the main weight in fp32."""
+SAVED_BYTES = 14
+"""Of a bf16 weight in a checkpoint: itself, and main weight and two moments in fp32."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Beside:
 def beside_steps(job: Job, step_s: float) -> Beside:
     """Beside steps of `step_s` seconds in the job's stage. Raises as `passes.passes_of_stages`."""
     experiment, steps = job.experiment, job.stage.num_steps
-    saved = saved_bytes(experiment)
+    saved = checkpoint_bytes(experiment)
     validation, save = validation_s(job), save_s(job, saved)
     every = min(experiment.evaluation.every_steps, steps)
     interval = min(experiment.checkpoint.save_every_steps or steps, steps)
@@ -57,12 +57,6 @@ def beside_steps(job: Job, step_s: float) -> Beside:
         save / (interval * step_s),
         interval * step_s,
     )
-
-
-def saved_bytes(experiment: Experiment) -> int:
-    """Size of a checkpoint. The few fp32 weights of a bf16 model, its routers, are counted as bf16."""
-    each = SAVED_BYTES if experiment.precision.dtype == "bf16" else SAVED_BYTES_FP32
-    return parameters(experiment.model).total * each
 
 
 def save_s(job: Job, saved: int) -> float:

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hunyuan_pretrain.checkpoint import CheckpointError, folders, optimizer_state, parallel_write, save_load
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
-from hunyuan_pretrain.plan.overheads import saved_bytes
+from hunyuan_pretrain.plan.counts import checkpoint_bytes
 from hunyuan_pretrain.runtime.seeding import generator_state
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.run import Run
@@ -240,7 +240,7 @@ def test_the_marker_describes_the_checkpoint(saved, run):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_plan_gives_the_bytes_of_a_checkpoint(corpus, tmp_path, dtype):
-    """Its tensors; the plan counts the fp32 routers of a bf16 model as bf16."""
+    """Of its tensors."""
     run = on_this_rank(fields(corpus, tmp_path, dtype))
     trace_steps(run, range(1))
     folder = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
@@ -250,9 +250,7 @@ def test_the_plan_gives_the_bytes_of_a_checkpoint(corpus, tmp_path, dtype):
         if isinstance(entry, TensorStorageMetadata)
     ]
     size = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
-    model = run.experiment.model
-    routers = model.num_layers * model.num_moe_experts * model.hidden_size
-    assert size == saved_bytes(run.experiment) - (2 * routers if dtype == "bf16" else 0)
+    assert size == checkpoint_bytes(run.experiment)
 
 
 def test_a_checkpoint_of_another_precision_is_refused(corpus, tmp_path, saved):
