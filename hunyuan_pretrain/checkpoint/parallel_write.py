@@ -143,6 +143,11 @@ def write_part(folder: Path, rank: int, items: Sequence[Item]) -> None:
     finally:  # nothing of this save may be at work when the next one begins
         for one in beside:
             one.wait()
+    write_report(folder, rank, files, places)
+
+
+def write_report(folder: Path, rank: int, files: dict[str, dict[str, Any]], places: list[list[Any]]) -> None:
+    """Report what a rank has written: size and digest of each file, and what is where in them."""
     layout = json.dumps(sorted(places)).encode()
     write_file(folder / REPORTS / f"{rank}.layout.json", layout)
     report = {"files": files, "layout": hashlib.sha256(layout).hexdigest()}
