@@ -205,13 +205,6 @@ def data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in (MARKER, NAME))
 
 
-def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """The files that a rank has written. torch's writer puts the rank into their names; files without one are rank
-    0's."""
-    writers = {path: re.match(r"__(\d+)_", path.name) for path in data_files(folder)}
-    return [path for path, writer in writers.items() if rank == (int(writer[1]) if writer else 0)]
-
-
 def digest(path: Path) -> str:
     """Flush a file to disk and return its sha256."""
     with path.open("rb") as file:

@@ -16,33 +16,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from typing import NamedTuple
 
 # isort: split
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.host_memory import HostMemory, rounded
+from hunyuan_pretrain.checkpoint.optimizer_pieces import Piece, pieces_of, splits_main_weights
 from hunyuan_pretrain.checkpoint.parallel_read import Region
 from hunyuan_pretrain.checkpoint.split_weights import REMAINDER, join, remainder_of, round_into
 from hunyuan_pretrain.model.fp8.parameters import write, written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import Failures
-from hunyuan_pretrain.parallel.sharding import Placement, sharded_tensor
+from hunyuan_pretrain.parallel.sharding import Placement
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
 
 Moments = tuple[str, dict[str, Tensor], Placement]
-State = dict[str, dict[str, ShardedBase]]
-"""Parameter -> kind ("weight", "main", and MOMENTS) -> its tensor, for megatron's distributed checkpoints."""
 
 
 @torch.no_grad()
@@ -59,32 +56,56 @@ def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> It
         yield home.name, tensors, home.placement
 
 
+class HostTensor(NamedTuple):
+    """A whole local tensor of one parameter in host memory, for a checkpoint."""
+
+    key: str
+    """Name of the whole tensor in the checkpoint."""
+    tensor: Tensor
+    placement: Placement
+    kind: str
+    """"weight", "main", or one of MOMENTS."""
+
+
 @torch.no_grad()
-def state_on_host(chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stage: Stage) -> State:
-    """What this rank writes, copied to the host one tensor at a time.
+def state_on_host(
+    chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stage: Stage, memory: HostMemory
+) -> list[HostTensor]:
+    """What this rank writes, copied to the host one tensor at a time. Valid until `memory` is used again.
 
     Communicates: as full_moments. An error is raised after the last collective, so that the other ranks do not hang.
     """
-    source, failures, state = _Source(optimizer), Failures(), State()
+    source, failures, state = _Source(optimizer), Failures(), list[HostTensor]()
+    failures.run(lambda: memory.reserve(bytes_on_host(chunks)))
 
-    def keep(home: _Home, kind: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    def keep(home: _Home, kind: str, tensor: Tensor, dtype: torch.dtype) -> None:
         if home.is_written_here:
-            on_host = _to_host(tensor)
-            state.setdefault(home.name, {})[kind] = sharded_tensor(
-                home.prefix(kind), on_host.to(dtype or on_host.dtype), home.shared_placement
-            )
+            on_host = _to_host(tensor, memory.empty(home.parameter.shape, dtype))
+            state.append(HostTensor(home.prefix(kind) + home.placement.name, on_host, home.placement, kind))
 
     for home in _homes(chunks):
         is_quantised = is_float8tensor(home.parameter)
         if not is_quantised:
-            failures.run(keep, home, WEIGHT, home.parameter)
+            failures.run(keep, home, WEIGHT, home.parameter, home.parameter.dtype)
         for kind in _kinds(home.parameter):
             tensor = source.whole(home, kind, stage, failures)
-            failures.run(keep, home, kind, tensor)
+            failures.run(keep, home, kind, tensor, torch.float32)
             if is_quantised and kind == "main":  # rounded to the run's dtype, as in checkpoints of other runs
                 failures.run(keep, home, WEIGHT, tensor, home.parameter.dtype)
+    if stage.device.type == "cuda":
+        failures.run(lambda: torch.cuda.current_stream(stage.device).synchronize())
     failures.raise_first()
     return state
+
+
+def bytes_on_host(chunks: list[HunyuanModel]) -> int:
+    """Host memory for what this rank writes."""
+    return sum(
+        rounded(home.parameter.numel() * size)
+        for home in _homes(chunks)
+        if home.is_written_here
+        for size in (home.parameter.dtype.itemsize, *(4 for _ in _kinds(home.parameter)))
+    )
 
 
 def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> tuple[dict[str, dict[str, Tensor]], list[Region]]:
@@ -121,8 +142,8 @@ def restore_state(
     Frees `loaded` on the way. Communicates: data-parallel groups of the parameters. An error is raised after the last
     collective.
     """
-    pieces = {piece.parameter: piece for piece in _pieces(optimizer)} if optimizer is not None else {}
-    is_split = optimizer is not None and any(map(_splits_main_weights, optimizer.chained_optimizers))
+    pieces = {piece.parameter: piece for piece in pieces_of(optimizer)} if optimizer is not None else {}
+    is_split = optimizer is not None and any(map(splits_main_weights, optimizer.chained_optimizers))
     failures = Failures()
     for home in _homes(chunks):
         piece = pieces.get(home.parameter)
@@ -148,7 +169,7 @@ def reload_weights(optimizer: MegatronOptimizer) -> None:
 
     Core's reload_model_params omits the offloaded copies of fp32 weights.
     """
-    for piece in _pieces(optimizer):
+    for piece in pieces_of(optimizer):
         if not piece.is_split:
             piece.main.copy_(piece.part_of(written_values(piece.parameter)))
         elif (remainder := piece.owner.state[piece.main].get(REMAINDER)) is not None:
@@ -159,9 +180,9 @@ def _kinds(parameter: Tensor) -> tuple[str, ...]:
     return MOMENTS if parameter.dtype == torch.float32 else ("main", *MOMENTS)
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory."""
-    return tensor.detach().to("cpu", copy=True)
+def _to_host(tensor: Tensor, memory: Tensor) -> Tensor:
+    """`memory` with a copy of the tensor, in the dtype of `memory`. From a GPU the copy is only queued."""
+    return memory.copy_(tensor.detach(), non_blocking=True)
 
 
 def _host_buffer(home: _Home, kind: str) -> Tensor:
@@ -177,7 +198,7 @@ def _move(loaded: dict[str, dict[str, Tensor]], name: str, kind: str, tensor: Te
     tensor.copy_(loaded[name].pop(kind).view(tensor.shape))
 
 
-def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: _Piece | None, is_split: bool) -> None:
+def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: Piece | None, is_split: bool) -> None:
     """Copy a whole tensor that was read to where it belongs on this rank. is_split: the optimizer splits the main
     weights of bf16 weights. Overwrites `tensor`."""
     if kind == WEIGHT:
@@ -196,13 +217,7 @@ def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: _Piec
         round_into(parameter.detach(), tensor)
 
 
-def _splits_main_weights(part: MegatronOptimizer) -> bool:
-    """Whether this part's main weights are split (checkpoint.split_weights)."""
-    is_offloaded = isinstance(part.optimizer, HybridDeviceOptimizer)
-    return part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and not is_offloaded
-
-
-def _count_updates(piece: _Piece, num_updates: int) -> None:
+def _count_updates(piece: Piece, num_updates: int) -> None:
     state = piece.owner.state[piece.main]
     if isinstance(piece.owner, torch.optim.Adam):
         state["step"] = torch.tensor(float(num_updates), device=piece.main.device)
@@ -266,6 +281,10 @@ class Stage:
         parameters = [parameter for model in chunks for parameter in model.parameters()]
         self._memory = torch.empty(max(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
 
+    @property
+    def device(self) -> torch.device:
+        return self._memory.device
+
     def tensor(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """The memory as a tensor in the shape of `parameter`."""
         return self._memory.view(dtype)[: parameter.numel()].view(parameter.shape)
@@ -275,19 +294,36 @@ class _Source:
     """Assembles whole tensors of the optimizer's state."""
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
-        self._pieces = {piece.parameter: piece for piece in _pieces(optimizer)}
+        self._pieces = {piece.parameter: piece for piece in pieces_of(optimizer)}
         self._is_sharded = any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
 
     def whole(self, home: _Home, kind: str, stage: Stage, failures: Failures) -> Tensor:
-        """One whole tensor of a parameter, valid until the next call. Communicates even after a failure."""
+        """One whole tensor of a parameter, to be read only and until the next call. Communicates even after a
+        failure."""
+        piece = self._pieces.get(home.parameter)
+        is_assembled = self._is_sharded and home.group.size() > 1
+        if not is_assembled and (found := self._as_stored(home.parameter, piece, kind, stage)) is not None:
+            return found
         tensor = stage.tensor(home.parameter, torch.float32).zero_()
-        failures.run(lambda: self._fill(tensor, self._pieces.get(home.parameter), kind))
-        if self._is_sharded and home.group.size() > 1:
+        failures.run(lambda: self._fill(tensor, piece, kind))
+        if is_assembled:
             dist.all_reduce(tensor, group=home.group)  # every element is on one rank, the others add zero
         return tensor
 
     @staticmethod
-    def _fill(tensor: Tensor, piece: _Piece | None, kind: str) -> None:
+    def _as_stored(parameter: Tensor, piece: Piece | None, kind: str, stage: Stage) -> Tensor | None:
+        """The optimizer's own tensor, if it holds all of the parameter in fp32: it needs no copy."""
+        if piece is None or (kind == "main" and piece.is_split):
+            return None
+        mine = piece.main if kind == "main" else piece.owner.state[piece.main].get(kind)
+        if mine is None or mine.numel() != parameter.numel():
+            return None
+        if mine.dtype != torch.float32 or mine.device != stage.device:
+            return None
+        return mine.detach().view(parameter.shape)
+
+    @staticmethod
+    def _fill(tensor: Tensor, piece: Piece | None, kind: str) -> None:
         if piece is None:
             return
         state = piece.owner.state[piece.main]
@@ -298,73 +334,3 @@ class _Source:
         mine = piece.main if kind == "main" else state.get(kind)
         if mine is not None:
             piece.part_of(tensor).copy_(mine.detach())
-
-
-class _Piece(NamedTuple):
-    """The part of one parameter that this rank's optimizer updates."""
-
-    parameter: torch.nn.Parameter
-    main: Tensor
-    """fp32: the parameter itself, a part of it, or a copy, which may be offloaded to the host. bf16: a part of the
-    parameter, whose fp32 value is split."""
-    owner: torch.optim.Optimizer
-    """The optimizer whose state has the moments under the key `main`."""
-    first: int = 0
-    """Index of its first element in the flattened parameter."""
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the fp32 main weight is `main` and the remainder in the optimizer's state."""
-        return self.main.dtype != torch.float32
-
-    def store(self, name: str, value: Tensor) -> None:
-        """Put a copy of a moment (fp32) or a remainder into the optimizer's state, in the format it keeps there."""
-        if hasattr(self.owner, "set_scaled_state"):
-            self.owner.set_scaled_state(self.main, name, value)
-        else:
-            self.owner.state[self.main][name] = torch.empty_like(self.main).copy_(value)
-
-    def part_of(self, tensor: Tensor) -> Tensor:
-        """These elements of a tensor in the parameter's shape, as a view in the shape of `main`."""
-        return tensor.detach().view(-1)[self.first : self.first + self.main.numel()].view_as(self.main)
-
-
-def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if isinstance(part, DistributedOptimizer):
-            is_offloaded = isinstance(inner, HybridDeviceOptimizer)
-            # then the inner optimizer has the main weights, and the distributed one none
-            has_no_main = is_offloaded or _splits_main_weights(part)
-            parameters = chain(*part.model_float16_groups, *part.model_fp32_groups)
-            shards = chain(
-                *(part.shard_float16_groups if has_no_main else part.shard_fp32_from_float16_groups),
-                *part.shard_fp32_groups,
-            )
-            owners = _owners(inner) if is_offloaded else {}
-            for parameter, shard in zip(parameters, shards, strict=True):
-                main = inner.param_to_inner_param[shard] if is_offloaded else shard
-                yield _Piece(
-                    parameter,
-                    main,
-                    owners[main] if is_offloaded else inner,
-                    part._get_model_param_range_map(parameter)["param"].start,
-                )
-        elif isinstance(part, Float16OptimizerWithFloat16Params):
-            for parameter, main in zip(chain(*part.float16_groups), chain(*part.fp32_from_float16_groups), strict=True):
-                yield _Piece(parameter, main, inner)
-            for parameter in chain(*part.fp32_from_fp32_groups):
-                yield _Piece(parameter, parameter, inner)
-        else:
-            for parameter in part.get_parameters():
-                yield _Piece(parameter, parameter, inner)
-
-
-def _owners(optimizer: HybridDeviceOptimizer) -> dict[Tensor, torch.optim.Optimizer]:
-    """Weight on the host or the device -> the sub-optimizer of the offloaded optimizer that updates it."""
-    return {
-        weight: owner
-        for owner in optimizer.sub_optimizers
-        for group in owner.param_groups
-        for weight in group["params"]
-    }

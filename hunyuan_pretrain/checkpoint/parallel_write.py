@@ -1,144 +1,192 @@
-"""Writes one distributed checkpoint with the parts of megatron-core's writer.
+"""Writes one rank's part of a distributed checkpoint in the format of megatron-core (torch.distributed.checkpoint),
+without communicating. joined_parts.py makes one checkpoint of the parts.
 
-Core's own entry point writes small files on rank 0 between collectives. If the disk is full, the other ranks wait in a
-collective that rank 0 never enters. It also exchanges every rank's whole plan in each save. Here all ranks know after
-each step whether it succeeded on all of them, and the plan is exchanged and checked only in the first saves of a run.
+Core's own writer exchanges every rank's plan through rank 0, writes in forked processes, which may hang where there are
+threads or CUDA, and leaves no digest, so that what was written would have to be read again. Here a file is hashed while
+it is written, and a report on disk tells rank 0 what is in it.
 """
 
 from __future__ import annotations
 
-import errno
-import inspect
+import hashlib
+import io
+import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from queue import Queue
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import IO, Any, NamedTuple, Protocol, cast
 
 # isort: split
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.api import CheckpointException  # not an Exception, but a BaseException
+from torch import Tensor
 
-from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.parallel.agreement import SYSTEM_REASONS, error_of_rank_0, first_error, reason_of
+from hunyuan_pretrain.data.folders import write_file
+from hunyuan_pretrain.runtime.background import Background, leave_if_ending
 
-FULL_DISK_BYTES = 1 << 20
-"""A disk with less free space than this after a failed write counts as full; a writer may leave part of a block."""
+FILES_PER_RANK = 2
+"""Each is hashed and written by a thread of its own."""
+CHUNK = 8 << 20
+"""Bytes that are hashed, then written: the disk has work while the next ones are hashed."""
+BUFFER = 1 << 20
+"""Bytes of small writes that are collected."""
+REPORTS = "ranks"
+"""Folder of the reports, inside an unfinished checkpoint."""
 
 
-def write_state(folder: Path, model: HunyuanModel, build: Callable[[], dict[str, Any]]) -> str | None:
-    """Write the sharded tensors and objects that `build` returns into an empty folder. Returns the error of any rank.
+class Shard(NamedTuple):
+    """A rectangle of a whole tensor, in host memory."""
 
-    The plan is remembered per `model`, which all saves of a run share. Communicates: all ranks.
+    key: str
+    """Name of the whole tensor."""
+    whole_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+    """May be a view with gaps."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.nbytes
+
+
+class Blob(NamedTuple):
+    """An object as bytes."""
+
+    key: str
+    content: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content)
+
+
+Item = Shard | Blob
+
+
+class File(Protocol):
+    """What is needed of a file to write it."""
+
+    def write(self, data: Any, /) -> int: ...
+    def flush(self) -> None: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class HashedFile(io.RawIOBase):
+    """A new file, whose sha256 is computed while it is written; flushed to disk when it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: File = path.open("wb", buffering=BUFFER)
+        self._digest, self._size = hashlib.sha256(), 0
+        self.error: OSError | None = None
+        """Of a write. torch wraps it in others, of which some do not name it."""
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK):
+            leave_if_ending()
+            part = view[start : start + CHUNK]
+            self._digest.update(part)
+            try:
+                self._file.write(part)
+            except OSError as error:
+                self.error = error
+                raise
+        self._size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: torch calls it after each tensor."""
+
+    def finish(self) -> dict[str, Any]:
+        """Flush the file to disk and close it. Returns its size and digest, as complete.json has them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self._file.close()
+            except OSError as error:  # what was in the buffer does not fit either
+                self.error = self.error or error
+        super().close()
+
+
+def write_part(folder: Path, rank: int, items: Sequence[Item]) -> None:
+    """Write a rank's items into the folder, and its report at last. Returns when both are on disk.
+
+    Raises the operating system's error if there was one.
     """
-    made: dict[str, Any] = {}
+    shares = [share for share in _shares(items) if share]
+    files: dict[str, dict[str, Any]] = {}
+    places: list[list[Any]] = []
 
-    def compare() -> None:
-        made["parts"] = _parts(made["state"])
-        if model in _planners and _planners[model].parts != made["parts"]:
-            raise ValueError("not the tensors of the previous save")
+    def write(name: str, share: Sequence[Item]) -> None:
+        files[name], found = _write_items(folder / name, share)
+        places.extend(found)
 
-    def check() -> None:
-        # checks that the ranks' parts make up the whole; if they do in the first save, they do in all later ones
-        made["state"], _ = save_preprocess(made["state"], validate_access_integrity=model not in _planners)
-
-    def describe() -> None:
-        torch.save({}, folder / COMMON_STATE_FNAME)  # objects common to all ranks; there are none
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-    def plan() -> None:
-        planner = _planners.setdefault(model, _Planner(made["parts"]))
-        made["planned"] = planner.plan(made.pop("state"), str(folder))
-
-    if error := first_error(lambda: made.update(state=build())):
-        return error
-    if first_error(compare):  # on any rank
-        forget_plan(model)
-    return (
-        first_error(check)
-        or error_of_rank_0(describe)
-        or first_error(plan)
-        or first_error(lambda: _write_planned(folder, made["planned"].writer))
-        or _finish(made["planned"])
-    )
-
-
-def forget_plan(model: HunyuanModel) -> None:
-    """Call this after a failed save: if a rank has not completed the plan, ranks may remember different plans."""
-    _planners.pop(model, None)
-
-
-class _Planned(NamedTuple):
-    """A save that has been split among the ranks, before anything is written."""
-
-    writer: Any
-    metadata: Any
-    """Which tensor is where; on rank 0 only."""
-
-
-class _Planner(TorchDistSaveShardedStrategy):
-    """Core's strategy up to the plan. It remembers what the ranks have exchanged: from the third save on, no part of
-    the plan is sent."""
-
-    def __init__(self, parts: frozenset[Any]) -> None:
-        super().__init__("torch_dist", 1, cached_metadata=True)
-        self.parts = parts
-        """Which parts of which tensors this rank holds."""
-
-    def plan(self, state: dict[str, Any], folder: str) -> _Planned:
-        """Communicates: all ranks."""
-        # A queue for this process's results. Core would keep it in a separate process, which outlives a rank that exits
-        # after an error and keeps the job's pipes open.
-        filesystem_async._results_queue = Queue()
-        # core 0.19 has two writers; "mcore" is the one that 0.16 has
-        chosen = (
-            {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(self.async_save).parameters else {}
-        )
-        return self.async_save(state, folder, **chosen)
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
-        return _Planned(writer, planned[1])
-
-
-_planners: WeakKeyDictionary[HunyuanModel, _Planner] = WeakKeyDictionary()
-
-
-def _parts(state: dict[str, Any]) -> frozenset[Any]:
-    return frozenset(
-        (item.key, item.replica_id, getattr(item, "local_shape", None), getattr(item, "global_offset", None))
-        for item in nested_values(state)
-    )
-
-
-def _write_planned(folder: Path, writer: Any) -> None:
-    """Write this rank's part of the plan. Communicates nothing."""
-    writer.results = []
-    write, to_host, arguments = writer.get_save_function_and_args()
-    if write is None:
-        return
+    names = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
+    beside = [
+        Background(lambda name=name, share=share: write(name, share), name)  # type: ignore[misc]
+        for name, share in list(zip(names, shares, strict=True))[1:]
+    ]
     try:
-        write(arguments[0], to_host(), arguments[2])
-        writer.results = writer.retrieve_write_results()
-        if not isinstance(writer.results, list):
-            raise CheckpointException("write", {dist.get_rank(): writer.results})
-    except (Exception, CheckpointException) as error:
-        # megatron-core 0.19's writer does not report why it failed, but a full disk can still be detected
-        if reason_of(error) not in SYSTEM_REASONS and shutil.disk_usage(folder).free < FULL_DISK_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
+        if shares:
+            write(names[0], shares[0])
+    finally:  # nothing of this save may be at work when the next one begins
+        for one in beside:
+            one.wait()
+    write_report(folder, rank, files, places)
 
 
-def _finish(planned: _Planned) -> str | None:
-    """Write which tensor is where. Returns rank 0's error, or None. Communicates: all ranks."""
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(planned.writer.results, found, dst=0)
-    return error_of_rank_0(lambda: planned.writer.finish(planned.metadata, found))
+def write_report(folder: Path, rank: int, files: dict[str, dict[str, Any]], places: list[list[Any]]) -> None:
+    """Report what a rank has written: size and digest of each file, and what is where in them."""
+    layout = json.dumps(sorted(places)).encode()
+    write_file(folder / REPORTS / f"{rank}.layout.json", layout)
+    report = {"files": files, "layout": hashlib.sha256(layout).hexdigest()}
+    write_file(folder / REPORTS / f"{rank}.json", json.dumps(report).encode())
+
+
+def _shares(items: Sequence[Item]) -> list[list[Item]]:
+    """The items of each file: about the same number of bytes in each."""
+    shares: list[list[Item]] = [[] for _ in range(FILES_PER_RANK)]
+    sizes = [0] * FILES_PER_RANK
+    for item in sorted(items, key=lambda item: item.num_bytes, reverse=True):
+        least = sizes.index(min(sizes))
+        shares[least].append(item)
+        sizes[least] += item.num_bytes
+    return shares
+
+
+def _write_items(path: Path, items: Sequence[Item]) -> tuple[dict[str, Any], list[list[Any]]]:
+    """Write one file. Returns its size and digest; and for each item its key, the file's name, where it starts and how
+    long it is and, of a tensor, dtype, whole shape, offset and shape."""
+    places: list[list[Any]] = []
+    with HashedFile(path) as file:
+        try:
+            for item in items:
+                start, described = file.tell(), list[Any]()
+                if isinstance(item, Blob):
+                    file.write(item.content)
+                else:
+                    torch.save(_alone(item.tensor), cast(IO[bytes], file))  # which only writes and flushes
+                    described = [str(item.tensor.dtype), item.whole_shape, item.offset, tuple(item.tensor.shape)]
+                places.append([item.key, path.name, start, file.tell() - start, *described])
+            return file.finish(), places
+        except BaseException:
+            if file.error is not None:
+                raise file.error from None
+            raise
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own size: torch.save writes the whole storage. Contiguous memory is not copied."""
+    tensor = tensor.contiguous()
+    return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)

@@ -498,6 +498,12 @@ class CheckpointConfig(Section):
         unit="steps",
         typical="10 or 20 times save_every_steps",
     )
+    async_save: bool = setting(
+        "Write checkpoints while training goes on: it waits only for the copy of the state to the host's memory, which "
+        "stays allocated. At most one is written at a time: a save waits for the one before. The last save of a job is "
+        "always waited for. false: training waits for every save, and the memory is freed after it.",
+        True,
+    )
     resume: bool = setting(
         "Continue from the newest complete checkpoint of run_dir, if there is one. false: refuse a run_dir that has "
         "one.",

@@ -86,10 +86,27 @@ def first_error(action: Callable[[], object]) -> str | None:
         mine = reason_of(error)
         if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available():
             torch.cuda.empty_cache()  # the collective below needs a little
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, mine)
-    told = [error for error in errors if error]
-    return next((error for error in told if error in SYSTEM_REASONS), told[0] if told else None)
+    teller = _teller(mine)
+    if teller is None:
+        return None
+    told: list[str | None] = [mine]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(told, src=teller)
+    return told[0]
+
+
+def _teller(error: str | None) -> int | None:
+    """The rank whose error all ranks are told: the first with one of the operating system's, else the first with any;
+    None if no rank has one. Communicates: all ranks, 8 bytes whatever their number."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks == 1:  # it may have lost its GPU, and still has a save to finish
+        return None if error is None else 0
+    urgency = 0 if error is None else ranks - rank + (ranks if error in SYSTEM_REASONS else 0)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    most = torch.tensor([urgency], dtype=torch.int64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    found = int(most.item())
+    return None if found == 0 else (ranks - found) % ranks
 
 
 def gather_results(mine: T) -> list[T]:
@@ -132,7 +149,8 @@ def from_rank_0(action: Callable[[], T]) -> tuple[T | None, str | None]:
             found = [(action(), None)]
         except (Exception, CheckpointException) as error:
             found = [(None, reason_of(error))]
-    dist.broadcast_object_list(found, src=0)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
     return found[0]
 
 

@@ -117,7 +117,7 @@ def communication_per_rank(
     _optimizer(ledger, model, parallel, precision, ranks, list(chunks))
     ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
     statistics = model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
-    ledger.add("other", "all_reduce", 8 * (2 + statistics), world_size)  # loss, ranks told to stop, statistics
+    ledger.add("other", "all_reduce", 8 * (3 + statistics), world_size)  # loss, ranks told to stop, saves, statistics
     return Communication(ledger.messages, is_exact=model.moe_expert_capacity_factor is not None or ranks.ep == 1)
 
 

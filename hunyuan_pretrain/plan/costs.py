@@ -175,12 +175,13 @@ def _memory_rows(found: Costs, group: str, of_ranks: list[Peak]) -> Iterator[Row
         note = "by the recorded step, for its passes; the update and a validation need their own"
         yield Row(group, "reserved between steps", gib(fullest.passes), note)
     host = max(peak.host for peak in of_ranks)
+    copied = f"{gib(max(peak.saved for peak in of_ranks))} for the copy of the state that a save writes"
     if found.hardware is None:
-        yield Row(group, "host memory per rank", gib(host))
+        yield Row(group, "host memory per rank", gib(host), copied)
         return
     yield Row(group, f"on {found.hardware.name}", *_fits(missing(fullest, found.hardware), found.hardware.memory_bytes))
     value, note = _fits(host_missing(of_ranks, found.hardware), found.hardware.host_memory_bytes)
-    yield Row(group, "host", value, f"{note}; {gib(host)} for each of {found.hardware.node_gpus} ranks")
+    yield Row(group, "host", value, f"{note}; {gib(host)} for each of {found.hardware.node_gpus} ranks, {copied}")
 
 
 def _fits(lacking: int, available: float) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from hunyuan_pretrain.plan.counts import RankMemory, memory_of_ranks
 from hunyuan_pretrain.plan.fp8 import weight_copies
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.matmuls import rows_of_expert
+from hunyuan_pretrain.plan.saving import bytes_copied
 
 CUDA_CONTEXT = 600 * 2**20
 """Bytes. Ours: what nvidia-smi shows for a process with loaded kernels and no tensors, 500 to 600 MiB on Hopper."""
@@ -62,6 +63,8 @@ class Peak:
     """Not torch's: CUDA context and NCCL."""
     pinned: int
     """Host memory: offloaded activations and optimizer state."""
+    saved: int = 0
+    """Host memory: the copy of the state that a save writes. It stays allocated with checkpoint.async_save."""
     validation: int | None = None
     """In a validation beside a recorded step; None: steps are not recorded."""
 
@@ -106,7 +109,7 @@ class Peak:
     @property
     def host(self) -> int:
         """Host memory of the rank."""
-        return self.pinned + HOST_PROCESS
+        return self.pinned + self.saved + HOST_PROCESS
 
 
 def peaks(experiment: Experiment, stage: StageConfig, world_size: int, imbalance: float = 1.0) -> list[Peak]:
@@ -127,6 +130,7 @@ class Kept:
     """Of its rank that keeps the most."""
     fp8_weights: int
     update: int
+    saved: int
 
 
 def kept_of_rank(experiment: Experiment, world_size: int, pipeline_rank: int) -> Kept:
@@ -137,6 +141,7 @@ def kept_of_rank(experiment: Experiment, world_size: int, pipeline_rank: int) ->
         max(states, key=lambda memory: memory.total),
         weight_copies(experiment, world_size, pipeline_rank),
         _update(experiment, world_size, pipeline_rank),
+        bytes_copied(experiment, world_size, pipeline_rank),
     )
 
 
@@ -157,6 +162,7 @@ def peak_of_rank(
         update=kept.update,
         outside=outside(ranks),
         pinned=active.pinned + kept.state.host,
+        saved=kept.saved,
         validation=_validation(experiment, stage, ranks),
     )
 

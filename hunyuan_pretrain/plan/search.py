@@ -171,7 +171,7 @@ class _Search:
     def fits(self, made: Experiment, layout: Layout, recompute: str, state: int) -> bool:
         """Whether every pipeline rank fits. The first, on which the most micro-batches wait, is looked at first, and
         that with `state`, a bound, for what it keeps."""
-        nothing = Kept(RankMemory(0, 0, 0), 0, 0)
+        nothing = Kept(RankMemory(0, 0, 0), 0, 0, 0)
         first = peak_of_rank(made, made.stages[0], self.gpus, 0, nothing, self.assumptions.imbalance)
         lacking = state + first.transient + first.slack - self.available
         if lacking > 0:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint import save_load
 from hunyuan_pretrain.config.derived import expert_lr_ratio
 from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
 from hunyuan_pretrain.config.rules import find_warnings
@@ -34,9 +34,10 @@ from hunyuan_pretrain.train.as_planned import AsPlanned
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
-from hunyuan_pretrain.train.optimizer import describe_groups, gather_parameters
+from hunyuan_pretrain.train.optimizer import describe_groups
 from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.run import Run
+from hunyuan_pretrain.train.saves import Saves
 from hunyuan_pretrain.train.step import LaunchedStep, launch_step
 
 
@@ -66,16 +67,20 @@ def _train(run: Run, stop: StopRequest) -> int:
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
         return EXIT_DONE
-    records = _Records(run)
+    saves = Saves(run)
+    records = _Records(run, saves)
     try:
-        return _train_steps(run, stop, records)
+        return _train_steps(run, stop, records, saves)
     except Exception as error:
+        records.is_alone = True
+        if dist.get_world_size() == 1:
+            saves.finish()
         if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error)):
             records.read()  # of the step before: its record, or a loss that is the reason of this error
         raise
 
 
-def _train_steps(run: Run, stop: StopRequest, records: _Records) -> int:
+def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -> int:
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
     for step in range(run.first_step, num_steps):
@@ -86,7 +91,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records) -> int:
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
             # memory before the reason is read
             records.read()
-        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked)
+        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked, save_progress=saves.progress)
         done = step + 1
         records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
         is_logged, is_validated, is_saved = _what_follows(run, done)
@@ -100,9 +105,12 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records) -> int:
             is_stopping = setup.is_stop_asked(stop, run.device)
         else:  # the answer that does not make the host wait for this step
             is_stopping = before is not None and before.is_stop_asked()
+        told = launched if is_waited_for else before
+        if told is not None:
+            saves.after_step(told)
         if is_saved or is_stopping:
             records.read()
-            _save(run, done, must_succeed=done == num_steps or is_stopping)
+            saves.save(done, must_succeed=done == num_steps or is_stopping)
         if is_stopping and done < num_steps:
             run.log.line(f"told to stop: saved after step {done}; the same command resumes from there")
             return EXIT_STOPPED
@@ -136,8 +144,10 @@ class _Unread(NamedTuple):
 class _Records:
     """Reads the steps that were launched, in order: checks each, and writes the records that are due."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, saves: Saves) -> None:
         self._run, self._meter, self._as_planned, self._clock = run, _meter(run), AsPlanned(run), StepClock()
+        self._saves, self.is_alone = saves, False
+        """is_alone: other ranks may be elsewhere, so there must be no communication any more."""
         self._unread: _Unread | None = None
 
     def add(self, step: _Unread) -> None:
@@ -157,6 +167,8 @@ class _Records:
         if run.noise is not None:
             run.noise.add_numbers(launched.step, stage, result.noise)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            if not self.is_alone:
+                self._saves.finish()  # it may be the checkpoint to go back to
             raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
         self._clock.ended(result.data_wait_seconds)
         self._as_planned.after(done, result)
@@ -245,28 +257,6 @@ def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
             f"step {done}: validation{name} loss {found['loss']:.4f} over {found['target_tokens']:,} tokens{bits}"
         )
     run.log.metrics(record)
-
-
-def _save(run: Run, done: int, must_succeed: bool) -> None:
-    """Save a checkpoint. Unless `must_succeed`, a failure is only logged: the next save may work, and the run is worth
-    more than one checkpoint."""
-    gather_parameters(run.wrapped)
-    try:
-        settings = run.experiment.checkpoint
-        folder = save_load.save(
-            run.run_dir,
-            done,
-            run.chunks,
-            run.optimizer,
-            settings.keep_last,
-            run.record(done),
-            settings.keep_every_steps,
-        )
-        run.log.line(f"saved {folder}")
-    except CheckpointError as error:
-        if must_succeed:
-            raise
-        run.log.line(f"WARNING: {error}")
 
 
 def _way_back(run: Run) -> str:

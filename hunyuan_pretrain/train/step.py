@@ -58,7 +58,8 @@ class LaunchedStep:
     step: int
     """Global, counted from 0."""
     numbers: Outgoing
-    """fp64: loss, ranks asked to stop, noise, router statistics of all layers, gradient norm, target tokens."""
+    """fp64: loss, ranks asked to stop, progress of a save, noise, router statistics of all layers, gradient norm, and
+    target tokens."""
     statistics_shape: torch.Size
     data_wait_seconds: float
     num_noise: int = 0
@@ -67,13 +68,18 @@ class LaunchedStep:
         """Whether any rank had been asked to stop when it launched the step; the same on all ranks."""
         return bool(self.numbers.read()[1] > 0)
 
+    def save_progress(self) -> int:
+        """How far the ranks' saves were when they launched the step (checkpoint.saving.Saver), summed; the same on all
+        ranks."""
+        return int(self.numbers.read()[2])
+
     def result(self) -> StepResult:
         """Wait for the step and return what it measured."""
-        sizes = [2, self.num_noise, self.statistics_shape.numel(), 2]
-        loss_and_stop, noise, statistics, norm_and_tokens = self.numbers.read().split(sizes)
+        sizes = [3, self.num_noise, self.statistics_shape.numel(), 2]
+        loss_stop_save, noise, statistics, norm_and_tokens = self.numbers.read().split(sizes)
         grad_norm, num_target_tokens = norm_and_tokens.tolist()
         return StepResult(
-            loss_and_stop[0].item(),
+            loss_stop_save[0].item(),
             grad_norm,
             int(num_target_tokens),
             RouterStatistics.unpacked(statistics.view(self.statistics_shape)),
@@ -253,12 +259,13 @@ def launch_step(
     before_update: Callable[[], None] | None = None,
     in_fp8: bool = True,
     is_stop_asked: bool = False,
+    save_progress: int = 0,
 ) -> LaunchedStep:
     """Launch one optimizer step over this rank's micro-batches of the global batch, at the current learning rates. The
     host does not wait for the device, except with an offloaded optimizer or without a capacity of the experts.
 
     before_update: called after gradients are reduced and before they are clipped. in_fp8: see `compute_gradients`.
-    is_stop_asked: of this rank; the result tells it to all.
+    is_stop_asked, save_progress: of this rank; the result tells their sums to all.
 
     Communicates: as `compute_gradients`, all ranks (statistics), all groups of the optimizer.
     """
@@ -266,13 +273,13 @@ def launch_step(
     found = compute_gradients(run, stage, step, in_fp8=in_fp8)
     if before_update is not None:
         before_update()
-    others = torch.full((1,), float(is_stop_asked), dtype=torch.float64, device=run.device)
+    others = to_device(torch.tensor([float(is_stop_asked), float(save_progress)], dtype=torch.float64), run.device)
     if run.noise is not None and run.noise.measures(step):
         others = torch.cat([others, run.noise.squares()])  # before the update, which clips in place
     grad_norm = optimizer_step(run.optimizer)
     totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, others)
     numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
-    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, len(others) - 1)
+    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, len(others) - 2)
 
 
 def train_step(

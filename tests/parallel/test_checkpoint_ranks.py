@@ -60,7 +60,7 @@ class Cases:
 
     def __init__(self, run: Any, folder: Path, rank: int) -> None:
         self.run, self.folder, self.rank = run, folder, rank
-        self.written: list[str] = []
+        self.read_again: list[str] = []
         self.digested: list[str] = []
 
     def save(self, case: str, step: int) -> str:
@@ -92,15 +92,14 @@ class Cases:
         return found
 
     def slow(self) -> Any:
-        """Rank 0 digests, rank 1 writes, and both read, for longer than the timeout of a collective."""
-        from hunyuan_pretrain.checkpoint import folders, parallel_write
+        """Rank 1 writes, rank 0 joins, and both read, for longer than the timeout of a collective."""
+        from hunyuan_pretrain.checkpoint import folders, saving
+        from hunyuan_pretrain.checkpoint.joined_parts import JoinedParts
 
-        digest, write = folders.digest, parallel_write._write_planned
+        digest, write, join = folders.digest, saving.write_part, JoinedParts.join
 
-        def slow_digest(path: Path) -> str:
+        def recorded(path: Path) -> str:
             self.digested.append(path.name)
-            if path.name.startswith("__0_0"):
-                time.sleep(LONG_S)
             return digest(path)
 
         def slow_write(*arguments: Any) -> None:
@@ -108,20 +107,25 @@ class Cases:
                 time.sleep(LONG_S)
             write(*arguments)
 
-        with (
-            mock.patch.object(folders, "digest", slow_digest),
-            mock.patch.object(parallel_write, "_write_planned", slow_write),
-        ):
-            with short_time_out():
+        def slow_join(*arguments: Any) -> Any:
+            time.sleep(LONG_S)
+            return join(*arguments)
+
+        with mock.patch.object(folders, "digest", recorded):
+            with (
+                mock.patch.object(saving, "write_part", slow_write),
+                mock.patch.object(JoinedParts, "join", slow_join),
+                short_time_out(),
+            ):
                 saved = self.save("slow", 1)
-            self.written, self.digested = self.digested, []
-            with short_time_out():
+            self.read_again, self.digested = self.digested, []
+            with mock.patch.object(folders, "digest", slow(LONG_S, recorded)), short_time_out():
                 return saved, self.resume("slow")
 
     def shares(self) -> Any:
-        """(files digested after writing, files digested before reading, bytes of this rank's files), from `slow`."""
+        """(files read again after writing, files digested before reading, bytes of this rank's files), from `slow`."""
         own = (self.folder / "slow/checkpoints/step_0000001").glob(f"__{self.rank}_*")
-        return sorted(self.written), sorted(self.digested), sum(path.stat().st_size for path in own)
+        return sorted(self.read_again), sorted(self.digested), sum(path.stat().st_size for path in own)
 
     def out_of_memory(self) -> Any:
         """Rank 1 runs out of memory between two collectives: while copying the state, and while applying what was
@@ -139,44 +143,52 @@ class Cases:
 
     def full_disk(self) -> Any:
         """The disk is full for the small files that only rank 0 writes."""
-        from torch.distributed.checkpoint import FileSystemWriter
-
-        from hunyuan_pretrain.checkpoint import folders, parallel_write
+        from hunyuan_pretrain.checkpoint import folders, joined_parts
 
         full, found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), []
-        for place, name in ((parallel_write, "save_config"), (FileSystemWriter, "finish"), (folders, "write_marker")):
+        for place, name in ((joined_parts, "save_config"), (joined_parts, "write_file"), (folders, "write_marker")):
             with self.failing(place, name, full, rank=0, after=0):
                 found.append((name, self.save("disk", 1)))
         return found, self.complete("disk"), self.save("disk", 1), self.resume("disk")
 
     def plans(self) -> Any:
-        """How often the plans are exchanged and checked in each of four saves, and whether the last checkpoint can be
-        read."""
-        from megatron.core.dist_checkpointing import state_dict_utils
-        from torch.distributed.checkpoint.utils import _DistWrapper
+        """For each of four saves: its error, how often it was worked out which tensor is where, the object collectives
+        that grow with the number of ranks, and the bytes of the others; and whether the last can be read."""
+        import pickle
 
-        from hunyuan_pretrain.checkpoint.parallel_write import forget_plan
+        import torch.distributed as dist
 
-        forget_plan(self.run.chunks[0])
-        check, gather, counts = state_dict_utils.determine_global_metadata, _DistWrapper.gather_object, [0, 0]
+        from hunyuan_pretrain.checkpoint import joined_parts
+        from hunyuan_pretrain.checkpoint.saving import Saver
 
-        def counted_check(*arguments: Any) -> Any:
-            counts[0] += 1
-            return check(*arguments)
+        describe, broadcast = joined_parts.joined_metadata, dist.broadcast_object_list
+        counts = {"described": 0, "growing": 0, "bytes": 0}
 
-        def counted_gather(*arguments: Any) -> Any:
-            counts[1] += 1
-            return gather(*arguments)
+        def counted_describe(layouts: Any) -> Any:
+            counts["described"] += 1
+            return describe(layouts)
+
+        def counted_broadcast(objects: list[Any], **settings: Any) -> None:
+            counts["bytes"] += len(pickle.dumps(objects))
+            broadcast(objects, **settings)
+
+        def growing(*arguments: Any, **settings: Any) -> None:
+            counts["growing"] += 1
 
         found = []
-        patches = (
-            mock.patch.object(state_dict_utils, "determine_global_metadata", counted_check),
-            mock.patch.object(_DistWrapper, "gather_object", counted_gather),
-        )
-        with patches[0], patches[1]:
+        saver = Saver(self.run.chunks, self.run.optimizer)
+        with (
+            mock.patch.object(joined_parts, "joined_metadata", counted_describe),
+            mock.patch.object(dist, "broadcast_object_list", counted_broadcast),
+            mock.patch.object(dist, "gather_object", growing),
+            mock.patch.object(dist, "all_gather_object", growing),
+            mock.patch.object(dist, "scatter_object_list", growing),
+        ):
             for step in range(1, 5):
-                counts[:] = [0, 0]
-                found.append((self.save("plans", step), *counts))
+                counts.update(described=0, growing=0, bytes=0)
+                saver.begin(self.folder / "plans", step, None)
+                assert saver.finish() is not None
+                found.append((counts["described"], counts["growing"], counts["bytes"] < 200))
         before = self.values()
         for value in self.run.optimizer.param_groups[0]["params"]:
             value.data.zero_()
@@ -252,6 +264,17 @@ class Cases:
             yield
 
 
+def slow(seconds: float, function: Any) -> Any:
+    """`function`, after a while for the first file of rank 0."""
+
+    def call(path: Path) -> Any:
+        if path.name.startswith("__0_0"):
+            time.sleep(seconds)
+        return function(path)
+
+    return call
+
+
 @contextmanager
 def short_time_out() -> Iterator[None]:
     """Set the timeout of collectives to SHORT_S; all ranks enter together."""
@@ -288,10 +311,11 @@ def test_file_work_may_outlast_the_collective_timeout(found):
 
 
 def test_data_parallel_ranks_split_the_writing_and_each_digests_what_it_wrote(found):
-    (written_0, read_0, bytes_0), (written_1, read_1, bytes_1) = (rank["shares"] for rank in found)
-    assert all(name.startswith("__1_") for name in written_1)
-    assert {".metadata", "common.pt", "metadata.json"} == {name for name in written_0 if not name.startswith("__0_")}
-    assert set(read_0) | set(read_1) == {*written_0, *written_1}
+    (again_0, read_0, bytes_0), (again_1, read_1, bytes_1) = (rank["shares"] for rank in found)
+    assert again_0 == [".metadata", "common.pt", "metadata.json"], "the rest is digested while it is written"
+    assert again_1 == []
+    files = {f"__{rank}_{number}.distcp" for rank in range(2) for number in range(2)}
+    assert set(read_0) | set(read_1) == {*again_0, *files}
     assert not set(read_0) & set(read_1)
     assert 0.8 < bytes_0 / bytes_1 < 1.25, "of everything that both have"
 
@@ -309,7 +333,7 @@ def test_a_rank_out_of_memory_fails_the_save_on_all_ranks_and_none_hangs(found):
 
 def test_a_full_disk_on_rank_0_fails_the_save_on_all_ranks_and_none_hangs(found):
     failed, complete, later, resumed = same_on_both(found, "full_disk")
-    assert [name for name, _ in failed] == ["save_config", "finish", "write_marker"]
+    assert [name for name, _ in failed] == ["save_config", "write_file", "write_marker"]
     for name, words in failed:
         assert words.endswith("could not be written: No space left on device; older checkpoints are untouched"), name
     assert complete == []
@@ -317,10 +341,11 @@ def test_a_full_disk_on_rank_0_fails_the_save_on_all_ranks_and_none_hangs(found)
     assert resumed[0] == "step_0000001"
 
 
-def test_plans_are_exchanged_and_checked_only_in_the_first_saves(found):
-    saves, resumed, different = same_on_both(found, "plans")
-    assert saves == [("", 1, 1), ("", 0, 1), ("", 0, 0), ("", 0, 0)]
-    assert (resumed, different) == ("step_0000004", [])
+def test_no_message_of_a_save_grows_with_the_ranks_and_where_tensors_are_is_worked_out_once(found):
+    for rank, first in ((0, 1), (1, 0)):
+        saves, resumed, different = found[rank]["plans"]
+        assert saves == [(first, 0, True), (0, 0, True), (0, 0, True), (0, 0, True)], "reports are files"
+        assert (resumed, different) == ("step_0000004", [])
 
 
 def test_the_newest_good_checkpoint_is_loaded_and_every_bad_one_is_named(found):

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ import psutil
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hunyuan_pretrain.checkpoint import CheckpointError, folders, optimizer_state, parallel_write, save_load
+from hunyuan_pretrain.checkpoint import CheckpointError, optimizer_state, parallel_write, save_load
+from hunyuan_pretrain.checkpoint.host_memory import HostMemory
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
 from hunyuan_pretrain.plan.counts import checkpoint_bytes
@@ -285,11 +288,11 @@ FAILURES = {
 def test_a_failed_save_leaves_nothing_and_keeps_older_checkpoints(run, tmp_path, monkeypatch, error, reason):
     older = save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
 
-    def fail(folder: Path, writer: object) -> None:
-        (folder / "half").write_text("x")
+    def fail(path: Path, items: object) -> None:
+        path.with_name("half").write_text("x")
         raise error
 
-    monkeypatch.setattr(parallel_write, "_write_planned", fail)
+    monkeypatch.setattr(parallel_write, "_write_items", fail)
     words = f"step_0000002: the checkpoint could not be written: {reason}; older checkpoints are untouched"
     with pytest.raises(CheckpointError, match=words):
         save_load.save(tmp_path, 2, run.chunks, run.optimizer, keep_last=1)
@@ -309,7 +312,7 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
             name: {kind: sharded_tensor(f"optimizer.{kind}.", tensor, placement) for kind, tensor in tensors.items()}
             for name, tensors, placement in optimizer_state.full_moments(run.chunks, run.optimizer)
         },
-        "generators": save_load.ShardedObject("generators", generator_state(), (1,), (0,), replica_id=0),
+        "generators": ShardedObject("generators", generator_state(), (1,), (0,), replica_id=0),
         "fp8": {},
     }
     dist_checkpointing.save(state, str(folder))
@@ -410,9 +413,10 @@ def test_saving_and_resuming_add_at_most_one_tensor_of_one_parameter_on_the_devi
         for name, tensors, _ in optimizer_state.full_moments(run.chunks, run.optimizer)
     }
     with monkeypatch.context() as patch, LiveBytes() as saving:
-        patch.setattr(optimizer_state, "_to_host", lambda tensor: tensor.to("meta"))
-        state = optimizer_state.state_on_host(run.chunks, run.optimizer, optimizer_state.Stage(run.chunks))
-    assert sum(len(tensors) for tensors in state.values()) == len(on_host) * (3 if dtype == "fp32" else 4) - (
+        patch.setattr(optimizer_state, "_to_host", lambda tensor, memory: tensor.to("meta"))
+        stage, memory = optimizer_state.Stage(run.chunks), HostMemory(torch.device("cpu"))
+        state = optimizer_state.state_on_host(run.chunks, run.optimizer, stage, memory)
+    assert len(state) == len(on_host) * (3 if dtype == "fp32" else 4) - (
         0 if dtype == "fp32" else sum(name.endswith("router.weight") for name in on_host)
     )
     assert 0 < saving.peak <= 2 * largest, "the state is there at once"
@@ -463,25 +467,26 @@ def test_checkpoints_later_than_the_requested_one_are_kept(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000001", "step_0000002"]
 
 
-def test_a_save_leaves_no_process_behind(run, tmp_path, monkeypatch):
+def test_a_save_leaves_no_process_and_no_thread_behind(run, tmp_path):
     """A process that outlives a rank that exits after an error keeps the job's output open, and its reader waits
     forever."""
-    monkeypatch.setattr(parallel_write.filesystem_async, "_results_queue", None)
     before = psutil.Process().children(recursive=True)
+    threads = threading.active_count()
     save_load.save(tmp_path, 1, run.chunks, run.optimizer, None)
     assert [child for child in psutil.Process().children(recursive=True) if child not in before] == []
+    assert threading.active_count() == threads
 
 
 def test_a_foreign_file_in_its_folder_fails_a_save(run, tmp_path, monkeypatch):
     """Two runs that save to the same folder would mix their files; only files that this run's ranks have written are
     committed."""
-    real = folders.files_of_rank
+    real = parallel_write._write_items
 
-    def with_stranger(folder: Path, rank: int) -> list[Path]:
-        (folder / "__7_0.distcp").write_text("x")
-        return real(folder, rank)
+    def with_stranger(path: Path, items: Any) -> Any:
+        path.with_name("__7_0.distcp").write_text("x")
+        return real(path, items)
 
-    monkeypatch.setattr(folders, "files_of_rank", with_stranger)
+    monkeypatch.setattr(parallel_write, "_write_items", with_stranger)
     with pytest.raises(
         CheckpointError, match=r"__7_0.distcp: not what the ranks have written; is another run writing to this folder\?"
     ):

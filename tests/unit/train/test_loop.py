@@ -20,7 +20,7 @@ from tests.helpers.runs import experiment_fields
 
 def launched(step: int, loss: float = 1.0, stop: float = 0.0) -> LaunchedStep:
     """A step of one layer and one expert."""
-    numbers = torch.tensor([loss, stop, *[1.0] * RouterStatistics.packed_size(1), 1.0, 8.0], dtype=torch.float64)
+    numbers = torch.tensor([loss, stop, 0.0, *[1.0] * RouterStatistics.packed_size(1), 1.0, 8.0], dtype=torch.float64)
     return LaunchedStep(step, Outgoing(numbers), torch.Size((1, RouterStatistics.packed_size(1))), 0.0)
 
 
@@ -119,7 +119,7 @@ class Steps:
             self.now += 100.0
 
         monkeypatch.setattr(loop, "launch_step", launch)
-        monkeypatch.setattr(loop, "_save", lambda run, done, must_succeed: taking_long(f"save {done}"))
+        monkeypatch.setattr(loop.Saves, "save", lambda saves, done, must_succeed: taking_long(f"save {done}"))
         monkeypatch.setattr(loop, "_evaluate", lambda run, stage, done: taking_long(f"validate {done}"))
         monkeypatch.setattr(self.run.log, "metrics", record)
         monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
@@ -190,7 +190,7 @@ def test_records_are_the_same_whenever_they_are_read(corpus, tmp_path, monkeypat
         run, records = on_this_rank(fields), []
         monkeypatch.setattr(Outgoing, "is_here", is_here)
         monkeypatch.setattr(run.log, "metrics", records.append)
-        monkeypatch.setattr(loop, "_save", lambda run, done, must_succeed: None)
+        monkeypatch.setattr(loop.Saves, "save", lambda saves, done, must_succeed: None)
         assert loop._train(run, StopRequest()) == 0
         run.loader.close()
         found.append([{key: value for key, value in one.items() if key not in CLOCK_FIELDS} for one in records])

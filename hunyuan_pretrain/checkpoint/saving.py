@@ -1,0 +1,259 @@
+"""Saves checkpoints while training goes on.
+
+Training waits for the copy of the state to host memory only (`Saver.begin`). Then a thread on each rank writes that
+rank's part, and after the parts of all ranks a thread on rank 0 makes one checkpoint of them: it writes complete.json
+last, and gives the folder its final name.
+
+The threads do not communicate. Each step sums over all ranks how far they are (`Saver.progress`, `Saver.after_step`),
+in a message that it sends anyway, so all ranks take the same decision after the same step, and a rank that dies is
+noticed as in any step. To save and wait is the same, with the wait at once (`save`).
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# isort: split
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.optimizer import MegatronOptimizer
+
+from hunyuan_pretrain.checkpoint import CheckpointError, folders
+from hunyuan_pretrain.checkpoint.folders import checkpoint_folder
+from hunyuan_pretrain.checkpoint.host_memory import HostMemory
+from hunyuan_pretrain.checkpoint.joined_parts import JoinedParts
+from hunyuan_pretrain.checkpoint.optimizer_state import Stage, state_on_host
+from hunyuan_pretrain.checkpoint.parallel_write import REPORTS, Blob, Item, Shard, write_part
+from hunyuan_pretrain.checkpoint.retention import remove_old
+from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_recipe, sharded_scales
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, patience, reason_of
+from hunyuan_pretrain.runtime.background import Background
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is complete."""
+
+    folder: Path
+    copy_seconds: float
+    """How long `begin` took."""
+    seconds: float
+    """From its beginning until it was complete on this rank."""
+    notes: tuple[str, ...]
+    """Log lines of rank 0."""
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer,
+    keep_last: int | None,
+    record: Mapping[str, Any] | None = None,
+    keep_every_steps: int | None = None,
+) -> Path:
+    """`Saver.begin`, and wait for the checkpoint."""
+    saver = Saver(chunks, optimizer)
+    saver.begin(run_dir, step, keep_last, record, keep_every_steps)
+    saved = saver.finish()
+    assert saved is not None
+    return saved.folder
+
+
+class Saver:
+    """The saves of a run, of which at most one is in flight."""
+
+    def __init__(self, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> None:
+        self._chunks, self._optimizer = chunks, optimizer
+        self._memory = HostMemory(next(chunks[0].parameters()).device)
+        self._joined = JoinedParts()
+        self._flight: _Flight | None = None
+
+    def begin(
+        self,
+        run_dir: Path,
+        step: int,
+        keep_last: int | None,
+        record: Mapping[str, Any] | None = None,
+        keep_every_steps: int | None = None,
+    ) -> None:
+        """Copy the state after `step` steps to host memory, and start to write it. No other save may be in flight.
+
+        record: a JSON object that complete.json holds beside what this module needs. keep_last, keep_every_steps: which
+        of the complete checkpoints up to this one are kept once it is complete (`retention.to_remove`).
+
+        Communicates: all ranks. Raises CheckpointError on every rank, with the first failing rank's reason, if any rank
+        cannot copy. Nothing of the attempt then remains, and older checkpoints are untouched.
+        """
+        assert self._flight is None, "finish the save before"
+        kept = keep_last, keep_every_steps
+        flight = _Flight(run_dir, step, kept, {**(record or {}), **_description(step, self._chunks[0])})
+        made: dict[str, Stage] = {}
+        with patience():
+            error = (
+                error_of_rank_0(flight.make_folder)
+                # before the first collective of the copy: a rank that is out of memory fails here
+                or first_error(lambda: made.update(stage=Stage(self._chunks)))
+                or first_error(lambda: flight.items.extend(self._copy(made["stage"])))
+            )
+            if error is not None:
+                raise flight.failed(error)
+        flight.start(self._joined)
+        self._flight = flight
+
+    @property
+    def note(self) -> str | None:
+        """For the log: why copies to host memory are slower than they could be; None if they are not."""
+        return self._memory.note
+
+    @property
+    def progress(self) -> int:
+        """What this rank adds to the number that all ranks sum in the next step: 1 once its part is written or has
+        failed, and on rank 0 the number of ranks once the checkpoint is complete or has failed."""
+        return 0 if self._flight is None else self._flight.progress
+
+    def after_step(self, step: int, total: int) -> bool:
+        """Whether the save in flight has ended, so that `finish` does not wait.
+
+        total: the sum of all ranks' `progress` when they launched step `step` (counted from 0). All ranks call this
+        with the same numbers, and are given the same answer.
+        """
+        flight, ranks = self._flight, dist.get_world_size()
+        if flight is None or step < flight.step:  # of an earlier save
+            return False
+        if total >= ranks:  # all parts have ended
+            flight.start_commit()
+        return total == 2 * ranks
+
+    def finish(self) -> Saved | None:
+        """Wait for the save in flight. None: there is none.
+
+        Communicates: all ranks, if there is one. Raises CheckpointError on every rank, with the first failing rank's
+        reason, if any rank could not write. Nothing of the attempt then remains, and older checkpoints are untouched.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        with patience():
+            error = first_error(flight.wait_for_part) or error_of_rank_0(flight.wait_for_commit)
+            if error is not None:
+                raise flight.failed(error)
+        return flight.saved()
+
+    def free_memory(self) -> None:
+        """Free the host memory; the next save allocates it again."""
+        assert self._flight is None, "the save in flight still reads it"
+        self._memory = HostMemory(next(self._chunks[0].parameters()).device)
+
+    def _copy(self, stage: Stage) -> list[Item]:
+        """What this rank writes, in host memory."""
+        items: list[Item] = []
+        for key, tensor, placement, _ in state_on_host(self._chunks, self._optimizer, stage, self._memory):
+            whole = tensor.view(placement.local_shape)
+            for part in placement.parts:
+                offset = tuple(slice_.start for slice_ in part.whole)
+                items.append(Shard(key, placement.whole_shape, offset, whole[part.local]))
+        for scale in sharded_scales(self._chunks).values():
+            if is_main_replica(scale.replica_id):
+                assert scale.data is not None
+                on_host = scale.data.detach().to("cpu", copy=True)
+                items.append(Shard(scale.key, tuple(scale.global_shape), tuple(scale.global_offset), on_host))
+        generators, content = generator_object(), io.BytesIO()
+        torch.save([generators.data], content)  # a list, as core reads it
+        return [*items, Blob(generators.unique_key, content.getvalue())]
+
+
+class _Flight:
+    """One save, from its beginning until it is complete or has failed."""
+
+    def __init__(self, run_dir: Path, step: int, kept: tuple[int | None, int | None], content: dict[str, Any]) -> None:
+        self.step, self.items = step, list[Item]()
+        self._run_dir, self._kept, self._content = run_dir, kept, content
+        self._folder = checkpoint_folder(run_dir, step)
+        self._partial = self._folder.with_name(f"{self._folder.name}{folders.PARTIAL}")
+        self._part: Background | None = None
+        self._commit: Background | None = None
+        self._notes: list[str] = []
+        self._began, self._copied = time.perf_counter(), 0.0
+
+    def make_folder(self) -> None:
+        folders.make_empty(self._partial)
+        (self._partial / REPORTS).mkdir()
+
+    def start(self, joined: JoinedParts) -> None:
+        """Write this rank's part, in a thread."""
+        rank, items, self.items = dist.get_rank(), self.items, []
+        self._joined, self._copied = joined, time.perf_counter() - self._began
+        self._part = Background(lambda: write_part(self._partial, rank, items), "checkpoint")
+
+    @property
+    def progress(self) -> int:
+        part, commit = self._part, self._commit
+        is_written = part is not None and part.is_done
+        return int(is_written) + (dist.get_world_size() if commit is not None and commit.is_done else 0)
+
+    def start_commit(self) -> None:
+        """On rank 0, once the parts of all ranks have ended."""
+        if dist.get_rank() == 0 and self._commit is None:
+            ranks = dist.get_world_size()
+            self._commit = Background(lambda: self._make_complete(ranks), "checkpoint commit")
+
+    def wait_for_part(self) -> None:
+        assert self._part is not None
+        self._part.wait()
+
+    def wait_for_commit(self) -> None:
+        """Only on rank 0, after the parts of all ranks."""
+        self.start_commit()
+        assert self._commit is not None
+        self._commit.wait()
+
+    def failed(self, error: str) -> CheckpointError:
+        """Remove what was written. Communicates: all ranks, whose parts have ended."""
+
+        def remove() -> None:
+            if self._commit is not None:
+                self._commit.join()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+        error_of_rank_0(remove)
+        return CheckpointError(
+            f"{self._folder}: the checkpoint could not be written: {error}; older checkpoints are untouched"
+        )
+
+    def saved(self) -> Saved:
+        return Saved(self._folder, self._copied, time.perf_counter() - self._began, tuple(self._notes))
+
+    def _make_complete(self, ranks: int) -> None:
+        files = self._joined.join(self._partial, ranks)
+        folders.write_marker(self._partial, {**self._content, "files": files})
+        folders.put_in_place(self._partial, self._folder)
+        try:
+            remove_old(self._run_dir, self.step, *self._kept)
+        except OSError as error:  # this checkpoint is complete all the same
+            self._notes.append(f"WARNING: an older checkpoint cannot be removed: {reason_of(error)}")
+
+
+def _description(step: int, model: HunyuanModel) -> dict[str, Any]:
+    return {
+        "step": step,
+        "world_size": dist.get_world_size(),
+        "layout": _layout(model),
+        "model": model.config.model.model_dump(),
+        "dtype": str(model.config.params_dtype),
+        "fp8_scaling": scaling_recipe(model),
+        "torch": torch.__version__,
+    }
+
+
+def _layout(model: HunyuanModel) -> str:
+    """The layout as `parity --layout` spells it: the sizes that are not 1, or dp=1 if all are."""
+    groups = model.groups
+    sizes = {"tp": groups.tp, "pp": groups.pp, "cp": groups.cp, "dp": groups.dp, "ep": groups.ep}
+    return ",".join(f"{axis}={group.size()}" for axis, group in sizes.items() if group.size() > 1) or "dp=1"

@@ -1,0 +1,67 @@
+"""When the training loop saves, waits for a save, and what it logs of each."""
+
+from __future__ import annotations
+
+from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.saving import Saver
+from hunyuan_pretrain.train.optimizer import gather_parameters
+from hunyuan_pretrain.train.run import Run
+from hunyuan_pretrain.train.step import LaunchedStep
+
+
+class Saves:
+    """The checkpoints that the loop saves. All ranks call every method together."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._saver = run, Saver(run.chunks, run.optimizer)
+        self._has_noted = False
+
+    @property
+    def progress(self) -> int:
+        """For the next step (checkpoint.saving.Saver)."""
+        return self._saver.progress
+
+    def after_step(self, step: LaunchedStep) -> None:
+        """End a save that all ranks have written. `step`: one whose numbers all ranks have read."""
+        if self._saver.after_step(step.step, step.save_progress()):
+            self.finish()
+
+    def save(self, done: int, must_succeed: bool) -> None:
+        """Save a checkpoint after `done` steps; with checkpoint.async_save, only copy the state and start to write it.
+
+        With `must_succeed`, wait for it and raise CheckpointError if it fails. Without, a failure is only logged: the
+        next save may work, and the run is worth more than one checkpoint.
+        """
+        self.finish()
+        run, settings = self._run, self._run.experiment.checkpoint
+        gather_parameters(run.wrapped)
+        try:
+            self._saver.begin(run.run_dir, done, settings.keep_last, run.record(done), settings.keep_every_steps)
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            run.log.line(f"WARNING: {error}")
+        if not self._has_noted and (note := self._saver.note) is not None:
+            self._has_noted = True
+            run.log.line(f"warning: {note}")
+        if must_succeed or not settings.async_save:
+            self.finish(must_succeed)
+        if not settings.async_save:
+            self._saver.free_memory()
+
+    def finish(self, must_succeed: bool = False) -> None:
+        """Wait for the save in flight, if there is one, and log what became of it."""
+        log = self._run.log
+        try:
+            saved = self._saver.finish()
+        except CheckpointError as error:
+            if must_succeed:
+                raise
+            log.line(f"WARNING: {error}")
+            return
+        if saved is not None:
+            log.line(
+                f"saved {saved.folder}: copied in {saved.copy_seconds:.2f} s, complete after {saved.seconds:.2f} s"
+            )
+            for line in saved.notes:
+                log.line(line)

@@ -1,0 +1,172 @@
+"""Saving and loading a checkpoint against plain writes and reads of as many bytes, in one run; what training waits for
+in an asynchronous save; host memory; and how rank 0's work grows with the ranks.
+
+    python tests/benchmarks/checkpoints.py FOLDER [GIB] [RANKS...]
+
+One rank, GIB of bf16 weights with AdamW's state in fp32 (2.5 unless given). The plain writes are two files by two
+threads, 8 MiB at a time from memory that was touched before, each flushed; reads are cold: the files are dropped from
+the file cache. All are repeated, alternating; the median counts. RANKS (64 512 2048 unless given): reports of so many
+ranks, of 400 tensors each, are made up and joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hunyuan_pretrain.runtime import cpu_megatron
+
+cpu_megatron.install()
+
+from hunyuan_pretrain.checkpoint import save_load  # noqa: E402
+from hunyuan_pretrain.checkpoint.joined_parts import JoinedParts  # noqa: E402
+from hunyuan_pretrain.checkpoint.parallel_write import CHUNK, FILES_PER_RANK, REPORTS, write_report  # noqa: E402
+from hunyuan_pretrain.checkpoint.saving import Saver  # noqa: E402
+from hunyuan_pretrain.config.schema import Experiment  # noqa: E402
+from hunyuan_pretrain.train import setup  # noqa: E402
+from tests.helpers.runs import experiment_fields  # noqa: E402
+from tests.helpers.tiny import world_of_one  # noqa: E402
+
+TURNS = 3
+TENSORS_OF_RANK = 400
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def built(gib: float) -> tuple[Any, Any]:
+    """Model chunks and optimizer after one update, 14 bytes per parameter in a checkpoint."""
+    layers = max(2, 2 * round(gib * 2**30 / 14 / 17e6))
+    shape = {"hidden_size": 512, "ffn_hidden_size": 1536, "moe_ffn_hidden_size": 1024, "num_layers": layers}
+    fields = experiment_fields(Path("none"), Path("none"), precision={"dtype": "bf16"})
+    fields["model"] |= shape | {"num_attention_heads": 8, "num_query_groups": 4}
+    experiment = Experiment.model_validate(fields)
+    chunks, wrapped = setup._build_model(experiment, world_of_one())
+    optimizer = setup.build_optimizer(wrapped, experiment, world_of_one())
+    for model in wrapped:
+        model.zero_grad_buffer()
+    optimizer.step()
+    return chunks, optimizer
+
+
+def side_by_side(work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(FILES_PER_RANK)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def plain_write(folder: Path, num_bytes: int, source: memoryview) -> None:
+    def write(number: int) -> None:
+        with (folder / f"plain_{number}").open("wb", buffering=0) as file:
+            left = num_bytes // FILES_PER_RANK
+            while left > 0:
+                left -= file.write(source[: min(left, CHUNK)])
+            os.fsync(file.fileno())
+
+    side_by_side(write)
+
+
+def plain_read(folder: Path) -> None:
+    def read(number: int) -> None:
+        room = bytearray(CHUNK)
+        with (folder / f"plain_{number}").open("rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+
+    side_by_side(read)
+
+
+def drop_cache(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def saving(folder: Path, gib: float) -> None:
+    """Print a line per figure."""
+    chunks, optimizer = built(gib)
+    before, saver = peak_gib(), Saver(chunks, optimizer)
+    took: dict[str, list[float]] = {}
+    saver.begin(folder, 1, None)
+    saved = saver.finish()
+    assert saved is not None
+    size = sum(path.stat().st_size for path in saved.folder.iterdir())
+    source = memoryview(bytearray(os.urandom(CHUNK)))
+    print(f"checkpoint {size / 2**30:.2f} GiB, host memory {saver._memory.num_bytes / 2**30:.2f} GiB")
+    print(f"first save {saved.seconds:.2f} s, copied in {saved.copy_seconds:.2f} s: it allocates the memory")
+    print(f"peak of resident memory before {before:.2f} GiB, after the first save {peak_gib():.2f} GiB")
+    for turn in range(TURNS):
+        took.setdefault("plain write", []).append(timed(lambda: plain_write(folder, size, source)))
+        started = time.perf_counter()
+        saver.begin(folder, 2 + turn, 1)
+        took.setdefault("stall of an asynchronous save", []).append(time.perf_counter() - started)
+        saver.finish()
+        took.setdefault("save", []).append(time.perf_counter() - started)
+        drop_cache(folder)
+        took.setdefault("plain read", []).append(timed(lambda: plain_read(folder)))
+        drop_cache(folder)
+        took.setdefault("load", []).append(timed(lambda: save_load.load_newest(folder, chunks, optimizer)))
+    middle = {name: statistics.median(seconds) for name, seconds in took.items()}
+    for name, seconds in took.items():
+        each = ", ".join(f"{one:.2f}" for one in seconds)
+        print(f"{name}: {middle[name]:.2f} s ({each}), {size / middle[name] / 1e6:.0f} MB/s")
+    print(f"save / plain write: {middle['plain write'] / middle['save']:.2f} of the disk's speed")
+    print(f"load / plain read: {middle['plain read'] / middle['load']:.2f} of the disk's speed")
+    print(f"stall / save: {middle['stall of an asynchronous save'] / middle['save']:.1%}")
+    print(f"peak of resident memory {peak_gib():.2f} GiB")
+
+
+def joining(folder: Path, ranks: int) -> None:
+    """Print the seconds of rank 0 for the reports of `ranks` ranks: in the first save, and in a later one."""
+    parts = JoinedParts()
+    for turn in ("first", "later"):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / REPORTS).mkdir(parents=True)
+        for rank in range(ranks):
+            places = [
+                [f"tensor_{number}", f"__{rank}_0.distcp", number, 1, "torch.float32", (ranks, 8), (rank, 0), (1, 8)]
+                for number in range(TENSORS_OF_RANK)
+            ]
+            (folder / f"__{rank}_0.distcp").write_bytes(b"x")
+            write_report(folder, rank, {f"__{rank}_0.distcp": {"bytes": 1, "sha256": ""}}, places)
+        seconds = timed(lambda: parts.join(folder, ranks))
+        size = (folder / ".metadata").stat().st_size
+        print(f"{ranks} ranks, {turn} save: {seconds:.2f} s, .metadata {size / 1e6:.1f} MB, peak {peak_gib():.2f} GiB")
+
+
+def main() -> None:
+    """Print all figures."""
+    torch.set_num_threads(1)
+    root, gib = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 2.5
+    with tempfile.TemporaryDirectory(dir=root) as folder, contextlib.suppress(KeyboardInterrupt):
+        if gib > 0:
+            saving(Path(folder) / "run", gib)
+        for ranks in map(int, sys.argv[3:] or ("64", "512", "2048")):
+            joining(Path(folder) / "joined", ranks)
+
+
+if __name__ == "__main__":
+    main()
