@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,17 @@ def write_marker(folder: Path, content: Mapping[str, Any]) -> None:
     flush_to_disk(folder)
 
 
+def share_to_verify(names: Iterable[str], rank: int, world_size: int) -> list[str]:
+    """The files that a rank verifies: those that the rank of its number wrote. Under the same layout it reads just
+    these afterwards, from its machine's memory. Files of no rank go round."""
+    share = []
+    for number, name in enumerate(sorted(names)):
+        writer = re.match(r"__(\d+)_", name)
+        if (int(writer[1]) if writer else number) % world_size == rank:
+            share.append(name)
+    return share
+
+
 def verify_files(folder: Path, marker: Mapping[str, Any], names: Sequence[str]) -> None:
     """`verify_file` of each name, THREADS at a time. Raises CheckpointError naming the first that differs."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="digests") as pool:
@@ -233,12 +244,17 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for a checkpoint."""
+def remove(folder: Path) -> bool:
+    """Remove a checkpoint without a name. It is renamed first, so that a half-removed one is never taken for a
+    checkpoint. Returns False, and leaves it, if it has a name by then: a person may give it one at any moment."""
     doomed = folder.with_name(f"{folder.name}.removed{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
+    if (doomed / NAME).exists():
+        doomed.rename(folder)
+        return False
     shutil.rmtree(doomed)
+    return True
 
 
 def remove_partials(run_dir: Path) -> list[str]:

@@ -72,7 +72,7 @@ def entries(run_dir: Path) -> list[Entry]:
 def _entry(step: int, suffix: str, folder: Path) -> Entry:
     if suffix.endswith(folders.PARTIAL):
         return Entry(folder, step, "partial", "an unfinished save or removal")
-    state = "damaged" if suffix else "complete"
+    state, name = "damaged" if suffix else "complete", retention.name_of(folder)
     fault = "set aside by a run that could not use it" if suffix.startswith(folders.DAMAGED) else suffix or None
     try:
         marker = folders.read_marker(folder)
@@ -88,10 +88,10 @@ def _entry(step: int, suffix: str, folder: Path) -> Entry:
             marker["world_size"],
             str(marker.get("dtype", "")).removeprefix("torch.") or None,
             marker.get("position", {}).get("tokens"),
-            name=retention.name_of(folder),
+            name=name,
         )
     except (CheckpointError, OSError, TypeError, KeyError, AttributeError) as error:
-        return Entry(folder, step, "damaged", fault or folders.fault_of(folder) or str(error))
+        return Entry(folder, step, "damaged", fault or folders.fault_of(folder) or str(error), name=name)
 
 
 def _losses(metrics: Path, steps: Collection[int]) -> dict[int, float]:
@@ -214,7 +214,8 @@ def remove(doomed: Sequence[Entry]) -> Iterator[Entry]:
     """Remove folders one after another, oldest first; yields each that is gone. Raises CheckpointError."""
     for entry in sorted(doomed, key=lambda entry: entry.step):
         try:
-            folders.remove(entry.folder)
+            if not folders.remove(entry.folder):
+                raise CheckpointError(f"{entry.folder}: it has just been given a name, so it is kept")
         except FileNotFoundError:
             continue  # the retention of a running job was faster
         except OSError as error:

@@ -40,14 +40,22 @@ def keep(run_dir: Path, folder: Path, name: str) -> None:
         if other != folder and name_of(other) == name:
             raise CheckpointError(f"{name!r} is the name of {other}; choose another, or release that one first")
     content = {"name": name, "named_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    write_file(folder / folders.NAME, (json.dumps(content, indent=1) + "\n").encode())
-    flush_to_disk(folder)
+    try:
+        write_file(folder / folders.NAME, (json.dumps(content, indent=1) + "\n").encode())
+        flush_to_disk(folder)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: it has just been removed, so it cannot be kept") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder / folders.NAME}: cannot be written: {error.strerror}") from None
 
 
 def release(folder: Path) -> None:
-    """Take the name of a checkpoint away."""
-    (folder / folders.NAME).unlink(missing_ok=True)
-    flush_to_disk(folder)
+    """Take the name of a checkpoint away. Raises CheckpointError."""
+    try:
+        (folder / folders.NAME).unlink(missing_ok=True)
+        flush_to_disk(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder / folders.NAME}: cannot be removed: {error.strerror}") from None
 
 
 def to_remove(complete: Sequence[Path], step: int, keep_last: int | None, keep_every_steps: int | None) -> list[Path]:

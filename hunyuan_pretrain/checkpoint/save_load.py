@@ -149,7 +149,7 @@ def _whole_marker(folder: Path) -> dict[str, Any]:
 
 def _verify(folder: Path, marker: dict[str, Any]) -> None:
     """Verify the checkpoint's files, each rank its share. Raises DamagedCheckpointError."""
-    mine = sorted(marker["files"])[dist.get_rank() :: dist.get_world_size()]
+    mine = folders.share_to_verify(marker["files"], dist.get_rank(), dist.get_world_size())
     if error := first_error(lambda: folders.verify_files(folder, marker, mine)):
         raise DamagedCheckpointError(f"{folder}: {error}")
 

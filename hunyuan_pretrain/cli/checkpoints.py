@@ -32,7 +32,9 @@ class Action(StrEnum):
 
 def checkpoints(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a training run.")],
-    action: Annotated[Action, typer.Argument(help="What to do.")] = Action.list,
+    action: Annotated[
+        Action, typer.Argument(metavar="[ACTION]", help="list, verify, remove, keep, release or branch.")
+    ] = Action.list,
     steps: Annotated[
         list[str] | None,
         typer.Argument(

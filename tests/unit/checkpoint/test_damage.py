@@ -118,3 +118,12 @@ def test_no_flipped_bit_changes_what_a_marker_says(copy):
             continue
         assert all(found[key] == value for key, value in written.items() if key != folders.SELF), at
     assert refused > len(content) // 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
+def test_every_file_is_verified_by_one_rank_and_by_its_writer_in_a_world_of_the_same_size(ranks):
+    names = [f"__{rank}_{number}.distcp" for rank in range(8) for number in range(2)] + [".metadata", "common.pt"]
+    shares = [folders.share_to_verify(names, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    if ranks == 8:
+        assert all({f"__{rank}_0.distcp", f"__{rank}_1.distcp"} <= set(shares[rank]) for rank in range(8))

@@ -130,3 +130,32 @@ def test_a_kill_while_a_name_is_given_leaves_the_old_name_or_the_new_one(tmp_pat
         assert folders.fault_of(folder) is None
     assert killed == 3, "flushes of file and folder, and the rename between them"
     assert retention.name_of(folder) == "new"
+
+
+def test_a_name_that_is_given_while_a_checkpoint_is_removed_is_not_lost(tmp_path, monkeypatch):
+    """Before it is renamed, it is kept; afterwards, giving the name fails."""
+    folder, _ = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    rename = Path.rename
+
+    def named_before(path: Path, target: Path) -> Path:
+        if path == folder:
+            retention.keep(tmp_path, folder, "just-now")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", named_before)
+        retention.remove_old(tmp_path, 2, 1)
+    assert steps(tmp_path) == [1, 2]
+    assert retention.name_of(folder) == "just-now"
+    retention.release(folder)
+
+    def named_after(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if path == folder:
+            with pytest.raises(CheckpointError, match="it has just been removed, so it cannot be kept"):
+                retention.keep(tmp_path, folder, "too-late")
+        return moved
+
+    monkeypatch.setattr(Path, "rename", named_after)
+    retention.remove_old(tmp_path, 2, 1)
+    assert steps(tmp_path) == [2]
