@@ -189,4 +189,5 @@ def _write_items(path: Path, items: Sequence[Item]) -> tuple[dict[str, Any], lis
 def _alone(tensor: Tensor) -> Tensor:
     """The tensor in a storage of its own size: torch.save writes the whole storage. Contiguous memory is not copied."""
     tensor = tensor.contiguous()
-    return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # a dimension of length 1 may have any stride
+    return torch.from_numpy(flat.view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)

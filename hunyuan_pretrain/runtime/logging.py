@@ -171,6 +171,13 @@ class RunLog:
             for sink in self._sinks:
                 sink.write(record["step"], scalars)
 
+    def flush(self) -> None:
+        """Try again to write the lines that wait in memory, if the disk may have space again."""
+        if self.is_writer:
+            for lines in (getattr(self, "_metrics", None), self._text):
+                if lines is not None:
+                    lines.flush()
+
     def start_progress(self, num_steps: int, first_step: int) -> None:
         """Start a live progress line if the console is a terminal."""
         if self.is_writer and self.console.is_terminal:

@@ -38,9 +38,7 @@ class Saves:
         try:
             self._saver.begin(run.run_dir, done, settings.keep_last, run.record(done), settings.keep_every_steps)
         except CheckpointError as error:
-            if must_succeed:
-                raise
-            run.log.line(f"WARNING: {error}")
+            self._report(error, must_succeed)
         if not self._has_noted and (note := self._saver.note) is not None:
             self._has_noted = True
             run.log.line(f"warning: {note}")
@@ -55,9 +53,7 @@ class Saves:
         try:
             saved = self._saver.finish()
         except CheckpointError as error:
-            if must_succeed:
-                raise
-            log.line(f"WARNING: {error}")
+            self._report(error, must_succeed)
             return
         if saved is not None:
             log.line(
@@ -65,3 +61,10 @@ class Saves:
             )
             for line in saved.notes:
                 log.line(line)
+
+    def _report(self, error: CheckpointError, must_succeed: bool) -> None:
+        """What was written is removed, so lines of the log that met a full disk may find room; the process may end."""
+        self._run.log.flush()
+        if must_succeed:
+            raise error
+        self._run.log.line(f"WARNING: {error}")

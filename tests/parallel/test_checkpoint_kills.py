@@ -238,6 +238,24 @@ class Ranks:
             found.append(all(map(is_same, trace_steps(self.run, range(step, LAST)), self.traces[step - BEFORE :])))
         return found
 
+    def is_as_planned(self) -> bool:
+        """Whether `plan` states the bytes of the copy of the rank of each pipeline rank that writes the most."""
+        import torch.distributed as dist
+
+        from hunyuan_pretrain.checkpoint.optimizer_state import bytes_on_host
+        from hunyuan_pretrain.config.derived import grid
+        from hunyuan_pretrain.plan.saving import bytes_copied
+
+        sizes: list[Any] = [None] * self.world
+        dist.all_gather_object(sizes, bytes_on_host(self.run.chunks))
+        shape = grid(self.run.experiment.parallel, self.world)
+        of_ranks: dict[int, list[int]] = {}
+        for rank, size in enumerate(sizes):
+            of_ranks.setdefault(shape.pipeline_rank(rank), []).append(size)
+        return {rank: max(found) for rank, found in of_ranks.items()} == {
+            rank: bytes_copied(self.run.experiment, self.world, rank) for rank in range(shape.pp)
+        }
+
 
 FAILED = 3
 """Exit status of a fork whose save has failed."""
@@ -272,11 +290,11 @@ def is_same(one: Any, other: Any) -> bool:
 
 def ranks(
     corpus: Path, folder: Path, parallel: dict[str, Any], port: int, kinds: list[tuple[bool, bool]], stride: int
-) -> tuple[list[str], list[bool]]:
+) -> tuple[list[str], list[bool], bool]:
     from hunyuan_pretrain.train import setup
 
     one = Ranks(corpus, folder, parallel, port)
-    found = one.go_through(kinds, stride), one.train_on()
+    found = one.go_through(kinds, stride), one.train_on(), one.is_as_planned()
     setup.leave(one.run)
     return found
 
@@ -288,8 +306,9 @@ def disturbed(corpus: Path, folder: Path, layout: str, kinds: list[tuple[bool, b
     world, parallel = LAYOUTS[layout]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = fork_ranks(world, ranks, corpus, folder, parallel, store.port, kinds, stride, timeout_s=1800)
-    points, same = results[0]
+    points, same, is_planned = results[0]
     assert same == [True, True], "both checkpoints continue bitwise"
+    assert is_planned, "the host memory of the copy"
     if kinds == [(is_async, False) for is_async in (False, True)] and stride == 1:
         assert {"write", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"} <= set(points)
     return len(points)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hunyuan_pretrain.checkpoint.saving import Saver
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.plan.saving import bytes_copied
 from hunyuan_pretrain.runtime.stop import StopRequest
-from hunyuan_pretrain.train import loop
+from hunyuan_pretrain.train import TrainingError, loop
 from hunyuan_pretrain.train.run import Run
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import ROOT, experiment_fields
@@ -148,7 +149,7 @@ def test_tensors_of_a_block_have_storages_of_their_own():
         tensor = memory.empty(torch.Size(shape), dtype).fill_(number)
         assert (tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) == (shape, dtype, tensor.nbytes)
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
-    for part in (whole[1:3], whole[:, 2:4]):
+    for part in (whole[1:3], whole[:, 2:4], whole[0, ::3][1:], whole[0, 0]):
         alone = parallel_write._alone(part)
         assert torch.equal(alone, part)
         assert alone.untyped_storage().nbytes() == part.nbytes
@@ -246,6 +247,46 @@ def test_a_failed_save_is_logged_and_the_run_goes_on(corpus, tmp_path, monkeypat
         "older checkpoints are untouched"
     )
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_0000004", "step_0000006"]
+
+
+def test_a_save_in_flight_is_finished_before_the_loss_is_reported_that_is_not_finite(
+    corpus, tmp_path, monkeypatch, gate
+):
+    """It is the checkpoint to go back to."""
+    fields = experiment_fields(corpus, tmp_path, 6, model__num_layers=2, checkpoint={"save_every_steps": 2})
+    fields["runtime"] |= {"probes": False}
+    run, launch = on_this_rank(fields), loop.launch_step
+
+    def launch_bad(run: Any, stage: Any, step: int, **settings: Any) -> Any:
+        launched = launch(run, stage, step, **settings)
+        if step == 2:
+            assert not save_load.find_checkpoints(tmp_path), "it is being written"
+            launched.numbers.read()[0] = math.nan
+            threading.Timer(0.2, gate.opened.set).start()
+        return launched
+
+    monkeypatch.setattr(loop, "launch_step", launch_bad)
+    with pytest.raises(TrainingError, match=r"step 3: loss nan.*the newest checkpoint is .*step_0000002, after step 2"):
+        loop._train(run, StopRequest())
+    run.loader.close()
+
+
+def test_a_save_in_flight_is_finished_before_one_rank_ends_with_an_error(corpus, tmp_path, monkeypatch, gate):
+    fields = experiment_fields(corpus, tmp_path, 6, model__num_layers=2, checkpoint={"save_every_steps": 2})
+    fields["runtime"] |= {"probes": False}
+    run, launch = on_this_rank(fields), loop.launch_step
+
+    def fail(run: Any, stage: Any, step: int, **settings: Any) -> Any:
+        if step == 2:
+            threading.Timer(0.2, gate.opened.set).start()
+            raise ValueError("a damaged shard")
+        return launch(run, stage, step, **settings)
+
+    monkeypatch.setattr(loop, "launch_step", fail)
+    with pytest.raises(ValueError, match="a damaged shard"):
+        loop._train(run, StopRequest())
+    run.loader.close()
+    assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000002"]
 
 
 def test_a_checkpoint_that_cannot_be_removed_does_not_fail_the_new_one(run, tmp_path, monkeypatch):
