@@ -6,6 +6,7 @@ ended.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -90,9 +91,22 @@ def start(script: str, arguments: Sequence[str]) -> int:
         flush=True,
     )
     srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=0"]
-    srun += ["--open-mode", "append", "--output", f"{logs}/%j.%n.log", script, *arguments]
+    srun += ["--open-mode", "append", "--output", f"{logs}/%j.%n.log"]
+    srun += [*container_options(os.environ), *node_command(script, os.environ), *arguments]
     status = subprocess.run(srun, env=os.environ | job).returncode
     return end(status if status >= 0 else 128 - status, number, logs)
+
+
+def container_options(environment: Mapping[str, str]) -> list[str]:
+    """Options of srun that start a container (Pyxis), from `hunyuan-pretrain submit`."""
+    return [str(option) for option in json.loads(environment.get("HUNYUAN_SRUN_OPTIONS") or "[]")]
+
+
+def node_command(script: str, environment: Mapping[str, str]) -> list[str]:
+    """What starts the ranks of a node: launch/train.sh, or in a container, which has no checkout and an interpreter of
+    its own, what train.sh would run."""
+    inside = environment.get("HUNYUAN_RUN_IN")
+    return [*json.loads(inside), "python3", "-m", "launch.node"] if inside else [script]
 
 
 def end(status: int, job: str, logs: Path) -> int:

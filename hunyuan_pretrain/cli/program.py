@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hunyuan_pretrain.cli import exporting, laddering, planning, training
+from hunyuan_pretrain.cli import exporting, laddering, planning, submitting, training
 from hunyuan_pretrain.cli.checkpoints import checkpoints
 from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
@@ -40,6 +40,7 @@ add_commands(
     planning.plan,
     planning.doctor,
     training.train,
+    submitting.submit,
     training.parity,
     training.shadow,
     checkpoints,

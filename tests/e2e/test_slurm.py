@@ -1,5 +1,5 @@
-"""Training and tokenizing on a running Slurm cluster of two nodes or more that have this checkout; one CPU rank per
-node.
+"""Jobs on a Slurm cluster of two nodes, one CPU rank per node: a running one, or one that the tests start from Debian's
+packages (tests/helpers/slurm_cluster.py).
 
 Every job must be able to read and write pytest's folder: on a real cluster, pass --basetemp on a shared file system.
 """
@@ -10,13 +10,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from tests.helpers import slurm_cluster
 from tests.helpers.runs import experiment_fields, write_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -29,66 +35,208 @@ def idle_nodes() -> int:
     return sum(int(line) for line in done.stdout.split() if line.isdecimal()) if done.returncode == 0 else 0
 
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.slow,
-    pytest.mark.skipif(idle_nodes() < 2, reason="no Slurm cluster with two idle nodes"),
-]
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A cluster for the commands of this module."""
+    if idle_nodes() >= 2:
+        yield
+        return
+    if reason := slurm_cluster.obstacle():
+        pytest.skip(f"no Slurm cluster with two idle nodes, and none can be started: {reason}")
+    with ExitStack() as stack:
+        try:
+            environment = stack.enter_context(slurm_cluster.cluster())
+        except RuntimeError as error:
+            pytest.skip(f"no Slurm cluster with two idle nodes, and Debian's does not start here: {error}")
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
 
 
-def submit(tmp_path: Path, config: Path, *options: str, **variables: str) -> str:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | variables
-    command = [
-        "sbatch",
-        "--parsable",
-        "--nodes=2",
-        "--time=10",
-        f"--output={tmp_path}/%j.out",
-        *options,
-        "launch/train.sbatch",
-        str(config),
-    ]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def submit(config: Path, *options: str, status: int = 0) -> list[str]:
+    """Job ids of `hunyuan-pretrain submit --slurm`, or its message if it is expected to fail."""
+    command = [sys.executable, "-m", "hunyuan_pretrain", "submit", str(config), "--slurm", "--nodes", "2", "--time=20"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout.rpartition("submitted: ")[2].strip().split(", ") if status == 0 else [done.stderr]
+
+
+def fields_of(job: str) -> dict[str, str]:
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True
+    ).stdout
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
 
 def state(job: str) -> tuple[str, str]:
     """(state, exit code as status:signal) of a job."""
-    shown = subprocess.run(
-        ["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=True
-    ).stdout
-    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
-    return fields["JobState"], fields["ExitCode"]
+    return fields_of(job)["JobState"], fields_of(job)["ExitCode"]
 
 
-def wait_for(condition, seconds: float = 240) -> None:
+def has_ended(job: str) -> bool:
+    return state(job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(1)
+        time.sleep(0.5)
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each step, the last attempt's."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return sorted({line["step"]: line["loss"] for line in lines if "loss" in line}.items())
+
+
+def steps_done(run_dir: Path) -> int:
+    return len(losses(run_dir))
+
+
+def output(run_dir: Path, job: str) -> str:
+    return (run_dir / "jobs" / "001" / f"{job}.out").read_text()
+
+
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    """Losses of the same run on two ranks of this machine, without a scheduler."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "hunyuan_pretrain", "submit", str(experiment(corpus, folder)), "--local"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(folder / "run")
+
+
+def experiment(corpus: Path, folder: Path, steps: int = STEPS) -> Path:
+    fields = experiment_fields(corpus, folder / "run", steps=steps, parallel__world_size=2)
+    return write_experiment(folder / "x.yaml", fields)
 
 
 def test_two_nodes_are_one_world_and_a_stop_is_status_75(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
-    config = write_experiment(
-        tmp_path / "x.yaml", experiment_fields(corpus, run_dir, steps=4000, parallel__world_size=2)
-    )
-    job = submit(tmp_path, config)
-    metrics = run_dir / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+    (job,) = submit(experiment(corpus, tmp_path, steps=4000))
+    wait_for(lambda: steps_done(run_dir) > 3)
     assert "2 ranks on CPU" in (run_dir / "log.txt").read_text()
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
-    wait_for(lambda: state(job)[0] not in ("RUNNING", "COMPLETING"))
+    wait_for(lambda: has_ended(job))
     assert state(job) == ("FAILED", "75:0")
-    assert "stopped after saving (status 75)" in (tmp_path / f"{job}.out").read_text()
+    assert "stopped after saving (status 75)" in output(run_dir, job)
     assert list(run_dir.glob("checkpoints/step_*/complete.json"))
     for node in range(2):
-        assert "the ranks were told to stop and have saved" in (run_dir / f"slurm/{job}.{node}.log").read_text()
+        assert "the ranks were told to stop and have lost nothing" in (run_dir / f"slurm/{job}.{node}.log").read_text()
 
 
-def test_a_world_that_does_not_fit_ends_before_srun(tmp_path: Path, corpus: Path) -> None:
-    config = write_experiment(tmp_path / "x.yaml", experiment_fields(corpus, tmp_path / "run", parallel__world_size=2))
-    job = submit(tmp_path, config, NPROC_PER_NODE="3")
-    wait_for(lambda: state(job)[0] not in ("PENDING", "RUNNING", "COMPLETING"))
+def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_as_an_undisturbed_run(
+    tmp_path: Path, corpus: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    """Slurm's own signal: the limit is moved to a minute from the start, and the signal comes 60 seconds before it."""
+    run_dir = tmp_path / "run"
+    (job,) = submit(experiment(corpus, tmp_path), "--requeue", "--option=signal=TERM@60")
+    wait_for(lambda: steps_done(run_dir) > 3)
+    subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=1"], check=True)
+    wait_for(lambda: fields_of(job)["Restarts"] == "1")
+    subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=20"], check=True)
+    stopped_after = steps_done(run_dir)
+    wait_for(lambda: has_ended(job))
+    assert state(job) == ("COMPLETED", "0:0")
+    assert 3 < stopped_after < STEPS
+    assert "stopped after saving (status 75)" in output(run_dir, job)
+    assert losses(run_dir) == undisturbed
+
+
+def test_a_lost_node_requeues_the_job_which_ends_as_an_undisturbed_run(
+    tmp_path: Path, corpus: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    """The tasks of a node are killed, with all that they have started; a checkpoint exists."""
+    run_dir = tmp_path / "run"
+    fields = experiment_fields(
+        corpus, run_dir, steps=STEPS, parallel__world_size=2, checkpoint={"save_every_steps": 10}
+    )
+    (job,) = submit(write_experiment(tmp_path / "x.yaml", fields), "--requeue")
+    wait_for(lambda: list(run_dir.glob("checkpoints/step_*/complete.json")))
+    kill_tasks_of(job, "n1")
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_for(lambda: has_ended(job))
+    assert state(job) == ("COMPLETED", "0:0")
+    assert losses(run_dir) == undisturbed
+
+
+def kill_tasks_of(job: str, node: str) -> None:
+    """SIGKILL the launcher of a node and its ranks."""
+    wanted = {"SLURM_JOB_ID": job, "SLURMD_NODENAME": node, "SLURM_STEP_ID": "0"}
+    killed = 0
+    for process in psutil.process_iter():
+        try:
+            if wanted.items() <= process.environ().items():
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+        except (psutil.Error, OSError):
+            continue
+    assert killed > 1
+
+
+def test_a_chain_of_jobs_goes_on_where_each_one_stops(
+    tmp_path: Path, corpus: Path, undisturbed: list[tuple[int, float]]
+) -> None:
+    run_dir = tmp_path / "run"
+    jobs = submit(experiment(corpus, tmp_path), "--chain", "3")
+    assert len(jobs) == 3
+    for number, job in enumerate(jobs[:2]):
+        wait_for(lambda before=number: steps_done(run_dir) > 3 + 20 * before)
+        wait_for(lambda job=job: state(job)[0] != "PENDING")
+        subprocess.run(["scancel", "--signal=TERM", job], check=True)
+        wait_for(lambda job=job: has_ended(job))
+        if state(job)[0] == "COMPLETED":  # it was faster than the signal
+            break
+    wait_for(lambda: has_ended(jobs[-1]))
+    assert state(jobs[0]) == ("FAILED", "75:0")
+    assert state(jobs[-1]) == ("COMPLETED", "0:0")
+    assert losses(run_dir) == undisturbed
+
+
+def test_a_cancelled_job_leaves_no_process_and_no_half_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    (job,) = submit(experiment(corpus, tmp_path, steps=4000))
+    wait_for(lambda: steps_done(run_dir) > 3)
+    subprocess.run(["scancel", job], check=True)
+    wait_for(lambda: has_ended(job))
+    assert state(job)[0] == "CANCELLED"
+    wait_for(
+        lambda: not [found for found in psutil.process_iter(["cmdline"]) if str(run_dir) in str(found.info["cmdline"])]
+    )
+    for folder in run_dir.glob("checkpoints/step_*"):
+        assert (folder / "complete.json").exists() or folder.name.endswith(".partial")
+
+
+def test_a_world_that_does_not_fit_is_not_submitted(tmp_path: Path, corpus: Path) -> None:
+    (message,) = submit(experiment(corpus, tmp_path), "--gpus-per-node", "3", status=2)
+    assert "the job has 6 ranks" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_slurm_refuses_leaves_nothing(tmp_path: Path, corpus: Path) -> None:
+    (message,) = submit(experiment(corpus, tmp_path), "--partition", "none", status=2)
+    assert "--slurm: Slurm refuses the job: invalid partition specified: none" in message
+    assert not list(tmp_path.glob("run/jobs/*"))
+
+
+def test_the_script_alone_refuses_a_world_that_does_not_fit(tmp_path: Path, corpus: Path) -> None:
+    """launch/train.sbatch, by hand."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=10", f"--output={tmp_path}/%j.out"]
+    command += ["launch/train.sbatch", str(experiment(corpus, tmp_path))]
+    environment["NPROC_PER_NODE"] = "3"
+    job = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+    wait_for(lambda: has_ended(job))
     assert state(job) == ("FAILED", "2:0")
     assert "the job has 6 ranks" in (tmp_path / f"{job}.out").read_text()
 

@@ -16,6 +16,7 @@ OURS = ("hunyuan_pretrain", "data_tools", "launch", "tests")
 MAY_IMPORT = {
     "config": set(),
     "plan": {"config"},
+    "jobs": {"config"},
     "runtime": {"config"},
     "parallel": {"config", "runtime"},
     "model": {"config", "runtime", "parallel"},
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
     "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
-    "cli": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
+    "cli": {"config", "plan", "jobs", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
     "__main__": {"cli"},
 }
 """Room of hunyuan_pretrain -> other rooms that it may import."""
