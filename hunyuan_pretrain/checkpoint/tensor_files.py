@@ -7,6 +7,7 @@ whose pages count as the process's memory. The format is simple: 8 bytes with th
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 
-__all__ = ["INDEX", "SINGLE", "ShardWriter", "StoredTensors", "TensorSpec"]
+__all__ = ["INDEX", "SINGLE", "ShardWriter", "StoredTensors", "TensorSpec", "bytes_of", "read_into"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,6 +89,10 @@ class ShardWriter:
         }
         self._missing = set(self._places)
 
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of an announced tensor. Raises KeyError."""
+        return self._places[name].spec
+
     def create(self) -> None:
         """Make the files, with headers and without data, and the index if there are several. Raises OSError, and
         CheckpointError if the disk has too little room."""
@@ -115,7 +120,7 @@ class ShardWriter:
         if place is None or tuple(tensor.shape) != place.spec.shape:
             expected = place.spec.shape if place else "no such tensor"
             raise CheckpointError(f"{name}: shape {tuple(tensor.shape)}, but the folder has {expected}")
-        data = _bytes_of(tensor.detach().to("cpu", place.spec.dtype).contiguous())
+        data = bytes_of(tensor.detach().to("cpu", place.spec.dtype).contiguous())
         handle = os.open(place.file, os.O_WRONLY)
         try:
             written = 0
@@ -167,9 +172,19 @@ def _offsets(shard: Mapping[str, TensorSpec], begin: int) -> Iterator[tuple[str,
         begin += spec.nbytes
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # a stub without buffers
+
+
+def read_into(file: io.FileIO, data: memoryview) -> bool:
+    """Fill `data` from the file's position on; False if the file ends before."""
+    done = 0
+    while done < len(data):
+        if not (count := file.readinto(data[done:])):
+            return False
+        done += count
+    return True
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -196,14 +211,10 @@ class StoredTensors(Mapping[str, Tensor]):
         """Raises KeyError, CheckpointError if the file is shorter than its header says."""
         place = self._places[name]
         tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
-        data = _bytes_of(tensor)
         with place.file.open("rb", buffering=0) as file:
             file.seek(place.offset)
-            done = 0
-            while done < len(data):
-                if not (count := file.readinto(data[done:])):
-                    raise CheckpointError(f"{place.file}: ends in the middle of {name}")
-                done += count
+            if not read_into(file, bytes_of(tensor)):
+                raise CheckpointError(f"{place.file}: ends in the middle of {name}")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

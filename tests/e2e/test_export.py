@@ -6,6 +6,7 @@ from tests.helpers import tiny  # noqa: I001
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,13 +137,14 @@ def export_with_a_wrong_map(run_dir, output) -> str:
     from hunyuan_pretrain.checkpoint import CheckpointError, hf_export
     from hunyuan_pretrain.checkpoint.export_run import export_run
 
-    right = hf_export.to_hf
+    right = hf_export.weight_map
 
-    def wrong(model, tensors):
-        for name, tensor in right(model, tensors):
-            yield name, tensor.roll(1, 0) if name == "model.layers.1.self_attn.q_proj.weight" else tensor
+    def wrong(model):
+        for row in right(model):
+            is_rotated = row.hf_names == ("model.layers.1.self_attn.q_proj.weight",)
+            yield replace(row, to_hf=lambda tensor: (tensor.roll(1, 0),)) if is_rotated else row
 
-    hf_export.to_hf = wrong
+    hf_export.weight_map = wrong
     try:
         export_run(run_dir, output)
     except CheckpointError as error:
@@ -152,5 +154,5 @@ def export_with_a_wrong_map(run_dir, output) -> str:
 
 def test_an_export_that_computes_something_else_is_refused(plain, tmp_path):
     (message,) = fork_ranks(1, export_with_a_wrong_map, plain, tmp_path / "out")
-    assert "does not compute the same" in message
+    assert "does not compute the same as the model it came from: layer 1, given the same input" in message
     assert not (tmp_path / "out").exists()
