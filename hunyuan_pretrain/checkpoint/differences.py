@@ -20,6 +20,9 @@ __all__ = ["TOLERANCES", "compare_logits", "judge_layers", "judge_logits"]
 # `median` bounds the median over positions; `position` bounds each one, and `outliers` is the share of positions that
 # may exceed it. Measured on random models of up to 24 layers: 1e-6 (fp32), 0.01 (fp16) and 0.07 (bf16) for correct
 # exports; 0.4 and more if every layer is wrong in the same way.
+# `layer_median` bounds, for each layer on the same input, the median over positions of norm(difference) / norm(what the
+# layer adds). Measured on the same models: at most 6e-7 (fp32), 5e-4 (fp16) and 4e-3 (bf16); at least 0.2 with two
+# experts of the layer exchanged, 0.03 with ones in the place of its key norm.
 FLIPS = "a router choice may flip where two experts are close"
 HALF = f"{FLIPS}; errors add up over the layers, each of which is checked alone more strictly"
 TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
@@ -34,14 +37,14 @@ TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
         "median": 0.03,
         "position": 0.2,
         "outliers": 0.25,
-        "layer_median": 0.01,
+        "layer_median": 0.003,
         "reason": f"11 significant bits; {HALF}",
     },
     torch.bfloat16: {
         "median": 0.15,
         "position": 0.4,
         "outliers": 0.25,
-        "layer_median": 0.08,
+        "layer_median": 0.02,
         "reason": f"8 significant bits; {HALF}",
     },
 }

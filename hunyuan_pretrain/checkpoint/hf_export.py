@@ -32,7 +32,7 @@ from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, TOKENIZER_CODE
 from hunyuan_pretrain.checkpoint.layerwise import LayerSource
 from hunyuan_pretrain.checkpoint.stored_weights import rows_of, shape_of
 from hunyuan_pretrain.checkpoint.tensor_files import ShardWriter, TensorSpec
-from hunyuan_pretrain.checkpoint.weight_map import Mapping, by_expert, refuse_other_parameters, weight_map
+from hunyuan_pretrain.checkpoint.weight_map import by_expert, refuse_other_parameters, weight_map
 from hunyuan_pretrain.checkpoint.workers import Say, run_over
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
@@ -210,8 +210,8 @@ def _stored(model: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
     }
 
 
-Piece = tuple[Mapping, int]
-"""A parameter, or one expert of it, as a row of the table, and its first row in the parameter."""
+Piece = tuple[int, int]
+"""A row of the table, and which expert of its parameter; 0 where there are no experts."""
 
 
 def _write_weights(
@@ -220,26 +220,29 @@ def _write_weights(
     """Write every tensor to its place, which depends on shapes alone: the files are the same for any number of
     processes."""
     writer.create()
-    pieces = [(part, expert) for row in weight_map(model) for expert, part in enumerate(by_expert(row))]
     # some for each process, because what they know of the checkpoint is sent to them with each share
     share_bytes = writer.total_bytes // (8 * processes) if processes > 1 else 0
     shares: list[tuple[list[Piece], int]] = [([], 0)]
-    for piece in pieces:
-        size = sum(writer.spec(name).nbytes for name in piece[0].hf_names)
-        if shares[-1][1] > share_bytes:
-            shares.append(([], 0))
-        shares[-1] = ([*shares[-1][0], piece], shares[-1][1] + size)
-    convert = partial(_convert, megatron_tensors, writer)
+    for number, row in enumerate(weight_map(model)):
+        for expert, part in enumerate(by_expert(row)):
+            if shares[-1][1] > share_bytes:
+                shares.append(([], 0))
+            size = sum(writer.spec(name).nbytes for name in part.hf_names)
+            shares[-1] = ([*shares[-1][0], (number, expert)], shares[-1][1] + size)
+    convert = partial(_convert, model, megatron_tensors, writer)
     written = run_over(processes, "writing weights", convert, shares, say)
     writer.finish(frozenset(name for names in written for name in names))
 
 
-def _convert(megatron_tensors: abc.Mapping[str, Tensor], writer: ShardWriter, pieces: list[Piece]) -> list[str]:
+def _convert(
+    model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor], writer: ShardWriter, pieces: list[Piece]
+) -> list[str]:
     """Read, convert and write these pieces; returns the names of what was written."""
-    names = []
-    for row, first in pieces:
-        whole = rows_of(megatron_tensors, row.megatron_name, first, first + row.megatron_shape[0])
-        for name, tensor in zip(row.hf_names, row.to_hf(whole), strict=True):
+    table, names = list(weight_map(model)), []
+    for number, expert in pieces:
+        row = by_expert(table[number])[expert]
+        part = rows_of(megatron_tensors, row.megatron_name, expert, expert + row.megatron_shape[0])
+        for name, tensor in zip(row.hf_names, row.to_hf(part), strict=True):
             writer.write(name, tensor)
             names.append(name)
     return names

@@ -73,7 +73,7 @@ def compare_layers(
 
     scratch: a folder for a temporary file of (layers + 1) x T x D numbers. The difference at a position is
     norm(candidate's update - reference's update) / norm(reference's update), where a layer's update is its output minus
-    its input, and both get the reference's input. Raises CheckpointError if the models differ in their number of
+    its input, both get the reference's input, and an update counts as no smaller than SMALL_UPDATE says. Raises CheckpointError if the models differ in their number of
     layers, OSError.
     """
     if reference.num_layers != candidate.num_layers:
@@ -108,11 +108,18 @@ def compare_layers(
     return LayerComparison(layers, reference_TV, candidate_TV)
 
 
+SMALL_UPDATE = 1 / 8
+"""A layer that adds less than this part of its output is judged as if it added that much: below, the difference that
+remains is only how the sum with the input was rounded."""
+
+
 def _relative(actual_TD: Tensor, expected_TD: Tensor, input_TD: Tensor | None = None) -> Tensor:
     """(T,): norm(difference) / norm(expected), or of what was added to the input."""
     actual_TD, expected_TD = actual_TD.double(), expected_TD.double()
-    update_TD = expected_TD if input_TD is None else expected_TD - input_TD
-    return (actual_TD - expected_TD).norm(dim=-1) / update_TD.norm(dim=-1).clamp_min(1e-30)
+    size_T = expected_TD.norm(dim=-1)
+    if input_TD is not None:
+        size_T = torch.maximum((expected_TD - input_TD).norm(dim=-1), SMALL_UPDATE * size_T)
+    return (actual_TD - expected_TD).norm(dim=-1) / size_T.clamp_min(1e-30)
 
 
 class _HiddenStates:
