@@ -73,8 +73,8 @@ def compare_layers(
 
     scratch: a folder for a temporary file of (layers + 1) x T x D numbers. The difference at a position is
     norm(candidate's update - reference's update) / norm(reference's update), where a layer's update is its output minus
-    its input, both get the reference's input, and an update counts as no smaller than SMALL_UPDATE says. Raises CheckpointError if the models differ in their number of
-    layers, OSError.
+    its input, both get the reference's input, and an update counts as no smaller than SMALL_UPDATE says. Raises
+    CheckpointError if the models differ in their number of layers, OSError.
     """
     if reference.num_layers != candidate.num_layers:
         raise CheckpointError(f"{candidate.num_layers} layers, the model it came from has {reference.num_layers}")

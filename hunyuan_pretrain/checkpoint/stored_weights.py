@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from hunyuan_pretrain.checkpoint.folders import MARKER, verify_files
 from hunyuan_pretrain.checkpoint.tensor_files import TensorSpec, bytes_of, read_into
 from hunyuan_pretrain.checkpoint.workers import Say, default_processes, run_over
 
-__all__ = ["METADATA", "Chunk", "StoredWeights", "read_places", "rows_of", "shape_of", "verified_weights"]
+__all__ = ["METADATA", "Chunk", "OnDisk", "StoredWeights", "read_places", "rows_of", "shape_of", "verified_weights"]
 
 METADATA = ".metadata"
 OTHER_STATE = ("optimizer.", "fp8.")
@@ -167,14 +167,25 @@ def _verify(folder: Path, marker: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
+@runtime_checkable
+class OnDisk(Protocol):
+    """What a mapping of parameters offers if it reads them from disk: StoredWeights, and whatever joins other files."""
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape, without reading."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of the first dimension, read alone."""
+
+
 def rows_of(weights: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
     """Rows start to stop of a parameter; read alone if it comes from disk."""
-    return weights.rows(name, start, stop) if isinstance(weights, StoredWeights) else weights[name][start:stop]
+    return weights.rows(name, start, stop) if isinstance(weights, OnDisk) else weights[name][start:stop]
 
 
 def shape_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of a parameter, which is not read if it comes from disk."""
-    return weights.spec(name).shape if isinstance(weights, StoredWeights) else tuple(weights[name].shape)
+    return weights.spec(name).shape if isinstance(weights, OnDisk) else tuple(weights[name].shape)
 
 
 def _begin_of_data(saved: _Slice, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TypeVar
@@ -69,10 +69,13 @@ def run_over(
     with ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _one_thread) as pool:
         futures = [pool.submit(function, task) for task, _ in tasks]
         size_of = dict(zip(futures, (size for _, size in tasks), strict=True))
+        pending = set(futures)
         try:
-            for future in as_completed(futures):
-                future.result()
-                progress.add(size_of[future])
+            while pending:
+                done, pending = wait(pending, SECONDS_BETWEEN_LINES, FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress.add(sum(size_of[future] for future in done))
         except BaseException as error:
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, BrokenProcessPool):

@@ -4,6 +4,7 @@ model."""
 from tests.helpers import tiny  # noqa: I001
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -156,3 +157,17 @@ def test_an_export_that_computes_something_else_is_refused(plain, tmp_path):
     (message,) = fork_ranks(1, export_with_a_wrong_map, plain, tmp_path / "out")
     assert "does not compute the same as the model it came from: layer 1, given the same input" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_damaged_checkpoint_is_one_message_and_leaves_nothing(damage, plain, tmp_path):
+    run_dir = Path(shutil.copytree(plain, tmp_path / "run"))
+    path = run_dir / "checkpoints/step_0000003/__0_1.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "bit" else content[:-1])
+    status, _, err = run_forked("export", str(run_dir), str(tmp_path / "out"))
+    assert status == 2
+    assert "__0_1.distcp is missing or damaged: its size or sha256 is not the one in complete.json" in err
+    assert "Traceback" not in err
+    assert [found.name for found in tmp_path.iterdir()] == ["run"]
