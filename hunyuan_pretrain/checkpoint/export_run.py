@@ -8,7 +8,7 @@ from typing import Any
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.certificate import Format
 from hunyuan_pretrain.checkpoint.folders import faults_of, none_is_good
-from hunyuan_pretrain.checkpoint.hf_export import export
+from hunyuan_pretrain.checkpoint.hf_export import export, refuse_at_once
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece
 from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
@@ -47,6 +47,7 @@ def export_run(
     experiment, stage = in_force(folder)
     save_load.refuse_other_model(folder, marker, experiment.model)
     torch_dtype = DTYPES[dtype or experiment.precision.dtype]
+    refuse_at_once(experiment.model, run_dir / "tokenizer", output, dtype=torch_dtype, format=format)
     weights, processes = verified_weights(folder, marker, processes, say)
     with one_rank(experiment.runtime.distributed_timeout_s) as groups:
         return export(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.generate import load_generation_config
 from hunyuan_pretrain.checkpoint.layerwise import Visit
 from hunyuan_pretrain.checkpoint.streamed import stream
 from hunyuan_pretrain.checkpoint.tensor_files import StoredTensors
@@ -50,9 +51,7 @@ class ExportedLayers:
         )
         self.model = model.eval()
         if (folder / "generation_config.json").is_file():
-            from transformers import GenerationConfig
-
-            self.model.generation_config = GenerationConfig.from_pretrained(folder)
+            self.model.generation_config = load_generation_config(folder)
 
     @property
     def num_layers(self) -> int:

@@ -37,7 +37,7 @@ from hunyuan_pretrain.checkpoint.workers import Say, run_over
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 
-__all__ = ["export", "generation_config", "hf_config"]
+__all__ = ["export", "generation_config", "hf_config", "refuse_at_once"]
 
 CANNOT_WRITE = (
     errno.ENOSPC,
@@ -79,19 +79,7 @@ def export(
     a tensor is missing or has the wrong shape, the tokenizer does not fit, the disk is full or not writable, or the
     model read back computes something else.
     """
-    refuse_what_loads_wrongly(model, format)
-    if dtype not in TOLERANCES:
-        raise CheckpointError(
-            f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}"
-        )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    if tokenizer.vocab_size > model.padded_vocab_size:
-        raise CheckpointError(
-            f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model's embedding only {model.padded_vocab_size} rows"
-        )
+    tokenizer = refuse_at_once(model, tokenizer_folder, output, dtype=dtype, format=format)
     refuse_other_parameters(model, {name: shape_of(megatron_tensors, name) for name in megatron_tensors})
 
     folder = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
@@ -129,6 +117,27 @@ def export(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return certificate
+
+
+def refuse_at_once(
+    model: ModelConfig, tokenizer_folder: Path, output: Path, *, dtype: torch.dtype, format: Format
+) -> Tokenizer:
+    """Raise CheckpointError for what is known to be wrong before any weight is read; returns the tokenizer."""
+    refuse_what_loads_wrongly(model, format)
+    if dtype not in TOLERANCES:
+        raise CheckpointError(
+            f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if tokenizer.vocab_size > model.padded_vocab_size:
+        raise CheckpointError(
+            f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model's embedding only {model.padded_vocab_size} rows"
+        )
+    ShardWriter(output, _stored(model, dtype)).refuse_full_disk()
+    return tokenizer
 
 
 def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

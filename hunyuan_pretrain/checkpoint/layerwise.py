@@ -10,11 +10,12 @@ Shapes: T tokens of all texts, D hidden size, V padded vocabulary.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,11 +31,9 @@ Again = Callable[[Tensor], Tensor]
 owner computed when it was run again."""
 
 
-class Visit(Protocol):
-    """Called after each layer."""
-
-    def __call__(self, layer: int, before_TD: Tensor, after_TD: Tensor, again: Again) -> None:
-        """`again` may be called until this returns."""
+Visit = Callable[[int, Tensor, Tensor, Again], None]
+"""Called after each layer with its number, its input and its output (T, D), and `again`, to be called until it
+returns."""
 
 
 class LayerSource(Protocol):
@@ -129,7 +128,7 @@ class _HiddenStates:
         self._folder, self._count = folder, 0
 
     def __enter__(self) -> _HiddenStates:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=self._folder, buffering=0)
+        self._file = cast("io.FileIO", tempfile.TemporaryFile(dir=self._folder, buffering=0))
         return self
 
     def __exit__(self, *_: object) -> None:

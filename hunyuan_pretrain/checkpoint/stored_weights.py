@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.folders import MARKER, verify_files
@@ -57,10 +57,7 @@ def read_places(folder: Path) -> Places:
         metadata = FileSystemReader(folder).read_metadata()
         found: Places = {}
         for name, entry in metadata.state_dict_metadata.items():
-            is_weight = (
-                isinstance(entry, TensorStorageMetadata) and len(entry.size) and not name.startswith(OTHER_STATE)
-            )
-            if not is_weight:
+            if isinstance(entry, BytesStorageMetadata) or not entry.size or name.startswith(OTHER_STATE):
                 continue
             chunks = []
             for chunk in entry.chunks:
@@ -73,8 +70,8 @@ def read_places(folder: Path) -> Places:
             found[name] = TensorSpec(entry.properties.dtype, tuple(entry.size)), tuple(chunks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder / METADATA}: cannot be read: {error!r}") from None
-    for name, (spec, chunks) in found.items():
-        if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(spec.shape):
+    for name, (spec, parts) in found.items():
+        if sum(math.prod(part.shape) for part in parts) != math.prod(spec.shape):
             raise CheckpointError(f"{folder}: the parts of {name} do not make up its shape {spec.shape}")
     return found
 

@@ -96,12 +96,7 @@ class ShardWriter:
     def create(self) -> None:
         """Make the files, with headers and without data, and the index if there are several. Raises OSError, and
         CheckpointError if the disk has too little room."""
-        free = shutil.disk_usage(self.folder).free
-        if free < self.total_bytes:
-            raise CheckpointError(
-                f"{self.folder.parent}: the tensors take {self.total_bytes / 1e9:.3g} GB, and only {free / 1e9:.3g} GB "
-                "are free"
-            )
+        self.refuse_full_disk()
         for (path, header), shard in zip(self._headers.items(), self._shards, strict=True):
             with path.open("xb") as file:
                 file.write(header)
@@ -112,6 +107,16 @@ class ShardWriter:
                 "weight_map": {name: place.file.name for name, place in self._places.items()},
             }
             (self.folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+    def refuse_full_disk(self) -> None:
+        """Raise CheckpointError if the disk has too little room; the folder need not exist yet."""
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if free < self.total_bytes:
+            raise CheckpointError(
+                f"{self.folder.parent}: the tensors take {self.total_bytes / 1e9:.3g} GB, and only {free / 1e9:.3g} GB "
+                "are free"
+            )
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, from any device, cast to the announced dtype. Raises CheckpointError if it was not announced

@@ -17,10 +17,10 @@ from tests.helpers.runs import ROOT
 pytestmark = pytest.mark.slow
 
 WIDTH = {
-    "hidden_size": 256,
+    "hidden_size": 512,
     "num_attention_heads": 8,
-    "ffn_hidden_size": 576,
-    "moe_ffn_hidden_size": 576,
+    "ffn_hidden_size": 704,
+    "moe_ffn_hidden_size": 704,
     "num_moe_experts": 8,
 }
 
@@ -42,7 +42,10 @@ print(json.dumps({
 
 
 def export(run_dir: Path, output: Path) -> dict[str, int]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # oneDNN keeps a program for each shape that it has multiplied, by default 1,024: the more layers, the more numbers
+    # of tokens of an expert have occurred. That has an end, and is not what is measured here.
+    few_programs = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+    environment = os.environ | few_programs | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(run_dir), str(output)],
         capture_output=True,
@@ -55,10 +58,10 @@ def export(run_dir: Path, output: Path) -> dict[str, int]:
     return result
 
 
-def test_an_export_of_sixty_layers_takes_the_memory_of_one_of_six(tmp_path: Path) -> None:
-    """A difference of less than three layers in fp32, of a model of 0.9 GB."""
+def test_an_export_of_24_layers_takes_the_memory_of_one_of_4(tmp_path: Path) -> None:
+    """A difference of less than three layers in fp32, of a model of 1 GB."""
     peaks = {}
-    for layers in (6, 60):
+    for layers in (4, 24):
         run_dir = write_random_run(tmp_path / f"run_{layers}", {"num_layers": layers, **WIDTH})
         found = export(run_dir, tmp_path / f"out_{layers}")
         assert found["layers"] == layers
@@ -66,6 +69,6 @@ def test_an_export_of_sixty_layers_takes_the_memory_of_one_of_six(tmp_path: Path
         peaks[layers] = found["peak"]
     weights = StoredWeights(run_dir / f"checkpoints/step_{STEP:07d}")
     sizes = {name: weights.spec(name).nbytes for name in weights}
-    assert sum(sizes.values()) > 900_000_000
+    assert sum(sizes.values()) > 950_000_000
     layer = sum(size for name, size in sizes.items() if name.startswith("decoder.layers.7."))
-    assert peaks[60] - peaks[6] < 3 * layer, (peaks, layer)
+    assert peaks[24] - peaks[4] < 3 * layer, (peaks, layer)
