@@ -13,12 +13,12 @@ from hunyuan_pretrain.runtime.environment import prepare
 
 def main(run: str, output: str, prompt: str) -> None:
     """Write the newest checkpoint of `run` to the new folder `output`."""
-    prepare(None)  # before torch is imported: the export holds the whole model, so it runs on the CPU
+    prepare(None)  # before torch is imported: an export runs on the CPU
 
     from hunyuan_pretrain.checkpoint.export_run import export_run
     from hunyuan_pretrain.checkpoint.generate import generate
 
-    # Loads the folder back and compares its logits with the training model's; a difference raises CheckpointError.
+    # Reads the folder back and compares it with the training model; a difference raises CheckpointError.
     certificate = export_run(Path(run), Path(output), dtype="bf16")
     print(f"step {certificate['source']['step']}, largest difference {certificate['max_abs_difference']:.3g}")
     generate(Path(output), prompt, max_new_tokens=16, temperature=0.0)

@@ -5,65 +5,65 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.certificate import Format
 from hunyuan_pretrain.checkpoint.folders import faults_of, none_is_good
-from hunyuan_pretrain.checkpoint.hf_export import Format, export
+from hunyuan_pretrain.checkpoint.hf_export import export, refuse_at_once
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece
+from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
+from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
+from hunyuan_pretrain.checkpoint.workers import Say
 from hunyuan_pretrain.config.schedule import Schedule
-from hunyuan_pretrain.config.schema import Experiment, ParallelConfig, StageConfig
-from hunyuan_pretrain.model.hunyuan_config import DTYPES, transformer_config
-from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
-from hunyuan_pretrain.model.inputs import ModelInputs
-from hunyuan_pretrain.parallel.groups import build_groups, destroy_groups, initialize_distributed
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.model.hunyuan_config import DTYPES
 
 __all__ = ["export_run"]
 
 
 def export_run(
-    run_dir: Path, output: Path, *, step: int | None = None, dtype: str | None = None, format: Format = "hunyuan"
+    run_dir: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    format: Format = "hunyuan",
+    processes: int | None = None,
+    say: Say | None = None,
 ) -> dict[str, Any]:
     """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the
     certificate.
 
-    Runs in one process, which holds the whole model. dtype: "fp32" or "bf16", by default that of training. The number
-    of positions and the RoPE alpha are those of the stage in which the checkpoint was taken. Raises CheckpointError if
-    there is no such checkpoint, and as `hf_export.export` does.
+    dtype: "fp32" or "bf16", by default that of training. The number of positions and the RoPE alpha are those of the
+    stage in which the checkpoint was taken. processes: that verify, convert and digest files; by default as many as are
+    worth it and fit into memory. Each then imports the main module, so a script that calls this needs the usual
+    `if __name__ == "__main__":`. say: gets lines of progress. Memory holds one layer, of any layout that trained it.
+    Raises CheckpointError if there is no such checkpoint or it is damaged, and as `hf_export.export` does.
     """
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():
         raise CheckpointError(f"{run_dir}: not a run directory (no resolved.yaml); give the run_dir of an experiment")
     folder = _choose_checkpoint(run_dir, step)
-    step = int(save_load.read_marker(folder)["step"])
+    marker = save_load.read_marker(folder)
     experiment, stage = in_force(folder)
-    model = _load_on_one_rank(experiment, folder, DTYPES[dtype or experiment.precision.dtype])
-    try:
+    save_load.refuse_other_model(folder, marker, experiment.model)
+    torch_dtype = DTYPES[dtype or experiment.precision.dtype]
+    refuse_at_once(experiment.model, run_dir / "tokenizer", output, dtype=torch_dtype, format=format)
+    weights, processes = verified_weights(folder, marker, processes, say)
+    with one_rank(experiment.runtime.distributed_timeout_s) as groups:
         return export(
             experiment.model,
-            {name: parameter.detach() for name, parameter in model.named_parameters()},
+            weights,
             run_dir / "tokenizer",
             output,
             rope_alpha=stage.rope_alpha,
             max_position_embeddings=stage.sequence_length,
-            dtype=DTYPES[dtype or experiment.precision.dtype],
-            reference_logits=lambda tokens_BS: dropless_logits(model, tokens_BS, stage.rope_alpha),
+            dtype=torch_dtype,
+            reference=TrainingLayers(experiment.model, weights, groups, rope_alpha=stage.rope_alpha, dtype=torch_dtype),
             format=format,
-            certificate_info={"run": experiment.name, "step": step},
+            certificate_info={"run": experiment.name, "step": int(marker["step"])},
+            processes=processes,
+            say=say,
         )
-    finally:
-        destroy_groups()
-
-
-@torch.no_grad()
-def dropless_logits(model: HunyuanModel, tokens_BS: Tensor, rope_alpha: float) -> Tensor:
-    """Logits (B, S, V) of B sequences that do not attend to each other, routed without a capacity limit, on one
-    rank."""
-    B, S = tokens_BS.shape
-    positions_T = torch.arange(S).repeat(B)
-    logits_TV, _ = model(ModelInputs(tokens_BS.reshape(-1), positions_T, list(range(0, B * S + 1, S)), rope_alpha))
-    return logits_TV.view(B, S, -1)
 
 
 def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
@@ -85,16 +85,3 @@ def _choose_checkpoint(run_dir: Path, step: int | None) -> Path:
     if not found:
         raise CheckpointError(f"{run_dir}: no complete checkpoint")
     return found[-1]
-
-
-def _load_on_one_rank(experiment: Experiment, folder: Path, dtype: torch.dtype) -> HunyuanModel:
-    """The model on the CPU in one process, whatever parallel layout trained it."""
-    initialize_distributed("gloo", experiment.runtime.distributed_timeout_s)
-    groups = build_groups(ParallelConfig(), experiment.runtime.distributed_timeout_s)
-    config = transformer_config(experiment.model, ParallelConfig(), experiment.precision, device="cpu")
-    (model,) = build_model(config, groups, seed=None)
-    save_load.load(folder, [model], None)
-    for name, parameter in model.named_parameters():
-        if not name.endswith("router.weight"):  # fp32 in every export
-            parameter.data = parameter.data.to(dtype)
-    return model

@@ -91,6 +91,13 @@ def load_model(
     return model.to(device).eval()
 
 
+def load_generation_config(folder: Path) -> Any:
+    """The defaults of generate() that an exported folder holds (a transformers GenerationConfig)."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of an exported folder; trust_remote_code allows it to run code from the folder. Never prompts."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

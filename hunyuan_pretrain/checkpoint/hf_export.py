@@ -5,8 +5,9 @@ Two formats:
     hunyuan          every model this project trains; our own model code lies beside the weights (auto_map)
     hunyuan_v1_moe   loaded by transformers and vLLM with their own code; refused if that would compute another model
 
-The folder gets its name only after it has been loaded back from disk and compared with the model it came from. Its
-certificate.json says how closely they agree and what else loads it (see `certificate`).
+Weights are converted one parameter at a time, one expert at a time where they are routed experts', by several
+processes if wanted. The folder gets its name only after it has been read back from disk and compared with the model it
+came from. Its certificate.json says how closely they agree and what else loads it (see `certificate`).
 """
 
 from __future__ import annotations
@@ -16,24 +17,27 @@ import json
 import secrets
 import shutil
 from collections import abc
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.certificate import TOLERANCES, Format, certify, refuse_what_loads_wrongly
+from hunyuan_pretrain.checkpoint.certificate import Format, certify, refuse_what_loads_wrongly
+from hunyuan_pretrain.checkpoint.differences import TOLERANCES
 from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, TOKENIZER_CODE
-from hunyuan_pretrain.checkpoint.weight_map import Mapping, to_hf, weight_map
+from hunyuan_pretrain.checkpoint.layerwise import LayerSource
+from hunyuan_pretrain.checkpoint.stored_weights import rows_of, shape_of
+from hunyuan_pretrain.checkpoint.tensor_files import ShardWriter, TensorSpec
+from hunyuan_pretrain.checkpoint.weight_map import by_expert, refuse_other_parameters, weight_map
+from hunyuan_pretrain.checkpoint.workers import Say, run_over
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 
-__all__ = ["export", "generation_config", "hf_config"]
+__all__ = ["export", "generation_config", "hf_config", "refuse_at_once"]
 
 CANNOT_WRITE = (
     errno.ENOSPC,
@@ -57,34 +61,26 @@ def export(
     rope_alpha: float,
     max_position_embeddings: int,
     dtype: torch.dtype,
-    reference_logits: Callable[[Tensor], Tensor],
+    reference: LayerSource,
     format: Format = "hunyuan",
     certificate_info: dict[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    processes: int = 1,
+    say: Say | None = None,
 ) -> dict[str, Any]:
-    """Writes `output`, loads it back, compares it with the model it came from, and returns the certificate.
+    """Writes `output`, reads it back, compares it with the model it came from, and returns the certificate.
 
-    megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time. dtype: of the stored
-    weights; the router stays fp32. rope_alpha: NTK-alpha of the stage that the weights come from. reference_logits: the
-    training model without a capacity limit, token ids (B, S) -> logits (B, S, V). certificate_info: copied into the
-    certificate (run, step). Needs memory for one shard while writing and for the whole model while comparing.
+    megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time; with several processes
+    it is pickled, so it should read from disk. dtype: of the stored weights; the router stays fp32. rope_alpha:
+    NTK-alpha of the stage that the weights come from. reference: the model that the weights come from, in `dtype`.
+    certificate_info: copied into the certificate (run, step). say: gets lines of progress. Needs memory for one expert
+    in each process while writing, and for one layer while comparing.
     Raises CheckpointError and leaves no output if the output folder is not empty, the format cannot express the model,
     a tensor is missing or has the wrong shape, the tokenizer does not fit, the disk is full or not writable, or the
-    model loaded back computes something else.
+    model read back computes something else.
     """
-    refuse_what_loads_wrongly(model, format)
-    if dtype not in TOLERANCES:
-        raise CheckpointError(
-            f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}"
-        )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    if tokenizer.vocab_size > model.padded_vocab_size:
-        raise CheckpointError(
-            f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model's embedding only {model.padded_vocab_size} rows"
-        )
+    tokenizer = refuse_at_once(model, tokenizer_folder, output, dtype=dtype, format=format)
+    refuse_other_parameters(model, {name: shape_of(megatron_tensors, name) for name in megatron_tensors})
 
     folder = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
     try:
@@ -103,9 +99,9 @@ def export(
         if format == "hunyuan":
             for name in MODEL_CODE:
                 shutil.copyfile(Path(__file__).parent / name, folder / name)
-        _write_weights(model, megatron_tensors, folder, dtype, max_shard_bytes)
-        _give_every_file_the_mode_of(folder / "config.json")
-        certificate = certify(model, tokenizer, folder, dtype, reference_logits, format)
+        writer = ShardWriter(folder, _stored(model, dtype), max_shard_bytes)
+        _write_weights(model, megatron_tensors, writer, processes, say)
+        certificate = certify(model, tokenizer, folder, dtype, reference, format, processes, say)
         certificate = {
             "format": format,
             "dtype": str(dtype).removeprefix("torch."),
@@ -114,13 +110,34 @@ def export(
         certificate["source"] = certificate_info or {}
         _write_json(folder / "certificate.json", certificate)
         folder.rename(output)  # over an empty folder too
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in CANNOT_WRITE:
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise CheckpointError(f"{output}: cannot be written: {error}; nothing was left behind") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return certificate
+
+
+def refuse_at_once(
+    model: ModelConfig, tokenizer_folder: Path, output: Path, *, dtype: torch.dtype, format: Format
+) -> Tokenizer:
+    """Raise CheckpointError for what is known to be wrong before any weight is read; returns the tokenizer."""
+    refuse_what_loads_wrongly(model, format)
+    if dtype not in TOLERANCES:
+        raise CheckpointError(
+            f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if tokenizer.vocab_size > model.padded_vocab_size:
+        raise CheckpointError(
+            f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model's embedding only {model.padded_vocab_size} rows"
+        )
+    ShardWriter(output, _stored(model, dtype)).refuse_full_disk()
+    return tokenizer
 
 
 def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -193,51 +210,51 @@ def hf_config(
     return config
 
 
+def _stored(model: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """What is stored of each tensor, in the order of the forward pass."""
+    return {
+        name: TensorSpec(torch.float32 if row.is_fp32 else dtype, shape)
+        for row in weight_map(model)
+        for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)
+    }
+
+
+Piece = tuple[int, int]
+"""A row of the table, and which expert of its parameter; 0 where there are no experts."""
+
+
 def _write_weights(
-    model: ModelConfig,
-    megatron_tensors: abc.Mapping[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
+    model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor], writer: ShardWriter, processes: int, say: Say | None
 ) -> None:
-    """Write safetensors shards in the order of the forward pass. They are planned from the shapes alone, so only one
-    shard is in memory at a time."""
-    stored = {name: torch.float32 if row.is_fp32 else dtype for row in weight_map(model) for name in row.hf_names}
-    shards = _plan_shards(weight_map(model), stored, max_shard_bytes)
-    files = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    tensors = to_hf(model, megatron_tensors)
-    total_bytes = 0
-    for file, names in zip(files, shards, strict=True):
-        shard = {}
-        for _ in names:
-            name, tensor = next(tensors)
-            # A copy even where nothing is cast: safetensors refuses tensors that share memory.
-            shard[name] = tensor.detach().to("cpu", stored[name], copy=True, memory_format=torch.contiguous_format)
-            total_bytes += shard[name].nbytes
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_of}
-        )
+    """Write every tensor to its place, which depends on shapes alone: the files are the same for any number of
+    processes."""
+    writer.create()
+    # some for each process, because what they know of the checkpoint is sent to them with each share
+    share_bytes = writer.total_bytes // (8 * processes) if processes > 1 else 0
+    shares: list[tuple[list[Piece], int]] = [([], 0)]
+    for number, row in enumerate(weight_map(model)):
+        for expert, part in enumerate(by_expert(row)):
+            if shares[-1][1] > share_bytes:
+                shares.append(([], 0))
+            size = sum(writer.spec(name).nbytes for name in part.hf_names)
+            shares[-1] = ([*shares[-1][0], (number, expert)], shares[-1][1] + size)
+    convert = partial(_convert, model, megatron_tensors, writer)
+    written = run_over(processes, "writing weights", convert, shares, say)
+    writer.finish(frozenset(name for names in written for name in names))
 
 
-def _plan_shards(table: list[Mapping], stored: dict[str, torch.dtype], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    free = max_shard_bytes
-    for row in table:
-        for name, shape in zip(row.hf_names, row.hf_shapes, strict=True):
-            size = torch.Size(shape).numel() * stored[name].itemsize
-            if shards[-1] and size > free:
-                shards.append([])
-                free = max_shard_bytes
-            shards[-1].append(name)
-            free -= size
-    return shards
+def _convert(
+    model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor], writer: ShardWriter, pieces: list[Piece]
+) -> list[str]:
+    """Read, convert and write these pieces; returns the names of what was written."""
+    table, names = list(weight_map(model)), []
+    for number, expert in pieces:
+        row = by_expert(table[number])[expert]
+        part = rows_of(megatron_tensors, row.megatron_name, expert, expert + row.megatron_shape[0])
+        for name, tensor in zip(row.hf_names, row.to_hf(part), strict=True):
+            writer.write(name, tensor)
+            names.append(name)
+    return names
 
 
 def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
@@ -257,13 +274,6 @@ def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
         "padding_side": "right",
     }
     _write_json(release / "tokenizer_config.json", config)
-
-
-def _give_every_file_the_mode_of(file: Path) -> None:
-    """safetensors makes its files readable by their owner only; all other files follow the umask."""
-    for path in file.parent.rglob("*"):
-        if path.is_file():
-            path.chmod(file.stat().st_mode)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -405,14 +405,14 @@ class HunYuanModel(HunYuanPreTrainedModel):
         rope = self._rope(position_ids, x_BSD)
 
         wants_weights = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        wants_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_hidden_states, all_weights = [], []
         owner_kv = None
         for layer in self.layers:
-            all_hidden_states.append(x_BSD)
+            all_hidden_states += [x_BSD] if wants_all else []
             x_BSD, owner_kv, weights = layer(x_BSD, owner_kv, rope, mask, cache, cache_position, wants_weights)
             all_weights.append(weights)
         x_BSD = self.norm(x_BSD)
-        wants_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         named_cache: dict[str, Any] = {CACHE_NAME: cache}
         outputs = BaseModelOutputWithPast(
             last_hidden_state=x_BSD,

@@ -7,6 +7,7 @@ whose pages count as the process's memory. The format is simple: 8 bytes with th
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 
-__all__ = ["INDEX", "SINGLE", "ShardWriter", "StoredTensors", "TensorSpec"]
+__all__ = ["INDEX", "SINGLE", "ShardWriter", "StoredTensors", "TensorSpec", "bytes_of", "read_into"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -88,15 +89,14 @@ class ShardWriter:
         }
         self._missing = set(self._places)
 
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of an announced tensor. Raises KeyError."""
+        return self._places[name].spec
+
     def create(self) -> None:
         """Make the files, with headers and without data, and the index if there are several. Raises OSError, and
         CheckpointError if the disk has too little room."""
-        free = shutil.disk_usage(self.folder).free
-        if free < self.total_bytes:
-            raise CheckpointError(
-                f"{self.folder.parent}: the tensors take {self.total_bytes / 1e9:.3g} GB, and only {free / 1e9:.3g} GB "
-                "are free"
-            )
+        self.refuse_full_disk()
         for (path, header), shard in zip(self._headers.items(), self._shards, strict=True):
             with path.open("xb") as file:
                 file.write(header)
@@ -108,6 +108,16 @@ class ShardWriter:
             }
             (self.folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
+    def refuse_full_disk(self) -> None:
+        """Raise CheckpointError if the disk has too little room; the folder need not exist yet."""
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if free < self.total_bytes:
+            raise CheckpointError(
+                f"{self.folder.parent}: the tensors take {self.total_bytes / 1e9:.3g} GB, and only {free / 1e9:.3g} GB "
+                "are free"
+            )
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, from any device, cast to the announced dtype. Raises CheckpointError if it was not announced
         or has another shape, OSError."""
@@ -115,7 +125,7 @@ class ShardWriter:
         if place is None or tuple(tensor.shape) != place.spec.shape:
             expected = place.spec.shape if place else "no such tensor"
             raise CheckpointError(f"{name}: shape {tuple(tensor.shape)}, but the folder has {expected}")
-        data = _bytes_of(tensor.detach().to("cpu", place.spec.dtype).contiguous())
+        data = bytes_of(tensor.detach().to("cpu", place.spec.dtype).contiguous())
         handle = os.open(place.file, os.O_WRONLY)
         try:
             written = 0
@@ -167,9 +177,19 @@ def _offsets(shard: Mapping[str, TensorSpec], begin: int) -> Iterator[tuple[str,
         begin += spec.nbytes
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # a stub without buffers
+
+
+def read_into(file: io.FileIO, data: memoryview) -> bool:
+    """Fill `data` from the file's position on; False if the file ends before."""
+    done = 0
+    while done < len(data):
+        if not (count := file.readinto(data[done:])):
+            return False
+        done += count
+    return True
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -196,14 +216,10 @@ class StoredTensors(Mapping[str, Tensor]):
         """Raises KeyError, CheckpointError if the file is shorter than its header says."""
         place = self._places[name]
         tensor = torch.empty(place.spec.shape, dtype=place.spec.dtype)
-        data = _bytes_of(tensor)
         with place.file.open("rb", buffering=0) as file:
             file.seek(place.offset)
-            done = 0
-            while done < len(data):
-                if not (count := file.readinto(data[done:])):
-                    raise CheckpointError(f"{place.file}: ends in the middle of {name}")
-                done += count
+            if not read_into(file, bytes_of(tensor)):
+                raise CheckpointError(f"{place.file}: ends in the middle of {name}")
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -32,20 +32,40 @@ def export(
         ExportFormat,
         typer.Option(help="hunyuan: with our own model code. hunyuan_v1_moe: loads natively in transformers and vLLM."),
     ] = ExportFormat.hunyuan,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Verify, convert and digest files in this many processes; default: by size and cores."
+        ),
+    ] = None,
 ) -> None:
-    """Write a checkpoint in Hugging Face format, load it back, and compare its logits with the training model's."""
+    """Write a checkpoint in Hugging Face format, read it back, and compare it layer by layer with the training model.
+
+    Memory holds one layer, whatever the size of the model.
+    """
     from hunyuan_pretrain.runtime.environment import prepare
 
     prepare(None)
 
     from hunyuan_pretrain.checkpoint.export_run import export_run
+    from hunyuan_pretrain.checkpoint.workers import to_stderr
 
-    certificate = export_run(run, output, step=step, dtype=dtype.value if dtype else None, format=format.value)
+    certificate = export_run(
+        run,
+        output,
+        step=step,
+        dtype=dtype.value if dtype else None,
+        format=format.value,
+        processes=processes,
+        say=to_stderr,
+    )
     print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")
     print(
         f"logits against the training model: largest difference {certificate['max_abs_difference']:.3g}, see "
         "certificate.json"
     )
+    if certificate["loaded_as_a_whole"] is not True:
+        print(f"loaded as a whole: {certificate['loaded_as_a_whole']}")
 
 
 def generate(

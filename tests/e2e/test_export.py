@@ -4,8 +4,10 @@ model."""
 from tests.helpers import tiny  # noqa: I001
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,13 +138,14 @@ def export_with_a_wrong_map(run_dir, output) -> str:
     from hunyuan_pretrain.checkpoint import CheckpointError, hf_export
     from hunyuan_pretrain.checkpoint.export_run import export_run
 
-    right = hf_export.to_hf
+    right = hf_export.weight_map
 
-    def wrong(model, tensors):
-        for name, tensor in right(model, tensors):
-            yield name, tensor.roll(1, 0) if name == "model.layers.1.self_attn.q_proj.weight" else tensor
+    def wrong(model):
+        for row in right(model):
+            is_rotated = row.hf_names == ("model.layers.1.self_attn.q_proj.weight",)
+            yield replace(row, to_hf=lambda tensor: (tensor.roll(1, 0),)) if is_rotated else row
 
-    hf_export.to_hf = wrong
+    hf_export.weight_map = wrong
     try:
         export_run(run_dir, output)
     except CheckpointError as error:
@@ -152,5 +155,19 @@ def export_with_a_wrong_map(run_dir, output) -> str:
 
 def test_an_export_that_computes_something_else_is_refused(plain, tmp_path):
     (message,) = fork_ranks(1, export_with_a_wrong_map, plain, tmp_path / "out")
-    assert "does not compute the same" in message
+    assert "does not compute the same as the model it came from: layer 1, given the same input" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_damaged_checkpoint_is_one_message_and_leaves_nothing(damage, plain, tmp_path):
+    run_dir = Path(shutil.copytree(plain, tmp_path / "run"))
+    path = run_dir / "checkpoints/step_0000003/__0_1.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "bit" else content[:-1])
+    status, _, err = run_forked("export", str(run_dir), str(tmp_path / "out"))
+    assert status == 2
+    assert "__0_1.distcp is missing or damaged: its size or sha256 is not the one in complete.json" in err
+    assert "Traceback" not in err
+    assert [found.name for found in tmp_path.iterdir()] == ["run"]

@@ -3,13 +3,15 @@ training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hunyuan_pretrain.checkpoint.hf_export import export
+from hunyuan_pretrain.checkpoint.layerwise import Visit
 from hunyuan_pretrain.checkpoint.weight_map import to_hf, weight_map
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, format_ranks
@@ -55,6 +57,24 @@ def reference_logits(
     return logits
 
 
+class PlainLayers:
+    """The plain formulation in the place of the training model, as a source of layers."""
+
+    def __init__(self, model: ModelConfig, megatron: dict[str, torch.Tensor], alpha: float = ALPHA) -> None:
+        self.num_layers = model.num_layers
+        self._model, self._tensors, self._alpha = model, dict(to_hf(model, megatron)), alpha
+
+    def walk(self, texts: Sequence[torch.Tensor], visit: Visit) -> torch.Tensor:
+        def show(layer: int, before_TD: torch.Tensor, after_TD: torch.Tensor) -> None:
+            visit(layer, before_TD, after_TD, again)
+
+        def again(_: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError("a reference is not run again")
+
+        starts = torch.tensor([0, *accumulate(len(text) for text in texts)])
+        return plain_logits(self._model, self._tensors, torch.cat(list(texts)), starts, self._alpha, show)
+
+
 def write_tiny_tokenizer(folder: Path) -> Path:
     """A tokenizer of 256 bytes, one merge and the 209 special tokens: 466 ids."""
     (folder / RANKS_FILE).write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)} | {b"he": 256}))
@@ -68,7 +88,7 @@ def export_tiny(model: ModelConfig, tokenizer_folder: Path, output: Path, **chan
         "rope_alpha": ALPHA,
         "max_position_embeddings": 4096,
         "dtype": torch.float32,
-        "reference_logits": reference_logits(model, megatron),
+        "reference": PlainLayers(model, megatron),
         "certificate_info": {"run": "tiny", "step": 3},
     }
     return export(model, megatron, tokenizer_folder, output, **(options | changes))

@@ -8,7 +8,7 @@ norm, and for the unnormalised top-1 weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,13 +17,19 @@ from hunyuan_pretrain.config.schema import ModelConfig
 
 
 def plain_logits(
-    model: ModelConfig, hf_tensors: Mapping[str, Tensor], tokens_S: Tensor, cu_seqlens: Tensor, rope_alpha: float
+    model: ModelConfig,
+    hf_tensors: Mapping[str, Tensor],
+    tokens_S: Tensor,
+    cu_seqlens: Tensor,
+    rope_alpha: float,
+    visit: Callable[[int, Tensor, Tensor], None] = lambda *_: None,
 ) -> Tensor:
     """Logits (S, V) of one packed sequence, without gradient tricks of any kind (autograd works).
 
     tokens_S: token ids (S,). cu_seqlens: (documents + 1,), first 0, last S; positions restart and attention ends at
     each.
     rope_alpha: the NTK-alpha of the stage. hf_tensors: names of the Hugging Face side, every dtype the same.
+    visit: called after each layer with its number, its input and its output, each (S, D).
     """
     documents_S = torch.bucketize(torch.arange(len(tokens_S)), cu_seqlens[1:], right=True)
     positions_S = torch.arange(len(tokens_S)) - cu_seqlens[documents_S]
@@ -32,6 +38,7 @@ def plain_logits(
 
     x_SD = hf_tensors["model.embed_tokens.weight"][tokens_S]
     for layer in range(model.num_layers):
+        input_SD = x_SD
         weights = {
             name.removeprefix(f"model.layers.{layer}."): tensor
             for name, tensor in hf_tensors.items()
@@ -48,6 +55,7 @@ def plain_logits(
         x_SD = x_SD + attention(model, weights, normed_SD, raw_k_SGH, v_SGH, positions_S, visible_SS, rope_alpha)
         normed_SD = rms_norm(x_SD, weights["post_attention_layernorm.weight"], model.layernorm_epsilon)
         x_SD = x_SD + torch.stack([mixture_of_experts(model, weights, token_D) for token_D in normed_SD])
+        visit(layer, input_SD, x_SD)
     x_SD = rms_norm(x_SD, hf_tensors["model.norm.weight"], model.layernorm_epsilon)
     head = "model.embed_tokens.weight" if model.share_embeddings_and_output_weights else "lm_head.weight"
     return x_SD @ hf_tensors[head].T

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from hunyuan_pretrain.checkpoint.export_run import dropless_logits
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader
 from hunyuan_pretrain.diagnostics.parity import trace_steps
+from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.loop import _evaluate
@@ -30,6 +30,12 @@ def validation(corpus, tmp_path, **evaluation):
     return run, evaluate(run, run.experiment.stages[1], run.evaluation)
 
 
+@torch.no_grad()
+def logits_of(model, tokens_T, rope_alpha):
+    """Logits (T, V) of one document alone, routed without a capacity."""
+    return model(ModelInputs(tokens_T, torch.arange(len(tokens_T)), [0, len(tokens_T)], rope_alpha))[0]
+
+
 def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_path):
     run, found = validation(corpus, tmp_path, max_sequences=3)
     losses = []
@@ -37,9 +43,7 @@ def test_loss_is_the_mean_over_target_tokens_of_the_plain_logits(corpus, tmp_pat
         cu_seqlens = batch.cu_seqlens.tolist()
         for start, end in itertools.pairwise(cu_seqlens):
             document = slice(start, end)
-            logits = dropless_logits(
-                run.chunks[0], batch.tokens_T[None, document], run.experiment.stages[1].rope_alpha
-            )[0]
+            logits = logits_of(run.chunks[0], batch.tokens_T[document], run.experiment.stages[1].rope_alpha)
             loss = torch.nn.functional.cross_entropy(logits, batch.labels_T[document], reduction="none")
             losses.append(loss[batch.loss_mask_T[document] == 1])
     assert found["target_tokens"] == sum(len(loss) for loss in losses) > 64
