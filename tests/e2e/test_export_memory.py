@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hunyuan_pretrain.checkpoint.stored_weights import StoredWeights
-from tests.helpers.random_checkpoint import STEP, write_random_run
+from tests.helpers.random_checkpoint import STEP, weights_of, write_random_run
 from tests.helpers.runs import ROOT
 
 pytestmark = pytest.mark.slow
@@ -67,7 +66,7 @@ def test_an_export_of_24_layers_takes_the_memory_of_one_of_4(tmp_path: Path) -> 
         assert found["layers"] == layers
         assert str(found["whole"]).startswith("no")
         peaks[layers] = found["peak"]
-    weights = StoredWeights(run_dir / f"checkpoints/step_{STEP:07d}")
+    weights = weights_of(run_dir / f"checkpoints/step_{STEP:07d}")
     sizes = {name: weights.spec(name).nbytes for name in weights}
     assert sum(sizes.values()) > 950_000_000
     layer = sum(size for name, size in sizes.items() if name.startswith("decoder.layers.7."))

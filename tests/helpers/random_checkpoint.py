@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from hunyuan_pretrain.checkpoint import folders
-from hunyuan_pretrain.checkpoint.stored_weights import METADATA
+from hunyuan_pretrain.checkpoint.stored import INDEX
+from hunyuan_pretrain.checkpoint.stored_weights import StoredWeights
 from hunyuan_pretrain.checkpoint.weight_map import weight_map
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.runs import experiment_fields, write_experiment
@@ -47,6 +48,11 @@ def write_random_run(run_dir: Path, model: dict[str, Any], rank_files: int = 2) 
     return run_dir
 
 
+def weights_of(folder: Path) -> StoredWeights:
+    """The weights of a checkpoint, whose digests are not compared."""
+    return StoredWeights(folder, {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
+
+
 def _write_tensors(folder: Path, table: list[Any], rank_files: int) -> dict[str, dict[str, Any]]:
     writers = [_Digested(folder / f"__{rank}_0.distcp") for rank in range(rank_files)]
     tensors: dict[str, Any] = {}
@@ -62,7 +68,7 @@ def _write_tensors(folder: Path, table: list[Any], rank_files: int) -> dict[str,
         )
         index = MetadataIndex(row.megatron_name, torch.Size([0] * len(row.megatron_shape)))
         places[index] = _StorageInfo(writer.path.name, begin, writer.written - begin)
-    with _Digested(folder / METADATA) as metadata:
+    with _Digested(folder / INDEX) as metadata:
         pickle.dump(Metadata(tensors, storage_data=places), metadata)
     for writer in writers:
         writer.close()
