@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections import abc
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,6 +81,32 @@ def weight_map(model: ModelConfig) -> list[Mapping]:
     return table
 
 
+def by_expert(row: Mapping) -> list[Mapping]:
+    """The row of a parameter of routed experts as one row an expert, whose parameter is (1, ...); any other row alone.
+    So one expert can be converted without the others."""
+    if len(row.megatron_shape) != 3:
+        return [row]
+    count = row.megatron_shape[0]
+    each = len(row.hf_names) // count
+    return [
+        replace(
+            row,
+            megatron_shape=(1, *row.megatron_shape[1:]),
+            hf_names=row.hf_names[expert * each : (expert + 1) * each],
+            hf_shapes=row.hf_shapes[expert * each : (expert + 1) * each],
+        )
+        for expert in range(count)
+    ]
+
+
+def refuse_other_parameters(model: ModelConfig, shapes: abc.Mapping[str, Shape]) -> None:
+    """Raise CheckpointError if these are not the names and shapes of the model's Megatron parameters."""
+    expected = {row.megatron_name: row.megatron_shape for row in weight_map(model)}
+    _refuse_other_names(set(expected), shapes.keys(), "Megatron parameters")
+    for name, shape in expected.items():
+        _refuse_other_shape(name, shapes[name], shape)
+
+
 def to_hf(model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Full Megatron parameters -> (Hugging Face name, tensor), one parameter at a time, in the order of `weight_map`.
 
@@ -91,7 +117,7 @@ def to_hf(model: ModelConfig, megatron_tensors: abc.Mapping[str, Tensor]) -> Ite
     _refuse_other_names({row.megatron_name for row in table}, megatron_tensors.keys(), "Megatron parameters")
     for row in table:
         tensor = megatron_tensors[row.megatron_name]
-        _refuse_other_shape(row.megatron_name, tensor, row.megatron_shape)
+        _refuse_other_shape(row.megatron_name, tuple(tensor.shape), row.megatron_shape)
         yield from zip(row.hf_names, row.to_hf(tensor), strict=True)
 
 
@@ -105,8 +131,14 @@ def to_megatron(model: ModelConfig, hf_tensors: abc.Mapping[str, Tensor]) -> Ite
     for row in table:
         parts = [hf_tensors[name] for name in row.hf_names]
         for name, part, shape in zip(row.hf_names, parts, row.hf_shapes, strict=True):
-            _refuse_other_shape(name, part, shape)
+            _refuse_other_shape(name, tuple(part.shape), shape)
         yield row.megatron_name, row.to_megatron(parts)
+
+
+def refuse_other_tensors(model: ModelConfig, names: Collection[str], what: str) -> None:
+    """Raise CheckpointError, which begins with `what`, if these are not the names of the model's Hugging Face
+    tensors."""
+    _refuse_other_names({name for row in weight_map(model) for name in row.hf_names}, names, what)
 
 
 def _same(megatron_name: str, hf_name: str, shape: Shape) -> Mapping:
@@ -148,8 +180,8 @@ def _expert_gate_up(megatron_name: str, hf_prefix: str, E: int, Fe: int, D: int)
         (E, 2 * Fe, D),
         names,
         ((Fe, D),) * (2 * E),
-        lambda tensor: tensor.view(2 * E, Fe, D).unbind(),
-        lambda parts: torch.stack(list(parts)).view(E, 2 * Fe, D),
+        lambda tensor: tensor.view(-1, Fe, D).unbind(),
+        lambda parts: torch.stack(list(parts)).view(-1, 2 * Fe, D),
     )
 
 
@@ -180,6 +212,6 @@ def _nearest(name: str, names: list[str]) -> str:
     return f" (nearest: {close[0]})" if close else ""
 
 
-def _refuse_other_shape(name: str, tensor: Tensor, shape: Shape) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{name}: shape {tuple(tensor.shape)}, but this model has {shape}")
+def _refuse_other_shape(name: str, given: Shape, shape: Shape) -> None:
+    if given != shape:
+        raise CheckpointError(f"{name}: shape {given}, but this model has {shape}")
