@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,16 +202,17 @@ class StoredTensors(Mapping[str, Tensor]):
     Reads `model.safetensors`, or the shards that `model.safetensors.index.json` names.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Reads all headers. Raises CheckpointError: no such files, a shard that is missing or damaged, an index that
-        does not fit its shards."""
+    def __init__(self, folder: Path, file: str | None = None) -> None:
+        """Reads all headers. file: of this name only. Raises CheckpointError: no such files, a shard that is missing or
+        damaged, an index that does not fit its shards."""
         self.folder = folder
-        if (folder / INDEX).is_file():
+        if file is None and (folder / INDEX).is_file():
             self._places = _indexed(folder)
-        elif (folder / SINGLE).is_file():
-            self._places = _places_in(folder / SINGLE)
+        elif (folder / (file or SINGLE)).is_file():
+            self._places = _places_in(folder / (file or SINGLE))
         else:
-            raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+            missing = f"no {file}" if file else f"neither {SINGLE} nor {INDEX}"
+            raise CheckpointError(f"{folder}: {missing} is there")
 
     def __getitem__(self, name: str) -> Tensor:
         """Raises KeyError, CheckpointError if the file is shorter than its header says."""
@@ -227,6 +229,14 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows begin to end of a tensor's first dimension; only they are read. Raises KeyError, CheckpointError."""
+        file, offset, (dtype, shape) = self._places[name]
+        row = TensorSpec(dtype, shape[1:])
+        part = copy(self)
+        part._places = {name: _Place(file, offset + begin * row.nbytes, TensorSpec(dtype, (end - begin, *row.shape)))}
+        return part[name]
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape, without reading. Raises KeyError."""

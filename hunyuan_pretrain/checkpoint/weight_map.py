@@ -135,6 +135,12 @@ def to_megatron(model: ModelConfig, hf_tensors: abc.Mapping[str, Tensor]) -> Ite
         yield row.megatron_name, row.to_megatron(parts)
 
 
+def refuse_other_tensors(model: ModelConfig, names: Collection[str], what: str) -> None:
+    """Raise CheckpointError, which begins with `what`, if these are not the names of the model's Hugging Face
+    tensors."""
+    _refuse_other_names({name for row in weight_map(model) for name in row.hf_names}, names, what)
+
+
 def _same(megatron_name: str, hf_name: str, shape: Shape) -> Mapping:
     return Mapping(megatron_name, shape, (hf_name,), (shape,))
 

@@ -1,4 +1,4 @@
-"""Commands for exported models: write one, and generate text with one."""
+"""Commands for models in Hugging Face format: write, import, merge with an adapter, generate text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ class ExportDtype(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class MergedDtype(StrEnum):
+    """Formats of merged weights."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 class ExportFormat(StrEnum):
@@ -66,6 +74,48 @@ def export(
     )
     if certificate["loaded_as_a_whole"] is not True:
         print(f"loaded as a whole: {certificate['loaded_as_a_whole']}")
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Model folder in Hugging Face format.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write, for checkpoint.init_from.")],
+    dtype: Annotated[
+        ExportDtype | None, typer.Option(help="Format of the weights; default: bf16 for bf16 and FP8, otherwise fp32.")
+    ] = None,
+) -> None:
+    """Turn a model in Hugging Face format into weights from which training continues under every layout.
+
+    Reads exports of this project, Tencent's releases of Hunyuan-Large and its MoE successors in bf16 and FP8, and what
+    transformers' hunyuan_v1_moe saves. Lists what could not be carried over.
+    """
+    from hunyuan_pretrain.runtime.environment import prepare
+
+    prepare(None)
+
+    from hunyuan_pretrain.checkpoint.hf_import import import_model
+
+    done = import_model(folder, output, dtype=dtype.value if dtype else None)
+    print(
+        f"{output}: {done.parameters:,} weights of a {done.model_type} model, {done.dtype}, {done.bytes / 1e9:.3g} GB"
+    )
+    for note in done.notes:
+        print(f"  note: {note}")
+    print(f"continue: complete {output / 'experiment.yaml'}, then hunyuan-pretrain train {output / 'experiment.yaml'}")
+
+
+def merge_lora(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Model folder in Hugging Face format.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="LoRA adapter that PEFT saved.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
+    dtype: Annotated[MergedDtype | None, typer.Option(help="Format of the weights; default: that of the base.")] = None,
+) -> None:
+    """Add a LoRA adapter to the weights of its base, in fp32 and rounded once; everything else is copied."""
+    from hunyuan_pretrain.checkpoint.lora_merge import merge_lora as merge
+
+    done = merge(base, adapter, output, dtype=dtype.value if dtype else None)
+    print(f"{output}: {done.changed} of {done.tensors} tensors changed, {done.dtype}")
+    for name in done.left_out:
+        print(f"  note: {name} of the base is not copied: it is not true of the merged weights")
 
 
 def generate(

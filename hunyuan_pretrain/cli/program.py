@@ -45,8 +45,9 @@ add_commands(
     training.shadow,
     checkpoints,
     exporting.export,
-    exporting.generate,
 )
+add_commands(app, exporting.import_, name="import")
+add_commands(app, exporting.merge_lora, exporting.generate)
 add_commands(config_app, planning.show, planning.diff, planning.schema)
 ladder_app = typer.Typer(help="Train a ladder of small runs and fit scaling laws.", no_args_is_help=True)
 app.add_typer(ladder_app, name="ladder")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.folders import refuse_other_model
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, sources_of
+from hunyuan_pretrain.checkpoint.weights_only import WEIGHTS_ONLY
 from hunyuan_pretrain.config.acceptance import check_accepted, is_accepted, refusal, refusal_text
 from hunyuan_pretrain.config.changes import (
     Difference,
@@ -81,6 +82,11 @@ def go_on(
     allowed, and ConfigError if a stage would end before the point already trained.
     """
     check_accepted(accepted)
+    if marker.get(WEIGHTS_ONLY):
+        raise CheckpointError(
+            f"{folder}: an imported model: it has weights and no training state, so no run resumes from it; set "
+            f"checkpoint.init_from={folder.parent.parent}, with another run_dir"
+        )
     step = int(marker["step"])
     past = history_of(folder, marker)
     schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in past])
