@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hunyuan_pretrain.cli import exporting, laddering, planning, training
+from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, training
 from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
 from hunyuan_pretrain.config.extras import missing_package
@@ -43,6 +43,7 @@ add_commands(
     training.shadow,
     exporting.export,
     exporting.generate,
+    quantizing.quantize,
 )
 add_commands(config_app, planning.show, planning.diff, planning.schema)
 ladder_app = typer.Typer(help="Train a ladder of small runs and fit scaling laws.", no_args_is_help=True)
