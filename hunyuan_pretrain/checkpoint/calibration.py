@@ -99,7 +99,7 @@ def key_scale(model: LayeredModel, number: int, with_weight: bool, observed: Ten
     """
     if not model.config.use_qk_norm:
         return observed
-    bound = torch.tensor([math.sqrt(model.config.head_dim)])
+    bound = torch.full_like(observed, math.sqrt(model.config.head_dim))
     if with_weight:
         bound = bound * model.tensors[f"model.layers.{number}.self_attn.key_layernorm.weight"].float().abs().amax()
     return _scale(f"model.layers.{number}.self_attn.k", bound)
@@ -151,7 +151,8 @@ def _watched(layer: HunYuanDecoderLayer, seen: _Largest) -> Iterator[None]:
         x_BSD = inputs[0]
         parents = [f"mlp.experts.{number}" for number in range(len(layer.mlp.experts))]
         seen.add(x_BSD, *(f"{parent}.{part}_proj" for parent in parents for part in ("gate", "up")))
-        for expert in layer.mlp.experts:
+        experts: Any = layer.mlp.experts
+        for expert in experts:
             inner = nn.functional.silu(expert.gate_proj(x_BSD)) * expert.up_proj(x_BSD)
             seen.add(inner, *(f"{parent}.down_proj" for parent in parents))
 

@@ -60,9 +60,7 @@ class Export:
             raise CheckpointError(f"{path}: not JSON: {error}") from None
         model_type = config_json.get("model_type") if isinstance(config_json, dict) else None
         if model_type not in FORMATS:
-            raise CheckpointError(
-                f"{folder}: model_type is {model_type!r}, expected {' or '.join(FORMATS)}"
-            )
+            raise CheckpointError(f"{folder}: model_type is {model_type!r}, expected {' or '.join(FORMATS)}")
         try:
             config = HunYuanConfig.from_dict(config_json | {"model_type": "hunyuan", "quantization_config": None})
         except (ValueError, TypeError) as error:
@@ -89,6 +87,22 @@ class Export:
             lines = [f"{self.folder}: {len(wrong)} tensors do not fit config.json:", *wrong[:5]]
             raise CheckpointError("\n  ".join(lines))
         return self
+
+
+class OnDevice(Mapping[str, Tensor]):
+    """Tensors that are read from disk to a device."""
+
+    def __init__(self, stored: StoredTensors, device: str) -> None:
+        self.stored, self.device = stored, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 class WideLinear(nn.Module):
@@ -129,7 +143,8 @@ class LayeredModel:
 
     def embedded(self, tokens_S: Tensor) -> Passage:
         """A sequence before the first layer."""
-        return Passage(self._shell.embed_tokens(tokens_S[None]).detach())
+        weight = self._shell.embed_tokens.weight
+        return Passage(self._shell.embed_tokens(tokens_S[None].to(weight.device)).detach())
 
     def layer(self, number: int) -> HunYuanDecoderLayer:
         """Read a layer."""
@@ -150,7 +165,7 @@ class LayeredModel:
     @torch.inference_mode()
     def advance(self, layer: HunYuanDecoderLayer, passage: Passage, cache: Any = None) -> None:
         """Pass a sequence through a layer. `cache.update` sees the keys and values that a server would cache."""
-        positions_S = torch.arange(passage.x_1SD.shape[1])
+        positions_S = torch.arange(passage.x_1SD.shape[1], device=passage.x_1SD.device)
         rope = self._shell._rope(positions_S[None], passage.x_1SD)
         mask = _Mask(None, None, positions_S, 0)
         x_1SD, owner_kv = passage.x_1SD, passage.owner_kv

@@ -29,12 +29,13 @@ from hunyuan_pretrain.checkpoint.calibration import (
 from hunyuan_pretrain.checkpoint.certificate import SAMPLE_TEXTS
 from hunyuan_pretrain.checkpoint.generate import load_tokenizer, sha256_of
 from hunyuan_pretrain.checkpoint.hf_export import CANNOT_WRITE
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export, LayeredModel, WideLinear
+from hunyuan_pretrain.checkpoint.layer_by_layer import Export
 from hunyuan_pretrain.checkpoint.quantized_certificate import (
     caches_weighted_keys,
     compare,
     expected_specs,
     quantized_modules,
+    unquantized_model,
 )
 from hunyuan_pretrain.checkpoint.quantized_format import (
     SCHEMES,
@@ -45,7 +46,7 @@ from hunyuan_pretrain.checkpoint.quantized_format import (
     stored_tensors,
 )
 from hunyuan_pretrain.checkpoint.tensor_files import INDEX, ShardWriter
-from hunyuan_pretrain.data.folders import new_folder
+from hunyuan_pretrain.data.folders import is_inside, new_folder
 
 CERTIFICATE = "certificate.json"
 
@@ -61,6 +62,7 @@ def quantize(
     samples: int = 128,
     sequence_length: int = 2048,
     one_scale_per_tensor: bool = False,
+    device: str = "cpu",
     max_shard_bytes: int = 5_000_000_000,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -68,10 +70,12 @@ def quantize(
 
     calibration, held_out: texts (see calibration.py), of which at most `samples` sequences are used. Without held_out,
     part of calibration is held out; without either, the built-in sample texts are compared. one_scale_per_tensor: for
-    scheme fp8, the scales of the tensorwise recipe. Raises CheckpointError, or DataFormatError if the output exists,
-    and leaves nothing.
+    scheme fp8, the scales of the tensorwise recipe. device: what computes, one layer at a time.
+    Raises CheckpointError and leaves nothing.
     """
     scheme = _scheme(scheme_name, fp8_kv_cache, calibration, one_scale_per_tensor)
+    _refuse_missing_device(device)
+    _refuse_output(export, output)
     source = Export.read(export)
     _refuse_what_is_not_bf16(source)
     length = min(sequence_length, source.config.max_position_embeddings)
@@ -80,16 +84,19 @@ def quantize(
     )
     try:
         with new_folder(output, files=("config.json",)) as folder:
-            scales = _activation_scales(source, calibrating, fp8_kv_cache, log) if calibrating else {}
+            scales = _activation_scales(source, calibrating, fp8_kv_cache, device, log) if calibrating else {}
             _copy_other_files(source, folder, quantization_config(scheme, fp8_kv_cache))
             _write_tensors(source, folder, scheme, scales, one_scale_per_tensor, fp8_kv_cache, max_shard_bytes)
-            figures = compare(source, folder, comparing, log)
-            certificate = _certificate(source, folder, scheme, figures) | {
+            figures = compare(source, folder, comparing, device, log)
+            settings = {
                 "fp8_kv_cache": fp8_kv_cache,
                 "one_scale_per_tensor": one_scale_per_tensor or scheme.weight_strategy == "tensor",
                 "calibration_tokens": sum(map(len, calibrating)),
                 "held_out_text": compared_text,
             }
+            table = _table(source, folder, scheme, figures)
+            _extend_model_card(folder / "README.md", scheme, table)
+            certificate = _certificate(source, folder, scheme, settings | {"table": table} | figures)
             _write_json(folder / CERTIFICATE, certificate)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -109,6 +116,20 @@ def _scheme(name: str, fp8_kv_cache: bool, calibration: Path | None, one_scale_p
         reason = "it has one already" if scheme.is_static else "int8 is no recipe of training"
         raise CheckpointError(f"one scale per tensor is a choice of scheme fp8, not of {name}: {reason}")
     return scheme
+
+
+def _refuse_output(export: Path, output: Path) -> None:
+    if is_inside(output, export):
+        raise CheckpointError(f"{output}: lies in the export; choose a folder outside")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
+
+
+def _refuse_missing_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        raise CheckpointError(f"device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def _refuse_what_is_not_bf16(source: Export) -> None:
@@ -153,10 +174,10 @@ def _sequences(
 
 
 def _activation_scales(
-    source: Export, sequences: list[Tensor], fp8_kv_cache: bool, log: Callable[[str], None]
+    source: Export, sequences: list[Tensor], fp8_kv_cache: bool, device: str, log: Callable[[str], None]
 ) -> dict[str, Tensor]:
     """Scales (1,) by the name of a linear layer; and of cached keys and values, see calibration.py."""
-    model = LayeredModel(source.config, source.tensors, lambda module: WideLinear(source.tensors[f"{module}.weight"]))
+    model = unquantized_model(source, device)
     scales = input_scales(model, sequences, log)
     for number in source.owners if fp8_kv_cache else ():
         keys = f"model.layers.{number}.self_attn.k"
@@ -206,22 +227,40 @@ def _write_tensors(
     writer.finish()
 
 
-def _certificate(source: Export, folder: Path, scheme: Scheme, figures: dict[str, Any]) -> dict[str, Any]:
+def _table(source: Export, folder: Path, scheme: Scheme, figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Row -> column -> number, in the shape of the published table (BF16 | quantised)."""
     before, after = (sum(path.stat().st_size for path in at.glob("*.safetensors")) for at in (source.folder, folder))
-    original = source.folder / CERTIFICATE
     perplexity, column = figures["perplexity"], scheme.name.upper()
+    return {
+        "perplexity": {"BF16": perplexity["bf16"], column: perplexity["quantized"]},
+        "likeliest token as in BF16": {"BF16": 1.0, column: figures["same_likeliest_token"]},
+        "mean KL from BF16, nats": {"BF16": 0.0, column: figures["mean_kl_nats"]},
+        "weights, bytes": {"BF16": before, column: after},
+    }
+
+
+def _extend_model_card(path: Path, scheme: Scheme, table: dict[str, dict[str, float]]) -> None:
+    """Say in the export's model card, if it has one, what this folder is."""
+    if not path.is_file():
+        return
+    columns = list(table["perplexity"])
+    lines = ["", "## Quantised", "", f"{scheme.meaning}; compressed-tensors, made from the export described above.", ""]
+    lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(f"{row[column]:.6g}" for column in columns) + " |" for name, row in table.items()
+    ]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def _certificate(source: Export, folder: Path, scheme: Scheme, content: dict[str, Any]) -> dict[str, Any]:
+    original = source.folder / CERTIFICATE
     return {
         "format": source.config_json["model_type"],
         "scheme": scheme.name,
         "meaning": scheme.meaning,
-        "table": {
-            "perplexity": {"BF16": perplexity["bf16"], column: perplexity["quantized"]},
-            "likeliest token as in BF16": {"BF16": 1.0, column: figures["same_likeliest_token"]},
-            "mean KL from BF16, nats": {"BF16": 0.0, column: figures["mean_kl_nats"]},
-            "weights, bytes": {"BF16": before, column: after},
-        },
-        **figures,
-        "computed_with": "torch on a CPU, in the kernels' arithmetic; no kernel of a GPU ran",
+        **content,
+        "computed_with": "torch, in the arithmetic of the kernels; no 8-bit kernel ran",
         "source": json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {},
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers", "hunyuan-pretrain")},

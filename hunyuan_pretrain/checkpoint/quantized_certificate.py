@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export, LayeredModel, Passage, WideLinear
+from hunyuan_pretrain.checkpoint.layer_by_layer import Export, LayeredModel, OnDevice, Passage, WideLinear
 from hunyuan_pretrain.checkpoint.quantized_format import (
     IGNORE,
     QuantizedWeight,
@@ -66,12 +66,12 @@ def check_tensors(source: Export, folder: Path) -> tuple[Scheme, StoredTensors]:
         if name in tensors and tensors.spec(name) != spec
     ]
     if wrong:
-        raise _refused(folder, wrong)
+        raise _refused(folder.name, wrong)
     untouched = [name for name in source.tensors if name.removesuffix(".weight") not in quantized]
     wrong += [f"{name}: not the export's" for name in untouched if not _same(tensors[name], source.tensors[name])]
     wrong += _unequal_scales(source, scheme, tensors, quantized)
     if wrong:
-        raise _refused(folder, wrong)
+        raise _refused(folder.name, wrong)
     return scheme, tensors
 
 
@@ -83,7 +83,8 @@ def quantized_modules(source: Export) -> list[str]:
 
 def expected_specs(source: Export, scheme: Scheme, has_kv_scales: bool) -> dict[str, TensorSpec]:
     """Name -> dtype and shape of every tensor of the quantised folder, in the order of the export."""
-    quantized, specs = set(quantized_modules(source)), {}
+    quantized = set(quantized_modules(source))
+    specs: dict[str, TensorSpec] = {}
     for name in source.tensors:
         module, spec = name.removesuffix(".weight"), source.tensors.spec(name)
         specs |= stored_specs(module, spec.shape, scheme) if module in quantized else {name: spec}
@@ -99,7 +100,8 @@ def _unequal_scales(
     """Layers with stored scales that engines would replace by the largest of several."""
     if not scheme.is_static:
         return []
-    wrong, first_of = [], {}
+    wrong = []
+    first_of: dict[str, str] = {}
     for module in quantized:
         fused = fused_with(module, quantized)[0]
         if not torch.equal(tensors[f"{module}.weight_scale"], tensors[f"{fused}.weight_scale"]):
@@ -111,31 +113,48 @@ def _unequal_scales(
     return wrong
 
 
-def compare(source: Export, folder: Path, sequences: Sequence[Tensor], log: Callable[[str], None]) -> dict[str, Any]:
+def compare(
+    source: Export, folder: Path, sequences: Sequence[Tensor], device: str, log: Callable[[str], None]
+) -> dict[str, Any]:
     """All checks; returns the figures. sequences: held-out token ids (S,) each. Raises CheckpointError."""
-    scheme, tensors = check_tensors(source, folder)
-    saturation = _Saturation()
-
-    def quantized_linear(module: str) -> nn.Module:
-        weight, original = read_weight(tensors, module, scheme), source.tensors[f"{module}.weight"]
-        if not bool(((weight.dequantized() - original.float()).abs() <= error_bound(weight, original)).all()):
-            raise _refused(folder, [f"{module}: numbers differ from the export's by more than half a step"])
-        scale = tensors[f"{module}.input_scale"] if scheme.is_static else None
-        return QuantizedLinear(weight, scheme, scale, saturation)
-
-    plain = LayeredModel(source.config, source.tensors, lambda module: WideLinear(source.tensors[f"{module}.weight"]))
-    other = LayeredModel(source.config, tensors, quantized_linear)
+    scheme, stored = check_tensors(source, folder)
+    tensors, saturation = OnDevice(stored, device), _Saturation()
+    plain = unquantized_model(source, device)
+    other = quantized_model(source, folder.name, scheme, tensors, saturation)
     expected, actual = ([model.embedded(tokens_S) for tokens_S in sequences] for model in (plain, other))
     hidden = []
     for number in range(source.config.num_hidden_layers):
         log(f"comparison: layer {number + 1} of {source.config.num_hidden_layers}")
         _through(plain, number, expected, None)
-        _through(other, number, actual, _cache(source, tensors, number))
+        _through(other, number, actual, rounded_cache(source, tensors, number))
         hidden.append(_relative_difference(expected, actual))
     figures = _figures(plain, other, sequences, expected, actual)
     figures |= {"relative_difference_after_layer": hidden} | saturation.figures()
     _judge(figures, scheme, folder)
     return figures | {"limits": LIMITS[scheme.name]}
+
+
+def unquantized_model(source: Export, device: str) -> LayeredModel:
+    """The model of the export, computed on a device."""
+    tensors = OnDevice(source.tensors, device)
+    return LayeredModel(source.config, tensors, lambda module: WideLinear(tensors[f"{module}.weight"]))
+
+
+def quantized_model(
+    source: Export, name: str, scheme: Scheme, tensors: OnDevice, saturation: _Saturation | None = None
+) -> LayeredModel:
+    """The model of a quantised folder in the kernels' arithmetic, on the device of `tensors`. name: of the folder, for
+    errors. Reading a layer raises CheckpointError if a weight is not the export's, correctly rounded."""
+    originals = OnDevice(source.tensors, tensors.device)
+
+    def linear(module: str) -> nn.Module:
+        weight, original = read_weight(tensors, module, scheme), originals[f"{module}.weight"]
+        if not bool(((weight.dequantized() - original.float()).abs() <= error_bound(weight, original)).all()):
+            raise _refused(name, [f"{module}: numbers differ from the export's by more than half a step"])
+        scale = tensors[f"{module}.input_scale"] if scheme.is_static else None
+        return QuantizedLinear(weight, scheme, scale, saturation or _Saturation())
+
+    return LayeredModel(source.config, tensors, linear)
 
 
 class QuantizedLinear(nn.Module):
@@ -153,8 +172,7 @@ class QuantizedLinear(nn.Module):
         rounded, factor = round_inputs(x, self.scheme, self.input_scale)
         if self.scheme.is_static:
             self.saturation.add(x, self.input_scale)
-        codes = QuantizedWeight(self.weight.codes, torch.ones(1)).dequantized()
-        y = nn.functional.linear(rounded, codes) * self.weight.scale.float().flatten()
+        y = nn.functional.linear(rounded, self.weight.codes.float()) * self.weight.scale.float().flatten()
         return (y if factor is None else y * factor).to(x.dtype)
 
 
@@ -181,7 +199,7 @@ class _RoundedCache:
         self.k_scale, self.v_scale, self.weight_H = k_scale, v_scale, weight_H
 
     def update(self, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        weight_H = torch.ones(1) if self.weight_H is None else self.weight_H.float()
+        weight_H = torch.ones_like(self.k_scale) if self.weight_H is None else self.weight_H.float()
         k_cached = to_fp8_and_back(k.float() * weight_H / self.k_scale) * self.k_scale
         k_read = torch.where(weight_H == 0, k.float(), k_cached / weight_H)
         v_read = to_fp8_and_back(v.float() / self.v_scale) * self.v_scale
@@ -193,7 +211,8 @@ def caches_weighted_keys(source: Export) -> bool:
     return source.config_json["model_type"] == "hunyuan_v1_moe" and source.config.use_qk_norm
 
 
-def _cache(source: Export, tensors: Mapping[str, Tensor], number: int) -> _RoundedCache | None:
+def rounded_cache(source: Export, tensors: Mapping[str, Tensor], number: int) -> _RoundedCache | None:
+    """What stands in for the FP8 cache of a layer; None if the folder has no scales for it."""
     attention = f"model.layers.{number}.self_attn."
     if f"{attention}k_scale" not in tensors:
         return None
@@ -226,7 +245,7 @@ def _figures(
         labels = tokens_S[1:]
         for expected_SV, actual_SV in zip(plain.logits(one), other.logits(two), strict=True):
             label_S, labels = labels[: len(expected_SV)], labels[len(expected_SV) :]
-            a, b = (logits_SV[: len(label_S)].double() for logits_SV in (expected_SV, actual_SV))
+            a, b = (logits_SV[: len(label_S)].double().cpu() for logits_SV in (expected_SV, actual_SV))
             log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
             losses -= torch.stack([x.gather(-1, label_S[:, None]).sum() for x in (log_a, log_b)])
             kl += float((log_a.exp() * (log_a - log_b)).sum())
@@ -258,7 +277,7 @@ def _judge(figures: Mapping[str, Any], scheme: Scheme, folder: Path) -> None:
         if not found[name] <= limit
     ]
     if wrong:
-        raise _refused(folder, wrong)
+        raise _refused(folder.name, wrong)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -270,6 +289,6 @@ def _show(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {tuple(spec.shape)}"
 
 
-def _refused(folder: Path, wrong: Sequence[str]) -> CheckpointError:
+def _refused(name: str, wrong: Sequence[str]) -> CheckpointError:
     more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return CheckpointError(f"{folder.name}: wrongly quantised:\n  " + "\n  ".join(wrong[:5]) + more)
+    return CheckpointError(f"{name}: wrongly quantised:\n  " + "\n  ".join(wrong[:5]) + more)

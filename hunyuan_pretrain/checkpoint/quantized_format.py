@@ -65,6 +65,8 @@ class Scheme:
         """The scheme as compressed-tensors describes it, without targets."""
         common = {"num_bits": 8, "symmetric": True}
         weights = common | {"type": self.weight_type, "strategy": self.weight_strategy, "dynamic": False}
+        if self.weight_type == "int":
+            weights["group_size"] = -1  # vLLM 0.28 asserts this number for experts in int8
         inputs = common | {"type": "float", "strategy": self.inputs, "dynamic": not self.is_static}
         return {"weights": weights, "input_activations": inputs if self.inputs else None, "output_activations": None}
 

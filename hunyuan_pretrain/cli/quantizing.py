@@ -52,6 +52,7 @@ def quantize(
     one_scale_per_tensor: Annotated[
         bool, typer.Option(help="fp8: one scale per weight tensor, as the tensorwise recipe trains.")
     ] = False,
+    device: Annotated[str, typer.Option(help="What computes, such as cuda: one layer at a time.")] = "cpu",
 ) -> None:
     """Write an 8-bit copy of an export for vLLM (compressed-tensors), read it back, and compare it with the export."""
     from hunyuan_pretrain.checkpoint.quantize import quantize as write
@@ -66,6 +67,7 @@ def quantize(
         samples=samples,
         sequence_length=sequence_length,
         one_scale_per_tensor=one_scale_per_tensor,
+        device=device,
         log=print,
     )
     columns = next(iter(certificate["table"].values()))

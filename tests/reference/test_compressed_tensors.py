@@ -5,6 +5,7 @@ The library is not among the locked packages: `pip install --no-deps compressed-
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hunyuan_pretrain.checkpoint.generate import load_model
+from hunyuan_pretrain.checkpoint.generate import generate, load_model
 from hunyuan_pretrain.checkpoint.layer_by_layer import Export
 from hunyuan_pretrain.checkpoint.quantize import quantize
 from hunyuan_pretrain.checkpoint.quantized_certificate import quantized_modules
@@ -127,7 +128,7 @@ def test_the_library_exempts_and_targets_what_we_do(written: Callable[[str], Pat
 def test_transformers_dequantises_it_to_our_numbers(
     variant: str, written: Callable[[str], Path], source: Export
 ) -> None:
-    """With the folder's own model code, as a user loads it."""
+    """With the folder's own model code, as a user loads it. With this option transformers casts the router to bf16."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     folder = written(variant)
@@ -148,6 +149,10 @@ def test_transformers_dequantises_it_to_our_numbers(
     assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, tokens.shape[1] + 4)
 
 
+def test_generate_continues_a_text_with_a_quantised_folder(written: Callable[[str], Path]) -> None:
+    assert generate(written("int8"), "def f", max_new_tokens=4, temperature=0, out=io.StringIO())
+
+
 @pytest.mark.parametrize("variant", ["int8", "fp8", "fp8-static"])
 @torch.inference_mode()
 def test_transformers_computes_with_the_codes(variant: str, written: Callable[[str], Path], source: Export) -> None:
@@ -156,6 +161,7 @@ def test_transformers_computes_with_the_codes(variant: str, written: Callable[[s
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(written(variant), trust_remote_code=True, dtype=torch.bfloat16)
+    assert model.get_parameter("model.layers.1.mlp.gate.wg.weight").dtype == torch.float32
     tokens = torch.arange(3, 60)[None]
     logits = model(tokens, use_cache=False).logits.float()
     expected = load_model(source.folder)(tokens, use_cache=False).logits.float()

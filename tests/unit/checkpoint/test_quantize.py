@@ -21,7 +21,7 @@ from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint import quantize as command
 from hunyuan_pretrain.checkpoint.calibration import input_scales, sequences_of, split
 from hunyuan_pretrain.checkpoint.generate import load_model, load_tokenizer, sha256_of
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export, LayeredModel, WideLinear
+from hunyuan_pretrain.checkpoint.layer_by_layer import Export
 from hunyuan_pretrain.checkpoint.quantize import quantize
 from hunyuan_pretrain.checkpoint.quantized_certificate import (
     QuantizedLinear,
@@ -30,6 +30,7 @@ from hunyuan_pretrain.checkpoint.quantized_certificate import (
     check_tensors,
     compare,
     quantized_modules,
+    unquantized_model,
 )
 from hunyuan_pretrain.checkpoint.quantized_format import SCHEMES, quantize_weights, read_weight, round_inputs
 from hunyuan_pretrain.checkpoint.tensor_files import INDEX, StoredTensors
@@ -142,17 +143,24 @@ def test_without_texts_the_built_in_ones_are_compared(work: Path, tmp_path: Path
     assert certificate["calibration_tokens"] == 0
 
 
+def test_a_model_card_says_that_the_folder_is_quantised(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "bf16", tmp_path / "export")
+    (tmp_path / "export/README.md").write_text("# Model\n")
+    certificate = quantize(tmp_path / "export", tmp_path / "out", "fp8")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith("# Model\n\n## Quantised\n\nFP8 weights; FP8 inputs, a scale per token; compressed-tensors")
+    assert "| | BF16 | FP8 |\n|---|---|---|\n| perplexity | " in card
+    assert certificate["sha256"]["README.md"] == sha256_of(tmp_path / "out/README.md")
+    assert (tmp_path / "export/README.md").read_text() == "# Model\n"
+
+
 # --- what is computed -------------------------------------------------------------------------------------------------
-
-
-def whole(folder: Path, tensors: Any, config: Any) -> LayeredModel:
-    return LayeredModel(config, tensors, lambda module: WideLinear(tensors[f"{module}.weight"]))
 
 
 @torch.inference_mode()
 def test_layer_by_layer_computes_the_model(work: Path, held_out: list[Tensor]) -> None:
     export = Export.read(work / "fp32")
-    layered, model = whole(work / "fp32", export.tensors, export.config), load_model(work / "fp32")
+    layered, model = unquantized_model(export, "cpu"), load_model(work / "fp32")
     passages = [layered.embedded(tokens_S) for tokens_S in held_out]
     for number in range(2):
         layer = layered.layer(number)
@@ -166,7 +174,7 @@ def test_layer_by_layer_computes_the_model(work: Path, held_out: list[Tensor]) -
 @torch.inference_mode()
 def test_scales_are_the_largest_inputs_with_every_token_at_every_expert(work: Path, held_out: list[Tensor]) -> None:
     export = Export.read(work / "fp32")
-    scales = input_scales(whole(work / "fp32", export.tensors, export.config), held_out, quiet)
+    scales = input_scales(unquantized_model(export, "cpu"), held_out, quiet)
     model, largest = load_model(work / "fp32"), {}
 
     def see(name: str, x: Tensor) -> None:
@@ -332,7 +340,7 @@ def test_a_planted_fault_is_found(
     change(tensors)
     save_file(tensors, tmp_path / "damaged/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"^damaged: wrongly quantised:\n(.|\n)*{message}"):
-        compare(source, tmp_path / "damaged", held_out, quiet)
+        compare(source, tmp_path / "damaged", held_out, "cpu", quiet)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +472,7 @@ def test_what_is_no_export_in_bf16_is_refused(
             "scheme fp8-static stores scales of activations, which come from texts: give --cal",
         ),
         (["--scheme", "int8", "--kv-cache", "fp8"], "an FP8 key/value cache stores scales of activations"),
+        (["--scheme", "int8", "--device", "nowhere"], "device 'nowhere': "),
         (["--scheme", "int8", "--one-scale-per-tensor"], "is a choice of scheme fp8, not of int8"),
         (
             ["--scheme", "fp8-static", "--calibration", "few"],
@@ -495,8 +504,13 @@ def test_an_fp32_export_is_refused(work: Path, refuse: Callable[..., str]) -> No
 def test_an_existing_folder_is_kept(work: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
-    assert "already there" in refuse(work / "bf16", "--scheme", "int8")
+    assert "exists and is not an empty folder" in refuse(work / "bf16", "--scheme", "int8")
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_an_output_inside_the_export_is_refused(work: Path) -> None:
+    with pytest.raises(CheckpointError, match="lies in the export"):
+        quantize(work / "bf16", work / "bf16/out", "int8")
 
 
 def test_a_disk_that_is_too_small_or_becomes_full_leaves_nothing(
@@ -546,6 +560,12 @@ def test_the_native_format_caches_keys_with_the_weight_of_their_norm(work: Path,
         assert float(tensors[f"model.layers.{number}.self_attn.k_scale"]) == pytest.approx(
             8**0.5 * float(largest) / 448
         )
+
+
+def test_generate_says_what_it_needs(written: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hunyuan_pretrain.checkpoint.generate.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r'pip install "compressed-tensors>=0\.15"'):
+        load_model(written("int8"))
 
 
 def test_read_weight_refuses_a_shape_that_does_not_fit() -> None:

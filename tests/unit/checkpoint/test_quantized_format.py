@@ -91,17 +91,24 @@ def test_quantising_dequantised_weights_again_changes_no_bit(scheme) -> None:
         assert torch.equal(weight.scale, again[name].scale)
 
 
-def test_fused_layers_share_the_scale_of_a_tensor_and_survive_being_fused() -> None:
-    """vLLM fuses gate and up through fp16 numbers and the largest scale, also if the scales are equal
-    (per_tensor_dequantize, scaled_fp8_quant)."""
-    parts = quantize_weights(
-        dict(zip(("gate", "up"), weights_of((32, 48), (32, 48)), strict=True)), SCHEMES["fp8-static"]
-    )
+def test_fused_layers_share_the_scale_of_a_tensor() -> None:
+    weights = dict(zip(("gate", "up"), weights_of((32, 48), (16, 48)), strict=True))
+    parts = quantize_weights(weights, SCHEMES["fp8-static"])
     assert torch.equal(parts["gate"].scale, parts["up"].scale)
-    for weight in parts.values():
-        in_fp16 = weight.codes.to(torch.float16) * weight.scale[0]
-        again = (in_fp16.float() / weight.scale).clamp(-FP8_MAX, FP8_MAX).to(weight.codes.dtype)
-        assert torch.equal(again.float(), weight.codes.float())
+    largest = max(float(weight.float().abs().max()) for weight in weights.values())
+    assert float(parts["gate"].scale) == pytest.approx(largest / 448)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.003, 2.0**-14])
+def test_codes_survive_the_way_that_vllm_fuses_them(scale: float) -> None:
+    """Through fp16 numbers and the largest scale, also if the scales are equal (per_tensor_dequantize and
+    scaled_fp8_quant). A scale below 2^-15 would lose codes among fp16's subnormals."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()]
+    in_fp16 = codes.to(torch.float16) * torch.tensor(scale)
+    again = (in_fp16.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(codes.dtype)
+    assert torch.equal(again.float(), codes.float())
+    assert in_fp16.dtype == torch.float16
 
 
 def test_one_scale_per_tensor_stores_a_scale_for_each_output() -> None:
