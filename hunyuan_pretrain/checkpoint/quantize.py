@@ -235,7 +235,7 @@ def _table(source: Export, folder: Path, scheme: Scheme, figures: dict[str, Any]
         "perplexity": {"BF16": perplexity["bf16"], column: perplexity["quantized"]},
         "likeliest token as in BF16": {"BF16": 1.0, column: figures["same_likeliest_token"]},
         "mean KL from BF16, nats": {"BF16": 0.0, column: figures["mean_kl_nats"]},
-        "weights, bytes": {"BF16": before, column: after},
+        "weights, GB": {"BF16": before / 1e9, column: after / 1e9},
     }
 
 

@@ -40,11 +40,17 @@ from hunyuan_pretrain.checkpoint.quantized_format import (
 )
 from hunyuan_pretrain.checkpoint.tensor_files import StoredTensors, TensorSpec
 
+_FP8_LIMITS = {"median_relative_difference": 0.5, "mean_kl_nats": 0.1, "perplexity_ratio": 1.1}
 LIMITS = {
-    "int8": {"median_relative_difference": 0.15, "mean_kl_nats": 0.05, "perplexity_ratio": 1.05},
-    "fp8": {"median_relative_difference": 0.3, "mean_kl_nats": 0.1, "perplexity_ratio": 1.1},
-    "fp8-static": {"median_relative_difference": 0.3, "mean_kl_nats": 0.1, "perplexity_ratio": 1.1},
+    "int8": {"median_relative_difference": 0.25, "mean_kl_nats": 0.05, "perplexity_ratio": 1.05},
+    "fp8": _FP8_LIMITS,
+    "fp8-static": _FP8_LIMITS,
 }
+"""Of figures on held-out text, for faults of scales of activations; wrong weights are found exactly.
+
+Measured, int8 and FP8: relative difference of the logits 0.003 and 0.008, KL 0.00003 and 0.0002 (the demo's model);
+0.02 and 0.1, 0.001 and 0.01 (random weights, 2 layers); FP8 0.24 and 0.033 (random weights, 10 layers), where trained
+weights lose less. Unrelated logits differ by 1.4."""
 
 
 def check_tensors(source: Export, folder: Path) -> tuple[Scheme, StoredTensors]:
@@ -66,12 +72,12 @@ def check_tensors(source: Export, folder: Path) -> tuple[Scheme, StoredTensors]:
         if name in tensors and tensors.spec(name) != spec
     ]
     if wrong:
-        raise _refused(folder.name, wrong)
+        raise _refused(wrong)
     untouched = [name for name in source.tensors if name.removesuffix(".weight") not in quantized]
     wrong += [f"{name}: not the export's" for name in untouched if not _same(tensors[name], source.tensors[name])]
     wrong += _unequal_scales(source, scheme, tensors, quantized)
     if wrong:
-        raise _refused(folder.name, wrong)
+        raise _refused(wrong)
     return scheme, tensors
 
 
@@ -120,7 +126,7 @@ def compare(
     scheme, stored = check_tensors(source, folder)
     tensors, saturation = OnDevice(stored, device), _Saturation()
     plain = unquantized_model(source, device)
-    other = quantized_model(source, folder.name, scheme, tensors, saturation)
+    other = quantized_model(source, scheme, tensors, saturation)
     expected, actual = ([model.embedded(tokens_S) for tokens_S in sequences] for model in (plain, other))
     hidden = []
     for number in range(source.config.num_hidden_layers):
@@ -130,7 +136,7 @@ def compare(
         hidden.append(_relative_difference(expected, actual))
     figures = _figures(plain, other, sequences, expected, actual)
     figures |= {"relative_difference_after_layer": hidden} | saturation.figures()
-    _judge(figures, scheme, folder)
+    _judge(figures, scheme)
     return figures | {"limits": LIMITS[scheme.name]}
 
 
@@ -141,16 +147,16 @@ def unquantized_model(source: Export, device: str) -> LayeredModel:
 
 
 def quantized_model(
-    source: Export, name: str, scheme: Scheme, tensors: OnDevice, saturation: _Saturation | None = None
+    source: Export, scheme: Scheme, tensors: OnDevice, saturation: _Saturation | None = None
 ) -> LayeredModel:
-    """The model of a quantised folder in the kernels' arithmetic, on the device of `tensors`. name: of the folder, for
-    errors. Reading a layer raises CheckpointError if a weight is not the export's, correctly rounded."""
+    """The model of a quantised folder in the kernels' arithmetic, on the device of `tensors`. Reading a layer raises
+    CheckpointError if a weight is not the export's, correctly rounded."""
     originals = OnDevice(source.tensors, tensors.device)
 
     def linear(module: str) -> nn.Module:
         weight, original = read_weight(tensors, module, scheme), originals[f"{module}.weight"]
         if not bool(((weight.dequantized() - original.float()).abs() <= error_bound(weight, original)).all()):
-            raise _refused(name, [f"{module}: numbers differ from the export's by more than half a step"])
+            raise _refused([f"{module}: numbers differ from the export's by more than half a step"])
         scale = tensors[f"{module}.input_scale"] if scheme.is_static else None
         return QuantizedLinear(weight, scheme, scale, saturation or _Saturation())
 
@@ -266,7 +272,7 @@ def _figures(
     }
 
 
-def _judge(figures: Mapping[str, Any], scheme: Scheme, folder: Path) -> None:
+def _judge(figures: Mapping[str, Any], scheme: Scheme) -> None:
     """Raises CheckpointError if a figure is above its limit."""
     ratio = figures["perplexity"]["quantized"] / figures["perplexity"]["bf16"]
     found = {**figures, "perplexity_ratio": ratio}
@@ -277,7 +283,7 @@ def _judge(figures: Mapping[str, Any], scheme: Scheme, folder: Path) -> None:
         if not found[name] <= limit
     ]
     if wrong:
-        raise _refused(folder.name, wrong)
+        raise _refused(wrong)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -289,6 +295,6 @@ def _show(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {tuple(spec.shape)}"
 
 
-def _refused(name: str, wrong: Sequence[str]) -> CheckpointError:
+def _refused(wrong: Sequence[str]) -> CheckpointError:
     more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return CheckpointError(f"{name}: wrongly quantised:\n  " + "\n  ".join(wrong[:5]) + more)
+    return CheckpointError("wrongly quantised:\n  " + "\n  ".join(wrong[:5]) + more)

@@ -78,7 +78,7 @@ def expected_logprobs(source: Export, folder: Path, prompts: list[Tensor]) -> Te
     """Of each prompt's tokens but the first, one after the other, as the certificate computes them."""
     scheme, stored = check_tensors(source, folder)
     tensors = OnDevice(stored, "cpu")
-    model = quantized_model(source, folder.name, scheme, tensors)
+    model = quantized_model(source, scheme, tensors)
     passages = [model.embedded(prompt) for prompt in prompts]
     for number in range(source.config.num_hidden_layers):
         layer, cache = model.layer(number), rounded_cache(source, tensors, number)
