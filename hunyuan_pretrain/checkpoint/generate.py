@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -46,12 +47,18 @@ def load_model(
 
     dtype: None for the dtype of the export. Our own classes load an export of this version; transformers loads the
     model types that it knows; anything else brings its own code and needs trust_remote_code.
-    Raises CheckpointError if the folder is not a model, needs code that is not trusted, or its tensors do not fit.
+    Raises CheckpointError if the folder is not a model, needs code that is not trusted or a package that is not there,
+    or its tensors do not fit.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = _read_config(folder)
+    if "quantization_config" in config and find_spec("compressed_tensors") is None:
+        raise CheckpointError(
+            f"{folder}: quantised; transformers loads it with compressed-tensors, which is not installed: "
+            'pip install "compressed-tensors>=0.15"'
+        )
     model_type = config.get("model_type")
     loader: Any
     if model_type == "hunyuan" and carries_our_code(folder):
