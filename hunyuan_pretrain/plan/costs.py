@@ -55,7 +55,9 @@ def run_costs(
 def failures_of_run(costs: list[StageCost], world_size: int, hardware: Hardware) -> Failures:
     """Of the run that `run_costs` describes. Each stage loses half of its own interval between checkpoints."""
     found = [
-        failures(cost.days_with_saving * SECONDS_PER_DAY, cost.beside.interval_s, world_size, hardware)
+        failures(
+            cost.days_with_saving * SECONDS_PER_DAY, cost.beside.interval_s, world_size, hardware, cost.beside.late_s
+        )
         for cost in costs
         if cost.beside is not None
     ]
@@ -230,6 +232,8 @@ def _beside_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
         yield Row(group, "validation", f"{beside.validation_s:.3g} s", f"{note}: {beside.validation_share:.1%} more")
     every = experiment.checkpoint.save_every_steps
     note = f"every {every} steps: {beside.save_share:.1%} more" if every else "at the end"
+    if beside.late_s:
+        note = f"training waits {beside.save_wait_s:.3g} s of it, {note}"
     yield Row(group, "saving", f"{beside.save_s:.3g} s", f"{size_text(beside.saved_bytes)}, {note}")
 
 

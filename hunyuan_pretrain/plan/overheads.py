@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hunyuan_pretrain.config.derived import stages_of
 from hunyuan_pretrain.config.schema import EvaluationConfig
-from hunyuan_pretrain.plan.buffers import buffers_of_stage
 from hunyuan_pretrain.plan.counts import checkpoint_bytes
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.passes import Job, passes_of_stages
-
-SAVED_BYTES = 14
-"""Of a bf16 weight in a checkpoint: itself, and main weight and two moments in fp32."""
+from hunyuan_pretrain.plan.saving import bytes_copied
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,10 @@ class Beside:
     validation_s: float | None
     """Of one validation on all sets; 0 without sets. None: a set has no max_sequences, so its data decides."""
     save_s: float
-    """Of one checkpoint; training waits for it."""
+    """Of one checkpoint, until it is complete."""
+    save_wait_s: float
+    """How long training waits for one: until its copy is in the host's memory, and for the save before; without
+    checkpoint.async_save, and for the only one of a stage, all the time."""
     saved_bytes: int
     """Size of a checkpoint."""
     validation_share: float
@@ -35,6 +34,8 @@ class Beside:
     """The same of saving."""
     interval_s: float
     """Between two checkpoints."""
+    late_s: float
+    """Training that is done before a checkpoint is complete."""
 
     @property
     def share(self) -> float:
@@ -49,28 +50,32 @@ def beside_steps(job: Job, step_s: float) -> Beside:
     validation, save = validation_s(job), save_s(job, saved)
     every = min(experiment.evaluation.every_steps, steps)
     interval = min(experiment.checkpoint.save_every_steps or steps, steps)
+    interval_s, waited = interval * step_s, save
+    if experiment.checkpoint.async_save and interval < steps:
+        waited = copy_s(job) + max(0.0, save - interval_s)
     return Beside(
         validation,
         save,
+        waited,
         saved,
         (validation or 0.0) / (every * step_s),
-        save / (interval * step_s),
-        interval * step_s,
+        waited / interval_s,
+        interval_s,
+        save - waited,
     )
 
 
 def save_s(job: Job, saved: int) -> float:
     """Each rank copies its share to the host, then all servers write at once."""
-    experiment, ranks, hardware = job.experiment, job.ranks, job.hardware
-    servers = -(-ranks.world_size // hardware.node_gpus)
-    copied = 0.0
-    for rank in range(ranks.pp):
-        share = 0.0
-        for chunk in stages_of(experiment.model, experiment.parallel, rank):
-            parts = experiment.model, experiment.parallel, experiment.precision, ranks.world_size, chunk
-            share += sum(buffer.size / buffer.num_ranks for buffer in buffers_of_stage(*parts))
-        copied = max(copied, share * SAVED_BYTES)
-    return copied / hardware.host_copy_bytes_per_s + saved / (servers * hardware.storage_bytes_per_s)
+    servers = -(-job.ranks.world_size // job.hardware.node_gpus)
+    return copy_s(job) + saved / (servers * job.hardware.storage_bytes_per_s)
+
+
+def copy_s(job: Job) -> float:
+    """Of the copy of the state to the host, of the rank that copies the most."""
+    ranks = job.ranks
+    copied = max(bytes_copied(job.experiment, ranks.world_size, rank) for rank in range(ranks.pp))
+    return copied / job.hardware.host_copy_bytes_per_s
 
 
 def sequences_of(evaluation: EvaluationConfig) -> list[int | None]:
@@ -137,7 +142,7 @@ class Failures:
 
     count: float
     lost_s: float
-    """By each: half of what lies between two checkpoints, and a restart."""
+    """By each: half of what lies between two checkpoints, what is done until one is complete, and a restart."""
 
     @property
     def seconds(self) -> float:
@@ -145,8 +150,8 @@ class Failures:
         return self.count * self.lost_s
 
 
-def failures(seconds: float, interval_s: float, world_size: int, hardware: Hardware) -> Failures:
-    """Of a run of `seconds`, with `interval_s` between checkpoints. What happens while steps are repeated is left
-    out."""
+def failures(seconds: float, interval_s: float, world_size: int, hardware: Hardware, late_s: float = 0.0) -> Failures:
+    """Of a run of `seconds`, with `interval_s` between checkpoints, each of which is complete `late_s` of training
+    later. What happens while steps are repeated is left out."""
     count = seconds / 3600 * world_size / hardware.gpu_hours_between_failures
-    return Failures(count, interval_s / 2 + hardware.restart_s)
+    return Failures(count, interval_s / 2 + late_s + hardware.restart_s)

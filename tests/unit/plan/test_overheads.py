@@ -105,7 +105,16 @@ def test_a_checkpoint_of_hunyuan_large() -> None:
     written = size / 64e9
     assert written < found["save_s"] < written + 2 * size / 512 / H200.host_copy_bytes_per_s
     step = step_time(experiment, experiment.stages[0], 512, H200)
-    assert found["save_share"] == pytest.approx(found["save_s"] / 250 / step.seconds)
+    assert found["save_wait_s"] == pytest.approx(found["save_s"] - written), "for the copy"
+    assert found["save_share"] == pytest.approx(found["save_wait_s"] / 250 / step.seconds)
+    assert found["late_s"] == pytest.approx(written)
+    waits = {"save_every_steps": 250, "async_save": False}
+    found = beside(hunyuan_large(parallel=LAYOUT, checkpoint=waits), 512)
+    assert (found["save_wait_s"], found["late_s"]) == (found["save_s"], 0.0)
+    often = beside(hunyuan_large(parallel=LAYOUT, checkpoint={"save_every_steps": 1}), 512)
+    assert often["save_wait_s"] == pytest.approx(2 * often["save_s"] - written - step.seconds), (
+        "for the save before too"
+    )
 
 
 def test_failures_cost_half_an_interval_and_a_restart() -> None:
@@ -114,6 +123,7 @@ def test_failures_cost_half_an_interval_and_a_restart() -> None:
     assert found.count == pytest.approx(419, rel=0.02)
     assert found.lost_s == 1800 + 600
     assert found.seconds == found.count * 2400
+    assert failures(54 * 86400, 3600, 16_384, H200, late_s=85).lost_s == 1800 + 85 + 600
 
 
 def test_the_days_add_up() -> None:
