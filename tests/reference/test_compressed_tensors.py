@@ -1,7 +1,4 @@
-"""Quantised folders read by the compressed-tensors library, and by transformers with it.
-
-The library is not among the locked packages: `pip install --no-deps compressed-tensors` in an environment of the tests.
-"""
+"""Quantised folders read by the compressed-tensors library, and by transformers with it."""
 
 from __future__ import annotations
 
