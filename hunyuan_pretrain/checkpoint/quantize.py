@@ -150,7 +150,10 @@ def _sequences(
     """(sequences for calibration, held-out sequences, what the latter are)."""
     if samples < 1 or length < 3:
         raise CheckpointError(f"samples={samples}, sequences of {length} tokens: at least 1, of 3 tokens, are needed")
-    tokenizer = load_tokenizer(source.folder)
+    try:
+        tokenizer = load_tokenizer(source.folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source.folder}: its tokenizer cannot be loaded: {error}") from None
     if tokenizer.bos_token_id is None:
         raise CheckpointError(f"{source.folder}: its tokenizer has no start token")
     calibrating = sequences_of(calibration, tokenizer, length) if calibration else []

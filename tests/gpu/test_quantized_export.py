@@ -110,7 +110,8 @@ def test_a_gpu_calibrates_and_compares_as_a_cpu(source: Export) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_kernels_compute_what_the_certificate_says(variant: str, source: Export) -> None:
     """The median over positions: both round activations to bf16, in another order of sums, and a router choice may flip
-    where two experts are close."""
+    where two experts are close. vLLM's bf16 kernels on a CPU were 0.027 away from the unquantised export computed layer
+    by layer, on this model; FP8 is 0.12 to 0.14 away from bf16."""
     text, folder = source.folder.parent / "text.txt", source.folder.parent / variant.replace(" ", "_")
     quantize(source.folder, folder, **VARIANTS[variant], calibration=text, sequence_length=LENGTH)
     prompts = sequences_of(text, load_tokenizer(source.folder), LENGTH)[:8]

@@ -1,7 +1,4 @@
-"""Quantised folders read by the compressed-tensors library, and by transformers with it.
-
-The library is not among the locked packages: `pip install --no-deps compressed-tensors` in an environment of the tests.
-"""
+"""Quantised folders read by the compressed-tensors library, and by transformers with it."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hunyuan_pretrain.checkpoint.generate import generate, load_model
 from hunyuan_pretrain.checkpoint.layer_by_layer import Export
@@ -147,6 +145,33 @@ def test_transformers_dequantises_it_to_our_numbers(
         assert torch.equal(found, source.tensors[name].to(found.dtype)), name
     tokens = torch.arange(3, 60)[None]
     assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape == (1, tokens.shape[1] + 4)
+
+
+@pytest.mark.parametrize("scheme_name", ["int8", "fp8"])
+@torch.inference_mode()
+def test_transformers_own_model_loads_the_native_format(scheme_name: str, tmp_path: Path) -> None:
+    """hunyuan_v1_moe, whose experts transformers fuses: as an export in bf16 with the same numbers."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    model = tiny_model(cla_share_factor=1, moe_router_topk=2)
+    tokenizer = write_tiny_tokenizer(tmp_path)
+    export_tiny(model, tokenizer, tmp_path / "bf16", dtype=torch.bfloat16, format="hunyuan_v1_moe")
+    quantize(tmp_path / "bf16", tmp_path / "quantised", scheme_name)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantised",
+        dtype=torch.bfloat16,
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    assert not any(report.values())
+    source, stored = Export.read(tmp_path / "bf16"), StoredTensors(tmp_path / "quantised")
+    tensors = {name: source.tensors[name] for name in source.tensors}
+    for module in quantized_modules(source):
+        tensors[f"{module}.weight"] = read_weight(stored, module, SCHEMES[scheme_name]).dequantized().bfloat16()
+    save_file(tensors, tmp_path / "bf16/model.safetensors", metadata={"format": "pt"})
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+    tokens = torch.arange(3, 60)[None]
+    assert torch.equal(loaded(tokens, use_cache=False).logits, expected(tokens, use_cache=False).logits)
 
 
 def test_generate_continues_a_text_with_a_quantised_folder(written: Callable[[str], Path]) -> None:

@@ -409,6 +409,7 @@ BAD_EXPORTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an unknown architecture": (lambda folder: change_config(folder, hidden_act="gelu"), "only 'silu' is implemented"),
     "quantised already": (lambda folder: change_config(folder, quantization_config={}), "is quantised already"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer cannot be loaded"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "a truncated shard": (cut, "the file was cut or changed"),
     "a missing tensor": (lambda folder: change_tensors(folder, lambda t: t.pop(Q_PROJ)), f"{Q_PROJ}: missing"),
