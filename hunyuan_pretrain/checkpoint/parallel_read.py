@@ -194,4 +194,5 @@ def _read_rows(descriptor: int, record: TensorRecord, first: int, target: Tensor
 def _fill(descriptor: int, section: Section, tensor: Tensor) -> None:
     """Read a contiguous tensor on the CPU."""
     if tensor.numel():
-        read_bytes(descriptor, section, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        elements = tensor.as_strided((tensor.numel(),), (1,))  # a dimension of length 1 may have any stride
+        read_bytes(descriptor, section, elements.view(torch.uint8).numpy().data)

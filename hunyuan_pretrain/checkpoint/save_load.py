@@ -192,7 +192,7 @@ def _read(
     if optimizer is not None and marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
         found["fp8"] = {}
         for name, scales in sharded_scales(chunks).items():
-            buffer = found["fp8"][name] = torch.empty_like(scales.data)
+            buffer = found["fp8"][name] = torch.empty(scales.data.shape, dtype=scales.data.dtype)
             regions.append(Region(scales.key, buffer, scales.global_shape, scales.global_offset))
     read_tensors(folder, index, regions)
     if optimizer is not None and marker["world_size"] == dist.get_world_size():

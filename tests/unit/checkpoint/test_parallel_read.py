@@ -90,6 +90,22 @@ def test_whole_rows_are_read_into_their_place_without_a_copy(tmp_path, monkeypat
     assert torch.equal(target, WHOLE[1:4, :4])
 
 
+def test_a_dimension_of_length_1_may_have_any_stride(tmp_path):
+    """As the scales of one expert among several: such a tensor is contiguous, and cannot be viewed as bytes."""
+    index = stored(tmp_path, (4, 4))
+    target = torch.zeros(9)[::3][1:2].view(1, 1, 1)
+    assert target.is_contiguous()
+    assert target.stride(-1) != 1
+    read_tensors(tmp_path, index, [Region("w", target, SHAPE, (2, 1, 2))])
+    assert target.item() == WHOLE[2, 1, 2]
+    content = saved(torch.tensor([5.0]))
+    (tmp_path / "s").write_bytes(content)
+    scalar = Index({"s": StoredTensor("float32", (1,), [Chunk((0,), (1,), Section("s", 0, len(content)))])}, {})
+    target = torch.zeros(9)[::3][1:2]
+    read_tensors(tmp_path, scalar, [Region("s", target, (1,), (0,))])
+    assert target.item() == 5.0
+
+
 @pytest.mark.parametrize(
     ("region", "words"),
     [
