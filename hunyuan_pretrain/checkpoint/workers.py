@@ -103,5 +103,6 @@ class Progress:
         now = time.monotonic()
         if self._say is not None and now - self._last > SECONDS_BETWEEN_LINES:
             self._last = now
-            rate = f", {self._done / (now - self._begin) / 1e6:,.0f} MB/s" if self._unit == "MB" else ""
+            has_rate = self._unit == "MB" and self._done > 0
+            rate = f", {self._done / (now - self._begin) / 1e6:,.0f} MB/s" if has_rate else ""
             self._say(f"{self._what}: {self._done / self._total:.0%}{rate}")
