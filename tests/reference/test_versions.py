@@ -24,6 +24,7 @@ FOLDERS = Path(os.environ.get("PACKAGE_FOLDERS", sys.prefix))
 MODEL = ["tests/reference/test_modeling_hunyuan.py", "tests/reference/test_generation.py"]
 EXPORTS = [
     "tests/unit/checkpoint/test_hf_export.py",
+    "tests/unit/checkpoint/test_loaders.py",
     "tests/unit/checkpoint/test_tokenizer_files.py",
     "tests/unit/data/test_tokenizer.py",
 ]
