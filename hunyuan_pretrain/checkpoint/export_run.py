@@ -37,8 +37,9 @@ def export_run(
 
     dtype: "fp32" or "bf16", by default that of training. The number of positions and the RoPE alpha are those of the
     stage in which the checkpoint was taken. licence: an identifier for README.md, such as apache-2.0. processes: that
-    verify, convert and digest files; by default as many as are worth it and fit into memory. Each then imports the main module, so a script that calls this needs the usual
-    `if __name__ == "__main__":`. say: gets lines of progress. Memory holds one layer, of any layout that trained it.
+    verify, convert and digest files; by default as many as are worth it and fit into memory. Each then imports the main
+    module, so a script that calls this needs the usual `if __name__ == "__main__":`. say: gets lines of progress.
+    Memory holds one layer, of any layout that trained it.
     Raises CheckpointError if there is no such checkpoint or it is damaged, or the run directory has another tokenizer
     than it was trained with, and as `hf_export.export` does.
     """
