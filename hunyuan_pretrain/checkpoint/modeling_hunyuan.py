@@ -561,9 +561,12 @@ def _given_documents(
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return None if seq_idx is None else seq_idx.to(x_BSD.device)
     B, S = x_BSD.shape[:2]
-    ends = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-    is_whole = ends.dim() == 1 and len(ends) > 1 and int(ends[0]) == 0 and int(ends[-1]) == S
-    if cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, ends) or B != 1 or not is_whole:
+    ends = cu_seq_lens_q
+    is_whole = (
+        ends is not None and ends.dim() == 1 and ends[[0, -1]].tolist() == [0, S] and bool((ends.diff() >= 0).all())
+    )
+    is_same = cu_seq_lens_k is None or (ends is not None and torch.equal(ends, cu_seq_lens_k))
+    if ends is None or not is_whole or not is_same or B != 1:
         raise ValueError(
             f"cu_seq_lens_q and cu_seq_lens_k must be equal and cover one row of {S} tokens, from 0 to {S}, "
             f"not {B} rows with {cu_seq_lens_q} and {cu_seq_lens_k}"

@@ -250,6 +250,7 @@ def test_documents_of_a_pack_do_not_see_each_other(told: dict[str, Any], exact: 
         ([0, 4, 11], None, 2),
         ([0, 4, 10], None, 1),
         ([4, 11], None, 1),
+        ([0, 6, 4, 11], None, 1),
         (None, [0, 4, 11], 1),
     ],
 )
