@@ -72,7 +72,9 @@ def test_a_lora_adapter_trains_and_loads(folder: Path, model: PreTrainedModel, t
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapted = peft.get_peft_model(
         model,
-        peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]),
+        peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj", "wg"]
+        ),
     )
     loss = adapted(TOKENS, labels=TOKENS).loss
     with torch.no_grad():
@@ -85,6 +87,8 @@ def test_a_lora_adapter_trains_and_loads(folder: Path, model: PreTrainedModel, t
     assert trained.loss < loss
     after = adapted.get_base_model().state_dict()
     assert all(torch.equal(after[name if name in after else _wrapped(name)], tensor) for name, tensor in before.items())
+    router = adapted.get_base_model().model.layers[0].mlp.gate.wg.lora_B["default"].weight
+    assert router.any(), "an adapter on the router takes part"
     adapted.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path).eval()
     with torch.no_grad():
