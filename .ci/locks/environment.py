@@ -10,7 +10,9 @@ or PIP_EXTRA_INDEX_URL); it is written by hand, because PyPI does not have that 
 the same version, with the CUDA packages that it needs on Linux. transformer-engine.txt is the Python part of
 Transformer Engine, 1 MB. It goes to a folder that only its tests see, because megatron-core behaves differently when it
 can import it. transformer-engine-newest.txt is the newest version that megatron-core works with from Python 3.12 on;
-only constructing its modules is tested. Setting up needs only the standard library.
+only constructing its modules is tested. transformers-oldest.txt is the oldest transformers that exports support, and
+peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. Setting up
+needs only the standard library.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ CUDA = re.compile(r"(nvidia|cuda)-|torch=")
 
 LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
 """--no-compile, because compiling all of torch, ray and transformers takes longer than compiling modules on import."""
+
+OLDEST_NEEDS = "huggingface_hub>=1.3,<2\ntokenizers>=0.22,<=0.23.0"
+"""What the oldest supported transformers requires of packages that the environment has in a version too new for it."""
 
 MARKER = "made-by-make.txt"
 FROM_WHERE = (
@@ -94,6 +99,7 @@ def set_up(folder: Path, latest: bool) -> None:
         pip(python, "install", "--upgrade", "--upgrade-strategy", "eager", "-e", f"{ROOT}[dev]", keep=("CONSTRAINT",))
         engine = [line for line in gpu_extra() if line]
         pip(python, "install", "--upgrade", "--no-deps", "--target", fresh(folder / "transformer_engine"), *engine)
+        pip(python, "install", "--upgrade", "--no-deps", "--target", fresh(folder / "peers"), *extra("peers"))
     else:
         pip(python, "install", *LOCKED, "-r", lock_of_this_python())
         install_torch(python)
@@ -107,9 +113,12 @@ def set_up(folder: Path, latest: bool) -> None:
             "-r",
             LOCKS / "transformer-engine.txt",
         )
+        pip(python, "install", *LOCKED, "--target", fresh(folder / "peers"), "-r", LOCKS / "peers.txt")
         if sys.version_info >= (3, 12):  # where megatron-core works with it
             newest = LOCKS / "transformer-engine-newest.txt"
             pip(python, "install", *LOCKED, "--target", fresh(folder / "transformer_engine_newest"), "-r", newest)
+    oldest = LOCKS / "transformers-oldest.txt"
+    pip(python, "install", *LOCKED, "--target", fresh(folder / "transformers_oldest"), "-r", oldest)
     pip(python, "check")
 
 
@@ -183,7 +192,12 @@ def fresh(folder: Path) -> Path:
 
 def gpu_extra() -> list[str]:
     """The extra `gpu` without the compiled parts of Transformer Engine."""
-    return [re.sub(r"\[.*?\]", "", line) for line in read_project()["optional-dependencies"]["gpu"]]
+    return [re.sub(r"\[.*?\]", "", line) for line in extra("gpu")]
+
+
+def extra(name: str) -> list[str]:
+    """The requirements of an extra of pyproject.toml."""
+    return read_project()["optional-dependencies"][name]
 
 
 # --- locking ----------------------------------------------------------------------------------------------------------
@@ -201,10 +215,16 @@ def write_locks() -> None:
         torch_lines += [line for line in lines if CUDA.match(line) and line not in torch_lines]
         write(f"py{python.replace('.', '')}.txt", [line for line in lines if not CUDA.match(line)])
     write("torch-pypi.txt", torch_lines)
-    extra = "\n".join(gpu_extra())
+    engine = "\n".join(gpu_extra())
     # the version that all supported megatron-core versions work with, and whose kernels the test stand-ins imitate
-    write("transformer-engine.txt", resolve(["-"], PYTHONS[0], "", extra, "--no-deps"))
-    write("transformer-engine-newest.txt", resolve(["-"], PYTHONS[-1], "", extra, "--no-deps"))
+    write("transformer-engine.txt", resolve(["-"], PYTHONS[0], "", engine, "--no-deps"))
+    write("transformer-engine-newest.txt", resolve(["-"], PYTHONS[-1], "", engine, "--no-deps"))
+    # one file for both Pythons: what the environment has already is left out
+    write("peers.txt", resolve(["-"], PYTHONS[0], "", "\n".join(extra("peers")), "--no-deps"))
+    (oldest,) = (line for line in extra("hf") if line.startswith("transformers"))
+    # with the newest versions that it accepts of the packages whose newest it refuses
+    needs = f"{oldest.partition(',')[0].replace('>=', '==')}\n{OLDEST_NEEDS}"
+    write("transformers-oldest.txt", resolve(["-"], PYTHONS[0], "", needs, "--no-deps"))
 
 
 def resolve(sources: Sequence[str | Path], python: str, constraint: str, text: str = "", *options: str) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from hunyuan_pretrain.checkpoint.differences import TOLERANCES, compare_logits, 
 from hunyuan_pretrain.checkpoint.exported_layers import ExportedLayers
 from hunyuan_pretrain.checkpoint.generate import load_model, load_tokenizer, sha256_of
 from hunyuan_pretrain.checkpoint.layerwise import LayerSource, compare_layers
+from hunyuan_pretrain.checkpoint.loaders import Format, loads_in
 from hunyuan_pretrain.checkpoint.workers import Say, free_memory_bytes, run_over
 from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-__all__ = ["NATIVE_SINCE", "TOLERANCES", "Format", "certify", "loads_in", "refuse_what_loads_wrongly"]
-
-Format = Literal["hunyuan", "hunyuan_v1_moe"]
+__all__ = ["TOLERANCES", "certify"]
 
 WHOLE_SHARE = 4
 """A model is loaded as a whole if it takes at most this part of the free memory: while it loads, parts exist twice."""
@@ -43,92 +42,6 @@ HOSTILE = f"{SPECIAL_TOKENS[3]}<|extra_0|> <|{{{{ messages }}}}"
 
 NEW_TOKENS = 8
 """Length of each greedy continuation. The second step is the first to read the cache."""
-
-NATIVE_SINCE = (5, 20)
-"""The first transformers version whose hunyuan_v1_moe computes this model. Up to 5.19 it changes the RoPE base past
-max_position_embeddings (logits off by 1.5 to 7), and 5.0 ignores alpha (wrong from the first tokens)."""
-
-
-def refuse_what_loads_wrongly(model: ModelConfig, format: Format) -> None:
-    """Raise CheckpointError if the format is unknown or would compute another model. hunyuan_v1_moe is read by
-    third-party code, which would not notice."""
-    if format == "hunyuan":
-        return
-    if format != "hunyuan_v1_moe":
-        raise CheckpointError(f"format {format!r}: must be hunyuan or hunyuan_v1_moe")
-    reasons = _native_reasons(model)
-    if reasons:
-        raise CheckpointError(
-            "format hunyuan_v1_moe would load without an error and compute another model; use format hunyuan:\n  "
-            + "\n  ".join(reasons)
-        )
-    installed = version("transformers")
-    if tuple(int(part) for part in installed.split(".")[:2]) < NATIVE_SINCE:
-        raise CheckpointError(
-            f"transformers {installed} computes format hunyuan_v1_moe with another RoPE past "
-            "max_position_embeddings (5.0: from the first "
-            "tokens), so it cannot certify it; install transformers>=5.20, or use format hunyuan"
-        )
-
-
-def loads_in(model: ModelConfig, format: Format) -> dict[str, Any]:
-    """For each kind of loader: whether it loads the export and computes this model, in which versions, and why if
-    not."""
-    ours = format == "hunyuan"
-    transformers = (
-        {
-            "loads": True,
-            "versions": ">=5.0",
-            "tested": "5.0 to 5.24",
-            "needs": "trust_remote_code=True, for the model code in this folder",
-        }
-        if ours
-        else {"loads": True, "versions": ">=5.20", "tested": "5.20 to 5.24", "needs": "nothing"}
-    )
-    native = ["format hunyuan: export with --format hunyuan_v1_moe"] if ours else []
-    release = _release_reasons(model) + ([] if ours else ["format hunyuan_v1_moe: export with --format hunyuan"])
-    return {
-        "transformers": transformers,
-        "transformers without code of this folder": {"loads": not ours, "reasons": [*native, *_native_reasons(model)]},
-        "the code of Tencent's release (transformers 4.41 to 4.48)": {"loads": not release, "reasons": release},
-    }
-
-
-def _native_reasons(model: ModelConfig) -> list[str]:
-    """Why HunYuanMoEV1ForCausalLM of transformers would compute another model."""
-    reasons = []
-    if model.cla_share_factor > 1:
-        reasons.append(
-            f"cla_share_factor={model.cla_share_factor}: it would fill the keys and values of borrowing layers "
-            "with random numbers"
-        )
-    if model.moe_router_topk == 1:
-        reasons.append(
-            "moe_router_topk=1: transformers renormalises the weight of the only expert to 1, where this model "
-            "uses its probability"
-        )
-    if not model.qk_layernorm:
-        reasons.append("qk_layernorm=false: it always normalises queries and keys")
-    if model.expert_ffn_size != model.ffn_hidden_size:
-        reasons.append(
-            f"moe_ffn_hidden_size={model.expert_ffn_size}: transformers gives routed experts the width of the "
-            f"shared one, {model.ffn_hidden_size}"
-        )
-    return reasons
-
-
-def _release_reasons(model: ModelConfig) -> list[str]:
-    """Why the model code of Tencent's release would not load the weights."""
-    reasons = []
-    if model.expert_ffn_size != model.ffn_hidden_size:
-        reasons.append(
-            f"moe_ffn_hidden_size={model.expert_ffn_size}: it gives every expert the width {model.ffn_hidden_size}"
-        )
-    if model.head_dim * model.num_attention_heads != model.hidden_size:
-        reasons.append(f"kv_channels={model.head_dim}: its heads have the width hidden_size / num_attention_heads")
-    if model.num_moe_experts == 1:
-        reasons.append("num_moe_experts=1: it builds a layer without a router")
-    return reasons
 
 
 def certify(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.certificate import Format
 from hunyuan_pretrain.checkpoint.folders import faults_of, none_is_good
 from hunyuan_pretrain.checkpoint.hf_export import export, refuse_at_once
-from hunyuan_pretrain.checkpoint.history import history_of, present_piece
+from hunyuan_pretrain.checkpoint.history import history_of, present_piece, refuse_another_vocabulary
+from hunyuan_pretrain.checkpoint.loaders import Format
+from hunyuan_pretrain.checkpoint.model_card import facts_of_run
 from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
 from hunyuan_pretrain.checkpoint.workers import Say
@@ -27,6 +28,7 @@ def export_run(
     step: int | None = None,
     dtype: str | None = None,
     format: Format = "hunyuan",
+    licence: str | None = None,
     processes: int | None = None,
     say: Say | None = None,
 ) -> dict[str, Any]:
@@ -34,10 +36,12 @@ def export_run(
     certificate.
 
     dtype: "fp32" or "bf16", by default that of training. The number of positions and the RoPE alpha are those of the
-    stage in which the checkpoint was taken. processes: that verify, convert and digest files; by default as many as are
-    worth it and fit into memory. Each then imports the main module, so a script that calls this needs the usual
-    `if __name__ == "__main__":`. say: gets lines of progress. Memory holds one layer, of any layout that trained it.
-    Raises CheckpointError if there is no such checkpoint or it is damaged, and as `hf_export.export` does.
+    stage in which the checkpoint was taken. licence: an identifier for README.md, such as apache-2.0. processes: that
+    verify, convert and digest files; by default as many as are worth it and fit into memory. Each then imports the main
+    module, so a script that calls this needs the usual `if __name__ == "__main__":`. say: gets lines of progress.
+    Memory holds one layer, of any layout that trained it.
+    Raises CheckpointError if there is no such checkpoint or it is damaged, or the run directory has another tokenizer
+    than it was trained with, and as `hf_export.export` does.
     """
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():
@@ -46,6 +50,8 @@ def export_run(
     marker = save_load.read_marker(folder)
     experiment, stage = in_force(folder)
     save_load.refuse_other_model(folder, marker, experiment.model)
+    refuse_another_vocabulary(folder, run_dir / "tokenizer")
+    card = facts_of_run(run_dir, folder, licence)
     torch_dtype = DTYPES[dtype or experiment.precision.dtype]
     refuse_at_once(experiment.model, run_dir / "tokenizer", output, dtype=torch_dtype, format=format)
     weights, processes = verified_weights(folder, marker, processes, say)
@@ -61,6 +67,7 @@ def export_run(
             reference=TrainingLayers(experiment.model, weights, groups, rope_alpha=stage.rope_alpha, dtype=torch_dtype),
             format=format,
             certificate_info={"run": experiment.name, "step": int(marker["step"])},
+            card=card,
             processes=processes,
             say=say,
         )

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.certificate import Format, certify, refuse_what_loads_wrongly
+from hunyuan_pretrain.checkpoint.certificate import certify
 from hunyuan_pretrain.checkpoint.differences import TOLERANCES
 from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, TOKENIZER_CODE
 from hunyuan_pretrain.checkpoint.layerwise import LayerSource
+from hunyuan_pretrain.checkpoint.loaders import Format, refuse_what_loads_wrongly
+from hunyuan_pretrain.checkpoint.model_card import CardFacts, model_card
 from hunyuan_pretrain.checkpoint.stored_weights import rows_of, shape_of
 from hunyuan_pretrain.checkpoint.tensor_files import ShardWriter, TensorSpec
 from hunyuan_pretrain.checkpoint.weight_map import by_expert, refuse_other_parameters, weight_map
@@ -64,6 +66,7 @@ def export(
     reference: LayerSource,
     format: Format = "hunyuan",
     certificate_info: dict[str, Any] | None = None,
+    card: CardFacts | None = None,
     max_shard_bytes: int = 5_000_000_000,
     processes: int = 1,
     say: Say | None = None,
@@ -73,8 +76,8 @@ def export(
     megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time; with several processes
     it is pickled, so it should read from disk. dtype: of the stored weights; the router stays fp32. rope_alpha:
     NTK-alpha of the stage that the weights come from. reference: the model that the weights come from, in `dtype`.
-    certificate_info: copied into the certificate (run, step). say: gets lines of progress. Needs memory for one expert
-    in each process while writing, and for one layer while comparing.
+    certificate_info: copied into the certificate (run, step). card: what README.md says of the training. say: gets
+    lines of progress. Needs memory for one expert in each process while writing, and for one layer while comparing.
     Raises CheckpointError and leaves no output if the output folder is not empty, the format cannot express the model,
     a tensor is missing or has the wrong shape, the tokenizer does not fit, the disk is full or not writable, or the
     model read back computes something else.
@@ -109,6 +112,7 @@ def export(
         } | certificate
         certificate["source"] = certificate_info or {}
         _write_json(folder / "certificate.json", certificate)
+        (folder / "README.md").write_text(model_card(model, config, certificate, card or CardFacts()))
         folder.rename(output)  # over an empty folder too
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -141,9 +145,14 @@ def refuse_at_once(
 
 
 def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Defaults of transformers' generate(): stop at the end of a document or an answer, and never return the id of an
-    embedding row that only pads the vocabulary. A barely trained model still gives such rows probability."""
+    """Defaults of generate() in transformers and of requests to vLLM: stop at the end of a document or an answer,
+    sample as Tencent's serving scripts and `hunyuan-pretrain generate` do, and never return the id of an embedding row
+    that only pads the vocabulary. A barely trained model still gives such rows probability."""
     config: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.6,
+        "top_k": 20,
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": [tokenizer.end_id, tokenizer.eos_id],
         "pad_token_id": tokenizer.pad_id,
@@ -206,6 +215,7 @@ def hf_config(
     }
     if format == "hunyuan_v1_moe":
         config["architectures"], config["model_type"] = ["HunYuanMoEV1ForCausalLM"], "hunyuan_v1_moe"
+        config["moe_layer_num_skipped"] = 0  # TensorRT-LLM reads it
         del config["auto_map"]
     return config
 

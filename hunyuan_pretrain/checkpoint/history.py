@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.folders import read_marker
 from hunyuan_pretrain.config.history import Segment, SourceFacts, read_history, segments_of
 from hunyuan_pretrain.config.schedule import Piece, Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.mixture import source_path
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.sample_order import facts_of
+from hunyuan_pretrain.data.tokenizer import Tokenizer
 
 
 def history_of(folder: Path, marker: Mapping[str, Any], with_data: bool = True) -> list[Segment]:
@@ -54,6 +56,18 @@ def present_piece(schedule: Schedule, step: int, folder: Path) -> Piece:
             f"after {schedule.num_steps}: "
             "a shorter run has overwritten it; put the run's own configuration back"
         ) from None
+
+
+def refuse_another_vocabulary(folder: Path, tokenizer: Path) -> None:
+    """Raise CheckpointError if a checkpoint was trained with another tokenizer than the one in a folder,
+    DataFormatError if there is none. A checkpoint that does not record its tokenizer passes."""
+    trained_with = history_of(folder, read_marker(folder), with_data=False)[-1].tokenizer_digest
+    found = Tokenizer.load(tokenizer).digest
+    if trained_with not in (None, found):
+        raise CheckpointError(
+            f"{tokenizer}: its vocabulary is not the one that {folder} was trained with (digest {found[:12]}, not "
+            f"{str(trained_with)[:12]}), so ids would stand for other text; put the run's own hy.tiktoken back"
+        )
 
 
 def sources_of(experiment: Experiment) -> dict[str, SourceFacts]:

@@ -48,10 +48,10 @@ def _name_of_cache() -> str:
 
 CACHE_NAME = _name_of_cache()
 
-HARMLESS_ARGUMENTS = frozenset({"cache_position"})
-"""Arguments that transformers passes to forward unasked and that are not needed. cache_position (up to 5.3) gives the
-positions of the new tokens in the cache, which follow from its length. As a named parameter it would make later
-versions warn."""
+HARMLESS_ARGUMENTS = frozenset({"cache_position", "max_length_q", "max_length_k"})
+"""Arguments that others pass to forward unasked and that are not needed. cache_position (transformers up to 5.3) gives
+the positions of the new tokens in the cache, which follow from its length; as a named parameter it would make later
+versions warn. max_length_q and max_length_k come with cu_seq_lens_q and follow from it."""
 
 
 def _refuse_unknown_arguments(others: dict[str, Any]) -> None:
@@ -154,9 +154,11 @@ class HunYuanRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, is_weight_only: bool = False) -> Tensor:
+        """is_weight_only: multiply by the weight and do not normalise."""
         high = _high_precision(x.dtype)
-        return (self.weight.to(high) * _unit_rms(x.to(high), self.eps)).to(x.dtype)
+        normed = x.to(high) if is_weight_only else _unit_rms(x.to(high), self.eps)
+        return (self.weight.to(high) * normed).to(x.dtype)
 
 
 class HunYuanMLP(nn.Module):
@@ -172,18 +174,25 @@ class HunYuanMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class HunYuanRouterLinear(nn.Linear):
+    """A linear layer without bias that computes in fp32 whatever the dtype of its input and of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = _high_precision(x.dtype)
+        return F.linear(x.to(high), self.weight.to(high))
+
+
 class HunYuanGate(nn.Module):
     """Router. Weight and logits are fp32 whatever the dtype of the model."""
 
     def __init__(self, config: HunYuanConfig) -> None:
         super().__init__()
         self.topk = config.moe_topk
-        self.wg = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.wg = HunYuanRouterLinear(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (T, D) -> combine weights (T, K) in fp32 and expert numbers (T, K)."""
-        high = _high_precision(x_TD.dtype)
-        probabilities_TE = F.linear(x_TD.to(high), self.wg.weight.to(high)).softmax(-1)
+        probabilities_TE = self.wg(x_TD).softmax(-1)
         weights_TK, experts_TK = probabilities_TE.topk(self.topk, dim=-1)
         if self.topk > 1:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -263,8 +272,8 @@ class HunYuanAttention(nn.Module):
         high = rope[0].dtype
         q_BNSH = _rotate(self._heads(self.q_proj(x_BSD), self.num_heads).to(high), *rope)
         if self.use_qk_norm:
-            fold = self.query_layernorm.weight.to(high) * self.key_layernorm.weight.to(high)
-            q_BNSH = fold * _unit_rms(q_BNSH, self.eps)
+            # Through the modules, never their weights alone: accelerate fetches offloaded weights when a module runs.
+            q_BNSH = self.key_layernorm(self.query_layernorm(q_BNSH), is_weight_only=True)
         if self.is_owner:
             k_BGSH = _rotate(self._heads(self.k_proj(x_BSD), self.num_groups).to(high), *rope)
             k_hat = (_unit_rms(k_BGSH, self.eps) if self.use_qk_norm else k_BGSH).to(x_BSD.dtype)
@@ -379,6 +388,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Token ids (B, S) or embeddings (B, S, D) -> hidden states (B, S, D) after the final norm.
@@ -387,6 +399,9 @@ class HunYuanModel(HunYuanPreTrainedModel):
         scores), used as given.
         position_ids: (B or 1, S), by default counted without the padding. If there is no mask, a position that does not
         follow its predecessor by one starts a new document of a packed sequence; documents do not attend to each other.
+        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,), where the documents of one packed row begin and end, as trainers
+        pass them for flash-attention; equal. seq_idx: (B or 1, S), the number of each token's document. Either decides
+        which documents there are, whatever the positions.
         cache, past_key_values: the new and the old name of the same argument.
         Raises TypeError for an unknown argument, and ValueError for arguments that contradict each other.
         """
@@ -396,10 +411,12 @@ class HunYuanModel(HunYuanPreTrainedModel):
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache, num_cached = self._prepare_cache(_one_cache(past_key_values, cache), use_cache)
         cache_position = torch.arange(x_BSD.shape[1], device=x_BSD.device) + num_cached
-        position_ids, documents = _positions(position_ids, attention_mask, cache_position)
-        if documents is not None and num_cached:
+        documents = _given_documents(cu_seq_lens_q, cu_seq_lens_k, seq_idx, x_BSD)
+        position_ids, documents = _positions(position_ids, attention_mask, cache_position, documents)
+        if documents is not None and (num_cached or (attention_mask is not None and attention_mask.dim() == 4)):
             raise ValueError(
-                "position_ids that restart (packed documents) cannot be combined with a cache that holds earlier tokens"
+                "packed documents (position_ids that restart, cu_seq_lens_q or seq_idx) cannot be combined with a "
+                "cache that holds earlier tokens, or with a 4-dimensional attention_mask"
             )
         mask = _Mask(attention_mask, documents, cache_position, num_cached)
         rope = self._rope(position_ids, x_BSD)
@@ -473,6 +490,9 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """HunYuanModel.forward, then logits (B, S, V), or only of the last `logits_to_keep` positions if that is not 0.
@@ -492,6 +512,9 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             cache=cache,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -531,18 +554,43 @@ class HunYuanForCausalLM(HunYuanPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
+def _given_documents(
+    cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, seq_idx: Tensor | None, x_BSD: Tensor
+) -> Tensor | None:
+    """The document of each token (B or 1, S) by what the caller passed, None if nothing was. Raises ValueError."""
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        return None if seq_idx is None else seq_idx.to(x_BSD.device)
+    B, S = x_BSD.shape[:2]
+    ends = cu_seq_lens_q
+    is_whole = (
+        ends is not None and ends.dim() == 1 and ends[[0, -1]].tolist() == [0, S] and bool((ends.diff() >= 0).all())
+    )
+    is_same = cu_seq_lens_k is None or (ends is not None and torch.equal(ends, cu_seq_lens_k))
+    if ends is None or not is_whole or not is_same or B != 1:
+        raise ValueError(
+            f"cu_seq_lens_q and cu_seq_lens_k must be equal and cover one row of {S} tokens, from 0 to {S}, "
+            f"not {B} rows with {cu_seq_lens_q} and {cu_seq_lens_k}"
+        )
+    return torch.bucketize(torch.arange(S, device=x_BSD.device), ends[1:].to(x_BSD.device), right=True).unsqueeze(0)
+
+
 def _positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor, documents: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions for RoPE (B or 1, S), and the document of each token (B or 1, S), None unless rows hold several."""
+    """Positions for RoPE (B or 1, S), and the document of each token (B or 1, S), None unless rows hold several.
+    documents: as the caller passed them."""
+    if position_ids is None and documents is not None:
+        # each document from 0: less the index at which the token's own began
+        index = torch.arange(documents.shape[-1], device=documents.device).expand_as(documents)
+        begins = F.pad(documents.diff(dim=-1) != 0, (1, 0))
+        return index - (index * begins).cummax(-1).values, documents
     if position_ids is None:
         if attention_mask is None or attention_mask.dim() != 2:
             return cache_position.unsqueeze(0), None
         # RoPE is relative, but its angles are rounded, so a text with left padding keeps the positions that it has
         # without.
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -len(cache_position) :], None
-    documents = None
-    if attention_mask is None:
+    if attention_mask is None and documents is None:
         begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
         documents = begins.cumsum(-1) if bool(begins.any()) else None
     return position_ids, documents

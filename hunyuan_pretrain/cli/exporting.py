@@ -29,6 +29,7 @@ class ExportFormat(StrEnum):
 
     hunyuan = "hunyuan"
     hunyuan_v1_moe = "hunyuan_v1_moe"
+    gguf = "gguf"
 
 
 def export(
@@ -38,8 +39,15 @@ def export(
     dtype: Annotated[ExportDtype | None, typer.Option(help="Format of the weights; default: as in training.")] = None,
     format: Annotated[
         ExportFormat,
-        typer.Option(help="hunyuan: with our own model code. hunyuan_v1_moe: loads natively in transformers and vLLM."),
+        typer.Option(
+            help="hunyuan: with our own model code. hunyuan_v1_moe: loads natively in transformers and vLLM. gguf: "
+            "refused, with the reason."
+        ),
     ] = ExportFormat.hunyuan,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="Identifier for the model card, such as apache-2.0; default: unknown."),
+    ] = None,
     processes: Annotated[
         int | None,
         typer.Option(
@@ -64,6 +72,7 @@ def export(
         step=step,
         dtype=dtype.value if dtype else None,
         format=format.value,
+        licence=licence,
         processes=processes,
         say=to_stderr,
     )

@@ -225,6 +225,38 @@ class TestAfterTorchIsLoaded:
         assert_refused(run_forked("generate", corpus, "--prompt", "x"), str(corpus))
         assert names(tmp_path) == set()
 
+    def test_an_export_that_cannot_be_made(self, corpus, tmp_path, small):
+        """One message each; what was there stays, and nothing else appears."""
+        code, _, err = run_forked("train", config(tmp_path, corpus, steps=2))
+        assert code == 0, err
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "precious").write_text("keep")
+        (tmp_path / "file").write_text("keep")
+        before = names(tmp_path)
+        run_dir, out = tmp_path / "run", tmp_path / "out"
+        refusals = {
+            ("onnx", out): ["'onnx' is not one of", "'hunyuan_v1_moe'"],
+            ("gguf", out): ["format gguf: llama.cpp does not compute this model", "cla_share_factor=2"],
+            ("hunyuan_v1_moe", out): ["format hunyuan_v1_moe would load", "would load"],
+            ("hunyuan", tmp_path / "full"): [f"{tmp_path}/full: exists and is not an empty folder"],
+            ("hunyuan", tmp_path / "file"): [f"{tmp_path}/file: exists and is not an empty folder"],
+            ("hunyuan", tmp_path / "file" / "out"): [f"{tmp_path}/file/out: cannot be written: ", "Not a directory"],
+            ("hunyuan", small / "out"): [f"{small}: the tensors take ", "are free"],
+        }
+        for (format, output), words in refusals.items():
+            assert_refused(run_forked("export", run_dir, output, "--format", format), *words)
+        refused = run_forked("export", run_dir, out, "--license", "Apache 2.0")
+        assert_refused(refused, "license 'Apache 2.0': must be an identifier")
+        ranks = (run_dir / "tokenizer" / "hy.tiktoken").read_text().splitlines()
+        (first, _), (second, _) = ranks[300].split(), ranks[301].split()
+        ranks[300:302] = [f"{second} 300", f"{first} 301"]
+        (run_dir / "tokenizer" / "hy.tiktoken").write_text("\n".join(ranks) + "\n")
+        refused = run_forked("export", run_dir, out)
+        assert_refused(refused, "its vocabulary is not the one that", "put the run's own hy.tiktoken back")
+        assert names(tmp_path) == before
+        assert names(small) == set()
+        assert [(tmp_path / name).read_text() for name in ("full/precious", "file")] == ["keep", "keep"]
+
     def test_run_directory_that_cannot_be_written(self, corpus, tmp_path):
         """A file in place of the folder, a parent of it or one of its files: root's permissions do not override
         that."""
@@ -264,6 +296,20 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a read-only folder: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A folder with space for 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small folder: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

@@ -73,12 +73,15 @@ def test_export_of_a_run_equals_the_training_model_and_loads_without_this_projec
     """Trained by two ranks with expert parallelism and every feature on; loaded in a process that has only
     transformers."""
     run_dir = trained(corpus, tmp_path, ranks=2, parallel={"expert_model_parallel_size": 2})
-    status, _, err = run("export", str(run_dir), str(tmp_path / "out"))
+    status, _, err = run("export", str(run_dir), str(tmp_path / "out"), "--license", "mit")
     assert status == 0, err
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["max_abs_difference"] < 1e-4
     assert certificate["source"] == {"run": "tiny", "step": 3}
     assert certificate["rope_alpha"] == 10.0, "the last stage's"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit\n" in card
+    assert "| training loss of the step | 3 |" in card
     code = f"""
 import sys
 sys.modules["hunyuan_pretrain"] = sys.modules["megatron"] = None

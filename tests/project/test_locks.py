@@ -85,6 +85,19 @@ def test_locks_satisfy_the_ranges_and_cover_every_extra_of_dev(python: str) -> N
 
 
 @pytest.mark.parametrize("python", PYTHONS)
+def test_the_packages_of_folders_of_their_own_are_those_that_tests_claim(python: str) -> None:
+    """The oldest transformers that is allowed, and every package of the extra `peers`."""
+    (transformers,) = (each for each in wanted(EXTRAS["hf"], python) if each.name == "transformers")
+    oldest = pins("transformers-oldest.txt", python)["transformers"]
+    assert SpecifierSet(f"=={oldest}").contains(min(Version(each.version) for each in transformers.specifier))
+    peers = pins("peers.txt", python)
+    assert set(peers) == {each.name for each in wanted(EXTRAS["peers"], python)}
+    outside = [each for each in wanted(EXTRAS["peers"], python) if not each.specifier.contains(peers[each.name])]
+    assert outside == []
+    assert not set(peers) & set(lock(python)), "the environment has it"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
 def test_both_builds_of_torch_are_the_same_version(python: str) -> None:
     assert pins("torch-cpu.txt", python)["torch"].public == str(pins("torch-pypi.txt", python)["torch"])
     assert "torch" not in lock(python)

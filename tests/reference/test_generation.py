@@ -90,7 +90,7 @@ def test_a_renamed_cache_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatc
         modeling_hunyuan._name_of_cache()
 
 
-@pytest.mark.parametrize("name", ["kv_store", "cu_seq_lens_q", "is_causal", "output_router_logits", "token_type_ids"])
+@pytest.mark.parametrize("name", ["kv_store", "cu_seqlens", "is_causal", "output_router_logits", "token_type_ids"])
 def test_an_unknown_argument_is_refused(exact: HunYuanForCausalLM, name: str) -> None:
     """If it were swallowed, a renamed cache would give garbage, and renamed cu_seqlens other documents."""
     for model in (exact, exact.model):
@@ -121,20 +121,22 @@ def test_both_names_of_the_cache_are_accepted_and_the_installed_one_is_returned(
             exact(tokens, cache=((torch.zeros(1), torch.zeros(1)),))
 
 
-def test_cla_divides_the_cache_by_its_share_factor() -> None:
-    """Cache bytes: 2 * G * H * dtype bytes * tokens for each owner, and nothing for borrowers."""
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cla_divides_the_cache_by_its_share_factor(kind: str) -> None:
+    """Bytes of the cache that generate() made for 9 tokens and 4 new ones, of which the last is never fed back:
+    2 * G * H * bytes of the dtype * 12 for each owner, and nothing for borrowers."""
 
     def cache_bytes(share: int) -> int:
         loaded = hf_model(tiny_model(cla_share_factor=share))
         out = loaded.generate(
-            torch.randint(64, (1, 9)), max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+            torch.randint(64, (1, 9)),
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            cache_implementation=None if kind == "dynamic" else kind,
         )
-        return sum(
-            tensor.nbytes
-            for layer in out[CACHE_NAME].layers
-            for tensor in (layer.keys, layer.values)
-            if tensor is not None
-        )
+        tensors = [value for layer in out[CACHE_NAME].layers for value in vars(layer).values()]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dim() > 1)
 
     model = tiny_model()
     one_layer = 2 * model.num_query_groups * model.head_dim * 4 * 12
@@ -213,17 +215,51 @@ def test_a_cache_in_a_recomputed_layer_is_refused() -> None:
 # --- masks and packs --------------------------------------------------------------------------------------------------
 
 
-def test_documents_of_a_pack_do_not_see_each_other(exact: HunYuanForCausalLM) -> None:
-    """transformers' collators mark documents with position_ids that restart."""
+PACK = {
+    "positions": {"position_ids": torch.tensor([[*range(4), *range(1), *range(6)]])},
+    "offsets": {"cu_seq_lens_q": torch.tensor([0, 4, 5, 11]), "cu_seq_lens_k": torch.tensor([0, 4, 5, 11])},
+    "numbers": {"seq_idx": torch.tensor([[0] * 4 + [1] + [2] * 6], dtype=torch.int32)},
+}
+"""Ways to say that 11 tokens are documents of 4, 1 and 6: of transformers' collators, of flash-attention's callers, and
+of TRL, which passes all three."""
+
+
+@pytest.mark.parametrize(
+    "told",
+    [*PACK.values(), {key: value for way in PACK.values() for key, value in way.items()} | {"max_length_q": 6}],
+    ids=[*PACK, "all"],
+)
+def test_documents_of_a_pack_do_not_see_each_other(told: dict[str, Any], exact: HunYuanForCausalLM) -> None:
     tokens = torch.randint(64, (1, 11))
-    positions = torch.tensor([[*range(4), *range(1), *range(6)]])
     with torch.no_grad():
-        packed = exact(tokens, position_ids=positions).logits
+        packed = exact(tokens, **told).logits
         alone = torch.cat([exact(tokens[:, a:b]).logits for a, b in ((0, 4), (4, 5), (5, 11))], 1)
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
         cache = exact(tokens)[CACHE_NAME]
         with pytest.raises(ValueError, match="packed documents"):
-            exact(tokens, position_ids=positions, cache=cache)
+            exact(tokens, cache=cache, **told)
+        for way in ("offsets", "numbers"):
+            with pytest.raises(ValueError, match="4-dimensional attention_mask"):
+                exact(tokens, attention_mask=torch.ones(1, 1, 11, 11, dtype=torch.bool), **PACK[way])
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "rows"),
+    [
+        ([0, 4, 11], [0, 5, 11], 1),
+        ([0, 4, 11], None, 2),
+        ([0, 4, 10], None, 1),
+        ([4, 11], None, 1),
+        ([0, 6, 4, 11], None, 1),
+        (None, [0, 4, 11], 1),
+    ],
+)
+def test_offsets_that_do_not_describe_one_row_are_refused(
+    q: list[int] | None, k: list[int] | None, rows: int, exact: HunYuanForCausalLM
+) -> None:
+    told = {name: torch.tensor(ends) for name, ends in (("cu_seq_lens_q", q), ("cu_seq_lens_k", k)) if ends}
+    with pytest.raises(ValueError, match="must be equal and cover one row of 11 tokens, from 0 to 11"):
+        exact(torch.randint(64, (rows, 11)), **told)
 
 
 def test_a_mask_of_four_dimensions_is_used_as_is(exact: HunYuanForCausalLM) -> None:
