@@ -10,12 +10,11 @@ Shapes: T tokens of all texts, D hidden size, V padded vocabulary.
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -128,7 +127,7 @@ class _HiddenStates:
         self._folder, self._count = folder, 0
 
     def __enter__(self) -> _HiddenStates:
-        self._file = cast("io.FileIO", tempfile.TemporaryFile(dir=self._folder, buffering=0))
+        self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
         return self
 
     def __exit__(self, *_: object) -> None:

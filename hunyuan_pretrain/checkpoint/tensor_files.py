@@ -44,6 +44,10 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
+ALIGNMENT = 64
+"""Bytes at a multiple of which the data of a file begins. Readers map the file and compute with it in place: a matrix
+product is slower from elsewhere, and may have other last bits. The format asks for 8."""
+
 _HEADER_LIMIT = 100_000_000
 """Bytes, as in the library: a damaged length must not allocate terabytes."""
 
@@ -168,7 +172,7 @@ def _header(shard: Mapping[str, TensorSpec]) -> bytes:
             "data_offsets": [begin, begin + spec.nbytes],
         }
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 

@@ -89,8 +89,9 @@ def test_a_planted_pickle_is_refused_and_does_not_run(run, folder, tmp_path, rea
     assert folder.exists(), "its digests match: it is not set aside as damaged"
 
 
-def test_the_export_command_refuses_a_planted_pickle_with_one_message_and_status_2(folder, tmp_path):
+def test_the_export_command_refuses_a_planted_pickle_with_one_message_and_status_2(folder, corpus, tmp_path):
     trace, out = tmp_path / "it-ran", tmp_path / "exported"
+    shutil.copytree(corpus / "tokenizer", folder.parents[1] / "tokenizer", dirs_exist_ok=True)
     PLACES["a weight"](folder, Command(f"touch {trace}"))
     command = [sys.executable, "-m", "hunyuan_pretrain", "export", str(folder.parents[1]), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

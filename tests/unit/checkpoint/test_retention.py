@@ -67,7 +67,9 @@ def test_a_name_file_that_cannot_be_read_still_keeps_its_checkpoint(tmp_path):
     assert steps(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["", "4000", "a b", "../x", "x" * 65, "é"])
+@pytest.mark.parametrize(
+    "name", ["", "4000", "a b", "../x", "x" * 65, "\u00e9"], ids=["empty", "digits", "space", "path", "long", "accent"]
+)
 def test_a_name_that_is_none_is_refused(tmp_path, name):
     folder = write_checkpoint(tmp_path, 1)
     with pytest.raises(CheckpointError, match="is not a name for a checkpoint: 1 to 64 letters"):
