@@ -120,11 +120,12 @@ def saving(folder: Path, gib: float) -> None:
     print(f"peak of resident memory before {before:.2f} GiB, after the first save {peak_gib():.2f} GiB")
     for turn in range(TURNS):
         took.setdefault("plain write", []).append(timed(lambda: plain_write(folder, size, source)))
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         saver.begin(folder, 2 + turn, 1)
         took.setdefault("stall of an asynchronous save", []).append(time.perf_counter() - started)
         saver.finish()
         took.setdefault("save", []).append(time.perf_counter() - started)
+        took.setdefault("processor seconds of a save", []).append(time.process_time() - worked)
         drop_cache(folder)
         took.setdefault("plain read", []).append(timed(lambda: plain_read(folder)))
         drop_cache(folder)
@@ -133,6 +134,7 @@ def saving(folder: Path, gib: float) -> None:
     for name, seconds in took.items():
         each = ", ".join(f"{one:.2f}" for one in seconds)
         print(f"{name}: {middle[name]:.2f} s ({each}), {size / middle[name] / 1e6:.0f} MB/s")
+    print(f"load of the machine: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores")
     print(f"save / plain write: {middle['plain write'] / middle['save']:.2f} of the disk's speed")
     print(f"load / plain read: {middle['plain read'] / middle['load']:.2f} of the disk's speed")
     print(f"stall / save: {middle['stall of an asynchronous save'] / middle['save']:.1%}")
