@@ -47,6 +47,11 @@ class HostMemory:
             if self._is_pinned_for is not None:
                 self._pin(self._block)
 
+    def touch(self) -> None:
+        """Write to all of the block, so that the machine provides its pages now and not during the first copy."""
+        if self._block is not None:
+            torch.frombuffer(self._block, dtype=torch.uint8).zero_()
+
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor, valid until the next `reserve`."""
         assert self._block is not None, "reserve first"

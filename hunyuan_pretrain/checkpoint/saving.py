@@ -28,7 +28,7 @@ from hunyuan_pretrain.checkpoint import CheckpointError, folders
 from hunyuan_pretrain.checkpoint.folders import checkpoint_folder
 from hunyuan_pretrain.checkpoint.host_memory import HostMemory
 from hunyuan_pretrain.checkpoint.joined_parts import JoinedParts
-from hunyuan_pretrain.checkpoint.optimizer_state import Stage, state_on_host
+from hunyuan_pretrain.checkpoint.optimizer_state import Stage, bytes_on_host, state_on_host
 from hunyuan_pretrain.checkpoint.parallel_write import REPORTS, Blob, Item, Shard, write_part
 from hunyuan_pretrain.checkpoint.retention import remove_old
 from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_recipe, sharded_scales
@@ -74,6 +74,17 @@ class Saver:
         self._memory = HostMemory(next(chunks[0].parameters()).device)
         self._joined = JoinedParts()
         self._flight: _Flight | None = None
+        self._preparing: Background | None = None
+
+    def prepare(self) -> None:
+        """Allocate the host memory in a thread: during the first copy it would take longer than the copy."""
+        num_bytes = bytes_on_host(self._chunks)
+
+        def allocate() -> None:
+            self._memory.reserve(num_bytes)
+            self._memory.touch()
+
+        self._preparing = Background(allocate, "checkpoint memory")
 
     def begin(
         self,
@@ -99,7 +110,7 @@ class Saver:
             error = (
                 error_of_rank_0(flight.make_folder)
                 # before the first collective of the copy: a rank that is out of memory fails here
-                or first_error(lambda: made.update(stage=Stage(self._chunks)))
+                or first_error(lambda: made.update(stage=self._room()))
                 or first_error(lambda: flight.items.extend(self._copy(made["stage"])))
             )
             if error is not None:
@@ -150,6 +161,13 @@ class Saver:
         """Free the host memory; the next save allocates it again."""
         assert self._flight is None, "the save in flight still reads it"
         self._memory = HostMemory(next(self._chunks[0].parameters()).device)
+
+    def _room(self) -> Stage:
+        """Host memory, if it is being prepared, and device memory for the copy."""
+        preparing, self._preparing = self._preparing, None
+        if preparing is not None:
+            preparing.wait()
+        return Stage(self._chunks)
 
     def _copy(self, stage: Stage) -> list[Item]:
         """What this rank writes, in host memory."""

@@ -15,6 +15,9 @@ class Saves:
     def __init__(self, run: Run) -> None:
         self._run, self._saver = run, Saver(run.chunks, run.optimizer)
         self._has_noted = False
+        settings = run.experiment.checkpoint
+        if settings.async_save and settings.save_every_steps is not None:
+            self._saver.prepare()
 
     @property
     def progress(self) -> int:

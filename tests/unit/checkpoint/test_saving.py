@@ -112,6 +112,27 @@ def test_the_same_memory_is_used_by_every_save_until_it_is_freed(run, tmp_path):
     assert saver._memory.num_bytes == 0
 
 
+def test_memory_that_was_prepared_is_that_of_the_first_copy(run, tmp_path):
+    saver = Saver(run.chunks, run.optimizer)
+    saver.prepare()
+    saver._preparing.wait()
+    block = saver._memory._block
+    assert len(block) == bytes_on_host(run.chunks)
+    saver.begin(tmp_path, 1, None)
+    assert saver._memory._block is block
+    saver.finish()
+
+
+def test_memory_that_cannot_be_prepared_fails_the_save_and_not_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(HostMemory, "touch", lambda memory: (_ for _ in ()).throw(MemoryError("no memory")))
+    saver = Saver(run.chunks, run.optimizer)
+    saver.prepare()
+    with pytest.raises(CheckpointError, match="could not be written: no memory"):
+        saver.begin(tmp_path, 1, None)
+    saver.begin(tmp_path, 2, None)
+    assert saver.finish() is not None
+
+
 def test_memory_of_a_gpu_is_registered_once_and_until_another_block_takes_its_place(monkeypatch):
     """With a stand-in for CUDA's runtime."""
     calls: list[tuple[str, int]] = []
