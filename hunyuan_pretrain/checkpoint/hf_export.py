@@ -140,7 +140,10 @@ def refuse_at_once(
             f"{tokenizer_folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the model's embedding only {model.padded_vocab_size} rows"
         )
-    ShardWriter(output, _stored(model, dtype)).refuse_full_disk()
+    try:
+        ShardWriter(output, _stored(model, dtype)).refuse_full_disk()
+    except CheckpointError as error:
+        raise CheckpointError(f"{output}: cannot be written: {error}") from None
     return tokenizer
 
 

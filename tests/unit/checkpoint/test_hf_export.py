@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,17 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(file_bytes: int, tokenize
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert "large" in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "total used free")(10, 9, 1))
+    with pytest.raises(
+        CheckpointError, match=r"out: cannot be written: .*: the tensors take .* only 1e-09 GB are free"
+    ):
+        export_tiny(tiny_model(), tokenizer_folder, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
