@@ -18,6 +18,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(or $(wildcard $(PY)),$(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name)))),python3.11)
 LATEST := .venv-latest
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 
 # A file or folder of your own text to train on; empty: Python's standard library.
 TEXT ?=
@@ -31,7 +32,7 @@ unexport $(SETTINGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest test-layouts test-gpu bench-gpu docs data-bench lint check lock clean
+.PHONY: help demo test test-latest test-layouts test-gpu test-vllm bench-gpu docs data-bench lint check lock clean
 
 help: ## Say what each target does
 	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } match($$0, /^[a-z-]+:.*## /) \
@@ -86,6 +87,13 @@ test-gpu: $(OF_PY) ## Kernel tests; needs a GPU, and Transformer Engine in PY's 
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: this machine has no usable CUDA device')"
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) -m pytest tests/unit/model/kernels $(PYTEST_ARGS)
+
+$(VLLM)/.installed: Makefile $(wildcard .ci/locks/vllm*) .ci/locks/environment.py .ci/locks/torch-cpu.txt
+	'$(PYTHON)' .ci/locks/environment.py set-up-vllm $(VLLM)
+	touch $@
+
+test-vllm: $(STAMP) $(VLLM)/.installed ## Exports in vLLM, on a CPU, in an environment of its own (3 GB): logprobs, cache, server; takes minutes
+	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(PY) -m pytest -n 0 tests/vllm $(PYTEST_ARGS)
 
 ##@ The rest
 
