@@ -2,7 +2,7 @@
 
 # Shells may define PYTHON, TEXT and the like for other purposes: only make's command line sets them, and child processes do not see them
 # unless a recipe passes them on.
-SETTINGS := PYTHON VENV TEXT CORPUS WORK PARTS
+SETTINGS := PYTHON VENV TEXT CORPUS WORK PARTS VLLM_PYTHON
 $(foreach name,$(SETTINGS),$(if $(filter environment%,$(origin $(name))),\
     $(info make: $(name) in the environment is ignored; to set it: make $(name)=...)$(eval override undefine $(name))))
 MAKEOVERRIDES :=
@@ -27,6 +27,8 @@ CORPUS ?=
 WORK ?= data_bench_out
 # Parts of bench-gpu, with commas; empty: all.
 PARTS ?=
+# The interpreter, an absolute path, of another vLLM than the locked one, for test-vllm.
+VLLM_PYTHON ?=
 unexport $(SETTINGS)
 # Images of containers set this. Every process would then compile torch, megatron-core and what they import anew: 11 CPU seconds instead of 4.
 unexport PYTHONDONTWRITEBYTECODE
@@ -92,8 +94,10 @@ $(VLLM)/.installed: Makefile $(wildcard .ci/locks/vllm*) .ci/locks/environment.p
 	'$(PYTHON)' .ci/locks/environment.py set-up-vllm $(VLLM)
 	touch $@
 
-test-vllm: $(STAMP) $(VLLM)/.installed ## Exports in vLLM, on a CPU, in an environment of its own (3 GB): logprobs, cache, server; takes minutes
-	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(PY) -m pytest -n 0 tests/vllm $(PYTEST_ARGS)
+OF_VLLM := $(if $(filter command,$(origin VLLM_PYTHON)),,$(VLLM)/.installed)
+
+test-vllm: $(STAMP) $(OF_VLLM) ## Exports in vLLM, on a CPU, in an environment of its own (3 GB): logprobs, cache, server; takes minutes
+	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(if $(VLLM_PYTHON),$(call quote,VLLM_PYTHON),'$(CURDIR)/$(VLLM)/bin/python') $(PY) -m pytest -n 0 tests/vllm $(PYTEST_ARGS)
 
 ##@ The rest
 

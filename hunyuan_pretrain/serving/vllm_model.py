@@ -3,10 +3,9 @@
 Only the layers that own keys and values have a cache: a borrowing layer names its owner's (kv_sharing_target_layer_name
 of vLLM's Attention). `attention_inputs` says why one cache is enough although every layer has its own key norm. The
 router runs in fp32 whatever the dtype of the model. Linear layers, experts, attention, quantisation and tensor, expert
-and pipeline parallelism are vLLM's.
+and pipeline parallelism are vLLM's. Needs vLLM 0.28 or newer; docs/guide/serving.md lists the versions that were run.
 
-Works with vLLM 0.28 to 0.32. T tokens on this rank's batch, D hidden size, N query heads, G key/value heads, H head
-width; heads are those of one tensor-parallel rank.
+T tokens, D hidden size, N query heads, G key/value heads, H head width. Heads are those of one tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -47,6 +46,13 @@ from vllm.sequence import IntermediateTensors
 from hunyuan_pretrain.checkpoint.configuration_hunyuan import HunYuanConfig
 from hunyuan_pretrain.serving import attention_inputs
 from hunyuan_pretrain.serving.vllm_weights import load_weights
+
+try:
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+except ImportError as error:
+    from vllm import __version__ as vllm_version
+
+    raise ImportError(f"hunyuan_pretrain.serving needs vLLM 0.28 or newer; this is {vllm_version}") from error
 
 KeysValues = tuple[Tensor, Tensor]
 """k_hat and v of a CLA group's new tokens, (T, G, H) and (T, G*H)."""
@@ -222,6 +228,8 @@ class HunYuanDecoderLayer(nn.Module):
 class HunYuanModel(nn.Module):
     """Embedding, the decoder layers of this pipeline stage and the final norm."""
 
+    inv_freq: Tensor
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: HunYuanConfig = vllm_config.model_config.hf_config
@@ -298,9 +306,9 @@ class HunYuanForCausalLM(nn.Module, SupportsPP):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], self.config.hidden_size
         )
-        never = vllm_config.model_config.try_get_generation_config().get("suppress_tokens") or []
-        never = torch.tensor(never, dtype=torch.long, device=torch.get_default_device())
-        self.register_buffer("never_emitted", never, persistent=False)
+        never = _suppressed_tokens(vllm_config.model_config)
+        never_emitted = torch.tensor(never, dtype=torch.long, device=torch.get_default_device())
+        self.register_buffer("never_emitted", never_emitted, persistent=False)
         self.is_loaded = False
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -316,10 +324,9 @@ class HunYuanForCausalLM(nn.Module, SupportsPP):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Logits (T, V), -inf for the ids in `suppress_tokens` of generation_config.json: embedding rows that only pad
-        the vocabulary. vLLM does not read that field. None where another rank collects the logits."""
+        """Logits (T, V), -inf for `_suppressed_tokens`; None where another rank collects the logits."""
         logits = self.logits_processor(self.lm_head, hidden_states)
-        return None if logits is None else logits.index_fill(-1, self.never_emitted, -torch.inf)
+        return None if logits is None else logits.index_fill_(-1, self.never_emitted, -torch.inf)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """See `load_weights` of vllm_weights.py. The first call must bring the whole checkpoint; a later one may update
@@ -334,6 +341,16 @@ class HunYuanForCausalLM(nn.Module, SupportsPP):
         )
         self.is_loaded = True
         return loaded
+
+
+def _suppressed_tokens(model_config: ModelConfig) -> list[int]:
+    """Ids that generate() of transformers never returns, from the model's generation_config.json: embedding rows that
+    only pad the vocabulary. vLLM does not read them, and its --generation-config may name another file."""
+    try:
+        config = GenerationConfig.from_pretrained(model_config.model, revision=model_config.revision)
+    except OSError:  # there is none
+        return []
+    return config.suppress_tokens or []
 
 
 def _refuse_what_would_be_wrong(config: HunYuanConfig, vllm_config: VllmConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hunyuan_pretrain.checkpoint.configuration_hunyuan import HunYuanConfig
 
-STACKED = {
+STACKED: dict[str, dict[str, str | int]] = {
     ".qkv_proj.": {".q_proj.": "q", ".k_proj.": "k", ".v_proj.": "v"},
     ".gate_up_proj.": {".gate_proj.": 0, ".up_proj.": 1},
 }
@@ -100,8 +100,8 @@ def sources_of(parameter: str, num_experts: int) -> Iterator[tuple[str, Target]]
         return
     for stacked, parts in STACKED.items():
         if stacked in parameter:
-            for name, part in parts.items():
-                yield parameter.replace(stacked, name), Target(parameter, part)
+            for name in parts:
+                yield parameter.replace(stacked, name), Target(parameter, parts[name])
             return
     name = parameter.replace(".mlp.gate.", ".mlp.gate.wg.").replace(".self_attn.attn.", ".self_attn.")
     yield name, Target(parameter)
@@ -175,9 +175,8 @@ def _belongs_to_borrowed_cache(parameter: str, model: nn.Module) -> bool:
 
 def _share_cache_scales(model: nn.Module) -> None:
     """Give each borrowing layer the scales of its owner, whose quantised cache it reads."""
-    layers: dict[str, Any] = {
-        module.layer_name: module for module in model.modules() if hasattr(module, "kv_sharing_target_layer_name")
-    }
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "kv_sharing_target_layer_name")]
+    layers = {module.layer_name: module for module in modules}
     for layer in layers.values():
         owner = layers.get(layer.kv_sharing_target_layer_name)
         for scale in ("k_scale", "v_scale"):

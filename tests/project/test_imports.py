@@ -55,7 +55,7 @@ ONLY_IN = {
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",
         "hunyuan_pretrain/checkpoint/tokenization_hy.py",
         "hunyuan_pretrain/checkpoint/generate.py",
-        "hunyuan_pretrain/serving/vllm_plugin.py",
+        "hunyuan_pretrain/serving/",
     ],
     "torch": [
         f"hunyuan_pretrain/{room}/"

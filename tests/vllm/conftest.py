@@ -59,17 +59,18 @@ def environment(wheel: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that exports a random model; the same changes give the same folder."""
+    """A function that exports a random model; the same arguments give the same folder."""
     made: dict[str, Path] = {}
 
-    def make(**changes: object) -> Path:
-        name = json.dumps(changes, sort_keys=True)
+    def make(format: str = "hunyuan", **changes: object) -> Path:
+        name = format + json.dumps(changes, sort_keys=True)
         if name not in made:
             folder = tmp_path_factory.mktemp("export")
             (folder / "tokenizer").mkdir()
             small = {"num_layers": 4, "hidden_size": 64, "kv_channels": 32, "ffn_hidden_size": 96}
             made[name] = folder / "model"
-            export_tiny(tiny_model(**(small | changes)), write_tiny_tokenizer(folder / "tokenizer"), made[name])
+            tokenizer = write_tiny_tokenizer(folder / "tokenizer")
+            export_tiny(tiny_model(**(small | changes)), tokenizer, made[name], format=format)
         return made[name]
 
     return make
@@ -81,17 +82,24 @@ def serve(
 ) -> Callable[..., Any]:
     """A function that runs engine.py on a model."""
 
-    def run(model: Path, prompts: list[list[int]], **job: Any) -> dict[str, Any]:
+    def run(
+        model: Path, prompts: list[list[int]], variables: dict[str, str] | None = None, **job: Any
+    ) -> dict[str, Any]:
+        """The result of engine.py, and its output as `log`."""
         folder = tmp_path_factory.mktemp("job")
-        (folder / "job.json").write_text(
-            json.dumps({"model": str(model), "prompts": prompts, "new_tokens": NEW_TOKENS} | job)
-        )
+        job = {"model": str(model), "prompts": prompts, "new_tokens": NEW_TOKENS} | job
+        (folder / "job.json").write_text(json.dumps(job))
         command = [vllm_python, str(Path(__file__).parent / "engine.py"), str(folder / "job.json")]
         done = subprocess.run(
-            [*command, str(folder / "result.json")], env=environment, cwd=folder, capture_output=True, text=True
+            [*command, str(folder / "result.json")],
+            env=environment | (variables or {}),
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        assert (folder / "result.json").is_file(), done.stdout[-4000:] + done.stderr[-4000:]
-        return json.loads((folder / "result.json").read_text())
+        assert (folder / "result.json").is_file(), done.stdout[-4000:]
+        return json.loads((folder / "result.json").read_text()) | {"log": done.stdout}
 
     return run
 
@@ -99,11 +107,12 @@ def serve(
 @pytest.fixture(scope="session")
 def ours() -> Callable[..., list[dict[str, Any]]]:
     """A function that computes what engine.py does with the model code of the export: one prompt at a time, without a
-    cache. Probabilities are over the ids that can be emitted."""
+    cache. Probabilities are over the ids that can be emitted: without those that pad the vocabulary, unless
+    may_emit_all."""
 
-    def run(folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    def run(folder: Path, prompts: list[list[int]], may_emit_all: bool = False) -> list[dict[str, Any]]:
         model = load_model(folder)
-        never = torch.tensor(model.generation_config.suppress_tokens)
+        never = torch.tensor([] if may_emit_all else model.generation_config.suppress_tokens, dtype=torch.long)
         results = []
         for prompt in prompts:
             row = list(prompt)

@@ -29,7 +29,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load the model and continue the prompts greedily."""
     from vllm import LLM
 
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "block_size": 16}
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4, "block_size": 32}
     llm = LLM(job["model"], **(options | job.get("options", {})))
     cache = llm.llm_engine.vllm_config.cache_config
     rounds = [one_round(llm, job["prompts"], job["new_tokens"], each) for each in job.get("rounds", [{}])]
