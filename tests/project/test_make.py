@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 HOSTILE = {
     "PYTHON": "/bin/false",
     "VENV": "/opt/my venv",
+    "VLLM_PYTHON": "/bin/false",
     "TEXT": "a b",
     "WORK": "/",
     "CORPUS": "$(rm -rf /)",
@@ -33,7 +34,7 @@ def make(*arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.C
     )
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "test-latest", "data-bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "test-latest", "test-vllm", "data-bench"])
 def test_make_ignores_settings_in_the_environment(target: str) -> None:
     arguments = ("-n", "-B", target)
     plain, hostile = make(*arguments), make(*arguments, **HOSTILE)
@@ -49,6 +50,13 @@ def test_another_interpreter_for_the_gpu_tests_needs_no_environment() -> None:
         with_its_own = make("-n", "-B", target, "PY=/opt/gpu/bin/python").stdout
         assert "environment.py" not in with_its_own
         assert f"/opt/gpu/bin/python {command}" in with_its_own
+
+
+def test_another_vllm_needs_no_environment_of_its_own() -> None:
+    assert "environment.py set-up-vllm .venv-vllm" in make("-n", "-B", "test-vllm").stdout
+    with_its_own = make("-n", "-B", "test-vllm", "VLLM_PYTHON=/opt/vllm/bin/python").stdout
+    assert "set-up-vllm" not in with_its_own
+    assert "VLLM_PYTHON='/opt/vllm/bin/python'" in with_its_own
 
 
 def test_programs_that_make_starts_do_not_see_its_settings(tmp_path: Path) -> None:
