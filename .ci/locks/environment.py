@@ -12,9 +12,9 @@ the same version, with the CUDA packages that it needs on Linux. transformer-eng
 Transformer Engine, 1 MB. It goes to a folder that only its tests see, because megatron-core behaves differently when it
 can import it. transformer-engine-newest.txt is the newest version that megatron-core works with from Python 3.12 on;
 only constructing its modules is tested. transformers-oldest.txt is the oldest transformers that exports support, and
-peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. vllm311.txt and
-vllm312.txt hold vLLM's CPU build and what it needs, but torch; its version is in this file. Setting up needs only the
-standard library.
+peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. vllm311.txt
+and vllm312.txt hold vLLM's CPU build and what it needs, but torch; its version is in this file. Setting up needs only
+the standard library.
 """
 
 from __future__ import annotations

@@ -71,6 +71,9 @@ def loads_in(model: ModelConfig, format: Format) -> dict[str, Any]:
         "transformers": transformers,
         "transformers without code of this folder": _verdict([*native, *_native_reasons(model)]),
         "the code of Tencent's release (transformers 4.41 to 4.48)": _verdict(release),
+        "vLLM with the plugin of hunyuan-pretrain (0.28 and newer)": _verdict(
+            [] if ours else ["format hunyuan_v1_moe: export with --format hunyuan"]
+        ),
         "SGLang (source of 0.5.23)": _verdict([*native, *_sglang_reasons(model)]),
         "TensorRT-LLM (source of its main branch)": _verdict([*native, *_tensorrt_reasons(model)]),
         "llama.cpp": _verdict([_why_no_gguf(model)]),
