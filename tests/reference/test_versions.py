@@ -29,9 +29,10 @@ EXPORTS = [
     "tests/unit/data/test_tokenizer.py",
 ]
 PEERS = ["tests/reference/test_peers.py"]
+MERGE = "tests/unit/checkpoint/test_lora_merge.py::test_equals_peft_bit_by_bit"
 CASES = {
     "the oldest transformers": (["transformers_oldest", "peers"], [*MODEL, *EXPORTS, *PEERS]),
-    "this transformers with peers": (["peers"], PEERS),
+    "this transformers with peers": (["peers"], [*PEERS, MERGE]),
 }
 MAY_SKIP = "this transformers computes another model"
 """Why a test of these files may be skipped."""
