@@ -74,6 +74,7 @@ def loads_in(model: ModelConfig, format: Format) -> dict[str, Any]:
         "vLLM with the plugin of hunyuan-pretrain (0.28 and newer)": _verdict(
             [] if ours else ["format hunyuan_v1_moe: export with --format hunyuan"]
         ),
+        "vLLM alone (0.28 to 0.32)": _verdict(native),
         "SGLang (source of 0.5.23)": _verdict([*native, *_sglang_reasons(model)]),
         "TensorRT-LLM (source of its main branch)": _verdict([*native, *_tensorrt_reasons(model)]),
         "llama.cpp": _verdict([_why_no_gguf(model)]),

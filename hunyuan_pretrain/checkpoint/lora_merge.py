@@ -134,6 +134,9 @@ def _dtype_of(specs: dict[str, TensorSpec]) -> str:
 
 def _copy_others(base: Path, new: Path) -> list[str]:
     """Copy everything but weights. Returns the names of what is left out because it is not true any more."""
+    untrue = {"certificate.json", RECORD}
+    if (base / "certificate.json").is_file():
+        untrue.add("README.md")  # an export's: it states how closely these weights agree with the training model
     left_out = []
     for path in sorted(base.rglob("*")):
         inside = path.relative_to(base)
@@ -144,7 +147,7 @@ def _copy_others(base: Path, new: Path) -> list[str]:
             or any(p.startswith(".") for p in inside.parts)
         ):
             continue
-        if path.name in ("certificate.json", RECORD):
+        if str(inside) in untrue:
             left_out.append(str(inside))
             continue
         (new / inside).parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -252,8 +253,9 @@ def _extend_model_card(path: Path, scheme: Scheme, table: dict[str, dict[str, fl
     lines += [
         f"| {name} | " + " | ".join(f"{row[column]:.6g}" for column in columns) + " |" for name, row in table.items()
     ]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    # how the export loads is not how its 8-bit copy does
+    kept = re.sub(r"## Loading\n.*?(?=^## |\Z)", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    path.write_text(kept.rstrip("\n") + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _certificate(source: Export, folder: Path, scheme: Scheme, content: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def submit(
         bool, typer.Option("--requeue", help="Slurm: a job stopped at its time limit, or by a lost node, runs again.")
     ] = False,
     image: Annotated[str, typer.Option(help="Container image with this project (Slurm, Kubernetes).")] = "",
-    container_runtime: Annotated[str, typer.Option(help="Slurm: pyxis or apptainer.")] = "pyxis",
+    container_runtime: Annotated[str, typer.Option(help="Slurm: pyxis (default) or apptainer.")] = "",
     mount: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH|CLAIM=PATH", help="Folder for the container, or a Kubernetes claim; repeatable."),
@@ -139,7 +139,7 @@ def _files(asked: Request, experiment: Experiment, folder: Path, kind: str) -> d
     if asked.place == "slurm":
         return {slurm.SCRIPT: slurm.script(asked, experiment, folder)}
     if asked.place == "kubernetes":
-        return {kubernetes.MANIFEST: kubernetes.manifest(asked, experiment, kind)}
+        return {kubernetes.MANIFEST: kubernetes.manifest(asked, experiment, kind, folder.name)}
     return {}
 
 

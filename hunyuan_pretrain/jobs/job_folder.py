@@ -58,6 +58,8 @@ def _record(request: Request, experiment: Experiment) -> dict[str, str]:
     code = Path(__file__).parents[2]
     commit, diff = _git(code, "rev-parse", "HEAD"), _git(code, "diff", "HEAD", "--binary")
     packages = sorted({f"{found.name}=={found.version}" for found in distributions() if found.name}, key=str.lower)
+    # elsewhere they do not reach the ranks
+    is_passed_on = request.place in ("local", "slurm")
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SHOWN_VARIABLES)}
     about = {
         "command": sys.argv[1:],
@@ -70,7 +72,7 @@ def _record(request: Request, experiment: Experiment) -> dict[str, str]:
         "folder": os.getcwd(),
         "nodes": request.nodes,
         "ranks_per_node": request.ranks_per_node,
-        "variables": variables,
+        "variables": variables if is_passed_on else {},
     }
     files = {
         EXPERIMENT: dump_resolved(experiment),

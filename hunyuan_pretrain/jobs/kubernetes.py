@@ -19,6 +19,7 @@ from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.exit_status import EXIT_MISTAKE, EXIT_STOPPED
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.values import change_paths
 from hunyuan_pretrain.jobs.job_folder import EXPERIMENT
 from hunyuan_pretrain.jobs.request import Request
 
@@ -31,11 +32,14 @@ PORT = 29500
 RESTARTS = 20
 
 
-def manifest(request: Request, experiment: Experiment, kind: str) -> str:
-    """The YAML documents. Raises ConfigError for an unknown kind or a malformed mount."""
+def manifest(request: Request, experiment: Experiment, kind: str, number: str) -> str:
+    """The YAML documents. number: of the submission, in the names of all objects. Raises ConfigError for an unknown
+    kind, a malformed mount, and paths that are on no mounted volume."""
     if kind not in KINDS:
         raise ConfigError("submit", [Problem("--kubernetes", kind, "is unknown", " or ".join(KINDS))])
+    _refuse_unmounted(request, experiment)
     name = re.sub(r"[^a-z0-9-]+", "-", experiment.name.lower()).strip("-")[:40] or "run"
+    name = f"{name}-{number}"
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -46,11 +50,26 @@ def manifest(request: Request, experiment: Experiment, kind: str) -> str:
     return yaml.safe_dump_all([config, job], sort_keys=False, width=140)
 
 
+def _refuse_unmounted(request: Request, experiment: Experiment) -> None:
+    """What a pod reads and writes outside of its volumes is lost with it, or was never there."""
+    paths: dict[str, None] = {}
+    change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: str(paths.setdefault(path, None) or path))
+    mounted = [Path(_claim(mount)[1]) for mount in request.mounts]
+    outside = [path for path in paths if not any(Path(path).is_relative_to(mount) for mount in mounted)]
+    if outside:
+        rule = f"{', '.join(outside[:5])}: on no volume of the pods"
+        hint = "absolute paths in the experiment, below a --mount CLAIM=/PATH"
+        raise ConfigError("submit", [Problem("--mount", Problem.NO_VALUE, rule, hint)])
+
+
 def submit(folder: Path) -> list[str]:
-    """Hand the manifest to kubectl; returns what it says was made. Raises ConfigError."""
-    command = ["kubectl", "create", "--output=name", "--filename", str(folder / MANIFEST)]
+    """Hand the manifest to kubectl; returns what it says was made. Raises ConfigError; nothing then stays."""
+    file = str(folder / MANIFEST)
+    command = ["kubectl", "create", "--output=name", "--filename", file]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        # of several objects, the first ones may have been made
+        subprocess.run(["kubectl", "delete", "--ignore-not-found", "--filename", file], capture_output=True)
         said = " ".join(done.stderr.split())
         raise ConfigError("submit", [Problem("--kubernetes", Problem.NO_VALUE, f"kubectl refuses the job: {said}")])
     return done.stdout.split()
@@ -97,8 +116,11 @@ def _jobset(name: str, request: Request, experiment: Experiment) -> dict[str, An
         "metadata": {"name": name},
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": name},
-            # one pod that fails restarts all: the ranks are one world
-            "failurePolicy": {"maxRestarts": RESTARTS},
+            # one pod that fails restarts all, because the ranks are one world; but a mistake stays one
+            "failurePolicy": {
+                "maxRestarts": RESTARTS,
+                "rules": [{"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": spec}}],
         },
     }

@@ -41,8 +41,8 @@ class Request:
     requeue: bool = False
     image: str = ""
     """Container image; "" runs on the host."""
-    runtime: str = "pyxis"
-    """What starts the container under Slurm."""
+    runtime: str = ""
+    """What starts the container under Slurm; "": pyxis."""
     mounts: tuple[str, ...] = ()
     """Folders that a container sees under the same path; with kubernetes CLAIM=PATH."""
     python: str = field(default=sys.executable)
@@ -93,6 +93,7 @@ def _misplaced(request: Request) -> list[Problem]:
         "--chain": (request.chain > 1, ("slurm",)),
         "--requeue": (request.requeue, ("slurm",)),
         "--image": (request.image, ("slurm", "kubernetes")),
+        "--container-runtime": (request.runtime, ("slurm",)),
         "--mount": (request.mounts, ("slurm", "kubernetes")),
     }
     found = [
@@ -102,8 +103,9 @@ def _misplaced(request: Request) -> list[Problem]:
         for name, (value, places) in only.items()
         if value and request.place not in places
     ]
-    if request.mounts and not request.image:
-        found.append(Problem("--mount", request.mounts[0], "has no effect without --image", "leave it out"))
+    for name, value in (("--mount", request.mounts), ("--container-runtime", request.runtime)):
+        if value and not request.image:
+            found.append(Problem(name, Problem.NO_VALUE, "has no effect without --image", "leave it out"))
     return found
 
 
@@ -120,6 +122,6 @@ def _malformed(request: Request) -> list[Problem]:
     for host in request.hosts:
         if not re.fullmatch(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9][\w.:-]*", host):
             found.append(Problem("--ssh", host, "is no host", "names or addresses with commas, or a file of them"))
-    if request.runtime not in RUNTIMES:
+    if request.runtime and request.runtime not in RUNTIMES:
         found.append(Problem("--container-runtime", request.runtime, "is unknown", " or ".join(RUNTIMES)))
     return found

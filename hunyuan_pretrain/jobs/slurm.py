@@ -39,7 +39,8 @@ def script(request: Request, experiment: Experiment, folder: Path) -> str:
         lines["gpus-per-node"] = str(request.ranks_per_node)
     head = [f"#SBATCH --{name}={value}" for name, value in lines.items() if value and name not in own]
     head += [f"#SBATCH --{option}" for option in request.options]
-    head.append(f"#SBATCH --{'requeue' if request.requeue else 'no-requeue'}")
+    if not {"requeue", "no-requeue"} & set(own):
+        head.append(f"#SBATCH --{'requeue' if request.requeue else 'no-requeue'}")
     # of this host; a container has its own
     variables = {"HUNYUAN_PYTHON": request.python, "NPROC_PER_NODE": str(request.ranks_per_node)}
     if request.requeue:
@@ -65,7 +66,7 @@ def container(request: Request) -> dict[str, str]:
     if not request.image:
         return {}
     mounts = [str(Path(mount).resolve()) for mount in (os.getcwd(), *request.mounts)]
-    if request.runtime == "pyxis":
+    if request.runtime in ("", "pyxis"):
         options = [f"--container-image={request.image}", f"--container-workdir={os.getcwd()}"]
         options.append("--container-mounts=" + ",".join(f"{mount}:{mount}" for mount in mounts))
         return {"HUNYUAN_SRUN_OPTIONS": json.dumps(options), "HUNYUAN_RUN_IN": "[]"}

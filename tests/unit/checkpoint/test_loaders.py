@@ -165,11 +165,11 @@ def test_certificate_names_what_the_released_code_cannot_load(change: dict, reas
 def test_certificate_names_what_loads_the_export() -> None:
     large = loads_in(tiny_model(), "hunyuan")
     assert large["transformers"]["versions"] == ">=5.0"
-    assert [loader["loads"] for loader in large.values()] == [True, False, True, True, False, False, False]
+    assert [loader["loads"] for loader in large.values()] == [True, False, True, True, False, False, False, False]
     assert "cla_share_factor=2" in " ".join(large["transformers without code of this folder"]["reasons"])
     plain = loads_in(tiny_model(**PLAIN), "hunyuan_v1_moe")
     assert plain["transformers"]["versions"] == ">=5.20"
-    assert [loader["loads"] for loader in plain.values()] == [True, True, False, False, True, True, False]
+    assert [loader["loads"] for loader in plain.values()] == [True, True, False, False, True, True, True, False]
     assert json.dumps([large, plain])
 
 

@@ -155,9 +155,9 @@ def test_everything_else_is_copied_except_what_is_not_true_any_more(tmp_path: Pa
     (base / "certificate.json").write_text("{}")
     adapter = write_adapter(tmp_path / "adapter", low_rank(Q0, 32, 32, 4))
     done = merge_lora(base, adapter, tmp_path / "out")
-    assert done.left_out == ["certificate.json"]
+    assert done.left_out == ["README.md", "certificate.json"]
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    kept = {"config.json", "hy.tiktoken", "README.md", "release_tokenizer/a.json", "model.safetensors", "merge.json"}
+    kept = {"config.json", "hy.tiktoken", "release_tokenizer/a.json", "model.safetensors", "merge.json"}
     assert found == kept
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert record["adapter_sha256"]["adapter_model.safetensors"] == sha256_of(adapter / "adapter_model.safetensors")

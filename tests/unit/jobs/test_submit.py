@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from hunyuan_pretrain.cli.program import app
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.load import load_experiment
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.values import change_paths
 from hunyuan_pretrain.jobs import kubernetes, ssh
 from launch import slurm as in_job
 
@@ -71,7 +73,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (["--slurm", "--option", "--mem=0"], "--option=--mem=0: is no option of sbatch"),
         (["--slurm", "--option", "comment=a\n#SBATCH --uid=0"], "is no option of sbatch"),
         (["--slurm", "--partition", "a b"], "contains a space"),
-        (["--slurm", "--mount", "/data"], "--mount=/data: has no effect without --image"),
+        (["--slurm", "--mount", "/data"], "--mount: has no effect without --image"),
         (["--slurm", "--image", "x.sif", "--container-runtime", "docker"], "docker: is unknown (pyxis or apptainer)"),
         (["--ssh", "a,b", "--nodes", "1"], "--ssh=a,b: 2 hosts for 1 nodes (--nodes 2)"),
         (["--ssh", "a,-oProxyCommand=x"], "--ssh=-oProxyCommand=x: is no host"),
@@ -79,6 +81,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (["--kubernetes", "cron", "--image", "x"], "--kubernetes=cron: is unknown (pytorchjob or jobset)"),
         (["--kubernetes", "jobset"], "--image: a pod needs an image"),
         (["--kubernetes", "jobset", "--image", "x", "--mount", "/data"], "--mount=/data: is no volume of Kubernetes"),
+        (["--kubernetes", "jobset", "--image", "x", "--mount", "a=/data"], "tokenizer"),
+        (["--local", "--container-runtime", "apptainer"], "--container-runtime: has no effect with --local"),
+        (["--slurm", "--container-runtime", "apptainer"], "--container-runtime: has no effect without --image"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, options: list[str], message: str) -> None:
@@ -96,10 +101,14 @@ def test_a_machine_that_cannot_hand_jobs_over_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], command: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    status, output = submit(tmp_path / "run", *options)
+    config = DEMO
+    if command == "kubectl":
+        config = on_volumes(tmp_path)
+        options = [*options, "--nodes", "64", "--mount", "data=/data", "--mount", f"here={tmp_path}"]
+    status, output = submit(tmp_path / "run", *options, config=config)
     assert (status, f"{command} is not on PATH" in output) == (2, True)
     assert not (tmp_path / "run").exists()
-    assert submit(tmp_path / "run", *options, "--dry-run")[0] == 0
+    assert submit(tmp_path / "run", *options, "--dry-run", config=config)[0] == 0
 
 
 def test_a_job_that_does_not_fit_the_hardware_is_refused(tmp_path: Path) -> None:
@@ -248,15 +257,26 @@ def test_the_status_of_a_job_on_hosts(statuses: list[int], expected: int) -> Non
 # --- Kubernetes -------------------------------------------------------------------------------------------------------
 
 
+def on_volumes(folder: Path) -> Path:
+    """The recipe with every path on a volume that is mounted at /data."""
+    fields = change_paths(Experiment, load_experiment(LARGE).model_dump(mode="json"), lambda path: f"/data/{path}")
+    config = folder / "large.yaml"
+    config.write_text(yaml.safe_dump(fields))
+    return config
+
+
 @pytest.mark.parametrize("kind", kubernetes.KINDS)
 def test_a_manifest_starts_the_nodes_of_one_world(tmp_path: Path, kind: str, stand_in: Any) -> None:
     stand_in("python3", "echo $NODE_RANK/$NNODES $MASTER_ADDR $NPROC_PER_NODE")
+    config = on_volumes(tmp_path)
     options = ["--kubernetes", kind, "--nodes", "64", "--image", "registry/hunyuan:1", "--mount", "data=/data"]
-    assert submit(tmp_path / "run", *options, "--dry-run", config=LARGE)[0] == 0
-    config, job = yaml.safe_load_all((folder_of(tmp_path / "run") / "job.yaml").read_text())
+    options += ["--mount", f"scratch={tmp_path}"]
+    assert submit(tmp_path / "run", *options, "--dry-run", config=config)[0] == 0
+    held, job = yaml.safe_load_all((folder_of(tmp_path / "run") / "job.yaml").read_text())
     again = tmp_path / "again.yaml"
-    again.write_text(config["data"]["experiment.yaml"])
-    assert load_experiment(again) == load_experiment(LARGE, [f"run_dir={tmp_path / 'run'}"])
+    again.write_text(held["data"]["experiment.yaml"])
+    assert load_experiment(again) == load_experiment(config, [f"run_dir={tmp_path / 'run'}"])
+    assert held["metadata"]["name"] == f"{job['metadata']['name']}-experiment"
     if kind == "pytorchjob":
         replicas = job["spec"]["pytorchReplicaSpecs"]
         assert {name: one["replicas"] for name, one in replicas.items()} == {"Master": 1, "Worker": 63}
@@ -265,6 +285,8 @@ def test_a_manifest_starts_the_nodes_of_one_world(tmp_path: Path, kind: str, sta
         (group,) = job["spec"]["replicatedJobs"]
         assert (group["template"]["spec"]["completions"], group["template"]["spec"]["parallelism"]) == (64, 64)
         pods = [group["template"]["spec"]["template"]["spec"]]
+        (rule,) = job["spec"]["failurePolicy"]["rules"]
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     for pod in pods:
         (container,) = pod["containers"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
@@ -272,9 +294,19 @@ def test_a_manifest_starts_the_nodes_of_one_world(tmp_path: Path, kind: str, sta
         assert pod["terminationGracePeriodSeconds"] >= 300
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
-        assert (mounts["claim-0"], mounts["shm"]) == ("/data", "/dev/shm")
+        assert (mounts["claim-0"], mounts["claim-1"], mounts["shm"]) == ("/data", str(tmp_path), "/dev/shm")
         given = {"RANK": "3", "JOB_COMPLETION_INDEX": "3", "MASTER_ADDR": "first"}
         given["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
         said = subprocess.run(container["command"], env=given, capture_output=True, text=True).stdout.split()
-        address = "first" if kind == "pytorchjob" else "hunyuan-large-h100x512-node-0-0.hunyuan-large-h100x512"
+        address = "first" if kind == "pytorchjob" else "hunyuan-large-h100x512-001-node-0-0.hunyuan-large-h100x512-001"
         assert said == ["3/64", address, "8"]
+
+
+def test_what_kubectl_refuses_leaves_nothing(tmp_path: Path, stand_in: Any) -> None:
+    calls = stand_in("kubectl", '[[ $1 == delete ]] || { echo "the second one is refused" >&2; exit 1; }')
+    options = ["--kubernetes", "jobset", "--nodes", "64", "--image", "x", "--mount", "data=/data"]
+    config = on_volumes(tmp_path)
+    status, output = submit(tmp_path / "run", *options, "--mount", f"here={tmp_path}", config=config)
+    assert (status, "kubectl refuses the job: the second one is refused" in output) == (2, True)
+    assert [line.split()[0] for line in calls.read_text().splitlines()] == ["create", "delete"]
+    assert not list((tmp_path / "run/jobs").iterdir())
