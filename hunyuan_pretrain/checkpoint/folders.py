@@ -223,9 +223,10 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
+def put_in_place(partial: Path, folder: Path) -> OSError | None:
     """Give a finished folder its name. Removes a folder of that name from an earlier attempt at this run, and keeps the
-    step under the name that that one had."""
+    step under the name that that one had. Raises OSError, and then the earlier folder is still there. Returns the error
+    if the folder has its name but this could not be flushed to disk."""
     old = folder.with_name(f"{folder.name}.old{PARTIAL}")
     if (folder / NAME).exists():
         shutil.copyfile(folder / NAME, partial / NAME)
@@ -233,9 +234,18 @@ def put_in_place(partial: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    partial.rename(folder)
-    flush_to_disk(folder.parent)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    try:
+        flush_to_disk(folder.parent)
+    except OSError as error:
+        return error
     shutil.rmtree(old, ignore_errors=True)
+    return None
 
 
 def make_empty(folder: Path) -> None:
@@ -258,7 +268,8 @@ def remove(folder: Path) -> bool:
 
 
 def remove_partials(run_dir: Path) -> list[str]:
-    """Remove what killed attempts left half-written or half-removed; returns one log line per folder.
+    """Remove what killed attempts left half-written or half-removed, and put back what was only renamed; returns one
+    log line per folder.
 
     Call it on one process, and only while no other process writes to the run.
     """
@@ -267,9 +278,19 @@ def remove_partials(run_dir: Path) -> list[str]:
         for folder in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}")
         if folder.is_dir() and not folder.is_symlink()
     )
-    for folder in found:
-        shutil.rmtree(folder)
-    return [f"removed {folder}: an unfinished save of an earlier attempt" for folder in found]
+    return [_leave_no_partial(folder) for folder in found]
+
+
+def _leave_no_partial(folder: Path) -> str:
+    """A kill between two renames leaves a whole checkpoint: one that was to be replaced (`put_in_place`), or that has
+    been given a name while it was removed (`remove`)."""
+    place, is_named = folder.with_name(folder.name.partition(".")[0]), (folder / NAME).exists()
+    is_whole = folder.name.endswith(f".old{PARTIAL}") or (folder.name.endswith(f".removed{PARTIAL}") and is_named)
+    if is_whole and (folder / MARKER).exists() and not place.exists():
+        folder.rename(place)
+        return f"{place} is back: an earlier attempt was ended while it was to be replaced or removed"
+    shutil.rmtree(folder)
+    return f"removed {folder}: what an ended attempt left of a save or of a removal"
 
 
 def set_aside(folder: Path) -> Path:

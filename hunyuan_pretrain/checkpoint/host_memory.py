@@ -8,7 +8,9 @@ own allocator of pinned memory would round the block up to a power of two.
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -41,9 +43,11 @@ class HostMemory:
             if self._unpin is not None:
                 self._unpin()
             self._block = None  # first: both blocks may not fit
-            self._block = mmap.mmap(-1, num_bytes)
+            # private: huge pages of shared memory are off on most machines
+            self._block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._block.madvise(mmap.MADV_HUGEPAGE)
+                with suppress(OSError):  # a kernel without huge pages
+                    self._block.madvise(mmap.MADV_HUGEPAGE)
             if self._is_pinned_for is not None:
                 self._pin(self._block)
 
@@ -62,8 +66,18 @@ class HostMemory:
     def _pin(self, block: mmap.mmap) -> None:
         """Register the block with CUDA, until another takes its place."""
         address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
-        runtime = torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(address, len(block), 0))
+        runtime, found = torch.cuda.cudart(), list[int]()
+
+        def register() -> None:
+            # a thread begins on GPU 0: registering there would make every rank of the machine a context on it
+            torch.cuda.set_device(self._is_pinned_for)
+            found.append(int(runtime.cudaHostRegister(address, len(block), 0)))
+
+        # in a thread of its own: CUDA keeps an error for the next call of the same thread, which would be the copy's
+        thread = threading.Thread(target=register, name="pinning")
+        thread.start()
+        thread.join()
+        status = found[0] if found else "no device"
         if status != 0:
             self.note = (
                 f"{len(block):,} bytes of host memory for checkpoints cannot be pinned (CUDA error {status}): "

@@ -71,12 +71,12 @@ class HostTensor(NamedTuple):
 def state_on_host(
     chunks: list[HunyuanModel], optimizer: MegatronOptimizer, stage: Stage, memory: HostMemory
 ) -> list[HostTensor]:
-    """What this rank writes, copied to the host one tensor at a time. Valid until `memory` is used again.
+    """What this rank writes, copied to the host one tensor at a time. `memory` has room for it (`bytes_on_host`). Valid
+    until `memory` is used again.
 
     Communicates: as full_moments. An error is raised after the last collective, so that the other ranks do not hang.
     """
     source, failures, state = _Source(optimizer), Failures(), list[HostTensor]()
-    failures.run(lambda: memory.reserve(bytes_on_host(chunks)))
 
     def keep(home: _Home, kind: str, tensor: Tensor, dtype: torch.dtype) -> None:
         if home.is_written_here:
@@ -92,8 +92,8 @@ def state_on_host(
             failures.run(keep, home, kind, tensor, torch.float32)
             if is_quantised and kind == "main":  # rounded to the run's dtype, as in checkpoints of other runs
                 failures.run(keep, home, WEIGHT, tensor, home.parameter.dtype)
-    if stage.device.type == "cuda":
-        failures.run(lambda: torch.cuda.current_stream(stage.device).synchronize())
+    if stage.device.type == "cuda":  # after a failure too: the memory may be freed next
+        torch.cuda.current_stream(stage.device).synchronize()
     failures.raise_first()
     return state
 

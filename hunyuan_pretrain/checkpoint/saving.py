@@ -166,7 +166,8 @@ class Saver:
         """Host memory, if it is being prepared, and device memory for the copy."""
         preparing, self._preparing = self._preparing, None
         if preparing is not None:
-            preparing.wait()
+            preparing.join()  # if it has failed, the copy tries again
+        self._memory.reserve(bytes_on_host(self._chunks))
         return Stage(self._chunks)
 
     def _copy(self, stage: Stage) -> list[Item]:
@@ -251,10 +252,12 @@ class _Flight:
     def _make_complete(self, ranks: int) -> None:
         files = self._joined.join(self._partial, ranks)
         folders.write_marker(self._partial, {**self._content, "files": files})
-        folders.put_in_place(self._partial, self._folder)
+        # from here on this checkpoint is there, whatever fails
+        if (unflushed := folders.put_in_place(self._partial, self._folder)) is not None:
+            self._notes.append(f"WARNING: {self._folder} may lose its name if power fails now: {reason_of(unflushed)}")
         try:
             remove_old(self._run_dir, self.step, *self._kept)
-        except OSError as error:  # this checkpoint is complete all the same
+        except (OSError, CheckpointError) as error:
             self._notes.append(f"WARNING: an older checkpoint cannot be removed: {reason_of(error)}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 
@@ -46,7 +47,11 @@ class Background:
         try:
             self._action()
         except BaseException as error:  # torch's CheckpointException is not an Exception
-            self._error = error
+            # without the frames' variables, which would keep alive what the action held
+            self._error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            del self._action  # the same
 
 
 def leave_if_ending() -> None:

@@ -120,6 +120,45 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path):
     assert killed == 8, "two renames, and six files"
 
 
+@pytest.mark.parametrize(
+    ("suffix", "is_named", "is_replaced", "comes_back"),
+    [
+        (".old.partial", False, False, True),
+        (".old.partial", False, True, False),
+        (".removed.partial", True, False, True),
+        (".removed.partial", False, False, False),
+        (".partial", False, False, False),
+    ],
+)
+def test_a_whole_checkpoint_between_two_renames_comes_back(tmp_path, suffix, is_named, is_replaced, comes_back):
+    folder = write_checkpoint(tmp_path, 1)
+    if is_named:
+        retention.keep(tmp_path, folder, "best")
+    folder.rename(folder.with_name(folder.name + suffix))
+    if is_replaced:
+        write_checkpoint(tmp_path, 1)
+    (line,) = folders.remove_partials(tmp_path)
+    assert (f"{folder} is back" in line) == comes_back
+    assert folder.exists() == (comes_back or is_replaced)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name] * folder.exists()
+
+
+def test_an_earlier_checkpoint_stays_if_the_new_one_cannot_get_its_name(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, 1)
+    again = Path(shutil.copytree(folder, folder.with_name("step_0000001.partial")))
+    rename = Path.rename
+
+    def refused(path, target):
+        if path == again:
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="no"):
+        folders.put_in_place(again, folder)
+    assert folders.fault_of(folder) is None
+
+
 def test_a_kill_while_a_name_is_given_leaves_the_old_name_or_the_new_one(tmp_path):
     killed = 0
     while True:

@@ -415,6 +415,7 @@ def test_saving_and_resuming_add_at_most_one_tensor_of_one_parameter_on_the_devi
     with monkeypatch.context() as patch, LiveBytes() as saving:
         patch.setattr(optimizer_state, "_to_host", lambda tensor, memory: tensor.to("meta"))
         stage, memory = optimizer_state.Stage(run.chunks), HostMemory(torch.device("cpu"))
+        memory.reserve(optimizer_state.bytes_on_host(run.chunks))
         state = optimizer_state.state_on_host(run.chunks, run.optimizer, stage, memory)
     assert len(state) == len(on_host) * (3 if dtype == "fp32" else 4) - (
         0 if dtype == "fp32" else sum(name.endswith("router.weight") for name in on_host)
@@ -437,8 +438,8 @@ def test_only_partial_saves_of_earlier_attempts_are_removed(checkpoint):
     checkpoint.with_name("step_0000004.partial").symlink_to(run_dir / "elsewhere")
     lines = save_load.remove_partials(run_dir)
     assert [line.split("checkpoints/")[-1] for line in lines] == [
-        "step_0000001.removed.partial: an unfinished save of an earlier attempt",
-        "step_0000002.partial: an unfinished save of an earlier attempt",
+        "step_0000001.removed.partial: what an ended attempt left of a save or of a removal",
+        "step_0000002.partial: what an ended attempt left of a save or of a removal",
     ]
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
         "mine.partial",

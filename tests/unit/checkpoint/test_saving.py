@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import subprocess
 import sys
 import threading
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from hunyuan_pretrain.checkpoint.optimizer_state import bytes_on_host
 from hunyuan_pretrain.checkpoint.saving import Saver
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.plan.saving import bytes_copied
+from hunyuan_pretrain.runtime.background import Background
 from hunyuan_pretrain.runtime.stop import StopRequest
 from hunyuan_pretrain.train import TrainingError, loop
 from hunyuan_pretrain.train.run import Run
@@ -123,14 +127,63 @@ def test_memory_that_was_prepared_is_that_of_the_first_copy(run, tmp_path):
     saver.finish()
 
 
-def test_memory_that_cannot_be_prepared_fails_the_save_and_not_the_run(run, tmp_path, monkeypatch):
+def test_memory_that_cannot_be_prepared_is_tried_again_by_the_save(run, tmp_path, monkeypatch):
     monkeypatch.setattr(HostMemory, "touch", lambda memory: (_ for _ in ()).throw(MemoryError("no memory")))
     saver = Saver(run.chunks, run.optimizer)
     saver.prepare()
-    with pytest.raises(CheckpointError, match="could not be written: no memory"):
-        saver.begin(tmp_path, 1, None)
+    saver.begin(tmp_path, 1, None)
+    assert saver.finish() is not None
+
+
+def test_memory_that_cannot_be_had_fails_the_save_and_not_the_run(run, tmp_path, monkeypatch):
+    saver = Saver(run.chunks, run.optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostMemory, "reserve", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+        with pytest.raises(CheckpointError, match="could not be written: no memory"):
+            saver.begin(tmp_path, 1, None)
     saver.begin(tmp_path, 2, None)
     assert saver.finish() is not None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_that_has_ended_keeps_nothing_alive(fails: bool):
+    """Without a collection of circles: the host copy of a checkpoint is tens of gigabytes."""
+
+    class Block:
+        pass
+
+    def work(block: Block) -> None:
+        if fails:
+            raise OSError("no space")
+
+    block = Block()
+    there, done = weakref.ref(block), Background(partial(work, block), "work")
+    done.join()
+    del block
+    gc.disable()
+    try:
+        assert there() is None
+    finally:
+        gc.enable()
+    if fails:
+        with pytest.raises(OSError, match="no space"):
+            done.wait()
+
+
+def test_a_name_that_cannot_be_flushed_is_said_and_the_checkpoint_counts(run, tmp_path, monkeypatch):
+    flush = folders.flush_to_disk
+
+    def refused(path: Path) -> None:
+        if path == tmp_path / "checkpoints":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(path)
+
+    monkeypatch.setattr(folders, "flush_to_disk", refused)
+    saver = Saver(run.chunks, run.optimizer)
+    saver.begin(tmp_path, 1, None)
+    saved = saver.finish()
+    assert "may lose its name if power fails now: " in " ".join(saved.notes)
+    assert folders.find_checkpoints(tmp_path) == [saved.folder]
 
 
 def test_memory_of_a_gpu_is_registered_once_and_until_another_block_takes_its_place(monkeypatch):
@@ -147,10 +200,16 @@ def test_memory_of_a_gpu_is_registered_once_and_until_another_block_takes_its_pl
             return 0
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    memory = HostMemory(torch.device("cuda"))
+    devices: list[tuple[torch.device, bool]] = []
+    is_main = threading.main_thread().ident
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident() == is_main))
+    )
+    memory = HostMemory(torch.device("cuda", 3))
     memory.reserve(1000)
     memory.reserve(500)
     assert calls == [("register", 1000)]
+    assert devices == [(torch.device("cuda", 3), False)], "on its own GPU, and not in the thread that copies"
     memory.reserve(2000)
     assert calls[1:] == [("unregister", 0), ("register", 2000)]
     assert memory.note is None
