@@ -80,10 +80,6 @@ def _current_device() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
 
 
-def _synchronize() -> None:
-    torch.cuda.synchronize = lambda device=None: None
-
-
 class _Event:
     """An event on a `_Stream`."""
 
@@ -214,7 +210,6 @@ PATCHES = (
         "gradient buffers and pipeline messages are allocated on torch.cuda.current_device()",
         _current_device,
     ),
-    Patch("synchronize", "checkpointing and pipeline messages call torch.cuda.synchronize()", _synchronize),
     Patch(
         "streams",
         "the offloaded optimizer, and from 0.17 on gradient reduction, use CUDA streams to order their work",

@@ -20,11 +20,12 @@ from tests.helpers.runs import experiment_fields, run_forked, write_experiment
 def save_weights_of_run(run_dir: str, file: str) -> ModelConfig:
     """Write the weights in a run's checkpoint as training holds them, under megatron's names."""
     from hunyuan_pretrain.checkpoint import export_run, folders
+    from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
 
     folder = folders.checkpoint_of(Path(run_dir))
     experiment, _ = export_run.in_force(folder)
-    model = export_run._load_on_one_rank(experiment, folder, torch.bfloat16)
-    save_file({name: parameter.detach() for name, parameter in model.named_parameters()}, file)
+    weights, _ = verified_weights(folder, folders.read_marker(folder), processes=1)
+    save_file(dict(weights), file)
     return experiment.model
 
 

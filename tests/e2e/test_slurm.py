@@ -81,7 +81,7 @@ def has_ended(job: str) -> bool:
     return state(job)[0] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -138,11 +138,13 @@ def test_two_nodes_are_one_world_and_a_stop_is_status_75(tmp_path: Path, corpus:
 def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_as_an_undisturbed_run(
     tmp_path: Path, corpus: Path, undisturbed: list[tuple[int, float]]
 ) -> None:
-    """Slurm's own signal: the limit is moved to a minute from the start, and the signal comes 60 seconds before it."""
+    """Slurm's own signal: the limit is moved to less than the seconds before it at which the signal comes."""
     run_dir = tmp_path / "run"
-    (job,) = submit(experiment(corpus, tmp_path), "--requeue", "--option=signal=TERM@60")
+    (job,) = submit(experiment(corpus, tmp_path), "--requeue", "--option=signal=TERM@200")
     wait_for(lambda: steps_done(run_dir) > 3)
-    subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=1"], check=True)
+    hours, minutes, _ = fields_of(job)["RunTime"].split(":")
+    limit = 60 * int(hours) + int(minutes) + 3  # at least two minutes are left for saving
+    subprocess.run(["scontrol", "update", f"jobid={job}", f"timelimit={limit}"], check=True)
     wait_for(lambda: fields_of(job)["Restarts"] == "1")
     subprocess.run(["scontrol", "update", f"jobid={job}", "timelimit=20"], check=True)
     stopped_after = steps_done(run_dir)

@@ -3,11 +3,13 @@ training."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hunyuan_pretrain.checkpoint.hf_export import export
@@ -92,3 +94,11 @@ def export_tiny(model: ModelConfig, tokenizer_folder: Path, output: Path, **chan
         "certificate_info": {"run": "tiny", "step": 3},
     }
     return export(model, megatron, tokenizer_folder, output, **(options | changes))
+
+
+def own_module_cache(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let transformers keep the code of model folders in `folder`, and find none that other tests have kept."""
+    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    patch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "transformers_modules").is_dir()])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        patch.delitem(sys.modules, name)

@@ -12,7 +12,7 @@ import torch
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.generate import carries_our_code, generate, load_model
-from tests.helpers.tiny_export import export_tiny, tiny_model, write_tiny_tokenizer
+from tests.helpers.tiny_export import export_tiny, own_module_cache, tiny_model, write_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,7 @@ def test_foreign_code_does_not_run_without_permission(foreign: Path, tmp_path: P
 
 
 def test_foreign_code_runs_with_permission(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    own_module_cache(monkeypatch, tmp_path / "modules")
     model = load_model(foreign, trust_remote_code=True)
     assert (tmp_path / "ran").exists()
     assert type(model).__module__.startswith("transformers_modules")

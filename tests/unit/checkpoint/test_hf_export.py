@@ -30,6 +30,7 @@ from tests.helpers.tiny_export import (
     ALPHA,
     PlainLayers,
     export_tiny,
+    own_module_cache,
     random_tensors,
     reference_logits,
     tiny_model,
@@ -359,8 +360,7 @@ def test_a_saved_model_keeps_the_code_that_loads_it(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a user saves it after loading it with the folder's own code, for instance after training."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    own_module_cache(monkeypatch, tmp_path / "modules")
     tokens = torch.arange(3, 40)[None]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     loaded.save_pretrained(tmp_path / "once")
@@ -433,8 +433,7 @@ def test_the_released_scripts_find_their_tokenizer(
 ) -> None:
     """The files that they copy, ids under the names that they use, start and end of a document; and it is not the
     tokenizer of the export."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    own_module_cache(monkeypatch, tmp_path / "modules")
     assert "auto_map" not in json.loads((exported / "tokenizer_config.json").read_text())
     for folder in (exported, exported / "release_tokenizer"):
         names = ("generation_config.json", "hy.tiktoken", "tokenizer_config.json", "tokenization_hy.py")

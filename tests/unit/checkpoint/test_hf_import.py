@@ -18,12 +18,12 @@ import yaml
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError, modeling_hunyuan, save_load
-from hunyuan_pretrain.checkpoint.certificate import NATIVE_SINCE, Format
 from hunyuan_pretrain.checkpoint.export_run import export_run
 from hunyuan_pretrain.checkpoint.folders import checkpoint_of, verify_files
 from hunyuan_pretrain.checkpoint.foreign_tensors import ForeignTensors
 from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, load_model, sha256_of
 from hunyuan_pretrain.checkpoint.hf_import import import_model
+from hunyuan_pretrain.checkpoint.loaders import NATIVE_SINCE, Format
 from hunyuan_pretrain.checkpoint.tensor_files import StoredTensors
 from hunyuan_pretrain.checkpoint.weight_map import to_megatron, weight_map
 from hunyuan_pretrain.config.load import load_experiment

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hunyuan_pretrain.checkpoint import CheckpointError, certificate
-from hunyuan_pretrain.checkpoint.certificate import NATIVE_SINCE
 from hunyuan_pretrain.checkpoint.differences import TOLERANCES, compare_logits
 from hunyuan_pretrain.checkpoint.exported_layers import ExportedLayers
 from hunyuan_pretrain.checkpoint.generate import load_model
 from hunyuan_pretrain.checkpoint.layerwise import compare_layers
+from hunyuan_pretrain.checkpoint.loaders import NATIVE_SINCE
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers
 from tests.helpers import tiny
 from tests.helpers.tiny_export import ALPHA, export_tiny, random_tensors, tiny_model, write_tiny_tokenizer

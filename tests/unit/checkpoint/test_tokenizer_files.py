@@ -4,7 +4,6 @@ give the training tokenizer's ids."""
 from __future__ import annotations
 
 import os
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from data_tools.vocabulary import byte_vocabulary, extend
 from hunyuan_pretrain.checkpoint.generate import load_tokenizer
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer, format_ranks
-from tests.helpers.tiny_export import export_tiny, tiny_model
+from tests.helpers.tiny_export import export_tiny, own_module_cache, tiny_model
 
 LIBRARY = Path(os.__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
@@ -50,9 +49,7 @@ def fast(exported: Path) -> Any:
 def released(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The class of the release's scripts, in their folder."""
     with pytest.MonkeyPatch.context() as patch:
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-        patch.setattr(sys, "path", list(sys.path))
+        own_module_cache(patch, tmp_path_factory.mktemp("modules"))
         return AutoTokenizer.from_pretrained(exported / "release_tokenizer", trust_remote_code=True)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from hunyuan_pretrain.plan.counts import RankMemory, parameters
 from hunyuan_pretrain.runtime.stop import StopRequest
-from hunyuan_pretrain.train import as_planned, loop
+from hunyuan_pretrain.train import as_planned, loop, saves
 from hunyuan_pretrain.train.as_planned import Causes, Figures, compare, told
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import experiment_fields
@@ -107,7 +107,7 @@ def trained(corpus: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         done: list[int] = []
         monkeypatch.setattr(run.log, "line", lambda line: found.append((len(done), line)))
         monkeypatch.setattr(run.log, "metrics", lambda record: done.append(record["step"]))
-        monkeypatch.setattr(loop, "_save", lambda *_, **__: None)
+        monkeypatch.setattr(saves.Saves, "save", lambda *_, **__: None)
         plant(run)
         loop._train(run, StopRequest())
         run.loader.close()
