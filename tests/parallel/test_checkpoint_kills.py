@@ -96,7 +96,6 @@ class Ranks:
         import torch.distributed as dist
 
         from hunyuan_pretrain.checkpoint import parallel_write, save_load
-        from hunyuan_pretrain.checkpoint.optimizer_state import Stage
         from hunyuan_pretrain.checkpoint.saving import Saver
         from hunyuan_pretrain.config.schema import Experiment
         from hunyuan_pretrain.diagnostics.parity import trace_steps
@@ -115,7 +114,7 @@ class Ranks:
         self.traces = trace_steps(self.run, range(BEFORE, SAVED))
         save_load.save(folder / "in_peace", SAVED, self.run.chunks, self.run.optimizer, None)
         self.saver = Saver(self.run.chunks, self.run.optimizer)
-        self.items = self.saver._copy(Stage(self.run.chunks))
+        self.items = self.saver._copy(self.saver._room())
         self.traces += trace_steps(self.run, range(SAVED, LAST))
         self.good = {contents(folder / "before", BEFORE), contents(folder / "in_peace", SAVED)}
         dist.barrier()
