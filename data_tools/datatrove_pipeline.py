@@ -26,10 +26,9 @@ from typing import Any
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from pydantic import TypeAdapter, ValidationError
 
 from data_tools.encoding import DocumentEncoder
-from data_tools.executors import Stage, check_options, exhaust, run_stages
+from data_tools.executors import Stage, check_options, exhaust, open_plan, run_stages, write_plan
 from data_tools.tokenization import (
     TOKENIZED_FILES,
     checked_outputs,
@@ -46,11 +45,8 @@ from hunyuan_pretrain.data.folders import (
     read_manifest,
     unfinished_folder,
     waiting_for,
-    write_file,
 )
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION
-
-_PLAN = ".plan"
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def begin(
             )
 
         folder = open_folder(output)
-        write_file(folder / _PLAN, TypeAdapter(Plan).dump_json(Plan(job, outputs)))
+        write_plan(folder, Plan(job, outputs))
         if (folder / MANIFEST).is_file():
             return []
         folders = [folder, *(open_folder(other) for other in outputs[1:])]
@@ -225,18 +221,5 @@ def tokenize_on(
 
 
 def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, Plan]:
-    """Lock the unfinished folder; returns it and its plan. Raises DataFormatError without a plan for this job."""
-    folder, identity = stack.enter_context(begun_folder(output, alone=alone))
-    try:
-        plan = TypeAdapter(Plan).validate_json((folder / _PLAN).read_bytes())
-    except FileNotFoundError:
-        raise DataFormatError(
-            f"{output}: started without --executor; run the command that started it, or plan again"
-        ) from None
-    except ValidationError:
-        plan = None
-    if plan is None or plan.job.identity != identity:
-        raise DataFormatError(
-            f"{folder / _PLAN}: not a plan of this version and job; run the command that started it again"
-        )
-    return folder, plan
+    """`open_plan` of this job. Raises DataFormatError."""
+    return open_plan(stack, output, Plan, lambda plan: plan.job.identity, alone=alone)

@@ -7,17 +7,20 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datatrove.data import DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from pydantic import TypeAdapter, ValidationError
 
 from data_tools.tokenization import default_workers
 from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.folders import begun_folder, write_file
 
 EXECUTORS = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
 Stage = tuple[str, PipelineStep, int]
@@ -138,3 +141,35 @@ def exhaust(data: DocumentsPipeline) -> None:
     """Let the earlier steps of a pipeline do their work."""
     for _ in data or ():
         pass
+
+
+# --- the plan in an unfinished folder, by which tasks communicate -----------------------------------------------------
+
+PLAN = ".plan"
+P = TypeVar("P")
+
+
+def write_plan(folder: Path, plan: Any) -> None:
+    """Leave a plan, a dataclass, for the tasks."""
+    write_file(folder / PLAN, TypeAdapter(type(plan)).dump_json(plan))
+
+
+def open_plan(
+    stack: ExitStack, output: str, kind: type[P], identity_of: Callable[[P], str], *, alone: bool = False
+) -> tuple[Path, P]:
+    """Lock the unfinished folder; returns it and its plan. Raises DataFormatError without a plan for the job that the
+    folder belongs to."""
+    folder, identity = stack.enter_context(begun_folder(output, alone=alone))
+    try:
+        plan = TypeAdapter(kind).validate_json((folder / PLAN).read_bytes())
+    except FileNotFoundError:
+        raise DataFormatError(
+            f"{output}: started without --executor; run the command that started it, or plan again"
+        ) from None
+    except ValidationError:
+        plan = None
+    if plan is None or identity_of(plan) != identity:
+        raise DataFormatError(
+            f"{folder / PLAN}: not a plan of this version and job; run the command that started it again"
+        )
+    return folder, plan

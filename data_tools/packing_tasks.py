@@ -16,23 +16,18 @@ from typing import Any
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from pydantic import TypeAdapter, ValidationError
 
-from data_tools.executors import Stage, check_options, exhaust, run_stages
+from data_tools.executors import Stage, check_options, exhaust, open_plan, run_stages, write_plan
 from data_tools.packed_output import OpenJob, PackJob, name_output, plan_pack, unfinished_groups
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import (
     MANIFEST,
-    begun_folder,
     read_manifest,
     unfinished_folder,
     waiting_for,
-    write_file,
 )
 from hunyuan_pretrain.data.packed_format import PACKED_FILES, PACKED_FORMAT, PACKED_VERSION
 from hunyuan_pretrain.data.packed_groups import report_file
-
-_PLAN = ".plan"
 
 
 def begin(
@@ -44,7 +39,7 @@ def begin(
     """
     job = plan_pack(tokenized, sequence_length, **planning)
     with unfinished_folder(output, files=PACKED_FILES, identity=job.identity, overwrite=overwrite) as folder:
-        write_file(folder / _PLAN, TypeAdapter(PackJob).dump_json(job))
+        write_plan(folder, job)
         return [] if (folder / MANIFEST).is_file() else unfinished_groups(job, folder)
 
 
@@ -140,18 +135,5 @@ def pack_on(
 
 
 def _open(stack: ExitStack, output: str, *, alone: bool = False) -> tuple[Path, PackJob]:
-    """Lock the unfinished folder; returns it and its plan. Raises DataFormatError without a plan for this job."""
-    folder, identity = stack.enter_context(begun_folder(output, alone=alone))
-    try:
-        job = TypeAdapter(PackJob).validate_json((folder / _PLAN).read_bytes())
-    except FileNotFoundError:
-        raise DataFormatError(
-            f"{output}: started without --executor; run the command that started it, or plan again"
-        ) from None
-    except ValidationError:
-        job = None
-    if job is None or job.identity != identity:
-        raise DataFormatError(
-            f"{folder / _PLAN}: not a plan of this version and job; run the command that started it again"
-        )
-    return folder, job
+    """`open_plan` of this job. Raises DataFormatError."""
+    return open_plan(stack, output, PackJob, lambda job: job.identity, alone=alone)
