@@ -298,3 +298,49 @@ def test_tokenizing_resumes_after_a_killed_task_and_gives_the_same_bytes(tmp_pat
     assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == {
         path.name: path.read_bytes() for path in plain.iterdir()
     }
+
+
+def test_packing_gives_the_same_bytes(tmp_path: Path, corpus: Path) -> None:
+    """Groups of several tokenized folders, packed by tasks."""
+    pytest.importorskip("datatrove", reason="datatrove is not installed: pip install 'hunyuan-pretrain[cluster]'")
+    from data_tools.packed_output import pack
+    from data_tools.tokenization import tokenize
+
+    tokens = []
+    for text in sorted((corpus / "texts").glob("*.txt")):
+        tokens.append(str(tmp_path / f"tokens {text.stem}"))
+        tokenize([str(text)], str(corpus / "tokenizer"), tokens[-1])
+    pack(tokens, 128, str(tmp_path / "plain"), group_tokens=20_000, seed=1234)
+    manifest = json.loads((tmp_path / "plain/manifest.json").read_text())
+    assert len(manifest["groups"]) > 2
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools.cli",
+        "pack",
+        *tokens,
+        "--sequence-length",
+        "128",
+        "--output",
+        str(out),
+    ]
+    command += [
+        "--seed",
+        "1234",
+        "--group-tokens",
+        "20000",
+        "--executor",
+        "slurm",
+        "--tasks",
+        "2",
+        "--logs",
+        str(tmp_path / "logs"),
+    ]
+    options = {"partition": default_partition(), "time": "00:10:00"}
+    command += [f"--executor-option={name}={value}" for name, value in options.items()]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    wait_for(out.exists)
+    assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()
+    }
