@@ -1,9 +1,10 @@
-"""What megatron-core's own GPTModel needs on a CPU beyond runtime.cpu_megatron, for benchmarks and comparisons against
-GPTModel."""
+"""What megatron-core's own GPTModel and its own checkpoints need on a CPU beyond runtime.cpu_megatron."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
 
 from hunyuan_pretrain.runtime import cpu_megatron
 
@@ -46,6 +47,7 @@ def install() -> None:
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
     torch.cuda.stream = lambda stream: nullcontext()
     torch.Tensor.record_stream = lambda self, stream: None
+    torch.cuda.synchronize = lambda device=None: None
 
     exchange = torch.distributed.all_to_all_single
 
@@ -59,6 +61,14 @@ def install() -> None:
     # core calls it only with Transformer Engine, but also imports it without
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def save_by_core(state: dict[str, object], folder: Path) -> None:
+    """Save as megatron-core does by itself."""
+    from megatron.core import dist_checkpointing
+
+    with patch("torch.cuda.synchronize"):
+        dist_checkpointing.save(state, str(folder))
 
 
 def sequence_parallel_norm() -> type:

@@ -17,7 +17,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
@@ -33,6 +32,7 @@ from hunyuan_pretrain.plan.counts import checkpoint_bytes
 from hunyuan_pretrain.runtime.seeding import generator_state
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.run import Run
+from tests.helpers.gpt_on_cpu import save_by_core
 from tests.helpers.one_rank import moments, on_this_rank
 from tests.helpers.runs import experiment_fields
 
@@ -315,7 +315,7 @@ def test_a_checkpoint_of_format_1_written_by_core_alone_still_loads(corpus, run,
         "generators": ShardedObject("generators", generator_state(), (1,), (0,), replica_id=0),
         "fp8": {},
     }
-    dist_checkpointing.save(state, str(folder))
+    save_by_core(state, folder)
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in folder.iterdir()

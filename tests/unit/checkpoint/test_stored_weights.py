@@ -19,6 +19,7 @@ from hunyuan_pretrain.checkpoint.tensor_files import ShardWriter, StoredTensors
 from hunyuan_pretrain.checkpoint.weight_map import to_hf
 from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from tests.helpers import tiny
+from tests.helpers.gpt_on_cpu import save_by_core
 from tests.helpers.random_checkpoint import STEP, weights_of, write_random_run
 from tests.helpers.ranks import fork_ranks
 
@@ -32,7 +33,6 @@ LAYOUTS = (
 def save_under_every_layout(model: ModelConfig, folder: Path) -> None:
     """On each of four ranks: the same first weights, saved under each layout."""
     import torch.distributed as dist
-    from megatron.core import dist_checkpointing
 
     from hunyuan_pretrain.model.hunyuan_config import transformer_config
     from hunyuan_pretrain.model.hunyuan_model import build_model
@@ -48,7 +48,7 @@ def save_under_every_layout(model: ModelConfig, folder: Path) -> None:
         state = {"parameters": {}}
         for chunk in build_model(config, groups, seed=1):
             state["parameters"].update(chunk.sharded_state_dict())
-        dist_checkpointing.save(state, str(target))
+        save_by_core(state, target)
         leave_layout()
 
 
