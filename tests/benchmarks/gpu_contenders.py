@@ -50,7 +50,7 @@ SHAPES = {
     "long": Shape(2, 2048, 16, 4, 5632, 8, length=262_144, sequences=1, micro_batches=1),
 }
 """Hunyuan-Large's width with 2 and 4 layers and 2 local experts; a small model; one sequence of 256K tokens."""
-DRY = Shape(layers=2, hidden=64, heads=4, groups=2, ffn=64, experts=4, vocab=128, length=64, sequences=2)
+DRY = Shape(layers=2, hidden=64, heads=4, groups=2, ffn=64, experts=4, vocab=128, length=32, sequences=2)
 
 GPT_FUSIONS: dict[str, Any] = {
     "bias_activation_fusion": True,
