@@ -510,7 +510,7 @@ def test_an_existing_folder_is_kept(work: Path, tmp_path: Path, refuse: Callable
 
 
 def test_an_output_inside_the_export_is_refused(work: Path) -> None:
-    with pytest.raises(CheckpointError, match="lies in the export"):
+    with pytest.raises(CheckpointError, match=r"lies in .*, which is only read"):
         quantize(work / "bf16", work / "bf16/out", "int8")
 
 
