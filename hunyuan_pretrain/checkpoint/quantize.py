@@ -28,8 +28,8 @@ from hunyuan_pretrain.checkpoint.calibration import (
     split,
 )
 from hunyuan_pretrain.checkpoint.certificate import SAMPLE_TEXTS
+from hunyuan_pretrain.checkpoint.exported_layers import Export
 from hunyuan_pretrain.checkpoint.generate import load_tokenizer, sha256_of
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export
 from hunyuan_pretrain.checkpoint.outputs import new_folder, refuse_existing
 from hunyuan_pretrain.checkpoint.quantized_certificate import (
     caches_weighted_keys,
