@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.layer_by_layer import LayeredModel
+from hunyuan_pretrain.checkpoint.exported_layers import ExportedLayers
 from hunyuan_pretrain.checkpoint.modeling_hunyuan import HunYuanDecoderLayer
 from hunyuan_pretrain.checkpoint.quantized_format import FP8_MAX
 
@@ -73,33 +73,33 @@ def split(sequences: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return (rest, held_out) if held_out else (rest[:-1], rest[-1:])
 
 
-def input_scales(model: LayeredModel, sequences: Sequence[Tensor], log: Callable[[str], None]) -> dict[str, Tensor]:
+def input_scales(model: ExportedLayers, sequences: Sequence[Tensor], log: Callable[[str], None]) -> dict[str, Tensor]:
     """Scales (1,) in fp32: of the inputs of each linear layer by its name, and of the cached keys and values of each
     owner of a CLA group as <layer>.self_attn.k and .v.
 
     Raises CheckpointError if one is 0 or not finite.
     """
-    passages = [model.embedded(tokens_S) for tokens_S in sequences]
+    passages = model.passages(sequences)
     largest: dict[str, Tensor] = {}
-    for number in range(model.config.num_hidden_layers):
-        log(f"calibration: layer {number + 1} of {model.config.num_hidden_layers}")
-        layer, seen = model.layer(number), _Largest(f"model.layers.{number}.")
-        with _watched(layer, seen):
+    for number in range(model.num_layers):
+        log(f"calibration: layer {number + 1} of {model.num_layers}")
+        seen = _Largest(f"model.layers.{number}.")
+        with model.layer(number) as layer, _watched(layer, seen):
             for passage in passages:
                 model.advance(layer, passage, _SeenCache(seen))
         largest |= seen.values
     return {name: _scale(name, amax) for name, amax in largest.items()}
 
 
-def key_scale(model: LayeredModel, number: int, with_weight: bool, observed: Tensor) -> Tensor:
+def key_scale(model: ExportedLayers, number: int, with_weight: bool, observed: Tensor) -> Tensor:
     """Scale (1,) of a layer's cached keys.
 
     After the key norm a head's keys have at most the length sqrt(head width), and so has each of their values: no text
     can exceed that. with_weight: an engine caches keys multiplied by the norm's weight (format hunyuan_v1_moe).
     """
-    if not model.config.use_qk_norm:
+    if not model.model.config.use_qk_norm:
         return observed
-    bound = torch.full_like(observed, math.sqrt(model.config.head_dim))
+    bound = torch.full_like(observed, math.sqrt(model.model.config.head_dim))
     if with_weight:
         bound = bound * model.tensors[f"model.layers.{number}.self_attn.key_layernorm.weight"].float().abs().amax()
     return _scale(f"model.layers.{number}.self_attn.k", bound)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.differences import TOLERANCES, compare_logits, judge_layers, judge_logits
-from hunyuan_pretrain.checkpoint.exported_layers import ExportedLayers
+from hunyuan_pretrain.checkpoint.exported_layers import Export, ExportedLayers
 from hunyuan_pretrain.checkpoint.generate import load_model, load_tokenizer, sha256_of
 from hunyuan_pretrain.checkpoint.layerwise import LayerSource, compare_layers
 from hunyuan_pretrain.checkpoint.loaders import Format, loads_in
@@ -65,7 +65,7 @@ def certify(
     tolerance, vocab_size = TOLERANCES[dtype], model.padded_vocab_size
     prompts = [torch.tensor([tokenizer.start_id, *tokenizer.encode(text)]) for text in SAMPLE_TEXTS]
     random_BS = torch.randint(tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    streamed = ExportedLayers(folder)
+    streamed = ExportedLayers(Export.read(folder))
     whole, why_not = _as_a_user_loads_it(folder)
     loaded_model = streamed.model if whole is None else whole
     loaded_with = type(loaded_model).__name__

@@ -4,8 +4,9 @@
     complete.json                             written last: step, model, size and sha256 of every other file
     name.json                                 only in one that is kept under a name: that name
     common.pt, __0_0.distcp, ...              megatron's distributed checkpoint
-<run_dir>/checkpoints/step_0000200.partial/   an unfinished save (*.partial: also a checkpoint that was being removed)
-<run_dir>/checkpoints/step_0000200.damaged/   an unreadable checkpoint, set aside by a run that continued without it
+<run_dir>/checkpoints/step_0000200.9f2c41d0.partial/
+                                              one attempt at a save (*.partial: also a checkpoint that is being removed)
+<run_dir>/checkpoints/step_0000200.damaged/   a damaged checkpoint, set aside by a run that continued without it
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.faults import (
+    MISSING,
+    Fault,
+    NewerFormatError,
+    UnreadableError,
+    damage_to,
+    may_be_good,
+    opened,
+    reading,
+    unreadable,
+)
 from hunyuan_pretrain.checkpoint.stored import COMMON, INDEX, Index, Section, check_object, read_index
 from hunyuan_pretrain.config.changes import Kind, model_differences
 from hunyuan_pretrain.config.errors import show_value
@@ -45,6 +58,12 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:07d}"
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where a new attempt at the checkpoint `folder` is written. No other attempt has this name, so a rank that is left
+    over from another one, on a node that was lost, cannot write into it."""
+    return folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{PARTIAL}")
+
+
 def step_of(folder: Path) -> int | None:
     """The step in the name of a checkpoint folder; None for any other folder."""
     found = re.fullmatch(r"step_(\d{7,})", folder.name)
@@ -52,43 +71,61 @@ def step_of(folder: Path) -> int | None:
 
 
 def named_checkpoints(run_dir: Path) -> list[Path]:
-    """Every folder that has the name of a checkpoint, oldest first, whatever it contains."""
-    found = [
-        (step, folder) for folder in (run_dir / "checkpoints").glob("step_*") if (step := step_of(folder)) is not None
-    ]
-    return [folder for _, folder in sorted(found)]
+    """Every folder that has the name of a checkpoint, oldest first, whatever it contains. Raises UnreadableError."""
+    place = run_dir / "checkpoints"
+    try:
+        folders = [place / name for name in os.listdir(place)]  # Path.glob finds nothing where it may not look
+    except MISSING:
+        return []
+    except OSError as error:
+        raise unreadable(place, error) from error
+    return sorted((folder for folder in folders if step_of(folder) is not None), key=lambda one: step_of(one) or 0)
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. This checks file sizes only; digests are checked on loading."""
-    return [folder for folder in named_checkpoints(run_dir) if fault_of(folder) is None]
+    """Complete checkpoints of a run, oldest first. This checks file sizes only; digests are checked on loading.
+
+    Raises CheckpointError if one that is newer than all of these may be complete too, but cannot be read now or is of a
+    newer program: nobody is given an older one in its place.
+    """
+    found: list[Path] = []
+    for folder in reversed(named_checkpoints(run_dir)):
+        fault = fault_of(folder)
+        if fault is None:
+            found.append(folder)
+        elif fault.state != "damaged" and not found:
+            raise may_be_good(folder, fault)
+    return found[::-1]
 
 
-def none_is_good(run_dir: Path, faults: Mapping[Path, str], hint: str) -> CheckpointError:
+def none_is_good(run_dir: Path, faults: Mapping[Path, Fault | str], hint: str) -> CheckpointError:
     """The error for a run with no usable checkpoint. It names each checkpoint with its fault."""
     named = "\n".join(f"  {folder.name}: {fault}" for folder, fault in faults.items())
     return CheckpointError(f"{run_dir / 'checkpoints'}: no usable checkpoint ({hint})\n{named}")
 
 
-def faults_of(run_dir: Path) -> dict[Path, str]:
+def faults_of(run_dir: Path) -> dict[Path, Fault | str]:
     """What is wrong with the faulty checkpoints of a run, newest first, as far as `fault_of` can tell."""
     return {folder: fault for folder in reversed(named_checkpoints(run_dir)) if (fault := fault_of(folder)) is not None}
 
 
-def fault_of(folder: Path, marker: Mapping[str, Any] | None = None) -> str | None:
+def fault_of(folder: Path, marker: Mapping[str, Any] | None = None) -> Fault | None:
     """What is wrong with a checkpoint, as far as its marker (by default read) and file sizes show; None if nothing
     is."""
     try:
         files = (marker or read_marker(folder))["files"]
-        return next((damage_to(name) for name, file in files.items() if not _has_size(folder / name, file)), None)
-    except (OSError, TypeError, KeyError, AttributeError) as error:
-        return f"{MARKER}: {error}"
+        wrong = next((name for name, file in files.items() if not _has_size(folder / name, file)), None)
+        return None if wrong is None else Fault("damaged", damage_to(wrong))
+    except (TypeError, KeyError, AttributeError) as error:
+        return Fault("damaged", f"{MARKER}: {error}")
     except CheckpointError as error:
-        return str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+        state = {UnreadableError: "unreadable", NewerFormatError: "newer"}.get(type(error), "damaged")
+        return Fault(state, str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/"))
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """complete.json of a checkpoint. Raises CheckpointError if it is missing, damaged or written by a newer program."""
+    """complete.json of a checkpoint. Raises CheckpointError if it is missing or damaged, UnreadableError, and
+    NewerFormatError if a newer program has written it."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         missing = {"step", "world_size", "model", "files"} - marker.keys()
@@ -108,12 +145,12 @@ def read_marker(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: {_not_a_checkpoint(folder)}") from None
     except OSError as error:
-        raise CheckpointError(f"{folder / MARKER}: cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{folder}/{unreadable(folder / MARKER, error)}") from None
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / MARKER}: damaged: {error}") from None
     if marker.get("format_version", 1) > FORMAT_VERSION:
         newer = f"format_version is {marker['format_version']}, this program reads up to {FORMAT_VERSION}"
-        raise CheckpointError(f"{folder / MARKER}: written by a newer program: {newer}")
+        raise NewerFormatError(f"{folder / MARKER}: written by a newer program: {newer}")
     return marker
 
 
@@ -155,34 +192,30 @@ def verify_files(folder: Path, marker: Mapping[str, Any], names: Sequence[str]) 
 
 
 def verify_file(folder: Path, marker: Mapping[str, Any], name: str) -> None:
-    """Compare a file of a checkpoint with the marker's size and digest. Raises CheckpointError if it differs."""
+    """Compare a file of a checkpoint with the marker's size and digest. Raises CheckpointError if it differs,
+    UnreadableError."""
     file = marker["files"][name]
-    if not _has_size(folder / name, file) or digest(folder / name) != file["sha256"]:
+    with reading(folder / name):
+        is_as_written = _has_size(folder / name, file) and digest(folder / name) == file["sha256"]
+    if not is_as_written:
         raise CheckpointError(damage_to(name))
 
 
 def index_of(folder: Path, marker: Mapping[str, Any]) -> Index:
     """Where the tensors of a checkpoint are. The bytes that are interpreted are the ones whose digest is compared.
 
-    Raises CheckpointError if they are not as written or not an index, UnsafePickleError if they, or what is common to
-    all ranks, name what no checkpoint needs.
+    Raises CheckpointError if they are not as written or not an index, UnreadableError, UnsafePickleError if they, or
+    what is common to all ranks, name what no checkpoint needs.
     """
     files = marker["files"]
-    content = (folder / INDEX).read_bytes()
+    with reading(folder / INDEX):
+        content = (folder / INDEX).read_bytes()
     if INDEX not in files or hashlib.sha256(content).hexdigest() != files[INDEX]["sha256"]:
         raise CheckpointError(damage_to(INDEX))
     if COMMON in files:  # nothing in it is used; whoever hid something there meant another reader
-        descriptor = os.open(folder / COMMON, os.O_RDONLY)
-        try:
+        with opened(folder / COMMON) as descriptor:
             check_object(descriptor, Section(COMMON, 0, files[COMMON]["bytes"]))
-        finally:
-            os.close(descriptor)
     return read_index(content, {name: file["bytes"] for name, file in files.items()})
-
-
-def damage_to(name: str) -> str:
-    """The message for a file that is not as written."""
-    return f"{name} is missing or damaged: its size or sha256 is not the one in {MARKER}"
 
 
 def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConfig) -> None:
@@ -248,12 +281,6 @@ def put_in_place(partial: Path, folder: Path) -> OSError | None:
     return None
 
 
-def make_empty(folder: Path) -> None:
-    """Create an empty folder, removing whatever was there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
 def remove(folder: Path) -> bool:
     """Remove a checkpoint without a name. It is renamed first, so that a half-removed one is never taken for a
     checkpoint. Returns False, and leaves it, if it has a name by then: a person may give it one at any moment."""
@@ -289,7 +316,9 @@ def _leave_no_partial(folder: Path) -> str:
     if is_whole and (folder / MARKER).exists() and not place.exists():
         folder.rename(place)
         return f"{place} is back: an earlier attempt was ended while it was to be replaced or removed"
-    shutil.rmtree(folder)
+    doomed = folder.with_name(f"{folder.name}.gone{PARTIAL}")
+    folder.rename(doomed)  # first: a rank that is left over on a lost node would go on to fill it
+    shutil.rmtree(doomed)
     return f"removed {folder}: what an ended attempt left of a save or of a removal"
 
 
@@ -310,4 +339,10 @@ def _self_digest(marker: Mapping[str, Any]) -> str:
 
 
 def _has_size(path: Path, file: Mapping[str, Any]) -> bool:
-    return path.exists() and path.stat().st_size == file["bytes"]
+    """Raises UnreadableError."""
+    try:
+        return path.stat().st_size == file["bytes"]
+    except MISSING:
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error

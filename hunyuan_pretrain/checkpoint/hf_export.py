@@ -12,9 +12,7 @@ came from. Its certificate.json says how closely they agree and what else loads 
 
 from __future__ import annotations
 
-import errno
 import json
-import secrets
 import shutil
 from collections import abc
 from functools import partial
@@ -32,6 +30,7 @@ from hunyuan_pretrain.checkpoint.generate import MODEL_CODE, TOKENIZER_CODE
 from hunyuan_pretrain.checkpoint.layerwise import LayerSource
 from hunyuan_pretrain.checkpoint.loaders import Format, refuse_what_loads_wrongly
 from hunyuan_pretrain.checkpoint.model_card import CardFacts, model_card
+from hunyuan_pretrain.checkpoint.outputs import new_folder, refuse_existing
 from hunyuan_pretrain.checkpoint.stored_weights import rows_of, shape_of
 from hunyuan_pretrain.checkpoint.tensor_files import ShardWriter, TensorSpec
 from hunyuan_pretrain.checkpoint.weight_map import by_expert, refuse_other_parameters, weight_map
@@ -40,18 +39,6 @@ from hunyuan_pretrain.config.schema import ModelConfig
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 
 __all__ = ["export", "generation_config", "hf_config", "refuse_at_once"]
-
-CANNOT_WRITE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-)
-"""Errors caused by the disk or the folder, not by this program."""
 
 
 def export(
@@ -85,9 +72,7 @@ def export(
     tokenizer = refuse_at_once(model, tokenizer_folder, output, dtype=dtype, format=format)
     refuse_other_parameters(model, {name: shape_of(megatron_tensors, name) for name in megatron_tensors})
 
-    folder = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir(parents=True)
+    with new_folder(output) as folder:
         # A pretraining document ends with <|endoftext|>; the ids in the release's own config.json are wrong for its
         # tokenizer.
         ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
@@ -113,13 +98,6 @@ def export(
         certificate["source"] = certificate_info or {}
         _write_json(folder / "certificate.json", certificate)
         (folder / "README.md").write_text(model_card(model, config, certificate, card or CardFacts()))
-        folder.rename(output)  # over an empty folder too
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise CheckpointError(f"{output}: cannot be written: {error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return certificate
 
 
@@ -132,8 +110,7 @@ def refuse_at_once(
         raise CheckpointError(
             f"dtype {dtype}: exports are {', '.join(str(known).removeprefix('torch.') for known in TOLERANCES)}"
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
+    refuse_existing(output)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.vocab_size > model.padded_vocab_size:
         raise CheckpointError(

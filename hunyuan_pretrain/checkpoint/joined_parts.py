@@ -19,7 +19,6 @@ from typing import Any
 # isort: split
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -32,10 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from hunyuan_pretrain.checkpoint import CheckpointError, folders
 from hunyuan_pretrain.checkpoint.parallel_write import REPORTS
+from hunyuan_pretrain.checkpoint.stored import COMMON, INDEX
 from hunyuan_pretrain.data.folders import write_file
 from hunyuan_pretrain.runtime.background import leave_if_ending
-
-METADATA = ".metadata"
 
 
 class JoinedParts:
@@ -64,11 +62,11 @@ class JoinedParts:
             )
         common = io.BytesIO()
         torch.save({}, common)  # objects common to all ranks; there are none
-        write_file(folder / COMMON_STATE_FNAME, common.getvalue())
+        write_file(folder / COMMON, common.getvalue())
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        write_file(folder / METADATA, self._metadata)
+        write_file(folder / INDEX, self._metadata)
         shutil.rmtree(folder / REPORTS)
-        for name in (COMMON_STATE_FNAME, "metadata.json", METADATA):
+        for name in (COMMON, "metadata.json", INDEX):
             path = folder / name
             files[name] = {"bytes": path.stat().st_size, "sha256": folders.digest(path)}
         if strangers := {path.name for path in folders.data_files(folder)} ^ files.keys():

@@ -7,7 +7,6 @@ Listing reads each complete.json and the sizes of its files. Verifying reads eve
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hunyuan_pretrain.checkpoint import CheckpointError, folders, retention
+from hunyuan_pretrain.checkpoint.faults import Fault, opened
 from hunyuan_pretrain.checkpoint.stored import check_object, tensor_record
 from hunyuan_pretrain.runtime.lock import holder_of
 
@@ -30,7 +30,8 @@ class Entry(NamedTuple):
     folder: Path
     step: int
     state: str
-    """complete, damaged (set aside by a run, or with a fault), or partial (an unfinished save)."""
+    """complete, damaged (set aside by a run, or with a fault), unreadable or newer (see faults.Fault), or partial (an
+    unfinished save)."""
     fault: str | None = None
     """What is wrong with it."""
     size_bytes: int | None = None
@@ -72,16 +73,20 @@ def entries(run_dir: Path) -> list[Entry]:
 def _entry(step: int, suffix: str, folder: Path) -> Entry:
     if suffix.endswith(folders.PARTIAL):
         return Entry(folder, step, "partial", "an unfinished save or removal")
-    state, name = "damaged" if suffix else "complete", retention.name_of(folder)
-    fault = "set aside by a run that could not use it" if suffix.startswith(folders.DAMAGED) else suffix or None
+    name = retention.name_of(folder)
+    fault = None
+    if suffix:
+        is_aside = suffix.startswith(folders.DAMAGED)
+        fault = Fault("damaged", "set aside by a run that could not use it" if is_aside else suffix)
     try:
         marker = folders.read_marker(folder)
         fault = fault or folders.fault_of(folder, marker)
+        state, text = fault or ("complete", None)
         return Entry(
             folder,
             step,
-            "damaged" if fault else state,
-            fault,
+            state,
+            text,
             sum(file["bytes"] for file in marker["files"].values()),
             (folder / folders.MARKER).stat().st_mtime,
             marker.get("layout"),
@@ -91,7 +96,8 @@ def _entry(step: int, suffix: str, folder: Path) -> Entry:
             name=name,
         )
     except (CheckpointError, OSError, TypeError, KeyError, AttributeError) as error:
-        return Entry(folder, step, "damaged", fault or folders.fault_of(folder) or str(error), name=name)
+        fault = fault or folders.fault_of(folder) or Fault("damaged", str(error))
+        return Entry(folder, step, fault.state, fault.text, name=name)
 
 
 def _losses(metrics: Path, steps: Collection[int]) -> dict[int, float]:
@@ -142,7 +148,7 @@ def verify(entry: Entry, progress: Callable[[int, int], None]) -> str | None:
     `progress` is called with the bytes read so far and those of all files.
     """
     if fault := folders.fault_of(entry.folder):  # a missing file, or one of another length: found at once
-        return fault
+        return fault.text
     try:
         marker = folders.read_marker(entry.folder)
         files: Mapping[str, Any] = marker["files"]
@@ -173,12 +179,9 @@ def _look_into(folder: Path, marker: Mapping[str, Any]) -> None:
     ]
     checks.sort(key=lambda check: check[0])
     for file, of_file in groupby(checks, key=lambda check: check[0].file):
-        descriptor = os.open(folder / file, os.O_RDONLY)
-        try:
+        with opened(folder / file) as descriptor:
             for section, check in of_file:
                 check(descriptor, section)
-        finally:
-            os.close(descriptor)
 
 
 # --- remove, keep, release, branch ------------------------------------------------------------------------------------
@@ -187,10 +190,10 @@ def _look_into(folder: Path, marker: Mapping[str, Any]) -> None:
 def refuse_removal(run_dir: Path, listed: Sequence[Entry], doomed: Sequence[Entry], force: bool) -> None:
     """Raise CheckpointError with every reason against removing `doomed`.
 
-    A checkpoint under a name has to be released first. The newest good one goes only with `force`, and never while a
-    process trains in the run; an unfinished save of a process that does is never touched.
+    A checkpoint under a name has to be released first. The newest good one, or one that may be good, goes only with
+    `force`, and never while a process trains in the run; an unfinished save of a process that does is never touched.
     """
-    good = [entry for entry in listed if entry.state == "complete"]
+    good = [entry for entry in listed if entry.state not in WORDS]
     newest = good[-1].folder if good else None
     is_last = newest is not None and any(entry.folder == newest for entry in doomed)
     has_partial = any(entry.state == "partial" for entry in doomed)

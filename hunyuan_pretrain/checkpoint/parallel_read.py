@@ -9,7 +9,6 @@ that is needed in part, only the rows that contain it are read.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.faults import opened
 from hunyuan_pretrain.checkpoint.stored import (
     ITEM_BYTES,
     Chunk,
@@ -65,8 +65,8 @@ class _Read(NamedTuple):
 def read_tensors(folder: Path, index: Index, regions: Iterable[Region]) -> None:
     """Fill the tensors of `regions` from a checkpoint whose digests have been compared.
 
-    Raises CheckpointError naming the first tensor that the checkpoint does not hold in that shape, or not wholly. Then
-    the tensors may be filled in part.
+    Raises CheckpointError naming the first tensor that the checkpoint does not hold in that shape, or not wholly, and
+    UnreadableError. Then the tensors may be filled in part.
     """
     reads = sorted((read for region in regions for read in _reads(index, region)), key=lambda read: read.chunk.section)
     with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint") as pool:
@@ -80,12 +80,9 @@ def read_object(folder: Path, index: Index, key: str) -> Any:
         raise CheckpointError(f"{key} is not in the checkpoint")
     section = index.objects[key]
     content = bytearray(section.length)
-    descriptor = os.open(folder / section.file, os.O_RDONLY)
-    try:
+    with opened(folder / section.file) as descriptor:
         check_object(descriptor, section)  # torch would refuse too, in a paragraph that advises to trust the file
         read_bytes(descriptor, section, memoryview(content))
-    finally:
-        os.close(descriptor)
     loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return loaded[0]  # core stores a list of the parts that a rank holds: one
 
@@ -134,12 +131,9 @@ def _batches(reads: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_batch(folder: Path, reads: list[_Read]) -> None:
-    descriptor = os.open(folder / reads[0].chunk.section.file, os.O_RDONLY)
-    try:
+    with opened(folder / reads[0].chunk.section.file) as descriptor:
         for read in reads:
             _read(descriptor, read)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def write_part(folder: Path, rank: int, items: Sequence[Item]) -> None:
     places: list[list[Any]] = []
 
     def write(name: str, share: Sequence[Item]) -> None:
-        files[name], found = _write_items(folder / name, share)
+        files[name], found = write_items(folder / name, share)
         places.extend(found)
 
     names = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
@@ -165,7 +165,7 @@ def _shares(items: Sequence[Item]) -> list[list[Item]]:
     return shares
 
 
-def _write_items(path: Path, items: Sequence[Item]) -> tuple[dict[str, Any], list[list[Any]]]:
+def write_items(path: Path, items: Sequence[Item]) -> tuple[dict[str, Any], list[list[Any]]]:
     """Write one file. Returns its size and digest; and for each item its key, the file's name, where it starts and how
     long it is and, of a tensor, dtype, whole shape, offset and shape."""
     places: list[list[Any]] = []

@@ -28,9 +28,9 @@ from hunyuan_pretrain.checkpoint.calibration import (
     split,
 )
 from hunyuan_pretrain.checkpoint.certificate import SAMPLE_TEXTS
+from hunyuan_pretrain.checkpoint.exported_layers import Export
 from hunyuan_pretrain.checkpoint.generate import load_tokenizer, sha256_of
-from hunyuan_pretrain.checkpoint.hf_export import CANNOT_WRITE
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export
+from hunyuan_pretrain.checkpoint.outputs import new_folder, refuse_existing
 from hunyuan_pretrain.checkpoint.quantized_certificate import (
     caches_weighted_keys,
     compare,
@@ -47,7 +47,6 @@ from hunyuan_pretrain.checkpoint.quantized_format import (
     stored_tensors,
 )
 from hunyuan_pretrain.checkpoint.tensor_files import INDEX, ShardWriter
-from hunyuan_pretrain.data.folders import is_inside, new_folder
 
 CERTIFICATE = "certificate.json"
 
@@ -76,33 +75,28 @@ def quantize(
     """
     scheme = _scheme(scheme_name, fp8_kv_cache, calibration, one_scale_per_tensor)
     _refuse_missing_device(device)
-    _refuse_output(export, output)
+    refuse_existing(output, export)
     source = Export.read(export)
     _refuse_what_is_not_bf16(source)
     length = min(sequence_length, source.config.max_position_embeddings)
     calibrating, comparing, compared_text = _sequences(
         source, scheme.is_static or fp8_kv_cache, calibration, held_out, samples, length
     )
-    try:
-        with new_folder(output, files=("config.json",)) as folder:
-            scales = _activation_scales(source, calibrating, fp8_kv_cache, device, log) if calibrating else {}
-            _copy_other_files(source, folder, quantization_config(scheme, fp8_kv_cache))
-            _write_tensors(source, folder, scheme, scales, one_scale_per_tensor, fp8_kv_cache, max_shard_bytes)
-            figures = compare(source, folder, comparing, device, log)
-            settings = {
-                "fp8_kv_cache": fp8_kv_cache,
-                "one_scale_per_tensor": one_scale_per_tensor or scheme.weight_strategy == "tensor",
-                "calibration_tokens": sum(map(len, calibrating)),
-                "held_out_text": compared_text,
-            }
-            table = _table(source, folder, scheme, figures)
-            _extend_model_card(folder / "README.md", scheme, table)
-            certificate = _certificate(source, folder, scheme, settings | {"table": table} | figures)
-            _write_json(folder / CERTIFICATE, certificate)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise CheckpointError(f"{output}: cannot be written: {error}; nothing was left behind") from error
+    with new_folder(output) as folder:
+        scales = _activation_scales(source, calibrating, fp8_kv_cache, device, log) if calibrating else {}
+        _copy_other_files(source, folder, quantization_config(scheme, fp8_kv_cache))
+        _write_tensors(source, folder, scheme, scales, one_scale_per_tensor, fp8_kv_cache, max_shard_bytes)
+        figures = compare(source, folder, comparing, device, log)
+        settings = {
+            "fp8_kv_cache": fp8_kv_cache,
+            "one_scale_per_tensor": one_scale_per_tensor or scheme.weight_strategy == "tensor",
+            "calibration_tokens": sum(map(len, calibrating)),
+            "held_out_text": compared_text,
+        }
+        table = _table(source, folder, scheme, figures)
+        _extend_model_card(folder / "README.md", scheme, table)
+        certificate = _certificate(source, folder, scheme, settings | {"table": table} | figures)
+        _write_json(folder / CERTIFICATE, certificate)
     return certificate
 
 
@@ -117,13 +111,6 @@ def _scheme(name: str, fp8_kv_cache: bool, calibration: Path | None, one_scale_p
         reason = "it has one already" if scheme.is_static else "int8 is no recipe of training"
         raise CheckpointError(f"one scale per tensor is a choice of scheme fp8, not of {name}: {reason}")
     return scheme
-
-
-def _refuse_output(export: Path, output: Path) -> None:
-    if is_inside(output, export):
-        raise CheckpointError(f"{output}: lies in the export; choose a folder outside")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: exists and is not an empty folder; remove it or choose another name")
 
 
 def _refuse_missing_device(device: str) -> None:

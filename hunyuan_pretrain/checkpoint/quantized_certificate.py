@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export, LayeredModel, OnDevice, Passage, WideLinear
+from hunyuan_pretrain.checkpoint.exported_layers import Export, ExportedLayers, OnDevice, Passage, WideLinear
 from hunyuan_pretrain.checkpoint.quantized_format import (
     IGNORE,
-    QuantizedWeight,
     Scheme,
     error_bound,
     fused_with,
@@ -129,60 +128,72 @@ def compare(
     """All checks; returns the figures. sequences: held-out token ids (S,) each. Raises CheckpointError."""
     scheme, stored = check_tensors(source, folder)
     tensors, saturation = OnDevice(stored, device), _Saturation()
+    check_weights(source, scheme, tensors)
     plain = unquantized_model(source, device)
-    other = quantized_model(source, scheme, tensors, saturation)
-    expected, actual = ([model.embedded(tokens_S) for tokens_S in sequences] for model in (plain, other))
+    other = quantized_model(source, scheme, stored, device, saturation)
+    expected, actual = (model.passages(sequences) for model in (plain, other))
     hidden = []
     for number in range(source.config.num_hidden_layers):
         log(f"comparison: layer {number + 1} of {source.config.num_hidden_layers}")
         _through(plain, number, expected, None)
         _through(other, number, actual, rounded_cache(source, tensors, number))
         hidden.append(_relative_difference(expected, actual))
-    figures = _figures(plain, other, sequences, expected, actual)
+    with plain.output(), other.output():
+        figures = _figures(plain, other, sequences, expected, actual)
     figures |= {"relative_difference_after_layer": hidden} | saturation.figures()
     _judge(figures, scheme)
     return figures | {"limits": LIMITS[scheme.name] | {"reason": WHY}}
 
 
-def unquantized_model(source: Export, device: str) -> LayeredModel:
+def check_weights(source: Export, scheme: Scheme, tensors: OnDevice) -> None:
+    """The second check, of one weight after the other, on the device of `tensors`. Raises CheckpointError."""
+    originals, wrong = OnDevice(source.tensors, tensors.device), []
+    for module in quantized_modules(source):
+        weight, original = read_weight(tensors, module, scheme), originals[f"{module}.weight"]
+        if not bool(((weight.dequantized() - original.float()).abs() <= error_bound(weight, original)).all()):
+            wrong.append(f"{module}: numbers differ from the export's by more than half a step")
+    if wrong:
+        raise _refused(wrong)
+
+
+def unquantized_model(source: Export, device: str) -> ExportedLayers:
     """The model of the export, computed on a device."""
-    tensors = OnDevice(source.tensors, device)
-    return LayeredModel(source.config, tensors, lambda module: WideLinear(tensors[f"{module}.weight"]))
+    return ExportedLayers(source, device=device, make_linear=lambda _, shape: WideLinear(shape))
 
 
 def quantized_model(
-    source: Export, scheme: Scheme, tensors: OnDevice, saturation: _Saturation | None = None
-) -> LayeredModel:
-    """The model of a quantised folder in the kernels' arithmetic, on the device of `tensors`. Reading a layer raises
-    CheckpointError if a weight is not the export's, correctly rounded."""
-    originals = OnDevice(source.tensors, tensors.device)
+    source: Export, scheme: Scheme, stored: StoredTensors, device: str, saturation: _Saturation | None = None
+) -> ExportedLayers:
+    """The model of a quantised folder in the kernels' arithmetic. stored: its tensors, as `check_tensors` accepts
+    them."""
+    counts = saturation or _Saturation()
 
-    def linear(module: str) -> nn.Module:
-        weight, original = read_weight(tensors, module, scheme), originals[f"{module}.weight"]
-        if not bool(((weight.dequantized() - original.float()).abs() <= error_bound(weight, original)).all()):
-            raise _refused([f"{module}: numbers differ from the export's by more than half a step"])
-        scale = tensors[f"{module}.input_scale"] if scheme.is_static else None
-        return QuantizedLinear(weight, scheme, scale, saturation or _Saturation())
+    def linear(module: str, shape: torch.Size) -> nn.Module:
+        return WideLinear(shape) if is_ignored(module, IGNORE) else QuantizedLinear(shape, scheme, counts)
 
-    return LayeredModel(source.config, tensors, linear)
+    return ExportedLayers(source, stored, device, linear)
 
 
 class QuantizedLinear(nn.Module):
     """y = x W^T as the kernels of a scheme compute it: products of rounded inputs and codes, summed in fp32, then
-    multiplied by both scales and rounded to the dtype of x."""
+    multiplied by both scales and rounded to the dtype of x. Its parameters are the tensors of the folder."""
 
-    def __init__(
-        self, weight: QuantizedWeight, scheme: Scheme, input_scale: Tensor | None, saturation: _Saturation
-    ) -> None:
+    def __init__(self, shape: torch.Size, scheme: Scheme, saturation: _Saturation) -> None:
+        """shape: (O, I)."""
         super().__init__()
-        self.weight, self.scheme, self.input_scale, self.saturation = weight, scheme, input_scale, saturation
+        self.scheme, self.saturation = scheme, saturation
+        for name, spec in stored_specs("", shape, scheme).items():
+            empty = torch.empty(spec.shape, dtype=spec.dtype)
+            self.register_parameter(name.removeprefix("."), nn.Parameter(empty, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)"""
-        rounded, factor = round_inputs(x, self.scheme, self.input_scale)
+        stored = {f".{name}": parameter for name, parameter in self.named_parameters()}
+        weight, input_scale = read_weight(stored, "", self.scheme), stored.get(".input_scale")
+        rounded, factor = round_inputs(x, self.scheme, input_scale)
         if self.scheme.is_static:
-            self.saturation.add(x, self.input_scale)
-        y = nn.functional.linear(rounded, self.weight.codes.float()) * self.weight.scale.float().flatten()
+            self.saturation.add(x, input_scale)
+        y = nn.functional.linear(rounded, weight.codes.float()) * weight.scale.float().flatten()
         return (y if factor is None else y * factor).to(x.dtype)
 
 
@@ -230,10 +241,10 @@ def rounded_cache(source: Export, tensors: Mapping[str, Tensor], number: int) ->
     return _RoundedCache(tensors[f"{attention}k_scale"], tensors[f"{attention}v_scale"], weight_H)
 
 
-def _through(model: LayeredModel, number: int, passages: Sequence[Passage], cache: _RoundedCache | None) -> None:
-    layer = model.layer(number)
-    for passage in passages:
-        model.advance(layer, passage, cache)
+def _through(model: ExportedLayers, number: int, passages: Sequence[Passage], cache: _RoundedCache | None) -> None:
+    with model.layer(number) as layer:
+        for passage in passages:
+            model.advance(layer, passage, cache)
 
 
 def _relative_difference(expected: Sequence[Passage], actual: Sequence[Passage]) -> float:
@@ -243,8 +254,8 @@ def _relative_difference(expected: Sequence[Passage], actual: Sequence[Passage])
 
 
 def _figures(
-    plain: LayeredModel,
-    other: LayeredModel,
+    plain: ExportedLayers,
+    other: ExportedLayers,
     sequences: Sequence[Tensor],
     expected: Sequence[Passage],
     actual: Sequence[Passage],

@@ -1,9 +1,9 @@
 """Checkpoints in megatron's distributed format, committed in two phases and verified before they are read. folders.py
 describes the files.
 
-A checkpoint is written into step_NNNNNNN.partial (saving.py). Every rank digests its files while it writes them, rank 0
-writes complete.json, and only then is the folder renamed to its final name. A folder without its final name, or without
-a matching complete.json, is never read.
+A checkpoint is written into a folder of its attempt, *.partial (saving.py). Every rank digests its files while it
+writes them, rank 0 writes complete.json, and only then is the folder renamed to its final name. A folder without its
+final name, or without a matching complete.json, is never read.
 
 If one rank fails between two collectives, all ranks are told (parallel/agreement.py).
 """
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from hunyuan_pretrain.checkpoint import CheckpointError, folders
+from hunyuan_pretrain.checkpoint.faults import NOT_NOW, Fault, UnreadableError, may_be_good
 from hunyuan_pretrain.checkpoint.folders import (
     checkpoint_folder,
     find_checkpoints,
@@ -34,7 +35,7 @@ from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_reci
 from hunyuan_pretrain.checkpoint.saving import save
 from hunyuan_pretrain.model.engines import load_scaling_state
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.parallel.agreement import first_error, from_rank_0, patience
+from hunyuan_pretrain.parallel.agreement import first_error, from_rank_0, patience, reason_of
 from hunyuan_pretrain.runtime.seeding import restore_generator_state
 
 __all__ = [
@@ -52,7 +53,7 @@ __all__ = [
 
 
 class DamagedCheckpointError(CheckpointError):
-    """The files of a checkpoint are not as written, or cannot be read."""
+    """The files of a checkpoint are not as written."""
 
 
 class Resumed(NamedTuple):
@@ -72,7 +73,8 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
     The scales of the delayed FP8 recipe are restored if the checkpoint has them for the same recipe; otherwise they
     start afresh, as in a run that changes its recipe.
 
-    Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, or of another model.
+    Communicates: all ranks. Raises CheckpointError if the checkpoint is incomplete, damaged, unreadable, or of another
+    model.
     """
     with patience():
         marker, error = from_rank_0(lambda: read_marker(folder))
@@ -93,12 +95,12 @@ def load_newest(
 ) -> Resumed | None:
     """`load` the newest intact checkpoint of a run; returns None if the run has no checkpoint.
 
-    Rank 0 looks for checkpoints; all ranks verify. A damaged or unreadable one is set aside and the next older one is
-    tried. `accept` is called on every rank with each candidate's folder and marker before its files are read, and
-    raises if the candidate must not be used. With `last_step`, later checkpoints are ignored.
+    Rank 0 looks for checkpoints; all ranks verify. A damaged one is set aside and the next older one is tried. `accept`
+    is called on every rank with each candidate's folder and marker before its files are read, and raises if the
+    candidate must not be used. With `last_step`, later checkpoints are ignored.
 
-    Communicates: all ranks. Raises CheckpointError naming each checkpoint if none is intact, and as `load` if the
-    intact one is of another model.
+    Communicates: all ranks. Raises CheckpointError naming each checkpoint if none is intact; as `load` if the intact
+    one is of another model; and if one cannot be read now, or is of a newer program, before an intact one was found.
     """
     with patience():
         names, error = from_rank_0(lambda: [folder.name for folder in folders.named_checkpoints(run_dir)])
@@ -136,22 +138,50 @@ def _refuse(
 
 
 def _whole_marker(folder: Path) -> dict[str, Any]:
-    def look() -> dict[str, Any]:
-        if fault := folders.fault_of(folder):  # sizes first: they cost nothing
-            raise DamagedCheckpointError(fault)
-        return read_marker(folder)
+    def look() -> tuple[Fault | None, dict[str, Any]]:
+        fault = folders.fault_of(folder)  # sizes first: they cost nothing
+        return fault, {} if fault else read_marker(folder)
 
-    marker, error = from_rank_0(look)
-    if marker is None:
-        raise DamagedCheckpointError(f"{folder}: {error}")
+    found, error = from_rank_0(look)
+    if found is None:
+        raise CheckpointError(f"{folder}: {error}")
+    fault, marker = found
+    if fault is not None and fault.state != "damaged":
+        raise may_be_good(folder, fault)
+    if fault is not None:
+        raise DamagedCheckpointError(f"{folder}: {fault}")
     return marker
 
 
 def _verify(folder: Path, marker: dict[str, Any]) -> None:
-    """Verify the checkpoint's files, each rank its share. Raises DamagedCheckpointError."""
+    """Verify the checkpoint's files, each rank its share. Raises DamagedCheckpointError, UnreadableError."""
     mine = folders.share_to_verify(marker["files"], dist.get_rank(), dist.get_world_size())
-    if error := first_error(lambda: folders.verify_files(folder, marker, mine)):
-        raise DamagedCheckpointError(f"{folder}: {error}")
+    if error := _error_of_reading(lambda: folders.verify_files(folder, marker, mine)):
+        raise _unusable(folder, error)
+
+
+def _error_of_reading(action: Callable[[], object]) -> str | None:
+    """`first_error`, where only a CheckpointError may say that the checkpoint is damaged: a rank without memory, say,
+    has seen none."""
+
+    def act() -> None:
+        try:
+            action()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise UnreadableError(f"{NOT_NOW}: {reason_of(error)}") from error
+
+    return first_error(act)
+
+
+def _unusable(folder: Path, error: str) -> CheckpointError:
+    """The error for a checkpoint that a rank could not verify or read."""
+    if UNSAFE in error:  # the digests match: no damage that an older checkpoint would mend
+        return CheckpointError(f"{folder}: {error}")
+    if NOT_NOW in error:
+        return may_be_good(folder, Fault("unreadable", error))
+    return DamagedCheckpointError(f"{folder}: {error}")
 
 
 def _load_verified(
@@ -172,11 +202,8 @@ def _load_verified(
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
 
-    error = first_error(read)
-    if error is not None and UNSAFE in error:  # the digests match: no damage that an older checkpoint would mend
-        raise CheckpointError(f"{folder}: {error}")
-    if error is not None:
-        raise DamagedCheckpointError(f"{folder}: cannot be read: {error}")
+    if (error := _error_of_reading(read)) is not None:
+        raise _unusable(folder, error)
     error = first_error(hand_out)
     if error is not None:
         raise CheckpointError(f"{folder}: {error}")

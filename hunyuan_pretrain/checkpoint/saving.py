@@ -1,20 +1,25 @@
 """Saves checkpoints while training goes on.
 
 Training waits for the copy of the state to host memory only (`Saver.begin`). Then a thread on each rank writes that
-rank's part, and after the parts of all ranks a thread on rank 0 makes one checkpoint of them: it writes complete.json
-last, and gives the folder its final name.
+rank's part and a report, and once all reports are there a thread on rank 0 makes one checkpoint of them: it writes
+complete.json last, and gives the folder its final name, if the run directory is still this run's.
 
-The threads do not communicate. Each step sums over all ranks how far they are (`Saver.progress`, `Saver.after_step`),
-in a message that it sends anyway, so all ranks take the same decision after the same step, and a rank that dies is
-noticed as in any step. To save and wait is the same, with the wait at once (`save`).
+The threads do not communicate, so a checkpoint becomes complete also where the ranks' main threads end with an error,
+or wait for one that did (`Saver.rescue`). Each step sums over all ranks how far they are (`Saver.progress`,
+`Saver.after_step`), in a message that it sends anyway, so all ranks take the same decision after the same step, and a
+rank that dies is noticed as in any step. To save and wait is the same, with the wait at once (`save`).
 """
 
 from __future__ import annotations
 
 import io
+import math
+import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +38,15 @@ from hunyuan_pretrain.checkpoint.parallel_write import REPORTS, Blob, Item, Shar
 from hunyuan_pretrain.checkpoint.retention import remove_old
 from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_recipe, sharded_scales
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, patience, reason_of
-from hunyuan_pretrain.runtime.background import Background
+from hunyuan_pretrain.parallel import groups
+from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, from_rank_0, patience, reason_of
+from hunyuan_pretrain.runtime.background import Background, leave_if_ending
+from hunyuan_pretrain.runtime.lock import RunLock
+
+LOOK_S = 1.0
+"""Seconds between two looks for the reports of other ranks."""
+LEAST_WAIT_S = 30.0
+"""What a rank that ends gives the others at least to write their parts."""
 
 
 class Saved(NamedTuple):
@@ -69,8 +81,9 @@ def save(
 class Saver:
     """The saves of a run, of which at most one is in flight."""
 
-    def __init__(self, chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> None:
-        self._chunks, self._optimizer = chunks, optimizer
+    def __init__(self, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, lock: RunLock | None = None) -> None:
+        """lock: on rank 0, that of the run directory; only a process that holds it makes a checkpoint complete."""
+        self._chunks, self._optimizer, self._lock = chunks, optimizer, lock
         self._memory = HostMemory(next(chunks[0].parameters()).device)
         self._joined = JoinedParts()
         self._flight: _Flight | None = None
@@ -104,11 +117,12 @@ class Saver:
         """
         assert self._flight is None, "finish the save before"
         kept = keep_last, keep_every_steps
-        flight = _Flight(run_dir, step, kept, {**(record or {}), **_description(step, self._chunks[0])})
+        content = {**(record or {}), **_description(step, self._chunks[0])}
+        flight = _Flight(run_dir, step, kept, content, self._lock)
         made: dict[str, Stage] = {}
         with patience():
             error = (
-                error_of_rank_0(flight.make_folder)
+                flight.make_folder()
                 # before the first collective of the copy: a rank that is out of memory fails here
                 or first_error(lambda: made.update(stage=self._room()))
                 or first_error(lambda: flight.items.extend(self._copy(made["stage"])))
@@ -118,10 +132,15 @@ class Saver:
         flight.start(self._joined)
         self._flight = flight
 
-    @property
     def note(self) -> str | None:
-        """For the log: why copies to host memory are slower than they could be; None if they are not."""
-        return self._memory.note
+        """For the log: on which rank, the first if there are several, copies to host memory are slower than they could
+        be, and why; None if on none. Communicates: all ranks."""
+
+        def say() -> None:
+            if self._memory.note is not None:
+                raise CheckpointError(f"rank {dist.get_rank()}: {self._memory.note}")
+
+        return first_error(say)
 
     @property
     def progress(self) -> int:
@@ -139,7 +158,7 @@ class Saver:
         if flight is None or step < flight.step:  # of an earlier save
             return False
         if total >= ranks:  # all parts have ended
-            flight.start_commit()
+            flight.parts_have_ended()
         return total == 2 * ranks
 
     def finish(self) -> Saved | None:
@@ -148,14 +167,26 @@ class Saver:
         Communicates: all ranks, if there is one. Raises CheckpointError on every rank, with the first failing rank's
         reason, if any rank could not write. Nothing of the attempt then remains, and older checkpoints are untouched.
         """
-        flight, self._flight = self._flight, None
+        flight = self._flight
         if flight is None:
             return None
         with patience():
             error = first_error(flight.wait_for_part) or error_of_rank_0(flight.wait_for_commit)
+            self._flight = None  # not before: if the ranks could not agree, it can still be rescued
             if error is not None:
                 raise flight.failed(error)
         return flight.saved()
+
+    def rescue(self) -> Saved | None:
+        """End the save in flight without communication, because the run ends with an error. None: there is none, or
+        this is not rank 0.
+
+        Each rank writes its part to the end and then waits until the checkpoint is complete, since a launcher ends the
+        other ranks soon after the first one. Rank 0 gives the save up if a report is missing for as long as it took to
+        write its own part (LEAST_WAIT_S at least), and raises CheckpointError. What was written is then removed.
+        """
+        flight, self._flight = self._flight, None
+        return None if flight is None else flight.end_alone()
 
     def free_memory(self) -> None:
         """Free the host memory; the next save allocates it again."""
@@ -191,25 +222,48 @@ class Saver:
 class _Flight:
     """One save, from its beginning until it is complete or has failed."""
 
-    def __init__(self, run_dir: Path, step: int, kept: tuple[int | None, int | None], content: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        kept: tuple[int | None, int | None],
+        content: dict[str, Any],
+        lock: RunLock | None,
+    ) -> None:
         self.step, self.items = step, list[Item]()
-        self._run_dir, self._kept, self._content = run_dir, kept, content
+        self._run_dir, self._kept, self._content, self._lock = run_dir, kept, content, lock
         self._folder = checkpoint_folder(run_dir, step)
-        self._partial = self._folder.with_name(f"{self._folder.name}{folders.PARTIAL}")
+        self._partial = folders.partial_folder(self._folder)  # rank 0's, once it is made
         self._part: Background | None = None
         self._commit: Background | None = None
+        self._parts_have_ended, self._is_given_up, self._give_up_at = threading.Event(), False, math.inf
         self._notes: list[str] = []
-        self._began, self._copied = time.perf_counter(), 0.0
+        self._began, self._copied, self._written_in = time.perf_counter(), 0.0, 0.0
 
-    def make_folder(self) -> None:
-        folders.make_empty(self._partial)
-        (self._partial / REPORTS).mkdir()
+    def make_folder(self) -> str | None:
+        """Make the folder of this attempt. Returns why it cannot be made. Communicates: all ranks."""
+
+        def make() -> str:
+            (self._partial / REPORTS).mkdir(parents=True)
+            return self._partial.name
+
+        name, error = from_rank_0(make)
+        self._partial = self._folder.with_name(name or self._partial.name)
+        return error
 
     def start(self, joined: JoinedParts) -> None:
-        """Write this rank's part, in a thread."""
-        rank, items, self.items = dist.get_rank(), self.items, []
+        """Write this rank's part, in a thread; on rank 0, another makes the checkpoint complete."""
+        rank, ranks, items, self.items = dist.get_rank(), dist.get_world_size(), self.items, []
         self._joined, self._copied = joined, time.perf_counter() - self._began
-        self._part = Background(lambda: write_part(self._partial, rank, items), "checkpoint")
+        began = time.perf_counter()
+
+        def write() -> None:
+            write_part(self._partial, rank, items)
+            self._written_in = time.perf_counter() - began
+
+        self._part = Background(write, "checkpoint")
+        if rank == 0:
+            self._commit = Background(lambda: self._make_complete(ranks), "checkpoint commit")
 
     @property
     def progress(self) -> int:
@@ -217,11 +271,9 @@ class _Flight:
         is_written = part is not None and part.is_done
         return int(is_written) + (dist.get_world_size() if commit is not None and commit.is_done else 0)
 
-    def start_commit(self) -> None:
-        """On rank 0, once the parts of all ranks have ended."""
-        if dist.get_rank() == 0 and self._commit is None:
-            ranks = dist.get_world_size()
-            self._commit = Background(lambda: self._make_complete(ranks), "checkpoint commit")
+    def parts_have_ended(self) -> None:
+        """The parts of all ranks are written, or have failed: nobody need wait for a report."""
+        self._parts_have_ended.set()
 
     def wait_for_part(self) -> None:
         assert self._part is not None
@@ -229,36 +281,85 @@ class _Flight:
 
     def wait_for_commit(self) -> None:
         """Only on rank 0, after the parts of all ranks."""
-        self.start_commit()
+        self.parts_have_ended()
         assert self._commit is not None
         self._commit.wait()
 
     def failed(self, error: str) -> CheckpointError:
         """Remove what was written. Communicates: all ranks, whose parts have ended."""
+        error_of_rank_0(self._remove)
+        return self._error(error)
 
-        def remove() -> None:
-            if self._commit is not None:
-                self._commit.join()
-            shutil.rmtree(self._partial, ignore_errors=True)
+    def end_alone(self) -> Saved | None:
+        """See `Saver.rescue`."""
+        assert self._part is not None
+        timeout = groups.collective_timeout() or timedelta(seconds=LEAST_WAIT_S)
+        end = time.monotonic() + timeout.total_seconds()
+        self._part.join(timeout.total_seconds())
+        if self._commit is None:
+            while self._part.is_good and os.path.exists(self._partial) and time.monotonic() < end:
+                time.sleep(LOOK_S)
+            return None
+        others_take = max(self._written_in, LEAST_WAIT_S) if self._part.is_good else 0.0
+        self._give_up_at = time.monotonic() + others_take
+        self._commit.join()
+        if self._commit.is_good:
+            return self.saved()
+        error = self._part.error or self._commit.error
+        assert error is not None
+        self._remove()
+        raise self._error(reason_of(error))
 
-        error_of_rank_0(remove)
+    def _remove(self) -> None:
+        self._is_given_up = True
+        if self._commit is not None:
+            self.parts_have_ended()
+            self._commit.join()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _error(self, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._folder}: the checkpoint could not be written: {error}; older checkpoints are untouched"
+            f"{self._folder}: the checkpoint could not be written: {reason}; older checkpoints are untouched"
         )
 
     def saved(self) -> Saved:
         return Saved(self._folder, self._copied, time.perf_counter() - self._began, tuple(self._notes))
 
     def _make_complete(self, ranks: int) -> None:
+        self._wait_for_reports(ranks)
         files = self._joined.join(self._partial, ranks)
         folders.write_marker(self._partial, {**self._content, "files": files})
+        self._refuse_to_change_the_run()
         # from here on this checkpoint is there, whatever fails
         if (unflushed := folders.put_in_place(self._partial, self._folder)) is not None:
             self._notes.append(f"WARNING: {self._folder} may lose its name if power fails now: {reason_of(unflushed)}")
         try:
+            self._refuse_to_change_the_run()
             remove_old(self._run_dir, self.step, *self._kept)
         except (OSError, CheckpointError) as error:
             self._notes.append(f"WARNING: an older checkpoint cannot be removed: {reason_of(error)}")
+
+    def _refuse_to_change_the_run(self) -> None:
+        """Raise CheckpointError if this attempt was given up, or if another process has the run directory."""
+        if self._is_given_up:
+            raise CheckpointError("the save was given up")
+        if self._lock is not None and not self._lock.is_held():
+            raise CheckpointError(f"{self._lock.path} says that {self._run_dir} is another process's by now")
+
+    def _wait_for_reports(self, ranks: int) -> None:
+        """Until all are there, or it is known that the parts have ended. Raises CheckpointError if it is given up."""
+        while not self._parts_have_ended.wait(LOOK_S):
+            leave_if_ending()
+            try:
+                there = set(os.listdir(self._partial / REPORTS))
+            except OSError:
+                there = set()  # the next look may be answered
+            missing = [rank for rank in range(ranks) if f"{rank}.json" not in there]
+            if not missing:
+                return
+            if time.monotonic() > self._give_up_at:
+                others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise CheckpointError(f"no report of rank {missing[0]}{others} when the run ended")
 
 
 def _description(step: int, model: HunyuanModel) -> dict[str, Any]:

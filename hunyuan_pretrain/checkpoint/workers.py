@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def run_over(
             found.append(function(task))
             progress.add(size)
         return found
-    with ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(min(processes, len(tasks)), get_context("spawn"), _start) as pool:
         futures = [pool.submit(function, task) for task, _ in tasks]
         size_of = dict(zip(futures, (size for _, size in tasks), strict=True))
         pending = set(futures)
@@ -84,8 +85,9 @@ def run_over(
         return [future.result() for future in futures]
 
 
-def _one_thread() -> None:
+def _start() -> None:
     torch.set_num_threads(1)  # the processes share the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the main process ends them
 
 
 class Progress:

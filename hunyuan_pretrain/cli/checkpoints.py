@@ -120,7 +120,7 @@ def _print(run: Path, entries: Sequence[Entry], as_json: bool) -> None:
 
 def _count(entries: Sequence[Entry]) -> str:
     states = [entry.state for entry in entries]
-    counts = [f"{states.count(state)} {state}" for state in ("complete", "damaged", "partial") if state in states]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states))]
     return ", ".join(counts) or "no checkpoints"
 
 

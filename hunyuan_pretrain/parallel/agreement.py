@@ -155,8 +155,11 @@ def from_rank_0(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The part of an error that a person needs; torch wraps those of the operating system in several layers."""
+    """The part of an error that a person needs; torch wraps those of the operating system in several layers. An error
+    whose `is_whole` is true is not shortened."""
     text = str(error)
+    if getattr(error, "is_whole", False):
+        return text
     for reason in SYSTEM_REASONS:
         if (isinstance(error, OSError) and error.strerror == reason) or reason in text:
             return reason

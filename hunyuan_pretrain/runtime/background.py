@@ -33,9 +33,19 @@ class Background:
         """Whether `wait` returns or raises at once."""
         return not self._thread.is_alive()
 
-    def join(self) -> None:
-        """Wait for the end of the work."""
-        self._thread.join()
+    @property
+    def error(self) -> BaseException | None:
+        """Of the work, if that has ended with one."""
+        return self._error
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the work has ended without an error."""
+        return self.is_done and self._error is None
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the work, at most `timeout_s` seconds."""
+        self._thread.join(timeout_s)
 
     def wait(self) -> None:
         """Wait for the end of the work. Raises its error."""

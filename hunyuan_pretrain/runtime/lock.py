@@ -79,6 +79,14 @@ class RunLock:
             self.path.unlink(missing_ok=True)
         _remove_empty([] if began else self._made)
 
+    def is_held(self) -> bool:
+        """Whether the run directory is still this process's. A lock file that somebody has removed is put back. Raises
+        OSError."""
+        if self._end.is_set():
+            return False
+        holder = _read(self.path)
+        return _create(self.path, self._token) if holder is None else holder.get("token") == self._token
+
     def _beat(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
             try:

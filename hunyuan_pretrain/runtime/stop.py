@@ -40,9 +40,8 @@ class StopRequest:
         os.set_blocking(writer, False)
         threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        # A terminal and torchrun send signals to a rank and to everything that it has forked, such as checkpoint
-        # writers. Those inherit the pipe, so one Ctrl-C during a save would be read as several. They finish writing, as
-        # the rank does.
+        # A terminal and a launcher send signals to a rank and to everything that it has forked, such as the workers of
+        # a tool or a compiler. Those inherit the pipe, so one Ctrl-C would be read as several.
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job of a script

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from hunyuan_pretrain.checkpoint import save_load
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.config.derived import expert_lr_ratio
 from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
 from hunyuan_pretrain.config.rules import find_warnings
@@ -71,10 +71,9 @@ def _train(run: Run, stop: StopRequest) -> int:
     records = _Records(run, saves)
     try:
         return _train_steps(run, stop, records, saves)
-    except Exception as error:
+    except BaseException as error:
         records.is_alone = True
-        if dist.get_world_size() == 1:
-            saves.finish()
+        saves.rescue()
         if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error)):
             records.read()  # of the step before: its record, or a loss that is the reason of this error
         raise
@@ -262,7 +261,10 @@ def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
 def _way_back(run: Run) -> str:
     """For a run whose loss or norm is no longer finite: the newest checkpoint and the possible remedies."""
     cure = "lower optimizer.lr or optimizer.clip_grad, or leave the data of this step out (stages.N.skip_data_steps)"
-    found = save_load.find_checkpoints(run.run_dir)
+    try:
+        found = save_load.find_checkpoints(run.run_dir)
+    except CheckpointError as error:
+        return f"the newest checkpoint: {error}; {cure}"
     if not found:
         when = run.experiment.checkpoint.save_every_steps
         saves = (

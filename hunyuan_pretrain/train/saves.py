@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.saving import Saver
+from hunyuan_pretrain.checkpoint.saving import Saved, Saver
 from hunyuan_pretrain.train.optimizer import gather_parameters
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import LaunchedStep
@@ -13,7 +15,7 @@ class Saves:
     """The checkpoints that the loop saves. All ranks call every method together."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self._saver = run, Saver(run.chunks, run.optimizer)
+        self._run, self._saver = run, Saver(run.chunks, run.optimizer, run.lock)
         self._has_noted = False
         settings = run.experiment.checkpoint
         if settings.async_save and settings.save_every_steps is not None:
@@ -42,7 +44,7 @@ class Saves:
             self._saver.begin(run.run_dir, done, settings.keep_last, run.record(done), settings.keep_every_steps)
         except CheckpointError as error:
             self._report(error, must_succeed)
-        if not self._has_noted and (note := self._saver.note) is not None:
+        if not self._has_noted and (note := self._saver.note()) is not None:
             self._has_noted = True
             run.log.line(f"warning: {note}")
         if must_succeed or not settings.async_save:
@@ -52,9 +54,17 @@ class Saves:
 
     def finish(self, must_succeed: bool = False) -> None:
         """Wait for the save in flight, if there is one, and log what became of it."""
+        self._log(self._saver.finish, must_succeed)
+
+    def rescue(self) -> None:
+        """The run ends with an error: end the save in flight without communication, and log what became of it. When
+        this returns, nothing writes to the run's checkpoints any more under the run's lock."""
+        self._log(self._saver.rescue)
+
+    def _log(self, end: Callable[[], Saved | None], must_succeed: bool = False) -> None:
         log = self._run.log
         try:
-            saved = self._saver.finish()
+            saved = end()
         except CheckpointError as error:
             self._report(error, must_succeed)
             return

@@ -1,17 +1,21 @@
-"""Saving and loading a checkpoint against plain writes and reads of as many bytes, in one run; what training waits for
-in an asynchronous save; host memory; and how rank 0's work grows with the ranks.
+"""Saving and loading a checkpoint against plain writes and reads of as many bytes, in one run; processor seconds, of
+the whole and of each part; what training waits for in an asynchronous save; host memory; and how rank 0's work grows
+with the ranks.
 
     python tests/benchmarks/checkpoints.py FOLDER [GIB] [RANKS...]
 
 One rank, GIB of bf16 weights with AdamW's state in fp32 (2.5 unless given). The plain writes are two files by two
 threads, 8 MiB at a time from memory that was touched before, each flushed; reads are cold: the files are dropped from
-the file cache. All are repeated, alternating; the median counts. RANKS (64 512 2048 unless given): reports of so many
-ranks, of 400 tensors each, are made up and joined.
+the file cache. All are repeated, alternating; the median counts. The parts (copy, sha256, CRC, write, read) are
+measured alone, in one thread, as the least of several times: on a busy machine a processor second says more than one of
+the clock. RANKS (64 512 2048 unless given): reports of so many ranks, of 400 tensors each, are made up and joined.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
 import resource
 import shutil
@@ -40,6 +44,7 @@ from tests.helpers.runs import experiment_fields  # noqa: E402
 from tests.helpers.tiny import world_of_one  # noqa: E402
 
 TURNS = 3
+PART_BYTES = 256 << 20
 TENSORS_OF_RANK = 400
 
 
@@ -47,6 +52,65 @@ def timed(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
+
+
+def cpu_timed(action: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the clock, and of all processors for this process."""
+    started, worked = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - started, time.process_time() - worked
+
+
+class Discarded(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        length = len(memoryview(data).cast("B"))
+        self.size += length
+        return length
+
+
+def parts(folder: Path) -> None:
+    """Print the processor seconds that each part of a save and a load takes for a GB."""
+    folder.mkdir(parents=True)
+    source, target, path = torch.randn(PART_BYTES // 4), torch.zeros(PART_BYTES // 4), folder / "part"
+    content, room = (memoryview(tensor.numpy()).cast("B") for tensor in (source, target))
+
+    def digest() -> None:
+        sha256 = hashlib.sha256()
+        for start in range(0, PART_BYTES, CHUNK):
+            sha256.update(content[start : start + CHUNK])
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, PART_BYTES, CHUNK):
+                file.write(content[start : start + CHUNK])
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            file.readinto(room)
+
+    for name, action in {
+        "copy in memory": lambda: target.copy_(source),
+        "sha256": digest,
+        "CRC, by torch.save": lambda: torch.save(source, Discarded()),  # type: ignore[arg-type]
+        "write to the file cache": write,
+        "read from the file cache": read,
+    }.items():
+        seconds = []
+        for _ in range(5):
+            worked = time.thread_time()
+            action()
+            seconds.append(time.thread_time() - worked)
+        print(f"processor seconds per GB: {name} {min(seconds) / PART_BYTES * 1e9:.2f}")
 
 
 def built(gib: float) -> tuple[Any, Any]:
@@ -126,22 +190,30 @@ def saving(folder: Path, gib: float) -> None:
     print(f"checkpoint {size / 2**30:.2f} GiB, host memory {saver._memory.num_bytes / 2**30:.2f} GiB")
     print(f"first save {saved.seconds:.2f} s, copied in {saved.copy_seconds:.2f} s")
     print(f"peak of resident memory before {before:.2f} GiB, after the first save {peak_gib():.2f} GiB")
-    for turn in range(TURNS):
-        took.setdefault("plain write", []).append(timed(lambda: plain_write(folder, size, source)))
-        started, worked = time.perf_counter(), time.process_time()
-        saver.begin(folder, 2 + turn, 1)
-        took.setdefault("stall of an asynchronous save", []).append(time.perf_counter() - started)
+    worked: dict[str, list[float]] = {}
+
+    def note(name: str, action: Callable[[], object]) -> None:
+        seconds, of_processors = cpu_timed(action)
+        took.setdefault(name, []).append(seconds)
+        worked.setdefault(name, []).append(of_processors)
+
+    def save(turn: int) -> None:
+        note("stall of an asynchronous save", lambda: saver.begin(folder, 2 + turn, 1))
         saver.finish()
-        took.setdefault("save", []).append(time.perf_counter() - started)
-        took.setdefault("processor seconds of a save", []).append(time.process_time() - worked)
+
+    for turn in range(TURNS):
+        note("plain write", lambda: plain_write(folder, size, source))
+        note("save", lambda turn=turn: save(turn))  # type: ignore[misc]
         drop_cache(folder)
-        took.setdefault("plain read", []).append(timed(lambda: plain_read(folder)))
+        note("plain read", lambda: plain_read(folder))
         drop_cache(folder)
-        took.setdefault("load", []).append(timed(lambda: save_load.load_newest(folder, chunks, optimizer)))
+        note("load", lambda: save_load.load_newest(folder, chunks, optimizer))
     middle = {name: statistics.median(seconds) for name, seconds in took.items()}
     for name, seconds in took.items():
         each = ", ".join(f"{one:.2f}" for one in seconds)
-        print(f"{name}: {middle[name]:.2f} s ({each}), {size / middle[name] / 1e6:.0f} MB/s")
+        of_processors = statistics.median(worked[name]) / size * 1e9
+        rate = size / middle[name] / 1e6
+        print(f"{name}: {middle[name]:.2f} s ({each}), {rate:.0f} MB/s, {of_processors:.2f} processor seconds per GB")
     print(f"load of the machine: {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores")
     print(f"save / plain write: {middle['plain write'] / middle['save']:.2f} of the disk's speed")
     print(f"load / plain read: {middle['plain read'] / middle['load']:.2f} of the disk's speed")
@@ -172,6 +244,7 @@ def main() -> None:
     torch.set_num_threads(1)
     root, gib = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 2.5
     with tempfile.TemporaryDirectory(dir=root) as folder, contextlib.suppress(KeyboardInterrupt):
+        parts(Path(folder) / "parts")
         if gib > 0:
             saving(Path(folder) / "run", gib)
         for ranks in map(int, sys.argv[3:] or ("64", "512", "2048")):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.calibration import sequences_of
+from hunyuan_pretrain.checkpoint.exported_layers import Export, OnDevice
 from hunyuan_pretrain.checkpoint.generate import load_tokenizer
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export, OnDevice
 from hunyuan_pretrain.checkpoint.quantize import quantize
 from hunyuan_pretrain.checkpoint.quantized_certificate import check_tensors, quantized_model, rounded_cache
 from hunyuan_pretrain.checkpoint.tensor_files import StoredTensors
@@ -78,12 +78,13 @@ def expected_logprobs(source: Export, folder: Path, prompts: list[Tensor]) -> Te
     """Of each prompt's tokens but the first, one after the other, as the certificate computes them."""
     scheme, stored = check_tensors(source, folder)
     tensors = OnDevice(stored, "cpu")
-    model = quantized_model(source, scheme, tensors)
-    passages = [model.embedded(prompt) for prompt in prompts]
+    model = quantized_model(source, scheme, stored, "cpu")
+    passages = model.passages(prompts)
     for number in range(source.config.num_hidden_layers):
-        layer, cache = model.layer(number), rounded_cache(source, tensors, number)
-        for passage in passages:
-            model.advance(layer, passage, cache)
+        cache = rounded_cache(source, tensors, number)
+        with model.layer(number) as layer:
+            for passage in passages:
+                model.advance(layer, passage, cache)
     found = []
     for prompt, passage in zip(prompts, passages, strict=True):
         logits = torch.cat(list(model.logits(passage)))[:-1]

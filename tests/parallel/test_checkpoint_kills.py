@@ -71,6 +71,11 @@ class Told:
     def error_of_rank_0(self, action: Callable[[], object]) -> str | None:
         return self.gathered(self._error_of(action) if self._rank == 0 else None)[0]
 
+    def from_rank_0(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
+        found: list[Any] = []
+        error = self.error_of_rank_0(lambda: found.append(action()))
+        return self.gathered(found)[0][0] if error is None else None, error
+
     @staticmethod
     def _error_of(action: Callable[[], object]) -> str | None:
         from hunyuan_pretrain.parallel.agreement import reason_of
@@ -189,6 +194,7 @@ class Ranks:
 
         told, run_dir = Told(self.port, case, self.rank, self.world), self.folder / "run"
         saving.first_error, saving.error_of_rank_0 = told.first_error, told.error_of_rank_0
+        saving.from_rank_0 = told.from_rank_0
         saving.patience = nullcontext
         self.saver._copy = lambda stage: list(self.items)
         if self.rank == case.victim:

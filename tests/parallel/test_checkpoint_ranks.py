@@ -1,14 +1,15 @@
-"""Saving and resuming on two ranks when one is slow, out of memory, on a full disk, or reads a damaged file: what both
-ranks do."""
+"""Saving and resuming on two ranks when one is slow, out of memory, on a full disk, reads a damaged file, or ends with
+an error: what both ranks do."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +34,9 @@ def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     fields = experiment_fields(
-        corpus, folder / "run", model__num_layers=2, precision={"dtype": "bf16"}, runtime__probes=False
-    )
+        corpus, folder / "run", model__num_layers=2, precision={"dtype": "bf16"}, runtime__probes=False,
+        checkpoint={"save_every_steps": 2},
+    )  # fmt: skip
     run = setup.prepare(Experiment.model_validate(fields))
     trace_steps(run, range(1))
     cases = Cases(run, folder, dist.get_rank())
@@ -48,6 +50,10 @@ def ranks(corpus: Path, folder: Path) -> dict[str, Any]:
         cases.fall_back,
         cases.unreadable,
         cases.all_bad,
+        cases.notes,
+        cases.report_missing,
+        cases.older_attempt,
+        cases.all_raise,
     ):
         found[case.__name__] = case()
         dist.barrier()
@@ -231,14 +237,18 @@ class Cases:
         return self.resume("damage"), self.complete("damage"), self.save("damage", 3), self.resume("damage")
 
     def unreadable(self) -> Any:
-        """The digests are correct, but reading fails."""
-        from hunyuan_pretrain.checkpoint import save_load
+        """The newest checkpoint is whole, but on rank 1 the file system fails: for the digests, then for the tensors,
+        then not any more."""
+        from hunyuan_pretrain.checkpoint import folders, parallel_read
 
         self.copy("unreadable", 1, 2)
-        with self.failing(
-            save_load, "read_tensors", OSError(errno.EIO, "Input/output error"), rank=1, after=0, once=True
-        ):
-            return self.resume("unreadable")
+        with self.failing(folders, "digest", OSError(errno.EACCES, os.strerror(errno.EACCES)), rank=1, after=0):
+            verifying = self.resume("unreadable")
+        with self.failing(parallel_read, "read_bytes", OSError(errno.EIO, os.strerror(errno.EIO)), rank=1, after=0):
+            reading = self.resume("unreadable")
+        with self.failing(parallel_read, "_fill", MemoryError("no memory"), rank=1, after=0):
+            without_memory = self.resume("unreadable")
+        return verifying, reading, without_memory, self.complete("unreadable"), self.resume("unreadable")[:2]
 
     def all_bad(self) -> Any:
         folder = self.copy("bad", 1, 2)
@@ -246,6 +256,101 @@ class Cases:
             (folder / "step_0000001/complete.json").unlink()
             os.truncate(folder / "step_0000002/__0_0.distcp", 10)
         return self.resume("bad"), self.complete("bad")
+
+    def notes(self) -> Any:
+        """What rank 0 logs when rank 1 cannot pin its memory."""
+        from hunyuan_pretrain.train.saves import Saves
+
+        lines, saves = list[str](), Saves(self.run)
+        if self.rank == 1:
+            saves._saver._memory.note = "cannot be pinned"
+        with mock.patch.object(self.run.log, "line", lines.append):
+            for step in (1, 2):
+                saves.save(step, must_succeed=True)
+        return [line for line in lines if "pinned" in line]
+
+    def report_missing(self) -> Any:
+        """All ranks end with an error, and the part of rank 1 cannot be written; rank 0 waits for it in vain."""
+        import torch.distributed as dist
+
+        from hunyuan_pretrain.checkpoint import CheckpointError, saving
+
+        saver = saving.Saver(self.run.chunks, self.run.optimizer)
+        error = ""
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with (
+            self.failing(saving, "write_part", full, rank=1, after=0),
+            mock.patch.object(saving, "LEAST_WAIT_S", 0.1),
+            mock.patch.object(saving, "LOOK_S", 0.1),
+        ):
+            saver.begin(self.folder / "missing", 1, None)
+            with without_communication():
+                try:
+                    assert saver.rescue() is None
+                except CheckpointError as caught:
+                    error = str(caught)
+        dist.barrier()  # rank 1 has not waited for the end: there is nothing that it could lose
+        return error, self.complete("missing")
+
+    def older_attempt(self) -> Any:
+        """Rank 1 of an attempt that was given up goes on to write while a later one of the same step is complete."""
+        from hunyuan_pretrain.checkpoint import folders, saving
+
+        opened, write = threading.Event(), saving.write_part
+
+        def held(*arguments: Any) -> None:
+            assert opened.wait(60)
+            write(*arguments)
+
+        old = saving.Saver(self.run.chunks, self.run.optimizer)
+        with mock.patch.object(saving, "write_part", held if self.rank == 1 else write):
+            old.begin(self.folder / "older", 1, None)
+        left_over = old._flight
+        if self.rank == 0:
+            left_over._part.join()
+            folders.remove_partials(self.folder / "older")  # as the start of the next attempt does
+        saved = self.save("older", 1)
+        opened.set()
+        left_over._part.join()
+        left_over._is_given_up = True
+        left_over.parts_have_ended()
+        return saved, type(left_over._part.error).__name__, self.complete("older"), self.resume("older")[:2]
+
+    def all_raise(self) -> Any:
+        """All ranks of a run meet an error in step 3, while rank 1 still writes the checkpoint of step 2."""
+        import torch.distributed as dist
+
+        from hunyuan_pretrain.checkpoint import folders, saving
+        from hunyuan_pretrain.runtime.stop import StopRequest
+        from hunyuan_pretrain.train import loop
+
+        if self.rank == 0:
+            shutil.rmtree(self.run.run_dir / "checkpoints")
+        dist.barrier()
+        launch, write, lines, without = loop.launch_step, saving.write_part, list[str](), ExitStack()
+
+        def failing(run: Any, stage: Any, step: int, **settings: Any) -> Any:
+            if step == 2:
+                without.enter_context(without_communication())
+                raise ValueError("a damaged shard")
+            return launch(run, stage, step, **settings)
+
+        def slow_write(*arguments: Any) -> None:
+            time.sleep(1.5 * self.rank)
+            write(*arguments)
+
+        with (
+            mock.patch.object(saving, "write_part", slow_write),
+            mock.patch.object(loop, "launch_step", failing),
+            mock.patch.object(self.run.log, "line", lines.append),
+        ):
+            try:
+                loop._train(self.run, StopRequest())
+            except ValueError as error:
+                lines.append(str(error))
+        there = [folder.name for folder in folders.find_checkpoints(self.run.run_dir)]  # without waiting for rank 0
+        without.close()
+        return there, [line.split(": copied")[0] for line in lines[-2:]]
 
     @contextmanager
     def failing(
@@ -262,6 +367,20 @@ class Cases:
 
         with mock.patch.object(place, name, fail):
             yield
+
+
+@contextmanager
+def without_communication() -> Iterator[None]:
+    """Inside, every collective fails."""
+    import torch.distributed as dist
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective of ranks of which some may be elsewhere")
+
+    with ExitStack() as patches:
+        for name in ("all_reduce", "broadcast_object_list", "broadcast", "barrier", "all_gather_object"):
+            patches.enter_context(mock.patch.object(dist, name, refused))
+        yield
 
 
 def slow(seconds: float, function: Any) -> Any:
@@ -361,10 +480,18 @@ def test_the_newest_good_checkpoint_is_loaded_and_every_bad_one_is_named(found):
     assert second[:2] == ("step_0000003", [])
 
 
-def test_an_unreadable_checkpoint_is_skipped_too(found):
-    folder, notes, _ = same_on_both(found, "unreadable")
-    assert folder == "step_0000001"
-    assert "step_0000002 is not used: cannot be read: [Errno 5] Input/output error" in notes[0]
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(found):
+    verifying, reading, without_memory, there, later = same_on_both(found, "unreadable")
+    hint = (
+        "; no older one is used in its place; make it readable and run the same command again, or move it away to go "
+        "on without it"
+    )
+    place = "checkpoints/step_0000002: "
+    assert verifying.split(place)[1] == f"__1_0.distcp cannot be read now: Permission denied (EACCES){hint}"
+    assert reading.split(place)[1] == f"__1_0.distcp cannot be read now: Input/output error (EIO){hint}"
+    assert without_memory.split(place)[1] == f"cannot be read now: no memory{hint}"
+    assert there == ["step_0000001", "step_0000002"]
+    assert later == ("step_0000002", [])
 
 
 def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(found):
@@ -377,3 +504,34 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(found):
     assert lines[1].startswith("  step_0000002: __0_0.distcp is missing or damaged")
     assert lines[2].startswith("  step_0000001: not a complete checkpoint (no complete.json)")
     assert complete == ["step_0000001", "step_0000002"]
+
+
+def test_memory_that_another_rank_cannot_pin_is_known_to_the_log(found):
+    assert found[0]["notes"] == ["warning: rank 1: cannot be pinned"]
+
+
+def test_a_save_is_given_up_and_said_so_when_a_rank_that_ends_has_not_written_its_part(found):
+    assert [rank["report_missing"][1] for rank in found] == [[], []]
+    words, of_other = (rank["report_missing"][0] for rank in found)
+    assert words.endswith(
+        "step_0000001: the checkpoint could not be written: no report of rank 1 when the run ended; older checkpoints "
+        "are untouched"
+    )
+    assert of_other == "", "rank 0 says it"
+
+
+def test_a_rank_of_an_older_attempt_cannot_write_into_a_later_one(found):
+    assert found[0]["older_attempt"][1] == "NoneType"
+    assert found[1]["older_attempt"][1] == "FileNotFoundError"
+    for saved, _, complete, resumed in (rank["older_attempt"] for rank in found):
+        assert (saved, complete) == ("", ["step_0000001"])
+        assert resumed == ("step_0000001", [])
+
+
+def test_an_error_of_all_ranks_does_not_lose_the_save_in_flight(found):
+    folders = [rank["all_raise"][0] for rank in found]
+    assert folders == [["step_0000002"]] * 2, "each rank stays until the checkpoint is complete"
+    said, error = found[0]["all_raise"][1]
+    assert said.startswith("saved ")
+    assert said.endswith("checkpoints/step_0000002")
+    assert error == "a damaged shard"

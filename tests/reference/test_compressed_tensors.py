@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hunyuan_pretrain.checkpoint.exported_layers import Export
 from hunyuan_pretrain.checkpoint.generate import generate, load_model
-from hunyuan_pretrain.checkpoint.layer_by_layer import Export
 from hunyuan_pretrain.checkpoint.quantize import quantize
 from hunyuan_pretrain.checkpoint.quantized_certificate import quantized_modules
 from hunyuan_pretrain.checkpoint.quantized_format import IGNORE, SCHEMES, is_ignored, read_weight

@@ -11,7 +11,7 @@ import torch
 
 from hunyuan_pretrain.checkpoint import CheckpointError, certificate
 from hunyuan_pretrain.checkpoint.differences import TOLERANCES, compare_logits
-from hunyuan_pretrain.checkpoint.exported_layers import ExportedLayers
+from hunyuan_pretrain.checkpoint.exported_layers import Export, ExportedLayers
 from hunyuan_pretrain.checkpoint.generate import load_model
 from hunyuan_pretrain.checkpoint.layerwise import compare_layers
 from hunyuan_pretrain.checkpoint.loaders import NATIVE_SINCE
@@ -47,7 +47,7 @@ def exported(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_both_sides_compute_the_same_in_every_layer(exported: Path, tmp_path: Path) -> None:
     """With a borrowing layer in each group, and either side as the reference, as for an import."""
     model = tiny_model(num_layers=4)
-    sides = [training(model, random_tensors(model)), ExportedLayers(exported)]
+    sides = [training(model, random_tensors(model)), ExportedLayers(Export.read(exported))]
     for reference, candidate in (sides, sides[::-1]):
         found = compare_layers(reference, candidate, texts(20, 1, 33), tmp_path, outlier=1e-3)
         assert [layer["layer"] for layer in found.layers] == [0, 1, 2, 3]
@@ -60,7 +60,7 @@ def test_both_sides_compute_the_same_in_every_layer(exported: Path, tmp_path: Pa
 def test_texts_of_one_walk_do_not_see_each_other(exported: Path) -> None:
     rows = texts(20, 1, 33)
     for source in (
-        ExportedLayers(exported),
+        ExportedLayers(Export.read(exported)),
         training(tiny_model(num_layers=4), random_tensors(tiny_model(num_layers=4))),
     ):
         together = source.walk(rows, lambda *_: None).split([20, 1, 33])
@@ -74,7 +74,7 @@ def test_a_streamed_export_generates_what_a_loaded_one_does(exported: Path) -> N
     mask[1, :4] = 0
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6}
     expected = load_model(exported).generate(tokens, **options)
-    assert torch.equal(ExportedLayers(exported).model.generate(tokens, **options), expected)
+    assert torch.equal(ExportedLayers(Export.read(exported)).model.generate(tokens, **options), expected)
 
 
 def test_an_error_in_one_layer_of_many_is_found_in_bf16(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -130,14 +130,16 @@ def test_tensors_that_are_not_those_of_the_configuration_are_refused(exported: P
     for change, problem in (
         ({"num_hidden_layers": 5}, r"model\.layers\.4\.input_layernorm\.weight: missing"),
         ({"num_hidden_layers": 3}, r"model\.layers\.3\.input_layernorm\.weight: not a tensor of this model"),
-        ({"moe_intermediate_size": 25}, r"shape \(24, 32\), the model has \(25, 32\)"),
+        ({"moe_intermediate_size": 25}, r"shape \(24, 32\), but this model has \(25, 32\)"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=problem):
-            ExportedLayers(folder)
+            Export.read(folder)
 
 
 def test_models_of_other_depths_are_not_compared(exported: Path, tmp_path: Path) -> None:
     other = tiny_model(num_layers=2)
     with pytest.raises(CheckpointError, match="4 layers, the model it came from has 2"):
-        compare_layers(training(other, random_tensors(other)), ExportedLayers(exported), texts(4), tmp_path, 1e-3)
+        compare_layers(
+            training(other, random_tensors(other)), ExportedLayers(Export.read(exported)), texts(4), tmp_path, 1e-3
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -241,3 +242,33 @@ def test_the_branch_command_is_one_that_train_takes(command, run_dir, tmp_path):
 )
 def test_ages(now, text):
     assert listing.age_text(0, now) == text
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+def test_what_cannot_be_read_now_or_is_of_a_newer_program_is_not_removed_as_damaged(
+    command, run_dir, monkeypatch, code
+):
+    marker, stat = run_dir / "checkpoints/step_0000300/complete.json", os.stat
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format_version": 99}))
+    bad = str(run_dir / "checkpoints/step_0000200/__0_0.distcp")
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path) == bad:
+            raise OSError(code, os.strerror(code), bad)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    status, out, _ = command(run_dir)
+    assert status == 0
+    assert "1 complete, 2 damaged, 1 newer, 1 partial, 1 unreadable" in out.replace("\n", " ")
+    assert f"unreadable: __0_0.distcp cannot be read now: {os.strerror(code)} ({errno.errorcode[code]})" in out
+    assert "newer: complete.json: written by a newer program" in out
+    assert command(run_dir, "verify", "200")[:2] == (
+        1, f"step_0000200: __0_0.distcp cannot be read now: {os.strerror(code)} ({errno.errorcode[code]})\n"
+    )  # fmt: skip
+    status, _, err = command(run_dir, "remove", "300")
+    assert (status, "is the newest good one" in err) == (2, True)
+    assert command(run_dir, "remove", "damaged")[0] == 0
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("step*")) == [
+        *(f"step_0000{step}" for step in (100, 200, 300)), "step_0000600.partial",
+    ]  # fmt: skip

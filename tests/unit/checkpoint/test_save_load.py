@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hunyuan_pretrain.checkpoint import CheckpointError, optimizer_state, parallel_write, save_load
+from hunyuan_pretrain.checkpoint import CheckpointError, folders, optimizer_state, parallel_write, save_load
+from hunyuan_pretrain.checkpoint.folders import find_checkpoints
 from hunyuan_pretrain.checkpoint.host_memory import HostMemory
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
@@ -190,7 +192,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_reason_and_leaves_the_model_unch
     run, checkpoint, damage, words, is_found
 ):
     damage(checkpoint)
-    assert save_load.find_checkpoints(checkpoint.parents[1]) == ([checkpoint] if is_found else [])
+    assert find_checkpoints(checkpoint.parents[1]) == ([checkpoint] if is_found else [])
     before = [parameter.detach().clone() for parameter in run.chunks[0].parameters()]
     with pytest.raises(CheckpointError, match=words):
         load_into(run, checkpoint)
@@ -199,7 +201,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_reason_and_leaves_the_model_unch
 
 def test_an_unfinished_folder_is_never_found(checkpoint):
     checkpoint.rename(checkpoint.with_name(checkpoint.name + ".partial"))
-    assert save_load.find_checkpoints(checkpoint.parents[1]) == []
+    assert find_checkpoints(checkpoint.parents[1]) == []
 
 
 def test_a_missing_checkpoint_is_reported_with_the_existing_ones(run, checkpoint):
@@ -223,7 +225,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(corpus, 
 def test_keep_last_removes_older_checkpoints_after_the_newer_one_is_complete(run, tmp_path):
     for step in (1, 2, 3):
         save_load.save(tmp_path, step, run.chunks, run.optimizer, keep_last=2)
-    assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["step_0000002", "step_0000003"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_0000002", "step_0000003"]
 
 
@@ -348,6 +350,57 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run, checkpoint):
         load_into(run, checkpoint)
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, name: str, path: Path, code: int) -> None:
+    """os.<name> fails for a path and what is below."""
+    real = getattr(os, name)
+
+    def call(place: Any = ".", *arguments: Any, **options: Any) -> Any:
+        if not isinstance(place, int) and path in (Path(place), *Path(place).parents):
+            raise OSError(code, os.strerror(code), str(place))
+        return real(place, *arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+@pytest.mark.parametrize("name", ["stat", "open"])
+def test_no_older_checkpoint_is_used_in_place_of_one_that_cannot_be_read_now(run, tmp_path, monkeypatch, name, code):
+    for step in (1, 2):
+        save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
+    newest = folders.checkpoint_folder(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        refuse(patch, name, newest / "__0_0.distcp", code)
+        reason = rf"step_0000002: __0_0.distcp cannot be read now: .*\({errno.errorcode[code]}\); no older one is used"
+        with pytest.raises(CheckpointError, match=reason):
+            save_load.load_newest(tmp_path, run.chunks, run.optimizer)
+        if name == "stat":
+            with pytest.raises(CheckpointError, match=reason):
+                find_checkpoints(tmp_path)
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["step_0000001", "step_0000002"]
+
+
+def test_no_older_checkpoint_is_used_in_place_of_one_of_a_newer_program(run, tmp_path):
+    for step in (1, 2):
+        marker = save_load.save(tmp_path, step, run.chunks, run.optimizer, None) / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format_version": 99}))
+    for use in (
+        lambda: save_load.load_newest(tmp_path, run.chunks, run.optimizer),
+        partial(find_checkpoints, tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match=r"written by a newer program.*; no older one is used in its place"):
+            use()
+    assert marker.exists()
+    save_load.save(tmp_path, 3, run.chunks, run.optimizer, None)
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["step_0000001", "step_0000003"]
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_an_empty_one(run, checkpoint, monkeypatch):
+    refuse(monkeypatch, "listdir", checkpoint.parent, errno.EACCES)
+    refuse(monkeypatch, "scandir", checkpoint.parent, errno.EACCES)
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be read now: Permission denied \(EACCES\)"):
+        save_load.load_newest(checkpoint.parents[1], run.chunks, run.optimizer)
+
+
 def test_a_marker_whose_step_differs_from_its_folder_is_refused(run, checkpoint):
     """Before markers had their own digest, a flipped bit in the step would have resumed from another step."""
     renamed = checkpoint.rename(checkpoint.with_name("step_0000009"))
@@ -447,7 +500,7 @@ def test_only_partial_saves_of_earlier_attempts_are_removed(checkpoint):
         "step_0000003.damaged",
         "step_0000004.partial",
     ]
-    assert save_load.find_checkpoints(run_dir) == [checkpoint]
+    assert find_checkpoints(run_dir) == [checkpoint]
 
 
 def test_keep_last_never_removes_the_newest_in_favour_of_checkpoints_of_an_earlier_attempt(run, tmp_path):
@@ -455,7 +508,7 @@ def test_keep_last_never_removes_the_newest_in_favour_of_checkpoints_of_an_earli
     for step in (2, 9):
         save_load.save(tmp_path, step, run.chunks, run.optimizer, None)
     save_load.save(tmp_path, 3, run.chunks, run.optimizer, keep_last=1)
-    assert [folder.name for folder in save_load.find_checkpoints(tmp_path)] == ["step_0000003", "step_0000009"]
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["step_0000003", "step_0000009"]
 
 
 def test_checkpoints_later_than_the_requested_one_are_kept(run, tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import math
 import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,9 @@ from hunyuan_pretrain.checkpoint.saving import Saver
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.plan.saving import bytes_copied
 from hunyuan_pretrain.runtime.background import Background
+from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.stop import StopRequest
-from hunyuan_pretrain.train import TrainingError, loop
+from hunyuan_pretrain.train import TrainingError, loop, setup
 from hunyuan_pretrain.train.run import Run
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import ROOT, experiment_fields
@@ -45,13 +48,13 @@ class Gate:
     """Holds the writing of a save until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened, write = threading.Event(), parallel_write._write_items
+        self.opened, write = threading.Event(), parallel_write.write_items
 
         def wait_and_write(path: Path, items: Any) -> Any:
             assert self.opened.wait(60)
             return write(path, items)
 
-        monkeypatch.setattr(parallel_write, "_write_items", wait_and_write)
+        monkeypatch.setattr(parallel_write, "write_items", wait_and_write)
 
 
 @pytest.fixture
@@ -84,7 +87,8 @@ def test_a_save_holds_the_state_of_its_step_though_training_goes_on(corpus, tmp_
     assert digests(saved.folder) == digests(tmp_path / "late/checkpoints/step_0000002")
 
 
-def test_the_end_of_a_save_is_seen_only_in_steps_that_were_launched_after_it(run, tmp_path, gate):
+def test_the_end_of_a_save_is_seen_only_in_steps_that_were_launched_after_it(run, tmp_path, gate, monkeypatch):
+    monkeypatch.setattr(saving, "LOOK_S", 60.0)
     saver = Saver(run.chunks, run.optimizer)
     assert (saver.progress, saver.after_step(5, 0), saver.finish()) == (0, False, None)
     saver.begin(tmp_path, 6, None)
@@ -93,7 +97,7 @@ def test_the_end_of_a_save_is_seen_only_in_steps_that_were_launched_after_it(run
     assert not saver.after_step(6, 0)
     gate.opened.set()
     saver._flight._part.wait()
-    assert saver.progress == 1
+    assert saver.progress == 1, "rank 0 has not looked for the report"
     assert not saver.after_step(7, 1), "the parts are written; rank 0 makes one checkpoint of them"
     saver._flight._commit.wait()
     assert saver.progress == 2
@@ -382,6 +386,47 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_fail_the_new_one(run, tmp_
     assert saved is not None
     assert saved.notes == ("WARNING: an older checkpoint cannot be removed: Permission denied",)
     assert len(folders.find_checkpoints(tmp_path)) == 2
+
+
+def test_a_run_directory_that_another_process_has_taken_over_is_not_changed(run, tmp_path):
+    lock = RunLock.take(tmp_path)
+    saver = Saver(run.chunks, run.optimizer, lock)
+    saver.begin(tmp_path, 1, None)
+    saver.finish()
+    content = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps(content | {"token": "of another"}))
+    saver.begin(tmp_path, 2, 1)
+    with pytest.raises(CheckpointError, match=r"lock.json says that .* is another process's by now; older checkpoints"):
+        saver.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
+    lock.path.write_text(json.dumps(content))
+    lock.release()
+
+
+def test_the_lock_is_held_until_the_commit_has_ended(corpus, tmp_path, monkeypatch):
+    """After an error, too: the process that takes the run over must not meet a save."""
+    fields = experiment_fields(corpus, tmp_path, 6, model__num_layers=2, checkpoint={"save_every_steps": 2})
+    fields["runtime"] |= {"probes": False}
+    place, launch, held = folders.put_in_place, loop.launch_step, list[bool]()
+
+    def slow_place(*arguments: Path) -> Any:
+        time.sleep(0.5)
+        held.append(run.lock.is_held())
+        return place(*arguments)
+
+    def fail(run: Any, stage: Any, step: int, **settings: Any) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return launch(run, stage, step, **settings)
+
+    monkeypatch.setattr(folders, "put_in_place", slow_place)
+    monkeypatch.setattr(loop, "launch_step", fail)
+    run = on_this_rank(fields)
+    run.lock = RunLock.take(tmp_path)
+    with pytest.raises(KeyboardInterrupt), setup.left_at_the_end(run, lambda: None):
+        loop._train(run, StopRequest())
+    assert held == [True]
+    assert [folder.name for folder in folders.find_checkpoints(tmp_path)] == ["step_0000002"]
 
 
 PROGRAM = """

@@ -46,6 +46,20 @@ def change(run_dir: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"token": "other"} | fields))
 
 
+def test_a_lock_is_held_until_it_is_another_process_s_or_released(tmp_path: Path) -> None:
+    held = RunLock.take(tmp_path / "run")
+    assert held.is_held()
+    held.path.unlink()
+    assert held.is_held(), "somebody has removed the file, and nobody has taken the run over"
+    assert held.path.exists()
+    change(tmp_path / "run")
+    assert not held.is_held()
+    held.path.unlink()
+    held.release()
+    assert not held.is_held()
+    assert not held.path.exists()
+
+
 def test_a_second_process_is_told_who_holds_the_run_and_what_to_do(tmp_path: Path) -> None:
     process = holder(tmp_path / "run")
     try:
