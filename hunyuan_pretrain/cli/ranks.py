@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from hunyuan_pretrain.config.exit_status import LAUNCHER
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each rank."""
@@ -74,6 +77,23 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_with_launcher() -> None:
+    """Make the kernel kill this process, if it is one of several ranks, when the launcher that started it is gone
+    (Linux only).
+
+    A launcher that is killed by SIGKILL cannot end its ranks. They would train on, hold the GPUs and the lock of the
+    run directory, and meet the ranks of the job that is started again. What they have not saved is lost, as with any
+    kill.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if "LOCAL_RANK" not in os.environ or prctl is None:
+        return
+    PR_SET_PDEATHSIG = 1  # from sys/prctl.h
+    prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it has gone before that
+        os._exit(1)
 
 
 def mistake_in_environment(arguments: Sequence[str]) -> str | None:
