@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shlex
 import socket
 import sys
@@ -197,6 +198,9 @@ def prepare_environment(arguments: Sequence[str]) -> None:
     """Set the environment that the ranks inherit. `arguments`: of this program."""
     os.environ.setdefault(COMMAND, command_line(arguments, os.environ))
     os.environ[LAUNCHER] = str(os.getpid())
+    # this process serves the store of the job, with some connections of each rank
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # defaults for another torchrun
     # If it is unset, torchrun sets it to 1 and prints a banner; ranks on CPU choose their own number of threads anyway.

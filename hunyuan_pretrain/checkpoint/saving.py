@@ -33,6 +33,7 @@ from hunyuan_pretrain.checkpoint.parallel_write import REPORTS, Blob, Item, Shar
 from hunyuan_pretrain.checkpoint.retention import remove_old
 from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_recipe, sharded_scales
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.parallel import whereabouts
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, patience, reason_of
 from hunyuan_pretrain.runtime.background import Background
 
@@ -103,6 +104,7 @@ class Saver:
         cannot copy. Nothing of the attempt then remains, and older checkpoints are untouched.
         """
         assert self._flight is None, "finish the save before"
+        whereabouts.phase("copy for a checkpoint", step)
         kept = keep_last, keep_every_steps
         flight = _Flight(run_dir, step, kept, {**(record or {}), **_description(step, self._chunks[0])})
         made: dict[str, Stage] = {}
@@ -151,6 +153,7 @@ class Saver:
         flight, self._flight = self._flight, None
         if flight is None:
             return None
+        whereabouts.phase("wait for a checkpoint to be written", flight.step)
         with patience():
             error = first_error(flight.wait_for_part) or error_of_rank_0(flight.wait_for_commit)
             if error is not None:

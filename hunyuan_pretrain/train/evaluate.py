@@ -16,6 +16,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader
 from hunyuan_pretrain.model.routing import EvaluationRouting
+from hunyuan_pretrain.parallel import whereabouts
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import SentBatch, model_inputs, run_schedule, sent_ahead, sum_over, sum_over_batch
@@ -43,6 +44,7 @@ def evaluate(
 
     Communicates: all ranks (sums), plus the forward pass.
     """
+    whereabouts.phase("validation")
     experiment, groups, device = run.experiment, run.groups, run.device
     statistics: list[Tensor] = []
     group_tokens = experiment.model.moe_routing_group_tokens

@@ -20,7 +20,7 @@ from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.engines import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
-from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
+from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank, is_time_out
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.policy import what_is_used
@@ -71,7 +71,7 @@ def _train(run: Run, stop: StopRequest) -> int:
         records.is_alone = True
         if dist.get_world_size() == 1:
             saves.finish()
-        if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error)):
+        if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error) or is_time_out(error)):
             records.read()  # of the step before: its record, or a loss that is the reason of this error
         raise
 

@@ -142,7 +142,8 @@ def test_when_a_rank_is_killed_the_others_exit_with_one_line_each(corpus, tmp_pa
         r"resumes from the newest checkpoint",
         lines[0],
     ), err
-    assert lines[1:] == [
+    assert lines[1].startswith("  rank 1 does not answer: it is stopped or has ended"), err
+    assert lines[-2:] == [
         "launch/train.sh: rank 0 exited with status 1; see its output above",
         "launch/train.sh: rank 1 was killed by SIGKILL (out of memory?)",
     ]

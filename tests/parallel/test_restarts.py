@@ -117,8 +117,8 @@ def test_ranks_killed_at_random_moments_leave_the_loss_curve_bitwise(corpus, tmp
 
 @pytest.mark.slow
 def test_another_number_of_data_parallel_ranks_after_a_kill_gives_the_same_losses(corpus, tmp_path):
-    """4 ranks, then 2, then 4: the same sequences and draws. Sums over micro-batches and ranks have another order, which
-    changes the last bits of a gradient in fp32; nine steps of Adam carry that on, hence the tolerance."""
+    """4 ranks, then 2, then 4: the same sequences and draws. Sums over micro-batches and ranks have another order,
+    which changes the last bits of a gradient in fp32; nine steps of Adam carry that on, hence the tolerance."""
     config = write_experiment(tmp_path / "killed.yaml", fields_of(corpus, tmp_path / "killed", 9))
     for ranks, until in ((4, 3), (2, 6)):
         job = Job(config, ranks, tmp_path / "killed.txt")
