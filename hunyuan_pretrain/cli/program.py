@@ -62,8 +62,7 @@ def main() -> None:
     if (mistake := mistake_in_environment(sys.argv[1:])) is not None:
         print(mistake, file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
-    if sys.argv[1:2] == ["train"]:
-        end_with_launcher()
+    end_with_launcher()
     try:
         app()
     except KeyboardInterrupt:

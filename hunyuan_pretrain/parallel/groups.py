@@ -94,5 +94,6 @@ def leave_layout() -> None:
 def destroy_groups() -> None:
     """Leave all process groups; communicates nothing."""
     leave_layout()
+    inquiry.stop()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -52,7 +52,8 @@ class Inquiry:
         """Number of the inquiry that this rank answers next."""
         self._report, self._is_first = list[str](), False
         """Of the inquiry that is under way."""
-        self._note(self._store())
+        self._notes = self._store()
+        self._note()
         self._threads = [
             threading.Thread(target=work, name="inquiry", daemon=True) for work in (self._look, self._answer)
         ]
@@ -145,27 +146,38 @@ class Inquiry:
 
     def _look(self) -> None:
         """Note where this rank is, and ask the others if it waits for long."""
-        with contextlib.suppress(RuntimeError):  # the store has ended
-            store, pause_s, told = self._store(), 0.0, None
-            while not self._end.wait(self._every_s):
-                place = self._note(store)
-                if told is not None and place is not told:
-                    told = self._goes_on(store)
-                pause_s -= self._every_s
-                if told is None and pause_s <= 0 and (waits := whereabouts.waits(self._limit_s)) is not None:
-                    told, pause_s = place, self._limit_s / 4  # reading the record takes a tenth of a second
+        noting, pause_s, told = None, 0.0, None
+        while not self._end.wait(self._every_s):
+            if noting is None or not noting.is_alive():
+                noting = _within(self._every_s / 2, self._note)
+            place = whereabouts.place()
+            if told is not None and place is not told:
+                self._goes_on()
+                told = None
+            pause_s -= self._every_s
+            if told is None and pause_s <= 0 and whereabouts.is_quiet(self._limit_s):
+                pause_s = self._limit_s / 8
+                try:
+                    waits = whereabouts.waits()
+                except Exception as error:  # such as another format
+                    _print(
+                        f"{self._name}: cannot read torch's record of collectives, so hangs are not named: {error!r}"
+                    )
+                    return
+                if waits is not None:
+                    told = place
                     self._say(waits)
 
-    def _note(self, store: dist.Store) -> whereabouts.Mark:
-        clock, place = time.strftime("%H:%M:%S", time.gmtime()), whereabouts.place()
-        store.set(f"place/{self._rank}", f"in {place}, at {clock} UTC, on {self._machine}")
-        return place
+    def _note(self) -> None:
+        clock = time.strftime("%H:%M:%S", time.gmtime())
+        text = f"in {whereabouts.place()}, at {clock} UTC, on {self._machine}"
+        self._notes.set(f"place/{self._rank}", text)
 
-    def _goes_on(self, store: dist.Store) -> None:
+    def _goes_on(self) -> None:
         """The wait has ended: the next one is another hang."""
         with self._lock:
             if self._is_first:
-                store.add("number", 1)
+                _within(SECONDS_TO_END, lambda: self._store().add("number", 1))
             self._is_first, self._report = False, []
         _print(f"{self._name} goes on")
 
@@ -194,7 +206,7 @@ def _print(text: str) -> None:
         os.write(2, f"{text}\n".encode())  # in one write, because several ranks share the output
 
 
-def _within(seconds: float, action: Callable[[], object]) -> None:
+def _within(seconds: float, action: Callable[[], object]) -> threading.Thread:
     """Do `action` if the store answers, and wait for it at most that long: a store on a lost machine never answers."""
 
     def run() -> None:
@@ -204,21 +216,27 @@ def _within(seconds: float, action: Callable[[], object]) -> None:
     thread = threading.Thread(target=run, name="inquiry", daemon=True)
     thread.start()
     thread.join(seconds)
+    return thread
 
 
 def start(limit_s: float) -> None:
     """Take part in the inquiries of the job that this process has joined. limit_s: time-out of its collectives."""
     global _inquiry
-    store = _get_default_store()
-    if _inquiry is None or _inquiry[0] is not store:
-        if _inquiry is not None:
-            _inquiry[1].end()
-        _inquiry = store, Inquiry(store, limit_s)
+    stop()
+    _inquiry = Inquiry(_get_default_store(), limit_s)
+
+
+def stop() -> None:
+    """Leave the inquiries of the job."""
+    global _inquiry
+    if _inquiry is not None:
+        _inquiry.end()
+        _inquiry = None
 
 
 def current() -> Inquiry | None:
     """This process's, if it is one of several ranks."""
-    return _inquiry[1] if _inquiry is not None else None
+    return _inquiry
 
 
-_inquiry: tuple[dist.Store, Inquiry] | None = None
+_inquiry: Inquiry | None = None

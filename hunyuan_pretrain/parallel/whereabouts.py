@@ -92,6 +92,8 @@ def calls() -> list[Call]:
 
 def _flight_record() -> bytes | None:
     """torch's record as JSON, of format 2.x. The one over NCCL exists in builds with CUDA only."""
+    if not dist.is_initialized():
+        return None
     name = "_dump_nccl_trace_json" if dist.get_backend() == "nccl" else "_dump_fr_trace_json"
     dump = getattr(torch._C._distributed_c10d, name, None)
     return None if dump is None else dump()
@@ -115,14 +117,15 @@ def _call(entry: dict[str, Any]) -> Call:
     )
 
 
-def waits(limit_s: float) -> str | None:
-    """What this rank has waited for during more than half of the time-out of the call; None if it does not wait.
+def is_quiet(limit_s: float) -> bool:
+    """Whether the training thread has left no mark for half of a time-out."""
+    return time.time_ns() - place().time_ns > limit_s / 2 * 1e9
 
-    limit_s: the time-out of messages between stages. Costs nothing while the training thread goes on.
-    """
+
+def waits() -> str | None:
+    """What this rank has waited for during more than half of the time-out of the call; None if it does not wait. Call
+    it only if `is_quiet`: it takes a tenth of a second."""
     now = time.time_ns()
-    if now - place().time_ns < limit_s / 2 * 1e9:
-        return None
     for call in calls():
         if call.is_waiting and now - call.time_ns > call.timeout_s / 2 * 1e9:
             return f"{call.operation} of {call.description}"
@@ -139,7 +142,7 @@ def account() -> dict[str, Any]:
         where = str(marks[max(bisect_right(times, call.time_ns) - 1, 0)])
         group["calls"] = [*group["calls"][1 - LAST_CALLS :], [call.number, call.operation, where, call.is_waiting]]
     names = distributed_c10d._world.pg_names  # of the groups that this rank belongs to
-    members = {names[group]: [*ranks] for group, ranks in _ranks_of_groups() if group in names}
+    members = {str(names[group]): [*ranks] for group, ranks in _ranks_of_groups() if group in names}
     for name, group in groups.items():
         if any(is_waiting for *_, is_waiting in group["calls"]):
             group["ranks"] = sorted(members.get(name, ()))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hunyuan_pretrain.config.exit_status import COMMAND, STOP_SIGNALS
+from hunyuan_pretrain.config.exit_status import COMMAND, LAUNCHER, STOP_SIGNALS
 from launch import node, ranks
 from launch.node import (
     Job,
@@ -26,6 +26,13 @@ from tests.helpers.runs import ROOT
 
 DEMO = str(ROOT / "configs/dev/demo_cpu.yaml")
 SEVERAL = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "3"}
+
+
+@pytest.fixture(autouse=True)
+def environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launcher sets for its ranks is not left to other tests."""
+    for name in (COMMAND, LAUNCHER, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
 def job(**variables: str) -> Job:

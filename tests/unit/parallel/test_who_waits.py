@@ -143,11 +143,11 @@ def test_a_call_is_placed_by_the_mark_before_it(monkeypatch) -> None:
     assert found["place"] == "step 5, optimizer"
     call = [3, "all_reduce [8, 4] BFloat16", "step 4, forward of layer 2", True]
     assert found["groups"] == {"1": {"description": "TENSOR_MODEL_PARALLEL_GROUP", "calls": [call], "ranks": []}}
-    assert whereabouts.waits(600) == "all_reduce [8, 4] BFloat16 of TENSOR_MODEL_PARALLEL_GROUP"
+    assert whereabouts.waits() == "all_reduce [8, 4] BFloat16 of TENSOR_MODEL_PARALLEL_GROUP"
 
 
-def test_a_rank_that_goes_on_reads_no_record(monkeypatch) -> None:
-    monkeypatch.setattr(whereabouts, "calls", lambda: pytest.fail("reading it takes a tenth of a second"))
+def test_a_rank_that_goes_on_is_not_quiet() -> None:
     whereabouts.forward(3)
-    assert whereabouts.waits(600) is None
+    assert not whereabouts.is_quiet(600)
+    assert whereabouts.is_quiet(0)
     assert str(whereabouts.place()).endswith("forward of layer 3")
