@@ -120,8 +120,7 @@ def count_restarts(text: str, nodes: int) -> int:
         raise MistakeError(f"{RESTARTS}={text}: must be a number")
     if int(text) and nodes > 1:
         raise MistakeError(
-            f"{RESTARTS}={text}: is for one node; on several, the job is started again as a whole (sbatch --requeue), "
-            "or by torchrun --max-restarts"
+            f"{RESTARTS}={text}: is for one node; on several, the job is started again as a whole (sbatch --requeue)"
         )
     return int(text)
 
