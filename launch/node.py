@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hunyuan_pretrain.config.exit_status import COMMAND, LAUNCHER
 from launch.ranks import EXIT_MISTAKE, Stop, run_ranks
 
 DEFAULT_PORT = "29500"
 
 
+RESTARTS = "MAX_RESTARTS"
 OPTIONS = ("--accept-changes", "--from-step")
 """Options of `hunyuan-pretrain train` that are passed on to the ranks; each takes a value."""
+
+
+VARIABLES = ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_ADDR", "RDZV_ID", RESTARTS)
+"""The environment that describes a job."""
 
 
 class MistakeError(Exception):
@@ -66,6 +74,8 @@ class Job:
     local_addr: str
     rendezvous: str
     """Name of the job, under which its nodes rendezvous and agree on their ranks."""
+    restarts: int = 0
+    """How often ranks that failed are started again."""
 
 
 def read_job(environment: Mapping[str, str]) -> Job:
@@ -84,6 +94,7 @@ def read_job(environment: Mapping[str, str]) -> Job:
         master_port=environment.get("MASTER_PORT") or DEFAULT_PORT,
         local_addr=environment.get("LOCAL_ADDR", ""),
         rendezvous=environment.get("RDZV_ID", ""),
+        restarts=count_restarts(environment.get(RESTARTS) or "0", int(nodes)),
     )
     if job.num_nodes > 1:
         check_meeting(job)
@@ -101,6 +112,17 @@ def check_meeting(job: Job) -> None:
         raise MistakeError(f"NNODES={nodes}, but MASTER_ADDR does not name the first node")
     if not (number or job.rendezvous):
         raise MistakeError(f"NNODES={nodes}, but neither NODE_RANK nor RDZV_ID says which node this is")
+
+
+def count_restarts(text: str, nodes: int) -> int:
+    """Raises MistakeError."""
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise MistakeError(f"{RESTARTS}={text}: must be a number")
+    if int(text) and nodes > 1:
+        raise MistakeError(
+            f"{RESTARTS}={text}: is for one node; on several, the job is started again as a whole (sbatch --requeue)"
+        )
+    return int(text)
 
 
 def is_count(text: str) -> bool:
@@ -164,8 +186,20 @@ def torchrun_arguments(job: Job, ranks: int) -> list[str]:
     return found
 
 
-def prepare_environment() -> None:
-    """Set the environment that the ranks inherit."""
+def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What started the ranks of this node, for a shell."""
+    job = [f"{name}={environment[name]}" for name in VARIABLES if environment.get(name)]
+    launcher = [environment["HUNYUAN_LAUNCHER"]] if "HUNYUAN_LAUNCHER" in environment else []
+    return " ".join(map(shlex.quote, [*job, *(launcher or [sys.executable, "-m", "launch.node"]), *arguments]))
+
+
+def prepare_environment(arguments: Sequence[str]) -> None:
+    """Set the environment that the ranks inherit. `arguments`: of this program."""
+    os.environ.setdefault(COMMAND, command_line(arguments, os.environ))
+    os.environ[LAUNCHER] = str(os.getpid())
+    # this process serves the store of the job, with some connections of each rank
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # defaults for another torchrun
     # If it is unset, torchrun sets it to 1 and prints a banner; ranks on CPU choose their own number of threads anyway.
@@ -188,8 +222,8 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return EXIT_MISTAKE
-    prepare_environment()
-    return run_ranks([*launcher, "-m", "hunyuan_pretrain", "train", *settings, *options], stop)
+    prepare_environment(arguments)
+    return run_ranks([*launcher, "-m", "hunyuan_pretrain", "train", *settings, *options], stop, job.restarts)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """torchrun, but with a requested stop distinguished from a failure.
 
 On SIGTERM, torchrun forwards the signal, kills the ranks that are still alive after 30 seconds, and exits with a
-traceback and status 1, as after a crash. Here a SIGTERM, a Ctrl-C or a hangup of the terminal is forwarded as SIGTERM,
-and the ranks get all the time that a checkpoint takes. If they save and exit with status 75, so does this program. A
-second Ctrl-C kills the ranks and exits with 130.
+traceback and status 1, as after a crash; SIGUSR1 kills it. Here a SIGTERM, a SIGUSR1, a Ctrl-C or a hangup of the
+terminal is forwarded as SIGTERM, and the ranks get all the time that a checkpoint takes. If they save and exit with
+status 75, so does this program. A second Ctrl-C kills the ranks and exits with 130.
 
 For any other failure the ranks have already printed the reason. This program only adds a line per failed rank, instead
 of torchrun's report, and adds nothing after a user's mistake (status 2).
@@ -22,7 +22,13 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
+from hunyuan_pretrain.config.exit_status import (
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_STOPPED,
+    STOP_SIGNALS,
+    STOPPED_BEFORE_FIRST_STEP,
+)
 
 LINGER_S = 10
 
@@ -37,7 +43,7 @@ class Stop:
 
     def listen(self) -> None:
         """Install the signal handlers; ignored signals (nohup) stay ignored."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._pass_on)
 
@@ -63,9 +69,22 @@ class Stop:
             rank.send_signal(signal.SIGTERM)
 
 
-def run_ranks(arguments: list[str], stop: Stop) -> int:
+def run_ranks(arguments: list[str], stop: Stop, restarts: int = 0) -> int:
     """Run the ranks described by torchrun's arguments. Returns 0, 75 if they were stopped and saved, 2 after a user's
-    mistake, 1 if a rank failed, or 128 + N if torchrun itself got signal N."""
+    mistake, 1 if a rank failed, or 128 + N if torchrun itself got signal N.
+
+    Ranks that failed are started again up to `restarts` times, and resume from the newest good checkpoint. torchrun's
+    own --max-restarts would do so after a stop and after a mistake too.
+    """
+    for done in range(restarts + 1):
+        status = _run_once(arguments, stop)
+        if status != 1 or stop.asked or done == restarts:
+            break
+        print(f"launch/train.sh: starts the ranks again ({done + 1} of at most {restarts})", file=sys.stderr)
+    return status
+
+
+def _run_once(arguments: list[str], stop: Stop) -> int:
     import psutil
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -147,7 +166,8 @@ def was_stopped(statuses: Iterable[int], is_asked: bool = False) -> bool:
     """Whether the nonzero exit statuses of the ranks mean a stop: a rank exits with 75 only after all ranks have saved.
 
     Other ranks may still be shutting down when the first has exited; torchrun then terminates them, with status -15.
-    All have that status if a requested stop (`is_asked`) reached them before they had installed their handlers.
+    All have that status, or another signal's that Slurm sends to every process of a step, if a requested stop
+    (`is_asked`) reached them before they had installed their handlers.
     """
-    found = set(statuses)
-    return (EXIT_STOPPED in found or is_asked) and found <= {EXIT_STOPPED, -signal.SIGTERM}
+    found, early = set(statuses), STOP_SIGNALS if is_asked else (signal.SIGTERM,)
+    return (EXIT_STOPPED in found or is_asked) and found <= {EXIT_STOPPED, *(-number for number in early)}

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hunyuan_pretrain.config.exit_status import COMMAND, STOP_SIGNALS
 from launch.node import MistakeError, is_count, read_arguments
 from launch.ranks import EXIT_MISTAKE, EXIT_STOPPED
 
@@ -93,8 +96,19 @@ def start(script: str, arguments: Sequence[str]) -> int:
     srun = ["srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--kill-on-bad-exit=0"]
     srun += ["--open-mode", "append", "--output", f"{logs}/%j.%n.log"]
     srun += [*container_options(os.environ), *node_command(script, os.environ), *arguments]
-    status = subprocess.run(srun, env=os.environ | job).returncode
+    again = shlex.join(["sbatch", "--nodes", nodes, "launch/train.sbatch", *arguments])
+    status = run_nodes(srun, {COMMAND: again} | os.environ | job)
     return end(status if status >= 0 else 128 - status, number, logs)
+
+
+def run_nodes(srun: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run srun; returns its status. A stop that reaches the batch script only (sbatch --signal=B:USR1@300) is passed on
+    to it, and by it to the nodes."""
+    with subprocess.Popen(srun, env=environment) as nodes:
+        for number in STOP_SIGNALS:
+            # srun would only print how its tasks are at a SIGINT
+            signal.signal(number, lambda *_: nodes.send_signal(signal.SIGTERM))
+        return nodes.wait()
 
 
 def container_options(environment: Mapping[str, str]) -> list[str]:

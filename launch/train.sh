@@ -12,7 +12,7 @@ Usage: launch/train.sh CONFIG [KEY=VALUE]... [--accept-changes KEY[,KEY]...]... 
 Starts the ranks of one training run on this node. Each rank runs `hunyuan-pretrain train` with these arguments, which
 `hunyuan-pretrain train --help` explains. The same command resumes from the newest checkpoint.
 
-Exit status: 0 done; 75 stopped by SIGTERM or Ctrl-C after saving, start it again; 130 a second Ctrl-C; 2 a mistake in CONFIG, an override,
+Exit status: 0 done; 75 stopped by SIGTERM, SIGUSR1 or Ctrl-C after saving, start it again; 130 a second Ctrl-C; 2 a mistake in CONFIG, an override,
 the data or this command; 1 any other failure.
 
 Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* are ignored; the launcher sets them for the ranks that it starts):
@@ -24,6 +24,7 @@ Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* are ignored; the 
   LOCAL_ADDR       address of this node for the others, default: the one from which it reaches MASTER_ADDR
   RDZV_ID          name of the job: the nodes then rendezvous at MASTER_ADDR:MASTER_PORT (c10d) and agree on their ranks; the node with
                    NODE_RANK (else SLURM_NODEID) 0 hosts the rendezvous
+  MAX_RESTARTS     how often ranks that fail are started again, from the newest good checkpoint; default 0; one node only
   HUNYUAN_PYTHON   interpreter, default: the one behind hunyuan-pretrain on PATH, else .venv of this checkout
 TEXT
 }
@@ -34,6 +35,6 @@ for argument in "$@"; do
         exit 0
     fi
 done
-trap 'echo "stopped before the first step; nothing to save: the same command starts again"; exit 75' TERM INT HUP
+trap 'echo "stopped before the first step; nothing to save: the same command starts again"; exit 75' TERM INT HUP USR1
 find_interpreter
-exec "$python" -m launch.node "$@"
+HUNYUAN_LAUNCHER=$0 exec "$python" -m launch.node "$@"

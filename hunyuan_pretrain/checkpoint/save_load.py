@@ -35,6 +35,7 @@ from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_reci
 from hunyuan_pretrain.checkpoint.saving import save
 from hunyuan_pretrain.model.engines import load_scaling_state
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.parallel import whereabouts
 from hunyuan_pretrain.parallel.agreement import first_error, from_rank_0, patience, reason_of
 from hunyuan_pretrain.runtime.seeding import restore_generator_state
 
@@ -102,6 +103,7 @@ def load_newest(
     Communicates: all ranks. Raises CheckpointError naming each checkpoint if none is intact; as `load` if the intact
     one is of another model; and if one cannot be read now, or is of a newer program, before an intact one was found.
     """
+    whereabouts.phase("loading of a checkpoint")
     with patience():
         names, error = from_rank_0(lambda: [folder.name for folder in folders.named_checkpoints(run_dir)])
         if names is None:

@@ -38,7 +38,7 @@ from hunyuan_pretrain.checkpoint.parallel_write import REPORTS, Blob, Item, Shar
 from hunyuan_pretrain.checkpoint.retention import remove_old
 from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_recipe, sharded_scales
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
-from hunyuan_pretrain.parallel import groups
+from hunyuan_pretrain.parallel import groups, whereabouts
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, first_error, from_rank_0, patience, reason_of
 from hunyuan_pretrain.runtime.background import Background, leave_if_ending
 from hunyuan_pretrain.runtime.lock import RunLock
@@ -116,6 +116,7 @@ class Saver:
         cannot copy. Nothing of the attempt then remains, and older checkpoints are untouched.
         """
         assert self._flight is None, "finish the save before"
+        whereabouts.phase("copy for a checkpoint", step)
         kept = keep_last, keep_every_steps
         content = {**(record or {}), **_description(step, self._chunks[0])}
         flight = _Flight(run_dir, step, kept, content, self._lock)
@@ -170,6 +171,7 @@ class Saver:
         flight = self._flight
         if flight is None:
             return None
+        whereabouts.phase("wait for a checkpoint to be written", flight.step)
         with patience():
             error = first_error(flight.wait_for_part) or error_of_rank_0(flight.wait_for_commit)
             self._flight = None  # not before: if the ranks could not agree, it can still be rescued

@@ -12,7 +12,7 @@ import typer
 
 from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, submitting, training
 from hunyuan_pretrain.cli.checkpoints import checkpoints
-from hunyuan_pretrain.cli.ranks import leave, mistake_in_environment, report_error, report_failure
+from hunyuan_pretrain.cli.ranks import end_with_launcher, leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
 from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
@@ -62,6 +62,7 @@ def main() -> None:
     if (mistake := mistake_in_environment(sys.argv[1:])) is not None:
         print(mistake, file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
+    end_with_launcher()
     try:
         app()
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,7 +10,9 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from hunyuan_pretrain.config.exit_status import LAUNCHER
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each rank."""
@@ -18,6 +21,8 @@ IN_RANKS = ("train", "parity", "shadow")
 
 SECONDS_FOR_RANK_0 = 20
 """How long other ranks hold back an error, so that rank 0 can print the same one."""
+SECONDS_TO_ASK = 2.0
+"""How long a rank that has lost another one waits for the answers of the others."""
 
 
 def report_error(error: Exception | str) -> None:
@@ -37,29 +42,46 @@ def report_error(error: Exception | str) -> None:
 
 
 def report_failure(error: Exception) -> None:
-    """Print the traceback of an error and the rank. If the error is only that another rank has ended, print one line:
-    the cause is in that rank's output."""
+    """Print the traceback of an error and the rank, and tell the other ranks, which then name this one. If the error is
+    only that another rank has ended or has not answered, print that, and what the ranks find out about it."""
     text = "".join(traceback.format_exception(error))
     if "RANK" in os.environ:
         rank = f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE', '?')}"
         text = f"{rank} ends: {lost}\n" if (lost := loss_of_a_rank(error)) else f"{rank} failed:\n{text}"
+        if lost is None and (inquiry := _inquiry()) is not None:
+            inquiry.failed(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300])
     print(text, end="", file=sys.stderr, flush=True)  # in one write, because several ranks share the output
 
 
 def loss_of_a_rank(error: Exception) -> str | None:
-    """A message that says where this rank noticed that another rank has ended; None for any other error."""
+    """A message that says where this rank noticed that another rank has ended or hangs, and which; None for any other
+    error. Takes up to some seconds."""
     if "torch.distributed" not in sys.modules:
         return None
-    from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
+    from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank, is_time_out
 
-    if not is_loss_of_a_rank(error):
+    if is_loss_of_a_rank(error):
+        what = "another rank has ended"
+    elif is_time_out(error):
+        what = "another rank has not answered within runtime.distributed_timeout_s"
+    else:
         return None
     package = str(Path(__file__).parents[1])
-    place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)][-1]
-    return (
-        f"another rank has ended ({place.name}, {Path(place.filename).name}:{place.lineno}, got no answer from it); "
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ([frame for frame in frames if frame.filename.startswith(package)] or frames)[-1]
+    inquiry = _inquiry()
+    report = inquiry.ask(SECONDS_TO_ASK) if inquiry is not None else []
+    head = (
+        f"{what} ({place.name}, {Path(place.filename).name}:{place.lineno}, got no answer from it); "
         "the same command resumes from the newest checkpoint"
     )
+    return "\n  ".join([head, *report])
+
+
+def _inquiry() -> Any:
+    """This rank's part in inquiries, if it has joined a job."""
+    module = sys.modules.get("hunyuan_pretrain.parallel.inquiry")
+    return module.current() if module is not None else None
 
 
 def leave(status: int) -> NoReturn:
@@ -74,6 +96,24 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def end_with_launcher() -> None:
+    """Make the kernel kill this process, if it is one of several ranks, when the launcher that started it is gone
+    (Linux only).
+
+    A launcher that is killed by SIGKILL cannot end its ranks. They would train on, hold the GPUs and the lock of the
+    run directory, and meet the ranks of the job that is started again. What they have not saved is lost, as with any
+    kill.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if "LOCAL_RANK" not in os.environ or prctl is None:
+        return
+    PR_SET_PDEATHSIG = 1  # from sys/prctl.h
+    prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    launcher = os.environ.get(LAUNCHER, "")
+    if launcher and launcher != str(os.getppid()) and not Path("/proc", launcher).exists():  # it was gone before that
+        os._exit(1)
 
 
 def mistake_in_environment(arguments: Sequence[str]) -> str | None:

@@ -56,8 +56,8 @@ def train(
 ) -> None:
     """Train an experiment, or resume it from its newest checkpoint; under torchrun, each process is one rank.
 
-    Exit code 75: stopped by SIGTERM or Ctrl-C and saved; the same command resumes. A second Ctrl-C exits immediately
-    with 130.
+    Exit code 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C and saved; the same command resumes. A second Ctrl-C exits
+    immediately with 130.
     """
     from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.runtime.environment import prepare

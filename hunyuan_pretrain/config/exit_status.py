@@ -1,9 +1,11 @@
-"""Exit statuses of commands and ranks, which launchers, schedulers and tests read, and the message about a stop.
+"""Exit statuses of commands and ranks, which launchers, schedulers and tests read; the signals and message of a stop.
 
-Imports nothing, so a program that handles signals can use them as soon as it starts.
+Imports nothing that takes time, so a program that handles signals can use them as soon as it starts.
 """
 
 from __future__ import annotations
+
+import signal
 
 EXIT_DONE = 0
 EXIT_MISTAKE = 2
@@ -13,4 +15,10 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 """A second Ctrl-C during training, any Ctrl-C elsewhere."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Requests to save and stop. Schedulers send SIGTERM, or SIGUSR1 where so told (sbatch --signal=USR1@300)."""
+COMMAND = "HUNYUAN_COMMAND"
+"""Environment variable in which a launcher tells the ranks the command that started the run."""
+LAUNCHER = "HUNYUAN_LAUNCHER_PID"
+"""Environment variable in which a launcher tells the ranks its process id."""
 STOPPED_BEFORE_FIRST_STEP = "stopped before the first step; nothing to save: the same command starts again"

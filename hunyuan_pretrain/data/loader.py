@@ -171,7 +171,11 @@ class EvaluationLoader:
         return len(self._positions)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for positions in self._positions:
+        return self.micro_batches()
+
+    def micro_batches(self, first: int = 0) -> Iterator[MicroBatch]:
+        """From number `first` on."""
+        for positions in self._positions[first:]:
             yield _collate([self._sequence(position) for position in positions.tolist()], positions)
 
     def _sequence(self, position: int) -> PackedSequence:

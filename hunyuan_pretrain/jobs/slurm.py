@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.exit_status import COMMAND
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.jobs.job_folder import EXPERIMENT
 from hunyuan_pretrain.jobs.request import Request
@@ -43,6 +44,7 @@ def script(request: Request, experiment: Experiment, folder: Path) -> str:
         head.append(f"#SBATCH --{'requeue' if request.requeue else 'no-requeue'}")
     # of this host; a container has its own
     variables = {"HUNYUAN_PYTHON": request.python, "NPROC_PER_NODE": str(request.ranks_per_node)}
+    variables[COMMAND] = shlex.join(["sbatch", str(folder.resolve() / SCRIPT)])
     if request.requeue:
         variables["HUNYUAN_REQUEUE"] = "1"
     variables |= container(request)

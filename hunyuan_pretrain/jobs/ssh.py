@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from hunyuan_pretrain.config.errors import ConfigError, Problem
-from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED
+from hunyuan_pretrain.config.exit_status import COMMAND, EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED
 from hunyuan_pretrain.jobs.job_folder import EXPERIMENT
 from hunyuan_pretrain.jobs.request import Request
 
@@ -52,6 +52,7 @@ def node_command(request: Request, folder: Path, node: int, job: str, port: int 
         "NPROC_PER_NODE": str(request.ranks_per_node),
         "NODE_RANK": str(node),
         "HUNYUAN_PYTHON": request.python,
+        COMMAND: shlex.join(["hunyuan-pretrain", *sys.argv[1:]]),
     }
     if request.nodes > 1:
         master = request.hosts[0].rpartition("@")[2]

@@ -7,6 +7,7 @@ Shapes: T tokens of this rank, D hidden, L layers of the group, X numbers of pac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +20,7 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.recompute import free_until_backward
 from hunyuan_pretrain.model.routing import Routing
 from hunyuan_pretrain.model.spec import Spec
+from hunyuan_pretrain.parallel import whereabouts
 
 
 class TransformerLayer(torch.nn.Module):
@@ -37,6 +39,7 @@ class TransformerLayer(torch.nn.Module):
         self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan, routing: Routing
     ) -> tuple[Tensor, SharedKV, Tensor]:
         """Returns ((T, D), keys and values of the group, packed router statistics (X,))."""
+        whereabouts.forward(self.layer)
         normalised_TD, hidden_TD = self.input_layernorm(hidden_TD)
         attention_TD, kv = self.self_attention(normalised_TD, kv, plan)
         if self.recompute_norms:
@@ -45,6 +48,8 @@ class TransformerLayer(torch.nn.Module):
         output_TD, statistics_X = self.mlp(normalised_TD, hidden_TD, routing)
         if self.recompute_norms:
             self._free(self.pre_mlp_layernorm, hidden_TD, normalised_TD, output_TD)
+        if output_TD.requires_grad:
+            output_TD.register_hook(partial(whereabouts.backward, self.layer))
         return output_TD, kv, statistics_X
 
     @staticmethod

@@ -11,13 +11,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.config.derived import virtual_pipeline_size
 from hunyuan_pretrain.config.schema import ParallelConfig
+from hunyuan_pretrain.parallel import inquiry
 
 
 def initialize_distributed(backend: str, timeout_s: int) -> None:
     """Join the ranks that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun sets them), or
     form a world of one.
 
-    Communicates: all ranks (rendezvous). A collective that waits longer than `timeout_s` seconds raises.
+    Communicates: all ranks (rendezvous). A collective that waits longer than `timeout_s` seconds raises; after half of
+    that the rank asks the others where they are, and reports (inquiry.py).
     """
     global _timeout
     if dist.is_initialized():
@@ -25,6 +27,8 @@ def initialize_distributed(backend: str, timeout_s: int) -> None:
     _timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=_timeout)
+        if dist.get_world_size() > 1:
+            inquiry.start(timeout_s)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
 
@@ -51,7 +55,7 @@ def build_groups(parallel: ParallelConfig, timeout_s: int) -> ProcessGroupCollec
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, timeout_s // 60),
+        distributed_timeout_minutes=timeout_s / 60,  # core makes a timedelta of it
         # core's second set of groups is for CPU optimizers and checkpoints, which are not used here: each would hold
         # sockets to all its ranks, on whichever network interface gloo picks
         create_gloo_process_groups=False,
@@ -90,5 +94,6 @@ def leave_layout() -> None:
 def destroy_groups() -> None:
     """Leave all process groups; communicates nothing."""
     leave_layout()
+    inquiry.stop()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from hunyuan_pretrain.parallel.inquiry import current
+
 EXIT_ALONE = 1
 GONE = (
     "Connection closed by peer",
@@ -26,6 +28,8 @@ GONE = (
     "remote process exited",
 )
 """What gloo, NCCL and the store say when the rank at the other end of a connection has ended."""
+SILENT = ("Timed out waiting", "wait timeout after")
+"""What gloo and the store say when a rank has not answered in time."""
 
 SECONDS_BETWEEN = 10.0
 LEAST_SECONDS = 10.0
@@ -93,6 +97,8 @@ class SignsOfLife:
                     f"rank {self._rank} ends: no sign of life of rank {named} for {self._limit_s:g} s "
                     "(runtime.distributed_timeout_s)\n"
                 )
+                if (inquiry := current()) is not None:
+                    text += "".join(f"  {line}\n" for line in inquiry.last_seen(gone[:8]))
                 os.write(2, text.encode())
                 os._exit(EXIT_ALONE)  # the main thread is in a collective that never ends
 
@@ -113,5 +119,14 @@ _signs: tuple[dist.Store, SignsOfLife] | None = None
 
 def is_loss_of_a_rank(error: BaseException) -> bool:
     """Whether an error only says that another rank has ended: a broken connection of a collective or of the store."""
+    return _says(error, GONE)
+
+
+def is_time_out(error: BaseException) -> bool:
+    """Whether an error only says that another rank has not answered within the time-out."""
+    return _says(error, SILENT)
+
+
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
     is_from_torch = isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's are plain RuntimeErrors
-    return isinstance(error, RuntimeError) and is_from_torch and any(words in str(error) for words in GONE)
+    return isinstance(error, RuntimeError) and is_from_torch and any(one in str(error) for one in words)

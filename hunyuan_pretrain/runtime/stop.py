@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, Ctrl-C, or a closing terminal, remembered until the run can stop.
+"""Stop requests: SIGTERM, SIGUSR1, Ctrl-C, or a closing terminal, remembered until the run can stop.
 
 Imports little more than the standard library, so that a command can listen from its start, before torch is imported.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
+import sys
 import threading
 from functools import partial
 from types import FrameType
 
-from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, STOPPED_BEFORE_FIRST_STEP
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+from hunyuan_pretrain.config.exit_status import COMMAND, EXIT_INTERRUPTED, STOP_SIGNALS, STOPPED_BEFORE_FIRST_STEP
 
 
 class StoppedBeforeFirstStepError(Exception):
@@ -43,7 +43,7 @@ class StopRequest:
         # A terminal and a launcher send signals to a rank and to everything that it has forked, such as the workers of
         # a tool or a compiler. Those inherit the pipe, so one Ctrl-C would be read as several.
         os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job of a script
                 signal.signal(number, self._ask)
 
@@ -79,3 +79,14 @@ def listen() -> StopRequest:
 
 
 _request: StopRequest | None = None
+
+
+def resume_command() -> str:
+    """The command that continues this run: what the launcher says, else how this process was started."""
+    if told := os.environ.get(COMMAND):
+        return told
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same torchrun command"
+    if os.path.basename(sys.argv[0]) in ("hunyuan-pretrain", "__main__.py"):
+        return shlex.join(["hunyuan-pretrain", *sys.argv[1:]])
+    return shlex.join(sys.orig_argv)

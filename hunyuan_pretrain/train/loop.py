@@ -20,18 +20,14 @@ from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.engines import scaling_state
 from hunyuan_pretrain.parallel.groups import destroy_groups
-from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank
+from hunyuan_pretrain.parallel.signs_of_life import is_loss_of_a_rank, is_time_out
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.policy import what_is_used
-from hunyuan_pretrain.runtime.stop import (
-    StoppedBeforeFirstStepError,
-    StopRequest,
-    listen,
-)
+from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest, listen, resume_command
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.as_planned import AsPlanned
-from hunyuan_pretrain.train.evaluate import evaluate
+from hunyuan_pretrain.train.evaluate import ValidationStoppedError, evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups
@@ -42,8 +38,8 @@ from hunyuan_pretrain.train.step import LaunchedStep, launch_step
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
-    """Train `experiment` from its newest checkpoint to the end. Returns EXIT_DONE, or EXIT_STOPPED after SIGTERM or
-    Ctrl-C."""
+    """Train `experiment` from its newest checkpoint to the end. Returns EXIT_DONE, or EXIT_STOPPED after SIGTERM,
+    SIGUSR1 or Ctrl-C."""
     stop = listen()
     try:
         run = setup.prepare(experiment, stop, accepted)
@@ -62,7 +58,7 @@ def _train(run: Run, stop: StopRequest) -> int:
     if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
         return EXIT_STOPPED
-    if run.first_step == num_steps:
+    if run.first_step == num_steps and not run.owes_validation:
         run.log.line(
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
@@ -74,7 +70,7 @@ def _train(run: Run, stop: StopRequest) -> int:
     except BaseException as error:
         records.is_alone = True
         saves.rescue()
-        if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error)):
+        if not (isinstance(error, torch.AcceleratorError) or is_loss_of_a_rank(error) or is_time_out(error)):
             records.read()  # of the step before: its record, or a loss that is the reason of this error
         raise
 
@@ -82,6 +78,8 @@ def _train(run: Run, stop: StopRequest) -> int:
 def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -> int:
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
+    if run.owes_validation and not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
+        return EXIT_STOPPED
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
         _settle_noise_scale(run, step, records)
@@ -98,8 +96,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
         is_waited_for = is_validated or is_saved or launched.numbers.is_here
         if is_waited_for:
             records.read()
-        if is_validated:
-            _evaluate(run, stage, done)
+        owes_validation = is_validated and not _evaluate(run, stage, done, stop)
         if is_waited_for:
             is_stopping = setup.is_stop_asked(stop, run.device)
         else:  # the answer that does not make the host wait for this step
@@ -109,9 +106,14 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             saves.after_step(told)
         if is_saved or is_stopping:
             records.read()
-            saves.save(done, must_succeed=done == num_steps or is_stopping)
-        if is_stopping and done < num_steps:
-            run.log.line(f"told to stop: saved after step {done}; the same command resumes from there")
+            saves.save(done, done == num_steps or is_stopping, owes_validation)
+        if is_saved and not is_stopping and setup.is_stop_asked(stop, run.device):
+            saves.finish()  # asked during the save: one more step and one more checkpoint may take longer than is left
+            is_stopping = saves.newest == done
+        if is_stopping and (done < num_steps or owes_validation):
+            run.log.line(
+                f"told to stop: saved after step {done}; the same command resumes from there: {resume_command()}"
+            )
             return EXIT_STOPPED
         if is_validated or is_saved:
             records.restart_clock()
@@ -243,12 +245,16 @@ def _meter(run: Run) -> Meter:
     return Meter(run.schedule, began, peak and peak * dist.get_world_size(), run.device)
 
 
-def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
+def _evaluate(run: Run, stage: StageConfig, done: int, stop: StopRequest) -> bool:
     """Validate on every set and write one record: validation_* for evaluation.data, validation/<name>/* for each of
-    evaluation.sets."""
+    evaluation.sets. Returns False, without a record, if told to stop."""
     record: dict[str, Any] = {"step": done}
     for prefix, loader in run.validations.items():
-        found = evaluate(run, stage, loader)
+        try:
+            found = evaluate(run, stage, loader, lambda: setup.is_stop_asked(stop, run.device))
+        except ValidationStoppedError:
+            run.log.line(f"step {done}: told to stop; the next start repeats this validation")
+            return False
         record |= {f"{prefix}{key}": value for key, value in found.items()}
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
         name = "" if prefix == "validation_" else f" {prefix.split('/')[1]}"
@@ -256,6 +262,7 @@ def _evaluate(run: Run, stage: StageConfig, done: int) -> None:
             f"step {done}: validation{name} loss {found['loss']:.4f} over {found['target_tokens']:,} tokens{bits}"
         )
     run.log.metrics(record)
+    return True
 
 
 def _way_back(run: Run) -> str:

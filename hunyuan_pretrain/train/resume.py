@@ -48,6 +48,8 @@ class Start:
     """For the log: what was read and what has changed."""
     leaves: tuple[Path, ...] = ()
     """Later checkpoints in run_dir, which a branch leaves behind."""
+    owes_validation: bool = False
+    """Whether a stop cut the validation after `first_step` short."""
     noise: Mapping[str, Any] | None = None
     """The measured noise scale of the checkpoint (train.noise_scale.NoiseScale.state)."""
 

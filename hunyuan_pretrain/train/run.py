@@ -81,6 +81,11 @@ class Run:
         return unnamed | {f"validation/{name}/": loader for name, loader in self.evaluation_sets.items()}
 
     @property
+    def owes_validation(self) -> bool:
+        """Whether a stop cut the validation after `first_step` short."""
+        return self.start is not None and self.start.owes_validation
+
+    @property
     def schedule(self) -> Schedule:
         """The schedule of all steps, including those of earlier segments."""
         return self.loader.order.schedule

@@ -10,6 +10,9 @@ from hunyuan_pretrain.train.optimizer import gather_parameters
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import LaunchedStep
 
+OWES_VALIDATION = "owes_validation"
+"""Key of complete.json: a stop cut the validation after this step short."""
+
 
 class Saves:
     """The checkpoints that the loop saves. All ranks call every method together."""
@@ -17,6 +20,9 @@ class Saves:
     def __init__(self, run: Run) -> None:
         self._run, self._saver = run, Saver(run.chunks, run.optimizer, run.lock)
         self._has_noted = False
+        self.newest: int | None = None
+        """Steps done of the newest checkpoint that this object has completed."""
+        self._begun = 0
         settings = run.experiment.checkpoint
         if settings.async_save and settings.save_every_steps is not None:
             self._saver.prepare()
@@ -31,7 +37,7 @@ class Saves:
         if self._saver.after_step(step.step, step.save_progress()):
             self.finish()
 
-    def save(self, done: int, must_succeed: bool) -> None:
+    def save(self, done: int, must_succeed: bool, owes_validation: bool = False) -> None:
         """Save a checkpoint after `done` steps; with checkpoint.async_save, only copy the state and start to write it.
 
         With `must_succeed`, wait for it and raise CheckpointError if it fails. Without, a failure is only logged: the
@@ -39,9 +45,11 @@ class Saves:
         """
         self.finish()
         run, settings = self._run, self._run.experiment.checkpoint
+        record = run.record(done) | ({OWES_VALIDATION: True} if owes_validation else {})
         gather_parameters(run.wrapped)
+        self._begun = done
         try:
-            self._saver.begin(run.run_dir, done, settings.keep_last, run.record(done), settings.keep_every_steps)
+            self._saver.begin(run.run_dir, done, settings.keep_last, record, settings.keep_every_steps)
         except CheckpointError as error:
             self._report(error, must_succeed)
         if not self._has_noted and (note := self._saver.note()) is not None:
@@ -69,6 +77,7 @@ class Saves:
             self._report(error, must_succeed)
             return
         if saved is not None:
+            self.newest = self._begun
             log.line(
                 f"saved {saved.folder}: copied in {saved.copy_seconds:.2f} s, complete after {saved.seconds:.2f} s"
             )

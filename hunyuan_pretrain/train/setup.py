@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
 from hunyuan_pretrain.train.resume import Start
 from hunyuan_pretrain.train.run import Run
+from hunyuan_pretrain.train.saves import OWES_VALIDATION
 from hunyuan_pretrain.train.step import sum_over
 from hunyuan_pretrain.train.verification import verify_data
 
@@ -77,6 +79,7 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         chunks, wrapped = _build_model(experiment, groups)
         optimizer = build_optimizer(wrapped, experiment, groups)
         start = _load_or_init(experiment, chunks, optimizer, accepted).after(lock.notes if lock else ())
+        leave_if_asked(stop, device)
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
         start = settle(experiment, groups, chunks, loader, device, start)
@@ -253,7 +256,8 @@ def _load_or_init(
         starts: dict[Path, Start] = {}
 
         def accept(folder: Path, marker: dict[str, Any]) -> None:
-            starts[folder] = resume.go_on(experiment, met, folder, marker, accepted)
+            start = resume.go_on(experiment, met, folder, marker, accepted)
+            starts[folder] = replace(start, owes_validation=bool(marker.get(OWES_VALIDATION)))
 
         if (
             settings.resume_from is not None

@@ -31,6 +31,7 @@ from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.recycle_routing import draw_keys
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
 from hunyuan_pretrain.model.varlen_attention import Documents
+from hunyuan_pretrain.parallel import whereabouts
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
@@ -269,6 +270,7 @@ def launch_step(
 
     Communicates: as `compute_gradients`, all ranks (statistics), all groups of the optimizer.
     """
+    whereabouts.phase("start of the step", step + 1)
     run.optimizer.zero_grad()
     found = compute_gradients(run, stage, step, in_fp8=in_fp8)
     if before_update is not None:
@@ -276,7 +278,9 @@ def launch_step(
     others = to_device(torch.tensor([float(is_stop_asked), float(save_progress)], dtype=torch.float64), run.device)
     if run.noise is not None and run.noise.measures(step):
         others = torch.cat([others, run.noise.squares()])  # before the update, which clips in place
+    whereabouts.phase("optimizer", step + 1)
     grad_norm = optimizer_step(run.optimizer)
+    whereabouts.phase("sums over all ranks", step + 1)
     totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, others)
     numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
     return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, len(others) - 2)

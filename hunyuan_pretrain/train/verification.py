@@ -14,6 +14,8 @@ from hunyuan_pretrain.data.digests import check_digest_in_steps
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import TokenizedShard
 from hunyuan_pretrain.data.packed_format import PackedIndex
+from hunyuan_pretrain.parallel import whereabouts
+from hunyuan_pretrain.parallel.agreement import patience
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 
 _SECONDS_BETWEEN_MEETINGS = 10.0
@@ -27,6 +29,7 @@ def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = No
     Raises StoppedBeforeFirstStepError, on all ranks, if any rank was asked to stop. Communicates: all ranks,
     periodically, so that a rank that finishes early does not run into the timeout of collectives.
     """
+    whereabouts.phase("verification of the data")
     rank, size = dist.get_rank(), dist.get_world_size()
     # files of one kind have similar sizes
     mine = sorted(files, key=lambda file: (file.suffix, file))[rank::size]
@@ -42,7 +45,8 @@ def verify_files(files: Mapping[Path, str | None], stop: StopRequest | None = No
         else:
             is_done = True
         states: list[tuple[int, list[str], bool, bool]] = [(0, [], False, False)] * size
-        dist.all_gather_object(states, (done, problems, is_done, stop is not None and stop.is_asked))
+        with patience():  # a file system may take longer than a collective for a single block
+            dist.all_gather_object(states, (done, problems, is_done, stop is not None and stop.is_asked))
         _raise_if_any([problem for _, of_rank, _, _ in states for problem in of_rank])
         if any(is_stopping for *_, is_stopping in states):
             raise StoppedBeforeFirstStepError()
@@ -79,7 +83,8 @@ def check_shards(shards: Iterable[TokenizedShard]) -> None:
         except DataFormatError as error:
             problems.append(str(error))
     found: list[list[str]] = [[]] * size
-    dist.all_gather_object(found, problems)
+    with patience():  # a file system may take its time to open thousands of files
+        dist.all_gather_object(found, problems)
     _raise_if_any([problem for of_rank in found for problem in of_rank])
 
 

@@ -95,6 +95,33 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(corpus, tmp_path):
     assert "told to stop" not in out
 
 
+def test_ranks_are_started_again_and_none_outlives_its_launcher(corpus, tmp_path):
+    """A rank is killed: its launcher starts all of them again, and they go on from the newest checkpoint. Then the
+    launcher is killed, which can tell them nothing."""
+    run_dir = tmp_path / "run"
+    fields = experiment_fields(corpus, run_dir, 4000, parallel={"world_size": 2}, checkpoint={"save_every_steps": 2})
+    config = write_experiment(tmp_path / "x.yaml", fields | {"runtime": fields["runtime"] | {"probes": False}})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command, piped = ["bash", "launch/train.sh", str(config)], subprocess.PIPE
+    variables = os.environ | {"PATH": path, "MAX_RESTARTS": "2"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=piped, stderr=piped, text=True, env=variables)
+    try:
+        until(process, lambda: len(metrics(run_dir)) > 4)
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+        ranks["1"].kill()
+        until(process, lambda: (run_dir / "log.txt").read_text().count("tiny: 2 ranks on CPU") == 2)
+        steps = len(metrics(run_dir))
+        until(process, lambda: len(metrics(run_dir)) > steps + 2)
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+        process.kill()
+        psutil.wait_procs([ranks["0"], ranks["1"]], timeout=10)
+        assert not [one for one in ranks.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        kill_all(process)
+    assert "resumes from" in (run_dir / "log.txt").read_text()
+    assert "launch/train.sh: starts the ranks again (1 of at most 2)\n" in process.communicate()[1]
+
+
 def test_when_a_rank_is_killed_the_others_exit_with_one_line_each(corpus, tmp_path):
     run_dir = tmp_path / "run"
     fields = experiment_fields(corpus, run_dir, 4000, parallel={"world_size": 2}, checkpoint={"save_every_steps": 2})
@@ -115,7 +142,8 @@ def test_when_a_rank_is_killed_the_others_exit_with_one_line_each(corpus, tmp_pa
         r"resumes from the newest checkpoint",
         lines[0],
     ), err
-    assert lines[1:] == [
+    assert lines[1].startswith("  rank 1 does not answer: it is stopped or has ended"), err
+    assert lines[-2:] == [
         "launch/train.sh: rank 0 exited with status 1; see its output above",
         "launch/train.sh: rank 1 was killed by SIGKILL (out of memory?)",
     ]

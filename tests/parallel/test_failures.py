@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,10 @@ def refuse_in_step_2(*arguments: Any, **options: Any) -> Any:
     from hunyuan_pretrain.train import TrainingError
 
     raise TrainingError("a mistake of the user's")
+
+
+def hang_in_step_2(*arguments: Any, **options: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def wait_for_the_others(*arguments: Any) -> None:
@@ -61,8 +67,9 @@ def command(rank: int, port: int, arguments: list[str], broken: Any, folder: Pat
     main()
 
 
-def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int], list[str], float]:
-    """Exit statuses, stderr of both ranks, and how long the slower rank ran after the other had ended."""
+def two_ranks(arguments: list[str], broken: Any, folder: Path, first: int = 1) -> tuple[list[int], list[str], float]:
+    """Exit statuses, stderr of both ranks, and how long the slower rank ran after the other had ended. first: the rank
+    that ends first; rank 0 if rank 1 never ends."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -72,7 +79,7 @@ def two_ranks(arguments: list[str], broken: Any, folder: Path) -> tuple[list[int
     for process in processes:
         process.start()
     try:
-        processes[1].join(90)
+        processes[first].join(90)
         ended = time.monotonic()
         processes[0].join(SECONDS)
         waited = time.monotonic() - ended
@@ -102,6 +109,20 @@ def test_a_failing_rank_exits_with_its_error_and_leaves_no_rank_waiting(corpus, 
     assert ("Traceback" in said[1]) == (status == 1)
     assert statuses[0] not in (None, 0), f"rank 0 waits; {said}"
     assert waited < SECONDS
+    if status == 1:
+        assert "\n  rank 1 has failed: AssertionError: a bug in mid-step, on " in said[0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_a_step_is_named_with_the_step(corpus, tmp_path):
+    fields = experiment_fields(corpus, tmp_path / "run", model__num_layers=2, runtime__distributed_timeout_s=12)
+    fields["runtime"]["probes"] = False
+    config = write_experiment(tmp_path / "x.yaml", fields)
+    statuses, (said, _), _ = two_ranks(["train", str(config)], hang_in_step_2, tmp_path, first=0)
+    assert statuses == [1, None], said
+    assert re.search(r"\n  rank 1 does not answer: .+; it was last seen in step [12], ", said), said
+    assert re.search(r"\n  rank 0 waits in \w+ .+ of \w+ \(ranks 0, 1\), called in step 2, optimizer\n", said), said
+    assert said.index("has waited for more than 6 s") < said.index("rank 0 of 2 ends: another rank has not answered")
 
 
 @pytest.mark.slow

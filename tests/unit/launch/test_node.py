@@ -9,21 +9,30 @@ import sys
 
 import pytest
 
-from launch import node
+from hunyuan_pretrain.config.exit_status import COMMAND, LAUNCHER, STOP_SIGNALS
+from launch import node, ranks
 from launch.node import (
     Job,
     MistakeError,
     address_towards,
+    command_line,
     count_ranks,
     prepare_environment,
     read_job,
     torchrun_arguments,
 )
-from launch.ranks import Stop
+from launch.ranks import Stop, run_ranks
 from tests.helpers.runs import ROOT
 
 DEMO = str(ROOT / "configs/dev/demo_cpu.yaml")
 SEVERAL = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "3"}
+
+
+@pytest.fixture(autouse=True)
+def environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launcher sets for its ranks is not left to other tests."""
+    for name in (COMMAND, LAUNCHER, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
 
 def job(**variables: str) -> Job:
@@ -98,19 +107,28 @@ def test_a_world_that_does_not_divide_over_the_nodes_is_refused() -> None:
 def test_defaults_of_another_torchrun_do_not_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PET_STANDALONE": "0", "PET_NNODES": "7", "OMP_NUM_THREADS": ""}.items():
         monkeypatch.setenv(name, value)
-    prepare_environment()
+    monkeypatch.delenv(COMMAND, raising=False)
+    prepare_environment(["my.yaml", "x=[1, 2]"])
+    assert os.environ[COMMAND] == f"{sys.executable} -m launch.node my.yaml 'x=[1, 2]'"
     assert not [name for name in os.environ if name.startswith("PET_")]
     assert os.environ["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    prepare_environment()
-    assert os.environ["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv(COMMAND, "sbatch job.sbatch")
+    prepare_environment([])
+    assert (os.environ["OMP_NUM_THREADS"], os.environ[COMMAND]) == ("3", "sbatch job.sbatch")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_command_that_resumes_has_what_describes_the_job() -> None:
+    environment = {"HUNYUAN_LAUNCHER": "launch/train.sh", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "a", "X": "y"}
+    found = command_line(["my.yaml", "--from-step=3"], environment)
+    assert found == "NNODES=2 NODE_RANK=0 MASTER_ADDR=a launch/train.sh my.yaml --from-step=3"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_before_there_are_ranks_exits_at_once_even_if_exceptions_are_swallowed(number: signal.Signals) -> None:
     program = f"""
 import os
-from launch.ranks import Stop
+from launch.ranks import Stop, run_ranks
 Stop().listen()
 try:
     os.kill(os.getpid(), {int(number)})
@@ -129,8 +147,36 @@ def test_options_of_train_reach_the_ranks(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     started = []
-    monkeypatch.setattr(node, "run_ranks", lambda arguments, stop: started.append(arguments) or 75)
+    monkeypatch.setattr(node, "run_ranks", lambda arguments, stop, restarts: started.append(arguments) or 75)
     options = ("--from-step", "5", "--accept-changes=seed", "--accept-changes", "model.x,b")
     assert node.main([DEMO, *options, "seed=5"], Stop()) == 75
     given = [DEMO, "seed=5", "--from-step=5", "--accept-changes=seed", "--accept-changes=model.x,b"]
     assert started[0][-7:] == ["hunyuan_pretrain", "train", *given]
+
+
+def test_restarts_are_counted_and_for_one_node() -> None:
+    assert (job().restarts, job(MAX_RESTARTS="3").restarts) == (0, 3)
+    with pytest.raises(MistakeError, match=r"^MAX_RESTARTS=-1: must be a number$"):
+        job(MAX_RESTARTS="-1")
+    with pytest.raises(
+        MistakeError, match=r"^MAX_RESTARTS=1: is for one node; on several, the job is started again as"
+    ):
+        job(MAX_RESTARTS="1", **SEVERAL, NODE_RANK="0")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "restarts", "status", "starts"),
+    [([1, 1, 0], 3, 0, 3), ([1, 1, 1], 1, 1, 2), ([2], 3, 2, 1), ([75], 3, 75, 1), ([1], 0, 1, 1)],
+    ids=["until it works", "a bound", "a mistake", "a stop", "none"],
+)
+def test_ranks_that_failed_are_started_again(monkeypatch, statuses, restarts, status, starts) -> None:
+    started = []
+    monkeypatch.setattr(ranks, "_run_once", lambda arguments, stop: started.append(1) or statuses[len(started) - 1])
+    assert (run_ranks([], Stop(), restarts), len(started)) == (status, starts)
+
+
+def test_ranks_that_failed_while_told_to_stop_are_not_started_again(monkeypatch) -> None:
+    stop = Stop()
+    monkeypatch.setattr(ranks, "_run_once", lambda arguments, told: told.asked.append(signal.SIGTERM) or 1)
+    assert run_ranks([], stop, 5) == 1
+    assert len(stop.asked) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,23 @@ def test_a_stopped_job_is_requeued_if_that_was_requested(tmp_path: Path, requeue
     assert done.returncode == 75
     assert done.stdout.endswith("stopped after saving (status 75): the same job resumes from there\n")
     assert ("requeue 20007\n" in (tmp_path / "said/scontrol").read_text()) == (requeue == "1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_stop_of_the_batch_script_alone_reaches_the_nodes(number: signal.Signals) -> None:
+    """As by sbatch --signal=B:USR1@300."""
+    nodes = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print(flush=True); "
+    program = f"""
+import os, sys
+from launch.slurm import run_nodes
+sys.exit(run_nodes([sys.executable, "-c", {nodes + "time.sleep(60)"!r}], os.environ))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the nodes run
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 75
 
 
 def test_a_failure_names_the_logs(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_help() -> None:
         "NODE_RANK",
         "MASTER_ADDR",
         "MASTER_PORT",
-        "75 stopped by SIGTERM or Ctrl-C after saving",
+        "75 stopped by SIGTERM, SIGUSR1 or Ctrl-C after saving",
     ):
         assert name in done.stdout
 

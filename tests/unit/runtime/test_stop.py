@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from hunyuan_pretrain.config.exit_status import STOP_SIGNALS
+
 ROOT = Path(__file__).parents[3]
 
 STEPS = """
@@ -43,7 +45,7 @@ from hunyuan_pretrain.runtime.stop import listen
 listen()
 print("listening", flush=True)
 libc, signals = ctypes.CDLL(None), ctypes.create_string_buffer(128)
-libc.sigaddset(signals, 10)
+libc.sigaddset(signals, 12)
 while True:
     libc.sigwait(signals, ctypes.byref(ctypes.c_int()))  # no signal that is handled ends it, as none ends a collective
 """
@@ -65,7 +67,7 @@ def listening(program: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def test_a_stop_is_remembered_until_the_run_can_stop() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         process = listening(STEPS)
         process.send_signal(number)
         out, err = process.communicate(timeout=30)

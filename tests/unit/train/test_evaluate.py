@@ -12,6 +12,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader
 from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.runtime.logging import RunLog
+from hunyuan_pretrain.runtime.stop import StopRequest
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.loop import _evaluate
 from launch.demo_report import measure_heldout
@@ -82,7 +83,7 @@ def test_every_set_is_validated_under_its_own_name(corpus, tmp_path):
     run = on_this_rank(fields)
     run.log = RunLog(tmp_path / "run", run.experiment.logging, "tiny", is_writer=True)
     run.log.open_sinks({})
-    _evaluate(run, run.experiment.stages[0], 1)
+    assert _evaluate(run, run.experiment.stages[0], 1, StopRequest())
     run.loader.close()
     (record,) = metrics(tmp_path / "run")
     sets = [

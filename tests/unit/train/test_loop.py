@@ -119,8 +119,8 @@ class Steps:
             self.now += 100.0
 
         monkeypatch.setattr(loop, "launch_step", launch)
-        monkeypatch.setattr(loop.Saves, "save", lambda saves, done, must_succeed: taking_long(f"save {done}"))
-        monkeypatch.setattr(loop, "_evaluate", lambda run, stage, done: taking_long(f"validate {done}"))
+        monkeypatch.setattr(loop.Saves, "save", lambda saves, done, *_: taking_long(f"save {done}"))
+        monkeypatch.setattr(loop, "_evaluate", lambda run, stage, done, stop: taking_long(f"validate {done}") or True)
         monkeypatch.setattr(self.run.log, "metrics", record)
         monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
 
@@ -190,7 +190,7 @@ def test_records_are_the_same_whenever_they_are_read(corpus, tmp_path, monkeypat
         run, records = on_this_rank(fields), []
         monkeypatch.setattr(Outgoing, "is_here", is_here)
         monkeypatch.setattr(run.log, "metrics", records.append)
-        monkeypatch.setattr(loop.Saves, "save", lambda saves, done, must_succeed: None)
+        monkeypatch.setattr(loop.Saves, "save", lambda saves, done, *_: None)
         assert loop._train(run, StopRequest()) == 0
         run.loader.close()
         found.append([{key: value for key, value in one.items() if key not in CLOCK_FIELDS} for one in records])
