@@ -123,6 +123,25 @@ def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: environment[name] for name in sorted(environment) if name in ours or name.startswith(prefixes)}
 
 
+OF_ONE_NODE = (
+    "_IFNAME",
+    "_HCA",
+    "_FILE",
+    "NCCL_HOSTID",
+    "NCCL_DEBUG",
+    HIDDEN_GPUS,
+)
+"""Parts of names of variables that may differ between nodes: they name devices or files of one, or only what is
+logged."""
+
+
+def compared(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of `recorded` that have to be the same on all ranks of a job."""
+    return {
+        name: value for name, value in recorded(environment).items() if not any(part in name for part in OF_ONE_NODE)
+    }
+
+
 def variable_rows(
     experiment: Experiment | None, environment: Mapping[str, str] = os.environ
 ) -> list[tuple[str, str, str]]:
