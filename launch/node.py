@@ -164,6 +164,14 @@ def torchrun_arguments(job: Job, ranks: int) -> list[str]:
     return found
 
 
+def program_of(settings: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """What each rank runs: `train`, or what HUNYUAN_PROGRAM names. Raises MistakeError."""
+    name = environment.get("HUNYUAN_PROGRAM") or "train"
+    if name not in ("train", "doctor"):
+        raise MistakeError(f"HUNYUAN_PROGRAM={name}: must be train or doctor")
+    return ["train", *settings] if name == "train" else ["doctor", *settings, "--cluster"]
+
+
 def prepare_environment() -> None:
     """Set the environment that the ranks inherit."""
     for name in [name for name in os.environ if name.startswith("PET_")]:
@@ -182,6 +190,7 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
         settings, options = read_arguments(arguments)
         job = read_job(os.environ)
         launcher = torchrun_arguments(job, count_ranks(settings[0], settings[1:], job))
+        program = program_of(settings, os.environ)
     except MistakeError as error:
         print(f"launch/train.sh: {error}", file=sys.stderr)
         return EXIT_MISTAKE
@@ -189,7 +198,7 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
         print(error, file=sys.stderr)
         return EXIT_MISTAKE
     prepare_environment()
-    return run_ranks([*launcher, "-m", "hunyuan_pretrain", "train", *settings, *options], stop)
+    return run_ranks([*launcher, "-m", "hunyuan_pretrain", *program, *options], stop)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* are ignored; the 
   RDZV_ID          name of the job: the nodes then rendezvous at MASTER_ADDR:MASTER_PORT (c10d) and agree on their ranks; the node with
                    NODE_RANK (else SLURM_NODEID) 0 hosts the rendezvous
   HUNYUAN_PYTHON   interpreter, default: the one behind hunyuan-pretrain on PATH, else .venv of this checkout
+  HUNYUAN_PROGRAM  train (default), or doctor: `hunyuan-pretrain doctor CONFIG --cluster` on the same ranks
 TEXT
 }
 
