@@ -108,6 +108,8 @@ def submit(
     experiment = request.check(asked)
     if hardware:
         _refuse_what_does_not_fit(experiment, asked.ranks, hardware, accept_memory)
+    elif experiment.runtime.device != "cpu" and asked.place != "local":
+        print("note: without --hardware, memory is not compared with the nodes' GPUs", file=sys.stderr)
     if not doctor and from_step is None:
         _refuse_another_run(experiment, accept_changes or [])
     folder = job_folder.next_folder(Path(experiment.run_dir))

@@ -30,6 +30,7 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.parallel.collectives import all_gather_rows
+from hunyuan_pretrain.parallel.comparison import sums_of_ranks
 from hunyuan_pretrain.parallel.groups import initialize_distributed
 from hunyuan_pretrain.runtime.device import gpu_state, probe, usable_cores
 from hunyuan_pretrain.train import same_start
@@ -90,18 +91,15 @@ def join() -> tuple[Place, torch.device]:
         torch.cuda.set_device(device)
     initialize_distributed("nccl" if device.type == "cuda" else "gloo", TIMEOUT_S)
     rank, world = dist.get_rank(), dist.get_world_size()
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local, per_node = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    is_odd = world % per_node != 0 or rank % per_node != local
     # nodes with different numbers of ranks have no rank at the same place: then each rank plays for itself
-    per_node = per_node if world % per_node == 0 and rank // per_node * per_node + int(_local(rank)) == rank else world
-    return Place(rank, world, int(_local(rank)), per_node), device
-
-
-def _local(rank: int) -> str:
-    return os.environ.get("LOCAL_RANK", str(rank))
+    return Place(rank, world, local, world if sums_of_ranks(is_odd)[0] else per_node), device
 
 
 def measure(place: Place, device: torch.device, sizes: Sequence[int] = ()) -> Found:
-    """Measure, within a minute. `sizes`: bytes of the messages, the last one for pairs too; default: by device.
+    """Measure, within a minute. `sizes`: bytes of the messages, of which pairs exchange the middle one; default: by
+    device.
 
     Communicates: all ranks.
     """
@@ -134,14 +132,13 @@ def rows_of_ranks(place: Place, device: torch.device) -> Rows:
     """Where the ranks are, and what each may use: cores by its affinity, threads. Communicates: all ranks."""
     cores = _all(usable_cores(), device)
     threads = _all(torch.get_num_threads(), device)
-    nodes = place.world // place.per_node
-    rows = [
+    nodes = len(set(_hosts(place, device)))
+    return [
         ("ranks", f"{place.world} on {nodes} node{'s' if nodes > 1 else ''}", dist.get_backend()),
         ("device", gpu_state(device.index), "of rank 0"),
         ("cores that a rank may use", _span(cores), "by affinity and the container's quota"),
         ("threads of torch", _span(threads), "training on CPU sets its own: runtime.cpu_threads_per_rank"),
     ]
-    return rows
 
 
 def _span(values: list[float]) -> str:

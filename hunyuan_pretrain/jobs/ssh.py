@@ -33,6 +33,7 @@ SSH = (
 PORT, PORTS = 29500, 100
 """The first port that is tried on the first host, and how many are."""
 MOST_CLOCK_SKEW_S = 10.0
+"""As between ranks (train/same_start.py)."""
 LOOK = f"""
 import socket, time
 def is_free(port):

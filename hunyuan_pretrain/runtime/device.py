@@ -189,19 +189,19 @@ def gpu_state(index: int | None) -> str:
     if index is None:
         return "none"
     properties = torch.cuda.get_device_properties(index)
-    place = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+    uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
     size = f"{properties.total_memory / 2**30:.1f} GiB"
     capability = f"compute {properties.major}.{properties.minor}"
-    return "; ".join([properties.name, size, capability, *settings_of_gpu(place)])
+    return "; ".join([properties.name, size, capability, *settings_of_gpu(uuid)])
 
 
 SM_CLOCK, MEMORY_CLOCK = 1, 2
 """nvmlClockType_t."""
 
 
-def settings_of_gpu(place: str, library: str = "libnvidia-ml.so.1") -> list[str]:
-    """Driver, highest and set clocks and power limit of the GPU at a PCI address, from NVML, which comes with the
-    driver; what it does not tell is left out."""
+def settings_of_gpu(uuid: str, library: str = "libnvidia-ml.so.1") -> list[str]:
+    """Driver, highest and set clocks and power limit of a GPU, from NVML, which comes with the driver; what it does not
+    tell is left out."""
     try:
         nvml = ctypes.CDLL(library)
         if nvml.nvmlInit_v2() != 0:
@@ -209,7 +209,7 @@ def settings_of_gpu(place: str, library: str = "libnvidia-ml.so.1") -> list[str]
         driver, handle = ctypes.create_string_buffer(96), ctypes.c_void_p()
         nvml.nvmlSystemGetDriverVersion(driver, 96)
         found = [f"driver {driver.value.decode()}"]
-        if nvml.nvmlDeviceGetHandleByPciBusId_v2(place.encode(), ctypes.byref(handle)) != 0:
+        if nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
             return found
         for name, ask, kind, scale, unit in (
             ("SM clock at most", nvml.nvmlDeviceGetMaxClockInfo, (SM_CLOCK,), 1, "MHz"),

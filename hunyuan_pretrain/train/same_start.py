@@ -22,6 +22,8 @@ from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths
 from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.sample_order import facts_of
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.parallel.agreement import from_rank_0
 from hunyuan_pretrain.parallel.comparison import Difference, clocks_off, differences, named
@@ -35,9 +37,9 @@ MOST_CLOCK_SKEW_S = 10.0
 of files, cannot be compared."""
 
 HINTS = {
-    "settings": "give every node the same files and the same command",
-    "data": "give every node the same files and the same command",
-    "tokenizer": "give every node the same files and the same command",
+    **dict.fromkeys(
+        ("settings", "data", "tokenizer", "validation"), "give every node the same files and the same command"
+    ),
     "code": "give every node the same version of this project",
     "packages": "give every node the same environment, or the same container image",
     "environment": "set the variables for all nodes",
@@ -66,26 +68,34 @@ def meet(experiment: Experiment) -> dict[str, Any]:
         met.update(resume.what_is_met(experiment, "", {}))
         return digest_of([facts.digest for facts in met["sources"].values()])
 
+    def read_validation() -> str:
+        return digest_of([facts_of(PackedDataset(path)).digest for path in experiment.evaluation.paths])
+
     tokenizer = told(lambda: Tokenizer.load(experiment.tokenizer).digest)
     data = told(read_data)
-    refuse_other_starts(experiment, data, tokenizer)
+    if dist.get_world_size() > 1:  # otherwise opened only to be read
+        refuse_other_starts(experiment, data, tokenizer, told(read_validation))
     if errors:
         raise errors[0]
     code, _ = from_rank_0(code_version)
     return met | {"tokenizer_digest": tokenizer, "versions": {**(code or {}), **versions()}}
 
 
-def refuse_other_starts(experiment: Experiment, data: str, tokenizer: str) -> None:
+def refuse_other_starts(experiment: Experiment, data: str, tokenizer: str, validation: str) -> None:
     """Raise ConfigError, on every rank, if what a rank has differs from what rank 0 has, except for what
-    runtime.ranks_may_differ_in names. `data`, `tokenizer`: digests.
+    runtime.ranks_may_differ_in names. `data`, `tokenizer`, `validation` data: digests.
 
     Paths may differ: nodes may keep copies in different places, and a comparison of layouts has a run_dir for each
     rank. Communicates: all ranks.
     """
-    if dist.get_world_size() == 1:
-        return
     settings = digest_of(change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: ""))
-    found = differing({"settings": settings, "data": data, "tokenizer": tokenizer, **facts_of_this_rank()})
+    of_run: dict[str, str | None] = {
+        "settings": settings,
+        "data": data,
+        "tokenizer": tokenizer,
+        "validation": validation,
+    }
+    found = differing(of_run | facts_of_this_rank())
     allowed: tuple[str, ...] = experiment.runtime.ranks_may_differ_in
     if problems := [problem for problem in found if problem.path not in allowed]:
         raise ConfigError("ranks of this job", problems)

@@ -30,7 +30,7 @@ def starts(fields: dict[str, Any]) -> list[str]:
     def refusal(change: dict[str, Any], data: str = "a", tokenizer: str = "t") -> str:
         experiment = Experiment.model_validate(fields | at_fault(change))
         try:
-            same_start.refuse_other_starts(experiment, data if is_other else "a", tokenizer if is_other else "t")
+            same_start.refuse_other_starts(experiment, data if is_other else "a", tokenizer if is_other else "t", "v")
         except ConfigError as error:
             return str(error)
         return ""
@@ -82,6 +82,41 @@ def test_ranks_that_differ_are_named_and_do_not_start(tmp_path: Path) -> None:
     assert "rank 2: NCCL_ALGO=Ring" in differing[4]
     assert "(rank 0: SM clock at most 1980 MHz; rank 2: SM clock at most 1200 MHz)" in differing[6]
     assert "  clock: not the same on all ranks: differs from rank 0 on 2, by 3600 s at least" in clock
+
+
+def meetings(fields: dict[str, Any], changes: list[dict[str, Any]]) -> list[str]:
+    """What two ranks say to the same start and to starts that rank 1 reads from other folders."""
+    from hunyuan_pretrain.config.errors import ConfigError
+    from hunyuan_pretrain.config.schema import Experiment
+    from hunyuan_pretrain.data.errors import DataFormatError
+    from hunyuan_pretrain.parallel.groups import initialize_distributed
+    from hunyuan_pretrain.train import same_start
+
+    initialize_distributed("gloo", 60)
+    found = []
+    for number, change in enumerate([{}, *changes]):
+        is_changed = os.environ["RANK"] == "1" or number == len(changes)  # the last one on both
+        try:
+            same_start.meet(Experiment.model_validate(fields | change if is_changed else fields))
+        except (ConfigError, DataFormatError) as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+def test_a_folder_that_one_rank_lacks_or_has_otherwise_is_named(tmp_path: Path, corpus: Path) -> None:
+    fields = experiment_fields(corpus, tmp_path, evaluation={"data": str(corpus / "heldout")})
+    none, other = str(tmp_path / "none"), {"evaluation": {"data": str(corpus / "train")}}
+    one, two = fork_ranks(2, meetings, fields, [{"tokenizer": none}, other, {"tokenizer": none}])
+    same, missing, validation, on_both = one
+    assert one[:3] == two[:3]
+    assert same == ""
+    assert "  tokenizer: not the same on all ranks: differs from rank 0 on 1 (rank 0: " in missing
+    assert f"; rank 1: {none}: " in missing
+    assert "  validation: not the same on all ranks: differs from rank 0 on 1 (rank 0: " in validation
+    assert on_both == two[3]
+    assert on_both.startswith(f"{none}: ")
 
 
 def as_first_ranks(fields: dict[str, Any], environment: dict[str, str]) -> list[str]:

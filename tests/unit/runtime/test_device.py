@@ -467,8 +467,8 @@ class FakeNvml:
         text.value = b"570.124.06"
         return 0
 
-    def nvmlDeviceGetHandleByPciBusId_v2(self, place: bytes, handle: Any) -> int:
-        return 0 if place == b"00000000:1B:00.0" else 2
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
+        return 0 if uuid == b"GPU-1b" else 6  # not found
 
     def nvmlDeviceGetMaxClockInfo(self, handle: ctypes.c_void_p, kind: int, value: Any) -> int:
         value._obj.value = {device.SM_CLOCK: 1980, device.MEMORY_CLOCK: 2619}[kind]
@@ -483,11 +483,11 @@ class FakeNvml:
 
 
 def test_clocks_and_power_limit_of_a_gpu_come_from_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device.settings_of_gpu("00000000:1B:00.0", "libnone.so") == []
+    assert device.settings_of_gpu("GPU-1b", "libnone.so") == []
     assert device.gpu_state(None) == "none"
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeNvml())
     found = ["driver 570.124.06", "SM clock at most 1980 MHz", "memory clock at most 2619 MHz", "power limit 700 W"]
-    assert device.settings_of_gpu("00000000:1B:00.0") == found
-    assert device.settings_of_gpu("00000000:2B:00.0") == found[:1]
+    assert device.settings_of_gpu("GPU-1b") == found
+    assert device.settings_of_gpu("GPU-2b") == found[:1]
     monkeypatch.delattr(FakeNvml, "nvmlDeviceGetEnforcedPowerLimit")
-    assert device.settings_of_gpu("00000000:1B:00.0") == []
+    assert device.settings_of_gpu("GPU-1b") == []
