@@ -17,8 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 NODES = ("n0", "n1")
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -97,6 +99,7 @@ def cluster() -> Iterator[Cluster]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.chmod(0o755)
         started = Cluster(folder, stack)
+        stack.callback(_kill_jobs, started.environment)  # of a test that has failed
         _start_munge(folder, stack)
         (folder / "state").mkdir()
         text = CONFIG.format(host=socket.gethostname(), folder=folder, ports=_free_ports(3))
@@ -106,6 +109,15 @@ def cluster() -> Iterator[Cluster]:
             started.start_node(node)
         _wait_for_nodes(folder, started.environment)
         yield started
+
+
+def _kill_jobs(environment: dict[str, str]) -> None:
+    """Kill what the cluster has started and what outlives its daemons."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found = process.environ()
+            if environment.items() <= found.items() and (process.name() == "slurmstepd" or "SLURM_JOB_ID" in found):
+                process.kill()
 
 
 def _start_munge(folder: Path, stack: ExitStack) -> None:

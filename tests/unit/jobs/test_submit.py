@@ -253,7 +253,7 @@ def test_a_chain_is_submitted_whole_or_not_at_all(tmp_path: Path, stand_in: Any)
         f"[[ $1 == --test-only ]] || wc -l < {tmp_path}/sbatch.calls | awk '{{print $1 - 1}}'",
     )
     status, output = submit(tmp_path / "run", "--slurm", "--chain", "2")
-    assert (status, output.splitlines()[-1]) == (0, "submitted: 1, 2")
+    assert (status, "submitted: 1, 2" in output.splitlines()) == (0, True)
     assert json.loads((folder_of(tmp_path / "run") / "submitted.json").read_text())["jobs"] == ["1", "2"]
     assert "--dependency=afterany:1" in sbatch.read_text()
     sbatch.unlink()
