@@ -34,7 +34,7 @@ unexport $(SETTINGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest test-slurm test-layouts test-gpu test-vllm bench-gpu docs data-bench lint check lock clean
+.PHONY: help demo test test-latest slurm test-slurm test-layouts test-gpu test-vllm bench-gpu docs data-bench lint check lock clean
 
 help: ## Say what each target does
 	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } match($$0, /^[a-z-]+:.*## /) \
@@ -79,10 +79,14 @@ test-latest: ## The tests that touch third-party packages, with the newest versi
 	'$(PYTHON)' .ci/locks/environment.py set-up $(LATEST) --latest
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(LATEST)/bin/python -m pytest -n 2 --dist loadfile $(BORDERS) $(PYTEST_ARGS)
 
-# Installs the packages where it may; elsewhere the tests say what is missing.
-test-slurm: $(STAMP) ## Jobs on a real Slurm cluster of two nodes on this machine; needs root, and installs Debian's slurm-wlm and munge
-	command -v slurmctld >/dev/null || PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
-		{ command -v apt-get >/dev/null && apt-get install --yes --no-install-recommends slurm-wlm munge; } || true
+# Where root may install packages; elsewhere the tests are skipped and say what is missing.
+slurm:
+	@PATH="$$PATH:/usr/sbin"; export DEBIAN_FRONTEND=noninteractive; install="apt-get install --yes --no-install-recommends"; \
+		command -v slurmctld >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		{ $$install slurm-wlm munge || { apt-get update && $$install slurm-wlm munge; }; }; } || \
+		echo "make slurm: slurm-wlm and munge cannot be installed here; tests on a real Slurm cluster will be skipped"
+
+test-slurm: $(STAMP) slurm ## Jobs on a real Slurm cluster of two nodes on this machine; needs root, and installs Debian's slurm-wlm and munge
 	$(PY) -m pytest -n 0 -rs tests/e2e/test_slurm.py $(PYTEST_ARGS)
 
 test-layouts: $(STAMP) ## Every legal parallel layout of up to 8 ranks against one rank, and random models; takes minutes to an hour

@@ -186,6 +186,14 @@ def torchrun_arguments(job: Job, ranks: int) -> list[str]:
     return found
 
 
+def program_of(settings: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """What each rank runs: `train`, or what HUNYUAN_PROGRAM names. Raises MistakeError."""
+    name = environment.get("HUNYUAN_PROGRAM") or "train"
+    if name not in ("train", "doctor"):
+        raise MistakeError(f"HUNYUAN_PROGRAM={name}: must be train or doctor")
+    return ["train", *settings] if name == "train" else ["doctor", *settings, "--cluster"]
+
+
 def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     """What started the ranks of this node, for a shell."""
     job = [f"{name}={environment[name]}" for name in VARIABLES if environment.get(name)]
@@ -216,6 +224,7 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
         settings, options = read_arguments(arguments)
         job = read_job(os.environ)
         launcher = torchrun_arguments(job, count_ranks(settings[0], settings[1:], job))
+        program = program_of(settings, os.environ)
     except MistakeError as error:
         print(f"launch/train.sh: {error}", file=sys.stderr)
         return EXIT_MISTAKE
@@ -223,7 +232,7 @@ def main(arguments: Sequence[str], stop: Stop) -> int:
         print(error, file=sys.stderr)
         return EXIT_MISTAKE
     prepare_environment(arguments)
-    return run_ranks([*launcher, "-m", "hunyuan_pretrain", "train", *settings, *options], stop, job.restarts)
+    return run_ranks([*launcher, "-m", "hunyuan_pretrain", *program, *options], stop, job.restarts)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ Environment (RANK, WORLD_SIZE, LOCAL_RANK and torchrun's PET_* are ignored; the 
                    NODE_RANK (else SLURM_NODEID) 0 hosts the rendezvous
   MAX_RESTARTS     how often ranks that fail are started again, from the newest good checkpoint; default 0; one node only
   HUNYUAN_PYTHON   interpreter, default: the one behind hunyuan-pretrain on PATH, else .venv of this checkout
+  HUNYUAN_PROGRAM  train (default), or doctor: `hunyuan-pretrain doctor CONFIG --cluster` on the same ranks
 TEXT
 }
 

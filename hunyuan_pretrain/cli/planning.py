@@ -257,10 +257,28 @@ def doctor(
         Path | None, typer.Argument(metavar="CONFIG", help="Experiment YAML to check against this machine.")
     ] = None,
     overrides: Overrides = None,
+    cluster: Annotated[
+        bool,
+        typer.Option(
+            "--cluster",
+            help="Under torchrun, on all ranks: compare them, measure each and the links between them in a minute, and "
+            "name those that differ or are slow.",
+        ),
+    ] = False,
+    message_bytes: Annotated[
+        list[int] | None,
+        typer.Option(min=4, help="With --cluster: size of the messages, in bytes; may be repeated."),
+    ] = None,
 ) -> None:
     """Show what this machine has and what will be used; exit code 1 if it cannot train, or if the experiment cannot
-    start or resume."""
+    start or resume. With --cluster, do so for the ranks of a job."""
     from hunyuan_pretrain.config.load import load_experiment
+
+    if cluster:
+        _doctor_of_cluster(load_experiment(config, overrides or []) if config else None, message_bytes or [])
+        return
+    if message_bytes:
+        raise typer.BadParameter("--message-bytes goes with --cluster only")
     from hunyuan_pretrain.runtime.device import probe
     from hunyuan_pretrain.runtime.environment import variable_rows
     from hunyuan_pretrain.runtime.policy import obstacles, what_is_used
@@ -289,6 +307,33 @@ def doctor(
         print(f"cannot run: {problem}", file=sys.stderr)
     if found:
         raise typer.Exit(1)
+
+
+def _doctor_of_cluster(experiment: Experiment | None, sizes: list[int]) -> None:
+    """Rank 0 prints, and alone fails: a launcher reports each rank that does."""
+    from hunyuan_pretrain.runtime import cpu_megatron
+    from hunyuan_pretrain.runtime.environment import advice_rows, set_variables, variable_rows
+
+    if experiment is not None:
+        set_variables(experiment)
+    cpu_megatron.install()
+
+    from hunyuan_pretrain.diagnostics import cluster
+
+    place, device = cluster.join()
+    differing, (rows, slow) = cluster.compare(experiment), cluster.measure(place, device, sizes)
+    ranks = cluster.rows_of_ranks(place, device)
+    cluster.end()
+    if place.rank > 0:
+        return
+    print_table("ranks", ranks)
+    print_table("environment of rank 0", [*variable_rows(experiment), *advice_rows()])
+    print_table("measured", rows)
+    for line in [*(f"differs: {problem}" for problem in differing), *(f"slow: {line}" for line in slow)]:
+        print(line, file=sys.stderr)
+    if differing or slow:
+        raise typer.Exit(1)
+    print("no rank differs, and none is slow")
 
 
 def machine_rows(machine: Machine) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from hunyuan_pretrain.config.exit_status import LAUNCHER
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each rank."""
 IN_RANKS = ("train", "parity", "shadow")
-"""Commands that a launcher may start as the ranks of a job. `plan --calibrate` is one too."""
+"""Commands that a launcher may start as the ranks of a job. So are `plan --calibrate` and `doctor --cluster`."""
 
 SECONDS_FOR_RANK_0 = 20
 """How long other ranks hold back an error, so that rank 0 can print the same one."""
@@ -124,7 +124,8 @@ def mistake_in_environment(arguments: Sequence[str]) -> str | None:
     for ranks that never start, or training each rank as a separate run.
     """
     command = next(iter(arguments), None)
-    is_measured = command == "plan" and any(text.partition("=")[0] == "--calibrate" for text in arguments)
+    option = {"plan": "--calibrate", "doctor": "--cluster"}.get(command or "")
+    is_measured = any(text.partition("=")[0] == option for text in arguments)
     if command not in IN_RANKS and not is_measured:
         for name in (*JOB[:2], "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)

@@ -57,6 +57,12 @@ def submit(
     hardware: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="GPUs of the nodes: refuse a job whose memory does not fit.")
     ] = "",
+    accept_memory: Annotated[
+        bool, typer.Option("--accept-memory", help="Submit although the plan says that the memory does not fit.")
+    ] = False,
+    doctor: Annotated[
+        bool, typer.Option("--doctor", help="Run `doctor --cluster` on the ranks of the job instead of training.")
+    ] = False,
     accept_changes: Annotated[list[str] | None, typer.Option(metavar="KEY[,KEY]...", help="As in `train`.")] = None,
     from_step: Annotated[int | None, typer.Option(min=1, help="As in `train`.")] = None,
 ) -> None:
@@ -87,6 +93,7 @@ def submit(
         count,
         request.ranks_per_node(config, overrides or [], count, gpus_per_node),
         train_options=tuple(train_options),
+        is_doctor=doctor,
         hosts=hosts,
         time=time,
         partition=partition,
@@ -100,7 +107,11 @@ def submit(
     )
     experiment = request.check(asked)
     if hardware:
-        _refuse_what_does_not_fit(experiment, asked.ranks, hardware)
+        _refuse_what_does_not_fit(experiment, asked.ranks, hardware, accept_memory)
+    elif experiment.runtime.device != "cpu" and asked.place != "local":
+        print("note: without --hardware, memory is not compared with the nodes' GPUs", file=sys.stderr)
+    if not doctor and from_step is None:
+        _refuse_another_run(experiment, accept_changes or [])
     folder = job_folder.next_folder(Path(experiment.run_dir))
     files = _files(asked, experiment, folder, kubernetes)
     if not dry_run:
@@ -155,20 +166,32 @@ def _start(asked: Request, folder: Path) -> int:
         return ssh.run(asked, folder)
     else:
         command = [asked.python, "-m", "launch.node", str(folder / job_folder.EXPERIMENT), *asked.train_options]
-        environment = os.environ | {"NNODES": "1", "NPROC_PER_NODE": str(asked.ranks_per_node)}
+        environment = os.environ | {"NNODES": "1", **asked.variables}
         sys.stdout.flush()
         os.execve(asked.python, command, environment)  # signals reach the launcher itself
-    job_folder.note_submitted(folder, jobs)
     print(f"submitted: {', '.join(jobs)}")
     return 0
 
 
-def _refuse_what_does_not_fit(experiment: Experiment, ranks: int, hardware: str) -> None:
+def _refuse_what_does_not_fit(experiment: Experiment, ranks: int, hardware: str, is_accepted: bool) -> None:
     from hunyuan_pretrain.config.errors import ConfigError, Problem
     from hunyuan_pretrain.plan import costs
     from hunyuan_pretrain.plan.hardware import load
 
     found = costs.problems(costs.costs(experiment, ranks, load(hardware)))
-    if found:
-        hint = "see `hunyuan-pretrain plan --search`"
+    if is_accepted:
+        for line in found:
+            print(f"warning: {line} (--accept-memory)", file=sys.stderr)
+    elif found:
+        hint = "see `hunyuan-pretrain plan --search`, or pass --accept-memory"
         raise ConfigError(experiment.name, [Problem("--hardware", hardware, line, hint) for line in found])
+
+
+def _refuse_another_run(experiment: Experiment, accept_changes: list[str]) -> None:
+    from hunyuan_pretrain.jobs import job_folder, run_directory
+
+    accepted = [key.strip() for keys in accept_changes for key in keys.split(",") if key.strip()]
+    run_directory.refuse_another_run(experiment, accepted)
+    before, now = run_directory.commit_so_far(Path(experiment.run_dir)), job_folder.commit()
+    if before and now and before.rstrip("+") != now:
+        print(f"note: the run so far used commit {before[:12]}, this job uses {now[:12]}", file=sys.stderr)

@@ -592,12 +592,12 @@ class RuntimeConfig(Section):
         "CPU threads per rank when training on CPU; null divides the node's cores by its ranks.", None, unit="threads"
     )
     deterministic: bool = setting("Refuse operations whose results vary from run to run.", True)
-    verify_data: Literal["digests", "sizes"] = setting(
-        "How training and validation data are checked at each start. digests: every file against its SHA-256. The "
-        "ranks share the files, and each reads about 1 GB/s if the file system is fast enough; if several nodes have "
-        "copies on their own disks, not every copy is read. sizes: all files exist and have the right length. "
-        "digests is the default because nothing else detects a changed token. Use sizes if starting would take too "
-        "long, and run `hunyuan-data verify` once.",
+    verify_data: Literal["digests", "digests_at_every_start", "sizes"] = setting(
+        "How training and validation data are checked at the start. digests: every file against its SHA-256, once for "
+        "a run, and again if it looks changed (length, times, inode). The ranks share the files, and each reads about "
+        "1 GB/s if the file system is fast enough; if several nodes have copies on their own disks, not every copy is "
+        "read. digests_at_every_start: also files that look unchanged, against disks that lose bits. sizes: all files "
+        "exist and have the right length; run `hunyuan-data verify` once.",
         "digests",
     )
     probes: bool = setting(
@@ -607,6 +607,14 @@ class RuntimeConfig(Section):
     )
     distributed_timeout_s: PositiveInt = setting(
         "Time limit for a collective; one that waits longer ends the job.", 600, unit="seconds"
+    )
+    ranks_may_differ_in: tuple[Literal["clock", "code", "environment", "gpu", "packages"], ...] = setting(
+        "What may differ between ranks; all else that is compared before the first step ends the start if it differs. "
+        "clock: the time of day. code: the files of this project. environment: variables such as NCCL_ALGO. gpu: "
+        "model, memory, driver, clocks and power limit. packages: versions of Python, torch, CUDA, NCCL, megatron-core "
+        "and the like. Settings, data and tokenizer never may.",
+        (),
+        typical="[]; [gpu] on nodes of two kinds",
     )
 
 

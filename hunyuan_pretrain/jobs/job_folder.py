@@ -1,17 +1,20 @@
 """The folder of one submission, RUN_DIR/jobs/NNN: what was submitted, from which code and packages. It gets its name
-only when it is complete; submitted.json is added when the job has been handed over."""
+only when it is complete; submitted.json is added as the job is handed over."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
+from types import FrameType
 
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.load import dump_resolved
@@ -54,9 +57,37 @@ def note_submitted(folder: Path, jobs: list[str]) -> None:
     temporary.rename(folder / SUBMITTED)
 
 
+@contextmanager
+def handed_over_whole() -> Iterator[None]:
+    """Inside, a first SIGINT, SIGTERM or SIGHUP waits for the end of the block, so that a job which was taken is also
+    recorded; a second one ends this process."""
+    asked: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked:
+            os.kill(os.getpid(), asked[0])
+
+
+CODE = Path(__file__).parents[2]
+
+
+def commit() -> str | None:
+    """The commit of this code; None if it is not in git."""
+    return _git(CODE, "rev-parse", "HEAD")
+
+
 def _record(request: Request, experiment: Experiment) -> dict[str, str]:
-    code = Path(__file__).parents[2]
-    commit, diff = _git(code, "rev-parse", "HEAD"), _git(code, "diff", "HEAD", "--binary")
+    diff = _git(CODE, "diff", "HEAD", "--binary")
     packages = sorted({f"{found.name}=={found.version}" for found in distributions() if found.name}, key=str.lower)
     # elsewhere they do not reach the ranks
     is_passed_on = request.place in ("local", "slurm")
@@ -65,7 +96,7 @@ def _record(request: Request, experiment: Experiment) -> dict[str, str]:
         "command": sys.argv[1:],
         "config": str(request.config),
         "overrides": list(request.overrides),
-        "commit": commit,
+        "commit": commit(),
         "has_local_changes": bool(diff),
         "python": sys.version.split()[0],
         "interpreter": request.python,

@@ -20,7 +20,7 @@ from hunyuan_pretrain.config.exit_status import EXIT_MISTAKE, EXIT_STOPPED
 from hunyuan_pretrain.config.load import dump_resolved
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths
-from hunyuan_pretrain.jobs.job_folder import EXPERIMENT
+from hunyuan_pretrain.jobs.job_folder import EXPERIMENT, handed_over_whole, note_submitted
 from hunyuan_pretrain.jobs.request import Request
 
 KINDS = ("pytorchjob", "jobset")
@@ -66,7 +66,10 @@ def submit(folder: Path) -> list[str]:
     """Hand the manifest to kubectl; returns what it says was made. Raises ConfigError; nothing then stays."""
     file = str(folder / MANIFEST)
     command = ["kubectl", "create", "--output=name", "--filename", file]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with handed_over_whole():
+        done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+        if done.returncode == 0:
+            note_submitted(folder, done.stdout.split())
     if done.returncode:
         # of several objects, the first ones may have been made
         subprocess.run(["kubectl", "delete", "--ignore-not-found", "--filename", file], capture_output=True)
@@ -127,7 +130,7 @@ def _jobset(name: str, request: Request, experiment: Experiment) -> dict[str, An
 
 
 def _pod(name: str, request: Request, experiment: Experiment, where: dict[str, str]) -> dict[str, Any]:
-    variables = {"NNODES": str(request.nodes), "NPROC_PER_NODE": str(request.ranks_per_node)}
+    variables = {"NNODES": str(request.nodes), **request.variables}
     if request.nodes > 1:
         variables |= where | {"MASTER_PORT": str(PORT), "RDZV_ID": name}
     settings = " ".join(f'{key}="{value}"' for key, value in variables.items())

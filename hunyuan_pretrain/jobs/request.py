@@ -28,6 +28,8 @@ class Request:
     ranks_per_node: int
     train_options: tuple[str, ...] = ()
     """Options of `train`, as NAME=VALUE."""
+    is_doctor: bool = False
+    """Whether the ranks run `doctor --cluster` instead of `train`."""
     hosts: tuple[str, ...] = ()
     """With ssh: a host for each node, the first one where the ranks rendezvous."""
     time: str = ""
@@ -53,6 +55,12 @@ class Request:
         """Of the whole job."""
         return self.nodes * self.ranks_per_node
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """What tells the launcher of a node (launch/node.py) about the job, wherever it runs."""
+        program = {"HUNYUAN_PROGRAM": "doctor"} if self.is_doctor else {}
+        return {"NPROC_PER_NODE": str(self.ranks_per_node), **program}
+
 
 def ranks_per_node(config: Path, overrides: list[str], nodes: int, told: int | None) -> int:
     """`told`, or what parallel.world_size leaves for each node. Raises ConfigError."""
@@ -70,6 +78,9 @@ def check(request: Request) -> Experiment:
     """The experiment, for the ranks of the job. Raises ConfigError with every problem: the job's ranks are not those
     of the experiment, an option that its place does not have, a malformed one."""
     experiment = load_experiment(request.config, list(request.overrides), request.ranks)
+    # where the job runs, another number of ranks is then refused
+    parallel = experiment.parallel.model_copy(update={"world_size": request.ranks})
+    experiment = experiment.model_copy(update={"parallel": parallel})
     problems = [*_misplaced(request), *_malformed(request)]
     if request.place == "local" and request.nodes > 1:
         problems.append(Problem("--nodes", request.nodes, "this machine is one node", "use --slurm or --ssh"))
@@ -103,6 +114,9 @@ def _misplaced(request: Request) -> list[Problem]:
         for name, (value, places) in only.items()
         if value and request.place not in places
     ]
+    if request.is_doctor and (request.train_options or request.chain > 1 or request.requeue):
+        rule = "starts no training, so --accept-changes, --from-step, --chain and --requeue have no effect"
+        found.append(Problem("--doctor", Problem.NO_VALUE, rule, "leave them out"))
     for name, value in (("--mount", request.mounts), ("--container-runtime", request.runtime)):
         if value and not request.image:
             found.append(Problem(name, Problem.NO_VALUE, "has no effect without --image", "leave it out"))

@@ -13,10 +13,13 @@ from pathlib import Path
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.exit_status import COMMAND
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.jobs.job_folder import EXPERIMENT
+from hunyuan_pretrain.jobs.job_folder import EXPERIMENT, handed_over_whole, note_submitted
 from hunyuan_pretrain.jobs.request import Request
 
 SCRIPT = "job.sbatch"
+STARTS = "starts.txt"
+STARTED = 'echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"'
+"""The job itself records that it runs: `submit` may have been killed before it could."""
 SAVE_S = 300
 """Seconds before the time limit at which the ranks are told to save and stop."""
 
@@ -43,7 +46,7 @@ def script(request: Request, experiment: Experiment, folder: Path) -> str:
     if not {"requeue", "no-requeue"} & set(own):
         head.append(f"#SBATCH --{'requeue' if request.requeue else 'no-requeue'}")
     # of this host; a container has its own
-    variables = {"HUNYUAN_PYTHON": request.python, "NPROC_PER_NODE": str(request.ranks_per_node)}
+    variables = {"HUNYUAN_PYTHON": request.python, **request.variables}
     variables[COMMAND] = shlex.join(["sbatch", str(folder.resolve() / SCRIPT)])
     if request.requeue:
         variables["HUNYUAN_REQUEUE"] = "1"
@@ -56,6 +59,7 @@ def script(request: Request, experiment: Experiment, folder: Path) -> str:
             "#!/usr/bin/env bash",
             *head,
             "set -euo pipefail",
+            f"{STARTED} >> {shlex.quote(str(folder.resolve() / STARTS))}",
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             f"exec {shlex.join(command)}",
             "",
@@ -79,8 +83,8 @@ def container(request: Request) -> dict[str, str]:
 
 
 def submit(request: Request, folder: Path) -> list[str]:
-    """Hand the job over; returns the ids of the job and of those that follow it. Raises ConfigError: no sbatch, or
-    Slurm refuses the job."""
+    """Hand the job over; returns the ids of the job and of those that follow it, each recorded as soon as it is known.
+    Raises ConfigError: no sbatch, or Slurm refuses the job."""
     path = folder / SCRIPT
     _sbatch(["--test-only", str(path)])
     jobs: list[str] = []
@@ -88,7 +92,9 @@ def submit(request: Request, folder: Path) -> list[str]:
         # any end: a job that was stopped for its time limit has status 75, and a finished run ends at once
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         try:
-            jobs.append(_sbatch(["--parsable", *after, str(path)]).split(";")[0])
+            with handed_over_whole():
+                jobs.append(_sbatch(["--parsable", *after, str(path)]).split(";")[0])
+                note_submitted(folder, jobs)
         except ConfigError:
             if jobs:  # all or none
                 subprocess.run(["scancel", *jobs], check=False)
@@ -97,7 +103,8 @@ def submit(request: Request, folder: Path) -> list[str]:
 
 
 def _sbatch(arguments: list[str]) -> str:
-    done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True)
+    # a session of its own: a Ctrl-C would end sbatch after Slurm has taken the job and before it says which
+    done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, start_new_session=True)
     if done.returncode:
         said = " ".join(done.stderr.split()).removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
         raise ConfigError("submit", [Problem("--slurm", Problem.NO_VALUE, f"Slurm refuses the job: {said}")])

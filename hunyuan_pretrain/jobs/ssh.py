@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import PIPE
 from types import FrameType
 
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.exit_status import COMMAND, EXIT_DONE, EXIT_MISTAKE, EXIT_STOPPED
-from hunyuan_pretrain.jobs.job_folder import EXPERIMENT
+from hunyuan_pretrain.jobs.job_folder import EXPERIMENT, note_submitted
 from hunyuan_pretrain.jobs.request import Request
 
 SSH = (
@@ -29,7 +30,24 @@ SSH = (
     "-o",
     "ServerAliveInterval=30",
 )
-PORT = 29500
+PORT, PORTS = 29500, 100
+"""The first port that is tried on the first host, and how many are."""
+MOST_CLOCK_SKEW_S = 10.0
+"""As between ranks (train/same_start.py)."""
+LOOK = f"""
+import socket, time
+def is_free(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port)); probe.listen()
+        except OSError:
+            return False
+    return True
+print("clock", time.time())
+print("port", next(filter(is_free, range({PORT}, {PORT + PORTS})), 0))
+"""
+"""What each host is asked: its time, and a port on which it can meet the others."""
 
 
 def hosts_of(text: str) -> tuple[str, ...]:
@@ -49,7 +67,7 @@ def node_command(request: Request, folder: Path, node: int, job: str, port: int 
     """What a host runs, in a shell. It leaves its process id in the folder, so that a stop can reach it."""
     variables = {
         "NNODES": str(request.nodes),
-        "NPROC_PER_NODE": str(request.ranks_per_node),
+        **request.variables,
         "NODE_RANK": str(node),
         "HUNYUAN_PYTHON": request.python,
         COMMAND: shlex.join(["hunyuan-pretrain", *sys.argv[1:]]),
@@ -72,41 +90,55 @@ def run(request: Request, folder: Path) -> int:
     """Run the job and wait for it; the output of each node is in FOLDER/node_N.log. Ctrl-C and SIGTERM stop it: the
     ranks save. Returns 0, 75 if it was stopped, 2 after a user's mistake, else 1. Raises ConfigError: a host that
     cannot be reached, does not see the folder, or has no such interpreter."""
-    _check_hosts(request, folder)
+    port = _check_hosts(request, folder)
     job, nodes = secrets.token_hex(6), []
     for node, host in enumerate(request.hosts):
         with (folder / f"node_{node}.log").open("ab") as log:
-            command = [*SSH, host, node_command(request, folder, node, job)]
+            command = [*SSH, host, node_command(request, folder, node, job, port)]
             # a session of its own: a Ctrl-C would end ssh, not the ranks
             nodes.append(
                 subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             )
         print(f"node {node}: {host}, log in {folder}/node_{node}.log", flush=True)
+    note_submitted(folder, [f"{host}: node_{node}.pid" for node, host in enumerate(request.hosts)])
     with _Forwarding(request, folder):
         statuses = _wait(nodes)
     return report(dict(zip(request.hosts, statuses, strict=True)))
 
 
-def _check_hosts(request: Request, folder: Path) -> None:
-    """All hosts at once: they answer, see the folder, and have the interpreter."""
+def _check_hosts(request: Request, folder: Path) -> int:
+    """All hosts at once: they answer, see the folder, have the interpreter and the time. Returns a port that is free
+    on the first one."""
     seen, python = (shlex.quote(str(path)) for path in ((folder / EXPERIMENT).resolve(), request.python))
-    test = f"test -f {seen} || exit 90; {python} -c '' || exit 91"
+    test = f"test -f {seen} || exit 90; {python} -c {shlex.quote(LOOK)} || exit 91"
+    asked = time.time()
     checks = {
-        host: subprocess.Popen([*SSH, host, test], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        host: subprocess.Popen([*SSH, host, test], stdin=subprocess.DEVNULL, stdout=PIPE, stderr=PIPE, text=True)
         for host in dict.fromkeys(request.hosts)
     }
-    problems = []
+    problems, ports = [], []
     for host, check in checks.items():
-        said = " ".join((check.communicate()[1] or "").split())
+        out, said = check.communicate()
+        answers = dict(line.split() for line in out.splitlines() if line.startswith(("clock ", "port ")))
         reasons = {
             90: f"does not see {folder}: run_dir and this folder must be on a file system that all hosts share",
             91: f"has no interpreter {request.python}",
         }
         if check.returncode:
-            reason = reasons.get(check.returncode, f"cannot be reached with a key: {said}")
+            reason = reasons.get(check.returncode, f"cannot be reached with a key: {' '.join(said.split())}")
             problems.append(Problem("--ssh", host, reason))
+            continue
+        ports.append(int(answers["port"]))
+        # it looked at its clock after it was asked and before now
+        off = max(asked - float(answers["clock"]), float(answers["clock"]) - time.time())
+        if off > MOST_CLOCK_SKEW_S:
+            problems.append(Problem("--ssh", host, f"its clock is off by {off:.0f} s", "start a time service there"))
+    if ports and not ports[0]:
+        rule = f"no port from {PORT} to {PORT + PORTS - 1} is free there"
+        problems.append(Problem("--ssh", request.hosts[0], rule, "name another host first"))
     if problems:
         raise ConfigError("submit", problems)
+    return ports[0]
 
 
 def _wait(nodes: list[subprocess.Popen[bytes]]) -> list[int]:

@@ -109,16 +109,6 @@ def _teller(error: str | None) -> int | None:
     return None if found == 0 else (ranks - found) % ranks
 
 
-def gather_results(mine: T) -> list[T]:
-    """What each rank found, in the order of ranks; of a process without ranks, what it found. Communicates: all
-    ranks."""
-    if not dist.is_initialized():
-        return [mine]
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    return of_ranks
-
-
 def give_back(device: torch.device) -> None:
     """Free the memory of a trial that has ended: the next one, and collectives, need it.
 

@@ -7,6 +7,7 @@ modules behind.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -167,6 +168,61 @@ def read_cgroup(name: str) -> str:
         return (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:
         return ""
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the interpreter and of the libraries inside torch, and of packages that only have to be the same on
+    all ranks."""
+    found: dict[str, object] = {
+        "python": sys.version.split()[0],
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "triton": version_of("triton"),
+        "hunyuan-pretrain": version_of("hunyuan-pretrain"),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def gpu_state(index: int | None) -> str:
+    """Model, memory, driver, clocks and power limit of a GPU in words; "none" without one."""
+    if index is None:
+        return "none"
+    properties = torch.cuda.get_device_properties(index)
+    uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
+    size = f"{properties.total_memory / 2**30:.1f} GiB"
+    capability = f"compute {properties.major}.{properties.minor}"
+    return "; ".join([properties.name, size, capability, *settings_of_gpu(uuid)])
+
+
+SM_CLOCK, MEMORY_CLOCK = 1, 2
+"""nvmlClockType_t."""
+
+
+def settings_of_gpu(uuid: str, library: str = "libnvidia-ml.so.1") -> list[str]:
+    """Driver, highest and set clocks and power limit of a GPU, from NVML, which comes with the driver; what it does not
+    tell is left out."""
+    try:
+        nvml = ctypes.CDLL(library)
+        if nvml.nvmlInit_v2() != 0:
+            return []
+        driver, handle = ctypes.create_string_buffer(96), ctypes.c_void_p()
+        nvml.nvmlSystemGetDriverVersion(driver, 96)
+        found = [f"driver {driver.value.decode()}"]
+        if nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
+            return found
+        for name, ask, kind, scale, unit in (
+            ("SM clock at most", nvml.nvmlDeviceGetMaxClockInfo, (SM_CLOCK,), 1, "MHz"),
+            ("memory clock at most", nvml.nvmlDeviceGetMaxClockInfo, (MEMORY_CLOCK,), 1, "MHz"),
+            ("SM clock set to", nvml.nvmlDeviceGetApplicationsClock, (SM_CLOCK,), 1, "MHz"),
+            ("power limit", nvml.nvmlDeviceGetEnforcedPowerLimit, (), 1000, "W"),
+        ):
+            value = ctypes.c_uint()
+            if ask(handle, *kind, ctypes.byref(value)) == 0:
+                found.append(f"{name} {value.value // scale} {unit}")
+        return found
+    except (OSError, AttributeError):  # no driver, or one without such a function
+        return []
 
 
 def versions() -> dict[str, str]:

@@ -119,8 +119,36 @@ def compute_on_cpu() -> None:
 def recorded(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of this module that are set, and others that configure the same libraries, sorted by name."""
     ours = {HIDDEN_GPUS, *(name for variable in ON_GPU + DETERMINISTIC for name in variable.names)}
-    prefixes = ("NCCL_", "NVTE_", "CUBLAS_", "TORCH_NCCL_", "NVIDIA_TF32", "TORCH_ALLOW_TF32", "OMP_NUM_THREADS")
+    prefixes = (
+        "NCCL_",
+        "GLOO_",
+        "NVTE_",
+        "CUBLAS_",
+        "TORCH_NCCL_",
+        "NVIDIA_TF32",
+        "TORCH_ALLOW_TF32",
+        "OMP_NUM_THREADS",
+    )
     return {name: environment[name] for name in sorted(environment) if name in ours or name.startswith(prefixes)}
+
+
+OF_ONE_NODE = (
+    "_IFNAME",
+    "_HCA",
+    "_FILE",
+    "NCCL_HOSTID",
+    "NCCL_DEBUG",
+    HIDDEN_GPUS,
+)
+"""Parts of names of variables that may differ between nodes: they name devices or files of one, or only what is
+logged."""
+
+
+def compared(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of `recorded` that have to be the same on all ranks of a job."""
+    return {
+        name: value for name, value in recorded(environment).items() if not any(part in name for part in OF_ONE_NODE)
+    }
 
 
 def variable_rows(
@@ -136,6 +164,26 @@ def variable_rows(
         )
     seen = {name for name, *_ in rows}
     return rows + [(name, value, "as you set it") for name, value in found.items() if name not in seen]
+
+
+ADVICE = (
+    (
+        "NCCL_SOCKET_IFNAME",
+        "NCCL takes the first interface that is up; name the one between nodes if it is another",
+    ),
+    ("GLOO_SOCKET_IFNAME", "gloo takes the interface of the host's name; name the one between the nodes"),
+    (
+        "NCCL_IB_HCA",
+        "NCCL uses every InfiniBand or RoCE adapter; name those between nodes if there are others",
+    ),
+    ("NCCL_DEBUG", "INFO shows which links and adapters NCCL has chosen, WARN only what fails"),
+)
+"""Variables that only the user can set, because they name what a cluster has; and when to."""
+
+
+def advice_rows(environment: Mapping[str, str] = os.environ) -> list[tuple[str, str, str]]:
+    """(name, "not set", when to set it) of the variables that matter between nodes and are not set."""
+    return [(name, "not set", advice) for name, advice in ADVICE if name not in environment]
 
 
 def keep_freed_memory() -> None:

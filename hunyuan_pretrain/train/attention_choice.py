@@ -37,7 +37,8 @@ from hunyuan_pretrain.model.packed_attention import (
     packed_attention,
 )
 from hunyuan_pretrain.model.varlen_attention import Documents, padded, recorded_documents
-from hunyuan_pretrain.parallel.agreement import gather_results, give_back
+from hunyuan_pretrain.parallel.agreement import give_back
+from hunyuan_pretrain.parallel.comparison import sums_of_ranks, told_by, worst_of_ranks
 from hunyuan_pretrain.parallel.context_parallel import rows_of_ranks
 from hunyuan_pretrain.runtime.device import Machine, probe
 from hunyuan_pretrain.runtime.handover import to_device
@@ -197,19 +198,20 @@ def _try_all(names: Sequence[BackendName], case: Case, obstacles: Obstacles) -> 
     Raises ConfigError, on this rank alone, if a kernel has left its GPU unusable. Communicates: all ranks.
     """
     mine = [_trial_alone(name, case, obstacles[name]) for name in names]
-    of_ranks = gather_results(mine)
-    return {name: _worst(trials) for name, trials in zip(names, zip(*of_ranks, strict=True), strict=True)}
+    slowest = worst_of_ranks([tried.milliseconds for tried in mine])
+    # 0: in order; 1: no memory for a trial, which counts only if there is nothing else; 2: out
+    worst = worst_of_ranks([0.0 if not tried.reason else 1.0 if tried.lacks_memory else 2.0 for tried in mine])
+    found: dict[BackendName, Trial] = {}
+    for name, tried, (level, rank), (milliseconds, _) in zip(names, mine, worst, slowest, strict=True):
+        found[name] = Trial(milliseconds, "") if level == 0 else _told(tried, rank, lacks_memory=level == 1)
+    return found
 
 
-def _worst(of_ranks: Sequence[Trial]) -> Trial:
-    """The slowest of one backend's trials on all ranks, or that of the first rank on which it is out; want of memory
-    counts only if there is nothing else."""
-    out = [(rank, tried) for rank, tried in enumerate(of_ranks) if tried.reason]
-    if not out:
-        return max(of_ranks)
-    rank, worst = min(out, key=lambda one: one[1].lacks_memory)
-    where = "" if all(tried.reason == worst.reason for tried in of_ranks) else f"on rank {rank}: "
-    return worst._replace(reason=where + worst.reason)
+def _told(mine: Trial, rank: int, lacks_memory: bool) -> Trial:
+    """The trial of a rank on which the backend is out, on every rank; it is named unless all have the same reason."""
+    reason = told_by(rank, mine.reason)
+    others = sums_of_ranks(int(mine.reason != reason))[0]
+    return Trial(math.inf, f"on rank {rank}: {reason}" if others else reason, lacks_memory)
 
 
 def _trial_alone(name: BackendName, case: Case, obstacle: str | None) -> Trial:

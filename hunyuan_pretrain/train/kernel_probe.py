@@ -26,7 +26,8 @@ from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.recycle_routing import Assignment, assign_within_capacity, assign_without_capacity
 from hunyuan_pretrain.model.routing import RoutingPlan, TrainingRouting
-from hunyuan_pretrain.parallel.agreement import gather_results, give_back, reason_of
+from hunyuan_pretrain.parallel.agreement import give_back, reason_of
+from hunyuan_pretrain.parallel.comparison import told_by, worst_of_ranks
 from hunyuan_pretrain.runtime.seeding import fp32_matmuls
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.run import Run
@@ -79,14 +80,12 @@ def check_kernels(run: Run) -> str:
             except torch.AcceleratorError as error:
                 what = f"the Triton kernel of {name} has left the GPU of this rank unusable: {found.reason or error}"
                 raise TrainingError(f"{what}. {WITHOUT}") from error
-    of_ranks = gather_results(mine)
-    ranks = {name: max(range(len(of_ranks)), key=lambda rank: of_ranks[rank][name].difference) for name in mine}
-    worst = {name: of_ranks[rank][name] for name, rank in ranks.items()}
+    worst = dict(zip(mine, worst_of_ranks([found.difference for found in mine.values()]), strict=True))
     allowed = tolerance(config.params_dtype)
     wrong = ", ".join(
-        f"{name} by {found.difference:.2g} (rank {ranks[name]}: {found.reason})"
-        for name, found in worst.items()
-        if not found.difference <= allowed
+        f"{name} by {difference:.2g} (rank {rank}: {told_by(rank, mine[name].reason)})"
+        for name, (difference, rank) in worst.items()
+        if difference > allowed
     )
     if wrong:
         raise TrainingError(
@@ -95,7 +94,7 @@ def check_kernels(run: Run) -> str:
         )
     return (
         f"probe: the kernels of {', '.join(worst)} match the plain functions, forward and backward "
-        f"(largest relative difference {max(found.difference for found in worst.values()):.1e})"
+        f"(largest relative difference {max(difference for difference, _ in worst.values()):.1e})"
     )
 
 

@@ -24,12 +24,10 @@ from hunyuan_pretrain.config.changes import (
     model_differences,
 )
 from hunyuan_pretrain.config.derived import data_parallel_size
-from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.config.values import change_paths
-from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.parallel.agreement import from_rank_0
 
 T = TypeVar("T")
@@ -214,32 +212,6 @@ def what_is_met(
         "tokenizer_digest": tokenizer_digest,
         "versions": dict(versions),
     }
-
-
-def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
-    """Raise ConfigError, on every rank, if a rank's settings, data or tokenizer differ from rank 0's: each node reads
-    its own files.
-
-    Paths may differ: nodes may keep copies in different places, and a comparison of layouts has a run_dir for each
-    rank. Communicates: all ranks.
-    """
-    mine = {
-        "settings": digest_of(change_paths(Experiment, experiment.model_dump(mode="json"), lambda path: "")),
-        "data": digest_of([facts.digest for facts in met["sources"].values()]),
-        "tokenizer": met["tokenizer_digest"],
-    }
-    of_rank: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_rank, mine)
-    problems = []
-    for name, value in of_rank[0].items():
-        if others := [str(rank) for rank, found in enumerate(of_rank) if found[name] != value]:
-            named = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
-            hint = "give every node the same files and the same command"
-            problems.append(
-                Problem(name, Problem.NO_VALUE, f"not the same on all ranks: differs from rank 0 on {named}", hint)
-            )
-    if problems:
-        raise ConfigError("ranks of this job", problems)
 
 
 def on_rank_0(action: Callable[[], T]) -> T:

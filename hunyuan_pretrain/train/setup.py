@@ -35,7 +35,7 @@ from hunyuan_pretrain.parallel.groups import build_groups, initialize_distribute
 from hunyuan_pretrain.runtime.device import probe, versions
 from hunyuan_pretrain.runtime.environment import keep_freed_memory, recorded, set_variables
 from hunyuan_pretrain.runtime.lock import RunLock
-from hunyuan_pretrain.runtime.logging import RunLog, check_writable, code_version, record_environment
+from hunyuan_pretrain.runtime.logging import RunLog, check_writable, record_environment
 from hunyuan_pretrain.runtime.policy import (
     backend_of,
     choose_device,
@@ -47,7 +47,7 @@ from hunyuan_pretrain.runtime.policy import (
 )
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
-from hunyuan_pretrain.train import resume
+from hunyuan_pretrain.train import resume, same_start
 from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
@@ -73,12 +73,13 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
     device = _start_machine(experiment)
     leave_if_asked(stop, device)
     _check_paths(experiment)
+    met = same_start.meet(experiment)
     lock = _take_lock(experiment)
     try:
         groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
         chunks, wrapped = _build_model(experiment, groups)
         optimizer = build_optimizer(wrapped, experiment, groups)
-        start = _load_or_init(experiment, chunks, optimizer, accepted).after(lock.notes if lock else ())
+        start = _load_or_init(experiment, chunks, optimizer, met, accepted).after(lock.notes if lock else ())
         leave_if_asked(stop, device)
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
@@ -203,7 +204,8 @@ def _open_data(
     )
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
-    verify_data([index for one in opened for index in one.indexes], experiment.runtime.verify_data, stop)
+    indexes = [index for one in opened for index in one.indexes]
+    verify_data(indexes, experiment.runtime.verify_data, stop, Path(experiment.run_dir))
     return loader, evaluation, sets
 
 
@@ -238,14 +240,15 @@ def open_evaluation(
 
 
 def _load_or_init(
-    experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, accepted: Collection[str] = ()
+    experiment: Experiment,
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer,
+    met: Mapping[str, Any],
+    accepted: Collection[str] = (),
 ) -> Start:
     """Resume from the run's newest intact checkpoint; without one, start from `checkpoint.init_from` or fresh
     weights."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
-    code, _ = from_rank_0(code_version)
-    met = resume.what_is_met(experiment, Tokenizer.load(experiment.tokenizer).digest, {**(code or {}), **versions()})
-    resume.refuse_other_starts(experiment, met)
     if not settings.resume:
         found, error = from_rank_0(lambda: save_load.find_checkpoints(run_dir))
         if error is not None:

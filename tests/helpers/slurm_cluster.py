@@ -17,8 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 NODES = ("n0", "n1")
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -50,7 +52,9 @@ ReturnToService=2
 SchedulerParameters=sched_interval=2,bf_interval=2
 JobRequeue=1
 MpiDefault=none
-KillWait=10
+KillWait=5
+# a node that does not answer for so long is lost, and its jobs are requeued
+SlurmdTimeout=10
 MinJobAge=3600
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000
@@ -66,23 +70,54 @@ def obstacle() -> str | None:
     return None if os.geteuid() == 0 else "Slurm's daemons need root here"
 
 
+class Cluster:
+    """A running cluster."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        """Variables that its commands need."""
+        self._folder, self._stack = folder, stack
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
+        self._nodes[node] = self._stack.enter_context(
+            _daemon(self._folder, ["slurmd", "-D", "-N", node], self.environment)
+        )
+
+    def kill_node(self, node: str) -> None:
+        """SIGKILL the daemon of a node: it is lost, with no word to the others. Its tasks go on."""
+        self._nodes[node].kill()
+        self._nodes[node].wait()
+
+
 @contextmanager
-def cluster() -> Iterator[dict[str, str]]:
-    """Start the cluster; yields the environment variables that its commands need. Raises RuntimeError with the logs if
-    it does not start."""
+def cluster() -> Iterator[Cluster]:
+    """Start the cluster. Raises RuntimeError with the logs if it does not start."""
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.chmod(0o755)
-        environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        started = Cluster(folder, stack)
+        stack.callback(_kill_jobs, started.environment)  # of a test that has failed
         _start_munge(folder, stack)
         (folder / "state").mkdir()
         text = CONFIG.format(host=socket.gethostname(), folder=folder, ports=_free_ports(3))
         (folder / "slurm.conf").write_text(text)
-        for command in (["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in NODES)):
-            stack.enter_context(_daemon(folder, command, environment))
-        _wait_for_nodes(folder, environment)
-        yield environment
+        stack.enter_context(_daemon(folder, ["slurmctld", "-D"], started.environment))
+        for node in NODES:
+            started.start_node(node)
+        _wait_for_nodes(folder, started.environment)
+        yield started
+
+
+def _kill_jobs(environment: dict[str, str]) -> None:
+    """Kill what the cluster has started and what outlives its daemons."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found = process.environ()
+            if environment.items() <= found.items() and (process.name() == "slurmstepd" or "SLURM_JOB_ID" in found):
+                process.kill()
 
 
 def _start_munge(folder: Path, stack: ExitStack) -> None:
@@ -99,7 +134,7 @@ def _start_munge(folder: Path, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _daemon(folder: Path, command: list[str], environment: dict[str, str]) -> Iterator[None]:
+def _daemon(folder: Path, command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     path = _path_of(command[0])
     assert path is not None
     with (folder / f"{command[0]}.{command[-1]}.out".replace("/", "_")[-80:]).open("ab") as out:
@@ -107,7 +142,7 @@ def _daemon(folder: Path, command: list[str], environment: dict[str, str]) -> It
             [path, *command[1:]], env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
         )
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         try:
@@ -151,8 +186,8 @@ def main(command: list[str]) -> int:
     if reason := obstacle():
         print(f"no Slurm cluster: {reason}", file=sys.stderr)
         return 2
-    with cluster() as environment:
-        return subprocess.run(command, env=os.environ | environment).returncode
+    with cluster() as started:
+        return subprocess.run(command, env=os.environ | started.environment).returncode
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from hunyuan_pretrain.diagnostics.parity import trace_steps
 from hunyuan_pretrain.parallel.sharding import sharded_tensor
 from hunyuan_pretrain.plan.counts import checkpoint_bytes
 from hunyuan_pretrain.runtime.seeding import generator_state
-from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train import same_start, setup
 from hunyuan_pretrain.train.run import Run
 from tests.helpers.gpt_on_cpu import save_by_core
 from tests.helpers.one_rank import moments, on_this_rank
@@ -119,7 +119,8 @@ def test_init_from_loads_only_the_weights(corpus, tmp_path, saved, run, dtype, o
     fresh = on_this_rank(
         fields(corpus, tmp_path, dtype, checkpoint=settings, optimizer={"lr": 1e-4, "cpu_offload_fraction": offloaded})
     )
-    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer).first_step == 0
+    met = same_start.meet(fresh.experiment)
+    assert setup._load_or_init(fresh.experiment, fresh.chunks, fresh.optimizer, met).first_step == 0
     assert not any(value.any() for value in moments(fresh).values()), "moments are those of no step"
     loaded = dict(fresh.chunks[0].named_parameters())
     for name, parameter in run.chunks[0].named_parameters():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shlex
+import signal
+import socket
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +21,13 @@ from typer.testing import CliRunner
 
 from hunyuan_pretrain.cli.program import app
 from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.history import Segment, write_history
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths
 from hunyuan_pretrain.jobs import kubernetes, ssh
 from launch import slurm as in_job
+from launch.node import MistakeError, program_of
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "configs/dev/demo_cpu.yaml"
@@ -120,13 +127,57 @@ def test_a_job_that_does_not_fit_the_hardware_is_refused(tmp_path: Path) -> None
     assert "GiB more than H100-80GB has" in output
     assert not (tmp_path / "other").exists()
 
+    options += ["--hardware", "H100-80GB", "--accept-memory"]
+    assert submit(tmp_path / "other", *layout, *options, config=LARGE)[0] == 0
+
+
+def test_the_run_directory_of_another_run_is_refused(tmp_path: Path) -> None:
+    """A checkpoint of 5 steps is there, with the history of the run."""
+    run_dir = tmp_path / "run"
+    before = load_experiment(DEMO, [f"run_dir={run_dir}"])
+    segment = Segment(first_step=0, experiment=before.model_dump(mode="json"), versions={"commit": "f" * 40})
+    (run_dir / "checkpoints/step_0000005").mkdir(parents=True)
+    (run_dir / "checkpoints/step_0000005/complete.json").write_text("{}")
+    write_history(run_dir, [segment])
+    status, output = submit(run_dir, "--slurm", "--dry-run")
+    assert (status, "note: the run so far used commit ffffffffffff, this job uses " in output) == (0, True)
+    for change, path in (("seed=99", "seed"), ("model.num_layers=2", "model.num_layers")):
+        status, output = submit(run_dir, change, "--slurm", "--dry-run")
+        assert (status, f"  {path}=" in output) == (2, True)
+        assert f"the run in {run_dir} has" in output
+        assert "choose another run_dir, or pass --accept-changes" in output
+    assert submit(run_dir, "seed=99", "--slurm", "--dry-run", "--accept-changes", "seed")[0] == 0
+    status, output = submit(run_dir, "checkpoint.resume=false", "--slurm", "--dry-run")
+    assert (status, "holds a run of 5 steps, and checkpoint.resume is false" in output) == (2, True)
+    assert len(list((run_dir / "jobs").iterdir())) == 2
+
+
+def test_a_job_knows_its_number_of_ranks_where_it_runs(tmp_path: Path) -> None:
+    options = ["parallel.world_size=null", "--slurm", "--nodes", "2", "--gpus-per-node", "1", "--dry-run"]
+    assert submit(tmp_path / "run", *options)[0] == 0
+    with pytest.raises(ConfigError, match="the job has 1 ranks"):
+        load_experiment(folder_of(tmp_path / "run") / "experiment.yaml", [], 1)
+
+
+def test_the_doctor_runs_where_training_would(tmp_path: Path) -> None:
+    assert submit(tmp_path / "run", "--slurm", "--doctor", "--dry-run")[0] == 0
+    assert "export HUNYUAN_PROGRAM=doctor" in (folder_of(tmp_path / "run") / "job.sbatch").read_text().splitlines()
+    doctor = program_of(["x.yaml", "seed=1"], {"HUNYUAN_PROGRAM": "doctor"})
+    assert doctor == ["doctor", "x.yaml", "seed=1", "--cluster"]
+    assert program_of(["x.yaml"], {}) == ["train", "x.yaml"]
+    with pytest.raises(MistakeError, match="HUNYUAN_PROGRAM=x: must be train or doctor"):
+        program_of(["x.yaml"], {"HUNYUAN_PROGRAM": "x"})
+    status, output = submit(tmp_path / "run", "--slurm", "--doctor", "--requeue", "--dry-run")
+    assert (status, "--doctor: starts no training" in output) == (2, True)
+
 
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_holds_what_the_job_consists_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    secret = secrets.token_hex()
+    monkeypatch.setenv("WANDB_API_KEY", secret)
     status, output = submit(tmp_path / "run", "optimizer.lr=3e-4", "--slurm", "--dry-run")
     assert status == 0, output
     folder = folder_of(tmp_path / "run")
@@ -138,7 +189,7 @@ def test_the_folder_holds_what_the_job_consists_of(tmp_path: Path, monkeypatch: 
     assert (about["nodes"], about["ranks_per_node"]) == (1, 2)
     assert about["variables"]["NCCL_DEBUG"] == "WARN"
     assert "torch==" in (folder / "packages.txt").read_text()
-    assert not any("secret" in file.read_text() for file in folder.iterdir())
+    assert not any(secret in file.read_text() for file in folder.iterdir())
     assert not (folder / "submitted.json").exists()
     submit(tmp_path / "run", "--slurm", "--dry-run")
     assert sorted(path.name for path in (tmp_path / "run/jobs").iterdir()) == ["001", "002"]
@@ -202,7 +253,7 @@ def test_a_chain_is_submitted_whole_or_not_at_all(tmp_path: Path, stand_in: Any)
         f"[[ $1 == --test-only ]] || wc -l < {tmp_path}/sbatch.calls | awk '{{print $1 - 1}}'",
     )
     status, output = submit(tmp_path / "run", "--slurm", "--chain", "2")
-    assert (status, output.splitlines()[-1]) == (0, "submitted: 1, 2")
+    assert (status, "submitted: 1, 2" in output.splitlines()) == (0, True)
     assert json.loads((folder_of(tmp_path / "run") / "submitted.json").read_text())["jobs"] == ["1", "2"]
     assert "--dependency=afterany:1" in sbatch.read_text()
     sbatch.unlink()
@@ -210,6 +261,29 @@ def test_a_chain_is_submitted_whole_or_not_at_all(tmp_path: Path, stand_in: Any)
     assert (status, "Slurm refuses the job: limit" in output) == (2, True)
     assert cancelled.read_text().split() == ["1", "2"]
     assert not list((tmp_path / "other/jobs").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_submit_that_is_killed_leaves_no_job_without_a_record(
+    tmp_path: Path, stand_in: Any, number: signal.Signals
+) -> None:
+    """The signal comes while Slurm takes the second job of three."""
+    stand_in("scancel", "")
+    stand_in(
+        "sbatch",
+        f"[[ $1 == --test-only ]] && exit; [[ $* == *afterany:2* ]] && kill -{number.value} $PPID\n"
+        f"sleep 0.3; wc -l < {tmp_path}/sbatch.calls",
+    )
+    command = [sys.executable, "-m", "hunyuan_pretrain", "submit", str(DEMO), f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run([*command, "--slurm", "--chain", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGTERM if number == signal.SIGTERM else 130), done.stderr
+    folder = folder_of(tmp_path / "run")
+    assert json.loads((folder / "submitted.json").read_text())["jobs"] == ["2", "3"]
+    script = (folder / "job.sbatch").read_text()
+    (line,) = [line for line in script.splitlines() if "starts.txt" in line]
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "PATH": os.environ["PATH"]}
+    subprocess.run(["bash", "-euc", line], env=environment, check=True)
+    assert (folder / "starts.txt").read_text().endswith(" job 7 restart 0 on n[0-1]\n"), "a job records itself too"
 
 
 # --- ssh --------------------------------------------------------------------------------------------------------------
@@ -220,7 +294,8 @@ def test_each_host_runs_its_node(tmp_path: Path, stand_in: Any) -> None:
     was started."""
     python = tmp_path / "bin" / "python"
     calls = stand_in("ssh", 'exec bash -c "${@: -1}"')
-    python.write_text('#!/bin/bash\n[[ $1 == -c ]] || echo "$NODE_RANK/$NNODES $MASTER_ADDR $NPROC_PER_NODE $*"\n')
+    said = 'echo "$NODE_RANK/$NNODES $MASTER_ADDR $MASTER_PORT $NPROC_PER_NODE $*"'
+    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} -c "$2"\n{said}\n')
     python.chmod(0o755)
     hosts = tmp_path / "hosts"
     hosts.write_text("# the first one is where ranks meet\nme@a\n\nb # second\n")
@@ -231,11 +306,22 @@ def test_each_host_runs_its_node(tmp_path: Path, stand_in: Any) -> None:
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text("")
     request = Request(DEMO, (), "ssh", 2, 4, hosts=("me@a", "b"), python=str(python))
-    assert ssh.run(request, folder) == 0
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # by another test
+            taken.bind(("", ssh.PORT))
+            taken.listen()
+        assert ssh.run(request, folder) == 0
+    ports = set()
     for node in range(2):
-        said = (folder / f"node_{node}.log").read_text()
-        assert said == f"{node}/2 a 4 -m launch.node {folder}/experiment.yaml\n"
+        where, master, port, ranks, *command = (folder / f"node_{node}.log").read_text().split()
+        assert (where, master, ranks) == (f"{node}/2", "a", "4")
+        assert command == ["-m", "launch.node", f"{folder}/experiment.yaml"]
+        ports.add(int(port))
+    (port,) = ports
+    assert ssh.PORT < port < ssh.PORT + ssh.PORTS, "the first one is taken"
     assert "BatchMode=yes" in calls.read_text()
+    assert json.loads((folder / "submitted.json").read_text())["jobs"] == ["me@a: node_0.pid", "b: node_1.pid"]
 
 
 def test_a_host_that_does_not_answer_or_share_the_folder_is_named(tmp_path: Path, stand_in: Any) -> None:
@@ -244,6 +330,23 @@ def test_a_host_that_does_not_answer_or_share_the_folder_is_named(tmp_path: Path
     assert status == 2
     assert "--ssh=a: cannot be reached with a key: Permission denied (publickey)." in output
     assert "--ssh=b: does not see" in output
+    assert not list((tmp_path / "run/jobs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ('echo "clock $(($(date +%s) - 3600))"; echo port 29500', "--ssh=a: its clock is off by 360"),
+        ('echo "clock $(date +%s)"; echo port 0', "--ssh=a: no port from 29500 to 29599 is free there"),
+    ],
+)
+def test_a_host_with_a_wrong_clock_or_without_a_port_is_named(
+    tmp_path: Path, stand_in: Any, answers: str, message: str
+) -> None:
+    stand_in("ssh", f'[[ "$*" == *" a "* ]] && {{ {answers}; exit; }}; echo "clock $(date +%s)"; echo port 29500')
+    status, output = submit(tmp_path / "run", "--ssh", "a,b")
+    assert (status, output.count("--ssh=")) == (2, 1)
+    assert message in output
     assert not list((tmp_path / "run/jobs").iterdir())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -453,3 +455,39 @@ def test_the_precision_aware_optimizer_needs_transformer_engine_on_a_gpu():
     old = dataclasses.replace(MACHINE, transformer_engine="2.3.0")
     assert "transformer-engine=2.3.0: megatron-core" in texts(old, *split), "whatever computes the layers"
     assert texts(old, *split[:1], "runtime.transformer_engine=never") == ""
+
+
+class FakeNvml:
+    """NVML's functions as ctypes shows them: they return a status, and write through pointers."""
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text: ctypes.Array[ctypes.c_char], size: int) -> int:
+        text.value = b"570.124.06"
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
+        return 0 if uuid == b"GPU-1b" else 6  # not found
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: ctypes.c_void_p, kind: int, value: Any) -> int:
+        value._obj.value = {device.SM_CLOCK: 1980, device.MEMORY_CLOCK: 2619}[kind]
+        return 0
+
+    def nvmlDeviceGetApplicationsClock(self, handle: ctypes.c_void_p, kind: int, value: Any) -> int:
+        return 3  # not supported
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: ctypes.c_void_p, value: Any) -> int:
+        value._obj.value = 700_000
+        return 0
+
+
+def test_clocks_and_power_limit_of_a_gpu_come_from_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device.settings_of_gpu("GPU-1b", "libnone.so") == []
+    assert device.gpu_state(None) == "none"
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeNvml())
+    found = ["driver 570.124.06", "SM clock at most 1980 MHz", "memory clock at most 2619 MHz", "power limit 700 W"]
+    assert device.settings_of_gpu("GPU-1b") == found
+    assert device.settings_of_gpu("GPU-2b") == found[:1]
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetEnforcedPowerLimit")
+    assert device.settings_of_gpu("GPU-1b") == []

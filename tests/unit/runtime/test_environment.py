@@ -116,3 +116,14 @@ def test_fp32_stays_fp32_in_a_container_that_enables_tf32(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(was[0])
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = was[1:]
+
+
+def test_variables_of_one_node_are_not_compared_between_ranks() -> None:
+    of_nodes = {
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "NCCL_IB_HCA": "mlx5_0",
+        "NCCL_DEBUG": "INFO",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    of_all = {"NCCL_ALGO": "Ring", "OMP_NUM_THREADS": "1", "NVTE_FLASH_ATTN": "0"}
+    assert environment.compared({**of_nodes, **of_all, "HOME": "/root"}) == of_all

@@ -243,7 +243,7 @@ def test_a_trial_that_leaves_the_gpu_unusable_ends_this_rank_with_one_message(mo
     real = attention_choice.trial
     monkeypatch.setattr(attention_choice, "trial", lambda name, case: [tried.append(name), real(name, case)][1])
     monkeypatch.setattr(attention_choice, "give_back", dead)
-    monkeypatch.setattr(attention_choice, "gather_results", lambda mine: pytest.fail("it tells others"))
+    monkeypatch.setattr(attention_choice, "worst_of_ranks", lambda mine: pytest.fail("it tells others"))
     with pytest.raises(ConfigError) as caught:
         chosen()
     assert tried == ["cudnn", "flash_attn_3"]

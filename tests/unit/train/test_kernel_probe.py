@@ -167,7 +167,7 @@ def test_a_kernel_that_leaves_the_gpu_unusable_is_named_alone_and_nothing_is_tol
 
     planted(monkeypatch, swiglu=reads_a_wrong_address, chunk_loss=later)
     monkeypatch.setattr(kernel_probe, "give_back", give_back)
-    monkeypatch.setattr(kernel_probe, "gather_results", lambda mine: pytest.fail("it tells others"))
+    monkeypatch.setattr(kernel_probe, "worst_of_ranks", lambda mine: pytest.fail("it tells others"))
     with pytest.raises(TrainingError) as caught:
         check_kernels(run)
     assert str(caught.value) == (

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -16,7 +20,7 @@ from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_manifest
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, ShardWriter, TokenizedShard
 from hunyuan_pretrain.data.packed_format import PackedIndex
-from hunyuan_pretrain.train import verification
+from hunyuan_pretrain.train import data_stamps, verification
 from tests.helpers.ranks import fork_ranks
 
 
@@ -77,9 +81,10 @@ def check_on_this_rank(folder: Path) -> tuple[list[str], str]:
     return mapped, ""
 
 
-def test_the_ranks_split_the_shards_and_all_learn_of_every_damaged_one(tmp_path: Path) -> None:
+def packed(folder: Path) -> Path:
+    """A packed folder over five shards, in `folder`/t."""
     entries = []
-    tokens = tmp_path / "t"
+    tokens = folder / "t"
     tokens.mkdir()
     for number in range(5):
         writer = ShardWriter(tokens, f"shard_{number:05}", 1000)
@@ -88,7 +93,12 @@ def test_the_ranks_split_the_shards_and_all_learn_of_every_damaged_one(tmp_path:
     manifest = {"format": TOKENIZED_FORMAT, "version": TOKENIZED_VERSION, "documents": 5, "tokens": 10}
     of_tokenizer = {"vocab_size": 1000, "pad_id": 999, "tokenizer_digest": "d" * 64, "files": ["x"]}
     write_manifest(tokens, {**manifest, **of_tokenizer, "shards": entries})
-    pack([str(tokens)], 8, str(tmp_path / "p"), seed=1)
+    pack([str(tokens)], 8, str(folder / "p"), seed=1)
+    return folder / "p"
+
+
+def test_the_ranks_split_the_shards_and_all_learn_of_every_damaged_one(tmp_path: Path) -> None:
+    tokens = packed(tmp_path).with_name("t")
     names = [f"shard_{number:05}" for number in range(5)]
     assert fork_ranks(2, check_on_this_rank, tmp_path / "p") == [(names[::2], ""), (names[1::2], "")]
     (tokens / "shard_00003.bin").unlink()
@@ -99,3 +109,61 @@ def test_the_ranks_split_the_shards_and_all_learn_of_every_damaged_one(tmp_path:
         str(tokens / "shard_00003.bin"),
         str(tokens / "shard_00004.idx"),
     ]
+
+
+def starts_on_this_rank(folder: Path, run_dir: Path) -> list[tuple[list[str], str]]:
+    """(files that this rank reads, error) of each start of a run; between them a file of the data changes."""
+    dist.init_process_group("gloo")
+    shard = folder.with_name("t") / "shard_00003.bin"
+    check = verification.check_digest_in_steps
+    found = []
+
+    def start(by: Literal["digests", "digests_at_every_start"] = "digests") -> None:
+        read: list[str] = []
+        verification.check_digest_in_steps = lambda file, digest: read.append(file.name) or check(file, digest)
+        try:
+            verification.verify_data([PackedIndex(folder)], by, run_dir=run_dir)
+        except DataFormatError as error:
+            found.append((sorted(read), str(error)))
+        else:
+            found.append((sorted(read), ""))
+
+    def meanwhile(change: Callable[[], object]) -> None:
+        if dist.get_rank() == 0:
+            change()
+        dist.barrier()
+
+    start()  # the files are new: no stamps yet
+    data_stamps.SETTLED_S = -1.0
+    start()
+    start()
+    start("digests_at_every_start")
+    times, content = shard.stat(), shard.read_bytes()
+    meanwhile(lambda: shard.write_bytes(content[::-1]))
+    meanwhile(lambda: os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns)))  # as if nothing had happened
+    start()
+    meanwhile(lambda: shard.write_bytes(content))
+    start()
+    meanwhile(lambda: shutil.copy2(shard, shard.with_suffix(".copy")))
+    meanwhile(lambda: shard.with_suffix(".copy").rename(shard))  # with the same times
+    start()
+    start()
+    meanwhile(lambda: (run_dir / data_stamps.FILE).write_text("[1"))
+    start()
+    return found
+
+
+def test_a_later_start_reads_only_what_has_changed(tmp_path: Path) -> None:
+    folder, run_dir = packed(tmp_path), tmp_path / "run"
+    run_dir.mkdir()
+    one, other = fork_ranks(2, starts_on_this_rank, folder, run_dir)
+    assert [error for _, error in one] == [error for _, error in other]
+    starts = [sorted(a + b) for (a, _), (b, _) in zip(one, other, strict=True)]
+    everything = sorted(file.name for file in PackedIndex(folder).digests())
+    changed, nothing = ["shard_00003.bin"], list[str]()
+    assert starts[:4] == [everything, everything, nothing, everything]
+    assert starts[4:] == [changed, changed, changed, nothing, everything]
+    assert all(names for names, _ in (one[0], other[0])), "the ranks share the work"
+    errors = [error for _, error in one]
+    assert errors[4].startswith(f"{tmp_path}/t/shard_00003.bin: SHA-256 ")
+    assert errors[:4] + errors[5:] == [""] * 8
