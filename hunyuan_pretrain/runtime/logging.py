@@ -28,7 +28,10 @@ from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
 
 CLOCK_FIELDS = frozenset(
     "seconds data_wait_seconds tokens_per_s model_flops_per_s mfu time run_seconds process_seconds eta_seconds".split()  # noqa: SIM905
-) | {"host_rss_bytes", "device_peak_bytes"}
+) | {
+    *("host_rss_bytes", "device_peak_bytes", "median_launch_seconds"),
+    *(f"max_{what}_{of}" for what in ("data_wait", "launch") for of in ("seconds", "rank")),
+}
 """Fields of metrics.jsonl that depend on time or machine. All others are the same whenever and wherever a step is
 trained."""
 

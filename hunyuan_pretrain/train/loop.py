@@ -83,6 +83,7 @@ def _train(run: Run, stop: StopRequest) -> int:
 def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -> int:
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
+    launch_seconds = 0.0
     for step in range(run.first_step, num_steps):
         stage = run.schedule.stage(step)
         _settle_noise_scale(run, step, records)
@@ -91,10 +92,19 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
             # memory before the reason is read
             records.read()
-        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked, save_progress=saves.progress)
-        done = step + 1
-        records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
+        done, began = step + 1, time.perf_counter()
         is_logged, is_validated, is_saved = _what_follows(run, done)
+        launched = launch_step(
+            run,
+            stage,
+            step,
+            is_stop_asked=stop.is_asked,
+            save_progress=saves.progress,
+            is_logged=is_logged,
+            launch_seconds=launch_seconds,
+        )
+        launch_seconds = time.perf_counter() - began
+        records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
         records.add(_Unread(launched, stage, rates, is_logged))
         is_waited_for = is_validated or is_saved or launched.numbers.is_here
         if is_waited_for:

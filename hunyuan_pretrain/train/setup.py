@@ -195,9 +195,8 @@ def _open_data(
     digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run continues its last segment, which is `experiment`
-    loader = StepLoader(
-        experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0
-    )
+    past, first_step = (start.past, start.history[-1].first_step) if start else ((), 0)
+    loader = StepLoader(experiment, rank, size, digest, past, first_step, tokenizer.token_bytes)
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
     verify_data([index for one in opened for index in one.indexes], experiment.runtime.verify_data, stop)
