@@ -30,6 +30,7 @@ from hunyuan_pretrain.runtime.stop import (
     listen,
 )
 from hunyuan_pretrain.train import TrainingError, setup
+from hunyuan_pretrain.train.alarms import Alarms
 from hunyuan_pretrain.train.as_planned import AsPlanned
 from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
@@ -53,7 +54,11 @@ def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
         destroy_groups()
         return EXIT_STOPPED
     with setup.left_at_the_end(run, destroy_groups):
-        return _train(run, stop)
+        try:
+            return _train(run, stop)
+        except Exception as error:
+            run.log.event("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+            raise
 
 
 def _train(run: Run, stop: StopRequest) -> int:
@@ -61,11 +66,13 @@ def _train(run: Run, stop: StopRequest) -> int:
     _announce(run, num_steps)
     if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
+        run.log.event("stopped", STOPPED_BEFORE_FIRST_STEP, run.first_step)
         return EXIT_STOPPED
     if run.first_step == num_steps:
         run.log.line(
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
+        run.log.event("finished", "there was nothing to do", num_steps)
         return EXIT_DONE
     saves = Saves(run)
     records = _Records(run, saves)
@@ -123,11 +130,13 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             saves.save(done, must_succeed=done == num_steps or is_stopping)
         if is_stopping and done < num_steps:
             run.log.line(f"told to stop: saved after step {done}; the same command resumes from there")
+            run.log.event("stopped", f"told to stop: saved after step {done}", done)
             return EXIT_STOPPED
         if is_validated or is_saved:
             records.restart_clock()
         before = launched
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
+    run.log.event("finished", f"{num_steps} steps", num_steps)
     return EXIT_DONE
 
 
@@ -159,6 +168,7 @@ class _Records:
         self._saves, self.is_alone = saves, False
         """is_alone: other ranks may be elsewhere, so there must be no communication any more."""
         self._unread: _Unread | None = None
+        self._alarms = Alarms(run.experiment.logging.alarms, run.experiment.model.num_moe_experts, run.log)
 
     def add(self, step: _Unread) -> None:
         """The next step; the one before has been read."""
@@ -193,6 +203,8 @@ class _Records:
         run.log.metrics(record)
         if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
             run.log.line(step_line(record, run.loader.num_steps))
+        if run.log.is_writer:
+            self._alarms.after(record)
 
     def restart_clock(self) -> None:
         """Leave out what was done since the last step."""
@@ -226,6 +238,8 @@ def _announce(run: Run, num_steps: int) -> None:
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per rank"
     todo = f"; steps {run.first_step + 1} to {num_steps}" if run.first_step < num_steps else ""
     run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}{todo}")
+    on = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    run.log.event("started", f"{dist.get_world_size()} ranks on {on}", run.first_step)
     for line in run.start.lines if run.start else ():
         run.log.line(line)
     used = dict(what_is_used(probe_machine(), experiment))

@@ -26,8 +26,8 @@ DEAD_LOAD = 0.01
 
 
 def routing_record(model: ModelConfig, sums: RouterStatistics, num_groups: int | None) -> dict[str, Any]:
-    """Per-layer expert load (share of choices before recycling), the shares of choices that overflowed, were recycled, or
-    were dropped, and in training the router's mean entropy: 1 where all experts are equally probable, 0 where one is
+    """Per-layer expert load (share of choices before recycling), the shares of choices that overflowed, were recycled,
+    or were dropped, and in training the router's mean entropy: 1 where all experts are equally probable, 0 where one is
     certain.
 
     sums: all layers, over the global batch. num_groups: routing groups in the global batch, over which the router

@@ -382,7 +382,9 @@ def _open_log(experiment: Experiment, start: Start) -> RunLog:
     def write() -> None:
         nonlocal log
         set_aside_later(run_dir, start.first_step, start.leaves)
-        record_environment(run_dir, dump_resolved(experiment), versions() | recorded())
+        variables = recorded()
+        variables.pop(experiment.logging.webhook_url_env or "", None)  # its value may be a secret
+        record_environment(run_dir, dump_resolved(experiment), versions() | variables)
         write_history(run_dir, start.history)
         copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only
         log = RunLog(run_dir, experiment.logging, experiment.name, is_writer=True)

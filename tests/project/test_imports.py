@@ -51,6 +51,7 @@ ONLY_IN = {
     "triton": ["hunyuan_pretrain/model/kernels/"],
     "vllm": ["hunyuan_pretrain/serving/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
+    "mlflow": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",

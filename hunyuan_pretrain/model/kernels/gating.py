@@ -92,9 +92,9 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_groups", "num_blocks", "num_dropped", "num_tokens"])
 def _losses_kernel(  # type: ignore[no-untyped-def]
-    chosen_nE, sums, entropies, z_sums, loss, statistics, g, num_groups, num_blocks, num_dropped, num_tokens, balance_factor,
-    z_factor, capacity: tl.constexpr, HAS_Z: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-    X: tl.constexpr,
+    chosen_nE, sums, entropies, z_sums, loss, statistics, g, num_groups, num_blocks, num_dropped, num_tokens,
+    balance_factor, z_factor, capacity: tl.constexpr, HAS_Z: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """One program: the loss, and the statistics in the order of RouterStatistics. capacity: None without one.
     num_dropped: -1 if all choices that overflow are dropped."""
