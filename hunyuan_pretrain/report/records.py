@@ -7,6 +7,7 @@ start to end, and later from where the reading stopped; after a resume has remov
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,10 @@ LISTS = ("expert_load", "overflow_share", "recycled_share", "dropped_share", "ro
 _LISTS_OF_LINE = re.compile(rb', "(?:' + "|".join(LISTS).encode() + rb')": \[(?:[^][]++|\[[^][]*+\])*+\]')
 HEAT_COLUMNS = 48
 """Records whose values by layer are kept, evenly over the run: twice as many at most."""
+OF_STAGE = ("loss", "bits_per_byte", "tokens_per_s", "mfu")
+"""Numbers that are also kept by stage."""
+AT_ONCE = 4096
+"""Records whose numbers are put into their series together."""
 MOST_NAMES = 400
 """Different numbers of a run that are kept."""
 
@@ -49,6 +54,8 @@ class Metrics:
         self._sample_every, self.num_records, self.num_bad, self.last_step = 1, 0, 0, 0
         self.last: dict[str, Any] = {}
         """The newest training record, without values by layer."""
+        self._waiting: dict[tuple[str | None, str], tuple[list[int], list[float]]] = {}
+        """(stage, or None for the whole run, name) -> steps and values that are not in their series yet."""
         self._offset, self._identity = 0, (0, 0)
 
     def read(self) -> None:
@@ -69,6 +76,9 @@ class Metrics:
                     break  # still being written
                 self._offset += len(line)
                 self._add(line)
+                if self.num_records % AT_ONCE == 0:
+                    self._settle()
+        self._settle()
 
     def _add(self, line: bytes) -> None:
         try:
@@ -80,19 +90,30 @@ class Metrics:
             self.num_bad += 1
             return
         self.num_records, self.last_step = self.num_records + 1, max(self.last_step, step)
-        stage = record.get("stage")
-        for name, value in record.items():
-            if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-                self._add_value(self.series, name, step, value)
-                if isinstance(stage, str) and name in ("loss", "bits_per_byte", "tokens_per_s", "mfu"):
-                    self._add_value(self.by_stage.setdefault(stage, {}), name, step, value)
+        self._keep(None, step, record)
+        if isinstance(stage := record.get("stage"), str):
+            self._keep(stage, step, {name: record[name] for name in OF_STAGE if name in record})
         if "loss" in record:
             self.last = {"step": step, **record}
             self._sample(step, line)
 
-    def _add_value(self, place: dict[str, Series], name: str, step: int, value: float | None) -> None:
-        if name in place or len(place) < MOST_NAMES:
-            place.setdefault(name, Series()).add(step, value)
+    def _keep(self, stage: str | None, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            kind = type(value)
+            if kind is not float and kind is not int and value is not None:
+                continue
+            if (waiting := self._waiting.get((stage, name))) is None:
+                waiting = self._waiting[stage, name] = [], []
+            waiting[0].append(step)
+            waiting[1].append(math.nan if value is None else value)
+
+    def _settle(self) -> None:
+        """Put what waits into its series."""
+        for (stage, name), (steps, values) in self._waiting.items():
+            place = self.series if stage is None else self.by_stage.setdefault(stage, {})
+            if name in place or len(place) < MOST_NAMES:
+                place.setdefault(name, Series()).add(steps, values)
+        self._waiting = {}
 
     def _sample(self, step: int, line: bytes) -> None:
         if step % self._sample_every and self.samples:

@@ -77,8 +77,9 @@ class Webhook:
         except urllib.error.HTTPError as error:
             return f"status {error.code}"
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            return f"{type(reason).__name__}" + (f": {reason.strerror}" if getattr(reason, "strerror", None) else "")
+            reason: object = getattr(error, "reason", error)
+            words = getattr(reason, "strerror", None)  # an error's own text may hold the address
+            return type(reason).__name__ + (f": {words}" if words else "")
 
 
 def from_variable(name: str | None, say: Callable[[str], None]) -> Webhook | None:

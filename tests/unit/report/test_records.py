@@ -17,10 +17,10 @@ from tests.helpers.written_run import write_run
 
 def test_a_long_series_keeps_its_peaks_means_and_counts_in_bounded_memory() -> None:
     series, steps, peak = Series(), 100_000, 54_321
-    for step in range(1, steps + 1):
-        series.add(step, 50.0 if step == peak else step / steps)
-    series.add(77, math.nan)
-    series.add(78, None)
+    for first in range(1, steps + 1, 1000):
+        part = range(first, first + 1000)
+        series.add(part, [50.0 if step == peak else step / steps for step in part])
+    series.add([77, 78], [math.nan, math.inf])
     stretches = list(series)
     assert MOST / 2 <= len(stretches) <= MOST
     assert series.num_missing == 2
@@ -39,7 +39,7 @@ def test_a_long_series_keeps_its_peaks_means_and_counts_in_bounded_memory() -> N
 def test_a_short_series_keeps_every_value() -> None:
     series = Series()
     for step in (4, 2, 512):
-        series.add(step, float(step))
+        series.add([step], [float(step)])
     assert [tuple(one) for one in series] == [(step, step, step, step, step) for step in (2, 4, 512)]
     assert series.last == 512.0
 

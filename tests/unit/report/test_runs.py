@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from hunyuan_pretrain.cli import reporting
 from hunyuan_pretrain.cli.program import app
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.report.runs import runs_below
@@ -82,7 +83,7 @@ def test_foreign_and_half_written_folders_harm_nothing(tmp_path: Path) -> None:
     assert found["binary"].step == 0
 
 
-def test_the_commands_print_one_message_for_a_mistake_and_json_when_asked(tmp_path: Path) -> None:
+def test_the_commands_print_one_message_for_a_mistake_and_json_when_asked(tmp_path: Path, monkeypatch) -> None:
     run_dir = write_run(tmp_path / "run", 5)
     runner = CliRunner()
     listed = json.loads(runner.invoke(app, ["runs", str(tmp_path), "--json"]).stdout)
@@ -106,5 +107,16 @@ def test_the_commands_print_one_message_for_a_mistake_and_json_when_asked(tmp_pa
         with pytest.raises(ConfigError, match=message):
             runner.invoke(app, arguments, catch_exceptions=False)
     (tmp_path / "mine.html").unlink()
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reporting.time, "sleep", wait)
+    watched = runner.invoke(app, ["report", str(run_dir), "--watch", "7"])
+    assert (waits, watched.exit_code) == ([7, 7, 7], 130)
+    assert '<meta http-equiv="refresh" content="7">' in (run_dir / "report.html").read_text()
     assert sorted(tmp_path.rglob("*")) == before, "nothing is half-written"
     assert runner.invoke(app, ["report", str(run_dir), "--watch", "0"]).exit_code == 2
