@@ -290,4 +290,4 @@ def short(value: float) -> str:
             if size >= unit and size < 1e18:
                 return f"{value / unit:.4g}{suffix}"
         return f"{value:.3g}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if size >= 1e4 else f"{value:.4g}"

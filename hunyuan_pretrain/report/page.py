@@ -64,7 +64,7 @@ def _key_figures(run: Shown) -> Html:
         (
             "Step",
             number(line.step, f"{line.step:,}"),
-            " ".join(filter(None, [steps, line.stage and f"stage {line.stage}"])),
+            ", ".join(filter(None, [steps, line.stage and f"stage {line.stage}"])),
         ),
     ]
     for name, title, key in (("Loss", "nats per token", "loss"), ("Bits per byte", "of the text", "bits_per_byte")):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hunyuan_pretrain.plan.page_file import HEAD_BYTES
+from hunyuan_pretrain.report.drawings import short
 from hunyuan_pretrain.report.page import PAGE, page
 from hunyuan_pretrain.report.page_style import STYLE
 from hunyuan_pretrain.report.records import RunFiles
@@ -103,6 +104,23 @@ def test_a_page_of_one_run_has_every_section_and_every_number_in_a_chart(runs: l
     assert "2 started, 1 saved, 1 alarm, 1 stopped" in text
     assert "alarm at step 300: 2 dead experts" in text, "in the chart of the loss"
     assert "stage decay begins at step 2" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (25_600.0, "25,600"),
+        (1e5, "100k"),
+        (6.0e10, "60G"),
+        (2e-5, "2e-05"),
+        (0.4049, "0.4049"),
+        (1e19, "1e+19"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert short(value) == text
+    assert short(-value) == (f"-{text}" if value else "-0")
 
 
 def test_a_spike_of_one_step_is_in_the_drawing(tmp_path: Path) -> None:
