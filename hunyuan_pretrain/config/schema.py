@@ -580,7 +580,7 @@ class LoggingConfig(Section):
     )
     sink_timeout_s: PositiveInt = setting(
         "Time limit for TensorBoard, Weights & Biases or MLflow to open, and to finish after the run. One that takes "
-        "longer, or fails, is dropped with a warning. None ends the run.",
+        "longer, or fails, is dropped with a warning. They never end the run.",
         60,
         unit="seconds",
         typical="60",
