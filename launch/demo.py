@@ -216,6 +216,7 @@ class Demo:
                 f"{self.experiment.evaluation.data}"
             )
         plot_losses(self.output / "loss.png", metrics, self.experiment, heldout, stopped_at)
+        self._run("hunyuan-pretrain", "report", self.experiment.run_dir)
         self.console.rule("report", align="left")
         print_tables(self.console, metrics, heldout, stopped_at, self.seconds)
         self.console.print(
@@ -223,8 +224,8 @@ class Demo:
         )
         self.console.print(escape(PROMPT + sample.rstrip()), style="cyan")
         self.console.print(
-            f"\nloss curve: {self.output}/loss.png    all files of the run: "
-            f"{self.experiment.run_dir}\n\n[bold]next[/bold]"
+            f"\nloss curve: {self.output}/loss.png    the run as a page: {self.experiment.run_dir}/report.html\n"
+            f"all files of the run: {self.experiment.run_dir}\n\n[bold]next[/bold]"
         )
         for line in (
             f"hunyuan-pretrain generate {self._at('model')} --prompt 'class Reader:' --temperature 0",

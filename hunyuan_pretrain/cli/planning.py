@@ -152,7 +152,7 @@ def plan(
     from hunyuan_pretrain.plan.passes import Assumptions
 
     if html:
-        page.check_path(html)
+        page.PAGE.check(html)
     if as_json and dry_run:
         raise typer.BadParameter("the dry run prints no JSON; leave one of --json and --dry-run out")
     if search and (dry_run or html):
@@ -194,7 +194,7 @@ def _plan(
     if html:
         from hunyuan_pretrain.plan import page
 
-        page.write_page(html, page.page(found, rows, [*map(str, warnings), *costs.problems(found)]))
+        page.PAGE.write(html, page.page(found, rows, [*map(str, warnings), *costs.problems(found)]))
         print(f"{html}: written", file=sys.stderr)
 
 

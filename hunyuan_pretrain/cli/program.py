@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, submitting, training
+from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, reporting, submitting, training
 from hunyuan_pretrain.cli.checkpoints import checkpoints
 from hunyuan_pretrain.cli.ranks import end_with_launcher, leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
@@ -41,6 +41,8 @@ add_commands(
     planning.doctor,
     training.train,
     submitting.submit,
+    reporting.report,
+    reporting.runs,
     training.parity,
     training.shadow,
     checkpoints,

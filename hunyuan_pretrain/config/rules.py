@@ -13,6 +13,7 @@ from hunyuan_pretrain.config.attention import BACKENDS, Work, nearest
 from hunyuan_pretrain.config.data_rules import DATA_RULES
 from hunyuan_pretrain.config.derived import data_parallel_size, pipeline_stages, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.logging_rules import LOGGING_RULES
 from hunyuan_pretrain.config.model_rules import MODEL_RULES
 from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
 from hunyuan_pretrain.config.noise_rules import NOISE_RULES, noise_micro_batches
@@ -307,4 +308,5 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     *PRECISION_RULES,
     *RECORDING_RULES,
     *NOISE_RULES,
+    *LOGGING_RULES,
 )

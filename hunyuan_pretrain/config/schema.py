@@ -15,6 +15,7 @@ from hunyuan_pretrain.config.attention import BACKENDS, BackendName
 from hunyuan_pretrain.config.recipe import RECIPES, Recipe, RecipeName
 
 __all__ = [
+    "AlarmsConfig",
     "CheckpointConfig",
     "DataSource",
     "EvaluationConfig",
@@ -527,6 +528,32 @@ class CheckpointConfig(Section):
     )
 
 
+class AlarmsConfig(Section):
+    """What is reported while a run goes on: in log.txt, events.jsonl and at the webhook. Looked at in logged steps."""
+
+    after_steps: PositiveInt = setting(
+        "Steps that something must last before it is reported, and between two reports of a jump.", 100, unit="steps"
+    )
+    dead_experts: bool = setting("Experts that are chosen less than 1% as often as an even share.", True)
+    expert_load_above: PositiveFloat | None = setting(
+        "Choices of the busiest expert over an even share. null: off.", None, typical="4"
+    )
+    loss_jump_above: PositiveFloat | None = setting(
+        "How far a loss is above the mean of about the last 10 records, over the usual distance (root mean square over "
+        "about 50). null: off.",
+        6.0,
+        typical="6",
+    )
+    data_wait_share_above: PositiveFloat | None = setting(
+        "Share of a step for which some rank waits for its batch. null: off.", 0.1, typical="0.1"
+    )
+    slow_rank_above: PositiveFloat | None = setting(
+        "Seconds in which the slowest rank's host launches a step, over the median of all ranks. null: off.",
+        2.0,
+        typical="2",
+    )
+
+
 class LoggingConfig(Section):
     """Where metrics go. <run_dir>/metrics.jsonl is always written."""
 
@@ -538,6 +565,12 @@ class LoggingConfig(Section):
         "offline",
     )
     wandb_project: str = setting("Project name in Weights & Biases.", "hunyuan-pretrain")
+    mlflow: bool = setting(
+        "Write to the MLflow server that the environment variable MLFLOW_TRACKING_URI names, if mlflow is installed. A "
+        "resumed run continues the same MLflow run, whose id is in <run_dir>/mlflow_id.",
+        False,
+    )
+    mlflow_experiment: str = setting("Experiment name in MLflow.", "hunyuan-pretrain")
     peak_flops_per_s: PositiveFloat | None = setting(
         "Peak dense bf16 matmul speed of one rank's device; `mfu` is relative to it, with FP8 too. null: looked up "
         "by the GPU's name. For unknown GPUs and on CPU there is no `mfu`.",
@@ -546,12 +579,19 @@ class LoggingConfig(Section):
         typical="989e12 for an H100 SXM",
     )
     sink_timeout_s: PositiveInt = setting(
-        "Time limit for TensorBoard or Weights & Biases to open, and to finish after the run. One that takes longer, "
-        "or fails, is dropped with a warning. Neither ends the run.",
+        "Time limit for TensorBoard, Weights & Biases or MLflow to open, and to finish after the run. One that takes "
+        "longer, or fails, is dropped with a warning. They never end the run.",
         60,
         unit="seconds",
         typical="60",
     )
+    webhook_url_env: str | None = setting(
+        "Name of the environment variable of rank 0 that holds an http or https address: alarms, failed saves and the "
+        "failure of the run are posted there as JSON. null: none.",
+        None,
+        typical="ALARM_WEBHOOK",
+    )
+    alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)
 
 
 class RuntimeConfig(Section):

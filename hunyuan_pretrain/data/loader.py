@@ -44,6 +44,8 @@ class MicroBatch:
     """Tokens of the longest piece."""
     sequence_ids: torch.Tensor
     """(micro_batch_sequences,) int64, the position of each sequence in the global batch of the step."""
+    target_bytes: int = 0
+    """Bytes of text that the target tokens stand for, where the loader knows the bytes of a token."""
 
 
 class StepLoader:
@@ -63,8 +65,9 @@ class StepLoader:
         tokenizer_digest: str | None,
         past: Sequence[Segment] = (),
         first_step: int = 0,
+        token_bytes: np.ndarray | None = None,
     ) -> None:
-        """past, first_step: as for SampleOrder."""
+        """past, first_step: as for SampleOrder. token_bytes: (V,) bytes of text per id, for `target_bytes`."""
         assert 0 <= dp_rank < dp_size
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
@@ -75,6 +78,7 @@ class StepLoader:
                     f"{dp_size * stage.micro_batch_sequences}"
                 )
         self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
+        self._token_bytes = token_bytes
         self.order = SampleOrder(experiment, tokenizer_digest, past, first_step)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
@@ -109,7 +113,11 @@ class StepLoader:
         sequences = self.order.sequences(step, positions.ravel())
         width = stage.micro_batch_sequences
         return [
-            _collate([dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]], positions[m])
+            _collate(
+                [dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]],
+                positions[m],
+                self._token_bytes,
+            )
             for m in range(len(positions))
         ]
 
@@ -158,14 +166,13 @@ class EvaluationLoader:
 
     @cached_property
     def target_bytes(self) -> int | None:
-        """Bytes of text that this rank's target tokens stand for; None if unknown. <|endoftext|> is a target of 0
-        bytes."""
+        """Bytes of text that this rank's target tokens stand for; None if unknown."""
         if self._token_bytes is None:
             return None
         sequences = [
             self._sequence(position) for position in self._positions.ravel().tolist() if position < self.num_sequences
         ]
-        return sum(int(self._token_bytes[sequence.labels[sequence.loss_mask]].sum()) for sequence in sequences)
+        return target_bytes_of(sequences, self._token_bytes)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -194,7 +201,14 @@ def _positions_of_rank(global_batch: int, micro_batch: int, dp_rank: int, dp_siz
     return np.arange(global_batch).reshape(-1, dp_size, micro_batch)[:, dp_rank]
 
 
-def _collate(sequences: list[PackedSequence], positions: np.ndarray) -> MicroBatch:
+def target_bytes_of(sequences: Sequence[PackedSequence], token_bytes: np.ndarray) -> int:
+    """Bytes of text that the target tokens stand for. <|endoftext|> is a target of 0 bytes."""
+    return sum(int(token_bytes[sequence.labels[sequence.loss_mask]].sum()) for sequence in sequences)
+
+
+def _collate(
+    sequences: list[PackedSequence], positions: np.ndarray, token_bytes: np.ndarray | None = None
+) -> MicroBatch:
     size = len(sequences[0].tokens)
     # The end of each sequence is the start of the next, so it is written once.
     parts = [np.zeros(1, dtype=np.int32)] + [
@@ -208,6 +222,7 @@ def _collate(sequences: list[PackedSequence], positions: np.ndarray) -> MicroBat
         cu_seqlens=torch.from_numpy(np.concatenate(parts)),
         max_seqlen=max(int(np.diff(sequence.cu_seqlens).max()) for sequence in sequences),
         sequence_ids=torch.from_numpy(positions.copy()),
+        target_bytes=0 if token_bytes is None else target_bytes_of(sequences, token_bytes),
     )
 
 

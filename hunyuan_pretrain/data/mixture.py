@@ -136,6 +136,10 @@ class Mixture:
             parts = _cut(parts, last.next_position(last.num_steps))
         return parts
 
+    def counts_before(self, stage: int, position: int) -> dict[int, int]:
+        """Sequences of each source, by its index in `sources`, at the first `position` positions of a stage's data."""
+        return _sum_of_counts(_cut(self._parts[stage], position))
+
     def num_sequences(self, stage: int) -> int:
         """Sequences of a stage's data: (steps + skipped steps) x global batch."""
         return sum(self.counts[stage].values())

@@ -91,7 +91,10 @@ def _record(request: Request, experiment: Experiment) -> dict[str, str]:
     packages = sorted({f"{found.name}=={found.version}" for found in distributions() if found.name}, key=str.lower)
     # elsewhere they do not reach the ranks
     is_passed_on = request.place in ("local", "slurm")
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(SHOWN_VARIABLES)}
+    secret = experiment.logging.webhook_url_env
+    variables = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(SHOWN_VARIABLES) and name != secret
+    }
     about = {
         "command": sys.argv[1:],
         "config": str(request.config),

@@ -43,7 +43,8 @@ def gating(
     weight_TK = combine_weights(probs_TE, assigned)
     balance = _balance_loss(probs_TE, assigned.chosen_nE, config.moe_router_topk)
     loss = config.moe_aux_loss_coeff * balance
-    counted = statistics(assigned)._replace(balance_loss=balance.detach())
+    entropy = torch.special.entr(probs_TE.detach()).sum()
+    counted = statistics(assigned)._replace(balance_loss=balance.detach(), entropy=entropy)
     if config.moe_z_loss_coeff:
         z = z_loss(logits_TE, config.model.moe_routing_group_tokens)
         loss = loss + config.moe_z_loss_coeff * z
@@ -110,7 +111,7 @@ def z_loss(logits_TE: Tensor, group_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def statistics(assigned: Assignment, is_counted_T: Tensor | None = None) -> RouterStatistics:
-    """Statistics of the tokens in is_counted_T (None: all; only without a capacity), with zero losses."""
+    """Statistics of the tokens in is_counted_T (None: all; only without a capacity), with zero losses and entropy."""
     chosen_TK = assigned.expert_TK
     zero = torch.zeros((), device=chosen_TK.device)
     chosen_nE, overflow, dropped = assigned.chosen_nE, zero, zero
@@ -128,6 +129,7 @@ def statistics(assigned: Assignment, is_counted_T: Tensor | None = None) -> Rout
         dropped=dropped,
         balance_loss=zero,
         z_loss=zero,
+        entropy=zero,
         tokens=zero + chosen_TK.shape[0] if is_counted_T is None else is_counted_T.sum(dtype=torch.float32),
     )
 

@@ -81,6 +81,7 @@ class RouterStatistics(NamedTuple):
     dropped: Tensor  # those of them that no expert computes
     balance_loss: Tensor  # summed over routing groups, without its coefficient
     z_loss: Tensor  # the same
+    entropy: Tensor  # of the probabilities of each token, nats; 0 in evaluation
     tokens: Tensor
 
     @classmethod

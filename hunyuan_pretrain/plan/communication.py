@@ -27,7 +27,7 @@ AXES = ("tp", "cp", "ep", "expert_tp", "pp", "dp", "expert_dp", "embedding", "ot
 neighbours in the pipeline. dp, expert_dp, embedding: ranks that hold the same weights, the same experts, the tied
 embedding. other: any other ranks, such as all of them. Gradients are reduced over dp including the ranks of cp."""
 
-STATISTICS_BESIDE_LOAD = 6
+STATISTICS_BESIDE_LOAD = 7
 """Number of router statistics per layer in addition to the load of each expert: model.routing.RouterStatistics."""
 
 
@@ -104,9 +104,10 @@ def communication_per_rank(
 ) -> Communication:
     """Messages of one training step (train.step.train_step, with the optimizer) of any rank of a pipeline rank.
 
-    Counts forward, backward and recomputation, gradient reduction, update and statistics. All ranks of a pipeline rank
-    send the same, except with dropless routing (Communication.is_exact). `stage` sets the batch; `loss_chunk_tokens`:
-    LOSS_CHUNK_TOKENS of the device. Raises ValueError if the layout or the batch does not fit the number of ranks.
+    Counts forward, backward and recomputation, gradient reduction, update and statistics, without the few numbers that
+    a logged step adds to the statistics (train/logged_numbers.py). All ranks of a pipeline rank send the same, except
+    with dropless routing (Communication.is_exact). `stage` sets the batch; `loss_chunk_tokens`: LOSS_CHUNK_TOKENS of
+    the device. Raises ValueError if the layout or the batch does not fit the number of ranks.
     """
     ranks, ledger = grid(parallel, world_size), _Ledger()
     batch = _batch(precision, stage, ranks)

@@ -6,10 +6,7 @@ Its numbers are those of `plan --json`: each is in a <data> element with its exa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
-from hunyuan_pretrain.config.errors import ConfigError, Problem
-from hunyuan_pretrain.config.history import write_whole
 from hunyuan_pretrain.plan.charts import (
     NARROWEST,
     WIDTH,
@@ -29,15 +26,13 @@ from hunyuan_pretrain.plan.costs import Costs, by_shape, live, part_name
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.plan.hardware import names
 from hunyuan_pretrain.plan.memory import Peak, missing
+from hunyuan_pretrain.plan.page_file import PageFile
 from hunyuan_pretrain.plan.page_style import STYLE
 from hunyuan_pretrain.plan.pipeline import Timeline
 from hunyuan_pretrain.plan.summary import Row, gib
 from hunyuan_pretrain.plan.timing import StepTime
 
-MARKER = '<meta name="generator" content="hunyuan-pretrain plan">'
-"""A file with this in its head is such a page, and may be replaced by one."""
-HEAD_BYTES = 512
-"""MARKER is within these."""
+PAGE = PageFile("plan", "--html", "a plan")
 
 PART_COLOURS = {
     "weights": "blue",
@@ -59,35 +54,6 @@ FLOP_COLOURS = {
     "output layer": "navy",
     "attention": "orange",
 }
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write the page, all of it or none. Raises ConfigError."""
-    check_path(path)
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise _refused(path, f"cannot be written: {error.strerror}", "choose another file") from None
-
-
-def check_path(path: Path) -> None:
-    """Raise ConfigError if the page cannot go there: a page may be replaced, any other file not."""
-    try:
-        if not path.parent.is_dir():
-            raise _refused(path, "its folder does not exist", f"create {path.parent}, or choose another")
-        if path.is_dir():
-            raise _refused(path, "is a folder", f"name a file, such as {path / 'plan.html'}")
-        if path.exists():
-            with path.open("rb") as file:
-                is_ours = MARKER.encode() in file.read(HEAD_BYTES)
-            if not is_ours:
-                raise _refused(path, "exists and is no page of a plan", "choose another name, or remove the file")
-    except OSError as error:
-        raise _refused(path, f"cannot be read: {error.strerror}", "choose another file") from None
-
-
-def _refused(path: Path, rule: str, hint: str) -> ConfigError:
-    return ConfigError("plan", [Problem("--html", str(path), rule, hint)])
 
 
 def page(found: Costs, rows: Sequence[Row], warnings: Sequence[str]) -> str:
@@ -112,15 +78,7 @@ def page(found: Costs, rows: Sequence[Row], warnings: Sequence[str]) -> str:
         )
         sections.append(element("section", element("h2", "Time"), element("p", choice)))
     sections += [_flops(found), _stages(found), _text(rows)]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{MARKER}\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{element('title', f'Plan of {experiment.name}')}\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return PAGE.document(f"Plan of {experiment.name}", sections, STYLE)
 
 
 def _key_figures(found: Costs) -> Html:

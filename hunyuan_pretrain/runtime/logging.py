@@ -1,4 +1,4 @@
-"""Writes the run directory: the log, metrics.jsonl, TensorBoard, Weights & Biases.
+"""Writes the run directory: the log, metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases, MLflow.
 
 Only rank 0 writes; on other ranks RunLog does nothing.
 """
@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hunyuan_pretrain.config.history import write_whole
 from hunyuan_pretrain.config.schema import LoggingConfig
-from hunyuan_pretrain.runtime.sinks import GuardedSink, Sink, TensorBoard, Wandb
+from hunyuan_pretrain.runtime.sinks import GuardedSink, MLflow, Sink, TensorBoard, Wandb
+from hunyuan_pretrain.runtime.webhook import Webhook, from_variable
+
+EVENTS = "events.jsonl"
+POSTED = ("alarm", "alarm over", "save failed", "failed")
+"""Events that go to the webhook too."""
 
 CLOCK_FIELDS = frozenset(
     "seconds data_wait_seconds tokens_per_s model_flops_per_s mfu time run_seconds process_seconds eta_seconds".split()  # noqa: SIM905
-) | {"host_rss_bytes", "device_peak_bytes"}
+) | {
+    *("host_rss_bytes", "device_peak_bytes", "median_launch_seconds"),
+    *(f"max_{what}_{of}" for what in ("data_wait", "launch") for of in ("seconds", "rank")),
+}
 """Fields of metrics.jsonl that depend on time or machine. All others are the same whenever and wherever a step is
 trained."""
 
@@ -98,6 +107,7 @@ class RunLog:
         self._settings, self._name = logging, name
         self._sinks: list[GuardedSink] = []
         self._progress: Progress | None = None
+        self._webhook: Webhook | None = None
         self._first_step = 1
         self.console = _Console(highlight=False, soft_wrap=True)
         if is_writer:
@@ -141,6 +151,8 @@ class RunLog:
         if not self.is_writer:
             return
         self._metrics = Lines(self.run_dir / "metrics.jsonl", self.line)
+        self._events = Lines(self.run_dir / EVENTS, self.line)
+        self._webhook = from_variable(self._settings.webhook_url_env, self.line)
         if self._settings.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -159,6 +171,16 @@ class RunLog:
                     partial(Wandb, wandb, self._settings, self._name, self.run_dir, resolved_experiment),
                 )
 
+        if self._settings.mlflow:
+            try:
+                import mlflow
+            except ImportError:
+                self.line("mlflow is not installed: no MLflow run")
+            else:
+                self._open(
+                    "MLflow", partial(MLflow, mlflow, self._settings, self._name, self.run_dir, resolved_experiment)
+                )
+
     def _open(self, name: str, open_sink: Callable[[], Sink]) -> None:
         self._sinks.append(GuardedSink(name, open_sink, self.line, self._settings.sink_timeout_s))
 
@@ -170,11 +192,30 @@ class RunLog:
             scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
             for sink in self._sinks:
                 sink.write(record["step"], scalars)
+            if self._webhook is not None:
+                self._webhook.report()
+
+    def event(self, kind: str, text: str, step: int | None = None) -> None:
+        """Record what happened, in events.jsonl; nothing is ever removed from it. An alarm is also a line of the log;
+        POSTED kinds go to the webhook, which a failure waits for, because the process may end next."""
+        if not self.is_writer or getattr(self, "_events", None) is None:
+            return
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        event = {"time": now, "kind": kind, "step": step, "text": text}
+        self._events.add(json.dumps(event))
+        if kind.startswith("alarm"):
+            self.line(f"{kind.upper()} at step {step}: {text}")
+        if self._webhook is not None and kind in POSTED:
+            where = {"run": self._name, "run_dir": str(self.run_dir), "host": socket.gethostname()}
+            self._webhook.post(where | event)
+            if kind == "failed":
+                self._webhook.close()
+                self._webhook = None
 
     def flush(self) -> None:
         """Try again to write the lines that wait in memory, if the disk may have space again."""
         if self.is_writer:
-            for lines in (getattr(self, "_metrics", None), self._text):
+            for lines in (getattr(self, "_metrics", None), getattr(self, "_events", None), self._text):
                 if lines is not None:
                     lines.flush()
 
@@ -207,8 +248,11 @@ class RunLog:
         for sink in self._sinks:
             sink.close()
         self._sinks = []
+        if self._webhook is not None:
+            self._webhook.close()
+            self._webhook = None
         if self.is_writer:
-            for lines in (getattr(self, "_metrics", None), self._text):
+            for lines in (getattr(self, "_metrics", None), getattr(self, "_events", None), self._text):
                 if lines is not None:
                     lines.finish()
 
@@ -223,7 +267,7 @@ def check_writable(run_dir: Path) -> None:
             file.write(b"\n" * 4096)  # a full disk still accepts an empty file
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(nearest)) from None
-    for name in ("log.txt", "metrics.jsonl"):
+    for name in ("log.txt", "metrics.jsonl", EVENTS):
         if (run_dir / name).exists():
             with (run_dir / name).open("ab"):
                 pass

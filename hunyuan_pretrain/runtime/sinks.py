@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: optional services, which must neither end nor delay a run.
+"""TensorBoard, Weights & Biases and MLflow: optional services, which must neither end nor delay a run.
 
 Each runs on its own thread behind a queue. A sink that raises or falls far behind is dropped with one warning, and the
 run continues; all its numbers are in metrics.jsonl.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import queue
 import secrets
 import sys
@@ -21,6 +22,8 @@ from hunyuan_pretrain.config.schema import LoggingConfig
 
 WANDB_ID = "wandb_id"
 """File in the run directory with the id of its Weights & Biases run, so that a resumed run continues the same one."""
+MLFLOW_ID = "mlflow_id"
+"""The same of its MLflow run."""
 _MAX_WAITING = 10_000
 """Records that a sink may lag behind; a few MB."""
 
@@ -149,6 +152,37 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class MLflow:
+    """A run of the MLflow server in MLFLOW_TRACKING_URI; a resumed run continues the same one. Steps that are trained
+    again, after a kill, occur twice in it."""
+
+    def __init__(
+        self, mlflow: Any, settings: LoggingConfig, name: str, run_dir: Path, experiment: Mapping[str, Any]
+    ) -> None:
+        """Raises RuntimeError if MLFLOW_TRACKING_URI is not set."""
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise RuntimeError("MLFLOW_TRACKING_URI is not set")
+        self._client, self._metric = mlflow.MlflowClient(), mlflow.entities.Metric
+        path = run_dir / MLFLOW_ID
+        if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
+            self._id = known
+            self._client.update_run(known, status="RUNNING")
+            return
+        found = self._client.get_experiment_by_name(settings.mlflow_experiment)
+        place = self._client.create_experiment(settings.mlflow_experiment) if found is None else found.experiment_id
+        self._id = self._client.create_run(place, tags={"run_dir": str(run_dir)}, run_name=name).info.run_id
+        path.write_text(self._id + "\n", encoding="utf-8")
+        self._client.log_dict(self._id, dict(experiment), "experiment.json")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [self._metric(key, float(value), now, step) for key, value in scalars.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
 
 
 def run_id(run_dir: Path) -> str:

@@ -26,6 +26,7 @@ from hunyuan_pretrain.runtime.device import probe as probe_machine
 from hunyuan_pretrain.runtime.policy import what_is_used
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest, listen, resume_command
 from hunyuan_pretrain.train import TrainingError, setup
+from hunyuan_pretrain.train.alarms import Alarms
 from hunyuan_pretrain.train.as_planned import AsPlanned
 from hunyuan_pretrain.train.evaluate import ValidationStoppedError, evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
@@ -49,7 +50,11 @@ def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
         destroy_groups()
         return EXIT_STOPPED
     with setup.left_at_the_end(run, destroy_groups):
-        return _train(run, stop)
+        try:
+            return _train(run, stop)
+        except Exception as error:
+            run.log.event("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+            raise
 
 
 def _train(run: Run, stop: StopRequest) -> int:
@@ -57,11 +62,13 @@ def _train(run: Run, stop: StopRequest) -> int:
     _announce(run, num_steps)
     if run.first_step < num_steps and setup.is_stop_asked(stop, run.device):
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
+        run.log.event("stopped", STOPPED_BEFORE_FIRST_STEP, run.first_step)
         return EXIT_STOPPED
     if run.first_step == num_steps and not run.owes_validation:
         run.log.line(
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
+        run.log.event("finished", "there was nothing to do", num_steps)
         return EXIT_DONE
     saves = Saves(run)
     records = _Records(run, saves)
@@ -78,6 +85,7 @@ def _train(run: Run, stop: StopRequest) -> int:
 def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -> int:
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
+    launch_seconds = 0.0
     if run.owes_validation and not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
         return EXIT_STOPPED
     for step in range(run.first_step, num_steps):
@@ -88,10 +96,19 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
             # memory before the reason is read
             records.read()
-        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked, save_progress=saves.progress)
-        done = step + 1
-        records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
+        done, began = step + 1, time.perf_counter()
         is_logged, is_validated, is_saved = _what_follows(run, done)
+        launched = launch_step(
+            run,
+            stage,
+            step,
+            is_stop_asked=stop.is_asked,
+            save_progress=saves.progress,
+            is_logged=is_logged,
+            launch_seconds=launch_seconds,
+        )
+        launch_seconds = time.perf_counter() - began
+        records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
         records.add(_Unread(launched, stage, rates, is_logged))
         is_waited_for = is_validated or is_saved or launched.numbers.is_here
         if is_waited_for:
@@ -114,11 +131,13 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             run.log.line(
                 f"told to stop: saved after step {done}; the same command resumes from there: {resume_command()}"
             )
+            run.log.event("stopped", f"told to stop: saved after step {done}", done)
             return EXIT_STOPPED
         if is_validated or is_saved:
             records.restart_clock()
         before = launched
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
+    run.log.event("finished", f"{num_steps} steps", num_steps)
     return EXIT_DONE
 
 
@@ -150,6 +169,7 @@ class _Records:
         self._saves, self.is_alone = saves, False
         """is_alone: other ranks may be elsewhere, so there must be no communication any more."""
         self._unread: _Unread | None = None
+        self._alarms = Alarms(run.experiment.logging.alarms, run.experiment.model.num_moe_experts, run.log)
 
     def add(self, step: _Unread) -> None:
         """The next step; the one before has been read."""
@@ -184,6 +204,8 @@ class _Records:
         run.log.metrics(record)
         if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
             run.log.line(step_line(record, run.loader.num_steps))
+        if run.log.is_writer:
+            self._alarms.after(record)
 
     def restart_clock(self) -> None:
         """Leave out what was done since the last step."""
@@ -217,6 +239,8 @@ def _announce(run: Run, num_steps: int) -> None:
     device = str(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per rank"
     todo = f"; steps {run.first_step + 1} to {num_steps}" if run.first_step < num_steps else ""
     run.log.line(f"{experiment.name}: {dist.get_world_size()} ranks on {device}{todo}")
+    on = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    run.log.event("started", f"{dist.get_world_size()} ranks on {on}", run.first_step)
     for line in run.start.lines if run.start else ():
         run.log.line(line)
     used = dict(what_is_used(probe_machine(), experiment))

@@ -5,6 +5,8 @@ Shapes: L layers, E experts.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from datetime import timedelta
 from typing import Any
@@ -16,12 +18,17 @@ from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
+from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
 from hunyuan_pretrain.train.step import StepResult
+
+DEAD_LOAD = 0.01
+"""An expert with less than this of an even share of a step's choices is counted as dead."""
 
 
 def routing_record(model: ModelConfig, sums: RouterStatistics, num_groups: int | None) -> dict[str, Any]:
-    """Per-layer expert load (share of choices before recycling) and the shares of choices that overflowed, were
-    recycled, or were dropped.
+    """Per-layer expert load (share of choices before recycling), the shares of choices that overflowed, were recycled,
+    or were dropped, and in training the router's mean entropy: 1 where all experts are equally probable, 0 where one is
+    certain.
 
     sums: all layers, over the global batch. num_groups: routing groups in the global batch, over which the router
     losses are averaged; None without router losses (evaluation).
@@ -34,6 +41,8 @@ def routing_record(model: ModelConfig, sums: RouterStatistics, num_groups: int |
         "dropped_share": (sums.dropped / choices_L).tolist(),
     }
     if num_groups is not None:
+        nats_L = sums.entropy / sums.tokens
+        record["router_entropy"] = (nats_L / math.log(max(model.num_moe_experts, 2))).tolist()
         record["balance_loss"] = (sums.balance_loss / num_groups).mean().item()
         if model.moe_z_loss_coeff:
             record["z_loss"] = (sums.z_loss / num_groups).mean().item()
@@ -73,8 +82,25 @@ def step_record(
         "max_expert_load": max(max(loads) for loads in routing["expert_load"]) * E,
         "mean_recycled_share": sum(routing["recycled_share"]) / len(routing["recycled_share"]),
         "mean_dropped_share": sum(routing["dropped_share"]) / len(routing["dropped_share"]),
+        "mean_router_entropy": sum(routing["router_entropy"]) / len(routing["router_entropy"]),
+        "dead_experts": sum(load * E < DEAD_LOAD for loads in routing["expert_load"] for load in loads),
+        **({} if result.logged is None else _logged_fields(result.loss * result.num_target_tokens, result.logged)),
         **routing,
     }
+
+
+def _logged_fields(nats: float, logged: LoggedNumbers) -> dict[str, Any]:
+    """The gradient norm of each part, bits per byte, and on several ranks which rank waited longest for its batch and
+    which took longest to launch a step."""
+    found: dict[str, Any] = {f"{part}_grad_norm": norm for part, norm in logged.part_norms.items()}
+    if logged.target_bytes:
+        found["bits_per_byte"] = nats / math.log(2) / logged.target_bytes
+    if len(logged.host) > 1:
+        for name, seconds in zip(HostSeconds._fields, zip(*logged.host, strict=True), strict=True):
+            longest = max(seconds)
+            found |= {f"max_{name}_seconds": longest, f"max_{name}_rank": seconds.index(longest)}
+        found["median_launch_seconds"] = statistics.median(one.launch for one in logged.host)
+    return found
 
 
 class StepClock:

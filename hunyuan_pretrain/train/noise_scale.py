@@ -149,7 +149,7 @@ class GradientNoise(NoiseScale):
         are whole."""
         assert self._small is not None, "config.noise_rules refuses a stage with so few micro-batches"
         small, self._small = self._small, None
-        big = self._squares(_reduced(self._wrapped))
+        big = self._squares(reduced_gradients(self._wrapped))
         is_sharded = self._wrapped[0].ddp_config.use_distributed_optimizer
         # numbers of the host, one by one: a tensor made of them would be copied to the device, and the host would wait
         copies = [self._replicas[kind] for kind in KINDS]
@@ -190,7 +190,7 @@ def _kinds_of(model: torch.nn.Module) -> Iterator[tuple[Tensor, str]]:
             yield weight, "dense"
 
 
-def _reduced(wrapped: Sequence[DistributedDataParallel]) -> Iterator[tuple[Tensor, Tensor]]:
+def reduced_gradients(wrapped: Sequence[DistributedDataParallel]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each weight with the part of its reduced gradient that this rank holds; flat."""
     for model in wrapped:
         is_sharded = model.ddp_config.use_distributed_optimizer

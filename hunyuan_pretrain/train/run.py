@@ -21,6 +21,7 @@ from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoade
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.logging import RunLog
+from hunyuan_pretrain.train.logged_numbers import Logging
 from hunyuan_pretrain.train.noise_scale import GradientNoise
 from hunyuan_pretrain.train.resume import Start
 
@@ -73,6 +74,11 @@ class Run:
             return None
         ranks, state = grid(self.experiment.parallel, dist.get_world_size()), self.start.noise if self.start else None
         return GradientNoise(every_steps, ranks, self.groups.pp.rank(), self.wrapped, state)
+
+    @cached_property
+    def logging(self) -> Logging:
+        """Measures what a logged step says beside its loss."""
+        return Logging(self.groups, self.wrapped, dist.get_rank(), dist.get_world_size())
 
     @property
     def validations(self) -> dict[str, EvaluationLoader]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hunyuan_pretrain.checkpoint import CheckpointError
+from hunyuan_pretrain.checkpoint.folders import step_of
 from hunyuan_pretrain.checkpoint.saving import Saved, Saver
 from hunyuan_pretrain.train.optimizer import gather_parameters
 from hunyuan_pretrain.train.run import Run
@@ -83,10 +84,12 @@ class Saves:
             )
             for line in saved.notes:
                 log.line(line)
+            log.event("saved", f"complete after {saved.seconds:.2f} s", step_of(saved.folder))
 
     def _report(self, error: CheckpointError, must_succeed: bool) -> None:
         """What was written is removed, so lines of the log that met a full disk may find room; the process may end."""
         self._run.log.flush()
+        self._run.log.event("save failed", str(error).partition("\n")[0])
         if must_succeed:
             raise error
         self._run.log.line(f"WARNING: {error}")

@@ -199,9 +199,8 @@ def _open_data(
     digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run continues its last segment, which is `experiment`
-    loader = StepLoader(
-        experiment, rank, size, digest, start.past if start else (), start.history[-1].first_step if start else 0
-    )
+    past, first_step = (start.past, start.history[-1].first_step) if start else ((), 0)
+    loader = StepLoader(experiment, rank, size, digest, past, first_step, tokenizer.token_bytes)
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
     indexes = [index for one in opened for index in one.indexes]
@@ -390,7 +389,9 @@ def _open_log(experiment: Experiment, start: Start) -> RunLog:
     def write() -> None:
         nonlocal log
         set_aside_later(run_dir, start.first_step, start.leaves)
-        record_environment(run_dir, dump_resolved(experiment), versions() | recorded())
+        variables = recorded()
+        variables.pop(experiment.logging.webhook_url_env or "", None)  # its value may be a secret
+        record_environment(run_dir, dump_resolved(experiment), versions() | variables)
         write_history(run_dir, start.history)
         copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only
         log = RunLog(run_dir, experiment.logging, experiment.name, is_writer=True)

@@ -35,6 +35,8 @@ from hunyuan_pretrain.parallel import whereabouts
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
+from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
+from hunyuan_pretrain.train.logged_numbers import read as read_logged
 from hunyuan_pretrain.train.optimizer import optimizer_step
 from hunyuan_pretrain.train.run import Run
 
@@ -49,6 +51,7 @@ class StepResult:
     statistics: RouterStatistics  # of all layers, summed over the global batch, on the CPU
     data_wait_seconds: float = 0.0  # of this rank, for the batch
     noise: tuple[float, ...] = ()  # train.noise_scale.GradientNoise.squares over all ranks, if the step is measured
+    logged: LoggedNumbers | None = None  # of a step that is logged
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,12 @@ class LaunchedStep:
     step: int
     """Global, counted from 0."""
     numbers: Outgoing
-    """fp64: loss, ranks asked to stop, progress of a save, noise, router statistics of all layers, gradient norm, and
-    target tokens."""
+    """fp64: loss, ranks asked to stop, progress of a save, noise, numbers of a logged step, router statistics of all
+    layers, gradient norm, and target tokens."""
     statistics_shape: torch.Size
     data_wait_seconds: float
     num_noise: int = 0
+    num_logged: int = 0
 
     def is_stop_asked(self) -> bool:
         """Whether any rank had been asked to stop when it launched the step; the same on all ranks."""
@@ -76,8 +80,8 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Wait for the step and return what it measured."""
-        sizes = [3, self.num_noise, self.statistics_shape.numel(), 2]
-        loss_stop_save, noise, statistics, norm_and_tokens = self.numbers.read().split(sizes)
+        sizes = [3, self.num_noise, self.num_logged, self.statistics_shape.numel(), 2]
+        loss_stop_save, noise, logged, statistics, norm_and_tokens = self.numbers.read().split(sizes)
         grad_norm, num_target_tokens = norm_and_tokens.tolist()
         return StepResult(
             loss_stop_save[0].item(),
@@ -86,6 +90,7 @@ class LaunchedStep:
             RouterStatistics.unpacked(statistics.view(self.statistics_shape)),
             self.data_wait_seconds,
             tuple(noise.tolist()),
+            read_logged(logged.tolist()) if self.num_logged else None,
         )
 
 
@@ -183,6 +188,7 @@ class Gradients:
     statistics: list[Tensor]  # packed router statistics (L, X) of each micro-batch
     num_target_tokens: Tensor  # fp64 (), on the device
     data_wait_seconds: float  # of this rank; batches are read while the previous step runs
+    target_bytes: int  # of this rank's batch
 
 
 def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool = True) -> Gradients:
@@ -209,7 +215,8 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
         losses, statistics = forward_and_backward(
             run, stage, feed, len(batches), num_target_tokens, route, in_fp8=in_fp8
         )
-    return Gradients(losses, statistics, num_target_tokens, data_wait_seconds)
+    target_bytes = sum(batch.target_bytes for batch in batches)
+    return Gradients(losses, statistics, num_target_tokens, data_wait_seconds, target_bytes)
 
 
 def routing_of(run: Run, stage: StageConfig, step: int, key_L: Tensor, group_n: Tensor) -> Routing:
@@ -261,12 +268,15 @@ def launch_step(
     in_fp8: bool = True,
     is_stop_asked: bool = False,
     save_progress: int = 0,
+    is_logged: bool = False,
+    launch_seconds: float = 0.0,
 ) -> LaunchedStep:
     """Launch one optimizer step over this rank's micro-batches of the global batch, at the current learning rates. The
     host does not wait for the device, except with an offloaded optimizer or without a capacity of the experts.
 
     before_update: called after gradients are reduced and before they are clipped. in_fp8: see `compute_gradients`.
-    is_stop_asked, save_progress: of this rank; the result tells their sums to all.
+    is_stop_asked, save_progress: of this rank; the result tells their sums to all. is_logged: also measure
+    `StepResult.logged`; launch_seconds: how long this rank took to launch the step before.
 
     Communicates: as `compute_gradients`, all ranks (statistics), all groups of the optimizer.
     """
@@ -276,14 +286,20 @@ def launch_step(
     if before_update is not None:
         before_update()
     others = to_device(torch.tensor([float(is_stop_asked), float(save_progress)], dtype=torch.float64), run.device)
+    num_noise = 0
     if run.noise is not None and run.noise.measures(step):
         others = torch.cat([others, run.noise.squares()])  # before the update, which clips in place
+        num_noise = len(others) - 2
+    if is_logged:
+        host = HostSeconds(found.data_wait_seconds, launch_seconds)
+        others = torch.cat([others, run.logging.numbers(found.target_bytes, host, run.device)])  # before it too
     whereabouts.phase("optimizer", step + 1)
     grad_norm = optimizer_step(run.optimizer)
     whereabouts.phase("sums over all ranks", step + 1)
     totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, others)
     numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
-    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, len(others) - 2)
+    sizes = num_noise, len(others) - 2 - num_noise
+    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, *sizes)
 
 
 def train_step(

@@ -62,6 +62,7 @@ def test_demo_runs_from_text_to_generation(tmp_path: Path) -> None:
     ):
         assert row in shown, row
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "Bits per byte" in (output / "run/report.html").read_text()
 
     # stopped in mid-run, resumed by the same command, every step there once
     assert "status 75: stopped by SIGTERM, saved after step" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -148,6 +149,22 @@ def test_metrics_and_log_of_a_run(straight):
     assert log.count(" as planned: parameters of this rank ") == 1
     assert "not as planned" not in log
     assert (straight / "resolved.yaml").exists()
+    events = [json.loads(line) for line in (straight / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["step"]) for event in events] == [("started", 0), ("saved", 20), ("finished", 20)]
+    assert events[0]["text"] == "2 ranks on CPU"
+
+
+def test_a_finished_run_is_listed_and_reported(straight):
+    code, out, err = run_forked("runs", straight, "--json")
+    assert code == 0, err
+    (listed,) = json.loads(out)
+    assert (listed["state"], listed["step"], listed["num_steps"], listed["checkpoint"]) == ("finished", 20, 20, 20)
+    code, out, err = run_forked("report", straight, "--out", straight.parent / "report.html")
+    assert (code, err) == (0, "")
+    text = (straight.parent / "report.html").read_text()
+    assert all(f"<h2>{title}</h2>" in text for title in ("Loss", "Experts", "Tokens by source", "Events"))
+    assert "are no records" not in text
+    assert "cannot be read" not in text
 
 
 def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_path):
@@ -165,6 +182,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_finishes(corpus, tmp_pa
     assert 3 <= stopped < 400
     assert complete(run_dir) == [f"step_{stopped:07d}"]
     assert f"told to stop: saved after step {stopped}; the same command resumes from there" in out
+    assert '"kind": "stopped"' in (run_dir / "events.jsonl").read_text().splitlines()[-1]
     process = start("train", config)
     kill_when(process, lambda: last_step(run_dir) > stopped)
     assert [record["step"] for record in metrics(run_dir)][: stopped + 1] == list(range(1, stopped + 2))

@@ -7,6 +7,7 @@ overlaps with the next step stays overlapped.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_metrics_match_one_rank(runs, layout):
-    """Losses, norms, shares, and validation losses over the same number of tokens and bytes; the load in validation
-    does not count padding."""
+    """Losses, norms of the gradient and of its parts, shares, entropies, and losses of training and validation over the
+    same number of tokens and bytes; the load in validation does not count padding."""
     from hunyuan_pretrain.diagnostics.parity import TOLERANCE
 
     actual, expected = records(runs[layout][0]), records(runs[layout.reference][0])
@@ -99,8 +100,20 @@ def test_metrics_match_one_rank(runs, layout):
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
-            is_sum = name.endswith(("loss", "grad_norm", "bits_per_byte"))
+            is_sum = name.endswith(("loss", "grad_norm", "bits_per_byte", "entropy"))
             assert mine[name] == (pytest.approx(value, rel=TOLERANCE) if is_sum else value), (theirs["step"], name)
+
+
+def test_the_parts_of_the_gradient_are_the_whole_and_bits_are_those_of_the_text(runs):
+    """Of one rank, which the other layouts equal; every part, as a tied output layer is the embedding."""
+    from hunyuan_pretrain.train.logged_numbers import PARTS
+
+    for record in (record for record in records(runs[LAYOUTS[0].reference][0]) if "loss" in record):
+        norms = [record[f"{part}_grad_norm"] for part in PARTS if part != "output_layer"]
+        assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(record["grad_norm"], rel=1e-6)
+        assert min(norms) > 0
+        bits = record["loss"] / math.log(2) / record["bits_per_byte"]
+        assert 1 < bits < 8, "bytes of text per target token"
 
 
 @pytest.mark.parametrize("layout", RESUMED, ids=str)

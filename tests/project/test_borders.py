@@ -20,8 +20,8 @@ import hunyuan_pretrain.train  # noqa: F401  lets megatron-core run without a GP
 
 ROOT = Path(__file__).parents[2]
 OWN = ("hunyuan_pretrain", "data_tools", "launch", "tests", "environment")
-SKIPPED = ("transformer_engine", "transformers", "apex", "vllm")
-"""Absent from this environment, or tested name by name elsewhere (tests/reference, tests/vllm)."""
+SKIPPED = ("transformer_engine", "transformers", "apex", "vllm", "mlflow")
+"""Absent from this environment, or tested name by name elsewhere (tests/reference, tests/vllm, test_sinks.py)."""
 
 ARGUMENTS = {
     "megatron.core.parallel_state:initialize_model_parallel": "tensor_model_parallel_size pipeline_model_parallel_size "

@@ -24,8 +24,21 @@ MAY_IMPORT = {
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
     "serving": {"checkpoint"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
+    "report": {"config", "plan", "runtime", "data", "checkpoint"},
     "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
-    "cli": {"config", "plan", "jobs", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
+    "cli": {
+        "config",
+        "plan",
+        "jobs",
+        "runtime",
+        "parallel",
+        "model",
+        "data",
+        "checkpoint",
+        "train",
+        "diagnostics",
+        "report",
+    },
     "__main__": {"cli"},
 }
 """Room of hunyuan_pretrain -> other rooms that it may import."""
@@ -51,6 +64,7 @@ ONLY_IN = {
     "triton": ["hunyuan_pretrain/model/kernels/"],
     "vllm": ["hunyuan_pretrain/serving/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
+    "mlflow": ["hunyuan_pretrain/runtime/logging.py"],
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",

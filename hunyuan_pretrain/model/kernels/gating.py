@@ -59,18 +59,20 @@ def _sum_of_chosen(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _weights_kernel(  # type: ignore[no-untyped-def]
-    probs, logits, expert_TK, row_TK, weight_TK, sums, z_sums, lse_T, g, num_rows, HAS_Z: tl.constexpr,
+    probs, logits, expert_TK, row_TK, weight_TK, sums, entropies, z_sums, lse_T, g, num_rows, HAS_Z: tl.constexpr,
     HAS_DROPS: tl.constexpr, E: tl.constexpr, K: tl.constexpr, B: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of tokens, and the sums over them of the probabilities, into (n, b, E), and of logsumexp^2,
-    into (n, b); logsumexp of each token. All matrices are contiguous."""
+    """Weights of a block of tokens, and the sums over them of the probabilities, into (n, b, E), of their entropy and
+    of logsumexp^2, into (n, b); logsumexp of each token. All matrices are contiguous."""
     token_B, is_token_B = _tokens(g, B)
     expert_X = tl.arange(0, X)
     mask = is_token_B[:, None] & (expert_X < E)[None, :]
     place_BX = token_B[:, None] * E + expert_X[None, :]
     block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    sum_X = tl.sum(tl.load(probs + place_BX, mask=mask, other=0.0), 0)
-    tl.store(sums + block * E + expert_X, sum_X, mask=expert_X < E)
+    probs_BX = tl.load(probs + place_BX, mask=mask, other=0.0)
+    tl.store(sums + block * E + expert_X, tl.sum(probs_BX, 0), mask=expert_X < E)
+    surprise_BX = -probs_BX * tl.log(tl.where(probs_BX > 0.0, probs_BX, 1.0))
+    tl.store(entropies + block, tl.sum(tl.sum(surprise_BX, 1), 0))
     total_B = _sum_of_chosen(probs, expert_TK, token_B, is_token_B, E, K, B)
     for k in tl.static_range(K):
         expert_B = tl.load(expert_TK + token_B * K + k, mask=is_token_B, other=0)
@@ -90,16 +92,16 @@ def _weights_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_groups", "num_blocks", "num_dropped", "num_tokens"])
 def _losses_kernel(  # type: ignore[no-untyped-def]
-    chosen_nE, sums, z_sums, loss, statistics, g, num_groups, num_blocks, num_dropped, num_tokens, balance_factor,
-    z_factor, capacity: tl.constexpr, HAS_Z: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-    X: tl.constexpr,
+    chosen_nE, sums, entropies, z_sums, loss, statistics, g, num_groups, num_blocks, num_dropped, num_tokens,
+    balance_factor, z_factor, capacity: tl.constexpr, HAS_Z: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """One program: the loss, and the statistics in the order of RouterStatistics. capacity: None without one.
     num_dropped: -1 if all choices that overflow are dropped."""
     expert_X, row = tl.arange(0, X), tl.arange(0, ROWS)
     is_expert_X = expert_X < E
     chosen_X = tl.zeros((X,), tl.float32)
-    balance, overflow, z = 0.0, 0.0, 0.0
+    balance, overflow, entropy, z = 0.0, 0.0, 0.0, 0.0
     for group in range(num_groups):
         sum_X = tl.zeros((X,), tl.float32)
         for first in range(0, num_blocks, ROWS):
@@ -107,8 +109,10 @@ def _losses_kernel(  # type: ignore[no-untyped-def]
             place = (group * num_blocks + block)[:, None] * E + expert_X[None, :]
             mask = (block < num_blocks)[:, None] & is_expert_X[None, :]
             sum_X += tl.sum(tl.load(sums + place, mask=mask, other=0.0), 0)
+            at, is_block = group * num_blocks + block, block < num_blocks
+            entropy += tl.sum(tl.load(entropies + at, mask=is_block, other=0.0), 0)
             if HAS_Z:
-                z += tl.sum(tl.load(z_sums + group * num_blocks + block, mask=block < num_blocks, other=0.0), 0) / g
+                z += tl.sum(tl.load(z_sums + at, mask=is_block, other=0.0), 0) / g
         of_group_X = tl.load(chosen_nE + group * E + expert_X, mask=is_expert_X, other=0).to(tl.float32)
         chosen_X += of_group_X
         balance += E * tl.sum(sum_X / g * (of_group_X / (K * g)), 0)
@@ -124,7 +128,8 @@ def _losses_kernel(  # type: ignore[no-untyped-def]
     tl.store(statistics + E + 2, dropped)
     tl.store(statistics + E + 3, balance)
     tl.store(statistics + E + 4, z)
-    tl.store(statistics + E + 5, num_tokens.to(tl.float32))
+    tl.store(statistics + E + 5, entropy)
+    tl.store(statistics + E + 6, num_tokens.to(tl.float32))
 
 
 @triton.jit
@@ -175,6 +180,7 @@ class _Gating(Function):
         blocks = triton.cdiv(g, ctx.shape["B"])
         weight_TK = torch.empty(T, K, dtype=torch.float32, device=device)
         sums_nbE = torch.empty(n, blocks, E, dtype=torch.float32, device=device)
+        entropy_nb = torch.empty(n, blocks, dtype=torch.float32, device=device)
         z_nb = torch.empty(n, blocks, dtype=torch.float32, device=device) if has_z else None
         lse_T = torch.empty(T, dtype=torch.float32, device=device) if has_z else None
         loss = torch.empty((), dtype=torch.float32, device=device)
@@ -182,13 +188,13 @@ class _Gating(Function):
         tables = assigned.expert_TK, assigned.row_TK if ctx.shape["HAS_DROPS"] else None
         if n:
             _weights_kernel[(n, blocks)](
-                probs_TE, logits_TE if has_z else None, *tables, weight_TK, sums_nbE, z_nb, lse_T, g, ctx.num_rows,
-                **ctx.shape,
+                probs_TE, logits_TE if has_z else None, *tables, weight_TK, sums_nbE, entropy_nb, z_nb, lse_T, g,
+                ctx.num_rows, **ctx.shape,
             )  # fmt: skip
         has_capacity = assigned.rows_E is None
         dropped = -1 if assigned.num_dropped is None else assigned.num_dropped
         _losses_kernel[(1,)](
-            assigned.chosen_nE, sums_nbE, z_nb, loss, statistics_X, g, n, blocks, dropped, T, *ctx.factors,
+            assigned.chosen_nE, sums_nbE, entropy_nb, z_nb, loss, statistics_X, g, n, blocks, dropped, T, *ctx.factors,
             capacity=capacity_of(assigned) if has_capacity and n else None, HAS_Z=has_z, E=E, K=K,
             ROWS=min(triton.next_power_of_2(blocks), max(1, TILE // ctx.shape["X"])), X=ctx.shape["X"], num_warps=4,
         )  # fmt: skip

@@ -251,10 +251,10 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("changes", "forward", "backward"),
     [
-        ({}, 71, 17),
-        ({"moe_router_topk": 2, "moe_z_loss_coeff": 0.1}, 82, 34),
-        ({"recycle_routing": False}, 39, 18),
-        ({"moe_expert_capacity_factor": None, "recycle_routing": False}, 24, 17),
+        ({}, 73, 17),
+        ({"moe_router_topk": 2, "moe_z_loss_coeff": 0.1}, 84, 34),
+        ({"recycle_routing": False}, 41, 18),
+        ({"moe_expert_capacity_factor": None, "recycle_routing": False}, 26, 17),
     ],
     ids=["recycle", "top 2 with z-loss", "drop", "dropless"],
 )

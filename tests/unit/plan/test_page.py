@@ -18,7 +18,8 @@ from hunyuan_pretrain.plan.costs import Costs, as_data, live
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.plan.hardware import load
 from hunyuan_pretrain.plan.memory import Peak
-from hunyuan_pretrain.plan.page import HEAD_BYTES, MARKER, PART_COLOURS, page, write_page
+from hunyuan_pretrain.plan.page import PAGE, PART_COLOURS, page
+from hunyuan_pretrain.plan.page_file import HEAD_BYTES
 from hunyuan_pretrain.plan.page_style import STYLE
 from hunyuan_pretrain.plan.pipeline import Pass, Slot, simulate
 from tests.helpers.planned import hunyuan_large
@@ -87,7 +88,7 @@ def test_the_page_is_one_file_without_scripts_that_loads_nothing() -> None:
     assert "@import" not in text
     policy = [value for _, name, value in reader.attributes if name == "content" and "default-src" in value]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
-    assert MARKER in text[:HEAD_BYTES]
+    assert PAGE.marker in text[:HEAD_BYTES]
 
 
 def test_every_colour_is_in_the_style_sheet_in_light_and_dark() -> None:
@@ -189,8 +190,8 @@ def test_every_pass_of_an_interleaved_schedule_is_drawn() -> None:
 
 def test_a_page_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     path, text = tmp_path / "plan.html", page(*planned(None), [])
-    write_page(path, text)
-    write_page(path, text)
+    PAGE.write(path, text)
+    PAGE.write(path, text)
     assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
     (tmp_path / "mine.html").write_text("<html>mine</html>")
     for name, rule in (
@@ -200,6 +201,6 @@ def test_a_page_is_replaced_and_nothing_else(tmp_path: Path) -> None:
         ("x" * 300, ": File name too long"),
     ):
         with pytest.raises(ConfigError, match="--html") as caught:
-            write_page(tmp_path / name, text)
+            PAGE.write(tmp_path / name, text)
         assert rule in str(caught.value)
     assert (tmp_path / "mine.html").read_text() == "<html>mine</html>"

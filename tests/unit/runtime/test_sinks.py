@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -185,3 +187,84 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path: Path) -> None:
         (4, 5.0),
         (5, 6.0),
     ]
+
+
+class Client:
+    """The methods of MLflow's client that are called, with its parameters; state is in `RUNS`."""
+
+    RUNS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return None
+
+    def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
+        return name
+
+    def create_run(
+        self, experiment_id: str, start_time: int | None = None, tags: Any = None, run_name: str | None = None
+    ) -> Any:
+        self.RUNS["1"] = {"place": experiment_id, "name": run_name, "metrics": [], "status": "RUNNING"}
+        return SimpleNamespace(info=SimpleNamespace(run_id="1"))
+
+    def log_dict(self, run_id: str, dictionary: dict[str, Any], artifact_file: str) -> None:
+        self.RUNS[run_id]["experiment"] = dictionary
+
+    def log_batch(
+        self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = (), synchronous: Any = None
+    ) -> None:
+        assert self.RUNS[run_id]["status"] == "RUNNING"
+        self.RUNS[run_id]["metrics"] += metrics
+
+    def update_run(self, run_id: str, status: str | None = None, name: str | None = None) -> None:
+        self.RUNS[run_id]["status"] = status
+
+    def set_terminated(self, run_id: str, status: str | None = None, end_time: int | None = None) -> None:
+        self.RUNS[run_id]["status"] = status or "FINISHED"
+
+
+def write_to_mlflow(run_dir: Path) -> list[str]:
+    """Two attempts of a run; returns the lines of the log."""
+    for step in (1, 2):
+        log = RunLog(run_dir, LoggingConfig(tensorboard=False, wandb="disabled", mlflow=True), "name", is_writer=True)
+        log.truncate_after(step - 1)
+        log.open_sinks({"seed": 7})
+        log.metrics({"step": step, "stage": "decay", "loss": 2.5 + step, "expert_load": [[1.0]]})
+        log.metrics({"step": step, "validation/code/loss": 3.0})
+        log.close()
+    return (run_dir / "log.txt").read_text().splitlines()
+
+
+def test_mlflow_gets_the_same_names_and_a_resumed_run_is_the_same_run(tmp_path: Path, monkeypatch) -> None:
+    metric = namedtuple("Metric", "key value timestamp step")
+    fake = SimpleNamespace(MlflowClient=Client, entities=SimpleNamespace(Metric=metric))
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://nowhere")
+    assert write_to_mlflow(tmp_path) == []
+    (run,) = Client.RUNS.values()
+    assert (run["place"], run["name"], run["status"]) == ("hunyuan-pretrain", "name", "FINISHED")
+    assert run["experiment"] == {"seed": 7}
+    assert [(one.key, one.value, one.step) for one in run["metrics"]] == [
+        *(("loss", 3.5, 1), ("validation/code/loss", 3.0, 1)),
+        *(("loss", 4.5, 2), ("validation/code/loss", 3.0, 2)),
+    ]
+
+
+def test_the_real_mlflow_takes_the_same_calls(tmp_path: Path, monkeypatch) -> None:
+    """Where mlflow or mlflow-skinny is installed; its store of files needs no server."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    assert write_to_mlflow(tmp_path / "run") == []
+    client = mlflow.MlflowClient()
+    run_id = (tmp_path / "run" / sinks.MLFLOW_ID).read_text().strip()
+    found = client.get_run(run_id)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "name")
+    assert [(one.step, one.value) for one in client.get_metric_history(run_id, "loss")] == [(1, 3.5), (2, 4.5)]
+    assert found.data.metrics.keys() == {"loss", "validation/code/loss"}
+
+
+def test_mlflow_without_an_address_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    lines = write_to_mlflow(tmp_path)
+    assert {line[20:] for line in lines} == {f"WARNING: MLflow failed: MLFLOW_TRACKING_URI is not set; {GOES_ON}"}

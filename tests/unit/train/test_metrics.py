@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import calendar
+import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
+from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
 from hunyuan_pretrain.train.metrics import Meter, routing_record, step_line, step_record
 from hunyuan_pretrain.train.step import StepResult
 from tests.helpers.tiny import tiny_model
@@ -47,6 +50,7 @@ def statistics(model: ModelConfig) -> RouterStatistics:
         "dropped": [8, 0],
         "balance_loss": [8, 4],
         "z_loss": [12, 4],
+        "entropy": [128 * math.log(4), 64 * math.log(4)],
         "tokens": [128, 128],
     }
     choices = torch.tensor([[64, 32, 32, 0], [32, 32, 32, 32]]) * model.moe_router_topk
@@ -87,6 +91,34 @@ def test_overflow_is_the_sum_of_recycled_and_dropped():
     assert found["recycled_share"] == [0.1875, 0.0]
     assert found["dropped_share"] == [0.0625, 0.0]
     assert (found["mean_recycled_share"], found["mean_dropped_share"]) == (0.09375, 0.03125)
+
+
+def test_entropy_is_a_share_of_the_largest_and_dead_experts_are_counted():
+    found = record(tiny_model())
+    assert found["router_entropy"] == pytest.approx([1.0, 0.5])
+    assert (found["mean_router_entropy"], found["dead_experts"]) == (pytest.approx(0.75), 1)
+
+
+def test_a_logged_step_says_which_part_of_the_gradient_and_which_rank():
+    model = tiny_model()
+    host = (HostSeconds(0.1, 1.0), HostSeconds(0.3, 1.5), HostSeconds(0.0, 4.0))
+    logged = LoggedNumbers({"router": 0.25, "norms": 0.5}, 40, host)
+    result = StepResult(2.5, 0.7, 120, statistics(model), logged=logged)
+    found = step_record(model, STAGE, 4, result, 1e-3, 3.1e-4, seconds=0.5)
+    assert {name: value for name, value in found.items() if name not in record(model)} == {
+        "router_grad_norm": 0.25,
+        "norms_grad_norm": 0.5,
+        "bits_per_byte": 2.5 * 120 / math.log(2) / 40,
+        "max_data_wait_seconds": 0.3,
+        "max_data_wait_rank": 1,
+        "max_launch_seconds": 4.0,
+        "max_launch_rank": 2,
+        "median_launch_seconds": 1.5,
+    }
+    alone = step_record(
+        model, STAGE, 4, replace(result, logged=replace(logged, host=host[:1], target_bytes=0)), 1, 1, 1
+    )
+    assert alone.keys() - record(model).keys() == {"router_grad_norm", "norms_grad_norm"}
 
 
 def test_balance_loss_is_the_mean_over_groups_and_layers():

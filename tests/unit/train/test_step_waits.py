@@ -21,13 +21,13 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
 def looks_of_step_2(corpus: Any, tmp_path: Any, **changes: Any) -> Counter[str]:
-    """The first step makes the optimizer's state."""
+    """The first step makes the optimizer's state. The second is logged."""
     fields = experiment_fields(corpus, tmp_path, model__num_layers=2, **changes)
     run = on_this_rank(fields)
     launch_step(run, run.schedule.stage(0), 0)
     with Operations() as operations:
         apply_learning_rate(run, 1)
-        launched = launch_step(run, run.schedule.stage(1), 1)
+        launched = launch_step(run, run.schedule.stage(1), 1, is_logged=True)
     run.loader.close()
     assert launched.result().num_target_tokens > 0
     return operations.looks

@@ -75,7 +75,7 @@ def test_weights_losses_statistics_and_gradient_are_those_of_the_plain_function(
         actual, wanted = numbers(gating, *arguments), numbers(plain_gating, *arguments)
         assert_same(actual, wanted)
         E = arguments[2].num_moe_experts
-        counts = [*range(E + 3), E + 5]  # all but the losses
+        counts = [*range(E + 3), E + 6]  # all but the losses and the entropy
         assert torch.equal(actual["statistics_X"][counts], wanted["statistics_X"][counts])
         assert actual["gradient"].abs().max() > 0
 
