@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hunyuan_pretrain.config.decisions import Window
 from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schema import EvaluationSet, Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -63,8 +64,9 @@ class StepLoader:
         tokenizer_digest: str | None,
         past: Sequence[Segment] = (),
         first_step: int = 0,
+        left_out: Sequence[Window] = (),
     ) -> None:
-        """past, first_step: as for SampleOrder."""
+        """past, first_step, left_out: as for SampleOrder."""
         assert 0 <= dp_rank < dp_size
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
@@ -75,7 +77,7 @@ class StepLoader:
                     f"{dp_size * stage.micro_batch_sequences}"
                 )
         self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
-        self.order = SampleOrder(experiment, tokenizer_digest, past, first_step)
+        self.order = SampleOrder(experiment, tokenizer_digest, past, first_step, left_out)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 

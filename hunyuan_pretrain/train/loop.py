@@ -35,10 +35,14 @@ from hunyuan_pretrain.train.evaluate import evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups
+from hunyuan_pretrain.train.policies import Numbers
 from hunyuan_pretrain.train.probes import probe
+from hunyuan_pretrain.train.rerun import DifferingRanksError
+from hunyuan_pretrain.train.rollback import note_skip, reason_of, roll_back, stop_after, stop_decision
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.saves import Saves
-from hunyuan_pretrain.train.step import LaunchedStep, launch_step
+from hunyuan_pretrain.train.step import launch_step
+from hunyuan_pretrain.train.step_result import LaunchedStep
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
@@ -83,7 +87,8 @@ def _train(run: Run, stop: StopRequest) -> int:
 def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -> int:
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
-    for step in range(run.first_step, num_steps):
+    step = run.first_step - 1
+    while (step := step + 1) < num_steps:
         stage = run.schedule.stage(step)
         _settle_noise_scale(run, step, records)
         rates = apply_learning_rate(run, step)
@@ -91,12 +96,20 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
             # memory before the reason is read
             records.read()
-        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked, save_progress=saves.progress)
+        launched = _launch(run, stage, step, stop, saves)
         done = step + 1
         records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
         is_logged, is_validated, is_saved = _what_follows(run, done)
         records.add(_Unread(launched, stage, rates, is_logged))
-        is_waited_for = is_validated or is_saved or launched.numbers.is_here
+        if launched.verdict.kind == "rollback":
+            records.read()
+            saves.make_room()
+            roll_back(run, launched)
+            records.start_again()
+            step, before, num_steps = run.first_step - 1, None, run.loader.num_steps
+            continue
+        is_bad = launched.verdict.kind != "update"
+        is_waited_for = is_validated or is_saved or is_bad or launched.numbers.is_here
         if is_waited_for:
             records.read()
         if is_validated:
@@ -119,6 +132,18 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
         before = launched
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     return EXIT_DONE
+
+
+def _launch(run: Run, stage: StageConfig, step: int, stop: StopRequest, saves: Saves) -> LaunchedStep:
+    """`launch_step`; what is decided about the step is in the ledger."""
+    try:
+        launched = launch_step(run, stage, step, is_stop_asked=stop.is_asked, save_progress=saves.progress)
+    except DifferingRanksError as error:
+        stop_decision(run, step, "rerun", Numbers.unknown(), ranks=tuple(error.ranks))
+        raise
+    if launched.verdict.kind == "skip" and not launched.verdict.is_in_ledger:
+        note_skip(run, launched)
+    return launched
 
 
 def _what_follows(run: Run, done: int) -> tuple[bool, bool, bool]:
@@ -164,12 +189,14 @@ class _Records:
             return
         (launched, stage, rates, is_logged), self._unread = self._unread, None
         result, run, done = launched.result(), self._run, launched.step + 1
-        if run.noise is not None:
+        if run.noise is not None and launched.verdict.kind == "update":
             run.noise.add_numbers(launched.step, stage, result.noise)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if (verdict := launched.verdict).kind == "stop" or (verdict.kind == "update" and not is_finite):
+            stop_after(run, launched)
             if not self.is_alone:
                 self._saves.finish()  # it may be the checkpoint to go back to
-            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
+            raise TrainingError(f"step {done}: {reason_of(launched)}; {_way_back(run)}")
         self._clock.ended(result.data_wait_seconds)
         self._as_planned.after(done, result)
         if not is_logged:
@@ -178,11 +205,20 @@ class _Records:
         result = replace(result, data_wait_seconds=data_wait_seconds)
         record = step_record(run.experiment.model, stage, launched.step, result, *rates, seconds)
         record |= self._meter.fields(done, record)
+        if result.update_norm is not None:
+            record["update_norm"] = result.update_norm
+        if launched.verdict.kind != "update":
+            record["skipped"] = 1
         if run.noise is not None:
             record |= run.noise.fields()
         run.log.metrics(record)
         if not run.log.progress(done, f"loss {result.loss:.4f}  {record['tokens_per_s']:,.0f} tokens/s"):
             run.log.line(step_line(record, run.loader.num_steps))
+
+    def start_again(self) -> None:
+        """After a roll-back."""
+        self._meter = _meter(self._run)
+        self._clock.restart()
 
     def restart_clock(self) -> None:
         """Leave out what was done since the last step."""

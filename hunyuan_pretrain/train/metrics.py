@@ -16,7 +16,7 @@ from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
-from hunyuan_pretrain.train.step import StepResult
+from hunyuan_pretrain.train.step_result import StepResult
 
 
 def routing_record(model: ModelConfig, sums: RouterStatistics, num_groups: int | None) -> dict[str, Any]:
