@@ -47,8 +47,8 @@ def where(run: str, step: int, console: Console, *, as_json: bool = False, place
     """
     experiment = load_run(run)
     history = read_history(Path(run)) if Path(run).is_dir() else []
-    past, first_step = (history[:-1], history[-1].first_step) if history else ([], 0)
-    order = SampleOrder(experiment, None, past, first_step)
+    past = (history[:-1], history[-1].first_step, history[-1].left_out) if history else ()
+    order = SampleOrder(experiment, None, *past)
     if not 1 <= step <= order.num_steps:
         raise DataFormatError(f"--step {step}: the run has the steps 1 to {order.num_steps}")
     stage = order.stage(step - 1)

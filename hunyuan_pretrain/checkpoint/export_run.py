@@ -14,7 +14,7 @@ from hunyuan_pretrain.checkpoint.model_card import facts_of_run
 from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
 from hunyuan_pretrain.checkpoint.workers import Say
-from hunyuan_pretrain.config.schedule import Schedule
+from hunyuan_pretrain.config.history import schedule_of
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 
@@ -77,7 +77,7 @@ def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
     """The configuration and the stage in which a checkpoint was taken. Raises CheckpointError."""
     marker = save_load.read_marker(folder)
     history = history_of(folder, marker, with_data=False)
-    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in history])
+    schedule = schedule_of(history)
     return history[-1].config, present_piece(schedule, int(marker["step"]), folder).stage
 
 

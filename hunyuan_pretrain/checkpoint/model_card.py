@@ -16,8 +16,8 @@ from typing import Any
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.folders import read_marker
 from hunyuan_pretrain.checkpoint.history import history_of
-from hunyuan_pretrain.config.history import Segment
-from hunyuan_pretrain.config.schedule import Piece, Schedule
+from hunyuan_pretrain.config.history import Segment, schedule_of
+from hunyuan_pretrain.config.schedule import Piece
 from hunyuan_pretrain.config.schema import DataSource, ModelConfig, StageConfig
 from hunyuan_pretrain.plan.counts import parameters
 
@@ -66,7 +66,7 @@ def facts_of_run(run_dir: Path, checkpoint: Path, licence: str | None = None) ->
     marker = read_marker(checkpoint)
     step = int(marker["step"])
     history = history_of(checkpoint, marker, with_data=False)
-    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in history])
+    schedule = schedule_of(history)
     pieces = ((piece, min(piece.end_step, step) - piece.first_step) for piece in schedule.pieces)
     return CardFacts(
         name=history[-1].config.name,

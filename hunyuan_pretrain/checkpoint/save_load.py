@@ -199,8 +199,9 @@ def _load_verified(
     def hand_out() -> None:
         if "fp8" in loaded:  # before the weights: FP8 weights are quantised with them
             load_scaling_state(chunks, loaded["fp8"])
-        # one update per step
-        restore_state(chunks, optimizer, loaded["parameters"], int(marker["step"]), loaded["stage"])
+        # one update per step, except for skipped ones
+        updates = int(marker.get("updates", marker["step"]))
+        restore_state(chunks, optimizer, loaded["parameters"], updates, loaded["stage"])
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
 

@@ -157,6 +157,8 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("runtime.attention_backend", Kind.recorded, "which kernels compute attention"),
     ("attention.*", Kind.recorded, "which kernels compute attention; they round differently"),
     ("runtime.*", Kind.harmless, "the machine"),
+    ("resilience.rerun_every", Kind.harmless, "how often a step is checked"),
+    ("resilience.*", Kind.recorded, "what is done about bad steps from here on"),
 )
 """(pattern of dotted keys, kind, reason); the first match counts. N is the number of any stage. Besides settings, the
 table covers what a run finds: digests of data and tokenizer, the number of ranks, versions, attention backends."""

@@ -18,8 +18,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hunyuan_pretrain.config.decisions import LEDGER, Window
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.load import dump_resolved, load_experiment
+from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import section_of
 
@@ -73,11 +75,21 @@ class Segment(BaseModel):
     """Keys of changes that were accepted with --accept-changes."""
     resume_from: str | None = None
     """The value of checkpoint.resume_from, if this segment branched off."""
+    left_out: tuple[Window, ...] = ()
+    """Data that roll-backs up to this segment left out."""
 
     @cached_property
     def config(self) -> Experiment:
         """The configuration, without settings that this version does not know. Raises ConfigError if it is invalid."""
         return experiment_of(self.experiment, "the history of the run")
+
+
+def schedule_of(segments: Sequence[Segment]) -> Schedule:
+    """The schedule of a run with these segments, of which there is at least one."""
+    return Schedule.of_segments(
+        [(segment.first_step, segment.config.stages) for segment in segments],
+        [segment.left_out for segment in segments],
+    )
 
 
 def experiment_of(fields: Mapping[str, Any], source: str) -> Experiment:
@@ -119,18 +131,19 @@ def segments_of(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
     return [Segment.model_validate(entry) for entry in entries]
 
 
-def set_aside_later(run_dir: Path, step: int, folders: Sequence[Path]) -> Path | None:
-    """Move checkpoints (`folders`) that come after a step to the next <run_dir>/abandoned/NNN, with copies of the run's
-    records.
+def set_aside_later(run_dir: Path, folders: Sequence[Path], *, even_without: bool = False) -> Path | None:
+    """Move checkpoints (`folders`) that a branch leaves behind to the next <run_dir>/abandoned/NNN, with copies of the
+    run's records.
 
-    Returns that folder, which is itself a run directory; None if there is nothing to move. Raises OSError.
+    Returns that folder, which is itself a run directory; None if there is nothing to move, unless `even_without`.
+    Raises OSError.
     """
-    if not folders:
+    if not folders and not even_without:
         return None
     numbers = [int(path.name) for path in (run_dir / ABANDONED).glob("[0-9][0-9][0-9]")]
     place = run_dir / ABANDONED / f"{max(numbers, default=0) + 1:03d}"
     (place / "checkpoints").mkdir(parents=True)
-    for name in (RESOLVED, INDEX, "metrics.jsonl"):
+    for name in (RESOLVED, INDEX, LEDGER, "metrics.jsonl"):
         if (run_dir / name).exists():
             shutil.copy2(run_dir / name, place / name)
     if (run_dir / FOLDER).exists():

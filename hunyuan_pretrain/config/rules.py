@@ -19,6 +19,7 @@ from hunyuan_pretrain.config.nearest import nearest_divisors, nearest_multiples
 from hunyuan_pretrain.config.noise_rules import NOISE_RULES, noise_micro_batches
 from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.recording_rules import RECORDING_RULES
+from hunyuan_pretrain.config.resilience_rules import RESILIENCE_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
 from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
 
@@ -309,4 +310,5 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     *RECORDING_RULES,
     *NOISE_RULES,
     *LOGGING_RULES,
+    *RESILIENCE_RULES,
 )

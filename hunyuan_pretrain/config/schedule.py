@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hunyuan_pretrain.config.decisions import Window
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import StageConfig
 
@@ -72,11 +73,13 @@ class Piece:
     tokens_before: int
     """Tokens of the stage trained before the piece."""
     curve: LrCurve
+    skipped: tuple[tuple[int, int], ...] = ()
+    """[first, end) ranges of positions in the stage's data that are not trained on; in order, apart."""
 
     @property
     def num_planned_sequences(self) -> int:
         """Remaining sequences of the stage, as planned when the piece began, without skipped ones."""
-        return self.end_position - self.first_position - skipped_after(self.stage, self.first_position)
+        return self.end_position - self.first_position - skipped_after(self.skipped, self.first_position)
 
     @property
     def end_step(self) -> int:
@@ -91,7 +94,7 @@ class Piece:
         """Position in the stage's data of the piece's `number`-th sequence that is not skipped. Both count from 0;
         `number` is an int or a NumPy array."""
         position = number + self.first_position
-        for first, end in skipped_positions(self.stage):
+        for first, end in self.skipped:
             begin = max(first, self.first_position)
             if end > begin:
                 position = position + (position >= begin) * (end - begin)
@@ -103,15 +106,24 @@ class Piece:
         return int(self.position_of(number - 1)) + 1 if number else self.first_position
 
 
-def skipped_positions(stage: StageConfig) -> list[tuple[int, int]]:
-    """[first, end) ranges of positions in a stage's data that are not trained on."""
+def skipped_positions(stage: StageConfig, left_out: Sequence[Window]) -> tuple[tuple[int, int], ...]:
+    """[first, end) ranges of positions in a stage's data that are not trained on, in order and apart: those of
+    skip_data_steps, and those that roll-backs left out."""
     batch = stage.global_batch_sequences
-    return [((first - 1) * batch, last * batch) for first, last in stage.skip_data_steps]
+    ranges = [((first - 1) * batch, last * batch) for first, last in stage.skip_data_steps]
+    ranges += [(first, end) for name, first, end in left_out if name == stage.name]
+    found: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((first, end))
+    return tuple(found)
 
 
-def skipped_after(stage: StageConfig, position: int) -> int:
+def skipped_after(skipped: Sequence[tuple[int, int]], position: int) -> int:
     """Number of sequences in a stage's data, from `position` on, that are not trained on."""
-    return sum(max(end - max(first, position), 0) for first, end in skipped_positions(stage))
+    return sum(max(end - max(first, position), 0) for first, end in skipped)
 
 
 class Schedule:
@@ -126,14 +138,18 @@ class Schedule:
     @classmethod
     def of(cls, stages: Sequence[StageConfig]) -> Schedule:
         """The schedule of a new run."""
-        return cls(_plan(stages, 0, segment=0, lane=0, first_step=0, start=0.0))
+        return cls(_plan(stages, 0, (), segment=0, lane=0, first_step=0, start=0.0))
 
     @classmethod
-    def of_segments(cls, segments: Sequence[tuple[int, Sequence[StageConfig]]]) -> Schedule:
-        """The schedule of a run with these segments, each (first step, stages); the first starts at step 0."""
+    def of_segments(
+        cls, segments: Sequence[tuple[int, Sequence[StageConfig]]], left_out: Sequence[Sequence[Window]] | None = None
+    ) -> Schedule:
+        """The schedule of a run with these segments, each (first step, stages); the first starts at step 0. left_out:
+        what roll-backs left out, by segment."""
         schedule = cls.of(segments[0][1])
         for number, (first_step, stages) in enumerate(segments[1:], start=1):
-            schedule = schedule.resumed(first_step, stages, segment=number)
+            windows = left_out[number] if left_out is not None else ()
+            schedule = schedule.resumed(first_step, stages, segment=number, left_out=windows)
         return schedule
 
     @property
@@ -180,14 +196,17 @@ class Schedule:
             "tokens": self.tokens_after(num_steps),
         }
 
-    def resumed(self, step: int, stages: Sequence[StageConfig], segment: int) -> Schedule:
-        """The schedule of a run that resumes after `step` steps with a configuration of these stages.
+    def resumed(
+        self, step: int, stages: Sequence[StageConfig], segment: int, left_out: Sequence[Window] = ()
+    ) -> Schedule:
+        """The schedule of a run that resumes after `step` steps with a configuration of these stages, and leaves out
+        this data.
 
         The current stage is found by its name, or by its number if it was renamed. Raises ConfigError if the stage is
         missing, or if it now ends before the tokens already trained.
         """
         if step == 0:
-            return Schedule(_plan(stages, 0, segment=segment, lane=0, first_step=0, start=0.0))
+            return Schedule(_plan(stages, 0, left_out, segment=segment, lane=0, first_step=0, start=0.0))
         done = [
             replace(piece, num_steps=min(piece.end_step, step) - piece.first_step)
             for piece in self.pieces
@@ -210,18 +229,16 @@ class Schedule:
                 else LrCurve(new.lr_shape, fraction, new.lr_end, tokens, end)
             )
             position = last.next_position(last.num_steps)
-            end_position = position + left * new.global_batch_sequences + skipped_after(new, position)
-            pieces.append(Piece(segment, index, new, last.lane, step, left, position, end_position, tokens, curve))
+            skipped = skipped_positions(new, left_out)
+            end_position = position + left * new.global_batch_sequences + skipped_after(skipped, position)
+            pieces.append(
+                Piece(segment, index, new, last.lane, step, left, position, end_position, tokens, curve, skipped)
+            )
         # exactly lr_end after a stage that has ended, despite rounding in its last step
         start = new.lr_end if left else last.curve.end if tokens == last.curve.last_token else fraction
-        return Schedule(
-            [
-                *pieces,
-                *_plan(
-                    stages, index + 1, segment=segment, lane=last.lane + 1, first_step=pieces[-1].end_step, start=start
-                ),
-            ]
-        )
+        first_step, lane = pieces[-1].end_step, last.lane + 1
+        later = _plan(stages, index + 1, left_out, segment=segment, lane=lane, first_step=first_step, start=start)
+        return Schedule([*pieces, *later])
 
 
 def present_stage(piece: Piece, stages: Sequence[StageConfig]) -> int:
@@ -239,7 +256,14 @@ def present_stage(piece: Piece, stages: Sequence[StageConfig]) -> int:
 
 
 def _plan(
-    stages: Sequence[StageConfig], first: int, *, segment: int, lane: int, first_step: int, start: float
+    stages: Sequence[StageConfig],
+    first: int,
+    left_out: Sequence[Window],
+    *,
+    segment: int,
+    lane: int,
+    first_step: int,
+    start: float,
 ) -> list[Piece]:
     """Pieces of the stages that have not begun, from number `first` on; `start`: learning rate fraction at which they
     begin."""
@@ -247,8 +271,10 @@ def _plan(
     for index, stage in enumerate(stages[first:], start=first):
         steps = stage.num_steps
         curve = LrCurve(stage.lr_shape, start, stage.lr_end, 0, steps * stage.global_batch_tokens)
-        end_position = steps * stage.global_batch_sequences + skipped_after(stage, 0)
-        pieces.append(Piece(segment, index, stage, lane + index - first, first_step, steps, 0, end_position, 0, curve))
+        skipped = skipped_positions(stage, left_out)
+        end_position = steps * stage.global_batch_sequences + skipped_after(skipped, 0)
+        number = lane + index - first
+        pieces.append(Piece(segment, index, stage, number, first_step, steps, 0, end_position, 0, curve, skipped))
         first_step, start = first_step + steps, stage.lr_end
     return pieces
 

@@ -658,6 +658,75 @@ class RuntimeConfig(Section):
     )
 
 
+class ResilienceConfig(Section):
+    """What is done about steps that go wrong. Every decision is a line of <run_dir>/decisions.jsonl."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
+        "When a step's loss or gradient norm is NaN or infinite. stop: end the run. skip: leave out the update; "
+        "weights, moments and FP8 scales stay as they were, the data counts as read. rollback: go back to the newest "
+        "checkpoint at least rollback_steps before, in the same process, and leave out the data from there to "
+        "rollback_margin_steps after the step. skip and rollback, here and in on_spike, decide before the update: the "
+        "host then waits for every step, so the device idles while the next one is launched.",
+        "stop",
+    )
+    on_spike: Literal["stop", "skip", "rollback"] | None = setting(
+        "When a finite loss, gradient norm or update norm is above its limit: the mean over the last good steps of the "
+        "stage plus a number of standard deviations (spike_*_sigmas). What the values do is as in on_nonfinite; stop, "
+        "too, leaves out the update, and makes the host wait. null: nothing.",
+        None,
+        typical="skip, or rollback",
+    )
+    spike_window_steps: Annotated[int, Field(ge=2)] = setting(
+        "Steps over which the mean and the standard deviation (at least 1 % of the mean) are taken: the last good ones "
+        "of the stage. There is no spike before half as many.",
+        128,
+        unit="steps",
+        typical="128",
+    )
+    spike_loss_sigmas: PositiveFloat | None = setting(
+        "Standard deviations above the mean that a loss may be. null: no limit.", 6.0, typical="6"
+    )
+    spike_grad_norm_sigmas: PositiveFloat | None = setting(
+        "The same of the gradient norm, before clipping. null: no limit.", 6.0, typical="6"
+    )
+    spike_update_norm_sigmas: PositiveFloat | None = setting(
+        "The same of the norm of Adam's update, m / (sqrt(v) + eps), before it is scaled by the learning rate and "
+        "without weight decay. It is computed before the update, which reads gradients and moments once more. null: it "
+        "is not computed.",
+        None,
+        typical="6",
+    )
+    max_skips_in_a_row: PositiveInt = setting("Skipped steps in a row after which the run stops.", 5, unit="steps")
+    rollback_steps: PositiveInt = setting(
+        "A roll-back goes to the newest checkpoint at least so many steps before the end of the bad step.",
+        100,
+        unit="steps",
+        typical="100 (PaLM, arXiv 2204.02311, section 5.1)",
+    )
+    rollback_margin_steps: Annotated[int, Field(ge=0)] = setting(
+        "Steps of data after the bad step that a roll-back leaves out too.", 100, unit="steps", typical="100 to 400"
+    )
+    max_rollbacks: PositiveInt = setting("Roll-backs of a run, after which it stops instead.", 3)
+    rerun_every: PositiveInt | None = setting(
+        "Compute forward and backward of every such step twice, from the same weights, data and generators, and "
+        "compare each rank's own gradients, losses and router statistics bit by bit before they are reduced. If they "
+        "differ, hardware computed wrongly: the ranks are named and the run stops, with nothing updated. null: never.",
+        None,
+        unit="steps",
+        typical="100 to 1000",
+    )
+
+    @property
+    def judges_steps(self) -> bool:
+        """Whether a step is judged before its update."""
+        return self.on_nonfinite != "stop" or self.on_spike is not None
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a roll-back may happen."""
+        return "rollback" in (self.on_nonfinite, self.on_spike)
+
+
 class Experiment(Section):
     """One training run, from the first step to the last."""
 
@@ -678,3 +747,4 @@ class Experiment(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    resilience: ResilienceConfig = Field(default_factory=ResilienceConfig)

@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hunyuan_pretrain.config.decisions import Window
 from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schema import EvaluationSet, Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -65,9 +66,10 @@ class StepLoader:
         tokenizer_digest: str | None,
         past: Sequence[Segment] = (),
         first_step: int = 0,
+        left_out: Sequence[Window] = (),
         token_bytes: np.ndarray | None = None,
     ) -> None:
-        """past, first_step: as for SampleOrder. token_bytes: (V,) bytes of text per id, for `target_bytes`."""
+        """past, first_step, left_out: as for SampleOrder. token_bytes: (V,) bytes of text per id, for `target_bytes`."""
         assert 0 <= dp_rank < dp_size
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
@@ -79,7 +81,7 @@ class StepLoader:
                 )
         self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
         self._token_bytes = token_bytes
-        self.order = SampleOrder(experiment, tokenizer_digest, past, first_step)
+        self.order = SampleOrder(experiment, tokenizer_digest, past, first_step, left_out)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
 

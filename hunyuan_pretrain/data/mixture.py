@@ -21,6 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from hunyuan_pretrain.config.decisions import Window
 from hunyuan_pretrain.config.schedule import Piece, Schedule
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.balance import balanced_rows
@@ -65,6 +66,8 @@ class DataSegment:
     names: Mapping[str, str] = field(default_factory=dict)
     """Path -> name of the source, where an earlier segment had that data under another path, or other data under the
     path."""
+    left_out: Sequence[Window] = ()
+    """Data that roll-backs left out."""
 
     def name(self, path: str) -> str:
         """The name of a path's source throughout the run."""
@@ -89,7 +92,10 @@ class Mixture:
         segments: Sequence[DataSegment] | None = None,
     ) -> None:
         self._segments = segments or [DataSegment(0, stages, seed)]
-        self.schedule = Schedule.of_segments([(segment.first_step, segment.stages) for segment in self._segments])
+        self.schedule = Schedule.of_segments(
+            [(segment.first_step, segment.stages) for segment in self._segments],
+            [segment.left_out for segment in self._segments],
+        )
         names = (
             segment.name(source.path) for segment in self._segments for stage in segment.stages for source in stage.data
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hunyuan_pretrain.config.decisions import Window
 from hunyuan_pretrain.config.history import Segment, SourceFacts
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.balance import deal
@@ -21,14 +22,21 @@ class SampleOrder:
     """The global batch of every step. It depends only on the experiment with its seed and on the run's earlier
     segments, if any.
 
-    `past`: the segments of the run before `first_step`, where `experiment` takes over. If empty, `experiment` is the
-    whole run. Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to a sequence length
+    `past`: the segments of the run before `first_step`, where `experiment` takes over, without the data `left_out` by
+    roll-backs. If empty, `experiment` is the whole run.
+
+    Raises DataFormatError if a dataset of a stage is missing or damaged, is packed to a sequence length
     other than the stage's, was tokenized with a tokenizer other than `tokenizer_digest` (None: not checked), has ids
     beyond the embedding, or cannot supply what the mixture asks of it; ConfigError as `Schedule.resumed`.
     """
 
     def __init__(
-        self, experiment: Experiment, tokenizer_digest: str | None, past: Sequence[Segment] = (), first_step: int = 0
+        self,
+        experiment: Experiment,
+        tokenizer_digest: str | None,
+        past: Sequence[Segment] = (),
+        first_step: int = 0,
+        left_out: Sequence[Window] = (),
     ) -> None:
         self.experiment = experiment
         self.datasets: dict[str, PackedDataset] = {}
@@ -48,7 +56,8 @@ class SampleOrder:
                     )
         self.facts = {path: facts_of(dataset) for path, dataset in self.datasets.items()}
         segments = data_segments(
-            [(s.first_step, s.config, s.sources) for s in past] + [(first_step, experiment, self.facts)]
+            [(s.first_step, s.config, s.sources, s.left_out) for s in past]
+            + [(first_step, experiment, self.facts, left_out)]
         )
         pairs = zip(segments[:-1], past, strict=True)
         self._past = {segment.name(path): (path, facts) for segment, s in pairs for path, facts in s.sources.items()}
@@ -137,14 +146,16 @@ def facts_of(dataset: PackedDataset) -> SourceFacts:
     )
 
 
-def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceFacts]]]) -> list[DataSegment]:
-    """The segments of a run for its mixture.
+def data_segments(
+    segments: Sequence[tuple[int, Experiment, Mapping[str, SourceFacts], Sequence[Window]]],
+) -> list[DataSegment]:
+    """The segments of a run for its mixture: first step, configuration, data, and data left out by roll-backs.
 
     A source is identified by its contents, so it may move. If it was packed again, it is a different source.
     """
     found: list[DataSegment] = []
     known: dict[str, str | None] = {}
-    for first_step, experiment, sources in segments:
+    for first_step, experiment, sources, left_out in segments:
         before, names = dict(known), {}
         for path, facts in sources.items():
             is_same = path in before and (before[path] == facts.digest or None in (before[path], facts.digest))
@@ -156,7 +167,7 @@ def data_segments(segments: Sequence[tuple[int, Experiment, Mapping[str, SourceF
             else:
                 names[path] = moved[0] if moved else f"{path} (step {first_step + 1})"
             known[names[path]] = facts.digest
-        found.append(DataSegment(first_step, experiment.stages, experiment.seed, names))
+        found.append(DataSegment(first_step, experiment.stages, experiment.seed, names, left_out))
     return found
 
 

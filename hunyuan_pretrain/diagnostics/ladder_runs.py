@@ -9,7 +9,7 @@ from typing import Any
 
 from hunyuan_pretrain.checkpoint.folders import find_checkpoints, read_marker
 from hunyuan_pretrain.config.errors import ConfigError, Problem
-from hunyuan_pretrain.config.history import read_history
+from hunyuan_pretrain.config.history import read_history, schedule_of
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.diagnostics.scaling_laws import Observation
@@ -87,7 +87,7 @@ def _read(run_dir: Path) -> tuple[Experiment, list[dict[str, Any]]]:
     history = read_history(run_dir)
     if not history:
         raise refuse("is no run directory", "a run directory has resolved.yaml and metrics.jsonl")
-    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in history])
+    schedule = schedule_of(history)
     done = steps_done(run_dir)
     if done < schedule.num_steps:
         raise refuse(f"is not finished: {done} of {schedule.num_steps} steps", "finish it, or leave it out")

@@ -7,7 +7,7 @@ emulated (model/fp8/). With either, the functions between the matmuls are torch'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -36,6 +36,8 @@ class Fp8Session(Protocol):
     def scaling_state(self, models: Models) -> dict[str, Tensor]: ...
 
     def load_scaling_state(self, models: Models, state: dict[str, Tensor]) -> None: ...
+
+    def scaling_tensors(self, models: Models) -> dict[str, Tensor]: ...
 
 
 def choose_spec(config: HunyuanConfig, layer: int) -> Spec:
@@ -91,3 +93,16 @@ def scaling_state(models: Models) -> dict[str, Tensor]:
 def load_scaling_state(models: Models, state: dict[str, Tensor]) -> None:
     """Write what `scaling_state` of the same layers returned. Raises KeyError if an entry is missing."""
     _session(models).load_scaling_state(models, state)
+
+
+def kept_scales(models: Models) -> Callable[[], None]:
+    """Keep the scales as they are now. Returns a function that puts them back: a step that is left out must not leave
+    its largest values, which may be infinite, in the histories of the delayed recipe."""
+    tensors = _session(models).scaling_tensors(models)
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def put_back() -> None:
+        for name, tensor in kept.items():
+            tensors[name].copy_(tensor)
+
+    return put_back

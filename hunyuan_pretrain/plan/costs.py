@@ -32,7 +32,7 @@ class StageCost:
 
     @property
     def days_with_saving(self) -> float:
-        """Training, validation and saving."""
+        """Training, validation, saving, and steps computed twice."""
         assert self.beside is not None
         return self.days * (1 + self.beside.share)
 
@@ -46,7 +46,8 @@ def run_costs(
         step = step_time(experiment, stage, world_size, hardware, assumptions)
         hours = stage.num_steps * step.seconds / 3600
         gpu_hours = hours * world_size
-        beside = beside_steps(job_of(experiment, stage, world_size, hardware, assumptions), step.seconds)
+        job = job_of(experiment, stage, world_size, hardware, assumptions)
+        beside = beside_steps(job, step.seconds, step.timeline.seconds)
         costs.append(StageCost(step, hours / 24, gpu_hours, gpu_hours * hardware.power_w / 1000, beside))
     total = StageCost(None, *(sum(getattr(cost, name) for cost in costs) for name in ("days", "gpu_hours", "kwh")))
     return [*costs, total]
@@ -235,6 +236,9 @@ def _beside_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     if beside.late_s:
         note = f"training waits {beside.save_wait_s:.3g} s of it, {note}"
     yield Row(group, "saving", f"{beside.save_s:.3g} s", f"{size_text(beside.saved_bytes)}, {note}")
+    if (rerun := experiment.resilience.rerun_every) is not None:
+        note = f"forward and backward once more every {rerun} steps (resilience.rerun_every)"
+        yield Row(group, "computing twice", f"{beside.rerun_share:.2%} more", note)
 
 
 def _interrupted_rows(found: Costs) -> Iterator[Row]:

@@ -1,7 +1,8 @@
-"""What takes time beside training steps: validation, saving, and what failures cost.
+"""What takes time beside training steps: validation, saving, steps that are computed twice, and what failures cost.
 
-Not modelled: reading checkpoints and data at a start, which `restart_s` of the hardware includes; storage that other
-jobs use at the same time.
+Not modelled: the wait for the host in each step where steps are judged before their update (resilience.on_nonfinite and
+on_spike); that a step which is computed twice does not overlap its reductions; reading checkpoints and data at a start,
+which `restart_s` of the hardware includes; storage that other jobs use at the same time.
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ class Beside:
     """Between two checkpoints."""
     late_s: float
     """Training that is done before a checkpoint is complete."""
+    rerun_share: float
+    """Seconds of second computations (resilience.rerun_every) for each second of training."""
 
     @property
     def share(self) -> float:
-        """Of both."""
-        return self.validation_share + self.save_share
+        """Of all."""
+        return self.validation_share + self.save_share + self.rerun_share
 
 
-def beside_steps(job: Job, step_s: float) -> Beside:
-    """Beside steps of `step_s` seconds in the job's stage. Raises as `passes.passes_of_stages`."""
+def beside_steps(job: Job, step_s: float, passes_s: float) -> Beside:
+    """Beside steps of `step_s` seconds in the job's stage, of which forward and backward passes take `passes_s`. Raises
+    as `passes.passes_of_stages`."""
     experiment, steps = job.experiment, job.stage.num_steps
     saved = checkpoint_bytes(experiment)
     validation, save = validation_s(job), save_s(job, saved)
@@ -62,6 +66,7 @@ def beside_steps(job: Job, step_s: float) -> Beside:
         waited / interval_s,
         interval_s,
         save - waited,
+        passes_s / (step_s * experiment.resilience.rerun_every) if experiment.resilience.rerun_every else 0.0,
     )
 
 

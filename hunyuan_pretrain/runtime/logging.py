@@ -181,6 +181,13 @@ class RunLog:
                     "MLflow", partial(MLflow, mlflow, self._settings, self._name, self.run_dir, resolved_experiment)
                 )
 
+    def go_back(self, step: int) -> None:
+        """`truncate_after`, while metrics.jsonl is open. Raises OSError."""
+        if self.is_writer:
+            self._metrics.finish()
+            self.truncate_after(step)
+            self._metrics = Lines(self.run_dir / "metrics.jsonl", self.line)
+
     def _open(self, name: str, open_sink: Callable[[], Sink]) -> None:
         self._sinks.append(GuardedSink(name, open_sink, self.line, self._settings.sink_timeout_s))
 

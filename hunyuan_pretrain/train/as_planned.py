@@ -24,7 +24,7 @@ from hunyuan_pretrain.plan.memory import peaks
 from hunyuan_pretrain.plan.summary import size_text
 from hunyuan_pretrain.train.recorded_step import COMPUTED
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import StepResult
+from hunyuan_pretrain.train.step_result import StepResult
 
 FIRST_STEPS = COMPUTED + 1
 """Steps before the comparison: the first makes the optimizer's state, and with runtime.cuda_graphs the last of them is

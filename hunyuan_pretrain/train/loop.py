@@ -32,10 +32,14 @@ from hunyuan_pretrain.train.evaluate import ValidationStoppedError, evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
 from hunyuan_pretrain.train.optimizer import describe_groups
+from hunyuan_pretrain.train.policies import Numbers
 from hunyuan_pretrain.train.probes import probe
+from hunyuan_pretrain.train.rerun import DifferingRanksError
+from hunyuan_pretrain.train.rollback import note_skip, reason_of, roll_back, stop_after, stop_decision
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.saves import Saves
-from hunyuan_pretrain.train.step import LaunchedStep, launch_step
+from hunyuan_pretrain.train.step import launch_step
+from hunyuan_pretrain.train.step_result import LaunchedStep
 
 
 def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
@@ -88,7 +92,8 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     launch_seconds = 0.0
     if run.owes_validation and not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
         return EXIT_STOPPED
-    for step in range(run.first_step, num_steps):
+    step = run.first_step - 1
+    while (step := step + 1) < num_steps:
         stage = run.schedule.stage(step)
         _settle_noise_scale(run, step, records)
         rates = apply_learning_rate(run, step)
@@ -98,19 +103,19 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             records.read()
         done, began = step + 1, time.perf_counter()
         is_logged, is_validated, is_saved = _what_follows(run, done)
-        launched = launch_step(
-            run,
-            stage,
-            step,
-            is_stop_asked=stop.is_asked,
-            save_progress=saves.progress,
-            is_logged=is_logged,
-            launch_seconds=launch_seconds,
-        )
+        launched = _launch(run, stage, step, stop, saves, launch_seconds if is_logged else None)
         launch_seconds = time.perf_counter() - began
         records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
         records.add(_Unread(launched, stage, rates, is_logged))
-        is_waited_for = is_validated or is_saved or launched.numbers.is_here
+        if launched.verdict.kind == "rollback":
+            records.read()
+            saves.make_room()
+            roll_back(run, launched)
+            records.start_again()
+            step, before, num_steps = run.first_step - 1, None, run.loader.num_steps
+            continue
+        is_bad = launched.verdict.kind != "update"
+        is_waited_for = is_validated or is_saved or is_bad or launched.numbers.is_here
         if is_waited_for:
             records.read()
         owes_validation = is_validated and not _evaluate(run, stage, done, stop)
@@ -139,6 +144,28 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     run.log.event("finished", f"{num_steps} steps", num_steps)
     return EXIT_DONE
+
+
+def _launch(
+    run: Run, stage: StageConfig, step: int, stop: StopRequest, saves: Saves, launch_seconds: float | None
+) -> LaunchedStep:
+    """`launch_step`, logged if `launch_seconds` is given; what is decided about the step is in the ledger."""
+    try:
+        launched = launch_step(
+            run,
+            stage,
+            step,
+            is_stop_asked=stop.is_asked,
+            save_progress=saves.progress,
+            is_logged=launch_seconds is not None,
+            launch_seconds=launch_seconds or 0.0,
+        )
+    except DifferingRanksError as error:
+        stop_decision(run, step, "rerun", Numbers.unknown(), ranks=tuple(error.ranks))
+        raise
+    if launched.verdict.kind == "skip" and not launched.verdict.is_in_ledger:
+        note_skip(run, launched)
+    return launched
 
 
 def _what_follows(run: Run, done: int) -> tuple[bool, bool, bool]:
@@ -185,12 +212,14 @@ class _Records:
             return
         (launched, stage, rates, is_logged), self._unread = self._unread, None
         result, run, done = launched.result(), self._run, launched.step + 1
-        if run.noise is not None:
+        if run.noise is not None and launched.verdict.kind == "update":
             run.noise.add_numbers(launched.step, stage, result.noise)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if (verdict := launched.verdict).kind == "stop" or (verdict.kind == "update" and not is_finite):
+            stop_after(run, launched)
             if not self.is_alone:
                 self._saves.finish()  # it may be the checkpoint to go back to
-            raise TrainingError(f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; {_way_back(run)}")
+            raise TrainingError(f"step {done}: {reason_of(launched)}; {_way_back(run)}")
         self._clock.ended(result.data_wait_seconds)
         self._as_planned.after(done, result)
         if not is_logged:
@@ -199,6 +228,10 @@ class _Records:
         result = replace(result, data_wait_seconds=data_wait_seconds)
         record = step_record(run.experiment.model, stage, launched.step, result, *rates, seconds)
         record |= self._meter.fields(done, record)
+        if result.update_norm is not None:
+            record["update_norm"] = result.update_norm
+        if launched.verdict.kind != "update":
+            record["skipped"] = 1
         if run.noise is not None:
             record |= run.noise.fields()
         run.log.metrics(record)
@@ -206,6 +239,11 @@ class _Records:
             run.log.line(step_line(record, run.loader.num_steps))
         if run.log.is_writer:
             self._alarms.after(record)
+
+    def start_again(self) -> None:
+        """After a roll-back."""
+        self._meter = _meter(self._run)
+        self._clock.restart()
 
     def restart_clock(self) -> None:
         """Leave out what was done since the last step."""

@@ -19,7 +19,7 @@ from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
-from hunyuan_pretrain.train.step import StepResult
+from hunyuan_pretrain.train.step_result import StepResult
 
 DEAD_LOAD = 0.01
 """An expert with less than this of an even share of a step's choices is counted as dead."""

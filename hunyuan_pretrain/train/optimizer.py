@@ -217,9 +217,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
     """
     parts: dict[dist.ProcessGroup, list[Tensor]] = {}
     for part in optimizer.chained_optimizers:
-        # get_main_grads_for_grad_norm is the name in core 0.16
-        gradients_of = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
-        parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(gradients_of())
+        parts.setdefault(part.get_grad_stats_parallel_group(), []).extend(counted_gradients(part))
     total: Tensor | None = None
     for group, gradients in parts.items():
         device = device_of(group)
@@ -232,13 +230,41 @@ def gradient_norm(optimizer: MegatronOptimizer) -> Tensor:
     return total.sqrt()
 
 
+def counted_gradients(part: MegatronOptimizer) -> list[Tensor]:
+    """Core's choice of the gradients that this rank adds to a norm: of several copies one counts."""
+    # get_main_grads_for_grad_norm is the name in core 0.16
+    gradients_of = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+    found: list[Tensor] = gradients_of()
+    return found
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device | str:
     """Device of the tensors that a group reduces."""
     return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> Tensor:
-    """Clip by the global norm, update, and return the norm before clipping, fp64 () on the device.
+    """`prepare`, then `update`. Returns the norm before clipping."""
+    norm = prepare(optimizer)
+    update(optimizer, norm)
+    return norm
+
+
+def prepare(optimizer: MegatronOptimizer) -> Tensor:
+    """Hand the reduced gradients to the optimizer, and return their global norm, fp64 () on the device. Communicates:
+    all groups of the optimizer."""
+    optimizer.prepare_grads()
+    return gradient_norm(optimizer)
+
+
+def clip_divisor(optimizer: MegatronOptimizer, norm: Tensor) -> Tensor | None:
+    """fp32 () by which gradients of this norm are divided; None without clipping."""
+    clip_grad = optimizer.config.clip_grad
+    return ((norm + 1e-6) / clip_grad).clamp(min=1.0).float() if clip_grad > 0 else None
+
+
+def update(optimizer: MegatronOptimizer, norm: Tensor) -> None:
+    """Clip by the global norm, from `prepare`, and update.
 
     If the norm is not finite, torch's AdamW and an offloaded optimizer update nothing. Other optimizers make weights
     NaN, so the caller must not save them.
@@ -249,13 +275,10 @@ def optimizer_step(optimizer: MegatronOptimizer) -> Tensor:
     optimizer"), so with them every step rewrites the gradients first, if it may clip. Communicates: all groups of the
     optimizer.
     """
-    optimizer.prepare_grads()
-    norm = gradient_norm(optimizer)
-    clip_grad = optimizer.config.clip_grad
-    divisor = ((norm + 1e-6) / clip_grad).clamp(min=1.0).float() if clip_grad > 0 else None
+    divisor = clip_divisor(optimizer, norm)
     if any(isinstance(part.optimizer, HybridDeviceOptimizer) for part in optimizer.chained_optimizers):
         if not math.isfinite(norm.item()):
-            return norm
+            return
         if divisor is not None and divisor.item() == 1.0:
             divisor = None
     for part in optimizer.chained_optimizers:
@@ -269,7 +292,6 @@ def optimizer_step(optimizer: MegatronOptimizer) -> Tensor:
         if isinstance(inner, HybridDeviceOptimizer):
             _hand_over_fp32_gradients(inner)
     optimizer.step_with_ready_grads()
-    return norm
 
 
 def _divide(gradients: list[Tensor], divisor: Tensor) -> None:
@@ -294,9 +316,15 @@ def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 def _gradients(part: MegatronOptimizer) -> list[Tensor]:
     """The gradients that this part's update reads."""
-    name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
-    found = (getattr(parameter, name, None) for parameter in part.get_parameters())
+    found = (gradient_of(part, parameter) for parameter in part.get_parameters())
     return [gradient for gradient in found if gradient is not None]
+
+
+def gradient_of(part: MegatronOptimizer, weight: Tensor) -> Tensor | None:
+    """The gradient of a weight of this part that its update reads."""
+    name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+    found: Tensor | None = getattr(weight, name, None)
+    return found
 
 
 def _hand_over_fp32_gradients(optimizer: HybridDeviceOptimizer) -> None:

@@ -27,7 +27,7 @@ from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.runtime.device import Machine, versions
 from hunyuan_pretrain.runtime.logging import check_writable
 from hunyuan_pretrain.runtime.seeding import use_deterministic_algorithms
-from hunyuan_pretrain.train import resume, setup
+from hunyuan_pretrain.train import branches, resume, setup
 from hunyuan_pretrain.train.attention_choice import choose
 
 
@@ -115,12 +115,12 @@ def _start(experiment: Experiment, tokenizer_digest: str) -> None:
     if wanted is not None and not (
         found and resume.is_of_branch(experiment, met, found[-1], save_load.read_marker(found[-1]), str(wanted))
     ):
-        folder = setup.branch_folder(experiment, found)
+        folder = branches.branch_folder(experiment, found)
         resume.go_on(experiment, met, folder, save_load.read_marker(folder))
     elif found and settings.resume:
         resume.go_on(experiment, met, found[-1], save_load.read_marker(found[-1]))
     elif found:
-        raise setup.other_run_error(found[-1])
+        raise branches.other_run_error(found[-1])
     elif settings.resume and (faults := faults_of(run_dir)):
         raise none_is_good(run_dir, faults, WITHOUT_ANY)
     elif settings.init_from is not None:

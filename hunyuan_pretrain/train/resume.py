@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,9 +23,10 @@ from hunyuan_pretrain.config.changes import (
     attention_differences,
     model_differences,
 )
+from hunyuan_pretrain.config.decisions import Decision, InForce
 from hunyuan_pretrain.config.derived import data_parallel_size
-from hunyuan_pretrain.config.errors import ConfigError
-from hunyuan_pretrain.config.history import Segment
+from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.history import Segment, schedule_of
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.parallel.agreement import from_rank_0
@@ -50,6 +51,12 @@ class Start:
     """Whether a stop cut the validation after `first_step` short."""
     noise: Mapping[str, Any] | None = None
     """The measured noise scale of the checkpoint (train.noise_scale.NoiseScale.state)."""
+    judged: Mapping[str, Any] | None = None
+    """What the checkpoint knows of good steps (train.policies.Judge.state)."""
+    decisions: InForce = field(default_factory=InForce)
+    """Of the run's ledger."""
+    num_skipped: int = 0
+    """How many of the steps before updated nothing."""
 
     def after(self, lines: Sequence[str]) -> Start:
         """A copy with `lines` before its own log lines."""
@@ -59,6 +66,16 @@ class Start:
     def past(self) -> tuple[Segment, ...]:
         """The segments before the last."""
         return self.history[:-1]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """`history`, and after it the segments that begin with a roll-back of the ledger at this step or later."""
+        found = [*self.history]
+        for rollback in self.decisions.rollbacks:
+            assert rollback.to_step is not None
+            if rollback.to_step >= self.first_step:
+                found.append(_rolled_back(found, rollback))
+        return tuple(found)
 
 
 def begin(
@@ -89,9 +106,9 @@ def go_on(
         )
     step = int(marker["step"])
     past = history_of(folder, marker)
-    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in past])
+    schedule = schedule_of(past)
     present = present_piece(schedule, step, folder)
-    new = _segment(experiment, met, step, {}, ())
+    new = _segment(experiment, met, step, {}, ()).model_copy(update={"left_out": past[-1].left_out})
     found = all_differences(past[-1], new, present)
     _refuse(folder, found, accepted, schedule, step, experiment)
     recorded = marker.get("position")
@@ -101,8 +118,11 @@ def go_on(
         )
     lines = [f"resumes from {folder}: {_where(schedule, step)}, saved by {_layout_of(past[-1], marker)}"]
     lines += _changes_lines(found, accepted)
+    start = Start(tuple(past), step, False, tuple(lines))
+    skipped = step - int(marker.get("updates", step))
+    start = replace(start, noise=marker.get("noise_scale"), judged=marker.get("judged"), num_skipped=skipped)
     if not found:
-        return Start(tuple(past), step, False, tuple(lines), noise=marker.get("noise_scale"))
+        return start
     new = new.model_copy(
         update={
             "position": schedule.position(step),
@@ -110,7 +130,23 @@ def go_on(
             "accepted": [one.key for one in found if one.kind == Kind.refused and is_accepted(one.key, accepted)],
         }
     )
-    return Start((*past, new), step, True, tuple(lines), noise=marker.get("noise_scale"))
+    return replace(start, history=(*past, new), is_new_segment=True)
+
+
+def _rolled_back(history: Sequence[Segment], rollback: Decision) -> Segment:
+    """The segment that begins with a roll-back."""
+    last, step = history[-1], rollback.to_step
+    assert step is not None
+    ranges = ", ".join(f"sequences {first:,} to {end - 1:,} of {stage}" for stage, first, end in rollback.data)
+    changes = {
+        "first_step": step,
+        "position": schedule_of(history).position(step),
+        "changes": [f"rolled back from step {rollback.step} ({rollback.cause}), leaving out {ranges}"],
+        "accepted": [],
+        "resume_from": None,
+        "left_out": (*last.left_out, *rollback.data),
+    }
+    return last.model_copy(update=changes)
 
 
 def is_of_branch(
@@ -127,7 +163,7 @@ def is_of_branch(
     branches = [segment.resume_from for segment in past if segment.resume_from is not None]
     if not branches or branches[-1] != resume_from:
         return False
-    schedule = Schedule.of_segments([(segment.first_step, segment.config.stages) for segment in past])
+    schedule = schedule_of(past)
     new = _segment(experiment, met, int(marker["step"]), {}, ())
     found = all_differences(past[-1], new, present_piece(schedule, int(marker["step"]), folder))
     return all(
@@ -141,9 +177,7 @@ def branched(start: Start, resume_from: str, later: Sequence[Path]) -> Start:
     what = f"branches off after step {step}" + (
         f", leaving {', '.join(folder.name for folder in later)}" if later else ""
     )
-    position = Schedule.of_segments(
-        [(segment.first_step, segment.config.stages) for segment in start.history]
-    ).position(step)
+    position = schedule_of(start.history).position(step)
     fresh = {"first_step": step, "changes": [], "accepted": [], "position": position}
     new = last if start.is_new_segment else last.model_copy(update=fresh)
     new = new.model_copy(update={"resume_from": resume_from, "changes": [what, *new.changes]})
@@ -165,9 +199,7 @@ def with_attention(start: Start, chosen: Mapping[str, str], lines: Sequence[str]
     found = [] if is_fresh else attention_differences(attention_so_far(start), chosen)
     new, past, changes = last, start.past, [str(one) for one in found]
     if found and not start.is_new_segment:
-        position = Schedule.of_segments([(one.first_step, one.config.stages) for one in start.history]).position(
-            start.first_step
-        )
+        position = schedule_of(start.history).position(start.first_step)
         fresh = {"first_step": start.first_step, "changes": [], "accepted": [], "position": position}
         new, past = last.model_copy(update=fresh | {"resume_from": None}), start.history
     new = new.model_copy(update={"attention": dict(chosen), "changes": [*new.changes, *changes]})

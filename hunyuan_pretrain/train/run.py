@@ -23,6 +23,7 @@ from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.logging import RunLog
 from hunyuan_pretrain.train.logged_numbers import Logging
 from hunyuan_pretrain.train.noise_scale import GradientNoise
+from hunyuan_pretrain.train.policies import Judge
 from hunyuan_pretrain.train.resume import Start
 
 
@@ -80,6 +81,24 @@ class Run:
         """Measures what a logged step says beside its loss."""
         return Logging(self.groups, self.wrapped, dist.get_rank(), dist.get_world_size())
 
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Judges steps before their update, from where the checkpoint left off; None: all are updated."""
+        settings, start = self.experiment.resilience, self.start
+        if start is None:
+            return None  # no ledger is kept
+        if not settings.judges_steps and all(step <= start.first_step for step in start.decisions.skips):
+            return None
+        return Judge(settings, start.decisions, start.judged)
+
+    def go_on_from(self, start: Start, loader: StepLoader) -> None:
+        """Forget what was measured, recorded and read since a checkpoint from which the model's state was loaded."""
+        self.start, self.first_step, self.loader = start, start.first_step, loader
+        for measured in ("noise", "judge"):
+            self.__dict__.pop(measured, None)
+        if self.recorded is not None:
+            self.recorded.close()
+
     @property
     def validations(self) -> dict[str, EvaluationLoader]:
         """Every validation set, keyed by the prefix of its metric names."""
@@ -98,13 +117,23 @@ class Run:
 
     def record(self, num_steps: int) -> dict[str, Any]:
         """The run's identity for a checkpoint after `num_steps` steps: position and history; with the measured noise
-        scale, if it is measured."""
-        history = self.start.history if self.start else ()
-        return {
-            "position": self.schedule.position(num_steps),
-            "history": [segment.model_dump(mode="json") for segment in history],
-            **({"noise_scale": self.noise.state()} if self.noise is not None else {}),
-        }
+        scale, what a judge knows, the number of updates and that of the last roll-back, where there are any."""
+        found: dict[str, Any] = {"position": self.schedule.position(num_steps), "history": []}
+        if self.noise is not None:
+            found["noise_scale"] = self.noise.state()
+        if (start := self.start) is None:
+            return found
+        segments = start.segments
+        until = [one for number, one in enumerate(segments) if number == 0 or one.first_step < num_steps]
+        found["history"] = [segment.model_dump(mode="json") for segment in until]
+        if self.judge is not None:
+            found["judged"] = self.judge.state()
+        skipped = start.num_skipped + sum(start.first_step < step <= num_steps for step in start.decisions.skips)
+        if skipped:
+            found["updates"] = num_steps - skipped
+        if start.decisions.number:
+            found["rollback"] = start.decisions.number
+        return found
 
     @property
     def run_dir(self) -> Path:

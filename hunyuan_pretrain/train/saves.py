@@ -9,7 +9,7 @@ from hunyuan_pretrain.checkpoint.folders import step_of
 from hunyuan_pretrain.checkpoint.saving import Saved, Saver
 from hunyuan_pretrain.train.optimizer import gather_parameters
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import LaunchedStep
+from hunyuan_pretrain.train.step_result import LaunchedStep
 
 OWES_VALIDATION = "owes_validation"
 """Key of complete.json: a stop cut the validation after this step short."""
@@ -85,6 +85,11 @@ class Saves:
             for line in saved.notes:
                 log.line(line)
             log.event("saved", f"complete after {saved.seconds:.2f} s", step_of(saved.folder))
+
+    def make_room(self) -> None:
+        """Wait for the save in flight, and free the host memory: a roll-back reads as much as a save copies."""
+        self.finish()
+        self._saver.free_memory()
 
     def _report(self, error: CheckpointError, must_succeed: bool) -> None:
         """What was written is removed, so lines of the log that met a full disk may find room; the process may end."""

@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, checkpoint_of, step_of
+from hunyuan_pretrain.checkpoint.folders import checkpoint_of, step_of
 from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem
@@ -47,7 +47,7 @@ from hunyuan_pretrain.runtime.policy import (
 )
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
-from hunyuan_pretrain.train import resume, same_start
+from hunyuan_pretrain.train import branches, resume, same_start
 from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
@@ -80,6 +80,7 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         chunks, wrapped = _build_model(experiment, groups)
         optimizer = build_optimizer(wrapped, experiment, groups)
         start = _load_or_init(experiment, chunks, optimizer, met, accepted).after(lock.notes if lock else ())
+        start = branches.with_ledger(start, Path(experiment.run_dir))
         leave_if_asked(stop, device)
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
@@ -199,8 +200,9 @@ def _open_data(
     digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run continues its last segment, which is `experiment`
-    past, first_step = (start.past, start.history[-1].first_step) if start else ((), 0)
-    loader = StepLoader(experiment, rank, size, digest, past, first_step, tokenizer.token_bytes)
+    *past, last = start.segments if start else (None,)
+    place = (past, last.first_step, last.left_out) if last is not None else ()
+    loader = StepLoader(experiment, rank, size, digest, *place, token_bytes=tokenizer.token_bytes)
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
     indexes = [index for one in opened for index in one.indexes]
@@ -253,7 +255,7 @@ def _load_or_init(
         if error is not None:
             raise CheckpointError(f"{run_dir}: {error}")
         if found:
-            raise other_run_error(found[-1])
+            raise branches.other_run_error(found[-1])
     else:
         starts: dict[Path, Start] = {}
 
@@ -266,7 +268,8 @@ def _load_or_init(
             and (start := _branch(experiment, met, accepted, chunks, optimizer)) is not None
         ):
             return start
-        resumed = save_load.load_newest(run_dir, chunks, optimizer, accept)
+        last_step = resume.on_rank_0(lambda: branches.last_usable_step(run_dir))
+        resumed = save_load.load_newest(run_dir, chunks, optimizer, accept, last_step)
         if resumed is not None:
             return starts[resumed.folder].after(resumed.notes)
     if settings.init_from is None:
@@ -293,35 +296,12 @@ def _branch(
         experiment, met, found[-1], resume.on_rank_0(lambda: save_load.read_marker(found[-1])), wanted
     ):
         return None
-    folder = branch_folder(experiment, found)
+    folder = branches.branch_folder(experiment, found)
     marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
     start = resume.go_on(experiment, met, folder, marker, accepted)
     save_load.load(folder, chunks, optimizer)
     later = [one for one in found if (step_of(one) or 0) > start.first_step]
     return resume.branched(start, wanted, later)
-
-
-def branch_folder(experiment: Experiment, found: Sequence[Path]) -> Path:
-    """The checkpoint that checkpoint.resume_from refers to. Raises ConfigError if it lies outside run_dir while run_dir
-    has checkpoints (`found`)."""
-    wanted, run_dir = str(experiment.checkpoint.resume_from), Path(experiment.run_dir)
-    folder = checkpoint_folder(run_dir, int(wanted)) if wanted.isdecimal() else Path(wanted)
-    is_own = folder.absolute().parent == (run_dir / "checkpoints").absolute()
-    if found and not is_own:
-        rule = f"{run_dir} has its own checkpoints, such as {found[-1].name}"
-        raise ConfigError(
-            experiment.name,
-            [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of these checkpoints")],
-        )
-    return folder
-
-
-def other_run_error(checkpoint: Path) -> CheckpointError:
-    """The error for a run that has a checkpoint but is configured not to resume."""
-    return CheckpointError(
-        f"checkpoint.resume=false, but {checkpoint} exists, and a later resume would mix the two runs: "
-        "choose another run_dir, or remove the checkpoints"
-    )
 
 
 def _check_paths(experiment: Experiment) -> None:
@@ -388,11 +368,12 @@ def _open_log(experiment: Experiment, start: Start) -> RunLog:
 
     def write() -> None:
         nonlocal log
-        set_aside_later(run_dir, start.first_step, start.leaves)
+        branches.note_branch(run_dir, start)
+        set_aside_later(run_dir, start.leaves)
         variables = recorded()
         variables.pop(experiment.logging.webhook_url_env or "", None)  # its value may be a secret
         record_environment(run_dir, dump_resolved(experiment), versions() | variables)
-        write_history(run_dir, start.history)
+        write_history(run_dir, start.segments)
         copy_tokenizer(experiment.tokenizer, run_dir / "tokenizer")  # an export needs the run directory only
         log = RunLog(run_dir, experiment.logging, experiment.name, is_writer=True)
         log.truncate_after(start.first_step)

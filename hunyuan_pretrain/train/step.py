@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch
-from hunyuan_pretrain.model.engines import training_step
+from hunyuan_pretrain.model.engines import kept_scales, training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.recycle_routing import draw_keys
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
@@ -35,63 +35,19 @@ from hunyuan_pretrain.parallel import whereabouts
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
 from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
-from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
-from hunyuan_pretrain.train.logged_numbers import read as read_logged
-from hunyuan_pretrain.train.optimizer import optimizer_step
+from hunyuan_pretrain.train.logged_numbers import HostSeconds
+from hunyuan_pretrain.train.optimizer import optimizer_step, prepare, update
+from hunyuan_pretrain.train.policies import Judge, Numbers, shared_numbers
+from hunyuan_pretrain.train.rerun import (
+    OwnGradients,
+    compute_twice,
+    is_due,
+    start_reductions,
+    without_reductions,
+)
 from hunyuan_pretrain.train.run import Run
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step measured; the same on every rank except data_wait_seconds."""
-
-    loss: float  # mean cross-entropy of the target tokens, nats
-    grad_norm: float  # global, before clipping
-    num_target_tokens: int
-    statistics: RouterStatistics  # of all layers, summed over the global batch, on the CPU
-    data_wait_seconds: float = 0.0  # of this rank, for the batch
-    noise: tuple[float, ...] = ()  # train.noise_scale.GradientNoise.squares over all ranks, if the step is measured
-    logged: LoggedNumbers | None = None  # of a step that is logged
-
-
-@dataclass(frozen=True)
-class LaunchedStep:
-    """A step whose work is queued. Its numbers may still be on their way to the host, which waits only when it reads
-    them."""
-
-    step: int
-    """Global, counted from 0."""
-    numbers: Outgoing
-    """fp64: loss, ranks asked to stop, progress of a save, noise, numbers of a logged step, router statistics of all
-    layers, gradient norm, and target tokens."""
-    statistics_shape: torch.Size
-    data_wait_seconds: float
-    num_noise: int = 0
-    num_logged: int = 0
-
-    def is_stop_asked(self) -> bool:
-        """Whether any rank had been asked to stop when it launched the step; the same on all ranks."""
-        return bool(self.numbers.read()[1] > 0)
-
-    def save_progress(self) -> int:
-        """How far the ranks' saves were when they launched the step (checkpoint.saving.Saver), summed; the same on all
-        ranks."""
-        return int(self.numbers.read()[2])
-
-    def result(self) -> StepResult:
-        """Wait for the step and return what it measured."""
-        sizes = [3, self.num_noise, self.num_logged, self.statistics_shape.numel(), 2]
-        loss_stop_save, noise, logged, statistics, norm_and_tokens = self.numbers.read().split(sizes)
-        grad_norm, num_target_tokens = norm_and_tokens.tolist()
-        return StepResult(
-            loss_stop_save[0].item(),
-            grad_norm,
-            int(num_target_tokens),
-            RouterStatistics.unpacked(statistics.view(self.statistics_shape)),
-            self.data_wait_seconds,
-            tuple(noise.tolist()),
-            read_logged(logged.tolist()) if self.num_logged else None,
-        )
+from hunyuan_pretrain.train.step_result import LaunchedStep, StepResult
+from hunyuan_pretrain.train.update_norm import update_norm
 
 
 @dataclass(frozen=True)
@@ -212,9 +168,12 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
         feed: Feed = partial(sent_ahead, run, batches)
         if run.noise is not None and run.noise.measures(step):
             feed = partial(run.noise.watched, feed)
-        losses, statistics = forward_and_backward(
-            run, stage, feed, len(batches), num_target_tokens, route, in_fp8=in_fp8
-        )
+
+        def compute(own: OwnGradients | None = None) -> tuple[list[Tensor], list[Tensor]]:
+            count = len(batches)
+            return forward_and_backward(run, stage, feed, count, num_target_tokens, route, in_fp8=in_fp8, own=own)
+
+        losses, statistics = compute_twice(run, step, compute) if is_due(run, step) else compute()
     target_bytes = sum(batch.target_bytes for batch in batches)
     return Gradients(losses, statistics, num_target_tokens, data_wait_seconds, target_bytes)
 
@@ -234,9 +193,10 @@ def forward_and_backward(
     route: Callable[[Tensor], Routing],
     *,
     in_fp8: bool,
+    own: OwnGradients | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The work of `compute_gradients` on the device; returns the loss of each micro-batch, on the last stage, and the
-    packed router statistics of each.
+    packed router statistics of each. own: see `run_schedule`.
 
     What differs between the steps of a stage reaches it in the memory of tensors, except for the row counts of experts
     without a capacity, and the boundaries of documents where they are Python lists.
@@ -255,7 +215,7 @@ def forward_and_backward(
         model.zero_grad_buffer()
     tokens = stage.sequence_length * stage.micro_batch_sequences
     with training_step([model.module for model in run.wrapped], run.groups) if in_fp8 else nullcontext():
-        losses = run_schedule(run, forward, feed, num_micro_batches, tokens, forward_only=False)
+        losses = run_schedule(run, forward, feed, num_micro_batches, tokens, forward_only=False, own=own)
     return losses, statistics
 
 
@@ -272,7 +232,9 @@ def launch_step(
     launch_seconds: float = 0.0,
 ) -> LaunchedStep:
     """Launch one optimizer step over this rank's micro-batches of the global batch, at the current learning rates. The
-    host does not wait for the device, except with an offloaded optimizer or without a capacity of the experts.
+    host does not wait for the device, except with an offloaded optimizer, without a capacity of the experts, or if the
+    step is judged before its update (`Run.judge`); a step that is not updated leaves weights, moments and FP8 scales as
+    they were.
 
     before_update: called after gradients are reduced and before they are clipped. in_fp8: see `compute_gradients`.
     is_stop_asked, save_progress: of this rank; the result tells their sums to all. is_logged: also measure
@@ -282,24 +244,46 @@ def launch_step(
     """
     whereabouts.phase("start of the step", step + 1)
     run.optimizer.zero_grad()
+    judge = run.judge
+    put_back = kept_scales(run.chunks) if judge is not None else None
     found = compute_gradients(run, stage, step, in_fp8=in_fp8)
     if before_update is not None:
         before_update()
     others = to_device(torch.tensor([float(is_stop_asked), float(save_progress)], dtype=torch.float64), run.device)
-    num_noise = 0
+    noise = judged = logged = others.new_empty(0)
     if run.noise is not None and run.noise.measures(step):
-        others = torch.cat([others, run.noise.squares()])  # before the update, which clips in place
-        num_noise = len(others) - 2
-    if is_logged:
+        noise = run.noise.squares()  # before the update, which clips in place
+    if is_logged:  # before it too
         host = HostSeconds(found.data_wait_seconds, launch_seconds)
-        others = torch.cat([others, run.logging.numbers(found.target_bytes, host, run.device)])  # before it too
+        logged = run.logging.numbers(found.target_bytes, host, run.device)
     whereabouts.phase("optimizer", step + 1)
-    grad_norm = optimizer_step(run.optimizer)
+    if judge is not None:
+        grad_norm = prepare(run.optimizer)
+        of_update = update_norm(run.optimizer, grad_norm) if judge.needs_update_norm else None
+        judged = shared_numbers(grad_norm.to(run.device), of_update, dist.get_rank())
+    else:
+        grad_norm = optimizer_step(run.optimizer)
     whereabouts.phase("sums over all ranks", step + 1)
+    others = torch.cat([others, judged, noise, logged])
     totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, others)
     numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
-    sizes = num_noise, len(others) - 2 - num_noise
-    return LaunchedStep(step, Outgoing(numbers), found.statistics[0].shape, found.data_wait_seconds, *sizes)
+    shape, waited = found.statistics[0].shape, found.data_wait_seconds
+    launched = LaunchedStep(step, Outgoing(numbers), shape, waited, len(noise), len(judged), len(logged))
+    if judge is None or put_back is None:
+        return launched
+    launched = _judged(run, judge, replace(launched, has_update_norm=judge.needs_update_norm))
+    if launched.verdict.kind == "update":
+        update(run.optimizer, grad_norm)
+    else:
+        put_back()
+    return launched
+
+
+def _judged(run: Run, judge: Judge, launched: LaunchedStep) -> LaunchedStep:
+    """A step with the verdict on it. The host waits for its numbers."""
+    result, stage = launched.result(), run.schedule.stage_of_step(launched.step)[0]
+    numbers = Numbers(result.loss, result.grad_norm, result.update_norm)
+    return replace(launched, verdict=judge.judge(launched.step, stage, numbers))
 
 
 def train_step(
@@ -315,24 +299,32 @@ def train_step(
 
 
 def run_schedule(
-    run: Run, forward: Any, feed: Feed, num_micro_batches: int, num_tokens: int, forward_only: bool
+    run: Run,
+    forward: Any,
+    feed: Feed,
+    num_micro_batches: int,
+    num_tokens: int,
+    forward_only: bool,
+    own: OwnGradients | None = None,
 ) -> list[Tensor]:
     """Pass the micro-batches of `feed`, each of `num_tokens` tokens (of all context-parallel ranks), through megatron's
     pipeline schedule.
 
-    Returns what the loss function keeps of each micro-batch, on the last stage; an empty list on the others.
+    own: called once this rank's own gradients are complete, before any is reduced. Returns what the loss function keeps
+    of each micro-batch, on the last stage; an empty list on the others.
     """
     chunks = run.wrapped
-    chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups)
-    return get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[feed() for _ in chunks],
-        model=chunks,
-        num_microbatches=num_micro_batches,
-        seq_length=num_tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups, own=own)
+    with nullcontext() if own is None else without_reductions(chunks):
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[feed() for _ in chunks],
+            model=chunks,
+            num_microbatches=num_micro_batches,
+            seq_length=num_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,9 +334,18 @@ def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _finalize(
-    model: list[Any], num_tokens: Tensor | None = None, *, groups: ProcessGroupCollection, **kwargs: Any
+    model: list[Any],
+    num_tokens: Tensor | None = None,
+    *,
+    groups: ProcessGroupCollection,
+    own: OwnGradients | None = None,
+    **kwargs: Any,
 ) -> None:
     """Core's gradient reduction without the division by the token count: the loss is already divided."""
+    if own is not None:
+        if not own():
+            return
+        start_reductions(model)
     kwargs["pg_collection"] = groups
     finalize_model_grads(model, None, **kwargs)
 

@@ -343,7 +343,7 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
 
     from hunyuan_pretrain.model import experts
     from hunyuan_pretrain.model.engine.fp8 import Fp8Module
-    from hunyuan_pretrain.model.engines import load_scaling_state, scaling_state, training_step
+    from hunyuan_pretrain.model.engines import kept_scales, load_scaling_state, scaling_state, training_step
     from hunyuan_pretrain.train import setup
     from hunyuan_pretrain.train.step import train_step
 
@@ -385,6 +385,11 @@ def _fp8_run(experiment: Any, steps: int) -> Fp8Run:
         load_scaling_state([chunk], {name: tensor * 3 for name, tensor in state.items()})
         again = scaling_state([chunk])
         assert all(torch.equal(again[name], tensor * 3) for name, tensor in state.items())
+        put_back = kept_scales([chunk])
+        load_scaling_state([chunk], {name: tensor * torch.inf for name, tensor in state.items()})
+        put_back()
+        kept = scaling_state([chunk])
+        assert all(torch.equal(kept[name], again[name]) for name in again)
     assert not FP8GlobalStateManager.is_fp8_enabled()
     setup.leave(run)
     return result

@@ -112,6 +112,11 @@ def load_scaling_state(models: Sequence[Any], state: dict[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
+def scaling_tensors(models: Sequence[Any]) -> dict[str, Tensor]:
+    """The tensors that Transformer Engine reads and writes, by the names of `scaling_state`."""
+    return {name: tensor for model in models for name, tensor in _scaling_tensors(model)}
+
+
 def _scaling_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     recipe = model.config.precision.recipe
     if recipe is None or not recipe.is_delayed:

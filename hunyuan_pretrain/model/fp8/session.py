@@ -1,7 +1,7 @@
 """Training steps in emulated FP8, and what the delayed recipe remembers between them.
 
 No state is kept here: each `Fp8Matmul` of the model knows whether a step is open, and holds its scales. The functions
-have the same three names as in model/engine/fp8.py; model/engines.py chooses.
+have the same names as in model/engine/fp8.py; model/engines.py chooses.
 
 Shapes: e experts of this rank (1 for a linear layer), H steps of history.
 """
@@ -30,8 +30,12 @@ def matmuls(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Fp8Matmul]
 
 
 def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
-    """As `scaling_state` of model/engines.py: "layer.operand.history" (H, e) and "layer.operand.scale" (e,). Not
-    copies: do not modify them."""
+    """As `scaling_state` of model/engines.py. Not copies: do not modify them."""
+    return scaling_tensors(models)
+
+
+def scaling_tensors(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
+    """The tensors that layers read and write: "layer.operand.history" (H, e) and "layer.operand.scale" (e,)."""
     return {
         f"{layer}.{operand}.{kind}": tensor
         for layer, matmul in matmuls(models)
@@ -43,7 +47,7 @@ def scaling_state(models: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
 
 def load_scaling_state(models: Sequence[torch.nn.Module], state: dict[str, Tensor]) -> None:
     """Write what `scaling_state` of the same layers returned. Raises KeyError if an entry is missing."""
-    for name, tensor in scaling_state(models).items():
+    for name, tensor in scaling_tensors(models).items():
         tensor.copy_(state[name])
 
 

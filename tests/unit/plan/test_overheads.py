@@ -141,3 +141,16 @@ def test_the_days_add_up() -> None:
     assert data["run"]["failures"] == pytest.approx(with_saving * 24 * 512 / 50_000)
     assert shown["run", "days with failures"] == f"{with_saving + lost:.3g}"
     assert shown["run", "days"] == f"{run.days:.3g}"
+
+
+def test_a_step_computed_twice_costs_its_passes_once_more() -> None:
+    """Not the update, nor what is around the passes."""
+    plain, twice = (hunyuan_large(parallel=LAYOUT, resilience={"rerun_every": every}) for every in (None, 50))
+    step = step_time(plain, plain.stages[0], 512, H200)
+    assert beside(plain, 512)["rerun_share"] == 0.0
+    assert beside(twice, 512)["rerun_share"] == pytest.approx(step.timeline.seconds / step.seconds / 50)
+    stage = costs(twice, 512, H200).stages[0]
+    assert stage.beside is not None
+    assert stage.days_with_saving == pytest.approx(stage.days * (1 + stage.beside.share))
+    shown = {row.name: row.value for row in rows(costs(twice, 512, H200))}
+    assert shown["computing twice"] == f"{stage.beside.rerun_share:.2%} more"

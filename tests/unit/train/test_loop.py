@@ -13,7 +13,7 @@ from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
 from hunyuan_pretrain.runtime.stop import StopRequest
 from hunyuan_pretrain.runtime.transfers import Outgoing
 from hunyuan_pretrain.train import TrainingError, loop, metrics
-from hunyuan_pretrain.train.step import LaunchedStep
+from hunyuan_pretrain.train.step_result import LaunchedStep
 from tests.helpers.one_rank import on_this_rank
 from tests.helpers.runs import experiment_fields
 

@@ -18,7 +18,7 @@ from hunyuan_pretrain.plan.peaks import peak_flops_per_s
 from hunyuan_pretrain.runtime.logging import CLOCK_FIELDS
 from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
 from hunyuan_pretrain.train.metrics import Meter, routing_record, step_line, step_record
-from hunyuan_pretrain.train.step import StepResult
+from hunyuan_pretrain.train.step_result import StepResult
 from tests.helpers.tiny import tiny_model
 
 STAGE = StageConfig(
