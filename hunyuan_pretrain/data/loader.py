@@ -69,7 +69,8 @@ class StepLoader:
         left_out: Sequence[Window] = (),
         token_bytes: np.ndarray | None = None,
     ) -> None:
-        """past, first_step, left_out: as for SampleOrder. token_bytes: (V,) bytes of text per id, for `target_bytes`."""
+        """past, first_step, left_out: as for SampleOrder. token_bytes: (V,) bytes of text per id, for
+        `target_bytes`."""
         assert 0 <= dp_rank < dp_size
         for number, stage in enumerate(experiment.stages):
             if stage.global_batch_sequences % (dp_size * stage.micro_batch_sequences):
@@ -80,7 +81,7 @@ class StepLoader:
                     f"{dp_size * stage.micro_batch_sequences}"
                 )
         self.experiment, self.dp_rank, self.dp_size = experiment, dp_rank, dp_size
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
         self.order = SampleOrder(experiment, tokenizer_digest, past, first_step, left_out)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
@@ -118,7 +119,7 @@ class StepLoader:
             _collate(
                 [dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]],
                 positions[m],
-                self._token_bytes,
+                self.token_bytes,
             )
             for m in range(len(positions))
         ]
@@ -155,7 +156,7 @@ class EvaluationLoader:
         self.sequence_length = self._dataset.sequence_length
         limit = (named.max_sequences if named else None) or evaluation.max_sequences
         self.num_sequences = min(len(self._dataset), limit or len(self._dataset))
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
         at_a_time = dp_size * evaluation.micro_batch_sequences * micro_batch_multiple
         self._positions = _positions_of_rank(
             -(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size
@@ -169,12 +170,12 @@ class EvaluationLoader:
     @cached_property
     def target_bytes(self) -> int | None:
         """Bytes of text that this rank's target tokens stand for; None if unknown."""
-        if self._token_bytes is None:
+        if self.token_bytes is None:
             return None
         sequences = [
             self._sequence(position) for position in self._positions.ravel().tolist() if position < self.num_sequences
         ]
-        return target_bytes_of(sequences, self._token_bytes)
+        return target_bytes_of(sequences, self.token_bytes)
 
     def __len__(self) -> int:
         return len(self._positions)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from hunyuan_pretrain.checkpoint import folders
 from hunyuan_pretrain.config.errors import ConfigError, Problem
-from hunyuan_pretrain.config.history import Segment, read_history
+from hunyuan_pretrain.config.history import Segment, read_history, schedule_of
 from hunyuan_pretrain.report.records import EVENTS, METRICS, Event, event_of, is_run
-from hunyuan_pretrain.report.sources import schedule_of
 from hunyuan_pretrain.runtime.lock import holder_of
 
 DEPTH = 4
@@ -81,7 +80,7 @@ def run_line(run_dir: Path) -> RunLine:
     """What a run directory says, whatever state its files are in."""
     try:
         segments = read_history(run_dir)
-        schedule = schedule_of(segments)
+        schedule = schedule_of(segments) if segments else None
     except (ConfigError, OSError, ValueError):
         segments, schedule = [], None
     record = last_record(run_dir / METRICS)

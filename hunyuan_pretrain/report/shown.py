@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hunyuan_pretrain.config.errors import ConfigError
+from hunyuan_pretrain.config.history import schedule_of
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.plan.charts import Html, element, number
 from hunyuan_pretrain.plan.hardware import Hardware
@@ -12,7 +13,6 @@ from hunyuan_pretrain.report.drawings import Mark, short
 from hunyuan_pretrain.report.planned import hardware_of, levels_of
 from hunyuan_pretrain.report.records import RunFiles
 from hunyuan_pretrain.report.runs import RunLine, run_line
-from hunyuan_pretrain.report.sources import schedule_of
 
 MARKED = {
     "started": "sky",
@@ -39,7 +39,7 @@ class Shown:
         self.problems = list(files.problems)
         self.schedule: Schedule | None = None
         try:
-            self.schedule = schedule_of(files.segments)
+            self.schedule = schedule_of(files.segments) if files.segments else None
             self.levels, why = levels_of(
                 files.segments, self.schedule, self.metrics.last_step, hardware or hardware_of(self.events)
             )

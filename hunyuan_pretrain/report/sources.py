@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hunyuan_pretrain.config.history import Segment
-from hunyuan_pretrain.config.schedule import Schedule, skipped_positions
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.data.mixture import Mixture, SourceSize
 from hunyuan_pretrain.data.sample_order import data_segments
@@ -24,7 +23,7 @@ def tokens_by_source(segments: Sequence[Segment], num_steps: int) -> dict[str, d
             continue
         begin, end = piece.first_position, piece.next_position(steps)
         ranges = [(end, 1), (begin, -1)]
-        for first, last in skipped_positions(piece.stage):
+        for first, last in piece.skipped:
             if min(last, end) > max(first, begin):
                 ranges += [(min(last, end), -1), (max(first, begin), 1)]
         of_stage = found.setdefault(piece.stage.name, {})
@@ -38,7 +37,10 @@ def tokens_by_source(segments: Sequence[Segment], num_steps: int) -> dict[str, d
 def mixture_of(segments: Sequence[Segment]) -> Mixture:
     """The order of a run's data, which knows how many sequences a source has but not which. Raises DataFormatError."""
     experiments = [_without_limits(segment.config) for segment in segments]
-    ran = [(one.first_step, experiment, one.sources) for one, experiment in zip(segments, experiments, strict=True)]
+    ran = [
+        (one.first_step, experiment, one.sources, one.left_out)
+        for one, experiment in zip(segments, experiments, strict=True)
+    ]
     of_data = data_segments(ran)
     sizes = {
         names.name(path): SourceSize(facts.sequences, facts.tokens)
@@ -46,11 +48,6 @@ def mixture_of(segments: Sequence[Segment]) -> Mixture:
         for path, facts in segment.sources.items()
     }
     return Mixture(experiments[-1].stages, sizes, experiments[-1].seed, of_data)
-
-
-def schedule_of(segments: Sequence[Segment]) -> Schedule | None:
-    """The schedule of a run; None without a history."""
-    return Schedule.of_segments([(one.first_step, one.config.stages) for one in segments]) if segments else None
 
 
 def _without_limits(experiment: Experiment) -> Experiment:

@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from hunyuan_pretrain.model.engines import kept_scales
-from hunyuan_pretrain.parallel.agreement import gather_results
+from hunyuan_pretrain.parallel.comparison import sums_of_ranks, texts_of_ranks
 from hunyuan_pretrain.runtime.seeding import generator_state, restore_generator_state
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.run import Run
@@ -29,6 +29,7 @@ from hunyuan_pretrain.train.run import Run
 PIECE = 1 << 20
 """Elements per pair of sums. 32-bit patterns times weights below WEIGHTS, added up, fit into 64 bits."""
 WEIGHTS = 1021
+MOST_NAMED = 16
 
 OwnGradients = Callable[[], bool]
 """Called when this rank's own gradients are complete; returns whether to reduce them now."""
@@ -39,15 +40,15 @@ Pass = Callable[[OwnGradients], tuple[list[Tensor], list[Tensor]]]
 class DifferingRanksError(TrainingError):
     """Two computations of one step gave different results."""
 
-    def __init__(self, step: int, ranks: list[tuple[int, str, str]], num_ranks: int) -> None:
-        """ranks: (rank, host, device)."""
+    def __init__(self, step: int, ranks: list[tuple[int, str, str]], count: int, num_ranks: int) -> None:
+        """ranks: (rank, host, device) of the first of `count` that differ, of `num_ranks`."""
         self.ranks = ranks
-        named = ", ".join(f"rank {rank} ({host}, {device})" for rank, host, device in ranks[:16])
-        more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
+        named = ", ".join(f"rank {rank} ({host}, {device})" for rank, host, device in ranks)
+        more = f" and {count - len(ranks)} more" if count > len(ranks) else ""
         cure = "take its machine out of the job, and the same command resumes from the newest checkpoint"
-        if len(ranks) > 1:
+        if count > 1:
             cure = f"one of them, whose values the others received: {cure}"
-        if len(ranks) == num_ranks > 1:
+        if count == num_ranks > 1:
             cure = f"{cure}; if every rank differs again and again, an operation is not deterministic"
         super().__init__(
             f"step {step + 1}: computed twice from the same weights and data with different results on {named}{more}; "
@@ -86,13 +87,11 @@ def compute_twice(run: Run, step: int, compute: Pass) -> tuple[list[Tensor], lis
     restore_generator_state(generators)
     results = one_pass(reduces=True)
     first, second = (torch.cat(found) for found in digests)
-    is_different_r = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=run.device)
-    is_different_r[dist.get_rank()] = (first != second).any()
-    dist.all_reduce(is_different_r)
-    different = is_different_r.nonzero().flatten().tolist()
-    if different:
-        hosts = gather_results((socket.gethostname(), _name(run.device)))
-        raise DifferingRanksError(step, [(rank, *hosts[rank]) for rank in different], len(hosts))
+    is_different = bool((first != second).any())
+    if count := sums_of_ranks(int(is_different))[0]:
+        told = texts_of_ranks(f"{socket.gethostname()}\n{_name(run.device)}" if is_different else None, MOST_NAMED)
+        named = [(rank, text.partition("\n")[0], text.partition("\n")[2]) for rank, text in told]
+        raise DifferingRanksError(step, named, count, dist.get_world_size())
     return results
 
 

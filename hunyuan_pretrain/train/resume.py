@@ -25,7 +25,7 @@ from hunyuan_pretrain.config.changes import (
 )
 from hunyuan_pretrain.config.decisions import Decision, InForce
 from hunyuan_pretrain.config.derived import data_parallel_size
-from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.history import Segment, schedule_of
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment

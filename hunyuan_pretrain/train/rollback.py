@@ -138,7 +138,8 @@ def _history_until(start: Start, to_step: int) -> tuple[Segment, ...]:
 def _loader(run: Run, start: Start) -> StepLoader:
     *past, last = start.segments
     old = run.loader
-    return StepLoader(run.experiment, old.dp_rank, old.dp_size, None, past, last.first_step, last.left_out)
+    place = past, last.first_step, last.left_out
+    return StepLoader(run.experiment, old.dp_rank, old.dp_size, None, *place, old.token_bytes)
 
 
 def _append(run: Run, decision: Decision) -> None:

@@ -201,8 +201,8 @@ def _open_data(
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run continues its last segment, which is `experiment`
     *past, last = start.segments if start else (None,)
-    place = (past, last.first_step, last.left_out) if last is not None else ()
-    loader = StepLoader(experiment, rank, size, digest, *place, token_bytes=tokenizer.token_bytes)
+    place = (past, last.first_step, last.left_out) if last is not None else ((), 0, ())
+    loader = StepLoader(experiment, rank, size, digest, *place, tokenizer.token_bytes)
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
     indexes = [index for one in opened for index in one.indexes]
