@@ -91,10 +91,9 @@ class Mixture:
         seed: int,
         segments: Sequence[DataSegment] | None = None,
     ) -> None:
-        self._segments = segments or [DataSegment(0, stages, seed)]
+        ran = self._segments = segments or [DataSegment(0, stages, seed)]
         self.schedule = Schedule.of_segments(
-            [(segment.first_step, segment.stages) for segment in self._segments],
-            [segment.left_out for segment in self._segments],
+            [(one.first_step, one.stages) for one in ran], [one.left_out for one in ran]
         )
         names = (
             segment.name(source.path) for segment in self._segments for stage in segment.stages for source in stage.data

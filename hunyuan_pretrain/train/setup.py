@@ -200,9 +200,10 @@ def _open_data(
     digest = tokenizer.digest
     rank, size = groups.dp.rank(), groups.dp.size()
     # an unchanged run continues its last segment, which is `experiment`
-    *past, last = start.segments if start else (None,)
-    place = (past, last.first_step, last.left_out) if last is not None else ((), 0, ())
-    loader = StepLoader(experiment, rank, size, digest, *place, tokenizer.token_bytes)
+    segments = start.segments if start else ()
+    first_step, left_out = (segments[-1].first_step, segments[-1].left_out) if segments else (0, ())
+    past = segments[:-1]
+    loader = StepLoader(experiment, rank, size, digest, past, first_step, left_out, tokenizer.token_bytes)
     evaluation, sets = open_evaluation(experiment, rank, size, tokenizer)
     opened: list[StepLoader | EvaluationLoader] = [loader, *([evaluation] if evaluation else []), *sets.values()]
     indexes = [index for one in opened for index in one.indexes]

@@ -8,6 +8,8 @@ import torch
 
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.runtime.transfers import Outgoing
+from hunyuan_pretrain.train.logged_numbers import LoggedNumbers
+from hunyuan_pretrain.train.logged_numbers import read as read_logged
 from hunyuan_pretrain.train.policies import UPDATED, Verdict, numbers_of
 
 
@@ -22,6 +24,7 @@ class StepResult:
     data_wait_seconds: float = 0.0  # of this rank, for the batch
     update_norm: float | None = None  # train.update_norm, if the step was judged by it
     noise: tuple[float, ...] = ()  # train.noise_scale.GradientNoise.squares over all ranks, if the step is measured
+    logged: LoggedNumbers | None = None  # of a step that is logged
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,12 @@ class LaunchedStep:
     """Global, counted from 0."""
     numbers: Outgoing
     """fp64: loss, ranks asked to stop, progress of a save, what the step was judged by (policies.shared_numbers),
-    noise, router statistics of all layers, gradient norm, and target tokens."""
+    noise, numbers of a logged step, router statistics of all layers, gradient norm, and target tokens."""
     statistics_shape: torch.Size
     data_wait_seconds: float
     num_noise: int = 0
     num_judged: int = 0
+    num_logged: int = 0
     has_update_norm: bool = False
     verdict: Verdict = UPDATED
 
@@ -52,8 +56,8 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Wait for the step and return what it measured."""
-        sizes = [3, self.num_judged, self.num_noise, self.statistics_shape.numel(), 2]
-        loss_stop_save, judged, noise, statistics, norm_and_tokens = self.numbers.read().split(sizes)
+        sizes = [3, self.num_judged, self.num_noise, self.num_logged, self.statistics_shape.numel(), 2]
+        loss_stop_save, judged, noise, logged, statistics, norm_and_tokens = self.numbers.read().split(sizes)
         loss, (grad_norm, num_target_tokens) = loss_stop_save[0].item(), norm_and_tokens.tolist()
         update_norm: float | None = None
         if self.num_judged:
@@ -66,4 +70,5 @@ class LaunchedStep:
             self.data_wait_seconds,
             update_norm,
             tuple(noise.tolist()),
+            read_logged(logged.tolist()) if self.num_logged else None,
         )
