@@ -121,6 +121,18 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
     if problem:
         remove_shards(folders, range(len(job.shards)))  # the same call would fail again
         raise DataFormatError(problem)
+    manifests = _manifests(job, reports, totals)
+    # the first folder's manifest comes last: once it exists, only the final names are missing
+    for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
+        if rejects:
+            lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
+            write_file(folder / REJECTS, "".join(f"{line}\n" for line in lines).encode())
+        write_manifest(folder, manifest)
+    return manifests
+
+
+def _manifests(job: TokenizeJob, reports: Sequence[ShardReport], totals: np.ndarray) -> list[dict[str, Any]]:
+    """Of each folder. totals: (folders, inputs, 3) documents, bytes, tokens."""
     num_files = np.bincount([file.input_number for file in job.files], minlength=len(job.inputs)).tolist()
     manifests = []
     for number, of_inputs in enumerate(totals.tolist()):
@@ -139,9 +151,9 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "text": job.form.as_json(),
                 "holdout_every": job.holdout_every,
                 "empty_documents": sum(report.empty_documents for report in reports),
-                "passed_over": passed_over,
+                "passed_over": sum(report.passed_over for report in reports),
                 "skipped": job.skipped,
-                "rejects": num_rejects,
+                "rejects": sum(report.rejects for report in reports),
                 "sources": [
                     {"path": path, "files": count, "documents": row[0], "bytes": row[1], "tokens": row[2]}
                     for path, count, row in zip(job.inputs, num_files, of_inputs, strict=True)
@@ -151,12 +163,6 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
             }
             | _chat_entry(job, [report.outputs[number].entry for report in reports])
         )
-    # the first folder's manifest comes last: once it exists, only the final names are missing
-    for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
-        if rejects:
-            lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
-            write_file(folder / REJECTS, "".join(f"{line}\n" for line in lines).encode())
-        write_manifest(folder, manifest)
     return manifests
 
 

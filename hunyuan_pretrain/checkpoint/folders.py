@@ -185,6 +185,10 @@ def damage_to(name: str) -> str:
     return f"{name} is missing or damaged: its size or sha256 is not the one in {MARKER}"
 
 
+ADAPTER_OF = "adapter_of"
+"""Key of complete.json of a run with LoRA: the checkpoint holds an adapter; path and digest of its base."""
+
+
 def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConfig) -> None:
     """Raise CheckpointError naming every setting that makes the checkpoint's weights unusable for `model`."""
     differences = [one for one in model_differences(marker["model"], model) if one.kind == Kind.never]

@@ -20,6 +20,7 @@ from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.recording_rules import RECORDING_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
 from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
+from hunyuan_pretrain.config.tuning import TUNING_RULES
 
 
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
@@ -307,4 +308,5 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     *PRECISION_RULES,
     *RECORDING_RULES,
     *NOISE_RULES,
+    *TUNING_RULES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
-from hunyuan_pretrain.data.loader import EvaluationLoader
-from hunyuan_pretrain.model.routing import EvaluationRouting
+from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, by_conversation
+from hunyuan_pretrain.model.routing import EvaluationRouting, RouterStatistics
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step import SentBatch, model_inputs, run_schedule, sent_ahead, sum_over, sum_over_batch
@@ -26,20 +26,55 @@ def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str
     `target_tokens`, `expert_load` by layer, and `bits_per_byte` where the loader knows the byte count.
 
     The load counts every token of the validation sequences and excludes padding sequences that only fill up
-    micro-batches. Bits per byte is total nats / ln 2 / bytes of the text behind the target tokens.
+    micro-batches. Bits per byte is total nats / ln 2 / bytes of the text behind the target tokens. Of
+    conversations also `conversation_loss`, the mean over conversations of the mean over each one's target tokens, and
+    `conversations`, their number; this takes a second pass over the data.
 
     Communicates: all ranks (sums), plus the forward pass.
     """
     experiment, groups, device = run.experiment, run.groups, run.device
+    totals, routed = _sums(run, stage, loader, loader)
+    nats, target_tokens = totals[0].item(), int(totals[1].item())
+    found = {"loss": nats / target_tokens, "target_tokens": target_tokens}
+    if loader.is_chat:
+        of_conversations, _ = _sums(run, stage, loader, _ByConversation(loader))
+        conversations = round(of_conversations[1].item())  # each has weights that add up to 1, rounded in fp32
+        found |= {"conversation_loss": of_conversations[0].item() / conversations, "conversations": conversations}
+    if loader.target_bytes is not None:
+        # data-parallel ranks hold different sequences; all other ranks hold copies of theirs
+        replicas = dist.get_world_size() // groups.dp.size()
+        num_bytes = sum_over(dist.group.WORLD, torch.tensor(loader.target_bytes, device=device)).item() // replicas
+        found |= {"bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
+    return {**found, "expert_load": routing_record(experiment.model, routed, None)["expert_load"]}
+
+
+class _ByConversation:
+    """The micro-batches of a loader with weights for which each conversation counts the same."""
+
+    def __init__(self, loader: EvaluationLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (by_conversation(batch)[0] for batch in self._loader)
+
+
+def _sums(
+    run: Run, stage: StageConfig, loader: EvaluationLoader, batches: Iterable[MicroBatch]
+) -> tuple[Tensor, RouterStatistics]:
+    """((2,) float64: weighted sum of cross-entropies, sum of the weights; router statistics), over all ranks.
+
+    `batches`: of `loader`, can be iterated several times. Communicates: as `evaluate`.
+    """
+    experiment, device = run.experiment, run.device
     statistics: list[Tensor] = []
     group_tokens = experiment.model.moe_routing_group_tokens
 
-    def counted(group_n: Tensor) -> EvaluationRouting:
+    def counted(group_n: Tensor, _: Tensor) -> EvaluationRouting:
         is_counted_n = group_n // (loader.sequence_length // group_tokens) < loader.num_sequences
         return EvaluationRouting(is_counted_n.repeat_interleave(group_tokens))
 
-    def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        inputs = model_inputs(next(batches), rope_alpha=stage.rope_alpha, loss_tokens=1.0, route=counted)
+    def forward(sent: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        inputs = model_inputs(next(sent), rope_alpha=stage.rope_alpha, loss_tokens=1.0, route=counted)
         output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
         mask_T = inputs.loss_weight_T
@@ -53,16 +88,8 @@ def evaluate(run: Run, stage: StageConfig, loader: EvaluationLoader) -> dict[str
     for model in run.wrapped:
         model.eval()
     tokens = loader.sequence_length * experiment.evaluation.micro_batch_sequences
-    feed = partial(sent_ahead, run, loader)
+    feed = partial(sent_ahead, run, batches)
     sums = run_schedule(run, forward, feed, len(loader), tokens, forward_only=True)
     for model in run.wrapped:
         model.train()
-    totals, routed = sum_over_batch(groups, sums, 2, statistics)
-    nats, target_tokens = totals[0].item(), int(totals[1].item())
-    found = {"loss": nats / target_tokens, "target_tokens": target_tokens}
-    if loader.target_bytes is not None:
-        # data-parallel ranks hold different sequences; all other ranks hold copies of theirs
-        replicas = dist.get_world_size() // groups.dp.size()
-        num_bytes = sum_over(dist.group.WORLD, torch.tensor(loader.target_bytes, device=device)).item() // replicas
-        found |= {"bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
-    return {**found, "expert_load": routing_record(experiment.model, routed, None)["expert_load"]}
+    return sum_over_batch(run.groups, sums, 2, statistics)

@@ -120,7 +120,7 @@ def _start(experiment: Experiment, tokenizer_digest: str) -> None:
     elif found and settings.resume:
         resume.go_on(experiment, met, found[-1], save_load.read_marker(found[-1]))
     elif found:
-        raise setup.other_run_error(found[-1])
+        raise resume.other_run_error(found[-1])
     elif settings.resume and (faults := faults_of(run_dir)):
         raise none_is_good(run_dir, faults, WITHOUT_ANY)
     elif settings.init_from is not None:

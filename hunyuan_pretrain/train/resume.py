@@ -50,6 +50,8 @@ class Start:
     """Later checkpoints in run_dir, which a branch leaves behind."""
     noise: Mapping[str, Any] | None = None
     """The measured noise scale of the checkpoint (train.noise_scale.NoiseScale.state)."""
+    base: Mapping[str, Any] | None = None
+    """With LoRA, the weights that the adapters belong to (train.base_weights.Base.record)."""
 
     def after(self, lines: Sequence[str]) -> Start:
         """A copy with `lines` before its own log lines."""
@@ -238,6 +240,14 @@ def refuse_other_starts(experiment: Experiment, met: Mapping[str, Any]) -> None:
             )
     if problems:
         raise ConfigError("ranks of this job", problems)
+
+
+def other_run_error(checkpoint: Path) -> CheckpointError:
+    """The error for a run that has a checkpoint but is configured not to resume."""
+    return CheckpointError(
+        f"checkpoint.resume=false, but {checkpoint} exists, and a later resume would mix the two runs: "
+        "choose another run_dir, or remove the checkpoints"
+    )
 
 
 def on_rank_0(action: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.folders import ADAPTER_OF
 from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
@@ -93,6 +94,7 @@ class Run:
             "position": self.schedule.position(num_steps),
             "history": [segment.model_dump(mode="json") for segment in history],
             **({"noise_scale": self.noise.state()} if self.noise is not None else {}),
+            **({ADAPTER_OF: dict(self.start.base)} if self.start and self.start.base else {}),
         }
 
     @property

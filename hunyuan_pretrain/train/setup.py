@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, checkpoint_of, step_of
-from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
+from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, step_of
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import set_aside_later, write_history
@@ -48,6 +48,7 @@ from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train import resume
 from hunyuan_pretrain.train.attention_choice import settle
+from hunyuan_pretrain.train.base_weights import Base, load_base, load_weights, refuse_other_base, start_adapter
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
 from hunyuan_pretrain.train.resume import Start
@@ -76,7 +77,9 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
         chunks, wrapped = _build_model(experiment, groups)
         optimizer = build_optimizer(wrapped, experiment, groups)
-        start = _load_or_init(experiment, chunks, optimizer, accepted).after(lock.notes if lock else ())
+        base = load_base(experiment, chunks, optimizer)
+        start = _load_or_init(experiment, chunks, optimizer, accepted, base).after(lock.notes if lock else ())
+        start = replace(start, base=base.record if base else None)
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
         start = settle(experiment, groups, chunks, loader, device, start)
@@ -182,6 +185,7 @@ def _build_model(
         engine,
         kind,
         uses_kernels(machine, experiment),
+        experiment.tuning,
     )
     chunks = build_model(config, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)
@@ -235,10 +239,14 @@ def open_evaluation(
 
 
 def _load_or_init(
-    experiment: Experiment, chunks: list[HunyuanModel], optimizer: MegatronOptimizer, accepted: Collection[str] = ()
+    experiment: Experiment,
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer,
+    accepted: Collection[str] = (),
+    base: Base | None = None,
 ) -> Start:
     """Resume from the run's newest intact checkpoint; without one, start from `checkpoint.init_from` or fresh
-    weights."""
+    weights. base: the weights of a run with LoRA, which are there already."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
     code, _ = from_rank_0(code_version)
     met = resume.what_is_met(experiment, Tokenizer.load(experiment.tokenizer).digest, {**(code or {}), **versions()})
@@ -248,16 +256,17 @@ def _load_or_init(
         if error is not None:
             raise CheckpointError(f"{run_dir}: {error}")
         if found:
-            raise other_run_error(found[-1])
+            raise resume.other_run_error(found[-1])
     else:
         starts: dict[Path, Start] = {}
 
         def accept(folder: Path, marker: dict[str, Any]) -> None:
+            refuse_other_base(folder, marker, base)
             starts[folder] = resume.go_on(experiment, met, folder, marker, accepted)
 
         if (
             settings.resume_from is not None
-            and (start := _branch(experiment, met, accepted, chunks, optimizer)) is not None
+            and (start := _branch(experiment, met, accepted, chunks, optimizer, base)) is not None
         ):
             return start
         resumed = save_load.load_newest(run_dir, chunks, optimizer, accept)
@@ -265,11 +274,9 @@ def _load_or_init(
             return starts[resumed.folder].after(resumed.notes)
     if settings.init_from is None:
         return resume.begin(experiment, met)
-    folder = resume.on_rank_0(lambda: checkpoint_of(Path(str(settings.init_from))))
-    lines, changes = resume.weights_from(experiment, folder, resume.on_rank_0(lambda: save_load.read_marker(folder)))
-    save_load.load(folder, chunks, None)
-    reload_weights(optimizer)
-    return resume.begin(experiment, met, tuple(lines), tuple(changes))
+    weights = base or load_weights(experiment, chunks, optimizer)
+    lines = (*weights.lines, *start_adapter(experiment, chunks, optimizer))
+    return resume.begin(experiment, met, lines, weights.changes)
 
 
 def _branch(
@@ -278,6 +285,7 @@ def _branch(
     accepted: Collection[str],
     chunks: list[HunyuanModel],
     optimizer: MegatronOptimizer,
+    base: Base | None,
 ) -> Start | None:
     """Resume from `checkpoint.resume_from`. Returns None if the run is already on that branch. Communicates: all
     ranks."""
@@ -289,6 +297,7 @@ def _branch(
         return None
     folder = branch_folder(experiment, found)
     marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
+    refuse_other_base(folder, marker, base)
     start = resume.go_on(experiment, met, folder, marker, accepted)
     save_load.load(folder, chunks, optimizer)
     later = [one for one in found if (step_of(one) or 0) > start.first_step]
@@ -308,14 +317,6 @@ def branch_folder(experiment: Experiment, found: Sequence[Path]) -> Path:
             [Problem("checkpoint.resume_from", wanted, rule, "choose another run_dir, or one of these checkpoints")],
         )
     return folder
-
-
-def other_run_error(checkpoint: Path) -> CheckpointError:
-    """The error for a run that has a checkpoint but is configured not to resume."""
-    return CheckpointError(
-        f"checkpoint.resume=false, but {checkpoint} exists, and a later resume would mix the two runs: "
-        "choose another run_dir, or remove the checkpoints"
-    )
 
 
 def _check_paths(experiment: Experiment) -> None:
