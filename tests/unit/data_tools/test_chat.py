@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from data_tools.chat import ChatForm
+from data_tools.cli import main
 from data_tools.datatrove_pipeline import tokenize_on
 from data_tools.inspection import inspect
 from data_tools.packed_output import pack
@@ -218,3 +220,29 @@ def test_datatrove_tasks_write_the_same_bytes(chats: Path, tmp_path: Path, token
     tokenize_on("local", [path], tokenizer_folder, str(tmp_path / "t"), tasks=1, workers=1, form=ChatForm())
     for name in ("shard_00000.bin", "shard_00000.targets"):
         assert (tmp_path / "t" / name).read_bytes() == (chats / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--system-prompt", "x"], "--system-prompt: has no effect without --chat"),
+        (["--train-end-of-user"], "--train-end-of-user: has no effect without --chat"),
+        (["--chat", "--text-field", "content"], "--chat: reads messages, or prompt and completion"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    tmp_path: Path,
+    tokenizer_folder: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    expected: str,
+) -> None:
+    path = write(tmp_path / "c.jsonl", RECORDS)
+    arguments = ["tokenize", path, "--tokenizer", tokenizer_folder, "--output", str(tmp_path / "o"), *options]
+    monkeypatch.setattr(sys, "argv", ["hunyuan-data", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
