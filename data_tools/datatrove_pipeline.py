@@ -85,7 +85,7 @@ def begin(
         if (folder / MANIFEST).is_file():
             return []
         folders = [folder, *(open_folder(other) for other in outputs[1:])]
-        return [number for number in range(len(job.shards)) if not is_finished(folders, number)]
+        return [number for number in range(len(job.shards)) if not is_finished(job, folders, number)]
 
 
 class PlanTokenizing(PipelineStep):
@@ -136,7 +136,7 @@ class TokenizeShards(PipelineStep):
             for number in range(rank, len(plan.job.shards), world_size):
                 # the process that a requeued task replaces may still be running
                 with waiting_for(folder / f".{shard_name(number)}.lock"):
-                    if is_finished(folders, number):
+                    if is_finished(plan.job, folders, number):
                         continue
                     encoder = encoder or DocumentEncoder(plan.job.encoder)
                     try:
@@ -174,7 +174,8 @@ class JoinShards(PipelineStep):
                     folder,
                     *(stack.enter_context(begun_folder(other, alone=True))[0] for other in plan.outputs[1:]),
                 ]
-                left = [number for number in range(len(plan.job.shards)) if not is_finished(folders, number)]
+                numbers = range(len(plan.job.shards))
+                left = [number for number in numbers if not is_finished(plan.job, folders, number)]
                 if left:
                     raise DataFormatError(
                         f"{self.output}: {len(left)} of {len(plan.job.shards)} shards are not finished; tokenize again"

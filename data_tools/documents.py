@@ -145,7 +145,7 @@ def _documents_of_lines(
     for number, (position, line) in enumerate(_lines(split, blocks), start=1):
         # a split in the middle of a file does not know its line numbers
         where = f"{split.file.path}: line {number}" if split.start == 0 else f"{split.file.path}: byte {position:,}"
-        if not isinstance(line, bytes) and (form.template is not None or form.where):
+        if not isinstance(line, bytes) and form.needs_whole_record:
             line = b"".join(line)  # several fields are needed, in any order, so the whole line is parsed
         if not isinstance(line, bytes):
             yield Document(position, parts=_long_text(line, form))

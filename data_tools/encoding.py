@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hunyuan_pretrain.data.tokenizer import SPLIT_PATTERN, Tokenizer, byte_letters
+from hunyuan_pretrain.data.tokenizer import END_OF_USER, SPLIT_PATTERN, Tokenizer, byte_letters, chat_parts
 
 _ENGINE_CHARACTERS = 1 << 27
 """The engine caches every word that it has seen, without bound; after this many characters it is rebuilt."""
@@ -32,6 +32,7 @@ class EncoderSource:
     """None if gigatoken is not installed."""
     start_id: int
     end_id: int
+    special_ids: Mapping[str, int]
 
     @classmethod
     def of(cls, tokenizer_path: str, tokenizer: Tokenizer) -> EncoderSource:
@@ -42,8 +43,9 @@ class EncoderSource:
             print(
                 "warning: gigatoken is not installed; tiktoken encodes instead, about 3 times slower", file=sys.stderr
             )
-            return cls(tokenizer_path, None, tokenizer.start_id, tokenizer.end_id)
-        return cls(tokenizer_path, engine_json(tokenizer.ranks), tokenizer.start_id, tokenizer.end_id)
+            return cls(tokenizer_path, None, tokenizer.start_id, tokenizer.end_id, tokenizer.special_ids)
+        engine = engine_json(tokenizer.ranks)
+        return cls(tokenizer_path, engine, tokenizer.start_id, tokenizer.end_id, tokenizer.special_ids)
 
 
 class DocumentEncoder:
@@ -56,6 +58,7 @@ class DocumentEncoder:
     def __init__(self, source: EncoderSource) -> None:
         self._start = np.array([source.start_id], dtype=np.uint32)
         self._end = np.array([source.end_id], dtype=np.uint32)
+        self._special_ids = source.special_ids
         self._encode: Callable[[str], np.ndarray]
         if source.engine_json is None:
             tokenizer = Tokenizer.load(source.tokenizer_path)
@@ -84,6 +87,29 @@ class DocumentEncoder:
             parts += (self._start, ids, self._end)
             lengths[number] = len(ids) + 2
         return np.concatenate(parts), lengths
+
+    def encode_chats(
+        self, chats: Sequence[Sequence[Mapping[str, str]]], train_end_of_user: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(concatenated ids (tokens,), lengths (conversations,) int64, targets (tokens,) bool) of conversations, laid
+        out by `tokenizer.chat_parts`. Names of special tokens in messages are ordinary characters.
+
+        Targets are the tokens of the answers, each with its <|eos|>; with `train_end_of_user` also the <|extra_0|>
+        before each.
+        """
+        ids: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        lengths = np.empty(len(chats), dtype=np.int64)
+        for number, messages in enumerate(chats):
+            lengths[number] = 0
+            for part in chat_parts(messages):
+                special = self._special_ids.get(part.text) if part.is_special else None
+                tokens = self._encode(_normalized(part.text)) if special is None else np.array([special], np.uint32)
+                is_target = part.is_answer or (train_end_of_user and part.is_special and part.text == END_OF_USER)
+                ids.append(tokens)
+                targets.append(np.full(len(tokens), is_target))
+                lengths[number] += len(tokens)
+        return np.concatenate(ids), lengths, np.concatenate(targets)
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of one document whose text comes in parts, cut between tokens (see `cut_between_words`)."""

@@ -15,7 +15,7 @@ from data_tools.progress import describe_skipped
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, manifest_format
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
-from hunyuan_pretrain.data.packed_dataset import PackedDataset
+from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
 from hunyuan_pretrain.data.packed_format import PACKED_FORMAT
 from hunyuan_pretrain.data.tokenizer import Tokenizer, UnknownIdError
 
@@ -24,9 +24,20 @@ _SHOWN_PIECES = 6
 _LENGTHS_AT_A_TIME = 1 << 22
 
 
-def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: str | None, verify: bool) -> None:
+def inspect(
+    folder: str,
+    console: Console,
+    *,
+    num_samples: int,
+    tokenizer_path: str | None,
+    verify: bool,
+    num_positions: int = 0,
+) -> None:
     """Print counts, a histogram of lengths and `num_samples` samples of a tokenized or packed folder. Samples are
     decoded if a tokenizer is given.
+
+    num_positions: of each packed sample, the token, the label and whether it is trained on are printed position by
+    position, this many from the first label on.
 
     `verify` also reads every file and compares it with its SHA-256. Raises DataFormatError if the folder is neither
     kind, if it is damaged, or if it was written with another tokenizer.
@@ -56,6 +67,8 @@ def inspect(folder: str, console: Console, *, num_samples: int, tokenizer_path: 
         if packed:
             for number in _spread(len(packed), num_samples):
                 _print_sequence(packed, number, tokenizer, console)
+                if num_positions:
+                    _print_positions(packed[number], num_positions, tokenizer, console)
         elif tokenized:
             for number in _spread(tokenized.num_documents, num_samples):
                 console.rule(f"document {number}, {len(tokenized.document(number)):,} tokens", align="left")
@@ -81,6 +94,7 @@ def _print_tokenized(dataset: TokenizedDataset, console: Console) -> None:
         ("left out", f"{counts['empty_documents']:,} empty, {counts['rejects']:,} rejected{passed_over}"),
         *([("files", describe_skipped(skipped))] if skipped else []),
         ("shards", f"{len(dataset.shards):,}"),
+        *_chat_rows(dataset.folder, dataset.manifest, dataset.num_tokens),
         ("vocabulary", f"{dataset.vocab_size:,} ids, tokenizer {dataset.tokenizer_digest[:12]}"),
         *_source_rows(dataset.folder, dataset.manifest),
     ]
@@ -100,6 +114,7 @@ def _print_packed(dataset: PackedDataset, console: Console) -> None:
         ("documents cut", f"{index.cut_documents:,} ({index.cut_documents / index.num_documents:.2%})"),
         ("pieces per sequence", f"{num_pieces / index.num_sequences:.1f} on average, {most_pieces:,} at most"),
         ("vocabulary", f"{index.vocab_size:,} ids, tokenizer {index.tokenizer_digest[:12]}"),
+        *_chat_rows(index.folder, index.manifest, index.num_tokens),
         ("seed", f"{manifest_field(index.folder, index.manifest, 'seed', int)}"),
         *_source_rows(index.folder, index.manifest),
     ]
@@ -107,6 +122,27 @@ def _print_packed(dataset: PackedDataset, console: Console) -> None:
     starts = range(0, num_pieces, _LENGTHS_AT_A_TIME)
     parts = (index.piece_length[start : start + _LENGTHS_AT_A_TIME] for start in starts)
     _print_histogram("pieces by length", parts, console)
+
+
+def _chat_rows(folder: Path, manifest: dict[str, Any], num_tokens: int) -> list[tuple[str, str]]:
+    """Of conversations: what is trained on, and those that were too long for a sequence."""
+    if "chat" not in manifest:
+        return []
+    chat = manifest_field(folder, manifest, "chat", dict)
+    targets = manifest_field(folder, manifest, "target_tokens", int)
+    also = ", and the <|extra_0|> before them" if chat.get("train_end_of_user") else ""
+    rows = [
+        ("trained on", f"{targets:,} tokens ({targets / num_tokens:.1%}): answers with their <|eos|>{also}"),
+        ("system prompt", str(chat.get("system_prompt")) or "none"),
+    ]
+    if "overlong" in manifest:
+        lost = manifest_field(folder, manifest, "overlong", dict)
+        dropped, dropped_tokens, cut, cut_tokens = (
+            manifest_field(folder, lost, name, int) for name in ("dropped", "dropped_tokens", "cut", "cut_tokens")
+        )
+        left_out = f"{dropped:,} left out ({dropped_tokens:,} tokens)"
+        rows.append(("too long", f"{left_out}, {cut:,} without their last turns ({cut_tokens:,} tokens)"))
+    return rows
 
 
 def _source_rows(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -158,6 +194,20 @@ def _print_sequence(dataset: PackedDataset, number: int, tokenizer: Tokenizer | 
     padding = dataset.sequence_length - sum(length for _, _, length in pieces)
     if padding:
         console.print(f"[bold]── padding, {padding:,} tokens[/bold]")
+
+
+def _print_positions(
+    sequence: PackedSequence, num_positions: int, tokenizer: Tokenizer | None, console: Console
+) -> None:
+    """A table of positions: from a little before the first label that is trained on."""
+    table = Table("position", "token", "label", "trained on", title_justify="left")
+    trained = np.flatnonzero(sequence.loss_mask)
+    first = max(int(trained[0]) - 4, 0) if len(trained) else 0
+    for position in range(first, min(first + num_positions, len(sequence.tokens))):
+        found = [int(ids[position]) for ids in (sequence.tokens, sequence.labels)]
+        shown = [f"{one}" if tokenizer is None else f"{one} {tokenizer.decode([one])!r}" for one in found]
+        table.add_row(str(position), *map(escape, shown), "yes" if sequence.loss_mask[position] else "")
+    console.print(table)
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:

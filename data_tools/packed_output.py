@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.progress import ProgressReport
+from hunyuan_pretrain.data.conversations import Overlong, fitted
 from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, finish_folder, read_manifest, unfinished_folder, write_manifest
@@ -54,6 +55,8 @@ class PackJob:
     min_document_tokens: int
     max_document_tokens: int | None
     materialize: bool
+    overlong: Overlong | None
+    """What happens to conversations longer than a sequence; None: the folders hold texts."""
     first_shards: list[int]
     """Of each group, over the shards of all folders."""
 
@@ -87,11 +90,12 @@ def plan_pack(
     max_document_tokens: int | None = None,
     materialize: bool = False,
     group_tokens: int = GROUP_TOKENS,
+    overlong: Overlong | None = None,
 ) -> PackJob:
     """Check the options and divide the folders into groups of at most `group_tokens` tokens, as `split_into_groups`.
 
-    Raises DataFormatError for an invalid option, if two folders were tokenized differently, or if `materialize` is
-    given for several groups.
+    `overlong`: for conversations; None is "error" for them. Raises DataFormatError for an invalid option, if two
+    folders were tokenized differently, or if `materialize` is given for several groups.
     """
     if sequence_length < 2:
         raise DataFormatError(f"--sequence-length {sequence_length}: must be at least 2, for a token and its label")
@@ -104,6 +108,11 @@ def plan_pack(
     check_options(sequence_length, method, min_fragment_tokens)
     sources = [TokenizedDataset(folder, check_shards=False) for folder in tokenized]
     check_sources(sources)
+    is_chat = sources[0].chat is not None
+    if overlong is not None and not is_chat:
+        raise DataFormatError("--overlong: has no effect on texts, which are cut; tokenize conversations with --chat")
+    if is_chat and method != "best_fit":
+        raise DataFormatError(f"--method {method}: would cut conversations; leave it out")
     first_shards = split_into_groups([shard for source in sources for shard in source.shards], group_tokens)
     if materialize and len(first_shards) > 1:
         raise DataFormatError(
@@ -121,6 +130,7 @@ def plan_pack(
         min_document_tokens=min_document_tokens,
         max_document_tokens=max_document_tokens,
         materialize=materialize,
+        overlong=(overlong or "error") if is_chat else None,
         first_shards=first_shards,
     )
 
@@ -154,15 +164,19 @@ class OpenJob:
             is_wanted = lengths >= job.min_document_tokens
             if job.max_document_tokens is not None:
                 is_wanted &= lengths <= job.max_document_tokens
+            wanted, of_chats = np.where(is_wanted, lengths, 0), None  # empty documents are not packed
+            if job.overlong is not None:
+                wanted, of_chats = fitted(shards, wanted, job.sequence_length, job.overlong)
             packing = pack_documents(
-                np.where(is_wanted, lengths, 0),  # empty documents are not packed
+                wanted,
                 job.sequence_length,
                 seed_of_group(job.seed, number),
                 job.method,
                 job.min_fragment_tokens,
             )
             left_out = len(lengths) - int(np.count_nonzero(is_wanted))
-            write_group(folder, number, packing, lengths, left_out, shards if job.materialize else None, advance)
+            copied_from = shards if job.materialize else None
+            write_group(folder, number, packing, lengths, left_out, copied_from, advance, of_chats)
         except BaseException:
             remove_group(folder, number)
             raise
@@ -180,6 +194,11 @@ class OpenJob:
         if not sum(report.sequences for report in reports):
             for number in range(job.num_groups):
                 remove_group(folder, number)
+            if sum(report.overlong_dropped for report in reports):
+                raise DataFormatError(
+                    f"{', '.join(job.tokenized)}: every conversation is longer than --sequence-length "
+                    f"{job.sequence_length}, so none is left; pack to longer sequences"
+                )
             raise DataFormatError(
                 f"{', '.join(job.tokenized)}: no document has {job.min_document_tokens} "
                 f"{f'to {job.max_document_tokens}' if job.max_document_tokens else 'or more'} tokens; they have "
@@ -256,8 +275,15 @@ def _entries(job: PackJob, reports: Sequence[GroupReport]) -> dict[str, Any]:
             "min_fragment_tokens": job.min_fragment_tokens,
             "min_document_tokens": job.min_document_tokens,
             "max_document_tokens": job.max_document_tokens,
-            "left_out_documents": total("left_out_documents"),
+            "left_out_documents": total("left_out_documents") + total("overlong_dropped"),
         },
+        **(_chat_entries(job, total) if job.overlong is not None else {}),
         "materialized": job.materialize,
         **({"groups": groups} if len(groups) > 1 else {}),
     }
+
+
+def _chat_entries(job: PackJob, total: Callable[[str], int]) -> dict[str, Any]:
+    names = ("overlong_dropped", "overlong_dropped_tokens", "overlong_cut", "overlong_cut_tokens")
+    counts = {name.removeprefix("overlong_"): total(name) for name in names}
+    return {"overlong": {"policy": job.overlong, **counts}, "target_tokens": total("target_tokens")}

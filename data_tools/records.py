@@ -57,6 +57,11 @@ class RecordForm:
         """All fields that are read."""
         return list(dict.fromkeys([*self.text_fields, *self.where]))
 
+    @property
+    def needs_whole_record(self) -> bool:
+        """Whether a very long record cannot be read in parts."""
+        return self.template is not None or bool(self.where)
+
     def as_json(self) -> dict[str, Any]:
         """The form as JSON for manifests."""
         return {

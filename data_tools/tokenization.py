@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.chat import ChatForm
 from data_tools.corpus import DEFAULT_EXTENSIONS, split_evenly, survey
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport, describe_skipped
@@ -41,13 +42,15 @@ from hunyuan_pretrain.data.folders import (
     write_file,
     write_manifest,
 )
-from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, shard_files, token_dtype
+from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TOKENIZED_VERSION, shard_files, targets_file, token_dtype
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 
 REJECTS = "rejects.jsonl"
-TOKENIZED_FILES = (MANIFEST, REJECTS, *shard_files("shard_*"))
+TOKENIZED_FILES = (MANIFEST, REJECTS, *shard_files("shard_*"), targets_file("shard_*"))
 """Patterns of the file names in a tokenized folder."""
 _SECONDS_BETWEEN_LOOKS = 0.5
+_RECORDS = ("jsonl", "json")
+"""Kinds of files that hold conversations."""
 
 
 def plan_job(
@@ -66,9 +69,11 @@ def plan_job(
 
     Prints to stderr what is not read. Raises DataFormatError for an invalid input or tokenizer.
     """
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer, form = Tokenizer.load(tokenizer_path), form or RecordForm()
     found = survey(inputs, extensions, text_endings)
     files = found.files
+    if isinstance(form, ChatForm) and (text := next((file for file in files if file.kind not in _RECORDS), None)):
+        raise DataFormatError(f"{text.path}: a file of text; --chat reads records: JSON lines or JSON arrays")
     if found.skipped:
         print(describe_skipped(found.skipped, found.examples), file=sys.stderr)
     return TokenizeJob(
@@ -79,7 +84,7 @@ def plan_job(
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
-        form=form or RecordForm(),
+        form=form,
         holdout_every=holdout_every,
         max_rejects=max_rejects or Allowance(),
         skipped=found.skipped,
@@ -116,6 +121,18 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
     if problem:
         remove_shards(folders, range(len(job.shards)))  # the same call would fail again
         raise DataFormatError(problem)
+    manifests = _manifests(job, reports, totals)
+    # the first folder's manifest comes last: once it exists, only the final names are missing
+    for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
+        if rejects:
+            lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
+            write_file(folder / REJECTS, "".join(f"{line}\n" for line in lines).encode())
+        write_manifest(folder, manifest)
+    return manifests
+
+
+def _manifests(job: TokenizeJob, reports: Sequence[ShardReport], totals: np.ndarray) -> list[dict[str, Any]]:
+    """Of each folder. totals: (folders, inputs, 3) documents, bytes, tokens."""
     num_files = np.bincount([file.input_number for file in job.files], minlength=len(job.inputs)).tolist()
     manifests = []
     for number, of_inputs in enumerate(totals.tolist()):
@@ -134,9 +151,9 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "text": job.form.as_json(),
                 "holdout_every": job.holdout_every,
                 "empty_documents": sum(report.empty_documents for report in reports),
-                "passed_over": passed_over,
+                "passed_over": sum(report.passed_over for report in reports),
                 "skipped": job.skipped,
-                "rejects": num_rejects,
+                "rejects": sum(report.rejects for report in reports),
                 "sources": [
                     {"path": path, "files": count, "documents": row[0], "bytes": row[1], "tokens": row[2]}
                     for path, count, row in zip(job.inputs, num_files, of_inputs, strict=True)
@@ -144,14 +161,15 @@ def finish(job: TokenizeJob, folders: Sequence[Path]) -> list[dict[str, Any]]:
                 "files": [file.path for file in job.files],
                 "shards": [report.outputs[number].entry for report in reports],
             }
+            | _chat_entry(job, [report.outputs[number].entry for report in reports])
         )
-    # the first folder's manifest comes last: once it exists, only the final names are missing
-    for folder, manifest in reversed(list(zip(folders, manifests, strict=True))):
-        if rejects:
-            lines = [json.dumps(asdict(reject), ensure_ascii=False) for reject in rejects]
-            write_file(folder / REJECTS, "".join(f"{line}\n" for line in lines).encode())
-        write_manifest(folder, manifest)
     return manifests
+
+
+def _chat_entry(job: TokenizeJob, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not isinstance(job.form, ChatForm):
+        return {}
+    return {"chat": job.form.chat, "target_tokens": sum(entry["target_tokens"] for entry in entries)}
 
 
 def name_outputs(outputs: Sequence[str], folder: Path, num_shards: int) -> None:
@@ -221,7 +239,7 @@ def checked_outputs(output: str, holdout_every: int | None, holdout_output: str 
 def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> None:
     """Write the unfinished shards, each in one of `workers` processes. After a failure only finished shards are
     left."""
-    waiting = [number for number in range(len(job.shards)) if not is_finished(folders, number)]
+    waiting = [number for number in range(len(job.shards)) if not is_finished(job, folders, number)]
     sizes = [sum(split.weight for split in shard) for shard in job.shards]
     try:
         with ProgressReport("tokenizing", sum(sizes[number] for number in waiting)) as progress:
@@ -232,7 +250,7 @@ def write_shards(job: TokenizeJob, folders: Sequence[Path], workers: int) -> Non
                 for count, number in enumerate(waiting):
                     write_shard(job, number, folders, encoder, partial(progress.advance, note=_done(count, waiting)))
     except BaseException:
-        remove_shards(folders, [number for number in range(len(job.shards)) if not is_finished(folders, number)])
+        remove_shards(folders, [number for number in range(len(job.shards)) if not is_finished(job, folders, number)])
         raise
 
 
@@ -240,7 +258,8 @@ def remove_shards(folders: Sequence[Path], numbers: Iterable[int]) -> None:
     """Remove all files of these shards that exist."""
     for number in numbers:
         for folder in folders:
-            for name in (*shard_files(shard_name(number)), f"{shard_name(number)}.json"):
+            base = shard_name(number)
+            for name in (*shard_files(base), targets_file(base), f"{base}.json"):
                 (folder / name).unlink(missing_ok=True)
 
 

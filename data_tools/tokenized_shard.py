@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from data_tools.chat import ChatForm
 from data_tools.corpus import CorpusFile, Split
 from data_tools.documents import DamagedError, Document, RejectedError, cut_between_words, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
@@ -22,7 +23,7 @@ from data_tools.records import RecordForm, Reject
 from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
-from hunyuan_pretrain.data.indexed import TOKENIZED_VERSION, ShardWriter, shard_files
+from hunyuan_pretrain.data.indexed import TOKENIZED_VERSION, ShardWriter, shard_files, targets_file
 
 _BATCH_CHARACTERS = 1 << 20
 _PART_CHARACTERS = 1 << 22
@@ -75,7 +76,7 @@ class TokenizeJob:
     tokenizer_digest: str
     vocab_size: int
     pad_id: int
-    form: RecordForm
+    form: RecordForm | ChatForm
     holdout_every: int | None
     max_rejects: Allowance
     skipped: dict[str, int] = field(default_factory=dict)
@@ -121,9 +122,10 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def is_finished(folders: Sequence[Path], number: int) -> bool:
+def is_finished(job: TokenizeJob, folders: Sequence[Path], number: int) -> bool:
     """Whether a shard's report and all of its files exist."""
-    names = shard_files(shard_name(number))
+    name = shard_name(number)
+    names = (*shard_files(name), *((targets_file(name),) if isinstance(job.form, ChatForm) else ()))
     return (folders[0] / f"{shard_name(number)}.json").is_file() and all(
         (folder / name).is_file() for folder in folders for name in names
     )
@@ -141,7 +143,8 @@ def write_shard(
     Raises DataFormatError if a file is damaged, or if this shard alone exceeds an allowed number of rejects.
     """
     with ExitStack() as stack:
-        writers = [ShardWriter(folder, shard_name(number), job.vocab_size) for folder in folders]
+        is_chat = isinstance(job.form, ChatForm)
+        writers = [ShardWriter(folder, shard_name(number), job.vocab_size, is_chat) for folder in folders]
         for writer in writers:
             stack.callback(writer.close)
         shard = _Shard(job, number, writers, encoder)
@@ -150,7 +153,8 @@ def write_shard(
                 shard.add(split, document)
             shard.flush()
         outputs = [
-            ShardOutput(writer.finish(), rows.tolist()) for writer, rows in zip(writers, shard.totals, strict=True)
+            ShardOutput(writer.finish() | ({"target_tokens": targets} if is_chat else {}), rows.tolist())
+            for writer, rows, targets in zip(writers, shard.totals, shard.target_tokens, strict=True)
         ]
         report = ShardReport(outputs, shard.num_empty, shard.num_passed_over, shard.num_rejects, shard.rejects)
     write_file(folders[0] / f"{shard_name(number)}.json", json.dumps(asdict(report)).encode())
@@ -171,6 +175,8 @@ class _Shard:
         self._waiting_characters = 0
         self.totals = np.zeros((len(writers), len(job.inputs), 3), dtype=np.int64)
         """(writers, inputs, 3): documents, bytes, tokens."""
+        self.target_tokens = [0] * len(writers)
+        """Of conversations, in each folder."""
         self.num_empty = self.num_passed_over = self.num_rejects = 0
         self.rejects: list[Reject] = []
         """The first rejects, at most 20."""
@@ -219,15 +225,27 @@ class _Shard:
 
     def _write(self, documents: Sequence[Document]) -> None:
         texts = [document.text for document in documents]
-        ids, lengths = self._encoder.encode(texts)
+        ids, lengths, targets = self._encode(documents, texts)
         utf8_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
         origins = np.array([[self._split.file_number, document.position] for document in documents], dtype=np.int64)
         held_out = self._held_out(len(documents))
         for number, (writer, chosen) in enumerate(zip(self._writers, (~held_out, held_out), strict=False)):
             if chosen.any():
-                tokens = ids if chosen.all() else ids[np.repeat(chosen, lengths)]
-                writer.add(tokens, lengths[chosen], origins[chosen])
+                is_written = slice(None) if chosen.all() else np.repeat(chosen, lengths)
+                tokens, of_these = ids[is_written], None if targets is None else targets[is_written]
+                writer.add(tokens, lengths[chosen], origins[chosen], of_these)
+                self.target_tokens[number] += 0 if of_these is None else int(of_these.sum())
                 self._count(number, int(chosen.sum()), int(utf8_bytes[chosen].sum()), len(tokens))
+
+    def _encode(
+        self, documents: Sequence[Document], texts: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(ids, lengths, targets of conversations)."""
+        form = self._job.form
+        if not isinstance(form, ChatForm):
+            return *self._encoder.encode(texts), None
+        chats = [form.messages_of(document.record) for document in documents]
+        return self._encoder.encode_chats(chats, form.train_end_of_user)
 
     def _write_in_parts(self, document: Document, parts: Iterator[str]) -> None:
         number = int(self._held_out(1)[0])

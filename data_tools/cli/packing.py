@@ -11,6 +11,14 @@ import typer
 from data_tools.cli.options import Executor, ExecutorOptions, Logs, Overwrite, path_of, refuse_without_executor
 
 
+class Overlong(StrEnum):
+    """What happens to conversations longer than a sequence."""
+
+    error = "error"
+    drop = "drop"
+    cut_turns = "cut_turns"
+
+
 class Method(StrEnum):
     """Packing methods."""
 
@@ -52,6 +60,14 @@ def pack(
             "the output depend on it.",
         ),
     ] = 100_000_000_000,
+    overlong: Annotated[
+        Overlong | None,
+        typer.Option(
+            help="Conversations longer than a sequence, which are never cut within a turn. error: refuse them. drop: "
+            "leave them out. cut_turns: leave out their last turns. Default: error.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     executor: Annotated[
         Executor | None,
@@ -80,6 +96,7 @@ def pack(
         "max_document_tokens": max_document_tokens,
         "materialize": materialize,
         "group_tokens": group_tokens,
+        "overlong": overlong.value if overlong else None,
         "overwrite": overwrite,
     }
     of_executor = {"--tasks": tasks, "--workers": workers, "--executor-option": executor_option, "--logs": logs}
@@ -105,6 +122,13 @@ def pack(
         f"{manifest['padding_tokens'] / room:.4%}, "
         f"{manifest['cut_documents']:,} of {packed:,} documents cut"
     )
+    if "chat" in manifest:
+        lost = manifest["overlong"]
+        print(f"{manifest['target_tokens']:,} tokens are trained on; one epoch is stages.tokens={room:,}")
+        print(
+            f"conversations longer than a sequence: {lost['dropped']:,} left out ({lost['dropped_tokens']:,} tokens), "
+            f"{lost['cut']:,} without their last turns ({lost['cut_tokens']:,} tokens)"
+        )
     if manifest["dropped_tokens"]:
         print(f"left out {manifest['dropped_tokens']:,} tokens in {manifest['dropped_fragments']:,} short fragments")
 
@@ -117,6 +141,14 @@ def inspect(
     tokenizer: Annotated[
         str | None, typer.Option(callback=path_of, help="Folder of the tokenizer; without it, ids are shown.")
     ] = None,
+    positions: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Of each sequence shown, print this many positions around its first label: token, label, and whether "
+            "it is trained on.",
+        ),
+    ] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare it with its SHA-256.")] = False,
 ) -> None:
     """Show counts, lengths and samples of a tokenized or packed folder."""
@@ -124,7 +156,14 @@ def inspect(
 
     from data_tools.inspection import inspect as inspect_folder
 
-    inspect_folder(folder, Console(highlight=False), num_samples=samples, tokenizer_path=tokenizer, verify=verify)
+    inspect_folder(
+        folder,
+        Console(highlight=False),
+        num_samples=samples,
+        tokenizer_path=tokenizer,
+        verify=verify,
+        num_positions=positions,
+    )
 
 
 def mix(

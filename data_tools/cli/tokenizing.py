@@ -23,6 +23,7 @@ from data_tools.cli.options import (
     refuse_without_executor,
     text_endings_of,
 )
+from hunyuan_pretrain.data.errors import DataFormatError
 
 
 def train_tokenizer(
@@ -118,6 +119,25 @@ def tokenize(
     shard_megabytes: Annotated[
         int | None, typer.Option(min=1, help="Text per shard in MB; default: 1/64 of the corpus, between 8 and 512.")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help='The records are conversations, {"messages": [{"role", "content"}, ...]} or {"prompt", "completion"}. '
+            "Only their answers are trained on, each with its <|eos|>.",
+        ),
+    ] = False,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="With --chat: of conversations without a system message; '' for none. Default: 'You are a helpful "
+            "assistant.'"
+        ),
+    ] = None,
+    train_end_of_user: Annotated[
+        bool,
+        typer.Option("--train-end-of-user", help="With --chat: also train on the <|extra_0|> before each answer."),
+    ] = False,
     overwrite: Overwrite = False,
     executor: Annotated[
         Executor | None,
@@ -134,11 +154,10 @@ def tokenize(
     """Tokenize text into Megatron's .bin and .idx, with a manifest. After an interruption the same command resumes with
     the unfinished shards."""
     from data_tools import tokenization
-    from data_tools.records import RecordForm, parse_conditions
     from data_tools.tokenized_shard import Allowance
 
     settings: dict[str, Any] = {
-        "form": RecordForm(text_field, template, parse_conditions(where or [])),
+        "form": _form(text_field, template, where, chat, system_prompt, train_end_of_user),
         "extensions": extensions_of(extension),
         "text_endings": text_endings_of(text_ending),
         "max_rejects": Allowance.parse(max_rejects),
@@ -169,9 +188,36 @@ def tokenize(
             f"{len(manifest['shards'])} shards, "
             f"{bytes_per_token:.2f} bytes/token"
         )
+        if "chat" in manifest:
+            share = manifest["target_tokens"] / manifest["tokens"]
+            print(f"{folder}: conversations; {manifest['target_tokens']:,} tokens ({share:.1%}) are trained on")
     if manifests[0]["passed_over"]:
         print(f"{manifests[0]['passed_over']:,} records left out by --where")
     if manifests[0]["empty_documents"]:
         print(f"{manifests[0]['empty_documents']:,} empty documents left out")
     if manifests[0]["rejects"]:
         print(f"{manifests[0]['rejects']:,} records rejected; see {output}/{tokenization.REJECTS}")
+
+
+def _form(
+    text_field: str,
+    template: str | None,
+    where: list[str] | None,
+    chat: bool,
+    system_prompt: str | None,
+    train_end_of_user: bool,
+) -> Any:
+    """The RecordForm of the options. Raises DataFormatError for options without effect."""
+    from data_tools.chat import DEFAULT_SYSTEM_PROMPT, ChatForm
+    from data_tools.records import RecordForm, parse_conditions
+
+    conditions = parse_conditions(where or [])
+    if not chat:
+        for option, given in (("--system-prompt", system_prompt), ("--train-end-of-user", train_end_of_user or None)):
+            if given is not None:
+                raise DataFormatError(f"{option}: has no effect without --chat; give both or neither")
+        return RecordForm(text_field, template, conditions)
+    if template is not None or text_field != "text":
+        raise DataFormatError("--chat: reads messages, or prompt and completion; leave out --text-field and --template")
+    prompt = DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
+    return ChatForm(where=conditions, system_prompt=prompt, train_end_of_user=train_end_of_user)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import faults_of, none_is_good
+from hunyuan_pretrain.checkpoint.folders import ADAPTER_OF, faults_of, none_is_good
 from hunyuan_pretrain.checkpoint.hf_export import export, refuse_at_once
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, refuse_another_vocabulary
 from hunyuan_pretrain.checkpoint.loaders import Format
 from hunyuan_pretrain.checkpoint.model_card import facts_of_run
 from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
+from hunyuan_pretrain.checkpoint.trained_adapter import export_adapter
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
 from hunyuan_pretrain.checkpoint.workers import Say
 from hunyuan_pretrain.config.history import schedule_of
@@ -39,7 +40,8 @@ def export_run(
     stage in which the checkpoint was taken. licence: an identifier for README.md, such as apache-2.0. processes: that
     verify, convert and digest files; by default as many as are worth it and fit into memory. Each then imports the main
     module, so a script that calls this needs the usual `if __name__ == "__main__":`. say: gets lines of progress.
-    Memory holds one layer, of any layout that trained it.
+    Memory holds one layer, of any layout that trained it. Of a run with LoRA it is the adapter, in PEFT's format
+    (`trained_adapter.export_adapter`).
     Raises CheckpointError if there is no such checkpoint or it is damaged, or the run directory has another tokenizer
     than it was trained with, and as `hf_export.export` does.
     """
@@ -53,8 +55,12 @@ def export_run(
     refuse_another_vocabulary(folder, run_dir / "tokenizer")
     card = facts_of_run(run_dir, folder, licence)
     torch_dtype = DTYPES[dtype or experiment.precision.dtype]
+    if ADAPTER_OF in marker and format != "hunyuan":
+        raise CheckpointError(f"--format {format}: the run has trained an adapter, which has one format, PEFT's")
     refuse_at_once(experiment.model, run_dir / "tokenizer", output, dtype=torch_dtype, format=format)
     weights, processes = verified_weights(folder, marker, processes, say)
+    if ADAPTER_OF in marker:
+        return export_adapter(experiment, marker, weights, output, torch_dtype)
     with one_rank(experiment.runtime.distributed_timeout_s) as groups:
         return export(
             experiment.model,

@@ -218,6 +218,10 @@ def index_of(folder: Path, marker: Mapping[str, Any]) -> Index:
     return read_index(content, {name: file["bytes"] for name, file in files.items()})
 
 
+ADAPTER_OF = "adapter_of"
+"""Key of complete.json of a run with LoRA: the checkpoint holds an adapter; path and digest of its base."""
+
+
 def refuse_other_model(folder: Path, marker: Mapping[str, Any], model: ModelConfig) -> None:
     """Raise CheckpointError naming every setting that makes the checkpoint's weights unusable for `model`."""
     differences = [one for one in model_differences(marker["model"], model) if one.kind == Kind.never]

@@ -31,6 +31,7 @@ from hunyuan_pretrain.checkpoint.host_memory import HostMemory, rounded
 from hunyuan_pretrain.checkpoint.optimizer_pieces import Piece, pieces_of, splits_main_weights
 from hunyuan_pretrain.checkpoint.parallel_read import Region
 from hunyuan_pretrain.checkpoint.split_weights import REMAINDER, join, remainder_of, round_into
+from hunyuan_pretrain.config.tuning import ADAPTER
 from hunyuan_pretrain.model.fp8.parameters import write, written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import Failures
@@ -113,7 +114,7 @@ def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> tuple[dict
     buffers are uninitialised until the regions are read."""
     buffers: dict[str, dict[str, Tensor]] = {}
     regions: list[Region] = []
-    for home in _homes(chunks):
+    for home in _homes(chunks, None if with_optimizer else False):
         if not home.is_here:
             continue
         for kind in (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,):
@@ -145,7 +146,7 @@ def restore_state(
     pieces = {piece.parameter: piece for piece in pieces_of(optimizer)} if optimizer is not None else {}
     is_split = optimizer is not None and any(map(splits_main_weights, optimizer.chained_optimizers))
     failures = Failures()
-    for home in _homes(chunks):
+    for home in _homes(chunks, False if optimizer is None else None):
         piece = pieces.get(home.parameter)
         for kind in (WEIGHT, *_kinds(home.parameter)) if optimizer is not None else (WEIGHT,):
             tensor = stage.tensor(home.parameter, home.parameter.dtype if kind == WEIGHT else torch.float32)
@@ -177,6 +178,8 @@ def reload_weights(optimizer: MegatronOptimizer) -> None:
 
 
 def _kinds(parameter: Tensor) -> tuple[str, ...]:
+    if not parameter.requires_grad:  # frozen: no optimizer has state of it
+        return ()
     return MOMENTS if parameter.dtype == torch.float32 else ("main", *MOMENTS)
 
 
@@ -255,13 +258,19 @@ class _Home(NamedTuple):
         return "" if kind == WEIGHT else f"optimizer.{kind}."
 
 
-def _homes(chunks: list[HunyuanModel]) -> Iterator[_Home]:
-    """Every parameter of this rank. Its home is the rank of its group with the fewest elements so far; all ranks
-    compute the same."""
+def _homes(chunks: list[HunyuanModel], of_adapters: bool | None = None) -> Iterator[_Home]:
+    """Every parameter of this rank that a checkpoint of its run holds: with LoRA its adapters, else all. of_adapters:
+    these, or those of the model itself.
+
+    Its home is the rank of its group with the fewest elements so far; all ranks compute the same."""
+    if of_adapters is None:
+        of_adapters = chunks[0].config.tuning.lora is not None
     loads: dict[bool, list[int]] = {}
     for model in chunks:
         placements = model.placements()
         for name, parameter in model.named_parameters():
+            if (ADAPTER in name) is not of_adapters:
+                continue
             is_expert = getattr(parameter, "is_routed_expert", False)
             group = model.groups.expt_dp if is_expert else model.groups.dp_cp
             load = loads.setdefault(is_expert, [0] * group.size())

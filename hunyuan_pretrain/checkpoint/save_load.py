@@ -133,6 +133,11 @@ def _refuse(
     folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
 ) -> None:
     refuse_other_model(folder, marker, chunks[0].config.model)
+    is_adapter, expects_one = folders.ADAPTER_OF in marker, chunks[0].config.tuning.lora is not None
+    if is_adapter and not (expects_one and optimizer is not None):
+        raise CheckpointError(
+            f"{folder}: holds an adapter and no weights of a model; export it, then merge it with its base: merge-lora"
+        )
     mine, theirs = str(chunks[0].config.params_dtype), marker.get("dtype")
     if optimizer is not None and theirs != mine:
         hint = "continue in that precision.dtype, or start a new run from its weights with checkpoint.init_from"

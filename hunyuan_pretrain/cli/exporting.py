@@ -57,7 +57,7 @@ def export(
 ) -> None:
     """Write a checkpoint in Hugging Face format, read it back, and compare it layer by layer with the training model.
 
-    Memory holds one layer, whatever the size of the model.
+    Memory holds one layer, whatever the size of the model. Of a run with LoRA, the adapter is written as PEFT does.
     """
     from hunyuan_pretrain.runtime.environment import prepare
 
@@ -77,6 +77,12 @@ def export(
         say=to_stderr,
     )
     print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")
+    if certificate["format"] == "peft":
+        print(
+            f"an adapter of {certificate['base']['path']}: {certificate['tensors']:,} tensors, read back and compared"
+        )
+        print("with an export of that base: hunyuan-pretrain merge-lora BASE_EXPORT ADAPTER OUT")
+        return
     print(
         f"logits against the training model: largest difference {certificate['max_abs_difference']:.3g}, see "
         "certificate.json"

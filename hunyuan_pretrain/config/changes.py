@@ -89,6 +89,13 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("model.rotary_base", Kind.never, MEANING),
     ("model.padded_vocab_size", Kind.never, "changes the shape of the weights"),
     ("model.share_embeddings_and_output_weights", Kind.never, "changes the number of weights"),
+    ("tuning.lora.adapter", Kind.harmless, "where the run started"),
+    (
+        "tuning.*",
+        Kind.never,
+        "other weights would be trained, without optimizer state; a new run can start from the weights: "
+        "checkpoint.init_from",
+    ),
     ("parallel.*", Kind.recorded, LAYOUT),
     (
         "precision.dtype",
@@ -112,6 +119,9 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
         "stages that have ended would be trained again, or stages still to come would be left out",
     ),
     ("stages.N.name", Kind.harmless, "a label"),
+    ("stages.N.task", Kind.refused, "the rest of the stage would be trained on something else"),
+    ("stages.N.loss_average", Kind.recorded, LOSS),
+    ("stages.N.routing", Kind.recorded, LOSS),
     ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate continues from the current value"),
     ("stages.N.sequence_length", Kind.refused, "the current stage would continue with different sequences"),
     ("stages.N.global_batch_sequences", Kind.recorded, "the stage continues at the sequence that it has reached"),

@@ -189,13 +189,33 @@ def expert_capacity(model: ModelConfig) -> int:
     )
 
 
+def routed_model(model: ModelConfig, stage: StageConfig) -> ModelConfig:
+    """The model with the routing of a stage (StageConfig.routing)."""
+    if not stage.is_dropless:
+        return model
+    return model.model_copy(
+        update={
+            "moe_expert_capacity_factor": None,
+            "recycle_routing": False,
+            "moe_aux_loss_coeff": 0.0,
+            "moe_z_loss_coeff": 0.0,
+        }
+    )
+
+
+def routed_experiment(experiment: Experiment, stage: StageConfig) -> Experiment:
+    """The experiment with the model of `routed_model`."""
+    model = routed_model(experiment.model, stage)
+    return experiment if model is experiment.model else experiment.model_copy(update={"model": model})
+
+
 def expert_rows(experiment: Experiment, stage: StageConfig, world_size: int) -> int | None:
     """Rows in one matmul of an expert: its capacity in every routing group of the ranks that send to it. None without a
     capacity.
 
     If this is a multiple of `Recipe.size_multiple`, for example because the capacity is, no rows are ever padded.
     """
-    model, ranks = experiment.model, grid(experiment.parallel, world_size)
+    model, ranks = routed_model(experiment.model, stage), grid(experiment.parallel, world_size)
     if model.moe_expert_capacity_factor is None:
         return None
     tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp

@@ -93,7 +93,8 @@ def property_of(schema: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]
     node = schema
     for name in keys:
         node = node.get("items", node)
-        reference = node.get("$ref")
+        choices = node.get("anyOf", [node])  # of a section that may be null
+        reference = next((choice["$ref"] for choice in choices if "$ref" in choice), None)
         node = schema["$defs"][reference.rpartition("/")[2]] if reference else node
         node = node["properties"][name]
     return node

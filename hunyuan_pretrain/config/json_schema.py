@@ -52,6 +52,9 @@ def _setting(section: type[BaseModel], written: dict[str, Any], name: str) -> di
     found = property_of(written, (name,))
     if inner is None:
         return {"description": _described(found), **_value(found)}
+    if any(choice.get("type") == "null" for choice in found.get("anyOf", ())):
+        choices = [_section(inner, is_whole=False), {"type": "null"}]
+        return {"description": found["description"], "anyOf": choices, "default": None}
     if found.get("type") != "array":
         return _section(inner, is_whole=False)
     items = {"type": "array", "items": _section(inner, is_whole=True)}

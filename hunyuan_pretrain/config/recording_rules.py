@@ -26,6 +26,10 @@ def _obstacles(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
     if model.moe_expert_capacity_factor is None:
         reason = "without a capacity the host reads how many rows each expert gets"
         yield "model.moe_expert_capacity_factor=null", reason, "set it to 1"
+    if any(stage.is_dropless for stage in experiment.stages) and model.moe_expert_capacity_factor is not None:
+        name = next(stage.name for stage in experiment.stages if stage.is_dropless)
+        reason = f"without a capacity the host reads how many rows each expert gets (stage {name})"
+        yield "stages.N.routing=dropless", reason, "set it to model"
     if parallel.pipeline_model_parallel_size > 1:
         size, reason = parallel.pipeline_model_parallel_size, "an exchange between stages has never been recorded here"
         yield f"parallel.pipeline_model_parallel_size={size}", reason, "set it to 1"

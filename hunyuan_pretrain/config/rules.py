@@ -22,6 +22,7 @@ from hunyuan_pretrain.config.recording_rules import RECORDING_RULES
 from hunyuan_pretrain.config.resilience_rules import RESILIENCE_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
 from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
+from hunyuan_pretrain.config.tuning import TUNING_RULES
 
 
 def check(experiment: Experiment, world_size: int | None = None, source: str | None = None) -> None:
@@ -311,4 +312,5 @@ EXPERIMENT_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     *NOISE_RULES,
     *LOGGING_RULES,
     *RESILIENCE_RULES,
+    *TUNING_RULES,
 )

@@ -22,12 +22,14 @@ __all__ = [
     "EvaluationSet",
     "Experiment",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
     "RuntimeConfig",
     "StageConfig",
+    "TuningConfig",
 ]
 
 
@@ -384,6 +386,11 @@ class StageConfig(Section):
     """One phase of training: its length, data, RoPE scaling and learning rate."""
 
     name: str = setting("Name in logs and reports.", typical="warmup, decay, anneal, long_32k")
+    task: Literal["pretrain", "sft"] = setting(
+        "What is trained on. pretrain: every token of packed texts. sft: the answers of packed conversations "
+        "(`hunyuan-data tokenize --chat`); packed texts may be mixed in.",
+        "pretrain",
+    )
     tokens: PositiveInt = setting("Length of the stage, rounded up to whole steps.", unit="tokens")
     sequence_length: PositiveInt = setting(
         "Length of a packed sequence; the stage's data must be packed to this length.",
@@ -407,6 +414,17 @@ class StageConfig(Section):
     )
     lr_shape: Literal["linear", "cosine", "constant"] = setting(
         "Shape of the learning rate curve up to lr_end; constant stays at lr_end from the first step.", "cosine"
+    )
+    loss_average: Literal["tokens", "conversations"] = setting(
+        "The loss of a step is the mean over all target tokens of the global batch, or over its conversations of the "
+        "mean over each one's target tokens, so that long answers do not count more.",
+        "tokens",
+    )
+    routing: Literal["model", "dropless"] | None = setting(
+        "model: capacity, recycling and router losses as in the section model. dropless: every token goes to the "
+        "experts it chose, there are no router losses, and padding is left out of the routing statistics. null: model "
+        "for pretrain, dropless for sft.",
+        None,
     )
     data: tuple[DataSource, ...] = setting("Packed datasets of the stage, mixed by weight.", min_length=1)
     tier_weights: dict[str, PositiveFloat] | None = setting(
@@ -436,6 +454,11 @@ class StageConfig(Section):
         (),
         unit="steps",
     )
+
+    @property
+    def is_dropless(self) -> bool:
+        """Whether the stage routes without the model's capacity and router losses."""
+        return (self.routing or ("dropless" if self.task == "sft" else "model")) == "dropless"
 
     @property
     def global_batch_tokens(self) -> int:
@@ -727,6 +750,48 @@ class ResilienceConfig(Section):
         return "rollback" in (self.on_nonfinite, self.on_spike)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685): W x becomes W x + alpha / rank B A x, and only A and B are trained."""
+
+    rank: PositiveInt = setting("Rank of A and B.", unit="channels", typical="8 to 64")
+    alpha: PositiveFloat = setting("Scale of B A x, divided by rank.", unit="ratio", typical="2 x rank")
+    target_modules: tuple[str, ...] = setting(
+        "Linear layers that get adapters, by the names that an export gives them: the end of a name, as PEFT compares "
+        "it, or a pattern of the whole name with *. q_proj, k_proj, v_proj, o_proj: attention. gate_proj, up_proj, "
+        "down_proj: shared and routed experts. model.layers.*.mlp.shared_mlp.*: the shared expert alone.",
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        min_length=1,
+    )
+    adapter: str | None = setting(
+        "Folder of an adapter in PEFT's format that a new run starts from; same rank, alpha and modules. null: "
+        "A is drawn and B is 0.",
+        None,
+        is_path=True,
+    )
+
+
+class TuningConfig(Section):
+    """Which weights are trained. The others are frozen: no gradients, no optimizer state, no buffers for them."""
+
+    trainable: tuple[str, ...] | None = setting(
+        "Patterns, with *, of the names of the parameters that are trained, such as '*.self_attention.*' for attention "
+        "only. null: all of them.",
+        None,
+        min_length=1,
+    )
+    freeze_router: bool = setting("Do not train the routers.", False)
+    lora: LoraConfig | None = setting(
+        "Freeze the weights of checkpoint.init_from and train low-rank adapters beside them. Checkpoints hold the "
+        "adapters and their optimizer state only. null: none.",
+        None,
+    )
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether some weights are frozen."""
+        return self.trainable is not None or self.freeze_router or self.lora is not None
+
+
 class Experiment(Section):
     """One training run, from the first step to the last."""
 
@@ -742,6 +807,7 @@ class Experiment(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
     stages: tuple[StageConfig, ...] = setting("The phases of training, in order.", min_length=1)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

@@ -5,7 +5,7 @@ A tokenized folder holds `manifest.json` and, for each shard, `shard_00000.bin` 
 are byte-identical to what megatron-core's IndexedDatasetBuilder writes, so its tools read them as they are. Layout of
 the .idx, little endian: "MMIDIDX\\0\\0", version 1 (u64), code of the id type (u8), number of sequences n (u64), number
 of document boundaries (u64), lengths in tokens (i32 x n), byte offsets in the .bin (i64 x n), document boundaries 0..n
-(i64 x n+1).
+(i64 x n+1). Shards of conversations also have `shard_00000.targets`: a byte for each token, 1 if it is trained on.
 
 Documents are numbered over the shards in shard order, which is the order of the corpus.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import re
 import reprlib
 import struct
@@ -23,10 +22,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from hunyuan_pretrain.data.arrays import check_pad_id, flush_and_close, load_array, load_targets
 from hunyuan_pretrain.data.digests import check_digest, check_size, digest_of, file_digest
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
@@ -51,10 +51,18 @@ def shard_files(name: str) -> tuple[str, str, str]:
     return f"{name}.bin", f"{name}.idx", f"{name}.origin.npy"
 
 
-class ShardWriter:
-    """Writes the ids of a shard as documents come, and everything else at the end. Memory: 20 bytes per document."""
+def targets_file(name: str) -> str:
+    """Name of the mask of a shard of conversations."""
+    return f"{name}.targets"
 
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+
+class ShardWriter:
+    """Writes the ids of a shard as documents come, and everything else at the end. Memory: 20 bytes per document.
+
+    has_targets: the documents are conversations, and `add` gets their targets too.
+    """
+
+    def __init__(self, folder: Path, name: str, vocab_size: int, has_targets: bool = False) -> None:
         self.dtype = token_dtype(vocab_size)
         self.name = name
         self.num_tokens = 0
@@ -63,20 +71,26 @@ class ShardWriter:
         self._origins = array("q")
         self._bin = (folder / shard_files(name)[0]).open("wb")
         self._bin_digest = hashlib.sha256()
+        self._targets = (folder / targets_file(name)).open("wb") if has_targets else None
 
     @property
     def num_documents(self) -> int:
         """Documents written so far."""
         return len(self._lengths)
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray) -> None:
+    def add(
+        self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray, targets: np.ndarray | None = None
+    ) -> None:
         """Append documents.
 
         `tokens` (sum(lengths),): their ids, concatenated. `lengths` (documents,): their lengths. `origins` (documents,
         2): for each, its file as an index into the manifest's `files`, and its position there (byte offset of a line,
-        or row).
+        or row). `targets` (sum(lengths),): whether each token is trained on, for conversations.
         """
         assert int(lengths.sum()) == len(tokens), "lengths do not add up to the tokens"
+        if self._targets is not None:
+            assert targets is not None, "conversations need targets"
+            self._targets.write(np.ascontiguousarray(targets, dtype=np.uint8).data)
         self._write(tokens)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self._origins.frombytes(origins.astype(np.int64).tobytes())
@@ -110,7 +124,7 @@ class ShardWriter:
     def finish(self) -> dict[str, Any]:
         """Write the index and the origins, flush everything to disk, and return the shard's manifest entry."""
         bin_name, idx_name, origin_name = shard_files(self.name)
-        _flush_and_close(self._bin)
+        flush_and_close(self._bin)
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], out=offsets[1:], dtype=np.int64)
@@ -120,11 +134,15 @@ class ShardWriter:
         idx = (self._folder / idx_name).open("wb")
         for part in (header, lengths.data, offsets.data, boundaries.data):
             idx.write(part)
-        _flush_and_close(idx)
+        flush_and_close(idx)
         origins = (self._folder / origin_name).open("wb")
         np.save(origins, np.frombuffer(self._origins, dtype=np.int64).reshape(-1, 2))
-        _flush_and_close(origins)
-        digests = {name: file_digest(self._folder / name) for name in (idx_name, origin_name)}
+        flush_and_close(origins)
+        written = [idx_name, origin_name]
+        if self._targets is not None:
+            flush_and_close(self._targets)
+            written.append(targets_file(self.name))
+        digests = {name: file_digest(self._folder / name) for name in written}
         return {
             "name": self.name,
             "documents": self.num_documents,
@@ -135,6 +153,8 @@ class ShardWriter:
     def close(self) -> None:
         """Close the file without finishing; harmless after `finish`."""
         self._bin.close()
+        if self._targets is not None:
+            self._targets.close()
 
     def _write(self, tokens: np.ndarray) -> None:
         # the encoder's ids are uint32; none is 2^31 or more, so as int32 they have the same bytes
@@ -163,6 +183,7 @@ class TokenizedShard:
         self.num_tokens: int = manifest_field(folder, entry, "tokens", int)
         self.file_digests: dict[str, str] = manifest_field(folder, entry, "sha256", dict)
         self._bin_name, self._idx_name, self._origin_name = shard_files(self.name)
+        self.has_targets = targets_file(self.name) in self.file_digests
         self.dtype, self._vocab_size = token_dtype(vocab_size), vocab_size
 
     @property
@@ -174,6 +195,11 @@ class TokenizedShard:
     def lengths(self) -> np.ndarray:
         """(documents,) int32, tokens of each document."""
         return _mapped(self).lengths
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        """(tokens,) uint8, 1 for each token that is trained on; None unless the documents are conversations."""
+        return _mapped(self).targets
 
     def check(self) -> None:
         """Map the files, which checks their sizes and the header of the index."""
@@ -204,7 +230,8 @@ class TokenizedShard:
 
     def digests(self) -> dict[Path, str | None]:
         """SHA-256 of the shard's files, as recorded in the manifest."""
-        return {self.folder / name: self.file_digests.get(name) for name in shard_files(self.name)}
+        names = (*shard_files(self.name), *((targets_file(self.name),) if self.has_targets else ()))
+        return {self.folder / name: self.file_digests.get(name) for name in names}
 
     def map_files(self) -> _MappedShard:
         """Map the files, after checks. Use `tokens`, `lengths` and `start`, which keep maps."""
@@ -217,7 +244,9 @@ class TokenizedShard:
                 f"{self.folder / self._idx_name}: describes {last_byte // self.dtype.itemsize} tokens, the manifest "
                 f"{self.num_tokens}; the two do not belong together"
             )
-        return _MappedShard(np.frombuffer(_map(path) if last_byte else b"", dtype=self.dtype), lengths, offsets)
+        targets = load_targets(self.folder / targets_file(self.name), self.num_tokens) if self.has_targets else None
+        tokens = np.frombuffer(_map(path) if last_byte else b"", dtype=self.dtype)
+        return _MappedShard(tokens, lengths, offsets, targets)
 
     def _open_idx(self) -> tuple[np.ndarray, np.ndarray]:
         path = self.folder / self._idx_name
@@ -247,11 +276,13 @@ class TokenizedShard:
 
 @dataclass(frozen=True)
 class _MappedShard:
-    """Views of a shard's files, valid for as long as anyone holds them: tokens; lengths; offsets in bytes, int64."""
+    """Views of a shard's files, valid for as long as anyone holds them: tokens; lengths; offsets in bytes, int64;
+    targets, if it has them."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     offsets: np.ndarray
+    targets: np.ndarray | None
 
 
 @lru_cache(maxsize=MAX_MAPPED_SHARDS)
@@ -285,6 +316,8 @@ class TokenizedDataset:
         self.vocab_size: int = self._field("vocab_size", int)
         self.pad_id: int = self._field("pad_id", int)
         self.tokenizer_digest: str = self._field("tokenizer_digest", str)
+        self.chat: dict[str, Any] | None = self.manifest.get("chat")
+        """How conversations were encoded; None if the documents are texts."""
         if self.num_documents == 0:
             raise DataFormatError(f"{self.folder}: holds no document; tokenize a corpus that is not empty")
         check_pad_id(self.folder, self.pad_id, self.vocab_size)
@@ -359,40 +392,6 @@ def lengths_of(shards: Sequence[TokenizedShard]) -> np.ndarray:
         lengths[filled : filled + shard.num_documents] = shard.lengths
         filled += shard.num_documents
     return lengths
-
-
-def load_array(path: Path, shape: tuple[int, ...], *dtypes: type[np.integer]) -> np.ndarray:
-    """A memory-mapped .npy. Raises DataFormatError if it is missing, unreadable, or has another shape or none of
-    `dtypes`."""
-    if not path.is_file():
-        raise DataFormatError(f"{path}: missing; write the folder again")
-    try:
-        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except Exception as error:  # numpy parses the header as Python, which can fail in many ways
-        raise DataFormatError(f"{path}: not readable as a numpy array ({error}); write the folder again") from None
-    if array.shape != shape or array.dtype not in dtypes:
-        expected = " x ".join(f"{size:,}" for size in shape)
-        types = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-        raise DataFormatError(
-            f"{path}: {array.dtype} of shape {array.shape}, the manifest describes {expected} integers "
-            f"({types}); write the folder again"
-        )
-    return array
-
-
-def check_pad_id(folder: Path, pad_id: int, vocab_size: int) -> None:
-    """Raise DataFormatError unless the pad id is one of the vocabulary."""
-    if pad_id >= vocab_size:
-        raise DataFormatError(
-            f"{folder / MANIFEST}: pad_id is {pad_id}, but the vocabulary has the ids 0 to {vocab_size - 1}; "
-            "write it again"
-        )
-
-
-def _flush_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -36,7 +36,7 @@ class MicroBatch:
     labels_T: torch.Tensor
     """int64, the token to predict at each position."""
     loss_mask_T: torch.Tensor
-    """float32, 1 where the label counts and 0 elsewhere."""
+    """float32, 1 where the label counts and 0 elsewhere; after `by_conversation` weights."""
     positions_T: torch.Tensor
     """int64, from 0 in each piece of a document."""
     cu_seqlens: torch.Tensor
@@ -47,6 +47,15 @@ class MicroBatch:
     """(micro_batch_sequences,) int64, the position of each sequence in the global batch of the step."""
     target_bytes: int = 0
     """Bytes of text that the target tokens stand for, where the loader knows the bytes of a token."""
+
+
+def by_conversation(batch: MicroBatch) -> tuple[MicroBatch, int]:
+    """(the batch with loss weights that add up to 1 in each document with a label, the number of these documents)."""
+    lengths = batch.cu_seqlens.diff().long()
+    piece_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    targets_n = torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, piece_T, batch.loss_mask_T.double())
+    weight_T = batch.loss_mask_T / targets_n.clamp(min=1)[piece_T]
+    return replace(batch, loss_mask_T=weight_T.float()), int((targets_n > 0).sum())
 
 
 class StepLoader:
@@ -85,6 +94,11 @@ class StepLoader:
         self.order = SampleOrder(experiment, tokenizer_digest, past, first_step, left_out)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    @property
+    def pad_id(self) -> int:
+        """Id of <|pad|>: the same in all data, which one tokenizer has tokenized."""
+        return self.indexes[0].pad_id
 
     @property
     def num_steps(self) -> int:
@@ -161,6 +175,11 @@ class EvaluationLoader:
         self._positions = _positions_of_rank(
             -(-self.num_sequences // at_a_time) * at_a_time, evaluation.micro_batch_sequences, dp_rank, dp_size
         )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it holds conversations."""
+        return self._dataset.index.is_chat
 
     @property
     def indexes(self) -> list[PackedIndex]:

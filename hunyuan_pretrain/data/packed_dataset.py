@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from hunyuan_pretrain.data.errors import DataFormatError
+from hunyuan_pretrain.data.indexed import TokenizedShard
 from hunyuan_pretrain.data.packed_format import PackedIndex
 
 __all__ = ["PackedDataset", "PackedSequence"]
@@ -116,6 +117,10 @@ class PackedDataset:
             else:
                 labels[begin : end - 1] = stream[1:length]
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
+            if index.is_chat:
+                targets = self._targets_of(shard)
+                loss_mask[begin : end - 1] = targets[first + 1 : first + length] != 0
+                loss_mask[end - 1] = False
 
     def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, bounds: np.ndarray) -> None:
         """Fill in the pieces of a sequence from its materialized copy. `bounds` (pieces + 1,): where pieces begin and
@@ -129,6 +134,17 @@ class PackedDataset:
         ends = bounds[1:] - 1
         sequence.loss_mask[ends] = following >= 0
         sequence.labels[ends] = np.where(following >= 0, following, index.pad_id)
+        if index.is_chat:
+            assert index.targets is not None, "opened with the folder"
+            sequence.loss_mask[: filled - 1] = index.targets[start + 1 : start + filled] != 0
+            sequence.loss_mask[ends] = False
+
+    @staticmethod
+    def _targets_of(shard: TokenizedShard) -> np.ndarray:
+        targets = shard.targets
+        if targets is None:
+            raise DataFormatError(f"{shard.folder}: shard {shard.name} has no mask of conversations; tokenize again")
+        return targets
 
     @cached_property
     def _first_documents(self) -> list[int]:

@@ -10,7 +10,8 @@ identified by their digests. How the folder is written, in groups that are packe
 A materialized folder also holds the tokens in `tokens.bin`: the pieces concatenated in the order of the sequences,
 without padding. `sequence_starts` (sequences + 1,) is where each sequence begins in it. `next_tokens` is, per piece,
 the document's token after the piece, -1 if there is none. A sequence is then one contiguous read, and the sources are
-needed only to say where a document comes from.
+needed only to say where a document comes from. A materialized folder of conversations has their masks in `targets.bin`,
+a byte for each token of `tokens.bin`.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from typing import Any
 
 import numpy as np
 
+from hunyuan_pretrain.data.arrays import check_pad_id, load_array, load_targets
 from hunyuan_pretrain.data.digests import check_digest, check_size
 from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
-from hunyuan_pretrain.data.indexed import TokenizedDataset, TokenizedShard, check_pad_id, load_array, token_dtype
+from hunyuan_pretrain.data.indexed import TokenizedDataset, TokenizedShard, token_dtype
 
-TOKENS = "tokens.bin"
+TOKENS, TARGETS = "tokens.bin", "targets.bin"
 _PIECES_AT_A_TIME = 1 << 16
 PACKED_FORMAT, PACKED_VERSION = "hunyuan-packed", 3
 ARRAYS = ("sequence_offsets", "piece_document", "piece_start", "piece_length")
 ARRAYS_OF_COSTS = ("squared_lengths", "cost_order")
 ARRAYS_OF_TOKENS = ("sequence_starts", "next_tokens")
-PACKED_FILES = (MANIFEST, TOKENS, *(f"{name}.npy" for name in (*ARRAYS, *ARRAYS_OF_COSTS, *ARRAYS_OF_TOKENS)))
+PACKED_FILES = (MANIFEST, TOKENS, TARGETS, *(f"{name}.npy" for name in (*ARRAYS, *ARRAYS_OF_COSTS, *ARRAYS_OF_TOKENS)))
 """Names of all files that a packed folder can contain."""
 MAX_SEQUENCE_LENGTH = 1 << 24
 
@@ -63,6 +65,11 @@ def check_sources(sources: Sequence[TokenizedDataset]) -> None:
                 f"{source.folder}: {copy}; its documents would be trained on twice as often (use a weight for that)"
             )
         seen[source.digest] = source.folder
+        if (source.chat is None) != (first.chat is None):
+            chats, texts = (source, first) if source.chat is not None else (first, source)
+            raise DataFormatError(
+                f"{chats.folder} holds conversations, {texts.folder} texts; pack them apart, as two sources of a stage"
+            )
 
 
 def packed_manifest(
@@ -82,6 +89,7 @@ def packed_manifest(
         "vocab_size": sources[0].vocab_size,
         "pad_id": sources[0].pad_id,
         "tokenizer_digest": sources[0].tokenizer_digest,
+        **({"chat": sources[0].chat} if sources[0].chat is not None else {}),
         "sources": [
             {
                 "path": Path(os.path.relpath(source.folder.resolve(), folder.resolve())).as_posix(),
@@ -123,6 +131,8 @@ class PackedIndex:
         self.cut_documents: int = self._field("cut_documents", int)
         """Packed documents that are not in one piece."""
         self.padding_tokens: int = self._field("padding_tokens", int)
+        self.is_chat = "chat" in self.manifest
+        """Whether the documents are conversations, of which only marked tokens are trained on."""
         self._check_counts()
         self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1, np.int64)
         self.piece_document = self._array("piece_document", num_pieces, np.uint32, np.int64)
@@ -137,6 +147,7 @@ class PackedIndex:
             dtype = token_dtype(self.vocab_size)
             check_size(self.folder / TOKENS, self.num_tokens * dtype.itemsize, f"{self.num_tokens:,} tokens")
             self.tokens = np.memmap(self.folder / TOKENS, dtype=dtype, mode="r").view(np.ndarray)
+            self.targets = load_targets(self.folder / TARGETS, self.num_tokens) if self.is_chat else None
         if self.sequence_offsets[0] != 0 or self.sequence_offsets[-1] != num_pieces:
             raise DataFormatError(
                 f"{self.folder / 'sequence_offsets.npy'}: does not belong to the other files; pack again"
@@ -212,7 +223,8 @@ class PackedIndex:
         manifests."""
         arrays = (*ARRAYS, *ARRAYS_OF_COSTS, *(ARRAYS_OF_TOKENS if self.is_materialized else ()))
         known: dict[str, str] = self._field("sha256", dict)
-        names = [*([TOKENS] if self.is_materialized else []), *(f"{name}.npy" for name in arrays)]
+        copied = [TOKENS, *([TARGETS] if self.is_chat else [])] if self.is_materialized else []
+        names = [*copied, *(f"{name}.npy" for name in arrays)]
         digests = {self.folder / name: known.get(name) for name in names}
         for source in [] if self.is_materialized else self.sources:
             digests |= source.digests()

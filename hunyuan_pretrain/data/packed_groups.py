@@ -14,7 +14,8 @@ The sequences of a group are neighbours in the packed folder. `Mixture` draws se
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +27,7 @@ from hunyuan_pretrain.data.digests import file_digest
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import flush_to_disk, write_file
 from hunyuan_pretrain.data.indexed import TokenizedShard
-from hunyuan_pretrain.data.packed_format import ARRAYS, ARRAYS_OF_COSTS, ARRAYS_OF_TOKENS, TOKENS
+from hunyuan_pretrain.data.packed_format import ARRAYS, ARRAYS_OF_COSTS, ARRAYS_OF_TOKENS, TARGETS, TOKENS
 from hunyuan_pretrain.data.packing import MAX_DOCUMENTS, Packing
 from hunyuan_pretrain.data.permutation import mixed_key
 
@@ -54,6 +55,13 @@ class GroupReport:
     cut_documents: int
     dropped_fragments: int
     dropped_tokens: int
+    target_tokens: int = 0
+    """Of conversations: tokens that are trained on."""
+    overlong_dropped: int = 0
+    """Conversations longer than a sequence that were left out, and below those without their last turns; and tokens."""
+    overlong_dropped_tokens: int = 0
+    overlong_cut: int = 0
+    overlong_cut_tokens: int = 0
 
 
 def split_into_groups(shards: Sequence[TokenizedShard], group_tokens: int) -> list[int]:
@@ -97,8 +105,9 @@ def write_group(
     left_out_documents: int,
     copied_from: Sequence[TokenizedShard] | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    of_chats: Mapping[str, int] | None = None,
 ) -> GroupReport:
-    """Write a group and return its report.
+    """Write a group and return its report, with the counts `of_chats` in it.
 
     `packing`: of the group's documents, numbered from 0. `lengths` (documents,): of all of them, in tokens, those of
     documents that were left out too. `copied_from`: the group's shards, to copy the tokens of a folder that has one
@@ -110,8 +119,10 @@ def write_group(
     arrays |= {"squared_lengths.npy": squares, "cost_order.npy": order, _SORTED_COSTS: squares[order]}
     if copied_from is not None:
         file = _part(folder, number, TOKENS)
-        copied = _copy_tokens(file, packing, copied_from, advance)
-        flush_to_disk(file)
+        masks = _part(folder, number, TARGETS) if copied_from[0].has_targets else None
+        copied = _copy_tokens(file, masks, packing, copied_from, advance)
+        for copy in (file, *([masks] if masks else [])):
+            flush_to_disk(copy)
         arrays |= {f"{name}.npy": array for name, array in copied.items()}
     for name, array in arrays.items():
         file = _part(folder, number, name)
@@ -129,6 +140,7 @@ def write_group(
         cut_documents=packing.cut_documents,
         dropped_fragments=packing.dropped_fragments,
         dropped_tokens=packing.dropped_tokens,
+        **(of_chats or {}),
     )
     write_file(report_file(folder, number), json.dumps(asdict(report)).encode())
     return report
@@ -147,7 +159,7 @@ def join_groups(folder: Path, reports: Sequence[GroupReport]) -> dict[str, str]:
         )
     digests = {}
     # cost_order is the last of the arrays that every folder has: its merge needs what only it reads
-    names = [TOKENS, *(f"{name}.npy" for name in (*ARRAYS, *ARRAYS_OF_COSTS, *ARRAYS_OF_TOKENS))]
+    names = [TOKENS, TARGETS, *(f"{name}.npy" for name in (*ARRAYS, *ARRAYS_OF_COSTS, *ARRAYS_OF_TOKENS))]
     for name in names:
         parts = [_part(folder, number, name) for number in range(len(reports))]
         if not (folder / name).exists() and parts[0].exists():
@@ -243,13 +255,18 @@ def _load(folder: Path, number: int, name: str) -> np.ndarray:
 
 
 def _copy_tokens(
-    file: Path, packing: Packing, shards: Sequence[TokenizedShard], advance: Callable[[int], None]
+    file: Path,
+    masks: Path | None,
+    packing: Packing,
+    shards: Sequence[TokenizedShard],
+    advance: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
-    """Write the tokens of all pieces in the order of the sequences; returns `sequence_starts` and `next_tokens`."""
+    """Write the tokens of all pieces in the order of the sequences, and to `masks` their targets; returns
+    `sequence_starts` and `next_tokens`."""
     first_documents = np.cumsum([0] + [shard.num_documents for shard in shards])
     next_tokens = np.full(len(packing.piece_document), -1, dtype=np.int32)
     piece = 0
-    with file.open("wb") as output:
+    with file.open("wb") as output, masks.open("wb") if masks else nullcontext() as mask_output:
         for begin in range(0, len(next_tokens), _PIECES_AT_A_TIME):
             part = slice(begin, begin + _PIECES_AT_A_TIME)
             documents = packing.piece_document[part].astype(np.int64)
@@ -264,6 +281,8 @@ def _copy_tokens(
                 shard = shards[number]
                 first = shard.start(document) + start
                 output.write(shard.tokens[first : first + length].data)
+                if mask_output is not None and shard.targets is not None:
+                    mask_output.write(shard.targets[first : first + length].data)
                 if start + length < shard.lengths[document]:
                     next_tokens[piece] = shard.tokens[first + length]
                 piece += 1

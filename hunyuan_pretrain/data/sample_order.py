@@ -54,6 +54,7 @@ class SampleOrder:
                         "--sequence-length "
                         f"{stage.sequence_length}`"
                     )
+        self._check_tasks()
         self.facts = {path: facts_of(dataset) for path, dataset in self.datasets.items()}
         segments = data_segments(
             [(s.first_step, s.config, s.sources, s.left_out) for s in past]
@@ -75,6 +76,21 @@ class SampleOrder:
         self._open = {segments[-1].name(path): dataset for path, dataset in self.datasets.items()}
         self.mixture = Mixture(experiment.stages, sizes, experiment.seed, segments)
         self.schedule = self.mixture.schedule
+
+    def _check_tasks(self) -> None:
+        """Raise DataFormatError unless conversations are read by stages that train on answers, and these read some."""
+        for number, stage in enumerate(self.experiment.stages):
+            chats = [one.path for one in stage.data if self.datasets[source_path(one.path)].index.is_chat]
+            if chats and stage.task == "pretrain":
+                raise DataFormatError(
+                    f"{chats[0]}: holds conversations, of which only answers are trained on, but stages[{number}] "
+                    f"({stage.name}) has task=pretrain; set task: sft"
+                )
+            if not chats and stage.task == "sft":
+                raise DataFormatError(
+                    f"stages[{number}] ({stage.name}): task=sft, but none of its data holds conversations; tokenize "
+                    "them with `hunyuan-data tokenize --chat`, or set task: pretrain"
+                )
 
     @property
     def num_steps(self) -> int:

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -175,24 +175,47 @@ class Tokenizer:
         `messages` are {"role", "content"}: an optional system message, then user and assistant in turn. An empty system
         message is ignored, as in the release's template. Raises DataFormatError for other roles or another order.
         """
-        has_system = bool(messages) and messages[0].get("role") == "system"
-        ids = [self.start_id]
-        if has_system and messages[0]["content"]:
-            ids += [*self.encode(messages[0]["content"]), self.special_ids[END_OF_SYSTEM]]
-        turns = messages[1:] if has_system else messages
-        if not turns:
-            raise DataFormatError(
-                "chat: no user message; expected an optional system message, then user and assistant in turn"
-            )
-        for number, message in enumerate(turns):
-            role = ("user", "assistant")[number % 2]
-            if message.get("role") != role:
-                where = number + 1 + has_system
-                raise DataFormatError(f"chat: message {where} has role {message.get('role')!r}, expected {role!r}")
-            if role == "user" and number > 0:
-                ids.append(self.start_id)
-            ids += [*self.encode(message["content"]), self.special_ids[END_OF_USER] if role == "user" else self.eos_id]
+        ids: list[int] = []
+        for part in chat_parts(messages):
+            ids += [self.special_ids[part.text]] if part.is_special else self.encode(part.text)
         return ids
+
+
+class ChatPart(NamedTuple):
+    """A run of tokens of a conversation."""
+
+    text: str
+    """Content, or the name of one special token."""
+    is_special: bool
+    is_answer: bool
+    """Of an assistant's message: its content, or the <|eos|> that ends it."""
+
+
+def chat_parts(messages: Sequence[Mapping[str, str]]) -> list[ChatPart]:
+    """A conversation in Hunyuan's layout, as `Tokenizer.apply_chat` encodes it, with what the assistant wrote marked.
+
+    Raises DataFormatError as `apply_chat`.
+    """
+    has_system = bool(messages) and messages[0].get("role") == "system"
+    parts = [ChatPart(START, True, False)]
+    if has_system and messages[0]["content"]:
+        parts += [ChatPart(messages[0]["content"], False, False), ChatPart(END_OF_SYSTEM, True, False)]
+    turns = messages[1:] if has_system else messages
+    if not turns:
+        raise DataFormatError(
+            "chat: no user message; expected an optional system message, then user and assistant in turn"
+        )
+    for number, message in enumerate(turns):
+        role = ("user", "assistant")[number % 2]
+        if message.get("role") != role:
+            where = number + 1 + has_system
+            raise DataFormatError(f"chat: message {where} has role {message.get('role')!r}, expected {role!r}")
+        if role == "user" and number > 0:
+            parts.append(ChatPart(START, True, False))
+        is_answer = role == "assistant"
+        parts.append(ChatPart(message["content"], False, is_answer))
+        parts.append(ChatPart(EOS if is_answer else END_OF_USER, True, is_answer))
+    return parts
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:

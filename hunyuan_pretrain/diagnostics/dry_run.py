@@ -207,7 +207,9 @@ def _build(
 ) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
     """As train.setup does, with the layers that run everywhere."""
     with META:
-        config = transformer_config(experiment.model, experiment.parallel, experiment.precision, True, False, "cpu")
+        config = transformer_config(
+            experiment.model, experiment.parallel, experiment.precision, True, False, "cpu", tuning=experiment.tuning
+        )
         chunks = build_model(config, groups, None)
         return chunks, wrap_data_parallel(chunks, experiment, groups)
 

@@ -234,7 +234,9 @@ def memory_problems(ran: DryRun) -> Iterator[str]:
     ranks, experiment = Ranks.of(ran), ran.experiment
     parts = experiment.model, experiment.parallel, experiment.precision, ran.world_size
     for built in ran.ranks:
-        planned = memory_of_ranks(*parts, built.pipeline_rank, experiment.optimizer)[built.rank % ranks.each]
+        planned = memory_of_ranks(*parts, built.pipeline_rank, experiment.optimizer, experiment.tuning)[
+            built.rank % ranks.each
+        ]
         for what, found, plan in (
             ("weights", built.weight_bytes, planned.weights),
             ("gradients", built.gradient_bytes, planned.gradients),
@@ -256,10 +258,12 @@ def traffic_problems(ran: DryRun) -> Iterator[str]:
                 ran.world_size,
                 built.pipeline_rank,
                 ran.loss_chunk_tokens,
+                experiment.tuning,
             )
+            not_planned = ("ep", "expert_tp") if experiment.tuning.lora is None else ("ep", "expert_tp", "tp")
             for axis, kind in sorted(found.keys() | plan.messages.keys()):
                 one, other = (tuple(of.get((axis, kind), (0, 0))) for of in (found, plan.messages))
-                is_planned = plan.is_exact or axis not in ("ep", "expert_tp")
+                is_planned = plan.is_exact or axis not in not_planned
                 if one != other and is_planned:
                     yield (
                         f"{ranks.name(built.rank)}, stage {stage.name}: {kind} over {axis}: {one[0]:,} calls that send "

@@ -227,8 +227,8 @@ def _keep_gradients(run: Run, found: list[_Piece]) -> None:
     """Append every reduced gradient of this rank to `found`."""
     complete_gradients(run.wrapped)
     for model, value, placement in _parameters(run):
-        gradient: Tensor = value.main_grad  # type: ignore[attr-defined]  # of core's buffers
-        found += _pieces(placement.name, gradient, placement, model)
+        if value.requires_grad:  # else it is frozen; main_grad is of core's buffers
+            found += _pieces(placement.name, value.main_grad, placement, model)  # type: ignore[attr-defined]
 
 
 def _moments(run: Run) -> Iterator[_Piece]:

@@ -92,10 +92,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         # needs_input_grad is also true in a validation, under no_grad
         needs_grad = is_grad_enabled and any(ctx.needs_input_grad[:2])
+        ctx.is_trained = needs_grad and ctx.needs_input_grad[1]  # else the weight is frozen
         # reduce-scatter writes into its rows: contiguous, whatever the strides of hidden_TD
         grad_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if needs_grad else (0, hidden_TD.shape[1]))
         is_added = bool(
-            needs_grad
+            ctx.is_trained
             and accumulate
             and _gemm_adds_in_fp32(hidden_TD)
             and weight_VD.main_grad.dtype == torch.float32  # bf16 with precision.grad_reduce_in_fp32=false
@@ -103,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if is_added:
             grad_weight_VD = weight_VD.main_grad
         else:
-            grad_weight_VD = torch.empty_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
+            grad_weight_VD = torch.empty_like(weight_VD if ctx.is_trained else weight_VD[:0], dtype=torch.float32)
         loss = torch.zeros(
             (), dtype=torch.float64, device=hidden_TD.device
         )  # a sum over thousands of chunks, whose number depends on the layout
@@ -122,6 +123,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[piece])
                 else:
                     reduce_scatter_rows(grad_cV @ weight_VD, tp_group, out=grad_hidden_TD[piece])
+                if not ctx.is_trained:
+                    continue
                 _add_product(grad_weight_VD, grad_cV.t(), hidden_cD, is_first=start == 0 and not is_added)
         ctx.is_added = is_added
         ctx.save_for_backward(grad_hidden_TD, None if is_added else grad_weight_VD)
@@ -136,6 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch._assert_async(grad == 1, "linear_cross_entropy: the loss that accumulates in main_grad was scaled")
         else:
             grad_hidden_TD = grad_hidden_TD.mul_(grad)
+        if not ctx.is_trained:
+            return grad_hidden_TD, *(None,) * 7
         if ctx.accumulate is None:
             return grad_hidden_TD, grad_weight_VD.mul_(grad).to(ctx.weight.dtype), *(None,) * 6
         if not ctx.is_added:

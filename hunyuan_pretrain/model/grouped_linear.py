@@ -38,6 +38,11 @@ class GroupedLinear(torch.nn.Module):
         return _GroupedMatmul.apply(x_RI, self.weight, splits, self.accumulate and hasattr(self.weight, "main_grad"))
 
 
+def grouped_matmul(x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits) -> Tensor:
+    """(R, O): y = x W_i^T for the rows of each expert, sorted by expert."""
+    return _GroupedMatmul.apply(x_RI, weight_eOI, splits, False)
+
+
 class _GroupedMatmul(torch.autograd.Function):
     """y = x W_i^T for the rows of each expert. With equal splits all experts are one batched GEMM. A weight gradient
     for a main_grad is added into it, by the GEMM where their dtypes agree."""
@@ -56,8 +61,10 @@ class _GroupedMatmul(torch.autograd.Function):
         return y_RO
 
     @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_RI, weight_eOI = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:  # frozen
+            return _add_gradients(grad_RO, x_RI, weight_eOI, ctx.splits, None), None, None, None
         main_grad: Tensor | None = ctx.weight.main_grad if ctx.accumulate else None
         target = (
             main_grad if main_grad is not None and main_grad.dtype == grad_RO.dtype else torch.zeros_like(weight_eOI)
@@ -73,20 +80,23 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def _add_gradients(
-    grad_RO: Tensor, x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits, weight_grad_eOI: Tensor
+    grad_RO: Tensor, x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits, weight_grad_eOI: Tensor | None
 ) -> Tensor:
-    """Returns the gradient (R, I) of x; adds the weight's into weight_grad_eOI."""
+    """Returns the gradient (R, I) of x; adds the weight's into weight_grad_eOI, if there is one."""
     e, _, input_size = weight_eOI.shape
     if splits.are_equal:
         grad_eRO, x_eRI = grad_RO.view(e, splits.rows_e[0], -1), x_RI.view(e, splits.rows_e[0], -1)
         grad_x_RI = torch.bmm(grad_eRO, weight_eOI).view(-1, input_size)
-        weight_grad_eOI.baddbmm_(grad_eRO.transpose(1, 2), x_eRI)
+        if weight_grad_eOI is not None:
+            weight_grad_eOI.baddbmm_(grad_eRO.transpose(1, 2), x_eRI)
         return grad_x_RI
     grad_x_RI = torch.empty_like(x_RI)
     pieces = (rows.split(list(splits.rows_e)) for rows in (grad_RO, x_RI, grad_x_RI))
-    for grad, x, grad_x, weight_OI, weight_grad_OI in zip(*pieces, weight_eOI, weight_grad_eOI, strict=True):
+    weight_grads: Any = [None] * e if weight_grad_eOI is None else weight_grad_eOI
+    for grad, x, grad_x, weight_OI, weight_grad_OI in zip(*pieces, weight_eOI, weight_grads, strict=True):
         torch.mm(grad, weight_OI, out=grad_x)
-        weight_grad_OI.addmm_(grad.t(), x)
+        if weight_grad_OI is not None:
+            weight_grad_OI.addmm_(grad.t(), x)
     return grad_x_RI
 
 

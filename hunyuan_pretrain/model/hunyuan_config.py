@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from hunyuan_pretrain.config.attention import PER_DOCUMENT, AttentionChoice
 from hunyuan_pretrain.config.derived import pipeline_stages, virtual_pipeline_size
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, TuningConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,6 +27,7 @@ class HunyuanConfig(TransformerConfig):
     uses_transformer_engine: bool = False
     uses_kernels: bool = False
     attention: AttentionChoice = PER_DOCUMENT
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
 
 def transformer_config(
@@ -37,12 +38,14 @@ def transformer_config(
     use_transformer_engine: bool = False,
     device: Literal["cuda", "cpu"] | None = None,
     use_kernels: bool = False,
+    tuning: TuningConfig | None = None,
 ) -> HunyuanConfig:
     """Build the config that every module of the model reads.
 
     device: where the weights are created; None: on a GPU if there is one.
     fuse_wgrad_accumulation: accumulate weight gradients into main_grad inside the GEMM; needs the model wrapped in
     core's DistributedDataParallel.
+    tuning: which weights are trained; None: all.
 
     Losses are sums already divided by the global number of target tokens (train/step.py), so core must sum gradients
     over ranks and micro-batches, not average them: `calculate_per_token_loss`.
@@ -66,6 +69,7 @@ def transformer_config(
         precision=precision,
         uses_transformer_engine=use_transformer_engine,
         uses_kernels=use_kernels,
+        tuning=tuning or TuningConfig(),
     )
 
 

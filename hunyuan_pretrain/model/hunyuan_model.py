@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from hunyuan_pretrain.config.derived import offloaded_layers, rope_base
+from hunyuan_pretrain.config.tuning import ADAPTER, is_trained
 from hunyuan_pretrain.model.attention import attention_plan
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
 from hunyuan_pretrain.model.engines import choose_spec
@@ -29,6 +30,7 @@ from hunyuan_pretrain.model.fp8.parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.layer import TransformerLayer, run_cla_group
+from hunyuan_pretrain.model.lora import add_adapters, is_zero_at_first
 from hunyuan_pretrain.model.norm import rope_table
 from hunyuan_pretrain.model.offload import Offload
 from hunyuan_pretrain.model.routing import RouterStatistics
@@ -230,7 +232,11 @@ class HunyuanModel(MegatronModule):
 
     def _stage_input(self, inputs: ModelInputs) -> Tensor:
         if self.pre_process:
-            return self.embedding(inputs.tokens_T)
+            hidden_TD = self.embedding(inputs.tokens_T)
+            if torch.is_grad_enabled() and not hidden_TD.requires_grad:
+                # of a frozen embedding: recomputed layers are skipped by the backward pass if no input needs a gradient
+                hidden_TD.requires_grad_()
+            return hidden_TD
         assert self.input_TBD is not None, "a later stage needs the activations of the one before"
         return self.input_TBD.squeeze(1)
 
@@ -299,6 +305,11 @@ def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int
     With `seed` None, weights are left uninitialised (for loading, or on the meta device).
     """
     chunks = [HunyuanModel(config, groups, chunk) for chunk in range(config.virtual_pipeline_model_parallel_size or 1)]
+    for model in chunks:
+        if config.tuning.lora is not None:
+            add_adapters(model, config.tuning.lora)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_trained(config.tuning, name))
     for model in chunks if seed is not None else []:
         initialize_weights(model, cast("int", seed))
     return chunks
@@ -307,7 +318,8 @@ def build_model(config: HunyuanConfig, groups: ProcessGroupCollection, seed: int
 @torch.no_grad()
 def initialize_weights(model: HunyuanModel, seed: int) -> None:
     """Write every weight: ones for norms, else a normal with standard deviation init_method_std, divided by sqrt(2 *
-    num_layers) for projections into the residual stream.
+    num_layers) for projections into the residual stream. Of an adapter, B is 0 and A uniform up to 1 / sqrt(input size)
+    on both sides, as PEFT draws it.
 
     Each whole matrix (one per expert) is drawn on the CPU from a generator keyed by (seed, global name), and each rank
     takes its part, so every layout starts from the same weights.
@@ -317,6 +329,9 @@ def initialize_weights(model: HunyuanModel, seed: int) -> None:
     def draw(name: str, shape: tuple[int, ...], std: float) -> Tensor:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if ADAPTER in name:
+            bound = 1 / math.sqrt(shape[-1])
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return torch.empty(shape).normal_(0.0, std, generator=generator)
 
     placements = model.placements()
@@ -327,6 +342,8 @@ def initialize_weights(model: HunyuanModel, seed: int) -> None:
             std /= math.sqrt(2 * config.num_layers)
         if parameter.dim() == 1:
             values.fill_(1.0)
+        elif is_zero_at_first(placement.name):
+            values.zero_()
         elif getattr(parameter, "is_routed_expert", False):
             first = placement.parts[0].whole[0].start
             for local, expert in enumerate(values):

@@ -50,14 +50,14 @@ class Router(torch.nn.Module):
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Routed:
         """Route this rank's tokens, whole routing groups in order. The caller has to apply the returned loss.
 
-        In training the config's capacity, recycling and losses apply; in evaluation every token goes to the experts it
-        chose. Communicates nothing.
+        In training the config's capacity, recycling and losses apply; in evaluation, and in dropless training, every
+        token goes to the experts it chose. Communicates nothing.
         """
         logits_TE, hidden_TD = self.functions.router_logits(hidden_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
         chosen_TK = self.choose(probs_TE, routing)
         assigned = self._assign(chosen_TK, routing)
-        if isinstance(routing, EvaluationRouting):
+        if isinstance(routing, EvaluationRouting) or routing.is_counted_T is not None:
             weight_TK, loss = combine_weights(probs_TE, assigned), None
             statistics_X = statistics(assigned, routing.is_counted_T).packed()
         else:
@@ -68,7 +68,7 @@ class Router(torch.nn.Module):
         return Routed(plan, loss, statistics_X, hidden_TD)
 
     def _assign(self, chosen_TK: Tensor, routing: Routing) -> Assignment:
-        if isinstance(routing, EvaluationRouting):
+        if isinstance(routing, EvaluationRouting) or routing.is_counted_T is not None:
             return assign_without_capacity(chosen_TK, self.config.num_moe_experts)
         if self.config.moe_expert_capacity_factor is None:
             return assign_without_capacity(chosen_TK, self.config.num_moe_experts, routing.group_n.shape[0])

@@ -26,9 +26,15 @@ class TrainingRouting(NamedTuple):
     """int64 keys of the draw of every layer of the model, model.recycle_routing.draw_keys of seed and step, on the
     device; None: from the two numbers. In memory, a later step can replace them in work that is recorded once."""
 
+    is_counted_T: Tensor | None = None
+    """Dropless: as in validation, without capacity and router losses; bool, tokens that the statistics count."""
+
     def share(self, rank: int, size: int) -> TrainingRouting:
         """The part of one of `size` ranks that split the tokens evenly, in order."""
-        return self._replace(group_n=self.group_n.view(size, -1)[rank])
+        mine = self._replace(group_n=self.group_n.view(size, -1)[rank])
+        if self.is_counted_T is None:
+            return mine
+        return mine._replace(is_counted_T=self.is_counted_T.view(size, -1)[rank])
 
 
 class EvaluationRouting(NamedTuple):

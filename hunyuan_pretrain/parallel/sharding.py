@@ -6,6 +6,8 @@ A parameter describes its own sharding, by attributes that its module sets:
     is_gated                               its partition_dim holds two halves, gate and up, each sharded separately
     is_routed_expert                       its first dim is sharded over the expert-parallel ranks, and partition_dim
                                            over the expert-tensor-parallel ones
+    is_same_in_experts                     with is_routed_expert: partition_dim is not sharded after all; the
+                                           expert-tensor-parallel ranks hold copies, all but the first marked `shared`
     expert, num_experts                    it holds only this one of the rank's num_experts experts, without the first
                                            dim; its name is that of the whole parameter, followed by the number
 """
@@ -65,7 +67,9 @@ def placement_of(name: str, parameter: Tensor, groups: ProcessGroupCollection, i
     parameter."""
     is_expert = getattr(parameter, "is_routed_expert", False)
     alone: int | None = getattr(parameter, "expert", None)
-    is_sharded = getattr(parameter, "tensor_model_parallel", False)
+    is_sharded = getattr(parameter, "tensor_model_parallel", False) and not getattr(
+        parameter, "is_same_in_experts", False
+    )
     group, data_group = (groups.expt_tp, groups.expt_dp) if is_expert else (groups.tp, groups.dp_cp)
     rank, size = group.rank(), group.size()
     experts = 1 if alone is None else parameter.num_experts  # type: ignore[attr-defined]

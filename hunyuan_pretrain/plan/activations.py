@@ -20,6 +20,7 @@ from hunyuan_pretrain.config.derived import (
     grid,
     offloaded_layers,
     pipeline_stages,
+    routed_model,
     stages_of,
 )
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
@@ -88,7 +89,7 @@ def kept_by_layer(
     experiment: Experiment, stage: StageConfig, world_size: int, layer: int, imbalance: float = 1.0
 ) -> list[Kept]:
     """Everything that a layer may keep of one micro-batch, its input first; `Kept` says under which recompute."""
-    model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
+    model, parallel, precision = routed_model(experiment.model, stage), experiment.parallel, experiment.precision
     ranks, recipe = grid(parallel, world_size), precision.recipe
     sizes = _Sizes(
         model,

@@ -9,11 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from hunyuan_pretrain.config.derived import grid, overlaps, pipeline_stages
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, TuningConfig
+from hunyuan_pretrain.config.tuning import (
+    ADAPTER,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    adapted_sizes,
+    is_trained,
+    linears_of_layer,
+    names_of_layer,
+    targets,
+)
 
 SMALLEST_BUCKET = 40_000_000
 """With overlapped reduction, core closes a bucket once it has this many elements, or 1,000,000 per data-parallel rank
@@ -34,15 +45,28 @@ class Weight:
     """Also on another pipeline stage."""
     fp8_layer: int | None = None
     """The layer it belongs to, if an FP8 recipe can quantise it: weights of linear layers and experts."""
+    name: str = ""
+    """As in a checkpoint."""
+    is_trained: bool = True
+    """Else it is frozen: in no buffer."""
 
     @property
     def parameter_group(self) -> int:
         """Index of the weight's parameter group in the optimizer: 1 routed experts, 2 norms, 0 all others."""
-        return 1 if self.is_routed_expert else 2 if self.is_replicated and not self.is_router else 0
+        is_norm = self.is_replicated and not self.is_router and not self.is_adapter
+        return 1 if self.is_routed_expert else 2 if is_norm else 0
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether LoRA added it."""
+        return ADAPTER in self.name
 
 
-def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Weight]:
-    """This rank's parameters of one stage, in the order in which HunyuanModel registers them."""
+def weights_of_stage(
+    model: ModelConfig, parallel: ParallelConfig, stage: int, tuning: TuningConfig | None = None
+) -> list[Weight]:
+    """This rank's parameters of one stage, in the order in which HunyuanModel registers them. tuning: which of them are
+    trained, and adapters; None: all."""
     tp, etp, ep = (
         parallel.tensor_model_parallel_size,
         parallel.expert_tensor_parallel_size,
@@ -72,13 +96,46 @@ def weights_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -
         yield Weight(model.num_moe_experts * hidden, is_router=True, is_replicated=True)
         yield from (routed(2 * expert), routed(expert), linear(2 * shared), linear(shared))
 
-    embedding = Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1)
+    def named(number: int) -> Iterator[Weight]:
+        for weight, name in zip(layer(number), names_of_layer(model, number), strict=True):
+            yield replace(weight, name=name)
+            yield from _adapters(model, parallel, tuning, number, name)
+
+    embedding = Weight(vocabulary, is_shared_embedding=is_tied and len(stages) > 1, name=EMBEDDING)
     weights = [embedding] if is_first else []
-    weights += [weight for number in stages[stage] for weight in layer(number)]
+    weights += [weight for number in stages[stage] for weight in named(number)]
     if is_last:
-        weights.append(norm(hidden))
-        weights += [] if is_tied and is_first else [embedding if is_tied else Weight(vocabulary)]
-    return weights
+        weights.append(replace(norm(hidden), name=FINAL_NORM))
+        weights += [] if is_tied and is_first else [embedding if is_tied else Weight(vocabulary, name=HEAD)]
+    if tuning is None or not tuning.is_partial:
+        return weights
+    return [replace(weight, is_trained=is_trained(tuning, weight.name)) for weight in weights]
+
+
+def _adapters(
+    model: ModelConfig, parallel: ParallelConfig, tuning: TuningConfig | None, layer: int, name: str
+) -> Iterator[Weight]:
+    """A and B of each part of the linear layer whose weight has this name."""
+    if tuning is None or tuning.lora is None:
+        return
+    parts = targets(model, tuning.lora, layer)
+    for linear in linears_of_layer(model, layer):
+        if name != f"decoder.layers.{layer}.{linear.name}.weight":
+            continue
+        is_routed, rank = linear.is_routed, tuning.lora.rank
+        ranks = parallel.expert_tensor_parallel_size if is_routed else parallel.tensor_model_parallel_size
+        experts = model.num_moe_experts // parallel.expert_model_parallel_size if is_routed else 1
+        for part in parts.get(linear.name, ()):
+            sizes = adapted_sizes(model, linear, part)
+            sharded = 0 if linear.is_row_parallel else 1
+            for number, letter in enumerate("ab"):
+                size = experts * rank * sizes[number] // (ranks if number == sharded else 1)
+                yield Weight(
+                    size,
+                    is_routed_expert=is_routed,
+                    is_replicated=number != sharded and not is_routed,
+                    name=f"{name.removesuffix('weight')}adapter.{part}.{letter}",
+                )
 
 
 @dataclass
@@ -129,11 +186,21 @@ class Buffer:
         return pieces
 
 
+def bytes_of(weight: Weight, precision: PrecisionConfig) -> int:
+    """Bytes of an element of a weight that is not kept in FP8."""
+    return 4 if weight.is_router or precision.dtype == "fp32" else 2
+
+
 def buffers_of_stage(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, world_size: int, stage: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    world_size: int,
+    stage: int,
+    tuning: TuningConfig | None = None,
 ) -> list[Buffer]:
-    """Buffers of one model chunk, laid out as in core. Raises ValueError if the layout does not fit the number of
-    ranks.
+    """Buffers of one model chunk, laid out as in core; frozen weights are in none. Raises ValueError if the layout does
+    not fit the number of ranks.
 
     With fp8_parameters, weights of FP8 layers count 1 byte, as with Transformer Engine; emulation keeps them in bf16.
     """
@@ -143,8 +210,10 @@ def buffers_of_stage(
     if overlaps(parallel, ranks.most_copies).grad_reduce and stage % ranks.pp == 0:
         limit = max(SMALLEST_BUCKET, 1_000_000 * ranks.dp)
     found: dict[tuple[bool, int], list[Weight]] = {}
-    for weight in weights_of_stage(model, parallel, stage):
-        weight_bytes = 4 if weight.is_router or precision.dtype == "fp32" else 2
+    for weight in weights_of_stage(model, parallel, stage, tuning):
+        if not weight.is_trained:
+            continue
+        weight_bytes = bytes_of(weight, precision)
         if (
             precision.fp8_parameters
             and weight.fp8_layer is not None

@@ -17,9 +17,10 @@ from hunyuan_pretrain.config.derived import (
     expert_capacity,
     grid,
     pipeline_stages,
+    routed_model,
     stages_of,
 )
-from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig
+from hunyuan_pretrain.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, TuningConfig
 from hunyuan_pretrain.plan.buffers import buffers_of_stage, weights_of_stage
 
 AXES = ("tp", "cp", "ep", "expert_tp", "pp", "dp", "expert_dp", "embedding", "other")
@@ -101,25 +102,29 @@ def communication_per_rank(
     world_size: int,
     pipeline_rank: int = 0,
     loss_chunk_tokens: int = LOSS_CHUNK_TOKENS["cuda"],
+    tuning: TuningConfig | None = None,
 ) -> Communication:
     """Messages of one training step (train.step.train_step, with the optimizer) of any rank of a pipeline rank.
 
     Counts forward, backward and recomputation, gradient reduction, update and statistics, without the few numbers that
     a logged step adds to the statistics (train/logged_numbers.py). All ranks of a pipeline rank send the same, except
     with dropless routing (Communication.is_exact). `stage` sets the batch; `loss_chunk_tokens`: LOSS_CHUNK_TOKENS of
-    the device. Raises ValueError if the layout or the batch does not fit the number of ranks.
+    the device. tuning: which weights are trained; what adapters exchange in forward and backward passes, a few numbers
+    per token, is not counted (Communication.is_exact). Raises ValueError if the layout or the batch does not fit the
+    number of ranks.
     """
-    ranks, ledger = grid(parallel, world_size), _Ledger()
+    ranks, ledger, model = grid(parallel, world_size), _Ledger(), routed_model(model, stage)
     batch = _batch(precision, stage, ranks)
     chunks = stages_of(model, parallel, pipeline_rank)
     for number, layers in chunks.items():
         _passes(ledger, model, parallel, ranks, batch, number, layers, loss_chunk_tokens)
-    _gradients(ledger, model, parallel, precision, ranks, list(chunks))
-    _optimizer(ledger, model, parallel, precision, ranks, list(chunks))
+    _gradients(ledger, model, parallel, precision, ranks, list(chunks), tuning)
+    _optimizer(ledger, model, parallel, precision, ranks, list(chunks), tuning)
     ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
     statistics = model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
     ledger.add("other", "all_reduce", 8 * (3 + statistics), world_size)  # loss, ranks told to stop, saves, statistics
-    return Communication(ledger.messages, is_exact=model.moe_expert_capacity_factor is not None or ranks.ep == 1)
+    is_exact = model.moe_expert_capacity_factor is not None or ranks.ep == 1
+    return Communication(ledger.messages, is_exact=is_exact and (tuning is None or tuning.lora is None))
 
 
 def communication_of_passes(
@@ -131,7 +136,7 @@ def communication_of_passes(
     number: int,
 ) -> Communication:
     """Of `communication_per_rank`, the messages of the forward and backward passes of pipeline stage `number`."""
-    ranks, ledger = grid(parallel, world_size), _Ledger()
+    ranks, ledger, model = grid(parallel, world_size), _Ledger(), routed_model(model, stage)
     layers = pipeline_stages(model, parallel)[number]
     batch = _batch(precision, stage, ranks)
     _passes(ledger, model, parallel, ranks, batch, number, layers, LOSS_CHUNK_TOKENS["cuda"])
@@ -265,16 +270,18 @@ def _gradients(
     precision: PrecisionConfig,
     ranks: Grid,
     chunks: list[int],
+    tuning: TuningConfig | None,
 ) -> None:
     """Reduction of every bucket, with its padding, over the ranks that hold the same weights. Then the sums of
     replicated weights over the tensor-parallel ranks, and of the tied embedding over its two stages."""
     gradient_bytes = 4 if precision.grad_reduce_in_fp32 or precision.dtype == "fp32" else 2
     for chunk in chunks:
-        for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
+        for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk, tuning):
             for start, end in buffer.buckets:
                 kind = "reduce_scatter" if buffer.is_sharded else "all_reduce"
                 ledger.add(buffer.axis, kind, (end - start) * buffer.gradient_bytes, buffer.num_ranks)
-    weights = [weight for chunk in chunks for weight in weights_of_stage(model, parallel, chunk)]
+    weights = [weight for chunk in chunks for weight in weights_of_stage(model, parallel, chunk, tuning)]
+    weights = [weight for weight in weights if weight.is_trained]
     # one fp32 tensor in every precision, because the gradients of the routers are fp32
     ledger.add("tp", "all_reduce", 4 * sum(weight.size for weight in weights if weight.is_replicated), ranks.tp)
     for weight in weights:
@@ -289,6 +296,7 @@ def _optimizer(
     precision: PrecisionConfig,
     ranks: Grid,
     chunks: list[int],
+    tuning: TuningConfig | None,
 ) -> None:
     """Gradient norm in fp64; all-gather of updated weights over the ranks that hold them."""
     if not parallel.use_distributed_optimizer:
@@ -298,6 +306,6 @@ def _optimizer(
         return
     ledger.add("other", "all_reduce", 8, ranks.world_size)
     for chunk in chunks:
-        for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk):
+        for buffer in buffers_of_stage(model, parallel, precision, ranks.world_size, chunk, tuning):
             for start, end in buffer.buckets:
                 ledger.add(buffer.axis, "all_gather", (end - start) * buffer.weight_bytes, buffer.num_ranks)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hunyuan_pretrain.config.derived import routed_model
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.hardware import Hardware, names
@@ -103,7 +104,8 @@ def check_assumptions(experiment: Experiment, hardware: Hardware | None, assumpt
     if assumptions.document_tokens is not None and hardware is None:
         rule = "the length of documents changes the time of a step only"
         problems.append(Problem("--document-tokens", assumptions.document_tokens, rule, "add --hardware"))
-    if assumptions.imbalance != 1 and experiment.model.moe_expert_capacity_factor is not None:
+    models = [routed_model(experiment.model, stage) for stage in experiment.stages]
+    if assumptions.imbalance != 1 and all(model.moe_expert_capacity_factor is not None for model in models):
         rule = "experts have a capacity (model.moe_expert_capacity_factor), so no rank computes more rows than others"
         problems.append(Problem("--imbalance", assumptions.imbalance, rule, "leave it out"))
     if problems:

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunyuan_pretrain.config.derived import grid, stages_of
-from hunyuan_pretrain.config.schema import Experiment, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from hunyuan_pretrain.plan.buffers import Buffer, Weight, buffers_of_stage
+from hunyuan_pretrain.config.schema import (
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TuningConfig,
+)
+from hunyuan_pretrain.plan.buffers import Buffer, Weight, buffers_of_stage, bytes_of, weights_of_stage
 
 
 @dataclass(frozen=True)
@@ -188,10 +195,24 @@ def state_bytes(optimizer: OptimizerConfig, weight_bytes: int) -> int:
 def checkpoint_bytes(experiment: Experiment) -> int:
     """Bytes of the tensors in a checkpoint: each weight as in training and both moments, for a bf16 weight also its
     main weight, these in fp32. Routers are fp32 in every run."""
+    if experiment.tuning.is_partial:
+        whole = weights_of_stage(experiment.model, ParallelConfig(), 0, experiment.tuning)
+        return sum(weight.size * sum(saved_sizes(experiment, weight)) for weight in whole)
     count = parameters(experiment.model)
     if experiment.precision.dtype == "fp32":
         return 12 * count.total
     return 12 * count.router + 14 * (count.total - count.router)
+
+
+def saved_sizes(experiment: Experiment, weight: Weight) -> tuple[int, ...]:
+    """Bytes per element of each tensor that a checkpoint has of a weight: none of a weight beside which there are
+    adapters, one of another frozen weight."""
+    is_fp32 = bytes_of(weight, experiment.precision) == 4
+    if experiment.tuning.lora is not None and not weight.is_adapter:
+        return ()
+    if not weight.is_trained:
+        return (4,) if is_fp32 else (2,)
+    return (4, 4, 4) if is_fp32 else (2, 4, 4, 4)
 
 
 def memory_per_rank(
@@ -201,10 +222,12 @@ def memory_per_rank(
     world_size: int,
     pipeline_rank: int | None = None,
     optimizer: OptimizerConfig | None = None,
+    tuning: TuningConfig | None = None,
 ) -> RankMemory:
     """Memory of the rank that keeps the most, among all ranks or among those of one pipeline rank.
 
-    optimizer: the formats of its state and the offloaded fraction; None: fp32, nothing offloaded.
+    optimizer: the formats of its state and the offloaded fraction; None: fp32, nothing offloaded. tuning: which weights
+    are trained; the others take their own bytes and nothing else. None: all.
 
     Router weights are fp32 in every precision. With tied embeddings, the last stage keeps a copy of the embedding. The
     distributed optimizer shards the state of the routed experts over the ranks that hold the same experts, and all
@@ -216,7 +239,11 @@ def memory_per_rank(
     pipeline_ranks = range(parallel.pipeline_model_parallel_size) if pipeline_rank is None else [pipeline_rank]
     parts = model, parallel, precision, world_size
     return max(
-        (memory for pipeline_rank in pipeline_ranks for memory in memory_of_ranks(*parts, pipeline_rank, optimizer)),
+        (
+            memory
+            for pipeline_rank in pipeline_ranks
+            for memory in memory_of_ranks(*parts, pipeline_rank, optimizer, tuning)
+        ),
         key=_total,
     )
 
@@ -232,13 +259,21 @@ def memory_of_ranks(
     world_size: int,
     pipeline_rank: int,
     optimizer: OptimizerConfig | None = None,
+    tuning: TuningConfig | None = None,
 ) -> list[RankMemory]:
     """`memory_per_rank` for each of the world_size / PP consecutive ranks of one pipeline rank."""
     optimizer = optimizer or OptimizerConfig(lr=1.0)
     ranks = grid(parallel, world_size)
     chunks = stages_of(model, parallel, pipeline_rank)
-    buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(model, parallel, precision, world_size, chunk)]
+    parts = model, parallel, precision, world_size
+    buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(*parts, chunk, tuning)]
     weights = sum(buffer.size * buffer.weight_bytes for buffer in buffers)
+    weights += sum(
+        weight.size * bytes_of(weight, precision)
+        for chunk in chunks
+        for weight in weights_of_stage(model, parallel, chunk, tuning)
+        if not weight.is_trained
+    )
     gradients = sum(buffer.size * buffer.gradient_bytes for buffer in buffers)
     states = {}
     for axis, size in (("dp", ranks.dp_cp), ("expert_dp", ranks.expert_dp)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, Grid, grid, pipeline_stages, stages_of
+from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, Grid, grid, pipeline_stages, routed_experiment, stages_of
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.activations import activations, kept_by_layer
 from hunyuan_pretrain.plan.buffers import buffers_of_stage
@@ -115,7 +115,7 @@ class Peak:
 def peaks(experiment: Experiment, stage: StageConfig, world_size: int, imbalance: float = 1.0) -> list[Peak]:
     """The peak of each pipeline rank with the batch of `stage`. `imbalance`: rows of the fullest rank's experts over
     even routing, where there is no capacity. Raises ValueError if the layout does not fit the number of ranks."""
-    ranks = grid(experiment.parallel, world_size)
+    ranks, experiment = grid(experiment.parallel, world_size), routed_experiment(experiment, stage)
     return [
         peak_of_rank(experiment, stage, world_size, rank, kept_of_rank(experiment, world_size, rank), imbalance)
         for rank in range(ranks.pp)
@@ -136,7 +136,8 @@ class Kept:
 def kept_of_rank(experiment: Experiment, world_size: int, pipeline_rank: int) -> Kept:
     """What `peak_of_rank` needs of a layout."""
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
-    states = memory_of_ranks(model, parallel, precision, world_size, pipeline_rank, experiment.optimizer)
+    parts = model, parallel, precision, world_size, pipeline_rank, experiment.optimizer
+    states = memory_of_ranks(*parts, experiment.tuning)
     return Kept(
         max(states, key=lambda memory: memory.total),
         weight_copies(experiment, world_size, pipeline_rank),
@@ -244,11 +245,8 @@ def _update(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
     if experiment.optimizer.use_precision_aware_optimizer or experiment.optimizer.cpu_offload_fraction:
         return 0  # an offloaded optimizer keeps the copies between steps: they count as its state
     chunks = stages_of(experiment.model, experiment.parallel, pipeline_rank)
-    buffers = [
-        buffer
-        for chunk in chunks
-        for buffer in buffers_of_stage(experiment.model, experiment.parallel, precision, world_size, chunk)
-    ]
+    parts = experiment.model, experiment.parallel, precision
+    buffers = [buffer for chunk in chunks for buffer in buffers_of_stage(*parts, world_size, chunk, experiment.tuning)]
     return 4 * sum(max(buffer.kept()) for buffer in buffers if buffer.gradient_bytes < 4)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hunyuan_pretrain.config.derived import grid, stages_of
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.plan.buffers import Weight, weights_of_stage
+from hunyuan_pretrain.plan.counts import saved_sizes
 
 ALIGNMENT = 256
 """Bytes; where each tensor starts (runtime.transfers)."""
@@ -14,7 +15,7 @@ ALIGNMENT = 256
 
 def bytes_copied(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
     """Bytes of the rank of a pipeline rank that writes the most: each weight in its format, both moments and the main
-    weight of a bf16 weight in fp32.
+    weight of a bf16 weight in fp32; of a frozen weight the weight alone, with LoRA the adapters only.
 
     The data-parallel ranks that share weights share the writing: each weight in turn goes to the one with the fewest
     elements so far. Of tensor-parallel ranks, the first writes what is the same on all. Raises ValueError if the layout
@@ -24,12 +25,12 @@ def bytes_copied(experiment: Experiment, world_size: int, pipeline_rank: int) ->
     loads = {False: [0] * ranks.dp_cp, True: [0] * ranks.expert_dp}
     written = {False: [0] * ranks.dp_cp, True: [0] * ranks.expert_dp}
     for weight, is_copy in _weights(experiment, pipeline_rank):
+        if not (sizes := saved_sizes(experiment, weight)):
+            continue
         load = loads[weight.is_routed_expert]
         home = load.index(min(load))
         load[home] += weight.size
         if not is_copy:
-            is_fp32 = weight.is_router or experiment.precision.dtype == "fp32"
-            sizes = (4, 4, 4) if is_fp32 else (2, 4, 4, 4)
             written[weight.is_routed_expert][home] += sum(-(-weight.size * size // ALIGNMENT) for size in sizes)
     dense, experts = written[False], written[True]
     return ALIGNMENT * max(
@@ -40,5 +41,5 @@ def bytes_copied(experiment: Experiment, world_size: int, pipeline_rank: int) ->
 def _weights(experiment: Experiment, pipeline_rank: int) -> Iterator[tuple[Weight, bool]]:
     """This rank's weights; and whether another stage holds the original."""
     for stage in stages_of(experiment.model, experiment.parallel, pipeline_rank):
-        for weight in weights_of_stage(experiment.model, experiment.parallel, stage):
+        for weight in weights_of_stage(experiment.model, experiment.parallel, stage, experiment.tuning):
             yield weight, weight.is_shared_embedding and stage > 0

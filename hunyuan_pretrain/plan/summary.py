@@ -95,7 +95,7 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
     held = f"{model.num_moe_experts // shares.ep} experts per layer and rank"
     optimizer = experiment.optimizer
     memories = [
-        memory_per_rank(model, parallel, experiment.precision, ranks, pipeline_rank, optimizer)
+        memory_per_rank(model, parallel, experiment.precision, ranks, pipeline_rank, optimizer, experiment.tuning)
         for pipeline_rank in pipeline_ranks
     ]
     memory = max(memories, key=lambda memory: memory.total)
@@ -226,7 +226,7 @@ def communication_rows(experiment: Experiment, ranks: int) -> list[Row]:
         group = "communication" if len(shapes) == 1 else f"communication, {', '.join(stage.name for stage in stages)}"
         parts = experiment.model, experiment.parallel, experiment.precision, stages[0], ranks
         pipeline_ranks = [
-            communication_per_rank(*parts, pipeline_rank)
+            communication_per_rank(*parts, pipeline_rank, tuning=experiment.tuning)
             for pipeline_rank in range(experiment.parallel.pipeline_model_parallel_size)
         ]
         busiest = max(pipeline_ranks, key=lambda pipeline_rank: pipeline_rank.sent_bytes())

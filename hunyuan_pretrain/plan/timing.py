@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hunyuan_pretrain.config.derived import grid, overlaps, stages_of
+from hunyuan_pretrain.config.derived import grid, overlaps, routed_experiment, stages_of
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan import links
@@ -98,6 +98,7 @@ def job_of(
     if experiment.precision.dtype != "bf16":
         rule = "the time of a step is planned in bf16 and FP8; hardware profiles give no speed of fp32 matmuls"
         raise ConfigError(experiment.name, [Problem("precision.dtype", experiment.precision.dtype, rule, "use bf16")])
+    experiment = routed_experiment(experiment, stage)
     return Job(experiment, stage, grid(experiment.parallel, world_size), hardware, assumptions or Assumptions())
 
 
@@ -160,14 +161,15 @@ def _around_passes(job: Job, pipeline_rank: int, start: float, forward: list[flo
     for."""
     experiment, ranks, hardware = job.experiment, job.ranks, job.hardware
     model, parallel, precision = experiment.model, experiment.parallel, experiment.precision
-    sent = communication_per_rank(model, parallel, precision, job.stage, ranks.world_size, pipeline_rank)
+    parts, tuning = (model, parallel, precision), experiment.tuning
+    sent = communication_per_rank(*parts, job.stage, ranks.world_size, pipeline_rank, tuning=tuning)
     over = {"gather": 0.0, "reduce": 0.0}
     for axis in ("dp", "expert_dp"):
         for way, kinds in (("gather", ("all_gather",)), ("reduce", ("reduce_scatter", "all_reduce"))):
             mine = replace(sent, messages={key: found for key, found in sent.messages.items() if key[1] in kinds})
             over[way] += links.seconds(mine, axis, ranks, hardware)
     chunks = list(stages_of(model, parallel, pipeline_rank))
-    buffers = [buffers_of_stage(model, parallel, precision, ranks.world_size, chunk) for chunk in chunks]
+    buffers = [buffers_of_stage(*parts, ranks.world_size, chunk, tuning) for chunk in chunks]
     share = _share_of_last_buckets(buffers)
     overlap = overlaps(parallel, ranks.most_copies, experiment.runtime.cuda_graphs)
     if overlap.param_gather:
@@ -184,7 +186,7 @@ def _share_of_last_buckets(buffers: list[list[Buffer]]) -> float:
     """Elements in the last bucket of each buffer of the first chunk, over those in all buffers of all chunks. It holds
     the first weights: forward passes need them first, and backward passes complete them last."""
     last = sum(end - start for buffer in buffers[0] for start, end in buffer.buckets[-1:])
-    return last / sum(buffer.size for chunk in buffers for buffer in chunk)
+    return last / max(sum(buffer.size for chunk in buffers for buffer in chunk), 1)
 
 
 def _update_s(job: Job, pipeline_rank: int, buffers: list[Buffer]) -> float:
@@ -194,7 +196,7 @@ def _update_s(job: Job, pipeline_rank: int, buffers: list[Buffer]) -> float:
     offloaded = 0
     if experiment.optimizer.cpu_offload_fraction:
         parts = experiment.model, experiment.parallel, experiment.precision, job.ranks.world_size, pipeline_rank
-        of_ranks = memory_of_ranks(*parts, experiment.optimizer)
+        of_ranks = memory_of_ranks(*parts, experiment.optimizer, experiment.tuning)
         offloaded = max(memory.host for memory in of_ranks) // HOST_BYTES_PER_ELEMENT
     kept = sum(max(buffer.kept()) for buffer in buffers) - offloaded
     size = sum(buffer.size for buffer in buffers)

@@ -85,10 +85,13 @@ def uses_transformer_engine(machine: Machine, experiment: Experiment) -> bool:
     """Whether the layers are Transformer Engine's. `obstacles` reports why they cannot be where they are required.
 
     In fp32 the layers are this project's own, because Transformer Engine multiplies fp32 matrices in TF32; the rules
-    refuse fp32 with runtime.transformer_engine=required.
+    refuse fp32 with runtime.transformer_engine=required. The same holds for frozen weights, with which Transformer
+    Engine's layers have not been tried.
     """
     runtime = experiment.runtime
     if runtime.transformer_engine == "never" or runtime.device == "cpu":
+        return False
+    if experiment.tuning.is_partial:
         return False
     return machine.has_transformer_engine and experiment.precision.dtype == "bf16"
 

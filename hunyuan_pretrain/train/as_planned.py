@@ -55,9 +55,10 @@ def planned(
     parameters = sum(
         weight.size
         for number in stages_of(model, parallel, pipeline_rank)
-        for weight in weights_of_stage(model, parallel, number)
+        for weight in weights_of_stage(model, parallel, number, experiment.tuning)
     )
-    of_ranks = memory_of_ranks(model, parallel, experiment.precision, world_size, pipeline_rank, experiment.optimizer)
+    parts = model, parallel, experiment.precision, world_size, pipeline_rank, experiment.optimizer
+    of_ranks = memory_of_ranks(*parts, experiment.tuning)
     kept = of_ranks[rank % len(of_ranks)]
     peak = None
     if is_on_gpu:
@@ -79,6 +80,9 @@ def held(run: Run) -> RankMemory:
     buffers = [buffer for wrapped in run.wrapped for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
     weights = _storages(
         tensor for buffer in buffers for tensor in (buffer.params if buffer.param_data is None else [buffer.param_data])
+    )
+    weights |= _storages(
+        parameter.data for model in run.chunks for parameter in model.parameters() if not parameter.requires_grad
     )
     gradients = _storages(buffer.grad_data for buffer in buffers)
     on_device: list[Any] = []
@@ -256,6 +260,8 @@ class AsPlanned:
         run = self._run
         if done == run.first_step + 1:
             tokens_L = result.statistics.tokens
+            if run.schedule.stage(run.first_step).is_dropless and tokens_L.unique().numel() == 1:
+                tokens_L = tokens_L.clamp(min=self._planned.tokens)  # padding is routed and not counted
             self._tokens = int(tokens_L[(tokens_L - self._planned.tokens).abs().argmax()])
         if self._is_on_gpu:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(run.device))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.config.derived import expert_lr_ratio
+from hunyuan_pretrain.config.derived import expert_lr_ratio, routed_model
 from hunyuan_pretrain.config.exit_status import EXIT_DONE, EXIT_STOPPED, STOPPED_BEFORE_FIRST_STEP
 from hunyuan_pretrain.config.rules import find_warnings
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
@@ -97,7 +97,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
         stage = run.schedule.stage(step)
         _settle_noise_scale(run, step, records)
         rates = apply_learning_rate(run, step)
-        if run.experiment.model.moe_expert_capacity_factor is None:
+        if routed_model(run.experiment.model, stage).moe_expert_capacity_factor is None:
             # weights that are NaN send all tokens to the same experts; without a capacity that rank would run out of
             # memory before the reason is read
             records.read()
@@ -323,6 +323,8 @@ def _evaluate(run: Run, stage: StageConfig, done: int, stop: StopRequest) -> boo
         run.log.line(
             f"step {done}: validation{name} loss {found['loss']:.4f} over {found['target_tokens']:,} tokens{bits}"
         )
+        if "conversation_loss" in found:
+            run.log.line(f"  by conversation {found['conversation_loss']:.4f} over {found['conversations']:,}")
     run.log.metrics(record)
     return True
 

@@ -21,6 +21,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from hunyuan_pretrain.config.attention import KINDS
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.tuning import is_trained
 from hunyuan_pretrain.data.loader import MicroBatch
 from hunyuan_pretrain.model.attention import AttentionPlan, attention_plan
 from hunyuan_pretrain.model.attention_backends import ByMicroBatch, CoreAttention
@@ -48,12 +50,18 @@ def probe(run: Run) -> list[str]:
     lines = [check_kernels(run)] if run.chunks[0].config.uses_kernels else []
     try:
         lines += [check_attention(run), check_leakage(run)]
-        if run.experiment.model.num_moe_experts > 1:
+        if run.experiment.model.num_moe_experts > 1 and _trains_routers(run.experiment):
             lines.append(check_liveness(run))
     except torch.OutOfMemoryError as error:
         what = str(error).strip().splitlines()[0]
         raise TrainingError(f"no memory left for the probes; runtime.probes=false leaves them out: {what}") from error
     return lines
+
+
+def _trains_routers(experiment: Experiment) -> bool:
+    """Whether every router has a gradient."""
+    layers = range(experiment.model.num_layers)
+    return all(is_trained(experiment.tuning, f"decoder.layers.{layer}.mlp.router.weight") for layer in layers)
 
 
 # --- attention matches another implementation -------------------------------------------------------------------------
@@ -263,7 +271,7 @@ def _router_gradients(run: Run, has_cross_entropy: bool, balance: float, z: floa
             next(batches),
             rope_alpha=1.0,
             loss_tokens=num_tokens * num_micro_batches * groups.dp.size() if has_cross_entropy else math.inf,
-            route=lambda group_n: TrainingRouting(run.experiment.seed, 0, group_n, num_global_groups),
+            route=lambda group_n, _: TrainingRouting(run.experiment.seed, 0, group_n, num_global_groups),
         )
         return wrapped(inputs)[0], as_summed_loss
 

@@ -57,6 +57,8 @@ class Start:
     """Of the run's ledger."""
     num_skipped: int = 0
     """How many of the steps before updated nothing."""
+    base: Mapping[str, Any] | None = None
+    """With LoRA, the weights that the adapters belong to (train.base_weights.Base.record)."""
 
     def after(self, lines: Sequence[str]) -> Start:
         """A copy with `lines` before its own log lines."""

@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.folders import ADAPTER_OF
 from hunyuan_pretrain.config.derived import grid
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
@@ -117,7 +118,8 @@ class Run:
 
     def record(self, num_steps: int) -> dict[str, Any]:
         """The run's identity for a checkpoint after `num_steps` steps: position and history; with the measured noise
-        scale, what a judge knows, the number of updates and that of the last roll-back, where there are any."""
+        scale, what a judge knows, the number of updates, that of the last roll-back and the base of adapters, where
+        there are any."""
         found: dict[str, Any] = {"position": self.schedule.position(num_steps), "history": []}
         if self.noise is not None:
             found["noise_scale"] = self.noise.state()
@@ -133,6 +135,8 @@ class Run:
             found["updates"] = num_steps - skipped
         if start.decisions.number:
             found["rollback"] = start.decisions.number
+        if start.base:
+            found[ADAPTER_OF] = dict(start.base)
         return found
 
     @property

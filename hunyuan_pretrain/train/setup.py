@@ -17,8 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import checkpoint_of, step_of
-from hunyuan_pretrain.checkpoint.optimizer_state import reload_weights
+from hunyuan_pretrain.checkpoint.folders import step_of
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.history import set_aside_later, write_history
@@ -49,6 +48,7 @@ from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train import branches, resume, same_start
 from hunyuan_pretrain.train.attention_choice import settle
+from hunyuan_pretrain.train.base_weights import Base, load_base, load_weights, refuse_other_base, start_adapter
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
 from hunyuan_pretrain.train.resume import Start
@@ -79,8 +79,9 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         groups = build_groups(experiment.parallel, experiment.runtime.distributed_timeout_s)
         chunks, wrapped = _build_model(experiment, groups)
         optimizer = build_optimizer(wrapped, experiment, groups)
-        start = _load_or_init(experiment, chunks, optimizer, met, accepted).after(lock.notes if lock else ())
-        start = branches.with_ledger(start, Path(experiment.run_dir))
+        base = load_base(experiment, chunks, optimizer)
+        start = _load_or_init(experiment, chunks, optimizer, met, accepted, base).after(lock.notes if lock else ())
+        start = branches.with_ledger(replace(start, base=base.record if base else None), Path(experiment.run_dir))
         leave_if_asked(stop, device)
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
@@ -187,6 +188,7 @@ def _build_model(
         engine,
         kind,
         uses_kernels(machine, experiment),
+        experiment.tuning,
     )
     chunks = build_model(config, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)
@@ -247,9 +249,10 @@ def _load_or_init(
     optimizer: MegatronOptimizer,
     met: Mapping[str, Any],
     accepted: Collection[str] = (),
+    base: Base | None = None,
 ) -> Start:
     """Resume from the run's newest intact checkpoint; without one, start from `checkpoint.init_from` or fresh
-    weights."""
+    weights. base: the weights of a run with LoRA, which are there already."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
     if not settings.resume:
         found, error = from_rank_0(lambda: save_load.find_checkpoints(run_dir))
@@ -261,12 +264,13 @@ def _load_or_init(
         starts: dict[Path, Start] = {}
 
         def accept(folder: Path, marker: dict[str, Any]) -> None:
+            refuse_other_base(folder, marker, base)
             start = resume.go_on(experiment, met, folder, marker, accepted)
             starts[folder] = replace(start, owes_validation=bool(marker.get(OWES_VALIDATION)))
 
         if (
             settings.resume_from is not None
-            and (start := _branch(experiment, met, accepted, chunks, optimizer)) is not None
+            and (start := _branch(experiment, met, accepted, chunks, optimizer, base)) is not None
         ):
             return start
         last_step = resume.on_rank_0(lambda: branches.last_usable_step(run_dir))
@@ -275,11 +279,9 @@ def _load_or_init(
             return starts[resumed.folder].after(resumed.notes)
     if settings.init_from is None:
         return resume.begin(experiment, met)
-    folder = resume.on_rank_0(lambda: checkpoint_of(Path(str(settings.init_from))))
-    lines, changes = resume.weights_from(experiment, folder, resume.on_rank_0(lambda: save_load.read_marker(folder)))
-    save_load.load(folder, chunks, None)
-    reload_weights(optimizer)
-    return resume.begin(experiment, met, tuple(lines), tuple(changes))
+    weights = base or load_weights(experiment, chunks, optimizer)
+    lines = (*weights.lines, *start_adapter(experiment, chunks, optimizer))
+    return resume.begin(experiment, met, lines, weights.changes)
 
 
 def _branch(
@@ -288,6 +290,7 @@ def _branch(
     accepted: Collection[str],
     chunks: list[HunyuanModel],
     optimizer: MegatronOptimizer,
+    base: Base | None,
 ) -> Start | None:
     """Resume from `checkpoint.resume_from`. Returns None if the run is already on that branch. Communicates: all
     ranks."""
@@ -299,6 +302,7 @@ def _branch(
         return None
     folder = branches.branch_folder(experiment, found)
     marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
+    refuse_other_base(folder, marker, base)
     start = resume.go_on(experiment, met, folder, marker, accepted)
     save_load.load(folder, chunks, optimizer)
     later = [one for one in found if (step_of(one) or 0) > start.first_step]

@@ -25,7 +25,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
-from hunyuan_pretrain.data.loader import MicroBatch
+from hunyuan_pretrain.data.loader import MicroBatch, by_conversation
 from hunyuan_pretrain.model.engines import kept_scales, training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.recycle_routing import draw_keys
@@ -74,6 +74,10 @@ Feed = Callable[[], Iterator[SentBatch]]
 """The micro-batches of a step, in order; one iterator for each model chunk."""
 
 
+Route = Callable[[Tensor, Tensor], Routing]
+"""Makes the routing of a micro-batch from the indices (n,) of its routing groups and its tokens (T,)."""
+
+
 def share_of(run: Run, batch: MicroBatch) -> Share:
     """This rank's share of `batch`."""
     experiment, cp, device = run.experiment, run.groups.cp, run.device
@@ -115,12 +119,11 @@ def model_inputs(
     *,
     rope_alpha: float,
     loss_tokens: Tensor | float,
-    route: Callable[[Tensor], Routing],
+    route: Route,
 ) -> ModelInputs:
     """What the model reads of a micro-batch.
 
-    loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss. route: makes the
-    routing from the indices (n,) of the routing groups.
+    loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss.
     """
     tokens_T, positions_T, labels_T, loss_mask_T, group_n = batch.take()
     return ModelInputs(
@@ -130,7 +133,7 @@ def model_inputs(
         rope_alpha=rope_alpha,
         labels_T=labels_T,
         loss_weight_T=loss_mask_T / loss_tokens,
-        routing=route(group_n),
+        routing=route(group_n, tokens_T),
         context=batch.context,
     )
 
@@ -160,9 +163,14 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
     data_wait_seconds = time.perf_counter() - started
     mine = torch.stack([batch.loss_mask_T.sum() for batch in batches]).sum().double()
     num_target_tokens = sum_over(groups.dp, to_device(mine, run.device))
+    divisor = num_target_tokens
+    if stage.loss_average == "conversations":
+        weighted = [by_conversation(batch) for batch in batches]
+        batches, mine = [batch for batch, _ in weighted], torch.tensor(sum(n for _, n in weighted)).double()
+        divisor = sum_over(groups.dp, to_device(mine, run.device))
     key_L = draw_keys(experiment.seed, step, experiment.model.num_layers)
     if run.recorded is not None and in_fp8:
-        losses, statistics = run.recorded.forward_and_backward(run, stage, step, batches, num_target_tokens, key_L)
+        losses, statistics = run.recorded.forward_and_backward(run, stage, step, batches, divisor, key_L)
     else:
         route = partial(routing_of, run, stage, step, to_device(key_L, run.device))
         feed: Feed = partial(sent_ahead, run, batches)
@@ -171,17 +179,19 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
 
         def compute(own: OwnGradients | None = None) -> tuple[list[Tensor], list[Tensor]]:
             count = len(batches)
-            return forward_and_backward(run, stage, feed, count, num_target_tokens, route, in_fp8=in_fp8, own=own)
+            return forward_and_backward(run, stage, feed, count, divisor, route, in_fp8=in_fp8, own=own)
 
         losses, statistics = compute_twice(run, step, compute) if is_due(run, step) else compute()
     target_bytes = sum(batch.target_bytes for batch in batches)
     return Gradients(losses, statistics, num_target_tokens, data_wait_seconds, target_bytes)
 
 
-def routing_of(run: Run, stage: StageConfig, step: int, key_L: Tensor, group_n: Tensor) -> Routing:
+def routing_of(run: Run, stage: StageConfig, step: int, key_L: Tensor, group_n: Tensor, tokens_T: Tensor) -> Routing:
     """The routing of a micro-batch with these groups; `key_L` of the step, on the device."""
     num_global_groups = stage.global_batch_tokens // run.experiment.model.moe_routing_group_tokens
-    return TrainingRouting(run.experiment.seed, step, group_n, num_global_groups, key_L)
+    # no text has the pad id in it, nor has the layout of a conversation
+    is_counted_T = tokens_T != run.loader.pad_id if stage.is_dropless else None
+    return TrainingRouting(run.experiment.seed, step, group_n, num_global_groups, key_L, is_counted_T)
 
 
 def forward_and_backward(
@@ -189,14 +199,15 @@ def forward_and_backward(
     stage: StageConfig,
     feed: Feed,
     num_micro_batches: int,
-    num_target_tokens: Tensor,
-    route: Callable[[Tensor], Routing],
+    divisor: Tensor,
+    route: Route,
     *,
     in_fp8: bool,
     own: OwnGradients | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The work of `compute_gradients` on the device; returns the loss of each micro-batch, on the last stage, and the
-    packed router statistics of each. own: see `run_schedule`.
+    packed router statistics of each. divisor: of the summed cross-entropies, fp64 () on the device; own: see
+    `run_schedule`.
 
     What differs between the steps of a stage reaches it in the memory of tensors, except for the row counts of experts
     without a capacity, and the boundaries of documents where they are Python lists.
@@ -204,9 +215,7 @@ def forward_and_backward(
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        inputs = model_inputs(
-            next(batches), rope_alpha=stage.rope_alpha, loss_tokens=num_target_tokens.float(), route=route
-        )
+        inputs = model_inputs(next(batches), rope_alpha=stage.rope_alpha, loss_tokens=divisor.float(), route=route)
         output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
         return output, as_summed_loss

@@ -118,7 +118,7 @@ def kept(cases: Sequence[Case]) -> list[tuple[int, int]]:
             send(run, run.loader.micro_batches(0)[0]),
             rope_alpha=1.0,
             loss_tokens=torch.ones(()),
-            route=lambda group_n: TrainingRouting(1, 0, group_n, len(group_n)),
+            route=lambda group_n, _: TrainingRouting(1, 0, group_n, len(group_n)),
         )
         memory = KeptMemory()
         with training_step(run.chunks, run.groups):

@@ -30,9 +30,10 @@ EXPORTS = [
 ]
 PEERS = ["tests/reference/test_peers.py"]
 MERGE = "tests/unit/checkpoint/test_lora_merge.py::test_equals_peft_bit_by_bit"
+ADAPTER = "tests/parallel/test_adapters.py::test_peft_reads_the_adapter_and_computes_the_merged_model"
 CASES = {
     "the oldest transformers": (["transformers_oldest", "peers"], [*MODEL, *EXPORTS, *PEERS]),
-    "this transformers with peers": (["peers"], [*PEERS, MERGE]),
+    "this transformers with peers": (["peers"], [*PEERS, MERGE, ADAPTER]),
 }
 MAY_SKIP = "this transformers computes another model"
 """Why a test of these files may be skipped."""

@@ -11,7 +11,7 @@ import torch
 
 from hunyuan_pretrain.data.balance import imbalance
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader
+from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoader, by_conversation
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.sample_order import SampleOrder, positions_of_rank
 
@@ -239,3 +239,12 @@ def test_assigning_by_cost_balances_what_runs_side_by_side(
         worst[balance] = max(slowdowns)
     assert worst["deal"] < worst["off"]
     assert worst["group"] < worst["deal"] < 1.5
+
+
+def test_by_conversation_gives_each_document_with_a_label_the_same_weight() -> None:
+    mask = torch.tensor([0.0, 1, 1, 0, 0, 0, 1, 1, 1, 1])
+    batch = MicroBatch(mask, mask, mask, mask, torch.tensor([0, 4, 6, 10], dtype=torch.int32), 4, torch.tensor([0]))
+    weighted, number = by_conversation(batch)
+    assert number == 2
+    assert weighted.loss_mask_T.tolist() == [0, 0.5, 0.5, 0, 0, 0, 0.25, 0.25, 0.25, 0.25]
+    assert batch.loss_mask_T is mask

@@ -1,0 +1,58 @@
+"""The commands of "Fine-tune on your conversations", one after the other, on the weights of a run of two steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers.runs import ROOT, experiment_fields, run, write_experiment
+
+pytestmark = pytest.mark.slow
+
+PAGE = ROOT / "docs/guide/finetune.md"
+PROGRAMS = {"hunyuan-data": "data_tools.cli", "hunyuan-pretrain": "hunyuan_pretrain"}
+
+
+def commands() -> list[list[str]]:
+    """Those of the first block of the page."""
+    block = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_commands_of_the_page_fine_tune_and_merge(corpus: Path, tmp_path: Path) -> None:
+    for name in ("configs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "demo_out").mkdir()
+    (tmp_path / "demo_out/tokenizer").symlink_to(corpus / "tokenizer")
+    model = yaml.safe_load((ROOT / "configs/model/hunyuan_tiny.yaml").read_text())["model"]
+    fields = experiment_fields(corpus, tmp_path / "demo_out/run", 2, model=model | {"moe_routing_group_tokens": 32})
+    status, _, error = run("train", str(write_experiment(tmp_path / "base.yaml", fields)))
+    assert status == 0, error
+    said = {}
+    for command in commands():
+        done = subprocess.run(
+            [sys.executable, "-m", PROGRAMS[command[0]], *command[1:]],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        said[command[1] + " " + command[-1]] = done.stdout
+    records = [json.loads(line) for line in (tmp_path / "demo_out/sft/metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[-1] < losses[0] - 0.03, losses  # the base has hardly learned anything that it could use
+    (last,) = [record for record in records if record.get("step") == 20 and "validation_loss" in record]
+    assert last["validation_conversations"] == 6
+    assert last["validation_conversation_loss"] > 0
+    assert (tmp_path / "demo_out/adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "demo_out/merged/merge.json").is_file()
