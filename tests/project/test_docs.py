@@ -34,7 +34,19 @@ GROUPS: dict[str, Any] = {
     "hunyuan-pretrain": typer.main.get_command(hunyuan_pretrain.cli.app),
     "hunyuan-data": typer.main.get_command(data_tools.cli.app),
 }
-OTHER_PROGRAMS = ("make", "pip", "python", "python3.12", "sbatch", "scancel", "source", "tensorboard", "torchrun")
+OTHER_PROGRAMS = (
+    "make",
+    "pip",
+    "python",
+    "python3.12",
+    "curl",
+    "install",
+    "sbatch",
+    "scancel",
+    "source",
+    "tensorboard",
+    "torchrun",
+)
 FILE = r"(?:hunyuan_pretrain|data_tools|launch|configs|examples|tests|docs|\.ci)/[\w./-]+"
 SECTIONS = tuple(
     name for name, field in Experiment.model_fields.items() if name not in ("name", "run_dir", "seed", "tokenizer")
