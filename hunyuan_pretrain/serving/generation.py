@@ -35,8 +35,8 @@ class Job:
     max_new_tokens: int
     """0: only score the prompt."""
     sampling: Sampling
-    top_logprobs: int = 0
-    """How many of the likeliest tokens are returned beside each scored token."""
+    top_logprobs: int | None = None
+    """How many of the likeliest tokens are returned beside each scored token; None: no log-probabilities either."""
     scores_prompt: bool = False
     """Also return the log-probability of each token of the prompt."""
 
@@ -47,7 +47,7 @@ class Scored(NamedTuple):
 
     token: int
     logprob: float | None
-    """None for the first token of a prompt."""
+    """None for the first token of a prompt, and if none is wanted."""
     top: Sequence[tuple[int, float]] = ()
     """The likeliest tokens, best first."""
 

@@ -83,12 +83,14 @@ class LocalModel:
             next_tokens = torch.tensor(tokens[first + 1 : first + 1 + SCORED_ROWS], device=logits_SV.device)
             logprobs_SV = logits_SV[first : first + len(next_tokens)].log_softmax(-1)
             own = logprobs_SV.gather(-1, next_tokens[:, None])[:, 0].tolist()
-            tops = _top(logprobs_SV, job.top_logprobs)
+            tops = _top(logprobs_SV, job.top_logprobs or 0)
             scores += map(Scored, next_tokens.tolist(), own, tops)
         return scores
 
     @torch.inference_mode()
     def _scored(self, job: Job, logits_V: Tensor, token: int) -> Scored:
+        if job.top_logprobs is None:
+            return Scored(token, None)
         logprobs_V = logits_V.log_softmax(-1)
         return Scored(token, float(logprobs_V[token]), _top(logprobs_V[None], job.top_logprobs)[0])
 

@@ -56,13 +56,13 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     positions = read_positions(options.export)
     with bind(options.host, options.port) as listener:
         vocabulary = Vocabulary(options.export)
+        engine, positions = start_engine(options, vocabulary, positions)
         limits = Limits(
             positions,
             min(options.max_new_tokens or positions, positions),
             options.running + options.waiting,
             options.body_mib * 2**20,
         )
-        engine = start_engine(options, vocabulary)
         name = options.name or options.export.resolve().name
         server = web_server(Service(name, engine, vocabulary, limits), Guard(options.host, key))
         listen(listener, options.host, options.port)
@@ -70,11 +70,25 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
         server.run(sockets=[listener])
 
 
-def start_engine(options: Options, vocabulary: Vocabulary) -> Engine:
-    """A loaded engine. Raises ServingError, CheckpointError."""
+def start_engine(options: Options, vocabulary: Vocabulary, positions: int) -> tuple[Engine, int]:
+    """A loaded engine and the positions that it allows. Raises ServingError, CheckpointError."""
+    if options.engine == "vllm":
+        if options.lora is not None:
+            raise ServingError(
+                f"--engine vllm --lora {options.lora}: vLLM gets merged weights here: hunyuan-pretrain merge-lora "
+                f"{options.export} {options.lora} OUT, then serve OUT"
+            )
+        from hunyuan_pretrain.serving.vllm_engine import VllmEngine
+
+        python, given = options.vllm_python, options.vllm_options
+        child = VllmEngine(options.export, python, given, vocabulary.size, vocabulary.stop_ids)
+        return child, min(positions, child.positions)
+    if options.vllm_options or options.vllm_python is not None:
+        raise ServingError("options for vLLM need --engine vllm")
     from hunyuan_pretrain.serving.local_engine import Worker
 
-    return Worker(load_local(options.export, options.lora, options.device, vocabulary).steps, options.running)
+    model = load_local(options.export, options.lora, options.device, vocabulary)
+    return Worker(model.steps, options.running), positions
 
 
 def web_server(service: Service, guard: Guard) -> uvicorn.Server:

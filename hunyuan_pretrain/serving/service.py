@@ -147,7 +147,7 @@ class Service:
             prompt = prompts[number // request.n]
             most = self._most_new_tokens(len(prompt), request, DEFAULT_COMPLETION_TOKENS if is_completion else None)
             scores_prompt = echo and wanted is not None
-            jobs.append(Job(prompt, most, request.sampling(number % request.n), wanted or 0, scores_prompt))
+            jobs.append(Job(prompt, most, request.sampling(number % request.n), wanted, scores_prompt))
             answers.append(Answer(self.vocabulary, request.stop or (), most, prompt, echo))
         return Prepared(self.engine, prompts, jobs, answers)
 
