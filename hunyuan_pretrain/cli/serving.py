@@ -34,6 +34,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Any but loopback requires a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Of the model in the API; default: of the folder.")] = None,
+    system: Annotated[str, typer.Option(help="System prompt of chats that have no system message.")] = "",
     lora: Lora = None,
     api_key_file: Annotated[
         Path | None,
@@ -64,6 +65,7 @@ def serve(
         host=host,
         port=port,
         name=name,
+        system=system,
         lora=lora,
         api_key_file=api_key_file,
         device=device,

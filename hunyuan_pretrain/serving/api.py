@@ -59,7 +59,7 @@ def build_app(service: Service, guard: Guard) -> Callable[[Scope, Receive, Send]
     async def models() -> Response:
         entry = {"id": service.name, "object": "model", "created": started, "owned_by": "hunyuan-pretrain"}
         lengths = {"max_model_len": service.limits.positions, "max_new_tokens": service.limits.new_tokens}
-        return JSONResponse({"object": "list", "data": [entry | lengths]})
+        return JSONResponse({"object": "list", "data": [entry | lengths | {"system_prompt": service.system}]})
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

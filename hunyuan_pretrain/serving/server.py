@@ -38,6 +38,8 @@ class Options:
     """0: any that is free."""
     name: str | None = None
     """Of the model in the API; None: that of the folder."""
+    system: str = ""
+    """Of chats that have no system message."""
     lora: Path | None = None
     api_key_file: Path | None = None
     device: str = "cpu"
@@ -64,7 +66,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             options.body_mib * 2**20,
         )
         name = options.name or options.export.resolve().name
-        server = web_server(Service(name, engine, vocabulary, limits), Guard(options.host, key))
+        server = web_server(Service(name, engine, vocabulary, limits, options.system), Guard(options.host, key))
         listen(listener, options.host, options.port)
         say(f"{name} at {address_of(listener)}/" + ("" if key is None else ", with the key"))
         server.run(sockets=[listener])

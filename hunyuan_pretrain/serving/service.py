@@ -108,7 +108,9 @@ class Prepared:
 class Service:
     """One model, served."""
 
-    def __init__(self, name: str, engine: Engine, vocabulary: Vocabulary, limits: Limits) -> None:
+    def __init__(self, name: str, engine: Engine, vocabulary: Vocabulary, limits: Limits, system: str = "") -> None:
+        """system: the system prompt of chats that have no system message, "" for none."""
+        self.system = system
         self.name, self.engine, self.vocabulary, self.limits = name, engine, vocabulary, limits
         self.taken = 0
         """Answers that are computed or wait."""
@@ -154,9 +156,12 @@ class Service:
     def _encoded(self, request: Request) -> list[list[int]]:
         """Ids of the prompts."""
         if isinstance(request, ChatRequest):
-            self._refuse_long_text(sum(self.vocabulary.fewest_tokens(each.content) for each in request.messages))
+            messages = [each.model_dump() for each in request.messages]
+            if self.system and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": self.system})
+            self._refuse_long_text(sum(self.vocabulary.fewest_tokens(each["content"]) for each in messages))
             try:
-                return [self.vocabulary.encode_chat([each.model_dump() for each in request.messages])]
+                return [self.vocabulary.encode_chat(messages)]
             except DataFormatError as error:
                 raise RequestError(400, str(error), param="messages") from None
         assert isinstance(request, CompletionRequest)

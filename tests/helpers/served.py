@@ -99,10 +99,16 @@ def served_export(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(
-    engine: Engine, vocabulary: Vocabulary, key: str | None = None, host: str = "127.0.0.1", **limits: Any
+    engine: Engine,
+    vocabulary: Vocabulary,
+    key: str | None = None,
+    host: str = "127.0.0.1",
+    system: str = "",
+    **limits: Any,
 ) -> Iterator[Served]:
     """A server on a free port, ended at the end."""
-    service = Service("tiny", engine, vocabulary, Limits(**({"positions": POSITIONS, "new_tokens": 2048} | limits)))
+    bounds = Limits(**({"positions": POSITIONS, "new_tokens": 2048} | limits))
+    service = Service("tiny", engine, vocabulary, bounds, system)
     with bind(host, 0) as listener:
         server = web_server(service, Guard(host, key))
         listen(listener, host, 0)

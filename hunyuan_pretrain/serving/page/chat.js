@@ -188,6 +188,7 @@ async function loadModel() {
   byId("model").textContent = model.id;
   document.title = model.id;
   const most = byId("max_tokens");
+  byId("system").value ||= model.system_prompt;
   most.max = model.max_new_tokens;
   most.value = Math.min(Number(most.value), Math.floor(model.max_model_len / 4), model.max_new_tokens);
   showContext();
@@ -290,7 +291,8 @@ function body() {
   const messages = turns.map(({ role, content }) => ({ role, content }));
   const asked = {
     model: model.id,
-    messages: system ? [{ role: "system", content: system }, ...messages] : messages,
+    // an empty one, too, if the server would put its own in its place
+    messages: system || model.system_prompt ? [{ role: "system", content: system }, ...messages] : messages,
     stream: true,
     stream_options: { include_usage: true },
   };

@@ -272,6 +272,24 @@ def test_a_key_is_asked_for_and_stays_in_memory(browser: Page, engine: Scripted,
         assert browser.errors == []
 
 
+def test_the_system_prompt_of_the_server_is_shown_and_may_be_emptied(
+    browser: Page, engine: Scripted, vocabulary: Vocabulary
+) -> None:
+    user = {"role": "user", "content": "Q:in"}
+    with serving(Worker(engine.steps, running=1), vocabulary, system="Be brief.") as briefed:
+        briefed.chat("Q:in")
+        expected = vocabulary.encode_chat([{"role": "system", "content": "Be brief."}, user])
+        assert list(engine.jobs[-1].prompt) == expected
+        browser.open(f"{briefed.address}/")
+        browser.wait_for("model")
+        assert browser.run("byId('system').value") == "Be brief."
+        browser.run("byId('system').value = ''")
+        say(browser, "Q:in")
+        answered(browser, 1)
+        assert list(engine.jobs[-1].prompt) == vocabulary.encode_chat([user])
+        assert browser.errors == []
+
+
 def test_the_page_loads_nothing_else_and_its_policy_names_its_parts(scripted: Served) -> None:
     answer = scripted.ask("/")
     page = ChatPage.load()
