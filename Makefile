@@ -70,10 +70,11 @@ lint: $(STAMP) ## Style and types only
 test: lint docs ## Everything that CI checks: lint, types, the documentation site, all tests; PYTEST_ARGS="-n 0 -k words" goes to pytest
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Tests of the code that calls transformers, megatron-core, torch, pydantic, typer, datatrove and tokenizers.
+# Tests of the code that calls transformers, megatron-core, torch, pydantic, typer, datatrove, tokenizers and FastAPI.
 BORDERS := tests/project/test_borders.py tests/reference tests/unit/config/test_load.py tests/unit/test_cli.py tests/unit/runtime \
     tests/unit/data/test_tokenizer_engines.py tests/unit/data_tools/test_datatrove_pipeline.py tests/unit/checkpoint \
-    tests/unit/model/test_hunyuan_model.py tests/unit/model/test_transformer_engine.py tests/unit/train/test_optimizer.py
+    tests/unit/model/test_hunyuan_model.py tests/unit/model/test_transformer_engine.py tests/unit/train/test_optimizer.py \
+    tests/unit/serving
 
 test-latest: ## The tests that touch third-party packages, with the newest versions that pyproject.toml allows; respects PIP_CONSTRAINT
 	'$(PYTHON)' .ci/locks/environment.py set-up $(LATEST) --latest

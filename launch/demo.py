@@ -229,6 +229,7 @@ class Demo:
         )
         for line in (
             f"hunyuan-pretrain generate {self._at('model')} --prompt 'class Reader:' --temperature 0",
+            f"hunyuan-pretrain serve {self._at('model')}  # then open http://127.0.0.1:8000/",
             f"hunyuan-pretrain plan {self.config} model.num_moe_experts=16",
             "hunyuan-pretrain explain model.recycle_routing",
             f"{_short(ROOT / 'launch/train.sh')} {self.config} run_dir={self._at('run2')} model.recycle_routing=false",

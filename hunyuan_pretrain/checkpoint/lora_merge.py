@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from hunyuan_pretrain.checkpoint.generate import sha256_of
 from hunyuan_pretrain.checkpoint.outputs import new_folder, refuse_existing
 from hunyuan_pretrain.checkpoint.tensor_files import INDEX, ShardWriter, StoredTensors, TensorSpec
 
-__all__ = ["BASE_RECORD", "Merged", "merge_lora"]
+__all__ = ["BASE_RECORD", "Merged", "merge_lora", "merged_tensors"]
 
 MERGED_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BASE_RECORD = "base.json"
@@ -47,18 +48,8 @@ def merge_lora(base: Path, adapter: Path, output: Path, *, dtype: str | None = N
     not understood or of another base, a tensor of it has no place, a sum is not finite in the new format, or the disk
     is full or not writable.
     """
-    for folder in (base, adapter):
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
-    refuse_existing(output, base, adapter)
-    config = _read_config(base)
-    stored, added = StoredTensors(base), Adapter(adapter)
+    config, stored, added, changes = _opened(base, adapter, output)
     specs = {name: stored.spec(name) for name in stored}
-    strange = next((name for name, spec in specs.items() if not spec.dtype.is_floating_point), None)
-    if config.get("quantization_config") or strange is not None:
-        raise CheckpointError(f"{base}: a quantised base; merge into the weights in bf16, fp16 or fp32")
-    changes = added.changes(specs)
-    _refuse_other_base(base, adapter, stored, added)
     name = dtype or _dtype_of(specs)
     wanted = {
         tensor: TensorSpec(torch.float32 if tensor.endswith(ROUTER) else MERGED_DTYPES[name], spec.shape)
@@ -75,6 +66,36 @@ def merge_lora(base: Path, adapter: Path, output: Path, *, dtype: str | None = N
         _write_json(new / "config.json", config | {key: str(MERGED_DTYPES[name]).removeprefix("torch.")})
         _write_json(new / RECORD, _record(base, adapter, len(changes), name))
     return Merged(len(changes), len(specs), name, left_out)
+
+
+def merged_tensors(base: Path, adapter: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the model folder `base` that the adapter changes, with it added, in the format of the base's.
+    Raises CheckpointError at once as `merge_lora` does, and while the tensors are read for a sum that is not finite."""
+    _, stored, added, changes = _opened(base, adapter)
+    return (
+        (tensor, _merged(tensor, stored, added, change, stored.spec(tensor).dtype))
+        for tensor, change in changes.items()
+    )
+
+
+def _opened(
+    base: Path, adapter: Path, output: Path | None = None
+) -> tuple[dict[str, Any], StoredTensors, Adapter, dict[str, Change]]:
+    """config.json and tensors of the base, the adapter, and its changes. Raises CheckpointError unless they fit."""
+    for folder in (base, adapter):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+    if output is not None:
+        refuse_existing(output, base, adapter)
+    config = _read_config(base)
+    stored, added = StoredTensors(base), Adapter(adapter)
+    specs = {name: stored.spec(name) for name in stored}
+    strange = next((name for name, spec in specs.items() if not spec.dtype.is_floating_point), None)
+    if config.get("quantization_config") or strange is not None:
+        raise CheckpointError(f"{base}: a quantised base; merge into the weights in bf16, fp16 or fp32")
+    changes = added.changes(specs)
+    _refuse_other_base(base, adapter, stored, added)
+    return config, stored, added, changes
 
 
 def _merged(name: str, base: StoredTensors, adapter: Adapter, change: Change | None, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, reporting, submitting, training
+from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, reporting, serving, submitting, training
 from hunyuan_pretrain.cli.checkpoints import checkpoints
 from hunyuan_pretrain.cli.ranks import end_with_launcher, leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
@@ -18,7 +18,7 @@ from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.runtime.stop import listen
 
-USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError", "ScalingError"}
+USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError", "ScalingError", "ServingError"}
 """Errors that a user can fix: the message says how, and a traceback would only hide it."""
 
 app = typer.Typer(
@@ -49,7 +49,7 @@ add_commands(
     exporting.export,
 )
 add_commands(app, exporting.import_, name="import")
-add_commands(app, exporting.merge_lora, quantizing.quantize, exporting.generate)
+add_commands(app, exporting.merge_lora, quantizing.quantize, exporting.generate, serving.serve, serving.chat)
 add_commands(config_app, planning.show, planning.diff, planning.schema)
 ladder_app = typer.Typer(help="Train a ladder of small runs and fit scaling laws.", no_args_is_help=True)
 app.add_typer(ladder_app, name="ladder")

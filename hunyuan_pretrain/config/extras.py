@@ -25,6 +25,7 @@ keep a container's torch."""
 EXTRAS = {
     "data": ("fsspec", "gigatoken", "pyarrow", "regex", "tokenizers", "zstandard"),
     "hf": ("tokenizers", "transformers"),
+    "serve": ("fastapi", "httpx", "starlette", "uvicorn"),
     "logging": ("matplotlib", "tensorboard", "wandb"),
     "cluster": ("datatrove", "orjson", "ray", "xxhash"),
     "curation": ("fasteners", "fasttext", "spacy"),

@@ -75,6 +75,7 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
         (["hunyuan-pretrain", "train", config], None),
         (["hunyuan-pretrain", "export", str(tmp_path / "run"), out], HF),
         (["hunyuan-pretrain", "generate", str(tmp_path / "exported"), "--prompt", "x"], needs("transformers")),
+        (["hunyuan-pretrain", "serve", str(tmp_path / "exported")], needs("starlette")),
         (["hunyuan-data", "train-tokenizer", str(text), "--vocab-size", "600", "--output", out], DATA),
         (["hunyuan-data", "tokenize", str(text), "--tokenizer", tokenizer, "--output", out], DATA),
         (

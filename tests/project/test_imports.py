@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"config", "runtime", "parallel"},
     "data": {"config", "runtime", "parallel"},
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
-    "serving": {"checkpoint"},
+    "serving": {"config", "checkpoint", "data"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
     "report": {"config", "plan", "runtime", "data", "checkpoint"},
     "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "train",
         "diagnostics",
         "report",
+        "serving",
     },
     "__main__": {"cli"},
 }
