@@ -24,8 +24,10 @@ MAY_IMPORT = {
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
     "serving": {"checkpoint"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
+    "evaluation": {"config", "runtime", "parallel", "model", "data", "checkpoint", "train"},
     "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
-    "cli": {"config", "plan", "jobs", "runtime", "parallel", "model", "data", "checkpoint", "train", "diagnostics"},
+    "cli": {"config", "plan", "jobs", "runtime", "parallel", "model", "data", "checkpoint", "train", "evaluation"}
+    | {"diagnostics"},
     "__main__": {"cli"},
 }
 """Room of hunyuan_pretrain -> other rooms that it may import."""
@@ -38,6 +40,7 @@ ONLY_IN = {
         "hunyuan_pretrain/model/",
         "hunyuan_pretrain/checkpoint/",
         "hunyuan_pretrain/train/",
+        "hunyuan_pretrain/evaluation/layout_scorer.py",
         "hunyuan_pretrain/diagnostics/",
     ],
     "megatron.training": [],
@@ -51,6 +54,7 @@ ONLY_IN = {
     "triton": ["hunyuan_pretrain/model/kernels/"],
     "vllm": ["hunyuan_pretrain/serving/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
+    "lm_eval": ["hunyuan_pretrain/evaluation/"],
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",
@@ -60,7 +64,17 @@ ONLY_IN = {
     ],
     "torch": [
         f"hunyuan_pretrain/{room}/"
-        for room in ("runtime", "parallel", "model", "data", "checkpoint", "serving", "train", "diagnostics")
+        for room in (
+            "runtime",
+            "parallel",
+            "model",
+            "data",
+            "checkpoint",
+            "serving",
+            "train",
+            "evaluation",
+            "diagnostics",
+        )
     ]
     + ["data_tools/", "launch/node.py", "launch/ranks.py"],
 }
