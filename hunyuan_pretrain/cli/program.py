@@ -10,7 +10,17 @@ import sys
 
 import typer
 
-from hunyuan_pretrain.cli import exporting, laddering, planning, quantizing, reporting, serving, submitting, training
+from hunyuan_pretrain.cli import (
+    evaluating,
+    exporting,
+    laddering,
+    planning,
+    quantizing,
+    reporting,
+    serving,
+    submitting,
+    training,
+)
 from hunyuan_pretrain.cli.checkpoints import checkpoints
 from hunyuan_pretrain.cli.ranks import end_with_launcher, leave, mistake_in_environment, report_error, report_failure
 from hunyuan_pretrain.config.exit_status import EXIT_INTERRUPTED, EXIT_MISTAKE
@@ -18,7 +28,8 @@ from hunyuan_pretrain.config.extras import missing_package
 from hunyuan_pretrain.config.menu import HELP, add_commands, add_version
 from hunyuan_pretrain.runtime.stop import listen
 
-USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError", "ScalingError", "ServingError"}
+USER_ERRORS = {"ConfigError", "DataFormatError", "CheckpointError", "TrainingError", "ScalingError"}
+USER_ERRORS |= {"EvaluationError", "ServingError"}
 """Errors that a user can fix: the message says how, and a traceback would only hide it."""
 
 app = typer.Typer(
@@ -50,6 +61,7 @@ add_commands(
 )
 add_commands(app, exporting.import_, name="import")
 add_commands(app, exporting.merge_lora, quantizing.quantize, exporting.generate, serving.serve, serving.chat)
+add_commands(app, evaluating.evaluate, evaluating.long_context, evaluating.bits_per_byte)
 add_commands(config_app, planning.show, planning.diff, planning.schema)
 ladder_app = typer.Typer(help="Train a ladder of small runs and fit scaling laws.", no_args_is_help=True)
 app.add_typer(ladder_app, name="ladder")

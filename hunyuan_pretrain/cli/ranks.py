@@ -16,13 +16,18 @@ from hunyuan_pretrain.config.exit_status import LAUNCHER
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each rank."""
-IN_RANKS = ("train", "parity", "shadow")
+IN_RANKS = ("train", "parity", "shadow", "evaluate", "long-context", "bits-per-byte")
 """Commands that a launcher may start as the ranks of a job. So are `plan --calibrate` and `doctor --cluster`."""
 
 SECONDS_FOR_RANK_0 = 20
 """How long other ranks hold back an error, so that rank 0 can print the same one."""
 SECONDS_TO_ASK = 2.0
 """How long a rank that has lost another one waits for the answers of the others."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or no rank."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def report_error(error: Exception | str) -> None:

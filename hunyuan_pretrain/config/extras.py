@@ -29,6 +29,7 @@ EXTRAS = {
     "logging": ("matplotlib", "tensorboard", "wandb"),
     "cluster": ("datatrove", "orjson", "ray", "xxhash"),
     "curation": ("fasteners", "fasttext", "spacy"),
+    "eval": ("accelerate", "datasets", "lm_eval"),
     "gpu": ("transformer_engine",),
 }
 """Extra -> import names of its packages."""

@@ -218,7 +218,8 @@ class HunyuanModel(MegatronModule):
         """Returns (output, packed router statistics (all layers, X), zero for layers of other stages).
 
         The output of the last stage is the loss sum_t loss_weight_T[t] * cross_entropy[t], or without labels the logits
-        (T, V / tensor-parallel ranks). That of any other stage is activations (T, 1, D).
+        (T, V / tensor-parallel ranks), or what `inputs.read_out` returns. That of any other stage is activations
+        (T, 1, D).
 
         T here is the tokens of this context-parallel rank. With sequence parallelism, activations between layers and
         their router statistics cover only this tensor-parallel rank's share of them.
@@ -228,6 +229,8 @@ class HunyuanModel(MegatronModule):
         if not self.post_process:
             return hidden_TD[:, None], statistics
         hidden_TD, _ = self.decoder.final_layernorm(hidden_TD)
+        if inputs.read_out is not None:
+            return inputs.read_out(self._of_all_tokens(hidden_TD), self._output_weight()), statistics
         return (self._logits(hidden_TD) if inputs.labels_T is None else self._loss(hidden_TD, inputs)), statistics
 
     def _stage_input(self, inputs: ModelInputs) -> Tensor:
@@ -262,9 +265,13 @@ class HunyuanModel(MegatronModule):
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         """fp32 (T, V / tensor-parallel ranks)."""
-        if self.config.sequence_parallel:
-            hidden_TD = gather_from_sequence_parallel_region(hidden_TD, group=self.groups.tp)
-        return F.linear(hidden_TD, self._output_weight()).float()
+        return F.linear(self._of_all_tokens(hidden_TD), self._output_weight()).float()
+
+    def _of_all_tokens(self, hidden_TD: Tensor) -> Tensor:
+        """With sequence parallelism, from the tokens of this tensor-parallel rank to those of all."""
+        if not self.config.sequence_parallel:
+            return hidden_TD
+        return gather_from_sequence_parallel_region(hidden_TD, group=self.groups.tp)
 
     def _loss(self, hidden_TD: Tensor, inputs: ModelInputs) -> Tensor:
         """The weighted sum of cross-entropies, in nats."""

@@ -5,6 +5,7 @@ Shapes: T tokens of this context-parallel rank, all sequences of the micro-batch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,5 +35,8 @@ class ModelInputs:
     routing: Routing = EVALUATION
     """In training, the capacity of experts and the router losses apply; in evaluation and export, routing is
     dropless."""
+    read_out: Callable[[Tensor, Tensor], Tensor] | None = None
+    """What the last stage computes instead of a loss or logits, from the hidden states (T, D) after the final norm and
+    the output weight (V / tensor-parallel ranks, D)."""
     context: ContextSlice | None = None
     """Which of the tokens of all context-parallel ranks these are; None with one rank."""

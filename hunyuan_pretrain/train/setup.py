@@ -27,8 +27,7 @@ from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import EvaluationLoader, StepLoader
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, copy_tokenizer
-from hunyuan_pretrain.model.hunyuan_config import transformer_config
-from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel.agreement import error_of_rank_0, from_rank_0, patience
 from hunyuan_pretrain.parallel.groups import build_groups, initialize_distributed, leave_layout
 from hunyuan_pretrain.runtime.device import probe, versions
@@ -39,16 +38,14 @@ from hunyuan_pretrain.runtime.policy import (
     backend_of,
     choose_device,
     cpu_threads,
-    fuses_wgrad_accumulation,
     obstacles,
-    uses_kernels,
-    uses_transformer_engine,
 )
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
 from hunyuan_pretrain.train import branches, resume, same_start
 from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.base_weights import Base, load_base, load_weights, refuse_other_base, start_adapter
+from hunyuan_pretrain.train.chunks import build_chunks
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
 from hunyuan_pretrain.train.resume import Start
@@ -70,7 +67,7 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
     experiment = with_absolute_paths(experiment)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of several would leave the others waiting for it
         leave_if_asked(stop)
-    device = _start_machine(experiment)
+    device = start_machine(experiment)
     leave_if_asked(stop, device)
     _check_paths(experiment)
     met = same_start.meet(experiment)
@@ -152,7 +149,8 @@ def left_at_the_end(run: Run, leave_groups: Callable[[], None] = leave_layout) -
     leave(run, leave_groups)
 
 
-def _start_machine(experiment: Experiment) -> torch.device:
+def start_machine(experiment: Experiment) -> torch.device:
+    """Choose this rank's device, and join the other ranks. Raises ConfigError."""
     kind = choose_device(experiment.runtime.device)
     device = torch.device(kind)
     rules.check(experiment, world_size=int(os.environ.get("WORLD_SIZE", "1")))
@@ -178,19 +176,7 @@ def _start_machine(experiment: Experiment) -> torch.device:
 def _build_model(
     experiment: Experiment, groups: ProcessGroupCollection
 ) -> tuple[list[HunyuanModel], list[DistributedDataParallel]]:
-    machine = probe()
-    engine, kind = uses_transformer_engine(machine, experiment), choose_device(experiment.runtime.device)
-    config = transformer_config(
-        experiment.model,
-        experiment.parallel,
-        experiment.precision,
-        fuses_wgrad_accumulation(engine),
-        engine,
-        kind,
-        uses_kernels(machine, experiment),
-        experiment.tuning,
-    )
-    chunks = build_model(config, groups, experiment.seed)
+    chunks = build_chunks(experiment, groups, experiment.seed)
     return chunks, wrap_data_parallel(chunks, experiment, groups)
 
 

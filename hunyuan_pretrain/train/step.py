@@ -11,11 +11,11 @@ Shapes: T tokens of a micro-batch on this rank, L layers, X numbers of packed ro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -307,10 +307,22 @@ def train_step(
     return launch_step(run, stage, step, before_update=before_update, in_fp8=in_fp8).result()
 
 
+class Scheduled(Protocol):
+    """What megatron's schedule needs of a run."""
+
+    @property
+    def wrapped(self) -> Sequence[Any]:
+        """Model chunks of this rank."""
+
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """Process groups."""
+
+
 def run_schedule(
-    run: Run,
+    run: Scheduled,
     forward: Any,
-    feed: Feed,
+    feed: Callable[[], Iterator[Any]],
     num_micro_batches: int,
     num_tokens: int,
     forward_only: bool,
@@ -328,7 +340,7 @@ def run_schedule(
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[feed() for _ in chunks],
-            model=chunks,
+            model=list(chunks),
             num_microbatches=num_micro_batches,
             seq_length=num_tokens,
             micro_batch_size=1,

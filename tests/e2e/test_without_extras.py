@@ -76,6 +76,7 @@ def test_every_command_works_or_names_the_extra(corpus: Path, tmp_path: Path) ->
         (["hunyuan-pretrain", "export", str(tmp_path / "run"), out], HF),
         (["hunyuan-pretrain", "generate", str(tmp_path / "exported"), "--prompt", "x"], needs("transformers")),
         (["hunyuan-pretrain", "serve", str(tmp_path / "exported")], needs("starlette")),
+        (["hunyuan-pretrain", "evaluate", str(tmp_path / "run"), "--tasks", "piqa"], needs("datasets")),
         (["hunyuan-data", "train-tokenizer", str(text), "--vocab-size", "600", "--output", out], DATA),
         (["hunyuan-data", "tokenize", str(text), "--tokenizer", tokenizer, "--output", out], DATA),
         (
@@ -138,7 +139,7 @@ def test_required_packages_are_those_of_the_project() -> None:
 
 def test_every_optional_package_of_the_project_is_known() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    of = {"fasttext": "fasttext-numpy2-wheel", "transformer_engine": "transformer-engine"}
+    of = {"fasttext": "fasttext-numpy2-wheel", "lm_eval": "lm-eval", "transformer_engine": "transformer-engine"}
     for extra, names in EXTRAS.items():
         for name in names:
             assert any(line.startswith(of.get(name, name)) for line in extras[extra]), (extra, name)

@@ -120,7 +120,8 @@ def start(*arguments: str, ranks: int | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m"]
     if ranks is not None:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # where test_versions.py has packages
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
     return subprocess.Popen(
         [*command, "hunyuan_pretrain", *map(str, arguments)],
         stdout=subprocess.PIPE,

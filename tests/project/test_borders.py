@@ -20,7 +20,7 @@ import hunyuan_pretrain.train  # noqa: F401  lets megatron-core run without a GP
 
 ROOT = Path(__file__).parents[2]
 OWN = ("hunyuan_pretrain", "data_tools", "launch", "tests", "environment")
-SKIPPED = ("transformer_engine", "transformers", "apex", "vllm", "mlflow")
+SKIPPED = ("transformer_engine", "transformers", "apex", "vllm", "mlflow", "datasets", "lm_eval", "nltk")
 """Absent from this environment, or tested name by name elsewhere (tests/reference, tests/vllm, test_sinks.py)."""
 
 ARGUMENTS = {

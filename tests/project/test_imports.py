@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "plan", "runtime", "parallel", "model", "data"},
     "serving": {"config", "checkpoint", "data"},
     "train": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint"},
+    "evaluation": {"config", "runtime", "parallel", "model", "data", "checkpoint", "train"},
     "report": {"config", "plan", "runtime", "data", "checkpoint"},
     "diagnostics": {"config", "plan", "runtime", "parallel", "model", "data", "checkpoint", "train"},
     "cli": {
@@ -37,6 +38,7 @@ MAY_IMPORT = {
         "checkpoint",
         "train",
         "diagnostics",
+        "evaluation",
         "report",
         "serving",
     },
@@ -52,6 +54,7 @@ ONLY_IN = {
         "hunyuan_pretrain/model/",
         "hunyuan_pretrain/checkpoint/",
         "hunyuan_pretrain/train/",
+        "hunyuan_pretrain/evaluation/layout_scorer.py",
         "hunyuan_pretrain/diagnostics/",
     ],
     "megatron.training": [],
@@ -66,6 +69,7 @@ ONLY_IN = {
     "vllm": ["hunyuan_pretrain/serving/"],
     "wandb": ["hunyuan_pretrain/runtime/logging.py"],
     "mlflow": ["hunyuan_pretrain/runtime/logging.py"],
+    "lm_eval": ["hunyuan_pretrain/evaluation/"],
     "transformers": [
         "hunyuan_pretrain/checkpoint/configuration_hunyuan.py",
         "hunyuan_pretrain/checkpoint/modeling_hunyuan.py",
@@ -75,7 +79,17 @@ ONLY_IN = {
     ],
     "torch": [
         f"hunyuan_pretrain/{room}/"
-        for room in ("runtime", "parallel", "model", "data", "checkpoint", "serving", "train", "diagnostics")
+        for room in (
+            "runtime",
+            "parallel",
+            "model",
+            "data",
+            "checkpoint",
+            "serving",
+            "train",
+            "evaluation",
+            "diagnostics",
+        )
     ]
     + ["data_tools/", "launch/node.py", "launch/ranks.py"],
 }

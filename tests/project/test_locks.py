@@ -94,7 +94,11 @@ def test_the_packages_of_folders_of_their_own_are_those_that_tests_claim(python:
     assert set(peers) == {each.name for each in wanted(EXTRAS["peers"], python)}
     outside = [each for each in wanted(EXTRAS["peers"], python) if not each.specifier.contains(peers[each.name])]
     assert outside == []
-    assert not set(peers) & set(lock(python)), "the environment has it"
+    evaluation = pins("evaluation.txt", python)
+    (harness,) = (each for each in wanted(EXTRAS["eval"], python) if each.name == "lm-eval")
+    assert harness.specifier.contains(evaluation["lm-eval"])
+    assert not (set(peers) | set(evaluation)) & set(lock(python)), "the environment has it"
+    assert not set(peers) & set(evaluation), "peers has it, and tests of lm-eval see both"
 
 
 @pytest.mark.parametrize("python", PYTHONS)

@@ -17,7 +17,10 @@ import hunyuan_pretrain
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hunyuan_pretrain", "data_tools", "launch")
 DATA = {"hunyuan_pretrain/py.typed", "data_tools/py.typed", "launch/train.sh", "launch/interpreter.sh"}
-DATA |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hunyuan_pretrain/plan/profiles").glob("*.yaml")}
+FOLDERS = ("plan/profiles", "evaluation/tasks")
+DATA |= {
+    path.relative_to(ROOT).as_posix() for at in FOLDERS for path in (ROOT / "hunyuan_pretrain" / at).glob("*.yaml")
+}
 DATA |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hunyuan_pretrain/serving/page").iterdir()}
 """Files other than modules. An export's own code consists of modules: checkpoint/modeling_hunyuan.py and its like."""
 

@@ -1,0 +1,259 @@
+"""A checkpoint of a run as a scorer, under any parallel layout.
+
+Rank 0 leads: it asks, and every rank computes its share. The others only follow (`follow`), so benchmark files and
+their packages are needed where rank 0 is.
+
+Shapes: T tokens of a micro-batch on this context-parallel rank, D hidden size, V rows of the output weight on this
+rank, n positions that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.config.layouts import Precision, layout_experiment
+from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.evaluation import EvaluationError
+from hunyuan_pretrain.evaluation.scoring import Item, Pack, Read, pack, read_rows
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
+from hunyuan_pretrain.model.inputs import ModelInputs
+from hunyuan_pretrain.parallel.agreement import gather_results, patience
+from hunyuan_pretrain.parallel.context_parallel import context_slice
+from hunyuan_pretrain.parallel.groups import build_groups
+from hunyuan_pretrain.runtime.handover import handed_over
+from hunyuan_pretrain.train import setup
+from hunyuan_pretrain.train.chunks import build_chunks
+from hunyuan_pretrain.train.step import run_schedule
+
+FILLER = 0
+"""The token that fills a micro-batch up; nothing attends to it."""
+PACKS_AT_ONCE = 64
+"""Micro-batches of a data-parallel rank between two lines of progress."""
+
+
+class OnRanks(Protocol):
+    """A model on the ranks of a job: a training run is one."""
+
+    @property
+    def experiment(self) -> Experiment:
+        """Its configuration and layout."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+
+    @property
+    def groups(self) -> ProcessGroupCollection:
+        """Of the layout."""
+
+    @property
+    def wrapped(self) -> Sequence[Any]:
+        """Model chunks of this rank."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model whose weights were read from a checkpoint, without gradients or an optimizer."""
+
+    experiment: Experiment
+    device: torch.device
+    groups: ProcessGroupCollection
+    wrapped: list[HunyuanModel]
+
+
+def load(experiment: Experiment, checkpoint: Path, layout: str, ranks: int) -> Loaded:
+    """Read a checkpoint under `layout`, such as "tp=2,pp=2" (sizes that it does not name are 1, and dp takes the ranks
+    that are left). FP8 is off, as in an export. Communicates: all ranks.
+
+    Raises ConfigError if the layout does not fit the model or the ranks, CheckpointError.
+    """
+    precision: Precision = "fp32" if experiment.precision.dtype == "fp32" else "bf16"
+    changed, _ = layout_experiment(experiment, layout, ranks, Path(experiment.run_dir), precision)
+    device = setup.start_machine(changed)
+    groups = build_groups(changed.parallel, changed.runtime.distributed_timeout_s)
+    chunks = [chunk.eval().requires_grad_(False) for chunk in build_chunks(changed, groups, seed=None)]
+    save_load.load(checkpoint, chunks, None)
+    return Loaded(changed, device, groups, chunks)
+
+
+class LayoutScorer:
+    """Scores on all ranks of a job. Rank 0 calls `score`, the other ranks `follow`, until rank 0 calls `release`."""
+
+    def __init__(
+        self,
+        model: OnRanks,
+        *,
+        rope_alpha: float,
+        max_length: int,
+        batch_tokens: int,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """batch_tokens: of a micro-batch, if no single item is longer. max_length: longest text."""
+        self._model, self._alpha, self._budget, self._say = model, rope_alpha, batch_tokens, say
+        self.max_length, self.device = max_length, model.device
+        parallel = model.experiment.parallel
+        self._unit = model.experiment.model.moe_routing_group_tokens * parallel.context_parallel_size
+        self._unit *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+
+    def score(self, items: Sequence[Item], num_ids: int | None = None) -> list[Read]:
+        """As Scorer.score; on rank 0 only. Communicates: all ranks."""
+        if not items:
+            return []
+        self._tell((list(items), num_ids))
+        return self._score(items, num_ids)
+
+    def follow(self) -> None:
+        """Take part in what rank 0 asks, until it has no more questions. Communicates: all ranks."""
+        with patience():
+            while (asked := self._tell(None)) is not None:
+                self._score(*asked)
+
+    def release(self) -> None:
+        """Rank 0 has no more questions. Communicates: all ranks."""
+        self._tell(None)
+
+    def _tell(self, asked: tuple[list[Item], int | None] | None) -> tuple[list[Item], int | None] | None:
+        told: list[Any] = [asked]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    @torch.no_grad()
+    def _score(self, items: Sequence[Item], num_ids: int | None) -> list[Read]:
+        lengths = [len(item.tokens) for item in items]
+        budget = max(self._budget, max(lengths))
+        packs = pack(lengths, budget)
+        tokens = -(-max(one.num_tokens for one in packs) // self._unit) * self._unit
+        dp = self._model.groups.dp
+        mine = [packs[number] for number in range(dp.rank(), len(packs), dp.size())]
+        # all ranks pass the same number of micro-batches: experts may be spread over data-parallel ranks, and the
+        # interleaved schedule takes multiples of the pipeline size
+        multiple = self._model.experiment.parallel.pipeline_model_parallel_size
+        rounds = -(-len(packs) // (dp.size() * multiple)) * multiple
+        mine += [Pack([], 0)] * (rounds - len(mine))
+        found: list[tuple[int, int, Tensor]] = []
+        for start in range(0, rounds, PACKS_AT_ONCE):
+            found += self._pass(items, mine[start : start + PACKS_AT_ONCE], tokens, num_ids)
+            if self._say is not None and rounds > PACKS_AT_ONCE and dist.get_rank() == 0:
+                self._say(f"  {min(start + PACKS_AT_ONCE, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
+        return self._answers(items, gather_results(found))
+
+    def _pass(
+        self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None
+    ) -> list[tuple[int, int, Tensor]]:
+        """(item, place among its positions, [logprob, best id]) of what this rank reads."""
+        model = self._model
+        reads = [self._share(items, one, tokens) for one in packs]
+
+        def forward(batches: Iterator[_Share], chunk: Any) -> tuple[Tensor, Any]:
+            share = next(batches)
+            output, _ = chunk(share.inputs(self._alpha, partial(self._read_out, share, num_ids)))
+            nothing = torch.zeros((), device=model.device)
+            return output, lambda read_n2: (nothing, nothing.int(), read_n2)
+
+        for chunk in model.wrapped:
+            chunk.eval()
+        answers = run_schedule(model, forward, lambda: iter(reads), len(reads), tokens, forward_only=True)
+        if not answers or model.groups.tp.rank() > 0:
+            return []
+        pairs = zip(reads, answers, strict=True)
+        return [
+            (item, place, row)
+            for share, read_n2 in pairs
+            for (item, place), row in zip(share.reads, read_n2.cpu(), strict=True)
+        ]
+
+    def _read_out(self, share: _Share, num_ids: int | None, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        tp = self._model.groups.tp
+
+        def reduce(value: Tensor, how: str) -> Tensor:
+            if tp.size() > 1:
+                handed_over("all_reduce", value, is_written=True)
+                dist.all_reduce(value, op=getattr(dist.ReduceOp, how.upper()), group=tp)
+            return value
+
+        rows_n, target_n = share.rows_n.to(hidden_TD.device), share.target_n.to(hidden_TD.device)
+        return read_rows(hidden_TD[rows_n], weight_VD, target_n, tp.rank() * len(weight_VD), num_ids, reduce)
+
+    def _share(self, items: Sequence[Item], one: Pack, tokens: int) -> _Share:
+        model, cp = self._model, self._model.groups.cp
+        texts = [torch.tensor(items[number].tokens) for number in one.members]
+        if one.num_tokens < tokens:
+            texts.append(torch.full((tokens - one.num_tokens,), FILLER))
+        starts = [0, *accumulate(len(text) for text in texts)]
+        token_T, position_T = torch.cat(texts), torch.cat([torch.arange(len(text)) for text in texts])
+        rows_T, context = torch.arange(tokens), None
+        if cp.size() > 1:
+            method, unit = model.experiment.parallel.context_parallel_method, self._unit // cp.size()
+            context = context_slice(cp, method, starts, 1, unit, model.device)
+            rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
+        local = {int(row): place for place, row in enumerate(rows_T)}
+        wanted = [
+            (local[start + position], items[number].targets[place], (number, place))
+            for number, start in zip(one.members, starts, strict=False)
+            for place, position in enumerate(items[number].positions)
+            if start + position in local
+        ]
+        return _Share(
+            token_T[rows_T].to(model.device),
+            position_T[rows_T].to(model.device),
+            starts,
+            context,
+            torch.tensor([row for row, _, _ in wanted], dtype=torch.int64),
+            torch.tensor([target for _, target, _ in wanted], dtype=torch.int64),
+            [place for _, _, place in wanted],
+        )
+
+    def _answers(self, items: Sequence[Item], of_ranks: list[list[tuple[int, int, Tensor]]]) -> list[Read]:
+        reads = [torch.full((len(item.positions), 2), torch.nan, dtype=torch.float64) for item in items]
+        for found in of_ranks:
+            for item, place, row in found:
+                reads[item][place] = row
+        if any(read.isnan().any() for read in reads):
+            raise EvaluationError("the model gives logits that are not numbers: its weights are damaged or diverged")
+        return [Read(read[:, 0], read[:, 1].long()) for read in reads]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A micro-batch on this rank, and what is read of it."""
+
+    token_T: Tensor
+    position_T: Tensor
+    starts: list[int]
+    context: Any
+    rows_n: Tensor
+    target_n: Tensor
+    reads: list[tuple[int, int]]
+    """Item and place of each row."""
+
+    def inputs(self, rope_alpha: float, read_out: Callable[[Tensor, Tensor], Tensor]) -> ModelInputs:
+        """What the model reads."""
+        return ModelInputs(
+            self.token_T, self.position_T, self.starts, rope_alpha, read_out=read_out, context=self.context
+        )
+
+
+def checkpoint_and_stage(run_dir: Path, step: int | None) -> tuple[Path, Experiment, Any]:
+    """The checkpoint of a run, and the experiment and stage in which it was taken. Raises CheckpointError."""
+    from hunyuan_pretrain.checkpoint.export_run import choose_checkpoint, in_force
+    from hunyuan_pretrain.checkpoint.history import refuse_another_vocabulary
+
+    if not (run_dir / "resolved.yaml").exists():
+        raise CheckpointError(f"{run_dir}: not a run directory (no resolved.yaml)")
+    folder = choose_checkpoint(run_dir, step, "there is nothing to evaluate")
+    experiment, stage = in_force(folder)
+    save_load.refuse_other_model(folder, save_load.read_marker(folder), experiment.model)
+    refuse_another_vocabulary(folder, run_dir / "tokenizer")
+    return folder, experiment.model_copy(update={"run_dir": str(run_dir)}), stage
