@@ -28,7 +28,7 @@ from hunyuan_pretrain.evaluation import EvaluationError
 from hunyuan_pretrain.evaluation.scoring import Item, Pack, Read, pack, read_rows
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.model.inputs import ModelInputs
-from hunyuan_pretrain.parallel.agreement import gather_results, patience
+from hunyuan_pretrain.parallel.agreement import patience
 from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.parallel.groups import build_groups
 from hunyuan_pretrain.runtime.handover import handed_over
@@ -147,7 +147,9 @@ class LayoutScorer:
             found += self._pass(items, mine[start : start + PACKS_AT_ONCE], tokens, num_ids)
             if self._say is not None and rounds > PACKS_AT_ONCE and dist.get_rank() == 0:
                 self._say(f"  {min(start + PACKS_AT_ONCE, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
-        return self._answers(items, gather_results(found))
+        of_ranks: list[list[tuple[int, int, Tensor]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, found)
+        return self._answers(items, of_ranks)
 
     def _pass(
         self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None

@@ -334,13 +334,13 @@ def run_schedule(
     own: called once this rank's own gradients are complete, before any is reduced. Returns what the loss function keeps
     of each micro-batch, on the last stage; an empty list on the others.
     """
-    chunks = run.wrapped
+    chunks = list(run.wrapped)
     chunks[0].config.finalize_model_grads_func = partial(_finalize, groups=run.groups, own=own)
     with nullcontext() if own is None else without_reductions(chunks):
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[feed() for _ in chunks],
-            model=list(chunks),
+            model=chunks,
             num_microbatches=num_micro_batches,
             seq_length=num_tokens,
             micro_batch_size=1,
