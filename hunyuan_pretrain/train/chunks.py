@@ -28,5 +28,6 @@ def build_chunks(experiment: Experiment, groups: ProcessGroupCollection, seed: i
         engine,
         kind,
         uses_kernels(machine, experiment),
+        experiment.tuning,
     )
     return build_model(config, groups, seed)

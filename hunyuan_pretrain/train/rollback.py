@@ -76,7 +76,7 @@ def roll_back(run: Run, step: LaunchedStep) -> None:
     history = _history_until(start, to_step)
     noise, judged = resumed.marker.get("noise_scale"), resumed.marker.get("judged")
     skipped = to_step - int(resumed.marker.get("updates", to_step))
-    new = Start(history, to_step, True, (), noise=noise, judged=judged, num_skipped=skipped)
+    new = Start(history, to_step, True, (), noise=noise, judged=judged, num_skipped=skipped, base=start.base)
     new = replace(new, decisions=in_force([*_ledger(run), decision]))
     loader = _loader(run, new)
     _append(run, decision)
