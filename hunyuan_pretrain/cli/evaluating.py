@@ -127,20 +127,24 @@ def long_context(
     The texts are made here. Prints depth against length for each task: percent found, or with --by-loss the loss of the
     right answer, and in brackets its loss where the text says something else.
     """
+    from hunyuan_pretrain.evaluation import refuse_unwritable
     from hunyuan_pretrain.evaluation.long_context import check, heat_maps, run, write
     from hunyuan_pretrain.evaluation.long_context import plan as make_plan
 
     plan = make_plan(lengths, tasks, languages, depths, samples, chat, by_loss, seed)
     check(plan)
+    refuse_unwritable({"--out": out, "--plot": plot})
+    if plot is not None:
+        import matplotlib  # noqa: F401  # a missing package is said before the model is read
     with _opening(model, step, layout, device, dtype, batch_size, batch_tokens, trust_remote_code) as opened:
         if opened is None:
             return  # a rank other than the first
         from hunyuan_pretrain.checkpoint.workers import to_stderr
 
         records = run(opened, plan, to_stderr)
+        for title, rows in heat_maps(records, by_loss):
+            print_table(title, rows)
         write(records, plan, opened, out, plot)
-    for title, rows in heat_maps(records, by_loss):
-        print_table(title, rows)
 
 
 def bits_per_byte(
@@ -160,15 +164,17 @@ def bits_per_byte(
 ) -> None:
     """Bits per byte of texts by position, and of the same tokens with little context: does the model use its
     context?"""
+    from hunyuan_pretrain.evaluation import refuse_unwritable
     from hunyuan_pretrain.evaluation.positions import as_table, read_texts, run, write
 
     found = read_texts(texts)
+    refuse_unwritable({"--out": out})
     with _opening(model, step, layout, device, dtype, 1, batch_tokens, trust_remote_code) as opened:
         if opened is None:
             return  # a rank other than the first
         records = run(opened, found, short_context, max_tokens)
+        print_table(f"{model}: bits per byte of {texts}", as_table(records, short_context))
         write(records, opened, texts, short_context, out)
-    print_table(f"{model}: bits per byte of {texts}", as_table(records, short_context))
 
 
 def _opening(

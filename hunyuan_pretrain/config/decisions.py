@@ -123,7 +123,7 @@ def in_force(decisions: Sequence[Decision]) -> InForce:
                 assert one.to_step is not None
                 num_written += 1
                 skips = {step for step in skips if step <= one.to_step}
-                # what an abandoned roll-back left out lies within the window of this one
+                # what an abandoned roll-back left out is in the data of this one
                 rollbacks = [before for before in rollbacks if _goes_back_to(before) < one.to_step] + [one]
             case "branch":
                 skips = {step for step in skips if step <= one.step}

@@ -182,7 +182,7 @@ def run_rank(experiment: Experiment, world_size: int, rank: int, stages: list[St
                 part.optimizer.step = lambda *args, **kwargs: None
         weights = [weight for model in chunks for weight in model.parameters()]
         built.weight_bytes = _storage_bytes(weights)
-        built.gradient_bytes = _storage_bytes([weight.main_grad for weight in weights])
+        built.gradient_bytes = _storage_bytes([weight.main_grad for weight in weights if weight.requires_grad])
         place.follow(chunks)
         for stage in stages:
             place.doing = f"a step of stage {stage.name}"
@@ -222,6 +222,9 @@ def _storage_bytes(tensors: list[Any]) -> int:
 
 class _Batches:
     """In the place of a StepLoader: sequences of one document each."""
+
+    pad_id = -1
+    """No token is padding."""
 
     def __init__(self, stage: StageConfig, dp_size: int) -> None:
         self.stage, self.dp_size = stage, dp_size

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.folders import named_checkpoints
 from hunyuan_pretrain.config import rules
+from hunyuan_pretrain.config.decisions import LEDGER
 from hunyuan_pretrain.config.derived import smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError, Problem
 from hunyuan_pretrain.config.recipe import Operand
@@ -181,6 +183,8 @@ def borrow_checkpoints(run_dir: Path, folder: Path) -> None:
     (folder / "checkpoints").mkdir()
     for found in named_checkpoints(run_dir.absolute()):
         (folder / "checkpoints" / found.name).symlink_to(found)
+    if (run_dir / LEDGER).exists():  # which of them may be used, and without which data
+        shutil.copy2(run_dir / LEDGER, folder / LEDGER)
 
 
 def _train(run: Run, step: int, in_fp8: bool, before_update: Any = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ OURS = Path(__file__).parent / "tasks"
 ORIGINALS = Path(lm_eval.__file__).parent / "tasks"
 SEED = 1234
 """Of few-shot examples that are drawn; lm-eval's own."""
+EVALUATES_ANSWERS = re.compile("(prompt|non_greedy)_robustness_math")
+"""Tasks that give answers to sympy's parser, which evaluates them as Python; lm-eval does not mark these as unsafe."""
 
 
 @dataclass
@@ -65,9 +68,13 @@ def choose(names: Sequence[str], data: Path | None, scratch: Path, *, may_run_co
             chosen.groups |= loaded.get("groups", {})
     if missing:
         raise EvaluationError("what these benchmarks need is missing:\n" + "\n".join(f"  {line}" for line in missing))
-    if unsafe := [
-        name for name, task in chosen.tasks.items() if getattr(task, "UNSAFE_CODE", False) and not may_run_code
-    ]:
+    if not may_run_code and (
+        unsafe := [
+            name
+            for name, task in chosen.tasks.items()
+            if getattr(task, "UNSAFE_CODE", False) or EVALUATES_ANSWERS.search(name)
+        ]
+    ):
         raise EvaluationError(
             f"{', '.join(unsafe)}: runs programs that the model writes, and not in this project's sandbox; "
             "--unsafe-code runs them with your rights"

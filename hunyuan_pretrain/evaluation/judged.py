@@ -107,14 +107,14 @@ def read_questions(rows: Sequence[Row], data: Path | None) -> dict[str, list[dic
 
 
 def _read(path: Path, benchmark: Benchmark) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
         for number, row in enumerate(rows, start=1):
             turns = benchmark.turns(row)
             if not turns or not all(isinstance(turn, str) and turn for turn in turns):
                 raise ValueError(f"question {number} has an empty turn")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path}: not the questions of this benchmark: {error!r}") from error
     return list(rows)
 

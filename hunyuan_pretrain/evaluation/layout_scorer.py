@@ -39,6 +39,9 @@ from hunyuan_pretrain.train.step import run_schedule
 FILLER = 0
 """The token that fills a micro-batch up; nothing attends to it."""
 PACKS_AT_ONCE = 64
+_Found = tuple[list[tuple[int, int]], Tensor]
+"""(item, place among its positions) of each row of an (n, 2) tensor [logprob, best id]. Rows of their own would each be
+pickled with the whole tensor."""
 """Micro-batches of a data-parallel rank between two lines of progress."""
 
 
@@ -142,19 +145,18 @@ class LayoutScorer:
         multiple = self._model.experiment.parallel.pipeline_model_parallel_size
         rounds = -(-len(packs) // (dp.size() * multiple)) * multiple
         mine += [Pack([], 0)] * (rounds - len(mine))
-        found: list[tuple[int, int, Tensor]] = []
-        for start in range(0, rounds, PACKS_AT_ONCE):
-            found += self._pass(items, mine[start : start + PACKS_AT_ONCE], tokens, num_ids)
-            if self._say is not None and rounds > PACKS_AT_ONCE and dist.get_rank() == 0:
-                self._say(f"  {min(start + PACKS_AT_ONCE, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
-        of_ranks: list[list[tuple[int, int, Tensor]]] = [[]] * dist.get_world_size()
+        at_once = max(1, PACKS_AT_ONCE // multiple) * multiple
+        found: list[_Found] = []
+        for start in range(0, rounds, at_once):
+            found += self._pass(items, mine[start : start + at_once], tokens, num_ids)
+            if self._say is not None and rounds > at_once and dist.get_rank() == 0:
+                self._say(f"  {min(start + at_once, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
+        of_ranks: list[list[_Found]] = [[]] * dist.get_world_size()
         dist.all_gather_object(of_ranks, found)
         return self._answers(items, of_ranks)
 
-    def _pass(
-        self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None
-    ) -> list[tuple[int, int, Tensor]]:
-        """(item, place among its positions, [logprob, best id]) of what this rank reads."""
+    def _pass(self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None) -> list[_Found]:
+        """What this rank reads of each micro-batch."""
         model = self._model
         reads = [self._share(items, one, tokens) for one in packs]
 
@@ -169,12 +171,7 @@ class LayoutScorer:
         answers = run_schedule(model, forward, lambda: iter(reads), len(reads), tokens, forward_only=True)
         if not answers or model.groups.tp.rank() > 0:
             return []
-        pairs = zip(reads, answers, strict=True)
-        return [
-            (item, place, row)
-            for share, read_n2 in pairs
-            for (item, place), row in zip(share.reads, read_n2.cpu(), strict=True)
-        ]
+        return [(share.reads, read_n2.cpu()) for share, read_n2 in zip(reads, answers, strict=True)]
 
     def _read_out(self, share: _Share, num_ids: int | None, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
         tp = self._model.groups.tp
@@ -217,11 +214,12 @@ class LayoutScorer:
             [place for _, _, place in wanted],
         )
 
-    def _answers(self, items: Sequence[Item], of_ranks: list[list[tuple[int, int, Tensor]]]) -> list[Read]:
+    def _answers(self, items: Sequence[Item], of_ranks: list[list[_Found]]) -> list[Read]:
         reads = [torch.full((len(item.positions), 2), torch.nan, dtype=torch.float64) for item in items]
         for found in of_ranks:
-            for item, place, row in found:
-                reads[item][place] = row
+            for places, read_n2 in found:
+                for (item, place), row in zip(places, read_n2, strict=True):
+                    reads[item][place] = row
         if any(read.isnan().any() for read in reads):
             raise EvaluationError("the model gives logits that are not numbers: its weights are damaged or diverged")
         return [Read(read[:, 0], read[:, 1].long()) for read in reads]

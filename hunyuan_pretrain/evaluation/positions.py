@@ -94,7 +94,8 @@ def _pieces(opened: Opened, texts: Sequence[str], length: int, max_tokens: int |
         tokens = opened.lm.tok_encode(text, add_special_tokens=False)
         for start in range(0, len(tokens), length - 1):
             piece = [opened.lm.prefix_token_id, *tokens[start : start + length - 1]]
-            if len(piece) > left:
+            piece = piece[: int(min(len(piece), left))]
+            if len(piece) < 2:
                 return
             left -= len(piece)
             yield piece

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hunyuan_pretrain.evaluation import EvaluationError
+from hunyuan_pretrain.evaluation import EvaluationError, unwritable
 from hunyuan_pretrain.evaluation.catalogue import Row, rows_of
 
 
@@ -57,9 +57,7 @@ def check(request: Request) -> None:
         problems.append("hunyuan-base is without the chat template, hunyuan-instruct with it: evaluate one at a time")
     if request.data is not None and not request.data.is_dir():
         problems.append(f"--data {request.data}: not a folder")
-    for option, path in (("--out", request.out), ("--samples", request.samples)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            problems.append(f"{option} {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+    problems += unwritable({"--out": request.out, "--samples": request.samples})
     if request.judged and request.answers is None:
         names = ", ".join(row.name for row in request.judged)
         problems.append(f"{names}: judged by another model; --answers DIR writes the answers, for its own judge")

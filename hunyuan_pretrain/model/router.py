@@ -59,7 +59,11 @@ class Router(torch.nn.Module):
         assigned = self._assign(chosen_TK, routing)
         if isinstance(routing, EvaluationRouting) or routing.is_counted_T is not None:
             weight_TK, loss = combine_weights(probs_TE, assigned), None
-            statistics_X = statistics(assigned, routing.is_counted_T).packed()
+            counted = statistics(assigned, routing.is_counted_T)
+            if not isinstance(routing, EvaluationRouting):
+                entropy_T = torch.special.entr(probs_TE.detach()).sum(-1)
+                counted = counted._replace(entropy=(entropy_T * routing.is_counted_T).sum())
+            statistics_X = counted.packed()
         else:
             weight_TK, loss, statistics_X = self.functions.gating(
                 logits_TE, probs_TE, assigned, self.config, routing.num_global_groups

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import queue
+import ssl
 import threading
 import urllib.error
 import urllib.parse
@@ -78,7 +79,8 @@ class Webhook:
             return f"status {error.code}"
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason: object = getattr(error, "reason", error)
-            words = getattr(reason, "strerror", None)  # an error's own text may hold the address
+            # an error's own text may hold the address; that of a wrong certificate does
+            words = None if isinstance(reason, ssl.SSLError) else getattr(reason, "strerror", None)
             return type(reason).__name__ + (f": {words}" if words else "")
 
 

@@ -66,12 +66,12 @@ class LocalModel:
 
     @torch.inference_mode()
     def _forward(self, tokens_1S: Tensor, cache: Any, wants_all: bool) -> tuple[Tensor, Any]:
-        """fp32 logits (S or 1, V) of the tokenizer's ids, and the cache. Raises EngineError if they are not numbers:
+        """fp32 logits (S or 1, V) of the tokenizer's ids, and the cache. Raises EngineError if they are not finite:
         sampling from them would be a fault of the device on a GPU."""
         output = self._model(tokens_1S, use_cache=True, logits_to_keep=0 if wants_all else 1, **{CACHE_NAME: cache})
         logits_SV = output.logits[0, :, : self._vocab_size].float()
-        if bool(logits_SV.isnan().any()):
-            raise EngineError("the model's logits are not numbers; are its weights damaged?")
+        if not bool(logits_SV.isfinite().all()):
+            raise EngineError("the model's logits are not finite; are its weights damaged?")
         return logits_SV, getattr(output, CACHE_NAME)
 
     @torch.inference_mode()
@@ -171,15 +171,15 @@ class Worker:
     """An Engine that computes in a thread of its own. `running` jobs take turns; the others wait in order."""
 
     def __init__(self, steps: Steps, running: int) -> None:
-        self._steps, self._limit = steps, running
+        self._steps, self._limit, self._is_broken = steps, running, False
         self._waiting: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the thread is alive."""
-        return self._thread.is_alive()
+        """Whether the thread is alive, and the device can still compute."""
+        return self._thread.is_alive() and not self._is_broken
 
     async def run(self, job: Job) -> AsyncGenerator[list[Scored], None]:
         """As Engine.run."""
@@ -225,6 +225,7 @@ class Worker:
                     ticket.put(step)
         except Exception as error:
             log.exception("a request failed")
+            self._is_broken |= isinstance(error, torch.AcceleratorError)  # the device refuses all that follows
             ticket.put(error)
         if has_ended:
             ticket.steps = None  # and with it the cache: the thread may hold the ticket until the next one comes

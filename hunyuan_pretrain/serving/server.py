@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hunyuan_pretrain.serving.errors import ServingError
 from hunyuan_pretrain.serving.exports import load_local, read_positions, refuse_folder
@@ -23,6 +23,8 @@ __all__ = ["Options", "serve"]
 
 MOST_CONNECTIONS = 1024
 
+HEADER_S = 30.0
+"""How long a connection may take to send the header of a request."""
 GRACE_S = 5
 """For answers that are being sent when the server is told to end."""
 
@@ -96,12 +98,31 @@ def start_engine(options: Options, vocabulary: Vocabulary, positions: int) -> tu
 def web_server(service: Service, guard: Guard) -> uvicorn.Server:
     """A server of HTTP/1.1 that has not started."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from hunyuan_pretrain.serving.api import build_app
 
+    class Impatient(H11Protocol):
+        """Closes a connection on which no whole request header comes: uvicorn would wait for ever."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._expect_request()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._expect_request()
+
+        def _expect_request(self) -> None:
+            self.loop.call_later(HEADER_S, self._close_without_request, self.cycle)
+
+        def _close_without_request(self, before: Any) -> None:
+            if self.cycle is before and (before is None or before.response_complete):
+                self.transport.close()
+
     config = uvicorn.Config(
         build_app(service, guard),
-        http="h11",
+        http=Impatient,
         ws="none",
         lifespan="on",
         access_log=False,

@@ -98,6 +98,7 @@ class VllmEngine:
                     yield new[:left]
                 return
             if not left:
+                yield []
                 return
             async with self._connected().stream("POST", "/v1/completions", json=self._body(job, True)) as answer:
                 if answer.status_code != 200:

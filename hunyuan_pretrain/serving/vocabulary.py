@@ -9,8 +9,14 @@ import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import regex
+
+from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.hf_tokenizer import read_hf_tokenizer
 from hunyuan_pretrain.serving.errors import ServingError
+
+MOST_MARKS = 100
+_ENDLESS_MARKS = regex.compile(rf"\p{{M}}{{{MOST_MARKS + 1}}}")
 
 __all__ = ["StreamedText", "Vocabulary"]
 
@@ -42,10 +48,13 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """The beginning of a document: <|startoftext|> and the ids of the text. Raises DataFormatError."""
+        _refuse_endless_marks(text)
         return [self._tokenizer.start_id, *self._tokenizer.encode(text)]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A conversation that ends with the user's message, ready for an answer. Raises DataFormatError."""
+        for message in messages:
+            _refuse_endless_marks(message["content"])
         return self._tokenizer.apply_chat(messages)
 
     def fewest_tokens(self, text: str) -> int:
@@ -130,3 +139,10 @@ class StreamedText:
 def _overlap(text: str, stop: str) -> int:
     """The longest end of `text` with which `stop` begins."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _refuse_endless_marks(text: str) -> None:
+    """Raise DataFormatError for a text whose normalisation would take for ever: Python sorts the combining marks of a
+    character by insertion, and no other thread runs meanwhile."""
+    if not text.isascii() and _ENDLESS_MARKS.search(text):
+        raise DataFormatError(f"more than {MOST_MARKS} combining marks in a row")

@@ -70,6 +70,11 @@ class Alarms:
             text = f"rank {rank} is slow: its host takes {slowest:.3g} s to launch a step, the median {usual:.3g} s"
             yield "rank", is_slow, lambda: text, "no rank is slower than the others any more"
 
+    def go_back(self, step: int) -> None:
+        """The run goes on after `step` steps, which may be fewer than those that it told of."""
+        self._quiet_until = min(self._quiet_until, step)
+        self._since = {what: min(since, step) for what, since in self._since.items()}
+
     def _follow(self, step: int, what: str, is_so: bool, text: Callable[[], str], end: str) -> None:
         if not is_so:
             self._since.pop(what, None)

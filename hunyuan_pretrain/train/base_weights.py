@@ -41,10 +41,15 @@ def load_weights(experiment: Experiment, chunks: list[HunyuanModel], optimizer: 
     CheckpointError."""
     wanted = Path(str(experiment.checkpoint.init_from))
     folder: Path = resume.on_rank_0(lambda: checkpoint_of(wanted))
-    marker = resume.on_rank_0(lambda: save_load.read_marker(folder))
-    lines, changes = resume.weights_from(experiment, folder, marker)
+    base = base_in(experiment, folder, resume.on_rank_0(lambda: save_load.read_marker(folder)))
     save_load.load(folder, chunks, None)
     reload_weights(optimizer)
+    return base
+
+
+def base_in(experiment: Experiment, folder: Path, marker: Mapping[str, Any]) -> Base:
+    """A checkpoint as the start of a run. Raises CheckpointError if the model cannot use its weights."""
+    lines, changes = resume.weights_from(experiment, folder, marker)
     return Base(folder, digest_of(marker["files"]), tuple(lines), tuple(changes))
 
 

@@ -12,6 +12,7 @@ from hunyuan_pretrain.checkpoint import CheckpointError, save_load
 from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, step_of
 from hunyuan_pretrain.config.decisions import Decision, InForce, append_decision, in_force, read_decisions
 from hunyuan_pretrain.config.errors import ConfigError, Problem
+from hunyuan_pretrain.config.history import read_history
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.train.resume import Start, on_rank_0
 
@@ -64,15 +65,15 @@ def with_ledger(start: Start, run_dir: Path) -> Start:
     """`start` with the decisions of the run's ledger. Communicates: all ranks. Raises CheckpointError if the ledger is
     damaged."""
 
-    def read() -> tuple[list[Decision], list[Path]]:
+    def read() -> tuple[list[Decision], list[Path], bool]:
         found = read_decisions(run_dir)
-        return found, left_behind(run_dir, in_force(found))
+        return found, left_behind(run_dir, in_force(found)), is_new_branch(start, run_dir)
 
-    decisions, behind = on_rank_0(read)
-    if is_new_branch(start):
+    decisions, behind, is_new = on_rank_0(read)
+    if is_new:
         decided = in_force([*decisions, _branch_decision(start)])
     else:
-        decided, start = in_force(decisions), replace(start, leaves=(*start.leaves, *behind))
+        decided, start = in_force(decisions), replace(start, leaves=tuple(dict.fromkeys((*start.leaves, *behind))))
     lines = [
         f"  the ledger: from step {(one.to_step or 0) + 1} on without "
         + ", ".join(f"sequences {first:,} to {end - 1:,} of stage {stage}" for stage, first, end in one.data)
@@ -83,16 +84,25 @@ def with_ledger(start: Start, run_dir: Path) -> Start:
     return replace(start, decisions=decided, lines=(*start.lines, *lines))
 
 
-def is_new_branch(start: Start) -> bool:
-    """Whether a branch of the user begins with this start."""
+def is_new_branch(start: Start, run_dir: Path) -> bool:
+    """Whether a branch of the user begins with this start. One that ended before it saved a checkpoint begins again,
+    and is not new: what the ledger says since then still applies."""
     last = start.history[-1]
-    return start.is_new_segment and last.first_step == start.first_step and last.resume_from is not None
+    if not start.is_new_segment or last.first_step != start.first_step or last.resume_from is None:
+        return False
+    written = read_history(run_dir)
+    before = written[-1] if written else None
+    return before is None or (before.first_step, before.resume_from, before.experiment) != (
+        last.first_step,
+        last.resume_from,
+        last.experiment,
+    )
 
 
 def note_branch(run_dir: Path, start: Start) -> None:
     """If a branch begins in a run with a ledger, write there which decisions no longer apply. Call on rank 0 only.
     Raises OSError."""
-    if is_new_branch(start) and read_decisions(run_dir):
+    if is_new_branch(start, run_dir) and read_decisions(run_dir):
         append_decision(run_dir, _branch_decision(start))
 
 

@@ -90,8 +90,12 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
     launch_seconds = 0.0
-    if run.owes_validation and not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
-        return EXIT_STOPPED
+    if run.owes_validation:
+        if not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
+            run.log.event("stopped", "told to stop during a validation; nothing to save", run.first_step)
+            return EXIT_STOPPED
+        if run.first_step == num_steps:  # the checkpoint says no longer that it is owed
+            saves.save(num_steps, must_succeed=True)
     step = run.first_step - 1
     while (step := step + 1) < num_steps:
         stage = run.schedule.stage(step)
@@ -244,6 +248,7 @@ class _Records:
         """After a roll-back."""
         self._meter = _meter(self._run)
         self._clock.restart()
+        self._alarms.go_back(self._run.first_step)
 
     def restart_clock(self) -> None:
         """Leave out what was done since the last step."""

@@ -67,6 +67,7 @@ def step_record(
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
     routing = routing_record(model, result.statistics, num_groups)
     E = model.num_moe_experts
+    nats = result.loss * result.num_target_tokens if stage.loss_average == "tokens" else None
     return {
         "step": step + 1,
         "stage": stage.name,
@@ -84,16 +85,16 @@ def step_record(
         "mean_dropped_share": sum(routing["dropped_share"]) / len(routing["dropped_share"]),
         "mean_router_entropy": sum(routing["router_entropy"]) / len(routing["router_entropy"]),
         "dead_experts": sum(load * E < DEAD_LOAD for loads in routing["expert_load"] for load in loads),
-        **({} if result.logged is None else _logged_fields(result.loss * result.num_target_tokens, result.logged)),
+        **({} if result.logged is None else _logged_fields(nats, result.logged)),
         **routing,
     }
 
 
-def _logged_fields(nats: float, logged: LoggedNumbers) -> dict[str, Any]:
-    """The gradient norm of each part, bits per byte, and on several ranks which rank waited longest for its batch and
-    which took longest to launch a step."""
+def _logged_fields(nats: float | None, logged: LoggedNumbers) -> dict[str, Any]:
+    """The gradient norm of each part, bits per byte where the sum of all cross-entropies is known, and on several ranks
+    which rank waited longest for its batch and which took longest to launch a step."""
     found: dict[str, Any] = {f"{part}_grad_norm": norm for part, norm in logged.part_norms.items()}
-    if logged.target_bytes:
+    if logged.target_bytes and nats is not None:
         found["bits_per_byte"] = nats / math.log(2) / logged.target_bytes
     if len(logged.host) > 1:
         for name, seconds in zip(HostSeconds._fields, zip(*logged.host, strict=True), strict=True):

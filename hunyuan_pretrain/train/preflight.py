@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
-from hunyuan_pretrain.checkpoint.folders import WITHOUT_ANY, checkpoint_of, faults_of, none_is_good
+from hunyuan_pretrain.checkpoint.folders import WITHOUT_ANY, checkpoint_of, faults_of, none_is_good, step_of
 from hunyuan_pretrain.checkpoint.history import history_of
 from hunyuan_pretrain.config.derived import data_parallel_size, smallest_world_size
 from hunyuan_pretrain.config.errors import ConfigError
@@ -29,6 +29,7 @@ from hunyuan_pretrain.runtime.logging import check_writable
 from hunyuan_pretrain.runtime.seeding import use_deterministic_algorithms
 from hunyuan_pretrain.train import branches, resume, setup
 from hunyuan_pretrain.train.attention_choice import choose
+from hunyuan_pretrain.train.base_weights import base_in, refuse_other_base
 
 
 def refusals(experiment: Experiment) -> list[str]:
@@ -109,7 +110,10 @@ def _recorded_attention(experiment: Experiment) -> dict[str, str]:
 def _start(experiment: Experiment, tokenizer_digest: str) -> None:
     """Check the checkpoint that the run would start or resume from."""
     settings, run_dir = experiment.checkpoint, Path(experiment.run_dir)
+    last_step = branches.last_usable_step(run_dir)
     found = save_load.find_checkpoints(run_dir)
+    if last_step is not None:
+        found = [one for one in found if (step_of(one) or 0) <= last_step]
     met = resume.what_is_met(experiment, tokenizer_digest, versions(), _world_size(experiment))
     wanted = settings.resume_from
     if wanted is not None and not (
@@ -123,9 +127,12 @@ def _start(experiment: Experiment, tokenizer_digest: str) -> None:
         raise branches.other_run_error(found[-1])
     elif settings.resume and (faults := faults_of(run_dir)):
         raise none_is_good(run_dir, faults, WITHOUT_ANY)
-    elif settings.init_from is not None:
+    is_start = not found and wanted is None
+    if settings.init_from is not None and (is_start or experiment.tuning.lora is not None):
         folder = checkpoint_of(Path(settings.init_from))
-        resume.weights_from(experiment, folder, save_load.read_marker(folder))
+        base = base_in(experiment, folder, save_load.read_marker(folder))
+        for of_run in found[-1:]:  # with LoRA, every start reads the base
+            refuse_other_base(of_run, save_load.read_marker(of_run), base)
 
 
 def _world_size(experiment: Experiment) -> int:

@@ -35,7 +35,7 @@ def note_skip(run: Run, step: LaunchedStep) -> None:
     verdict, numbers = step.verdict, numbers_of_step(step)
     assert verdict.cause is not None
     _append(run, decision_on(run.schedule, step.step, "skip", verdict.cause, numbers, thresholds=verdict.thresholds))
-    run.log.line(f"WARNING: step {step.step + 1}: {reason_of(step)}; its update is left out")
+    run.log.event("alarm", f"{reason_of(step)}; the update of this step is left out", step.step + 1)
 
 
 def roll_back(run: Run, step: LaunchedStep) -> None:
@@ -62,6 +62,8 @@ def roll_back(run: Run, step: LaunchedStep) -> None:
             "(checkpoint.save_every_steps, resilience.rollback_steps)"
         )
     to_step = int(resumed.marker["step"])
+    # roll-backs that this one takes back left data out too: it stays out
+    before = [window for one in start.decisions.rollbacks if (one.to_step or 0) >= to_step for window in one.data]
     decision = decision_on(
         run.schedule,
         step.step,
@@ -69,7 +71,7 @@ def roll_back(run: Run, step: LaunchedStep) -> None:
         step.verdict.cause,
         numbers_of_step(step),
         thresholds=step.verdict.thresholds,
-        data=left_out(run.schedule, to_step, step.step, settings.rollback_margin_steps),
+        data=(*left_out(run.schedule, to_step, step.step, settings.rollback_margin_steps), *before),
         to_step=to_step,
         number=taken + 1,
     )
@@ -80,10 +82,8 @@ def roll_back(run: Run, step: LaunchedStep) -> None:
     new = replace(new, decisions=in_force([*_ledger(run), decision]))
     loader = _loader(run, new)
     _append(run, decision)
-    run.log.line(
-        f"WARNING: step {done}: {reason_of(step)}; rolls back to {resumed.folder.name}, "
-        f"and leaves out {_windows_text(decision)}"
-    )
+    text = f"{reason_of(step)}; rolls back to {resumed.folder.name}, and leaves out {_windows_text(decision)}"
+    run.log.event("alarm", text, done)
     for note in resumed.notes:
         run.log.line(note)
     run.loader.close()
@@ -131,7 +131,10 @@ def _history_until(start: Start, to_step: int) -> tuple[Segment, ...]:
     present = start.history[-1]
     if past[-1].experiment == present.experiment and past[-1].world_size == present.world_size:
         return tuple(past)
-    changes = {"first_step": to_step, "left_out": past[-1].left_out, "resume_from": None, "accepted": []}
+    # a branch that goes back to where it began is still that branch
+    own = [one.resume_from for one in segments if one.first_step == to_step and one.resume_from is not None]
+    resume_from = own[-1] if own else None
+    changes = {"first_step": to_step, "left_out": past[-1].left_out, "resume_from": resume_from, "accepted": []}
     return *past, present.model_copy(update=changes)
 
 

@@ -110,6 +110,9 @@ def outcomes(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         found = fields(corpus, folder / name.replace(" ", "_"), "one rank", "fp32", 5, **resilience)
         bad = [place(poisoned)] if poisoned else range(place(4), place(4) + 2000, 8)
         work[1][name] = Job(found, tuple((first, 0, NAN) for first in bad))
+    twice = fields(corpus, folder / "twice", "one rank", "fp32", 6, on_nonfinite="rollback", rollback_steps=2)
+    twice["resilience"]["rollback_margin_steps"] = 1
+    work[1]["twice"] = Job(twice, tuple((place(step), 0, NAN) for step in (5, 8)))
     first = folder / "one_rank_fp32_back"
     found = fields(corpus, folder / "branch", "one rank", "fp32", 6, on_nonfinite="skip")
     found["checkpoint"]["resume_from"] = 2
@@ -228,6 +231,17 @@ def test_one_roll_back_too_many_stops(outcomes):
     assert [kind for _, kind in rank.kinds] == ["update"] * 3 + ["rollback", "rollback"]
     assert "resilience.max_rollbacks=1 is reached" in rank.error
     assert [line["kind"] for line in ledger(run_dir)] == ["rollback", "stop"]
+
+
+def test_a_second_roll_back_leaves_out_what_the_first_did(outcomes):
+    """Both go back to step 2, and the data after the first window is bad too."""
+    run_dir, (rank,) = outcomes["twice"]
+    assert rank.error == ""
+    assert [kind for _, kind in rank.kinds] == ["update"] * 4 + ["rollback", "update", "rollback"] + ["update"] * 4
+    first, second = ledger(run_dir)
+    assert first["data"] == [["decay", place(3), place(7)]]
+    assert second["data"] == [["decay", place(7), place(10)], ["decay", place(3), place(7)]]
+    assert [line["to_step"] for line in (first, second)] == [2, 2]
 
 
 def test_a_branch_of_the_user_forgets_what_was_decided_after_its_checkpoint(outcomes):

@@ -60,6 +60,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
         {"dtype": "fp32"},
     ),
     "offloaded": (4, PP | {"cpu_offloading_num_layers": 2}, {}, {"dtype": "bf16"}),
+    "fine-tuning": (4, TP | EP, {}, {"dtype": "fp32"}),
+    "adapters": (4, TP | EP, {}, {"dtype": "fp32"}),
     "fp8": (4, TP | EP, {"hidden_size": 64, "num_attention_heads": 4}, {"dtype": "bf16", "fp8_recipe": "delayed"}),
 }
 
@@ -77,6 +79,11 @@ def experiment_of(name: str) -> tuple[Experiment, int]:
         "optimizer": {"lr": 1e-2, "expert_lr_ratio": 0.5},
         "stages": [stage | {"global_batch_sequences": 8 * ranks, "data": [{"path": "none"}]}],
     }
+    if name in ("fine-tuning", "adapters"):
+        fields["stages"][0]["task"] = "sft"
+    if name == "adapters":
+        fields["tuning"] = {"lora": {"rank": 4, "alpha": 8}}
+        fields["checkpoint"] = {"init_from": "none"}
     if name == "offloaded":
         fields["optimizer"]["cpu_offload_fraction"] = 0.5
     if name == "data, no capacity":  # left out: its numbers are not in the plan

@@ -92,6 +92,16 @@ def test_no_way_out_of_its_root() -> None:
     )
 
 
+def test_nothing_outlives_or_is_left_uncounted() -> None:
+    """prctl would let the program live on after its parent; memory that is not mapped is not in its limit."""
+    refused(
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "for name, *arguments in (('prctl', 1, 0, 0, 0, 0), ('shmget', 0, 1 << 20, 0o1600), ('msgget', 0, 0o1600),\n"
+        "                         ('memfd_create', b'x', 0)):\n"
+        "    assert getattr(libc, name)(*arguments) == -1, name\n"
+    )
+
+
 def test_limits_of_memory_and_of_files() -> None:
     refused("try:\n    bytearray(3 << 30)\nexcept MemoryError:\n    pass\nelse:\n    assert False\n")
     outcome = run_program(

@@ -19,6 +19,7 @@ import torch
 
 from hunyuan_pretrain.checkpoint.generate import load_model
 from hunyuan_pretrain.data.tokenizer import Tokenizer
+from hunyuan_pretrain.serving import server
 from hunyuan_pretrain.serving.generation import Job, Scored
 from hunyuan_pretrain.serving.local_engine import LocalModel, Worker
 from hunyuan_pretrain.serving.vocabulary import Vocabulary
@@ -319,13 +320,33 @@ def test_a_request_that_fails_ends_alone(vocabulary: Vocabulary) -> None:
         assert served.service.taken == 0
 
 
-def test_weights_that_give_no_numbers_are_an_error_and_not_a_token(export: Path, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_give_no_numbers_are_an_error_and_not_a_token(
+    export: Path, vocabulary: Vocabulary, value: float
+) -> None:
     model = load_model(export)
     with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
+        model.model.norm.weight.fill_(value)
     worker = Worker(LocalModel(model, vocabulary.size, vocabulary.stop_ids).steps, running=1)
     with serving(worker, vocabulary) as served:
         assert served.ask("/v1/chat/completions", served.chat_body("Hi")).status == 500
+
+
+def test_a_connection_that_sends_nothing_is_closed(
+    local: LocalModel, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that sends half a header, first or after an answer."""
+    monkeypatch.setattr(server, "HEADER_S", 0.5)
+    with serving(Worker(local.steps, running=1), vocabulary) as served:
+        whole = f"GET /health HTTP/1.1\r\nHost: {served.host}:{served.port}\r\n\r\n".encode()
+        for sent in (b"", b"GET /health HTTP/1.1\r\n", whole + b"GET /"):
+            with socket.create_connection((served.host, served.port), timeout=20) as connection:
+                connection.sendall(sent)
+                answer = b""
+                while part := connection.recv(4096):
+                    answer += part
+            assert answer.startswith(b"HTTP/1.1 200") == sent.startswith(whole), answer
+        assert served.ask("/health").status == 200
 
 
 def test_an_engine_that_has_ended_is_reported(vocabulary: Vocabulary) -> None:

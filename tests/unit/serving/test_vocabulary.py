@@ -32,6 +32,16 @@ def test_characters_come_whole(vocabulary: Vocabulary) -> None:
     assert streamed(vocabulary, list("é你🙂a".encode())) == ["", "é", "", "", "你", "", "", "", "🙂", "a", ""]
 
 
+def test_text_that_would_take_for_ever_to_normalise_is_refused(vocabulary: Vocabulary) -> None:
+    """Sorting these marks takes N^2 swaps, and no other thread runs meanwhile."""
+    endless = "a" + "\u0301" * 200_000 + "\u0316" * 200_000
+    with pytest.raises(DataFormatError, match="more than 100 combining marks in a row"):
+        vocabulary.encode(endless)
+    with pytest.raises(DataFormatError, match="more than 100 combining marks in a row"):
+        vocabulary.encode_chat([{"role": "user", "content": endless}])
+    assert vocabulary.encode("e\u0301 " * 200)[1:] == list(("é " * 200).encode())
+
+
 def test_a_character_that_is_cut_off_is_replaced_once(vocabulary: Vocabulary) -> None:
     assert "".join(streamed(vocabulary, [*b"a", *"你".encode()[:2]])) == "a�"
 

@@ -93,6 +93,17 @@ def test_each_alarm_can_be_switched_off_and_small_delays_are_none() -> None:
     assert events_of(lasting({**late, "max_launch_seconds": 0.05, "median_launch_seconds": 0.01})) == []
 
 
+def test_after_a_roll_back_alarms_are_heard_again() -> None:
+    log = Events()
+    alarms = Alarms(AlarmsConfig(after_steps=10), 4, log)
+    for step in range(1990, 2000):
+        alarms.after(record(step, dead_experts=1))
+    alarms.go_back(1000)
+    for step in range(1001, 1020):
+        alarms.after(record(step, dead_experts=1))
+    assert [(kind, step) for kind, step, _ in log.kept] == [("alarm", 1010)]
+
+
 def test_a_jump_of_the_loss_is_reported_at_once_and_not_again_soon() -> None:
     draw = random.Random(0)
     losses = [5.0 - step / 50 + draw.gauss(0, 0.02) for step in range(100)]
