@@ -90,12 +90,8 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
     launch_seconds = 0.0
-    if run.owes_validation:
-        if not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
-            run.log.event("stopped", "told to stop during a validation; nothing to save", run.first_step)
-            return EXIT_STOPPED
-        if run.first_step == num_steps:  # the checkpoint says no longer that it is owed
-            saves.save(num_steps, must_succeed=True)
+    if run.owes_validation and not _validate_owed(run, stop, saves):
+        return EXIT_STOPPED
     step = run.first_step - 1
     while (step := step + 1) < num_steps:
         stage = run.schedule.stage(step)
@@ -148,6 +144,16 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     run.log.event("finished", f"{num_steps} steps", num_steps)
     return EXIT_DONE
+
+
+def _validate_owed(run: Run, stop: StopRequest, saves: Saves) -> bool:
+    """Validate after the step of the checkpoint, which a stop kept from it; False: told to stop again."""
+    if not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
+        run.log.event("stopped", "told to stop during a validation; nothing to save", run.first_step)
+        return False
+    if run.first_step == run.loader.num_steps:  # no later checkpoint will say that it is done
+        saves.save(run.first_step, must_succeed=True)
+    return True
 
 
 def _launch(

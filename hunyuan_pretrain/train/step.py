@@ -38,13 +38,7 @@ from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
 from hunyuan_pretrain.train.logged_numbers import HostSeconds
 from hunyuan_pretrain.train.optimizer import optimizer_step, prepare, update
 from hunyuan_pretrain.train.policies import Judge, Numbers, shared_numbers
-from hunyuan_pretrain.train.rerun import (
-    OwnGradients,
-    compute_twice,
-    is_due,
-    start_reductions,
-    without_reductions,
-)
+from hunyuan_pretrain.train.rerun import OwnGradients, compute_twice, is_due, start_reductions, without_reductions
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step_result import LaunchedStep, StepResult
 from hunyuan_pretrain.train.update_norm import update_norm
