@@ -60,6 +60,14 @@ def the_job_of_all_tests_stays() -> Iterator[None]:
     assert _is_joined() or not was_joined, "this test left the process group that other tests had created"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def the_job_outlives_fixtures() -> Iterator[None]:
+    """The same for what the fixtures of a file do."""
+    was_joined = _is_joined()
+    yield
+    assert _is_joined() or not was_joined, "this file left the process group that other tests had created"
+
+
 def _is_joined() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()

@@ -48,6 +48,13 @@ def refuse_existing(output: Path, *sources: Path) -> None:
             raise CheckpointError(f"{output}: lies in {source}, which is only read; choose another place")
 
 
+def _make_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(output.parent)) from None
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A new sibling of `output`, which takes that name when the block ends and is removed if it raises.
@@ -58,7 +65,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     folder = output.parent / f".{output.name}.unfinished-{secrets.token_hex(4)}"
     with _stops_raised(output):
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
+            _make_parent(output)
             _remove_leftovers(output)
             with _locked(folder):
                 folder.mkdir()

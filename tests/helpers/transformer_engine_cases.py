@@ -76,12 +76,12 @@ def chosen(case: Case) -> Iterator[None]:
     """Inside the context, `setup.prepare` uses the spec of the case."""
     from unittest.mock import patch
 
-    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train import chunks, setup
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(setup, "uses_transformer_engine", lambda *_: case.engine))
+        stack.enter_context(patch.object(chunks, "uses_transformer_engine", lambda *_: case.engine))
         stack.enter_context(patch.object(setup, "obstacles", lambda *_: []))
-        stack.enter_context(patch.object(setup, "fuses_wgrad_accumulation", lambda *_: case.is_fused))
+        stack.enter_context(patch.object(chunks, "fuses_wgrad_accumulation", lambda *_: case.is_fused))
         if case.has_attention:
             stack.enter_context(patch.object(setup, "settle", settle_on_cudnn))
         yield

@@ -145,14 +145,18 @@ def error_of(experiment: Experiment) -> str:
     return ""
 
 
+def export_both(runs: Path) -> list[str]:
+    from hunyuan_pretrain.checkpoint.export_run import export_run
+
+    base = export_run(runs / "base", runs / "base_export", processes=1)
+    return [base["format"], export_run(runs / "whole", runs / "adapter", processes=1)["format"]]
+
+
 @pytest.fixture(scope="module")
 def exported(runs: Path) -> Path:
     """The base and the adapter as exports, and the adapter merged."""
-    from hunyuan_pretrain.checkpoint.export_run import export_run
-
-    export_run(runs / "base", runs / "base_export", processes=1)
-    certificate = export_run(runs / "whole", runs / "adapter", processes=1)
-    assert certificate["format"] == "peft"
+    (formats,) = fork_ranks(1, export_both, runs)
+    assert formats == ["hunyuan", "peft"]
     merge_lora(runs / "base_export", runs / "adapter", runs / "merged")
     return runs
 

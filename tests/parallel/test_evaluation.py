@@ -73,8 +73,13 @@ def test_every_layout_gives_the_numbers_of_one_rank(alone, of_layouts, layout: s
     same(of_layouts[layout], alone)
 
 
+def export_here(run_dir: Path, output: Path) -> None:
+    """Ends this process's job."""
+    export_run(run_dir, output)
+
+
 def test_the_export_in_transformers_gives_them_too(alone, run_dir: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    export_run(run_dir, tmp_path / "export")
+    fork_ranks(1, export_here, run_dir, tmp_path / "export")
     scorer = TransformersScorer(load_model(tmp_path / "export"))
     assert scorer.max_length == LENGTH
     pairs: list[tuple[Read, Read]] = list(zip(scorer.score(items()), scorer.score(items(), NUM_IDS), strict=True))

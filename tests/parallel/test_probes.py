@@ -77,12 +77,12 @@ def kernel_wrong_on_another_rank() -> Iterator[None]:
 
     from hunyuan_pretrain.model import kernels
     from hunyuan_pretrain.model.functions import plain_functions
-    from hunyuan_pretrain.train import setup
+    from hunyuan_pretrain.train import chunks
 
     plain = plain_functions()
     wrong = plain._replace(swiglu=lambda x_TF: plain.swiglu(x_TF) * (1.0 + 0.01 * dist.get_rank()))
     with (
-        patch.object(setup, "uses_kernels", lambda machine, experiment: True),
+        patch.object(chunks, "uses_kernels", lambda machine, experiment: True),
         patch.object(kernels, "kernel_functions", lambda: wrong),
     ):
         yield

@@ -200,7 +200,7 @@ def test_a_failure_costs_little(path: Path) -> None:
 
 def test_every_base_is_used() -> None:
     used = set()
-    for path in (*RECIPES, *BASES):
+    for path in (*RECIPES, *BASES, *(CONFIGS / "sft").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         base = yaml.safe_load(text).get("base", [])
         used |= {(path.parent / name).resolve() for name in ([base] if isinstance(base, str) else base)}

@@ -295,7 +295,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_older_checkpoints(run, tmp_path,
         path.with_name("half").write_text("x")
         raise error
 
-    monkeypatch.setattr(parallel_write, "_write_items", fail)
+    monkeypatch.setattr(parallel_write, "write_items", fail)
     words = f"step_0000002: the checkpoint could not be written: {reason}; older checkpoints are untouched"
     with pytest.raises(CheckpointError, match=words):
         save_load.save(tmp_path, 2, run.chunks, run.optimizer, keep_last=1)
@@ -535,13 +535,13 @@ def test_a_save_leaves_no_process_and_no_thread_behind(run, tmp_path):
 def test_a_foreign_file_in_its_folder_fails_a_save(run, tmp_path, monkeypatch):
     """Two runs that save to the same folder would mix their files; only files that this run's ranks have written are
     committed."""
-    real = parallel_write._write_items
+    real = parallel_write.write_items
 
     def with_stranger(path: Path, items: Any) -> Any:
         path.with_name("__7_0.distcp").write_text("x")
         return real(path, items)
 
-    monkeypatch.setattr(parallel_write, "_write_items", with_stranger)
+    monkeypatch.setattr(parallel_write, "write_items", with_stranger)
     with pytest.raises(
         CheckpointError, match=r"__7_0.distcp: not what the ranks have written; is another run writing to this folder\?"
     ):

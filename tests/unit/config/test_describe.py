@@ -34,7 +34,6 @@ def test_a_section_lists_its_fields() -> None:
     assert lines[0] == "optimizer: a section"
     assert any(line.startswith("  clip_grad ") and line.endswith("(number >= 0, default 1)") for line in lines)
     assert explain("stages").startswith("stages: a list of sections\n  The phases of training, in order.")
-    assert "  resilience" not in explain("")
     assert all(f"\n  {name} " in explain("") for name in Experiment.model_fields)
 
 

@@ -262,7 +262,7 @@ def test_every_path_in_the_schema_is_marked() -> None:
         is_text = section_of(field.annotation) is None and (
             field.annotation is str or str in get_args(field.annotation)
         )
-        is_path = name in ("tokenizer", "data", "path", "init_from", "resume_from") or name.endswith(
+        is_path = name in ("tokenizer", "data", "path", "init_from", "resume_from", "adapter") or name.endswith(
             ("_dir", "_path", "_file", "_folder")
         )
         assert bool(extra.get("is_path")) == (is_text and is_path), path
