@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from hunyuan_pretrain.config.derived import virtual_pipeline_size
 from hunyuan_pretrain.config.schema import ParallelConfig
@@ -26,11 +27,22 @@ def initialize_distributed(backend: str, timeout_s: int) -> None:
         return
     _timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_timeout)
+        _join(backend, _timeout)
         if dist.get_world_size() > 1:
             inquiry.start(timeout_s)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # torchrun keeps one store for all its starts: without a prefix, ranks would connect to those of the start before
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    prefixed = dist.PrefixStore(f"start {restarts}", store)
+    dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout)
 
 
 _timeout: timedelta | None = None

@@ -122,6 +122,26 @@ def test_ranks_are_started_again_and_none_outlives_its_launcher(corpus, tmp_path
     assert "launch/train.sh: starts the ranks again (1 of at most 2)\n" in process.communicate()[1]
 
 
+def test_plain_torchrun_starts_ranks_again(corpus, tmp_path):
+    """torchrun keeps its store over all starts, with the addresses of the ranks of the first."""
+    run_dir = tmp_path / "run"
+    fields = experiment_fields(corpus, run_dir, 12, parallel={"world_size": 2}, checkpoint={"save_every_steps": 3})
+    config = write_experiment(tmp_path / "x.yaml", fields | {"runtime": fields["runtime"] | {"probes": False}})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "2", "-m", "hunyuan_pretrain", "train", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        until(process, lambda: (run_dir / "checkpoints" / "step_0000003").exists())
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
+        ranks["1"].kill()
+        said, _ = process.communicate(timeout=120)
+    finally:
+        kill_all(process)
+    assert process.returncode == 0, said
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 13))
+    assert "resumes from" in (run_dir / "log.txt").read_text()
+
+
 def test_when_a_rank_is_killed_the_others_exit_with_one_line_each(corpus, tmp_path):
     run_dir = tmp_path / "run"
     fields = experiment_fields(corpus, run_dir, 4000, parallel={"world_size": 2}, checkpoint={"save_every_steps": 2})
