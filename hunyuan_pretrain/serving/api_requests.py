@@ -7,6 +7,7 @@ than its own values.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -113,9 +114,9 @@ class Request(_Strict):
         return value
 
     @property
+    @abstractmethod
     def logprobs_wanted(self) -> int | None:
         """How many of the likeliest tokens beside each token's log-probability; None for neither."""
-        raise NotImplementedError
 
     @property
     def most_new_tokens(self) -> int | None:
