@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hunyuan_pretrain.data.arrays import IS_TARGET, OF_REJECTED
 from hunyuan_pretrain.data.tokenizer import END_OF_USER, SPLIT_PATTERN, Tokenizer, byte_letters, chat_parts
 
 _ENGINE_CHARACTERS = 1 << 27
@@ -110,6 +111,25 @@ class DocumentEncoder:
                 targets.append(np.full(len(tokens), is_target))
                 lengths[number] += len(tokens)
         return np.concatenate(ids), lengths, np.concatenate(targets)
+
+    def encode_pairs(
+        self, pairs: Sequence[Sequence[Sequence[Mapping[str, str]]]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(concatenated ids (tokens,), lengths (pairs,) int64, targets (tokens,) uint8) of pairs of conversations, one
+        after the other.
+
+        Targets have the bit IS_TARGET for the tokens of the last answer of each, with its <|eos|>, and OF_REJECTED for
+        all tokens of the second conversation.
+        """
+        ids, lengths, is_answer = self.encode_chats([chat for pair in pairs for chat in pair], False)
+        targets = is_answer.astype(np.uint8) * np.uint8(IS_TARGET)
+        ends = np.cumsum(lengths)
+        for number, (start, end) in enumerate(zip(ends - lengths, ends, strict=True)):
+            read = np.flatnonzero(~is_answer[start:end])
+            targets[start : start + read[-1]] = 0  # answers of the prompt
+            if number % 2:
+                targets[start:end] |= OF_REJECTED
+        return ids, lengths.reshape(-1, 2).sum(1), targets
 
     def encode_parts(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
         """Yield the ids of one document whose text comes in parts, cut between tokens (see `cut_between_words`)."""

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools.progress import describe_skipped
+from hunyuan_pretrain.data.arrays import PAIRS
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, manifest_format
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
@@ -131,7 +132,9 @@ def _chat_rows(folder: Path, manifest: dict[str, Any], num_tokens: int) -> list[
     chat = manifest_field(folder, manifest, "chat", dict)
     targets = manifest_field(folder, manifest, "target_tokens", int)
     also = ", and the <|extra_0|> before them" if chat.get("train_end_of_user") else ""
+    rows = [("pairs", "each document is two conversations: with the chosen, and with the rejected answer")]
     rows = [
+        *(rows if chat.get(PAIRS) else []),
         ("trained on", f"{targets:,} tokens ({targets / num_tokens:.1%}): answers with their <|eos|>{also}"),
         ("system prompt", str(chat.get("system_prompt")) or "none"),
     ]

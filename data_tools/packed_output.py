@@ -113,6 +113,10 @@ def plan_pack(
         raise DataFormatError("--overlong: has no effect on texts, which are cut; tokenize conversations with --chat")
     if is_chat and method != "best_fit":
         raise DataFormatError(f"--method {method}: would cut conversations; leave it out")
+    if overlong == "cut_turns" and sources[0].is_pairs:
+        raise DataFormatError(
+            "--overlong cut_turns: a pair has two last answers, which are compared; choose error or drop"
+        )
     first_shards = split_into_groups([shard for source in sources for shard in source.shards], group_tokens)
     if materialize and len(first_shards) > 1:
         raise DataFormatError(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.chat import ChatForm
+from data_tools.chat import ChatForm, PairForm
 from data_tools.corpus import DEFAULT_EXTENSIONS, split_evenly, survey
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.progress import ProgressReport, describe_skipped
@@ -73,7 +73,8 @@ def plan_job(
     found = survey(inputs, extensions, text_endings)
     files = found.files
     if isinstance(form, ChatForm) and (text := next((file for file in files if file.kind not in _RECORDS), None)):
-        raise DataFormatError(f"{text.path}: a file of text; --chat reads records: JSON lines or JSON arrays")
+        option = "--pairs" if isinstance(form, PairForm) else "--chat"
+        raise DataFormatError(f"{text.path}: a file of text; {option} reads records: JSON lines or JSON arrays")
     if found.skipped:
         print(describe_skipped(found.skipped, found.examples), file=sys.stderr)
     return TokenizeJob(

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from data_tools.chat import ChatForm
+from data_tools.chat import ChatForm, PairForm
 from data_tools.corpus import CorpusFile, Split
 from data_tools.documents import DamagedError, Document, RejectedError, cut_between_words, read_split
 from data_tools.encoding import DocumentEncoder, EncoderSource
 from data_tools.records import RecordForm, Reject
+from hunyuan_pretrain.data.arrays import IS_TARGET
 from hunyuan_pretrain.data.digests import digest_of
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
@@ -234,7 +235,7 @@ class _Shard:
                 is_written = slice(None) if chosen.all() else np.repeat(chosen, lengths)
                 tokens, of_these = ids[is_written], None if targets is None else targets[is_written]
                 writer.add(tokens, lengths[chosen], origins[chosen], of_these)
-                self.target_tokens[number] += 0 if of_these is None else int(of_these.sum())
+                self.target_tokens[number] += 0 if of_these is None else int(np.count_nonzero(of_these & IS_TARGET))
                 self._count(number, int(chosen.sum()), int(utf8_bytes[chosen].sum()), len(tokens))
 
     def _encode(
@@ -244,8 +245,10 @@ class _Shard:
         form = self._job.form
         if not isinstance(form, ChatForm):
             return *self._encoder.encode(texts), None
-        chats = [form.messages_of(document.record) for document in documents]
-        return self._encoder.encode_chats(chats, form.train_end_of_user)
+        chats = [form.conversations_of(document.record) for document in documents]
+        if isinstance(form, PairForm):
+            return self._encoder.encode_pairs(chats)
+        return self._encoder.encode_chats([chat for (chat,) in chats], form.train_end_of_user)
 
     def _write_in_parts(self, document: Document, parts: Iterator[str]) -> None:
         number = int(self._held_out(1)[0])

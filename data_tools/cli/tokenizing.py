@@ -127,11 +127,19 @@ def tokenize(
             "Only their answers are trained on, each with its <|eos|>.",
         ),
     ] = False,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs",
+            help='The records are pairs for DPO, {"prompt": [messages], "chosen", "rejected"}: a conversation and two '
+            "answers to it, each a text.",
+        ),
+    ] = False,
     system_prompt: Annotated[
         str | None,
         typer.Option(
-            help="With --chat: of conversations without a system message; '' for none. Default: 'You are a helpful "
-            "assistant.'"
+            help="With --chat or --pairs: of conversations without a system message; '' for none. Default: 'You are a "
+            "helpful assistant.'"
         ),
     ] = None,
     train_end_of_user: Annotated[
@@ -157,7 +165,7 @@ def tokenize(
     from data_tools.tokenized_shard import Allowance
 
     settings: dict[str, Any] = {
-        "form": _form(text_field, template, where, chat, system_prompt, train_end_of_user),
+        "form": _form(text_field, template, where, chat, pairs, system_prompt, train_end_of_user),
         "extensions": extensions_of(extension),
         "text_endings": text_endings_of(text_ending),
         "max_rejects": Allowance.parse(max_rejects),
@@ -190,7 +198,8 @@ def tokenize(
         )
         if "chat" in manifest:
             share = manifest["target_tokens"] / manifest["tokens"]
-            print(f"{folder}: conversations; {manifest['target_tokens']:,} tokens ({share:.1%}) are trained on")
+            kind = "pairs" if manifest["chat"].get("pairs") else "conversations"
+            print(f"{folder}: {kind}; {manifest['target_tokens']:,} tokens ({share:.1%}) are trained on")
     if manifests[0]["passed_over"]:
         print(f"{manifests[0]['passed_over']:,} records left out by --where")
     if manifests[0]["empty_documents"]:
@@ -204,20 +213,28 @@ def _form(
     template: str | None,
     where: list[str] | None,
     chat: bool,
+    pairs: bool,
     system_prompt: str | None,
     train_end_of_user: bool,
 ) -> Any:
     """The RecordForm of the options. Raises DataFormatError for options without effect."""
-    from data_tools.chat import DEFAULT_SYSTEM_PROMPT, ChatForm
+    from data_tools.chat import DEFAULT_SYSTEM_PROMPT, ChatForm, PairForm
     from data_tools.records import RecordForm, parse_conditions
 
     conditions = parse_conditions(where or [])
-    if not chat:
+    if chat and pairs:
+        raise DataFormatError("--pairs: not with --chat; a pair is two conversations")
+    if train_end_of_user and pairs:
+        raise DataFormatError("--train-end-of-user: has no effect with --pairs, which compare answers; leave it out")
+    if not chat and not pairs:
         for option, given in (("--system-prompt", system_prompt), ("--train-end-of-user", train_end_of_user or None)):
             if given is not None:
                 raise DataFormatError(f"{option}: has no effect without --chat; give both or neither")
         return RecordForm(text_field, template, conditions)
     if template is not None or text_field != "text":
-        raise DataFormatError("--chat: reads messages, or prompt and completion; leave out --text-field and --template")
+        read = "prompt, chosen and rejected" if pairs else "messages, or prompt and completion"
+        raise DataFormatError(f"--{'pairs' if pairs else 'chat'}: reads {read}; leave out --text-field and --template")
     prompt = DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt
+    if pairs:
+        return PairForm(where=conditions, system_prompt=prompt)
     return ChatForm(where=conditions, system_prompt=prompt, train_end_of_user=train_end_of_user)

@@ -120,6 +120,7 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ),
     ("stages.N.name", Kind.harmless, "a label"),
     ("stages.N.task", Kind.refused, "the rest of the stage would be trained on something else"),
+    ("stages.N.dpo_*", Kind.recorded, LOSS),
     ("stages.N.loss_average", Kind.recorded, LOSS),
     ("stages.N.routing", Kind.recorded, LOSS),
     ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate continues from the current value"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from hunyuan_pretrain.config.errors import Problem
-from hunyuan_pretrain.config.schema import Experiment
+from hunyuan_pretrain.config.schema import Experiment, StageConfig
 
 
 def tiers_are_whole(experiment: Experiment) -> Iterator[Problem]:
@@ -92,7 +92,48 @@ def validation_sets_have_names_of_their_own(experiment: Experiment) -> Iterator[
         first.setdefault(one.name, number)
 
 
+def preferences_have_a_reference(experiment: Experiment) -> Iterator[Problem]:
+    """A stage with task=dpo compares with the weights that the run starts from, routed as they are, in bf16 or fp32."""
+    plain = StageConfig.model_fields
+    for number, stage in enumerate(experiment.stages):
+        where = f"stages.{number}"
+        if stage.task != "dpo":
+            for name in ("dpo_beta", "dpo_sft_weight"):
+                if (value := getattr(stage, name)) != plain[name].default:
+                    yield Problem(
+                        f"{where}.{name}", value, "has no effect without task=dpo", "set that, or remove this"
+                    )
+            if any(one.task == "dpo" for one in experiment.stages):
+                rule = (
+                    "the reference of a stage with task=dpo is the start of the run, so all its stages have that task"
+                )
+                yield Problem(f"{where}.task", stage.task, rule, "make it a run of its own")
+            continue
+        if not stage.is_dropless:
+            rule = "with a capacity, what a pair is given depends on the other pairs of its batch"
+            yield Problem(f"{where}.routing", stage.routing, rule, "leave it out")
+        if stage.rope_alpha != (first := experiment.stages[0].rope_alpha):
+            rule = f"all stages with task=dpo have one reference, and stage {experiment.stages[0].name} has {first}"
+            yield Problem(f"{where}.rope_alpha", stage.rope_alpha, rule, f"use {first}")
+        if stage.loss_average != "tokens":
+            rule = "has no effect with task=dpo, whose loss is a mean over pairs"
+            yield Problem(f"{where}.loss_average", stage.loss_average, rule, "leave it out")
+    if all(stage.task != "dpo" for stage in experiment.stages):
+        return
+    if experiment.checkpoint.init_from is None:
+        rule = "task=dpo compares with the weights that the run starts from"
+        yield Problem("checkpoint.init_from", Problem.NO_VALUE, rule, "give a run, a checkpoint or an import")
+    if experiment.precision.fp8_recipe is not None:
+        rule = "with task=dpo, scales that change from step to step would move the log-probabilities"
+        yield Problem("precision.fp8_recipe", experiment.precision.fp8_recipe, rule, "set it to null")
+    every = experiment.optimizer.measure_noise_scale_every_steps
+    if every is not None:
+        rule = "not with task=dpo: it is measured on sums over tokens"
+        yield Problem("optimizer.measure_noise_scale_every_steps", every, rule, "set it to null")
+
+
 DATA_RULES = (
+    preferences_have_a_reference,
     groups_fill_the_batch,
     tiers_are_whole,
     skipped_steps_are_in_order,

@@ -386,10 +386,22 @@ class StageConfig(Section):
     """One phase of training: its length, data, RoPE scaling and learning rate."""
 
     name: str = setting("Name in logs and reports.", typical="warmup, decay, anneal, long_32k")
-    task: Literal["pretrain", "sft"] = setting(
+    task: Literal["pretrain", "sft", "dpo"] = setting(
         "What is trained on. pretrain: every token of packed texts. sft: the answers of packed conversations "
-        "(`hunyuan-data tokenize --chat`); packed texts may be mixed in.",
+        "(`hunyuan-data tokenize --chat`); packed texts may be mixed in. dpo: pairs of answers (`hunyuan-data tokenize "
+        "--pairs`), compared with the weights of checkpoint.init_from.",
         "pretrain",
+    )
+    dpo_beta: PositiveFloat = setting(
+        "With task=dpo: factor of the difference between the model's and the reference's log-probability ratios.",
+        0.1,
+        typical="0.05 to 0.5",
+    )
+    dpo_sft_weight: NonNegativeFloat = setting(
+        "With task=dpo: factor of the mean cross-entropy of the chosen answers, which is added to the loss so that "
+        "their probability does not fall.",
+        0.0,
+        typical="0 to 0.5",
     )
     tokens: PositiveInt = setting("Length of the stage, rounded up to whole steps.", unit="tokens")
     sequence_length: PositiveInt = setting(
@@ -423,7 +435,7 @@ class StageConfig(Section):
     routing: Literal["model", "dropless"] | None = setting(
         "model: capacity, recycling and router losses as in the section model. dropless: every token goes to the "
         "experts it chose, there are no router losses, and padding is left out of the routing statistics. null: model "
-        "for pretrain, dropless for sft.",
+        "for pretrain, dropless for sft and dpo.",
         None,
     )
     data: tuple[DataSource, ...] = setting("Packed datasets of the stage, mixed by weight.", min_length=1)
@@ -458,7 +470,7 @@ class StageConfig(Section):
     @property
     def is_dropless(self) -> bool:
         """Whether the stage routes without the model's capacity and router losses."""
-        return (self.routing or ("dropless" if self.task == "sft" else "model")) == "dropless"
+        return (self.routing or ("model" if self.task == "pretrain" else "dropless")) == "dropless"
 
     @property
     def global_batch_tokens(self) -> int:

@@ -41,9 +41,15 @@ def check_pad_id(folder: Path, pad_id: int, vocab_size: int) -> None:
         )
 
 
+PAIRS = "pairs"
+"""Entry of a manifest's `chat`: each document is a pair of conversations, one after the other."""
+IS_TARGET, OF_REJECTED = 1, 2
+"""Bits of a token's byte in a mask of targets: it is trained on; it belongs to the second conversation of a pair."""
+
+
 def load_targets(path: Path, num_tokens: int) -> np.ndarray:
-    """A memory-mapped mask of targets, (tokens,) uint8: 1 for each token that is trained on. Raises DataFormatError if
-    it is missing or cut short."""
+    """A memory-mapped mask of targets, (tokens,) uint8: IS_TARGET for each token that is trained on, in pairs also
+    OF_REJECTED. Raises DataFormatError if it is missing or cut short."""
     check_size(path, num_tokens, f"a byte for each of {num_tokens:,} tokens")
     return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray) if num_tokens else np.zeros(0, dtype=np.uint8)
 

@@ -1,5 +1,6 @@
 """Conversations longer than a sequence. They are never cut anywhere: without its end a question has no answer, and
 without its beginning an answer has no question. Instead they are refused, left out, or lose whole turns at their end.
+A pair counts as one conversation, and is never cut.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from hunyuan_pretrain.data.arrays import IS_TARGET
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import TokenizedShard
 
@@ -63,6 +65,6 @@ def _last_answer(targets: np.ndarray) -> int:
 
 def _num_targets(shard: TokenizedShard, targets: np.ndarray, kept: np.ndarray) -> int:
     """Targets among the first `kept` tokens of each conversation of a shard."""
-    before = np.concatenate([[0], np.cumsum(targets, dtype=np.int64)])
+    before = np.concatenate([[0], np.cumsum(targets & IS_TARGET, dtype=np.int64)])
     starts = np.array([shard.start(number) for number in range(shard.num_documents)], dtype=np.int64)
     return int((before[starts + kept] - before[starts]).sum())

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_pretrain.data.arrays import check_pad_id, flush_and_close, load_array, load_targets
+from hunyuan_pretrain.data.arrays import PAIRS, check_pad_id, flush_and_close, load_array, load_targets
 from hunyuan_pretrain.data.digests import check_digest, check_size, digest_of, file_digest
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, read_manifest
@@ -318,6 +318,7 @@ class TokenizedDataset:
         self.tokenizer_digest: str = self._field("tokenizer_digest", str)
         self.chat: dict[str, Any] | None = self.manifest.get("chat")
         """How conversations were encoded; None if the documents are texts."""
+        self.is_pairs = bool((self.chat or {}).get(PAIRS))
         if self.num_documents == 0:
             raise DataFormatError(f"{self.folder}: holds no document; tokenize a corpus that is not empty")
         check_pad_id(self.folder, self.pad_id, self.vocab_size)

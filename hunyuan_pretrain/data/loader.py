@@ -22,9 +22,21 @@ from hunyuan_pretrain.config.decisions import Window
 from hunyuan_pretrain.config.history import Segment
 from hunyuan_pretrain.config.schema import EvaluationSet, Experiment
 from hunyuan_pretrain.data.errors import DataFormatError
-from hunyuan_pretrain.data.packed_dataset import PackedSequence
+from hunyuan_pretrain.data.packed_dataset import PackedDataset, PackedSequence
 from hunyuan_pretrain.data.packed_format import PackedIndex
 from hunyuan_pretrain.data.sample_order import SampleOrder, open_packed, positions_of_rank
+
+
+@dataclass(frozen=True)
+class PairedAnswers:
+    """The answers of the P pairs of a micro-batch: 2 n is the chosen one of pair n, 2 n + 1 the rejected one."""
+
+    answer_T: torch.Tensor
+    """int64, the answer whose conversation a token belongs to; -1 for padding."""
+    reference_A: torch.Tensor
+    """float64 (2 P,), log-probabilities under the reference model; NaN before a run has asked it."""
+    chosen_tokens: int
+    """Target tokens of the chosen answers."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class MicroBatch:
     """(micro_batch_sequences,) int64, the position of each sequence in the global batch of the step."""
     target_bytes: int = 0
     """Bytes of text that the target tokens stand for, where the loader knows the bytes of a token."""
+    pairs: PairedAnswers | None = None
+    """Of a stage with task=dpo."""
 
 
 def by_conversation(batch: MicroBatch) -> tuple[MicroBatch, int]:
@@ -130,13 +144,13 @@ class StepLoader:
         sequences = self.order.sequences(step, positions.ravel())
         width = stage.micro_batch_sequences
         return [
-            _collate(
-                [dataset[row] for dataset, row in sequences[m * width : (m + 1) * width]],
-                positions[m],
-                self.token_bytes,
-            )
+            _micro_batch(sequences[m * width : (m + 1) * width], positions[m], self.token_bytes)
             for m in range(len(positions))
         ]
+
+    def forget(self) -> None:
+        """Read the next step again: reference log-probabilities have come."""
+        self._next = None
 
 
 class EvaluationLoader:
@@ -167,6 +181,8 @@ class EvaluationLoader:
         path = named.path if named else evaluation.data
         assert path is not None, "evaluation.data is null"
         self._dataset = open_packed(path, experiment.model.padded_vocab_size, tokenizer_digest)
+        if self._dataset.index.is_pairs:
+            raise DataFormatError(f"{path}: holds pairs, which a validation cannot read; give conversations or texts")
         self.sequence_length = self._dataset.sequence_length
         limit = (named.max_sequences if named else None) or evaluation.max_sequences
         self.num_sequences = min(len(self._dataset), limit or len(self._dataset))
@@ -246,6 +262,59 @@ def _collate(
         sequence_ids=torch.from_numpy(positions.copy()),
         target_bytes=0 if token_bytes is None else target_bytes_of(sequences, token_bytes),
     )
+
+
+def _micro_batch(
+    sequences: list[tuple[PackedDataset, int]], positions: np.ndarray, token_bytes: np.ndarray | None = None
+) -> MicroBatch:
+    batch = _collate([dataset[row] for dataset, row in sequences], positions, token_bytes)
+    return replace(batch, pairs=_paired(batch, sequences)) if sequences[0][0].index.is_pairs else batch
+
+
+def _paired(batch: MicroBatch, sequences: list[tuple[PackedDataset, int]]) -> PairedAnswers:
+    references, answers, size = [], [], len(batch.tokens_T) // len(sequences)
+    bounds, first = batch.cu_seqlens.numpy(), 0
+    for number, (dataset, row) in enumerate(sequences):
+        place = dataset.answers(row)
+        count = place.stop - place.start
+        references.append(np.full(count, np.nan) if dataset.reference is None else dataset.reference[place])
+        pieces = np.searchsorted(bounds, (number + 1) * size) - np.searchsorted(bounds, number * size)
+        answers += [*range(first, first + count), *[-1] * (int(pieces) - count)]
+        first += count
+    answer_T = np.repeat(np.array(answers, dtype=np.int64), np.diff(bounds))
+    is_chosen = (answer_T >= 0) & (answer_T % 2 == 0)
+    chosen_tokens = int(batch.loss_mask_T.numpy()[is_chosen].sum())
+    return PairedAnswers(torch.from_numpy(answer_T), torch.from_numpy(np.concatenate(references)), chosen_tokens)
+
+
+class PairLoader:
+    """Every sequence of a folder of pairs, split over the data-parallel ranks. All ranks have the same number of
+    micro-batches, which the last sequence fills up."""
+
+    def __init__(
+        self, dataset: PackedDataset, micro_batch: int, dp_rank: int, dp_size: int, micro_batch_multiple: int
+    ) -> None:
+        self.dataset = dataset
+        at_a_time = dp_size * micro_batch * micro_batch_multiple
+        rows = _positions_of_rank(-(-len(dataset) // at_a_time) * at_a_time, micro_batch, dp_rank, dp_size)
+        self._is_extra = rows >= len(dataset)
+        self.rows = np.minimum(rows, len(dataset) - 1)
+        """(micro-batches, micro_batch)."""
+
+    def micro_batches(self, first: int, last: int) -> Iterator[MicroBatch]:
+        """From number `first` up to `last`."""
+        for rows in self.rows[first:last]:
+            yield _micro_batch([(self.dataset, row) for row in rows.tolist()], rows)
+
+    def put(self, found: np.ndarray, number: int, of_answers: np.ndarray) -> None:
+        """Write the numbers of the answers of micro-batch `number` where `PackedDataset.reference` has them."""
+        first = 0
+        for row, is_extra in zip(self.rows[number].tolist(), self._is_extra[number].tolist(), strict=True):
+            place = self.dataset.answers(row)
+            count = place.stop - place.start
+            if not is_extra:
+                found[place] = of_answers[first : first + count]
+            first += count
 
 
 def _joined(parts: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:

@@ -2,19 +2,21 @@
 
 Shapes: S is the sequence length. A piece of n tokens takes n positions. The label of its last position is the next
 token of the same document if the document continues beyond the piece; otherwise nothing is predicted there. So no
-document is ever predicted from another.
+document is ever predicted from another. A piece of a folder of pairs is two documents here, the chosen and the rejected
+conversation: every even boundary begins a pair.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
+from hunyuan_pretrain.data.arrays import IS_TARGET, OF_REJECTED
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.indexed import TokenizedShard
 from hunyuan_pretrain.data.packed_format import PackedIndex
@@ -57,6 +59,8 @@ class PackedDataset:
                 "the run, or point the run at the tokenizer of the data"
             )
         self._ramp = np.arange(self.sequence_length, dtype=np.int32)
+        self.reference: np.ndarray | None = None
+        """(2 * pieces,) float64, of pairs: what the reference model says of each answer, if a run has asked it."""
 
     def __len__(self) -> int:
         return self.index.num_sequences
@@ -98,7 +102,44 @@ class PackedDataset:
             self._read_stretch(sequence, number, pieces, cu_seqlens[: len(bounds)])
         else:
             self._read_pieces(sequence, pieces, bounds)
-        return sequence
+        return self._with_pairs_apart(sequence, number, pieces, bounds) if index.is_pairs else sequence
+
+    def _with_pairs_apart(
+        self, sequence: PackedSequence, number: int, pieces: slice, bounds: list[int]
+    ) -> PackedSequence:
+        """Every piece as the two conversations that it is."""
+        index, filled = self.index, bounds[-1]
+        if index.is_materialized:
+            assert index.targets is not None, "opened with the folder"
+            start = int(index.sequence_starts[number])
+            targets = index.targets[start : start + filled]
+        else:
+            targets = np.concatenate([self._targets_of_piece(*one) for one in self.documents(number)])
+        is_rejected = np.concatenate([(targets & OF_REJECTED) != 0, [False]])
+        seconds = np.flatnonzero(is_rejected[1:] & ~is_rejected[:-1]) + 1
+        # one within each piece, which it ends
+        starts, ends = np.array(bounds[:-1]), np.array(bounds[1:])
+        is_whole = len(seconds) == len(starts) and bool(((starts < seconds) & (seconds < ends)).all())
+        if not is_whole or is_rejected[starts].any() or not is_rejected[ends - 1].all():
+            raise DataFormatError(
+                f"{index.folder}: sequence {number} holds a piece that is no pair; a file changed after it was "
+                f"written, `hunyuan-data verify {index.folder}` says which"
+            )
+        sequence.labels[seconds - 1], sequence.loss_mask[seconds - 1] = index.pad_id, False
+        cu_seqlens = np.sort(np.concatenate([sequence.cu_seqlens, seconds])).astype(np.int32)
+        positions = self._ramp - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        return replace(sequence, positions=positions, cu_seqlens=cu_seqlens)
+
+    def _targets_of_piece(self, document: int, start: int, length: int) -> np.ndarray:
+        number = bisect_right(self._first_documents, document) - 1
+        shard = self.index.shards[number]
+        first = shard.start(document - self._first_documents[number]) + start
+        return self._targets_of(shard)[first : first + length]
+
+    def answers(self, number: int) -> slice:
+        """Of a folder of pairs: where the answers of a sequence are in `reference`."""
+        pieces = self._pieces(number)
+        return slice(2 * pieces.start, 2 * pieces.stop)
 
     def _read_pieces(self, sequence: PackedSequence, pieces: slice, bounds: list[int]) -> None:
         """Fill in the pieces of a sequence from their documents."""
@@ -119,7 +160,7 @@ class PackedDataset:
                 labels[end - 1], loss_mask[end - 1] = index.pad_id, False
             if index.is_chat:
                 targets = self._targets_of(shard)
-                loss_mask[begin : end - 1] = targets[first + 1 : first + length] != 0
+                loss_mask[begin : end - 1] = targets[first + 1 : first + length] & IS_TARGET
                 loss_mask[end - 1] = False
 
     def _read_stretch(self, sequence: PackedSequence, number: int, pieces: slice, bounds: np.ndarray) -> None:
@@ -136,7 +177,7 @@ class PackedDataset:
         sequence.labels[ends] = np.where(following >= 0, following, index.pad_id)
         if index.is_chat:
             assert index.targets is not None, "opened with the folder"
-            sequence.loss_mask[: filled - 1] = index.targets[start + 1 : start + filled] != 0
+            sequence.loss_mask[: filled - 1] = index.targets[start + 1 : start + filled] & IS_TARGET
             sequence.loss_mask[ends] = False
 
     @staticmethod

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from hunyuan_pretrain.data.arrays import check_pad_id, load_array, load_targets
+from hunyuan_pretrain.data.arrays import PAIRS, check_pad_id, load_array, load_targets
 from hunyuan_pretrain.data.digests import check_digest, check_size
 from hunyuan_pretrain.data.epochs import NO_LIMIT, Selection
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -69,6 +69,11 @@ def check_sources(sources: Sequence[TokenizedDataset]) -> None:
             chats, texts = (source, first) if source.chat is not None else (first, source)
             raise DataFormatError(
                 f"{chats.folder} holds conversations, {texts.folder} texts; pack them apart, as two sources of a stage"
+            )
+        if source.is_pairs != first.is_pairs:
+            pairs, chats = (source, first) if source.is_pairs else (first, source)
+            raise DataFormatError(
+                f"{pairs.folder} holds pairs, {chats.folder} conversations; pack them apart, for stages of two runs"
             )
 
 
@@ -133,6 +138,8 @@ class PackedIndex:
         self.padding_tokens: int = self._field("padding_tokens", int)
         self.is_chat = "chat" in self.manifest
         """Whether the documents are conversations, of which only marked tokens are trained on."""
+        self.is_pairs = self.is_chat and bool(manifest_field(self.folder, self.manifest, "chat", dict).get(PAIRS))
+        """Whether each piece is a pair of conversations, the chosen and then the rejected one."""
         self._check_counts()
         self.sequence_offsets = self._array("sequence_offsets", self.num_sequences + 1, np.int64)
         self.piece_document = self._array("piece_document", num_pieces, np.uint32, np.int64)

@@ -80,6 +80,13 @@ class SampleOrder:
     def _check_tasks(self) -> None:
         """Raise DataFormatError unless conversations are read by stages that train on answers, and these read some."""
         for number, stage in enumerate(self.experiment.stages):
+            indexes = {one.path: self.datasets[source_path(one.path)].index for one in stage.data}
+            if odd := [path for path, index in indexes.items() if index.is_pairs != (stage.task == "dpo")]:
+                found = "pairs" if indexes[odd[0]].is_pairs else "no pairs"
+                raise DataFormatError(
+                    f"{odd[0]}: holds {found}, but stages[{number}] ({stage.name}) has task={stage.task}; pairs are "
+                    "written by `hunyuan-data tokenize --pairs`, and read by stages with task: dpo only"
+                )
             chats = [one.path for one in stage.data if self.datasets[source_path(one.path)].index.is_chat]
             if chats and stage.task == "pretrain":
                 raise DataFormatError(

@@ -52,6 +52,22 @@ def chunk_loss(
 
     Communicates: tp_group, all-reduces of one and two fp32 numbers per token.
     """
+    exp_cV, sum_exp_c1, label_logit_c1, label_c1, is_mine_c1 = _softmax_terms(logits_cV, label_c1, first_id, tp_group)
+    if needs_grad:
+        target_c1 = weight_c1 if is_mine_c1 is None else weight_c1 * is_mine_c1
+        scale_c1 = weight_c1 / sum_exp_c1
+        # the label's number is rounded after the subtraction, or little would be left of it near probability 1
+        grad_label_c1 = exp_cV.gather(1, label_c1).mul_(scale_c1).sub_(target_c1)
+        torch.mul(exp_cV, scale_c1, out=logits_cV)  # scaled and rounded at once
+        logits_cV.scatter_(1, label_c1, grad_label_c1.to(logits_cV.dtype))
+    return ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
+
+
+def _softmax_terms(
+    logits_cV: Tensor, label_c1: Tensor, first_id: int, tp_group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(exp of the logits less the largest, their sum over the vocabulary, the label's logit less the largest, the
+    label among this rank's ids, whether it is there; None: it is) in fp32. Logits in fp32 are overwritten."""
     max_c1 = reduced(logits_cV.amax(1, keepdim=True).float(), tp_group, dist.ReduceOp.MAX)
     # in fp32, and in place if the logits are
     exp_cV = (
@@ -60,21 +76,31 @@ def chunk_loss(
     torch.sub(logits_cV, max_c1, out=exp_cV)
     if tp_group.size() == 1:
         label_logit_c1 = exp_cV.gather(1, label_c1)
-        sum_exp_c1, target_c1 = exp_cV.exp_().sum(1, keepdim=True), weight_c1
-    else:
-        is_mine_c1 = (label_c1 >= first_id) & (label_c1 < first_id + logits_cV.shape[1])
-        label_c1 = torch.where(is_mine_c1, label_c1 - first_id, 0)
-        label_logit_c1 = exp_cV.gather(1, label_c1) * is_mine_c1
-        sums_c2 = torch.cat((label_logit_c1, exp_cV.exp_().sum(1, keepdim=True)), dim=1)
-        label_logit_c1, sum_exp_c1 = reduced(sums_c2, tp_group, dist.ReduceOp.SUM).split(1, dim=1)
-        target_c1 = weight_c1 * is_mine_c1
-    if needs_grad:
-        scale_c1 = weight_c1 / sum_exp_c1
-        # the label's number is rounded after the subtraction, or little would be left of it near probability 1
-        grad_label_c1 = exp_cV.gather(1, label_c1).mul_(scale_c1).sub_(target_c1)
-        torch.mul(exp_cV, scale_c1, out=logits_cV)  # scaled and rounded at once
-        logits_cV.scatter_(1, label_c1, grad_label_c1.to(logits_cV.dtype))
-    return ((sum_exp_c1.log() - label_logit_c1) * weight_c1).sum()
+        return exp_cV, exp_cV.exp_().sum(1, keepdim=True), label_logit_c1, label_c1, None
+    is_mine_c1 = (label_c1 >= first_id) & (label_c1 < first_id + logits_cV.shape[1])
+    label_c1 = torch.where(is_mine_c1, label_c1 - first_id, 0)
+    label_logit_c1 = exp_cV.gather(1, label_c1) * is_mine_c1
+    sums_c2 = torch.cat((label_logit_c1, exp_cV.exp_().sum(1, keepdim=True)), dim=1)
+    label_logit_c1, sum_exp_c1 = reduced(sums_c2, tp_group, dist.ReduceOp.SUM).split(1, dim=1)
+    return exp_cV, sum_exp_c1, label_logit_c1, label_c1, is_mine_c1
+
+
+@torch.no_grad()
+def token_cross_entropies(hidden_TD: Tensor, weight_VD: Tensor, label_U: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    """(U,) fp32: -log softmax(W hidden[u])[label_U[u]], the same on every rank of `tp_group`; without gradients.
+
+    Sharded and in chunks as `linear_cross_entropy`. Communicates: tp_group, its all-gathers and all-reduces.
+    """
+    tp, first_id = tp_group.size(), tp_group.rank() * weight_VD.shape[0]
+    label_PT, chunk = label_U.view(tp, -1), max(LOSS_CHUNK_TOKENS[hidden_TD.device.type] // tp, 1)
+    found = []
+    for start in range(0, hidden_TD.shape[0], chunk):
+        piece = slice(start, start + chunk)
+        hidden_cD = all_gather_rows(hidden_TD[piece], tp_group) if tp > 1 else hidden_TD[piece]
+        logits_cV, label_c1 = torch.mm(hidden_cD, weight_VD.t()), label_PT[:, piece].reshape(-1, 1)
+        _, sum_exp_c1, label_logit_c1, _, _ = _softmax_terms(logits_cV, label_c1, first_id, tp_group)
+        found.append((sum_exp_c1.log() - label_logit_c1).view(tp, -1))
+    return torch.cat(found, dim=1).flatten()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

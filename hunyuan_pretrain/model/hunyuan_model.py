@@ -24,7 +24,7 @@ from torch import Tensor
 from hunyuan_pretrain.config.derived import offloaded_layers, rope_base
 from hunyuan_pretrain.config.tuning import ADAPTER, is_trained
 from hunyuan_pretrain.model.attention import attention_plan
-from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy
+from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy, token_cross_entropies
 from hunyuan_pretrain.model.engines import choose_spec
 from hunyuan_pretrain.model.fp8.parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
@@ -217,7 +217,8 @@ class HunyuanModel(MegatronModule):
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Returns (output, packed router statistics (all layers, X), zero for layers of other stages).
 
-        The output of the last stage is the loss sum_t loss_weight_T[t] * cross_entropy[t], or without labels the logits
+        The output of the last stage is the loss sum_t loss_weight_T[t] * cross_entropy[t] (of pairs: see `_loss`), or
+        without labels the logits
         (T, V / tensor-parallel ranks), or what `inputs.read_out` returns. That of any other stage is activations
         (T, 1, D).
 
@@ -274,17 +275,29 @@ class HunyuanModel(MegatronModule):
         return gather_from_sequence_parallel_region(hidden_TD, group=self.groups.tp)
 
     def _loss(self, hidden_TD: Tensor, inputs: ModelInputs) -> Tensor:
-        """The weighted sum of cross-entropies, in nats."""
-        assert inputs.labels_T is not None
-        assert inputs.loss_weight_T is not None
+        """The weighted sum of cross-entropies, in nats; of pairs, fp64 (2 + fields of PairSums,): a sum with the
+        gradient of their loss, and `Pairs.weights`, or only log-probabilities."""
+        labels_T, loss_weight_T, pairs = inputs.labels_T, inputs.loss_weight_T, inputs.pairs
+        assert labels_T is not None
+        assert loss_weight_T is not None
         weight_VD = self._output_weight()
+        if pairs is None:
+            return self._weighted_loss(hidden_TD, weight_VD, labels_T, loss_weight_T)
+        loss_T = token_cross_entropies(hidden_TD, weight_VD, labels_T, self.groups.tp)
+        log_probability_A = pairs.log_probabilities(loss_T, loss_weight_T, self.groups.cp)
+        if pairs.loss is None:
+            return log_probability_A
+        weight_T, numbers = pairs.weights(log_probability_A, loss_weight_T, self.groups.cp)
+        return torch.cat([self._weighted_loss(hidden_TD, weight_VD, labels_T, weight_T).double()[None], numbers])
+
+    def _weighted_loss(self, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, loss_weight_T: Tensor) -> Tensor:
         accumulate: Accumulation | None = None
         if self.config.gradient_accumulation_fusion and hasattr(weight_VD, "main_grad"):
             accumulate = (
                 "one of two uses" if self.pre_process and self.share_embeddings_and_output_weights else "only use"
             )
         return linear_cross_entropy(
-            hidden_TD, weight_VD, inputs.labels_T, inputs.loss_weight_T, self.groups.tp, accumulate, self.chunk_loss
+            hidden_TD, weight_VD, labels_T, loss_weight_T, self.groups.tp, accumulate, self.chunk_loss
         )
 
     def placements(self) -> dict[str, Placement]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hunyuan_pretrain.model.preference import Pairs
 from hunyuan_pretrain.model.routing import EVALUATION, Routing
 from hunyuan_pretrain.model.varlen_attention import Documents
 from hunyuan_pretrain.parallel.context_parallel import ContextSlice
@@ -32,6 +33,9 @@ class ModelInputs:
     """int64, the token to predict at each position; None: the model returns logits."""
     loss_weight_T: Tensor | None = None
     """fp32 weight of each cross-entropy in the loss, a sum; required with labels."""
+    pairs: Pairs | None = None
+    """The tokens are pairs of answers, of which the last stage computes the loss and its numbers (`Pairs.weights`), or
+    the log-probabilities; `loss_weight_T` is then the mask of targets."""
     routing: Routing = EVALUATION
     """In training, the capacity of experts and the router losses apply; in evaluation and export, routing is
     dropless."""

@@ -17,9 +17,10 @@ from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import EvaluationLoader, by_conversation
 from hunyuan_pretrain.model.routing import EvaluationRouting, RouterStatistics
 from hunyuan_pretrain.parallel import whereabouts
+from hunyuan_pretrain.train.feed import SentBatch, model_inputs, sent_ahead
 from hunyuan_pretrain.train.metrics import routing_record
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import SentBatch, model_inputs, run_schedule, sent_ahead, sum_over, sum_over_batch
+from hunyuan_pretrain.train.step import run_schedule, sum_over, sum_over_batch
 
 
 class ValidationStoppedError(Exception):

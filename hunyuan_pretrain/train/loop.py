@@ -34,6 +34,7 @@ from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_rec
 from hunyuan_pretrain.train.optimizer import describe_groups
 from hunyuan_pretrain.train.policies import Numbers
 from hunyuan_pretrain.train.probes import probe
+from hunyuan_pretrain.train.reference import check_first_step
 from hunyuan_pretrain.train.rerun import DifferingRanksError
 from hunyuan_pretrain.train.rollback import note_skip, reason_of, roll_back, stop_after, stop_decision
 from hunyuan_pretrain.train.run import Run
@@ -230,6 +231,8 @@ class _Records:
             if not self.is_alone:
                 self._saves.finish()  # it may be the checkpoint to go back to
             raise TrainingError(f"step {done}: {reason_of(launched)}; {_way_back(run)}")
+        if result.pairs is not None and launched.step == 0:
+            check_first_step(result.pairs, stage.dpo_beta, run.experiment.precision.dtype)
         self._clock.ended(result.data_wait_seconds)
         self._as_planned.after(done, result)
         if not is_logged:

@@ -16,6 +16,7 @@ import torch
 
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ModelConfig, StageConfig
+from hunyuan_pretrain.model.preference import PairSums
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.train.logged_numbers import HostSeconds, LoggedNumbers
@@ -67,7 +68,7 @@ def step_record(
     num_groups = stage.global_batch_tokens // model.moe_routing_group_tokens
     routing = routing_record(model, result.statistics, num_groups)
     E = model.num_moe_experts
-    nats = result.loss * result.num_target_tokens if stage.loss_average == "tokens" else None
+    nats = result.loss * result.num_target_tokens if stage.loss_average == "tokens" and result.pairs is None else None
     return {
         "step": step + 1,
         "stage": stage.name,
@@ -86,8 +87,21 @@ def step_record(
         "mean_router_entropy": sum(routing["router_entropy"]) / len(routing["router_entropy"]),
         "dead_experts": sum(load * E < DEAD_LOAD for loads in routing["expert_load"] for load in loads),
         **({} if result.logged is None else _logged_fields(nats, result.logged)),
+        **({} if result.pairs is None else pairs_record(result.pairs)),
         **routing,
     }
+
+
+def pairs_record(sums: PairSums) -> dict[str, float]:
+    """Means over the pairs of a step with task=dpo."""
+    named = {
+        "preference_loss": sums.preference_loss,
+        "preference_accuracy": sums.preferred,
+        "reward_margin": sums.margin,
+        "chosen_log_probability": sums.chosen_log_probability,
+        "rejected_log_probability": sums.rejected_log_probability,
+    }
+    return {name: total / sums.pairs for name, total in named.items()}
 
 
 def _logged_fields(nats: float | None, logged: LoggedNumbers) -> dict[str, Any]:

@@ -35,10 +35,11 @@ from hunyuan_pretrain.parallel.context_parallel import context_slice
 from hunyuan_pretrain.train import TrainingError
 from hunyuan_pretrain.train.attention_check import ROUNDINGS, Compared, allowed_difference, plain_softmax
 from hunyuan_pretrain.train.attention_choice import cu_seqlens_of
+from hunyuan_pretrain.train.feed import SentBatch, model_inputs, sent_ahead
 from hunyuan_pretrain.train.kernel_probe import check_kernels
 from hunyuan_pretrain.train.optimizer import complete_gradients
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import SentBatch, as_summed_loss, model_inputs, run_schedule, sent_ahead
+from hunyuan_pretrain.train.step import as_summed_loss, run_schedule
 
 COEFFICIENT_TOLERANCE = 1e-3
 """Relative. A different summation order changes the sums by less than 1e-5; a layout-dependent factor is 2 or more."""

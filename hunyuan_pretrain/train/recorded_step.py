@@ -32,8 +32,9 @@ from hunyuan_pretrain.model.varlen_attention import padded, recorded_documents
 from hunyuan_pretrain.runtime.handover import recording
 from hunyuan_pretrain.runtime.transfers import Resident
 from hunyuan_pretrain.train import TrainingError
+from hunyuan_pretrain.train.feed import SentBatch, Share, share_of
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.step import SentBatch, Share, forward_and_backward, routing_of, share_of
+from hunyuan_pretrain.train.step import forward_and_backward, routing_of
 
 R = TypeVar("R")
 Result = tuple[list[Tensor], list[Tensor]]

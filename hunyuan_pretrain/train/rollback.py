@@ -142,7 +142,10 @@ def _loader(run: Run, start: Start) -> StepLoader:
     *past, last = start.segments
     old = run.loader
     place = past, last.first_step, last.left_out
-    return StepLoader(run.experiment, old.dp_rank, old.dp_size, None, *place, old.token_bytes)
+    loader = StepLoader(run.experiment, old.dp_rank, old.dp_size, None, *place, old.token_bytes)
+    for path, dataset in loader.order.datasets.items():
+        dataset.reference = old.order.datasets[path].reference
+    return loader
 
 
 def _append(run: Run, decision: Decision) -> None:

@@ -42,7 +42,7 @@ from hunyuan_pretrain.runtime.policy import (
 )
 from hunyuan_pretrain.runtime.seeding import seed_generators, use_deterministic_algorithms
 from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopRequest
-from hunyuan_pretrain.train import branches, resume, same_start
+from hunyuan_pretrain.train import branches, reference, resume, same_start
 from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.base_weights import Base, load_base, load_weights, refuse_other_base, start_adapter
 from hunyuan_pretrain.train.chunks import build_chunks
@@ -84,26 +84,16 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         leave_if_asked(stop, device)
         start = settle(experiment, groups, chunks, loader, device, start)
         log = _open_log(experiment, start)
+        recorded_steps = RecordedSteps() if experiment.runtime.cuda_graphs else None
+        model = (chunks, wrapped, optimizer)
+        data = (loader, evaluation)
+        run = Run(experiment, device, groups, *model, *data, start.first_step, log, start, lock, sets, recorded_steps)
+        reference.attach(run, partial(leave_if_asked, stop, device))
     except BaseException:
         if lock is not None:
             lock.release(began=False)
         raise
-    return Run(
-        experiment,
-        device,
-        groups,
-        chunks,
-        wrapped,
-        optimizer,
-        loader,
-        evaluation,
-        start.first_step,
-        log,
-        start,
-        lock,
-        sets,
-        RecordedSteps() if experiment.runtime.cuda_graphs else None,
-    )
+    return run
 
 
 def is_stop_asked(stop: StopRequest, device: torch.device) -> bool:

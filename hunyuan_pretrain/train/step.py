@@ -11,11 +11,11 @@ Shapes: T tokens of a micro-batch on this rank, L layers, X numbers of packed ro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,13 @@ from torch import Tensor
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch, by_conversation
 from hunyuan_pretrain.model.engines import kept_scales, training_step
-from hunyuan_pretrain.model.inputs import ModelInputs
+from hunyuan_pretrain.model.preference import PairLoss, PairSums
 from hunyuan_pretrain.model.recycle_routing import draw_keys
 from hunyuan_pretrain.model.routing import RouterStatistics, Routing, TrainingRouting
-from hunyuan_pretrain.model.varlen_attention import Documents
 from hunyuan_pretrain.parallel import whereabouts
-from hunyuan_pretrain.parallel.context_parallel import ContextSlice, context_slice
 from hunyuan_pretrain.runtime.handover import handed_over, to_device
-from hunyuan_pretrain.runtime.transfers import Incoming, Outgoing
+from hunyuan_pretrain.runtime.transfers import Outgoing
+from hunyuan_pretrain.train.feed import Feed, Route, SentBatch, model_inputs, sent_ahead
 from hunyuan_pretrain.train.logged_numbers import HostSeconds
 from hunyuan_pretrain.train.optimizer import optimizer_step, prepare, update
 from hunyuan_pretrain.train.policies import Judge, Numbers, shared_numbers
@@ -42,94 +41,6 @@ from hunyuan_pretrain.train.rerun import OwnGradients, compute_twice, is_due, st
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step_result import LaunchedStep, StepResult
 from hunyuan_pretrain.train.update_norm import update_norm
-
-
-@dataclass(frozen=True)
-class SentBatch:
-    """This context-parallel rank's share of a micro-batch, as it arrives on the run's device."""
-
-    take: Callable[[], tuple[Tensor, ...]]
-    """The tensors of `Share` on the device."""
-    cu_seqlens: list[int] | Documents
-    context: ContextSlice | None
-
-
-class Share(NamedTuple):
-    """This context-parallel rank's share of a micro-batch, on the CPU."""
-
-    tensors: list[Tensor]
-    """Tokens, positions, labels and loss mask (T,); the indices (n,) of the routing groups. They are numbered through
-    the sequences of the global batch, so they do not depend on which rank holds a group."""
-    cu_seqlens: list[int]
-    context: ContextSlice | None
-
-
-Feed = Callable[[], Iterator[SentBatch]]
-"""The micro-batches of a step, in order; one iterator for each model chunk."""
-
-
-Route = Callable[[Tensor, Tensor], Routing]
-"""Makes the routing of a micro-batch from the indices (n,) of its routing groups and its tokens (T,)."""
-
-
-def share_of(run: Run, batch: MicroBatch) -> Share:
-    """This rank's share of `batch`."""
-    experiment, cp, device = run.experiment, run.groups.cp, run.device
-    group_tokens = experiment.model.moe_routing_group_tokens
-    context, cu_seqlens = None, batch.cu_seqlens.tolist()
-    rows_T = torch.arange(len(batch.tokens_T))
-    if cp.size() > 1:
-        method = experiment.parallel.context_parallel_method
-        context = context_slice(cp, method, cu_seqlens, len(batch.sequence_ids), group_tokens, device)
-        rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
-    whole = (batch.tokens_T, batch.positions_T, batch.labels_T, batch.loss_mask_T)
-    mine = whole if context is None else tuple(tensor[rows_T] for tensor in whole)
-    per_sequence = len(batch.tokens_T) // len(batch.sequence_ids) // group_tokens
-    group_n = rows_T[::group_tokens] // group_tokens  # of the micro-batch
-    group_n = batch.sequence_ids[group_n // per_sequence] * per_sequence + group_n % per_sequence
-    return Share([*mine, group_n], cu_seqlens, context)
-
-
-def send(run: Run, batch: MicroBatch) -> SentBatch:
-    """Start the copy of this rank's share of `batch` to the run's device."""
-    share = share_of(run, batch)
-    return SentBatch(Incoming(share.tensors, run.device).take, share.cu_seqlens, share.context)
-
-
-def sent_ahead(run: Run, batches: Iterable[MicroBatch]) -> Iterator[SentBatch]:
-    """Yields every micro-batch; the next one is then already on its way."""
-    ahead: SentBatch | None = None
-    for batch in batches:
-        sent = send(run, batch)
-        if ahead is not None:
-            yield ahead
-        ahead = sent
-    if ahead is not None:
-        yield ahead
-
-
-def model_inputs(
-    batch: SentBatch,
-    *,
-    rope_alpha: float,
-    loss_tokens: Tensor | float,
-    route: Route,
-) -> ModelInputs:
-    """What the model reads of a micro-batch.
-
-    loss_tokens: divisor of the summed cross-entropy of the target tokens; infinity drops this loss.
-    """
-    tokens_T, positions_T, labels_T, loss_mask_T, group_n = batch.take()
-    return ModelInputs(
-        tokens_T=tokens_T,
-        positions_T=positions_T,
-        cu_seqlens=batch.cu_seqlens,
-        rope_alpha=rope_alpha,
-        labels_T=labels_T,
-        loss_weight_T=loss_mask_T / loss_tokens,
-        routing=route(group_n, tokens_T),
-        context=batch.context,
-    )
 
 
 @dataclass(frozen=True)
@@ -162,6 +73,7 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
         weighted = [by_conversation(batch) for batch in batches]
         batches, mine = [batch for batch, _ in weighted], torch.tensor(sum(n for _, n in weighted)).double()
         divisor = sum_over(groups.dp, to_device(mine, run.device))
+    pair_loss = pair_loss_of(run, stage, batches)
     key_L = draw_keys(experiment.seed, step, experiment.model.num_layers)
     if run.recorded is not None and in_fp8:
         losses, statistics = run.recorded.forward_and_backward(run, stage, step, batches, divisor, key_L)
@@ -173,11 +85,22 @@ def compute_gradients(run: Run, stage: StageConfig, step: int, *, in_fp8: bool =
 
         def compute(own: OwnGradients | None = None) -> tuple[list[Tensor], list[Tensor]]:
             count = len(batches)
-            return forward_and_backward(run, stage, feed, count, divisor, route, in_fp8=in_fp8, own=own)
+            return forward_and_backward(
+                run, stage, feed, count, divisor, route, in_fp8=in_fp8, own=own, pairs=pair_loss
+            )
 
         losses, statistics = compute_twice(run, step, compute) if is_due(run, step) else compute()
     target_bytes = sum(batch.target_bytes for batch in batches)
     return Gradients(losses, statistics, num_target_tokens, data_wait_seconds, target_bytes)
+
+
+def pair_loss_of(run: Run, stage: StageConfig, batches: Sequence[MicroBatch]) -> PairLoss | None:
+    """The loss of a step of pairs; None for another task. Communicates: data-parallel group."""
+    found = [(len(batch.pairs.reference_A) / 2, batch.pairs.chosen_tokens) for batch in batches if batch.pairs]
+    if stage.task != "dpo":
+        return None
+    counts_2 = torch.tensor(found, dtype=torch.float64).sum(0)
+    return PairLoss(stage.dpo_beta, stage.dpo_sft_weight, sum_over(run.groups.dp, to_device(counts_2, run.device)))
 
 
 def routing_of(run: Run, stage: StageConfig, step: int, key_L: Tensor, group_n: Tensor, tokens_T: Tensor) -> Routing:
@@ -198,10 +121,11 @@ def forward_and_backward(
     *,
     in_fp8: bool,
     own: OwnGradients | None = None,
+    pairs: PairLoss | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The work of `compute_gradients` on the device; returns the loss of each micro-batch, on the last stage, and the
     packed router statistics of each. divisor: of the summed cross-entropies, fp64 () on the device; own: see
-    `run_schedule`.
+    `run_schedule`; pairs: the loss of a step of pairs, whose losses have the numbers of `Pairs.weights`.
 
     What differs between the steps of a stage reaches it in the memory of tensors, except for the row counts of experts
     without a capacity, and the boundaries of documents where they are Python lists.
@@ -209,10 +133,12 @@ def forward_and_backward(
     statistics: list[Tensor] = []
 
     def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        inputs = model_inputs(next(batches), rope_alpha=stage.rope_alpha, loss_tokens=divisor.float(), route=route)
+        loss_tokens = divisor.float() if pairs is None else 1.0
+        sent, alpha = next(batches), stage.rope_alpha
+        inputs = model_inputs(sent, rope_alpha=alpha, loss_tokens=loss_tokens, route=route, pair_loss=pairs)
         output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
-        return output, as_summed_loss
+        return output, as_summed_loss if pairs is None else as_loss_of_pairs
 
     for model in run.wrapped:
         model.zero_grad_buffer()
@@ -267,11 +193,16 @@ def launch_step(
     else:
         grad_norm = optimizer_step(run.optimizer)
     whereabouts.phase("sums over all ranks", step + 1)
-    others = torch.cat([others, judged, noise, logged])
-    totals = _totals(run.groups, [loss.reshape(1) for loss in found.losses], 1, found.statistics, others)
+    losses, pairs = [loss.reshape(-1) for loss in found.losses], others.new_empty(0)
+    if stage.task == "dpo":
+        width = len(PairSums._fields)
+        pairs = _on_one_rank(run.groups, [loss[1:] for loss in losses], pairs.new_zeros(width))
+        losses = [loss[:1] for loss in losses]
+    others = torch.cat([others, judged, noise, logged, pairs])
+    totals = _totals(run.groups, losses, 1, found.statistics, others)
     numbers = torch.cat([totals, torch.stack((grad_norm.to(run.device), found.num_target_tokens))])
     shape, waited = found.statistics[0].shape, found.data_wait_seconds
-    launched = LaunchedStep(step, Outgoing(numbers), shape, waited, len(noise), len(judged), len(logged))
+    launched = LaunchedStep(step, Outgoing(numbers), shape, waited, len(noise), len(judged), len(logged), len(pairs))
     if judge is None or put_back is None:
         return launched
     launched = _judged(run, judge, replace(launched, has_update_norm=judge.needs_update_norm))
@@ -348,6 +279,11 @@ def as_summed_loss(loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach()
 
 
+def as_loss_of_pairs(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of what the model makes of pairs; keeps `Pairs.weights`."""
+    return output[0], torch.zeros((), dtype=torch.int, device=output.device), output[1:].detach()
+
+
 def _finalize(
     model: list[Any],
     num_tokens: Tensor | None = None,
@@ -384,10 +320,13 @@ def _totals(
 ) -> Tensor:
     """The sums of `losses`, of `others` (fp64, of this rank) and of the statistics, as one vector on the device."""
     statistics_sum = torch.stack(statistics).double().sum(0).flatten()
-    loss_sum = (
-        torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else statistics_sum.new_zeros(width)
-    )
+    loss_sum = _on_one_rank(groups, losses, statistics_sum.new_zeros(width))
     return sum_over(dist.group.WORLD, torch.cat([loss_sum, others, statistics_sum]))
+
+
+def _on_one_rank(groups: ProcessGroupCollection, losses: list[Tensor], zeros: Tensor) -> Tensor:
+    """The sum of `losses` on the first tensor-parallel rank of the last stage, fp64; zeros elsewhere."""
+    return torch.stack(losses).double().sum(0) if losses and groups.tp.rank() == 0 else zeros
 
 
 def sum_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hunyuan_pretrain.model.preference import PairSums
 from hunyuan_pretrain.model.routing import RouterStatistics
 from hunyuan_pretrain.runtime.transfers import Outgoing
 from hunyuan_pretrain.train.logged_numbers import LoggedNumbers
@@ -17,7 +18,7 @@ from hunyuan_pretrain.train.policies import UPDATED, Verdict, numbers_of
 class StepResult:
     """What one step measured; the same on every rank except data_wait_seconds."""
 
-    loss: float  # mean cross-entropy of the target tokens, nats
+    loss: float  # mean cross-entropy of the target tokens, nats; with task=dpo the loss over pairs
     grad_norm: float  # global, before clipping
     num_target_tokens: int
     statistics: RouterStatistics  # of all layers, summed over the global batch, on the CPU
@@ -25,6 +26,7 @@ class StepResult:
     update_norm: float | None = None  # train.update_norm, if the step was judged by it
     noise: tuple[float, ...] = ()  # train.noise_scale.GradientNoise.squares over all ranks, if the step is measured
     logged: LoggedNumbers | None = None  # of a step that is logged
+    pairs: PairSums | None = None  # of a step with task=dpo
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class LaunchedStep:
     """Global, counted from 0."""
     numbers: Outgoing
     """fp64: loss, ranks asked to stop, progress of a save, what the step was judged by (policies.shared_numbers),
-    noise, numbers of a logged step, router statistics of all layers, gradient norm, and target tokens."""
+    noise, numbers of a logged step, sums over pairs, router statistics of all layers, gradient norm, and target
+    tokens."""
     statistics_shape: torch.Size
     data_wait_seconds: float
     num_noise: int = 0
     num_judged: int = 0
     num_logged: int = 0
+    num_of_pairs: int = 0
     has_update_norm: bool = False
     verdict: Verdict = UPDATED
 
@@ -56,8 +60,9 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Wait for the step and return what it measured."""
-        sizes = [3, self.num_judged, self.num_noise, self.num_logged, self.statistics_shape.numel(), 2]
-        loss_stop_save, judged, noise, logged, statistics, norm_and_tokens = self.numbers.read().split(sizes)
+        sizes = [3, self.num_judged, self.num_noise, self.num_logged, self.num_of_pairs]
+        sizes += [self.statistics_shape.numel(), 2]
+        loss_stop_save, judged, noise, logged, pairs, statistics, norm_and_tokens = self.numbers.read().split(sizes)
         loss, (grad_norm, num_target_tokens) = loss_stop_save[0].item(), norm_and_tokens.tolist()
         update_norm: float | None = None
         if self.num_judged:
@@ -71,4 +76,5 @@ class LaunchedStep:
             update_norm,
             tuple(noise.tolist()),
             read_logged(logged.tolist()) if self.num_logged else None,
+            PairSums(*pairs.tolist()) if self.num_of_pairs else None,
         )

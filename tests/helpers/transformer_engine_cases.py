@@ -104,7 +104,7 @@ def kept(cases: Sequence[Case]) -> list[tuple[int, int]]:
     from hunyuan_pretrain.model.engines import training_step
     from hunyuan_pretrain.model.routing import TrainingRouting
     from hunyuan_pretrain.train import setup
-    from hunyuan_pretrain.train.step import model_inputs, send
+    from hunyuan_pretrain.train.feed import model_inputs, send
     from tests.helpers.kept_memory import KeptMemory
 
     found = []

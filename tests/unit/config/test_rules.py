@@ -382,6 +382,36 @@ def test_a_broken_rule_is_refused_with_its_own_message(overrides: list[str], exp
     assert f"{expected}" in refusal(*overrides)
 
 
+DPO = ["stages.0.task=dpo", "stages.1.task=dpo", "stages.2.task=dpo", "checkpoint.init_from=runs/sft"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.1.task=sft", "stages.1.task=sft: the reference of a stage with task=dpo is the start of the run"),
+        (
+            "stages.1.routing=model",
+            "stages.1.routing=model: with a capacity, what a pair is given depends on the other",
+        ),
+        ("stages.1.loss_average=conversations", "stages.1.loss_average=conversations: has no effect with task=dpo"),
+        ("stages.1.rope_alpha=1000", "all stages with task=dpo have one reference, and stage"),
+        ("checkpoint.init_from=null", "checkpoint.init_from: task=dpo compares with the weights that the run"),
+        ("precision.fp8_recipe=blockwise", "precision.fp8_recipe=blockwise: with task=dpo, scales that change"),
+        (
+            "optimizer.measure_noise_scale_every_steps=1",
+            "optimizer.measure_noise_scale_every_steps=1: not with task=dpo",
+        ),
+    ],
+)
+def test_what_preferences_need_is_said(override: str, expected: str) -> None:
+    assert expected in refusal(*DPO, override)
+
+
+def test_preferences_are_accepted_and_their_settings_need_the_task() -> None:
+    rules.check(experiment_with(*DPO, "stages.0.dpo_beta=0.2"))
+    assert "stages.0.dpo_beta=0.2: has no effect without task=dpo" in refusal("stages.0.dpo_beta=0.2")
+
+
 def test_the_demo_breaks_no_rule_and_causes_no_warning() -> None:
     rules.check(load_experiment(DEMO), world_size=2)
     assert rules.find_warnings(load_experiment(DEMO)) == []
