@@ -24,9 +24,11 @@ from torch import Tensor
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.tensor_files import StoredTensors, TensorSpec
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Change"]
+__all__ = ["CERTIFICATE", "CONFIG", "WEIGHTS", "Adapter", "Change", "system_prompt_of_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CERTIFICATE = "certificate.json"
+"""Only of this project's own adapters."""
 PREFIX = "base_model.model."
 FUSED = ("gate_up_proj", "down_proj")
 """Parameters of the module `experts`, in the order in which PEFT wraps them."""
@@ -288,3 +290,16 @@ def _of_pattern(pattern: Mapping[str, Any] | None, key: str, default: Any) -> An
         except re.error as error:
             raise CheckpointError(f"{CONFIG}: {end!r} is not a pattern: {error}") from None
     return default
+
+
+def system_prompt_of_adapter(folder: Path) -> str | None:
+    """The system prompt of the conversations that an adapter was trained on; None if its folder records none. Raises
+    CheckpointError."""
+    path = folder / CERTIFICATE
+    if not path.is_file():
+        return None  # of another program
+    try:
+        prompt = json.loads(path.read_text(encoding="utf-8")).get("chat", {}).get("system_prompt")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged: {error!r}") from None
+    return prompt if isinstance(prompt, str) else None

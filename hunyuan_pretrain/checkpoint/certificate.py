@@ -23,6 +23,7 @@ from hunyuan_pretrain.checkpoint.layerwise import LayerSource, compare_layers
 from hunyuan_pretrain.checkpoint.loaders import Format, loads_in
 from hunyuan_pretrain.checkpoint.workers import Say, free_memory_bytes, run_over
 from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.data.chat_template import default_system_prompt
 from hunyuan_pretrain.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 __all__ = ["TOLERANCES", "certify"]
@@ -244,10 +245,12 @@ def _compare_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             raise CheckpointError(
                 f"the exported tokenizer begins {text!r} with {loaded(text)['input_ids'][:1]}, not <|startoftext|>"
             )
+    default = {"role": "system", "content": default_system_prompt(folder) or ""}
     for text in (SAMPLE_TEXTS[0], HOSTILE):
         messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
-        ours, theirs = tokenizer.apply_chat(messages), loaded.apply_chat_template(messages, return_dict=False)
-        if ours != theirs:
-            raise CheckpointError(
-                f"the exported chat template encodes {text!r} as {theirs}, the training tokenizer as {ours}"
-            )
+        for given, meant in ((messages, messages), (messages[1:], [default, *messages[1:]])):
+            ours, theirs = tokenizer.apply_chat(meant), loaded.apply_chat_template(given, return_dict=False)
+            if ours != theirs:
+                raise CheckpointError(
+                    f"the exported chat template encodes {text!r} as {theirs}, the training tokenizer as {ours}"
+                )

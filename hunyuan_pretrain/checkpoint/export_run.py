@@ -10,16 +10,17 @@ from hunyuan_pretrain.checkpoint.folders import ADAPTER_OF, faults_of, none_is_g
 from hunyuan_pretrain.checkpoint.hf_export import export, refuse_at_once
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, refuse_another_vocabulary
 from hunyuan_pretrain.checkpoint.loaders import Format
-from hunyuan_pretrain.checkpoint.model_card import facts_of_run
+from hunyuan_pretrain.checkpoint.model_card import facts_of_run, share_of
 from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
 from hunyuan_pretrain.checkpoint.trained_adapter import export_adapter
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
 from hunyuan_pretrain.checkpoint.workers import Say
 from hunyuan_pretrain.config.history import schedule_of
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
+from hunyuan_pretrain.data.mixture import source_path
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 
-__all__ = ["choose_checkpoint", "export_run", "in_force"]
+__all__ = ["choose_checkpoint", "export_run", "in_force", "system_prompt_of"]
 
 
 def export_run(
@@ -41,7 +42,8 @@ def export_run(
     verify, convert and digest files; by default as many as are worth it and fit into memory. Each then imports the main
     module, so a script that calls this needs the usual `if __name__ == "__main__":`. say: gets lines of progress.
     Memory holds one layer, of any layout that trained it. Of a run with LoRA it is the adapter, in PEFT's format
-    (`trained_adapter.export_adapter`).
+    (`trained_adapter.export_adapter`). After a stage of conversations, the default system prompt is that of
+    `system_prompt_of`.
     Raises CheckpointError if there is no such checkpoint or it is damaged, or the run directory has another tokenizer
     than it was trained with, and as `hf_export.export` does.
     """
@@ -51,6 +53,7 @@ def export_run(
     folder = choose_checkpoint(run_dir, step, "there is nothing to export")
     marker = save_load.read_marker(folder)
     experiment, stage = in_force(folder)
+    system_prompt = system_prompt_of(folder, say)
     save_load.refuse_other_model(folder, marker, experiment.model)
     refuse_another_vocabulary(folder, run_dir / "tokenizer")
     card = facts_of_run(run_dir, folder, licence)
@@ -60,7 +63,7 @@ def export_run(
     refuse_at_once(experiment.model, run_dir / "tokenizer", output, dtype=torch_dtype, format=format)
     weights, processes = verified_weights(folder, marker, processes, say)
     if ADAPTER_OF in marker:
-        return export_adapter(experiment, marker, weights, output, torch_dtype)
+        return export_adapter(experiment, marker, weights, output, torch_dtype, system_prompt)
     with one_rank(experiment.runtime.distributed_timeout_s) as groups:
         return export(
             experiment.model,
@@ -74,6 +77,7 @@ def export_run(
             format=format,
             certificate_info={"run": experiment.name, "step": int(marker["step"])},
             card=card,
+            system_prompt=system_prompt,
             processes=processes,
             say=say,
         )
@@ -85,6 +89,28 @@ def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
     history = history_of(folder, marker, with_data=False)
     schedule = schedule_of(history)
     return history[-1].config, present_piece(schedule, int(marker["step"]), folder).stage
+
+
+def system_prompt_of(folder: Path, say: Say | None = None) -> str | None:
+    """The system prompt with which the conversations of the last stage up to a checkpoint were tokenized, "" for none;
+    None if that stage read texts only. Of several, that of the source with the largest share of the stage, which `say`
+    is told. Raises CheckpointError."""
+    marker = save_load.read_marker(folder)
+    history = history_of(folder, marker, with_data=False)
+    piece = present_piece(schedule_of(history), int(marker["step"]), folder)
+    recorded = {path: facts.system_prompt for path, facts in history[piece.segment].sources.items()}
+    shares: dict[str, float] = {}
+    for source in piece.stage.data:
+        prompt = recorded.get(source_path(source.path))
+        if prompt is not None:
+            shares[prompt] = shares.get(prompt, 0.0) + share_of(source, piece.stage)
+    if not shares:
+        return None if piece.stage.task == "pretrain" else ""
+    chosen = max(shares, key=shares.__getitem__)
+    if len(shares) > 1 and say is not None:
+        others = ", ".join(repr(prompt) for prompt in shares if prompt != chosen)
+        say(f"conversations with several system prompts: the default is {chosen!r}, not {others}")
+    return chosen
 
 
 def choose_checkpoint(run_dir: Path, step: int | None, otherwise: str) -> Path:

@@ -36,9 +36,12 @@ from hunyuan_pretrain.checkpoint.tensor_files import ShardWriter, TensorSpec
 from hunyuan_pretrain.checkpoint.weight_map import by_expert, refuse_other_parameters, weight_map
 from hunyuan_pretrain.checkpoint.workers import Say, run_over
 from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.data.chat_template import chat_fields, default_system_prompt
 from hunyuan_pretrain.data.tokenizer import RANKS_FILE, Tokenizer, format_ranks, write_hf_tokenizer
 
-__all__ = ["export", "generation_config", "hf_config", "refuse_at_once"]
+__all__ = ["export", "generation_config", "hf_config", "make_chat", "refuse_at_once"]
+
+RELEASE_TOKENIZER = "release_tokenizer"
 
 
 def export(
@@ -54,6 +57,7 @@ def export(
     format: Format = "hunyuan",
     certificate_info: dict[str, Any] | None = None,
     card: CardFacts | None = None,
+    system_prompt: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     processes: int = 1,
     say: Say | None = None,
@@ -63,8 +67,10 @@ def export(
     megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time; with several processes
     it is pickled, so it should read from disk. dtype: of the stored weights; the router stays fp32. rope_alpha:
     NTK-alpha of the stage that the weights come from. reference: the model that the weights come from, in `dtype`.
-    certificate_info: copied into the certificate (run, step). card: what README.md says of the training. say: gets
-    lines of progress. Needs memory for one expert in each process while writing, and for one layer while comparing.
+    certificate_info: copied into the certificate (run, step). card: what README.md says of the training.
+    system_prompt: of a model that was fine-tuned on conversations, the default of its chats, "" for none; None: a
+    model of documents. say: gets lines of progress. Needs memory for one expert in each process while writing, and
+    for one layer while comparing.
     Raises CheckpointError and leaves no output if the output folder is not empty, the format cannot express the model,
     a tensor is missing or has the wrong shape, the tokenizer does not fit, the disk is full or not writable, or the
     model read back computes something else.
@@ -73,16 +79,17 @@ def export(
     refuse_other_parameters(model, {name: shape_of(megatron_tensors, name) for name in megatron_tensors})
 
     with new_folder(output) as folder:
-        # A pretraining document ends with <|endoftext|>; the ids in the release's own config.json are wrong for its
-        # tokenizer.
-        ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+        # A pretraining document ends with <|endoftext|>, an answer with <|eos|>; the ids in the release's own
+        # config.json are wrong for its tokenizer.
+        end = tokenizer.end_id if system_prompt is None else tokenizer.eos_id
+        ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_id}
         written_with = {"transformers_version": version("transformers")}
         config = hf_config(
             model, rope_alpha=rope_alpha, max_position_embeddings=max_position_embeddings, dtype=dtype, format=format
         )
         _write_json(folder / "config.json", config | ids | written_with)
         _write_json(folder / "generation_config.json", generation_config(model, tokenizer) | written_with)
-        write_hf_tokenizer(tokenizer, folder, model_max_length=max_position_embeddings)
+        write_hf_tokenizer(tokenizer, folder, model_max_length=max_position_embeddings, system_prompt=system_prompt)
         _write_for_the_release(tokenizer, folder)
         if format == "hunyuan":
             for name in MODEL_CODE:
@@ -96,6 +103,8 @@ def export(
             "rope_alpha": rope_alpha,
         } | certificate
         certificate["source"] = certificate_info or {}
+        if system_prompt is not None:
+            certificate["chat"] = {"system_prompt": system_prompt}
         _write_json(folder / "certificate.json", certificate)
         (folder / "README.md").write_text(model_card(model, config, certificate, card or CardFacts()))
     return certificate
@@ -140,6 +149,16 @@ def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
     if tokenizer.vocab_size < model.padded_vocab_size:
         config["suppress_tokens"] = list(range(tokenizer.vocab_size, model.padded_vocab_size))
     return config
+
+
+def make_chat(folder: Path, system_prompt: str) -> dict[str, Any]:
+    """Make the tokenizer files of an export those of a model that was fine-tuned on conversations, as `export` writes
+    them; returns what changes in config.json. Raises DataFormatError."""
+    tokenizer = Tokenizer.load(folder)
+    length = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
+    write_hf_tokenizer(tokenizer, folder, model_max_length=length, system_prompt=system_prompt)
+    _write_for_the_release(tokenizer, folder)
+    return {"eos_token_id": tokenizer.eos_id}
 
 
 def hf_config(
@@ -253,17 +272,23 @@ def _write_for_the_release(tokenizer: Tokenizer, folder: Path) -> None:
     export itself is another."""
     (folder / RANKS_FILE).write_bytes(format_ranks(tokenizer.ranks))
     shutil.copyfile(Path(__file__).parent / TOKENIZER_CODE, folder / TOKENIZER_CODE)
-    release = folder / "release_tokenizer"
-    release.mkdir()
+    release = folder / RELEASE_TOKENIZER
+    release.mkdir(exist_ok=True)
     for name in (RANKS_FILE, TOKENIZER_CODE, "generation_config.json", "special_tokens_map.json"):
         shutil.copyfile(folder / name, release / name)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    _write_release_config(folder)
+
+
+def _write_release_config(folder: Path) -> None:
+    """tokenizer_config.json of `release_tokenizer`, from that of the export."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config |= {
+        **chat_fields(default_system_prompt(folder), is_marked=False),
         "tokenizer_class": "HYTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_hy.HYTokenizer", None]},
         "padding_side": "right",
     }
-    _write_json(release / "tokenizer_config.json", config)
+    _write_json(folder / RELEASE_TOKENIZER / "tokenizer_config.json", config)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, Change
+from hunyuan_pretrain.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, Change, system_prompt_of_adapter
 from hunyuan_pretrain.checkpoint.generate import sha256_of
+from hunyuan_pretrain.checkpoint.hf_export import make_chat
 from hunyuan_pretrain.checkpoint.outputs import new_folder, refuse_existing
 from hunyuan_pretrain.checkpoint.tensor_files import INDEX, ShardWriter, StoredTensors, TensorSpec
 
@@ -43,10 +44,11 @@ class Merged(NamedTuple):
 def merge_lora(base: Path, adapter: Path, output: Path, *, dtype: str | None = None) -> Merged:
     """Write `output`: the model folder `base` with the PEFT adapter in `adapter` added.
 
-    dtype: "fp16", "bf16" or "fp32", of all weights but the router; by default that of the base. All other files of the
-    base are copied. Raises CheckpointError and leaves no output if `output` exists, the adapter is of a kind that is
-    not understood or of another base, a tensor of it has no place, a sum is not finite in the new format, or the disk
-    is full or not writable.
+    dtype: "fp16", "bf16" or "fp32", of all weights but the router; by default that of the base. All other files of
+    the base are copied. If an export of this project gets an adapter that was trained on conversations, its end of
+    sequence and default system prompt become theirs. Raises CheckpointError and leaves no output if `output` exists,
+    the adapter is of a kind that is not understood or of another base, a tensor of it has no place, a sum is not
+    finite in the new format, or the disk is full or not writable.
     """
     config, stored, added, changes = _opened(base, adapter, output)
     specs = {name: stored.spec(name) for name in stored}
@@ -62,6 +64,8 @@ def merge_lora(base: Path, adapter: Path, output: Path, *, dtype: str | None = N
         for tensor, spec in wanted.items():
             writer.write(tensor, _merged(tensor, stored, added, changes.get(tensor), spec.dtype))
         writer.finish()
+        if (base / "certificate.json").is_file() and (prompt := system_prompt_of_adapter(adapter)) is not None:
+            config |= make_chat(new, prompt)
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         _write_json(new / "config.json", config | {key: str(MERGED_DTYPES[name]).removeprefix("torch.")})
         _write_json(new / RECORD, _record(base, adapter, len(changes), name))

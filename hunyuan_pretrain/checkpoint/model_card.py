@@ -127,10 +127,12 @@ def model_card(model: ModelConfig, config: Mapping[str, Any], certificate: Mappi
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: {facts.licence}\n"
         "tags:\n- hunyuan\n- mixture-of-experts\n---\n",
         f"# {facts.name}\n",
-        "A pretrained mixture-of-experts language model of the Hunyuan-Large architecture (arXiv 2411.02265), written "
-        f"by hunyuan-pretrain {certificate['versions']['hunyuan-pretrain']}.\n",
+        f"A {'fine-tuned' if 'chat' in certificate else 'pretrained'} mixture-of-experts language model of the "
+        "Hunyuan-Large architecture (arXiv 2411.02265), written by "
+        f"hunyuan-pretrain {certificate['versions']['hunyuan-pretrain']}.\n",
         _architecture(model, config, certificate),
         _training(facts),
+        *([_chat(certificate["chat"])] if "chat" in certificate else []),
         _figures(facts, certificate),
         _loading(certificate),
         _licence(facts.licence),
@@ -177,6 +179,15 @@ def _training(facts: CardFacts) -> str:
     total = sum(stage.tokens for stage in facts.stages)
     head = ("stage", "tokens trained", "sequence length", "source", "share", "tokens in the source")
     return f"## Training data\n\n{total:,} tokens in {facts.step:,} steps.\n\n" + _table(head, rows)
+
+
+def _chat(chat: Mapping[str, Any]) -> str:
+    prompt = chat["system_prompt"]
+    said = "no system prompt" if not prompt else f"the system prompt {json.dumps(prompt, ensure_ascii=False)}"
+    return (
+        f"## Chat\n\nFine-tuned on conversations. Those without a system message had {said}; the chat template does "
+        "the same. An answer ends with `<|eos|>`.\n"
+    )
 
 
 def _figures(facts: CardFacts, certificate: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from hunyuan_pretrain.checkpoint.adapter import CERTIFICATE, CONFIG, PREFIX, WEIGHTS, Adapter
 from hunyuan_pretrain.checkpoint.folders import ADAPTER_OF
 from hunyuan_pretrain.checkpoint.generate import sha256_of
 from hunyuan_pretrain.checkpoint.outputs import new_folder, refuse_existing
@@ -25,8 +25,8 @@ from hunyuan_pretrain.config.schema import Experiment, LoraConfig, ModelConfig
 from hunyuan_pretrain.config.tuning import linears_of_layer, targets
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 
-CERTIFICATE, FORMAT = "certificate.json", "peft"
-"""The certificate of an adapter, and the format that it names."""
+FORMAT = "peft"
+"""Of an adapter, in its certificate."""
 
 
 class Factor(NamedTuple):
@@ -76,11 +76,17 @@ def modules_of(model: ModelConfig, lora: LoraConfig) -> list[str]:
 
 
 def export_adapter(
-    experiment: Experiment, marker: Mapping[str, Any], weights: StoredWeights, output: Path, dtype: torch.dtype
+    experiment: Experiment,
+    marker: Mapping[str, Any],
+    weights: StoredWeights,
+    output: Path,
+    dtype: torch.dtype,
+    system_prompt: str | None = None,
 ) -> dict[str, Any]:
     """Write the adapter of a checkpoint to the new folder `output` as PEFT does; returns its certificate.
 
     What was written is read back and compared with the checkpoint, number by number after the rounding to `dtype`.
+    system_prompt: of the conversations that it was trained on, for the certificate; None for texts.
     Raises CheckpointError if the folder exists, a tensor is missing or damaged, or the disk is full.
     """
     lora, model = experiment.tuning.lora, experiment.model
@@ -114,6 +120,7 @@ def export_adapter(
             "dtype": str(dtype).removeprefix("torch."),
             "source": {"run": experiment.name, "step": int(marker["step"])},
             "base": dict(marker[ADAPTER_OF]),
+            **({} if system_prompt is None else {"chat": {"system_prompt": system_prompt}}),
             "tensors": len(specs),
             "max_abs_difference": 0.0,
             "sha256": {name: sha256_of(new / name) for name in (CONFIG, WEIGHTS)},

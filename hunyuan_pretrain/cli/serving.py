@@ -12,6 +12,13 @@ ExportPath = Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder writt
 Lora = Annotated[
     Path | None, typer.Option(metavar="ADAPTER", help="LoRA adapter in PEFT's format, added to the weights in memory.")
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        help="System prompt of chats that have no system message, '' for none; default: that with which the model was "
+        "fine-tuned."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where the model is computed, such as cuda.")]
 
 
@@ -34,7 +41,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Any but loopback requires a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Of the model in the API; default: of the folder.")] = None,
-    system: Annotated[str, typer.Option(help="System prompt of chats that have no system message.")] = "",
+    system: System = None,
     lora: Lora = None,
     api_key_file: Annotated[
         Path | None,
@@ -83,7 +90,7 @@ def chat(
     export: ExportPath,
     lora: Lora = None,
     device: Device = "cpu",
-    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    system: System = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: always the most likely token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.6,

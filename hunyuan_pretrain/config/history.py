@@ -44,6 +44,8 @@ class SourceFacts(BaseModel):
     sequence_length: int
     documents: tuple[tuple[str, str, int, int], ...] = ()
     """The documents in it: digest and name of a tokenized folder, and shortest and longest length in tokens."""
+    system_prompt: str | None = None
+    """Of conversations without a system message, "" for none; None for texts, and if it was not recorded."""
 
 
 class Segment(BaseModel):

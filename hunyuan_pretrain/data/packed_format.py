@@ -43,8 +43,8 @@ MAX_SEQUENCE_LENGTH = 1 << 24
 
 
 def check_sources(sources: Sequence[TokenizedDataset]) -> None:
-    """Raise DataFormatError unless all sources were tokenized with the same tokenizer and none is given twice, not even
-    as a copy."""
+    """Raise DataFormatError unless all sources were tokenized with the same tokenizer, conversations with the same
+    system prompt, and none is given twice, not even as a copy."""
     first = sources[0]
     seen: dict[str, Path] = {}
     for source in sources:
@@ -74,6 +74,11 @@ def check_sources(sources: Sequence[TokenizedDataset]) -> None:
             pairs, chats = (source, first) if source.is_pairs else (first, source)
             raise DataFormatError(
                 f"{pairs.folder} holds pairs, {chats.folder} conversations; pack them apart, for stages of two runs"
+            )
+        if source.chat != first.chat:
+            raise DataFormatError(
+                f"{source.folder}: conversations tokenized with {source.chat}, those of {first.folder} with "
+                f"{first.chat}; tokenize them alike, or pack them apart, as two sources of a stage"
             )
 
 
@@ -161,6 +166,13 @@ class PackedIndex:
             )
         if not self.is_materialized and not self.sources:
             raise DataFormatError(f"{self.folder / MANIFEST}: names no source; pack again")
+
+    @property
+    def system_prompt(self) -> str | None:
+        """Of conversations without a system message, "" for none; None for texts. Raises DataFormatError."""
+        if not self.is_chat:
+            return None
+        return str(manifest_field(self.folder, self._field("chat", dict), "system_prompt", str))
 
     @cached_property
     def most_pieces(self) -> int:

@@ -166,6 +166,7 @@ def facts_of(dataset: PackedDataset) -> SourceFacts:
         tokens=dataset.index.num_tokens,
         sequence_length=dataset.sequence_length,
         documents=tuple((one.corpus, one.folder, one.shortest, one.longest) for one in dataset.index.selections),
+        system_prompt=dataset.index.system_prompt,
     )
 
 

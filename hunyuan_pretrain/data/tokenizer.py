@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tiktoken
 
+from hunyuan_pretrain.data.chat_template import GUARD, chat_fields
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import write_file
 
@@ -34,28 +35,6 @@ SPLIT_PATTERN = (
 START, END, BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "<|bos|>", "<|eos|>", "<|pad|>"
 END_OF_USER, END_OF_SYSTEM = "<|extra_0|>", "<|extra_4|>"
 SPECIAL_TOKENS = (END, START, BOS, EOS, PAD, *(f"<|extra_{i}|>" for i in range(204)))
-
-GUARD = "\ufdd0"
-"""Inserted into each "<|" of a text that passes through Hugging Face's chat template, so that no special token name is
-found there. The normaliser of tokenizer.json removes it again. Unicode reserves this code point for internal use: text
-for interchange never contains it."""
-
-CHAT_TEMPLATE = (
-    # G: the guard. Reversible for any text, because the normaliser removes one guard after each "<".
-    "{% macro text(message) %}{% if message['content'] is not string %}{{ raise_exception('the content of a "
-    "message must be text') }}"
-    "{% endif %}{{ message['content'] | replace('<G', '<GG') | replace('<|', '<G|') }}{% endmacro %}"
-    "{% set offset = 0 %}{{ '<|startoftext|>' }}"
-    "{% if messages[0]['role'] == 'system' %}{% set offset = 1 %}"
-    "{% if messages[0]['content'] %}{{ text(messages[0]) + '<|extra_4|>' }}{% endif %}{% endif %}"
-    "{% for message in messages[offset:] %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('roles must be an optional system, then user and assistant in turn') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{% if not loop.first %}{{ '<|startoftext|>' }}{% endif %}{{ text(message) "
-    "+ '<|extra_0|>' }}"
-    "{% else %}{{ text(message) + '<|eos|>' }}{% endif %}"
-    "{% endfor %}"
-).replace("G", GUARD)
 
 
 class UnknownIdError(DataFormatError):
@@ -293,7 +272,13 @@ def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
     return b"".join([b"%s %d\n" % (b2a_base64(token, newline=False), ranks[token]) for token in by_rank])
 
 
-def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_length: int | None = None) -> None:
+def write_hf_tokenizer(
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    model_max_length: int | None = None,
+    system_prompt: str | None = None,
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, which transformers loads without remote
     code.
 
@@ -301,9 +286,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
     so. It adds no <|endoftext|>: the model generates that. `add_special_tokens=False` returns the ids alone. Names of
     special tokens in such a text become special tokens, as everywhere in Hugging Face, unless
     `split_special_tokens=True`. In the messages of `apply_chat_template` they never do, so its ids are those of
-    `Tokenizer.apply_chat`. The end-of-sequence token is <|endoftext|>, which a pretrained model emits; a chat-tuned
-    model ends with <|eos|>. Needs the package `tokenizers`.
-    model_max_length: positions of the model; transformers warns and truncates by it.
+    `Tokenizer.apply_chat`. Needs the package `tokenizers`.
+    model_max_length: positions of the model; transformers warns and truncates by it. system_prompt: of a model that was
+    fine-tuned on conversations (see `chat_fields`); None: the end-of-sequence token is <|endoftext|>, which a
+    pretrained model emits.
     """
     from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as HFTokenizer
@@ -327,7 +313,8 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
     fast.post_processor = processors.TemplateProcessing(
         single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, tokenizer.start_id)]
     )
-    roles = {"bos_token": START, "eos_token": END, "pad_token": PAD}
+    chat = chat_fields(system_prompt)
+    roles = {"bos_token": START, "eos_token": chat["eos_token"], "pad_token": PAD}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **roles,
@@ -335,7 +322,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_max_le
         "model_input_names": ["input_ids", "attention_mask"],
         # Rows of a batch must end together, where generation continues.
         "padding_side": "left",
-        "chat_template": CHAT_TEMPLATE,
+        **chat,
     }
     if model_max_length is not None:
         config["model_max_length"] = model_max_length

@@ -99,6 +99,7 @@ def open_run(
     layout: such as tp=2,pp=2; None: that of the run if it fits the ranks, on one rank none. Raises ConfigError,
     CheckpointError.
     """
+    from hunyuan_pretrain.checkpoint.export_run import system_prompt_of
     from hunyuan_pretrain.evaluation.layout_scorer import LayoutScorer, checkpoint_and_stage, load
     from hunyuan_pretrain.parallel.agreement import patience
     from hunyuan_pretrain.parallel.groups import destroy_groups
@@ -126,19 +127,23 @@ def open_run(
             "ranks": ranks,
         }
         with patience(), tempfile.TemporaryDirectory(prefix="hunyuan_evaluate_") as folder:
-            yield of_run(scorer, run_dir / "tokenizer", Path(folder), facts)
+            prompt = system_prompt_of(checkpoint, say)
+            yield of_run(scorer, run_dir / "tokenizer", Path(folder), facts, prompt)
             scorer.release()  # not after an error: other ranks may be in the middle of an answer
     destroy_groups()
 
 
-def of_run(scorer: Any, tokenizer_folder: Path, scratch: Path, facts: dict[str, Any]) -> Opened:
-    """A scorer with the tokenizer that an export of the run would have, whose files are written to `scratch`."""
+def of_run(
+    scorer: Any, tokenizer_folder: Path, scratch: Path, facts: dict[str, Any], system_prompt: str | None = None
+) -> Opened:
+    """A scorer with the tokenizer that an export of the run would have, whose files are written to `scratch`.
+    system_prompt: as of `export_run.system_prompt_of`."""
     from hunyuan_pretrain.checkpoint.generate import load_tokenizer
     from hunyuan_pretrain.data.tokenizer import Tokenizer, write_hf_tokenizer
     from hunyuan_pretrain.evaluation.harness_models import ScorerLM
 
     own = Tokenizer.load(tokenizer_folder)
-    write_hf_tokenizer(own, scratch, model_max_length=scorer.max_length)
+    write_hf_tokenizer(own, scratch, model_max_length=scorer.max_length, system_prompt=system_prompt)
     tokenizer = _long_texts(load_tokenizer(scratch))
     lm = ScorerLM(scorer, tokenizer, (own.end_id, own.eos_id))
     return Opened(lm, scorer, tokenizer, own.token_bytes, facts)

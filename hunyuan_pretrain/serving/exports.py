@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from hunyuan_pretrain.serving.local_engine import LocalModel
 
-__all__ = ["load_local", "read_positions", "refuse_folder"]
+__all__ = ["load_local", "read_positions", "refuse_folder", "system_prompt_of"]
 
 
 def refuse_folder(export: Path) -> None:
@@ -39,6 +39,17 @@ def load_local(export: Path, lora: Path | None, device: str, vocabulary: Vocabul
             f"{export}: the tokenizer has {vocabulary.size} ids, the embedding only {model.config.vocab_size} rows"
         )
     return LocalModel(model, vocabulary.size, vocabulary.stop_ids)
+
+
+def system_prompt_of(given: str | None, vocabulary: Vocabulary, lora: Path | None) -> str:
+    """The system prompt of chats without a system message: the one that is given, else that of the adapter, else that
+    of the export. Raises CheckpointError."""
+    from hunyuan_pretrain.checkpoint.adapter import system_prompt_of_adapter
+
+    if given is not None:
+        return given
+    of_adapter = None if lora is None else system_prompt_of_adapter(lora)
+    return vocabulary.system_prompt if of_adapter is None else of_adapter
 
 
 def _replace(model: Any, tensors: Iterable[tuple[str, Tensor]], refusal: str) -> None:

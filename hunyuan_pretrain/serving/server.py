@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hunyuan_pretrain.serving.errors import ServingError
-from hunyuan_pretrain.serving.exports import load_local, read_positions, refuse_folder
+from hunyuan_pretrain.serving.exports import load_local, read_positions, refuse_folder, system_prompt_of
 from hunyuan_pretrain.serving.guard import Guard, is_loopback, read_key
 from hunyuan_pretrain.serving.service import Limits, Service
 from hunyuan_pretrain.serving.vocabulary import Vocabulary
@@ -40,8 +40,8 @@ class Options:
     """0: any that is free."""
     name: str | None = None
     """Of the model in the API; None: that of the folder."""
-    system: str = ""
-    """Of chats that have no system message."""
+    system: str | None = None
+    """Of chats that have no system message, "" for none; None: that with which the model was fine-tuned."""
     lora: Path | None = None
     api_key_file: Path | None = None
     device: str = "cpu"
@@ -60,6 +60,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
     positions = read_positions(options.export)
     with bind(options.host, options.port) as listener:
         vocabulary = Vocabulary(options.export)
+        system = system_prompt_of(options.system, vocabulary, options.lora)
         engine, positions = start_engine(options, vocabulary, positions)
         limits = Limits(
             positions,
@@ -68,7 +69,7 @@ def serve(options: Options, say: Callable[[str], None]) -> None:
             options.body_mib * 2**20,
         )
         name = options.name or options.export.resolve().name
-        server = web_server(Service(name, engine, vocabulary, limits, options.system), Guard(options.host, key))
+        server = web_server(Service(name, engine, vocabulary, limits, system), Guard(options.host, key))
         listen(listener, options.host, options.port)
         say(f"{name} at {address_of(listener)}/" + ("" if key is None else ", with the key"))
         server.run(sockets=[listener])

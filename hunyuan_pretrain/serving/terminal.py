@@ -10,7 +10,7 @@ from typing import TextIO
 
 from hunyuan_pretrain.serving.answers import Answer
 from hunyuan_pretrain.serving.errors import ServingError
-from hunyuan_pretrain.serving.exports import load_local, read_positions, refuse_folder
+from hunyuan_pretrain.serving.exports import load_local, read_positions, refuse_folder, system_prompt_of
 from hunyuan_pretrain.serving.generation import Job, Sampling, Steps
 from hunyuan_pretrain.serving.vocabulary import Vocabulary
 
@@ -75,11 +75,13 @@ class Conversation:
 
 
 def run(
-    export: Path, lora: Path | None, device: str, system: str, max_new_tokens: int | None, sampling: Sampling
+    export: Path, lora: Path | None, device: str, system: str | None, max_new_tokens: int | None, sampling: Sampling
 ) -> None:
-    """Load an export and talk on standard input and output. Raises ServingError, CheckpointError, DataFormatError."""
+    """Load an export and talk on standard input and output. system: None for that with which the model was fine-tuned.
+    Raises ServingError, CheckpointError, DataFormatError."""
     refuse_folder(export)
     vocabulary = Vocabulary(export)
+    system = system_prompt_of(system, vocabulary, lora)
     model = load_local(export, lora, device, vocabulary)
     positions = read_positions(export)
     talk(

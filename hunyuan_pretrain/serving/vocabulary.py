@@ -6,17 +6,21 @@ Text of a user is never read as control tokens: names such as <|eos|> in it are 
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import regex
-
+from hunyuan_pretrain.data.chat_template import default_system_prompt
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.hf_tokenizer import read_hf_tokenizer
+from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.serving.errors import ServingError
 
+if TYPE_CHECKING:
+    import regex
+
 MOST_MARKS = 100
-_ENDLESS_MARKS = regex.compile(rf"\p{{M}}{{{MOST_MARKS + 1}}}")
 
 __all__ = ["StreamedText", "Vocabulary"]
 
@@ -36,7 +40,9 @@ class Vocabulary:
         """Raises DataFormatError without a tokenizer, or with one whose ids this project cannot compute; ServingError
         without a chat template, or with one that gives other ids than the layout in which chats are trained."""
         self._tokenizer = read_hf_tokenizer(folder)
-        _check_template(folder, self._tokenizer.apply_chat(PROBE))
+        self.system_prompt = default_system_prompt(folder) or ""
+        """That with which the export was fine-tuned, of chats without a system message; "" for none."""
+        _check_template(folder, self._tokenizer, self.system_prompt)
         self._bytes = [b""] * self._tokenizer.vocab_size
         for token, rank in self._tokenizer.ranks.items():
             self._bytes[rank] = token
@@ -76,7 +82,8 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._bytes[token])
 
 
-def _check_template(folder: Path, expected: list[int]) -> None:
+def _check_template(folder: Path, ours: Tokenizer, system_prompt: str) -> None:
+    """With a system message, with an empty one, and without."""
     from hunyuan_pretrain.checkpoint.generate import load_tokenizer
 
     path = folder / "tokenizer_config.json"
@@ -86,15 +93,18 @@ def _check_template(folder: Path, expected: list[int]) -> None:
         raise ServingError(f"{folder}: transformers cannot read its tokenizer: {error}") from None
     if not tokenizer.chat_template:
         raise ServingError(f"{path}: no chat_template, so no chat can be served; export again, or copy it there")
-    try:
-        rendered = tokenizer.apply_chat_template(PROBE, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # a template is a program, and may fail in any way
-        raise ServingError(f"{path}: its chat_template fails on a conversation of two turns: {error}") from None
-    if list(rendered) != expected:
-        raise ServingError(
-            f"{path}: its chat_template does not give the ids in which chats are trained here, or turns text of a "
-            "message into control tokens; take the tokenizer files of an export of this version"
-        )
+    turns = PROBE[1:]
+    empty, default = ([{"role": "system", "content": text}, *turns] for text in ("", system_prompt))
+    for given, meant in ((PROBE, PROBE), (empty, turns), (turns, default)):
+        try:
+            rendered = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ServingError(f"{path}: its chat_template fails on a conversation of two turns: {error}") from None
+        if list(rendered) != ours.apply_chat(meant):
+            raise ServingError(
+                f"{path}: its chat_template does not give the ids in which chats are trained here, or turns text of a "
+                "message into control tokens; take the tokenizer files of an export of this version"
+            )
 
 
 class StreamedText:
@@ -144,5 +154,12 @@ def _overlap(text: str, stop: str) -> int:
 def _refuse_endless_marks(text: str) -> None:
     """Raise DataFormatError for a text whose normalisation would take for ever: Python sorts the combining marks of a
     character by insertion, and no other thread runs meanwhile."""
-    if not text.isascii() and _ENDLESS_MARKS.search(text):
+    if not text.isascii() and _endless_marks().search(text):
         raise DataFormatError(f"more than {MOST_MARKS} combining marks in a row")
+
+
+@functools.cache
+def _endless_marks() -> regex.Pattern[str]:
+    import regex  # comes with transformers; read here, so that `serve` without its extra names that extra
+
+    return regex.compile(rf"\p{{M}}{{{MOST_MARKS + 1}}}")

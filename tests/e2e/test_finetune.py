@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_tools.chat import DEFAULT_SYSTEM_PROMPT
 from tests.helpers.runs import ROOT, experiment_fields, run, write_experiment
 
 pytestmark = pytest.mark.slow
@@ -56,3 +57,8 @@ def test_the_commands_of_the_page_fine_tune_and_merge(corpus: Path, tmp_path: Pa
     assert last["validation_conversation_loss"] > 0
     assert (tmp_path / "demo_out/adapter/adapter_model.safetensors").is_file()
     assert (tmp_path / "demo_out/merged/merge.json").is_file()
+    # the system prompt that `tokenize` gave the conversations, through packs, run, adapter and merged model
+    adapter = json.loads((tmp_path / "demo_out/adapter/certificate.json").read_text())
+    assert adapter["chat"] == {"system_prompt": DEFAULT_SYSTEM_PROMPT}
+    merged = json.loads((tmp_path / "demo_out/merged/tokenizer_config.json").read_text())
+    assert (merged["eos_token"], merged["default_system_prompt"]) == ("<|eos|>", DEFAULT_SYSTEM_PROMPT)

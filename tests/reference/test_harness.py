@@ -18,10 +18,11 @@ import pytest
 
 from hunyuan_pretrain.checkpoint.export_run import export_run
 from hunyuan_pretrain.checkpoint.generate import load_model, load_tokenizer
+from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.evaluation import EvaluationError, judged, long_context, sandbox
 from hunyuan_pretrain.evaluation.benchmark_files import MissingDataError, load_local
 from hunyuan_pretrain.evaluation.catalogue import GROUPS, known_rows, rows_of
-from hunyuan_pretrain.evaluation.opened import open_export
+from hunyuan_pretrain.evaluation.opened import of_run, open_export
 from hunyuan_pretrain.evaluation.requests import Request, check
 from tests.helpers.benchmark_data import write_rows, write_run, write_small_benchmarks
 from tests.helpers.runs import ROOT, run, run_forked
@@ -122,6 +123,14 @@ def test_texts_begin_with_the_token_that_documents_begin_with(place: Path) -> No
         assert lm.tok_encode("he")[0] == lm.prefix_token_id == start
         turns = lm.apply_chat_template([{"role": "user", "content": "he"}])
         assert lm.tok_encode(turns).count(start) == 1
+
+
+def test_a_run_of_conversations_is_asked_with_their_system_prompt(place: Path, tmp_path: Path) -> None:
+    scorer = SimpleNamespace(max_length=64, device="cpu")
+    opened = of_run(scorer, place / "export", tmp_path, {}, "Be brief.")
+    asked = [{"role": "user", "content": "he"}]
+    expected = Tokenizer.load(place / "export").apply_chat([{"role": "system", "content": "Be brief."}, *asked])
+    assert opened.lm.tok_encode(opened.lm.apply_chat_template(asked)) == expected
 
 
 # --- what is missing ------------------------------------------------------------------------------------------------

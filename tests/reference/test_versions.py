@@ -26,6 +26,7 @@ EXPORTS = [
     "tests/unit/checkpoint/test_hf_export.py",
     "tests/unit/checkpoint/test_loaders.py",
     "tests/unit/checkpoint/test_tokenizer_files.py",
+    "tests/unit/data/test_chat_template.py",
     "tests/unit/data/test_tokenizer.py",
 ]
 PEERS = ["tests/reference/test_peers.py"]

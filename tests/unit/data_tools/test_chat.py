@@ -96,6 +96,16 @@ def test_the_releases_habit_trains_on_the_end_of_the_question_too(tmp_path: Path
     assert tokenizer.decode(shard.tokens[:2]).startswith("<|startoftext|>a")
 
 
+def test_conversations_with_other_system_prompts_are_packed_apart(tmp_path: Path, tokenizer_folder: str) -> None:
+    for name, prompt in (("a", "Be brief."), ("b", "")):
+        path = write(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "x"}])
+        tokenize([path], tokenizer_folder, str(tmp_path / name), form=ChatForm(system_prompt=prompt))
+    with pytest.raises(DataFormatError, match=r"b: conversations tokenized with .* those of .*a with .*Be brief"):
+        pack([str(tmp_path / "a"), str(tmp_path / "b")], 80, str(tmp_path / "p"), seed=1)
+    pack([str(tmp_path / "b")], 80, str(tmp_path / "p"), seed=1)
+    assert PackedDataset(tmp_path / "p").index.system_prompt == ""
+
+
 BAD = [
     ("{", "invalid JSON"),
     ([], "a JSON object is expected"),
