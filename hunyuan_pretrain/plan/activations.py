@@ -245,6 +245,7 @@ def _of_one_pass(
         working = max(working, _recomputed_at_once(group, parts))
     width = 2 if experiment.precision.dtype == "bf16" else 4
     rows = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
+    working += _drawn_at_once(experiment, stage, rows)
     # the last stage: the input of the final norm, and the loss's gradient of its output. Others: their output, which
     # core's schedule holds until the backward pass
     device += (2 if number == len(stages) - 1 else 1) * rows * model.hidden_size * width
@@ -266,6 +267,13 @@ def _recomputed_at_once(group: list[list[Kept]], parts: frozenset[str]) -> int:
     return max(
         sum(block.bytes for block in layer if block.is_kept(none) and not block.is_kept(parts)) for layer in group
     )
+
+
+def _drawn_at_once(experiment: Experiment, stage: StageConfig, rows: int) -> int:
+    """Bytes while a mask of hidden states is drawn: three copies of its random bits, 16 for each element."""
+    lora = experiment.tuning.lora
+    rates = (stage.hidden_dropout, 0.0 if lora is None else lora.dropout)
+    return 3 * 2 * rows * experiment.model.hidden_size if any(rates) else 0
 
 
 # --- what recomputing costs -------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch, by_conversation
+from hunyuan_pretrain.model.dropout import rates_of
 from hunyuan_pretrain.model.engines import kept_scales, training_step
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.recycle_routing import draw_keys
@@ -216,7 +217,7 @@ def forward_and_backward(
 
     def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
         inputs = model_inputs(next(batches), rope_alpha=stage.rope_alpha, loss_tokens=divisor.float(), route=route)
-        output, statistics_LX = model(inputs)
+        output, statistics_LX = model(replace(inputs, dropout=rates_of(run.experiment.tuning, stage)))
         statistics.append(statistics_LX)
         return output, as_summed_loss
 
