@@ -123,6 +123,7 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("stages.N.task", Kind.refused, "the rest of the stage would be trained on something else"),
     ("stages.N.loss_average", Kind.recorded, LOSS),
     ("stages.N.routing", Kind.recorded, LOSS),
+    ("stages.N.attention_dropout", Kind.recorded, LOSS),
     ("stages.N.hidden_dropout", Kind.recorded, LOSS),
     ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate continues from the current value"),
     ("stages.N.sequence_length", Kind.refused, "the current stage would continue with different sequences"),

@@ -429,6 +429,13 @@ class StageConfig(Section):
         "for pretrain, dropless for sft.",
         None,
     )
+    attention_dropout: Probability = setting(
+        "Probability with which a probability of attention is dropped in training. Drawn as hidden_dropout. Flash "
+        "kernels cannot repeat such a draw: attention is then computed by torch's operations, which are slower on a "
+        "GPU, whatever runtime.attention_backend says; that is used in validation.",
+        0.0,
+        typical="0; 0.1 in the report's fine-tuning",
+    )
     hidden_dropout: Probability = setting(
         "Probability with which an element of a hidden state is dropped in training: of the embedding's output, and of "
         "attention's and the experts' outputs before each is added to the residual, as in megatron-core. Drawn anew "

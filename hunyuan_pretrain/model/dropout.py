@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig, TuningConfig
+from hunyuan_pretrain.model.packed_attention import Drop
 from hunyuan_pretrain.model.recycle_routing import draws, key_of
 from hunyuan_pretrain.model.routing import Routing, TrainingRouting
 
-EMBEDDING, ATTENTION, EXPERTS, ADAPTERS = range(4)
+EMBEDDING, ATTENTION, EXPERTS, PROBABILITIES, ADAPTERS = range(5)
 """Places in a layer. Those of adapters go on from the last."""
 
 _BITS = 16
@@ -32,6 +33,8 @@ class Rates(NamedTuple):
     hidden: float = 0.0
     adapter: float = 0.0
     """Of the input of a LoRA adapter."""
+    attention: float = 0.0
+    """Of attention's probabilities."""
 
 
 NO_DROPOUT = Rates()
@@ -39,7 +42,7 @@ NO_DROPOUT = Rates()
 
 def rates_of(tuning: TuningConfig, stage: StageConfig) -> Rates:
     """Those of a stage's steps."""
-    return Rates(stage.hidden_dropout, 0.0 if tuning.lora is None else tuning.lora.dropout)
+    return Rates(stage.hidden_dropout, 0.0 if tuning.lora is None else tuning.lora.dropout, stage.attention_dropout)
 
 
 class Dropout(NamedTuple):
@@ -62,6 +65,22 @@ class Dropout(NamedTuple):
         (T, C), all channels."""
         tokens = self.token_T if first_channel is None else self.token_U
         return dropped(x, self._key(layer, ADAPTERS + place), tokens, self.rates.adapter, first_channel or 0)
+
+    def probabilities(self, layer: int, first_head: int) -> Drop | None:
+        """What drops those of a layer's attention, whose heads are numbered from first_head on; None: nothing."""
+        if not self.rates.attention:
+            return None
+        key = self._key(layer, PROBABILITIES)
+
+        def drop(weights_1NnP: Tensor, first_query: int, first_key: int) -> Tensor:
+            N, n, P = weights_1NnP.shape[1:]
+            # a word for each query and head, as if it were a token; the keys of its document are the channels
+            queries_n = self.token_U[first_query : first_query + n]
+            rows_Nn = draws(key, queries_n, range(first_head, first_head + N)).mT
+            weights = weights_1NnP.reshape(N * n, P)
+            return _masked(weights, key, rows_Nn.reshape(-1), self.rates.attention, first_key).view_as(weights_1NnP)
+
+        return drop
 
     def _key(self, layer: int, place: int) -> Tensor:
         # as of a routing group of a negative number, which none has

@@ -52,7 +52,7 @@ class TransformerLayer(torch.nn.Module):
         if self.drops_inputs:
             drop_inputs(self.self_attention, dropout)
         normalised_TD, hidden_TD = self.input_layernorm(hidden_TD)
-        attention_TD, kv = self.self_attention(normalised_TD, kv, plan)
+        attention_TD, kv = self.self_attention(normalised_TD, kv, plan, dropout)
         if self.recompute_norms:
             self._free(self.input_layernorm, hidden_TD, normalised_TD, attention_TD)
         drop = None if dropout is None or not dropout.rates.hidden else dropout.hidden

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from hunyuan_pretrain.config.derived import (
+    DROPPED_QUERIES,
     SMALLEST_OFFLOADED_BYTES,
     Grid,
     expert_capacity,
@@ -270,10 +271,14 @@ def _recomputed_at_once(group: list[list[Kept]], parts: frozenset[str]) -> int:
 
 
 def _drawn_at_once(experiment: Experiment, stage: StageConfig, rows: int) -> int:
-    """Bytes while a mask of hidden states is drawn: three copies of its random bits, 16 for each element."""
-    lora = experiment.tuning.lora
+    """Bytes while a mask is drawn: three copies of its random bits, 16 for each element. Of hidden states, or of the
+    probabilities of one piece of attention, of which there are up to five copies in fp32 meanwhile."""
+    lora, model, parallel = experiment.tuning.lora, experiment.model, experiment.parallel
     rates = (stage.hidden_dropout, 0.0 if lora is None else lora.dropout)
-    return 3 * 2 * rows * experiment.model.hidden_size if any(rates) else 0
+    hidden = 3 * 2 * rows * model.hidden_size if any(rates) else 0
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    probabilities = heads * DROPPED_QUERIES * stage.sequence_length if stage.attention_dropout else 0
+    return max(hidden, (3 * 2 + 5 * 4) * probabilities)
 
 
 # --- what recomputing costs -------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
 }
 STAGES: dict[str, dict[str, Any]] = {
     "by conversation": {"loss_average": "conversations"},
-    "dropout": {"hidden_dropout": 0.2},
+    "dropout": {"hidden_dropout": 0.2, "attention_dropout": 0.1},
 }
 """Changes to the stage."""
 LAYOUTS = [

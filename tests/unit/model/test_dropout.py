@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,18 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.config.schema import ModelConfig
-from hunyuan_pretrain.model.dropout import ADAPTERS, ATTENTION, EMBEDDING, EXPERTS, Rates, dropout_of, dropped
+from hunyuan_pretrain.model import packed_attention
+from hunyuan_pretrain.model.dropout import (
+    ADAPTERS,
+    ATTENTION,
+    EMBEDDING,
+    EXPERTS,
+    PROBABILITIES,
+    Rates,
+    dropout_of,
+    dropped,
+)
+from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
 from hunyuan_pretrain.model.routing import EVALUATION, TrainingRouting
 from tests.helpers import tiny
 
@@ -75,12 +87,68 @@ def test_every_place_layer_step_and_seed_has_another_mask_and_ranks_share_one() 
         hidden = [found.hidden(x_TC, layer, place) for layer in (0, 1) for place in (EMBEDDING, ATTENTION, EXPERTS)]
         return [*hidden, *(found.adapter(x_TC, 0, place, None) for place in (0, 1))]
 
-    assert 1 + max(EMBEDDING, ATTENTION, EXPERTS) == ADAPTERS
+    assert 1 + max(EMBEDDING, ATTENTION, EXPERTS, PROBABILITIES) == ADAPTERS
     drawn = [*masks(1, 0), *masks(1, 1), *masks(2, 0)]
     assert len({one.numpy().tobytes() for one in drawn}) == len(drawn)
     parts = [masks(1, 0, rank, 2) for rank in (0, 1)]
     for whole, halves in zip(masks(1, 0), zip(*parts, strict=True), strict=True):
         assert torch.equal(torch.cat(halves), whole)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def by_hand(qkv: list[Tensor], cu_seqlens: list[int], masks: list[Tensor]) -> Tensor:
+    """Of each document: softmax, then the mask (N, n, n), then the values; with autograd."""
+    found = []
+    for start, end, mask_Nnn in zip(cu_seqlens, cu_seqlens[1:], masks, strict=False):
+        q, k, v = (x[start:end].transpose(0, 1) for x in qkv)
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(
+            torch.ones(end - start, end - start).triu(1) > 0, -torch.inf
+        )
+        found.append((scores.softmax(-1) * mask_Nnn @ v).transpose(0, 1))
+    return torch.cat(found)
+
+
+def test_attention_drops_probabilities_the_same_in_pieces_and_on_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula with the masks written out; then in pieces, for rows of one rank, and for some heads."""
+    attend: Callable[..., Tensor] = packed_attention.packed_attention
+    generator = torch.Generator().manual_seed(1)
+    T, cu_seqlens = 96, [0, 20, 64, 71, 96]
+    qkv = [torch.randn(T, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    found = dropout_of(TrainingRouting(1, 0, torch.arange(24, 48), 48), Rates(attention=0.3), 4, 0, 1)
+    assert found is not None
+    drop, blocks = found.probabilities(2, 0), document_blocks(cu_seqlens)
+    assert drop is not None
+    masks = [
+        drop(torch.ones(1, 4, block.q_end - block.q_start, block.q_end - block.q_start), block.q_start, 0)[0]
+        for block in blocks
+    ]
+    share = torch.cat([(one == 0).flatten() for one in masks]).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.02)
+    assert not torch.equal(masks[1][0], masks[1][1])
+    output_gradient = torch.randn(T, 4, 8, generator=generator, dtype=torch.float64)
+    expected = with_gradients(lambda *qkv: by_hand(list(qkv), cu_seqlens, masks), qkv, output_gradient)
+    for pieces in (256, 16):
+        monkeypatch.setattr(packed_attention, "DROPPED_QUERIES", pieces)
+        actual = with_gradients(lambda *qkv: attend(*qkv, blocks, drop), qkv, output_gradient)
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    heads = found.probabilities(2, 2)
+    some = attend(qkv[0][:, 2:], *(x[:, 1:] for x in qkv[1:]), blocks, heads)
+    torch.testing.assert_close(some, expected[0][:, 2:])
+    ranges = [(8, 32), (68, 92)]
+    rows = torch.cat([torch.arange(*one) for one in ranges])
+    mine = found._replace(token_U=found.token_U[rows]).probabilities(2, 0)
+    of_rank = attend(qkv[0][rows], *qkv[1:], context_blocks(cu_seqlens, ranges), mine)
+    torch.testing.assert_close(of_rank, expected[0][rows])
+
+
+def with_gradients(attend: Callable[..., Tensor], qkv: list[Tensor], output_gradient: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    output = attend(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, output_gradient)]
 
 
 # --- in the model -----------------------------------------------------------------------------------------------------
@@ -97,8 +165,8 @@ def result(model: ModelConfig, rates: Rates, **parallel: Any) -> tuple[Tensor, d
 @pytest.mark.parametrize("recompute", ["norms", "cla_group"])
 def test_recomputed_layers_drop_the_same(recompute: str) -> None:
     model = tiny.tiny_model()
-    loss, gradients = result(model, Rates(0.2))
-    again, recomputed = result(model, Rates(0.2), recompute=recompute)
+    loss, gradients = result(model, Rates(0.2, attention=0.1))
+    again, recomputed = result(model, Rates(0.2, attention=0.1), recompute=recompute)
     assert loss != result(model, Rates())[0]
     assert torch.equal(loss, again)
     assert gradients.keys() == recomputed.keys()
