@@ -190,7 +190,7 @@ def _config(experiment: Experiment, marker: Mapping[str, Any]) -> dict[str, Any]
         "base_model_name_or_path": str(marker[ADAPTER_OF]["path"]),
         "r": lora.rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "inference_mode": True,
         "target_modules": modules_of(experiment.model, lora),

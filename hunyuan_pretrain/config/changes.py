@@ -90,6 +90,7 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("model.padded_vocab_size", Kind.never, "changes the shape of the weights"),
     ("model.share_embeddings_and_output_weights", Kind.never, "changes the number of weights"),
     ("tuning.lora.adapter", Kind.harmless, "where the run started"),
+    ("tuning.lora.dropout", Kind.recorded, LOSS),
     (
         "tuning.*",
         Kind.never,
@@ -123,6 +124,8 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("stages.N.dpo_*", Kind.recorded, LOSS),
     ("stages.N.loss_average", Kind.recorded, LOSS),
     ("stages.N.routing", Kind.recorded, LOSS),
+    ("stages.N.attention_dropout", Kind.recorded, LOSS),
+    ("stages.N.hidden_dropout", Kind.recorded, LOSS),
     ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate continues from the current value"),
     ("stages.N.sequence_length", Kind.refused, "the current stage would continue with different sequences"),
     ("stages.N.global_batch_sequences", Kind.recorded, "the stage continues at the sequence that it has reached"),

@@ -118,11 +118,16 @@ def preferences_have_a_reference(experiment: Experiment) -> Iterator[Problem]:
         if stage.loss_average != "tokens":
             rule = "has no effect with task=dpo, whose loss is a mean over pairs"
             yield Problem(f"{where}.loss_average", stage.loss_average, rule, "leave it out")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if rate := getattr(stage, name):
+                yield Problem(f"{where}.{name}", rate, "the reference of task=dpo is computed without", "use 0")
     if all(stage.task != "dpo" for stage in experiment.stages):
         return
     if experiment.checkpoint.init_from is None:
         rule = "task=dpo compares with the weights that the run starts from"
         yield Problem("checkpoint.init_from", Problem.NO_VALUE, rule, "give a run, a checkpoint or an import")
+    if experiment.tuning.lora is not None and (rate := experiment.tuning.lora.dropout):
+        yield Problem("tuning.lora.dropout", rate, "the reference of task=dpo is computed without", "use 0")
     if experiment.precision.fp8_recipe is not None:
         rule = "with task=dpo, scales that change from step to step would move the log-probabilities"
         yield Problem("precision.fp8_recipe", experiment.precision.fp8_recipe, rule, "set it to null")

@@ -149,6 +149,8 @@ def offloaded_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     return stages[stage][: min(parallel.cpu_offloading_num_layers, most)]
 
 
+DROPPED_QUERIES = 256
+"""Queries of a piece of attention with dropout: it holds the probabilities of all of them at once."""
 SMALLEST_OFFLOADED_BYTES = 1 << 20
 """Smaller blocks of memory stay on the device: their copies would cost more launches than they move bytes. The same
 limit as in core."""

@@ -30,6 +30,10 @@ def _obstacles(experiment: Experiment) -> Iterator[tuple[str, str, str]]:
         name = next(stage.name for stage in experiment.stages if stage.is_dropless)
         reason = f"without a capacity the host reads how many rows each expert gets (stage {name})"
         yield "stages.N.routing=dropless", reason, "set it to model"
+    for number, stage in enumerate(experiment.stages):
+        if stage.attention_dropout:
+            reason = "attention with dropout does not read the boundaries of documents from memory"
+            yield f"stages.{number}.attention_dropout={stage.attention_dropout}", reason, "set it to 0"
     if parallel.pipeline_model_parallel_size > 1:
         size, reason = parallel.pipeline_model_parallel_size, "an exchange between stages has never been recorded here"
         yield f"parallel.pipeline_model_parallel_size={size}", reason, "set it to 1"

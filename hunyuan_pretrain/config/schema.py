@@ -48,6 +48,9 @@ def setting(
     return Field(default, description=description, min_length=min_length, json_schema_extra=extra)
 
 
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, and values are frozen after loading."""
 
@@ -438,6 +441,21 @@ class StageConfig(Section):
         "for pretrain, dropless for sft and dpo.",
         None,
     )
+    attention_dropout: Probability = setting(
+        "Probability with which a probability of attention is dropped in training. Drawn as hidden_dropout. Flash "
+        "kernels cannot repeat such a draw: attention is then computed by torch's operations, which are slower on a "
+        "GPU, whatever runtime.attention_backend says; that is used in validation.",
+        0.0,
+        typical="0; 0.1 in the report's fine-tuning",
+    )
+    hidden_dropout: Probability = setting(
+        "Probability with which an element of a hidden state is dropped in training: of the embedding's output, and of "
+        "attention's and the experts' outputs before each is added to the residual, as in megatron-core. Drawn anew "
+        "from the seed, the step and the token's place in the global batch, so it is the same under every layout and "
+        "when layers are recomputed.",
+        0.0,
+        typical="0; 0.2 in the report's fine-tuning",
+    )
     data: tuple[DataSource, ...] = setting("Packed datasets of the stage, mixed by weight.", min_length=1)
     tier_weights: dict[str, PositiveFloat] | None = setting(
         "Share of the stage's tokens per tier; the sources' weights split it within a tier. null: only the sources' "
@@ -767,6 +785,12 @@ class LoraConfig(Section):
 
     rank: PositiveInt = setting("Rank of A and B.", unit="channels", typical="8 to 64")
     alpha: PositiveFloat = setting("Scale of B A x, divided by rank.", unit="ratio", typical="2 x rank")
+    dropout: Probability = setting(
+        "Probability with which an element of an adapter's input is dropped in training; only with target_modules of "
+        "attention. Drawn as hidden_dropout of a stage; q, k and v of a layer share a mask.",
+        0.0,
+        typical="0 to 0.1",
+    )
     target_modules: tuple[str, ...] = setting(
         "Linear layers that get adapters, by the names that an export gives them: the end of a name, as PEFT compares "
         "it, or a pattern of the whole name with *. q_proj, k_proj, v_proj, o_proj: attention. gate_proj, up_proj, "
@@ -810,7 +834,7 @@ class Experiment(Section):
     name: str = setting("Name of the experiment in logs.")
     run_dir: str = setting("Folder for everything the run writes.", is_path=True)
     seed: Annotated[int, Field(ge=0, le=2**63)] = setting(
-        "Seed for initialisation, data order and recycle routing.", 1234
+        "Seed for initialisation, data order, recycle routing and dropout.", 1234
     )
     tokenizer: str = setting(
         "Folder of the tokenizer that tokenized the data (`hunyuan-data train-tokenizer`).", is_path=True

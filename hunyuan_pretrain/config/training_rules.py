@@ -207,6 +207,29 @@ def offloaded_activations_are_large(experiment: Experiment) -> Iterator[Problem]
             return
 
 
+def attention_dropout_knows_its_tokens(experiment: Experiment) -> Iterator[Problem]:
+    """With all_to_all a rank attends for queries of other ranks, whose places in the batch it does not know."""
+    parallel = experiment.parallel
+    if parallel.context_parallel_size == 1 or parallel.context_parallel_method != "all_to_all":
+        return
+    for number, stage in enumerate(experiment.stages):
+        if stage.attention_dropout:
+            rule = "is for parallel.context_parallel_method all_gather, and it is all_to_all"
+            yield Problem(f"stages.{number}.attention_dropout", stage.attention_dropout, rule, "use 0, or all_gather")
+
+
+def attention_dropout_is_computed_by_torch(experiment: Experiment) -> Iterator[Problem]:
+    if experiment.runtime.device == "cpu":
+        return
+    for number, stage in enumerate(experiment.stages):
+        if stage.attention_dropout:
+            backend = experiment.runtime.attention_backend
+            rule = f"no kernel of runtime.attention_backend ({backend}) has this dropout: torch's operations compute it"
+            where = f"stages.{number}.attention_dropout"
+            yield Problem(where, stage.attention_dropout, rule, "use 0 for the speed of flash kernels")
+            return
+
+
 def total_steps(experiment: Experiment) -> int:
     """Total steps of all stages."""
     return sum(stage.num_steps for stage in experiment.stages)
@@ -215,6 +238,7 @@ def total_steps(experiment: Experiment) -> int:
 TRAINING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     routing_group_divides_sequences,
     ranks_hold_whole_routing_groups,
+    attention_dropout_knows_its_tokens,
     one_source_of_the_expert_lr,
     betas_are_decays,
     stage_names_are_unique,
@@ -228,4 +252,5 @@ WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     keep_last_has_something_to_remove,
     offload_has_a_device_to_relieve,
     offloaded_activations_are_large,
+    attention_dropout_is_computed_by_torch,
 )

@@ -21,9 +21,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.model.attention_backends import core_attention
+from hunyuan_pretrain.model.dropout import Dropout
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
 from hunyuan_pretrain.model.norm import HeadNorm, HeadWeights
-from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
+from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks, packed_attention
 from hunyuan_pretrain.model.spec import Spec
 from hunyuan_pretrain.model.varlen_attention import Blocks, Documents
 from hunyuan_pretrain.parallel.context_parallel import (
@@ -75,12 +76,13 @@ class SelfAttention(torch.nn.Module):
         self, config: HunyuanConfig, layer: int, spec: Spec, groups: ProcessGroupCollection, norm: torch.nn.Module
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.is_owner = layer % config.model.cla_share_factor == 0
         tp_size = groups.tp.size()
         self.head_dim = config.kv_channels
         self.num_heads = config.num_attention_heads // tp_size
         self.num_groups = config.num_query_groups // tp_size
+        self.first_head = groups.tp.rank() * self.num_heads
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_query_groups * self.head_dim
         if self.is_owner:
             self.linear_qkv = spec.linear_after(norm, config, config.hidden_size, q_size + 2 * kv_size, groups)
@@ -93,7 +95,9 @@ class SelfAttention(torch.nn.Module):
         self.core_attention = core_attention(config)
         self.linear_proj = spec.row_parallel_linear(config, q_size, config.hidden_size, groups)
 
-    def forward(self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan) -> tuple[Tensor, SharedKV]:
+    def forward(
+        self, hidden_TD: Tensor, kv: SharedKV | None, plan: AttentionPlan, dropout: Dropout | None = None
+    ) -> tuple[Tensor, SharedKV]:
         """Attend. `kv` is what the group's owner returned, None for the owner itself. Returns ((T, D), kv).
 
         Communicates: tensor-parallel group; context-parallel group: keys and values in the owner only, and with
@@ -118,7 +122,11 @@ class SelfAttention(torch.nn.Module):
             assert kv is not None, "a borrower needs its group's keys and values"
             q_TNH = self.linear_q(hidden_TD)[0].view(-1, self.num_heads, self.head_dim)
             q_TNH = self.rope_norm(q_TNH, plan.rope_table, self._weights(), eps)
-        if context is not None and context.method == "all_to_all":
+        drop = None if dropout is None else dropout.probabilities(self.layer, self.first_head)
+        if drop is not None:
+            assert not isinstance(plan.blocks, Documents), "config.recording_rules excludes dropout of attention"
+            output_TNH = packed_attention(q_TNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks, drop)
+        elif context is not None and context.method == "all_to_all":
             all_q_SNH = sequence_to_heads(q_TNH, context)
             output_TNH = heads_to_sequence(self.core_attention(all_q_SNH, kv.k_hat_SGH, kv.v_SGH, plan.blocks), context)
         else:

@@ -25,6 +25,7 @@ from hunyuan_pretrain.config.derived import offloaded_layers, rope_base
 from hunyuan_pretrain.config.tuning import ADAPTER, is_trained
 from hunyuan_pretrain.model.attention import attention_plan
 from hunyuan_pretrain.model.cross_entropy import Accumulation, linear_cross_entropy, token_cross_entropies
+from hunyuan_pretrain.model.dropout import EMBEDDING, Dropout, dropout_of
 from hunyuan_pretrain.model.engines import choose_spec
 from hunyuan_pretrain.model.fp8.parameters import unquantised, write
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
@@ -225,8 +226,11 @@ class HunyuanModel(MegatronModule):
         T here is the tokens of this context-parallel rank. With sequence parallelism, activations between layers and
         their router statistics cover only this tensor-parallel rank's share of them.
         """
+        rank, size = (self.groups.tp.rank(), self.groups.tp.size()) if self.config.sequence_parallel else (0, 1)
+        group_tokens = self.config.model.moe_routing_group_tokens
+        dropout = dropout_of(inputs.routing, inputs.dropout, group_tokens, rank, size)
         # not held here meanwhile: it may be offloaded
-        hidden_TD, statistics = self._through_layers(self._stage_input(inputs), inputs)
+        hidden_TD, statistics = self._through_layers(self._stage_input(inputs, dropout), inputs, dropout)
         if not self.post_process:
             return hidden_TD[:, None], statistics
         hidden_TD, _ = self.decoder.final_layernorm(hidden_TD)
@@ -234,9 +238,11 @@ class HunyuanModel(MegatronModule):
             return inputs.read_out(self._of_all_tokens(hidden_TD), self._output_weight()), statistics
         return (self._logits(hidden_TD) if inputs.labels_T is None else self._loss(hidden_TD, inputs)), statistics
 
-    def _stage_input(self, inputs: ModelInputs) -> Tensor:
+    def _stage_input(self, inputs: ModelInputs, dropout: Dropout | None) -> Tensor:
         if self.pre_process:
             hidden_TD = self.embedding(inputs.tokens_T)
+            if dropout is not None:
+                hidden_TD = dropout.hidden(hidden_TD, 0, EMBEDDING)
             if torch.is_grad_enabled() and not hidden_TD.requires_grad:
                 # of a frozen embedding: recomputed layers are skipped by the backward pass if no input needs a gradient
                 hidden_TD.requires_grad_()
@@ -244,7 +250,9 @@ class HunyuanModel(MegatronModule):
         assert self.input_TBD is not None, "a later stage needs the activations of the one before"
         return self.input_TBD.squeeze(1)
 
-    def _through_layers(self, hidden_TD: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    def _through_layers(
+        self, hidden_TD: Tensor, inputs: ModelInputs, dropout: Dropout | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(T, D) after this stage's CLA groups, and packed router statistics (all layers, X)."""
         config, tp, routing = self.config, self.groups.tp, inputs.routing
         if config.sequence_parallel:
@@ -259,7 +267,7 @@ class HunyuanModel(MegatronModule):
         for number, start in enumerate(range(0, len(layers), config.model.cla_share_factor)):
             group = layers[start : start + config.model.cla_share_factor]
             maker_of_input = hidden_TD.grad_fn
-            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, plan, routing, recompute)
+            hidden_TD, statistics_LX = run_cla_group(group, hidden_TD, plan, routing, recompute, dropout)
             offloaded = self.offload.after_group(number, maker_of_input, hidden_TD, group, offloaded)
             statistics[group[0].layer : group[-1].layer + 1] = statistics_LX.detach()
         return hidden_TD, statistics

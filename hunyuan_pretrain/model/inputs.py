@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hunyuan_pretrain.model.dropout import NO_DROPOUT, Rates
 from hunyuan_pretrain.model.preference import Pairs
 from hunyuan_pretrain.model.routing import EVALUATION, Routing
 from hunyuan_pretrain.model.varlen_attention import Documents
@@ -44,3 +45,5 @@ class ModelInputs:
     the output weight (V / tensor-parallel ranks, D)."""
     context: ContextSlice | None = None
     """Which of the tokens of all context-parallel ranks these are; None with one rank."""
+    dropout: Rates = NO_DROPOUT
+    """Of the step; only with a routing of training, whose keys draw the masks."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import LoraConfig
 from hunyuan_pretrain.config.tuning import ADAPTER, Linear, adapted_sizes, linears_of_layer, targets
+from hunyuan_pretrain.model.dropout import Dropout
 from hunyuan_pretrain.model.expert_rows import RowSplits
 from hunyuan_pretrain.model.grouped_linear import grouped_matmul, mark_experts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig, weight_device
@@ -44,14 +45,23 @@ def add_adapters(model: Any, lora: LoraConfig) -> None:
     config: HunyuanConfig = model.config
     for layer in model.decoder.layers:
         found = targets(config.model, lora, layer.layer)
-        for linear in linears_of_layer(config.model, layer.layer):
+        for place, linear in enumerate(linears_of_layer(config.model, layer.layer)):
             if linear.name in found:
                 module = layer.get_submodule(linear.name)
                 kind = (
                     _GroupedAdapter if linear.is_routed else _RowAdapter if linear.is_row_parallel else _ColumnAdapter
                 )
                 module.adapter = kind(config, lora, linear, found[linear.name], model.groups)
+                module.adapter.place = layer.layer, place
                 module.register_forward_hook(_add_grouped if linear.is_routed else _add)
+
+
+def drop_inputs(module: torch.nn.Module, dropout: Dropout | None) -> None:
+    """From now on the adapters in `module` drop elements of their inputs; None: they do not. All parts of a fused layer
+    share a mask. For attention, which is never recomputed apart from its layer."""
+    for one in module.modules():
+        if isinstance(one, _Adapter):
+            one.dropout = dropout
 
 
 def is_zero_at_first(name: str) -> bool:
@@ -112,6 +122,8 @@ class _Adapter(torch.nn.Module):
         super().__init__()
         self.groups, self.parts, self.rank = groups, tuple(parts), lora.rank
         self.scale = lora.alpha / lora.rank
+        self.place = (0, 0)  # its layer, and its number among the linear layers there
+        self.dropout: Dropout | None = None
         size = groups.expt_tp.size() if linear.is_routed else groups.tp.size()
         experts = (config.num_moe_experts // groups.ep.size(),) if linear.is_routed else ()
         for name in parts:
@@ -141,6 +153,10 @@ class _Adapter(torch.nn.Module):
         found = [self.get_submodule(name)() for name in self.parts]
         return [a for a, _ in found], [b for _, b in found]
 
+    def _input(self, x: Tensor, first_channel: int | None) -> Tensor:
+        """With dropout, as `Dropout.adapter`."""
+        return x if self.dropout is None else self.dropout.adapter(x, *self.place, first_channel)
+
     def _joined(self, outputs: Sequence[Tensor]) -> Tensor:
         return self.join(dict(zip(self.parts, outputs, strict=True)))
 
@@ -151,7 +167,7 @@ class _ColumnAdapter(_Adapter):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         a, b = self._factors()
-        low_Tr = F.linear(x_TI, torch.cat(a)) * self.scale
+        low_Tr = F.linear(self._input(x_TI, None), torch.cat(a)) * self.scale
         if self.groups.tp.size() > 1:
             low_Tr = gather_from_sequence_parallel_region(low_Tr, group=self.groups.tp)
         return self._joined([F.linear(low, one) for low, one in zip(low_Tr.split(self.rank, -1), b, strict=True)])
@@ -163,6 +179,7 @@ class _RowAdapter(_Adapter):
 
     def forward(self, x_UI: Tensor) -> Tensor:
         (a,), (b,) = self._factors()
+        x_UI = self._input(x_UI, self.groups.tp.rank() * x_UI.shape[1])
         low_Ur = F.linear(x_UI, a) * self.scale
         if self.groups.tp.size() > 1:
             low_Ur = reduce_scatter_to_sequence_parallel_region(low_Ur, group=self.groups.tp)

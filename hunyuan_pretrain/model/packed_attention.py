@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from hunyuan_pretrain.config.derived import DROPPED_QUERIES
 from hunyuan_pretrain.runtime.handover import handed_over
 
 
@@ -62,42 +64,68 @@ def is_uniform(blocks: Sequence[Block], num_keys: int) -> bool:
     )
 
 
-def packed_attention(q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+class Drop(Protocol):
+    """Drops the same probabilities each time, by query, head and key."""
+
+    def __call__(self, weights_1NnP: Tensor, first_query: int, first_key: int) -> Tensor:
+        """(1, N, n, P) numbers, one for each probability, with dropped ones 0 and the others scaled. first_query: its
+        row; first_key: its place in its document."""
+
+
+def packed_attention(
+    q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block], drop: Drop | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(H)) v of each block, without a (T, S) mask. Returns (T, N, H), contiguous. Communicates
     nothing.
 
     Blocks are in query order and cover every query. Query head n reads key/value head n // (N / G). Keys that no query
     sees get a zero gradient. Any strides are accepted, but tensors whose last dim is not contiguous are copied. Raises
-    ValueError if dtypes or devices differ.
+    ValueError if dtypes or devices differ. drop: of the probabilities; flash kernels draw their own masks, so torch's
+    operations compute attention then.
     """
+    blocks = blocks if drop is None else [part for block in blocks for part in _pieces(block)]
     assert [*(block.q_start for block in blocks), q_TNH.shape[0]] == [0, *(block.q_end for block in blocks)], (
         "blocks leave queries out"
     )
-    return _PackedAttention.apply(*handed_over("flash attention", q_TNH, k_SGH, v_SGH, knows_strides=True), blocks)
+    return _PackedAttention.apply(
+        *handed_over("flash attention", q_TNH, k_SGH, v_SGH, knows_strides=True), blocks, drop
+    )
+
+
+def _pieces(block: Block) -> Iterator[Block]:
+    """The block in blocks of at most DROPPED_QUERIES queries."""
+    own_key = block.k_end - (block.q_end - block.q_start)
+    for start in range(block.q_start, block.q_end, DROPPED_QUERIES):
+        end = min(start + DROPPED_QUERIES, block.q_end)
+        yield Block(start, end, block.k_start, own_key + end - block.q_start)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block]) -> Tensor:
+    def forward(
+        ctx: Any, q_TNH: Tensor, k_SGH: Tensor, v_SGH: Tensor, blocks: Sequence[Block], drop: Drop | None
+    ) -> Tensor:
         kernel = _kernel(q_TNH)
         q_1NTH, k_1GSH, v_1GSH = _by_head(q_TNH, k_SGH, v_SGH)
         outs_nNH, logsumexps = [], []
         for block in blocks:
             q_1NnH = q_1NTH.narrow(2, *_queries(block))
             parts = [
-                kernel.forward(q_1NnH, k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys), causal)
+                _of_part(kernel, drop, block, keys).forward(
+                    q_1NnH, k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys), causal
+                )
                 for keys, causal in _parts(block)
             ]
             out_1NnH, logsumexp_1Nn = parts[0] if len(parts) == 1 else _merge(*parts)
             outs_nNH.append(out_1NnH[0].transpose(0, 1))
             logsumexps.append(logsumexp_1Nn)
         out_TNH = torch.cat(outs_nNH)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.drop = blocks, drop
         ctx.save_for_backward(q_TNH, k_SGH, v_SGH, out_TNH, *logsumexps)
         return out_TNH
 
     @staticmethod
-    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, k_SGH, v_SGH, out_TNH, *logsumexps = ctx.saved_tensors
         kernel = _kernel(q_TNH)
         grad_1NTH, q_1NTH, k_1GSH, v_1GSH, out_1NTH = _by_head(grad_TNH.contiguous(), q_TNH, k_SGH, v_SGH, out_TNH)
@@ -113,7 +141,8 @@ class _PackedAttention(torch.autograd.Function):
             grad_q_nNH: Tensor | None = None
             for keys, causal in _parts(block):
                 kv_1GPH = k_1GSH.narrow(2, *keys), v_1GSH.narrow(2, *keys)
-                grads = kernel.backward(grad_1NnH, q_1NnH, *kv_1GPH, out_1NnH, logsumexp_1Nn, causal)
+                one = _of_part(kernel, ctx.drop, block, keys)
+                grads = one.backward(grad_1NnH, q_1NnH, *kv_1GPH, out_1NnH, logsumexp_1Nn, causal)
                 grad_nNH, *grad_kv_PGH = (x[0].transpose(0, 1) for x in grads)
                 grad_q_nNH = grad_nNH if grad_q_nNH is None else grad_q_nNH + grad_nNH
                 for number, grad_PGH in enumerate(grad_kv_PGH):
@@ -124,7 +153,15 @@ class _PackedAttention(torch.autograd.Function):
             assert grad_q_nNH is not None
             grads_q.append(grad_q_nNH)
         grad_k_SGH, grad_v_SGH = (x.to(k_SGH.dtype) for x in sums_kv) if is_sum else (torch.cat(x) for x in grads_kv)
-        return torch.cat(grads_q), grad_k_SGH, grad_v_SGH, None
+        return torch.cat(grads_q), grad_k_SGH, grad_v_SGH, None, None
+
+
+def _of_part(kernel: _Kernel, drop: Drop | None, block: Block, keys: tuple[int, int]) -> _Kernel:
+    """The kernel for a block's queries and these keys; with dropout, torch's operations with their mask."""
+    if drop is None:
+        return kernel
+    mask = partial(drop, first_query=block.q_start, first_key=keys[0] - block.k_start)
+    return _Kernel(partial(_plain, mask=mask), partial(_plain_backward, mask=mask))
 
 
 def batched_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, blocks: Sequence[Block]) -> Tensor:
@@ -193,6 +230,10 @@ class _Kernel(NamedTuple):
     """(output gradient, q, k, v, output, logsumexp, is_causal) -> gradients of q, k and v."""
 
 
+Mask = Callable[[Tensor], Tensor]
+"""(B, N, n, P) numbers, one for each probability -> the same with dropped ones 0 and the others scaled."""
+
+
 def _kernel(q_TNH: Tensor) -> _Kernel:
     if q_TNH.device.type == "cpu":
         return _Kernel(_flash_cpu, _flash_cpu_backward)
@@ -229,24 +270,35 @@ def _flash_cuda_backward(
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(*saved, 0.0, is_causal, seed, seed)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """For inputs that flash kernels reject, such as fp32 on a GPU; holds all scores of a call, and a causal mask for
-    them."""
+def _unmasked(weights: Tensor) -> Tensor:
+    return weights
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, mask: Mask = _unmasked) -> tuple[Tensor, Tensor]:
+    """For what flash kernels reject, such as fp32 on a GPU, or do not have: dropout with a given mask. Holds all scores
+    of a call, and a causal mask for them."""
     scores = _plain_scores(q, k, is_causal)
     logsumexp = scores.logsumexp(-1)
     weights = (scores - logsumexp[..., None]).exp()
-    return (weights @ _for_every_query_head(v, q)).to(q.dtype), logsumexp
+    return (mask(weights) @ _for_every_query_head(v, q)).to(q.dtype), logsumexp
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    is_causal: bool,
+    mask: Mask = _unmasked,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = (_plain_scores(q, k, is_causal) - logsumexp[..., None]).exp()
     grad, out, wide_q = (x.to(weights.dtype) for x in (grad, out, q))
-    grad_scores = grad @ _for_every_query_head(v, q).mT - (grad * out).sum(-1, keepdim=True)
+    grad_scores = mask(grad @ _for_every_query_head(v, q).mT) - (grad * out).sum(-1, keepdim=True)
     grad_scores = grad_scores * weights * q.shape[-1] ** -0.5
     grad_k, grad_v = (
-        x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (grad_scores.mT @ wide_q, weights.mT @ grad)
+        x.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for x in (grad_scores.mT @ wide_q, mask(weights).mT @ grad)
     )
     return (grad_scores @ _for_every_query_head(k, q)).to(q.dtype), grad_k, grad_v
 

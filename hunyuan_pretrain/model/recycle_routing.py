@@ -40,8 +40,8 @@ def _signed(value: int) -> int:
 def _mix(keys: Tensor) -> Tensor:
     """splitmix64's finaliser for int64 tensors of any shape; int64 multiplication wraps as unsigned does."""
     for shift, factor in _MIX:
-        keys = (keys ^ ((keys >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return keys ^ ((keys >> _LAST_SHIFT) & ((1 << (64 - _LAST_SHIFT)) - 1))
+        keys = (keys >> shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(keys).mul_(_signed(factor))
+    return (keys >> _LAST_SHIFT).bitwise_and_((1 << (64 - _LAST_SHIFT)) - 1).bitwise_xor_(keys)
 
 
 def draw_key(seed: int, step: int, layer: int) -> int:
@@ -66,12 +66,17 @@ def key_of(routing: TrainingRouting, layer: int) -> int | Tensor:
     return draw_key(routing.seed, routing.step, layer) if routing.key_L is None else routing.key_L[layer]
 
 
-def slot_priorities(key: int | Tensor, group_n: Tensor, num_slots: int) -> Tensor:
-    """(n, num_slots) non-negative int64 random numbers, a pure function of (seed, step, layer, group, slot). key: of
-    the first three."""
+def draws(key: int | Tensor, group_n: Tensor, slots: range) -> Tensor:
+    """(n, slots) int64 of 64 random bits, a pure function of (seed, step, layer, group, slot). key: of the first
+    three."""
     group_keys = _mix(group_n.to(torch.int64) * _signed(_GOLDEN) + key)
-    slots = torch.arange(1, num_slots + 1, dtype=torch.int64, device=group_n.device) * _signed(_GOLDEN)
-    return _mix(group_keys[:, None] + slots) & ((1 << 63) - 1)
+    numbers = torch.arange(slots.start + 1, slots.stop + 1, dtype=torch.int64, device=group_n.device)
+    return _mix(group_keys[:, None] + numbers * _signed(_GOLDEN))
+
+
+def slot_priorities(key: int | Tensor, group_n: Tensor, num_slots: int) -> Tensor:
+    """(n, num_slots) non-negative int64 random numbers; `draws` without the sign."""
+    return draws(key, group_n, range(num_slots)) & ((1 << 63) - 1)
 
 
 # --- slots of a routing group -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from hunyuan_pretrain.config.derived import (
+    DROPPED_QUERIES,
     SMALLEST_OFFLOADED_BYTES,
     Grid,
     expert_capacity,
@@ -245,6 +246,7 @@ def _of_one_pass(
         working = max(working, _recomputed_at_once(group, parts))
     width = 2 if experiment.precision.dtype == "bf16" else 4
     rows = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
+    working += _drawn_at_once(experiment, stage, rows)
     # the last stage: the input of the final norm, and the loss's gradient of its output. Others: their output, which
     # core's schedule holds until the backward pass
     device += (2 if number == len(stages) - 1 else 1) * rows * model.hidden_size * width
@@ -266,6 +268,17 @@ def _recomputed_at_once(group: list[list[Kept]], parts: frozenset[str]) -> int:
     return max(
         sum(block.bytes for block in layer if block.is_kept(none) and not block.is_kept(parts)) for layer in group
     )
+
+
+def _drawn_at_once(experiment: Experiment, stage: StageConfig, rows: int) -> int:
+    """Bytes while a mask is drawn: three copies of its random bits, 16 for each element. Of hidden states, or of the
+    probabilities of one piece of attention, of which there are up to five copies in fp32 meanwhile."""
+    lora, model, parallel = experiment.tuning.lora, experiment.model, experiment.parallel
+    rates = (stage.hidden_dropout, 0.0 if lora is None else lora.dropout)
+    hidden = 3 * 2 * rows * model.hidden_size if any(rates) else 0
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    probabilities = heads * DROPPED_QUERIES * stage.sequence_length if stage.attention_dropout else 0
+    return max(hidden, (3 * 2 + 5 * 4) * probabilities)
 
 
 # --- what recomputing costs -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.data.loader import MicroBatch
+from hunyuan_pretrain.model.dropout import NO_DROPOUT, Rates
 from hunyuan_pretrain.model.inputs import ModelInputs
 from hunyuan_pretrain.model.preference import PairLoss, Pairs
 from hunyuan_pretrain.model.routing import Routing
@@ -96,6 +97,7 @@ def model_inputs(
     route: Route,
     pair_loss: PairLoss | None = None,
     as_pairs: bool = False,
+    dropout: Rates = NO_DROPOUT,
 ) -> ModelInputs:
     """What the model reads of a micro-batch.
 
@@ -113,4 +115,5 @@ def model_inputs(
         pairs=Pairs(pairs[0], pairs[1], pair_loss) if pair_loss is not None or as_pairs else None,
         routing=route(group_n, tokens_T),
         context=batch.context,
+        dropout=dropout,
     )

@@ -91,6 +91,7 @@ class Shape(NamedTuple):
     num_micro_batches: int
     rope_alpha: float
     global_batch_tokens: int
+    hidden_dropout: float
     num_documents: int
     """Room for them in each micro-batch."""
 
@@ -205,6 +206,7 @@ def shape_of(run: Run, stage: StageConfig, step: int, num_micro_batches: int) ->
         num_micro_batches,
         stage.rope_alpha,
         stage.global_batch_tokens,
+        stage.hidden_dropout,
         run.loader.order.most_documents(step),
     )
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig
 from hunyuan_pretrain.data.loader import MicroBatch, by_conversation
+from hunyuan_pretrain.model.dropout import rates_of
 from hunyuan_pretrain.model.engines import kept_scales, training_step
 from hunyuan_pretrain.model.preference import PairLoss, PairSums
 from hunyuan_pretrain.model.recycle_routing import draw_keys
@@ -131,11 +132,17 @@ def forward_and_backward(
     without a capacity, and the boundaries of documents where they are Python lists.
     """
     statistics: list[Tensor] = []
+    dropout = rates_of(run.experiment.tuning, stage)
 
     def forward(batches: Iterator[SentBatch], model: DistributedDataParallel) -> tuple[Tensor, Any]:
-        loss_tokens = divisor.float() if pairs is None else 1.0
-        sent, alpha = next(batches), stage.rope_alpha
-        inputs = model_inputs(sent, rope_alpha=alpha, loss_tokens=loss_tokens, route=route, pair_loss=pairs)
+        inputs = model_inputs(
+            next(batches),
+            rope_alpha=stage.rope_alpha,
+            loss_tokens=divisor.float() if pairs is None else 1.0,
+            route=route,
+            pair_loss=pairs,
+            dropout=dropout,
+        )
         output, statistics_LX = model(inputs)
         statistics.append(statistics_LX)
         return output, as_summed_loss if pairs is None else as_loss_of_pairs

@@ -30,7 +30,7 @@ def experiment_of(corpus: Path, run_dir: Path, layout: Layout, steps: int = STEP
     fields = layout.experiment(corpus, run_dir, 2).model_dump(mode="json")
     (first, _) = fields["stages"]
     tokens = steps * first["global_batch_sequences"] * SEQUENCE_LENGTH
-    fields["stages"] = [first | {"tokens": tokens, "lr_shape": "constant"}]
+    fields["stages"] = [first | {"tokens": tokens, "lr_shape": "constant", "hidden_dropout": 0.1}]
     for section, values in changes.items():
         fields[section] |= values
     return Experiment.model_validate(fields)

@@ -1,4 +1,5 @@
-"""Fine-tuning under parallel layouts equals one rank: all weights, attention only, and LoRA on every linear layer."""
+"""Fine-tuning under parallel layouts equals one rank: all weights, attention only, LoRA on every linear layer, and
+dropout."""
 
 from __future__ import annotations
 
@@ -31,8 +32,12 @@ TUNINGS: dict[str, dict[str, Any]] = {
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         }
     },
+    "dropout": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
 }
-STAGES: dict[str, dict[str, Any]] = {"by conversation": {"loss_average": "conversations"}}
+STAGES: dict[str, dict[str, Any]] = {
+    "by conversation": {"loss_average": "conversations"},
+    "dropout": {"hidden_dropout": 0.2, "attention_dropout": 0.1},
+}
 """Changes to the stage."""
 LAYOUTS = [
     Layout(dp=2, ep=2, recompute="selective"),
@@ -43,6 +48,7 @@ LAYOUTS = [
 ]
 CASES = [(tuning, layout) for tuning in ("full", "attention", "lora") for layout in LAYOUTS]
 CASES.append(("by conversation", Layout(cp=2, dp=2, micro_batch=1)))
+CASES += [("dropout", layout) for layout in LAYOUTS[2:4]]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +188,12 @@ def weights_at_first(experiment: Experiment) -> dict[str, np.ndarray]:
     run = setup.prepare(experiment)
     with setup.left_at_the_end(run):
         return {name: value.detach().numpy().copy() for name, value in run.chunks[0].named_parameters()}
+
+
+def test_dropout_changes_the_loss(traces: Traces) -> None:
+    """So that the layouts above have something to repeat."""
+    without, dropped = (traces(tuning, Layout().reference)[0].scalars for tuning in ("lora", "dropout"))
+    assert dropped["loss"] != pytest.approx(without["loss"], rel=1e-4)
 
 
 def test_by_conversation_is_the_mean_of_each_conversation(traces: Traces) -> None:

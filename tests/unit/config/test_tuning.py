@@ -10,7 +10,11 @@ import pytest
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError
 from hunyuan_pretrain.config.schema import Experiment, LoraConfig
-from hunyuan_pretrain.config.tuning import is_trained, parameter_names, targets
+from hunyuan_pretrain.config.training_rules import (
+    attention_dropout_is_computed_by_torch,
+    attention_dropout_knows_its_tokens,
+)
+from hunyuan_pretrain.config.tuning import dropout_is_of_attention, is_trained, parameter_names, targets
 from hunyuan_pretrain.plan.buffers import weights_of_stage
 from tests.helpers import tiny
 from tests.helpers.runs import experiment_fields
@@ -52,6 +56,39 @@ def test_names_are_those_of_the_model() -> None:
 )  # fmt: skip
 def test_patterns_name_the_parts_of_a_layer(patterns: list[str], expected: dict[str, tuple[str, ...]]) -> None:
     assert targets(MODEL, lora(*patterns), 0) == expected
+
+
+def test_dropout_is_for_adapters_of_attention() -> None:
+    """In a later layer too."""
+
+    def problems(*modules: str, dropout: float = 0.1) -> list[str]:
+        found = experiment({"lora": {"rank": 4, "alpha": 8, "dropout": dropout, "target_modules": modules}})
+        return [str(one.path) for one in dropout_is_of_attention(found)]
+
+    assert problems("q_proj", "o_proj") == []
+    assert problems("q_proj", "down_proj", dropout=0.0) == []
+    for module in ("down_proj", "*.mlp.shared_mlp.*", "model.layers.3.mlp.shared_mlp.up_proj"):
+        assert problems("q_proj", module) == ["tuning.lora.dropout"]
+
+
+def test_attention_dropout_needs_known_tokens_and_warns_where_flash_kernels_would_run() -> None:
+    def with_rate(rate: float, device: str = "cpu", **parallel: Any) -> Experiment:
+        found = experiment({})
+        stages = tuple(stage.model_copy(update={"attention_dropout": rate}) for stage in found.stages)
+        changes = {
+            "stages": stages,
+            "parallel": found.parallel.model_copy(update=parallel),
+            "runtime": found.runtime.model_copy(update={"device": device}),
+        }
+        return found.model_copy(update=changes)
+
+    refused, warned = attention_dropout_knows_its_tokens, attention_dropout_is_computed_by_torch
+    exchanged: dict[str, Any] = {"context_parallel_size": 2, "context_parallel_method": "all_to_all"}
+    assert [one.path for one in refused(with_rate(0.1, **exchanged))][:1] == ["stages.0.attention_dropout"]
+    for fine in (with_rate(0.1), with_rate(0.0, **exchanged), with_rate(0.1, context_parallel_size=2)):
+        assert list(refused(fine)) == []
+    assert len(list(warned(with_rate(0.1, "cuda")))) == 1
+    assert list(warned(with_rate(0.1))) == list(warned(with_rate(0.0, "cuda"))) == []
 
 
 def test_a_borrower_has_no_keys_and_values_to_adapt() -> None:
