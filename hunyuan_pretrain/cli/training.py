@@ -68,9 +68,12 @@ def train(
 
     from hunyuan_pretrain.train.loop import train as run
 
-    raise typer.Exit(
-        run(experiment, [key.strip() for keys in accept_changes or [] for key in keys.split(",") if key.strip()])
-    )
+    accepted = [key.strip() for keys in accept_changes or [] for key in keys.split(",") if key.strip()]
+    if not experiment.evaluation.tasks:
+        raise typer.Exit(run(experiment, accepted))
+    from hunyuan_pretrain.evaluation.in_training import TasksOfRun
+
+    raise typer.Exit(run(experiment, accepted, TasksOfRun()))
 
 
 def parity(

@@ -162,6 +162,7 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("stages.N.skip_data_steps", Kind.recorded, "which data is skipped"),
     ("world_size", Kind.recorded, LAYOUT),
     ("versions.*", Kind.recorded, "the program"),
+    ("evaluation.tasks*", Kind.harmless, "which benchmarks are run, and when"),
     ("evaluation.*", Kind.harmless, "what is validated; compare validation losses before and after with care"),
     ("checkpoint.*", Kind.harmless, "what is saved"),
     ("logging.*", Kind.harmless, "what is logged"),

@@ -137,8 +137,28 @@ def preferences_have_a_reference(experiment: Experiment) -> Iterator[Problem]:
         yield Problem("optimizer.measure_noise_scale_every_steps", every, rule, "set it to null")
 
 
+def tasks_are_named_once(experiment: Experiment) -> Iterator[Problem]:
+    """Whether a name is known, and its files are there, is checked at the start of a run, with lm-eval."""
+    settings = experiment.evaluation
+    for number, name in enumerate(settings.tasks):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            rule = "must be the name of one task or group, as `hunyuan-pretrain evaluate --tasks` takes it"
+            yield Problem(f"evaluation.tasks.{number}", name, rule, "one name each, such as piqa")
+        elif name in settings.tasks[:number]:
+            yield Problem(f"evaluation.tasks.{number}", name, "is named twice", "remove one")
+    if {"hunyuan-base", "hunyuan-instruct"} <= set(settings.tasks):
+        rule = "hunyuan-base is without the chat template, hunyuan-instruct with it: a run evaluates one of them"
+        yield Problem("evaluation.tasks", list(settings.tasks), rule, "remove one")
+    for key in ("tasks_every_steps", "tasks_data", "tasks_limit"):
+        if not settings.tasks and (value := getattr(settings, key)) is not None:
+            yield Problem(
+                f"evaluation.{key}", value, "has no effect without evaluation.tasks", "name tasks, or remove this"
+            )
+
+
 DATA_RULES = (
     preferences_have_a_reference,
+    tasks_are_named_once,
     groups_fill_the_batch,
     tiers_are_whole,
     skipped_steps_are_in_order,

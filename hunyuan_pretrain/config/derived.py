@@ -163,6 +163,8 @@ def virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
+TASKS_BATCH_TOKENS = 4096
+"""Tokens of a micro-batch of benchmarks on a run or its checkpoint, unless one text is longer."""
 LOSS_CHUNK_TOKENS = {"cpu": 128, "cuda": 4096}
 """Device type -> tokens per chunk of the output layer, over all tensor-parallel ranks. Only the logits of one chunk
 exist at a time (model.cross_entropy): on a CPU they stay in cache; on a GPU each chunk reads and writes the whole

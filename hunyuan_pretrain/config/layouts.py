@@ -74,7 +74,7 @@ def layout_experiment(
         formats = ("use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype")
         fields["optimizer"] |= {name: OptimizerConfig.model_fields[name].default for name in formats}
     fields["run_dir"] = str(folder)
-    fields["evaluation"] |= {"data": None, "sets": []}
+    fields["evaluation"] = experiment.evaluation.of_nothing().model_dump()
     fields["logging"] |= {"wandb": "disabled", "tensorboard": False}
     if "micro" in values:
         for stage in fields["stages"]:

@@ -528,11 +528,33 @@ class EvaluationConfig(Section):
     micro_batch_sequences: PositiveInt = setting(
         "Sequences per micro-batch on each data-parallel rank.", 1, unit="sequences"
     )
+    tasks: tuple[str, ...] = setting(
+        "Benchmarks to run, as the command evaluate names them, such as hunyuan-base or piqa; each metric is logged as "
+        "tasks/<task>/<metric>. Needs lm-eval, and benchmark files, where rank 0 is.",
+        (),
+        typical="piqa, arc_challenge",
+    )
+    tasks_every_steps: PositiveInt | None = setting(
+        "Steps between runs of tasks; null: only after the last step, which always has one.", None, unit="steps"
+    )
+    tasks_data: str | None = setting(
+        "Folder with the files of the benchmarks, as evaluate --data. null: the tasks name files of their own.",
+        None,
+        is_path=True,
+    )
+    tasks_limit: PositiveInt | None = setting(
+        "Items of each task, the first ones; null: all.", None, unit="items", typical="200"
+    )
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Every packed dataset that validation reads."""
         return (*((self.data,) if self.data is not None else ()), *(one.path for one in self.sets))
+
+    def of_nothing(self) -> EvaluationConfig:
+        """The same settings, but there is nothing to measure."""
+        nothing = {"data": None, "sets": (), "tasks": ()}
+        return self.model_copy(update=nothing | dict.fromkeys(("tasks_every_steps", "tasks_data", "tasks_limit")))
 
 
 class CheckpointConfig(Section):

@@ -106,7 +106,7 @@ def shadow_experiment(experiment: Experiment, recipe: str, fp8_format: str | Non
             "run_dir": str(folder),
             "precision": PrecisionConfig.model_validate(precision),
             "runtime": RuntimeConfig.model_validate(experiment.runtime.model_dump() | {"transformer_engine": "never"}),
-            "evaluation": experiment.evaluation.model_copy(update={"data": None, "sets": ()}),
+            "evaluation": experiment.evaluation.of_nothing(),
             "logging": experiment.logging.model_copy(update={"wandb": "disabled", "tensorboard": False}),
         }
     )

@@ -11,6 +11,10 @@ class EvaluationError(ValueError):
     """An evaluation that cannot be done as asked: what is missing or wrong, and what to do."""
 
 
+class ScoringStoppedError(Exception):
+    """Raised on all ranks if a stop is asked for while they score."""
+
+
 def unwritable(files: Mapping[str, Path | None]) -> list[str]:
     """What is wrong with output files, by option: an evaluation may take hours before it writes them."""
     problems = []

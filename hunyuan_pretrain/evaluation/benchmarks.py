@@ -42,12 +42,7 @@ def prepared(request: Request) -> Iterator[Prepared]:
     """Load tasks and questions. Raises EvaluationError with everything that is unknown, missing or refused."""
     if request.answers is not None:
         refuse_existing(request.answers)
-    code = [name for name in request.scored if name in CODE_TASKS]
-    if code and not request.unsafe_code and (why := sandbox.obstacle()) is not None:
-        raise EvaluationError(
-            f"{', '.join(code)}: the model's programs run in a sandbox only, and there is none here ({why}); "
-            "--unsafe-code runs them with your rights"
-        )
+    refuse_code_without_sandbox(request)
     with harness.scratch_folder() as scratch, sandbox.unsafe_code_allowed(request.unsafe_code):
         problems, questions, chosen = list[str](), dict[str, list[dict[str, Any]]](), harness.Chosen([])
         try:
@@ -61,6 +56,16 @@ def prepared(request: Request) -> Iterator[Prepared]:
         if problems:
             raise EvaluationError("\n".join(problems))
         yield Prepared(request, chosen, questions)
+
+
+def refuse_code_without_sandbox(request: Request) -> None:
+    """Raise EvaluationError for tasks that run the model's programs where they would not be confined."""
+    code = [name for name in request.scored if name in CODE_TASKS]
+    if code and not request.unsafe_code and (why := sandbox.obstacle()) is not None:
+        raise EvaluationError(
+            f"{', '.join(code)}: the model's programs run in a sandbox only, and there is none here ({why}); "
+            "`evaluate --unsafe-code` runs them with your rights"
+        )
 
 
 def run(opened: Opened, wanted: Prepared) -> Report:

@@ -77,7 +77,7 @@ def choose(names: Sequence[str], data: Path | None, scratch: Path, *, may_run_co
     ):
         raise EvaluationError(
             f"{', '.join(unsafe)}: runs programs that the model writes, and not in this project's sandbox; "
-            "--unsafe-code runs them with your rights"
+            "`evaluate --unsafe-code` runs them with your rights"
         )
     return chosen
 
@@ -86,7 +86,9 @@ def run(lm: Any, chosen: Chosen, *, limit: int | None = None, chat: bool = False
     """lm-eval's results (a dictionary) of a model (an LM of lm-eval). limit: items of each task. chat: texts are turns
     of the chat template. samples: with every item and answer. Raises EvaluationError if a task's answers are longer
     than the model's texts."""
-    _refuse_long_answers(chosen, lm.max_length)
+    refuse_long_answers(chosen, lm.max_length)
+    for task in chosen.tasks.values():
+        task.set_fewshot_seed(seed=SEED)  # a second run draws the examples of the first
     set_torch_seed(SEED)
     with quiet_harness():
         return lm_eval_evaluate(
@@ -105,7 +107,8 @@ def run(lm: Any, chosen: Chosen, *, limit: int | None = None, chat: bool = False
         )
 
 
-def _refuse_long_answers(chosen: Chosen, max_length: int) -> None:
+def refuse_long_answers(chosen: Chosen, max_length: int) -> None:
+    """Raise EvaluationError if a task generates more tokens than a model of `max_length` positions has."""
     too_long = []
     for name, task in chosen.tasks.items():
         if task.get_config("output_type") == "generate_until":
@@ -257,4 +260,4 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-__all__ = ["Chosen", "choose", "run", "scratch_folder", "table"]
+__all__ = ["Chosen", "choose", "refuse_long_answers", "run", "scratch_folder", "table"]

@@ -22,9 +22,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError, save_load
+from hunyuan_pretrain.checkpoint.folders import ADAPTER_OF
 from hunyuan_pretrain.config.layouts import Precision, layout_experiment
 from hunyuan_pretrain.config.schema import Experiment
-from hunyuan_pretrain.evaluation import EvaluationError
+from hunyuan_pretrain.evaluation import EvaluationError, ScoringStoppedError
 from hunyuan_pretrain.evaluation.scoring import Item, Pack, Read, pack, read_rows
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.model.inputs import ModelInputs
@@ -39,10 +40,10 @@ from hunyuan_pretrain.train.step import run_schedule
 FILLER = 0
 """The token that fills a micro-batch up; nothing attends to it."""
 PACKS_AT_ONCE = 64
+"""Micro-batches of a data-parallel rank, at most, between two looks for a stop and two lines of progress."""
 _Found = tuple[list[tuple[int, int]], Tensor]
 """(item, place among its positions) of each row of an (n, 2) tensor [logprob, best id]. Rows of their own would each be
 pickled with the whole tensor."""
-"""Micro-batches of a data-parallel rank between two lines of progress."""
 
 
 class OnRanks(Protocol):
@@ -101,23 +102,31 @@ class LayoutScorer:
         max_length: int,
         batch_tokens: int,
         say: Callable[[str], None] | None = None,
+        is_stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """batch_tokens: of a micro-batch, if no single item is longer. max_length: longest text."""
+        """batch_tokens: of a micro-batch, if no single item is longer. max_length: longest text. is_stop_asked: gives
+        all ranks the same answer; called now and then."""
         self._model, self._alpha, self._budget, self._say = model, rope_alpha, batch_tokens, say
-        self.max_length, self.device = max_length, model.device
+        self.max_length, self.device, self._is_stop_asked = max_length, model.device, is_stop_asked
+        self.is_followed = True
+        """On rank 0: whether the other ranks wait for a question; not after an error in an answer."""
         parallel = model.experiment.parallel
         self._unit = model.experiment.model.moe_routing_group_tokens * parallel.context_parallel_size
         self._unit *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
     def score(self, items: Sequence[Item], num_ids: int | None = None) -> list[Read]:
-        """As Scorer.score; on rank 0 only. Communicates: all ranks."""
+        """As Scorer.score; on rank 0 only. Communicates: all ranks. Raises on all of them: EvaluationError for logits
+        that are not numbers, ScoringStoppedError."""
         if not items:
             return []
         self._tell((list(items), num_ids))
-        return self._score(items, num_ids)
+        self.is_followed = False
+        answers = self._score(items, num_ids)
+        self.is_followed = True
+        return answers
 
     def follow(self) -> None:
-        """Take part in what rank 0 asks, until it has no more questions. Communicates: all ranks."""
+        """Take part in what rank 0 asks, until it has no more questions. Communicates: all ranks. Raises as `score`."""
         with patience():
             while (asked := self._tell(None)) is not None:
                 self._score(*asked)
@@ -148,6 +157,8 @@ class LayoutScorer:
         at_once = max(1, PACKS_AT_ONCE // multiple) * multiple
         found: list[_Found] = []
         for start in range(0, rounds, at_once):
+            if self._is_stop_asked():
+                raise ScoringStoppedError()
             found += self._pass(items, mine[start : start + at_once], tokens, num_ids)
             if self._say is not None and rounds > at_once and dist.get_rank() == 0:
                 self._say(f"  {min(start + at_once, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
@@ -254,6 +265,13 @@ def checkpoint_and_stage(run_dir: Path, step: int | None) -> tuple[Path, Experim
         raise CheckpointError(f"{run_dir}: not a run directory (no resolved.yaml)")
     folder = choose_checkpoint(run_dir, step, "there is nothing to evaluate")
     experiment, stage = in_force(folder)
-    save_load.refuse_other_model(folder, save_load.read_marker(folder), experiment.model)
+    marker = save_load.read_marker(folder)
+    if ADAPTER_OF in marker:
+        raise CheckpointError(
+            f"{folder}: holds an adapter of {marker[ADAPTER_OF]['path']} and no model; to evaluate both together, "
+            "export it, merge-lora it with an export of its base, and give the result. In training, evaluation.tasks "
+            "evaluates both"
+        )
+    save_load.refuse_other_model(folder, marker, experiment.model)
     refuse_another_vocabulary(folder, run_dir / "tokenizer")
     return folder, experiment.model_copy(update={"run_dir": str(run_dir)}), stage

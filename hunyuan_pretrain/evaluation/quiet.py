@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def stay_offline() -> None:
@@ -27,6 +28,23 @@ def quiet_datasets() -> Iterator[None]:
     finally:
         if was_on:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Within it, no package shows a bar of progress: for a run, whose output is a log."""
+    from tqdm.std import tqdm
+
+    original = tqdm.__init__
+
+    def without_bar(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **(options | {"disable": True}))
+
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 @contextmanager

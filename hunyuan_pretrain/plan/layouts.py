@@ -79,7 +79,7 @@ def applied(experiment: Experiment, stage: StageConfig, layout: Layout, recomput
             noise["expert_lr_noise_scale_tokens"] = None
         found["optimizer"] = experiment.optimizer.model_copy(update=noise)
     if stage is not experiment.stages[0]:
-        found["evaluation"] = experiment.evaluation.model_copy(update={"data": None, "sets": ()})
+        found["evaluation"] = experiment.evaluation.of_nothing()
     return experiment.model_copy(update=found)
 
 

@@ -12,7 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, Grid, grid, pipeline_stages, routed_experiment, stages_of
+from hunyuan_pretrain.config.derived import (
+    LOSS_CHUNK_TOKENS,
+    TASKS_BATCH_TOKENS,
+    Grid,
+    grid,
+    pipeline_stages,
+    routed_experiment,
+    stages_of,
+)
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan.activations import activations, kept_by_layer
 from hunyuan_pretrain.plan.buffers import buffers_of_stage
@@ -210,12 +218,17 @@ def _validation(experiment: Experiment, stage: StageConfig, ranks: Grid) -> int 
     and its messages; or the logits of a chunk. For sequences of the stage's length. None: steps are not recorded."""
     if not experiment.runtime.cuda_graphs:
         return None
-    if not experiment.evaluation.paths:
+    settings, sequences = experiment.evaluation, 0
+    if settings.paths:
+        sequences = settings.micro_batch_sequences
+    if settings.tasks:
+        sequences = max(sequences, -(-TASKS_BATCH_TOKENS // stage.sequence_length))
+    if not sequences:
         return 0
     dropless = experiment.model.model_copy(update={"moe_expert_capacity_factor": None, "recycle_routing": False})
     plain = experiment.precision.model_copy(update={"fp8_recipe": None})
     experiment = experiment.model_copy(update={"model": dropless, "precision": plain})
-    stage = stage.model_copy(update={"micro_batch_sequences": experiment.evaluation.micro_batch_sequences})
+    stage = stage.model_copy(update={"micro_batch_sequences": sequences})
     blocks = kept_by_layer(experiment, stage, ranks.world_size, layer=0)
     layer = sum(block.bytes for block in blocks if block.is_kept(frozenset()))
     tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp

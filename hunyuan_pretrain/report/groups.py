@@ -22,6 +22,13 @@ GROUPS = (
     Group("Loss", "Loss", ("loss", "validation_loss", "validation/*/loss"), "nats per token", is_wide=True),
     Group("Loss", "Bits per byte", ("bits_per_byte", "validation_bits_per_byte", "validation/*/bits_per_byte")),
     Group("Loss", "Losses of the router", ("balance_loss", "z_loss"), may_be_log=True),
+    Group(
+        "Benchmarks",
+        "Benchmarks: share that is right",
+        ("tasks/*/acc*", "tasks/*/exact_match*", "tasks/*/em", "tasks/*/f1", "tasks/*/pass*"),
+        is_wide=True,
+    ),
+    Group("Benchmarks", "Benchmarks: other numbers", ("tasks/*",)),
     Group("Update", "Learning rate", ("learning_rate", "expert_learning_rate")),
     Group("Update", "Gradient norm", ("grad_norm", "update_norm"), "before clipping", may_be_log=True),
     Group("Update", "Gradient norm by part", ("*_grad_norm",), may_be_log=True),
@@ -38,7 +45,7 @@ GROUPS = (
     Group("Experts", "Router entropy", ("mean_router_entropy",), "of the largest possible"),
     Group("Update", "Skipped steps", ("skipped",)),
 )
-SECTIONS = ("Loss", "Update", "Speed", "Experts", "Other numbers")
+SECTIONS = ("Loss", "Benchmarks", "Update", "Speed", "Experts", "Other numbers")
 WITHOUT_CHART = frozenset(
     {"cumulative_tokens", "run_seconds", "process_seconds", "eta_seconds", "model_flops_per_s"}
     | {"target_tokens", "validation_target_tokens", "max_data_wait_rank", "max_launch_rank"}

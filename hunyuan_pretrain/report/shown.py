@@ -20,6 +20,7 @@ MARKED = {
     "failed": "red",
     "save failed": "red",
     "alarm": "orange",
+    "benchmarks failed": "orange",
     "skip": "violet",
     "rollback": "violet",
     "stop": "red",

@@ -28,6 +28,7 @@ from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopReque
 from hunyuan_pretrain.train import TrainingError, setup
 from hunyuan_pretrain.train.alarms import Alarms
 from hunyuan_pretrain.train.as_planned import AsPlanned
+from hunyuan_pretrain.train.benchmarks import Benchmarks, measure
 from hunyuan_pretrain.train.evaluate import ValidationStoppedError, evaluate
 from hunyuan_pretrain.train.lr_schedule import apply_learning_rate, measured_ratio_line
 from hunyuan_pretrain.train.metrics import Meter, StepClock, step_line, step_record
@@ -36,6 +37,7 @@ from hunyuan_pretrain.train.policies import Numbers
 from hunyuan_pretrain.train.probes import probe
 from hunyuan_pretrain.train.reference import check_first_step
 from hunyuan_pretrain.train.rerun import DifferingRanksError
+from hunyuan_pretrain.train.resume import OWES_TASKS, OWES_VALIDATION
 from hunyuan_pretrain.train.rollback import note_skip, reason_of, roll_back, stop_after, stop_decision
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.saves import Saves
@@ -43,12 +45,12 @@ from hunyuan_pretrain.train.step import launch_step
 from hunyuan_pretrain.train.step_result import LaunchedStep
 
 
-def train(experiment: Experiment, accepted: Collection[str] = ()) -> int:
-    """Train `experiment` from its newest checkpoint to the end. Returns EXIT_DONE, or EXIT_STOPPED after SIGTERM,
-    SIGUSR1 or Ctrl-C."""
+def train(experiment: Experiment, accepted: Collection[str] = (), benchmarks: Benchmarks | None = None) -> int:
+    """Train `experiment` from its newest checkpoint to the end; `benchmarks` evaluates evaluation.tasks. Returns
+    EXIT_DONE, or EXIT_STOPPED after SIGTERM, SIGUSR1 or Ctrl-C."""
     stop = listen()
     try:
-        run = setup.prepare(experiment, stop, accepted)
+        run = setup.prepare(experiment, stop, accepted, benchmarks)
     except StoppedBeforeFirstStepError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(error, flush=True)
@@ -69,7 +71,7 @@ def _train(run: Run, stop: StopRequest) -> int:
         run.log.line(STOPPED_BEFORE_FIRST_STEP)
         run.log.event("stopped", STOPPED_BEFORE_FIRST_STEP, run.first_step)
         return EXIT_STOPPED
-    if run.first_step == num_steps and not run.owes_validation:
+    if run.first_step == num_steps and not run.owes:
         run.log.line(
             f"nothing to do: the run is finished ({num_steps} steps); to continue, lengthen a stage or add another"
         )
@@ -91,7 +93,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     num_steps = run.loader.num_steps
     before: LaunchedStep | None = None
     launch_seconds = 0.0
-    if run.owes_validation and not _validate_owed(run, stop, saves):
+    if run.owes and not _measure_owed(run, stop, saves):
         return EXIT_STOPPED
     step = run.first_step - 1
     while (step := step + 1) < num_steps:
@@ -103,7 +105,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             # memory before the reason is read
             records.read()
         done, began = step + 1, time.perf_counter()
-        is_logged, is_validated, is_saved = _what_follows(run, done)
+        is_logged, due, is_saved = _what_follows(run, done)
         launched = _launch(run, stage, step, stop, saves, launch_seconds if is_logged else None)
         launch_seconds = time.perf_counter() - began
         records.read()  # the device has this step to work on, so it does not idle while the host reads the one before
@@ -116,10 +118,10 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             step, before, num_steps = run.first_step - 1, None, run.loader.num_steps
             continue
         is_bad = launched.verdict.kind != "update"
-        is_waited_for = is_validated or is_saved or is_bad or launched.numbers.is_here
+        is_waited_for = bool(due) or is_saved or is_bad or launched.numbers.is_here
         if is_waited_for:
             records.read()
-        owes_validation = is_validated and not _evaluate(run, stage, done, stop)
+        owes = _measure(run, stage, done, stop, due)
         if is_waited_for:
             is_stopping = setup.is_stop_asked(stop, run.device)
         else:  # the answer that does not make the host wait for this step
@@ -129,17 +131,17 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
             saves.after_step(told)
         if is_saved or is_stopping:
             records.read()
-            saves.save(done, done == num_steps or is_stopping, owes_validation)
+            saves.save(done, done == num_steps or is_stopping, owes)
         if is_saved and not is_stopping and setup.is_stop_asked(stop, run.device):
             saves.finish()  # asked during the save: one more step and one more checkpoint may take longer than is left
             is_stopping = saves.newest == done
-        if is_stopping and (done < num_steps or owes_validation):
+        if is_stopping and (done < num_steps or owes):
             run.log.line(
                 f"told to stop: saved after step {done}; the same command resumes from there: {resume_command()}"
             )
             run.log.event("stopped", f"told to stop: saved after step {done}", done)
             return EXIT_STOPPED
-        if is_validated or is_saved:
+        if due or is_saved:
             records.restart_clock()
         before = launched
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
@@ -147,10 +149,10 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     return EXIT_DONE
 
 
-def _validate_owed(run: Run, stop: StopRequest, saves: Saves) -> bool:
-    """Validate after the step of the checkpoint, which a stop kept from it; False: told to stop again."""
-    if not _evaluate(run, run.schedule.stage(run.first_step - 1), run.first_step, stop):
-        run.log.event("stopped", "told to stop during a validation; nothing to save", run.first_step)
+def _measure_owed(run: Run, stop: StopRequest, saves: Saves) -> bool:
+    """Do after the step of the checkpoint what a stop kept from it; False: told to stop again."""
+    if _measure(run, run.schedule.stage(run.first_step - 1), run.first_step, stop, run.owes):
+        run.log.event("stopped", "told to stop during a validation or benchmarks; nothing to save", run.first_step)
         return False
     if run.first_step == run.loader.num_steps:  # no later checkpoint will say that it is done
         saves.save(run.first_step, must_succeed=True)
@@ -179,13 +181,21 @@ def _launch(
     return launched
 
 
-def _what_follows(run: Run, done: int) -> tuple[bool, bool, bool]:
-    """Whether the schedule has a record, a validation and a checkpoint after this number of steps."""
+def _what_follows(run: Run, done: int) -> tuple[bool, frozenset[str], bool]:
+    """What the schedule has after this number of steps: whether a record; OWES_VALIDATION, OWES_TASKS; whether a
+    checkpoint."""
     experiment = run.experiment
     is_last, save_every = done == run.loader.num_steps, experiment.checkpoint.save_every_steps
+    settings, due = experiment.evaluation, set[str]()
+    if run.validations and (is_last or done % settings.every_steps == 0):
+        due.add(OWES_VALIDATION)
+    if run.benchmarks is not None and (
+        is_last or (settings.tasks_every_steps and done % settings.tasks_every_steps == 0)
+    ):
+        due.add(OWES_TASKS)
     return (
         is_last or done % experiment.logging.log_every_steps == 0,
-        bool(run.validations) and (is_last or done % experiment.evaluation.every_steps == 0),
+        frozenset(due),
         is_last or (save_every is not None and done % save_every == 0),
     )
 
@@ -319,6 +329,15 @@ def _meter(run: Run) -> Meter:
     if peak is None and run.device.type == "cuda":
         peak = peak_flops_per_s(torch.cuda.get_device_name(run.device))
     return Meter(run.schedule, began, peak and peak * dist.get_world_size(), run.device)
+
+
+def _measure(run: Run, stage: StageConfig, done: int, stop: StopRequest, due: frozenset[str]) -> frozenset[str]:
+    """Validate, then run benchmarks, if `due` has them. Returns those that a stop has left undone."""
+    if OWES_VALIDATION in due and not _evaluate(run, stage, done, stop):
+        return due
+    if OWES_TASKS in due and not measure(run, stage, done, lambda: setup.is_stop_asked(stop, run.device)):
+        return frozenset({OWES_TASKS})
+    return frozenset()
 
 
 def _evaluate(run: Run, stage: StageConfig, done: int, stop: StopRequest) -> bool:

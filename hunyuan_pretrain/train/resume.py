@@ -34,6 +34,10 @@ from hunyuan_pretrain.parallel.agreement import from_rank_0
 T = TypeVar("T")
 
 
+OWES_VALIDATION, OWES_TASKS = "owes_validation", "owes_tasks"
+"""Keys of complete.json: a stop cut the validation, or the benchmarks, after this step short."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run starts or resumes."""
@@ -47,8 +51,8 @@ class Start:
     """For the log: what was read and what has changed."""
     leaves: tuple[Path, ...] = ()
     """Later checkpoints in run_dir, which a branch leaves behind."""
-    owes_validation: bool = False
-    """Whether a stop cut the validation after `first_step` short."""
+    owes: frozenset[str] = frozenset()
+    """What a stop after `first_step` has left undone, such as OWES_VALIDATION."""
     noise: Mapping[str, Any] | None = None
     """The measured noise scale of the checkpoint (train.noise_scale.NoiseScale.state)."""
     judged: Mapping[str, Any] | None = None

@@ -22,10 +22,11 @@ from hunyuan_pretrain.data.loader import EvaluationLoader, MicroBatch, StepLoade
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.lock import RunLock
 from hunyuan_pretrain.runtime.logging import RunLog
+from hunyuan_pretrain.train.benchmarks import Benchmarks
 from hunyuan_pretrain.train.logged_numbers import Logging
 from hunyuan_pretrain.train.noise_scale import GradientNoise
 from hunyuan_pretrain.train.policies import Judge
-from hunyuan_pretrain.train.resume import Start
+from hunyuan_pretrain.train.resume import OWES_TASKS, Start
 
 
 class RecordedWork(Protocol):
@@ -67,6 +68,8 @@ class Run:
     """evaluation.sets by name."""
     recorded: RecordedWork | None = None
     """Forward and backward passes as CUDA graphs; None: as always."""
+    benchmarks: Benchmarks | None = None
+    """evaluation.tasks; None: there are none."""
 
     @cached_property
     def noise(self) -> GradientNoise | None:
@@ -107,9 +110,10 @@ class Run:
         return unnamed | {f"validation/{name}/": loader for name, loader in self.evaluation_sets.items()}
 
     @property
-    def owes_validation(self) -> bool:
-        """Whether a stop cut the validation after `first_step` short."""
-        return self.start is not None and self.start.owes_validation
+    def owes(self) -> frozenset[str]:
+        """What a stop after `first_step` has left undone, and still has to be done: OWES_VALIDATION, OWES_TASKS."""
+        owed = self.start.owes if self.start is not None else frozenset()
+        return owed if self.benchmarks is not None else owed - {OWES_TASKS}
 
     @property
     def schedule(self) -> Schedule:

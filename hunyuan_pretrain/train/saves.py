@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hunyuan_pretrain.checkpoint import CheckpointError
 from hunyuan_pretrain.checkpoint.folders import step_of
@@ -10,9 +10,6 @@ from hunyuan_pretrain.checkpoint.saving import Saved, Saver
 from hunyuan_pretrain.train.optimizer import gather_parameters
 from hunyuan_pretrain.train.run import Run
 from hunyuan_pretrain.train.step_result import LaunchedStep
-
-OWES_VALIDATION = "owes_validation"
-"""Key of complete.json: a stop cut the validation after this step short."""
 
 
 class Saves:
@@ -38,15 +35,16 @@ class Saves:
         if self._saver.after_step(step.step, step.save_progress()):
             self.finish()
 
-    def save(self, done: int, must_succeed: bool, owes_validation: bool = False) -> None:
+    def save(self, done: int, must_succeed: bool, owes: Collection[str] = ()) -> None:
         """Save a checkpoint after `done` steps; with checkpoint.async_save, only copy the state and start to write it.
 
         With `must_succeed`, wait for it and raise CheckpointError if it fails. Without, a failure is only logged: the
-        next save may work, and the run is worth more than one checkpoint.
+        next save may work, and the run is worth more than one checkpoint. owes: what a stop has left undone, such as
+        resume.OWES_VALIDATION.
         """
         self.finish()
         run, settings = self._run, self._run.experiment.checkpoint
-        record = run.record(done) | ({OWES_VALIDATION: True} if owes_validation else {})
+        record = run.record(done) | dict.fromkeys(owes, True)
         gather_parameters(run.wrapped)
         self._begun = done
         try:

@@ -45,24 +45,29 @@ from hunyuan_pretrain.runtime.stop import StoppedBeforeFirstStepError, StopReque
 from hunyuan_pretrain.train import branches, reference, resume, same_start
 from hunyuan_pretrain.train.attention_choice import settle
 from hunyuan_pretrain.train.base_weights import Base, load_base, load_weights, refuse_other_base, start_adapter
+from hunyuan_pretrain.train.benchmarks import Benchmarks, open_benchmarks
 from hunyuan_pretrain.train.chunks import build_chunks
 from hunyuan_pretrain.train.optimizer import build_optimizer, wrap_data_parallel
 from hunyuan_pretrain.train.recorded_step import RecordedSteps
-from hunyuan_pretrain.train.resume import Start
+from hunyuan_pretrain.train.resume import OWES_TASKS, OWES_VALIDATION, Start
 from hunyuan_pretrain.train.run import Run
-from hunyuan_pretrain.train.saves import OWES_VALIDATION
 from hunyuan_pretrain.train.step import sum_over
 from hunyuan_pretrain.train.verification import verify_data
 
 
-def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: Collection[str] = ()) -> Run:
+def prepare(
+    experiment: Experiment,
+    stop: StopRequest | None = None,
+    accepted: Collection[str] = (),
+    benchmarks: Benchmarks | None = None,
+) -> Run:
     """Build a run on the ranks that torchrun's environment defines (or on one rank without it), resuming from the
     newest checkpoint if there is one.
 
-    `accepted`: keys of changes since the checkpoint that the user accepts (`config.changes`). The returned run has
-    absolute paths. Raises ConfigError if the layout does not fit the world size, DataFormatError or CheckpointError if
-    the data or a checkpoint cannot be used; nothing is written before all of them are checked. Raises
-    StoppedBeforeFirstStepError, on all ranks, if any rank was asked to stop.
+    `accepted`: keys of changes since the checkpoint that the user accepts (`config.changes`). `benchmarks`: evaluates
+    evaluation.tasks. The returned run has absolute paths. Raises ConfigError if the layout does not fit the world size,
+    DataFormatError or CheckpointError if the data or a checkpoint cannot be used; nothing is written before all of them
+    are checked. Raises StoppedBeforeFirstStepError, on all ranks, if any rank was asked to stop.
     """
     experiment = with_absolute_paths(experiment)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # one of several would leave the others waiting for it
@@ -70,6 +75,8 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
     device = start_machine(experiment)
     leave_if_asked(stop, device)
     _check_paths(experiment)
+    benchmarks = open_benchmarks(experiment, benchmarks)
+    leave_if_asked(stop, device)
     met = same_start.meet(experiment)
     lock = _take_lock(experiment)
     try:
@@ -84,10 +91,10 @@ def prepare(experiment: Experiment, stop: StopRequest | None = None, accepted: C
         leave_if_asked(stop, device)
         start = settle(experiment, groups, chunks, loader, device, start)
         log = _open_log(experiment, start)
-        recorded_steps = RecordedSteps() if experiment.runtime.cuda_graphs else None
+        recorded = RecordedSteps() if experiment.runtime.cuda_graphs else None
         model = (chunks, wrapped, optimizer)
-        data = (loader, evaluation)
-        run = Run(experiment, device, groups, *model, *data, start.first_step, log, start, lock, sets, recorded_steps)
+        rest = (loader, evaluation, start.first_step, log, start, lock, sets, recorded, benchmarks)
+        run = Run(experiment, device, groups, *model, *rest)
         reference.attach(run, partial(leave_if_asked, stop, device))
     except BaseException:
         if lock is not None:
@@ -242,7 +249,8 @@ def _load_or_init(
         def accept(folder: Path, marker: dict[str, Any]) -> None:
             refuse_other_base(folder, marker, base)
             start = resume.go_on(experiment, met, folder, marker, accepted)
-            starts[folder] = replace(start, owes_validation=bool(marker.get(OWES_VALIDATION)))
+            owes = frozenset(key for key in (OWES_VALIDATION, OWES_TASKS) if marker.get(key))
+            starts[folder] = replace(start, owes=owes)
 
         if (
             settings.resume_from is not None

@@ -122,11 +122,16 @@ def test_another_base_and_other_uses_are_refused(runs: Path, corpus: Path, tmp_p
     from shutil import copytree
 
     from hunyuan_pretrain.checkpoint.folders import read_marker
+    from hunyuan_pretrain.evaluation.layout_scorer import checkpoint_and_stage
     from hunyuan_pretrain.train.base_weights import Base, refuse_other_base
 
     marker = read_marker(checkpoint(runs / "whole"))
     with pytest.raises(CheckpointError, match="was trained on the weights"):
         refuse_other_base(checkpoint(runs / "whole"), marker, Base(tmp_path, "0" * 64, (), ()))
+    with pytest.raises(
+        CheckpointError, match=r"holds an adapter of .* and no model; to evaluate both together, export"
+    ):
+        checkpoint_and_stage(runs / "whole", None)
     copytree(runs / "whole", tmp_path / "adapter")
     plain = experiment_of(
         corpus, tmp_path / "plain", Layout(model="dropless"), checkpoint={"init_from": str(runs / "whole")}

@@ -16,7 +16,7 @@ LONGEST_FILE = 400
 LONG_FUNCTIONS: dict[str, int] = {}
 LONG_FILES = {
     "hunyuan_pretrain/checkpoint/modeling_hunyuan.py": 600,  # an export's model code is one file
-    "hunyuan_pretrain/config/schema.py": 850,  # every setting there is, in one place; it grows with them
+    "hunyuan_pretrain/config/schema.py": 900,  # every setting there is, in one place; it grows with them
 }
 """Exceptions and their maximum lengths; no file may join them."""
 

@@ -196,7 +196,8 @@ def test_programs_of_a_model_are_refused_without_a_sandbox(monkeypatch: pytest.M
     monkeypatch.setattr(sandbox, "obstacle", lambda: "no namespaces")
     with (
         pytest.raises(
-            EvaluationError, match=r"hunyuan_humaneval: .* there is none here \(no namespaces\); --unsafe-code"
+            EvaluationError,
+            match=r"hunyuan_humaneval: .* there is none here \(no namespaces\); `evaluate --unsafe-code`",
         ),
         benchmarks.prepared(Request(["hunyuan_humaneval"])),
     ):

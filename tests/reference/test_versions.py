@@ -35,7 +35,10 @@ ADAPTER = "tests/parallel/test_adapters.py::test_peft_reads_the_adapter_and_comp
 CASES = {
     "the oldest transformers": (["transformers_oldest", "peers"], [*MODEL, *EXPORTS, *PEERS]),
     "this transformers with peers": (["peers"], [*PEERS, MERGE, ADAPTER]),
-    "lm-eval": (["peers", "evaluation"], ["tests/reference/test_harness.py"]),
+    "lm-eval": (
+        ["peers", "evaluation"],
+        ["tests/reference/test_harness.py", "tests/parallel/test_tasks_in_training.py"],
+    ),
 }
 MAY_SKIP = ("this transformers computes another model", "no sandbox here")
 """Why a test of these files may be skipped: how the reason begins."""

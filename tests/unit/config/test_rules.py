@@ -551,6 +551,18 @@ def test_validation_sets_need_names_that_are_valid_in_metrics() -> None:
     assert made.evaluation.paths == ("b", "a")
 
 
+def test_tasks_in_training_are_named_once_and_their_settings_need_them() -> None:
+    text = refusal("evaluation.tasks=[piqa, 'a,b', piqa, hunyuan-base, hunyuan-instruct]")
+    assert "evaluation.tasks.1=a,b: must be the name of one task or group" in text
+    assert "evaluation.tasks.2=piqa: is named twice (remove one)" in text
+    assert "hunyuan-base is without the chat template, hunyuan-instruct with it" in text
+    text = refusal("evaluation.tasks_every_steps=5", "evaluation.tasks_data=x", "evaluation.tasks_limit=2")
+    for setting in ("tasks_every_steps=5", "tasks_data=x", "tasks_limit=2"):
+        assert f"evaluation.{setting}: has no effect without evaluation.tasks (name tasks, or remove this)" in text
+    made = experiment_with("evaluation.tasks=[piqa, mmlu_anatomy]", "evaluation.tasks_limit=2").evaluation
+    assert (made.tasks, made.tasks_every_steps, made.of_nothing().tasks) == (("piqa", "mmlu_anatomy"), None, ())
+
+
 def test_the_nearest_legal_choices_for_routing_groups_are_legal() -> None:
     """Hunyuan-Large at 4,096 tokens under TP 8, PP 8, EP 8: each of the three choices in the hint is accepted."""
     large = [f"model.{name}={value}" for name, value in load_model(LARGE).model_dump().items() if value is not None]

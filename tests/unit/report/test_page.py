@@ -14,6 +14,7 @@ import pytest
 
 from hunyuan_pretrain.plan.page_file import HEAD_BYTES
 from hunyuan_pretrain.report.drawings import short
+from hunyuan_pretrain.report.groups import groups_of
 from hunyuan_pretrain.report.page import PAGE, page
 from hunyuan_pretrain.report.page_style import STYLE
 from hunyuan_pretrain.report.records import RunFiles
@@ -252,3 +253,12 @@ def test_a_browser_draws_every_chart_in_light_and_dark_and_on_a_phone(runs: list
             assert frame["paper"] != frame["ink"]
         papers.append(frames[0]["paper"])
     assert papers == ["rgb(255, 255, 255)", "rgb(20, 24, 29)"]
+
+
+def test_benchmarks_have_charts_of_their_own() -> None:
+    names = ["loss", "tasks/piqa/acc", "tasks/mmlu/acc_norm", "tasks/gsm8k/exact_match.strict-match", "tasks/x/bleu"]
+    found = {group.title: set(of_group) for group, of_group in groups_of(names) if group.section == "Benchmarks"}
+    assert found == {
+        "Benchmarks: share that is right": set(names[1:4]),
+        "Benchmarks: other numbers": {"tasks/x/bleu"},
+    }
