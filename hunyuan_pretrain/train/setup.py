@@ -93,8 +93,8 @@ def prepare(
         log = _open_log(experiment, start)
         recorded = RecordedSteps() if experiment.runtime.cuda_graphs else None
         model = (chunks, wrapped, optimizer)
-        data = (loader, evaluation, start.first_step, log)
-        run = Run(experiment, device, groups, *model, *data, start, lock, sets, recorded, benchmarks)
+        data, first = (loader, evaluation), start.first_step
+        run = Run(experiment, device, groups, *model, *data, first, log, start, lock, sets, recorded, benchmarks)
         reference.attach(run, partial(leave_if_asked, stop, device))
     except BaseException:
         if lock is not None:
