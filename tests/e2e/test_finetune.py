@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,12 +25,16 @@ PROGRAMS = {"hunyuan-data": "data_tools.cli", "hunyuan-pretrain": "hunyuan_pretr
 
 
 def commands() -> list[list[str]]:
-    """Those of the first block of the page."""
-    block = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
-    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    """Those of the page: of fine-tuning, then of preferences."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-def test_the_commands_of_the_page_fine_tune_and_merge(corpus: Path, tmp_path: Path) -> None:
+def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_commands_of_the_page_fine_tune_merge_and_prefer(corpus: Path, tmp_path: Path) -> None:
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "demo_out").mkdir()
@@ -49,7 +55,7 @@ def test_the_commands_of_the_page_fine_tune_and_merge(corpus: Path, tmp_path: Pa
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         said[command[1] + " " + command[-1]] = done.stdout
-    records = [json.loads(line) for line in (tmp_path / "demo_out/sft/metrics.jsonl").read_text().splitlines()]
+    records = records_of(tmp_path / "demo_out/sft")
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < losses[0] - 0.03, losses  # the base has hardly learned anything that it could use
     (last,) = [record for record in records if record.get("step") == 20 and "validation_loss" in record]
@@ -62,3 +68,8 @@ def test_the_commands_of_the_page_fine_tune_and_merge(corpus: Path, tmp_path: Pa
     assert adapter["chat"] == {"system_prompt": DEFAULT_SYSTEM_PROMPT}
     merged = json.loads((tmp_path / "demo_out/merged/tokenizer_config.json").read_text())
     assert (merged["eos_token"], merged["default_system_prompt"]) == ("<|eos|>", DEFAULT_SYSTEM_PROMPT)
+    preferred = [record for record in records_of(tmp_path / "demo_out/dpo") if "preference_loss" in record]
+    assert abs(preferred[0]["preference_loss"] - math.log(2)) < 1e-6
+    assert preferred[-1]["preference_loss"] < 0.2, preferred[-1]
+    assert preferred[-1]["reward_margin"] > 0
+    assert json.loads((tmp_path / "demo_out/preferred/tokenizer_config.json").read_text())["eos_token"] == "<|eos|>"
