@@ -278,7 +278,7 @@ def _judged(
 
     what = f"exchange of {_amount(num_bytes)} between {'nodes, each rank' if is_nodes else 'ranks'}"
     rows = [(what, f"median {usual / 1e9:.3g} GB/s each way", f"{len(of_pairs)} pairs")]
-    rows.append(("slowest pair", f"{worst / 1e9:.3g} GB/s", f"{names[pair[0]]} and {names[pair[1]]}"))
+    rows.append(("slowest pair", f"{worst / 1e9:.3g} GB/s", " and ".join(sorted(names[unit] for unit in pair))))
     slow = [
         f"{name} exchanges at {score / usual:.0%} of the median rate"
         for name, score in zip(names, scores, strict=True)
