@@ -242,7 +242,8 @@ class _Records:
                 self._saves.finish()  # it may be the checkpoint to go back to
             raise TrainingError(f"step {done}: {reason_of(launched)}; {_way_back(run)}")
         if result.pairs is not None and launched.step == 0:
-            check_first_step(result.pairs, stage.dpo_beta, run.experiment.precision.dtype)
+            dtype = run.experiment.precision.dtype
+            check_first_step(result.pairs, result.num_target_tokens, stage.dpo_beta, dtype)
         self._clock.ended(result.data_wait_seconds)
         self._as_planned.after(done, result)
         if not is_logged:
