@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 STEPS = 3
 BETA, SFT_WEIGHT = 0.5, 0.2
 LAYOUTS = [
-    Layout(tp=2, pp=2, micro_batch=1, recompute="swiglu+norms"),
-    Layout(cp=2, dp=2, ep=2, overlap="everything"),
+    Layout(tp=2, pp=2, vpp=2, micro_batch=1, recompute="swiglu+norms"),
+    Layout(cp=2, dp=2, ep=2, overlap="everything", attention="all_to_all"),
 ]
 WORDS = ["import", "return", "class", "def", "value", "number", "list", "string", "for", "while", "if", "else", "None"]
 
