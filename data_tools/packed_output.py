@@ -170,7 +170,8 @@ class OpenJob:
                 is_wanted &= lengths <= job.max_document_tokens
             wanted, of_chats = np.where(is_wanted, lengths, 0), None  # empty documents are not packed
             if job.overlong is not None:
-                wanted, of_chats = fitted(shards, wanted, job.sequence_length, job.overlong)
+                is_pairs = self.sources[0].is_pairs
+                wanted, of_chats = fitted(shards, wanted, job.sequence_length, job.overlong, is_pairs)
             packing = pack_documents(
                 wanted,
                 job.sequence_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
 from hunyuan_pretrain.checkpoint.trained_adapter import export_adapter
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
 from hunyuan_pretrain.checkpoint.workers import Say
-from hunyuan_pretrain.config.history import schedule_of
+from hunyuan_pretrain.config.history import SourceFacts, schedule_of
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.data.mixture import source_path
 from hunyuan_pretrain.model.hunyuan_config import DTYPES
 
-__all__ = ["choose_checkpoint", "export_run", "in_force", "system_prompt_of"]
+__all__ = ["choose_checkpoint", "export_run", "in_force", "system_prompt_in", "system_prompt_of"]
 
 
 def export_run(
@@ -94,18 +95,26 @@ def in_force(folder: Path) -> tuple[Experiment, StageConfig]:
 def system_prompt_of(folder: Path, say: Say | None = None) -> str | None:
     """The system prompt with which the conversations of the last stage up to a checkpoint were tokenized, "" for none;
     None if that stage read texts only. Of several, that of the source with the largest share of the stage, which `say`
-    is told. Raises CheckpointError."""
+    is told; "" if a version that did not record it has trained, which `say` is told too. Raises CheckpointError."""
     marker = save_load.read_marker(folder)
     history = history_of(folder, marker, with_data=False)
     piece = present_piece(schedule_of(history), int(marker["step"]), folder)
-    recorded = {path: facts.system_prompt for path, facts in history[piece.segment].sources.items()}
+    return system_prompt_in(piece.stage, history[piece.segment].sources, say)
+
+
+def system_prompt_in(stage: StageConfig, sources: Mapping[str, SourceFacts], say: Say | None = None) -> str | None:
+    """`system_prompt_of` a checkpoint in `stage`, whose data are among `sources`."""
     shares: dict[str, float] = {}
-    for source in piece.stage.data:
-        prompt = recorded.get(source_path(source.path))
-        if prompt is not None:
-            shares[prompt] = shares.get(prompt, 0.0) + share_of(source, piece.stage)
+    for source in stage.data:
+        facts = sources.get(source_path(source.path))
+        if facts is not None and facts.system_prompt is not None:
+            shares[facts.system_prompt] = shares.get(facts.system_prompt, 0.0) + share_of(source, stage)
     if not shares:
-        return None if piece.stage.task == "pretrain" else ""
+        if stage.task == "pretrain":
+            return None
+        if say is not None:
+            say("the run has not recorded the system prompt of its conversations: the default is none")
+        return ""
     chosen = max(shares, key=shares.__getitem__)
     if len(shares) > 1 and say is not None:
         others = ", ".join(repr(prompt) for prompt in shares if prompt != chosen)

@@ -298,7 +298,7 @@ def doctor(
 
         from hunyuan_pretrain.train.preflight import attention_trials, refusals
 
-        found += refusals(experiment)
+        found += [*refusals(experiment), *_refused_tasks(experiment)]
         if not found and machine.gpus and experiment.runtime.device != "cpu":
             rows, failed = attention_trials(experiment, machine)
             print_table("attention", rows)
@@ -307,6 +307,16 @@ def doctor(
         print(f"cannot run: {problem}", file=sys.stderr)
     if found:
         raise typer.Exit(1)
+
+
+def _refused_tasks(experiment: Experiment) -> list[str]:
+    """What is wrong with evaluation.tasks on this machine, as training says it."""
+    if not experiment.evaluation.tasks:
+        return []
+    from hunyuan_pretrain.evaluation.in_training import TasksOfRun
+
+    obstacle = TasksOfRun().obstacle(experiment)
+    return [] if obstacle is None else [f"evaluation.tasks: {obstacle}"]
 
 
 def _doctor_of_cluster(experiment: Experiment | None, sizes: list[int]) -> None:

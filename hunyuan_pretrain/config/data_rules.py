@@ -123,7 +123,8 @@ def preferences_have_a_reference(experiment: Experiment) -> Iterator[Problem]:
                 yield Problem(f"{where}.{name}", rate, "the reference of task=dpo is computed without", "use 0")
     if all(stage.task != "dpo" for stage in experiment.stages):
         return
-    if experiment.checkpoint.init_from is None:
+    settings = experiment.checkpoint
+    if settings.init_from is None and settings.resume_from is None:  # a branch has the reference of its run
         rule = "task=dpo compares with the weights that the run starts from"
         yield Problem("checkpoint.init_from", Problem.NO_VALUE, rule, "give a run, a checkpoint or an import")
     if experiment.tuning.lora is not None and (rate := experiment.tuning.lora.dropout):

@@ -122,7 +122,7 @@ def one_way_to_begin(experiment: Experiment) -> Iterator[Problem]:
         yield Problem(
             path, checkpoint.resume_from, "checkpoint.resume is false, which refuses to resume", "set one of them"
         )
-    if checkpoint.init_from is not None:
+    if checkpoint.init_from is not None and experiment.tuning.lora is None:  # with LoRA, every start reads the base
         rule = (
             f"takes the whole state of a checkpoint, and checkpoint.init_from={checkpoint.init_from} the weights only"
         )

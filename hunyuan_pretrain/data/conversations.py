@@ -19,7 +19,11 @@ Overlong = Literal["error", "drop", "cut_turns"]
 
 
 def fitted(
-    shards: Sequence[TokenizedShard], lengths: np.ndarray, sequence_length: int, overlong: Overlong
+    shards: Sequence[TokenizedShard],
+    lengths: np.ndarray,
+    sequence_length: int,
+    overlong: Overlong,
+    is_pairs: bool = False,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """(tokens to pack of each conversation, (conversations,) int32; the counts of packed_groups.GroupReport).
 
@@ -30,10 +34,11 @@ def fitted(
     assert overlong in get_args(Overlong), overlong
     too_long = np.flatnonzero(lengths > sequence_length)
     if len(too_long) and overlong == "error":
+        what, choices = ("pair", "drop") if is_pairs else ("conversation", "drop or cut_turns")
         raise DataFormatError(
-            f"{shards[0].folder}: {len(too_long):,} conversations have more than --sequence-length {sequence_length:,} "
-            f"tokens, the first is conversation {too_long[0]:,}, the longest has {int(lengths.max()):,}; pack to "
-            "longer sequences, or choose --overlong drop or cut_turns"
+            f"{shards[0].folder}: {len(too_long):,} {what}s have more than --sequence-length {sequence_length:,} "
+            f"tokens, the first is {what} {too_long[0]:,}, the longest has {int(lengths.max()):,}; pack to "
+            f"longer sequences, or choose --overlong {choices}"
         )
     kept = lengths.astype(np.int32)
     counts = dict.fromkeys(

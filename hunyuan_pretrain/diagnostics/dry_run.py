@@ -37,7 +37,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from hunyuan_pretrain.config.derived import LOSS_CHUNK_TOKENS, grid, smallest_world_size
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
-from hunyuan_pretrain.data.loader import MicroBatch
+from hunyuan_pretrain.data.loader import MicroBatch, PairedAnswers
 from hunyuan_pretrain.model import dispatch, packed_attention
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
@@ -221,7 +221,7 @@ def _storage_bytes(tensors: list[Any]) -> int:
 
 
 class _Batches:
-    """In the place of a StepLoader: sequences of one document each."""
+    """In the place of a StepLoader: sequences of one document each, or of one pair with task=dpo."""
 
     pad_id = -1
     """No token is padding."""
@@ -241,8 +241,15 @@ class _Batches:
             cu_seqlens=torch.arange(0, length * sequences + 1, length, dtype=torch.int32),
             max_seqlen=length,
             sequence_ids=torch.arange(sequences),
+            pairs=self._pairs() if stage.task == "dpo" else None,
         )
         return [batch] * (stage.global_batch_sequences // (sequences * self.dp_size))
+
+    def _pairs(self) -> PairedAnswers:
+        """The first half of each sequence is the chosen answer."""
+        length, answers = self.stage.sequence_length, 2 * self.stage.micro_batch_sequences
+        answer_T = torch.arange(answers * length // 2) * 2 // length
+        return PairedAnswers(answer_T, torch.zeros(answers, dtype=torch.float64), int((answer_T % 2 == 0).sum()))
 
 
 class _Groups:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from hunyuan_pretrain.checkpoint.export_run import system_prompt_in
 from hunyuan_pretrain.config.derived import TASKS_BATCH_TOKENS
 from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.evaluation import EvaluationError, ScoringStoppedError
+from hunyuan_pretrain.evaluation.catalogue import GROUPS
 from hunyuan_pretrain.evaluation.layout_scorer import LayoutScorer
 from hunyuan_pretrain.evaluation.opened import of_run
 from hunyuan_pretrain.evaluation.quiet import quiet_bars, stay_offline
@@ -40,8 +42,9 @@ class TasksOfRun:
         request = Request([*settings.tasks], data)
         if data is not None and not data.is_dir():
             return f"evaluation.tasks_data={data} is not a folder"
-        if request.judged:
-            names = ", ".join(row.name for row in request.judged)
+        # a group is run without the rows that another model judges
+        if judged := Request([name for name in settings.tasks if name not in GROUPS]).judged:
+            names = ", ".join(row.name for row in judged)
             return f"{names}: judged by another model; `evaluate --answers` writes the answers of a checkpoint"
         if find_spec("lm_eval") is None:
             return 'lm-eval is not installed where rank 0 is: pip install "hunyuan-pretrain[eval]"'
@@ -79,7 +82,7 @@ class TasksOfRun:
             is_stop_asked=is_stop_asked,
         )
         if dist.get_rank() == 0:
-            told: list[Any] = [self._lead(run, scorer)]
+            told: list[Any] = [self._lead(run, stage, scorer)]
         else:
             told = [None]
             with suppress(EvaluationError, ScoringStoppedError):  # rank 0 has met the same, and says so
@@ -89,13 +92,14 @@ class TasksOfRun:
         found: Measured = told[0]
         return found
 
-    def _lead(self, run: Run, scorer: LayoutScorer) -> Measured:
+    def _lead(self, run: Run, stage: StageConfig, scorer: LayoutScorer) -> Measured:
         """On rank 0. Raises what it met in the middle of an answer, where other ranks may wait for each other."""
         assert self._chosen is not None
         settings, harness = run.experiment.evaluation, self._harness()
         try:
             with quiet_bars(), tempfile.TemporaryDirectory(prefix="hunyuan_evaluate_") as folder:
-                lm = of_run(scorer, run.run_dir / "tokenizer", Path(folder), {}).lm
+                prompt = system_prompt_in(stage, run.loader.order.facts)
+                lm = of_run(scorer, run.run_dir / "tokenizer", Path(folder), {}, prompt).lm
                 is_chat = Request([*settings.tasks]).is_chat
                 results = harness.run(lm, self._chosen, limit=settings.tasks_limit, chat=is_chat)
             records = harness.table(self._chosen, results)

@@ -4,7 +4,7 @@ Rank 0 leads: it asks, and every rank computes its share. The others only follow
 their packages are needed where rank 0 is.
 
 Shapes: T tokens of a micro-batch on this context-parallel rank, D hidden size, V rows of the output weight on this
-rank, n positions that are read.
+rank, n positions of them that are read, N positions of all items, one item after the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,15 +35,12 @@ from hunyuan_pretrain.parallel.groups import build_groups
 from hunyuan_pretrain.runtime.handover import handed_over
 from hunyuan_pretrain.train import setup
 from hunyuan_pretrain.train.chunks import build_chunks
-from hunyuan_pretrain.train.step import run_schedule
+from hunyuan_pretrain.train.step import run_schedule, sum_over
 
 FILLER = 0
 """The token that fills a micro-batch up; nothing attends to it."""
 PACKS_AT_ONCE = 64
 """Micro-batches of a data-parallel rank, at most, between two looks for a stop and two lines of progress."""
-_Found = tuple[list[tuple[int, int]], Tensor]
-"""(item, place among its positions) of each row of an (n, 2) tensor [logprob, best id]. Rows of their own would each be
-pickled with the whole tensor."""
 
 
 class OnRanks(Protocol):
@@ -155,21 +152,25 @@ class LayoutScorer:
         rounds = -(-len(packs) // (dp.size() * multiple)) * multiple
         mine += [Pack([], 0)] * (rounds - len(mine))
         at_once = max(1, PACKS_AT_ONCE // multiple) * multiple
-        found: list[_Found] = []
+        first_of_item = [0, *accumulate(len(item.positions) for item in items)]
+        # each position is read by one rank, so the sum is what it reads; its size does not depend on how many there are
+        found_N3 = torch.zeros(first_of_item[-1], 3, dtype=torch.float64, device=self.device)
         for start in range(0, rounds, at_once):
             if self._is_stop_asked():
                 raise ScoringStoppedError()
-            found += self._pass(items, mine[start : start + at_once], tokens, num_ids)
+            for place_n, read_n2 in self._pass(items, mine[start : start + at_once], tokens, num_ids, first_of_item):
+                found_N3[place_n, :2], found_N3[place_n, 2] = read_n2, 1.0
             if self._say is not None and rounds > at_once and dist.get_rank() == 0:
                 self._say(f"  {min(start + at_once, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
-        of_ranks: list[list[_Found]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, found)
-        return self._answers(items, of_ranks)
+        return self._answers(sum_over(dist.group.WORLD, found_N3).cpu(), first_of_item)
 
-    def _pass(self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None) -> list[_Found]:
-        """What this rank reads of each micro-batch."""
+    def _pass(
+        self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None, first_of_item: list[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What this rank reads of each micro-batch: ((n,) int64 numbers of the positions, (n, 2) fp64 [logprob, best
+        id])."""
         model = self._model
-        reads = [self._share(items, one, tokens) for one in packs]
+        reads = [self._share(items, one, tokens, first_of_item) for one in packs]
 
         def forward(batches: Iterator[_Share], chunk: Any) -> tuple[Tensor, Any]:
             share = next(batches)
@@ -182,7 +183,7 @@ class LayoutScorer:
         answers = run_schedule(model, forward, lambda: iter(reads), len(reads), tokens, forward_only=True)
         if not answers or model.groups.tp.rank() > 0:
             return []
-        return [(share.reads, read_n2.cpu()) for share, read_n2 in zip(reads, answers, strict=True)]
+        return [(share.place_n.to(model.device), read_n2) for share, read_n2 in zip(reads, answers, strict=True)]
 
     def _read_out(self, share: _Share, num_ids: int | None, hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
         tp = self._model.groups.tp
@@ -196,7 +197,7 @@ class LayoutScorer:
         rows_n, target_n = share.rows_n.to(hidden_TD.device), share.target_n.to(hidden_TD.device)
         return read_rows(hidden_TD[rows_n], weight_VD, target_n, tp.rank() * len(weight_VD), num_ids, reduce)
 
-    def _share(self, items: Sequence[Item], one: Pack, tokens: int) -> _Share:
+    def _share(self, items: Sequence[Item], one: Pack, tokens: int, first_of_item: list[int]) -> _Share:
         model, cp = self._model, self._model.groups.cp
         texts = [torch.tensor(items[number].tokens) for number in one.members]
         if one.num_tokens < tokens:
@@ -210,7 +211,7 @@ class LayoutScorer:
             rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
         local = {int(row): place for place, row in enumerate(rows_T)}
         wanted = [
-            (local[start + position], items[number].targets[place], (number, place))
+            (local[start + position], items[number].targets[place], first_of_item[number] + place)
             for number, start in zip(one.members, starts, strict=False)
             for place, position in enumerate(items[number].positions)
             if start + position in local
@@ -222,18 +223,16 @@ class LayoutScorer:
             context,
             torch.tensor([row for row, _, _ in wanted], dtype=torch.int64),
             torch.tensor([target for _, target, _ in wanted], dtype=torch.int64),
-            [place for _, _, place in wanted],
+            torch.tensor([place for _, _, place in wanted], dtype=torch.int64),
         )
 
-    def _answers(self, items: Sequence[Item], of_ranks: list[list[_Found]]) -> list[Read]:
-        reads = [torch.full((len(item.positions), 2), torch.nan, dtype=torch.float64) for item in items]
-        for found in of_ranks:
-            for places, read_n2 in found:
-                for (item, place), row in zip(places, read_n2, strict=True):
-                    reads[item][place] = row
-        if any(read.isnan().any() for read in reads):
+    def _answers(self, found_N3: Tensor, first_of_item: list[int]) -> list[Read]:
+        """found_N3: log-probability, likeliest id, and how many ranks have read the position."""
+        assert bool((found_N3[:, 2] == 1).all()), "a position was read by no rank, or by several"
+        if found_N3.isnan().any():
             raise EvaluationError("the model gives logits that are not numbers: its weights are damaged or diverged")
-        return [Read(read[:, 0], read[:, 1].long()) for read in reads]
+        reads = (found_N3[start:end] for start, end in pairwise(first_of_item))
+        return [Read(read_n3[:, 0], read_n3[:, 1].long()) for read_n3 in reads]
 
 
 @dataclass(frozen=True)
@@ -246,8 +245,8 @@ class _Share:
     context: Any
     rows_n: Tensor
     target_n: Tensor
-    reads: list[tuple[int, int]]
-    """Item and place of each row."""
+    place_n: Tensor
+    """int64, the number of each position among those of all items."""
 
     def inputs(self, rope_alpha: float, read_out: Callable[[Tensor, Tensor], Tensor]) -> ModelInputs:
         """What the model reads."""

@@ -30,6 +30,8 @@ embedding. other: any other ranks, such as all of them. Gradients are reduced ov
 
 STATISTICS_BESIDE_LOAD = 7
 """Number of router statistics per layer in addition to the load of each expert: model.routing.RouterStatistics."""
+SUMS_OVER_PAIRS = 7
+"""Fields of model.preference.PairSums."""
 
 
 class Messages(NamedTuple):
@@ -92,6 +94,8 @@ class _Batch:
     """Per micro-batch and tensor-parallel rank, between layers."""
     value_bytes: int
     """Bytes per activation value."""
+    answers: int
+    """Of a micro-batch of pairs, at least; 0 for another task. Their log-probabilities are computed before the loss."""
 
 
 def communication_per_rank(
@@ -110,8 +114,8 @@ def communication_per_rank(
     a logged step adds to the statistics (train/logged_numbers.py). All ranks of a pipeline rank send the same, except
     with dropless routing (Communication.is_exact). `stage` sets the batch; `loss_chunk_tokens`: LOSS_CHUNK_TOKENS of
     the device. tuning: which weights are trained; what adapters exchange in forward and backward passes, a few numbers
-    per token, is not counted (Communication.is_exact). Raises ValueError if the layout or the batch does not fit the
-    number of ranks.
+    per token, is not counted (Communication.is_exact). With task=dpo, a sequence counts as one pair. Raises ValueError
+    if the layout or the batch does not fit the number of ranks.
     """
     ranks, ledger, model = grid(parallel, world_size), _Ledger(), routed_model(model, stage)
     batch = _batch(precision, stage, ranks)
@@ -121,8 +125,12 @@ def communication_per_rank(
     _gradients(ledger, model, parallel, precision, ranks, list(chunks), tuning)
     _optimizer(ledger, model, parallel, precision, ranks, list(chunks), tuning)
     ledger.add("dp", "all_reduce", 8, ranks.dp)  # number of target tokens
+    if batch.answers:
+        ledger.add("dp", "all_reduce", 16, ranks.dp)  # numbers of pairs and of target tokens of chosen answers
     statistics = model.num_layers * (model.num_moe_experts + STATISTICS_BESIDE_LOAD)
-    ledger.add("other", "all_reduce", 8 * (3 + statistics), world_size)  # loss, ranks told to stop, saves, statistics
+    pairs = SUMS_OVER_PAIRS if batch.answers else 0
+    # loss, ranks told to stop, saves, statistics
+    ledger.add("other", "all_reduce", 8 * (3 + pairs + statistics), world_size)
     is_exact = model.moe_expert_capacity_factor is not None or ranks.ep == 1
     return Communication(ledger.messages, is_exact=is_exact and (tuning is None or tuning.lora is None))
 
@@ -158,6 +166,7 @@ def _batch(precision: PrecisionConfig, stage: StageConfig, ranks: Grid) -> _Batc
         tokens=tokens // ranks.cp,
         local_tokens=tokens // ranks.cp // ranks.tp,
         value_bytes=2 if precision.dtype == "bf16" else 4,
+        answers=2 * stage.micro_batch_sequences if stage.task == "dpo" else 0,
     )
 
 
@@ -207,10 +216,12 @@ def _ends(
     if number == last:
         chunk = max(loss_chunk_tokens // ranks.tp, 1)
         for start in range(0, batch.local_tokens, chunk):
-            tokens = min(chunk, batch.local_tokens - start) * ranks.tp
-            ledger.transposed("tp", "all_gather", tokens * width, ranks.tp, times, times)
-            ledger.add("tp", "all_reduce", tokens * 4, ranks.tp, times)  # largest logit
-            ledger.add("tp", "all_reduce", tokens * 8, ranks.tp, times)  # label logit and sum of exponentials
+            tokens, forwards = min(chunk, batch.local_tokens - start) * ranks.tp, times * (2 if batch.answers else 1)
+            ledger.transposed("tp", "all_gather", tokens * width, ranks.tp, forwards, times)
+            ledger.add("tp", "all_reduce", tokens * 4, ranks.tp, forwards)  # largest logit
+            ledger.add("tp", "all_reduce", tokens * 8, ranks.tp, forwards)  # label logit and sum of exponentials
+        if batch.answers:
+            ledger.add("cp", "all_reduce", 8 * batch.answers, ranks.cp, times)
 
 
 def _sharded_pair(ledger: _Ledger, size_bytes: int, ranks: Grid, forwards: int, backwards: int) -> None:

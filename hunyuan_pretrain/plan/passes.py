@@ -195,12 +195,13 @@ def _quantise(job: Job, matmul: Matmul, found: Passes, is_again: bool) -> None:
 
 
 def _loss(job: Job, found: Passes, launches: list[float]) -> None:
-    """The forward pass of the output layer computes its gradients too."""
+    """The forward pass of the output layer computes its gradients too. With task=dpo the logits come twice."""
     model, hardware = job.experiment.model, job.hardware
+    again = 1 if job.stage.task == "dpo" else 0
     for logits, times in matmuls_of_output_layer(model, job.tokens, job.ranks, job.width):
-        for matmul in (logits, logits.input_gradient, logits.weight_gradient):
+        for matmul in (*[logits] * (1 + again), logits.input_gradient, logits.weight_gradient):
             add(found.forward, "output layer", times * matmul.seconds(hardware))
-        launches[0] += times * (3 + job.traffic.loss_launches)
+        launches[0] += times * (3 + job.traffic.loss_launches) * (1 + again)
     moved = loss_bytes(model, job.traffic.logit_bytes, job.tokens, job.ranks.tp, job.gradient_bytes)
     add(found.forward, "elementwise", moved / hardware.elementwise_bytes_per_s)
 

@@ -21,6 +21,10 @@ class Group(NamedTuple):
 GROUPS = (
     Group("Loss", "Loss", ("loss", "validation_loss", "validation/*/loss"), "nats per token", is_wide=True),
     Group("Loss", "Bits per byte", ("bits_per_byte", "validation_bits_per_byte", "validation/*/bits_per_byte")),
+    Group("Loss", "Preferences", ("preference_loss",), "nats per pair"),
+    Group("Loss", "Preferences: chosen answer preferred", ("preference_accuracy",), "share of pairs"),
+    Group("Loss", "Preferences: margin", ("reward_margin",), "mean over pairs"),
+    Group("Loss", "Log-probability of an answer", ("chosen_log_probability", "rejected_log_probability"), "nats"),
     Group("Loss", "Losses of the router", ("balance_loss", "z_loss"), may_be_log=True),
     Group(
         "Benchmarks",

@@ -121,6 +121,7 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
         is_waited_for = bool(due) or is_saved or is_bad or launched.numbers.is_here
         if is_waited_for:
             records.read()
+        is_saved = is_saved and not _save_first(run, done, stop, saves, due)
         owes = _measure(run, stage, done, stop, due)
         if is_waited_for:
             is_stopping = setup.is_stop_asked(stop, run.device)
@@ -147,6 +148,15 @@ def _train_steps(run: Run, stop: StopRequest, records: _Records, saves: Saves) -
     run.log.line(f"done: {num_steps} steps, run directory {run.run_dir}")
     run.log.event("finished", f"{num_steps} steps", num_steps)
     return EXIT_DONE
+
+
+def _save_first(run: Run, done: int, stop: StopRequest, saves: Saves, due: frozenset[str]) -> bool:
+    """Save before benchmarks, which may take hours or end the run with an error. False: none are due, or told to
+    stop."""
+    is_first = OWES_TASKS in due and not setup.is_stop_asked(stop, run.device)
+    if is_first:
+        saves.save(done, done == run.loader.num_steps)
+    return is_first
 
 
 def _measure_owed(run: Run, stop: StopRequest, saves: Saves) -> bool:
@@ -242,7 +252,8 @@ class _Records:
                 self._saves.finish()  # it may be the checkpoint to go back to
             raise TrainingError(f"step {done}: {reason_of(launched)}; {_way_back(run)}")
         if result.pairs is not None and launched.step == 0:
-            check_first_step(result.pairs, stage.dpo_beta, run.experiment.precision.dtype)
+            dtype = run.experiment.precision.dtype
+            check_first_step(result.pairs, result.num_target_tokens, stage.dpo_beta, dtype)
         self._clock.ended(result.data_wait_seconds)
         self._as_planned.after(done, result)
         if not is_logged:

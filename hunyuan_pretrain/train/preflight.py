@@ -22,12 +22,13 @@ from hunyuan_pretrain.config.values import with_absolute_paths
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.loader import StepLoader
 from hunyuan_pretrain.data.packed_format import PackedIndex
+from hunyuan_pretrain.data.sample_order import SampleOrder
 from hunyuan_pretrain.data.tokenizer import Tokenizer
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.runtime.device import Machine, versions
 from hunyuan_pretrain.runtime.logging import check_writable
 from hunyuan_pretrain.runtime.seeding import use_deterministic_algorithms
-from hunyuan_pretrain.train import branches, resume, setup
+from hunyuan_pretrain.train import branches, reference, resume, setup
 from hunyuan_pretrain.train.attention_choice import choose
 from hunyuan_pretrain.train.base_weights import base_in, refuse_other_base
 
@@ -128,6 +129,8 @@ def _start(experiment: Experiment, tokenizer_digest: str) -> None:
     elif settings.resume and (faults := faults_of(run_dir)):
         raise none_is_good(run_dir, faults, WITHOUT_ANY)
     is_start = not found and wanted is None
+    if not is_start and experiment.stages[0].task == "dpo":
+        reference.find(experiment, SampleOrder(experiment, tokenizer_digest).datasets)
     if settings.init_from is not None and (is_start or experiment.tuning.lora is not None):
         folder = checkpoint_of(Path(settings.init_from))
         base = base_in(experiment, folder, save_load.read_marker(folder))

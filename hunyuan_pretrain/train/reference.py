@@ -2,7 +2,8 @@
 from, computed in evaluation mode before the first step and kept in RUN_DIR/reference.
 
 A file is named by the digest of its key: data, tokenizer, weights and numerics. A run that resumes reads the file of
-its own key and is refused without it; the weights that it holds are no longer those of the reference.
+its data and is refused without it; the weights that it holds are no longer those of the reference. What else the key
+has says how the file was computed: by then the weights may be gone, and other settings may have changed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,63 +42,119 @@ from hunyuan_pretrain.train.step import run_schedule, sum_over
 FOLDER = "reference"
 ROUNDS_AT_A_TIME = 8
 """Micro-batches of each pipeline stage between two looks for a stop."""
-ALLOWED_NATS = {"fp32": 0.01, "bf16": 1.0}
+ALLOWED_NATS = {"fp32": (0.01, 0.0), "bf16": (1.0, 0.05)}
 """How far the two log-ratios of a pair may be apart on average before the first update, where they are 0 but for
-rounding: fp32 keeps a sum over a thousand tokens to 1e-3, and the cross-entropies of bf16 logits to about 1e-2 each,
-which add up as their square root. Other weights, dropout or another document differ by several nats."""
+rounding: at least the first number, and the second times the square root of the target tokens of a pair. fp32 keeps a
+sum over a thousand tokens to 1e-3. A bf16 logit of 16 is rounded to 0.06 and one of 32 to 0.125, so cross-entropies
+differ by a few hundredths where a matmul of another shape adds in another order, and these add up as a square root.
+Other weights, dropout or another document differ in proportion to the tokens."""
+
+
+def find(experiment: Experiment, datasets: Mapping[str, PackedDataset]) -> dict[str, Path]:
+    """The files of a run with task=dpo that resumes, by path of the data; {} for another task. A branch of another run
+    uses those of that run until it has its own. Raises CheckpointError if one is missing or cannot be read."""
+    if experiment.stages[0].task != "dpo":  # the rules: then no other stage has it
+        return {}
+    folders, branch = [Path(experiment.run_dir) / FOLDER], str(experiment.checkpoint.resume_from)
+    if experiment.checkpoint.resume_from is not None and not branch.isdecimal():
+        folders.append(Path(branch).absolute().parent.parent / FOLDER)
+    keys = {file: _read(file)[1] for folder in folders for file in sorted(folder.glob("*.npz"))}
+    found = {}
+    for path, dataset in datasets.items():
+        wanted = _lasting_key(experiment, dataset)
+        files = [file for file, key in keys.items() if all(key.get(name) == wanted[name] for name in wanted)]
+        if not files:
+            others = [
+                f"{file.name} has another {', '.join(name for name in wanted if key.get(name) != wanted[name])}"
+                for file, key in keys.items()
+            ]
+            differing = f" ({'; '.join(others)})" if others else ""
+            raise CheckpointError(
+                f"{folders[0]}: holds no reference log-probabilities of {path} for this run{differing}; they were "
+                "computed with the weights that the run started from: go back to that data and that rope_alpha, or "
+                "start a new run"
+            )
+        found[path] = files[0]
+    return found
+
+
+def resumed(experiment: Experiment, datasets: Mapping[str, PackedDataset]) -> None:
+    """Give every dataset of a run that resumes its `reference`. Raises as `find`. Communicates: all ranks."""
+    files = resume.on_rank_0(lambda: find(experiment, datasets))
+    for path, file in files.items():
+        datasets[path].reference = resume.on_rank_0(partial(_log_probability, file))
 
 
 def attach(run: Run, leave_if_asked: Callable[[], None] = lambda: None) -> None:
-    """Give every dataset of a run with task=dpo its `reference`.
+    """Before its first step, give every dataset of a run with task=dpo its `reference`. A run that resumes has them
+    (`resumed`), and only keeps the files of the run that it branches off.
 
-    leave_if_asked: called by all ranks now and then. Raises CheckpointError if a run that resumes has no file of its
-    key. Communicates: all ranks, and a forward pass over data without a file.
+    leave_if_asked: called by all ranks now and then. Communicates: all ranks, and a forward pass over data without a
+    file.
     """
-    stage = run.experiment.stages[0]
-    if stage.task != "dpo":  # the rules: then no other stage has it
+    stage, folder, datasets = run.experiment.stages[0], run.run_dir / FOLDER, run.loader.order.datasets
+    if stage.task != "dpo":
         return
-    weights = resume.on_rank_0(lambda: _digest_of_weights(run.experiment))
-    for path, dataset in run.loader.order.datasets.items():
-        key = _key(run, dataset, weights)
-        file = run.run_dir / FOLDER / f"{digest_of(key)[:16]}.npz"
-        dataset.reference = resume.on_rank_0(partial(_read, file, key))
-        if dataset.reference is None:
-            if run.first_step > 0:
-                differing = resume.on_rank_0(partial(_differences, file.parent, key))
-                raise CheckpointError(
-                    f"{file.parent}: holds no reference log-probabilities of {path} for this run{differing}; they were "
-                    "computed with the weights that the run started from: go back to that data and those settings, "
-                    "or start a new run"
-                )
-            run.log.line(f"reference: a pass over the {len(dataset.index.piece_length):,} pairs of {path}")
-            dataset.reference = _compute(run, stage, dataset, leave_if_asked)
-            resume.on_rank_0(partial(_write, file, key, dataset.reference))
     run.loader.forget()
+    if run.first_step > 0:
+        resume.on_rank_0(lambda: _copy(find(run.experiment, datasets).values(), folder))
+        return
+    weights, files = resume.on_rank_0(lambda: _digest_of_weights(run.experiment)), set[str]()
+    for path, dataset in datasets.items():
+        key = _key(run, dataset, weights)
+        file = folder / f"{digest_of(key)[:16]}.npz"
+        files.add(file.name)
+        if resume.on_rank_0(file.is_file):
+            dataset.reference = resume.on_rank_0(partial(_log_probability, file, key))
+            continue
+        run.log.line(f"reference: a pass over the {len(dataset.index.piece_length):,} pairs of {path}")
+        dataset.reference = _compute(run, stage, dataset, leave_if_asked)
+        check_finite(dataset.reference, path)
+        resume.on_rank_0(partial(_write, file, key, dataset.reference))
+    resume.on_rank_0(partial(_remove_others, folder, files))
 
 
-def check_first_step(sums: PairSums, beta: float, dtype: str) -> None:
+def check_finite(log_probability: np.ndarray, path: str) -> None:
+    """Raise TrainingError for a log-probability that is not a finite number: the run would meet it at any step."""
+    wrong = np.flatnonzero(~np.isfinite(log_probability))
+    if len(wrong):
+        raise TrainingError(
+            f"{path}: the weights of checkpoint.init_from give {len(wrong):,} of {len(log_probability):,} answers a "
+            f"log-probability that is not a finite number, the first in pair {wrong[0] // 2 + 1}: they are damaged or "
+            "diverged"
+        )
+
+
+def check_first_step(sums: PairSums, target_tokens: int, beta: float, dtype: str) -> None:
     """Raise TrainingError unless model and reference agree before the first update: the loss of the pairs is ln 2, and
-    margins are 0."""
+    margins are 0. target_tokens: of all pairs together."""
     loss, nats = sums.preference_loss / sums.pairs, sums.margin_size / sums.pairs / beta
-    allowed = ALLOWED_NATS[dtype]
+    least, per_root = ALLOWED_NATS[dtype]
+    allowed = max(least, per_root * math.sqrt(target_tokens / sums.pairs))
     # |-log sigmoid(x) - ln 2| <= |x|
     if not (nats <= allowed and abs(loss - math.log(2)) <= beta * allowed):
         raise TrainingError(
             f"step 1: before the first update the model is the reference, but the loss of the pairs is {loss:.6f} "
-            f"(ln 2 = {math.log(2):.6f}) and their log-ratios differ by {nats:.4g} nats on average (0; up to {allowed} "
-            f"in {dtype} by rounding): something other than the weights differs between the two passes"
+            f"(ln 2 = {math.log(2):.6f}) and their log-ratios differ by {nats:.4g} nats on average (0; up to "
+            f"{allowed:.3g} in {dtype} by rounding): something other than the weights differs between the two passes"
         )
+
+
+def _lasting_key(experiment: Experiment, dataset: PackedDataset) -> dict[str, Any]:
+    """What does not change while a run goes on."""
+    return {
+        "data": facts_of(dataset).digest,
+        "tokenizer": dataset.index.tokenizer_digest,
+        "rope_alpha": experiment.stages[0].rope_alpha,
+    }
 
 
 def _key(run: Run, dataset: PackedDataset, weights: str) -> dict[str, Any]:
     experiment = run.experiment
-    return {
-        "data": facts_of(dataset).digest,
-        "tokenizer": dataset.index.tokenizer_digest,
+    return _lasting_key(experiment, dataset) | {
         "weights": weights,
         "model": experiment.model.model_dump(mode="json"),
         "precision": experiment.precision.model_dump(mode="json"),
-        "rope_alpha": experiment.stages[0].rope_alpha,
         "device": run.device.type,
     }
 
@@ -112,17 +169,21 @@ def _digest_of_weights(experiment: Experiment) -> str:
     return digest_of(parts)
 
 
-def _read(file: Path, key: dict[str, Any]) -> np.ndarray | None:
-    if not file.is_file():
-        return None
+def _read(file: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """(log-probabilities, key). Raises CheckpointError."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found, stored = arrays["log_probability"], json.loads(str(arrays["key"]))
+            return arrays["log_probability"], dict(json.loads(str(arrays["key"])))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error}); before its first step, a run writes it again once it is removed"
         ) from None
-    if stored != key:
+
+
+def _log_probability(file: Path, key: dict[str, Any] | None = None) -> np.ndarray:
+    """Those of a file, which must have this key. Raises CheckpointError."""
+    found, stored = _read(file)
+    if key is not None and stored != key:
         raise CheckpointError(f"{file}: belongs to another run; remove it")
     return found
 
@@ -134,14 +195,18 @@ def _write(file: Path, key: dict[str, Any], log_probability: np.ndarray) -> None
     write_file(file, content.getvalue())
 
 
-def _differences(folder: Path, key: dict[str, Any]) -> str:
-    """In words, how the files that are there differ from what is wanted."""
-    found = []
-    for file in sorted(folder.glob("*.npz")):
-        with np.load(file, allow_pickle=False) as arrays:
-            stored = json.loads(str(arrays["key"]))
-        found.append(f"{file.name} has another {', '.join(name for name in key if stored.get(name) != key[name])}")
-    return f" ({'; '.join(found)})" if found else ""
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        if file.parent != folder:
+            write_file(folder / file.name, file.read_bytes())
+
+
+def _remove_others(folder: Path, files: Collection[str]) -> None:
+    """Those of earlier attempts at this run, which took no step: what is left says what the run has started from."""
+    for file in folder.glob("*.npz"):
+        if file.name not in files:
+            file.unlink()
 
 
 @torch.no_grad()

@@ -89,6 +89,8 @@ def prepare(
         leave_if_asked(stop, device)
         loader, evaluation, sets = _open_data(experiment, groups, stop, start)
         leave_if_asked(stop, device)
+        if start.first_step > 0:
+            reference.resumed(experiment, loader.order.datasets)
         start = settle(experiment, groups, chunks, loader, device, start)
         log = _open_log(experiment, start)
         recorded = RecordedSteps() if experiment.runtime.cuda_graphs else None

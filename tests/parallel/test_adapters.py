@@ -118,6 +118,15 @@ def test_resumed_under_another_layout_equals_uninterrupted(runs: Path, corpus: P
             )
 
 
+def test_a_branch_in_another_folder_goes_on_as_the_run(runs: Path, corpus: Path, tmp_path: Path) -> None:
+    start = {"init_from": str(runs / "base"), "resume_from": str(checkpoint(runs / "part", STEPS // 2))}
+    tuning = {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}}
+    branch = experiment_of(corpus, tmp_path, Layout(model="dropless"), tuning=tuning, checkpoint=start)
+    fork_ranks(1, train_all, [branch])
+    expected, found = weights(runs / "part"), weights(tmp_path)
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+
+
 def test_another_base_and_other_uses_are_refused(runs: Path, corpus: Path, tmp_path: Path) -> None:
     from shutil import copytree
 

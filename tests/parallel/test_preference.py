@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.slow
 STEPS = 3
 BETA, SFT_WEIGHT = 0.5, 0.2
 LAYOUTS = [
-    Layout(tp=2, pp=2, micro_batch=1, recompute="swiglu+norms"),
-    Layout(cp=2, dp=2, ep=2, overlap="everything"),
+    Layout(tp=2, pp=2, vpp=2, micro_batch=1, recompute="swiglu+norms"),
+    Layout(cp=2, dp=2, ep=2, overlap="everything", attention="all_to_all"),
 ]
 WORDS = ["import", "return", "class", "def", "value", "number", "list", "string", "for", "while", "if", "else", "None"]
 
@@ -162,7 +163,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(
 
 
 def resume_with(experiment: Experiment) -> str:
-    """Trains to the end; then the reference is lost, and the run is lengthened."""
+    """Trains to the end; goes on without the weights it started from, also as a branch; then the reference is lost."""
     first = train_here(experiment)
     run_dir = Path(experiment.run_dir)
     (file,) = (run_dir / "reference").glob("*.npz")
@@ -172,23 +173,46 @@ def resume_with(experiment: Experiment) -> str:
     assert {"reward_margin", "preference_accuracy", "chosen_log_probability", "rejected_log_probability"} < set(
         records[-1]
     )
-    (stage,) = experiment.stages
-    longer = experiment.model_copy(update={"stages": (stage.model_copy(update={"tokens": 2 * stage.tokens}),)})
-    assert train_here(longer) == 0
+    base = Path(str(experiment.checkpoint.init_from))
+    base.rename(base.with_name("gone"))
+    assert train_here(longer(experiment, 2, model={"init_method_std": 0.5})) == 0
+    branch = longer(experiment, 2, run_dir=str(run_dir.with_name("branch")))
+    start = {"init_from": None, "resume_from": str(run_dir / "checkpoints" / f"step_{STEPS:07d}")}
+    branch = branch.model_copy(update={"checkpoint": branch.checkpoint.model_copy(update=start)})
+    assert train_here(branch) == 0
+    assert (run_dir.with_name("branch") / "reference" / file.name).read_bytes() == file.read_bytes()
     file.unlink()
-    longest = experiment.model_copy(update={"stages": (stage.model_copy(update={"tokens": 3 * stage.tokens}),)})
+    before = (run_dir / "resolved.yaml").read_text()
     try:
-        train_here(longest)
+        train_here(longer(experiment, 3))
     except Exception as error:
+        assert (run_dir / "resolved.yaml").read_text() == before, "a refused start writes nothing"
         return f"{type(error).__name__}: {error}"
     return "resumed"
 
 
+def longer(experiment: Experiment, times: int, model: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+    (stage,) = experiment.stages
+    changes["stages"] = (stage.model_copy(update={"tokens": times * stage.tokens}),)
+    changes["model"] = experiment.model.model_copy(update=model or {})
+    return experiment.model_copy(update=changes)
+
+
 def test_a_run_resumes_with_its_reference_or_not_at_all(corpus: Path, pairs: Path, base: Path, tmp_path: Path) -> None:
-    experiment = preferring(Layout().reference, corpus, pairs, base, tmp_path / "run", dpo_sft_weight=0.0)
+    own = shutil.copytree(base, tmp_path / "base")
+    experiment = preferring(Layout().reference, corpus, pairs, own, tmp_path / "run", dpo_sft_weight=0.0)
     (found,) = fork_ranks(1, resume_with, experiment)
     assert found.startswith("CheckpointError: ")
     assert "holds no reference log-probabilities" in found
+
+
+def test_a_reference_that_is_not_a_number_is_named() -> None:
+    from hunyuan_pretrain.train import TrainingError
+    from hunyuan_pretrain.train.reference import check_finite
+
+    check_finite(np.array([-3.0, -4.0]), "pairs")
+    with pytest.raises(TrainingError, match=r"give 1 of 4 answers a log-probability .* the first in pair 2"):
+        check_finite(np.array([-3.0, -4.0, math.nan, -4.0]), "pairs")
 
 
 def test_a_model_that_is_not_its_reference_is_noticed() -> None:
@@ -197,8 +221,13 @@ def test_a_model_that_is_not_its_reference_is_noticed() -> None:
     from hunyuan_pretrain.train.reference import check_first_step
 
     same = PairSums(4, 4 * math.log(2), 0.0, 0.0, 0, -40.0, -40.0)
-    check_first_step(same, 0.1, "fp32")
+    check_first_step(same, 400, 0.1, "fp32")
     with pytest.raises(TrainingError, match=r"the loss of the pairs is 0.693147 .* differ by 5 nats"):
-        check_first_step(same._replace(margin_size=4 * 0.5), 0.1, "fp32")  # of both signs: the loss alone hides them
+        # of both signs: the loss alone hides them
+        check_first_step(same._replace(margin_size=4 * 0.5), 400, 0.1, "fp32")
     with pytest.raises(TrainingError, match="the loss of the pairs is nan"):
-        check_first_step(same._replace(preference_loss=math.nan, margin_size=math.nan), 0.1, "bf16")
+        check_first_step(same._replace(preference_loss=math.nan, margin_size=math.nan), 400, 0.1, "bf16")
+    rounded = same._replace(margin_size=4 * 0.1 * 1.5)  # 1.5 nats: rounding in answers of 2,000 tokens, not of 50
+    check_first_step(rounded, 4 * 4000, 0.1, "bf16")
+    with pytest.raises(TrainingError, match=r"differ by 1.5 nats on average \(0; up to 1 in bf16"):
+        check_first_step(rounded, 400, 0.1, "bf16")

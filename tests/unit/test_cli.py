@@ -220,6 +220,9 @@ def test_doctor(command) -> None:
     assert code == 1
     assert "gloo" in out
     assert "cannot run: /no/tokenizer: no such file" in err
+    code, _, err = command("doctor", DEMO, "runtime.device=cpu", "evaluation.tasks=[mt_bench]")
+    assert code == 1
+    assert "cannot run: evaluation.tasks: " in err
 
 
 def test_doctor_refuses_what_cannot_run_here(command, monkeypatch: pytest.MonkeyPatch) -> None:

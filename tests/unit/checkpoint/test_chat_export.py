@@ -123,11 +123,15 @@ def test_the_system_prompt_of_a_run_is_that_of_its_last_stage(tmp_path: Path) ->
     cases: list[tuple[str, dict[str, tuple[str | None, float]], str | None]] = [
         ("sft", {"a": ("Be brief.", 1)}, "Be brief."),
         ("sft", {"a": ("", 1), "texts": (None, 9)}, ""),
+        ("dpo", {"pairs": ("Be brief.", 1)}, "Be brief."),
         ("pretrain", {"texts": (None, 1)}, None),
     ]
     for number, (task, prompts, expected) in enumerate(cases):
         assert system_prompt_of(checkpoint(tmp_path / str(number), task, prompts), said.append) == expected
     assert said == []
+    assert system_prompt_of(checkpoint(tmp_path / "before", "sft", {"a": (None, 1)}), said.append) == ""
+    assert said == ["the run has not recorded the system prompt of its conversations: the default is none"]
+    said.clear()
     several: dict[str, tuple[str | None, float]] = {"a": ("A", 2), "b": ("B", 3), "c": ("A", 2)}
     assert system_prompt_of(checkpoint(tmp_path / "several", "sft", several), said.append) == "A"
     assert said == ["conversations with several system prompts: the default is 'A', not 'B'"]

@@ -409,6 +409,7 @@ def test_what_preferences_need_is_said(override: str, expected: str) -> None:
 
 def test_preferences_are_accepted_and_their_settings_need_the_task() -> None:
     rules.check(experiment_with(*DPO, "stages.0.dpo_beta=0.2"))
+    rules.check(experiment_with(*DPO, "checkpoint.init_from=null", "checkpoint.resume_from=3"))
     assert "stages.0.dpo_beta=0.2: has no effect without task=dpo" in refusal("stages.0.dpo_beta=0.2")
 
 

@@ -98,7 +98,7 @@ def test_a_pair_is_two_documents_whose_last_answers_are_labels(
 
 
 def test_a_pair_too_long_is_refused_or_left_out_and_never_cut(tokenized: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataFormatError, match="conversations have more than --sequence-length 96 tokens"):
+    with pytest.raises(DataFormatError, match=r"1 pairs have more than .* choose --overlong drop$"):
         pack([str(tokenized)], 96, str(tmp_path / "packed"), seed=0)
     with pytest.raises(DataFormatError, match="--overlong cut_turns: a pair has two last answers"):
         pack([str(tokenized)], 96, str(tmp_path / "packed"), seed=0, overlong="cut_turns")

@@ -62,6 +62,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "offloaded": (4, PP | {"cpu_offloading_num_layers": 2}, {}, {"dtype": "bf16"}),
     "fine-tuning": (4, TP | EP, {}, {"dtype": "fp32"}),
     "adapters": (4, TP | EP, {}, {"dtype": "fp32"}),
+    "preferences": (4, TP | CP, {}, {"dtype": "fp32"}),
     "fp8": (4, TP | EP, {"hidden_size": 64, "num_attention_heads": 4}, {"dtype": "bf16", "fp8_recipe": "delayed"}),
 }
 
@@ -81,8 +82,11 @@ def experiment_of(name: str) -> tuple[Experiment, int]:
     }
     if name in ("fine-tuning", "adapters"):
         fields["stages"][0]["task"] = "sft"
+    if name == "preferences":
+        fields["stages"][0]["task"] = "dpo"
     if name == "adapters":
         fields["tuning"] = {"lora": {"rank": 4, "alpha": 8}}
+    if name in ("adapters", "preferences"):
         fields["checkpoint"] = {"init_from": "none"}
     if name == "offloaded":
         fields["optimizer"]["cpu_offload_fraction"] = 0.5

@@ -119,6 +119,12 @@ def test_the_number_of_router_statistics_matches_the_model() -> None:
     assert RouterStatistics.packed_size(0) == communication.STATISTICS_BESIDE_LOAD
 
 
+def test_the_number_of_sums_over_pairs_matches_the_model() -> None:
+    from hunyuan_pretrain.model.preference import PairSums
+
+    assert len(PairSums._fields) == communication.SUMS_OVER_PAIRS
+
+
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="global_batch_sequences=64 is not a multiple of 3"):
         of(3)

@@ -262,3 +262,11 @@ def test_benchmarks_have_charts_of_their_own() -> None:
         "Benchmarks: share that is right": set(names[1:4]),
         "Benchmarks: other numbers": {"tasks/x/bleu"},
     }
+
+
+def test_the_answers_of_pairs_are_in_one_chart() -> None:
+    answers = ["chosen_log_probability", "rejected_log_probability"]
+    found = [
+        of_group for group, of_group in groups_of(["loss", "preference_loss", *answers]) if group.section == "Loss"
+    ]
+    assert found == [["loss"], ["preference_loss"], answers]

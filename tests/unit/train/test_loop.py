@@ -261,3 +261,30 @@ def test_a_bad_step_is_not_saved_by_a_stop(corpus, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="step 4"):
         steps.train()
     assert not [event for event in steps.events if event.startswith("save")]
+
+
+@pytest.mark.parametrize("what", ["fails", "is stopped"])
+def test_a_checkpoint_is_saved_before_benchmarks(corpus, tmp_path, monkeypatch, what):
+    """An error in them loses nothing, and the next start goes on after them; a stop saves again, with what is owed."""
+    steps = Steps(corpus, tmp_path, monkeypatch, steps=6, save_every_steps=2)
+    settings = steps.run.experiment.evaluation.model_copy(update={"tasks": ("piqa",), "tasks_every_steps": 2})
+    steps.run.experiment = steps.run.experiment.model_copy(update={"evaluation": settings})
+    steps.run.benchmarks = object()
+
+    def measure(run: Any, stage: Any, done: int, is_stop_asked: Any) -> bool:
+        steps.events.append(f"tasks {done}")
+        if done < 4:
+            return True
+        if what == "fails":
+            raise RuntimeError("no memory is left")
+        steps.stop.is_asked = True
+        return False
+
+    monkeypatch.setattr(loop, "measure", measure)
+    if what == "fails":
+        with pytest.raises(RuntimeError, match="no memory is left"):
+            steps.train()
+    else:
+        assert steps.train() == 75
+    found = [event for event in steps.events if event.startswith(("save", "tasks"))]
+    assert found == ["save 2", "tasks 2", "save 4", "tasks 4", *(["save 4"] if what == "is stopped" else [])]
