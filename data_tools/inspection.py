@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_tools.progress import describe_skipped
-from hunyuan_pretrain.data.arrays import PAIRS
+from hunyuan_pretrain.data.arrays import IS_TARGET, OF_REJECTED, PAIRS
 from hunyuan_pretrain.data.errors import DataFormatError
 from hunyuan_pretrain.data.folders import MANIFEST, manifest_field, manifest_format
 from hunyuan_pretrain.data.indexed import TOKENIZED_FORMAT, TokenizedDataset
@@ -72,8 +72,12 @@ def inspect(
                     _print_positions(packed[number], num_positions, tokenizer, console)
         elif tokenized:
             for number in _spread(tokenized.num_documents, num_samples):
-                console.rule(f"document {number}, {len(tokenized.document(number)):,} tokens", align="left")
-                console.print(_text(tokenized.document(number), tokenizer))
+                what = "pair" if tokenized.is_pairs else "document"
+                console.rule(f"{what} {number}, {len(tokenized.document(number)):,} tokens", align="left")
+                if tokenized.is_pairs:
+                    _print_tokenized_pair(tokenized, number, tokenizer, console)
+                else:
+                    console.print(_text(tokenized.document(number), tokenizer))
     except UnknownIdError as error:
         raise DataFormatError(f"{folder}: {error}; a file changed after it was written, --verify says which") from None
 
@@ -188,15 +192,45 @@ def _print_sequence(dataset: PackedDataset, number: int, tokenizer: Tokenizer | 
     pieces = dataset.documents(number)
     console.rule(f"sequence {number}: {len(pieces)} pieces, {int(sequence.loss_mask.sum()):,} labels", align="left")
     begin = 0
-    for document, start, length in pieces[:_SHOWN_PIECES]:
-        console.print(f"[bold]── document {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
-        console.print(_text(sequence.tokens[begin : begin + length], tokenizer))
+    for place, (document, start, length) in enumerate(pieces[:_SHOWN_PIECES]):
+        what, ids = "pair" if dataset.index.is_pairs else "document", sequence.tokens[begin : begin + length]
+        console.print(f"[bold]── {what} {document}, tokens {start:,} to {start + length - 1:,}[/bold]")
+        if dataset.index.is_pairs:
+            is_target = np.concatenate([[False], sequence.loss_mask[begin : begin + length - 1]])
+            _print_pair(ids, is_target, int(sequence.cu_seqlens[2 * place + 1]) - begin, tokenizer, console)
+        else:
+            console.print(_text(ids, tokenizer))
         begin += length
     if len(pieces) > _SHOWN_PIECES:
         console.print(f"[bold]── {len(pieces) - _SHOWN_PIECES} more pieces[/bold]")
     padding = dataset.sequence_length - sum(length for _, _, length in pieces)
     if padding:
         console.print(f"[bold]── padding, {padding:,} tokens[/bold]")
+
+
+def _print_tokenized_pair(
+    dataset: TokenizedDataset, number: int, tokenizer: Tokenizer | None, console: Console
+) -> None:
+    shard, within = dataset.locate(number)
+    ids, first = shard.document(within), shard.start(within)
+    if shard.targets is None:
+        raise DataFormatError(f"{shard.folder}: {shard.name} has no targets, so it holds no pairs; tokenize again")
+    targets = shard.targets[first : first + len(ids)]
+    split = int(np.argmax((targets & OF_REJECTED) != 0))
+    _print_pair(ids, (targets & IS_TARGET) != 0, split, tokenizer, console)
+
+
+def _print_pair(
+    ids: np.ndarray, is_target: np.ndarray, split: int, tokenizer: Tokenizer | None, console: Console
+) -> None:
+    """What both conversations begin with, and the two answers. split: where the second conversation begins."""
+    answers = [int(np.argmax(is_target[:split])), split + int(np.argmax(is_target[split:]))]
+    for name, begin, end in (
+        ("both", 0, answers[0]),
+        ("chosen", answers[0], split),
+        ("rejected", answers[1], len(ids)),
+    ):
+        console.print(f"[bold]{name}:[/bold] {_text(ids[begin:end], tokenizer)}")
 
 
 def _print_positions(

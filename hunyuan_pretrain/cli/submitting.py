@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,11 @@ def submit(
         typer.Option(metavar="PATH|CLAIM=PATH", help="Folder for the container, or a Kubernetes claim; repeatable."),
     ] = None,
     hardware: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="GPUs of the nodes: refuse a job whose memory does not fit.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="GPUs of the nodes: refuse a job whose memory does not fit, and give it time to save.",
+        ),
     ] = "",
     accept_memory: Annotated[
         bool, typer.Option("--accept-memory", help="Submit although the plan says that the memory does not fit.")
@@ -106,10 +111,7 @@ def submit(
         mounts=tuple(mount or ()),
     )
     experiment = request.check(asked)
-    if hardware:
-        _refuse_what_does_not_fit(experiment, asked.ranks, hardware, accept_memory)
-    elif experiment.runtime.device != "cpu" and asked.place != "local":
-        print("note: without --hardware, memory is not compared with the nodes' GPUs", file=sys.stderr)
+    asked = _compared_with_the_plan(asked, experiment, hardware, accept_memory)
     if not doctor and from_step is None:
         _refuse_another_run(experiment, accept_changes or [])
     folder = job_folder.next_folder(Path(experiment.run_dir))
@@ -173,18 +175,37 @@ def _start(asked: Request, folder: Path) -> int:
     return 0
 
 
-def _refuse_what_does_not_fit(experiment: Experiment, ranks: int, hardware: str, is_accepted: bool) -> None:
+def _compared_with_the_plan(asked: Request, experiment: Experiment, hardware: str, accept_memory: bool) -> Request:
+    """The request with its grace period. Raises ConfigError if the memory does not fit."""
+    from hunyuan_pretrain.jobs import grace
+
+    stop_s = None
+    if hardware:
+        stop_s = _refuse_what_does_not_fit(experiment, asked.ranks, hardware, accept_memory)
+    elif experiment.runtime.device != "cpu" and asked.place != "local":
+        beside = ", nor the time of a save with the grace period" if asked.place in grace.SHORTEST_S else ""
+        print(f"note: without --hardware, memory is not compared with the nodes' GPUs{beside}", file=sys.stderr)
+    grace_s, told = grace.settle(asked, stop_s)
+    if told:
+        print(told, file=sys.stderr)
+    return replace(asked, grace_s=grace_s)
+
+
+def _refuse_what_does_not_fit(experiment: Experiment, ranks: int, hardware: str, is_accepted: bool) -> float:
+    """Returns how long the job takes to stop, in seconds, as planned."""
     from hunyuan_pretrain.config.errors import ConfigError, Problem
     from hunyuan_pretrain.plan import costs
     from hunyuan_pretrain.plan.hardware import load
 
-    found = costs.problems(costs.costs(experiment, ranks, load(hardware)))
+    planned = costs.costs(experiment, ranks, load(hardware))
+    found = costs.problems(planned)
     if is_accepted:
         for line in found:
             print(f"warning: {line} (--accept-memory)", file=sys.stderr)
     elif found:
         hint = "see `hunyuan-pretrain plan --search`, or pass --accept-memory"
         raise ConfigError(experiment.name, [Problem("--hardware", hardware, line, hint) for line in found])
+    return max(stage.beside.stop_s for stage in planned.stages if stage.beside is not None)
 
 
 def _refuse_another_run(experiment: Experiment, accept_changes: list[str]) -> None:

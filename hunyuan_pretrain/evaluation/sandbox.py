@@ -1,5 +1,11 @@
 """Programs that a model writes run in a sandbox of the kernel's: no network, no files of the host, no processes, limits
-of memory and time. Where there can be none, they do not run, unless the user says so."""
+of memory and time. Where there can be none, they do not run, unless the user says so.
+
+The sandbox protects the machine, not the score. Benchmarks test a function in the process that defines it, so whatever
+tells that the tests were reached can be told by the function too: here a token at the end of the program, which the
+program can read. It keeps a program from passing by an early exit, not one that sets out to deceive; against that there
+is only reading the answers (`--samples`).
+"""
 
 from __future__ import annotations
 
@@ -77,7 +83,7 @@ Place = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 def _run(source: str, place: Place, seconds: int, memory_bytes: int) -> Outcome:
     token = secrets.token_hex(16)
-    # an exit before the tests, with whatever status, is not the end
+    # an exit before the tests, with whatever status, is not the end; a status of 0 would not tell them apart
     whole = f"{source}\n\nimport os as _os\n_os.write({RESULT}, b'{token}')\n"
     reading, writing = os.pipe()
     with tempfile.TemporaryDirectory(prefix="hunyuan_sandbox_") as folder:

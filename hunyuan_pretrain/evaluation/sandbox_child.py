@@ -4,6 +4,12 @@ In new namespaces of users, mounts, processes, network, IPC and host name it has
 system libraries, read only, and a small /tmp in memory. Then it gives up every privilege, limits memory, time, file
 sizes and open files, and lets the kernel refuse new processes and threads, sockets and what escapes are made of. Needs
 Linux and namespaces that users may make; exits with UNAVAILABLE where they may not. Imports nothing of this project.
+
+The program is process 1 of its namespace, and nothing of ours is beside it there. The kernel keeps such a process from
+signals of its own namespace only: SIGKILL from outside and at a hard limit ends it (`_kill` in sandbox.py, RLIMIT_CPU),
+a fault too, and the hard limits cannot be raised without a capability. A first process of our own would add nothing:
+there are no orphans to wait for, because there is no fork; and what waits for the program and knows its status is
+outside, where no process id of the program's leads.
 """
 
 from __future__ import annotations

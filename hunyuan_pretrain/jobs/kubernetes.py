@@ -26,8 +26,6 @@ from hunyuan_pretrain.jobs.request import Request
 KINDS = ("pytorchjob", "jobset")
 MANIFEST = "job.yaml"
 CONFIG_FOLDER = "/etc/hunyuan"
-GRACE_S = 600
-"""Between SIGTERM and SIGKILL: a checkpoint has to be written."""
 PORT = 29500
 RESTARTS = 20
 
@@ -157,7 +155,7 @@ def _pod(name: str, request: Request, experiment: Experiment, where: dict[str, s
     }
     if experiment.runtime.device != "cpu":
         container["resources"] = {"limits": {"nvidia.com/gpu": request.ranks_per_node}}
-    return {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": GRACE_S}
+    return {"containers": [container], "volumes": volumes, "terminationGracePeriodSeconds": request.grace_s}
 
 
 def _claim(mount: str) -> tuple[str, str]:

@@ -47,6 +47,8 @@ class Request:
     """What starts the container under Slurm; "": pyxis."""
     mounts: tuple[str, ...] = ()
     """Folders that a container sees under the same path; with kubernetes CLAIM=PATH."""
+    grace_s: int = 0
+    """Between the scheduler's request to stop and the end of the job (grace.py)."""
     python: str = field(default=sys.executable)
     """The interpreter on the nodes."""
 

@@ -20,8 +20,6 @@ SCRIPT = "job.sbatch"
 STARTS = "starts.txt"
 STARTED = 'echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"'
 """The job itself records that it runs: `submit` may have been killed before it could."""
-SAVE_S = 300
-"""Seconds before the time limit at which the ranks are told to save and stop."""
 
 
 def script(request: Request, experiment: Experiment, folder: Path) -> str:
@@ -34,7 +32,7 @@ def script(request: Request, experiment: Experiment, folder: Path) -> str:
         "time": request.time,
         "partition": request.partition,
         "account": request.account,
-        "signal": f"TERM@{SAVE_S}",
+        "signal": f"TERM@{request.grace_s}",
         "open-mode": "append",
         "output": f"{folder.resolve()}/%j.out",
         "chdir": os.getcwd(),

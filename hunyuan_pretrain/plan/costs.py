@@ -238,6 +238,8 @@ def _beside_rows(found: Costs, group: str, number: int) -> Iterator[Row]:
     if beside.late_s:
         note = f"training waits {beside.save_wait_s:.3g} s of it, {note}"
     yield Row(group, "saving", f"{beside.save_s:.3g} s", f"{size_text(beside.saved_bytes)}, {note}")
+    note = "from a request to stop to a complete checkpoint, at the longest; schedulers have to grant it, with a margin"
+    yield Row(group, "stopping", f"{beside.stop_s:.3g} s", note)
     if (rerun := experiment.resilience.rerun_every) is not None:
         note = f"forward and backward once more every {rerun} steps (resilience.rerun_every)"
         yield Row(group, "computing twice", f"{beside.rerun_share:.2%} more", note)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hunyuan_pretrain.config.schema import EvaluationConfig
+from hunyuan_pretrain.config.schema import EvaluationConfig, Experiment
 from hunyuan_pretrain.plan.counts import checkpoint_bytes
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.passes import Job, passes_of_stages
@@ -39,6 +39,8 @@ class Beside:
     """Training that is done before a checkpoint is complete."""
     rerun_share: float
     """Seconds of second computations (resilience.rerun_every) for each second of training."""
+    stop_s: float
+    """From a request to stop to a complete checkpoint, at the longest."""
 
     @property
     def share(self) -> float:
@@ -67,7 +69,21 @@ def beside_steps(job: Job, step_s: float, passes_s: float) -> Beside:
         interval_s,
         save - waited,
         passes_s / (step_s * experiment.resilience.rerun_every) if experiment.resilience.rerun_every else 0.0,
+        stop_s(experiment, step_s, passes_s, save),
     )
+
+
+STEPS_TO_STOP = 4
+"""On a GPU the host launches a step while the device computes the one before. A request that just misses the launch of
+a step is told to all ranks by the next one, and read after one more is launched (train/loop.py)."""
+
+
+def stop_s(experiment: Experiment, step_s: float, passes_s: float, save: float) -> float:
+    """At the longest, from a request to stop to a complete checkpoint: the steps, or the save in flight, then a save.
+    Validations and benchmarks are cut short."""
+    steps = STEPS_TO_STOP * step_s + (passes_s if experiment.resilience.rerun_every else 0.0)
+    before = save if experiment.checkpoint.async_save and experiment.checkpoint.save_every_steps else 0.0
+    return max(steps, before) + save
 
 
 def save_s(job: Job, saved: int) -> float:

@@ -1,7 +1,9 @@
-"""A page as one HTML file that loads nothing and runs no script, and where it may be written."""
+"""A page as one HTML file that loads nothing, and where it may be written."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from hunyuan_pretrain.plan.charts import Html, element
 HEAD_BYTES = 512
 """`PageFile.marker` is within these."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What a browser lets the page do: nothing but use its own style sheet."""
+"""What a browser lets a page do: nothing but use its own style sheet, and run the script whose digest is added."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,22 @@ class PageFile:
         """A file with this in its head is such a page, and may be replaced by one."""
         return f'<meta name="generator" content="hunyuan-pretrain {self.command}">'
 
-    def document(self, title: str, sections: Iterable[Html], style: str, refresh_s: int | None = None) -> str:
-        """The page. refresh_s: seconds after which a browser reads it again."""
+    def document(
+        self, title: str, sections: Iterable[Html], style: str, refresh_s: int | None = None, script: str = ""
+    ) -> str:
+        """The page. refresh_s: seconds after which a browser reads it again. script: the only one that it runs."""
+        policy, run = POLICY, ""
+        if script:
+            digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+            policy, run = f"{POLICY}; script-src 'sha256-{digest}'", f"<script>{script}</script>\n"
         refresh = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">\n'
         return (
             f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{self.marker}\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n{refresh}'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{refresh}'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"{element('title', title)}\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
             + "\n".join(sections)
-            + "\n</main>\n</body>\n</html>\n"
+            + f"\n</main>\n{run}</body>\n</html>\n"
         )
 
     def write(self, path: Path, text: str) -> None:

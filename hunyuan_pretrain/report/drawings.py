@@ -1,6 +1,7 @@
 """Charts of a run: lines over steps, and heat maps by layer, as inline SVG (plan.charts says how such drawings work).
 
-A line is the mean of each stretch of steps; the band around it reaches from the smallest to the largest value.
+A line is the mean of each stretch of steps; the band around it reaches from the smallest to the largest value. zoom.js
+draws them again for a range of steps, from the `data-` attributes, which is why it repeats some of this file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ HEIGHT = 300.0
 COLOURS = ("blue", "orange", "green", "violet", "rose", "yellow", "sky", "navy", "grey")
 """Of lines, in order; more lines than these share them."""
 SHOWN = 48
-"""Columns of a chart that say their values under a pointer."""
+"""Columns of a chart that say their values under a pointer, at most."""
 
 
 class Line(NamedTuple):
@@ -92,7 +93,7 @@ def chart(
     is_wide: bool = False,
 ) -> Html:
     """Lines over the steps from `first_step` to `last_step`; empty if none has a value there."""
-    seen = {line: [one for one in line.series if one.last >= first_step] for line in lines}
+    seen = {line: [_rounded(one) for one in line.series if one.last >= first_step] for line in lines}
     values = [value for found in seen.values() for one in found for value in (one.low, one.high)]
     if not values:
         return Html()
@@ -103,7 +104,11 @@ def chart(
     for line, found in seen.items():
         shapes += _line(line, found, across, scale)
     shapes.append(_values(seen, across, unit))
-    drawing = element("svg", *shapes, viewBox=f"0 0 {WIDTH:.0f} {HEIGHT:.0f}", preserveAspectRatio="none", role="img")
+    drawing = element(
+        "svg", *shapes, viewBox=f"0 0 {WIDTH:.0f} {HEIGHT:.0f}", preserveAspectRatio="none", role="img",
+        aria_label=title, data_first=str(across.first), data_last=str(across.last), data_unit=unit,
+        data_log="yes" if may_be_log else "no",
+    )  # fmt: skip
     ticks = [
         element("i", short(tick), style=f"bottom:{100 * scale.place(tick):.2f}%")
         for tick in scale.ticks()
@@ -119,6 +124,12 @@ def chart(
         *([element("p", note, class_="under")] if note else []),
         class_="plot wide" if is_wide else "plot",
     )
+
+
+def _rounded(one: Stretch) -> Stretch:
+    """To the six digits that the page keeps of each value, so that zoom.js draws from the same numbers."""
+    low, mean, high = (float(f"{value:g}") for value in (one.low, one.mean, one.high))
+    return Stretch(one.first, one.last, low, mean, high)
 
 
 def _legend(lines: Sequence[Line], unit: str) -> Iterator[Html]:
@@ -156,6 +167,7 @@ def _vertical(mark: Mark, across: _Across) -> Html:
         element("title", mark.title),
         d=f"M{x:.1f} 0V{HEIGHT:.0f}",
         class_="at",
+        data_step=str(mark.step),
         style=f"stroke:var(--{mark.colour})",
     )
 
@@ -163,7 +175,8 @@ def _vertical(mark: Mark, across: _Across) -> Html:
 def _level(level: Level, across: _Across, scale: Scale) -> Html:
     y = HEIGHT * (1 - scale.place(level.value))
     where = f"M{across.place(level.first):.1f} {y:.1f}H{across.place(level.last):.1f}"
-    return element("path", element("title", level.title), d=where, class_="planned")
+    kept = f"{level.first} {level.last} {level.value!r}"
+    return element("path", element("title", level.title), d=where, class_="planned", data_level=kept)
 
 
 def _line(line: Line, found: Sequence[Stretch], across: _Across, scale: Scale) -> Iterator[Html]:
@@ -180,7 +193,20 @@ def _line(line: Line, found: Sequence[Stretch], across: _Across, scale: Scale) -
     points = list(zip(middles, means, strict=True))
     if len(points) == 1:  # a line of no length is not drawn
         points.append((points[0][0] + 2, points[0][1]))
-    yield element("path", d=_through(points), class_="line", style=f"stroke:var(--{line.colour})")
+    style, kept = f"stroke:var(--{line.colour})", ";".join(_kept(found))
+    yield element("path", d=_through(points), class_="line", style=style, data_name=line.name, data_values=kept)
+
+
+def _kept(found: Iterable[Stretch]) -> Iterator[str]:
+    """Of each point `FIRST LAST:MEAN LOW HIGH`. Without steps: as long as the point before, and as far from it as that
+    from its own. Without low and high: they are the mean."""
+    before, gap, more = 0, 1, 0
+    for one in found:
+        steps = one.first - before, one.last - one.first
+        where = "" if steps == (gap, more) else f"{one.first} {one.last}:"
+        around = "" if one.low == one.high else f" {one.low:g} {one.high:g}"
+        yield f"{where}{one.mean:g}{around}"
+        before, (gap, more) = one.first, steps
 
 
 def _through(points: Sequence[tuple[float, float]]) -> str:
@@ -189,26 +215,28 @@ def _through(points: Sequence[tuple[float, float]]) -> str:
 
 def _values(seen: dict[Line, list[Stretch]], across: _Across, unit: str) -> Html:
     """Columns that cannot be seen, and say their values under a pointer."""
-    width = (across.last - across.first + 1) / SHOWN
+    count = min(SHOWN, max(map(len, seen.values())))
+    width = (across.last - across.first + 1) / count
     texts: dict[int, list[str]] = {}
+    steps: dict[int, list[int]] = {}
     for line, found in seen.items():
         columns: dict[int, list[Stretch]] = {}
         for one in found:
-            columns.setdefault(min(int(((one.first + one.last) / 2 - across.first) / width), SHOWN - 1), []).append(one)
+            columns.setdefault(min(int(((one.first + one.last) / 2 - across.first) / width), count - 1), []).append(one)
         for column, stretches in columns.items():
             low, high = min(one.low for one in stretches), max(one.high for one in stretches)
             text = short(low) if low == high else f"{short(low)} to {short(high)}"
             texts.setdefault(column, []).append(f"{line.name or 'value'}: {text} {unit}".rstrip())
+            steps.setdefault(column, []).extend(step for one in stretches for step in (one.first, one.last))
     shapes = []
     for column, of_lines in sorted(texts.items()):
-        first = across.first + math.ceil(column * width)
-        last = max(across.first + math.ceil((column + 1) * width) - 1, first)
-        steps = f"step {first:,}" if first >= last else f"steps {first:,} to {last:,}"
-        title = element("title", "\n".join([steps, *of_lines]))
+        first, last = min(steps[column]), max(steps[column])
+        where = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+        title = element("title", "\n".join([where, *of_lines]))
         shapes.append(
-            element("rect", title, x=column * WIDTH / SHOWN, width=WIDTH / SHOWN, height=HEIGHT, class_="look")
+            element("rect", title, x=column * WIDTH / count, width=WIDTH / count, height=HEIGHT, class_="look")
         )
-    return element("g", *shapes)
+    return element("g", *shapes, class_="columns")
 
 
 # --- heat maps --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The page of `report`: how one or several runs went, as one HTML file that loads nothing and runs no script."""
+"""The page of `report`: how one or several runs went, as one HTML file that loads nothing, and runs only zoom.js."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from hunyuan_pretrain.plan.charts import Html, element, join, legend, number, table
@@ -19,6 +20,7 @@ from hunyuan_pretrain.report.records import RunFiles
 from hunyuan_pretrain.report.shown import MARKED, Shown, cell, swatch
 
 PAGE = PageFile("report", "--out", "a report")
+ZOOM = Path(__file__).with_name("zoom.js")
 
 
 def page(runs: Sequence[RunFiles], hardware: Hardware | None = None, refresh_s: int | None = None) -> str:
@@ -42,7 +44,7 @@ def page(runs: Sequence[RunFiles], hardware: Hardware | None = None, refresh_s: 
     for run in shown:
         sections += maps.sections(run.metrics.samples, "" if len(shown) == 1 else f": {run.label}")
     sections += [*tables.by_stage(shown), *tables.sources(shown), *tables.events(shown), *tables.configurations(shown)]
-    return PAGE.document(f"Report of {title}", sections, STYLE, refresh_s)
+    return PAGE.document(f"Report of {title}", sections, STYLE, refresh_s, ZOOM.read_text(encoding="utf-8"))
 
 
 def _labels(runs: Sequence[RunFiles]) -> list[str]:
@@ -130,6 +132,13 @@ def _about(section: str, shown: Sequence[Shown]) -> Iterator[Html]:
             "p",
             "A line is the mean of the steps at its place, the band around it goes from the smallest to the largest. "
             "Grey vertical lines: a stage begins. A pointer on a chart shows values.",
+        )
+        yield element(
+            "p",
+            "A drag along a chart shows those steps in all charts. On a chart with the focus: + and -, left and right. "
+            "Escape or a double click shows all steps again.",
+            class_="how under",
+            hidden="",
         )
         if marked:
             yield legend((kind, MARKED[kind]) for kind in sorted(marked))

@@ -32,6 +32,16 @@ STYLE = (
 .planned { fill: none; stroke: var(--ink); stroke-width: 1.4px; stroke-dasharray: 5 4; }
 .planned { vector-effect: non-scaling-stroke; }
 .look { fill: transparent; }
+.zoomable { cursor: crosshair; touch-action: pan-y pinch-zoom; -webkit-user-select: none; user-select: none; }
+.zoomable:focus { outline: none; }
+.zoomable:focus-visible, .zoom button:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
+.chosen { fill: var(--blue); fill-opacity: .25; pointer-events: none; }
+.zoom { position: fixed; inset: auto 0 .8rem; margin: auto; width: fit-content; max-width: calc(100% - 1.6rem); }
+.zoom { display: flex; gap: .3rem 1rem; align-items: center; padding: .45rem .6rem .45rem .9rem; border-radius: 6px; }
+.zoom { background: var(--ink); color: var(--paper); font-size: .9rem; }
+.zoom[hidden] { display: none; }
+.zoom button { flex: none; padding: .3rem .8rem; border: 0; border-radius: 4px; font: inherit; cursor: pointer; }
+.zoom button { background: var(--paper); color: var(--ink); }
 .look:hover { fill: var(--ink); fill-opacity: .08; }
 .state { display: inline-block; padding: 0 .5rem; border-radius: 1rem; background: var(--panel); }
 .run { overflow-wrap: anywhere; }

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from hunyuan_pretrain.checkpoint import save_load
+from hunyuan_pretrain.checkpoint.folders import step_of
+from hunyuan_pretrain.config.decisions import LEDGER, Decision, append_decision
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.train.preflight import refusals
 from tests.helpers.runs import experiment_fields, run, write_experiment
@@ -172,3 +175,21 @@ def test_doctor_and_train_report_the_same(corpus: Path, tmp_path: Path) -> None:
     code, _, err = run("doctor", config)
     assert code == 1
     assert run("train", config)[::2] == (2, err.removeprefix("cannot run: "))
+
+
+def test_doctor_starts_where_a_roll_back_that_was_killed_goes_on(trained: Path) -> None:
+    """A checkpoint that the ledger has left behind is not looked at, also while it lies there."""
+    run_dir = trained / "run"
+    (newest,) = save_load.find_checkpoints(run_dir)
+    step = step_of(newest)
+    ledger = run_dir / LEDGER
+    decision = Decision(time="t", kind="rollback", cause="spike", step=step + 1, to_step=step - 1, number=1)
+    try:
+        append_decision(run_dir, decision)
+        assert refusals(load_experiment(trained / "x.yaml", ["seed=8"])) == [], "without a checkpoint it starts again"
+        ledger.unlink()
+        append_decision(run_dir, decision.model_copy(update={"to_step": step}))
+        (said,) = refusals(load_experiment(trained / "x.yaml", ["seed=8"]))
+        assert "seed" in said
+    finally:
+        ledger.unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class Page:
 
     def press(self, key: str, text: str = "") -> None:
         """One key, such as Enter (text "\\r"), Escape or Tab."""
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9}
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowRight": 39, "+": 187, "-": 189}
         about = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
         self.call("Input.dispatchKeyEvent", type="keyDown", **about, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
@@ -101,6 +101,27 @@ class Page:
         place = sides[0] + sides[2] / 2, sides[1] + sides[3] / 2
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+
+    def drag(self, selector: str, start: float, end: float, is_released: bool = True) -> None:
+        """Across the first element that matches; start, end: shares of its width."""
+        places = self._places(selector, start, (start + end) / 2, end)
+        steps = list(zip(("mousePressed", "mouseMoved", "mouseMoved"), places, strict=True))
+        for kind, (x, y) in steps + ([("mouseReleased", places[-1])] if is_released else []):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def touch(self, selector: str, start: float, end: float, down: float = 0.0) -> None:
+        """The same with a finger, which also moves `down` pixels."""
+        places = self._places(selector, *(start + (end - start) * step / 8 for step in range(9)))
+        for step, (x, y) in enumerate(places):
+            point = {"x": x, "y": y + down * step / 8}
+            self.call("Input.dispatchTouchEvent", type="touchMove" if step else "touchStart", touchPoints=[point])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def _places(self, selector: str, *shares: float) -> list[tuple[float, float]]:
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{found}.scrollIntoView({{block: 'center'}})")
+        x, y, width, height = self.run(f"Object.values({found}.getBoundingClientRect().toJSON())")[:4]
+        return [(x + share * width, y + height / 2) for share in shares]
 
     def screenshot(self, path: Path) -> None:
         """What is seen, as PNG."""

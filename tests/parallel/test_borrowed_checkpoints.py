@@ -40,6 +40,7 @@ def test_rank_0_chooses_the_checkpoint_and_each_rank_reads_it_from_its_own_run_d
 
 def test_a_shadow_run_leaves_a_training_run_unchanged(tmp_path: Path) -> None:
     from hunyuan_pretrain.checkpoint import folders
+    from hunyuan_pretrain.config.decisions import Decision, append_decision, read_decisions
     from hunyuan_pretrain.diagnostics.shadow import borrow_checkpoints
 
     run, shadow = tmp_path / "run", tmp_path / "shadow"
@@ -47,8 +48,12 @@ def test_a_shadow_run_leaves_a_training_run_unchanged(tmp_path: Path) -> None:
     for name in ("step_0000001", "step_0000002.partial"):
         (run / "checkpoints" / name).mkdir(parents=True)
         (run / "checkpoints" / name / "file").touch()
+    append_decision(run, Decision(time="t", kind="rollback", cause="spike", step=4, to_step=1, number=1))
     before = sorted(run.rglob("*"))
     borrow_checkpoints(run, shadow)
+    assert read_decisions(shadow) == read_decisions(run), "what the run left out, the shadow leaves out too"
+    append_decision(shadow, Decision(time="t", kind="skip", cause="spike", step=5))
+    assert len(read_decisions(run)) == 1
     assert [folder.name for folder in folders.named_checkpoints(shadow)] == ["step_0000001"]
     assert (shadow / "checkpoints/step_0000001/file").exists()
     folders.remove_partials(shadow)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hunyuan_pretrain.checkpoint.export_run import export_run
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout, trace_in_jobs, until_failure
 from tests.helpers.ranks import fork_ranks
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 3
 BETA, SFT_WEIGHT = 0.5, 0.2
+SYSTEM = "Go"
 LAYOUTS = [
     Layout(tp=2, pp=2, vpp=2, micro_batch=1, recompute="swiglu+norms"),
     Layout(cp=2, dp=2, ep=2, overlap="everything", attention="all_to_all"),
@@ -46,7 +48,7 @@ def pairs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             if draw.random() < 0.3:
                 turns += [{"role": "assistant", "content": text()}, {"role": "user", "content": text()}]
             file.write(json.dumps({"prompt": turns, "chosen": f"{text()} one", "rejected": f"{text()} two"}) + "\n")
-    form = PairForm(system_prompt="")
+    form = PairForm(system_prompt=SYSTEM)
     tokenize([str(folder / "pairs.jsonl")], str(corpus / "tokenizer"), str(folder / "tokens"), form=form)
     pack([str(folder / "tokens")], SEQUENCE_LENGTH, str(folder / "packed"), seed=1, overlong="drop")
     return folder / "packed"
@@ -204,6 +206,10 @@ def test_a_run_resumes_with_its_reference_or_not_at_all(corpus: Path, pairs: Pat
     (found,) = fork_ranks(1, resume_with, experiment)
     assert found.startswith("CheckpointError: ")
     assert "holds no reference log-probabilities" in found
+    certificate = export_run(tmp_path / "run", tmp_path / "export", processes=1)
+    assert certificate["chat"] == {"system_prompt": SYSTEM}
+    exported = json.loads((tmp_path / "export/tokenizer_config.json").read_text())
+    assert (exported["eos_token"], exported["default_system_prompt"]) == ("<|eos|>", SYSTEM)
 
 
 def test_a_reference_that_is_not_a_number_is_named() -> None:

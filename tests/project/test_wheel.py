@@ -22,6 +22,7 @@ DATA |= {
     path.relative_to(ROOT).as_posix() for at in FOLDERS for path in (ROOT / "hunyuan_pretrain" / at).glob("*.yaml")
 }
 DATA |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hunyuan_pretrain/serving/page").iterdir()}
+DATA.add("hunyuan_pretrain/report/zoom.js")
 """Files other than modules. An export's own code consists of modules: checkpoint/modeling_hunyuan.py and its like."""
 
 

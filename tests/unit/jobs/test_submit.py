@@ -26,6 +26,9 @@ from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.config.schema import Experiment
 from hunyuan_pretrain.config.values import change_paths
 from hunyuan_pretrain.jobs import kubernetes, ssh
+from hunyuan_pretrain.jobs.grace import needed_s
+from hunyuan_pretrain.plan.costs import costs
+from hunyuan_pretrain.plan.hardware import PROFILES, load
 from launch import slurm as in_job
 from launch.node import MistakeError, program_of
 
@@ -129,6 +132,25 @@ def test_a_job_that_does_not_fit_the_hardware_is_refused(tmp_path: Path) -> None
 
     options += ["--hardware", "H100-80GB", "--accept-memory"]
     assert submit(tmp_path / "other", *layout, *options, config=LARGE)[0] == 0
+
+
+def test_a_job_is_given_the_time_that_the_plan_needs_to_save(tmp_path: Path) -> None:
+    slow = tmp_path / "slow.yaml"
+    slow.write_text(f"base: {PROFILES}/H100-80GB.yaml\nstorage_bytes_per_s: 1e8\n")
+    options = ["--slurm", "--nodes", "64", "--dry-run", "--hardware", str(slow)]
+    status, output = submit(tmp_path / "run", *options, config=LARGE)
+    planned = costs(load_experiment(LARGE), 512, load(slow)).stages[0].beside
+    assert planned is not None
+    seconds = needed_s(planned.stop_s)
+    assert (status, f"the job gets {seconds} s to stop, instead of 300 s" in output) == (0, True), output
+    assert f"#SBATCH --signal=TERM@{seconds}" in (folder_of(tmp_path / "run") / "job.sbatch").read_text().splitlines()
+    status, output = submit(tmp_path / "other", *options, "--option", "signal=TERM@300", config=LARGE)
+    assert (
+        status,
+        f"warning: --option signal=TERM@300: by the plan, stopping and saving take up to "
+        f"{planned.stop_s:.0f} s" in output,
+    ) == (0, True), output
+    assert "#SBATCH --signal=TERM@300" in (folder_of(tmp_path / "other") / "job.sbatch").read_text().splitlines()
 
 
 def test_the_run_directory_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -117,6 +117,21 @@ def test_a_checkpoint_of_hunyuan_large() -> None:
     )
 
 
+def test_a_stop_waits_for_the_launched_steps_or_the_save_in_flight_and_saves() -> None:
+    (stage,) = one_gpu().stages
+    step = step_time(one_gpu(), stage, 1, H200)
+    for checkpoint, in_flight in (
+        ({"save_every_steps": 50}, True),
+        ({"save_every_steps": 50, "async_save": False}, False),
+        ({"save_every_steps": None}, False),
+    ):
+        found = beside(one_gpu(checkpoint=checkpoint))
+        before = max(4 * step.seconds, found["save_s"] if in_flight else 0.0)
+        assert found["stop_s"] == pytest.approx(before + found["save_s"])
+    twice = beside(one_gpu(checkpoint={"save_every_steps": None}, resilience={"rerun_every": 10}))
+    assert twice["stop_s"] == pytest.approx(found["stop_s"] + step.timeline.seconds)
+
+
 def test_failures_cost_half_an_interval_and_a_restart() -> None:
     """Llama 3's run: 419 interruptions in 54 days of 16,384 GPUs, by definition of the profile's figure."""
     found = failures(54 * 86400, 3600, 16_384, H200)

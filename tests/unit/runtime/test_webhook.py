@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
+import urllib.error
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -85,6 +87,22 @@ def test_other_ranks_post_nothing(server, tmp_path: Path, monkeypatch) -> None:
     log.event("alarm", "x", 1)
     log.close()
     assert server.posted == []
+
+
+def test_a_wrong_certificate_is_one_line_without_the_address(monkeypatch) -> None:
+    """OpenSSL's own text holds the host's name."""
+    lines: list[str] = []
+    host = "secret.example"
+    error = ssl.SSLCertVerificationError(1, f"Hostname mismatch, certificate is not valid for '{host}'.")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise urllib.error.URLError(error)
+
+    webhook = Webhook(f"https://{host}/", lines.append)
+    monkeypatch.setattr(webhook._opener, "open", refused)
+    webhook.post({"text": "x"})
+    webhook.close()
+    assert lines == ["WARNING: an alarm was not posted to the webhook: SSLCertVerificationError"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def test_prompts_are_scored(proxied: Served) -> None:
         assert answer["finish_reason"] == "length"
 
 
+def test_no_new_tokens_are_an_answer_without_text(proxied: Served, stub: Path) -> None:
+    before = len(recorded(stub))
+    answer = proxied.complete([258, 5, 7], max_tokens=0)
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("", "length")
+    assert answer["usage"]["completion_tokens"] == 0
+    assert len(recorded(stub)) == before, "the child is not asked"
+
+
 def test_generation_ends_at_a_control_token_and_at_a_stop_string(proxied: Served) -> None:
     answer = proxied.complete([258, 1], max_tokens=30)
     assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", 30)

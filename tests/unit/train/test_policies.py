@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hunyuan_pretrain.config.decisions import InForce
 from hunyuan_pretrain.config.schedule import Schedule
 from hunyuan_pretrain.config.schema import ResilienceConfig, StageConfig
+from hunyuan_pretrain.train import rollback
 from hunyuan_pretrain.train.optimizer import prepare, set_learning_rate, update
 from hunyuan_pretrain.train.policies import Judge, Numbers, data_of, left_out, numbers_of, shared_numbers
 from hunyuan_pretrain.train.rerun import PIECE, digest
@@ -187,3 +189,18 @@ def test_a_digest_covers_every_piece() -> None:
     tensor[-1] = 1.0
     assert not torch.equal(digest(tensor), before)
     assert digest(torch.zeros(0)).tolist() == [0, 0]
+
+
+def test_a_skipped_step_is_an_alarm_once_it_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(rollback, "decision_on", lambda schedule, step, kind, *_, **__: (step, kind))
+    monkeypatch.setattr(rollback, "_append", lambda run, decision: done.append(decision))
+    run: Any = SimpleNamespace(schedule=None, log=SimpleNamespace(event=lambda *said: done.append(said)))
+    verdict = SimpleNamespace(kind="skip", cause="nonfinite", thresholds={})
+    numbers = SimpleNamespace(loss=math.nan, grad_norm=1.0, update_norm=None)
+    step: Any = SimpleNamespace(step=6, verdict=verdict, result=lambda: numbers)
+    rollback.note_skip(run, step)
+    written, (kind, text, at) = done
+    assert written == (6, "skip")
+    assert (kind, at) == ("alarm", 7)
+    assert text.endswith("; the update of this step is left out")
