@@ -12,7 +12,7 @@ from hunyuan_pretrain.checkpoint.hf_export import export, refuse_at_once
 from hunyuan_pretrain.checkpoint.history import history_of, present_piece, refuse_another_vocabulary
 from hunyuan_pretrain.checkpoint.loaders import Format
 from hunyuan_pretrain.checkpoint.model_card import facts_of_run, share_of
-from hunyuan_pretrain.checkpoint.stored_weights import verified_weights
+from hunyuan_pretrain.checkpoint.stored_weights import WhichWeights, verified_weights
 from hunyuan_pretrain.checkpoint.trained_adapter import export_adapter
 from hunyuan_pretrain.checkpoint.training_layers import TrainingLayers, one_rank
 from hunyuan_pretrain.checkpoint.workers import Say
@@ -33,6 +33,7 @@ def export_run(
     format: Format = "hunyuan",
     licence: str | None = None,
     processes: int | None = None,
+    which: WhichWeights = "trained",
     say: Say | None = None,
 ) -> dict[str, Any]:
     """Export the newest complete checkpoint of a run (or the one after `step` steps) to `output`; returns the
@@ -41,12 +42,13 @@ def export_run(
     dtype: "fp32" or "bf16", by default that of training. The number of positions and the RoPE alpha are those of the
     stage in which the checkpoint was taken. licence: an identifier for README.md, such as apache-2.0. processes: that
     verify, convert and digest files; by default as many as are worth it and fit into memory. Each then imports the main
-    module, so a script that calls this needs the usual `if __name__ == "__main__":`. say: gets lines of progress.
+    module, so a script that calls this needs the usual `if __name__ == "__main__":`. which: the weights that were
+    trained, or with optimizer.ema_decay their moving average. say: gets lines of progress.
     Memory holds one layer, of any layout that trained it. Of a run with LoRA it is the adapter, in PEFT's format
     (`trained_adapter.export_adapter`). After a stage of conversations, the default system prompt is that of
     `system_prompt_of`.
-    Raises CheckpointError if there is no such checkpoint or it is damaged, or the run directory has another tokenizer
-    than it was trained with, and as `hf_export.export` does.
+    Raises CheckpointError if there is no such checkpoint or it is damaged, it has no moving average where that is
+    wanted, or the run directory has another tokenizer than it was trained with, and as `hf_export.export` does.
     """
     resolved = run_dir / "resolved.yaml"
     if not resolved.exists():
@@ -62,9 +64,12 @@ def export_run(
     if ADAPTER_OF in marker and format != "hunyuan":
         raise CheckpointError(f"--format {format}: the run has trained an adapter, which has one format, PEFT's")
     refuse_at_once(experiment.model, run_dir / "tokenizer", output, dtype=torch_dtype, format=format)
-    weights, processes = verified_weights(folder, marker, processes, say)
+    weights, processes = verified_weights(folder, marker, processes, say, which)
+    source: dict[str, Any] = {"run": experiment.name, "step": int(marker["step"]), "weights": which}
+    if which == "ema":
+        source["ema_decay"] = experiment.optimizer.ema_decay
     if ADAPTER_OF in marker:
-        return export_adapter(experiment, marker, weights, output, torch_dtype, system_prompt)
+        return export_adapter(experiment, marker, weights, output, torch_dtype, source, system_prompt)
     with one_rank(experiment.runtime.distributed_timeout_s) as groups:
         return export(
             experiment.model,
@@ -76,7 +81,7 @@ def export_run(
             dtype=torch_dtype,
             reference=TrainingLayers(experiment.model, weights, groups, rope_alpha=stage.rope_alpha, dtype=torch_dtype),
             format=format,
-            certificate_info={"run": experiment.name, "step": int(marker["step"])},
+            certificate_info=source,
             card=card,
             system_prompt=system_prompt,
             processes=processes,

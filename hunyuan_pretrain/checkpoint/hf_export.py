@@ -67,7 +67,7 @@ def export(
     megatron_tensors: full parameters by Megatron name (see `weight_map`), read one at a time; with several processes
     it is pickled, so it should read from disk. dtype: of the stored weights; the router stays fp32. rope_alpha:
     NTK-alpha of the stage that the weights come from. reference: the model that the weights come from, in `dtype`.
-    certificate_info: copied into the certificate (run, step). card: what README.md says of the training.
+    certificate_info: copied into the certificate (run, step, weights). card: what README.md says of the training.
     system_prompt: of a model that was fine-tuned on conversations, the default of its chats, "" for none; None: a
     model of documents. say: gets lines of progress. Needs memory for one expert in each process while writing, and
     for one layer while comparing.

@@ -163,9 +163,14 @@ def _architecture(model: ModelConfig, config: Mapping[str, Any], certificate: Ma
         ("rows of the embedding", f"{model.padded_vocab_size:,}"),
         ("positions", f"{config['max_position_embeddings']:,}"),
         ("RoPE base, NTK alpha", f"{config['rope_theta']:g}, {certificate['rope_alpha']:g}"),
-        ("weights", f"{certificate['dtype']}, the router in fp32"),
+        ("weights", f"{certificate['dtype']}, the router in fp32{_average(certificate)}"),
     ]
     return "## Architecture\n\n" + _table(("", ""), rows)
+
+
+def _average(certificate: Mapping[str, Any]) -> str:
+    decay = certificate["source"].get("ema_decay")
+    return "" if decay is None else f"; an exponential moving average of the trained ones, decay {decay:g}"
 
 
 def _training(facts: CardFacts) -> str:

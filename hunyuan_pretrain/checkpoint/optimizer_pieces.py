@@ -14,6 +14,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from hunyuan_pretrain.checkpoint.stored_weights import EMA
+
+
+def is_averaged(parameter: Tensor) -> bool:
+    """Whether the run keeps the moving average of a parameter (train.weight_average.keep_average)."""
+    return getattr(parameter, "ema_decay", None) is not None
+
 
 class Piece(NamedTuple):
     """The part of one parameter that this rank's optimizer updates."""
@@ -33,11 +40,12 @@ class Piece(NamedTuple):
         return self.main.dtype != torch.float32
 
     def store(self, name: str, value: Tensor) -> None:
-        """Put a copy of a moment (fp32) or a remainder into the optimizer's state, in the format it keeps there."""
-        if hasattr(self.owner, "set_scaled_state"):
+        """Put a copy of a moment, an average (fp32) or a remainder into the optimizer's state, in the format it keeps
+        there."""
+        if name != EMA and hasattr(self.owner, "set_scaled_state"):
             self.owner.set_scaled_state(self.main, name, value)
         else:
-            self.owner.state[self.main][name] = torch.empty_like(self.main).copy_(value)
+            self.owner.state[self.main][name] = torch.empty_like(self.main, dtype=torch.float32).copy_(value)
 
     def part_of(self, tensor: Tensor) -> Tensor:
         """These elements of a tensor in the parameter's shape, as a view in the shape of `main`."""

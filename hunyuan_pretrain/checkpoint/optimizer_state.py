@@ -1,10 +1,10 @@
 """Moves weights and AdamW state between this rank's device and a checkpoint, for any layout and optimizer class.
 
-A checkpoint holds the weight, both moments and, for bf16 weights, the fp32 main weight, in the parameter's shape and
-under its name. Moments and main weights are fp32 there, however the optimizer stores them. Core's own format is not
-used: it cannot be read with another expert-parallel size, mixes up parameter groups that differ only in learning rate,
-and fails for torch's Adam and for models with fp32 routers among bf16 weights. Settings of parameter groups are not
-saved: they come from the running experiment.
+A checkpoint holds the weight, both moments, for bf16 weights the fp32 main weight and, with optimizer.ema_decay, the
+average, in the parameter's shape and under its name. All but the weight are fp32 there, however the optimizer stores
+them. Core's own format is not used: it cannot be read with another expert-parallel size, mixes up parameter groups that
+differ only in learning rate, and fails for torch's Adam and for models with fp32 routers among bf16 weights. Settings
+of parameter groups are not saved: they come from the running experiment.
 
 Each parameter has a home rank among the data-parallel ranks that share it. Only that rank holds it in host memory,
 writes it, and reads it for the others. The device never holds more than one extra tensor of one parameter. Core's
@@ -28,9 +28,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint.host_memory import HostMemory, rounded
-from hunyuan_pretrain.checkpoint.optimizer_pieces import Piece, pieces_of, splits_main_weights
+from hunyuan_pretrain.checkpoint.optimizer_pieces import Piece, is_averaged, pieces_of, splits_main_weights
 from hunyuan_pretrain.checkpoint.parallel_read import Region
 from hunyuan_pretrain.checkpoint.split_weights import REMAINDER, join, remainder_of, round_into
+from hunyuan_pretrain.checkpoint.stored_weights import EMA, state_prefix
 from hunyuan_pretrain.config.tuning import ADAPTER
 from hunyuan_pretrain.model.fp8.parameters import write, written_values
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
@@ -45,8 +46,8 @@ Moments = tuple[str, dict[str, Tensor], Placement]
 
 @torch.no_grad()
 def full_moments(chunks: list[HunyuanModel], optimizer: MegatronOptimizer) -> Iterator[Moments]:
-    """(name, state, placement) of every parameter of this rank. The state is both moments and, for a bf16 weight, the
-    fp32 main weight, each in the parameter's full local shape.
+    """(name, state, placement) of every parameter of this rank. The state is both moments, for a bf16 weight the fp32
+    main weight and, if it is kept, the average, each in the parameter's full local shape.
 
     Communicates: data-parallel groups of the parameters, if the distributed optimizer has sharded the state.
     """
@@ -65,7 +66,7 @@ class HostTensor(NamedTuple):
     tensor: Tensor
     placement: Placement
     kind: str
-    """"weight", "main", or one of MOMENTS."""
+    """"weight", "main", one of MOMENTS, or EMA."""
 
 
 @torch.no_grad()
@@ -109,15 +110,17 @@ def bytes_on_host(chunks: list[HunyuanModel]) -> int:
     )
 
 
-def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> tuple[dict[str, dict[str, Tensor]], list[Region]]:
+def wanted_state(
+    chunks: list[HunyuanModel], with_optimizer: bool, with_average: bool = True
+) -> tuple[dict[str, dict[str, Tensor]], list[Region]]:
     """What this rank reads for `restore_state`: (host buffers by parameter and kind, their places in a checkpoint). The
-    buffers are uninitialised until the regions are read."""
+    buffers are uninitialised until the regions are read. with_average: see `restore_state`."""
     buffers: dict[str, dict[str, Tensor]] = {}
     regions: list[Region] = []
     for home in _homes(chunks, None if with_optimizer else False):
         if not home.is_here:
             continue
-        for kind in (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,):
+        for kind in (WEIGHT, *_kinds(home.parameter, with_average)) if with_optimizer else (WEIGHT,):
             buffer = buffers.setdefault(home.name, {})[kind] = _host_buffer(home, kind)
             placement = home.placement
             whole = buffer.view(placement.local_shape)
@@ -136,9 +139,13 @@ def restore_state(
     loaded: dict[str, dict[str, Tensor]],
     num_updates: int,
     stage: Stage,
+    with_average: bool = True,
 ) -> None:
     """Give every rank what was read for it: the weights and, with `optimizer`, its share of the state and the number of
     updates made.
+
+    with_average: whether the checkpoint has the average of the weights. If not, a run that keeps one begins it with
+    these weights, at its next update.
 
     Frees `loaded` on the way. Communicates: data-parallel groups of the parameters. An error is raised after the last
     collective.
@@ -148,7 +155,7 @@ def restore_state(
     failures = Failures()
     for home in _homes(chunks, False if optimizer is None else None):
         piece = pieces.get(home.parameter)
-        for kind in (WEIGHT, *_kinds(home.parameter)) if optimizer is not None else (WEIGHT,):
+        for kind in (WEIGHT, *_kinds(home.parameter, with_average)) if optimizer is not None else (WEIGHT,):
             tensor = stage.tensor(home.parameter, home.parameter.dtype if kind == WEIGHT else torch.float32)
             if home.is_here:
                 failures.run(_move, loaded, home.name, kind, tensor)
@@ -177,10 +184,11 @@ def reload_weights(optimizer: MegatronOptimizer) -> None:
             remainder.zero_()
 
 
-def _kinds(parameter: Tensor) -> tuple[str, ...]:
+def _kinds(parameter: Tensor, with_average: bool = True) -> tuple[str, ...]:
     if not parameter.requires_grad:  # frozen: no optimizer has state of it
         return ()
-    return MOMENTS if parameter.dtype == torch.float32 else ("main", *MOMENTS)
+    average = (EMA,) if with_average and is_averaged(parameter) else ()
+    return (*MOMENTS, *average) if parameter.dtype == torch.float32 else ("main", *MOMENTS, *average)
 
 
 def _to_host(tensor: Tensor, memory: Tensor) -> Tensor:
@@ -255,7 +263,7 @@ class _Home(NamedTuple):
 
     def prefix(self, kind: str) -> str:
         """Prefix of the parameter's name in a checkpoint."""
-        return "" if kind == WEIGHT else f"optimizer.{kind}."
+        return "" if kind == WEIGHT else state_prefix(kind)
 
 
 def _homes(chunks: list[HunyuanModel], of_adapters: bool | None = None) -> Iterator[_Home]:
@@ -336,6 +344,8 @@ class _Source:
         if piece is None:
             return
         state = piece.owner.state[piece.main]
+        if kind == EMA and EMA not in state:
+            kind = "main"  # what the average begins with
         if kind == "main" and piece.is_split:
             join(piece.main.detach(), state.get(REMAINDER), piece.part_of(tensor))
             return

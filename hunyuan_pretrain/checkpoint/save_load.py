@@ -33,6 +33,7 @@ from hunyuan_pretrain.checkpoint.optimizer_state import Stage, restore_state, wa
 from hunyuan_pretrain.checkpoint.parallel_read import Region, read_object, read_tensors
 from hunyuan_pretrain.checkpoint.run_state import generator_object, scaling_recipe, sharded_scales
 from hunyuan_pretrain.checkpoint.saving import save
+from hunyuan_pretrain.checkpoint.stored_weights import has_average
 from hunyuan_pretrain.model.engines import load_scaling_state
 from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.parallel import whereabouts
@@ -206,7 +207,7 @@ def _load_verified(
             load_scaling_state(chunks, loaded["fp8"])
         # one update per step, except for skipped ones
         updates = int(marker.get("updates", marker["step"]))
-        restore_state(chunks, optimizer, loaded["parameters"], updates, loaded["stage"])
+        restore_state(chunks, optimizer, loaded["parameters"], updates, loaded["stage"], loaded["with_average"])
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
 
@@ -222,8 +223,8 @@ def _read(
 ) -> dict[str, Any]:
     """What this rank needs of a checkpoint, in host memory. Communicates nothing."""
     index = folders.index_of(folder, marker)
-    found: dict[str, Any] = {}
-    found["parameters"], regions = wanted_state(chunks, with_optimizer=optimizer is not None)
+    found: dict[str, Any] = {"with_average": has_average(index)}
+    found["parameters"], regions = wanted_state(chunks, optimizer is not None, found["with_average"])
     if optimizer is not None and marker.get("fp8_scaling") == scaling_recipe(chunks[0]):
         found["fp8"] = {}
         for name, scales in sharded_scales(chunks).items():

@@ -1,7 +1,7 @@
 """The weights of a training checkpoint, read parameter by parameter in one process, whatever layout wrote them.
 
 `stored` says how a checkpoint lies on disk. A file is read only where a wanted part lies, so memory holds one
-parameter, or one expert of it, and the optimizer's state is never read.
+parameter, or one expert of it. Of the optimizer's state at most the moving average of the weights is read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,17 +21,36 @@ from hunyuan_pretrain.checkpoint.stored import INDEX, Index, read_index
 from hunyuan_pretrain.checkpoint.tensor_files import TensorSpec
 from hunyuan_pretrain.checkpoint.workers import Say, default_processes, run_over
 
-__all__ = ["OnDisk", "StoredWeights", "rows_of", "shape_of", "verified_weights"]
+__all__ = [
+    "EMA",
+    "OnDisk",
+    "StoredWeights",
+    "WhichWeights",
+    "has_average",
+    "rows_of",
+    "shape_of",
+    "state_prefix",
+    "verified_weights",
+]
 
 OTHER_STATE = ("optimizer.", "fp8.")
 """Prefixes of tensors of a checkpoint that are not weights."""
 
 
+EMA = "ema"
+"""Key of the moving average of a weight, fp32, in an optimizer's state and in `state_prefix`."""
+
+WhichWeights = Literal["trained", "ema"]
+"""Of a checkpoint: the weights that training computes with, or their moving average (optimizer.ema_decay), where frozen
+weights are themselves."""
+
+
 class StoredWeights(Mapping[str, Tensor]):
     """Whole parameters by name, each read from disk when it is asked for. Can be pickled, for other processes."""
 
-    def __init__(self, folder: Path, file_bytes: Mapping[str, int]) -> None:
-        """Reads the index only. file_bytes: sizes of the checkpoint's files. Raises CheckpointError."""
+    def __init__(self, folder: Path, file_bytes: Mapping[str, int], which: WhichWeights = "trained") -> None:
+        """Reads the index only. file_bytes: sizes of the checkpoint's files. Raises CheckpointError, also if there is
+        no average where it is wanted."""
         self.folder = folder
         try:
             index = read_index((folder / INDEX).read_bytes(), file_bytes)
@@ -40,6 +59,14 @@ class StoredWeights(Mapping[str, Tensor]):
         except CheckpointError as error:
             raise type(error)(f"{folder}: {error}") from None
         tensors = {name: tensor for name, tensor in index.tensors.items() if not name.startswith(OTHER_STATE)}
+        if which == "ema":
+            if not has_average(index):
+                raise CheckpointError(
+                    f"{folder}: it has no moving average of the weights: optimizer.ema_decay was null when it was "
+                    "saved; use --weights trained"
+                )
+            start = state_prefix(EMA)
+            tensors |= {name.removeprefix(start): x for name, x in index.tensors.items() if name.startswith(start)}
         self._index = Index(tensors, {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -73,8 +100,22 @@ class StoredWeights(Mapping[str, Tensor]):
         return sorted({chunk.section.file for tensor in self._index.tensors.values() for chunk in tensor.chunks})
 
 
+def state_prefix(kind: str) -> str:
+    """What a checkpoint puts before a parameter's name for a tensor of its optimizer's state."""
+    return f"optimizer.{kind}."
+
+
+def has_average(index: Index) -> bool:
+    """Whether a checkpoint holds the moving average of its trained weights."""
+    return any(name.startswith(state_prefix(EMA)) for name in index.tensors)
+
+
 def verified_weights(
-    folder: Path, marker: Mapping[str, Any], processes: int | None = None, say: Say | None = None
+    folder: Path,
+    marker: Mapping[str, Any],
+    processes: int | None = None,
+    say: Say | None = None,
+    which: WhichWeights = "trained",
 ) -> tuple[StoredWeights, int]:
     """The weights of a checkpoint whose files are as written, and the number of processes that verified them: by
     default as many as are worth it and fit into memory, also for a conversion of the weights.
@@ -83,7 +124,7 @@ def verified_weights(
     CheckpointError.
     """
     _verify(folder, marker, INDEX)
-    weights = StoredWeights(folder, {name: file["bytes"] for name, file in marker["files"].items()})
+    weights = StoredWeights(folder, {name: file["bytes"] for name, file in marker["files"].items()}, which)
     specs = [weights.spec(name) for name in weights]
     largest = max(spec.nbytes // (spec.shape[0] if len(spec.shape) == 3 else 1) for spec in specs)
     processes = processes or default_processes(sum(spec.nbytes for spec in specs), largest)

@@ -81,12 +81,14 @@ def export_adapter(
     weights: StoredWeights,
     output: Path,
     dtype: torch.dtype,
+    source: Mapping[str, Any],
     system_prompt: str | None = None,
 ) -> dict[str, Any]:
     """Write the adapter of a checkpoint to the new folder `output` as PEFT does; returns its certificate.
 
     What was written is read back and compared with the checkpoint, number by number after the rounding to `dtype`.
-    system_prompt: of the conversations that it was trained on, for the certificate; None for texts.
+    source: for the certificate, as in `hf_export.export`; system_prompt: of the conversations that it was trained on,
+    for the certificate too; None for texts.
     Raises CheckpointError if the folder exists, a tensor is missing or damaged, or the disk is full.
     """
     lora, model = experiment.tuning.lora, experiment.model
@@ -118,7 +120,7 @@ def export_adapter(
         certificate = {
             "format": FORMAT,
             "dtype": str(dtype).removeprefix("torch."),
-            "source": {"run": experiment.name, "step": int(marker["step"])},
+            "source": dict(source),
             "base": dict(marker[ADAPTER_OF]),
             **({} if system_prompt is None else {"chat": {"system_prompt": system_prompt}}),
             "tensors": len(specs),

@@ -24,6 +24,13 @@ class MergedDtype(StrEnum):
     fp32 = "fp32"
 
 
+class ExportWeights(StrEnum):
+    """Which weights of a checkpoint."""
+
+    trained = "trained"
+    ema = "ema"
+
+
 class ExportFormat(StrEnum):
     """Layouts of an export."""
 
@@ -44,6 +51,10 @@ def export(
             "refused, with the reason."
         ),
     ] = ExportFormat.hunyuan,
+    weights: Annotated[
+        ExportWeights,
+        typer.Option(help="trained: those of training. ema: their moving average (optimizer.ema_decay)."),
+    ] = ExportWeights.trained,
     licence: Annotated[
         str | None,
         typer.Option("--license", help="Identifier for the model card, such as apache-2.0; default: unknown."),
@@ -74,9 +85,11 @@ def export(
         format=format.value,
         licence=licence,
         processes=processes,
+        which=weights.value,
         say=to_stderr,
     )
-    print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}")
+    average = ", moving average of the weights" if weights == ExportWeights.ema else ""
+    print(f"{output}: {certificate['format']}, {certificate['dtype']}, step {certificate['source']['step']}{average}")
     if certificate["format"] == "peft":
         print(
             f"an adapter of {certificate['base']['path']}: {certificate['tensors']:,} tensors, read back and compared"

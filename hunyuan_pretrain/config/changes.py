@@ -56,6 +56,8 @@ MEANING = "changes what the weights mean"
 LOSS = "affects the losses or routing in training; the weights keep their meaning"
 LAYOUT = "the layout"
 OPTIMIZER = "takes effect from the next step"
+STORED = "how fp32 main weights are stored; they keep their values"
+AVERAGE = "from null it begins with the weights as they are now; with null the average so far is dropped"
 CONVERTED = "the moments are converted when they are loaded; bf16 rounds them once"
 
 TABLE: tuple[tuple[str, Kind, str], ...] = (
@@ -105,11 +107,8 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ),
     ("precision.*", Kind.recorded, "number formats of the matmuls"),
     ("optimizer.lr", Kind.recorded, "scales the learning rate from the next step on"),
-    (
-        "optimizer.use_precision_aware_optimizer",
-        Kind.recorded,
-        "how fp32 main weights are stored; they keep their values",
-    ),
+    ("optimizer.use_precision_aware_optimizer", Kind.recorded, STORED),
+    ("optimizer.ema_decay", Kind.recorded, AVERAGE),
     ("optimizer.exp_avg_dtype", Kind.recorded, CONVERTED),
     ("optimizer.exp_avg_sq_dtype", Kind.recorded, CONVERTED),
     ("optimizer.*", Kind.recorded, OPTIMIZER),

@@ -337,6 +337,14 @@ class OptimizerConfig(Section):
         "fp32",
         typical="fp32, or bf16 if memory is short",
     )
+    ema_decay: float | None = setting(
+        "Keep an exponential moving average of the trained weights beside them, in fp32: after each update, average = "
+        "ema_decay * average + (1 - ema_decay) * weight. It begins with the weights before the first update that it "
+        "follows. It is in checkpoints, `hunyuan-pretrain export --weights ema` writes it, and training does not read "
+        "it. 4 bytes per trained weight, sharded as the optimizer state is. null: none.",
+        None,
+        typical="0.99 to 0.9999 for task=dpo; null otherwise",
+    )
     expert_lr_ratio: PositiveFloat | None = setting(
         "Learning rate of the routed experts divided by that of all other weights. null: computed from "
         "expert_lr_noise_scale_tokens.",

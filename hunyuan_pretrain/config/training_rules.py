@@ -92,6 +92,13 @@ def betas_are_decays(experiment: Experiment) -> Iterator[Problem]:
             )
 
 
+def average_follows_and_remembers(experiment: Experiment) -> Iterator[Problem]:
+    decay = experiment.optimizer.ema_decay
+    if decay is not None and not 0 < decay < 1:
+        rule, hint = "must be above 0 and below 1", "use 0.999" if decay > 0 else "use null for the weights themselves"
+        yield Problem("optimizer.ema_decay", decay, rule, hint)
+
+
 def stage_names_are_unique(experiment: Experiment) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, stage in enumerate(experiment.stages):
@@ -163,6 +170,13 @@ def peak_is_reached(experiment: Experiment) -> Iterator[Problem]:
         yield Problem(
             "optimizer.lr", experiment.optimizer.lr, rule, "set lr_end 1.0 in the stage that reaches the peak"
         )
+
+
+def average_leaves_its_start(experiment: Experiment) -> Iterator[Problem]:
+    decay, steps = experiment.optimizer.ema_decay, total_steps(experiment)
+    if decay is not None and 0 < decay < 1 and decay**steps > 0.5:
+        rule = f"after the run's {steps:,} steps the average still is {decay**steps:.0%} the weights it began with"
+        yield Problem("optimizer.ema_decay", decay, rule, f"use {0.01 ** (1 / steps):.6g}, which leaves 1%")
 
 
 def keep_last_has_something_to_remove(experiment: Experiment) -> Iterator[Problem]:
@@ -241,6 +255,7 @@ TRAINING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     attention_dropout_knows_its_tokens,
     one_source_of_the_expert_lr,
     betas_are_decays,
+    average_follows_and_remembers,
     stage_names_are_unique,
     stages_have_a_learning_rate,
     one_way_to_begin,
@@ -249,6 +264,7 @@ TRAINING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
 WARNING_RULES: tuple[Callable[[Experiment], Iterator[Problem]], ...] = (
     capacity_below_one_drops,
     peak_is_reached,
+    average_leaves_its_start,
     keep_last_has_something_to_remove,
     offload_has_a_device_to_relieve,
     offloaded_activations_are_large,

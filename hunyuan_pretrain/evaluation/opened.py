@@ -122,7 +122,11 @@ def open_run(
             "model": str(run_dir),
             "engine": "run",
             "dtype": str(loaded.wrapped[0].config.params_dtype).removeprefix("torch."),
-            "source": {"run": experiment.name, "step": int(checkpoint.name.rpartition("_")[2])},
+            "source": {
+                "run": experiment.name,
+                "step": int(checkpoint.name.rpartition("_")[2]),
+                "weights": "trained",
+            },
             "layout": chosen,
             "ranks": ranks,
         }

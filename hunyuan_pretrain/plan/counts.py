@@ -170,9 +170,10 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
-    """Both Adam moments and, with bf16 weights, the fp32 main weights or what the weights lack of them."""
+    """Both Adam moments and, with bf16 weights, the fp32 main weights or what the weights lack of them; with
+    optimizer.ema_decay the average of the weights."""
     host: int = 0
-    """Host memory of the offloaded optimizer: both moments, weight and gradient of each offloaded element, in fp32."""
+    """Host memory of the offloaded optimizer: `host_bytes` of each offloaded element."""
 
     @property
     def total(self) -> int:
@@ -180,28 +181,34 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
 
-HOST_BYTES_PER_ELEMENT = 16
-"""Of the offloaded optimizer: both moments, weight and gradient, in fp32."""
+def average_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes of the moving average per element of a trained weight."""
+    return 0 if optimizer.ema_decay is None else 4
+
+
+def host_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes of the offloaded optimizer per element: both moments, weight, gradient and the average, in fp32."""
+    return 16 + average_bytes(optimizer)
 
 
 def state_bytes(optimizer: OptimizerConfig, weight_bytes: int) -> int:
-    """Bytes of optimizer state per element of a weight of `weight_bytes` bytes: both moments and, unless the weight is
-    fp32, the fp32 main weight or what the weight lacks of it."""
+    """Bytes of optimizer state per element of a weight of `weight_bytes` bytes: both moments; unless the weight is
+    fp32, the fp32 main weight or what the weight lacks of it; and the average."""
     moments = sum({"fp32": 4, "bf16": 2}[dtype] for dtype in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
     main = 2 if optimizer.use_precision_aware_optimizer else 4
-    return moments + (0 if weight_bytes == 4 else main)
+    return moments + (0 if weight_bytes == 4 else main) + average_bytes(optimizer)
 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
     """Bytes of the tensors in a checkpoint: each weight as in training and both moments, for a bf16 weight also its
-    main weight, these in fp32. Routers are fp32 in every run."""
+    main weight, and the average if there is one, these in fp32. Routers are fp32 in every run."""
     if experiment.tuning.is_partial:
         whole = weights_of_stage(experiment.model, ParallelConfig(), 0, experiment.tuning)
         return sum(weight.size * sum(saved_sizes(experiment, weight)) for weight in whole)
-    count = parameters(experiment.model)
+    count, average = parameters(experiment.model), average_bytes(experiment.optimizer)
     if experiment.precision.dtype == "fp32":
-        return 12 * count.total
-    return 12 * count.router + 14 * (count.total - count.router)
+        return (12 + average) * count.total
+    return (12 + average) * count.router + (14 + average) * (count.total - count.router)
 
 
 def saved_sizes(experiment: Experiment, weight: Weight) -> tuple[int, ...]:
@@ -212,7 +219,8 @@ def saved_sizes(experiment: Experiment, weight: Weight) -> tuple[int, ...]:
         return ()
     if not weight.is_trained:
         return (4,) if is_fp32 else (2,)
-    return (4, 4, 4) if is_fp32 else (2, 4, 4, 4)
+    average = (4,) if average_bytes(experiment.optimizer) else ()
+    return (4, 4, 4, *average) if is_fp32 else (2, 4, 4, 4, *average)
 
 
 def memory_per_rank(
@@ -308,4 +316,4 @@ def _state_of_shard(
             # it keeps an fp32 copy of bf16 gradients between steps
             copied = 4 if optimizer.cpu_offload_fraction and buffer.gradient_bytes < 4 else 0
             on_device += size * (state_bytes(optimizer, buffer.weight_bytes) + copied)
-    return on_device, HOST_BYTES_PER_ELEMENT * offloaded
+    return on_device, host_bytes(optimizer) * offloaded

@@ -14,8 +14,8 @@ ALIGNMENT = 256
 
 
 def bytes_copied(experiment: Experiment, world_size: int, pipeline_rank: int) -> int:
-    """Bytes of the rank of a pipeline rank that writes the most: each weight in its format, both moments and the main
-    weight of a bf16 weight in fp32; of a frozen weight the weight alone, with LoRA the adapters only.
+    """Bytes of the rank of a pipeline rank that writes the most: each weight in its format, both moments, the main
+    weight of a bf16 weight and the average in fp32; of a frozen weight the weight alone, with LoRA the adapters only.
 
     The data-parallel ranks that share weights share the writing: each weight in turn goes to the one with the fewest
     elements so far. Of tensor-parallel ranks, the first writes what is the same on all. Raises ValueError if the layout

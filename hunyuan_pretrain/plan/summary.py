@@ -111,6 +111,9 @@ def layout_rows(experiment: Experiment, ranks: int) -> list[Row]:
         formats = f"{optimizer.exp_avg_dtype} and {optimizer.exp_avg_sq_dtype}"
         note = f"moments {formats}; 2 bytes are what the weight lacks of its fp32 main weight"
         rows.append(Row("layout", "optimizer state", f"{state_bytes(optimizer, 2)} bytes per bf16 weight", note))
+    if optimizer.ema_decay is not None:
+        note = "moving average of the trained weights in fp32, in the optimizer state"
+        rows.append(Row("layout", "average of weights", "4 bytes per trained weight", note))
     if optimizer.cpu_offload_fraction:
         note = "moments, weights and gradients of the offloaded optimizer state, in fp32"
         rows.append(Row("layout", "host memory per rank", gib(memory.host), note))
@@ -313,6 +316,7 @@ def checkpoint_rows(experiment: Experiment) -> list[Row]:
     settings, size = experiment.checkpoint, checkpoint_bytes(experiment)
     steps = sum(stage.num_steps for stage in experiment.stages)
     form = "fp32 weights" if experiment.precision.dtype == "fp32" else "bf16 weights, fp32 main weights"
+    form += "" if experiment.optimizer.ema_decay is None else ", their average"
     rows = [Row("checkpoints", "one", size_text(size), f"{form} and both moments in fp32")]
     if settings.save_every_steps is None:
         return [*rows, Row("checkpoints", "on disk", size_text(size), "the end of the run")]

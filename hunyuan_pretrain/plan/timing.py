@@ -15,7 +15,7 @@ from hunyuan_pretrain.config.schema import Experiment, StageConfig
 from hunyuan_pretrain.plan import links
 from hunyuan_pretrain.plan.buffers import Buffer, buffers_of_stage
 from hunyuan_pretrain.plan.communication import communication_per_rank
-from hunyuan_pretrain.plan.counts import HOST_BYTES_PER_ELEMENT, flops_per_token, memory_of_ranks, parameters
+from hunyuan_pretrain.plan.counts import flops_per_token, host_bytes, memory_of_ranks, parameters
 from hunyuan_pretrain.plan.hardware import Hardware
 from hunyuan_pretrain.plan.passes import Assumptions, Job, Parts, Passes, add, passes_of_stages
 from hunyuan_pretrain.plan.pipeline import Timeline, simulate
@@ -197,7 +197,7 @@ def _update_s(job: Job, pipeline_rank: int, buffers: list[Buffer]) -> float:
     if experiment.optimizer.cpu_offload_fraction:
         parts = experiment.model, experiment.parallel, experiment.precision, job.ranks.world_size, pipeline_rank
         of_ranks = memory_of_ranks(*parts, experiment.optimizer, experiment.tuning)
-        offloaded = max(memory.host for memory in of_ranks) // HOST_BYTES_PER_ELEMENT
+        offloaded = max(memory.host for memory in of_ranks) // host_bytes(experiment.optimizer)
     kept = sum(max(buffer.kept()) for buffer in buffers) - offloaded
     size = sum(buffer.size for buffer in buffers)
     seconds = optimizer_bytes(experiment.optimizer, job.gradient_bytes, size, kept) / hardware.copy_bytes_per_s

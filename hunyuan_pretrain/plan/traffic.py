@@ -80,8 +80,8 @@ def loss_bytes(model: ModelConfig, bytes_per_logit: float, tokens: int, tp: int,
 
 def optimizer_bytes(optimizer: OptimizerConfig, gradient_bytes: int, buffer: int, shard: int) -> float:
     """Bytes that an update reads and writes on the device: zeros in the whole gradient buffer of `buffer` elements;
-    norm, clipping and AdamW of the `shard` elements that the device updates. docs/benchmarks.md has the parts; bf16
-    moments as in Transformer Engine 2.20, which does not convert them."""
+    norm, clipping, AdamW and the moving average of the `shard` elements that the device updates. docs/benchmarks.md has
+    the parts; bf16 moments as in Transformer Engine 2.20, which does not convert them."""
     is_copied = gradient_bytes < 4 and not optimizer.use_precision_aware_optimizer
     read = 4 if is_copied else gradient_bytes  # of a gradient, by what follows the reduction
     moments = 8 if optimizer.exp_avg_dtype == optimizer.exp_avg_sq_dtype == "bf16" else 16
@@ -90,4 +90,6 @@ def optimizer_bytes(optimizer: OptimizerConfig, gradient_bytes: int, buffer: int
     clipping = 2 * read if optimizer.clip_grad else 0
     weights = 0 if optimizer.use_precision_aware_optimizer else 6
     each = (6 if is_copied else 0) + read + clipping + update + weights
+    if optimizer.ema_decay is not None:  # main weight read, average read and written; split ones are joined first
+        each += 36 if optimizer.use_precision_aware_optimizer else 12
     return gradient_bytes * buffer + each * shard

@@ -33,6 +33,7 @@ from hunyuan_pretrain.model.hunyuan_model import HunyuanModel
 from hunyuan_pretrain.runtime.cpu_megatron import weights_count_as_on_a_device
 from hunyuan_pretrain.runtime.handover import handed_over
 from hunyuan_pretrain.train.precision_aware_adam import PrecisionAwareAdamW
+from hunyuan_pretrain.train.weight_average import averages_of, follow, keep_average
 
 
 def wrap_data_parallel(
@@ -95,6 +96,8 @@ def build_optimizer(
     for part in optimizer.chained_optimizers[:-1] if experiment.parallel.use_distributed_optimizer else []:
         # each part of core's optimizer gathers the weights of all parts after its update; only the last one has to
         part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
+    if settings.ema_decay is not None:
+        keep_average(chunks, settings.ema_decay)
     return optimizer
 
 
@@ -264,10 +267,10 @@ def clip_divisor(optimizer: MegatronOptimizer, norm: Tensor) -> Tensor | None:
 
 
 def update(optimizer: MegatronOptimizer, norm: Tensor) -> None:
-    """Clip by the global norm, from `prepare`, and update.
+    """Clip by the global norm, from `prepare`, and update; then move the average of the weights, if there is one.
 
-    If the norm is not finite, torch's AdamW and an offloaded optimizer update nothing. Other optimizers make weights
-    NaN, so the caller must not save them.
+    If the norm is not finite, torch's AdamW and an offloaded optimizer update no weight. Other optimizers make weights
+    NaN, and all but the offloaded one move the average. So the caller must save neither.
 
     The host does not wait for the norm, except with an offloaded optimizer, whose update on the host needs all
     gradients there anyway. torch's fused AdamW kernel scales the gradients in the pass that reads them. Transformer
@@ -291,7 +294,9 @@ def update(optimizer: MegatronOptimizer, norm: Tensor) -> None:
             _divide(_gradients(part), divisor)
         if isinstance(inner, HybridDeviceOptimizer):
             _hand_over_fp32_gradients(inner)
+    averages = averages_of(optimizer)
     optimizer.step_with_ready_grads()
+    follow(averages)
 
 
 def _divide(gradients: list[Tensor], divisor: Tensor) -> None:

@@ -31,9 +31,12 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "precision-aware, bf16 gradients": (SPLIT, False),
     "precision-aware, bf16 moments": (SPLIT | MOMENTS, True),
     "precision-aware, bf16 moments and gradients": (SPLIT | MOMENTS, False),
+    "default, with average": ({"ema_decay": 0.5}, True),
+    "precision-aware, with average": (SPLIT | {"ema_decay": 0.5}, True),
 }
-PASSES = ("zeros", "gradient copy", "norm", "clipping", "Adam", "conversions of moments", "weight copy")
-"""zeros: the gradient buffer before the first micro-batch. clipping: unless optimizer.clip_grad is 0."""
+PASSES = ("zeros", "gradient copy", "norm", "clipping", "Adam", "conversions of moments", "weight copy", "average")
+"""zeros: the gradient buffer before the first micro-batch. clipping: unless optimizer.clip_grad is 0. average: of the
+weights, with optimizer.ema_decay."""
 
 
 def count_cases(corpus: Path, with_transformer_engine: bool) -> dict[str, dict[str, float]]:
@@ -69,6 +72,7 @@ def _count(corpus: Path, optimizer: dict[str, Any], grad_reduce_in_fp32: bool) -
     with ExitStack() as stack:
         (part,) = run.optimizer.chained_optimizers
         stack.enter_context(_named(counter, module, "gradient_norm", "norm"))
+        stack.enter_context(_named(counter, module, "follow", "average"))
         stack.enter_context(_named(counter, part.optimizer, "step", "conversions of moments"))
         stack.enter_context(_named(counter, part, "_copy_main_params_to_model_params", "weight copy"))
         stack.enter_context(_named(counter, part, "prepare_grads", "gradient copy"))

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, read_marker
+from hunyuan_pretrain.checkpoint.stored_weights import StoredWeights
 from hunyuan_pretrain.checkpoint.weight_map import weight_map
 from tests.helpers.ranks import fork_ranks
 from tests.helpers.runs import experiment_fields, run, run_forked, write_experiment
@@ -77,7 +79,7 @@ def test_export_of_a_run_equals_the_training_model_and_loads_without_this_projec
     assert status == 0, err
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["max_abs_difference"] < 1e-4
-    assert certificate["source"] == {"run": "tiny", "step": 3}
+    assert certificate["source"] == {"run": "tiny", "step": 3, "weights": "trained"}
     assert certificate["rope_alpha"] == 10.0, "the last stage's"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit\n" in card
@@ -134,6 +136,40 @@ def test_router_stays_fp32_in_a_bf16_export(corpus, tmp_path):
         dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert dtypes["model.layers.0.mlp.gate.wg.weight"] == torch.float32
     assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.bfloat16
+
+
+def test_the_moving_average_of_a_run_is_exported(corpus, tmp_path, plain):
+    """From three checkpoints: the average of the last is numpy's of the first average and the weights after it."""
+    optimizer = {"lr": 1e-2, "ema_decay": 0.75}
+    run_dir = trained(corpus, tmp_path, model__num_layers=2, optimizer=optimizer, checkpoint={"save_every_steps": 1})
+
+    def stored(step, which):
+        folder = checkpoint_folder(run_dir, step)
+        files = read_marker(folder)["files"]
+        return StoredWeights(folder, {name: file["bytes"] for name, file in files.items()}, which)
+
+    status, text, err = run_forked("export", str(run_dir), str(tmp_path / "out"), "--weights", "ema")
+    assert status == 0, err
+    assert ", step 3, moving average of the weights\n" in text
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert certificate["source"] == {"run": "tiny", "step": 3, "weights": "ema", "ema_decay": 0.75}
+    assert certificate["max_abs_difference"] < 1e-4
+    assert "an exponential moving average of the trained ones, decay 0.75" in (tmp_path / "out/README.md").read_text()
+    weights, first = [stored(step, "trained") for step in (2, 3)], stored(1, "ema")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for entry in weight_map(tiny.tiny_model(**read_marker(checkpoint_folder(run_dir, 3))["model"])):
+            expected = first[entry.megatron_name].double()
+            for after in weights:
+                expected = 0.75 * expected + 0.25 * after[entry.megatron_name].double()
+            for name, tensor in zip(entry.hf_names, entry.to_hf(expected.float()), strict=True):
+                # two updates round to fp32 a few times
+                torch.testing.assert_close(file.get_tensor(name), tensor, rtol=1e-6, atol=1e-7)
+
+    status, _, err = run_forked("export", str(plain), str(tmp_path / "none"), "--weights", "ema")
+    assert status == 2
+    assert "no moving average of the weights: optimizer.ema_decay was null when it was saved" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "none").exists()
 
 
 def export_with_a_wrong_map(run_dir, output) -> str:

@@ -162,7 +162,7 @@ def _watched(outcome: Outcome) -> Iterator[None]:
 
 
 def state_digest(run: Any) -> str:
-    """SHA-256 of this rank's main weights, moments, update counts and FP8 scales."""
+    """SHA-256 of this rank's main weights, their averages, moments, update counts and FP8 scales."""
     import torch
 
     from hunyuan_pretrain.model.engines import scaling_state

@@ -124,7 +124,7 @@ class Layout:
         )
         # Adam's first step divides a gradient by its own size: without a large epsilon the sign of noise would be an
         # update
-        found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5}
+        found["optimizer"] |= {"adam_eps": 1e-3, "clip_grad": 0.5, "ema_decay": 0.5}
         found["optimizer"]["cpu_offload_fraction"] = 0.5 if self.optimizer == "half offloaded" else 0.0
         found["optimizer"]["use_precision_aware_optimizer"] = self.optimizer == "precision-aware"
         found["runtime"]["distributed_timeout_s"] = 300  # eight ranks may share two busy cores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from tests.helpers.runs import SEQUENCE_LENGTH, VOCAB_SIZE
 pytestmark = pytest.mark.slow
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": ALL}
 STEPS = 4
 
 
@@ -54,7 +55,7 @@ def train_all(experiments: list[Experiment]) -> list[int]:
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base: the weights; whole: an adapter trained for STEPS steps by two ranks; part: its first half, by one rank."""
     folder = tmp_path_factory.mktemp("runs")
-    tuning = {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}}
+    tuning = {"lora": LORA}
     one, two = Layout(model="dropless"), Layout(dp=2, ep=2, model="dropless")
     lora: dict[str, Any] = {"tuning": tuning, "checkpoint": {"init_from": str(folder / "base")}}
     base = experiment_of(corpus, folder / "base", one, 1)
@@ -69,12 +70,12 @@ def checkpoint(run_dir: Path, step: int = STEPS) -> Path:
     return run_dir / "checkpoints" / f"step_{step:07d}"
 
 
-def weights(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+def weights(run_dir: Path, step: int = STEPS, which: Literal["trained", "ema"] = "trained") -> dict[str, torch.Tensor]:
     from hunyuan_pretrain.checkpoint.folders import read_marker
     from hunyuan_pretrain.checkpoint.stored_weights import StoredWeights
 
     folder = checkpoint(run_dir, step)
-    found = StoredWeights(folder, sizes_of(read_marker(folder)))
+    found = StoredWeights(folder, sizes_of(read_marker(folder)), which)
     return {name: found[name] for name in found}
 
 
@@ -85,7 +86,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_names_its_base(runs: Path) -> 
     marker = json.loads((checkpoint(runs / "whole") / "complete.json").read_text())
     assert marker["adapter_of"]["path"] == str(checkpoint(runs / "base", 1))
     index = read_index((checkpoint(runs / "whole") / INDEX).read_bytes(), sizes_of(marker))
-    moments = {f"optimizer.{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in found}
+    moments = {f"optimizer.{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq", "ema") for name in found}
     assert index.tensors.keys() == found.keys() | moments
 
 
@@ -102,20 +103,19 @@ def test_resumed_under_another_layout_equals_uninterrupted(runs: Path, corpus: P
     import shutil
 
     shutil.rmtree(checkpoint(tmp_path / "part", STEPS))
-    expected = weights(runs / "part")
-    settings = {
-        "tuning": {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}},
-        "checkpoint": {"init_from": str(runs / "base")},
-    }
+    kinds: tuple[Literal["trained", "ema"], ...] = ("trained", "ema")
+    expected = {kind: weights(runs / "part", which=kind) for kind in kinds}
+    settings = {"tuning": {"lora": LORA}, "checkpoint": {"init_from": str(runs / "base")}}
     layout = Layout(dp=2, ep=2, model="dropless")
     fork_ranks(2, train_all, [experiment_of(corpus, tmp_path / "part", layout, **settings)])
-    resumed, whole = weights(tmp_path / "part"), weights(runs / "whole")
-    for name, tensor in expected.items():
-        for other in (resumed, whole):
-            # fp32 sums in another order
-            torch.testing.assert_close(
-                other[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
-            )
+    for kind in kinds:
+        resumed, whole = weights(tmp_path / "part", which=kind), weights(runs / "whole", which=kind)
+        for name, tensor in expected[kind].items():
+            for other in (resumed, whole):
+                # fp32 sums in another order
+                torch.testing.assert_close(
+                    other[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, n=f"{kind} {name}": f"{n}: {text}"
+                )
 
 
 def test_a_branch_in_another_folder_goes_on_as_the_run(runs: Path, corpus: Path, tmp_path: Path) -> None:
@@ -163,6 +163,8 @@ def export_both(runs: Path) -> list[str]:
     from hunyuan_pretrain.checkpoint.export_run import export_run
 
     base = export_run(runs / "base", runs / "base_export", processes=1)
+    average = export_run(runs / "whole", runs / "average", processes=1, which="ema")
+    assert average["source"] == {"run": "tiny", "step": STEPS, "weights": "ema", "ema_decay": 0.5}
     return [base["format"], export_run(runs / "whole", runs / "adapter", processes=1)["format"]]
 
 
@@ -191,13 +193,30 @@ def test_merged_weights_are_the_base_and_the_product(exported: Path) -> None:
             assert torch.equal(merged[name], base[name]), name
 
 
+def test_the_average_of_an_adapter_is_exported(exported: Path, corpus: Path) -> None:
+    """Each tensor as the checkpoint has its average, which is not the tensor that was trained."""
+    from hunyuan_pretrain.checkpoint.trained_adapter import factors
+
+    experiment = experiment_of(corpus, exported / "whole", Layout(model="dropless"), tuning={"lora": LORA})
+    assert experiment.tuning.lora is not None
+    average, adapter = (StoredTensors(exported / name, WEIGHTS) for name in ("average", "adapter"))
+    stored, compared = weights(exported / "whole", which="ema"), set()
+    for factor in factors(experiment.model, experiment.tuning.lora):
+        rows = stored[factor.name] if factor.is_routed else stored[factor.name][None]
+        for name, tensor in zip(factor.theirs, rows, strict=True):
+            assert torch.equal(average[name], tensor), name
+            assert not torch.equal(average[name], adapter[name]), name
+            compared.add(name)
+    assert compared == set(average) == set(adapter)
+
+
 def test_the_merged_model_computes_what_the_run_computes(exported: Path, corpus: Path, tmp_path: Path) -> None:
     """Through transformers, against base and adapter in the trainer."""
     from hunyuan_pretrain.checkpoint.generate import load_model
 
     tokens = torch.arange(40) * 7 % VOCAB_SIZE
     settings = {
-        "tuning": {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}},
+        "tuning": {"lora": LORA},
         "checkpoint": {"init_from": str(exported / "base")},
     }
     again = experiment_of(corpus, exported / "whole", Layout(model="dropless"), **settings)

@@ -139,7 +139,7 @@ def test_the_compared_runs_exercise_what_is_compared(comparisons):
         first, second = traces
         assert first.parameters.keys() == first.gradients.keys()
         assert all((second.parameters[name] != first.parameters[name]).any() for name in first.parameters)
-        assert len(first.moments) == 2 * len(first.parameters)
+        assert len(first.moments) == 3 * len(first.parameters), "both moments and the average of the weights"
 
 
 @pytest.mark.parametrize("layout", [layout for layout in ALWAYS if layout.world_size > 1], ids=str)

@@ -44,6 +44,7 @@ def fields(corpus: Path, run_dir: Path, layout: str, precision: str, steps: int,
     found["model"] |= {"hidden_size": 64, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 64}
     found["precision"] = dict(PRECISIONS[precision])
     found["checkpoint"] = {"save_every_steps": 2}
+    found["optimizer"]["ema_decay"] = 0.5
     found["runtime"] |= {"probes": False, "verify_data": "sizes"}
     found["resilience"] = resilience
     return found
@@ -136,7 +137,7 @@ def test_a_skipped_step_changes_nothing_and_the_run_goes_on(outcomes, layout, pr
     for rank in ranks:
         assert rank.error == ""
         assert rank.kinds == [(step, "skip" if step == 4 else "update") for step in range(1, 7)]
-        assert rank.states[3] == rank.states[2], "weights, moments, counts and scales as before the step"
+        assert rank.states[3] == rank.states[2], "weights, moments, averages, counts and scales as before the step"
         assert len(set(rank.states)) == 5
     (line,) = ledger(run_dir)
     assert (line["kind"], line["cause"], line["step"]) == ("skip", "nonfinite", 4)

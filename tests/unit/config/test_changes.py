@@ -120,11 +120,16 @@ def test_differences_are_sorted_into_harmless_recorded_and_refused() -> None:
 
 
 def test_the_format_of_the_optimizer_state_may_change_and_the_record_says_what_happens() -> None:
-    differences = found(changed(optimizer__use_precision_aware_optimizer=True, optimizer__exp_avg_sq_dtype="bf16"))
+    average, aware = {"optimizer__ema_decay": 0.99}, {"optimizer__use_precision_aware_optimizer": True}
+    differences = found(changed(**average, **aware, optimizer__exp_avg_sq_dtype="bf16"))
     assert {key: (one.kind, one.reason) for key, one in differences.items()} == {
         "optimizer.use_precision_aware_optimizer": (
             Kind.recorded,
             "how fp32 main weights are stored; they keep their values",
+        ),
+        "optimizer.ema_decay": (
+            Kind.recorded,
+            "from null it begins with the weights as they are now; with null the average so far is dropped",
         ),
         "optimizer.exp_avg_sq_dtype": (
             Kind.recorded,

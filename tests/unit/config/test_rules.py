@@ -317,6 +317,11 @@ MEASURED = [
         ),
         (["optimizer.adam_beta1=1.0"], "optimizer.adam_beta1=1: must be at least 0 and below 1 (use 0.9 or 0.95)"),
         (["optimizer.adam_beta2=-0.1"], "optimizer.adam_beta2=-0.1: must be at least 0 and below 1 (use 0)"),
+        (["optimizer.ema_decay=1"], "optimizer.ema_decay=1: must be above 0 and below 1 (use 0.999)"),
+        (
+            ["optimizer.ema_decay=0"],
+            "optimizer.ema_decay=0: must be above 0 and below 1 (use null for the weights themselves)",
+        ),
         (["stages.2.name=warmup"], "stages.2.name=warmup: stages.0 already has this name (use warmup_2)"),
         (
             ["stages.0.lr_end=2"],
@@ -484,6 +489,11 @@ def test_constant_may_follow_a_stage_that_ended_at_zero() -> None:
     [
         ("model.moe_expert_capacity_factor=0.5", "the experts have room for 50% of the tokens; the others are dropped"),
         ("stages.0.lr_end=0.5", "optimizer.lr=0.002: no stage reaches it: the highest lr_end is 0.5"),
+        (
+            "optimizer.ema_decay=0.9999",
+            "optimizer.ema_decay=0.9999: after the run's 120 steps the average still is 99% the weights it began with "
+            "(use 0.962351, which leaves 1%)",
+        ),
         ("checkpoint.save_every_steps=null", "checkpoint.keep_last=2: checkpoint.save_every_steps is null"),
         (
             "checkpoint.save_every_steps=301",

@@ -141,6 +141,7 @@ SPLIT = {"use_precision_aware_optimizer": True}
     ("settings", "moments", "main", "gib"),
     [
         ({}, 8, 4, "8.6"),
+        ({"ema_decay": 0.999}, 12, 4, "11.5"),
         (SPLIT, 8, 2, "7.2"),
         (SPLIT | {"exp_avg_dtype": "bf16"}, 6, 2, "5.7"),
         (SPLIT | {"exp_avg_sq_dtype": "bf16"}, 6, 2, "5.7"),
@@ -150,8 +151,9 @@ SPLIT = {"use_precision_aware_optimizer": True}
 def test_optimizer_state_of_hunyuan_large_by_format(
     settings: dict[str, Any], moments: int, main: int, gib: str
 ) -> None:
-    """Bytes per weight, and GiB of the fullest of 512 ranks, as in docs/guide/layouts.md. The ranks together hold the
-    state of each weight once, of the tied embedding twice, of norms and fp32 routers once per tensor-parallel rank."""
+    """Bytes per weight (`moments`: with the average), and GiB of the fullest of 512 ranks, as in docs/guide/layouts.md.
+    The ranks together hold the state of each weight once, of the tied embedding twice, of norms and fp32 routers once
+    per tensor-parallel rank."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=8,
         sequence_parallel=True,

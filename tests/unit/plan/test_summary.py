@@ -35,6 +35,10 @@ def test_offloaded_state_is_planned_on_the_host() -> None:
     rows = {row.name: row for row in summarise(load_experiment(DEMO, [*alone, "optimizer.cpu_offload_fraction=1"]), 1)}
     assert rows["memory per rank"].value == f"{2 * 4 * 15_804_928 / 2**30:.3g} GiB"
     assert "optimizer 0 GiB" in rows["memory per rank"].note
+    average = ["optimizer.cpu_offload_fraction=1", "optimizer.ema_decay=0.9"]
+    beside = {row.name: row.value for row in summarise(load_experiment(DEMO, [*alone, *average]), 1)}
+    assert beside["host memory per rank"] == f"{20 * 15_804_928 / 2**30:.3g} GiB"
+    assert beside["average of weights"] == "4 bytes per trained weight"
     assert rows["host memory per rank"].value == f"{16 * 15_804_928 / 2**30:.3g} GiB"
     assert "host memory per rank" not in {row.name for row in summarise(load_experiment(DEMO, alone), 1)}
 

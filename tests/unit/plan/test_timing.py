@@ -305,13 +305,17 @@ def test_a_run_costs_its_stages() -> None:
     assert whole.kwh == pytest.approx(whole.gpu_hours * 1.275)
 
 
+AVERAGE = {"ema_decay": 0.999}
 AWARE = {"use_precision_aware_optimizer": True}
 MOMENTS = AWARE | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
     ("settings", "gradient_bytes", "expected"),
-    [({}, 4, 50), ({}, 2, 54), (AWARE, 4, 44), (AWARE, 2, 34), (MOMENTS, 4, 36), (MOMENTS, 2, 26)],
+    [
+        *(({}, 4, 50), ({}, 2, 54), (AWARE, 4, 44), (AWARE, 2, 34), (MOMENTS, 4, 36), (MOMENTS, 2, 26)),
+        *((AVERAGE, 4, 62), (AWARE | AVERAGE, 4, 80)),
+    ],
 )
 def test_the_optimizer_moves_the_counted_bytes(settings: dict[str, Any], gradient_bytes: int, expected: int) -> None:
     """The table of docs/benchmarks.md, which tests/benchmarks/optimizer_bytes.py counts."""

@@ -39,7 +39,7 @@ def fields(
     **changes: Any,
 ) -> dict[str, Any]:
     """formats: of the moments; None: core's default optimizer."""
-    optimizer: dict[str, Any] = {"lr": LR, "adam_eps": 1e-3, "clip_grad": 0.5}
+    optimizer: dict[str, Any] = {"lr": LR, "adam_eps": 1e-3, "clip_grad": 0.5, "ema_decay": 0.5}
     if formats is not None:
         names = {"exp_avg_dtype": formats[0], "exp_avg_sq_dtype": formats[1]}
         optimizer |= {"use_precision_aware_optimizer": True} | names
