@@ -825,8 +825,8 @@ class LoraConfig(Section):
     rank: PositiveInt = setting("Rank of A and B.", unit="channels", typical="8 to 64")
     alpha: PositiveFloat = setting("Scale of B A x, divided by rank.", unit="ratio", typical="2 x rank")
     dropout: Probability = setting(
-        "Probability with which an element of an adapter's input is dropped in training; only with target_modules of "
-        "attention. Drawn as hidden_dropout of a stage; q, k and v of a layer share a mask.",
+        "Probability with which an element of an adapter's input is dropped in training. Drawn as hidden_dropout of a "
+        "stage, for routed experts by the place of the row's token; q, k and v share a mask, and gate and up.",
         0.0,
         typical="0 to 0.1",
     )

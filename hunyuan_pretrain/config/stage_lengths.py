@@ -95,16 +95,14 @@ def _size_of(folder: str, sequence_length: int) -> _Size:
     except ValueError:
         manifest = None
     names = ("sequences", "tokens", "sequence_length")
-    found = [manifest.get(name) for name in names] if isinstance(manifest, dict) else []
-    if (
-        not found
-        or manifest.get("format") != "hunyuan-packed"
-        or not all(type(one) is int and one > 0 for one in found)
-    ):
+    found = {name: manifest.get(name) for name in names} if isinstance(manifest, dict) else {}
+    counts = [count for count in found.values() if type(count) is int and count > 0]
+    if len(counts) < len(names) or manifest.get("format") != "hunyuan-packed":
         raise _NoSizeError(
             f"an epoch is all of the packed data, and {path} is not what `hunyuan-data pack` writes", hint
         )
-    if found[2] != sequence_length:
-        rule = f"{folder} is packed to sequences of {found[2]} tokens, and sequence_length is {sequence_length}"
-        raise _NoSizeError(rule, f"use {found[2]}, or pack it again")
-    return _Size(found[0], found[1])
+    sequences, tokens, length = counts
+    if length != sequence_length:
+        rule = f"{folder} is packed to sequences of {length} tokens, and sequence_length is {sequence_length}"
+        raise _NoSizeError(rule, f"use {length}, or pack it again")
+    return _Size(sequences, tokens)

@@ -22,6 +22,7 @@ from tests.helpers.runs import SEQUENCE_LENGTH, VOCAB_SIZE
 pytestmark = pytest.mark.slow
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": ALL}
 STEPS = 4
 
 
@@ -54,7 +55,7 @@ def train_all(experiments: list[Experiment]) -> list[int]:
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base: the weights; whole: an adapter trained for STEPS steps by two ranks; part: its first half, by one rank."""
     folder = tmp_path_factory.mktemp("runs")
-    tuning = {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}}
+    tuning = {"lora": LORA}
     one, two = Layout(model="dropless"), Layout(dp=2, ep=2, model="dropless")
     lora: dict[str, Any] = {"tuning": tuning, "checkpoint": {"init_from": str(folder / "base")}}
     base = experiment_of(corpus, folder / "base", one, 1)
@@ -104,7 +105,7 @@ def test_resumed_under_another_layout_equals_uninterrupted(runs: Path, corpus: P
     shutil.rmtree(checkpoint(tmp_path / "part", STEPS))
     expected = weights(runs / "part")
     settings = {
-        "tuning": {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}},
+        "tuning": {"lora": LORA},
         "checkpoint": {"init_from": str(runs / "base")},
     }
     layout = Layout(dp=2, ep=2, model="dropless")
@@ -188,7 +189,7 @@ def test_the_merged_model_computes_what_the_run_computes(exported: Path, corpus:
 
     tokens = torch.arange(40) * 7 % VOCAB_SIZE
     settings = {
-        "tuning": {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}},
+        "tuning": {"lora": LORA},
         "checkpoint": {"init_from": str(exported / "base")},
     }
     again = experiment_of(corpus, exported / "whole", Layout(model="dropless"), **settings)
@@ -210,11 +211,12 @@ def logits_of(experiment: Experiment, tokens: list[int]) -> list[list[float]]:
 
 
 def test_a_run_starts_from_an_adapter_and_writes_the_same_one(exported: Path, corpus: Path, tmp_path: Path) -> None:
-    tuning = {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL, "adapter": str(exported / "adapter")}}
+    tuning: dict[str, Any] = {"lora": LORA | {"adapter": str(exported / "adapter")}}
     settings = {"tuning": tuning, "checkpoint": {"init_from": str(exported / "base")}}
     experiment = experiment_of(corpus, tmp_path / "again", Layout(tp=2, model="dropless"), **settings)
     found = fork_ranks(2, adapters_of, experiment)
     expected = weights(exported / "whole")
+    assert json.loads((exported / "adapter/adapter_config.json").read_text())["lora_dropout"] == 0.1
     for parts in found:
         for name, (values, where) in parts.items():
             assert torch.equal(torch.tensor(values), expected[name][where].reshape(-1)), name
