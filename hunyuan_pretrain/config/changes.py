@@ -58,6 +58,7 @@ LAYOUT = "the layout"
 OPTIMIZER = "takes effect from the next step"
 STORED = "how fp32 main weights are stored; they keep their values"
 AVERAGE = "from null it begins with the weights as they are now; with null the average so far is dropped"
+MIXTURE = "the mixture changes from here on; each source continues where it stopped"
 CONVERTED = "the moments are converted when they are loaded; bf16 rounds them once"
 
 TABLE: tuple[tuple[str, Kind, str], ...] = (
@@ -125,31 +126,24 @@ TABLE: tuple[tuple[str, Kind, str], ...] = (
     ("stages.N.routing", Kind.recorded, LOSS),
     ("stages.N.*_dropout", Kind.recorded, LOSS),
     ("stages.N.tokens", Kind.recorded, "the length of the stage; its learning rate continues from the current value"),
+    ("stages.N.epochs", Kind.recorded, "the length of the stage, as tokens"),
     ("stages.N.sequence_length", Kind.refused, "the current stage would continue with different sequences"),
     ("stages.N.global_batch_sequences", Kind.recorded, "the stage continues at the sequence that it has reached"),
     ("stages.N.micro_batch_sequences", Kind.recorded, LAYOUT),
     ("stages.N.rope_alpha", Kind.recorded, "positions are encoded differently from the next step on"),
     ("stages.N.lr_end", Kind.recorded, "the learning rate goes there from its current value"),
     ("stages.N.lr_shape", Kind.recorded, "the learning rate continues from its current value"),
-    ("stages.N.data", Kind.recorded, "the mixture changes from here on; each source continues where it stopped"),
+    ("stages.N.data", Kind.recorded, MIXTURE),
     ("stages.N.data.path", Kind.harmless, "the same data, stored elsewhere"),
     (
         "stages.N.data.digest",
         Kind.refused,
         "packed again since it was read: what was already read may come again in other sequences",
     ),
-    (
-        "stages.N.data.weight",
-        Kind.recorded,
-        "the mixture changes from here on; each source continues where it stopped",
-    ),
-    ("stages.N.data.tier", Kind.recorded, "the mixture changes from here on; each source continues where it stopped"),
+    ("stages.N.data.weight", Kind.recorded, MIXTURE),
+    ("stages.N.data.tier", Kind.recorded, MIXTURE),
     ("stages.N.data.max_epochs", Kind.recorded, "a limit on what is read"),
-    (
-        "stages.N.tier_weights",
-        Kind.recorded,
-        "the mixture changes from here on; each source continues where it stopped",
-    ),
+    ("stages.N.tier_weights", Kind.recorded, MIXTURE),
     ("stages.N.balance_attention", Kind.recorded, "which rank takes which sequence of a batch"),
     (
         "stages.N.balance_group_sequences",

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from hunyuan_pretrain.config import rules
 from hunyuan_pretrain.config.errors import ConfigError, Problem, show_value
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, Section
+from hunyuan_pretrain.config.stage_lengths import with_tokens
 from hunyuan_pretrain.config.values import SUFFIX_RULE, change_paths, expand, fill_in, number_hint, section_of
 from hunyuan_pretrain.config.yaml_tree import (
     Dumper,
@@ -53,15 +54,16 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), world_size:
     `overrides`: dotted assignments such as "optimizer.lr=3e-4" or "stages.decay.tokens=1000"; the values are YAML. They
     win over the file, the file over its `base` files (later ones over earlier ones), and those over theirs. Mappings
     merge; lists are replaced, except that a mapping over a list of named sections changes those that it names.
-    `world_size`: ranks of the job if known, for the rules that need them.
+    `world_size`: ranks of the job if known, for the rules that need them. A stage's epochs become tokens, for which the
+    manifests of its data are read.
     Raises ConfigError with every problem: a missing file, invalid YAML, unknown keys, wrong types, violated rules.
     """
     tree = read(path, overrides)
     if set(tree.data) == {"model"}:
         hint = "make it the `base:` of an experiment, as configs/dev/demo_cpu.yaml does"
         raise file_error(tree.source, "holds only an architecture (model:)", hint)
-    experiment = validate(Experiment, tree)
-    with_positions(tree, rules.find_problems(experiment, world_size))
+    experiment, without_length = with_tokens(validate(Experiment, tree))
+    with_positions(tree, without_length or rules.find_problems(experiment, world_size))
     return experiment
 
 

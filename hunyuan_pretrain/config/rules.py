@@ -21,6 +21,7 @@ from hunyuan_pretrain.config.precision_rules import PRECISION_RULES
 from hunyuan_pretrain.config.recording_rules import RECORDING_RULES
 from hunyuan_pretrain.config.resilience_rules import RESILIENCE_RULES
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
+from hunyuan_pretrain.config.stage_lengths import stages_have_one_length
 from hunyuan_pretrain.config.training_rules import TRAINING_RULES, WARNING_RULES
 from hunyuan_pretrain.config.tuning import TUNING_RULES
 
@@ -45,6 +46,8 @@ def check_model(model: ModelConfig, source: str = "model") -> None:
 
 def find_problems(experiment: Experiment, world_size: int | None = None) -> list[Problem]:
     """The violations that `check` reports, as a list."""
+    if without_length := list(stages_have_one_length(experiment)):
+        return without_length  # other rules count steps
     found = [problem for rule in MODEL_RULES for problem in rule(experiment.model)]
     found += [problem for rule in EXPERIMENT_RULES for problem in rule(experiment)]
     found += world_size_rules(experiment, world_size)

@@ -218,11 +218,11 @@ class Schedule:
         tokens = last.tokens_after(last.num_steps)
         _refuse_shorter(index, old, new, tokens, step)
         fraction = self.lr_fraction(step - 1)
-        left = max(-(-(new.tokens - tokens) // new.global_batch_tokens), 0)
+        left = max(-(-(new.num_tokens - tokens) // new.global_batch_tokens), 0)
         pieces = [*done]
         if left:
             end = tokens + left * new.global_batch_tokens
-            same = (old.tokens, old.lr_end, old.lr_shape) == (new.tokens, new.lr_end, new.lr_shape)
+            same = (old.num_tokens, old.lr_end, old.lr_shape) == (new.num_tokens, new.lr_end, new.lr_shape)
             curve = (
                 replace(last.curve, last_token=end)
                 if same
@@ -281,7 +281,10 @@ def _plan(
 
 def _refuse_shorter(index: int, old: StageConfig, new: StageConfig, tokens: int, step: int) -> None:
     """Raise ConfigError if the new stage ends before the tokens already trained in it."""
-    if new.tokens < old.tokens and -(-new.tokens // old.global_batch_tokens) * old.global_batch_tokens < tokens:
+    if (
+        new.num_tokens < old.num_tokens
+        and -(-new.num_tokens // old.global_batch_tokens) * old.global_batch_tokens < tokens
+    ):
         rule = f"{tokens:,} tokens of stage {new.name} are trained after step {step}, so it cannot end before them"
         hint = f"use at least {tokens}, or branch from an earlier checkpoint with --from-step"
-        raise ConfigError("the run cannot continue", [Problem(f"stages.{index}.tokens", new.tokens, rule, hint)])
+        raise ConfigError("the run cannot continue", [Problem(f"stages.{index}.tokens", new.num_tokens, rule, hint)])

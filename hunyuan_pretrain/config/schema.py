@@ -414,7 +414,18 @@ class StageConfig(Section):
         0.0,
         typical="0 to 0.5",
     )
-    tokens: PositiveInt = setting("Length of the stage, rounded up to whole steps.", unit="tokens")
+    tokens: PositiveInt | None = setting(
+        "Length of the stage, rounded up to whole steps. Either this or epochs is given.", None, unit="tokens"
+    )
+    epochs: PositiveFloat | None = setting(
+        "Length of the stage in passes over all its packed data, in place of tokens, which is derived from the data "
+        "when the experiment is loaded, and recorded. Several sources are mixed in proportion to their size: each is "
+        "read that often, and none has a weight. Rounded up to whole steps, so the last step may read a few sequences "
+        "once more.",
+        None,
+        unit="epochs",
+        typical="3 in the report's fine-tuning",
+    )
     sequence_length: PositiveInt = setting(
         "Length of a packed sequence; the stage's data must be packed to this length.",
         unit="tokens",
@@ -504,9 +515,15 @@ class StageConfig(Section):
         return self.global_batch_sequences * self.sequence_length
 
     @property
+    def num_tokens(self) -> int:
+        """Length of the stage, as given or derived."""
+        assert self.tokens is not None, "config.load turns epochs into tokens"
+        return self.tokens
+
+    @property
     def num_steps(self) -> int:
-        """Steps of the stage: tokens / global_batch_tokens, rounded up."""
-        return -(-self.tokens // self.global_batch_tokens)
+        """Steps of the stage: num_tokens / global_batch_tokens, rounded up."""
+        return -(-self.num_tokens // self.global_batch_tokens)
 
 
 class EvaluationSet(Section):
@@ -816,8 +833,8 @@ class LoraConfig(Section):
     rank: PositiveInt = setting("Rank of A and B.", unit="channels", typical="8 to 64")
     alpha: PositiveFloat = setting("Scale of B A x, divided by rank.", unit="ratio", typical="2 x rank")
     dropout: Probability = setting(
-        "Probability with which an element of an adapter's input is dropped in training; only with target_modules of "
-        "attention. Drawn as hidden_dropout of a stage; q, k and v of a layer share a mask.",
+        "Probability with which an element of an adapter's input is dropped in training. Drawn as hidden_dropout of a "
+        "stage, for routed experts by the place of the row's token; q, k and v share a mask, and gate and up.",
         0.0,
         typical="0 to 0.1",
     )

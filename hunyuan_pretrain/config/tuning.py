@@ -224,21 +224,8 @@ def trained_names(experiment: Experiment, layer: int) -> list[str]:
     return [name for name in names_of_layer(experiment.model, layer) if is_trained(experiment.tuning, name)]
 
 
-def dropout_is_of_attention(experiment: Experiment) -> Iterator[Problem]:
-    """A mask is drawn by the place of a token, which the rows of experts no longer have."""
-    lora, model = experiment.tuning.lora, experiment.model
-    if lora is None or not lora.dropout:
-        return
-    names = (name for layer in range(model.num_layers) for name in targets(model, lora, layer))
-    if any(name.startswith("mlp.") for name in names):
-        rule = "is for adapters of attention only (q_proj, k_proj, v_proj, o_proj), and tuning.lora.target_modules has"
-        hint = "use 0, or leave those of experts out"
-        yield Problem("tuning.lora.dropout", lora.dropout, f"{rule} others", hint)
-
-
 TUNING_RULES = (
     patterns_match,
-    dropout_is_of_attention,
     one_way_to_choose_weights,
     parts_of_weights_suit_the_kernels,
     every_pipeline_rank_trains,

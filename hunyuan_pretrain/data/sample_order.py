@@ -17,6 +17,9 @@ from hunyuan_pretrain.data.mixture import DataSegment, Mixture, SourceSize, sour
 from hunyuan_pretrain.data.packed_dataset import PackedDataset
 from hunyuan_pretrain.data.packed_format import ARRAYS
 
+_SHOWN = 8
+"""Sources of which `SampleOrder.passes` has a line."""
+
 
 class SampleOrder:
     """The global batch of every step. It depends only on the experiment with its seed and on the run's earlier
@@ -103,6 +106,22 @@ class SampleOrder:
     def num_steps(self) -> int:
         """Steps of all stages together."""
         return self.schedule.num_steps
+
+    def passes(self) -> list[str]:
+        """How often each source is read by the end of the run, a line each: what the rounding to whole steps reads once
+        more, or leaves out. Skipped sequences count as read."""
+        read = dict.fromkeys(range(len(self.mixture.sources)), 0)
+        for counts in self.mixture.counts:
+            for source, count in counts.items():
+                read[source] += count
+        lines = []
+        for source, count in read.items():
+            size = self.mixture.sizes[source].sequences
+            times, more = divmod(count, size)
+            again = f", and {more:,} of them once more" if more else ""
+            text = f"each read {times:,} times{again}" if times else f"of which {more:,} are read"
+            lines.append(f"{self.mixture.sources[source]}: {size:,} sequences, {text}")
+        return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], "more sources: `hunyuan-data mix` shows them"]
 
     def stage(self, step: int) -> StageConfig:
         """The stage of a global step, counted from 0. Raises IndexError if there is no such step."""

@@ -28,7 +28,7 @@ def steps_done(run_dir: Path) -> int:
 def expected(experiment: Experiment, name: str, loss: float = 0.0) -> Observation:
     """What a run of this experiment will be, without its loss. The batch is that of the stage with the most tokens."""
     schedule = Schedule.of(experiment.stages)
-    longest = max(experiment.stages, key=lambda stage: stage.tokens)
+    longest = max(experiment.stages, key=lambda stage: stage.num_tokens)
     counts = parameters(experiment.model)
     embedding = counts.embedding + counts.output_head
     return Observation(

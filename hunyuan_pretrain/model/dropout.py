@@ -5,7 +5,10 @@ batch, as recycle routing's draw is (model/recycle_routing.py). So the backward 
 layout and a resumed run have the same mask. Hidden states are dropped where megatron-core drops them: the embedding's
 output, and each branch before it is added to the residual.
 
-Shapes: T tokens of this rank, U tokens of all tensor-parallel ranks, C channels.
+Rows of experts have left their tokens' order, and on another rank their tokens. Their number goes with them
+(model/dispatch.py), and stands for the token in the key.
+
+Shapes: T tokens of this rank, U tokens of all tensor-parallel ranks, C channels, K top-k, R rows of experts.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from torch import Tensor
 
 from hunyuan_pretrain.config.schema import StageConfig, TuningConfig
 from hunyuan_pretrain.model.packed_attention import Drop
+from hunyuan_pretrain.model.permutation import choice_of_row
 from hunyuan_pretrain.model.recycle_routing import draws, key_of
-from hunyuan_pretrain.model.routing import Routing, TrainingRouting
+from hunyuan_pretrain.model.routing import Routing, RoutingPlan, TrainingRouting
 
 EMBEDDING, ATTENTION, EXPERTS, PROBABILITIES, ADAPTERS = range(5)
 """Places in a layer. Those of adapters go on from the last."""
@@ -62,7 +66,7 @@ class Dropout(NamedTuple):
 
     def adapter(self, x: Tensor, layer: int, place: int, first_channel: int | None) -> Tensor:
         """An adapter's input with `rates.adapter` of it dropped. first_channel: (U, C) from this channel on; None:
-        (T, C), all channels."""
+        (T, C), all channels. Of rows of experts (`of_rows`) both are (R, C)."""
         tokens = self.token_T if first_channel is None else self.token_U
         return dropped(x, self._key(layer, ADAPTERS + place), tokens, self.rates.adapter, first_channel or 0)
 
@@ -81,6 +85,25 @@ class Dropout(NamedTuple):
             return _masked(weights, key, rows_Nn.reshape(-1), self.rates.attention, first_key).view_as(weights_1NnP)
 
         return drop
+
+    def numbers(self, plan: RoutingPlan) -> Tensor:
+        """(R, 1) int64: the number of the choice that each row of experts serves, counted through the global batch. It
+        says of a row what a token's number says of a token. 0 for an empty slot, whose row is 0."""
+        T, K = plan.row_TK.shape
+        number_TK = self.token_T[:, None] * K + torch.arange(K, device=self.token_T.device)
+        of_choices = torch.nn.functional.pad(number_TK.reshape(-1), (0, 1))
+        return of_choices[choice_of_row(plan, T, K), None]
+
+    def of_rows(self, number_R1: Tensor) -> Dropout:
+        """The dropout of rows of experts with these numbers, in place of tokens."""
+        number_R = number_R1.view(-1)
+        return self._replace(token_T=number_R, token_U=number_R)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that masks are drawn from."""
+        keys = [] if self.routing.key_L is None else [self.routing.key_L]
+        return [self.token_T, self.token_U, *keys]
 
     def _key(self, layer: int, place: int) -> Tensor:
         # as of a routing group of a negative number, which none has

@@ -50,7 +50,8 @@ class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits, accumulate: bool) -> Tensor:
         ctx.splits, ctx.accumulate, ctx.weight = splits, accumulate, weight_eOI
-        ctx.save_for_backward(x_RI, weight_eOI)
+        # of frozen weights there is no gradient that reads the input
+        ctx.save_for_backward(x_RI if ctx.needs_input_grad[1] else None, weight_eOI)
         e, output_size, _ = weight_eOI.shape
         if splits.are_equal:
             return torch.bmm(x_RI.view(e, splits.rows_e[0], -1), weight_eOI.transpose(1, 2)).view(-1, output_size)
@@ -63,8 +64,8 @@ class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x_RI, weight_eOI = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:  # frozen
-            return _add_gradients(grad_RO, x_RI, weight_eOI, ctx.splits, None), None, None, None
+        if x_RI is None:
+            return _add_gradients(grad_RO, None, weight_eOI, ctx.splits, None), None, None, None
         main_grad: Tensor | None = ctx.weight.main_grad if ctx.accumulate else None
         target = (
             main_grad if main_grad is not None and main_grad.dtype == grad_RO.dtype else torch.zeros_like(weight_eOI)
@@ -80,22 +81,22 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def _add_gradients(
-    grad_RO: Tensor, x_RI: Tensor, weight_eOI: Tensor, splits: RowSplits, weight_grad_eOI: Tensor | None
+    grad_RO: Tensor, x_RI: Tensor | None, weight_eOI: Tensor, splits: RowSplits, weight_grad_eOI: Tensor | None
 ) -> Tensor:
-    """Returns the gradient (R, I) of x; adds the weight's into weight_grad_eOI, if there is one."""
+    """Returns the gradient (R, I) of x; adds the weight's into weight_grad_eOI. With None for x there is none."""
     e, _, input_size = weight_eOI.shape
     if splits.are_equal:
-        grad_eRO, x_eRI = grad_RO.view(e, splits.rows_e[0], -1), x_RI.view(e, splits.rows_e[0], -1)
+        grad_eRO = grad_RO.view(e, splits.rows_e[0], -1)
         grad_x_RI = torch.bmm(grad_eRO, weight_eOI).view(-1, input_size)
-        if weight_grad_eOI is not None:
-            weight_grad_eOI.baddbmm_(grad_eRO.transpose(1, 2), x_eRI)
+        if x_RI is not None and weight_grad_eOI is not None:
+            weight_grad_eOI.baddbmm_(grad_eRO.transpose(1, 2), x_RI.view(e, splits.rows_e[0], -1))
         return grad_x_RI
-    grad_x_RI = torch.empty_like(x_RI)
-    pieces = (rows.split(list(splits.rows_e)) for rows in (grad_RO, x_RI, grad_x_RI))
-    weight_grads: Any = [None] * e if weight_grad_eOI is None else weight_grad_eOI
-    for grad, x, grad_x, weight_OI, weight_grad_OI in zip(*pieces, weight_eOI, weight_grads, strict=True):
+    grad_x_RI = grad_RO.new_empty(grad_RO.shape[0], input_size)
+    rows_e = list(splits.rows_e)
+    for grad, grad_x, weight_OI in zip(grad_RO.split(rows_e), grad_x_RI.split(rows_e), weight_eOI, strict=True):
         torch.mm(grad, weight_OI, out=grad_x)
-        if weight_grad_OI is not None:
+    if x_RI is not None and weight_grad_eOI is not None:
+        for grad, x, weight_grad_OI in zip(grad_RO.split(rows_e), x_RI.split(rows_e), weight_grad_eOI, strict=True):
             weight_grad_OI.addmm_(grad.t(), x)
     return grad_x_RI
 

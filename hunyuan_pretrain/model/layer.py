@@ -18,7 +18,7 @@ from hunyuan_pretrain.model.attention import AttentionPlan, SelfAttention, Share
 from hunyuan_pretrain.model.dropout import ATTENTION, EXPERTS, Dropout
 from hunyuan_pretrain.model.experts import MixtureOfExperts
 from hunyuan_pretrain.model.hunyuan_config import HunyuanConfig
-from hunyuan_pretrain.model.lora import drop_inputs
+from hunyuan_pretrain.model.lora import drop_inputs, drops_inputs
 from hunyuan_pretrain.model.recompute import free_until_backward
 from hunyuan_pretrain.model.routing import Routing
 from hunyuan_pretrain.model.spec import Spec
@@ -33,7 +33,7 @@ class TransformerLayer(torch.nn.Module):
         super().__init__()
         self.layer = layer
         self.recompute_norms = "norms" in config.parallel.recomputed_parts
-        self.drops_inputs = config.tuning.lora is not None and config.tuning.lora.dropout > 0
+        self.drops_inputs = drops_inputs(config, layer, "self_attention.")
         self.input_layernorm = spec.input_norm(config, config.hidden_size)
         self.self_attention = SelfAttention(config, layer, spec, groups, self.input_layernorm)
         self.pre_mlp_layernorm = spec.norm(config, config.hidden_size)
@@ -60,7 +60,7 @@ class TransformerLayer(torch.nn.Module):
             attention_TD = drop(attention_TD, self.layer, ATTENTION)
         normalised_TD, hidden_TD = self.pre_mlp_layernorm(hidden_TD, attention_TD)
         residual_TD = hidden_TD if drop is None else torch.zeros_like(hidden_TD)
-        output_TD, statistics_X = self.mlp(normalised_TD, residual_TD, routing)
+        output_TD, statistics_X = self.mlp(normalised_TD, residual_TD, routing, dropout)
         if self.recompute_norms:
             self._free(self.pre_mlp_layernorm, hidden_TD, normalised_TD, output_TD)
         if drop is not None:

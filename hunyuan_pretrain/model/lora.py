@@ -56,9 +56,17 @@ def add_adapters(model: Any, lora: LoraConfig) -> None:
                 module.register_forward_hook(_add_grouped if linear.is_routed else _add)
 
 
+def drops_inputs(config: HunyuanConfig, layer: int, prefix: str) -> bool:
+    """Whether adapters of linear layers whose names in the layer begin with `prefix` drop elements of their inputs."""
+    lora = config.tuning.lora
+    if lora is None or not lora.dropout:
+        return False
+    return any(name.startswith(prefix) for name in targets(config.model, lora, layer))
+
+
 def drop_inputs(module: torch.nn.Module, dropout: Dropout | None) -> None:
     """From now on the adapters in `module` drop elements of their inputs; None: they do not. All parts of a fused layer
-    share a mask. For attention, which is never recomputed apart from its layer."""
+    share a mask. Called where `module` is computed, also again: other micro-batches come in between."""
     for one in module.modules():
         if isinstance(one, _Adapter):
             one.dropout = dropout
@@ -121,6 +129,7 @@ class _Adapter(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.groups, self.parts, self.rank = groups, tuple(parts), lora.rank
+        self.is_row_parallel = linear.is_row_parallel
         self.scale = lora.alpha / lora.rank
         self.place = (0, 0)  # its layer, and its number among the linear layers there
         self.dropout: Dropout | None = None
@@ -201,7 +210,8 @@ class _GroupedAdapter(_Adapter):
                 ]
                 for ones in (a, b)
             )
-        low_Rr = grouped_matmul(x_RI, torch.cat(a, dim=1), splits) * self.scale
+        first_channel = self.groups.expt_tp.rank() * x_RI.shape[1] if self.is_row_parallel else 0
+        low_Rr = grouped_matmul(self._input(x_RI, first_channel), torch.cat(a, dim=1), splits) * self.scale
         lows = [low.contiguous() for low in low_Rr.split(self.rank, -1)]
         return self._joined([grouped_matmul(low, one, splits) for low, one in zip(lows, b, strict=True)])
 

@@ -71,11 +71,11 @@ class _Combine(torch.autograd.Function):
         T, K = weight_TK.shape
         grad_weight_TK = torch.matmul(taken_TKD.float(), grad_TD.float()[..., None]).squeeze(-1)
         grad_TKD = grad_TD[:, None] * weight_TK[..., None].to(grad_TD.dtype)
-        choice_R = _choice_of_row(ctx.plan, T, K)
+        choice_R = choice_of_row(ctx.plan, T, K)
         return taken(grad_TKD.view(T * K, -1), choice_R, not ctx.plan.is_permutation), grad_weight_TK, None
 
 
-def _choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
+def choice_of_row(plan: RoutingPlan, T: int, K: int) -> Tensor:
     """(R,) which of the T * K choices each row serves; T * K for an empty row."""
     if K == 1:
         return plan.token_R

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hunyuan_pretrain.config.derived import (
     DROPPED_QUERIES,
@@ -25,6 +25,7 @@ from hunyuan_pretrain.config.derived import (
     stages_of,
 )
 from hunyuan_pretrain.config.schema import Experiment, ModelConfig, ParallelConfig, StageConfig
+from hunyuan_pretrain.config.tuning import Linear, adapted_sizes, linears_of_layer, targets
 from hunyuan_pretrain.plan.counts import flops_per_token
 from hunyuan_pretrain.plan.pipeline import Pass, program
 
@@ -86,6 +87,27 @@ class _Sizes:
             yield Kept(round(values * self.scale_bytes), freed_by)
 
 
+class _Adapters(NamedTuple):
+    """LoRA's of a layer. One keeps its input, which recomputing then does not free; with dropout, a copy of it, which
+    no linear layer keeps beside it: those are frozen."""
+
+    linears: frozenset[str] = frozenset()
+    """Names of the linear layers that have one."""
+    have_dropout: bool = False
+
+    @classmethod
+    def of(cls, experiment: Experiment, layer: int) -> _Adapters:
+        """Those of a layer."""
+        lora = experiment.tuning.lora
+        if lora is None:
+            return cls()
+        return cls(frozenset(targets(experiment.model, lora, layer)), lora.dropout > 0)
+
+    def are_on(self, *names: str) -> bool:
+        """Whether one of these linear layers has one."""
+        return not self.linears.isdisjoint(names)
+
+
 def kept_by_layer(
     experiment: Experiment, stage: StageConfig, world_size: int, layer: int, imbalance: float = 1.0
 ) -> list[Kept]:
@@ -101,17 +123,19 @@ def kept_by_layer(
         parallel.context_parallel_method == "all_gather",
         imbalance,
     )
-    return [*_attention(sizes, layer % model.cla_share_factor == 0), *_experts(sizes)]
+    adapters = _Adapters.of(experiment, layer)
+    return [*_attention(sizes, layer % model.cla_share_factor == 0, adapters), *_experts(sizes, adapters)]
 
 
-def _attention(sizes: _Sizes, is_owner: bool) -> Iterator[Kept]:
+def _attention(sizes: _Sizes, is_owner: bool, adapters: _Adapters) -> Iterator[Kept]:
     model, ranks, width = sizes.model, sizes.ranks, sizes.value_bytes
     hidden = sizes.local_tokens * model.hidden_size
     query = sizes.tokens * model.num_attention_heads // ranks.tp * model.head_dim
     key = sizes.tokens * model.num_query_groups // ranks.tp * model.head_dim * is_owner
     yield Kept(hidden * width)
     yield Kept(4 * sizes.local_tokens)  # 1 / rms
-    yield from sizes.of_linear(hidden, "norms")
+    is_kept = adapters.are_on("self_attention.linear_qkv", "self_attention.linear_q")
+    yield from sizes.of_linear(hidden, "" if is_kept else "norms")
     if model.qk_layernorm:
         yield Kept((query + 2 * key) * width)  # the projection's output
     shared = ranks.cp if sizes.is_gathered else 1
@@ -120,18 +144,24 @@ def _attention(sizes: _Sizes, is_owner: bool) -> Iterator[Kept]:
         yield from (Kept(shared * key * width), Kept(shared * key * width))
     yield Kept(query * width)  # attention's output
     yield Kept(4 * query // model.head_dim)  # its logsumexp
+    if adapters.have_dropout and adapters.are_on("self_attention.linear_proj"):
+        yield Kept(query * width)
     if ranks.cp > 1 and not sizes.is_gathered:
         yield from sizes.of_linear(query, "")  # exchanged for the projection
     else:
         yield from sizes.fp8_copy(query, "")
 
 
-def _experts(sizes: _Sizes) -> Iterator[Kept]:
+def _experts(sizes: _Sizes, adapters: _Adapters) -> Iterator[Kept]:
     model, ranks, width = sizes.model, sizes.ranks, sizes.value_bytes
     hidden, rows = sizes.local_tokens * model.hidden_size, sizes.rows
     yield Kept(hidden * width)
     yield Kept(4 * sizes.local_tokens)
-    yield Kept(hidden * width, "norms")  # kept by the router in the dtype of the run
+    reads_hidden = adapters.are_on("mlp.shared_experts.linear_fc1")
+    # kept by the router in the dtype of the run
+    yield Kept(hidden * width, "" if reads_hidden and not adapters.have_dropout else "norms")
+    if reads_hidden and adapters.have_dropout:
+        yield Kept(hidden * width, "selective")
     yield from sizes.fp8_copy(hidden, "norms selective")
     yield Kept(4 * sizes.local_tokens * model.num_moe_experts)  # probabilities
     inner = {
@@ -145,9 +175,14 @@ def _experts(sizes: _Sizes) -> Iterator[Kept]:
     else:
         yield from sizes.fp8_copy(gathered, "selective")
         yield Kept(gathered * width, only_with="selective")
-    for values in inner.values():
+    # what routed experts keep is found again and freed, but for copies; of the shared one, nothing of an adapter's
+    keeps = {
+        "shared": adapters.are_on("mlp.shared_experts.linear_fc2"),
+        "routed": adapters.are_on("mlp.experts.linear_fc2") and adapters.have_dropout,
+    }
+    for name, values in inner.items():
         yield Kept(2 * values * width, "selective")
-        yield from sizes.of_linear(values, "swiglu selective")
+        yield from sizes.of_linear(values, "selective" if keeps[name] else "swiglu selective")
     yield Kept(rows * model.hidden_size * width)  # outputs of the routed experts
 
 
@@ -227,13 +262,16 @@ def _of_one_pass(
     stages = pipeline_stages(model, parallel)
     device = host = pinned = working = 0
     moving: list[int] = []
-    alike: dict[tuple[bool, ...], list[list[Kept]]] = {}  # groups differ in the layers that are in FP8 only
+    alike: dict[Any, list[list[Kept]]] = {}  # groups differ in the layers that are in FP8 or have adapters
     for first in stages[number][::share]:
         layers = range(first, first + share)
-        formats = tuple(experiment.precision.is_fp8_layer(layer, model.num_layers) for layer in layers)
-        if formats not in alike:
-            alike[formats] = [kept_by_layer(experiment, stage, world_size, layer, imbalance) for layer in layers]
-        group = alike[formats]
+        kinds = tuple(
+            (experiment.precision.is_fp8_layer(layer, model.num_layers), _Adapters.of(experiment, layer))
+            for layer in layers
+        )
+        if kinds not in alike:
+            alike[kinds] = [kept_by_layer(experiment, stage, world_size, layer, imbalance) for layer in layers]
+        group = alike[kinds]
         kept: list[int] = kept_by_group(group, parts)
         blocks: list[int] = []
         if first in offloaded_layers(model, parallel, number):
@@ -246,7 +284,7 @@ def _of_one_pass(
         working = max(working, _recomputed_at_once(group, parts))
     width = 2 if experiment.precision.dtype == "bf16" else 4
     rows = stage.sequence_length * stage.micro_batch_sequences // ranks.cp // ranks.tp
-    working += _drawn_at_once(experiment, stage, rows)
+    working += _drawn_at_once(experiment, stage, ranks, imbalance)
     # the last stage: the input of the final norm, and the loss's gradient of its output. Others: their output, which
     # core's schedule holds until the backward pass
     device += (2 if number == len(stages) - 1 else 1) * rows * model.hidden_size * width
@@ -270,15 +308,38 @@ def _recomputed_at_once(group: list[list[Kept]], parts: frozenset[str]) -> int:
     )
 
 
-def _drawn_at_once(experiment: Experiment, stage: StageConfig, rows: int) -> int:
-    """Bytes while a mask is drawn: three copies of its random bits, 16 for each element. Of hidden states, or of the
-    probabilities of one piece of attention, of which there are up to five copies in fp32 meanwhile."""
-    lora, model, parallel = experiment.tuning.lora, experiment.model, experiment.parallel
-    rates = (stage.hidden_dropout, 0.0 if lora is None else lora.dropout)
-    hidden = 3 * 2 * rows * model.hidden_size if any(rates) else 0
-    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+def _adapted(experiment: Experiment) -> list[tuple[Linear, int]]:
+    """The linear layers that have adapters in any layer, each once, with the size of their whole input."""
+    lora, model = experiment.tuning.lora, experiment.model
+    if lora is None:
+        return []
+    found = {}
+    for layer in range(model.num_layers):
+        named = targets(model, lora, layer)
+        for linear in linears_of_layer(model, layer):
+            if linear.name in named:
+                found[linear.name] = linear, adapted_sizes(model, linear, named[linear.name][0])[0]
+    return list(found.values())
+
+
+def _drawn_at_once(experiment: Experiment, stage: StageConfig, ranks: Grid, imbalance: float) -> int:
+    """Bytes while a mask is drawn: three copies of its random bits, 16 for each element. Of hidden states, of the input
+    of an adapter, or of the probabilities of one piece of attention, of which there are up to five copies in fp32
+    meanwhile."""
+    lora, model = experiment.tuning.lora, experiment.model
+    tokens = stage.sequence_length * stage.micro_batch_sequences // ranks.cp
+    sizes = _Sizes(routed_model(model, stage), ranks, tokens, 0, None, False, imbalance)
+    elements = [sizes.local_tokens * model.hidden_size] if stage.hidden_dropout else []
+    for linear, width in _adapted(experiment) if lora is not None and lora.dropout else []:
+        shards = ranks.expert_tp if linear.is_routed else ranks.tp
+        # of an input that is sharded: all rows, some channels; else some rows, but experts gather those that they share
+        rows = (
+            sizes.rows * ranks.expert_tp if linear.is_routed else tokens if linear.is_row_parallel else tokens // shards
+        )
+        elements.append(rows * width // (shards if linear.is_row_parallel else 1))
+    heads = model.num_attention_heads // ranks.tp
     probabilities = heads * DROPPED_QUERIES * stage.sequence_length if stage.attention_dropout else 0
-    return max(hidden, (3 * 2 + 5 * 4) * probabilities)
+    return max(3 * 2 * max(elements, default=0), (3 * 2 + 5 * 4) * probabilities)
 
 
 # --- what recomputing costs -------------------------------------------------------------------------------------------

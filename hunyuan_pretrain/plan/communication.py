@@ -114,8 +114,8 @@ def communication_per_rank(
     a logged step adds to the statistics (train/logged_numbers.py). All ranks of a pipeline rank send the same, except
     with dropless routing (Communication.is_exact). `stage` sets the batch; `loss_chunk_tokens`: LOSS_CHUNK_TOKENS of
     the device. tuning: which weights are trained; what adapters exchange in forward and backward passes, a few numbers
-    per token, is not counted (Communication.is_exact). With task=dpo, a sequence counts as one pair. Raises ValueError
-    if the layout or the batch does not fit the number of ranks.
+    per token or row, is not counted (Communication.is_exact). With task=dpo, a sequence counts as one pair. Raises
+    ValueError if the layout or the batch does not fit the number of ranks.
     """
     ranks, ledger, model = grid(parallel, world_size), _Ledger(), routed_model(model, stage)
     batch = _batch(precision, stage, ranks)

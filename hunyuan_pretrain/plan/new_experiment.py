@@ -266,7 +266,7 @@ def _stages(experiment: Experiment) -> Iterator[str]:
     for stage in experiment.stages:
         batch = f"{stage.global_batch_tokens:,} tokens"
         yield f"  - name: {stage.name} # {STAGE_NOTES[stage.name]}"
-        yield f"    tokens: {count_text(stage.tokens)}"
+        yield f"    tokens: {count_text(stage.num_tokens)}"
         yield f"    sequence_length: {'&length ' + str(stage.sequence_length) if stage is first else '*length'}"
         sequences = stage.global_batch_sequences
         yield f"    global_batch_sequences: {f'&batch {sequences} # {batch}' if stage is first else '*batch'}"

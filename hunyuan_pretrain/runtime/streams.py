@@ -19,14 +19,15 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._main, self._side = torch.cuda.current_stream(device), _side_stream(device)
 
-    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x), on the side stream, after all that the current stream was given. Only `join` may be given the
-        result before `join` returns."""
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor) -> Tensor:
+        """function(x), on the side stream, after all that the current stream was given. `others`: tensors that it reads
+        too. Only `join` may be given the result before `join` returns."""
         self._side.wait_stream(self._main)
         with torch.cuda.stream(self._side):
             output = function(x)
         # forward and backward: the allocator would give the memory to the current stream as soon as x is freed there
-        x.record_stream(self._side)
+        for tensor in (x, *others):
+            tensor.record_stream(self._side)
         return output
 
     def join(self, output: Tensor) -> None:

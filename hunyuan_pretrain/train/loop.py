@@ -325,6 +325,8 @@ def _announce(run: Run, num_steps: int) -> None:
         run.log.line("  FP8: the checkpoint has no scales for this recipe; they start from 1 in the first step")
     for line in describe_groups(run.optimizer, peak, ratio):
         run.log.line("  " + line)
+    for line in run.loader.order.passes():
+        run.log.line("  " + line)
     for warning in find_warnings(experiment):
         run.log.line(f"warning: {warning}")
     for line in probe(run) if experiment.runtime.probes else ["probes: off"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -145,27 +146,37 @@ def stories(corpus: Path, base: Path) -> dict[str, Any]:
 
 
 def repacked(corpus: Path, base: Path) -> dict[str, Any]:
-    """A run of 2 steps whose data is packed again before it resumes."""
+    """A run of 2 steps, the second of a stage in epochs, whose data grows and is packed again before it resumes."""
     from data_tools.packed_output import pack
+    from hunyuan_pretrain.config.load import load_experiment
     from hunyuan_pretrain.data.errors import DataFormatError
 
     packed, run_dir, told = base / "packed", base / "repacked", {}
 
-    def go(steps: int, accepted: tuple[str, ...] = ()) -> str:
-        fields = fields_of(corpus, run_dir, sequences=(steps - 1) * BATCH)
-        for stage in fields["stages"]:
-            stage["data"] = [{"path": str(packed)}]
-        return train_here(fields, accepted)
+    def go(accepted: tuple[str, ...] = ()) -> str:
+        fields = fields_of(corpus, run_dir)
+        fields["stages"][1] |= {"tokens": None, "epochs": 0.02}
+        fields["stages"] = [stage | {"data": [{"path": str(packed)}]} for stage in fields["stages"]]
+        experiment = load_experiment(write_experiment(base / "in_epochs.yaml", fields))
+        return train_here(experiment.model_dump(mode="json"), accepted)
 
-    pack([str(corpus / "tokenized")], SEQUENCE_LENGTH, str(packed), seed=1)
-    go(2)
-    shutil.rmtree(packed)
-    pack([str(corpus / "tokenized")], SEQUENCE_LENGTH, str(packed), seed=2)
-    told["repacked"] = go(3)
-    told["repacked, accepted"] = go(3, ("stages.0.data.digest",))
+    def sequences_after_packing(*names: str) -> int:
+        shutil.rmtree(packed, ignore_errors=True)
+        pack([str(corpus / name) for name in names], SEQUENCE_LENGTH, str(packed), seed=1)
+        return int(json.loads((packed / "manifest.json").read_text())["sequences"])
+
+    sizes = [sequences_after_packing("tokenized_heldout")]
+    told["in epochs"] = go()
+    sizes.append(sequences_after_packing("tokenized_heldout", "tokenized"))
+    told |= {"repacked": go(), "repacked, accepted": go(("stages.0.data.digest",)), "sequences of both": sizes}
     told["where in what is gone"] = refusal_of(documents, run_dir, 1, kind=DataFormatError)
     told["where in what is there"] = documents(run_dir, 3)
     return told
+
+
+def recorded(run_dir: Path) -> list[dict[str, Any]]:
+    """The configuration of each segment."""
+    return [one["experiment"] for one in json.loads((run_dir / "segments.json").read_text())["segments"]]
 
 
 def without_history(run_dir: Path, step: int) -> Path:
@@ -235,9 +246,7 @@ def test_a_new_seed_is_refused_until_it_is_accepted(told: dict[str, Any], base: 
     assert "step_0000010: the run cannot continue with this configuration" in told["seed"]
     assert "seed: 7 in the checkpoint, 8 in the config" in told["seed"]
     assert told["seed"].endswith("continue anyway with --accept-changes seed")
-    assert json.loads((base / "seed/segments.json").read_text())["segments"][-1]["experiment"]["seed"] == 7, (
-        "nothing was written"
-    )
+    assert recorded(base / "seed")[-1]["seed"] == 7, "nothing was written"
 
 
 def test_losses_and_routing_may_change(told: dict[str, Any], base: Path) -> None:
@@ -341,9 +350,18 @@ def test_repacked_data_is_refused_until_it_is_accepted(told: dict[str, Any], bas
     assert f"stages.0.data.digest: {base}/packed " in told["repacked"]
     assert told["repacked"].endswith("--accept-changes stages.0.data.digest")
     assert "accepted by hand: stages.0.data.digest" in told["repacked, accepted"]
-    assert "steps 3 to 3" in told["repacked, accepted"]
     assert f"{base}/packed: packed again since the run read it" in told["where in what is gone"]
     assert len(told["where in what is there"]) == BATCH
+
+
+def test_epochs_of_data_that_has_grown_are_more_tokens(told: dict[str, Any], base: Path) -> None:
+    before, after = (math.ceil(size / 50) for size in told["sequences of both"])  # 0.02 epochs
+    tokens = f"stages.1.tokens: {before * SEQUENCE_LENGTH} -> {after * SEQUENCE_LENGTH}"
+    assert f"changed, and recorded: {tokens} (the length of the stage; its learning rate" in told["repacked, accepted"]
+    assert f"steps 3 to {1 + math.ceil(after / BATCH)}" in told["repacked, accepted"]
+    assert f"{base}/packed: {told['sequences of both'][0]} sequences, of which 16 are read" in told["in epochs"]
+    history = [one["stages"][1]["tokens"] // SEQUENCE_LENGTH for one in recorded(base / "repacked")]
+    assert history == [before, after]
 
 
 def test_where_uses_the_segment_that_was_in_force(told: dict[str, Any], base: Path) -> None:

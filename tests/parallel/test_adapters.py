@@ -22,7 +22,7 @@ from tests.helpers.runs import SEQUENCE_LENGTH, VOCAB_SIZE
 pytestmark = pytest.mark.slow
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "target_modules": ALL}
+LORA: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": ALL}
 STEPS = 4
 
 
@@ -120,7 +120,7 @@ def test_resumed_under_another_layout_equals_uninterrupted(runs: Path, corpus: P
 
 def test_a_branch_in_another_folder_goes_on_as_the_run(runs: Path, corpus: Path, tmp_path: Path) -> None:
     start = {"init_from": str(runs / "base"), "resume_from": str(checkpoint(runs / "part", STEPS // 2))}
-    tuning = {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL}}
+    tuning = {"lora": LORA}
     branch = experiment_of(corpus, tmp_path, Layout(model="dropless"), tuning=tuning, checkpoint=start)
     fork_ranks(1, train_all, [branch])
     expected, found = weights(runs / "part"), weights(tmp_path)
@@ -238,11 +238,12 @@ def logits_of(experiment: Experiment, tokens: list[int]) -> list[list[float]]:
 
 
 def test_a_run_starts_from_an_adapter_and_writes_the_same_one(exported: Path, corpus: Path, tmp_path: Path) -> None:
-    tuning = {"lora": {"rank": 4, "alpha": 8, "target_modules": ALL, "adapter": str(exported / "adapter")}}
+    tuning: dict[str, Any] = {"lora": LORA | {"adapter": str(exported / "adapter")}}
     settings = {"tuning": tuning, "checkpoint": {"init_from": str(exported / "base")}}
     experiment = experiment_of(corpus, tmp_path / "again", Layout(tp=2, model="dropless"), **settings)
     found = fork_ranks(2, adapters_of, experiment)
     expected = weights(exported / "whole")
+    assert json.loads((exported / "adapter/adapter_config.json").read_text())["lora_dropout"] == 0.1
     for parts in found:
         for name, (values, where) in parts.items():
             assert torch.equal(torch.tensor(values), expected[name][where].reshape(-1)), name

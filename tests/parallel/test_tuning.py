@@ -21,22 +21,23 @@ pytestmark = pytest.mark.slow
 STEPS = 3
 """B is 0 in the first step, which hides A's gradient."""
 
+ON_ALL = {
+    "rank": 4,
+    "alpha": 8,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "by conversation": {},
     "attention": {"trainable": ["*.self_attention.*"]},
-    "lora": {
-        "lora": {
-            "rank": 4,
-            "alpha": 8,
-            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        }
-    },
-    "dropout": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+    "lora": {"lora": ON_ALL},
+    "dropout": {"lora": ON_ALL | {"dropout": 0.1}},
+    "dropout with a capacity": {"lora": ON_ALL | {"dropout": 0.1}},
 }
 STAGES: dict[str, dict[str, Any]] = {
     "by conversation": {"loss_average": "conversations"},
     "dropout": {"hidden_dropout": 0.2, "attention_dropout": 0.1},
+    "dropout with a capacity": {"routing": "model"},
 }
 """Changes to the stage."""
 LAYOUTS = [
@@ -48,7 +49,8 @@ LAYOUTS = [
 ]
 CASES = [(tuning, layout) for tuning in ("full", "attention", "lora") for layout in LAYOUTS]
 CASES.append(("by conversation", Layout(cp=2, dp=2, micro_batch=1)))
-CASES += [("dropout", layout) for layout in LAYOUTS[2:4]]
+CASES += [("dropout", layout) for layout in LAYOUTS]
+CASES += [("dropout with a capacity", layout) for layout in (LAYOUTS[0], LAYOUTS[4])]
 
 
 @pytest.fixture(scope="module")

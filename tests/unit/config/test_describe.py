@@ -69,7 +69,8 @@ def test_without_a_key_every_setting_is_listed_under_its_section() -> None:
         ("parallel.pipeline_layout", "list of integers > 0 or null"),
         (
             "stages.tokens",
-            "integer > 0, also with a suffix: 10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096",
+            "integer > 0 or null, also with a suffix: "
+            "10B, 1.5T, 300M and 4k are 1e10, 1.5e12, 3e8 and 4000; 4Ki is 4096",
         ),
         ("run_dir", "path; ~ and $NAME are expanded, and it is relative to the working directory"),
         ("checkpoint.init_from", "path or null; ~ and $NAME are expanded, and it is relative to the working directory"),

@@ -14,7 +14,7 @@ from hunyuan_pretrain.config.training_rules import (
     attention_dropout_is_computed_by_torch,
     attention_dropout_knows_its_tokens,
 )
-from hunyuan_pretrain.config.tuning import dropout_is_of_attention, is_trained, parameter_names, targets
+from hunyuan_pretrain.config.tuning import is_trained, parameter_names, targets
 from hunyuan_pretrain.plan.buffers import weights_of_stage
 from tests.helpers import tiny
 from tests.helpers.runs import experiment_fields
@@ -56,19 +56,6 @@ def test_names_are_those_of_the_model() -> None:
 )  # fmt: skip
 def test_patterns_name_the_parts_of_a_layer(patterns: list[str], expected: dict[str, tuple[str, ...]]) -> None:
     assert targets(MODEL, lora(*patterns), 0) == expected
-
-
-def test_dropout_is_for_adapters_of_attention() -> None:
-    """In a later layer too."""
-
-    def problems(*modules: str, dropout: float = 0.1) -> list[str]:
-        found = experiment({"lora": {"rank": 4, "alpha": 8, "dropout": dropout, "target_modules": modules}})
-        return [str(one.path) for one in dropout_is_of_attention(found)]
-
-    assert problems("q_proj", "o_proj") == []
-    assert problems("q_proj", "down_proj", dropout=0.0) == []
-    for module in ("down_proj", "*.mlp.shared_mlp.*", "model.layers.3.mlp.shared_mlp.up_proj"):
-        assert problems("q_proj", module) == ["tuning.lora.dropout"]
 
 
 def test_attention_dropout_needs_known_tokens_and_warns_where_flash_kernels_would_run() -> None:

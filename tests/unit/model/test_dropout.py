@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hunyuan_pretrain.config.schema import ModelConfig
+from hunyuan_pretrain.config.schema import LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig, TuningConfig
+from hunyuan_pretrain.config.tuning import linears_of_layer
 from hunyuan_pretrain.model import packed_attention
 from hunyuan_pretrain.model.dropout import (
     ADAPTERS,
@@ -22,8 +23,11 @@ from hunyuan_pretrain.model.dropout import (
     dropout_of,
     dropped,
 )
+from hunyuan_pretrain.model.hunyuan_config import transformer_config
+from hunyuan_pretrain.model.hunyuan_model import HunyuanModel, build_model
+from hunyuan_pretrain.model.lora import is_zero_at_first
 from hunyuan_pretrain.model.packed_attention import context_blocks, document_blocks
-from hunyuan_pretrain.model.routing import EVALUATION, TrainingRouting
+from hunyuan_pretrain.model.routing import EVALUATION, RoutingPlan, TrainingRouting
 from tests.helpers import tiny
 
 KEY = torch.tensor(1 << 40)
@@ -193,3 +197,81 @@ def test_hidden_states_are_dropped_at_the_embedding_and_after_both_branches() ->
     assert not seen["residual"].any()
     middle = seen["input"] + dropout.hidden(seen["attention"], 0, ATTENTION)
     assert torch.equal(seen["output"], middle + dropout.hidden(seen["experts"], 0, EXPERTS))
+
+
+# --- inputs of adapters -----------------------------------------------------------------------------------------------
+
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapted(model: ModelConfig, **parallel: Any) -> HunyuanModel:
+    """With adapters of every linear layer whose B is not 0."""
+    tuning = TuningConfig(lora=LoraConfig(rank=4, alpha=8, dropout=0.3, target_modules=EVERY))
+    config = transformer_config(model, ParallelConfig(**parallel), PrecisionConfig(dtype="fp32"), tuning=tuning)
+    (whole,) = build_model(config, tiny.world_of_one(), 1)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, one in whole.named_parameters():
+            if is_zero_at_first(name):
+                one.normal_(std=0.1, generator=generator)
+    return whole
+
+
+def test_adapters_read_inputs_with_dropout_and_rows_of_experts_have_the_masks_of_their_choices() -> None:
+    """Against the products written out, per row, in a layer that borrows keys and values; some slots are empty, some
+    choices are dropped."""
+    model = tiny.tiny_model(moe_router_topk=2, moe_expert_capacity_factor=1.1, recycle_routing=False)
+    whole, inputs = adapted(model), replace(tiny.packed_inputs(model), dropout=Rates(adapter=0.3))
+    layer, plans, calls = whole.decoder.layers[1], list[RoutingPlan](), dict[str, tuple[Any, Tensor]]()
+    layer.mlp.experts.register_forward_hook(lambda _, args, output: plans.append(args[1]))
+    linears = linears_of_layer(model, 1)
+    for linear in linears:
+        layer.get_submodule(linear.name).register_forward_hook(
+            lambda _, args, output, name=linear.name: calls.update({name: (args, output)})
+        )
+    with torch.no_grad():
+        whole(inputs)
+    (plan,), T = plans, len(inputs.tokens_T)
+    numbers_R, expert_R = torch.full((plan.num_rows,), -1), torch.arange(4).repeat_interleave(plan.num_rows // 4)
+    for choice, row in enumerate(plan.row_TK.flatten().tolist()):
+        if row < plan.num_rows:
+            numbers_R[row] = choice
+    assert (numbers_R == -1).any()
+    assert (plan.row_TK == plan.num_rows).any()
+    dropout = dropout_of(inputs.routing, inputs.dropout, model.moe_routing_group_tokens, 0, 1)
+    assert dropout is not None
+    for place, linear in enumerate(linears):
+        module, (args, output) = layer.get_submodule(linear.name), calls[linear.name]
+        is_filled, number = (numbers_R >= 0, numbers_R) if linear.is_routed else (slice(None), torch.arange(T))
+        mask = dropout.of_rows(number).adapter(torch.ones_like(args[0]), 1, place, 0)[is_filled]
+        assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+        plain = module.forward(*args)
+        found = (output - plain if linear.is_routed else output[0] - plain[0])[is_filled]
+        x = args[0][is_filled] * mask
+        expected = []
+        for part in linear.parts:
+            a, b = module.adapter.get_submodule(part)()
+            if linear.is_routed:
+                a, b = a[expert_R[is_filled]], b[expert_R[is_filled]]
+            expected.append(2.0 * (b @ (a @ x[..., None])).squeeze(-1))
+        torch.testing.assert_close(found, torch.cat(expected, dim=-1), atol=1e-6, rtol=1e-4)
+    first, second = (dropout.of_rows(torch.tensor([number])).adapter(torch.ones(1, 32), 1, 2, 0) for number in (6, 7))
+    assert not torch.equal(first, second)  # the same token
+
+
+@pytest.mark.parametrize("recompute", ["swiglu+norms", "selective", "cla_group"])
+def test_recomputed_experts_have_the_masks_of_their_own_micro_batch(recompute: str) -> None:
+    """Another one is computed before the backward pass, as pipeline schedules do."""
+    model = tiny.tiny_model(moe_router_topk=2)
+
+    def gradients(**parallel: Any) -> dict[str, Tensor | None]:
+        whole, inputs = adapted(model, **parallel), replace(tiny.packed_inputs(model), dropout=Rates(adapter=0.3))
+        loss, _ = whole(inputs)
+        whole(replace(inputs, routing=inputs.routing._replace(step=6)))
+        loss.backward()
+        return {name: one.grad for name, one in whole.named_parameters()}
+
+    kept, again = gradients(), gradients(recompute=recompute)
+    assert sum(one is not None for one in kept.values()) > 40
+    for name, gradient in kept.items():
+        assert gradient is None or torch.equal(gradient, again[name]), name

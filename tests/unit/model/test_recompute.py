@@ -14,6 +14,7 @@ import torch
 from hunyuan_pretrain.config.derived import offloaded_layers
 from hunyuan_pretrain.config.schema import Experiment, Recompute
 from hunyuan_pretrain.model import offload, recompute
+from hunyuan_pretrain.model.dropout import dropout_of, rates_of
 from hunyuan_pretrain.model.engines import training_step
 from hunyuan_pretrain.model.hunyuan_config import transformer_config
 from hunyuan_pretrain.model.hunyuan_model import build_model
@@ -41,7 +42,8 @@ class Step:
     ) -> None:
         self.experiment = experiment(choice, layers_offloaded, precision, **changes)
         parts = self.experiment.model, self.experiment.parallel, self.experiment.precision
-        (self.model,) = build_model(transformer_config(*parts, use_kernels=use_kernels), tiny.world_of_one(), 1)
+        config = transformer_config(*parts, use_kernels=use_kernels, tuning=self.experiment.tuning)
+        (self.model,) = build_model(config, tiny.world_of_one(), 1)
         self.model.offload.smallest_bytes = 1
         inputs, self.memory = tiny.packed_inputs(self.experiment.model, lengths), KeptMemory()
         with self.in_step(), self.memory.watching():
@@ -80,8 +82,10 @@ class LayersOnly(Step):
 
     def forward(self, inputs: ModelInputs) -> tuple[torch.Tensor, torch.Tensor]:
         with self.memory_off():
-            self.input = self.model.embedding(inputs.tokens_T)
-        return self.model._through_layers(self.input, inputs)
+            self.input = self.model.embedding(inputs.tokens_T).requires_grad_()
+            rates = rates_of(self.experiment.tuning, self.experiment.stages[0])
+            dropout = dropout_of(inputs.routing, rates, tiny.GROUP_TOKENS, 0, 1)
+        return self.model._through_layers(self.input, inputs, dropout)
 
     def backward(self) -> None:
         """What is kept is already measured, and kernels are slow in Triton's interpreter."""
@@ -92,8 +96,11 @@ class LayersOnly(Step):
             yield
 
 
-def experiment(choice: str, layers_offloaded: int, precision: dict[str, Any], **changes: Any) -> Experiment:
+def experiment(
+    choice: str, layers_offloaded: int, precision: dict[str, Any], lora: dict[str, Any] | None = None, **changes: Any
+) -> Experiment:
     fields = experiment_fields(Path("corpus"), Path("run"))
+    fields["tuning"] = {"lora": lora}
     fields["model"] = tiny.tiny_model(**({"num_layers": 6} | changes)).model_dump()
     fields["parallel"] = {"recompute": choice, "cpu_offloading_num_layers": layers_offloaded}
     fields["precision"] = precision
@@ -173,6 +180,22 @@ def test_a_choice_frees_exactly_what_the_plan_says(use_kernels: bool) -> None:
         step = LayersOnly(choice, 0, {"dtype": "bf16"}, use_kernels, num_layers=2)
         planned = sum(blocks_of(everything)) - sum(blocks_of(step))
         assert everything.on_device - step.on_device == planned > 0, choice
+
+
+def test_dropout_of_adapters_keeps_and_frees_what_the_plan_says() -> None:
+    """What the plan leaves out is small, and the same for every choice: what is of rank 1, and numbers of tokens."""
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    def left_out(choice: str, dropout: float) -> int:
+        lora = {"rank": 1, "alpha": 8, "dropout": dropout, "target_modules": every}
+        step = LayersOnly(choice, 0, {"dtype": "fp32"}, lora=lora, num_layers=2, moe_router_topk=2)
+        return step.on_device - sum(blocks_of(step))
+
+    beside = [left_out(choice, 0.3) for choice in ("none", "norms", "swiglu", "swiglu+norms")]
+    assert max(beside) - min(beside) < 8 * TOKENS, beside
+    without = [left_out(choice, 0.0) for choice in ("none", "norms", "swiglu")]
+    assert max(without) - min(without) < 8 * TOKENS, without
+    assert 0 < beside[0] - without[0] < 2 * 8 * 8 * TOKENS  # of two layers, numbers of tokens and rows in int64
 
 
 def test_with_kernels_no_choice_changes_a_bit() -> None:
