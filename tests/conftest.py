@@ -1,5 +1,6 @@
 """Shared fixtures: the tiny corpus, made once, and one thread per process."""
 
+import gc
 import os
 import signal
 import sys
@@ -40,6 +41,12 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     """Do not name tests after bytes: a gzip file contains the time, so two workers that collect in different seconds
     would not agree."""
     return argname if isinstance(val, bytes) else None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no collection of cycles need search it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ late. The packages that import megatron therefore refuse to be imported without 
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator
@@ -262,10 +263,31 @@ def install(leave_out: Collection[str] = ()) -> bool:
 
 
 def require(package: str) -> None:
-    """Raise RuntimeError if `package`, which imports megatron, cannot work in this process because there is no CUDA
-    device and `install()` has not been called."""
+    """Import megatron.core for `package`, which needs it. Raises RuntimeError if it cannot work in this process because
+    there is no CUDA device and `install()` has not been called."""
     if not _installed and not torch.cuda.is_available():
         raise RuntimeError(
             f"{package} needs a CUDA device, or, to run on the CPU, this call before it is imported: "
             "hunyuan_pretrain.runtime.cpu_megatron.install()"
         )
+    if "megatron.core" in sys.modules:
+        return
+    with _hidden("wandb"):
+        importlib.import_module("megatron.core")
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Inside the context, importing `package` fails, as where it is not installed.
+
+    Core imports wandb for timers and an inference engine that are not used here: half a second of every process,
+    whether the run logs there or not.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]

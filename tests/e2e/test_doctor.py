@@ -16,7 +16,7 @@ from hunyuan_pretrain.checkpoint.folders import step_of
 from hunyuan_pretrain.config.decisions import LEDGER, Decision, append_decision
 from hunyuan_pretrain.config.load import load_experiment
 from hunyuan_pretrain.train.preflight import refusals
-from tests.helpers.runs import experiment_fields, run, write_experiment
+from tests.helpers.runs import experiment_fields, run_forked, write_experiment
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with x.yaml beside it."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_experiment(folder / "x.yaml", experiment_fields(corpus, folder / "run", steps=2))
-    code, _, err = run("train", config)
+    code, _, err = run_forked("train", config)
     assert code == 0, err
     return folder
 
@@ -126,7 +126,7 @@ def test_doctor_says_no_if_no_checkpoint_is_intact_or_a_branch_is_of_another_run
     (said,) = refusals(load_experiment(config))
     assert "no usable checkpoint (repair or remove them; with none left the run starts from the beginning)" in said
     assert "step_0000002: __0_0.distcp is missing or damaged" in said
-    code, _, err = run("export", tmp_path / "run", tmp_path / "out")
+    code, _, err = run_forked("export", tmp_path / "run", tmp_path / "out")
     assert (code, "step_0000002: __0_0.distcp is missing or damaged" in err) == (2, True)
 
 
@@ -138,7 +138,7 @@ def test_doctor_says_no_to_weights_of_another_model_and_to_folders_without_a_che
     )
     config = write_experiment(tmp_path / "x.yaml", fields)
     said = refusals(load_experiment(config))
-    assert run("train", config)[::2] == (2, "".join(f"{text}\n" for text in said))
+    assert run_forked("train", config)[::2] == (2, "".join(f"{text}\n" for text in said))
     assert said[0].splitlines()[1] == "  model.num_layers: 4 in the checkpoint, 2 in the config"
     for path, words in (
         (trained / "run", "a run directory; name one of its checkpoints: complete ones there: step_0000002"),
@@ -172,9 +172,9 @@ def test_doctor_and_train_report_the_same(corpus: Path, tmp_path: Path) -> None:
     fields = experiment_fields(corpus, tmp_path / "run")
     no_data_of_the_last_stage(fields, tmp_path, corpus)
     config = write_experiment(tmp_path / "x.yaml", fields)
-    code, _, err = run("doctor", config)
+    code, _, err = run_forked("doctor", config)
     assert code == 1
-    assert run("train", config)[::2] == (2, err.removeprefix("cannot run: "))
+    assert run_forked("train", config)[::2] == (2, err.removeprefix("cannot run: "))
 
 
 def test_doctor_starts_where_a_roll_back_that_was_killed_goes_on(trained: Path) -> None:

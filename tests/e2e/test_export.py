@@ -18,13 +18,13 @@ from hunyuan_pretrain.checkpoint.folders import checkpoint_folder, read_marker
 from hunyuan_pretrain.checkpoint.stored_weights import StoredWeights
 from hunyuan_pretrain.checkpoint.weight_map import weight_map
 from tests.helpers.ranks import fork_ranks
-from tests.helpers.runs import experiment_fields, run, run_forked, write_experiment
+from tests.helpers.runs import experiment_fields, run_forked, write_experiment
 
 
 def trained(corpus, folder, ranks=None, **changes):
     """A run of a few steps; returns its run directory."""
     config = write_experiment(folder / "experiment.yaml", experiment_fields(corpus, folder / "run", steps=3, **changes))
-    status, _, err = run("train", str(config), ranks=ranks) if ranks else run_forked("train", config)
+    status, _, err = run_forked("train", config, ranks=ranks)
     assert status == 0, err
     return folder / "run"
 
@@ -75,7 +75,7 @@ def test_export_of_a_run_equals_the_training_model_and_loads_without_this_projec
     """Trained by two ranks with expert parallelism and every feature on; loaded in a process that has only
     transformers."""
     run_dir = trained(corpus, tmp_path, ranks=2, parallel={"expert_model_parallel_size": 2})
-    status, _, err = run("export", str(run_dir), str(tmp_path / "out"), "--license", "mit")
+    status, _, err = run_forked("export", str(run_dir), str(tmp_path / "out"), "--license", "mit")
     assert status == 0, err
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["max_abs_difference"] < 1e-4
@@ -98,7 +98,7 @@ print(type(model).__name__, model(tokens).logits.shape[-1], longer.shape[-1] - t
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert loaded.stdout.split() == ["HunYuanForCausalLM", "512", "4"], loaded.stderr
 
-    status, text, err = run("generate", str(tmp_path / "out"), "--prompt", "def ", "--max-new-tokens", "8")
+    status, text, err = run_forked("generate", str(tmp_path / "out"), "--prompt", "def ", "--max-new-tokens", "8")
     assert status == 0, err
     assert text.strip()
 

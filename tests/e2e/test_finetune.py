@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from data_tools.chat import DEFAULT_SYSTEM_PROMPT
-from tests.helpers.runs import ROOT, experiment_fields, run, write_experiment
+from tests.helpers.runs import ROOT, experiment_fields, run_forked, write_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_the_commands_of_the_page_fine_tune_merge_and_prefer(corpus: Path, tmp_p
     (tmp_path / "demo_out/tokenizer").symlink_to(corpus / "tokenizer")
     model = yaml.safe_load((ROOT / "configs/model/hunyuan_tiny.yaml").read_text())["model"]
     fields = experiment_fields(corpus, tmp_path / "demo_out/run", 2, model=model | {"moe_routing_group_tokens": 32})
-    status, _, error = run("train", str(write_experiment(tmp_path / "base.yaml", fields)))
+    status, _, error = run_forked("train", str(write_experiment(tmp_path / "base.yaml", fields)))
     assert status == 0, error
     said = {}
     for command in commands():

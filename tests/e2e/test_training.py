@@ -84,7 +84,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], ti
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of 20 uninterrupted steps on two ranks, saved only at the end."""
     config, run_dir = write(tmp_path_factory.mktemp("straight"), corpus, "run", 20, parallel=EXPERT_PARALLEL)
-    code, out, err = run("train", config, ranks=2)
+    code, out, err = run_forked("train", config, ranks=2)
     assert code == 0, out + err
     return run_dir
 
@@ -123,7 +123,7 @@ def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_older_one(stra
     kill_when(start("train", config, ranks=2), is_half_written)
     assert is_half_written()
     assert complete(run_dir) == ["step_0000005", "step_0000010"]
-    code, out, err = run("train", config, ranks=2)
+    code, out, err = run_forked("train", config, ranks=2)
     assert code == 0, out + err
     assert "steps 11 to 20" in out
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
@@ -281,7 +281,7 @@ def test_a_full_disk_is_survived_mid_run_and_refused_at_the_end(corpus, tmp_path
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_0000002"]
     assert last_step(run_dir) == 6, "the run went on"
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    code, out, err = run("train", config, ranks=2)
+    code, out, err = run_forked("train", config, ranks=2)
     assert code == 0, err
     assert "steps 3 to 6" in out
     assert complete(run_dir) == ["step_0000002", "step_0000004", "step_0000006"]

@@ -37,16 +37,35 @@ def forking() -> ForkServerContext:
     return context
 
 
+def store() -> Any:
+    """Where the ranks of a job find each other. It is kept open by who starts them, as by torchrun's agent: a port that
+    is only looked up may be taken by the time rank 0 starts."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def of_torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives a rank on one node; `port` is that of the `store`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def _run(
     context: BaseContext, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float
 ) -> list[Any]:
-    from torch.distributed import TCPStore
-
-    # kept open here, as torchrun's agent does: a port that is only looked up may be taken by the time rank 0 starts
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = store()
     queue = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments))
+        context.Process(target=_rank, args=(rank, world_size, meeting.port, queue, function, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -68,16 +87,7 @@ def _run(
 def _rank(
     rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= of_torchrun(rank, world_size, port)
     try:
         queue.put((rank, True, function(*arguments)))
     except BaseException:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.helpers.ranks import forking
+from tests.helpers.ranks import forking, of_torchrun, store
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE_LENGTH = 64
@@ -142,26 +142,35 @@ def run(*arguments: str, ranks: int | None = None, timeout_s: float = 180) -> tu
     return process.returncode, out, err
 
 
-def run_forked(*arguments: object, timeout_s: float = 180) -> tuple[int, str, str]:
-    """`run` of one process, in a fork of a process that has imported what training imports; for tests of what happens
-    after the imports."""
+def run_forked(*arguments: object, ranks: int | None = None, timeout_s: float = 180) -> tuple[int, str, str]:
+    """`run` in forks of a process that has imported what training imports; for tests of what happens after the imports.
+    With `ranks`, the forks find each other as under torchrun, but nothing ends the others when one fails; the status is
+    that of the first rank that failed."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = forking().Process(target=_command, args=([*map(str, arguments)], *outputs))
-        process.start()
-        process.join(timeout_s)
-        is_done = process.exitcode is not None
-        process.kill()
-        process.join()
+        meeting = store() if ranks else None
+        places = [of_torchrun(rank, ranks, meeting.port) for rank in range(ranks)] if ranks and meeting else [{}]
+        words = [*map(str, arguments)]
+        processes = [forking().Process(target=_command, args=(words, place, *outputs)) for place in places]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        is_done = all(process.exitcode is not None for process in processes)
+        for process in processes:
+            process.kill()
+            process.join()
         out, err = (path.read_text(encoding="utf-8") for path in outputs)
         assert is_done, f"not done after {timeout_s} s:\n{out}{err}"
-        return process.exitcode, out, err
+        return next((process.exitcode for process in processes if process.exitcode), 0), out, err
 
 
-def _command(arguments: list[str], *outputs: Path) -> None:
+def _command(arguments: list[str], place: dict[str, str], *outputs: Path) -> None:
     for descriptor, path in enumerate(outputs, start=1):
-        with path.open("wb") as file:
+        with path.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
+    os.environ |= place
     os.chdir(ROOT)
     sys.argv = ["hunyuan_pretrain", *arguments]
     runpy.run_module("hunyuan_pretrain", run_name="__main__", alter_sys=True)

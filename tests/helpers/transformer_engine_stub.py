@@ -12,6 +12,7 @@ any kernel.
 from __future__ import annotations
 
 import enum
+import gc
 import importlib.abc
 import importlib.machinery
 import os
@@ -91,6 +92,9 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         import transformer_engine.pytorch
     _count_cpu_tensors_as_cuda()
     _gather_one_by_one()
+    # what is imported stays; jobs collect the cycles of each case, and would search it all every time
+    gc.collect()
+    gc.freeze()
 
 
 # --- the compiled module ----------------------------------------------------------------------------------------------

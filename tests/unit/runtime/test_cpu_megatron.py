@@ -115,6 +115,17 @@ print("imported")
     assert python(code) == "imported"
 
 
+def test_megatron_is_imported_without_wandb_which_can_be_imported_afterwards():
+    code = """
+import importlib.util, sys
+from hunyuan_pretrain.runtime import cpu_megatron
+cpu_megatron.install()
+import hunyuan_pretrain.train.loop
+print("megatron.core" in sys.modules, "wandb" in sys.modules, importlib.util.find_spec("wandb") is not None)
+"""
+    assert python(code).split() == ["True", "False", "True"]
+
+
 def test_tensors_report_is_cuda_only_inside_the_context():
     """Copies on the host, and what is computed from them, never report it."""
     assert cpu_megatron.install()
