@@ -190,7 +190,7 @@ def test_an_export_without_a_tokenizer_is_refused(place: Path, tmp_path: Path) -
 def test_answers_longer_than_the_model_are_refused(place: Path, scratch: Path) -> None:
     chosen = harness.choose(["nq_open"], place / "data", scratch, may_run_code=False)
     with pytest.raises(EvaluationError, match=r"more tokens than the 256 positions of the model: nq_open \(256\)"):
-        harness._refuse_long_answers(chosen, 256)
+        harness.refuse_long_answers(chosen, 256)
 
 
 def test_programs_of_a_model_are_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:

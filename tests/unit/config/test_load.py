@@ -190,9 +190,8 @@ def test_a_key_in_the_wrong_section_names_the_right_one(folder: Path) -> None:
 
 
 def test_an_unknown_key_without_a_near_match_lists_the_known_ones(folder: Path) -> None:
-    assert "unknown key (known here: data, sets, every_steps, max_sequences, micro_batch_sequences)" in refusal(
-        folder / "run.yaml", "evaluation.qqq=1"
-    )
+    known = "data, sets, every_steps, max_sequences, micro_batch_sequences, tasks, tasks_every_steps, tasks_data"
+    assert f"unknown key (known here: {known}, tasks_limit)" in refusal(folder / "run.yaml", "evaluation.qqq=1")
 
 
 def test_an_unknown_override_names_the_nearest_key(folder: Path) -> None:

@@ -263,6 +263,6 @@ def test_every_path_in_the_schema_is_marked() -> None:
             field.annotation is str or str in get_args(field.annotation)
         )
         is_path = name in ("tokenizer", "data", "path", "init_from", "resume_from", "adapter") or name.endswith(
-            ("_dir", "_path", "_file", "_folder")
+            ("_dir", "_path", "_file", "_folder", "_data")
         )
         assert bool(extra.get("is_path")) == (is_text and is_path), path
