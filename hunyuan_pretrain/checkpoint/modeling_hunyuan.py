@@ -214,7 +214,8 @@ class HunYuanMoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         weights_TK, experts_TK = self.gate(x_TD)
-        # Tokens are sorted by expert, so each expert that has tokens runs once, on one contiguous slice.
+        # Tokens are sorted by expert, so each expert runs once, on one contiguous slice. In training also one without
+        # tokens: an optimizer skips a weight whose gradient is None, and ranks would wait for one that only some have.
         order = experts_TK.flatten().argsort(stable=True)
         token_of_slot = order // experts_TK.shape[1]
         weight_of_slot = weights_TK.flatten()[order].unsqueeze(-1)
@@ -222,7 +223,7 @@ class HunYuanMoE(nn.Module):
         routed_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
         start = 0
         for expert, count in enumerate(counts):
-            if count:
+            if count or self.training:
                 tokens = token_of_slot[start : start + count]
                 routed_TD.index_add_(
                     0, tokens, self.experts[expert](x_TD[tokens]) * weight_of_slot[start : start + count]

@@ -103,6 +103,22 @@ def test_gradients_equal_the_plain_formulation() -> None:
         )
 
 
+def test_an_expert_without_tokens_has_a_gradient_in_training() -> None:
+    """Of zero, as in training here, where its momentum moves it on; with None an optimizer would leave it."""
+    loaded = hf_model(tiny_model(), torch.float32).train()
+    ran = []
+    for expert in loaded.model.layers[0].mlp.experts:
+        expert.register_forward_hook(lambda _, inputs, output: ran.append(len(output)))
+    tokens = torch.tensor([[5, 6]])
+    loaded(tokens, labels=tokens).loss.backward()
+    assert 0 in ran
+    assert [name for name, weight in loaded.named_parameters() if weight.grad is None] == []
+    ran.clear()
+    with torch.no_grad():
+        loaded.eval()(tokens)
+    assert 0 not in ran, "computed for nothing"
+
+
 def test_plain_formulation_keeps_packed_documents_apart() -> None:
     model = tiny_model()
     weights = tensors(hf_model(model, torch.float64))

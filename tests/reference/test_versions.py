@@ -30,11 +30,12 @@ EXPORTS = [
     "tests/unit/data/test_tokenizer.py",
 ]
 PEERS = ["tests/reference/test_peers.py"]
+TRAINERS = "tests/reference/test_beside_trl.py"
 MERGE = "tests/unit/checkpoint/test_lora_merge.py::test_equals_peft_bit_by_bit"
 ADAPTER = "tests/parallel/test_adapters.py::test_peft_reads_the_adapter_and_computes_the_merged_model"
 CASES = {
     "the oldest transformers": (["transformers_oldest", "peers"], [*MODEL, *EXPORTS, *PEERS]),
-    "this transformers with peers": (["peers"], [*PEERS, MERGE, ADAPTER]),
+    "this transformers with peers": (["peers"], [*PEERS, TRAINERS, MERGE, ADAPTER]),
     "lm-eval": (
         ["peers", "evaluation"],
         ["tests/reference/test_harness.py", "tests/parallel/test_tasks_in_training.py"],
