@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # isort: split
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -56,10 +57,8 @@ class JoinedParts:
             files |= report["files"]
             layouts.append(report["layout"])
         if layouts != self._layouts:
-            self._metadata, self._layouts = (
-                pickle.dumps(joined_metadata(_reports(folder, ranks, "layout.json"))),
-                layouts,
-            )
+            self._metadata = pickle.dumps(joined_metadata(_reports(folder, ranks, "layout.json")))
+            self._layouts = layouts
         common = io.BytesIO()
         torch.save({}, common)  # objects common to all ranks; there are none
         write_file(folder / COMMON, common.getvalue())
@@ -85,9 +84,10 @@ def joined_metadata(layouts: Iterator[Sequence[Sequence[Any]]]) -> Metadata:
     CheckpointError if the parts of a tensor do not make up the whole."""
     state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
+    same: dict[Any, Any] = {}  # equal names and sizes are one object: smaller, and pickle writes it once
     for layout in layouts:
-        for key, file, start, length, *described in layout:
-            place = _StorageInfo(file, start, length)
+        for name, file, start, length, *described in layout:
+            key, place = same.setdefault(name, name), _StorageInfo(same.setdefault(file, file), start, length)
             if not described:
                 if key in state:
                     raise CheckpointError(f"{key}: written twice")
@@ -95,18 +95,19 @@ def joined_metadata(layouts: Iterator[Sequence[Sequence[Any]]]) -> Metadata:
                 storage[MetadataIndex(key)] = place
                 continue
             dtype, whole, offset, shape = described
-            properties = TensorProperties(dtype=getattr(torch, dtype.removeprefix("torch.")))
-            tensor = state.setdefault(key, TensorStorageMetadata(properties, torch.Size(whole), []))
-            if not isinstance(tensor, TensorStorageMetadata) or (tensor.properties, list(tensor.size)) != (
-                properties,
-                whole,
+            tensor = state.get(key)
+            if tensor is None:
+                properties = TensorProperties(dtype=getattr(torch, dtype.removeprefix("torch.")))
+                tensor = state[key] = TensorStorageMetadata(properties, torch.Size(whole), [])
+            if not isinstance(tensor, TensorStorageMetadata) or (
+                (str(tensor.properties.dtype), list(tensor.size)) != (dtype, whole)
             ):
                 raise CheckpointError(f"{key}: ranks differ in its dtype or shape")
-            index = MetadataIndex(key, torch.Size(offset), len(tensor.chunks))
-            if index in storage:
+            size, begin, others = torch.Size(shape), torch.Size(offset), len(storage)
+            storage[MetadataIndex(key, begin, len(tensor.chunks))] = place
+            if len(storage) == others:
                 raise CheckpointError(f"{key}: the part at {offset} was written twice")
-            tensor.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
-            storage[index] = place
+            tensor.chunks.append(ChunkStorageMetadata(begin, same.setdefault(size, size)))
     for key, tensor in state.items():
         if isinstance(tensor, TensorStorageMetadata):
             _check_whole(key, tensor)
@@ -116,12 +117,10 @@ def joined_metadata(layouts: Iterator[Sequence[Sequence[Any]]]) -> Metadata:
 def _check_whole(key: str, tensor: TensorStorageMetadata) -> None:
     """Raise CheckpointError unless the parts, each at another place, are the cells of a grid over the whole tensor."""
     shape = tensor.chunks[0].sizes
-    is_grid = all(
-        chunk.sizes == shape
-        and all(start % length == 0 for start, length in zip(chunk.offsets, shape, strict=True))
-        and all(start < end for start, end in zip(chunk.offsets, tensor.size, strict=True))
-        for chunk in tensor.chunks
-    )
+    is_grid = all(chunk.sizes == shape for chunk in tensor.chunks)
+    if is_grid:
+        starts_CR = np.array([chunk.offsets for chunk in tensor.chunks], dtype=np.int64)  # C chunks, R dimensions
+        is_grid = not (starts_CR % np.maximum(shape, 1)).any() and bool((starts_CR < tensor.size).all())
     if not is_grid or len(tensor.chunks) * math.prod(shape) != math.prod(tensor.size):
         raise CheckpointError(f"{key}: the parts that the ranks wrote do not make up the tensor {list(tensor.size)}")
 

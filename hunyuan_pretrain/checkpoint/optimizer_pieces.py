@@ -32,10 +32,13 @@ class Piece(NamedTuple):
         """Whether the fp32 main weight is `main` and the remainder in the optimizer's state."""
         return self.main.dtype != torch.float32
 
-    def store(self, name: str, value: Tensor) -> None:
-        """Put a copy of a moment (fp32) or a remainder into the optimizer's state, in the format it keeps there."""
+    def store(self, name: str, value: Tensor, is_own: bool = False) -> None:
+        """Put a moment (fp32) or a remainder into the optimizer's state, in the format it keeps there: a copy, or with
+        `is_own` the tensor itself, where it has that format."""
         if hasattr(self.owner, "set_scaled_state"):
             self.owner.set_scaled_state(self.main, name, value)
+        elif is_own and (value.dtype, value.device) == (self.main.dtype, self.main.device):
+            self.owner.state[self.main][name] = value
         else:
             self.owner.state[self.main][name] = torch.empty_like(self.main).copy_(value)
 

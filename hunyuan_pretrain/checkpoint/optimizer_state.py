@@ -27,7 +27,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from hunyuan_pretrain.checkpoint.host_memory import HostMemory, rounded
+from hunyuan_pretrain.checkpoint.host_memory import HostMemory, new_memory, rounded
 from hunyuan_pretrain.checkpoint.optimizer_pieces import Piece, pieces_of, splits_main_weights
 from hunyuan_pretrain.checkpoint.parallel_read import Region
 from hunyuan_pretrain.checkpoint.split_weights import REMAINDER, join, remainder_of, round_into
@@ -118,7 +118,8 @@ def wanted_state(chunks: list[HunyuanModel], with_optimizer: bool) -> tuple[dict
         if not home.is_here:
             continue
         for kind in (WEIGHT, *_kinds(home.parameter)) if with_optimizer else (WEIGHT,):
-            buffer = buffers.setdefault(home.name, {})[kind] = _host_buffer(home, kind)
+            buffer = None if with_optimizer else _in_place(home)
+            buffer = buffers.setdefault(home.name, {})[kind] = _host_buffer(home, kind) if buffer is None else buffer
             placement = home.placement
             whole = buffer.view(placement.local_shape)
             key = home.prefix(kind) + placement.name
@@ -149,12 +150,16 @@ def restore_state(
     for home in _homes(chunks, False if optimizer is None else None):
         piece = pieces.get(home.parameter)
         for kind in (WEIGHT, *_kinds(home.parameter)) if optimizer is not None else (WEIGHT,):
+            read = loaded[home.name].pop(kind).view(home.parameter.shape) if home.is_here else None
+            is_own = read is not None and read.device == stage.device
             tensor = stage.tensor(home.parameter, home.parameter.dtype if kind == WEIGHT else torch.float32)
-            if home.is_here:
-                failures.run(_move, loaded, home.name, kind, tensor)
+            if read is not None and is_own:
+                tensor = read
+            elif read is not None:
+                failures.run(tensor.copy_, read)
             if home.group.size() > 1:
                 dist.broadcast(tensor, src=dist.get_global_rank(home.group, home.rank), group=home.group)
-            failures.run(_take, kind, tensor, home.parameter, piece, is_split)
+            failures.run(_take, kind, tensor, home.parameter, piece, is_split, is_own)
         if piece is not None:
             failures.run(_count_updates, piece, num_updates)
     for part in optimizer.chained_optimizers if optimizer is not None else []:
@@ -188,22 +193,23 @@ def _to_host(tensor: Tensor, memory: Tensor) -> Tensor:
     return memory.copy_(tensor.detach(), non_blocking=True)
 
 
-def _host_buffer(home: _Home, kind: str) -> Tensor:
+def _in_place(home: _Home) -> Tensor | None:
+    """The weight itself, if it is in host memory: an exporting machine may hold a large model only once."""
     parameter = home.parameter
-    if kind == WEIGHT:
-        if home.group.size() == 1 and parameter.device.type == "cpu" and not is_float8tensor(parameter):
-            return parameter.detach()  # already in host memory: an exporting machine may hold a large model only once
-        return torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-    return torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    is_as_stored = parameter.device.type == "cpu" and not is_float8tensor(parameter)
+    return parameter.detach() if is_as_stored and home.group.size() == 1 else None
 
 
-def _move(loaded: dict[str, dict[str, Tensor]], name: str, kind: str, tensor: Tensor) -> None:
-    tensor.copy_(loaded[name].pop(kind).view(tensor.shape))
+def _host_buffer(home: _Home, kind: str) -> Tensor:
+    return new_memory(home.parameter.shape, home.parameter.dtype if kind == WEIGHT else torch.float32)
 
 
-def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: Piece | None, is_split: bool) -> None:
+def _take(
+    kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: Piece | None, is_split: bool, is_own: bool
+) -> None:
     """Copy a whole tensor that was read to where it belongs on this rank. is_split: the optimizer splits the main
-    weights of bf16 weights. Overwrites `tensor`."""
+    weights of bf16 weights. is_own: nothing else uses the memory of `tensor`, so the optimizer may keep it. Overwrites
+    `tensor`."""
     if kind == WEIGHT:
         write(parameter, tensor)
     if piece is not None and (kind == "main" or (kind == WEIGHT and "main" not in _kinds(parameter))):
@@ -213,7 +219,7 @@ def _take(kind: str, tensor: Tensor, parameter: torch.nn.Parameter, piece: Piece
         else:
             piece.main.copy_(piece.part_of(tensor))
     elif piece is not None and kind != WEIGHT:
-        piece.store(kind, piece.part_of(tensor))
+        piece.store(kind, piece.part_of(tensor), is_own=is_own and piece.main.numel() == tensor.numel())
     if kind == "main" and is_split:
         # On every rank that shares the parameter, not only where its main weights are: the weight in the checkpoint may
         # come from another optimizer, which rounds ties to even

@@ -3,14 +3,18 @@
 Core's own entry point unpickles the index and the small objects with Python's reader, which runs whatever they name;
 gathers every rank's list of tensors on every rank; and reads a whole stored tensor for any part of it. Here nothing of
 a checkpoint is unpickled, except plain values by torch's own restricted reader; ranks exchange nothing; and of a tensor
-that is needed in part, only the rows that contain it are read.
+that is needed in part, only the rows that contain it are read. A file whose digest is to be compared is read once, from
+beginning to end: its bytes are hashed where they are wanted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hunyuan_pretrain.checkpoint import CheckpointError
-from hunyuan_pretrain.checkpoint.faults import opened
+from hunyuan_pretrain.checkpoint.faults import damage_to, opened
 from hunyuan_pretrain.checkpoint.stored import (
     ITEM_BYTES,
     Chunk,
@@ -34,10 +38,12 @@ from hunyuan_pretrain.checkpoint.stored import (
     tensor_record,
 )
 
-READERS = 4
-"""Threads of a rank that read; one alone does not keep a network file system busy."""
-BLOCK_BYTES = 64 << 20
+READERS = 8
+"""Threads of a rank that read; one alone does not keep a network file system busy, nor does it hash fast enough."""
+BLOCK_BYTES = 32 << 20
 """What a thread reads at once of a tensor that it cannot read in place."""
+PIECE_BYTES = 1 << 20
+"""What is hashed at once: it is still in the processor's cache when it has been read."""
 
 
 class Region(NamedTuple):
@@ -61,16 +67,84 @@ class _Read(NamedTuple):
     """Within the chunk."""
     target: Tensor
 
+    @property
+    def place(self) -> tuple[Section, tuple[int, ...]]:
+        """By which reads are sorted: as their bytes lie."""
+        return self.chunk.section, tuple(part.start for part in self.source)
 
-def read_tensors(folder: Path, index: Index, regions: Iterable[Region]) -> None:
-    """Fill the tensors of `regions` from a checkpoint whose digests have been compared.
 
-    Raises CheckpointError naming the first tensor that the checkpoint does not hold in that shape, or not wholly, and
-    UnreadableError. Then the tensors may be filled in part.
+class _File:
+    """An open file of a checkpoint."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def record(self, section: Section) -> TensorRecord:
+        """The description of a stored tensor. Raises as `tensor_record`."""
+        return tensor_record(self._descriptor, section)
+
+    def fill(self, section: Section, buffer: memoryview) -> None:
+        """Raises as `read_bytes`."""
+        read_bytes(self._descriptor, section, buffer)
+
+
+class _HashedFile(_File):
+    """A file that is read from beginning to end, and hashed on the way."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor)
+        self._name, self._done, self._digest = path.name, 0, hashlib.sha256()
+        self._scratch = memoryview(bytearray(PIECE_BYTES))
+
+    def fill(self, section: Section, buffer: memoryview) -> None:
+        if section.start < self._done:  # two regions want it; it has been hashed
+            super().fill(section, buffer)
+        else:
+            self._pass_to(section.start)
+            self._hash_into(buffer)
+
+    def is_as_written(self, size: int, sha256: str) -> bool:
+        """Whether the whole file has this size and digest; its rest is read."""
+        if os.fstat(self._descriptor).st_size != size:
+            return False
+        self._pass_to(size)
+        return self._digest.hexdigest() == sha256
+
+    def _pass_to(self, place: int) -> None:
+        while self._done < place:
+            self._hash_into(self._scratch[: place - self._done])
+
+    def _hash_into(self, buffer: memoryview) -> None:
+        for start in range(0, len(buffer), PIECE_BYTES):
+            piece = buffer[start : start + PIECE_BYTES]
+            read_bytes(self._descriptor, Section(self._name, self._done, len(piece)), piece)
+            self._digest.update(piece)
+            self._done += len(piece)
+
+
+def read_tensors(
+    folder: Path, index: Index, regions: Iterable[Region], verify: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Fill the tensors of `regions` from a checkpoint.
+
+    verify: name of a file -> its "bytes" and "sha256" in complete.json, for the files whose digests have not been
+    compared and are this rank's to compare. They are read whole, and each byte once.
+
+    Raises CheckpointError naming the first tensor that the checkpoint does not hold in that shape, or not wholly, or a
+    file that is not as written; and UnreadableError. Then the tensors may be filled in part, with anything.
     """
-    reads = sorted((read for region in regions for read in _reads(index, region)), key=lambda read: read.chunk.section)
+    reads = sorted((read for region in regions for read in _reads(index, region)), key=lambda read: read.place)
+    verify = verify or {}
+    apart = [read for read in reads if read.chunk.section.file not in verify]
+    of_file: dict[str, list[_Read]] = {name: [] for name in verify}
+    for read in reads:
+        if read.chunk.section.file in verify:
+            of_file[read.chunk.section.file].append(read)
+    # the largest pieces of work first
+    jobs = [partial(_read_and_verify, folder / name, verify[name], of_file[name]) for name in verify]
+    jobs += [partial(_read_batch, folder, batch) for batch in _batches(apart)]
     with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint") as pool:
-        for _ in pool.map(lambda batch: _read_batch(folder, batch), _batches(reads)):
+        for _ in pool.map(lambda job: job(), jobs):
             pass
 
 
@@ -133,22 +207,31 @@ def _batches(reads: list[_Read]) -> Iterator[list[_Read]]:
 def _read_batch(folder: Path, reads: list[_Read]) -> None:
     with opened(folder / reads[0].chunk.section.file) as descriptor:
         for read in reads:
-            _read(descriptor, read)
+            _read(_File(descriptor), read)
+
+
+def _read_and_verify(path: Path, written: Mapping[str, Any], reads: list[_Read]) -> None:
+    with opened(path) as descriptor:
+        file = _HashedFile(descriptor, path)
+        for read in reads:
+            _read(file, read)
+        if not file.is_as_written(written["bytes"], written["sha256"]):
+            raise CheckpointError(damage_to(path.name))
 
 
 @torch.no_grad()
-def _read(descriptor: int, read: _Read) -> None:
-    record = tensor_record(descriptor, read.chunk.section)
+def _read(file: _File, read: _Read) -> None:
+    record = file.record(read.chunk.section)
     if (record.dtype, record.sizes) != (read.dtype, read.chunk.sizes):
         place = f"{read.chunk.section.file} at byte {read.chunk.section.start:,}"
         raise CheckpointError(f"{place}: {record.dtype} {record.sizes}, not {read.dtype} {read.chunk.sizes}")
     if not record.is_contiguous:
         values = torch.empty(record.values.length // ITEM_BYTES[record.dtype], dtype=getattr(torch, record.dtype))
-        _fill(descriptor, record.values, values)
+        _fill(file, record.values, values)
         read.target.copy_(values.as_strided(record.sizes, record.strides, record.first)[read.source])
         return
     if not record.sizes:
-        _read_rows(descriptor, record, 0, read.target.view(1), ())
+        _read_rows(file, record, 0, read.target.view(1), ())
         return
     rows, *rest = read.source
     row_bytes = max(prod(record.sizes[1:]) * ITEM_BYTES[record.dtype], 1)
@@ -157,7 +240,7 @@ def _read(descriptor: int, read: _Read) -> None:
         step = rows.stop - rows.start
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
-        _read_rows(descriptor, record, start, read.target[start - rows.start : stop - rows.start], tuple(rest))
+        _read_rows(file, record, start, read.target[start - rows.start : stop - rows.start], tuple(rest))
 
 
 def _is_in_place(record: TensorRecord, read: _Read) -> bool:
@@ -171,22 +254,22 @@ def _is_like(target: Tensor, dtype: str) -> bool:
     return target.device.type == "cpu" and target.is_contiguous() and target.dtype == getattr(torch, dtype)
 
 
-def _read_rows(descriptor: int, record: TensorRecord, first: int, target: Tensor, rest: tuple[slice, ...]) -> None:
+def _read_rows(file: _File, record: TensorRecord, first: int, target: Tensor, rest: tuple[slice, ...]) -> None:
     """Fill `target` with rows of a contiguous record, from row `first` on, and of each the part `rest`."""
     row_shape = record.sizes[1:]
     width = ITEM_BYTES[record.dtype]
     start = record.values.start + (record.first + first * prod(row_shape)) * width
     section = Section(record.values.file, start, target.shape[0] * prod(row_shape) * width)
     if tuple(target.shape[1:]) == row_shape and _is_like(target, record.dtype):
-        _fill(descriptor, section, target)
+        _fill(file, section, target)
         return
     values = torch.empty((target.shape[0], *row_shape), dtype=getattr(torch, record.dtype))
-    _fill(descriptor, section, values)
+    _fill(file, section, values)
     target.copy_(values[(slice(None), *rest)])
 
 
-def _fill(descriptor: int, section: Section, tensor: Tensor) -> None:
+def _fill(file: _File, section: Section, tensor: Tensor) -> None:
     """Read a contiguous tensor on the CPU."""
     if tensor.numel():
         elements = tensor.as_strided((tensor.numel(),), (1,))  # a dimension of length 1 may have any stride
-        read_bytes(descriptor, section, elements.view(torch.uint8).numpy().data)
+        file.fill(section, elements.view(torch.uint8).numpy().data)

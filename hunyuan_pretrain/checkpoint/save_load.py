@@ -1,4 +1,4 @@
-"""Checkpoints in megatron's distributed format, committed in two phases and verified before they are read. folders.py
+"""Checkpoints in megatron's distributed format, committed in two phases and verified before anything of them is used. folders.py
 describes the files.
 
 A checkpoint is written into a folder of its attempt, *.partial (saving.py). Every rank digests its files while it
@@ -82,8 +82,7 @@ def load(folder: Path, chunks: list[HunyuanModel], optimizer: MegatronOptimizer 
         if marker is None:
             raise CheckpointError(f"{error}")
         _refuse(folder, marker, chunks, optimizer)
-        _verify(folder, marker)
-        _load_verified(folder, marker, chunks, optimizer)
+        _load(folder, marker, chunks, optimizer)
     return int(marker["step"])
 
 
@@ -118,8 +117,7 @@ def load_newest(
                 if accept is not None:  # first: its message says more than that the model differs
                     accept(folder, marker)
                 _refuse(folder, marker, chunks, optimizer)
-                _verify(folder, marker)
-                _load_verified(folder, marker, chunks, optimizer)
+                _load(folder, marker, chunks, optimizer)
             except DamagedCheckpointError as fault:
                 faults[folder] = str(fault).removeprefix(f"{folder}: ")
                 continue
@@ -160,13 +158,6 @@ def _whole_marker(folder: Path) -> dict[str, Any]:
     return marker
 
 
-def _verify(folder: Path, marker: dict[str, Any]) -> None:
-    """Verify the checkpoint's files, each rank its share. Raises DamagedCheckpointError, UnreadableError."""
-    mine = folders.share_to_verify(marker["files"], dist.get_rank(), dist.get_world_size())
-    if error := _error_of_reading(lambda: folders.verify_files(folder, marker, mine)):
-        raise _unusable(folder, error)
-
-
 def _error_of_reading(action: Callable[[], object]) -> str | None:
     """`first_error`, where only a CheckpointError may say that the checkpoint is damaged: a rank without memory, say,
     has seen none."""
@@ -191,15 +182,24 @@ def _unusable(folder: Path, error: str) -> CheckpointError:
     return DamagedCheckpointError(f"{folder}: {error}")
 
 
-def _load_verified(
+def _load(
     folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
 ) -> None:
-    """Read into host memory, then distribute. If reading fails, the weights and optimizer of a model on a GPU are
-    unchanged."""
+    """Read into host memory, verify, then distribute. If that fails before the last part, the model is as before.
+
+    Each rank verifies its share of the files. With `optimizer` it needs most of what they hold, so it verifies what it
+    reads while it reads it.
+    """
+    files = marker["files"]
+    share = folders.share_to_verify(files, dist.get_rank(), dist.get_world_size())
     loaded: dict[str, Any] = {}
 
+    def verify() -> None:
+        folders.verify_files(folder, marker, share)
+
     def read() -> None:
-        loaded.update(stage=Stage(chunks), **_read(folder, marker, chunks, optimizer))
+        unverified = {} if optimizer is None else {name: files[name] for name in share}
+        loaded.update(stage=Stage(chunks), **_read(folder, marker, chunks, optimizer, unverified))
 
     def hand_out() -> None:
         if "fp8" in loaded:  # before the weights: FP8 weights are quantised with them
@@ -210,17 +210,26 @@ def _load_verified(
         if "generators" in loaded:
             restore_generator_state(loaded["generators"])
 
-    if (error := _error_of_reading(read)) is not None:
-        raise _unusable(folder, error)
-    error = first_error(hand_out)
+    # first without an optimizer: then weights on a CPU are read in place
+    error = _error_of_reading(verify) if optimizer is None else None
+    if error is None and (error := _error_of_reading(read)) is not None and optimizer is not None:
+        loaded.clear()
+        error = _error_of_reading(verify) or error  # whatever cannot be read may be damaged, on another rank too
     if error is not None:
+        raise _unusable(folder, error)
+    if (error := first_error(hand_out)) is not None:
         raise CheckpointError(f"{folder}: {error}")
 
 
 def _read(
-    folder: Path, marker: dict[str, Any], chunks: list[HunyuanModel], optimizer: MegatronOptimizer | None
+    folder: Path,
+    marker: dict[str, Any],
+    chunks: list[HunyuanModel],
+    optimizer: MegatronOptimizer | None,
+    unverified: dict[str, Any],
 ) -> dict[str, Any]:
-    """What this rank needs of a checkpoint, in host memory. Communicates nothing."""
+    """What this rank needs of a checkpoint, in host memory. unverified: size and digest of the files that it verifies
+    on the way. Communicates nothing."""
     index = folders.index_of(folder, marker)
     found: dict[str, Any] = {}
     found["parameters"], regions = wanted_state(chunks, with_optimizer=optimizer is not None)
@@ -229,7 +238,7 @@ def _read(
         for name, scales in sharded_scales(chunks).items():
             buffer = found["fp8"][name] = torch.empty(scales.data.shape, dtype=scales.data.dtype)
             regions.append(Region(scales.key, buffer, scales.global_shape, scales.global_offset))
-    read_tensors(folder, index, regions)
+    read_tensors(folder, index, regions, unverified)
     if optimizer is not None and marker["world_size"] == dist.get_world_size():
         found["generators"] = read_object(folder, index, generator_object().unique_key)
     return found

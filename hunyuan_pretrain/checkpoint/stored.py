@@ -12,6 +12,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -84,6 +85,20 @@ INDEX_NAMES = frozenset(
     }
 )
 """What the index names."""
+
+
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile and the code here raise for bytes that are no archive, or none of torch's."""
 
 
 class Section(NamedTuple):
@@ -192,7 +207,7 @@ def tensor_record(descriptor: int, section: Section) -> TensorRecord:
             return record
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile, struct.error) as error:
+    except _MALFORMED as error:
         refuse(what, f"not the record of a tensor ({type(error).__name__}: {error})")
 
 
@@ -205,7 +220,7 @@ def check_object(descriptor: int, section: Section) -> None:
             _description(archive, what, TENSOR_NAMES)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except _MALFORMED as error:
         refuse(what, f"not a stored object ({type(error).__name__}: {error})")
 
 
@@ -256,7 +271,10 @@ def _archive(descriptor: int, section: Section, what: str) -> zipfile.ZipFile:
 
 def _description(archive: zipfile.ZipFile, what: str, allowed: frozenset[str]) -> tuple[str, Any]:
     """(folder in the archive, content of its data.pkl)."""
-    info = next(info for info in archive.infolist() if info.filename.count("/") == 1 and "/data.pkl" in info.filename)
+    found = [info for info in archive.infolist() if info.filename.count("/") == 1 and "/data.pkl" in info.filename]
+    if not found:
+        raise ValueError("without data.pkl")
+    info = found[0]
     folder = info.filename.split("/")[0]
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError("compressed")

@@ -99,14 +99,23 @@ class Cases:
 
     def slow(self) -> Any:
         """Rank 1 writes, rank 0 joins, and both read, for longer than the timeout of a collective."""
-        from hunyuan_pretrain.checkpoint import folders, saving
+        from hunyuan_pretrain.checkpoint import folders, parallel_read, saving
         from hunyuan_pretrain.checkpoint.joined_parts import JoinedParts
 
-        digest, write, join = folders.digest, saving.write_part, JoinedParts.join
+        digest, verify, write, join = (
+            folders.digest,
+            parallel_read._read_and_verify,
+            saving.write_part,
+            JoinedParts.join,
+        )
 
         def recorded(path: Path) -> str:
-            self.digested.append(path.name)
+            self.read_again.append(path.name)
             return digest(path)
+
+        def recorded_verify(path: Path, *arguments: Any) -> None:
+            self.digested.append(path.name)
+            verify(path, *arguments)
 
         def slow_write(*arguments: Any) -> None:
             if self.rank == 1:
@@ -124,12 +133,12 @@ class Cases:
                 short_time_out(),
             ):
                 saved = self.save("slow", 1)
-            self.read_again, self.digested = self.digested, []
-            with mock.patch.object(folders, "digest", slow(LONG_S, recorded)), short_time_out():
+            slowly = slow(LONG_S, recorded_verify)
+            with mock.patch.object(parallel_read, "_read_and_verify", slowly), short_time_out():
                 return saved, self.resume("slow")
 
     def shares(self) -> Any:
-        """(files read again after writing, files digested before reading, bytes of this rank's files), from `slow`."""
+        """(files read again after writing, files digested while reading, bytes of this rank's files), from `slow`."""
         own = (self.folder / "slow/checkpoints/step_0000001").glob(f"__{self.rank}_*")
         return sorted(self.read_again), sorted(self.digested), sum(path.stat().st_size for path in own)
 
@@ -239,10 +248,11 @@ class Cases:
     def unreadable(self) -> Any:
         """The newest checkpoint is whole, but on rank 1 the file system fails: for the digests, then for the tensors,
         then not any more."""
-        from hunyuan_pretrain.checkpoint import folders, parallel_read
+        from hunyuan_pretrain.checkpoint import parallel_read
 
         self.copy("unreadable", 1, 2)
-        with self.failing(folders, "digest", OSError(errno.EACCES, os.strerror(errno.EACCES)), rank=1, after=0):
+        refused, place = OSError(errno.EACCES, os.strerror(errno.EACCES)), parallel_read._HashedFile
+        with self.failing(place, "is_as_written", refused, rank=1, after=0):
             verifying = self.resume("unreadable")
         with self.failing(parallel_read, "read_bytes", OSError(errno.EIO, os.strerror(errno.EIO)), rank=1, after=0):
             reading = self.resume("unreadable")
@@ -386,10 +396,10 @@ def without_communication() -> Iterator[None]:
 def slow(seconds: float, function: Any) -> Any:
     """`function`, after a while for the first file of rank 0."""
 
-    def call(path: Path) -> Any:
+    def call(path: Path, *arguments: Any) -> Any:
         if path.name.startswith("__0_0"):
             time.sleep(seconds)
-        return function(path)
+        return function(path, *arguments)
 
     return call
 

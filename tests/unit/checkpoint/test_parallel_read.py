@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def stored(folder: Path, cuts: tuple[int, int], dtype: torch.dtype = torch.float
     return Index({"w": StoredTensor(str(dtype).removeprefix("torch."), SHAPE, chunks)}, {})
 
 
+def written(folder: Path) -> dict[str, dict[str, Any]]:
+    """What complete.json says of the files."""
+    contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+
+
 def window(draw: Any) -> tuple[slice, ...]:
     starts = [draw(st.integers(0, size - 1)) for size in SHAPE]
     return tuple(slice(start, draw(st.integers(start + 1, size))) for start, size in zip(starts, SHAPE, strict=True))
@@ -44,7 +54,7 @@ def window(draw: Any) -> tuple[slice, ...]:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_rectangle_is_read_from_any_chunks(tmp_path_factory, data):
-    """Also into memory of another dtype, and into a part of a larger tensor."""
+    """Also into memory of another dtype, into a part of a larger tensor, and while any of the files are verified."""
     folder = tmp_path_factory.mktemp("read")
     cuts = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     index = stored(folder, cuts)
@@ -55,18 +65,25 @@ def test_any_rectangle_is_read_from_any_chunks(tmp_path_factory, data):
     )
     is_strided = data.draw(st.booleans())
     target = memory[..., : expected.shape[2]] if is_strided else torch.full(expected.shape, -1.0, dtype=memory.dtype)
-    block, parallel_read.BLOCK_BYTES = parallel_read.BLOCK_BYTES, data.draw(st.sampled_from([1, 64, 1 << 20]))
-    try:
-        read_tensors(folder, index, [Region("w", target, SHAPE, tuple(one.start for one in where))])
-    finally:
-        parallel_read.BLOCK_BYTES = block
+    again = torch.empty(SHAPE)
+    regions = [
+        Region("w", target, SHAPE, tuple(one.start for one in where)),
+        Region("w", again, SHAPE, (0, 0, 0)),
+    ]
+    verify = {name: file for name, file in written(folder).items() if data.draw(st.booleans())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel_read, "BLOCK_BYTES", data.draw(st.sampled_from([1, 64, 1 << 20])))
+        patch.setattr(parallel_read, "PIECE_BYTES", data.draw(st.sampled_from([7, 512, 1 << 20])))
+        read_tensors(folder, index, regions, verify)
+    assert torch.equal(again, WHOLE), "bytes that two regions want are in both"
     assert torch.equal(target, expected.to(memory.dtype))
     if is_strided:
         assert (memory[..., expected.shape[2] :] == -1).all(), "what is beside the target is untouched"
 
 
-def test_only_the_rows_of_a_rectangle_are_read(tmp_path, monkeypatch):
-    index = stored(tmp_path, (4, 4))
+@pytest.fixture
+def count(monkeypatch) -> list[int]:
+    """Bytes read so far."""
     count, read = [0], os.preadv
 
     def counted(descriptor: int, buffers: list[Any], start: int) -> int:
@@ -75,6 +92,42 @@ def test_only_the_rows_of_a_rectangle_are_read(tmp_path, monkeypatch):
         return done
 
     monkeypatch.setattr(os, "preadv", counted)
+    return count
+
+
+def test_a_file_is_verified_while_it_is_read_and_its_values_are_read_once(tmp_path, count):
+    rows = 50_000
+    content = saved(torch.arange(rows * 3.0).view(rows, 3))
+    (tmp_path / "__0_0.distcp").write_bytes(content)
+    chunk = Chunk((0, 0), (rows, 3), Section("__0_0.distcp", 0, len(content)))
+    target = torch.zeros(rows, 3)
+    region, index = (
+        Region("w", target, (rows, 3), (0, 0)),
+        Index({"w": StoredTensor("float32", (rows, 3), [chunk])}, {}),
+    )
+    read_tensors(tmp_path, index, [region], written(tmp_path))
+    assert torch.equal(target.view(-1), torch.arange(rows * 3.0))
+    assert len(content) <= count[0] < len(content) + 20_000, "beside the file only the description of the record"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "longer"])
+def test_any_damage_to_a_file_is_found_while_it_is_read(tmp_path, damage, wanted):
+    """At any place, also where no tensor lies, and where nothing of the file is wanted."""
+    index = stored(tmp_path, (4, 4))
+    verify, file = written(tmp_path), tmp_path / "__1_0.distcp"
+    content = file.read_bytes()
+    for at in range(0, len(content), 37):
+        if damage == "flipped":
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        else:
+            file.write_bytes(content[:at] if damage == "cut" else content + content[: at + 1])
+        with pytest.raises(CheckpointError, match=r"__1_0.distcp"):
+            read_tensors(tmp_path, index, [Region("w", torch.empty(SHAPE), SHAPE, (0, 0, 0))] * wanted, verify)
+
+
+def test_only_the_rows_of_a_rectangle_are_read(tmp_path, count):
+    index = stored(tmp_path, (4, 4))
     read_tensors(tmp_path, index, [Region("w", torch.empty(1, 4, 3), SHAPE, (2, 0, 0))])
     described = count[0]
     count[0] = 0

@@ -240,6 +240,15 @@ def test_tensors_of_a_block_have_storages_of_their_own():
     assert host_memory.rounded(1) == 256
 
 
+@pytest.mark.parametrize("shape", [(), (3, 5), (0, 4), (1025, 1024)])
+def test_new_memory_is_a_tensor_like_any_other(shape):
+    """Of a huge page and more, too."""
+    tensor = host_memory.new_memory(torch.Size(shape), torch.bfloat16).fill_(3)
+    assert (tensor.shape, tensor.dtype, tensor.untyped_storage().nbytes()) == (shape, torch.bfloat16, tensor.nbytes)
+    assert (tensor == 3).all()
+    assert tensor.is_contiguous()
+
+
 PARTS = [
     ["w", "a", 0, 10, "torch.float32", [4, 2], [0, 0], [2, 2]],
     ["w", "b", 0, 10, "torch.float32", [4, 2], [2, 0], [2, 2]],
