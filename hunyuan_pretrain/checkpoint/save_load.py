@@ -1,5 +1,5 @@
-"""Checkpoints in megatron's distributed format, committed in two phases and verified before anything of them is used. folders.py
-describes the files.
+"""Checkpoints in megatron's distributed format, committed in two phases and verified before anything of them is used.
+folders.py describes the files.
 
 A checkpoint is written into a folder of its attempt, *.partial (saving.py). Every rank digests its files while it
 writes them, rank 0 writes complete.json, and only then is the folder renamed to its final name. A folder without its

@@ -6,9 +6,11 @@ with the ranks.
 
 One rank, GIB of bf16 weights with AdamW's state in fp32 (2.5 unless given). The plain writes are two files by two
 threads, 8 MiB at a time from memory that was touched before, each flushed; reads are cold: the files are dropped from
-the file cache. All are repeated, alternating; the median counts. The parts (copy, sha256, CRC, write, read) are
-measured alone, in one thread, as the least of several times: on a busy machine a processor second says more than one of
-the clock. RANKS (64 512 2048 unless given): reports of so many ranks, of 400 tensors each, are made up and joined.
+the file cache. All are repeated, alternating; the median counts. torch has a thread for each core, as by default. The
+parts (copy, sha256, CRC, write, read, first touch of memory) are measured alone, in one thread, as the least of several
+times: on a busy machine a processor second says more than one of the clock. Before a load, as much memory as it needs
+is touched and freed: a virtual machine may have given free memory back to its host, and would fetch it again. RANKS (64
+512 2048 unless given): reports of so many ranks, of 400 tensors each, are made up and joined.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from hunyuan_pretrain.runtime import cpu_megatron
 cpu_megatron.install()
 
 from hunyuan_pretrain.checkpoint import save_load  # noqa: E402
+from hunyuan_pretrain.checkpoint.host_memory import new_memory  # noqa: E402
 from hunyuan_pretrain.checkpoint.joined_parts import JoinedParts  # noqa: E402
 from hunyuan_pretrain.checkpoint.parallel_write import CHUNK, FILES_PER_RANK, REPORTS, write_report  # noqa: E402
 from hunyuan_pretrain.checkpoint.saving import Saver  # noqa: E402
@@ -98,8 +101,11 @@ def parts(folder: Path) -> None:
         with path.open("rb", buffering=0) as file:
             file.readinto(room)
 
+    shape = torch.Size([PART_BYTES // 4])
     for name, action in {
         "copy in memory": lambda: target.copy_(source),
+        "first touch of memory in small pages": lambda: torch.empty(shape).zero_(),
+        "first touch of memory in huge pages": lambda: new_memory(shape, torch.float32).zero_(),
         "sha256": digest,
         "CRC, by torch.save": lambda: torch.save(source, Discarded()),  # type: ignore[arg-type]
         "write to the file cache": write,
@@ -207,6 +213,7 @@ def saving(folder: Path, gib: float) -> None:
         drop_cache(folder)
         note("plain read", lambda: plain_read(folder))
         drop_cache(folder)
+        new_memory(torch.Size([size]), torch.uint8).zero_()
         note("load", lambda: save_load.load_newest(folder, chunks, optimizer))
     middle = {name: statistics.median(seconds) for name, seconds in took.items()}
     for name, seconds in took.items():
@@ -234,9 +241,10 @@ def joining(folder: Path, ranks: int) -> None:
             ]
             (folder / f"__{rank}_0.distcp").write_bytes(b"x")
             write_report(folder, rank, {f"__{rank}_0.distcp": {"bytes": 1, "sha256": ""}}, places)
-        seconds = timed(lambda: parts.join(folder, ranks))
-        size = (folder / ".metadata").stat().st_size
-        print(f"{ranks} ranks, {turn} save: {seconds:.2f} s, .metadata {size / 1e6:.1f} MB, peak {peak_gib():.2f} GiB")
+        seconds, worked = cpu_timed(lambda: parts.join(folder, ranks))
+        size = f".metadata {(folder / '.metadata').stat().st_size / 1e6:.1f} MB"
+        took = f"{seconds:.2f} s, {worked:.2f} of a processor"
+        print(f"{ranks} ranks, {turn} save: {took}, {size}, peak {peak_gib():.2f} GiB")
 
 
 def main() -> None:
@@ -245,6 +253,7 @@ def main() -> None:
     root, gib = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 2.5
     with tempfile.TemporaryDirectory(dir=root) as folder, contextlib.suppress(KeyboardInterrupt):
         parts(Path(folder) / "parts")
+        torch.set_num_threads(os.cpu_count() or 1)
         if gib > 0:
             saving(Path(folder) / "run", gib)
         for ranks in map(int, sys.argv[3:] or ("64", "512", "2048")):
