@@ -4,18 +4,19 @@ Rank 0 leads: it asks, and every rank computes its share. The others only follow
 their packages are needed where rank 0 is.
 
 Shapes: T tokens of a micro-batch on this context-parallel rank, D hidden size, V rows of the output weight on this
-rank, n positions of them that are read, N positions of all items, one item after the other.
+rank, n positions of them that are read; of all items, one after the other, M tokens and N positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
+from functools import cached_property, partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -116,9 +117,10 @@ class LayoutScorer:
         that are not numbers, ScoringStoppedError."""
         if not items:
             return []
-        self._tell((list(items), num_ids))
+        asked = _Asked.of(items, num_ids)
+        self._tell(asked)
         self.is_followed = False
-        answers = self._score(items, num_ids)
+        answers = self._score(asked)
         self.is_followed = True
         return answers
 
@@ -126,21 +128,21 @@ class LayoutScorer:
         """Take part in what rank 0 asks, until it has no more questions. Communicates: all ranks. Raises as `score`."""
         with patience():
             while (asked := self._tell(None)) is not None:
-                self._score(*asked)
+                self._score(asked)
 
     def release(self) -> None:
         """Rank 0 has no more questions. Communicates: all ranks."""
         self._tell(None)
 
-    def _tell(self, asked: tuple[list[Item], int | None] | None) -> tuple[list[Item], int | None] | None:
-        told: list[Any] = [asked]
+    def _tell(self, asked: _Asked | None) -> _Asked | None:
+        told = [asked]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(told, src=0)
         return told[0]
 
     @torch.no_grad()
-    def _score(self, items: Sequence[Item], num_ids: int | None) -> list[Read]:
-        lengths = [len(item.tokens) for item in items]
+    def _score(self, asked: _Asked) -> list[Read]:
+        lengths = asked.num_tokens.tolist()
         budget = max(self._budget, max(lengths))
         packs = pack(lengths, budget)
         tokens = -(-max(one.num_tokens for one in packs) // self._unit) * self._unit
@@ -152,29 +154,26 @@ class LayoutScorer:
         rounds = -(-len(packs) // (dp.size() * multiple)) * multiple
         mine += [Pack([], 0)] * (rounds - len(mine))
         at_once = max(1, PACKS_AT_ONCE // multiple) * multiple
-        first_of_item = [0, *accumulate(len(item.positions) for item in items)]
         # each position is read by one rank, so the sum is what it reads; its size does not depend on how many there are
-        found_N3 = torch.zeros(first_of_item[-1], 3, dtype=torch.float64, device=self.device)
+        found_N3 = torch.zeros(len(asked.target_N), 3, dtype=torch.float64, device=self.device)
         for start in range(0, rounds, at_once):
             if self._is_stop_asked():
                 raise ScoringStoppedError()
-            for place_n, read_n2 in self._pass(items, mine[start : start + at_once], tokens, num_ids, first_of_item):
+            for place_n, read_n2 in self._pass(asked, mine[start : start + at_once], tokens):
                 found_N3[place_n, :2], found_N3[place_n, 2] = read_n2, 1.0
             if self._say is not None and rounds > at_once and dist.get_rank() == 0:
                 self._say(f"  {min(start + at_once, rounds)} of {rounds} micro-batches of up to {tokens} tokens")
-        return self._answers(sum_over(dist.group.WORLD, found_N3).cpu(), first_of_item)
+        return self._answers(sum_over(dist.group.WORLD, found_N3).cpu(), asked.num_read.tolist())
 
-    def _pass(
-        self, items: Sequence[Item], packs: Sequence[Pack], tokens: int, num_ids: int | None, first_of_item: list[int]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _pass(self, asked: _Asked, packs: Sequence[Pack], tokens: int) -> list[tuple[Tensor, Tensor]]:
         """What this rank reads of each micro-batch: ((n,) int64 numbers of the positions, (n, 2) fp64 [logprob, best
         id])."""
         model = self._model
-        reads = [self._share(items, one, tokens, first_of_item) for one in packs]
+        reads = [self._share(asked, one, tokens) for one in packs]
 
         def forward(batches: Iterator[_Share], chunk: Any) -> tuple[Tensor, Any]:
             share = next(batches)
-            output, _ = chunk(share.inputs(self._alpha, partial(self._read_out, share, num_ids)))
+            output, _ = chunk(share.inputs(self._alpha, partial(self._read_out, share, asked.num_ids)))
             nothing = torch.zeros((), device=model.device)
             return output, lambda read_n2: (nothing, nothing.int(), read_n2)
 
@@ -197,9 +196,9 @@ class LayoutScorer:
         rows_n, target_n = share.rows_n.to(hidden_TD.device), share.target_n.to(hidden_TD.device)
         return read_rows(hidden_TD[rows_n], weight_VD, target_n, tp.rank() * len(weight_VD), num_ids, reduce)
 
-    def _share(self, items: Sequence[Item], one: Pack, tokens: int, first_of_item: list[int]) -> _Share:
+    def _share(self, asked: _Asked, one: Pack, tokens: int) -> _Share:
         model, cp = self._model, self._model.groups.cp
-        texts = [torch.tensor(items[number].tokens) for number in one.members]
+        texts = [asked.tokens(number) for number in one.members]
         if one.num_tokens < tokens:
             texts.append(torch.full((tokens - one.num_tokens,), FILLER))
         starts = [0, *accumulate(len(text) for text in texts)]
@@ -209,30 +208,76 @@ class LayoutScorer:
             method, unit = model.experiment.parallel.context_parallel_method, self._unit // cp.size()
             context = context_slice(cp, method, starts, 1, unit, model.device)
             rows_T = torch.cat([torch.arange(start, end) for start, end in context.ranges])
-        local = {int(row): place for place, row in enumerate(rows_T)}
-        wanted = [
-            (local[start + position], items[number].targets[place], first_of_item[number] + place)
-            for number, start in zip(one.members, starts, strict=False)
-            for place, position in enumerate(items[number].positions)
-            if start + position in local
-        ]
+        place_n = torch.cat([torch.arange(0), *(asked.places(number) for number in one.members)])
+        starts_n = [torch.full_like(asked.places(n), start) for n, start in zip(one.members, starts, strict=False)]
+        row_n = torch.cat([torch.arange(0), *starts_n]) + asked.position_N[place_n]
+        local = torch.full((tokens,), -1)  # where a row of the micro-batch is on this rank; -1: elsewhere
+        local[rows_T] = torch.arange(len(rows_T))
+        is_here_n = local[row_n] >= 0
         return _Share(
             token_T[rows_T].to(model.device),
             position_T[rows_T].to(model.device),
             starts,
             context,
-            torch.tensor([row for row, _, _ in wanted], dtype=torch.int64),
-            torch.tensor([target for _, target, _ in wanted], dtype=torch.int64),
-            torch.tensor([place for _, _, place in wanted], dtype=torch.int64),
+            local[row_n[is_here_n]],
+            asked.target_N[place_n[is_here_n]].long(),
+            place_n[is_here_n],
         )
 
-    def _answers(self, found_N3: Tensor, first_of_item: list[int]) -> list[Read]:
-        """found_N3: log-probability, likeliest id, and how many ranks have read the position."""
+    def _answers(self, found_N3: Tensor, num_read: list[int]) -> list[Read]:
+        """found_N3: log-probability, likeliest id, how many ranks have read the position; num_read: positions of each
+        item."""
         assert bool((found_N3[:, 2] == 1).all()), "a position was read by no rank, or by several"
         if found_N3.isnan().any():
             raise EvaluationError("the model gives logits that are not numbers: its weights are damaged or diverged")
-        reads = (found_N3[start:end] for start, end in pairwise(first_of_item))
-        return [Read(read_n3[:, 0], read_n3[:, 1].long()) for read_n3 in reads]
+        return [Read(read_n3[:, 0], read_n3[:, 1].long()) for read_n3 in found_N3.split(num_read)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The items of a question, one after the other. Every rank has them, so they are int32 and not Python's lists,
+    which take up to ten times the memory."""
+
+    token_M: Tensor
+    num_tokens: Tensor
+    """Of each item."""
+    position_N: Tensor
+    target_N: Tensor
+    num_read: Tensor
+    """Positions of each item."""
+    num_ids: int | None
+
+    @staticmethod
+    def of(items: Sequence[Item], num_ids: int | None) -> _Asked:
+        """From lists."""
+
+        def joined(lists: Iterable[Iterable[int]]) -> Tensor:
+            return torch.from_numpy(np.fromiter(chain.from_iterable(lists), dtype=np.int32))
+
+        return _Asked(
+            joined(item.tokens for item in items),
+            joined([len(item.tokens)] for item in items),
+            joined(item.positions for item in items),
+            joined(item.targets for item in items),
+            joined([len(item.positions)] for item in items),
+            num_ids,
+        )
+
+    def tokens(self, number: int) -> Tensor:
+        """int64, of an item."""
+        return self.token_M[self._first_token[number] : self._first_token[number + 1]].long()
+
+    def places(self, number: int) -> Tensor:
+        """int64, the numbers of an item's positions among those of all."""
+        return torch.arange(self._first_read[number], self._first_read[number + 1])
+
+    @cached_property
+    def _first_token(self) -> list[int]:
+        return [0, *accumulate(self.num_tokens.tolist())]
+
+    @cached_property
+    def _first_read(self) -> list[int]:
+        return [0, *accumulate(self.num_read.tolist())]
 
 
 @dataclass(frozen=True)
