@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hunyuan_pretrain.config.exit_status import LAUNCHER
+from hunyuan_pretrain.runtime.stop import seconds_since_sigterm
 
 JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets for each rank."""
@@ -40,6 +41,8 @@ def report_error(error: Exception | str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent by the launcher as soon as rank 0 has exited
+        if seconds_since_sigterm() < SECONDS_FOR_RANK_0:  # it has been
+            signal.raise_signal(signal.SIGTERM)
         time.sleep(SECONDS_FOR_RANK_0)
         print(f"rank {rank}: {error}", file=sys.stderr)
     else:

@@ -6,11 +6,13 @@ Imports little more than the standard library, so that a command can listen from
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from functools import partial
 from types import FrameType
 
@@ -30,6 +32,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_asked = False
+        self.terminated_at = -math.inf
+        """When SIGTERM came (time.monotonic)."""
         self._pid = os.getpid()
         self._interrupts = 0
 
@@ -49,6 +53,8 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
+        if number == signal.SIGTERM:
+            self.terminated_at = time.monotonic()
 
     def _watch(self, reader: int) -> None:
         while True:
@@ -79,6 +85,11 @@ def listen() -> StopRequest:
 
 
 _request: StopRequest | None = None
+
+
+def seconds_since_sigterm() -> float:
+    """How long ago this process was sent SIGTERM; infinity if it was not, or does not listen."""
+    return math.inf if _request is None else time.monotonic() - _request.terminated_at
 
 
 def resume_command() -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hunyuan_pretrain.checkpoint.export_run import export_run
 from hunyuan_pretrain.config.schema import Experiment
 from tests.helpers.layouts import Layout, trace_in_jobs, until_failure
 from tests.helpers.ranks import fork_ranks
@@ -200,13 +199,19 @@ def longer(experiment: Experiment, times: int, model: dict[str, Any] | None = No
     return experiment.model_copy(update=changes)
 
 
+def export_of(run_dir: Path, output: Path) -> dict[str, Any]:
+    from hunyuan_pretrain.checkpoint.export_run import export_run
+
+    return export_run(run_dir, output, processes=1)
+
+
 def test_a_run_resumes_with_its_reference_or_not_at_all(corpus: Path, pairs: Path, base: Path, tmp_path: Path) -> None:
     own = shutil.copytree(base, tmp_path / "base")
     experiment = preferring(Layout().reference, corpus, pairs, own, tmp_path / "run", dpo_sft_weight=0.0)
     (found,) = fork_ranks(1, resume_with, experiment)
     assert found.startswith("CheckpointError: ")
     assert "holds no reference log-probabilities" in found
-    certificate = export_run(tmp_path / "run", tmp_path / "export", processes=1)
+    (certificate,) = fork_ranks(1, export_of, tmp_path / "run", tmp_path / "export")
     assert certificate["chat"] == {"system_prompt": SYSTEM}
     exported = json.loads((tmp_path / "export/tokenizer_config.json").read_text())
     assert (exported["eos_token"], exported["default_system_prompt"]) == ("<|eos|>", SYSTEM)

@@ -95,7 +95,11 @@ def test_what_has_no_length_is_refused(
     assert refused.value.problems[0].where
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "hunyuan-packed", "sequences": true}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": "hunyuan-packed", "sequences": true}', "\x00"],
+    ids=["empty", "a list", "an object", "no numbers", "no text"],
+)
 def test_a_damaged_manifest_is_named(load: Load, tmp_path: Path, text: str) -> None:
     load({"a": (26, 12000)}, epochs=3)
     (tmp_path / "a/manifest.json").write_text(text, encoding="utf-8")

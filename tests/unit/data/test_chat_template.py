@@ -28,7 +28,7 @@ def written(folder: Path, system_prompt: str | None) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("prompt", ["You are a helpful assistant.", HOSTILE, ""])
+@pytest.mark.parametrize("prompt", ["You are a helpful assistant.", HOSTILE, ""], ids=["usual", "hostile", "none"])
 def test_the_default_system_prompt_is_that_of_the_data_and_may_be_empty(prompt: str, tmp_path: Path) -> None:
     loaded = written(tmp_path, prompt)
     assert (loaded.eos_token, loaded.pad_token) == ("<|eos|>", "<|pad|>")

@@ -107,3 +107,23 @@ def test_an_ignored_signal_stays_ignored() -> None:
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30) == ("saved\n", "")
+
+
+ERROR_AFTER_SIGTERM = """
+import os, signal
+from hunyuan_pretrain.cli.ranks import report_error
+from hunyuan_pretrain.runtime.stop import listen
+listen()
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGTERM)
+report_error("a mistake")
+"""
+
+
+def test_a_rank_whose_launcher_has_told_it_to_end_leaves_the_error_to_rank_0() -> None:
+    """It meets the error of rank 0 later than the launcher's signal, which it has only noted."""
+    for rank, status, said in ((0, 0, "a mistake\n"), (1, -signal.SIGTERM, "")):
+        environment = os.environ | {"RANK": str(rank)}
+        command = [sys.executable, "-c", ERROR_AFTER_SIGTERM]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=15)
+        assert (done.returncode, done.stderr) == (status, said)
