@@ -175,6 +175,7 @@ def planned_input(step: Step) -> int:
 def test_a_choice_frees_exactly_what_the_plan_says(use_kernels: bool) -> None:
     if use_kernels:
         pytest.importorskip("triton")
+    LayersOnly("none", 0, {"dtype": "bf16"}, num_layers=2)  # constants that are made once in a process
     everything = LayersOnly("none", 0, {"dtype": "bf16"}, use_kernels, num_layers=2)
     for choice in CHOICES[1:-1]:
         step = LayersOnly(choice, 0, {"dtype": "bf16"}, use_kernels, num_layers=2)
