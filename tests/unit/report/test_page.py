@@ -241,7 +241,7 @@ def browsed(chromium: str, folder: Path, *options: str) -> tuple[list[dict[str, 
 def test_a_browser_draws_every_chart_in_light_and_dark_and_on_a_phone(runs: list[Path], tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium, such as Debian's package chromium, to open the page")
     text = page(read(*runs))
     (tmp_path / "report.html").write_text(text)
     (tmp_path / "frames.html").write_text(FRAMES)
@@ -285,7 +285,7 @@ def numbers(paths: list[str]) -> list[float]:
 def opened(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page of the longer run, as `report` has written it."""
     if CHROMIUM is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium, such as Debian's package chromium, to open the page")
     folder = tmp_path_factory.mktemp("browser")
     (folder / "report.html").write_text(page(read(runs[0])))
     with chromium(folder / "profile") as browser:

@@ -76,7 +76,7 @@ def scripted(engine: Scripted, vocabulary: Vocabulary) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     if CHROMIUM is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium, such as Debian's package chromium, to open the page")
     with chromium(tmp_path_factory.mktemp("chromium") / "profile") as page:
         yield page
 
